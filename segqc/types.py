@@ -1,0 +1,137 @@
+"""The values that rooms of the library hand to each other.
+
+Conventions, everywhere:
+
+* Arrays are in the scan file's own voxel order, shape ``(n0, n1, n2)``, unless a docstring says "canonical".
+* A *slice* is one index along the through-plane axis; its two *in-plane* axes are the other two, in ascending order.
+* Boxes are half-open voxel intervals in one slice.
+* ``None`` stands for an undefined number (an ARVD over an empty truth), never infinity or NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+LabelArray: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A named structure: the union of one or more values of the label map (``hippocampus = [1, 2]``)."""
+
+    name: str
+    values: tuple[int, ...]
+
+    def mask(self, labels: npt.NDArray[np.integer]) -> BoolArray:
+        """Return the structure's mask, of the label map's shape."""
+        return np.isin(labels, self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Dice, IoU, ARVD and RVD of a mask against a truth or an estimated truth (paper, section 3.2)."""
+
+    dice: float | None
+    iou: float | None
+    arvd: float | None
+    rvd: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SliceQuality:
+    """One slice: its metrics and the sum of the error probability over its voxels (what slices are ranked by)."""
+
+    index: int
+    metrics: Metrics
+    error_sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBox:
+    """A likely error in one slice: half-open voxel intervals along the two in-plane axes."""
+
+    slice_index: int
+    start: tuple[int, int]
+    stop: tuple[int, int]
+    area_mm2: float
+    mean_error: float
+    peak_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorView:
+    """What one error map says of one structure: in 3D, in every slice, and as boxes."""
+
+    metrics: Metrics
+    slices: tuple[SliceQuality, ...]
+    boxes: tuple[ErrorBox, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StructureQuality:
+    """The assessment of one structure.
+
+    ``estimated`` are the numbers to show: the map's metrics after the model's linear calibration.
+    ``raw`` is read off the error map as it is, ``extracted`` off the map after error extraction (paper, section 3.3).
+    """
+
+    name: str
+    present: bool
+    mask_volume_ml: float
+    estimated: Metrics
+    raw: ErrorView
+    extracted: ErrorView
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What SegQC-Net says of one mask of one scan, and which model versions said it."""
+
+    scan: str
+    mask_sha256: str
+    segmenter_version: str | None
+    assessor_version: str
+    through_plane_axis: int
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    structures: tuple[StructureQuality, ...]
+
+    @property
+    def dice(self) -> float:
+        """The scan's score: the worst present structure's estimated Dice; 1.0 where no structure is present."""
+        present = [s.estimated.dice for s in self.structures if s.present and s.estimated.dice is not None]
+        return min(present, default=1.0)
+
+    def worst_slices(self, count: int = 5) -> tuple[int, ...]:
+        """Slices to look at first: largest error sum over all structures first (paper, section 3.5)."""
+        if not self.structures:
+            return ()
+        sums = np.sum([[s.error_sum for s in q.raw.slices] for q in self.structures], axis=0)
+        order = np.argsort(-sums, kind="stable")[:count]
+        return tuple(self.structures[0].raw.slices[int(i)].index for i in order)
+
+    def to_json(self) -> str:
+        """Return the assessment as one line of JSON; `from_json` gives it back without loss."""
+        return _adapter().dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Assessment:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not an assessment.
+        """
+        return _adapter().validate_json(text)
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Assessment]:
+    return TypeAdapter(Assessment)
