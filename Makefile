@@ -1,0 +1,48 @@
+# make serve: install, then serve the sample data    make test: install, then all tests    make lint: style, types, imports
+PYTHON ?= python3
+VENV ?= .venv
+STUDIES ?= sample-datastore
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# uv does not read pip's configuration: hand it the folders of wheels that pip is told to look in, if any.
+FIND_LINKS = $(addprefix --find-links ,$(sort $(shell $(BIN)/python -m pip config list 2>/dev/null \
+	| sed -n "s/^[^=]*find-links='\(.*\)'$$/\1/p" | sed 's/\\n/ /g')))
+
+.PHONY: install serve test test-fast test-server lint format clean
+
+install: $(STAMP)
+
+$(BIN)/uv: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	@touch $@
+
+# Compiled at once: otherwise each start of the server compiles MONAI Label again where Python may not write bytecode.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(FIND_LINKS) -c constraints.txt -e '.[server,dev]'
+	@touch $@
+
+serve: install
+	$(BIN)/segqc serve $(STUDIES)
+
+test: test-fast test-server
+
+test-fast: install
+	$(BIN)/python -m pytest -q -m "not server and not slow"
+
+test-server: install
+	$(BIN)/python -m pytest -q -m "server and not slow"
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
