@@ -1,0 +1,175 @@
+"""A trained SegQC-Net: load it, compute the error map of a mask, turn it into an `Assessment`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segqc.augmentation import tta_group
+from segqc.error_maps import ExtractionSettings, extract_errors
+from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics
+from segqc.networks import ModelCard, ModelError, StemUNet, StructureCalibration, TrainedNetwork, canonical_scan
+from segqc.regions import BoxSettings, find_boxes
+from segqc.types import (
+    Assessment,
+    BoolArray,
+    ErrorView,
+    FloatArray,
+    Metrics,
+    SliceQuality,
+    StructureQuality,
+)
+from segqc.volumes import Volume, VolumeError, through_plane_axis, to_canonical, to_native
+
+ERROR_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class AssessmentResult:
+    """The assessment of a mask and the error maps it was read from, one per structure: (L, n0, n1, n2)."""
+
+    assessment: Assessment
+    errors: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class AssessmentSettings:
+    """How an error map becomes numbers and boxes; `method.md`'s defaults."""
+
+    extraction: ExtractionSettings = ExtractionSettings()
+    boxes: BoxSettings = BoxSettings()
+    empty_under_mm3: float = 10.0
+
+
+def mask_sha256(labels: Volume) -> str:
+    """The content address of a label map: its voxels and its grid, whatever the file format."""
+    digest = hashlib.sha256(np.ascontiguousarray(labels.array, np.uint8).tobytes())
+    digest.update(np.asarray(labels.array.shape, np.int64).tobytes())
+    digest.update(np.round(labels.affine, 4).astype(np.float64).tobytes())
+    return digest.hexdigest()
+
+
+class Assessor(TrainedNetwork):
+    """SegQC-Net with its calibration."""
+
+    kind = "segqc"
+
+    def __init__(
+        self, card: ModelCard, network: StemUNet, settings: AssessmentSettings | None = None
+    ) -> None:
+        super().__init__(card, network)
+        if card.plan.in_channels != 1 + len(card.structures):
+            raise ModelError(f"the card names {len(card.structures)} structures, the network takes {card.plan.in_channels - 1}")
+        self.settings = settings or AssessmentSettings()
+
+    @classmethod
+    def load(cls, path: Path, settings: AssessmentSettings | None = None) -> Assessor:
+        """Read a model file.
+
+        Raises:
+            ModelError: if the file is missing, foreign or damaged.
+        """
+        card, network = cls._read(path)
+        return cls(card, network, settings)
+
+    def error_maps(self, scan: Volume, labels: Volume) -> FloatArray:
+        """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
+
+        The network's logit is brought back to the scan's grid by linear interpolation and meets the mask only there
+        (method, "Frames").
+
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        if labels.shape != scan.shape:
+            raise VolumeError(f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid")
+        masks = np.stack([s.mask(labels.array) for s in self.structures])
+        frame = self.frame(scan)
+        image = canonical_scan(scan, frame)
+        channels = to_canonical(masks.astype(np.float32), frame, order=0)
+        x = torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
+        if self.card.average_flips:
+            group = tta_group(transposes=False)
+            logits = torch.stack([m.invert(self.run(m.apply(x)))[0] for m in group]).mean(dim=0)
+        else:
+            logits = self.run(x)[0]
+        z = to_native(logits.numpy(), frame, order=1)
+        if self.card.output_form == "truth":
+            z = np.where(masks, -z, z)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30, 30))), np.float32)
+
+    def assess(
+        self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None
+    ) -> AssessmentResult:
+        """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
+
+        Args:
+            scan: the scan.
+            labels: its label map, on the same grid.
+            scan_id: the name that the assessment carries.
+            segmenter_version: the version of the network that made the mask, if one did.
+
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        errors = self.error_maps(scan, labels)
+        axis = through_plane_axis(scan)
+        qualities = tuple(
+            self._quality(i, structure.mask(labels.array), errors[i], axis, scan)
+            for i, structure in enumerate(self.structures)
+        )
+        shape = scan.array.shape
+        assessment = Assessment(
+            scan=scan_id,
+            mask_sha256=mask_sha256(labels),
+            segmenter_version=segmenter_version,
+            assessor_version=self.version,
+            through_plane_axis=axis,
+            shape=(shape[0], shape[1], shape[2]),
+            spacing_mm=scan.spacing_mm,
+            structures=qualities,
+        )
+        return AssessmentResult(assessment, errors)
+
+    def _quality(self, index: int, mask: BoolArray, error: FloatArray, axis: int, scan: Volume) -> StructureQuality:
+        extracted = extract_errors(error, mask, axis, scan.spacing_mm, self.settings.extraction)
+        calibration = self.card.calibration[index] if self.card.calibration else None
+        boxes = self.settings.boxes
+        if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
+            boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
+        raw = self._view(mask, error, axis, scan, boxes)
+        return StructureQuality(
+            name=self.structures[index].name,
+            present=raw.metrics.dice is not None and raw.metrics != Metrics(1.0, 1.0, 0.0, 0.0),
+            mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
+            estimated=_calibrated(raw.metrics, calibration),
+            raw=raw,
+            extracted=self._view(mask, extracted, axis, scan, boxes),
+        )
+
+    def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
+        rule = EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
+        per_slice = estimated_slice_metrics(mask, error, axis, empty=rule)
+        sums = error.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
+        return ErrorView(
+            metrics=estimated_metrics(mask, error, empty=rule),
+            slices=tuple(SliceQuality(i, per_slice.at(i), float(s)) for i, s in enumerate(sums)),
+            boxes=find_boxes(error, axis, scan.spacing_mm, boxes),
+        )
+
+    def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:
+        """The labelmap of likely errors: 1 where any structure's error probability is at least one half."""
+        wrong = (result.errors >= ERROR_THRESHOLD).any(axis=0)
+        return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
+
+
+def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
+    if calibration is None:
+        return metrics
+    values = {name: getattr(metrics, name) for name in ("dice", "iou", "arvd", "rvd")}
+    return Metrics(**{n: None if v is None else float(getattr(calibration, n).apply(v)) for n, v in values.items()})

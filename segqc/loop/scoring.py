@@ -1,0 +1,172 @@
+"""Score the scans of a studies folder that no person has labelled yet; continue where an earlier run stopped."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from segqc.assessor import AssessmentResult, Assessor, mask_sha256
+from segqc.loop.studies import ScanEntry, Studies
+from segqc.metrics import true_metrics
+from segqc.networks import ModelError
+from segqc.segmenter import Segmenter, TtaPrediction
+from segqc.training import Progress
+from segqc.types import Structure
+from segqc.volumes import VolumeError, Volume, read_labels, read_scan, write_labels
+
+logger = logging.getLogger(__name__)
+
+Method: TypeAlias = Literal["segqc", "tta", "entropy"]
+SaveMask: TypeAlias = Callable[[str, Path, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringSummary:
+    """How many scans were scored, had a current score, or could not be scored (with the reasons)."""
+
+    scored: int
+    skipped: int
+    failed: dict[str, str]
+
+
+def score(
+    studies: Studies, method: Method, progress: Progress, *, save_mask: SaveMask | None = None, force: bool = False
+) -> ScoringSummary:
+    """Score every scan without a final label; a scan with a current score is skipped.
+
+    "segqc" makes a mask where the current segmentation network has not made one, and assesses it. "tta" is the median
+    Dice between the augmentation group's masks and their median; "entropy" the negative mean entropy of the group's
+    mean prediction over the mask's volume. In all three the lowest score is the worst.
+
+    Args:
+        studies: the folder.
+        method: what to score by.
+        progress: told after each scan.
+        save_mask: called with a scan's id, the file of its new mask and the network's version; by default the mask
+            becomes ``labels/original/<id>.nii.gz``.
+        force: score again what has a current score.
+
+    Raises:
+        ModelError: if a network that the method needs is not trained yet.
+    """
+    segmenter, assessor = _networks(studies, method)
+    entries = [e for e in studies.scans() if e.final is None]
+    scored, skipped, failed = 0, 0, {}
+    for i, entry in enumerate(entries):
+        progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
+        try:
+            if method == "segqc" and assessor is not None:
+                fresh = _score_segqc(studies, entry, segmenter, assessor, save_mask or _saver(studies), force)
+            else:
+                fresh = _score_tta(studies, entry, segmenter, method, force)
+        except (VolumeError, OSError) as error:
+            # one bad file must not keep all other scans from being scored
+            logger.warning("%s is not scored: %s", entry.id, error)
+            failed[entry.id] = str(error)
+            continue
+        scored, skipped = scored + fresh, skipped + (not fresh)
+    progress.step(len(entries), len(entries), f"scoring by {method}: done")
+    return ScoringSummary(scored, skipped, failed)
+
+
+def _networks(studies: Studies, method: Method) -> tuple[Segmenter, Assessor | None]:
+    segmenter = studies.segmenter()
+    if segmenter is None:
+        raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")
+    if method != "segqc":
+        return segmenter, None
+    assessor = studies.assessor()
+    if assessor is None:
+        raise ModelError("scoring by segqc needs a SegQC network; train one first (segqc train segqc)")
+    return segmenter, assessor
+
+
+def current_mask(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> Path | None:
+    """The scan's original mask if the current segmentation network made it."""
+    return entry.original if studies.mask_maker(entry.id) == segmenter.version else None
+
+
+def _score_segqc(
+    studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, save_mask: SaveMask, force: bool
+) -> bool:
+    path = current_mask(studies, entry, segmenter)
+    old = studies.assessment(entry.id)
+    versions = (segmenter.version, assessor.version)
+    current = old is not None and (old.segmenter_version, old.assessor_version) == versions
+    if path is not None and current and not force:
+        labels = read_labels(path, values=segmenter.values)
+        if old is not None and old.mask_sha256 == mask_sha256(labels):
+            return False
+    assess_scan(studies, entry, segmenter, assessor, save_mask)
+    return True
+
+
+def assess_scan(
+    studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, save_mask: SaveMask
+) -> AssessmentResult:
+    """Assess the mask that the current segmentation network makes, or has made, of a scan; keep mask and assessment."""
+    scan = read_scan(entry.image)
+    path = current_mask(studies, entry, segmenter)
+    if path is None:
+        labels = segmenter.predict(scan).labels
+        keep_mask(studies, entry.id, labels, segmenter.version, save_mask)
+    else:
+        labels = read_labels(path, scan=scan, values=segmenter.values)
+    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=segmenter.version)
+    studies.write_assessment(result.assessment)
+    return result
+
+
+def keep_mask(studies: Studies, name: str, labels: Volume, version: str, save_mask: SaveMask) -> None:
+    """Store a network's mask of a scan, and then that this version made it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.nii.gz"
+        write_labels(labels, path)
+        save_mask(name, path, version)
+    studies.write_mask_maker(name, version)
+
+
+def _saver(studies: Studies) -> SaveMask:
+    def save(name: str, path: Path, version: str) -> None:
+        target = studies.folder / "labels" / "original" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_labels(read_labels(path), target)
+
+    return save
+
+
+def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter, method: Method, force: bool) -> bool:
+    known = studies.score(method, entry.id)
+    if known is not None and known[1] == segmenter.version and not force:
+        return False
+    settings = studies.settings.training_settings("segmentation")
+    prediction = segmenter.predict_tta(read_scan(entry.image), contrasts=settings.contrasts)
+    # one run of the group gives both baselines
+    studies.write_score("tta", entry.id, tta_dice(prediction, segmenter.structures), segmenter.version)
+    studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version)
+    return True
+
+
+def tta_dice(prediction: TtaPrediction, structures: tuple[Structure, ...]) -> float:
+    """The worst structure's median Dice between each member's mask and the median mask (the paper's baseline)."""
+    worst = 1.0
+    for structure in structures:
+        median = structure.mask(prediction.labels.array)
+        dice = [true_metrics(structure.mask(member), median).dice for member in prediction.members]
+        known = [d for d in dice if d is not None]
+        if known:
+            worst = min(worst, float(np.median(known)))
+    return worst
+
+
+def entropy(prediction: TtaPrediction) -> float:
+    """Summed voxel-wise entropy (nats) of the mean prediction, over the number of voxels in the median mask."""
+    p = np.clip(prediction.mean_probabilities, 1e-6, 1.0)
+    total = float(-(p * np.log(p)).sum(dtype=np.float64))
+    return total / max(1, int((prediction.labels.array > 0).sum()))

@@ -1,0 +1,336 @@
+"""Plan, build, store and run the anisotropic U-Nets: one plan function for the segmentation network and SegQC-Net."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import DynUNet
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from segqc.metrics import LinearCalibration
+from segqc.types import FloatArray, Structure
+from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame, to_canonical
+
+NetworkSize: TypeAlias = Literal["small", "medium", "paper"]
+Kind: TypeAlias = Literal["segmentation", "segqc"]
+OutputForm: TypeAlias = Literal["truth", "direct"]
+Triple: TypeAlias = tuple[int, int, int]
+Spacing: TypeAlias = tuple[float, float, float]
+
+_FORMAT = 1
+_NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
+
+
+class ModelError(ValueError):
+    """A model file is missing, foreign or damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """What a network looks like, in the canonical frame (through-plane axis last).
+
+    ``stem`` is a space-to-depth factor per axis in front of the U-Net (and its inverse behind it): the cheap way to a
+    large field of view on a CPU. ``(1, 1, 1)`` means none.
+    """
+
+    in_channels: int
+    out_channels: int
+    spacing_mm: Spacing
+    patch: Triple
+    stem: Triple
+    kernels: tuple[Triple, ...]
+    strides: tuple[Triple, ...]
+    filters: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _SizeRule:
+    base_filters: int
+    max_filters: int
+    levels: int
+    stem: bool
+    in_plane_limit: int
+    patch_voxels: int
+
+
+_SIZES: dict[NetworkSize, _SizeRule] = {
+    "small": _SizeRule(24, 96, 3, True, 128, 112_000),
+    "medium": _SizeRule(32, 256, 4, False, 256, 600_000),
+    "paper": _SizeRule(32, 320, 6, False, 256, 256 * 256 * 48),
+}
+
+
+def _pooled_axes(spacing: Sequence[float], shape: Sequence[int]) -> Triple:
+    """Factor 2 along the axes to pool next: the finest ones first, and none that would fall under 4 voxels."""
+    finest = min(s for s, n in zip(spacing, shape, strict=True) if n >= 8) if max(shape) >= 8 else math.inf
+    factors = [2 if n >= 8 and s < _NEAR_ISOTROPIC * finest else 1 for s, n in zip(spacing, shape, strict=True)]
+    return factors[0], factors[1], factors[2]
+
+
+def plan_network(
+    spacing_mm: Spacing,
+    shape: Triple,
+    *,
+    in_channels: int,
+    out_channels: int,
+    size: NetworkSize = "small",
+    patch: Triple | None = None,
+) -> NetworkPlan:
+    """Plan a network for scans of a typical spacing and shape, both in the canonical frame.
+
+    In-plane axes are pooled first, until the voxel is near isotropic; a kernel is 1 along an axis as long as its
+    spacing is at least twice the finest. The ``small`` plan also coarsens the in-plane spacing of large slices.
+
+    Args:
+        spacing_mm: median spacing of the training scans.
+        shape: median shape of the training scans, in voxels.
+        in_channels: scan, or scan and one mask per structure.
+        out_channels: one per class or structure.
+        size: "small" (CPU, minutes), "medium" or "paper" (the paper's blocks, section 4.2).
+        patch: training patch and prediction window; by default as much of the scan as the size allows.
+
+    Raises:
+        ValueError: if a spacing or an extent is not positive.
+    """
+    if min(spacing_mm) <= 0 or min(shape) <= 0:
+        raise ValueError(f"spacing {spacing_mm} and shape {shape} must be positive")
+    rule = _SIZES[size]
+    coarsen = max(1.0, max(shape[:2]) / rule.in_plane_limit)
+    spacing = (spacing_mm[0] * coarsen, spacing_mm[1] * coarsen, spacing_mm[2])
+    extent = (round(shape[0] / coarsen), round(shape[1] / coarsen), shape[2])
+    window = list(patch or extent)
+    while patch is None and math.prod(window) > rule.patch_voxels:
+        longest = int(np.argmax([n * s for n, s in zip(window, spacing, strict=True)]))
+        window[longest] = math.ceil(window[longest] * 0.9) - 1
+
+    stem = _pooled_axes(spacing, window) if rule.stem else (1, 1, 1)
+    current = [s * f for s, f in zip(spacing, stem, strict=True)]
+    extent_now = [max(1, n // f) for n, f in zip(window, stem, strict=True)]
+    strides: list[Triple] = [(1, 1, 1)]
+    kernels: list[Triple] = [_kernel(current)]
+    while len(strides) < rule.levels and max(extent_now) >= 8:
+        stride = _pooled_axes(current, extent_now)
+        if max(stride) == 1:
+            break
+        current = [s * f for s, f in zip(current, stride, strict=True)]
+        extent_now = [n // f for n, f in zip(extent_now, stride, strict=True)]
+        strides.append(stride)
+        kernels.append(_kernel(current))
+    total = np.prod([stem, *strides], axis=0)
+    fitted = tuple(int(math.ceil(n / t) * t) for n, t in zip(window, total, strict=True))
+    filters = tuple(min(rule.max_filters, rule.base_filters * 2**level) for level in range(len(strides)))
+    return NetworkPlan(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        spacing_mm=spacing,
+        patch=(fitted[0], fitted[1], fitted[2]),
+        stem=stem,
+        kernels=tuple(kernels),
+        strides=tuple(strides),
+        filters=filters,
+    )
+
+
+def _kernel(spacing: Sequence[float]) -> Triple:
+    finest = min(spacing)
+    k = [3 if s < _NEAR_ISOTROPIC * finest else 1 for s in spacing]
+    return k[0], k[1], k[2]
+
+
+def space_to_depth(x: torch.Tensor, factors: Triple) -> torch.Tensor:
+    """Move ``factors`` blocks of voxels into channels: (N, C, a, b, c) -> (N, C * prod, a/f0, b/f1, c/f2)."""
+    n, c, *shape = x.shape
+    f, (a, b, d) = factors, [s // k for s, k in zip(shape, factors, strict=True)]
+    x = x.reshape(n, c, a, f[0], b, f[1], d, f[2]).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(n, c * math.prod(f), a, b, d)
+
+
+def depth_to_space(x: torch.Tensor, factors: Triple) -> torch.Tensor:
+    """Undo `space_to_depth`."""
+    n, c, a, b, d = x.shape
+    f = factors
+    x = x.reshape(n, c // math.prod(f), f[0], f[1], f[2], a, b, d).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(n, c // math.prod(f), a * f[0], b * f[1], d * f[2])
+
+
+class StemUNet(nn.Module):
+    """MONAI's DynUNet behind a space-to-depth stem; returns logits of the input's spatial shape."""
+
+    def __init__(self, plan: NetworkPlan) -> None:
+        super().__init__()
+        self.stem = plan.stem
+        blocks = math.prod(plan.stem)
+        self.unet = DynUNet(
+            spatial_dims=3,
+            in_channels=plan.in_channels * blocks,
+            out_channels=plan.out_channels * blocks,
+            kernel_size=plan.kernels,
+            strides=plan.strides,
+            upsample_kernel_size=plan.strides[1:],
+            filters=plan.filters,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if max(self.stem) == 1:
+            return torch.as_tensor(self.unet(x))
+        return depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
+
+
+def build_network(plan: NetworkPlan, *, seed: int = 0, first_bias: float | None = None) -> StemUNet:
+    """Build the network of a plan; its first weights are a function of the seed alone.
+
+    ``first_bias`` sets the bias of all output logits.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = StemUNet(plan)
+    if first_bias is not None:
+        torch.nn.init.constant_(network.unet.output_block.conv.conv.bias, first_bias)
+    return network
+
+
+@dataclass(frozen=True, slots=True)
+class StructureCalibration:
+    """Linear calibration of the four 3D metrics of one structure, and the largest error box seen in training."""
+
+    dice: LinearCalibration
+    iou: LinearCalibration
+    arvd: LinearCalibration
+    rvd: LinearCalibration
+    largest_box_mm2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
+
+    ``seen`` names the patients whose labels the network, or a network it was started from, has learnt from.
+    """
+
+    kind: Kind
+    plan: NetworkPlan
+    structures: tuple[Structure, ...]
+    values: tuple[int, ...]
+    seen: tuple[str, ...]
+    output_form: OutputForm = "truth"
+    average_flips: bool = False
+    transposes: bool = False
+    calibration: tuple[StructureCalibration, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+_CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)
+
+
+def device_of_choice() -> torch.device:
+    """Return the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class TrainedNetwork:
+    """A network with its card: what `Segmenter` and `Assessor` share."""
+
+    kind: Kind
+
+    def __init__(self, card: ModelCard, network: nn.Module) -> None:
+        if card.kind != self.kind:
+            raise ModelError(f"this is a {card.kind} model; a {self.kind} model was wanted")
+        self.card = card
+        self.device = device_of_choice()
+        self.network = network.to(self.device).eval()
+        self.version = _version(card, network)
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures it knows."""
+        return self.card.structures
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The label values it knows, background (0) left out."""
+        return self.card.values
+
+    def save(self, path: Path) -> None:
+        """Write card and weights into one file, atomically."""
+        state = {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+        with atomic_write(path) as temporary:
+            torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
+
+    @staticmethod
+    def _read(path: Path) -> tuple[ModelCard, StemUNet]:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
+        try:
+            # weights_only: a model file from elsewhere must not run code
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["segqc"] != _FORMAT:
+                raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}")
+            card = _CARDS.validate_json(content["card"])
+            network = StemUNet(card.plan)
+            network.load_state_dict(content["weights"])
+        except ModelError:
+            raise
+        except (
+            RuntimeError, KeyError, TypeError, EOFError, OSError, ValidationError, pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:  # fmt: skip
+            raise ModelError(
+                f"{path}: not a readable SegQC model file ({type(error).__name__}); train it again or restore a copy"
+            ) from error
+        return card, network
+
+    def frame(self, scan: Volume) -> CanonicalFrame:
+        """The canonical frame in which the network sees a scan."""
+        return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch (N, C, a, b, c) by sliding window with Gaussian blending, half the window overlapping less.
+
+        Memory beside the result: one window's activations and one count map.
+        """
+        with torch.inference_mode():
+            logits = sliding_window_inference(
+                x,
+                roi_size=self.card.plan.patch,
+                sw_batch_size=1,
+                predictor=self.network,
+                overlap=0.25,
+                mode="gaussian",
+                sw_device=self.device,
+                device=torch.device("cpu"),
+            )
+        return torch.as_tensor(logits)
+
+
+def normalise(array: FloatArray) -> FloatArray:
+    """Clip to the 0.5th and 99.5th percentile, subtract the mean, divide by the standard deviation."""
+    sample = array[::2, ::2] if array.size > 4_000_000 else array
+    low, high = np.percentile(sample, (0.5, 99.5))
+    clipped = np.clip(array, low, high).astype(np.float32)
+    deviation = float(clipped.std())
+    clipped -= clipped.mean()
+    return clipped / np.float32(deviation if deviation > 1e-6 else 1.0)
+
+
+def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
+    """The scan as networks see it: in the canonical frame, normalised; shape ``frame.canonical_shape``."""
+    return normalise(to_canonical(scan.array, frame, order=1).astype(np.float32))
+
+
+def _version(card: ModelCard, network: nn.Module) -> str:
+    digest = hashlib.sha256(_CARDS.dump_json(card))
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

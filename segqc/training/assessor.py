@@ -1,0 +1,191 @@
+"""Train SegQC-Net on cross-fitted masks and calibrate its estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.losses import DiceLoss
+
+from segqc.assessor import Assessor
+from segqc.error_maps import difference
+from segqc.metrics import LinearCalibration, MetricName, fit_calibration, true_metrics
+from segqc.networks import ModelCard, NetworkPlan, StructureCalibration
+from segqc.regions import largest_box_area_mm2
+from segqc.training.cases import Case, Example, Placement, TooFewCases, label_values, make_example, read_case
+from segqc.training.fit import Job, Loss, fit
+from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights
+from segqc.training.patches import Patch
+from segqc.training.progress import Progress
+from segqc.training.segmentation import check_enough, plan_for
+from segqc.training.settings import TrainingSettings
+from segqc.types import Metrics, Structure
+from segqc.volumes import Volume, through_plane_axis
+
+METRICS: tuple[MetricName, ...] = ("dice", "iou", "arvd", "rvd")
+_FIRST_BIAS = -3.0  # of the truth's logit: many tiny probabilities far from the mask would add up
+
+
+def train_assessor(
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> Assessor:
+    """Train SegQC-Net: cross-fitted masks, the training proper, the calibration on patients that validate.
+
+    Args:
+        cases: all labelled cases.
+        structures: the structures to assess.
+        placements: fold and role of each patient, from `place_patients`.
+        settings: how to train.
+        folder: for the folds' networks, the masks, checkpoint and learning curve.
+        progress: told after each step.
+
+    Raises:
+        TooFewCases: with fewer labelled patients than ``settings.least_cases``, or all of them in one fold.
+        VolumeError: if a scan or a label file can't be used.
+    """
+    check_enough(cases, settings, "SegQC")
+    if len({placements[c.patient].fold for c in cases if placements[c.patient].role == "train"}) < 2:
+        raise TooFewCases("the SegQC network needs training patients in at least two folds; label more scans first")
+    values = label_values(structures)
+    plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
+    sets = crossfit_masks(cases, structures, placements, plan, settings, folder, progress)
+    return train_on_masks(sets, structures, placements, settings, folder, progress)
+
+
+def train_on_masks(
+    sets: Sequence[MaskSet],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> Assessor:
+    """Train SegQC-Net on given masks; the caller vouches that no maker of a mask has seen its scan's label."""
+    values = label_values(structures)
+    cases = [s.case for s in sets]
+    plan = plan_for(cases, settings, in_channels=1 + len(structures), out_channels=len(structures))
+    train = [s for s in sets if placements[s.case.patient].role == "train"]
+    validation = [s for s in sets if placements[s.case.patient].role == "validation"]
+    job = Job(
+        name="segqc",
+        plan=plan,
+        settings=settings,
+        epochs=settings.epochs,
+        train=_examples(train, values, plan),
+        validation=_examples(validation, values, plan),
+        prepare=_prepare(structures, settings),
+        loss=_loss(settings),
+        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
+        first_bias=_FIRST_BIAS if settings.output_form == "truth" else None,
+    )
+    fitted = fit(job, folder, progress)
+    card = ModelCard(
+        kind="segqc",
+        plan=plan,
+        structures=tuple(structures),
+        values=values,
+        seen=tuple(sorted({c.patient for c in cases})),
+        output_form=settings.output_form,
+        average_flips=settings.average_flips,
+    )
+    return calibrated(Assessor(card, fitted.network), train, validation, progress)
+
+
+def _examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
+    """One example per mask; scan and truth are shared between the masks of a case."""
+    weights = iter(stratified_weights([d for s in sets for d in s.dice])) if sets else iter(())
+    examples: list[Example] = []
+    for mask_set in sets:
+        scan, truth = read_case(mask_set.case, values)
+        first = make_example(mask_set.case.id, scan, truth, plan, mask_set.masks[0], next(weights))
+        examples.append(first)
+        for mask in mask_set.masks[1:]:
+            other = make_example(mask_set.case.id, scan, truth, plan, mask, next(weights))
+            examples.append(replace(other, image=first.image, truth=first.truth))
+    return examples
+
+
+def _channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
+    """One mask per structure (N, L, a, b, c) of label maps (N, 1, a, b, c)."""
+    return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
+
+
+def _prepare(structures: Sequence[Structure], settings: TrainingSettings):  # type: ignore[no-untyped-def]
+    def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
+        mask, truth = _channels(batch["mask"], structures), _channels(batch["truth"], structures)
+        # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
+        target = truth if settings.output_form == "truth" else (mask != truth).float()
+        return torch.cat([batch["image"], mask], dim=1), target
+
+    return prepare
+
+
+def _loss(settings: TrainingSettings) -> Loss:
+    if settings.loss == "dice":
+        return DiceLoss(sigmoid=True, batch=True)
+    return torch.nn.BCEWithLogitsLoss()
+
+
+def calibrated(
+    assessor: Assessor, train: Sequence[MaskSet], validation: Sequence[MaskSet], progress: Progress
+) -> Assessor:
+    """Fit the linear calibration of each structure's metrics on validation masks, and note the largest error box."""
+    structures = assessor.structures
+    estimates: list[list[Metrics]] = [[] for _ in structures]
+    truths: list[list[Metrics]] = [[] for _ in structures]
+    for i, mask_set in enumerate(validation):
+        progress.step(i, len(validation), "calibration")
+        scan, truth = read_case(mask_set.case, assessor.values)
+        for mask in mask_set.masks:
+            labels = Volume(mask, scan.affine, scan.acquisition_axis)
+            qualities = assessor.assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
+            for k, structure in enumerate(structures):
+                estimates[k].append(qualities[k].raw.metrics)
+                truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
+    boxes = _largest_boxes(train, structures, assessor.values)
+    calibration = tuple(_fit(estimates[k], truths[k], boxes[k]) for k in range(len(structures)))
+    scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
+    kept = {name: value for name, value in scores.items() if value is not None}
+    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)  # type: ignore[arg-type]
+
+
+def _fit(estimates: Sequence[Metrics], truths: Sequence[Metrics], largest_box_mm2: float | None) -> StructureCalibration:
+    lines: dict[str, LinearCalibration] = {}
+    for name in METRICS:
+        pairs = [(getattr(e, name), getattr(t, name)) for e, t in zip(estimates, truths, strict=True)]
+        known = np.array([p for p in pairs if None not in p], float).reshape(-1, 2)
+        lines[name] = fit_calibration(known[:, 0], known[:, 1], metric=name)
+    return StructureCalibration(**lines, largest_box_mm2=largest_box_mm2)
+
+
+def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:
+    errors = [
+        abs(e.dice - t.dice)
+        for e, t in zip(estimates, truths, strict=True)
+        if e.dice is not None and t.dice is not None
+    ]
+    return round(float(np.mean(errors)), 4) if errors else None
+
+
+def _largest_boxes(
+    sets: Sequence[MaskSet], structures: Sequence[Structure], values: Sequence[int]
+) -> list[float | None]:
+    """The largest true error box of each structure over the training cases' median masks, in mm^2."""
+    largest: list[float | None] = [None] * len(structures)
+    for mask_set in sets:
+        scan, truth = read_case(mask_set.case, values)
+        axis = through_plane_axis(scan)
+        for k, structure in enumerate(structures):
+            error = difference(structure.mask(mask_set.masks[0]), structure.mask(truth.array))
+            area = largest_box_area_mm2(error, axis, scan.spacing_mm)
+            if area is not None:
+                largest[k] = max(area, largest[k] or 0.0)
+    return largest

@@ -1,0 +1,143 @@
+"""Pairs of a scan and a mask to train SegQC-Net on, made by networks that have never seen the scan's label."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segqc.metrics import true_metrics
+from segqc.networks import NetworkPlan, StemUNet
+from segqc.segmenter import Segmenter
+from segqc.training.cases import Case, Placement, load_example, read_case
+from segqc.training.fit import Weights, fit
+from segqc.training.progress import Progress
+from segqc.training.segmentation import segmentation_job, segmenter_of
+from segqc.training.settings import TrainingSettings
+from segqc.types import LabelArray, Structure
+from segqc.volumes import Volume, atomic_write
+
+BIN_WIDTH = 0.1  # of Dice, for stratified sampling
+
+
+class LeakError(ValueError):
+    """A network was asked for a training mask of a scan whose label it, or an ancestor, has seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSet:
+    """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures."""
+
+    case: Case
+    masks: LabelArray
+    dice: tuple[float, ...]
+
+
+def assert_unseen(segmenter: Segmenter, case: Case) -> None:
+    """Refuse a case that the network has learnt from.
+
+    Raises:
+        LeakError: naming the case and the patient.
+    """
+    if case.patient in segmenter.card.seen:
+        raise LeakError(f"case {case.id}: the network {segmenter.version} has seen patient {case.patient}'s label")
+
+
+def masks_of(segmenters: Sequence[Segmenter], case: Case, settings: TrainingSettings) -> MaskSet:
+    """Make the masks of a case: per network each member of the augmentation group and the median (paper, 3.1).
+
+    The first network gives the whole group, the further ones (early epochs) their median and one member each.
+
+    Raises:
+        LeakError: if one of the networks has seen the case.
+    """
+    scan, truth = read_case(case, segmenters[0].values)
+    masks: list[LabelArray] = []
+    for i, segmenter in enumerate(segmenters):
+        assert_unseen(segmenter, case)
+        tta = segmenter.predict_tta(scan, contrasts=settings.contrasts if i == 0 else ())
+        members = tta.members if i == 0 else tta.members[:1]
+        masks += [np.asarray(tta.labels.array, np.uint8), *members]
+    dice = tuple(mean_dice(mask, truth, segmenters[0].structures) for mask in masks)
+    return MaskSet(case, np.stack(masks), dice)
+
+
+def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
+    """Mean true Dice over the structures that are there; 1.0 where none is."""
+    dice = [true_metrics(s.mask(mask), s.mask(truth.array)).dice for s in structures]
+    return float(np.mean([d for d in dice if d is not None] or [1.0]))
+
+
+def crossfit_masks(
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[MaskSet]:
+    """Make the masks of all cases, each from networks trained without its patient.
+
+    Fold k's network learns from the training patients of the other folds, for a fixed number of epochs (no early
+    stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
+    included. Its weights at two random early epochs make further, worse masks (the paper's stratification, 4.1).
+    """
+    values = tuple(sorted({v for s in structures for v in s.values}))
+    sets: list[MaskSet] = []
+    folds = sorted({placements[c.patient].fold for c in cases})
+    for fold in folds:
+        held = [c for c in cases if placements[c.patient].fold == fold]
+        learnt = [
+            c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"
+        ]
+        rng = np.random.default_rng((settings.seed, fold))
+        latest = max(2, settings.fold_epochs // 2)
+        early = tuple(sorted({int(e) for e in rng.integers(1, latest + 1, size=2)}))
+        examples = [load_example(c, plan, values) for c in learnt]
+        job = segmentation_job(
+            f"fold {fold + 1}/{len(folds)}", plan, values, examples, [], settings,
+            epochs=settings.fold_epochs, snapshots=early,
+        )  # fmt: skip
+        fitted = fit(job, folder / f"fold-{fold}", progress)
+        seen = [c.patient for c in learnt]
+        networks = [segmenter_of(fitted, plan, structures, seen, settings)]
+        for epoch in early:
+            copy = segmenter_of(fitted, plan, structures, seen, settings)
+            copy = _with_weights(copy, fitted.snapshots[epoch])
+            networks.append(copy)
+        for i, case in enumerate(held):
+            progress.step(i, len(held), f"masks of fold {fold + 1}/{len(folds)}")
+            sets.append(_stored_masks(networks, case, settings, folder / "masks"))
+    return sets
+
+
+def _with_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
+    network = StemUNet(segmenter.card.plan)
+    network.load_state_dict(weights)
+    return Segmenter(segmenter.card, network)
+
+
+def _stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
+    """The masks of a case, from an earlier run with the same networks where there is one."""
+    versions = " ".join(n.version for n in networks) + repr(settings.contrasts)
+    key = hashlib.sha256(versions.encode() + case.labels.read_bytes()).hexdigest()[:16]
+    path = folder / f"{case.id}-{key}.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]))
+    made = masks_of(networks, case, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, masks=made.masks, dice=np.array(made.dice))
+    return made
+
+
+def stratified_weights(dice: Sequence[float]) -> tuple[float, ...]:
+    """Weights that make each occupied Dice bin equally likely (method, "Stratified data")."""
+    bins = np.minimum((np.asarray(dice) / BIN_WIDTH).astype(int), round(1 / BIN_WIDTH) - 1)
+    counts = np.bincount(bins)
+    return tuple(float(1.0 / counts[b]) for b in bins)

@@ -1,0 +1,140 @@
+"""Patches for training: drawn and augmented as a function of (seed, draw) alone, so that a training can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandFlipd,
+    RandGaussianNoised,
+    RandRotate90d,
+    RandScaleIntensityd,
+)
+from torch.utils.data import Dataset, Sampler
+
+from segqc.networks import NetworkPlan, Triple
+from segqc.training.cases import Example
+from segqc.training.settings import TrainingSettings
+
+FOREGROUND_SHARE = 0.7  # of the patches are centred on a voxel of the truth or of the mask's error
+
+Patch = dict[Literal["image", "truth", "mask"], torch.Tensor]
+
+
+class Draws(Sampler[int]):
+    """The numbers of the draws: an endless sequence from ``start`` on."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        draw = self.start
+        while True:
+            yield draw
+            draw += 1
+
+
+class PatchDataset(Dataset[Patch]):
+    """Augmented patches; item ``draw`` depends on the seed, the draw and the examples only.
+
+    Tensors: image (1, a, b, c) float, truth and mask (1, a, b, c) float label maps.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], plan: NetworkPlan, settings: TrainingSettings, *, empty_until: int = 0
+    ) -> None:
+        """Take the examples; before draw ``empty_until`` the mask is empty (see `TrainingSettings`)."""
+        self.examples = examples
+        self.patch = plan.patch
+        self.seed = settings.seed
+        self.empty_until = empty_until
+        weights = np.array([e.weight for e in examples])
+        self.cumulated = np.cumsum(weights / weights.sum())
+        self.masked = examples[0].mask is not None
+        self.augment = _augmentation(settings, plan, masked=self.masked)
+        self.interesting = [_interesting(e) for e in examples]
+
+    def __getitem__(self, draw: int) -> Patch:
+        rng = np.random.default_rng((self.seed, draw))
+        index = min(int(np.searchsorted(self.cumulated, rng.random())), len(self.examples) - 1)
+        example = self.examples[index]
+        start = self._start(example.image.shape, self.interesting[index], rng)
+        item: Patch = {"image": cut(example.image, start, self.patch), "truth": cut(example.truth, start, self.patch)}
+        if example.mask is not None:
+            mask = cut(example.mask, start, self.patch)
+            item["mask"] = torch.zeros_like(mask) if draw < self.empty_until else mask
+        self.augment.set_random_state(seed=int(rng.integers(2**31)))
+        augmented = self.augment(item)
+        return {key: torch.as_tensor(augmented[key]) for key in item}
+
+    def _start(self, shape: tuple[int, ...], interesting: np.ndarray, rng: np.random.Generator) -> Triple:
+        if len(interesting) and rng.random() < FOREGROUND_SHARE:
+            centre = np.array(np.unravel_index(int(rng.choice(interesting)), shape))
+        else:
+            centre = rng.integers(0, shape)
+        room = np.array(shape) - self.patch
+        start = np.clip(centre - np.array(self.patch) // 2, np.minimum(room, 0), np.maximum(room, 0))
+        start = np.where(room < 0, room // 2, start)
+        return int(start[0]), int(start[1]), int(start[2])
+
+
+def cut(array: np.ndarray, start: Triple, patch: Triple) -> torch.Tensor:
+    """Cut a patch (1, a, b, c) that may reach over the borders, where it is zero."""
+    result = np.zeros((1, *patch), np.float32)
+    source = tuple(slice(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch, array.shape, strict=True))
+    target = tuple(slice(max(-s, 0), max(-s, 0) + c.stop - c.start) for s, c in zip(start, source, strict=True))
+    result[(0, *target)] = array[source]
+    return torch.from_numpy(result)
+
+
+def centred(example: Example, patch: Triple) -> Patch:
+    """The patch around the centre of the truth's bounding box, without augmentation: what validation looks at."""
+    where = np.argwhere(example.truth > 0)
+    centre = (where.min(axis=0) + where.max(axis=0)) // 2 if len(where) else np.array(example.truth.shape) // 2
+    room = np.array(example.image.shape) - patch
+    start = np.where(room < 0, room // 2, np.clip(centre - np.array(patch) // 2, 0, np.maximum(room, 0)))
+    at = (int(start[0]), int(start[1]), int(start[2]))
+    item: Patch = {"image": cut(example.image, at, patch), "truth": cut(example.truth, at, patch)}
+    if example.mask is not None:
+        item["mask"] = cut(example.mask, at, patch)
+    return item
+
+
+def _interesting(example: Example) -> np.ndarray:
+    """Flat indices of the voxels worth centring a patch on; at most 5000 of them, evenly thinned."""
+    interest = example.truth > 0
+    if example.mask is not None:
+        interest = interest | (example.mask > 0)
+    indices = np.flatnonzero(interest)
+    return indices[:: max(1, len(indices) // 5000)]
+
+
+def _augmentation(settings: TrainingSettings, plan: NetworkPlan, *, masked: bool) -> Compose:
+    keys = ["image", "truth", "mask"] if masked else ["image", "truth"]
+    modes = ["bilinear"] + ["nearest"] * (len(keys) - 1)
+    near_isotropic = max(plan.spacing_mm) < 2 * min(plan.spacing_mm)
+    tilt = 0.15 if near_isotropic else 0.0  # thick slices are not tilted out of plane
+    steps = [
+        RandAffined(
+            keys,
+            prob=0.7,
+            rotate_range=(tilt, tilt, 0.26),
+            scale_range=(0.15, 0.15, 0.15 if near_isotropic else 0.0),
+            mode=modes,
+            padding_mode="zeros",
+        ),
+        RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
+        RandScaleIntensityd("image", factors=0.25, prob=0.5),
+        RandGaussianNoised("image", prob=0.3, std=0.15),
+    ]
+    if settings.flips:
+        steps += [RandFlipd(keys, prob=0.5, spatial_axis=0), RandFlipd(keys, prob=0.5, spatial_axis=1)]
+    if settings.transposes and plan.patch[0] == plan.patch[1]:
+        steps.append(RandRotate90d(keys, prob=0.5, max_k=3, spatial_axes=(0, 1)))
+    return Compose(steps)

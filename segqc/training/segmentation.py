@@ -1,0 +1,142 @@
+"""Train the segmentation network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.losses import DiceCELoss
+
+from segqc.metrics import true_metrics
+from segqc.networks import ModelCard, NetworkPlan, plan_network
+from segqc.segmenter import Segmenter
+from segqc.training.cases import (
+    Case,
+    Example,
+    Placement,
+    TooFewCases,
+    label_values,
+    load_example,
+    read_case,
+    typical_geometry,
+)
+from segqc.training.fit import Fitted, Job, fit
+from segqc.training.patches import Patch
+from segqc.training.progress import Progress
+from segqc.training.settings import TrainingSettings
+from segqc.types import Structure
+
+
+def check_enough(cases: Sequence[Case], settings: TrainingSettings, network: str) -> None:
+    """Refuse to train on too few labelled patients.
+
+    Raises:
+        TooFewCases: with what is there and what is needed.
+    """
+    patients = len({case.patient for case in cases})
+    if patients < settings.least_cases:
+        raise TooFewCases(
+            f"the {network} network needs labelled scans of at least {settings.least_cases} patients, found {patients}; "
+            "label and submit more scans first"
+        )
+
+
+def plan_for(
+    cases: Sequence[Case], settings: TrainingSettings, *, in_channels: int, out_channels: int
+) -> NetworkPlan:
+    """Plan a network from the cases' median geometry."""
+    spacing, shape = typical_geometry(cases)
+    return plan_network(
+        spacing, shape, in_channels=in_channels, out_channels=out_channels, size=settings.size, patch=settings.patch
+    )
+
+
+def segmentation_job(
+    name: str,
+    plan: NetworkPlan,
+    values: Sequence[int],
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    settings: TrainingSettings,
+    *,
+    epochs: int,
+    snapshots: tuple[int, ...] = (),
+) -> Job:
+    """Describe one training of a segmentation network: softmax over background and label values, Dice + cross-entropy."""
+    table = torch.zeros(256, dtype=torch.long)
+    table[list(values)] = torch.arange(1, len(values) + 1)
+
+    def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch["image"], table[batch["truth"].long()].float()
+
+    loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+    return Job(name, plan, settings, epochs, train, validation, prepare, loss, snapshots=snapshots)
+
+
+def segmenter_of(
+    fitted: Fitted, plan: NetworkPlan, structures: Sequence[Structure], seen: Sequence[str], settings: TrainingSettings
+) -> Segmenter:
+    """Wrap trained weights with their card."""
+    card = ModelCard(
+        kind="segmentation",
+        plan=plan,
+        structures=tuple(structures),
+        values=label_values(structures),
+        seen=tuple(sorted(set(seen))),
+        transposes=settings.transposes and plan.patch[0] == plan.patch[1],
+    )
+    return Segmenter(card, fitted.network)
+
+
+def train_segmentation(
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> Segmenter:
+    """Train the segmentation network on the cases of training patients, stopped early on those that validate.
+
+    Args:
+        cases: all labelled cases.
+        structures: the structures to learn.
+        placements: fold and role of each patient, from `place_patients`.
+        settings: how to train.
+        folder: for checkpoint and learning curve.
+        progress: told after each step.
+
+    Raises:
+        TooFewCases: with fewer labelled patients than ``settings.least_cases``.
+        VolumeError: if a scan or a label file can't be used.
+    """
+    check_enough(cases, settings, "segmentation")
+    values = label_values(structures)
+    plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
+    split = {role: [c for c in cases if placements[c.patient].role == role] for role in ("train", "validation")}
+    train = [load_example(c, plan, values) for c in split["train"]]
+    validation = [load_example(c, plan, values) for c in split["validation"]]
+    job = segmentation_job("segmentation", plan, values, train, validation, settings, epochs=settings.epochs)
+    fitted = fit(job, folder, progress)
+    # validation labels chose the epoch: their patients count as seen
+    segmenter = segmenter_of(fitted, plan, structures, [c.patient for c in cases], settings)
+    return with_scores(segmenter, split["validation"], values)
+
+
+def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[int]) -> Segmenter:
+    """Measure the Dice of each structure on whole scans and note the means on the model's card."""
+    if not cases:
+        return segmenter
+    rows = []
+    for case in cases:
+        scan, truth = read_case(case, values)
+        predicted = segmenter.predict(scan).labels
+        dice = [true_metrics(s.mask(predicted.array), s.mask(truth.array)).dice for s in segmenter.structures]
+        rows.append([np.nan if d is None else d for d in dice])
+    means = np.nanmean(np.array(rows, float), axis=0)
+    scores = {f"dice {s.name}": round(float(m), 4) for s, m in zip(segmenter.structures, means, strict=True)}
+    scores["dice"] = round(float(np.nanmean(means)), 4)
+    return Segmenter(replace(segmenter.card, scores=scores), segmenter.network)  # type: ignore[arg-type]
