@@ -219,10 +219,11 @@ class LinearCalibration:
     def apply(self, values: Values) -> Values: ...
     def apply(self, values: float | Values) -> float | Values:
         """Calibrate one estimate or an array of them; NaN stays NaN."""
-        result: Values = self.slope * np.asarray(values, np.float64) + self.intercept
-        if self.low is not None or self.high is not None:
-            result = np.clip(result, self.low, self.high)
-        return result if isinstance(values, np.ndarray) else float(result)
+        low = -np.inf if self.low is None else self.low
+        high = np.inf if self.high is None else self.high
+        calibrated: Values = np.asarray(self.slope * np.asarray(values, np.float64) + self.intercept)
+        np.clip(calibrated, low, high, out=calibrated)
+        return calibrated if isinstance(values, np.ndarray) else float(calibrated)
 
 
 def fit_calibration(

@@ -1,0 +1,198 @@
+"""The difference of mask and truth, the estimated truth, and error extraction (paper, sections 3.1 and 3.3)."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from segqc.types import BoolArray, FloatArray
+
+ErrorT = TypeVar("ErrorT", BoolArray, FloatArray)
+Box = tuple[slice, slice, slice]
+
+_ROUNDING = 1e-6  # a radius of 2 mm reaches the tenth voxel of 0.2 mm
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionSettings:
+    """How errors are told from observer variability along the contour.
+
+    Attributes:
+        band_mm: radius of the dilation and of the erosion; the band between them is left out.
+        max_band_share: bound on the radius: the erosion may take this share of the structure's mask at most, as a band
+            of a large structure's width would cover most of a small one.
+        min_component_mm2: connected components with a smaller area in their slice are dropped (the paper's t_size).
+        threshold: error probability from which a voxel belongs to a component.
+        structure_band_mm: radii of single structures, by name, in place of ``band_mm``.
+    """
+
+    band_mm: float = 2.0
+    max_band_share: float = 0.5
+    min_component_mm2: float = 20.0
+    threshold: float = 0.5
+    structure_band_mm: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if min(self.band_mm, self.min_component_mm2, *self.structure_band_mm.values()) < 0:
+            raise ValueError("error extraction: band_mm, structure_band_mm and min_component_mm2 must not be negative")
+        if not (0 <= self.max_band_share <= 1 and 0 < self.threshold <= 1):
+            raise ValueError("error extraction: max_band_share must lie in [0, 1] and threshold in (0, 1]")
+
+    def for_structure(self, name: str) -> ExtractionSettings:
+        """Return the settings with the named structure's own radius, if it has one."""
+        return replace(self, band_mm=self.structure_band_mm.get(name, self.band_mm))
+
+
+def difference(mask: BoolArray, truth: BoolArray) -> BoolArray:
+    """Return D = |T - M|: errors and observer variability together, of the masks' shape."""
+    return np.logical_xor(mask, truth)
+
+
+def estimated_truth(mask: BoolArray, error: FloatArray) -> FloatArray:
+    """Return M(1 - E) + (1 - M)E: the truth's probability in every voxel, of the mask's shape."""
+    return np.where(mask, 1 - error, error)
+
+
+def extract_errors(
+    error: ErrorT, mask: BoolArray, axis: int, spacing_mm: Sequence[float], settings: ExtractionSettings
+) -> ErrorT:
+    """Keep the part of an error map that is more than observer variability, slice by slice (paper, section 3.3).
+
+    The band around the mask's contour is set to zero, then the connected components (8 neighbours) that are too small.
+    What lies outside the band and below the threshold stays. The border of the volume is no contour.
+
+    Args:
+        error: error probabilities, or the difference D, of shape (n0, n1, n2).
+        mask: one structure's mask, of the same shape.
+        axis: the through-plane axis.
+        spacing_mm: the voxel spacing, three numbers.
+        settings: the band's radius, its bound and the smallest component.
+
+    Returns:
+        A new array of the error's shape and type.
+
+    Raises:
+        ValueError: if the arrays are not 3-D or differ in shape.
+    """
+    if error.ndim != 3 or error.shape != mask.shape:
+        raise ValueError(f"error extraction needs two 3-D arrays of one shape, got {error.shape} and {mask.shape}")
+    axis %= 3
+    result = error.copy()
+    first, second = (a for a in range(3) if a != axis)
+    plane = (spacing_mm[first], spacing_mm[second])
+    box = bounding_box(mask)
+    if box is not None:
+        reach = [math.floor(settings.band_mm / spacing_mm[a] + _ROUNDING) + 1 if a != axis else 0 for a in range(3)]
+        box = _padded(box, reach, mask.shape)
+        _view(result[box], axis)[_band(_view(mask[box], axis), plane, settings)] = 0
+    _drop_small(result, axis, plane[0] * plane[1], settings)
+    return result
+
+
+def likely_wrong(error: BoolArray | FloatArray, threshold: float) -> BoolArray:
+    """Return the voxels whose error probability reaches the threshold; a true error as it is."""
+    return error.astype(bool, copy=False) if error.dtype == bool else np.asarray(error >= threshold)
+
+
+def bounding_box(mask: BoolArray) -> Box | None:
+    """Return the slices of the smallest box that holds a mask (n0, n1, n2); None for an empty mask."""
+    found = ndimage.find_objects(mask.view(np.uint8))
+    if not found:
+        return None
+    first, second, third = found[0]
+    return first, second, third
+
+
+def label_slices(mask: BoolArray, axis: int) -> tuple[npt.NDArray[np.int32], int]:
+    """Label the connected components (8 neighbours) of every slice in one call.
+
+    Args:
+        mask: (n0, n1, n2).
+        axis: the through-plane axis; components do not reach across it.
+
+    Returns:
+        The labels, of the mask's shape, 0 outside; and the number of components.
+    """
+    neighbours = np.zeros((3, 3, 3), bool)
+    np.moveaxis(neighbours, axis, 0)[1] = True
+    labels, count = ndimage.label(mask, structure=neighbours)
+    return labels, int(count)
+
+
+def _band(mask: BoolArray, plane_mm: tuple[float, float], settings: ExtractionSettings) -> BoolArray:
+    """Dilation without erosion in every slice, the radius bounded; the in-plane axes are the first two."""
+    background = ~mask
+    allowed = settings.max_band_share * np.count_nonzero(mask)
+    # only the distances between voxels make a difference: the largest of them that keeps the bound
+    radii = _distances(plane_mm, settings.band_mm)
+    kept = bisect.bisect_right(
+        radii, allowed, key=lambda r: np.count_nonzero(dilate_in_plane(background, r, plane_mm) & mask)
+    )
+    if kept == 0:
+        return np.zeros_like(mask)
+    radius = radii[kept - 1]
+    near_background = dilate_in_plane(background, radius, plane_mm)
+    return dilate_in_plane(mask, radius, plane_mm) & near_background
+
+
+def _distances(plane_mm: tuple[float, float], longest_mm: float) -> list[float]:
+    """The distances between voxel centres of a slice, up to a length, ascending."""
+    steps = [np.arange(math.floor(longest_mm / spacing + _ROUNDING) + 1) * spacing for spacing in plane_mm]
+    distances = np.unique(np.hypot(steps[0][:, None], steps[1][None, :]).round(6))
+    return [float(d) for d in distances if 0 < d <= longest_mm * (1 + _ROUNDING)]
+
+
+def dilate_in_plane(mask: BoolArray, radius_mm: float, plane_mm: tuple[float, float]) -> BoolArray:
+    """Dilate every slice by a disk.
+
+    Args:
+        mask: (in-plane, in-plane, through-plane).
+        radius_mm: the disk's radius; voxels at exactly this distance are reached.
+        plane_mm: spacing along the two in-plane axes.
+
+    Returns:
+        A new mask; beyond the border there is nothing.
+    """
+    reach = radius_mm * (1 + _ROUNDING)
+    rows = range(math.floor(reach / plane_mm[0]) + 1)
+    # the disk is a stack of row segments: widen one step at a time, and shift to the rows of that width
+    widths = [math.floor(math.sqrt(max(reach**2 - (row * plane_mm[0]) ** 2, 0.0)) / plane_mm[1]) for row in rows]
+    result, widened = mask.copy(), mask.copy()
+    for width in range(min(widths[0], mask.shape[1]) + 1):
+        if width:
+            widened[:, width:] |= mask[:, :-width]
+            widened[:, :-width] |= mask[:, width:]
+        for row in (r for r in rows if min(widths[r], mask.shape[1]) == width and r < mask.shape[0]):
+            result[row:] |= widened[: mask.shape[0] - row]
+            result[: mask.shape[0] - row] |= widened[row:]
+    return result
+
+
+def _drop_small(error: BoolArray | FloatArray, axis: int, voxel_mm2: float, settings: ExtractionSettings) -> None:
+    """Zero, in place, the components of the thresholded map that are too small."""
+    wrong = likely_wrong(error, settings.threshold)
+    box = bounding_box(wrong)
+    if box is None or settings.min_component_mm2 <= 0:
+        return
+    labels, _ = label_slices(wrong[box], axis)
+    small = np.bincount(labels.ravel()) * voxel_mm2 < settings.min_component_mm2 * (1 - _ROUNDING)
+    small[0] = False
+    error[box][small[labels]] = 0
+
+
+def _view(array: ErrorT, axis: int) -> ErrorT:
+    return np.moveaxis(array, axis, -1)
+
+
+def _padded(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
+    first, second, third = (
+        slice(max(part.start - m, 0), min(part.stop + m, n)) for part, m, n in zip(box, margin, shape, strict=True)
+    )
+    return first, second, third
