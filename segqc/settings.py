@@ -1,0 +1,226 @@
+"""Settings of a studies folder: flags over environment variables over one TOML file over defaults.
+
+The tables ``[extraction]``, ``[boxes]`` and ``[training]`` hold the fields of the library's own settings classes, so
+that a name, its unit and its default are written in one place only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from segqc.error_maps import ExtractionSettings
+from segqc.regions import BoxSettings
+from segqc.types import Structure
+from segqc.volumes import atomic_write
+
+if TYPE_CHECKING:
+    from segqc.training.settings import TrainingSettings
+
+SETTINGS_FILE = "segqc.toml"
+
+Network: TypeAlias = Literal["segmentation", "segqc"]
+Scalar: TypeAlias = bool | int | float | str | None
+Value: TypeAlias = Scalar | tuple[Scalar, ...] | list[Scalar]
+Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; says which one, where it came from and what is wanted."""
+
+
+class ServerSettings(BaseModel):
+    """The table ``[server]``: where the server listens and what it does at its first start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    strategy: str = "segqc"
+    bootstrap: bool = True
+
+
+class Settings(BaseSettings):
+    """All settings of a studies folder; read with `load_settings`."""
+
+    model_config = SettingsConfigDict(env_prefix="SEGQC_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    structures: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    patients: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
+    boxes: BoxSettings = Field(default_factory=BoxSettings)
+    training: Table = Field(default_factory=dict)
+    server: ServerSettings = Field(default_factory=ServerSettings)
+
+    @field_validator("structures", mode="before")
+    @classmethod
+    def _single_values(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: (v,) if isinstance(v, int) else v for name, v in value.items()}
+        return value
+
+    @field_validator("structures")
+    @classmethod
+    def _label_values(cls, value: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name, values in value.items():
+            if not values or not all(1 <= v <= 255 for v in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
+        return value
+
+    @field_validator("extraction", "boxes", mode="before")
+    @classmethod
+    def _known_keys(cls, value: object, info: object) -> object:
+        name = getattr(info, "field_name", "")
+        if isinstance(value, Mapping):
+            _refuse_unknown(name, value, ExtractionSettings if name == "extraction" else BoxSettings)
+        return value
+
+    def structure_list(self) -> tuple[Structure, ...]:
+        """The named structures, in the file's order; empty where none is named."""
+        return tuple(Structure(name, values) for name, values in self.structures.items())
+
+    def label_values(self) -> tuple[int, ...]:
+        """All label values of the named structures, ascending."""
+        return tuple(sorted({v for values in self.structures.values() for v in values}))
+
+    def patient_of(self, scan: str) -> str:
+        """The patient that a scan is of, from the table ``[patients]``; the scan's own id where no entry names it."""
+        return next((patient for patient, scans in self.patients.items() if scan in scans), scan)
+
+    def training_settings(self, network: Network) -> TrainingSettings:
+        """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``.
+
+        Raises:
+            SettingsError: if a key is unknown or a value cannot be used.
+        """
+        from segqc.training.settings import TrainingSettings  # imports torch
+
+        both = {key: value for key, value in self.training.items() if not isinstance(value, dict)}
+        own = self.training.get(network, {})
+        return build(TrainingSettings, {**both, **(own if isinstance(own, dict) else {})}, "training")
+
+
+def build(kind: type[T], table: Mapping[str, object], name: str) -> T:
+    """Turn a table of settings into the frozen dataclass that the library takes.
+
+    Args:
+        kind: the dataclass.
+        table: field values, as a TOML file or the environment gives them (numbers may be text).
+        name: the table's name, for errors.
+
+    Raises:
+        SettingsError: if a key is unknown or a value has the wrong type or range.
+    """
+    try:
+        _refuse_unknown(name, table, kind)
+        return TypeAdapter(kind).validate_python(dict(table))
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, f"[{name}]")) from error
+    except ValueError as error:
+        raise SettingsError(f"settings: {error}") from error
+
+
+def _refuse_unknown(name: str, table: Mapping[str, object], kind: type) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise ValueError(f"[{name}] has no setting {unknown[0]!r}; it has {', '.join(known)}")
+
+
+def load_settings(
+    studies: Path | None = None, config: Path | None = None, overrides: Mapping[str, object] | None = None
+) -> Settings:
+    """Read the settings.
+
+    Args:
+        studies: a studies folder, whose ``segqc.toml`` is read where it exists.
+        config: a TOML file to read instead.
+        overrides: what was given as flags: ``{"structures": {"cord": (3,)}, "server": {"port": 8010}}``.
+
+    Raises:
+        SettingsError: if a file is missing or not TOML, or a setting is unknown or cannot be used.
+    """
+    path = config or (studies / SETTINGS_FILE if studies is not None else None)
+    if config is not None and not config.is_file():
+        raise SettingsError(f"{config}: no such settings file")
+    if path is not None and path.is_file():
+        try:
+            with path.open("rb") as file:
+                tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{path}: not a TOML file: {error}") from error
+
+    class _FromFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            file = TomlConfigSettingsSource(settings_cls, path) if path is not None else None
+            return (init_settings, env_settings, *((file,) if file is not None else ()))
+
+    try:
+        return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsError(_sentence(error, _origin(path))) from error
+
+
+def _origin(path: Path | None) -> str:
+    named = str(path) if path is not None and path.is_file() else "settings"
+    variables = sorted(name for name in os.environ if name.upper().startswith("SEGQC_") and name != "SEGQC_DATA")
+    return f"{named} and {', '.join(variables)}" if variables else named
+
+
+def _sentence(error: ValidationError, origin: str) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{origin}: {place}: {message}{more}"
+
+
+def write_settings(
+    folder: Path, structures: Mapping[str, tuple[int, ...]], patients: Mapping[str, tuple[str, ...]] | None = None
+) -> Path:
+    """Write a studies folder's ``segqc.toml``.
+
+    Args:
+        folder: the studies folder.
+        structures: names and the label values that belong to them.
+        patients: names and their scans, where a patient has several scans.
+
+    Returns:
+        The file's path.
+    """
+    path = folder / SETTINGS_FILE
+    lines = [
+        "# Settings of this studies folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
+    ]
+    if structures:
+        lines += ["", "# name = the label values that belong to it", "[structures]"]
+        lines += [f"{_text(name)} = [{', '.join(map(str, values))}]" for name, values in structures.items()]
+    if patients:
+        lines += ["", "# patient = the scans of this patient: they stay together when networks are trained and judged"]
+        lines += ["[patients]"]
+        lines += [f"{_text(name)} = [{', '.join(map(_text, scans))}]" for name, scans in patients.items()]
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _text(value: str) -> str:
+    # every JSON string is a TOML basic string
+    return json.dumps(value, ensure_ascii=False)
