@@ -34,7 +34,7 @@ class ExtractionSettings:
     """
 
     band_mm: float = 2.0
-    max_band_share: float = 0.5
+    max_band_share: float = 0.4
     min_component_mm2: float = 20.0
     threshold: float = 0.5
     structure_band_mm: Mapping[str, float] = field(default_factory=dict, hash=False)

@@ -197,7 +197,7 @@ def _in_plane(axis: int) -> Axes:
 
 
 def _counts(mask: BoolArray, over: Axes) -> Values:
-    return np.atleast_1d(np.count_nonzero(mask, axis=over)).astype(np.float64)
+    return np.array(np.count_nonzero(mask, axis=over), np.float64, ndmin=1)
 
 
 def _number(value: np.float64) -> float | None:
@@ -221,9 +221,10 @@ class LinearCalibration:
         """Calibrate one estimate or an array of them; NaN stays NaN."""
         low = -np.inf if self.low is None else self.low
         high = np.inf if self.high is None else self.high
-        calibrated: Values = np.asarray(self.slope * np.asarray(values, np.float64) + self.intercept)
-        np.clip(calibrated, low, high, out=calibrated)
-        return calibrated if isinstance(values, np.ndarray) else float(calibrated)
+        calibrated = np.asarray(values, np.float64) * self.slope + self.intercept
+        if not isinstance(values, np.ndarray):
+            return float(np.clip(calibrated, low, high))
+        return np.asarray(np.clip(calibrated, low, high), np.float64)
 
 
 def fit_calibration(

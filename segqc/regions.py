@@ -132,7 +132,7 @@ def _united(corners: Corners, min_distance: float) -> Corners:
         for side in (0, 1):
             gap = start[:, None, side] - stop[None, :, side]
             squared += np.maximum(np.maximum(gap, gap.T), 0) ** 2
-        count, group = connected_components(csr_array(squared < min_distance**2), directed=False)
+        count, group = connected_components(squared < min_distance**2, directed=False)
         if count == len(corners):
             return corners
         united = np.empty((count, 4), np.int32)
