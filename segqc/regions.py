@@ -76,7 +76,8 @@ def find_boxes(
     voxel_mm2 = spacing_mm[first] * spacing_mm[second]
     upper = _largest_area(error.shape[first] * error.shape[second] * voxel_mm2, settings)
     slices, corners = _component_boxes(error, axis, settings.threshold)
-    # components come sorted by no axis in particular: group them by slice
+    if not len(slices):
+        return ()
     order = np.argsort(slices, kind="stable")
     indices, starts = np.unique(slices[order], return_index=True)
     planes = np.moveaxis(error, axis, 0)

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from skimage import measure
+
+from segqc.error_maps import (
+    ExtractionSettings,
+    bounding_box,
+    difference,
+    dilate_in_plane,
+    estimated_truth,
+    extract_errors,
+    label_slices,
+)
+
+UNBOUNDED = ExtractionSettings(band_mm=2.0, max_band_share=1.0, min_component_mm2=0.0)
+BAND_ONLY = replace(UNBOUNDED, max_band_share=0.4)
+ISO = (1.0, 1.0, 1.0)
+
+
+def blobs(seed: int, shape: tuple[int, int, int] = (30, 26, 5)) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=shape)
+    return ndimage.gaussian_filter(noise, (3, 3, 0.5)) > 0.02
+
+
+def band_by_distance(mask: np.ndarray, axis: int, spacing: tuple[float, ...], radius: float) -> np.ndarray:
+    """Voxels within a radius of the contour, slice by slice, by exact distance transforms."""
+    plane = [s for a, s in enumerate(spacing) if a != axis]
+    band = np.zeros(mask.shape, bool)
+    for i in range(mask.shape[axis]):
+        here = np.moveaxis(mask, axis, 0)[i]
+        if here.any() and not here.all():
+            inside = ndimage.distance_transform_edt(here, sampling=plane)
+            outside = ndimage.distance_transform_edt(~here, sampling=plane)
+            np.moveaxis(band, axis, 0)[i] = np.where(here, inside, outside) <= radius + 1e-9
+    return band
+
+
+def test_difference_and_estimated_truth_are_each_other_s_inverse() -> None:
+    mask, truth = blobs(0), blobs(1)
+    error = difference(mask, truth)
+    assert error.dtype == bool
+    np.testing.assert_array_equal(error, np.abs(mask.astype(int) - truth.astype(int)))
+    np.testing.assert_array_equal(estimated_truth(mask, error.astype(np.float32)), truth)
+    soft = np.random.default_rng(0).random(mask.shape, dtype=np.float32)
+    got = estimated_truth(mask, soft)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, mask * (1 - soft) + (1 - mask) * soft)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.3), (0.2, 0.2), (3.0, 0.5)])
+@pytest.mark.parametrize("radius", [0.4, 1.0, 2.0, 3.7])
+def test_dilation_is_scipy_s_with_a_disk_in_mm(spacing: tuple[float, float], radius: float) -> None:
+    mask = np.random.default_rng(3).random((25, 21, 3)) < 0.01
+    reach = [int(np.ceil(radius / s)) for s in spacing]
+    i, j = (np.arange(-r, r + 1) * s for r, s in zip(reach, spacing, strict=True))
+    disk = np.hypot(i[:, None], j[None]) <= radius + 1e-9
+    wanted = ndimage.binary_dilation(mask, structure=disk[:, :, None])
+    np.testing.assert_array_equal(dilate_in_plane(mask, radius, spacing), wanted)
+
+
+def test_dilation_reaches_past_small_volumes() -> None:
+    mask = np.zeros((2, 1, 2), bool)
+    mask[0, 0, 0] = True
+    assert dilate_in_plane(mask, 50.0, (1.0, 1.0)).sum() == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("spacing", [ISO, (0.8, 1.2, 4.0), (4.0, 1.0, 0.6)])
+def test_the_band_is_what_lies_within_the_radius_of_the_contour(axis: int, spacing: tuple[float, float, float]) -> None:
+    mask = blobs(axis)
+    everywhere = np.ones(mask.shape, np.float32)
+    kept = extract_errors(everywhere, mask, axis, spacing, UNBOUNDED)
+    np.testing.assert_array_equal(kept == 0, band_by_distance(mask, axis, spacing, 2.0))
+
+
+def test_observer_variability_goes_and_errors_stay() -> None:
+    truth = np.zeros((60, 60, 4), bool)
+    truth[15:45, 15:45] = True
+    mask = np.zeros_like(truth)
+    mask[16:46, 15:45] = True  # shifted by a voxel: variability
+    mask[20:30, 20:32, 2] = False  # a hole of 120 mm2: an error
+    extracted = extract_errors(difference(mask, truth), mask, 2, ISO, ExtractionSettings())
+    assert extracted.dtype == bool
+    assert not extracted[..., [0, 1, 3]].any()
+    # the band of 2 mm takes the hole's rim as well
+    wanted = np.zeros((60, 60), bool)
+    wanted[22:28, 22:30] = True
+    assert (extracted[..., 2] & wanted).sum() == wanted.sum()
+    assert not extracted[:15, :, 2].any() and extracted[..., 2].sum() <= wanted.sum() + 8  # the rim's round corners
+
+
+def test_a_missing_slice_is_kept_whole() -> None:
+    truth = np.zeros((40, 40, 5), bool)
+    truth[10:30, 10:30] = True
+    mask = truth.copy()
+    mask[..., 2] = False
+    error = difference(mask, truth)
+    np.testing.assert_array_equal(extract_errors(error, mask, 2, ISO, ExtractionSettings()), error)
+
+
+def test_small_components_are_dropped_by_their_area_in_mm2() -> None:
+    mask = np.zeros((30, 30, 3), bool)
+    error = np.zeros(mask.shape, np.float32)
+    error[2:6, 2:6, 1] = 0.9  # 16 voxels
+    error[10:15, 10:14, 1] = 0.9  # 20 voxels
+    error[10:15, 10:14, 2] = 0.3  # under the threshold: no component, stays
+    settings = replace(UNBOUNDED, min_component_mm2=20.0)
+    got = extract_errors(error, mask, 2, ISO, settings)
+    assert not got[2:6, 2:6].any()
+    np.testing.assert_array_equal(got[10:15], error[10:15])
+    coarse = extract_errors(error, mask, 2, (1.0, 1.25, 9.0), settings)
+    np.testing.assert_array_equal(coarse, error)  # 16 voxels are 20 mm2 now
+
+
+def test_components_do_not_reach_across_slices() -> None:
+    error = np.zeros((12, 12, 6), bool)
+    error[4:7, 4:7] = True  # 9 mm2 in each of six slices
+    got = extract_errors(error, np.zeros_like(error), 2, ISO, replace(UNBOUNDED, min_component_mm2=10.0))
+    assert not got.any()
+
+
+def test_components_that_touch_by_a_corner_are_one() -> None:
+    error = np.zeros((8, 8, 1), bool)
+    error[0:2, 0:2] = error[2:4, 2:4] = True
+    settings = replace(UNBOUNDED, min_component_mm2=8.0)
+    np.testing.assert_array_equal(extract_errors(error, np.zeros_like(error), 2, ISO, settings), error)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_labels_are_skimage_s_slice_by_slice(axis: int) -> None:
+    mask = np.random.default_rng(axis).random((9, 8, 7)) < 0.4
+    labels, count = label_slices(mask, axis)
+    planes, masks = np.moveaxis(labels, axis, 0), np.moveaxis(mask, axis, 0)
+    total = 0
+    for plane, here in zip(planes, masks, strict=True):
+        wanted, n = measure.label(here, connectivity=2, return_num=True)
+        total += n
+        pairs = set(zip(plane.ravel().tolist(), wanted.ravel().tolist(), strict=True))
+        assert len(pairs) == n + (not here.all())  # one label for one label
+    assert count == total == labels.max()
+
+
+def test_the_band_is_small_against_a_small_structure() -> None:
+    mask = np.zeros((40, 40, 3), bool)
+    mask[10:16, 5:35, 1] = True  # 6 mm wide: a 2 mm band would leave a third of it
+    everywhere = np.ones(mask.shape, np.float32)
+    erased = [
+        (extract_errors(everywhere, mask, 2, ISO, s)[mask] == 0).mean()
+        for s in (UNBOUNDED, BAND_ONLY, replace(BAND_ONLY, max_band_share=0.0))
+    ]
+    assert erased[0] > 0.6
+    assert 0.3 < erased[1] <= 0.4
+    assert erased[2] == 0
+
+
+def test_a_one_voxel_structure_has_no_band() -> None:
+    mask = np.zeros((9, 9, 2), bool)
+    mask[4, 4, 0] = True
+    everywhere = np.ones(mask.shape, np.float32)
+    np.testing.assert_array_equal(extract_errors(everywhere, mask, 2, ISO, BAND_ONLY), everywhere)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((6, 6, 3), bool), np.ones((6, 6, 3), bool)], ids=["empty", "full"])
+def test_no_contour_no_band(mask: np.ndarray) -> None:
+    everywhere = np.ones(mask.shape, np.float32)
+    np.testing.assert_array_equal(extract_errors(everywhere, mask, 2, ISO, UNBOUNDED), everywhere)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.permutations([0, 1, 2]), st.tuples(*[st.booleans()] * 3))
+def test_flips_and_permutations_change_nothing(seed: int, order: list[int], flips: tuple[bool, ...]) -> None:
+    mask, spacing = blobs(seed, (14, 12, 4)), (0.8, 1.1, 3.0)
+    error = np.random.default_rng(seed).random(mask.shape, dtype=np.float32)
+    chosen = ExtractionSettings(min_component_mm2=3.0)
+    axes = [a for a, flip in enumerate(flips) if flip]
+    moved = extract_errors(
+        np.flip(error.transpose(order), axes),
+        np.flip(mask.transpose(order), axes),
+        order.index(2),
+        [spacing[a] for a in order],
+        chosen,
+    )
+    wanted = extract_errors(error, mask, 2, spacing, chosen)
+    np.testing.assert_array_equal(moved, np.flip(wanted.transpose(order), axes))
+
+
+def test_the_arguments_are_left_alone() -> None:
+    mask, error = blobs(0), np.ones((30, 26, 5), np.float32)
+    before = mask.copy()
+    extract_errors(error, mask, -1, ISO, ExtractionSettings())
+    assert (error == 1).all() and (mask == before).all()
+
+
+def test_bounding_box() -> None:
+    mask = np.zeros((5, 6, 7), bool)
+    assert bounding_box(mask) is None
+    mask[1, 2, 3] = mask[3, 2, 6] = True
+    assert bounding_box(mask) == (slice(1, 4), slice(2, 3), slice(3, 7))
+
+
+def test_a_structure_can_have_its_own_band() -> None:
+    chosen = ExtractionSettings(band_mm=3.0, structure_band_mm={"hippocampus": 0.5})
+    assert chosen.for_structure("hippocampus").band_mm == 0.5
+    assert chosen.for_structure("placenta").band_mm == 3.0
+    assert hash(chosen) == hash(replace(chosen, structure_band_mm={}))  # settings can be keys and defaults
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"band_mm": -1},
+        {"min_component_mm2": -1},
+        {"max_band_share": 1.1},
+        {"threshold": 0},
+        {"structure_band_mm": {"a": -1}},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="error extraction"):
+        ExtractionSettings(**values)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        extract_errors(np.zeros((3, 3, 3), bool), np.zeros((3, 3, 2), bool), 2, ISO, UNBOUNDED)
