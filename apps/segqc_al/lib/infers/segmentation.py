@@ -1,0 +1,51 @@
+"""Inference task `segmentation`: the mask of a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from lib.infers.output import REQUEST_KEYS, write_result
+from segqc.server.models import Desk, label_names
+from segqc.volumes import read_scan
+
+
+class Segmentation(InferTask):
+    """The current segmentation network; listed before one is trained, so that clients see what will be there."""
+
+    params = frozenset(REQUEST_KEYS)
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels=desk.labels(),
+            dimension=3,
+            description="Segments a scan with the current segmentation network",
+        )
+        self.desk = desk
+
+    def info(self) -> dict[str, Any]:
+        """What clients are told; the labels are those of now."""
+        self.labels = self.desk.labels()
+        return {**super().info(), "trained": self.desk.has("segmentation")}
+
+    def is_valid(self) -> bool:
+        """Always listed; without a model the call itself says what to do."""
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """The model file, or None where there is none (unless ``validate`` is False)."""
+        path = self.desk.segmenters.path
+        return str(path) if path.exists() or not validate else None
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Segment the scan at ``request["image"]``."""
+        segmenter = self.desk.segmenter()
+        labels = segmenter.predict(read_scan(Path(request["image"]))).labels
+        return write_result(labels, request), {
+            "label_names": label_names(segmenter.structures),
+            "model_version": segmenter.version,
+        }

@@ -1,0 +1,64 @@
+"""Inference task `segqc`: the likely errors of a scan's mask, and its assessment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from lib.infers.output import REQUEST_KEYS, write_result
+from segqc.server.models import LIKELY_ERROR, LIKELY_ERROR_VALUE, Desk
+from segqc.volumes import read_labels, read_scan
+
+
+class LikelyErrors(InferTask):
+    """SegQC-Net on the mask with the wanted tag; on a new mask where the scan has none."""
+
+    params = frozenset((*REQUEST_KEYS, "label_tag"))
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(
+            type=InferType.OTHERS,
+            labels={LIKELY_ERROR: LIKELY_ERROR_VALUE},
+            dimension=3,
+            description="Shows where a scan's mask is likely to be wrong, and estimates how good it is",
+        )
+        self.desk = desk
+
+    def info(self) -> dict[str, Any]:
+        """What clients are told."""
+        return {**super().info(), "trained": self.desk.has("segqc")}
+
+    def is_valid(self) -> bool:
+        """Always listed; without a model the call itself says what to do."""
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """The model file, or None where there is none (unless ``validate`` is False)."""
+        path = self.desk.assessors.path
+        return str(path) if path.exists() or not validate else None
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
+        assessor = self.desk.assessor()
+        scan = read_scan(Path(request["image"]))
+        made_by: str | None = None
+        if request.get("label"):
+            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values)
+            assessed = "label"
+        else:
+            segmenter = self.desk.segmenter()
+            labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
+        name = str(request.get("image_id") or "scan")
+        result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
+        return write_result(assessor.likely_errors(result, scan), request), {
+            "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
+            "assessed": assessed,
+            "label_tag": request.get("label_tag") if assessed == "label" else None,
+            "estimated_dice": result.assessment.dice,
+            "worst_slices": list(result.assessment.worst_slices()),
+            "assessment": json.loads(result.assessment.to_json()),
+        }

@@ -1,0 +1,103 @@
+"""What both training tasks share: their settings, their run, and what they tell of the current model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+
+from segqc.loop.train import train
+from segqc.networks import ModelCard, ModelError
+from segqc.server.errors import RequestError
+from segqc.server.models import Desk, ModelShelf
+from segqc.settings import Network, SettingsError, build
+from segqc.training import LogProgress, TrainingSettings
+
+# What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
+CHOICES = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
+ALIASES = {"max_epochs": "epochs", "train_batch_size": "batch"}
+
+
+class NetworkTraining(TrainTask):
+    """A training on all final labels of the studies folder."""
+
+    def __init__(self, desk: Desk, network: Network, description: str, choices: tuple[str, ...] = CHOICES) -> None:
+        super().__init__(description)
+        self.desk = desk
+        self.network = network
+        self.choices = choices
+
+    @property
+    def params(self) -> frozenset[str]:
+        """What a request may set."""
+        return frozenset((*self.choices, *ALIASES))
+
+    @property
+    def shelf(self) -> ModelShelf[Any]:
+        """Where the trained network lies."""
+        raise NotImplementedError
+
+    def accuracy(self, card: ModelCard) -> float | None:
+        """One number from 0 to 1: how good the model is on the cases that validate; None if none did."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """What a client may choose, with the values of now."""
+        settings = self.desk.settings.training_settings(self.network)
+        return {name: getattr(settings, name) for name in self.choices}
+
+    def settings(self, request: Mapping[str, Any]) -> TrainingSettings:
+        """The folder's settings, with the request's choices over them.
+
+        Raises:
+            RequestError: 400 if a choice cannot be used.
+        """
+        chosen = {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
+        try:
+            checked = build(TrainingSettings, chosen, "params")
+        except SettingsError as error:
+            raise RequestError(400, f"{error}.") from error
+        for name in ("epochs", "fold_epochs", "steps_per_epoch", "batch", "learning_rate"):
+            if getattr(checked, name) <= 0:
+                raise RequestError(400, f"{name} must be positive, got {getattr(checked, name)}.")
+        own = self.desk.settings.training_settings(self.network)
+        return replace(own, **{name: getattr(checked, name) for name in chosen})
+
+    def check(self, request: Mapping[str, Any], labelled: int) -> None:
+        """Refuse a training that cannot work, before it is queued.
+
+        Raises:
+            RequestError: 400 for a choice that cannot be used, 409 with too few labelled scans.
+        """
+        needed = self.settings(request).least_cases
+        if labelled < needed:
+            raise RequestError(
+                409, f"training needs final labels of at least {needed} scans, there are {labelled}: submit more first."
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """What is known of the current model; clients show ``best_metric`` as its accuracy, 0 to 1."""
+        try:
+            model = self.shelf.get()
+        except ModelError as error:
+            return {"problem": str(error)}
+        if model is None:
+            return {}
+        told: dict[str, Any] = {"version": model.version, "scores": model.card.scores, "patients": len(model.card.seen)}
+        accuracy = self.accuracy(model.card)
+        if accuracy is not None:
+            told["best_metric"] = accuracy
+        curve = self.desk.studies.training_folder(self.network) / "curve.json"
+        if curve.is_file():
+            told["curve"] = json.loads(curve.read_bytes())
+            told["epoch"] = len(told["curve"])
+        return told
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train and publish; runs in a process of its own."""
+        card = train(self.desk.studies, self.network, LogProgress(), self.settings(request))
+        return {"network": self.network, "scores": card.scores}

@@ -1,0 +1,1 @@
+"""HTTP: MONAI Label's interface, served without its holes and without one client blocking another."""

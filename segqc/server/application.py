@@ -1,0 +1,216 @@
+"""The ASGI application: MONAI Label's interface on one studies folder.
+
+MONAI Label's own settings, in the environment, say which (`segqc.server.serve` sets them); ``segqc serve`` and
+``monailabel start_server --uvicorn_app segqc.server.application:app`` start it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import monailabel
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from monailabel.config import settings
+from monailabel.endpoints import datastore, info, login, model, ohif
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
+from monailabel.interfaces.utils.app import app_instance
+
+from segqc import __version__
+from segqc.loop.studies import StudiesError
+from segqc.networks import ModelError
+from segqc.server import routes
+from segqc.server.errors import RequestError
+from segqc.server.guard import Guard
+from segqc.server.jobs import Job, Jobs
+from segqc.volumes import VolumeError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_UPLOAD_LIMIT_MB = 2048
+NETWORKS = ("segmentation", "segqc")
+
+
+def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function for the thread pool of one of MONAI Label's coroutine endpoints, which block all the same."""
+    if not inspect.iscoroutinefunction(endpoint):
+        return endpoint
+
+    @functools.wraps(endpoint)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return asyncio.run(endpoint(*args, **kwargs))
+
+    run.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
+    del run.__wrapped__  # type: ignore[attr-defined]  # FastAPI would look through it and see the coroutine
+    return run
+
+
+def include_stock(app: FastAPI, stock: APIRouter) -> None:
+    """Add those of MONAI Label's routes that have no better one here, run in the thread pool."""
+    existing = [route for route in app.routes if isinstance(route, APIRoute)]
+    ours = {(route.path, method) for route in existing for method in route.methods or ()}
+    for route in stock.routes:
+        if not isinstance(route, APIRoute):
+            continue
+        methods = sorted(method for method in route.methods or () if (route.path, method) not in ours)
+        if methods:
+            app.add_api_route(
+                route.path,
+                in_thread(route.endpoint),
+                methods=methods,
+                tags=route.tags,
+                summary=route.summary,
+                include_in_schema=route.include_in_schema,
+                operation_id=f"{route.name}_{'_'.join(methods).lower()}",
+            )
+
+
+def create_app() -> FastAPI:
+    """Build the application that MONAI Label's settings describe."""
+    conf = settings.MONAI_LABEL_APP_CONF
+    app = FastAPI(title="SegQC", version=__version__, docs_url="/", redoc_url=None, lifespan=_lifespan)
+    limit = float(conf.get("upload_limit_mb", DEFAULT_UPLOAD_LIMIT_MB))
+    origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
+    if origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, upload_limit_bytes=int(limit * 1e6), origins=origins)
+    app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
+    app.include_router(routes.router)
+    stock = [info.router, datastore.router, model.router, ohif.router]
+    for router in (*stock, login.router) if settings.MONAI_LABEL_AUTH_ENABLE else stock:
+        include_stock(app, router)
+    static = Path(monailabel.__file__).parent / "endpoints" / "static"
+    if static.is_dir():
+        app.mount("/static", StaticFiles(directory=static), name="static")
+    _add_error_handlers(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    conf = settings.MONAI_LABEL_APP_CONF
+    instance = app_instance()
+    instance.server_mode(True)
+    instance.on_init_complete()
+    app.state.inference_slots = anyio.CapacityLimiter(int(conf.get("inference_slots", 1)))
+    jobs = Jobs(environment=_job_environment(), on_done=lambda job: _after(job, jobs))
+    app.state.jobs = jobs
+    threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
+    bootstrap = str(conf.get("bootstrap", instance.desk.settings.server.bootstrap)).lower() == "true"
+    if bootstrap:
+        threading.Thread(target=_bootstrap, args=(instance, jobs), name="bootstrap", daemon=True).start()
+    try:
+        yield
+    finally:
+        jobs.close()
+
+
+def _job_environment() -> dict[str, str]:
+    """What a job's process needs beside the server's own environment."""
+    told = settings.model_dump()
+    wanted = {key: told[key] for key in ("MONAI_LABEL_APP_DIR", "MONAI_LABEL_STUDIES")}
+    # a job's datastore is short-lived: nobody has to watch the folder for it
+    wanted |= {"MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false", "MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
+    wanted["MONAI_LABEL_APP_CONF"] = json.dumps(told["MONAI_LABEL_APP_CONF"])
+    return wanted
+
+
+def _preload(desk: Any) -> None:
+    """Load the models before the first annotator waits for them."""
+    for shelf in (desk.segmenters, desk.assessors):
+        try:
+            shelf.get()
+        except ModelError as error:
+            logger.warning("%s", error)
+
+
+def _bootstrap(instance: Any, jobs: Jobs) -> None:
+    """Train the first networks where there are none and enough scans are labelled."""
+    desk = instance.desk
+    missing = [network for network in NETWORKS if not desk.has(network)]
+    if not missing:
+        _score_pool(desk, jobs)
+        return
+    labelled = len(instance.datastore().get_labeled_images())
+    needed = max(desk.settings.training_settings(network).least_cases for network in missing)
+    if labelled < needed:
+        logger.info(
+            "No trained networks yet, and %d scans with final labels; with %d they can be trained (POST /train/).",
+            labelled,
+            needed,
+        )
+        return
+    logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
+    for network in missing:
+        jobs.submit("train", {"model": network})
+
+
+def _after(job: Job, jobs: Jobs) -> None:
+    """When the last waiting training is done, score the pool by the new networks."""
+    if job.kind == "train" and not jobs.open("train"):
+        _score_pool(app_instance().desk, jobs)
+
+
+def _score_pool(desk: Any, jobs: Jobs) -> None:
+    """Queue the scoring by SegQC; what is scored by the current networks is left as it is."""
+    if all(desk.has(network) for network in NETWORKS):
+        jobs.submit("scoring", {"method": "segqc"})
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def refuse(status: int, message: str) -> JSONResponse:
+        return JSONResponse({"detail": message}, status)
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(_: Request, error: RequestError) -> JSONResponse:
+        return refuse(error.status, error.message)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = " ".join(str(part) for part in first["loc"])
+        return refuse(422, f"{place}: {first['msg']}.")
+
+    @app.exception_handler(MONAILabelException)
+    async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
+        if isinstance(error, ImageNotFoundException | LabelNotFoundException):
+            return refuse(404, f"{error.msg}.")
+        asked = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
+        return refuse(400 if asked else 500, str(error.msg))
+
+    @app.exception_handler(VolumeError)
+    async def on_volume_error(_: Request, error: VolumeError) -> JSONResponse:
+        return refuse(422, str(error))
+
+    @app.exception_handler(ModelError)
+    async def on_model_error(_: Request, error: ModelError) -> JSONResponse:
+        return refuse(409, str(error))
+
+    @app.exception_handler(StudiesError)
+    async def on_studies_error(_: Request, error: StudiesError) -> JSONResponse:
+        return refuse(409, str(error))
+
+
+app = create_app()

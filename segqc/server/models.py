@@ -1,0 +1,145 @@
+"""What the server knows of one studies folder: its settings, its label names and its two models, loaded once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from segqc.assessor import AssessmentSettings, Assessor
+from segqc.loop.studies import Studies, StudiesError
+from segqc.networks import ModelError, TrainedNetwork
+from segqc.segmenter import Segmenter
+from segqc.server.errors import RequestError
+from segqc.settings import Network, Settings
+from segqc.types import Structure
+from segqc.volumes import VolumeError
+
+M = TypeVar("M", bound=TrainedNetwork)
+
+LIKELY_ERROR = "likely error"
+LIKELY_ERROR_VALUE = 1
+
+
+def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
+    """Names of the label map's values, as annotation clients show them: ``{name: value}``, values ascending.
+
+    A structure of one value gives it its name. A value that is only part of a union is named after the union and
+    itself.
+    """
+    names: dict[int, str] = {}
+    for structure in sorted(structures, key=lambda s: len(s.values)):
+        for value in structure.values:
+            plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
+            names.setdefault(value, plain)
+    return {names[value]: value for value in sorted(names)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded(Generic[M]):
+    signature: tuple[int, int, int]
+    model: M
+
+
+class ModelShelf(Generic[M]):
+    """One model file, loaded when first wanted and again when another file takes its place."""
+
+    def __init__(self, path: Path, load: Callable[[Path], M]) -> None:
+        self.path = path
+        self.load = load
+        self._lock = threading.Lock()
+        self._loaded: _Loaded[M] | None = None
+
+    def get(self) -> M | None:
+        """The current model, or None where none is trained yet.
+
+        Raises:
+            ModelError: if the file is foreign or damaged.
+        """
+        with self._lock:
+            try:
+                status = self.path.stat()
+            except FileNotFoundError:
+                self._loaded = None
+                return None
+            # model files appear by rename only: another content is another inode
+            signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if self._loaded is None or self._loaded.signature != signature:
+                self._loaded = _Loaded(signature, self.load(self.path))
+            return self._loaded.model
+
+
+class Desk:
+    """A studies folder with its settings and models."""
+
+    def __init__(self, folder: Path) -> None:
+        self.studies = Studies(folder)
+        self.settings: Settings = self.studies.settings
+        judging = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
+        self.segmenters: ModelShelf[Segmenter] = ModelShelf(self.studies.model_path("segmentation"), Segmenter.load)
+        self.assessors: ModelShelf[Assessor] = ModelShelf(
+            self.studies.model_path("segqc"), lambda path: Assessor.load(path, judging)
+        )
+        self._found: tuple[frozenset[Path], tuple[Structure, ...]] | None = None
+
+    def segmenter(self) -> Segmenter:
+        """The current segmentation network.
+
+        Raises:
+            RequestError: 409 where there is none.
+        """
+        return _required(self.segmenters, "segmentation")
+
+    def assessor(self) -> Assessor:
+        """The current SegQC-Net.
+
+        Raises:
+            RequestError: 409 where there is none.
+        """
+        return _required(self.assessors, "segqc")
+
+    def has(self, network: Network) -> bool:
+        """Whether a usable model file is there."""
+        shelf = self.segmenters if network == "segmentation" else self.assessors
+        try:
+            return shelf.get() is not None
+        except ModelError:
+            return False
+
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures: those of the settings, else those of the model, else those that the final labels show."""
+        if configured := self.settings.structure_list():
+            return configured
+        if self.has("segmentation"):
+            return self.segmenter().structures
+        finals = frozenset(entry.final for entry in self.studies.scans() if entry.final is not None)
+        if self._found is None or self._found[0] != finals:
+            self._found = (finals, _structures_of_labels(self.studies))
+        return self._found[1]
+
+    def labels(self) -> dict[str, int]:
+        """Names and values of the label maps."""
+        return label_names(self.structures())
+
+
+def _required(shelf: ModelShelf[M], name: Network) -> M:
+    try:
+        model = shelf.get()
+    except ModelError as error:
+        raise RequestError(409, f"{error}.") from error
+    if model is None:
+        raise RequestError(
+            409,
+            f"the network {name!r} is not trained yet: label some scans and start its training "
+            f"(POST /train/{name}, or 'segqc train {name}'), or wait if it is training now (GET /train/).",
+        )
+    return model
+
+
+def _structures_of_labels(studies: Studies) -> tuple[Structure, ...]:
+    try:
+        return Studies(studies.folder, studies.settings).structures  # a new one: it keeps what it once found
+    except (StudiesError, VolumeError):
+        return ()

@@ -1,0 +1,140 @@
+"""Start the server on one studies folder, with defaults that are safe on a workstation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import socket
+import sys
+from pathlib import Path
+
+from segqc.loop.studies import Studies
+
+logger = logging.getLogger(__name__)
+
+# MONAI Label's settings: all that downloads, watches or queues by itself is off.
+_DEFAULTS = {
+    "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
+    "MONAI_LABEL_TRACKING_ENABLED": "false",
+    "MONAI_LABEL_INFER_CONCURRENCY": "-1",
+    "MONAI_LABEL_CORS_ORIGINS": "[]",
+}
+_LOG_BYTES = 5_000_000
+
+
+class ServeError(ValueError):
+    """The server cannot be started; says why and what to do."""
+
+
+def default_app_dir() -> Path:
+    """The MONAI Label app of this project: inside the installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "_apps" / "segqc_al", package.parent / "apps" / "segqc_al"):
+        if (candidate / "main.py").is_file():
+            return candidate
+    raise ServeError(f"{package}: the app segqc_al is neither in the package nor beside it; install segqc again")
+
+
+def serve(
+    studies: Path,
+    *,
+    app_dir: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    bootstrap: bool = True,
+    seed: int = 0,
+    inference_slots: int = 1,
+    upload_limit_mb: float = 2048,
+) -> None:
+    """Serve a studies folder until the process is told to end.
+
+    Args:
+        studies: a folder of scans (.nii, .nii.gz, .nrrd); labels lie below it, and what the server keeps.
+        app_dir: another MONAI Label app to serve; this project's by default.
+        host: the address to listen on; only this machine's own by default.
+        port: the port.
+        bootstrap: whether to train first networks where there are none and enough scans are labelled.
+        seed: of the strategies' random draws.
+        inference_slots: how many inferences run at once; others wait.
+        upload_limit_mb: the largest request that is taken, in megabytes.
+
+    Raises:
+        ServeError: if the app is missing or the address cannot be used.
+        StudiesError: if the folder does not exist.
+        SettingsError: if its ``segqc.toml`` cannot be used.
+    """
+    folder = Studies(studies)
+    listener = _listen(host, port)
+    port = listener.getsockname()[1]
+    log_file = folder.own / "server.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    conf = {
+        "bootstrap": str(bootstrap).lower(),
+        "seed": str(seed),
+        "inference_slots": str(inference_slots),
+        "upload_limit_mb": str(upload_limit_mb),
+        "log_file": str(log_file),
+    }
+    _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
+    _set_logging(log_file)
+    shown = host if ":" not in host else f"[{host}]"
+    logger.info("SegQC serves %s (%d scans); starting ...", folder.folder, len(folder.scans()))
+    # after the environment: MONAI Label reads its settings when it is imported
+    import uvicorn
+
+    from segqc.server.application import app
+
+    logger.info("SegQC answers at http://%s:%d/ (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, port)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+    logger.info("SegQC has ended.")
+    logging.shutdown()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address before the long imports: a port in use shows at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ServeError(f"{host}:{port}: cannot listen there ({error.strerror}); choose another --port") from error
+    return listener
+
+
+def _set_environment(studies: Studies, app_dir: Path, port: int, conf: dict[str, str]) -> None:
+    if not (app_dir / "main.py").is_file():
+        raise ServeError(f"{app_dir}: no MONAI Label app there (no main.py)")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.update(
+        MONAI_LABEL_APP_DIR=str(app_dir),
+        MONAI_LABEL_STUDIES=str(studies.folder),
+        MONAI_LABEL_SERVER_PORT=str(port),
+        MONAI_LABEL_APP_CONF=json.dumps(conf),
+        MONAI_LABEL_SESSION_PATH=str(studies.own / "sessions"),
+    )
+    # jobs run this interpreter: its tools and this checkout have to be found there, too
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+
+
+def _set_logging(log_file: Path) -> None:
+    """Short lines on the terminal, all lines with their time in a file."""
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    kept = logging.handlers.RotatingFileHandler(log_file, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal, kept], force=True)
+    for noisy in ("monailabel", "uvicorn", "watchdog", "filelock", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("timeloop").disabled = True  # it takes a terminal of its own when MONAI Label starts it
