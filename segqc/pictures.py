@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from pydantic import TypeAdapter
 
 from segqc.types import Assessment, BoolArray, FloatArray, Structure, StructureQuality
@@ -75,8 +76,8 @@ class _View:
 
     def plane(self, array: FloatArray | BoolArray, index: int) -> FloatArray:
         """One slice as a picture: rows along the vertical axis."""
-        taken = np.take(array, index, axis=self.axis).astype(np.float32)
-        return taken.T if self.horizontal < self.vertical else taken
+        taken = np.take(array, index, axis=self.axis)
+        return np.asarray(taken.T if self.horizontal < self.vertical else taken, np.float32)
 
     def limits(self, ax: Axes, window: tuple[slice, slice, slice]) -> None:
         left, right = window[self.horizontal].start - 0.5, window[self.horizontal].stop - 0.5
@@ -101,7 +102,8 @@ def draw_assessment(
 ) -> None:
     """Draw the slices to look at first: above, the scan with the mask's contours; below, with errors and boxes.
 
-    Each structure has one colour, for its contour and its error boxes. The heat is the largest error probability of
+    Each structure has one colour, for its contour and its error boxes (of the extracted errors, which leave the
+    contour's observer variability out: paper, section 3.4). The heat is the largest error probability of
     all structures. The picture is cut to the masks and likely errors.
 
     Args:
@@ -139,7 +141,7 @@ def draw_assessment(
     axes[0, 0].set_ylabel("mask", fontsize=9)
     axes[1, 0].set_ylabel("likely errors", fontsize=9)
     heat = ScalarMappable(Normalize(0, 1), _HEAT)
-    figure.colorbar(heat, ax=axes[1].tolist(), label="error probability", fraction=0.03, pad=0.01)
+    figure.colorbar(heat, ax=axes.ravel().tolist(), shrink=0.5, label="error probability", fraction=0.03, pad=0.01)
     _legend(figure, assessment)
     _save(figure, path)
 
@@ -174,7 +176,7 @@ def _contour(ax: Axes, mask: FloatArray, colour: str) -> None:
 
 def _boxes(ax: Axes, assessment: Assessment, index: int, view: _View) -> None:
     for number, quality in enumerate(assessment.structures):
-        for box in quality.raw.boxes:
+        for box in quality.extracted.boxes:
             if box.slice_index == index:
                 corner, width, height = view.rectangle(box.start, box.stop)
                 ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=_colour(number), linestyle="--"))
@@ -225,6 +227,7 @@ def draw_curve(curve: Path, path: Path) -> None:
         ax.plot(epochs, losses, color=_COLOURS[5], label="validation")
         best = int(np.argmin(losses))
         ax.plot(epochs[best], losses[best], "o", color=_COLOURS[5], label=f"best: epoch {epochs[best]}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel("loss")
     ax.grid(alpha=0.3)

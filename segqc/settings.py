@@ -39,7 +39,17 @@ class SettingsError(ValueError):
 
 
 class ServerSettings(BaseModel):
-    """The table ``[server]``: where the server listens and what it does at its first start."""
+    """The table ``[server]``.
+
+    Attributes:
+        host: address to listen on; by default only this machine's own clients are answered.
+        port: port to listen on.
+        strategy: the default strategy, also asked for under MONAI Label's name "random".
+        bootstrap: whether first small networks are trained at the start where there are none.
+        seed: of the strategies' random draws.
+        inference_slots: how many inferences run at once; others wait.
+        upload_limit_mb: the largest request that is taken, in megabytes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,6 +57,9 @@ class ServerSettings(BaseModel):
     port: int = Field(default=8000, ge=1, le=65535)
     strategy: str = "segqc"
     bootstrap: bool = True
+    seed: int = 0
+    inference_slots: int = Field(default=1, ge=1)
+    upload_limit_mb: float = Field(default=2048, gt=0)
 
 
 class Settings(BaseSettings):

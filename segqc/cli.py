@@ -1,0 +1,661 @@
+"""The command `segqc`: reads flags, calls the library, prints what it returns.
+
+Imports of the library are inside the commands: PyTorch takes seconds, and ``segqc --help`` should not wait for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from segqc import __version__
+
+if TYPE_CHECKING:
+    from segqc.assessor import Assessor
+    from segqc.evaluation.agreement import Agreement
+    from segqc.loop.studies import Studies
+    from segqc.segmenter import Segmenter
+    from segqc.settings import Network
+    from segqc.training import Progress
+    from segqc.types import Assessment
+
+Cell: TypeAlias = str | int | float | bool | None
+Row: TypeAlias = Mapping[str, Cell]
+
+EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
+
+A *studies folder* holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people have drawn.
+The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] learns from it,
+[bold]score[/bold] judges all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
+scans to 3D Slicer or OHIF, worst first.
+
+Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage.
+"""
+
+app = typer.Typer(
+    help=EXAMPLES, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
+app.add_typer(train_app, name="train")
+
+
+class Scorer(StrEnum):
+    """What scans can be ranked by."""
+
+    SEGQC = "segqc"
+    TTA = "tta"
+    ENTROPY = "entropy"
+
+
+class Size(StrEnum):
+    """Sizes of networks."""
+
+    SMALL = "small"
+    PAPER = "paper"
+
+
+StudiesFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Studies folder: scans, and labels/final.", show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file to use instead of FOLDER/segqc.toml."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
+ModelsOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--studies", metavar="FOLDER", help="Use the model of this studies folder [default: the scan's folder]."
+    ),
+]
+ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help="Use this model file (.pt).")]
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one sentence, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        typer.echo(f"segqc: {error}", err=True)
+        sys.exit(1)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
+    from segqc.loop.studies import StudiesError
+    from segqc.networks import ModelError
+    from segqc.settings import SettingsError
+    from segqc.training import TooFewCases
+    from segqc.volumes import VolumeError
+
+    found: list[type[Exception]] = [
+        CommandError,
+        StudiesError,
+        ModelError,
+        SettingsError,
+        TooFewCases,
+        VolumeError,
+        OSError,
+    ]
+    # the server is an extra: its errors can only have been raised where it was imported
+    for module, name in (("segqc.server.annotator", "AnnotatorError"), ("segqc.server.serve", "ServeError")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+class CommandError(ValueError):
+    """A command cannot do what was asked; says why and what to do."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segqc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on the error stream.")] = False,
+) -> None:
+    if verbose:
+        logging.getLogger("segqc").setLevel(logging.INFO)
+
+
+# ---- make a folder -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Studies folder to make.", show_default=False)],
+    scans: Annotated[int, typer.Option(min=1, help="Number of scans.")] = 24,
+    labelled: Annotated[int, typer.Option(min=0, help="How many of them get a final label.")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """Draw a studies folder of fetal-MRI-like phantoms, to try everything without patient data."""
+    from segqc.phantom import write_datastore
+
+    if labelled > scans:
+        raise typer.BadParameter(f"{labelled} labelled scans of {scans}", param_hint="--labelled")
+    write_datastore(folder, scans=scans, labelled=labelled, seed=seed)
+    typer.echo(f"{folder}: {scans} scans, {labelled} of them with a final label")
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[
+        Path, typer.Argument(help="Data set: images/, labels/ and perhaps splits.json.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Studies folder to make; new or empty.", show_default=False)],
+    labelled: Annotated[int, typer.Option(min=0, help="Number of scans with a final label.")] = 30,
+    unlabelled: Annotated[int, typer.Option(min=0, help="Number of scans without; their truth goes to truth/.")] = 50,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUES", help="A structure and its label values (head=1, or brain=2,3); repeat."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Draw only from this entry of splits.json.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a studies folder from a data set whose labels are known, and hide the truth of some scans."""
+    from segqc.loop.prepare import prepare as make
+
+    structures = dict(_structure(text) for text in structure or ())
+    made = make(
+        dataset, folder, labelled=labelled, unlabelled=unlabelled, structures=structures, split=split, seed=seed
+    )
+    typer.echo(f"{folder}: {len(made.labelled)} scans with a final label, {len(made.unlabelled)} without")
+
+
+def _structure(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, values = text.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+    if not name.strip() or not all(part.isdigit() and 1 <= int(part) <= 255 for part in parts):
+        raise typer.BadParameter(
+            f"wanted NAME=VALUE or NAME=VALUE,VALUE (1 to 255), got {text!r}", param_hint="--structure"
+        )
+    return name.strip(), tuple(int(part) for part in parts)
+
+
+# ---- train and score -----------------------------------------------------------------------------------------------
+
+Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training [default: from the settings].")]
+TrainingSeed = Annotated[
+    int | None, typer.Option("--seed", help="Decides every random draw [default: from the settings].")
+]
+NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network [default: from the settings].")]
+
+
+@train_app.command("segmentation")
+def train_segmentation(
+    folder: StudiesFolder,
+    epochs: Epochs = None,
+    size: NetworkSize = None,
+    seed: TrainingSeed = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the network that makes the masks."""
+    _train(folder, "segmentation", _given(epochs=epochs, size=size, seed=seed), config, as_json)
+
+
+@train_app.command("segqc")
+def train_segqc(
+    folder: StudiesFolder,
+    epochs: Epochs = None,
+    size: NetworkSize = None,
+    seed: TrainingSeed = None,
+    paper_recipe: Annotated[
+        bool, typer.Option("--paper-recipe", help="The paper's own: error as direct output, Dice loss, rate 5e-4.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train SegQC-Net, which judges masks; trains small segmentation networks on folds of the cases first."""
+    given = _given(epochs=epochs, size=size, seed=seed)
+    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe)
+
+
+def _given(**flags: int | str | None) -> dict[str, int | str]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _train(
+    folder: Path,
+    network: Network,
+    flags: Mapping[str, int | str],
+    config: Path | None,
+    as_json: bool,
+    *,
+    paper_recipe: bool = False,
+) -> None:
+    from segqc.loop.train import train
+
+    studies = _studies(folder, config, {"training": {network: dict(flags)}} if flags else {})
+    settings = studies.settings.training_settings(network)
+    with _progress() as progress:
+        card = train(studies, network, progress, settings.paper_recipe() if paper_recipe else settings)
+    path = studies.model_path(network)
+    rows: list[Row] = [{"measure": name, "value": value} for name, value in card.scores.items()]
+    extra: dict[str, object] = {"model": str(path), "curve": str(studies.training_folder(network) / "curve.png")}
+    _emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+
+
+@app.command()
+def score(
+    folder: StudiesFolder,
+    method: Annotated[
+        Scorer, typer.Option(help="segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.")
+    ] = Scorer.SEGQC,
+    force: Annotated[bool, typer.Option("--force", help="Score again what has a current score.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment and score every scan without a final label; continues where an earlier run stopped."""
+    from segqc.loop.scoring import score as score_all
+
+    studies = _studies(folder, config)
+    with _progress() as progress:
+        summary = score_all(studies, method.value, progress, force=force)
+    rows: list[Row] = [
+        {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
+    ]
+    _emit(rows, f"scores by {method.value}", as_json=as_json, extra={"failures": summary.failed})
+    if summary.failed:
+        first, reason = next(iter(summary.failed.items()))
+        raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
+
+
+@app.command()
+def rank(
+    folder: StudiesFolder,
+    method: Annotated[Scorer, typer.Option(help="Whose scores to order by.")] = Scorer.SEGQC,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="True labels, named as the scans: also print the true Dice and how well both agree."
+        ),
+    ] = None,
+    include_final: Annotated[bool, typer.Option("--all", help="Also list scans that have a final label.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Print the scored scans, worst first."""
+    from segqc.evaluation.agreement import agreement
+    from segqc.evaluation.agreement import rank as order
+
+    if truth is not None and not truth.is_dir():
+        raise CommandError(f"{truth}: no such folder of true labels")
+    ranked = order(_studies(folder, config), method.value, truth=truth, include_final=include_final)
+    if not ranked:
+        raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
+    names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
+    rows = [
+        {
+            "rank": scan.rank,
+            "scan": scan.id,
+            "score" if method is Scorer.ENTROPY else "estimated Dice": scan.score,
+            "worst slices": " ".join(map(str, scan.worst_slices)),
+            **({"true Dice": scan.true_dice} if truth is not None else {}),
+            **({f"true {name}": scan.true_by_structure.get(name) for name in names} if len(names) > 1 else {}),
+        }
+        for scan in ranked
+    ]
+    pairs = [(scan.score, scan.true_dice) for scan in ranked if scan.true_dice is not None]
+    if truth is not None and not pairs:
+        raise CommandError(f"{truth}: no label file is named as one of the ranked scans")
+    found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
+    extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
+    _emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
+    if found is not None and not as_json:
+        typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
+
+
+def _agreement_text(found: Agreement, *, is_dice: bool) -> str:
+    low, high = found.true_range
+    lines = [
+        f"{found.scans} scans with a truth; true Dice from {low:.3f} to {high:.3f}",
+        f"Spearman {_shown(found.spearman)}   Pearson {_shown(found.pearson)}",
+    ]
+    if is_dice:
+        lines.append(
+            f"mean absolute error {found.mae:.4f}; of the constant {found.constant:.3f}, the median truth: "
+            f"{found.constant_mae:.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ---- single scans --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Scans to segment.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Mask to write, or, without a suffix, a folder of masks.", show_default=False),
+    ],
+    studies: ModelsOf = None,
+    model: ModelFile = None,
+) -> None:
+    """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
+    from segqc.loop.studies import LABEL_SUFFIXES
+    from segqc.volumes import read_scan, scan_id, write_labels
+
+    to_file = out.name.endswith(LABEL_SUFFIXES)
+    if to_file and len(scans) > 1:
+        raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
+    segmenter = _segmenter(_models_folder(studies, scans[0]), model)
+    if not to_file:
+        out.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        for i, path in enumerate(scans):
+            progress.step(i, len(scans), f"segmenting: {path.name}")
+            target = out if to_file else out / f"{scan_id(path)}.nii.gz"
+            write_labels(segmenter.predict(read_scan(path)).labels, target)
+        progress.step(len(scans), len(scans), "segmenting: done")
+    typer.echo(f"{out}: {len(scans)} mask{'s' if len(scans) > 1 else ''}")
+
+
+@app.command()
+def assess(
+    scan: Annotated[Path, typer.Argument(help="The scan.", show_default=False)],
+    mask: Annotated[Path, typer.Argument(help="Its mask: a label file on the scan's grid.", show_default=False)],
+    studies: ModelsOf = None,
+    model: ModelFile = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The picture to write [default: SCAN_assessment.png].")
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no picture.")] = False,
+    errors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the likely errors as a label file (1 = likely wrong)."),
+    ] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Number of worst slices to list and draw.")] = 4,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Estimate a mask's Dice, IoU, ARVD and RVD, list its worst slices, and draw them with the likely errors.
+
+    JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
+    """
+    from segqc.pictures import draw_assessment
+    from segqc.volumes import read_labels, read_scan, scan_id, write_labels
+
+    assessor = _assessor(_models_folder(studies, scan), model)
+    volume = read_scan(scan)
+    labels = read_labels(mask, scan=volume)
+    result = assessor.assess(volume, labels, scan_id=scan_id(scan))
+    if errors is not None:
+        write_labels(assessor.likely_errors(result, volume), errors)
+    target = None if no_picture else picture or Path(f"{scan_id(scan)}_assessment.png")
+    if target is not None:
+        draw_assessment(volume, labels, result, target, slices=slices, structures=assessor.structures)
+    if as_json:
+        typer.echo(result.assessment.to_json())
+    elif as_csv:
+        _emit(_assessment_lines(result.assessment), "", as_csv=True)
+    else:
+        _emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality", extra={})
+        _emit(_slice_rows(result.assessment, slices), "slices to look at first")
+    if target is not None:
+        typer.echo(f"picture: {target}", err=True)
+
+
+def _structure_rows(assessment: Assessment) -> list[Row]:
+    return [
+        {
+            "structure": q.name,
+            "Dice": q.estimated.dice if q.present else None,
+            "IoU": q.estimated.iou if q.present else None,
+            "ARVD": q.estimated.arvd if q.present else None,
+            "RVD": q.estimated.rvd if q.present else None,
+            "volume ml": q.mask_volume_ml,
+            "boxes": len(q.extracted.boxes),
+        }
+        for q in assessment.structures
+    ]
+
+
+def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
+    rows: list[Row] = []
+    for index in assessment.worst_slices(count):
+        for q in assessment.structures:
+            quality = next(s for s in q.raw.slices if s.index == index)
+            boxes = [
+                f"{b.start[0]}:{b.stop[0]},{b.start[1]}:{b.stop[1]}"
+                for b in q.extracted.boxes
+                if b.slice_index == index
+            ]
+            rows.append(
+                {
+                    "slice": index,
+                    "structure": q.name,
+                    "Dice": quality.metrics.dice,
+                    "error sum": quality.error_sum,
+                    "boxes": " ".join(boxes),
+                }
+            )
+    return rows
+
+
+def _assessment_lines(assessment: Assessment) -> list[Row]:
+    lines: list[Row] = []
+    for q in assessment.structures:
+        whole = dataclasses.asdict(q.estimated)
+        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": sum(s.error_sum for s in q.raw.slices)})
+        for s in q.raw.slices:
+            metrics = dataclasses.asdict(s.metrics)
+            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum})
+    return lines
+
+
+# ---- server --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    folder: StudiesFolder,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [default: 127.0.0.1, this machine only].")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on [default: 8000].")] = None,
+    bootstrap: Annotated[
+        bool | None,
+        typer.Option(
+            "--bootstrap/--no-bootstrap",
+            help="Train first small networks at the start where there are none [default: yes].",
+        ),
+    ] = None,
+) -> None:
+    """Serve a studies folder to annotation clients (3D Slicer, OHIF): worst estimated mask first."""
+    try:
+        from segqc.server.serve import serve as run
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("monailabel"):
+            raise
+        raise CommandError("the server is not installed; pip install 'segqc[server]'") from error
+    flags = _given(host=host, port=port, bootstrap=bootstrap)
+    settings = _studies(folder, None, {"server": flags} if flags else {}).settings.server
+    run(
+        folder,
+        host=settings.host,
+        port=settings.port,
+        bootstrap=settings.bootstrap,
+        seed=settings.seed,
+        inference_slots=settings.inference_slots,
+        upload_limit_mb=settings.upload_limit_mb,
+    )
+
+
+@app.command()
+def simulate(
+    folder: StudiesFolder,
+    server: Annotated[str, typer.Option(metavar="URL", help="The running server.")] = "http://127.0.0.1:8000",
+    count: Annotated[int, typer.Option(min=1, help="Number of scans to correct.")] = 1,
+    truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels [default: FOLDER/truth].")] = None,
+    strategy: Annotated[str, typer.Option(help="The strategy to ask for the next scan.")] = "segqc",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Play an annotator: ask a running server for the next scan, replace its mask by the truth, submit it as final."""
+    try:
+        from segqc.server.annotator import annotate
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("monailabel"):
+            raise
+        raise CommandError("the client is not installed; pip install 'segqc[server]'") from error
+    studies = _studies(folder, None)
+    source = truth or folder / "truth"
+    if not source.is_dir():
+        raise CommandError(f"{source}: no such folder of true labels; name one with --truth")
+    rows: list[Row] = []
+    with _progress() as progress:
+        for done in annotate(server, source, studies.structures, count=count, strategy=strategy):
+            rows.append(
+                {
+                    "scan": done.scan,
+                    "chosen by": done.strategy,
+                    "estimated Dice": done.estimated_dice,
+                    "true Dice": done.true_dice,
+                    "worst slices": " ".join(map(str, done.worst_slices)),
+                }
+            )
+            progress.step(len(rows), count, f"correcting: {done.scan}")
+    if not rows:
+        raise CommandError(f"{server}: no scan is left to correct")
+    _emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
+
+
+# ---- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _studies(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Studies:
+    from segqc.loop.studies import Studies
+    from segqc.settings import load_settings
+
+    return Studies(folder, load_settings(folder, config, overrides))
+
+
+def _models_folder(studies: Path | None, scan: Path) -> Path:
+    return studies if studies is not None else scan.resolve().parent
+
+
+def _segmenter(folder: Path, model: Path | None) -> Segmenter:
+    from segqc.segmenter import Segmenter
+
+    found = Segmenter.load(model) if model is not None else _studies(folder, None).segmenter()
+    if found is None:
+        raise CommandError(f"{folder}: no segmentation network; name one with --model or --studies, or train it first")
+    return found
+
+
+def _assessor(folder: Path, model: Path | None) -> Assessor:
+    from segqc.assessor import Assessor
+
+    found = Assessor.load(model) if model is not None else _studies(folder, None).assessor()
+    if found is None:
+        raise CommandError(f"{folder}: no SegQC network; name one with --model or --studies, or train it first")
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
+    if not sys.stderr.isatty():
+        from segqc.training import LogProgress
+
+        logging.getLogger("segqc").setLevel(logging.INFO)
+        yield LogProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
+
+
+class _RichProgress:
+    """Progress as bars: one for each piece of work, told apart by its message up to the colon."""
+
+    def __init__(self, add: Callable[[int, str], int], update: Callable[..., None]) -> None:
+        self._add, self._update = add, update
+        self._bars: dict[str, int] = {}
+
+    def step(self, done: int, total: int, message: str) -> None:
+        """Move the bar of this piece of work."""
+        work = message.split(":")[0]
+        if work not in self._bars:
+            self._bars[work] = self._add(total, message)
+        self._update(self._bars[work], completed=done, total=total, description=message)
+
+
+def _shown(value: Cell) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _emit(
+    rows: Sequence[Row],
+    title: str,
+    *,
+    as_json: bool = False,
+    as_csv: bool = False,
+    extra: Mapping[str, object] | None = None,
+    key: str = "rows",
+) -> None:
+    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV."""
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
+    if as_json:
+        typer.echo(json.dumps({key: [dict(row) for row in rows], **(extra or {})}, indent=1))
+        return
+    names = list(rows[0]) if rows else []
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width: nothing is to be cut off
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, justify="left" if rows and isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_shown(row[name]) for name in names))
+    console.print(table)
+    for name, value in (extra or {}).items():
+        if isinstance(value, str):
+            typer.echo(f"{name}: {value}")

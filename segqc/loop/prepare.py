@@ -1,0 +1,122 @@
+"""A studies folder out of a data set whose labels are known: some scans labelled, the truth of the others set aside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from segqc.loop.studies import LABEL_SUFFIXES, StudiesError
+from segqc.settings import write_settings
+from segqc.volumes import atomic_write, is_scan_path, scan_id
+
+_SPLITS: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Which scans got a final label, and which have their truth set aside."""
+
+    labelled: tuple[str, ...]
+    unlabelled: tuple[str, ...]
+
+
+def prepare(
+    dataset: Path,
+    folder: Path,
+    *,
+    labelled: int,
+    unlabelled: int,
+    structures: Mapping[str, tuple[int, ...]],
+    split: str | None = None,
+    seed: int = 0,
+) -> Prepared:
+    """Make a studies folder by drawing scans from a data set at random.
+
+    Labels of the labelled scans become ``labels/final/``, those of the others ``truth/``, which no training and no
+    server reads. Scans of one patient (from a split that lists patients) go to the same side.
+
+    Args:
+        dataset: a folder with ``images/`` and ``labels/``, files of the same names, and perhaps ``splits.json``.
+        folder: the studies folder to make; it must be new or empty.
+        labelled: number of scans with a final label.
+        unlabelled: number of scans without one.
+        structures: names and label values, for ``segqc.toml``.
+        split: draw only from this entry of ``splits.json``: a list of scans, or, under the name ``<split>_patients``,
+            of patients, whose scans are named ``<patient>_...``.
+        seed: of the draw.
+
+    Raises:
+        StudiesError: if the data set has no such files or split or too few scans, or the folder is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StudiesError(f"{folder}: exists already; name a new or empty folder")
+    pairs = _pairs(dataset)
+    groups = _groups(dataset, split, list(pairs))
+    order = np.random.default_rng(seed).permutation(len(groups))
+    names = [scan for i in order for scan in groups[list(groups)[int(i)]]]
+    if labelled < 0 or unlabelled < 0 or labelled + unlabelled > len(names):
+        wanted = f"{labelled} labelled and {unlabelled} unlabelled scans"
+        raise StudiesError(f"{dataset}: {wanted} wanted, but {len(names)} are there to draw from")
+    chosen, cut = names[: labelled + unlabelled], labelled
+    patient_of = {scan: patient for patient, scans in groups.items() for scan in scans}
+    if 0 < cut < len(chosen) and patient_of[chosen[cut - 1]] == patient_of[chosen[cut]]:
+        shared = patient_of[chosen[cut]]
+        raise StudiesError(
+            f"{dataset}: with {labelled} labelled scans the patient {shared} would be on both sides; "
+            f"ask for {labelled + 1} or {labelled - 1} labelled scans"
+        )
+    for i, name in enumerate(chosen):
+        image, label = pairs[name]
+        _copy(image, folder / image.name)
+        _copy(label, folder / ("labels/final" if i < cut else "truth") / label.name)
+    several = {
+        patient: kept
+        for patient, scans in groups.items()
+        if len(kept := tuple(scan for scan in scans if scan in chosen)) > 1
+    }
+    write_settings(folder, structures, several)
+    return Prepared(tuple(chosen[:cut]), tuple(chosen[cut:]))
+
+
+def _pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
+    images, labels = dataset / "images", dataset / "labels"
+    if not images.is_dir() or not labels.is_dir():
+        raise StudiesError(f"{dataset}: wanted a folder with images/ and labels/")
+    by_id = {scan_id(path): path for path in sorted(labels.iterdir()) if path.name.endswith(LABEL_SUFFIXES)}
+    scans = {scan_id(path): path for path in sorted(images.iterdir()) if path.is_file() and is_scan_path(path)}
+    pairs = {name: (path, by_id[name]) for name, path in scans.items() if name in by_id}
+    if not pairs:
+        raise StudiesError(f"{dataset}: no scan in images/ has a file of the same name in labels/")
+    return pairs
+
+
+def _groups(dataset: Path, split: str | None, names: Sequence[str]) -> dict[str, list[str]]:
+    """Scans by patient; where nothing names patients, every scan is its own."""
+    if split is None:
+        return {name: [name] for name in names}
+    path = dataset / "splits.json"
+    try:
+        splits = _SPLITS.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise StudiesError(f"{path}: no readable splits file; leave --split away to draw from all scans") from error
+    entry = splits.get(split, splits.get(f"{split}_patients"))
+    if not isinstance(entry, list):
+        raise StudiesError(f"{path}: no split named {split!r}; it has {', '.join(splits)}")
+    groups: dict[str, list[str]] = {}
+    for item in map(str, entry):
+        belongs = re.compile(re.escape(item) + r"(_.*)?")
+        members = [name for name in names if belongs.fullmatch(name)]
+        if members:
+            groups[item] = members
+    return groups
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
