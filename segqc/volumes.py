@@ -167,8 +167,7 @@ def read_labels(
         raise VolumeError(f"{path}: holds label values from {low:g} to {high:g}; use values from 0 to 255.")
     labels = np.ascontiguousarray(raw, dtype=np.uint8)
     if values is not None:
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-        foreign = sorted(set(present.tolist()) - {0, *values})
+        foreign = sorted(set(np.unique(labels).tolist()) - {0, *values})
         if foreign:
             allowed = ", ".join(map(str, sorted(set(values) - {0}))) or "none"
             raise VolumeError(
@@ -282,12 +281,13 @@ def _open_nifti(path: Path) -> _Source:
             raise VolumeError(f"{path}: is no single-file NIfTI image; convert it to NIfTI.")
         header = image.header
         shape = _checked_shape(path, header.get_data_shape())
-        slope, intercept = header.get_slope_inter()
         # The sform where there is one, else the qform, else spacing alone.
         affine = np.array(header.get_best_affine(), dtype=np.float64)
         unit = _NIFTI_UNIT_MM[header.get_xyzt_units()[0]]
-        # A loaded image's header says offset 0; with header extensions only its array proxy knows where voxels start.
-        offset, dtype = int(cast(ArrayProxy, image.dataobj).offset), header.get_data_dtype()
+        # Loading resets scaling and offset in the header; what the file says is in the array proxy.
+        proxy = cast(ArrayProxy, image.dataobj)
+        slope, intercept = float(proxy.slope), float(proxy.inter)
+        offset, dtype = int(proxy.offset), header.get_data_dtype()
         acquisition_axis = header.get_dim_info()[2]
     except (ImageFileError, HeaderDataError, OSError, EOFError, KeyError, OverflowError, zlib.error) as error:
         raise VolumeError(f"{path}: is no readable NIfTI file ({error}); it may be truncated or damaged.") from error
@@ -297,7 +297,7 @@ def _open_nifti(path: Path) -> _Source:
 
     def voxels() -> Array:
         raw = _nifti_payload(path, offset, dtype, shape)
-        if slope is None or (slope == 1 and intercept == 0):
+        if slope == 1 and intercept == 0:
             return raw
         # Integers of 16 bits and less are exact in float32; wider ones need float64 until they are scaled.
         scaled: Array = raw.astype(np.float32 if dtype.itemsize <= 2 else np.float64)
@@ -362,20 +362,25 @@ def _open_nrrd(path: Path) -> _Source:
         with path.open("rb") as stream:
             header = nrrd.read_header(stream)
         sizes = [int(size) for size in header["sizes"]]
-    except (nrrd.NRRDError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (nrrd.NRRDError, OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
         raise VolumeError(f"{path}: is no readable NRRD file ({error}); it may be truncated or damaged.") from error
     if "data file" in header or "datafile" in header:
         # A header that points elsewhere could make a reader open any file of the machine.
         raise VolumeError(f"{path}: keeps its voxels in another file; save header and voxels in one .nrrd file.")
-    spatial = _nrrd_spatial_axes(path, header, sizes)
-    shape = _checked_shape(path, [sizes[axis] for axis in spatial])
-    affine = _checked_affine(path, _nrrd_affine(path, header, spatial))
+    try:
+        spatial = _nrrd_spatial_axes(path, header, sizes)
+        shape = _checked_shape(path, [sizes[axis] for axis in spatial])
+        affine = _checked_affine(path, _nrrd_affine(path, header, spatial))
+    except VolumeError:
+        raise
+    except (ValueError, IndexError, TypeError) as error:  # fields that do not fit each other
+        raise VolumeError(f"{path}: its NRRD header contradicts itself ({error}); repair the header.") from error
 
     def voxels() -> Array:
         try:
             with path.open("rb") as stream:
                 array = nrrd.read_data(nrrd.read_header(stream), stream, str(path))
-        except (nrrd.NRRDError, OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        except (nrrd.NRRDError, OSError, EOFError, ValueError, KeyError, zlib.error, MemoryError) as error:
             raise VolumeError(f"{path}: is truncated or damaged ({error}); copy the file again.") from error
         return cast(Array, array.reshape(shape, order="F"))
 
@@ -550,10 +555,10 @@ def _slice_step(
     step = cast("npt.NDArray[np.float64]", (positions[-1] - positions[0]) / (len(slices) - 1))
     expected = positions[0] + np.arange(len(slices))[:, None] * step
     tolerance = max(0.02, 0.02 * typical)
-    if np.abs(gaps - typical).max() > tolerance or np.linalg.norm(positions - expected, axis=1).max() > 5 * tolerance:
+    if np.abs(gaps - typical).max() > tolerance or np.linalg.norm(positions - expected, axis=1).max() > tolerance:
         raise VolumeError(
-            f"{path}: its {len(slices)} slices are unevenly spaced, {gaps.min():.3f} to {gaps.max():.3f} mm; "
-            "slices may be missing, copy the series again."
+            f"{path}: its {len(slices)} slices are unevenly spaced or not in line, "
+            f"{gaps.min():.3f} to {gaps.max():.3f} mm apart; slices may be missing, copy the series again."
         )
     return step
 
