@@ -89,7 +89,7 @@ def extract_errors(
     plane = (spacing_mm[first], spacing_mm[second])
     box = bounding_box(mask)
     if box is not None:
-        reach = [math.floor(settings.band_mm / spacing_mm[a] + _ROUNDING) + 1 if a != axis else 0 for a in range(3)]
+        reach = [math.floor(settings.band_mm / spacing_mm[a] + _ROUNDING) if a != axis else 0 for a in range(3)]
         box = _padded(box, reach, mask.shape)
         _view(result[box], axis)[_band(_view(mask[box], axis), plane, settings)] = 0
     _drop_small(result, axis, plane[0] * plane[1], settings)

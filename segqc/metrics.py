@@ -165,13 +165,8 @@ def _estimated(mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule)
         # M(1-E) + (1-M)E reaches one half where E is at most one half inside the mask, or at least that outside it
         peaks = np.where(mask, error <= PEAK_OF_A_TRUTH, error >= PEAK_OF_A_TRUTH)
         blank &= ~np.atleast_1d(peaks.any(axis=over))
-    # an empty truth makes the whole mask wrong, whatever little the probabilities add up to
-    right, in_truth, wrong = (
-        np.where(blank, 0.0, right),
-        np.where(blank, 0.0, in_truth),
-        np.where(blank, in_mask, wrong),
-    )
-    return _ratios(in_mask, in_truth, right, wrong)
+    in_both, in_truth = np.where(blank, 0.0, right), np.where(blank, 0.0, in_truth)
+    return _ratios(in_mask, in_truth, in_both, wrong)
 
 
 def _ratios(in_mask: Values, in_truth: Values, in_both: Values, wrong: Values) -> SliceMetrics:

@@ -172,6 +172,8 @@ def test_an_estimated_truth_is_empty_only_without_a_peak_and_under_the_volume() 
     assert truth_is_empty(EMPTY, faint, empty=EmptyRule(10.0, 1.0))
     assert not truth_is_empty(EMPTY, faint, empty=EmptyRule(10.0, 2.0)), "12 mm3 is not under 10 mm3"
     assert not truth_is_empty(EMPTY, faint, empty=EmptyRule(0.0, 1.0)), "nothing is under 0 mm3"
+    quarters = np.where(ball(), 0.25, 0).astype(np.float32)  # sums to 3 voxels, exactly
+    assert not truth_is_empty(EMPTY, quarters, empty=EmptyRule(3.0, 1.0)), "3 mm3 is not under 3 mm3"
     peak = faint.copy()
     peak[0, 0, 0] = 0.5
     assert not truth_is_empty(EMPTY, peak, empty=EmptyRule(10.0, 1.0))
@@ -215,6 +217,7 @@ def test_averages_are_over_counted_and_chosen_slices() -> None:
     assert means.metrics.arvd == pytest.approx((0 + 1) / 2)
     large = slices.mean(slices.truth_voxels >= 20)
     assert large.counted == 1 and large.metrics == PERFECT
+    assert slices.mean(np.ones(4, bool)) == means  # the empty slice is not counted, even where it is chosen
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
