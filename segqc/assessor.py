@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
-from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics
+from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
 from segqc.networks import ModelCard, ModelError, StemUNet, StructureCalibration, TrainedNetwork, canonical_scan
 from segqc.regions import BoxSettings, find_boxes
 from segqc.types import (
@@ -41,8 +40,8 @@ class AssessmentResult:
 class AssessmentSettings:
     """How an error map becomes numbers and boxes; `method.md`'s defaults."""
 
-    extraction: ExtractionSettings = ExtractionSettings()
-    boxes: BoxSettings = BoxSettings()
+    extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
+    boxes: BoxSettings = field(default_factory=BoxSettings)
     empty_under_mm3: float = 10.0
 
 
@@ -59,12 +58,12 @@ class Assessor(TrainedNetwork):
 
     kind = "segqc"
 
-    def __init__(
-        self, card: ModelCard, network: StemUNet, settings: AssessmentSettings | None = None
-    ) -> None:
+    def __init__(self, card: ModelCard, network: StemUNet, settings: AssessmentSettings | None = None) -> None:
         super().__init__(card, network)
         if card.plan.in_channels != 1 + len(card.structures):
-            raise ModelError(f"the card names {len(card.structures)} structures, the network takes {card.plan.in_channels - 1}")
+            raise ModelError(
+                f"the card names {len(card.structures)} structures, the network takes {card.plan.in_channels - 1}"
+            )
         self.settings = settings or AssessmentSettings()
 
     @classmethod
@@ -87,7 +86,9 @@ class Assessor(TrainedNetwork):
             VolumeError: if the label map does not lie on the scan's grid.
         """
         if labels.shape != scan.shape:
-            raise VolumeError(f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid")
+            raise VolumeError(
+                f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
+            )
         masks = np.stack([s.mask(labels.array) for s in self.structures])
         frame = self.frame(scan)
         image = canonical_scan(scan, frame)
@@ -136,16 +137,21 @@ class Assessor(TrainedNetwork):
         )
         return AssessmentResult(assessment, errors)
 
+    def _empty_rule(self, scan: Volume) -> EmptyRule:
+        return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
+
     def _quality(self, index: int, mask: BoolArray, error: FloatArray, axis: int, scan: Volume) -> StructureQuality:
-        extracted = extract_errors(error, mask, axis, scan.spacing_mm, self.settings.extraction)
+        name = self.structures[index].name
+        extraction = self.settings.extraction.for_structure(name)
+        extracted = extract_errors(error, mask, axis, scan.spacing_mm, extraction)
         calibration = self.card.calibration[index] if self.card.calibration else None
         boxes = self.settings.boxes
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         raw = self._view(mask, error, axis, scan, boxes)
         return StructureQuality(
-            name=self.structures[index].name,
-            present=raw.metrics.dice is not None and raw.metrics != Metrics(1.0, 1.0, 0.0, 0.0),
+            name=name,
+            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
             mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
             estimated=_calibrated(raw.metrics, calibration),
             raw=raw,
@@ -153,7 +159,7 @@ class Assessor(TrainedNetwork):
         )
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
-        rule = EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
+        rule = self._empty_rule(scan)
         per_slice = estimated_slice_metrics(mask, error, axis, empty=rule)
         sums = error.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
         return ErrorView(

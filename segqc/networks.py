@@ -182,6 +182,7 @@ class StemUNet(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, out_channels, a, b, c) of a batch (N, in_channels, a, b, c)."""
         if max(self.stem) == 1:
             return torch.as_tensor(self.unet(x))
         return depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
@@ -295,7 +296,7 @@ class TrainedNetwork:
         return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch (N, C, a, b, c) by sliding window with Gaussian blending, half the window overlapping less.
+        """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
 
         Memory beside the result: one window's activations and one count map.
         """

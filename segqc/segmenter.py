@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from segqc.augmentation import Member, tta_group
 from segqc.networks import TrainedNetwork, canonical_scan
 from segqc.types import FloatArray, LabelArray
 from segqc.volumes import CanonicalFrame, Volume, to_native
+
+HalfArray: TypeAlias = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Segmenter(TrainedNetwork):
             mean_probabilities=_normalised(to_native(mean, frame, order=1)),
         )
 
-    def _member_probabilities(self, x: torch.Tensor, group: Sequence[Member]) -> np.ndarray:
+    def _member_probabilities(self, x: torch.Tensor, group: Sequence[Member]) -> HalfArray:
         """Probabilities (members, 1 + V, a, b, c) in the canonical frame; members of one shape run as one batch."""
         result = np.empty((len(group), self.card.plan.out_channels, *x.shape[2:]), np.float16)
         for transposed in (False, True):
@@ -88,7 +92,7 @@ class Segmenter(TrainedNetwork):
                 result[i] = torch.softmax(group[i].invert(logits), dim=0).numpy()
         return result
 
-    def _member_labels(self, probabilities: np.ndarray, frame: CanonicalFrame, scan: Volume) -> LabelArray:
+    def _member_labels(self, probabilities: HalfArray, frame: CanonicalFrame, scan: Volume) -> LabelArray:
         logits = to_native(_log(probabilities.astype(np.float32)), frame, order=1)
         return np.asarray(self._labels(logits, scan).array, np.uint8)
 
@@ -98,7 +102,7 @@ class Segmenter(TrainedNetwork):
 
 
 def _log(probabilities: FloatArray) -> FloatArray:
-    return np.log(np.maximum(probabilities, 1e-4)).astype(np.float32)
+    return np.asarray(np.log(np.maximum(probabilities, 1e-4)), np.float32)
 
 
 def _softmax(logits: FloatArray) -> FloatArray:

@@ -30,7 +30,7 @@ class Structure:
     name: str
     values: tuple[int, ...]
 
-    def mask(self, labels: npt.NDArray[np.integer]) -> BoolArray:
+    def mask(self, labels: npt.NDArray[np.generic]) -> BoolArray:
         """Return the structure's mask, of the label map's shape."""
         return np.isin(labels, self.values)
 

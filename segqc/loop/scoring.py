@@ -18,7 +18,7 @@ from segqc.networks import ModelError
 from segqc.segmenter import Segmenter, TtaPrediction
 from segqc.training import Progress
 from segqc.types import Structure
-from segqc.volumes import VolumeError, Volume, read_labels, read_scan, write_labels
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 
 logger = logging.getLogger(__name__)
 

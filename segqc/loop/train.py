@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from segqc.assessor import Assessor
 from segqc.loop.studies import Studies
 from segqc.networks import Kind, ModelCard
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
-from segqc.assessor import Assessor
 from segqc.training import Progress, TrainingSettings, train_assessor, train_segmentation
 
 
@@ -30,9 +30,7 @@ def train(studies: Studies, network: Kind, progress: Progress, settings: Trainin
     folder = studies.training_folder(network)
     placements = dict(studies.placements(settings))
     learn = train_segmentation if network == "segmentation" else train_assessor
-    trained: Segmenter | Assessor = learn(
-        studies.cases(), studies.structures, placements, settings, folder, progress
-    )
+    trained: Segmenter | Assessor = learn(studies.cases(), studies.structures, placements, settings, folder, progress)
     if (folder / "curve.json").is_file():
         draw_curve(folder / "curve.json", folder / "curve.png")
     path = studies.model_path(network)

@@ -16,7 +16,7 @@ from segqc.metrics import LinearCalibration, MetricName, fit_calibration, true_m
 from segqc.networks import ModelCard, NetworkPlan, StructureCalibration
 from segqc.regions import largest_box_area_mm2
 from segqc.training.cases import Case, Example, Placement, TooFewCases, label_values, make_example, read_case
-from segqc.training.fit import Job, Loss, fit
+from segqc.training.fit import Job, Loss, PrepareBatch, fit
 from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights
 from segqc.training.patches import Patch
 from segqc.training.progress import Progress
@@ -118,7 +118,7 @@ def _channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Te
     return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
 
 
-def _prepare(structures: Sequence[Structure], settings: TrainingSettings):  # type: ignore[no-untyped-def]
+def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
         mask, truth = _channels(batch["mask"], structures), _channels(batch["truth"], structures)
         # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
@@ -130,7 +130,8 @@ def _prepare(structures: Sequence[Structure], settings: TrainingSettings):  # ty
 
 def _loss(settings: TrainingSettings) -> Loss:
     if settings.loss == "dice":
-        return DiceLoss(sigmoid=True, batch=True)
+        loss: Loss = DiceLoss(sigmoid=True, batch=True)
+        return loss
     return torch.nn.BCEWithLogitsLoss()
 
 
@@ -157,7 +158,9 @@ def calibrated(
     return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)  # type: ignore[arg-type]
 
 
-def _fit(estimates: Sequence[Metrics], truths: Sequence[Metrics], largest_box_mm2: float | None) -> StructureCalibration:
+def _fit(
+    estimates: Sequence[Metrics], truths: Sequence[Metrics], largest_box_mm2: float | None
+) -> StructureCalibration:
     lines: dict[str, LinearCalibration] = {}
     for name in METRICS:
         pairs = [(getattr(e, name), getattr(t, name)) for e, t in zip(estimates, truths, strict=True)]

@@ -18,7 +18,7 @@ from segqc.volumes import Volume, atomic_write, canonical_frame, read_labels, re
 Role: TypeAlias = Literal["train", "validation"]
 
 
-class TooFewCases(ValueError):
+class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
     """There are not enough labelled cases to train on."""
 
 

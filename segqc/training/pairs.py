@@ -12,7 +12,7 @@ import numpy as np
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, StemUNet
 from segqc.segmenter import Segmenter
-from segqc.training.cases import Case, Placement, load_example, read_case
+from segqc.training.cases import Case, Placement, label_values, load_example, read_case
 from segqc.training.fit import Weights, fit
 from segqc.training.progress import Progress
 from segqc.training.segmentation import segmentation_job, segmenter_of
@@ -86,33 +86,39 @@ def crossfit_masks(
     stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
     included. Its weights at two random early epochs make further, worse masks (the paper's stratification, 4.1).
     """
-    values = tuple(sorted({v for s in structures for v in s.values}))
     sets: list[MaskSet] = []
     folds = sorted({placements[c.patient].fold for c in cases})
     for fold in folds:
         held = [c for c in cases if placements[c.patient].fold == fold]
-        learnt = [
-            c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"
-        ]
-        rng = np.random.default_rng((settings.seed, fold))
-        latest = max(2, settings.fold_epochs // 2)
-        early = tuple(sorted({int(e) for e in rng.integers(1, latest + 1, size=2)}))
-        examples = [load_example(c, plan, values) for c in learnt]
-        job = segmentation_job(
-            f"fold {fold + 1}/{len(folds)}", plan, values, examples, [], settings,
-            epochs=settings.fold_epochs, snapshots=early,
-        )  # fmt: skip
-        fitted = fit(job, folder / f"fold-{fold}", progress)
-        seen = [c.patient for c in learnt]
-        networks = [segmenter_of(fitted, plan, structures, seen, settings)]
-        for epoch in early:
-            copy = segmenter_of(fitted, plan, structures, seen, settings)
-            copy = _with_weights(copy, fitted.snapshots[epoch])
-            networks.append(copy)
+        learnt = [c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"]
+        networks = train_makers(
+            f"fold {fold + 1}/{len(folds)}", learnt, structures, plan, settings, folder / f"fold-{fold}", progress
+        )
         for i, case in enumerate(held):
             progress.step(i, len(held), f"masks of fold {fold + 1}/{len(folds)}")
-            sets.append(_stored_masks(networks, case, settings, folder / "masks"))
+            sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
+
+
+def train_makers(
+    name: str,
+    learnt: Sequence[Case],
+    structures: Sequence[Structure],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[Segmenter]:
+    """Train a network that only makes masks, for ``settings.fold_epochs``; return it and its two early epochs."""
+    values = label_values(structures)
+    rng = np.random.default_rng((settings.seed, *name.encode()))
+    latest = max(2, settings.fold_epochs // 2)
+    early = tuple(sorted({int(e) for e in rng.integers(1, latest + 1, size=2)}))
+    examples = [load_example(c, plan, values) for c in learnt]
+    job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
+    fitted = fit(job, folder, progress)
+    last = segmenter_of(fitted, plan, structures, [c.patient for c in learnt], settings)
+    return [last, *(_with_weights(last, fitted.snapshots[epoch]) for epoch in early)]
 
 
 def _with_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
@@ -121,7 +127,7 @@ def _with_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
     return Segmenter(segmenter.card, network)
 
 
-def _stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
+def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
     """The masks of a case, from an earlier run with the same networks where there is one."""
     versions = " ".join(n.version for n in networks) + repr(settings.contrasts)
     key = hashlib.sha256(versions.encode() + case.labels.read_bytes()).hexdigest()[:16]

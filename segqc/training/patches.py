@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.transforms import (
     Compose,
@@ -21,6 +22,9 @@ from torch.utils.data import Dataset, Sampler
 from segqc.networks import NetworkPlan, Triple
 from segqc.training.cases import Example
 from segqc.training.settings import TrainingSettings
+from segqc.types import FloatArray, LabelArray
+
+Indices: TypeAlias = npt.NDArray[np.intp]
 
 FOREGROUND_SHARE = 0.7  # of the patches are centred on a voxel of the truth or of the mask's error
 
@@ -73,7 +77,7 @@ class PatchDataset(Dataset[Patch]):
         augmented = self.augment(item)
         return {key: torch.as_tensor(augmented[key]) for key in item}
 
-    def _start(self, shape: tuple[int, ...], interesting: np.ndarray, rng: np.random.Generator) -> Triple:
+    def _start(self, shape: tuple[int, ...], interesting: Indices, rng: np.random.Generator) -> Triple:
         if len(interesting) and rng.random() < FOREGROUND_SHARE:
             centre = np.array(np.unravel_index(int(rng.choice(interesting)), shape))
         else:
@@ -84,7 +88,7 @@ class PatchDataset(Dataset[Patch]):
         return int(start[0]), int(start[1]), int(start[2])
 
 
-def cut(array: np.ndarray, start: Triple, patch: Triple) -> torch.Tensor:
+def cut(array: FloatArray | LabelArray, start: Triple, patch: Triple) -> torch.Tensor:
     """Cut a patch (1, a, b, c) that may reach over the borders, where it is zero."""
     result = np.zeros((1, *patch), np.float32)
     source = tuple(slice(max(s, 0), min(s + p, n)) for s, p, n in zip(start, patch, array.shape, strict=True))
@@ -106,7 +110,7 @@ def centred(example: Example, patch: Triple) -> Patch:
     return item
 
 
-def _interesting(example: Example) -> np.ndarray:
+def _interesting(example: Example) -> Indices:
     """Flat indices of the voxels worth centring a patch on; at most 5000 of them, evenly thinned."""
     interest = example.truth > 0
     if example.mask is not None:

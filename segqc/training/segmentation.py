@@ -39,14 +39,12 @@ def check_enough(cases: Sequence[Case], settings: TrainingSettings, network: str
     patients = len({case.patient for case in cases})
     if patients < settings.least_cases:
         raise TooFewCases(
-            f"the {network} network needs labelled scans of at least {settings.least_cases} patients, found {patients}; "
-            "label and submit more scans first"
+            f"the {network} network needs labelled scans of at least {settings.least_cases} patients, "
+            f"found {patients}; label and submit more scans first"
         )
 
 
-def plan_for(
-    cases: Sequence[Case], settings: TrainingSettings, *, in_channels: int, out_channels: int
-) -> NetworkPlan:
+def plan_for(cases: Sequence[Case], settings: TrainingSettings, *, in_channels: int, out_channels: int) -> NetworkPlan:
     """Plan a network from the cases' median geometry."""
     spacing, shape = typical_geometry(cases)
     return plan_network(
@@ -65,7 +63,7 @@ def segmentation_job(
     epochs: int,
     snapshots: tuple[int, ...] = (),
 ) -> Job:
-    """Describe one training of a segmentation network: softmax over background and label values, Dice + cross-entropy."""
+    """Describe one training of a segmentation network: softmax over background and values, Dice + cross-entropy."""
     table = torch.zeros(256, dtype=torch.long)
     table[list(values)] = torch.arange(1, len(values) + 1)
 
@@ -139,4 +137,4 @@ def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[in
     means = np.nanmean(np.array(rows, float), axis=0)
     scores = {f"dice {s.name}": round(float(m), 4) for s, m in zip(segmenter.structures, means, strict=True)}
     scores["dice"] = round(float(np.nanmean(means)), 4)
-    return Segmenter(replace(segmenter.card, scores=scores), segmenter.network)  # type: ignore[arg-type]
+    return Segmenter(replace(segmenter.card, scores=scores), segmenter.network)

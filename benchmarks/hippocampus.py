@@ -1,0 +1,236 @@
+"""Does the method hold on real scans? MSD hippocampus, from training to the estimate's error on held-out masks.
+
+At most 30 of the train split's cases teach the segmentation network; SegQC-Net learns on the other 80, on masks of
+networks that never saw them. The stratified test masks are made by other networks, and fixed (with their hashes in
+the result) before SegQC-Net is trained. Resumable: run it again after an interruption.
+
+    python benchmarks/hippocampus.py --data $SEGQC_DATA/msd-hippocampus --work /tmp/hippocampus
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import itertools
+import json
+import logging
+import platform
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import pearsonr, spearmanr
+
+from segqc.assessor import Assessor
+from segqc.metrics import true_metrics, true_slice_metrics
+from segqc.segmenter import Segmenter
+from segqc.training import (
+    Case,
+    LogProgress,
+    TrainingSettings,
+    place_patients,
+    train_on_masks,
+    train_segmentation,
+)
+from segqc.training.cases import read_case
+from segqc.training.pairs import stored_masks, train_makers
+from segqc.training.segmentation import plan_for
+from segqc.types import Structure
+from segqc.volumes import Volume, read_labels, read_scan, write_labels
+
+STRUCTURES = (Structure("anterior", (1,)), Structure("posterior", (2,)), Structure("hippocampus", (1, 2)))
+BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
+PER_BIN = 25
+SEGMENTER = TrainingSettings(epochs=50, fold_epochs=25, batch=4, patience=30, folds=2)
+ASSESSOR = TrainingSettings(epochs=50, batch=4, patience=30, folds=2)
+TIMES = "seconds.json"
+progress = LogProgress()
+
+
+@contextlib.contextmanager
+def timed(part: str, work: Path) -> Iterator[None]:
+    """Keep the seconds of a part's first complete run: a later one finds its results on disk."""
+    started = time.monotonic()
+    yield
+    work.mkdir(parents=True, exist_ok=True)
+    times = json.loads((work / TIMES).read_text()) if (work / TIMES).is_file() else {}
+    if times.get(part, 0) < 1:
+        times[part] = time.monotonic() - started
+        (work / TIMES).write_text(json.dumps(times))
+
+
+def cases_of(data: Path, names: Sequence[str]) -> list[Case]:
+    """The cases of these names."""
+    return [Case(n, n, data / "images" / f"{n}.nii.gz", data / "labels" / f"{n}.nii.gz") for n in names]
+
+
+def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> list[tuple[Case, Path, float]]:
+    """Masks of the test scans by two networks of their own at three epochs each, equally many per Dice bin."""
+    folder = work / "test-masks"
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        candidates: list[tuple[Case, Path, float]] = []
+        for k in range(2):
+            rng = np.random.default_rng((100, k))
+            subset = [learnt[int(i)] for i in rng.permutation(len(learnt))[: 12 + 8 * k]]
+            settings = replace(SEGMENTER, seed=100 + k, fold_epochs=20)
+            plan = plan_for(subset, settings, in_channels=1, out_channels=3)
+            makers = train_makers(
+                f"test maker {k + 1}", subset, STRUCTURES, plan, settings, work / f"maker-{k}", progress
+            )
+            for m, maker in enumerate(makers):
+                for case in test:
+                    scan, truth = read_case(case, (1, 2))
+                    labels = maker.predict(scan).labels
+                    dice = true_metrics(labels.array > 0, truth.array > 0).dice or 0.0
+                    path = folder / f"{case.id}-{k}{m}.nii.gz"
+                    write_labels(labels, path)
+                    candidates.append((case, path, dice))
+        chosen = _stratify(candidates, np.random.default_rng(7))
+        rows = [
+            {"case": c.id, "file": p.name, "dice": d, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+            for c, p, d in chosen
+        ]
+        manifest.write_text(json.dumps(rows, indent=1))
+    by_id = {c.id: c for c in test}
+    return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text())]
+
+
+def _stratify(candidates: list[tuple[Case, Path, float]], rng: np.random.Generator) -> list[tuple[Case, Path, float]]:
+    """Up to `PER_BIN` masks per bin, scans that are not in the bin yet first."""
+    chosen = []
+    for low, high in itertools.pairwise(BINS):
+        inside = [c for c in candidates if low <= c[2] < high]
+        inside = [inside[int(i)] for i in rng.permutation(len(inside))]
+        seen: set[str] = set()
+        first = [c for c in inside if not (c[0].id in seen or seen.add(c[0].id))]
+        rest = [c for c in inside if c not in first]
+        chosen += (first + rest)[:PER_BIN]
+    return chosen
+
+
+def estimate(assessor: Assessor, masks: Sequence[tuple[Case, Volume]]) -> dict[str, dict[str, float]]:
+    """Error and correlation of the estimated Dice of each structure, beside the constant predictor's error."""
+    true: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
+    raw, calibrated = {s.name: [] for s in STRUCTURES}, {s.name: [] for s in STRUCTURES}
+    true_2d: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
+    raw_2d: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
+    for case, labels in masks:
+        scan, truth = read_case(case, (1, 2))
+        assessment = assessor.assess(scan, labels, scan_id=case.id).assessment
+        for s, quality in zip(STRUCTURES, assessment.structures, strict=True):
+            real = true_metrics(s.mask(labels.array), s.mask(truth.array)).dice
+            true[s.name].append(1.0 if real is None else real)
+            raw[s.name].append(quality.raw.metrics.dice)
+            calibrated[s.name].append(quality.estimated.dice)
+            slices = true_slice_metrics(s.mask(labels.array), s.mask(truth.array), assessment.through_plane_axis)
+            for i in np.flatnonzero(slices.counted):
+                estimated = quality.raw.slices[int(i)].metrics.dice
+                true_2d[s.name].append(float(slices.dice[i]))
+                raw_2d[s.name].append(1.0 if estimated is None else estimated)
+    rows = {}
+    for s in STRUCTURES:
+        t, r, c = (np.array(x[s.name], float) for x in (true, raw, calibrated))
+        t2, r2 = np.array(true_2d[s.name]), np.array(raw_2d[s.name])
+        rows[s.name] = {
+            "masks": len(t),
+            "true mean": float(t.mean()),
+            "true sd": float(t.std()),
+            "MAE raw": float(np.abs(r - t).mean()),
+            "MAE calibrated": float(np.abs(c - t).mean()),
+            "MAE of the test mean": float(np.abs(t - t.mean()).mean()),
+            "Pearson": float(pearsonr(r, t)[0]),
+            "Spearman": float(spearmanr(r, t)[0]),
+            "2D MAE": float(np.abs(r2 - t2).mean()),
+            "2D Pearson": float(pearsonr(r2, t2)[0]),
+        }
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and splits.json")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
+    parser.add_argument("--only", choices=["test-masks", "segmentation"], help="one part, beside another process")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hippocampus.json")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+    work: Path = arguments.work
+    splits = json.loads((arguments.data / "splits.json").read_text())
+    train = cases_of(arguments.data, splits["train"])
+    order = np.random.default_rng(0).permutation(len(train))
+    taught, judged = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
+    test = cases_of(arguments.data, splits["test"])
+    with timed("test masks (networks of their own)", work):
+        fixed = [] if arguments.only == "segmentation" else stratified_test_masks(taught, test, work)
+    if arguments.only == "test-masks":
+        return
+    with timed("train segmentation", work):
+        placed = place_patients([c.patient for c in taught], work / "seg.json", folds=2, validation_share=0.15, seed=0)
+        segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
+    with timed("train a mask maker, make masks", work):
+        plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
+        makers = train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
+        sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
+    if arguments.only == "segmentation":
+        return
+    with timed("train SegQC-Net", work):
+        placed = place_patients([c.patient for c in judged], work / "qc.json", folds=2, validation_share=0.15, seed=0)
+        assessor = train_on_masks(sets, STRUCTURES, placed, ASSESSOR, work / "segqc", progress)
+    segmenter.save(work / "segmentation.pt")
+    assessor.save(work / "segqc.pt")
+
+    report(arguments.out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text()))
+
+
+def report(
+    out: Path,
+    segmenter: Segmenter,
+    assessor: Assessor,
+    test: list[Case],
+    fixed: list[tuple[Case, Path, float]],
+    seconds: dict[str, float],
+) -> None:
+    """Measure on the test split, print the tables and write them down."""
+    own: list[tuple[Case, Volume]] = []
+    dice: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
+    for case in test:
+        scan, truth = read_case(case, (1, 2))
+        labels = segmenter.predict(scan).labels
+        own.append((case, labels))
+        for s in STRUCTURES:
+            dice[s.name].append(true_metrics(s.mask(labels.array), s.mask(truth.array)).dice or 0.0)
+    stratified = [(case, read_labels(path, scan=read_scan(case.scan))) for case, path, _ in fixed]
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "seconds": {k: round(v) for k, v in seconds.items()},
+        "peak memory GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "segmenter test Dice": {k: round(float(np.mean(v)), 4) for k, v in dice.items()},
+        "stratified masks": estimate(assessor, stratified),
+        "served network's own masks": estimate(assessor, own),
+        "test masks sha256": hashlib.sha256(b"".join(p.read_bytes() for _, p, _ in fixed)).hexdigest(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    console = Console()
+    console.print(result["segmenter test Dice"], result["seconds"])
+    for title in ("stratified masks", "served network's own masks"):
+        table = Table("structure", *next(iter(result[title].values())), title=title)
+        for name, row in result[title].items():
+            table.add_row(name, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
