@@ -26,6 +26,8 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.server.checks import check_image_id, check_tag
 from segqc.volumes import FILE_SUFFIXES, atomic_write
 
+_CLOCK_TICK_NS = 50_000_000
+
 F = TypeVar("F", bound=Callable[..., Any])
 Info = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -35,11 +37,12 @@ class IndexFileError(ValueError):
 
 
 def _locked(method: F) -> F:
-    """Run a method of the stock class while no other thread changes what it reads."""
+    """Run a method of the stock class on the folder as it is, while no other thread changes what it reads."""
 
     @wraps(method)
     def run(self: FolderDatastore, *args: Any, **kwargs: Any) -> Any:
         with self._thread_lock:
+            self._look()
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -54,12 +57,11 @@ class FolderDatastore(LocalDatastore):
         self._depth = 0
         self._signature: tuple[int, int, int] | None = None
         self._content: LocalDatastoreModel | None = None
-        super().__init__(
-            str(folder),
-            extensions=[f"*{suffix}" for suffix in FILE_SUFFIXES],
-            auto_reload=auto_reload,
-            read_only=read_only,
-        )
+        self._auto = auto_reload
+        self._seen: tuple[int, ...] | None = None
+        # the stock watcher follows every file below the folder, and each training writes many there: see `_look`
+        extensions = [f"*{suffix}" for suffix in FILE_SUFFIXES]
+        super().__init__(str(folder), extensions=extensions, auto_reload=False, read_only=read_only)
 
     # The stock class reads and sets `_datastore` everywhere: as a property it is always what the file says.
     @property
@@ -93,6 +95,25 @@ class FolderDatastore(LocalDatastore):
             ) from error
         content.base_path = self._datastore_path
         self._content, self._signature = content, signature
+
+    def _look(self) -> None:
+        """Take in scans and labels that were put into the folder, or taken out, by others."""
+        if not self._auto or self._depth > 0:
+            return
+        labels = Path(self._datastore.label_path(None))
+        folders = (Path(self._datastore_path), labels, labels / "final", labels / "original")
+        try:
+            changed = tuple(folder.stat().st_mtime_ns for folder in folders)
+        except FileNotFoundError:
+            changed = ()
+        if changed and changed == self._seen:
+            return
+        # a folder changed just now may change again within the clock's tick, unseen: look once more next time
+        settled = bool(changed) and time.time_ns() - max(changed) > _CLOCK_TICK_NS
+        self._seen = changed if settled else None
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._reconcile_datastore()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -207,7 +228,6 @@ class FolderDatastore(LocalDatastore):
         """
         with self._transaction():
             super().remove_image(image_id)
-            self.refresh()
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Remove a label map.
@@ -219,7 +239,6 @@ class FolderDatastore(LocalDatastore):
             if self._datastore.label(label_id, label_tag) is None:
                 raise LabelNotFoundException(f"Label {label_id} with tag {label_tag} not found")
             super().remove_label(label_id, label_tag)
-            self.refresh()
 
     datalist = _locked(LocalDatastore.datalist)
     get_image_uri = _locked(LocalDatastore.get_image_uri)
@@ -236,6 +255,7 @@ class FolderDatastore(LocalDatastore):
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan."""
         with self._thread_lock:
+            self._look()
             return image_id in self._datastore.objects
 
 

@@ -211,7 +211,8 @@ class Jobs:
             job.status = "ERROR"
             job.details.append(problem)
         job.end_ts = _now()
-        logger.info("%s ended: %s%s", job.kind, job.status, f" ({job.details[-1]})" if job.status == "ERROR" else "")
+        reason = f" ({job.details[-1]})" if job.status == "ERROR" and job.details else ""
+        logger.info("%s ended: %s%s", job.kind, job.status, reason)
         self._changed.notify_all()
 
 

@@ -1,0 +1,89 @@
+"""Small studies folders, assessments and untrained networks for the tests of server and strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from segqc.assessor import Assessor
+from segqc.loop.studies import Studies
+from segqc.networks import ModelCard, build_network, plan_network
+from segqc.segmenter import Segmenter
+from segqc.types import (
+    Assessment,
+    ErrorBox,
+    ErrorView,
+    FloatArray,
+    Metrics,
+    SliceQuality,
+    Structure,
+    StructureQuality,
+)
+from segqc.volumes import Volume, write_labels, write_scan
+
+SHAPE = (32, 28, 10)
+AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
+STRUCTURES = (Structure("liver", (1,)), Structure("spleen", (4,)))
+CONFIG = """
+[structures]
+liver = [1]
+spleen = [4]
+
+[training]
+epochs = 2
+fold_epochs = 1
+steps_per_epoch = 2
+folds = 2
+contrasts = []
+"""
+
+
+def draw_case(index: int) -> tuple[Volume, Volume]:
+    """A scan with two bright ellipsoids, and its label map."""
+    rng = np.random.default_rng(index)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij"))
+    labels = np.zeros(SHAPE, np.uint8)
+    for value, centre in ((1, (-0.4, 0.0, 0.0)), (4, (0.5, 0.2, 0.1))):
+        shift = np.asarray(centre) + rng.uniform(-0.1, 0.1, 3)
+        labels[((grid - shift[:, None, None, None]) ** 2).sum(axis=0) < rng.uniform(0.1, 0.2)] = value
+    image: FloatArray = (40.0 * (labels > 0) + 20.0 * (labels > 1) + rng.normal(0, 8, SHAPE)).astype(np.float32)
+    return Volume(image, AFFINE), Volume(labels, AFFINE)
+
+
+def make_studies(folder: Path, scans: int = 4, finals: int = 1, config: str = CONFIG) -> Path:
+    """A studies folder of ``scans`` scans named scan_0, scan_1, ..., the first ones with final labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "segqc.toml").write_text(config)
+    for i in range(scans):
+        scan, labels = draw_case(i)
+        write_scan(scan, folder / f"scan_{i}.nii.gz")
+        if i < finals:
+            write_labels(labels, folder / "labels" / "final" / f"scan_{i}.nii.gz")
+    return folder
+
+
+def add_models(folder: Path) -> None:
+    """Untrained networks, saved where the server finds them."""
+    studies = Studies(folder)
+    values = (1, 4)
+    for kind, channels, outputs in (
+        ("segmentation", 1, 1 + len(values)),
+        ("segqc", 1 + len(STRUCTURES), len(STRUCTURES)),
+    ):
+        plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
+        card = ModelCard(kind, plan, STRUCTURES, values, seen=("scan_0",), scores={"dice": 0.5})  # type: ignore[arg-type]
+        network = build_network(plan, seed=1)
+        path = studies.model_path(kind)  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(path)
+
+
+def make_assessment(scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0) -> Assessment:
+    """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it."""
+    known = Metrics(dice, dice / (2 - dice), 0.1, 0.0)
+    slices = tuple(SliceQuality(i, known, 50.0 if i == worst else float(i) / 10) for i in range(SHAPE[2]))
+    boxes = (ErrorBox(worst, (3, 4), (9, 12), 108.0, 0.7, 0.9), ErrorBox(0, (1, 1), (2, 2), 2.25, 0.6, 0.6))
+    view = ErrorView(known, slices, boxes)
+    quality = StructureQuality("liver", True, volume_ml, known, view, view)
+    return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))

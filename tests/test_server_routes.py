@@ -1,0 +1,339 @@
+"""The application in this process: every kind of bad request, and that none of them writes anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+
+from fastapi.testclient import TestClient
+from monailabel.config import settings
+from monailabel.interfaces.utils.app import app_instance, clear_cache
+
+from segqc.loop.studies import Studies
+from segqc.server.serve import default_app_dir
+from segqc.types import Assessment
+from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
+from tests.server_kit import add_models, draw_case, make_assessment, make_studies
+
+pytestmark = pytest.mark.server
+
+LIMIT_MB = 3.0
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = make_studies(tmp_path_factory.mktemp("server") / "studies", scans=4, finals=1)
+    saved = settings.model_dump()
+    settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
+    settings.MONAI_LABEL_STUDIES = str(folder)
+    settings.MONAI_LABEL_AUTO_UPDATE_SCORING = False
+    settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "upload_limit_mb": str(LIMIT_MB)}
+    yield folder
+    clear_cache()
+    for name, value in saved.items():
+        setattr(settings, name, value)
+
+
+@pytest.fixture(scope="module")
+def client(base: Path) -> Iterator[TestClient]:
+    from segqc.server.application import create_app
+
+    with TestClient(create_app(), raise_server_exceptions=False) as made:
+        yield made
+
+
+@pytest.fixture
+def models(base: Path) -> Iterator[None]:
+    add_models(base)
+    yield
+    for network in ("segmentation", "segqc"):
+        Studies(base).model_path(network).unlink()  # type: ignore[arg-type]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Everything at and beside the studies folder; the list of who was handed what may change."""
+    kept = (p for p in folder.parent.rglob("*") if p.is_file() and p.name not in (".lock", "datastore_v2.json"))
+    return {str(p): p.read_bytes() for p in sorted(kept)}
+
+
+def volume_bytes(folder: Path, volume: Volume, suffix: str = ".nii.gz") -> bytes:
+    path = folder / f"made{suffix}"
+    (write_labels if volume.array.dtype == np.uint8 else write_scan)(volume, path)
+    return path.read_bytes()
+
+
+BAD_REQUESTS = [
+    # method, path, arguments, status
+    ("POST", "/activelearning/unknown", {"json": {}}, 404),
+    ("POST", "/activelearning/segqc", {"content": "{", "headers": {"content-type": "application/json"}}, 422),
+    ("POST", "/activelearning/segqc", {"json": {"strategy": "sequential"}}, 400),
+    ("POST", "/infer/unknown?image=scan_1", {}, 404),
+    ("POST", "/infer/segmentation?image=unknown", {}, 404),
+    ("POST", "/infer/segmentation?image=/etc/passwd", {}, 404),
+    ("POST", "/infer/segmentation?image=../studies/scan_1.nii.gz", {}, 404),
+    ("POST", "/infer/segmentation", {}, 400),
+    ("POST", "/infer/segmentation?image=scan_1", {"data": {"params": "{bad"}}, 400),
+    ("POST", "/infer/segmentation?image=scan_1", {"data": {"params": "[1]"}}, 400),
+    ("POST", "/infer/segmentation?image=scan_1", {"data": {"params": '{"image": "/etc/passwd"}'}}, 400),
+    ("POST", "/infer/segmentation?image=scan_1", {"data": {"params": '{"model": "segqc"}'}}, 400),
+    ("POST", "/infer/segqc?image=scan_1", {"data": {"params": '{"label": "/etc/passwd"}'}}, 400),
+    ("POST", "/infer/segqc?image=scan_1", {"data": {"params": '{"label_tag": "../x"}'}}, 400),
+    ("POST", "/infer/segmentation?image=scan_1&output=dicom_seg", {}, 400),
+    ("POST", "/infer/segmentation?session_id=../../x", {}, 404),
+    ("POST", "/infer/segmentation", {"files": {"file": ("x.sh", b"echo")}}, 415),
+    ("POST", "/infer/wsi/segmentation?image=scan_1", {}, 404),
+    ("POST", "/train/unknown", {"json": {}}, 404),
+    ("POST", "/train/segmentation", {"json": {}}, 409),
+    ("POST", "/train/segmentation", {"json": {"epochs": "many"}}, 400),
+    ("POST", "/train/segmentation", {"json": {"epochs": -1}}, 400),
+    ("POST", "/train/segmentation", {"json": {"bundle_path": "/tmp"}}, 400),
+    ("POST", "/train/segmentation?run_sync=true", {"json": {}}, 400),
+    ("POST", "/train/", {"json": {"segmentation": 7}}, 400),
+    ("GET", "/train/", {}, 404),
+    ("GET", "/train/?check_if_running=true", {}, 404),
+    ("POST", "/scoring/unknown", {"json": {}}, 404),
+    ("POST", "/scoring/segqc", {"json": {}}, 409),
+    ("GET", "/scoring/", {}, 404),
+    ("POST", "/batch/infer/unknown", {"json": {}}, 404),
+    ("POST", "/batch/infer/segmentation?images=some", {"json": {}}, 422),
+    ("POST", "/batch/infer/segmentation", {"json": {"label_tag": "final"}}, 400),
+    ("POST", "/batch/infer/segmentation", {"json": {"label_tag": "../../x"}}, 400),
+    ("PUT", "/datastore/label?image=scan_1", {}, 422),
+    ("PUT", "/datastore/label?image=unknown", {"files": {"label": ("x.nii.gz", b"x")}}, 404),
+    ("PUT", "/datastore/label?image=scan_1", {"files": {"label": ("x.sh", b"x")}}, 415),
+    ("PUT", "/datastore/label?image=scan_1", {"files": {"label": ("x.nii.gz", b"x")}}, 422),
+    ("PUT", "/datastore/label?image=scan_1&tag=../../..", {"files": {"label": ("x.nii.gz", b"x")}}, 400),
+    ("PUT", "/datastore/label?image=scan_1&tag=%2Ftmp", {"files": {"label": ("x.nii.gz", b"x")}}, 400),
+    ("PUT", "/datastore/label?image=scan_1", {"files": {"label": ("x.nii.gz", b"x")}, "data": {"params": "{"}}, 400),
+    ("PUT", "/datastore/image?image=../out", {"files": {"file": ("x.nii.gz", b"x")}}, 400),
+    ("PUT", "/datastore/image", {"files": {"file": ("x.py", b"x")}}, 415),
+    ("PUT", "/datastore/image?image=new", {"files": {"file": ("x.nii.gz", b"x")}}, 422),
+    ("PUT", "/datastore/image?image=scan_1", {"files": {"file": ("x.nii.gz", b"x")}}, 409),
+    ("PUT", "/datastore/?image=../out", {"files": {"file": ("x.nii.gz", b"x")}}, 400),
+    ("DELETE", "/datastore/image?id=unknown", {}, 404),
+    ("DELETE", "/datastore/image?id=..", {}, 404),
+    ("DELETE", "/datastore/label?id=scan_1&tag=final", {}, 404),
+    ("GET", "/datastore/image?image=unknown", {}, 404),
+    ("GET", "/datastore/image?image=../studies/segqc.toml", {}, 404),
+    ("GET", "/datastore/image/info?image=unknown", {}, 404),
+    ("PUT", "/datastore/image/info?image=unknown", {"data": {"info": "{}"}}, 404),
+    ("PUT", "/datastore/image/info?image=scan_1", {"data": {"info": "{"}}, 400),
+    ("GET", "/datastore/label?label=scan_1&tag=..", {}, 404),
+    ("PUT", "/datastore/label/info?label=scan_1&tag=none", {"data": {"info": "{}"}}, 404),
+    ("GET", "/datastore/?output=everything", {}, 422),
+    ("PUT", "/session/?uncompress=true", {"files": {"files": ("x.zip", b"x")}}, 400),
+    ("PUT", "/session/", {"files": {"files": ("x.nii.gz", b"x")}}, 422),
+    ("GET", "/session/unknown", {}, 404),
+    ("DELETE", "/session/%2e%2e", {}, 404),
+    ("GET", "/model/info/segmentation", {}, 404),
+    ("PUT", "/model/unknown", {"files": {"file": ("x.pt", b"x")}}, 404),
+    ("PUT", "/model/segmentation", {"files": {"file": ("x.pt", b"x")}}, 422),
+    ("GET", "/proxy/dicom/%2e%2e/system", {}, 404),
+    ("GET", "/proxy/dicom/wado/studies", {}, 404),
+    ("GET", "/logs/", {}, 404),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "arguments", "status"), BAD_REQUESTS)
+def test_a_bad_request_is_refused_in_one_sentence_and_writes_nothing(
+    client: TestClient, base: Path, method: str, path: str, arguments: dict[str, object], status: int
+) -> None:
+    before = files_below(base)
+    response = client.request(method, path, **arguments)  # type: ignore[arg-type]
+    assert response.status_code == status, response.text
+    detail = response.json()["detail"]
+    assert isinstance(detail, str)
+    assert 10 < len(detail) < 400
+    assert "Traceback" not in detail
+    assert files_below(base) == before
+
+
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+def test_inference_without_a_model_says_what_to_do(client: TestClient, network: str) -> None:
+    response = client.post(f"/infer/{network}?image=scan_1")
+    assert response.status_code == 409
+    assert f"POST /train/{network}" in response.json()["detail"]
+
+
+def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: TestClient) -> None:
+    info = client.get("/info/").json()
+    assert info["labels"] == ["liver", "spleen"]
+    assert list(info["models"]) == ["segmentation", "segqc"]
+    assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 4}
+    assert info["models"]["segqc"]["labels"] == {"likely error": 1}
+    assert next(iter(info["strategies"])) == "segqc"
+    assert {"tta", "foreground-random", "sequential", "uniform-random", "random"} <= set(info["strategies"])
+    assert list(info["trainers"]) == ["segmentation", "segqc"]
+    assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
+
+
+def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -> None:
+    first = client.post("/activelearning/segqc", json={"client_id": "me"}).json()
+    assert first["strategy"] == "uniform-random"
+    assert "uniformly at random" in first["note"]
+    studies = Studies(base)
+    for name, dice in (("scan_0", 0.1), ("scan_1", 0.8), ("scan_2", 0.4), ("scan_3", 0.6)):
+        studies.write_assessment(make_assessment(name, dice))
+    try:
+        for strategy in ("segqc", "random"):
+            answer = client.post(f"/activelearning/{strategy}", json={"client_id": "me"}).json()
+            assert answer["id"] == "scan_2"  # scan_0 has a final label
+            assert answer["strategy"] == "segqc"
+            assert answer["requested_strategy"] == strategy
+            assert answer["estimated_dice"] == pytest.approx(0.4)
+            assert answer["worst_slices"][0] == 2
+            assert {box["slice"] for box in answer["boxes"]} <= set(answer["worst_slices"])
+            assert answer["name"] == "scan_2 (estimated Dice 0.40).nii.gz"
+            assert Path(answer["path"]).is_file()
+            assert answer["history"][strategy]["client_id"] == "me"
+    finally:
+        for path in (base / "segqc" / "assessments").iterdir():
+            path.unlink()
+
+
+@pytest.mark.usefixtures("models")
+def test_segmentation_answers_in_the_format_asked_for(client: TestClient, base: Path, tmp_path: Path) -> None:
+    scan = read_scan(base / "scan_1.nii.gz")
+    for suffix in (".nrrd", ".nii.gz", ".nii"):
+        params = {"result_extension": suffix, "result_dtype": "uint8", "result_compress": False}
+        response = client.post("/infer/segmentation?image=scan_1&output=image", data={"params": json.dumps(params)})
+        assert response.status_code == 200, response.text
+        path = tmp_path / f"answer{suffix}"
+        path.write_bytes(response.content)
+        assert read_labels(path, scan=scan, values=(1, 4)).shape == scan.shape
+        if suffix == ".nrrd":
+            assert b"encoding: raw" in response.content[:2000]
+    response = client.post("/infer/segmentation?image=scan_1", data={"params": '{"result_extension": ".exe"}'})
+    assert response.status_code == 400
+
+
+@pytest.mark.usefixtures("models")
+def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient, base: Path, tmp_path: Path) -> None:
+    answer = client.post("/infer/segqc?image=scan_0&output=json", data={"params": '{"label_tag": "final"}'}).json()
+    assert answer["assessed"] == "label"
+    assessment = Assessment.from_json(json.dumps(answer["assessment"]))
+    assert assessment.scan == "scan_0"
+    assert [q.name for q in assessment.structures] == ["liver", "spleen"]
+    truth = read_labels(base / "labels" / "final" / "scan_0.nii.gz")
+    volume_ml = (truth.array == 1).sum() * truth.voxel_volume_mm3 / 1000
+    assert assessment.structures[0].mask_volume_ml == pytest.approx(volume_ml)
+    answer = client.post("/infer/segqc?image=scan_1&output=json").json()
+    assert answer["assessed"] == "segmentation"
+    uploaded = volume_bytes(tmp_path, draw_case(1)[1])
+    answer = client.post("/infer/segqc?image=scan_1&output=json", files={"label": ("m.nii.gz", uploaded)}).json()
+    assert answer["assessed"] == "label"
+    image = client.post("/infer/segqc?image=scan_1&output=image").content
+    (tmp_path / "errors.nii.gz").write_bytes(image)
+    read_labels(tmp_path / "errors.nii.gz", scan=read_scan(base / "scan_1.nii.gz"), values=(1,))
+
+
+@pytest.mark.usefixtures("models")
+def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path) -> None:
+    masks = base / "labels"
+    saved = client.post("/infer/segmentation?image=scan_1&output=json", data={"params": '{"save_label": true}'})
+    assert saved.status_code == 200
+    mask = (masks / "original" / "scan_1.nii.gz").read_bytes()
+    for params in ({"save_label": True}, {"save_label": True, "label_tag": "original"}):
+        assert client.post("/infer/segqc?image=scan_1", data={"params": json.dumps(params)}).status_code == 200
+    assert (masks / "original" / "scan_1.nii.gz").read_bytes() == mask
+    assert (masks / "likely-errors" / "scan_1.nii.gz").is_file()
+    params = '{"save_label": true, "label_tag": "final"}'
+    assert client.post("/infer/segmentation?image=scan_1", data={"params": params}).status_code == 400
+    assert not (masks / "final" / "scan_1.nii.gz").exists()
+
+
+@pytest.mark.usefixtures("models")
+def test_another_model_file_is_another_model(client: TestClient, base: Path) -> None:
+    desk = app_instance().desk
+    first = desk.segmenter()
+    assert desk.segmenter() is first
+    path = desk.segmenters.path
+    content = path.read_bytes()
+    assert client.put("/model/segmentation", files={"file": ("m.pt", content)}).status_code == 200
+    again = desk.segmenter()
+    assert again is not first
+    assert again.version == first.version
+    assert client.put("/model/segqc", files={"file": ("m.pt", content)}).status_code == 422  # another kind
+    path.write_bytes(b"damaged")
+    response = client.post("/infer/segmentation?image=scan_1")
+    assert response.status_code == 409
+    assert "segmentation.pt" in response.json()["detail"]
+
+
+def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, tmp_path: Path) -> None:
+    labels = draw_case(2)[1]
+    shown = np.where(labels.array == 1, 2, np.where(labels.array == 4, 3, 0)).astype(np.uint8)
+    shown[0, 0, 0] = 1  # the segment of likely errors, exported first
+    content = volume_bytes(tmp_path, Volume(shown, labels.affine), ".nrrd")
+    params = {"label_info": [{"name": "likely error"}, {"name": "liver"}, {"name": "spleen"}], "client_id": "me"}
+    response = client.put(
+        "/datastore/label?image=scan_2", data={"params": json.dumps(params)}, files={"label": ("/x/y.nrrd", content)}
+    )
+    assert response.json() == {"image": "scan_2", "label": "scan_2"}
+    stored = read_labels(base / "labels" / "final" / "scan_2.nii.gz")
+    assert np.array_equal(stored.array, labels.array)
+    assert client.get("/datastore/label/info?label=scan_2&tag=final").json()["client_id"] == "me"
+    assert client.get("/info/").json()["datastore"]["completed"] == 2
+    foreign = volume_bytes(tmp_path, Volume(np.full(labels.shape, 9, np.uint8), labels.affine))
+    refused = client.put("/datastore/label?image=scan_2", files={"label": ("m.nii.gz", foreign)})
+    assert refused.status_code == 422
+    assert client.delete("/datastore/label?id=scan_2&tag=final").status_code == 200
+    assert client.get("/info/").json()["datastore"]["completed"] == 1
+
+
+def test_nothing_left_is_an_empty_answer(client: TestClient, base: Path, tmp_path: Path) -> None:
+    names = ["scan_1", "scan_2", "scan_3"]
+    for name in names:
+        content = volume_bytes(tmp_path, draw_case(int(name[-1]))[1])
+        client.put(f"/datastore/label?image={name}", files={"label": ("m.nii.gz", content)})
+    for strategy in ("segqc", "random", "sequential", "uniform-random", "foreground-random", "tta"):
+        response = client.post(f"/activelearning/{strategy}")
+        assert (response.status_code, response.json()) == (200, {})
+    for name in names:
+        client.delete(f"/datastore/label?id={name}&tag=final")
+
+
+def test_uploading_and_removing_a_scan(client: TestClient, base: Path, tmp_path: Path) -> None:
+    content = volume_bytes(tmp_path, draw_case(9)[0])
+    answer = client.put("/datastore/image", files={"file": ("scan.v1.2.nii.gz", content)}).json()
+    assert answer == {"image": "scan.v1.2"}
+    assert (base / "scan.v1.2.nii.gz").read_bytes() == content
+    assert client.get("/datastore/image?image=scan.v1.2").content == content
+    assert client.delete("/datastore/image?id=scan.v1.2").status_code == 200
+    assert not (base / "scan.v1.2.nii.gz").exists()
+
+
+def test_too_large_a_body_is_refused_with_and_without_a_length(client: TestClient, base: Path) -> None:
+    before = files_below(base)
+    body = os.urandom(int(LIMIT_MB * 1.2e6))
+    assert client.put("/datastore/image?image=new", files={"file": ("x.nii.gz", body)}).status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        source = io.BytesIO(
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.nii.gz"\r\n\r\n' + body + b"\r\n--b--\r\n"
+        )
+        while chunk := source.read(65536):
+            yield chunk
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = client.put("/datastore/image?image=new", content=chunks(), headers=headers)
+    assert response.status_code == 413
+    assert files_below(base) == before
+
+
+def test_pages_of_other_sites_are_refused(client: TestClient) -> None:
+    foreign = client.get("/info/", headers={"origin": "http://evil.example"})
+    assert foreign.status_code == 403
+    assert "access-control-allow-origin" not in foreign.headers
+    own = client.get("/info/", headers={"origin": "http://testserver"})
+    assert own.status_code == 200
+    assert "access-control-allow-origin" not in own.headers
