@@ -32,6 +32,9 @@ _FORMAT = 1
 _NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
 
 
+_LEAST_LEVELS = 3  # DynUNet's own minimum
+
+
 class ModelError(ValueError):
     """A model file is missing, foreign or damaged."""
 
@@ -119,12 +122,14 @@ def plan_network(
     extent_now = [max(1, n // f) for n, f in zip(window, stem, strict=True)]
     strides: list[Triple] = [(1, 1, 1)]
     kernels: list[Triple] = [_kernel(current)]
-    while len(strides) < rule.levels and max(extent_now) >= 8:
+    while len(strides) < rule.levels:
         stride = _pooled_axes(current, extent_now)
         if max(stride) == 1:
-            break
+            if len(strides) >= _LEAST_LEVELS:
+                break
+            stride = (2, 2, 1)  # a tiny scan: the patch grows to fit
         current = [s * f for s, f in zip(current, stride, strict=True)]
-        extent_now = [n // f for n, f in zip(extent_now, stride, strict=True)]
+        extent_now = [max(1, n // f) for n, f in zip(extent_now, stride, strict=True)]
         strides.append(stride)
         kernels.append(_kernel(current))
     total = np.prod([stem, *strides], axis=0)

@@ -1,0 +1,151 @@
+"""A studies folder: train, score, continue."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segqc.loop.scoring import score
+from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.train import train
+from segqc.networks import ModelError
+from segqc.training import NoProgress, TooFewCases
+from segqc.volumes import read_labels, read_scan, write_labels
+from tests.test_training import make_cases
+
+SETTINGS = """
+[structures]
+ball = [1]
+[boxes]
+min_area_mm2 = 4.0
+[training]
+epochs = 2
+fold_epochs = 1
+steps_per_epoch = 2
+folds = 2
+contrasts = []
+average_flips = false
+patch = [16, 16, 4]
+"""
+
+
+def make_studies(folder: Path, labelled: int, unlabelled: int) -> Studies:
+    """A folder in MONAI Label's layout."""
+    (folder / "labels" / "final").mkdir(parents=True)
+    for i, case in enumerate(make_cases(folder, labelled + unlabelled)):
+        target = folder / "labels" / "final" / f"{case.id}.nii.gz"
+        shutil.move(case.labels, target) if i < labelled else case.labels.unlink()
+    (folder / "segqc.toml").write_text(SETTINGS)
+    return Studies(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Studies:
+    """A folder with both networks, trained for seconds."""
+    studies = make_studies(tmp_path_factory.mktemp("studies"), 5, 3)
+    for network in ("segmentation", "segqc"):
+        train(studies, network, NoProgress())  # type: ignore[arg-type]
+    return studies
+
+
+@pytest.fixture
+def studies(trained: Studies, tmp_path: Path) -> Studies:
+    """A copy of it to write into."""
+    shutil.copytree(trained.folder, tmp_path / "s")
+    return Studies(tmp_path / "s")
+
+
+class Count:
+    """Counts the scans that a scoring begins; may die at one."""
+
+    def __init__(self, die_at: int | None = None) -> None:
+        self.die_at = die_at
+
+    def step(self, done: int, total: int, message: str) -> None:
+        if done == self.die_at:
+            raise KeyboardInterrupt
+
+
+def test_scans_and_labels_are_found_by_name(trained: Studies) -> None:
+    entries = trained.scans()
+    assert [e.id for e in entries] == [f"c{i}" for i in range(8)]
+    assert [e.final is not None for e in entries] == [True] * 5 + [False] * 3
+    with pytest.raises(StudiesError, match="no scan named nope"):
+        trained.scan("nope")
+    with pytest.raises(StudiesError, match="no such folder"):
+        Studies(trained.folder / "nope")
+
+
+def test_a_training_publishes_model_curve_and_picture(trained: Studies) -> None:
+    for network in ("segmentation", "segqc"):
+        assert trained.model_path(network).is_file()  # type: ignore[arg-type]
+        assert (trained.training_folder(network) / "curve.png").stat().st_size > 1000  # type: ignore[arg-type]
+    assert trained.segmenter() is not None
+    assessor = trained.assessor()
+    assert assessor is not None
+    assert assessor.settings.boxes.min_area_mm2 == 4.0
+
+
+def test_all_scans_without_a_final_label_are_assessed(studies: Studies) -> None:
+    summary = score(studies, "segqc", NoProgress())
+    assert (summary.scored, summary.skipped, summary.failed) == (3, 0, {})
+    assert set(studies.assessments()) == {"c5", "c6", "c7"}
+    for entry in studies.scans()[5:]:
+        assert entry.original is not None
+        assert read_labels(entry.original).shape == read_scan(entry.image).shape
+
+
+def test_an_interrupted_scoring_goes_on_and_a_finished_one_does_nothing(studies: Studies) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score(studies, "segqc", Count(die_at=2))
+    assert len(studies.assessments()) == 2
+    summary = score(studies, "segqc", NoProgress())
+    assert (summary.scored, summary.skipped) == (1, 2)
+    assert score(studies, "segqc", NoProgress()).skipped == 3
+    assert score(studies, "segqc", NoProgress(), force=True).scored == 3
+
+
+def test_a_mask_that_changed_is_assessed_again(studies: Studies) -> None:
+    score(studies, "segqc", NoProgress())
+    entry = studies.scan("c6")
+    assert entry.original is not None
+    labels = read_labels(entry.original)
+    before = studies.assessment("c6")
+    changed = labels.array.copy()
+    changed[2:9, 2:9, 1:3] ^= 1
+    write_labels(type(labels)(changed, labels.affine), entry.original)
+    summary = score(studies, "segqc", NoProgress())
+    assert (summary.scored, summary.skipped) == (1, 2)
+    after = studies.assessment("c6")
+    assert before is not None
+    assert after is not None
+    assert before.mask_sha256 != after.mask_sha256
+
+
+def test_one_bad_scan_does_not_keep_the_others_from_being_scored(studies: Studies) -> None:
+    (studies.folder / "c5.nii.gz").write_bytes(b"broken")
+    summary = score(studies, "segqc", NoProgress())
+    assert summary.scored == 2
+    assert "c5.nii.gz" in summary.failed["c5"]
+
+
+def test_the_baselines_score_every_scan_once(studies: Studies) -> None:
+    assert score(studies, "tta", NoProgress()).scored == 3
+    assert score(studies, "entropy", NoProgress()).skipped == 3, "one run of the group gives both"
+    assert all(0 <= v <= 1 for v in studies.scores("tta").values())
+    assert all(np.isfinite(v) and v < 0 for v in studies.scores("entropy").values())
+
+
+def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) -> None:
+    studies = make_studies(tmp_path / "s", 2, 1)
+    with pytest.raises(ModelError, match="train one first"):
+        score(studies, "segqc", NoProgress())
+    with pytest.raises(TooFewCases, match="at least 4 patients, found 2"):
+        train(studies, "segqc", NoProgress())
+    (studies.folder / "segqc.toml").unlink()
+    shutil.rmtree(studies.folder / "labels")
+    with pytest.raises(StudiesError, match=r"write a table such as \[structures\]"):
+        _ = Studies(studies.folder).structures

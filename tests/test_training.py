@@ -1,0 +1,178 @@
+"""Trainings that resume exactly, folds that are kept, masks that leak nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from segqc.segmenter import Segmenter
+from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
+from segqc.training.cases import make_example
+from segqc.training.pairs import LeakError, masks_of, stratified_weights, train_makers
+from segqc.training.patches import PatchDataset, cut
+from segqc.training.segmentation import plan_for, train_segmentation
+from segqc.types import Structure
+from segqc.volumes import Volume, write_labels, write_scan
+
+STRUCTURES = (Structure("ball", (1,)),)
+QUICK = TrainingSettings(
+    epochs=3, fold_epochs=2, steps_per_epoch=2, folds=2, contrasts=(), average_flips=False, patch=(16, 16, 4)
+)
+
+
+def make_cases(folder: Path, count: int) -> list[Case]:
+    """Bright balls in noise."""
+    cases = []
+    grid = np.stack(np.meshgrid(np.arange(16), np.arange(16), np.arange(4), indexing="ij"), axis=-1)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        centre, radius = rng.uniform((6, 6, 1), (10, 10, 3)), rng.uniform(3, 5)
+        truth = (((grid - centre) * (1, 1, 2)) ** 2).sum(axis=-1) < radius**2
+        scan = (rng.normal(size=truth.shape) + 3 * truth).astype(np.float32)
+        case = Case(f"c{i}", f"p{i}", folder / f"c{i}.nii.gz", folder / f"c{i}-labels.nii.gz")
+        write_scan(Volume(scan, np.diag([1.0, 1.0, 2.0, 1.0])), case.scan)
+        write_labels(Volume(truth.astype(np.uint8), np.diag([1.0, 1.0, 2.0, 1.0])), case.labels)
+        cases.append(case)
+    return cases
+
+
+def placed(cases: Sequence[Case], folder: Path, share: float = 0.25):  # type: ignore[no-untyped-def]
+    return place_patients([c.patient for c in cases], folder / "folds.json", folds=2, validation_share=share, seed=0)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt:
+    """A progress that ends the training in the middle of a step, as a killed process would."""
+
+    def __init__(self, step: int, work: str) -> None:
+        self.at, self.work, self.seen = step, work, 0
+
+    def step(self, done: int, total: int, message: str) -> None:
+        if message.startswith(self.work):
+            self.seen += 1
+            if self.seen == self.at:
+                raise Killed
+
+
+def test_a_killed_training_resumes_at_the_epoch_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 5)
+    straight = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "a", NoProgress())
+    with pytest.raises(Killed):
+        train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "b", KillAt(4, "segmentation"))
+    assert len(json.loads((tmp_path / "b" / "curve.json").read_text())) == 1
+    steps = KillAt(-1, "segmentation")
+    resumed = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "b", steps)
+    assert steps.seen == 4, "one epoch of two steps was done, two were left"
+    assert resumed.version == straight.version
+    assert (tmp_path / "a" / "curve.json").read_text() == (tmp_path / "b" / "curve.json").read_text()
+
+
+def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 5)
+    first = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "t", NoProgress())
+    other = train_segmentation(
+        cases, STRUCTURES, placed(cases, tmp_path), replace(QUICK, seed=1), tmp_path / "t", NoProgress()
+    )
+    assert first.version != other.version
+
+
+def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 5)
+    settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.5)
+    train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), settings, tmp_path / "t", NoProgress())
+    curve = json.loads((tmp_path / "t" / "curve.json").read_text())
+    assert len(curve) < 30
+    losses = [point["validation_loss"] for point in curve]
+    assert losses[-1] >= min(losses[:-1])
+
+
+def test_too_few_cases_are_named(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 3)
+    with pytest.raises(TooFewCases, match="at least 4 patients, found 3"):
+        train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "t", NoProgress())
+
+
+def test_a_patient_keeps_fold_and_role_when_others_come(tmp_path: Path) -> None:
+    path = tmp_path / "folds.json"
+    names = [f"p{i}" for i in range(40)]
+    before = place_patients(names[:12], path, folds=3, validation_share=0.2, seed=5)
+    after = place_patients(names, path, folds=3, validation_share=0.2, seed=5)
+    assert {n: after[n] for n in before} == before
+    assert sum(p.role == "validation" for p in after.values()) == 8
+    train = [sum(p.fold == k and p.role == "train" for p in after.values()) for k in range(3)]
+    assert max(train) - min(train) <= 1
+    assert place_patients(names, path, folds=3, validation_share=0.2, seed=99) == after
+
+
+def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 4)
+    plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
+    makers = train_makers("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    masks = masks_of(makers, cases[3], QUICK)
+    # the whole group and the median of the trained network, median and one member of each early one
+    assert len(masks.masks) == 5 + 2 * (len(makers) - 1) == len(masks.dice)
+    with pytest.raises(LeakError, match=r"has seen patient p1's label"):
+        masks_of(makers, cases[1], QUICK)
+    assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in makers)
+
+
+def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 5)
+    placements = placed(cases, tmp_path)
+    model = train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", NoProgress())
+    assert model.card.seen == tuple(f"p{i}" for i in range(5))
+    assert len(model.card.calibration) == 1
+    assert "dice error ball" in model.card.scores
+    made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
+    assert made == {c.id for c in cases}
+    again = KillAt(-1, "fold")
+    assert train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", again).version == model.version
+    assert again.seen == 0, "finished folds are not trained again"
+
+
+def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 4)
+    recipe = QUICK.paper_recipe()
+    assert (recipe.output_form, recipe.loss, recipe.learning_rate) == ("direct", "dice", 5e-4)
+    model = train_assessor(cases, STRUCTURES, placed(cases, tmp_path), recipe, tmp_path / "t", NoProgress())
+    assert model.card.output_form == "direct"
+
+
+def test_stratified_weights_make_each_quality_equally_likely() -> None:
+    dice = [0.95] * 8 + [0.55] * 2 + [0.11, 1.0]
+    weights = np.array(stratified_weights(dice))
+    sums = [weights[:8].sum() + weights[11], weights[8:10].sum(), weights[10]]
+    np.testing.assert_allclose(sums, 1.0)
+
+
+def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:
+    (case,) = make_cases(tmp_path, 1)
+    from segqc.training.cases import read_case
+
+    scan, truth = read_case(case, (1,))
+    plan = plan_for([case], QUICK, in_channels=1, out_channels=2)
+    examples = [make_example("c", scan, truth, plan, mask=np.asarray(truth.array))]
+    one, two = PatchDataset(examples, plan, QUICK, empty_until=3), PatchDataset(examples, plan, QUICK)
+    _ = one[0], one[1]
+    assert torch.equal(one[7]["image"], two[7]["image"])
+    assert torch.equal(one[7]["truth"], one[7]["mask"]), "mask and truth move together"
+    assert not torch.equal(one[7]["image"], one[8]["image"])
+    assert not one[2]["mask"].any()
+    assert not torch.equal(PatchDataset(examples, plan, replace(QUICK, seed=1))[7]["image"], two[7]["image"])
+
+
+def test_a_patch_over_the_border_is_padded_with_zeros() -> None:
+    array = np.arange(1, 28, dtype=np.float32).reshape(3, 3, 3)
+    patch = cut(array, (-1, 2, 0), (3, 3, 3))[0].numpy()
+    np.testing.assert_array_equal(patch[1:, :1], array[:2, 2:])
+    assert not patch[0].any()
+    assert not patch[:, 1:].any()
