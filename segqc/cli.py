@@ -321,7 +321,9 @@ def rank(
     ]
     pairs = [(scan.score, scan.true_dice) for scan in ranked if scan.true_dice is not None]
     if truth is not None and not pairs:
-        raise CommandError(f"{truth}: no label file is named as one of the ranked scans")
+        raise CommandError(
+            f"{truth}: no ranked scan has both a mask and a true label file here; score by segqc makes masks"
+        )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
     _emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
@@ -509,7 +511,9 @@ def serve(
 @app.command()
 def simulate(
     folder: StudiesFolder,
-    server: Annotated[str, typer.Option(metavar="URL", help="The running server.")] = "http://127.0.0.1:8000",
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="The running server [default: http://127.0.0.1:8000].")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of scans to correct.")] = 1,
     truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels [default: FOLDER/truth].")] = None,
     strategy: Annotated[str, typer.Option(help="The strategy to ask for the next scan.")] = "segqc",
@@ -527,9 +531,10 @@ def simulate(
     source = truth or folder / "truth"
     if not source.is_dir():
         raise CommandError(f"{source}: no such folder of true labels; name one with --truth")
+    url = server or f"http://{studies.settings.server.host}:{studies.settings.server.port}"
     rows: list[Row] = []
     with _progress() as progress:
-        for done in annotate(server, source, studies.structures, count=count, strategy=strategy):
+        for done in annotate(url, source, studies.structures, count=count, strategy=strategy):
             rows.append(
                 {
                     "scan": done.scan,
@@ -541,7 +546,7 @@ def simulate(
             )
             progress.step(len(rows), count, f"correcting: {done.scan}")
     if not rows:
-        raise CommandError(f"{server}: no scan is left to correct")
+        raise CommandError(f"{url}: no scan is left to correct")
     _emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
 
 
@@ -650,7 +655,8 @@ def _emit(
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: nothing is to be cut off
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    typer.secho(title, bold=True)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(name, justify="left" if rows and isinstance(rows[0][name], str) else "right")
     for row in rows:

@@ -1,0 +1,86 @@
+"""Run the README's shell blocks that are marked as checked, with trainings of a few steps, and fail where one fails.
+
+A marked block follows a line ``<!-- checked -->``. Its commands run one after the other in an empty folder, on the
+real data that SEGQC_DATA names. ``segqc serve`` runs beside the commands after it until the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+SHORT = {
+    "SEGQC_TRAINING__EPOCHS": "2",
+    "SEGQC_TRAINING__FOLD_EPOCHS": "2",
+    "SEGQC_TRAINING__STEPS_PER_EPOCH": "2",
+    "SEGQC_TRAINING__CONTRASTS": "[]",
+}
+PATIENCE_SECONDS = 60.0
+
+
+def checked_commands(text: str) -> list[str]:
+    """The commands of all marked blocks, in order; lines continued by a backslash are joined."""
+    blocks = re.findall(r"<!-- checked -->\n```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def free_port() -> int:
+    """A port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Return when the server answers; end the check where it does not."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/info/", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    sys.exit(f"check_readme: the server did not answer at {url} within {PATIENCE_SECONDS:.0f} s")
+
+
+def main() -> None:
+    """Run the marked commands of the README given as argument."""
+    commands = checked_commands(Path(sys.argv[1]).read_text())
+    if not commands:
+        sys.exit("check_readme: no block is marked as checked")
+    if not os.environ.get("SEGQC_DATA"):
+        print("check_readme: skipped, SEGQC_DATA names no folder of real data sets")
+        return
+    port = str(free_port())
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, **SHORT, "PATH": path, "SEGQC_SERVER__PORT": port}
+    servers: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for command in commands:
+                print(f"$ {command}", flush=True)
+                start = time.monotonic()
+                if command.startswith("segqc serve"):
+                    servers.append(subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment))
+                    wait_until_it_answers(f"http://127.0.0.1:{port}", servers[-1])
+                else:
+                    subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, check=True)
+                print(f"  ({time.monotonic() - start:.1f} s)", flush=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"check_readme: exit code {error.returncode} from: {error.cmd[-1]}")
+        finally:
+            for server in servers:
+                server.terminate()
+                server.wait(timeout=30)
+
+
+if __name__ == "__main__":
+    main()

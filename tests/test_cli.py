@@ -1,0 +1,381 @@
+"""The command `segqc`, as a person and as a script meet it: what is printed, what is written, and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import typer
+from scipy import stats
+
+from segqc import cli
+from segqc.evaluation.agreement import agreement
+from segqc.loop.studies import Studies
+from segqc.metrics import true_metrics
+from segqc.types import Assessment
+from segqc.volumes import Volume, read_labels, read_scan, write_labels
+from tests.server_kit import CONFIG, STRUCTURES, add_models, draw_case, make_assessment, make_studies
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the command as its console script does."""
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["segqc", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return call
+
+
+def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    children = getattr(group, "commands", None)
+    if children is None:
+        yield path, group
+        return
+    for name, child in children.items():
+        yield from commands(child, (*path, name))
+
+
+ALL = dict(commands(typer.main.get_command(cli.app)))
+
+
+# ---- help and usage ------------------------------------------------------------------------------------------------
+
+
+def test_help_names_all_commands_and_needs_no_torch() -> None:
+    probe = "import sys, segqc.cli; assert not {'torch', 'monai', 'numpy'} & set(sys.modules); segqc.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in {path[0] for path in ALL}:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_each_command_and_each_option_explains_itself(path: tuple[str, ...], run: Run) -> None:
+    command = ALL[path]
+    assert len(command.help or "") > 20
+    for parameter in command.params:
+        assert getattr(parameter, "help", None) or parameter.name == "help", f"{path}: {parameter.name}"
+    assert run(*path, "--help").code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["rank"],
+        ["rank", ".", "--bogus"],
+        ["score", ".", "--method", "guess"],
+        ["train", "segmentation", ".", "--epochs", "0"],
+        ["phantom", "x", "--scans", "2", "--labelled", "3"],
+        ["prepare", "a", "b", "--structure", "liver"],
+        ["prepare", "a", "b", "--structure", "liver=0"],
+        ["predict", "a.nii.gz", "b.nii.gz", "-o", "mask.nii.gz"],
+        ["serve", ".", "--port", "70000"],
+    ],
+)
+def test_wrong_usage_ends_with_2(run: Run, arguments: list[str]) -> None:
+    said = run(*arguments)
+    assert said.code == 2
+    assert "Traceback" not in said.err
+
+
+def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "segqc.toml").write_text("[server]\nport = 'x'\n")
+    scan = make_studies(tmp_path / "s", scans=1, finals=0) / "scan_0.nii.gz"
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(scan.read_bytes()[:200])
+    for arguments, said_of in [
+        (["rank", tmp_path / "none"], "none"),
+        (["rank", empty], "segqc score"),
+        (["rank", empty, "--truth", tmp_path / "none"], "none"),
+        (["score", empty], "segqc train segmentation"),
+        (["train", "segmentation", tmp_path / "s"], "labelled"),
+        (["train", "segqc", tmp_path / "bad"], "server.port"),
+        (["predict", scan, "-o", tmp_path / "o"], "--model"),
+        (["assess", scan, scan], "--model"),
+        (["assess", scan, scan, "--model", broken], "broken.nii.gz"),
+        (["prepare", empty, tmp_path / "new"], "images/"),
+        (["simulate", empty], "truth"),
+    ]:
+        said = run(*arguments)
+        assert said.code == 1, arguments
+        assert said.err.startswith("segqc: "), said.err
+        assert len(said.err.strip().splitlines()) == 1, said.err
+        assert said_of in said.err, said.err
+
+
+def test_a_mistake_of_ours_is_not_dressed_up_as_the_user_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segqc.phantom.write_datastore", lambda *_, **__: [][1])
+    with pytest.raises(IndexError):
+        run("phantom", "x")
+
+
+# ---- make a folder -------------------------------------------------------------------------------------------------
+
+
+def dataset(folder: Path, names: list[str], splits: dict[str, list[str]] | None = None) -> Path:
+    for i, name in enumerate(names):
+        scan, labels = draw_case(i)
+        write_labels(labels, folder / "labels" / f"{name}.nii.gz")
+        write_labels(
+            Volume(np.clip(scan.array, 0, 255).astype(np.uint8), scan.affine), folder / "images" / f"{name}.nii.gz"
+        )
+    if splits is not None:
+        (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.nii.gz")}
+
+
+def test_prepare_hides_the_truth_of_the_unlabelled_scans(run: Run, tmp_path: Path) -> None:
+    names = [f"case.{i}" for i in range(9)]
+    source = dataset(tmp_path / "d", names, {"train": names[:6], "test": names[6:]})
+    options = [
+        "--labelled",
+        2,
+        "--unlabelled",
+        3,
+        "--split",
+        "train",
+        "--structure",
+        "liver=1",
+        "--structure",
+        "other=2,4",
+    ]
+    said = run("prepare", source, tmp_path / "s", *options, "--seed", 5)
+    assert said.code == 0, said.err
+    studies = Studies(tmp_path / "s")
+    final = {e.id for e in studies.scans() if e.final is not None}
+    hidden = {name.removesuffix(".nii.gz") for name in names_in(tmp_path / "s" / "truth")}
+    assert (len(final), len(hidden), len(studies.scans())) == (2, 3, 5)
+    assert not final & hidden
+    assert final | hidden <= set(names[:6])
+    assert studies.settings.structures == {"liver": (1,), "other": (2, 4)}
+    for name in hidden:
+        assert (tmp_path / "s/truth" / f"{name}.nii.gz").read_bytes() == (
+            source / "labels" / f"{name}.nii.gz"
+        ).read_bytes()
+    run("prepare", source, tmp_path / "again", *options, "--seed", 5)
+    assert names_in(tmp_path / "again" / "truth") == names_in(tmp_path / "s" / "truth")
+    assert run("prepare", source, tmp_path / "s", *options).code == 1  # never into a folder in use
+    assert "9 labelled" in run("prepare", source, tmp_path / "t", "--labelled", 9, "--split", "train").err
+
+
+def test_prepare_keeps_a_patient_s_scans_on_one_side(run: Run, tmp_path: Path) -> None:
+    patients = [f"P-{i}" for i in range(1, 12)]
+    scans = [f"{p}_{phase}" for p in patients for phase in ("ED", "ES")]
+    source = dataset(tmp_path / "d", scans, {"train_patients": patients})
+    options = ["--unlabelled", 8, "--split", "train"]
+    assert run("prepare", source, tmp_path / "s", "--labelled", 6, *options).code == 0
+    studies = Studies(tmp_path / "s")
+    sides = [{e.id.split("_")[0] for e in studies.scans() if (e.final is None) is side} for side in (True, False)]
+    assert not sides[0] & sides[1]
+    assert all(studies.settings.patient_of(e.id) == e.id.split("_")[0] for e in studies.scans())
+    assert "both sides" in run("prepare", source, tmp_path / "t", "--labelled", 5, *options).err
+
+
+def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path) -> None:
+    assert run("phantom", tmp_path / "s", "--scans", 2, "--labelled", 1).code == 0
+    entries = Studies(tmp_path / "s").scans()
+    assert [e.final is not None for e in entries].count(True) == 1
+
+
+# ---- rank ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranked(tmp_path: Path) -> Path:
+    """Four scans with masks of falling quality, estimates that order them but for one pair, and truths."""
+    folder = make_studies(tmp_path / "s", scans=5, finals=1)
+    studies = Studies(folder)
+    for i, (estimate, shift) in enumerate([(0.9, 0), (0.5, 3), (0.6, 2), (0.55, 1)], start=1):
+        _, labels = draw_case(i)
+        write_labels(labels, folder / "truth" / f"scan_{i}.nii.gz")
+        shifted = Volume(np.roll(labels.array, shift, axis=0), labels.affine)
+        write_labels(shifted, folder / "labels" / "original" / f"scan_{i}.nii.gz")
+        studies.write_assessment(make_assessment(f"scan_{i}", estimate, worst=i))
+    return folder
+
+
+def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
+    said = run("rank", ranked, "--csv")
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    assert [row["scan"] for row in rows] == ["scan_2", "scan_4", "scan_3", "scan_1"]
+    assert [float(row["estimated Dice"]) for row in rows] == [0.5, 0.55, 0.6, 0.9]
+    assert rows[0]["worst slices"].split()[0] == "2"
+    table = run("rank", ranked).out
+    assert table.index("scan_2") < table.index("scan_4") < table.index("scan_3") < table.index("scan_1")
+
+
+def test_rank_with_truths_tells_how_well_both_agree(run: Run, ranked: Path) -> None:
+    said = run("rank", ranked, "--truth", ranked / "truth", "--json")
+    told = json.loads(said.out)
+    true = {}
+    for i in (1, 2, 3, 4):
+        mask = read_labels(ranked / "labels/original" / f"scan_{i}.nii.gz").array
+        truth = read_labels(ranked / "truth" / f"scan_{i}.nii.gz").array
+        true[f"scan_{i}"] = min(true_metrics(s.mask(mask), s.mask(truth)).dice or 0.0 for s in STRUCTURES)
+    assert {row["scan"]: row["true Dice"] for row in told["scans"]} == pytest.approx(true)
+    estimated = {row["scan"]: row["estimated Dice"] for row in told["scans"]}
+    x, y = [estimated[n] for n in true], list(true.values())
+    assert told["agreement"]["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert told["agreement"]["mae"] == pytest.approx(np.mean(np.abs(np.subtract(x, y))))
+    text = run("rank", ranked, "--truth", ranked / "truth").out
+    assert "Spearman" in text
+    assert "constant" in text
+
+
+def test_rank_lists_finished_scans_only_when_asked(run: Run, ranked: Path) -> None:
+    _, labels = draw_case(2)
+    write_labels(labels, ranked / "labels" / "final" / "scan_2.nii.gz")
+    assert "scan_2" not in run("rank", ranked, "--csv").out
+    assert "scan_2" in run("rank", ranked, "--csv", "--all").out
+
+
+def test_json_and_csv_exclude_each_other(run: Run, ranked: Path) -> None:
+    assert run("rank", ranked, "--csv", "--json").code == 2
+
+
+def test_the_constant_is_the_best_that_a_constant_can_do() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.beta(5, 2, 41)
+    found = agreement(rng.permutation(true).tolist(), true.tolist())
+    others = [np.abs(true - c).mean() for c in np.linspace(0, 1, 501)]
+    assert found.constant_mae <= min(others) + 1e-12
+    assert agreement([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]).spearman is None
+    assert agreement([0.5, 0.6], [0.1, 0.2]).pearson is None
+    with pytest.raises(ValueError, match="as many"):
+        agreement([0.5], [])
+
+
+# ---- with networks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_studies(tmp_path_factory.mktemp("cli") / "s", scans=3, finals=1, config=CONFIG)
+    add_models(folder)
+    return folder
+
+
+def test_predict_writes_masks_on_the_scans_grids(run: Run, studies: Path, tmp_path: Path) -> None:
+    scans = [studies / "scan_1.nii.gz", studies / "scan_2.nii.gz"]
+    assert run("predict", *scans, "-o", tmp_path / "masks").code == 0
+    for path in scans:
+        labels = read_labels(tmp_path / "masks" / path.name, scan=read_scan(path), values=(1, 4))
+        assert labels.array.dtype == np.uint8
+    model = Studies(studies).model_path("segmentation")
+    assert run("predict", scans[0], "-o", tmp_path / "one.nrrd", "--model", model).code == 0
+    assert np.array_equal(
+        read_labels(tmp_path / "one.nrrd").array, read_labels(tmp_path / "masks" / scans[0].name).array
+    )
+
+
+def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, studies: Path, tmp_path: Path) -> None:
+    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
+    picture, errors = tmp_path / "a.png", tmp_path / "e.nii.gz"
+    said = run("assess", scan, mask, "--json", "--picture", picture, "--errors", errors)
+    assert said.code == 0, said.err
+    told = Assessment.from_json(said.out)
+    expected = Studies(studies).assessor()
+    assert expected is not None
+    result = expected.assess(read_scan(scan), read_labels(mask), scan_id="scan_0")
+    assert told == result.assessment
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = read_labels(errors, scan=read_scan(scan)).array
+    assert np.array_equal(written > 0, (result.errors >= 0.5).any(axis=0))
+
+
+def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, studies: Path) -> None:
+    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
+    rows = list(csv.DictReader(io.StringIO(run("assess", scan, mask, "--csv", "--no-picture").out)))
+    slices = read_scan(scan).shape[2]
+    assert len(rows) == len(STRUCTURES) * (1 + slices)
+    assert [row["slice"] for row in rows if row["structure"] == "liver"] == ["", *map(str, range(slices))]
+
+
+def test_assess_lists_as_many_worst_slices_as_asked(run: Run, studies: Path) -> None:
+    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
+    said = run("assess", scan, mask, "--no-picture", "--slices", 2)
+    worst = said.out.split("slices to look at first")[1]
+    assert len(re.findall(r"\bspleen\b", worst)) == 2
+
+
+def test_score_continues_where_it_stopped(run: Run, studies: Path) -> None:
+    first = json.loads(run("score", studies, "--json").out)
+    assert first["rows"] == [{"scored": 2, "had a current score": 0, "failed": 0}]
+    again = json.loads(run("score", studies, "--json").out)
+    assert again["rows"] == [{"scored": 0, "had a current score": 2, "failed": 0}]
+    assert json.loads(run("score", studies, "--json", "--force").out)["rows"][0]["scored"] == 2
+
+
+def test_a_scan_that_cannot_be_scored_makes_the_exit_code_1(run: Run, studies: Path) -> None:
+    broken = studies / "zz_broken.nii.gz"
+    broken.write_bytes(b"no scan")
+    try:
+        said = run("score", studies)
+    finally:
+        broken.unlink()
+    assert said.code == 1
+    assert "zz_broken" in said.err
+
+
+# ---- the README ----------------------------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[str]:
+    """All lines of the README's shell blocks that call segqc."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip().startswith("segqc ")]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(readme_commands()) > 5
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_readme_s_commands_are_understood(line: str) -> None:
+    words = shlex.split(line)[1:]
+    depth = 2 if words[0] == "train" else 1
+    command = ALL[tuple(words[:depth])]
+    command.make_context(" ".join(words[:depth]), words[depth:])  # fails where an option or argument is unknown

@@ -1,0 +1,118 @@
+"""Settings: what wins over what, and what is said of a setting that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from segqc.error_maps import ExtractionSettings
+from segqc.regions import BoxSettings
+from segqc.settings import SettingsError, load_settings, write_settings
+from segqc.training import TrainingSettings
+from segqc.types import Structure
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "segqc.toml").write_text(text)
+    return folder
+
+
+def test_without_a_file_the_library_s_own_defaults_hold(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path)
+    assert settings.extraction == ExtractionSettings()
+    assert settings.boxes == BoxSettings()
+    assert settings.training_settings("segqc") == TrainingSettings()
+    assert settings.structure_list() == ()
+    assert settings.server.host == "127.0.0.1"
+
+
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "[server]\nport = 1001\nhost = '::1'\nseed = 7\n[boxes]\nmin_area_mm2 = 11\nthreshold = 0.3\n")
+    monkeypatch.setenv("SEGQC_SERVER__PORT", "1002")
+    monkeypatch.setenv("SEGQC_SERVER__HOST", "0.0.0.0")
+    monkeypatch.setenv("SEGQC_BOXES__MIN_AREA_MM2", "22")
+    settings = load_settings(tmp_path, overrides={"server": {"port": 1003}})
+    assert (settings.server.port, settings.server.host, settings.server.seed) == (1003, "0.0.0.0", 7)
+    assert settings.boxes == BoxSettings(min_area_mm2=22, threshold=0.3)
+
+
+def test_a_named_file_replaces_the_folder_s(tmp_path: Path) -> None:
+    write(tmp_path, "[server]\nport = 1001\nseed = 7\n")
+    other = tmp_path / "other.toml"
+    other.write_text("[server]\nport = 1004\n")
+    assert load_settings(tmp_path, config=other).server.model_dump() == {
+        **load_settings().server.model_dump(),
+        "port": 1004,
+    }
+
+
+def test_each_network_may_have_its_own_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "[training]\nepochs = 9\nseed = 3\n[training.segqc]\nepochs = 5\n")
+    settings = load_settings(tmp_path)
+    assert settings.training_settings("segmentation") == TrainingSettings(epochs=9, seed=3)
+    assert settings.training_settings("segqc") == TrainingSettings(epochs=5, seed=3)
+    monkeypatch.setenv("SEGQC_TRAINING__EPOCHS", "2")
+    assert load_settings(tmp_path).training_settings("segmentation").epochs == 2
+
+
+def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
+    write(tmp_path, "[structures]\nhippocampus = [1, 2]\ncord = 3\n")
+    settings = load_settings(tmp_path)
+    assert settings.structure_list() == (Structure("hippocampus", (1, 2)), Structure("cord", (3,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[boxes]\nmin_area = 5", ["boxes", "min_area", "min_area_mm2"]),
+        ("[boxes]\nmin_area_mm2 = 'wide'", ["boxes.min_area_mm2", "number"]),
+        ("[boxes]\nthreshold = 2", ["threshold", "(0, 1]"]),
+        ("[extraction]\nband = 2", ["band", "band_mm"]),
+        ("[server]\nport = 99999", ["server.port", "65535"]),
+        ("[server]\nprot = 80", ["server.prot"]),
+        ("[structures]\na = [0]", ["structures", "1 to 255", "[0]"]),
+        ("[structures]\na = [1, 1]", ["different", "[1, 1]"]),
+        ("[structures]\na = [300]", ["300"]),
+        ("sturctures = 1", ["sturctures"]),
+        ("[server\nport = 1", ["not a TOML file"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, text: str, said: list[str]) -> None:
+    write(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in ["segqc.toml", *said]), message
+
+
+def test_a_wrong_training_setting_is_named_with_those_there_are(tmp_path: Path) -> None:
+    write(tmp_path, "[training]\nepoch = 5")
+    with pytest.raises(SettingsError, match=r"\[training\].*'epoch'.*epochs"):
+        load_settings(tmp_path).training_settings("segqc")
+    write(tmp_path, "[training]\nepochs = 'many'")
+    with pytest.raises(SettingsError, match=r"\[training\].*epochs.*integer"):
+        load_settings(tmp_path).training_settings("segmentation")
+
+
+def test_a_wrong_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGQC_SERVER__PORT", "none")
+    with pytest.raises(SettingsError, match="SEGQC_SERVER__PORT"):
+        load_settings(tmp_path)
+
+
+def test_a_missing_named_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.toml: no such settings file"):
+        load_settings(tmp_path, config=tmp_path / "none.toml")
+
+
+def test_written_settings_come_back_whatever_the_names(tmp_path: Path) -> None:
+    structures = {"left lobe": (1,), 'so-called "core"': (2, 3), "Große": (4,)}
+    write_settings(tmp_path, structures, {"P 1": ("P 1_ED", "P 1_ES")})
+    settings = load_settings(tmp_path)
+    assert settings.structures == structures
+    assert settings.patient_of("P 1_ES") == "P 1"
+    assert settings.patient_of("other") == "other"
