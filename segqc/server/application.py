@@ -59,7 +59,7 @@ def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         return asyncio.run(endpoint(*args, **kwargs))
 
     run.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
-    del run.__wrapped__  # type: ignore[attr-defined]  # FastAPI would look through it and see the coroutine
+    del run.__wrapped__  # FastAPI would look through it and see the coroutine
     return run
 
 

@@ -46,7 +46,7 @@ spleen = [4]
 
 [training]
 epochs = 1
-fold_epochs = 1
+fold_epochs = 4
 steps_per_epoch = 1
 folds = 2
 contrasts = []
@@ -78,6 +78,7 @@ class Server:
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            assert "ended: ERROR" not in self.log.read_text(), self.log.read_text()[-4000:]
             time.sleep(0.3)
 
     def job_ended(self, kind: str) -> bool:
