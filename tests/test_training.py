@@ -46,8 +46,8 @@ def placed(cases: Sequence[Case], folder: Path, share: float = 0.25):  # type: i
     return place_patients([c.patient for c in cases], folder / "folds.json", folds=2, validation_share=share, seed=0)
 
 
-class Killed(Exception):
-    pass
+class KilledError(Exception):
+    """Stands for a killed process."""
 
 
 class KillAt:
@@ -60,13 +60,13 @@ class KillAt:
         if message.startswith(self.work):
             self.seen += 1
             if self.seen == self.at:
-                raise Killed
+                raise KilledError
 
 
 def test_a_killed_training_resumes_at_the_epoch_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
     straight = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "a", NoProgress())
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "b", KillAt(4, "segmentation"))
     assert len(json.loads((tmp_path / "b" / "curve.json").read_text())) == 1
     steps = KillAt(-1, "segmentation")

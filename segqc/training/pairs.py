@@ -112,7 +112,7 @@ def train_makers(
     """Train a network that only makes masks, for ``settings.fold_epochs``; return it and its two early epochs."""
     values = label_values(structures)
     rng = np.random.default_rng((settings.seed, *name.encode()))
-    latest = max(2, settings.fold_epochs // 2)
+    latest = max(1, settings.fold_epochs // 2)
     early = tuple(sorted({int(e) for e in rng.integers(1, latest + 1, size=2)}))
     examples = [load_example(c, plan, values) for c in learnt]
     job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
