@@ -61,6 +61,7 @@ class Size(StrEnum):
     """Sizes of networks."""
 
     SMALL = "small"
+    MEDIUM = "medium"
     PAPER = "paper"
 
 
