@@ -25,6 +25,7 @@ from segqc.server.checks import known
 from segqc.server.datastore import FolderDatastore
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk
+from segqc.volumes import VolumeError
 from strategies import ForegroundRandom, PoolScoring, Sequential, UniformRandom, WorstEstimateFirst
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,18 @@ class SegqcApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it."""
         return {**super().info(), "labels": list(self.desk.labels())}
+
+    def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """Run inference on many scans; one that cannot be read does not keep the others waiting."""
+
+        def infer_if_readable(one: dict[str, Any], store: Datastore) -> dict[str, Any]:
+            try:
+                return self.infer(one, store)
+            except VolumeError as error:
+                logger.warning("%s is left out: %s", one["image"], error)
+                return {"error": str(error)}
+
+        return self._batch_infer(request, datastore if datastore is not None else self.datastore(), infer_if_readable)
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.

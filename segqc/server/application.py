@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_UPLOAD_LIMIT_MB = 2048
 NETWORKS = ("segmentation", "segqc")
+# The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
+FIRST_EPOCHS = {"epochs": 10, "fold_epochs": 4}
 
 
 def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +166,9 @@ def _bootstrap(instance: Any, jobs: Jobs) -> None:
         return
     logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
     for network in missing:
-        jobs.submit("train", {"model": network})
+        config = instance._trainers[network].config()
+        few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
+        jobs.submit("train", {"model": network, **few})
 
 
 def _after(job: Job, jobs: Jobs) -> None:

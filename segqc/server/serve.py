@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import logging.handlers
@@ -9,8 +10,12 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from segqc.loop.studies import Studies
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +66,18 @@ def serve(
         upload_limit_mb: the largest request that is taken, in megabytes.
 
     Raises:
-        ServeError: if the app is missing or the address cannot be used.
+        ServeError: if MONAI Label or the app is missing, the folder is served already, or the address cannot be used.
         StudiesError: if the folder does not exist.
         SettingsError: if its ``segqc.toml`` cannot be used.
     """
+    if importlib.util.find_spec("monailabel") is None:
+        raise ServeError("the server is not installed; pip install 'segqc[server]'")
     folder = Studies(studies)
+    folder.own.mkdir(parents=True, exist_ok=True)
+    alone = _lock(folder)  # held until the process ends
     listener = _listen(host, port)
     port = listener.getsockname()[1]
     log_file = folder.own / "server.log"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
     conf = {
         "bootstrap": str(bootstrap).lower(),
         "seed": str(seed),
@@ -92,8 +100,21 @@ def serve(
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
+        alone.release()
     logger.info("SegQC has ended.")
     logging.shutdown()
+
+
+def _lock(studies: Studies) -> BaseFileLock:
+    """Keep a second server off the folder: each would train and score by itself."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(studies.own / "server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ServeError(f"{studies.folder}: another server serves this folder already; end it first") from error
+    return lock
 
 
 def _listen(host: str, port: int) -> socket.socket:

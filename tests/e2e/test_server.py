@@ -230,13 +230,17 @@ def test_sessions_and_files_of_the_clients_own(server: Server, tmp_path: Path) -
         server.client.get_session(session)
 
 
-def test_batch_inference(server: Server) -> None:
+def test_batch_inference_leaves_out_what_cannot_be_read(server: Server) -> None:
+    (server.folder / "damaged.nii.gz").write_bytes(b"no volume")
     before = {p.name: p.stat().st_mtime_ns for p in (server.folder / "labels" / "original").iterdir()}
     assert server.post("/batch/infer/segmentation?images=unlabeled", json={}).status_code == 200
     server.wait(lambda: server.job_ended("batch/infer"))
     assert server.get("/batch/infer").json()["status"] == "DONE"
     after = {p.name: p.stat().st_mtime_ns for p in (server.folder / "labels" / "original").iterdir()}
     assert sum(after[name] != before.get(name) for name in after) == 2
+    assert "damaged is left out" in server.log.read_text()
+    (server.folder / "damaged.nii.gz").unlink()
+    assert "damaged" not in server.client.datastore()["objects"]
 
 
 def test_bad_requests_reach_the_client_as_sentences(server: Server) -> None:
