@@ -47,6 +47,8 @@ class SegqcApp(MONAILabelApp):
             description="Segments scans, estimates how good each mask is, and asks for the right correction next",
             version=segqc.__version__,
         )
+        # MONAI Label would queue all methods at each request for a sample; here a training queues what follows it
+        self._auto_update_scoring = False
 
     def init_datastore(self) -> Datastore:
         """The studies folder; other kinds of datastore are not served."""
