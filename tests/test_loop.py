@@ -149,3 +149,12 @@ def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) ->
     shutil.rmtree(studies.folder / "labels")
     with pytest.raises(StudiesError, match=r"write a table such as \[structures\]"):
         _ = Studies(studies.folder).structures
+
+
+def test_scans_of_one_patient_share_fold_and_role(tmp_path: Path) -> None:
+    studies = make_studies(tmp_path / "s", 6, 0)
+    with (studies.folder / "segqc.toml").open("a") as settings:
+        settings.write('[patients]\nanna = ["c0", "c3"]\n')
+    studies = Studies(studies.folder)
+    assert [c.patient for c in studies.cases()] == ["anna", "c1", "c2", "anna", "c4", "c5"]
+    assert set(studies.placements(studies.settings.training_settings("segqc"))) == {"anna", "c1", "c2", "c4", "c5"}

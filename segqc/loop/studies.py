@@ -122,8 +122,8 @@ class Studies:
         return tuple(Structure(f"label {v}", (v,)) for v in sorted(values))
 
     def cases(self) -> list[Case]:
-        """The scans with a final label, ready to train on; every scan is a patient of its own name."""
-        return [Case(e.id, e.id, e.image, e.final) for e in self.scans() if e.final is not None]
+        """The scans with a final label, ready to train on; scans of one patient stay in one fold."""
+        return [Case(e.id, self.settings.patient_of(e.id), e.image, e.final) for e in self.scans() if e.final is not None]
 
     def placements(self, settings: TrainingSettings) -> Mapping[str, Placement]:
         """Fold and role of each labelled patient, given once and stored."""
