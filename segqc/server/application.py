@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_UPLOAD_LIMIT_MB = 2048
 NETWORKS = ("segmentation", "segqc")
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
-FIRST_EPOCHS = {"epochs": 10, "fold_epochs": 4}
+FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
 
 def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
