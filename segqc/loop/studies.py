@@ -123,7 +123,9 @@ class Studies:
 
     def cases(self) -> list[Case]:
         """The scans with a final label, ready to train on; scans of one patient stay in one fold."""
-        return [Case(e.id, self.settings.patient_of(e.id), e.image, e.final) for e in self.scans() if e.final is not None]
+        return [
+            Case(e.id, self.settings.patient_of(e.id), e.image, e.final) for e in self.scans() if e.final is not None
+        ]
 
     def placements(self, settings: TrainingSettings) -> Mapping[str, Placement]:
         """Fold and role of each labelled patient, given once and stored."""
