@@ -1,4 +1,4 @@
-"""Run the README's shell blocks that are marked as checked, with trainings of a few steps, and fail where one fails.
+"""Run the README's shell blocks that are marked as checked, on few scans and steps, and fail where one fails.
 
 A marked block follows a line ``<!-- checked -->``. Its commands run one after the other in an empty folder, on the
 real data that SEGQC_DATA names. ``segqc serve`` runs beside the commands after it until the end.
@@ -22,13 +22,16 @@ SHORT = {
     "SEGQC_TRAINING__STEPS_PER_EPOCH": "2",
     "SEGQC_TRAINING__CONTRASTS": "[]",
 }
+FEW_SCANS = {"--labelled 30": "--labelled 8", "--unlabelled 50": "--unlabelled 6"}
 PATIENCE_SECONDS = 60.0
 
 
 def checked_commands(text: str) -> list[str]:
     """The commands of all marked blocks, in order; lines continued by a backslash are joined."""
-    blocks = re.findall(r"<!-- checked -->\n```sh\n(.*?)```", text, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = "\n".join(re.findall(r"<!-- checked -->\n```sh\n(.*?)```", text, flags=re.DOTALL))
+    for many, few in FEW_SCANS.items():
+        text = text.replace(many, few)
+    lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 

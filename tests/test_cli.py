@@ -359,6 +359,59 @@ def test_a_scan_that_cannot_be_scored_makes_the_exit_code_1(run: Run, studies: P
     assert "zz_broken" in said.err
 
 
+# ---- the simulated annotator ----------------------------------------------------------------------------------------
+
+
+class FakeServer:
+    """Hands out scans in a fixed order with an estimate, and keeps what is submitted."""
+
+    def __init__(self, folder: Path, order: list[str]) -> None:
+        self.folder, self.order = folder, order
+        self.submitted: dict[str, tuple[bytes, str]] = {}
+
+    def client(self, url: str, tmpdir: str, client_id: str) -> FakeServer:
+        return self
+
+    def get_server_url(self) -> str:
+        return "http://fake"
+
+    def next_sample(self, strategy: str, params: dict[str, str]) -> dict[str, object]:
+        left = [name for name in self.order if name not in self.submitted]
+        return {"id": left[0], "strategy": strategy, "estimated_dice": 0.25, "worst_slices": [3, 1]} if left else {}
+
+    def download_label(self, scan: str, tag: str) -> str:
+        return str(self.folder / "labels" / tag / f"{scan}.nii.gz")
+
+    def save_label(self, scan: str, path: str, tag: str, params: dict[str, str]) -> None:
+        self.submitted[scan] = (Path(path).read_bytes(), tag)
+
+
+def test_simulate_submits_the_truth_and_compares_the_estimate_shown(
+    run: Run, ranked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotator = pytest.importorskip("segqc.server.annotator", reason="MONAI Label is not installed")
+    server = FakeServer(ranked, ["scan_3", "scan_2"])
+    monkeypatch.setattr(annotator, "MONAILabelClient", server.client)
+    rows = json.loads(run("simulate", ranked, "--count", 9, "--json").out)["corrections"]
+    assert [(row["scan"], row["estimated Dice"], row["worst slices"]) for row in rows] == [
+        ("scan_3", 0.25, "3 1"),
+        ("scan_2", 0.25, "3 1"),
+    ]
+    truths = json.loads(run("rank", ranked, "--truth", ranked / "truth", "--json").out)["scans"]
+    expected = {row["scan"]: row["true Dice"] for row in truths}
+    assert {row["scan"]: row["true Dice"] for row in rows} == {n: expected[n] for n in ("scan_3", "scan_2")}
+    for name, (content, tag) in server.submitted.items():
+        assert (content, tag) == ((ranked / "truth" / f"{name}.nii.gz").read_bytes(), "final")
+    assert run("simulate", ranked).code == 1  # nothing is left
+
+
+def test_simulate_says_when_no_server_answers(run: Run, ranked: Path) -> None:
+    pytest.importorskip("monailabel", reason="MONAI Label is not installed")
+    said = run("simulate", ranked, "--server", "http://127.0.0.1:9")
+    assert said.code == 1
+    assert "is the server running?" in said.err
+
+
 # ---- the README ----------------------------------------------------------------------------------------------------
 
 
