@@ -14,7 +14,7 @@ import torch
 from segqc.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
 from segqc.training.cases import make_example
-from segqc.training.pairs import LeakError, masks_of, stratified_weights, train_makers
+from segqc.training.pairs import LeakError, MaskSet, masks_of, stratified_weights, thinned, train_makers
 from segqc.training.patches import PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
@@ -152,6 +152,16 @@ def test_stratified_weights_make_each_quality_equally_likely() -> None:
     weights = np.array(stratified_weights(dice))
     sums = [weights[:8].sum() + weights[11], weights[8:10].sum(), weights[10]]
     np.testing.assert_allclose(sums, 1.0)
+
+
+def test_thinning_keeps_the_worst_and_the_best_mask() -> None:
+    dice = (0.5, 0.9, 0.1, 0.7, 0.3)
+    masks = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    full = MaskSet(Case("c", "p", Path("s"), Path("l")), masks, dice)
+    few = thinned(full, 3)
+    assert few.dice == (0.1, 0.5, 0.9)
+    np.testing.assert_array_equal(few.masks.ravel(), [2, 0, 1])
+    assert thinned(full, 5) is full
 
 
 def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:

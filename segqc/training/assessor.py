@@ -17,7 +17,7 @@ from segqc.networks import ModelCard, NetworkPlan, StructureCalibration
 from segqc.regions import largest_box_area_mm2
 from segqc.training.cases import Case, Example, Placement, TooFewCases, label_values, make_example, read_case
 from segqc.training.fit import Job, Loss, PrepareBatch, fit
-from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights
+from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
 from segqc.training.patches import Patch
 from segqc.training.progress import Progress
 from segqc.training.segmentation import check_enough, plan_for
@@ -26,6 +26,7 @@ from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 METRICS: tuple[MetricName, ...] = ("dice", "iou", "arvd", "rvd")
+VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
 _FIRST_BIAS = -3.0  # of the truth's logit: many tiny probabilities far from the mask would add up
 
 
@@ -73,7 +74,9 @@ def train_on_masks(
     cases = [s.case for s in sets]
     plan = plan_for(cases, settings, in_channels=1 + len(structures), out_channels=len(structures))
     train = [s for s in sets if placements[s.case.patient].role == "train"]
-    validation = [s for s in sets if placements[s.case.patient].role == "validation"]
+    # a few masks of each case: more would make validating longer than training, and say little new
+    validating = [s for s in sets if placements[s.case.patient].role == "validation"]
+    validation = [thinned(s, VALIDATION_MASKS) for s in validating]
     job = Job(
         name="segqc",
         plan=plan,

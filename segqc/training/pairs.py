@@ -142,6 +142,15 @@ def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSe
     return made
 
 
+def thinned(mask_set: MaskSet, most: int) -> MaskSet:
+    """At most ``most`` masks of a case, evenly spaced in their order of quality, the worst and the best included."""
+    if len(mask_set.masks) <= most:
+        return mask_set
+    order = np.argsort(mask_set.dice, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, most).round().astype(int)]
+    return MaskSet(mask_set.case, mask_set.masks[chosen], tuple(mask_set.dice[int(i)] for i in chosen))
+
+
 def stratified_weights(dice: Sequence[float]) -> tuple[float, ...]:
     """Weights that make each occupied Dice bin equally likely (method, "Stratified data")."""
     bins = np.minimum((np.asarray(dice) / BIN_WIDTH).astype(int), round(1 / BIN_WIDTH) - 1)
