@@ -121,6 +121,7 @@ def estimate(assessor: Assessor, masks: Sequence[tuple[Case, Volume]]) -> dict[s
     """Error and correlation of the estimated Dice of each structure, beside the constant predictor's error."""
     true: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
     raw, calibrated = {s.name: [] for s in STRUCTURES}, {s.name: [] for s in STRUCTURES}
+    missed = dict.fromkeys((s.name for s in STRUCTURES), 0)
     true_2d: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
     raw_2d: dict[str, list[float]] = {s.name: [] for s in STRUCTURES}
     for case, labels in masks:
@@ -132,7 +133,11 @@ def estimate(assessor: Assessor, masks: Sequence[tuple[Case, Volume]]) -> dict[s
             raw[s.name].append(quality.raw.metrics.dice)
             calibrated[s.name].append(quality.estimated.dice)
             slices = true_slice_metrics(s.mask(labels.array), s.mask(truth.array), assessment.through_plane_axis)
-            for i in np.flatnonzero(slices.counted):
+            axes = tuple(a for a in range(3) if a != assessment.through_plane_axis)
+            masked = s.mask(labels.array).any(axis=axes)
+            # where the mask is empty the estimate is "both empty", 1.0, or 0.0: counted apart, it is no measurement
+            missed[s.name] += int((slices.counted & ~masked).sum())
+            for i in np.flatnonzero(masked):
                 estimated = quality.raw.slices[int(i)].metrics.dice
                 true_2d[s.name].append(float(slices.dice[i]))
                 raw_2d[s.name].append(1.0 if estimated is None else estimated)
@@ -151,6 +156,8 @@ def estimate(assessor: Assessor, masks: Sequence[tuple[Case, Volume]]) -> dict[s
             "Spearman": float(spearmanr(r, t)[0]),
             "2D MAE": float(np.abs(r2 - t2).mean()),
             "2D Pearson": float(pearsonr(r2, t2)[0]),
+            "slices": len(t2),
+            "slices where only the mask is empty": missed[s.name],
         }
     return rows
 
