@@ -69,17 +69,6 @@ class Fitted:
     snapshots: dict[int, Weights]
 
 
-@dataclass(slots=True)
-class _State:
-    """What a checkpoint holds beside weights, optimizer and scheduler."""
-
-    history: list[EpochRecord]
-    best_loss: float
-    best: Weights | None
-    snapshots: dict[int, Weights]
-    since_best: int = 0
-
-
 @functools.cache
 def _keep_freed_memory() -> None:
     """Let glibc keep freed blocks: giving activations back to the system and faulting them in again costs much."""
@@ -114,64 +103,129 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     """
     _keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
-    settings, checkpoint, mark = job.settings, folder / "checkpoint.pt", fingerprint(job)
-    device = device_of_choice()
-    network = build_network(job.plan, seed=settings.seed, first_bias=job.first_bias).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=job.epochs, power=0.9)
-    state = _State([], float("inf"), None, {})
-    if checkpoint.is_file():
-        _restore(checkpoint, mark, network, optimizer, scheduler, state)
-    done = len(state.history)
+    training = _Training(job)
+    training.restore(folder)
     if from_epoch:
-        from_epoch(done)
-    if done < job.epochs and not _exhausted(job, state):
-        set_determinism(seed=settings.seed)
-        trainer = _trainer(job, network, optimizer, scheduler, state, done, progress, device)
-        trainer.add_event_handler(
-            Events.EPOCH_COMPLETED, lambda _: _save(checkpoint, mark, network, optimizer, scheduler, state, folder)
-        )
+        from_epoch(training.done)
+    if training.done < job.epochs and not training.exhausted:
+        set_determinism(seed=job.settings.seed)
+        trainer = _trainer(training, progress)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
         trainer.run()
-    if state.best is not None:
-        network.load_state_dict(state.best)
-    return Fitted(network.cpu().eval(), tuple(state.history), state.snapshots)
+    return training.fitted()
 
 
-def _exhausted(job: Job, state: _State) -> bool:
-    return bool(job.validation) and state.since_best >= job.settings.patience
+class _Training:
+    """A job's network, optimizer and schedule, and what came of them so far: all that a checkpoint holds."""
+
+    def __init__(self, job: Job) -> None:
+        settings = job.settings
+        self.job = job
+        self.device = device_of_choice()
+        self.network = build_network(job.plan, seed=settings.seed, first_bias=job.first_bias).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
+        self.fingerprint = fingerprint(job)
+        self.history: list[EpochRecord] = []
+        self.best_loss = float("inf")
+        self.best: Weights | None = None
+        self.since_best = 0
+        self.snapshots: dict[int, Weights] = {}
+
+    @property
+    def done(self) -> int:
+        """Number of finished epochs."""
+        return len(self.history)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the validation loss has not become better for long enough."""
+        return bool(self.job.validation) and self.since_best >= self.job.settings.patience
+
+    def prepare(self, batch: Patch, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and target of a batch, on the device; MONAI's engines give more arguments than are needed."""
+        image, target = self.job.prepare(batch)
+        return image.to(self.device), target.to(self.device)
+
+    def finish_epoch(self, epoch: int, train_loss: float, validation_loss: float | None) -> None:
+        """Note an epoch on the learning curve, and keep its weights where they are asked for or the best so far."""
+        self.history.append(EpochRecord(epoch, train_loss, validation_loss))
+        if epoch in self.job.snapshots:
+            self.snapshots[epoch] = self._weights()
+        # while the mask input is empty the validation loss speaks of another task
+        if validation_loss is None or epoch <= self.job.empty_mask_epochs:
+            return
+        if validation_loss < self.best_loss:
+            self.best_loss, self.best, self.since_best = validation_loss, self._weights(), 0
+        else:
+            self.since_best += 1
+
+    def fitted(self) -> Fitted:
+        """The result: the best weights where epochs were compared, the last ones otherwise."""
+        if self.best is not None:
+            self.network.load_state_dict(self.best)
+        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots)
+
+    def save(self, folder: Path) -> None:
+        """Write ``checkpoint.pt`` and ``curve.json``."""
+        history = [dataclasses.asdict(record) for record in self.history]
+        with atomic_write(folder / "checkpoint.pt") as temporary:
+            torch.save(
+                {
+                    "fingerprint": self.fingerprint,
+                    "network": self.network.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "history": history,
+                    "best_loss": self.best_loss,
+                    "best": self.best,
+                    "since_best": self.since_best,
+                    "snapshots": self.snapshots,
+                },
+                temporary,
+            )
+        with atomic_write(folder / "curve.json") as temporary:
+            temporary.write_text(json.dumps(history, indent=1))
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the folder's checkpoint, if there is one of this fingerprint."""
+        path = folder / "checkpoint.pt"
+        if not path.is_file():
+            return
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError) as error:
+            logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
+            return
+        if content["fingerprint"] != self.fingerprint:
+            logger.info("%s: of other data or settings, training anew", path)
+            return
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.history = [EpochRecord(**record) for record in content["history"]]
+        self.best_loss, self.best = content["best_loss"], content["best"]
+        self.since_best, self.snapshots = content["since_best"], content["snapshots"]
+
+    def _weights(self) -> Weights:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
 
 
-def _trainer(
-    job: Job,
-    network: StemUNet,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    state: _State,
-    done: int,
-    progress: Progress,
-    device: torch.device,
-) -> SupervisedTrainer:
-    settings, steps = job.settings, job.settings.steps_per_epoch
-    draws_per_epoch = steps * settings.batch
-    dataset = PatchDataset(job.train, job.plan, settings, empty_until=job.empty_mask_epochs * draws_per_epoch)
-    loader = DataLoader(dataset, batch_size=settings.batch, sampler=Draws(done * draws_per_epoch))
-
-    def prepare(batch: Patch, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
-        image, target = job.prepare(batch)
-        return image.to(device), target.to(device)
-
+def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
+    """MONAI's engine for the epochs that are left."""
+    job, steps = training.job, training.job.settings.steps_per_epoch
     trainer = SupervisedTrainer(
-        device=device,
+        device=training.device,
         max_epochs=job.epochs,
-        train_data_loader=loader,
-        network=network,
-        optimizer=optimizer,
+        train_data_loader=_loader(training),
+        network=training.network,
+        optimizer=training.optimizer,
         loss_function=job.loss,
         epoch_length=steps,
-        prepare_batch=prepare,
+        prepare_batch=training.prepare,
     )
-    trainer.state.epoch = done
-    trainer.state.iteration = done * steps
+    trainer.state.epoch = training.done
+    trainer.state.iteration = training.done * steps
     losses: list[float] = []
 
     def after_step(engine: Engine) -> None:
@@ -180,97 +234,40 @@ def _trainer(
 
     def after_epoch(engine: Engine) -> None:
         validation = engine.state.metrics.get("validation_loss") if job.validation else None
-        epoch = engine.state.epoch
-        state.history.append(EpochRecord(epoch, sum(losses) / max(1, len(losses)), validation))
+        training.finish_epoch(engine.state.epoch, sum(losses) / max(1, len(losses)), validation)
         losses.clear()
-        if epoch in job.snapshots:
-            state.snapshots[epoch] = _copy(network)
-        # while the mask input is empty the validation loss speaks of another task
-        if validation is not None and epoch > job.empty_mask_epochs:
-            if validation < state.best_loss:
-                state.best_loss, state.best, state.since_best = validation, _copy(network), 0
-            else:
-                state.since_best += 1
-            if _exhausted(job, state):
-                logger.info("%s: no better for %d epochs, stopped at epoch %d", job.name, settings.patience, epoch)
-                engine.terminate()
+        if training.exhausted:
+            logger.info("%s: no better for %d epochs, stopped", job.name, job.settings.patience)
+            engine.terminate()
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)
     if job.validation:
-        batches = [torch.utils.data.default_collate([centred(e, job.plan.patch)]) for e in job.validation]
-        evaluator = SupervisedEvaluator(
-            device=device,
-            val_data_loader=batches,
-            network=network,
-            prepare_batch=prepare,
-            key_val_metric={
-                "validation_loss": IgniteMetricHandler(
-                    loss_fn=job.loss, output_transform=from_engine(["pred", "label"])
-                )
-            },
-            metric_cmp_fn=lambda new, best: new < best,
-        )
-        ValidationHandler(interval=1, validator=evaluator).attach(trainer)
-        trainer.add_event_handler(
-            Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(evaluator.state.metrics)
-        )
-    LrScheduleHandler(scheduler, print_lr=False).attach(trainer)
+        _validate_each_epoch(trainer, training)
+    LrScheduleHandler(training.scheduler, print_lr=False).attach(trainer)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
     return trainer
 
 
-def _copy(network: StemUNet) -> Weights:
-    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+def _loader(training: _Training) -> DataLoader[Patch]:
+    job, settings = training.job, training.job.settings
+    per_epoch = settings.steps_per_epoch * settings.batch
+    dataset = PatchDataset(job.train, job.plan, settings, empty_until=job.empty_mask_epochs * per_epoch)
+    return DataLoader(dataset, batch_size=settings.batch, sampler=Draws(training.done * per_epoch))
 
 
-def _save(
-    path: Path,
-    mark: str,
-    network: StemUNet,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    state: _State,
-    folder: Path,
-) -> None:
-    history = [dataclasses.asdict(record) for record in state.history]
-    with atomic_write(path) as temporary:
-        torch.save(
-            {
-                "fingerprint": mark,
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "history": history,
-                "best_loss": state.best_loss,
-                "best": state.best,
-                "since_best": state.since_best,
-                "snapshots": state.snapshots,
-            },
-            temporary,
-        )
-    with atomic_write(folder / "curve.json") as temporary:
-        temporary.write_text(json.dumps(history, indent=1))
-
-
-def _restore(
-    path: Path,
-    mark: str,
-    network: StemUNet,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    state: _State,
-) -> None:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
-        return
-    if content["fingerprint"] != mark:
-        logger.info("%s: of other data or settings, training anew", path)
-        return
-    network.load_state_dict(content["network"])
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    state.history = [EpochRecord(**record) for record in content["history"]]
-    state.best_loss, state.best = content["best_loss"], content["best"]
-    state.since_best, state.snapshots = content["since_best"], content["snapshots"]
+def _validate_each_epoch(trainer: SupervisedTrainer, training: _Training) -> None:
+    """Let the trainer compute ``validation_loss`` after each epoch, on unaugmented patches."""
+    job = training.job
+    metric = IgniteMetricHandler(loss_fn=job.loss, output_transform=from_engine(["pred", "label"]))
+    evaluator = SupervisedEvaluator(
+        device=training.device,
+        val_data_loader=[torch.utils.data.default_collate([centred(e, job.plan.patch)]) for e in job.validation],
+        network=training.network,
+        prepare_batch=training.prepare,
+        key_val_metric={"validation_loss": metric},
+        metric_cmp_fn=lambda new, best: new < best,
+    )
+    ValidationHandler(interval=1, validator=evaluator).attach(trainer)
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(evaluator.state.metrics)
+    )
