@@ -83,9 +83,11 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
             subset = [learnt[int(i)] for i in rng.permutation(len(learnt))[: 12 + 8 * k]]
             settings = replace(SEGMENTER, seed=100 + k, fold_epochs=20)
             plan = plan_for(subset, settings, in_channels=1, out_channels=3)
-            makers = train_makers(
-                f"test maker {k + 1}", subset, STRUCTURES, plan, settings, work / f"maker-{k}", progress
-            )
+            name, folder = f"test maker {k + 1}", work / f"maker-{k}"
+            # at random early epochs, as the paper's test masks: not at those that make SegQC-Net's training masks
+            draws = np.random.default_rng((settings.seed, *name.encode())).integers(1, 11, size=2)
+            early = sorted({int(e) for e in draws})
+            makers = train_makers(name, subset, STRUCTURES, plan, settings, folder, progress, early=early)
             for m, maker in enumerate(makers):
                 for case in test:
                     scan, truth = read_case(case, (1, 2))

@@ -14,7 +14,15 @@ import torch
 from segqc.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
 from segqc.training.cases import make_example
-from segqc.training.pairs import LeakError, MaskSet, masks_of, stratified_weights, thinned, train_makers
+from segqc.training.pairs import (
+    LeakError,
+    MaskSet,
+    early_epochs,
+    masks_of,
+    stratified_weights,
+    thinned,
+    train_makers,
+)
 from segqc.training.patches import PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
@@ -152,6 +160,20 @@ def test_stratified_weights_make_each_quality_equally_likely() -> None:
     weights = np.array(stratified_weights(dice))
     sums = [weights[:8].sum() + weights[11], weights[8:10].sum(), weights[10]]
     np.testing.assert_allclose(sums, 1.0)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 8, 15, 25, 200])
+def test_early_epochs_are_a_few_of_the_first_half(epochs: int) -> None:
+    early = early_epochs(epochs)
+    assert 1 <= len(early) <= 5
+    assert list(early) == sorted(set(early))
+    assert early[0] == min(2, early[-1])
+    assert early[-1] == max(1, epochs // 2)
+
+
+def test_a_longer_training_makes_masks_of_more_qualities() -> None:
+    assert early_epochs(8) == (2, 4)
+    assert early_epochs(25) == (2, 3, 5, 8, 12)
 
 
 def test_thinning_keeps_the_worst_and_the_best_mask() -> None:

@@ -21,6 +21,7 @@ from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, atomic_write
 
 BIN_WIDTH = 0.1  # of Dice, for stratified sampling
+MOST_EARLY_EPOCHS = 5
 
 
 class LeakError(ValueError):
@@ -84,7 +85,7 @@ def crossfit_masks(
 
     Fold k's network learns from the training patients of the other folds, for a fixed number of epochs (no early
     stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
-    included. Its weights at two random early epochs make further, worse masks (the paper's stratification, 4.1).
+    included. Its weights at early epochs make further, worse masks (the paper's stratification, 4.1).
     """
     sets: list[MaskSet] = []
     folds = sorted({placements[c.patient].fold for c in cases})
@@ -108,17 +109,38 @@ def train_makers(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    *,
+    early: Sequence[int] | None = None,
 ) -> list[Segmenter]:
-    """Train a network that only makes masks, for ``settings.fold_epochs``; return it and its two early epochs."""
+    """Train a network that only makes masks, for ``settings.fold_epochs``; return it and itself at its early epochs.
+
+    Args:
+        name: what progress calls it.
+        learnt: the cases it learns from.
+        structures: the structures to learn.
+        plan: the network's plan.
+        settings: how to train.
+        folder: for the checkpoint.
+        progress: told after each step.
+        early: the early epochs, by default those of `early_epochs`.
+    """
     values = label_values(structures)
-    rng = np.random.default_rng((settings.seed, *name.encode()))
-    latest = max(1, settings.fold_epochs // 2)
-    early = tuple(sorted({int(e) for e in rng.integers(1, latest + 1, size=2)}))
+    early = early_epochs(settings.fold_epochs) if early is None else tuple(early)
     examples = [load_example(c, plan, values) for c in learnt]
     job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
     fitted = fit(job, folder, progress)
     last = segmenter_of(fitted, plan, structures, [c.patient for c in learnt], settings)
     return [last, *(_with_weights(last, fitted.snapshots[epoch]) for epoch in early)]
+
+
+def early_epochs(epochs: int) -> tuple[int, ...]:
+    """Two to five epochs of the first half of a training, denser at the start, where the masks change most.
+
+    Drawn at random they may all make useless or all make good masks; SegQC-Net has to know those between as well.
+    """
+    latest = max(1, epochs // 2)
+    count = min(max(2, epochs // 4), MOST_EARLY_EPOCHS)
+    return tuple(sorted({round(e) for e in np.geomspace(min(2, latest), latest, count)}))
 
 
 def _with_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
