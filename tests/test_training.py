@@ -155,11 +155,11 @@ def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:
     assert model.card.output_form == "direct"
 
 
-def test_stratified_weights_make_each_quality_equally_likely() -> None:
-    dice = [0.95] * 8 + [0.55] * 2 + [0.11, 1.0]
+def test_stratified_weights_draw_rare_qualities_more_often_but_not_without_end() -> None:
+    dice = [0.95] * 15 + [0.55] * 4 + [0.11, 1.0]
     weights = np.array(stratified_weights(dice))
-    sums = [weights[:8].sum() + weights[11], weights[8:10].sum(), weights[10]]
-    np.testing.assert_allclose(sums, 1.0)
+    shares = [weights[:15].sum() + weights[20], weights[15:19].sum(), weights[19]]
+    np.testing.assert_allclose(shares, [4.0, 2.0, 1.0])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 8, 15, 25, 200])
@@ -193,13 +193,16 @@ def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:
     scan, truth = read_case(case, (1,))
     plan = plan_for([case], QUICK, in_channels=1, out_channels=2)
     examples = [make_example("c", scan, truth, plan, mask=np.asarray(truth.array))]
-    one, two = PatchDataset(examples, plan, QUICK, empty_until=3), PatchDataset(examples, plan, QUICK)
+    settings = replace(QUICK, empty_mask_share=0.0)
+    one, two = PatchDataset(examples, plan, settings, empty_until=3), PatchDataset(examples, plan, settings)
     _ = one[0], one[1]
     assert torch.equal(one[7]["image"], two[7]["image"])
     assert torch.equal(one[7]["truth"], one[7]["mask"]), "mask and truth move together"
     assert not torch.equal(one[7]["image"], one[8]["image"])
     assert not one[2]["mask"].any()
-    assert not torch.equal(PatchDataset(examples, plan, replace(QUICK, seed=1))[7]["image"], two[7]["image"])
+    some = PatchDataset(examples, plan, replace(QUICK, empty_mask_share=0.5))
+    assert 5 < sum(bool(some[i]["mask"].any()) for i in range(40)) < 35
+    assert not torch.equal(PatchDataset(examples, plan, replace(settings, seed=1))[7]["image"], two[7]["image"])
 
 
 def test_a_patch_over_the_border_is_padded_with_zeros() -> None:

@@ -174,7 +174,10 @@ def thinned(mask_set: MaskSet, most: int) -> MaskSet:
 
 
 def stratified_weights(dice: Sequence[float]) -> tuple[float, ...]:
-    """Weights that make each occupied Dice bin equally likely (method, "Stratified data")."""
+    """Weights that draw masks of rare qualities more often: a Dice bin's share grows with the root of its number.
+
+    Equal shares (method, "Stratified data") would show the handful of masks in a sparse bin again and again.
+    """
     bins = np.minimum((np.asarray(dice) / BIN_WIDTH).astype(int), round(1 / BIN_WIDTH) - 1)
     counts = np.bincount(bins)
-    return tuple(float(1.0 / counts[b]) for b in bins)
+    return tuple(float(counts[b] ** -0.5) for b in bins)

@@ -53,11 +53,12 @@ class PatchDataset(Dataset[Patch]):
     def __init__(
         self, examples: Sequence[Example], plan: NetworkPlan, settings: TrainingSettings, *, empty_until: int = 0
     ) -> None:
-        """Take the examples; before draw ``empty_until`` the mask is empty (see `TrainingSettings`)."""
+        """Take the examples; before draw ``empty_until`` all masks are empty, then some (see `TrainingSettings`)."""
         self.examples = examples
         self.patch = plan.patch
         self.seed = settings.seed
         self.empty_until = empty_until
+        self.empty_share = settings.empty_mask_share
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
@@ -72,7 +73,8 @@ class PatchDataset(Dataset[Patch]):
         item: Patch = {"image": cut(example.image, start, self.patch), "truth": cut(example.truth, start, self.patch)}
         if example.mask is not None:
             mask = cut(example.mask, start, self.patch)
-            item["mask"] = torch.zeros_like(mask) if draw < self.empty_until else mask
+            empty = rng.random() < self.empty_share or draw < self.empty_until
+            item["mask"] = torch.zeros_like(mask) if empty else mask
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
         return {key: torch.as_tensor(augmented[key]) for key in item}

@@ -15,7 +15,8 @@ class TrainingSettings:
     ``epochs`` are of ``steps_per_epoch`` batches each, whatever the number of cases. ``fold_epochs`` is the length of
     the cross-fitted segmentation networks that only make SegQC-Net's training masks. ``scan_only_share`` is the first
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
-    judge a mask of it. ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
+    judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
+    at the scan and does not believe every mask. ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
     seed: int = 0
@@ -36,10 +37,17 @@ class TrainingSettings:
     output_form: OutputForm = "truth"
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
     scan_only_share: float = 0.4
+    empty_mask_share: float = 0.25
     average_flips: bool = True
 
     def paper_recipe(self) -> TrainingSettings:
         """The paper's own SegQC-Net: error as direct output, Dice loss, learning rate 5e-4 (section 4.2)."""
         return replace(
-            self, output_form="direct", loss="dice", learning_rate=5e-4, scan_only_share=0.0, average_flips=False
+            self,
+            output_form="direct",
+            loss="dice",
+            learning_rate=5e-4,
+            scan_only_share=0.0,
+            empty_mask_share=0.0,
+            average_flips=False,
         )
