@@ -16,7 +16,8 @@ class TrainingSettings:
     the cross-fitted segmentation networks that only make SegQC-Net's training masks. ``scan_only_share`` is the first
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
-    at the scan and does not believe every mask. ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
+    at the scan and does not believe every mask. ``output_form`` "direct" with ``loss`` "dice" and a learning rate of
+    5e-4 is the paper's recipe.
     """
 
     seed: int = 0
