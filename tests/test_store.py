@@ -11,10 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from server_kit import make_assessment
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from store_kit import (
+
+from segqc.placement import Placing, place
+from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
+from segqc.store.database import StoreError
+from segqc.store.folder import take_in
+from segqc.store.labels import NewLabel
+from segqc.store.leases import LeaseRules
+from segqc.store.scans import UnknownScan
+from segqc.store.schema import Assignment
+from segqc.store.store import Store
+from segqc.store.values import Change, LeaseRecord, StructureChange, Who
+from segqc.types import Metrics
+from tests.server_kit import make_assessment
+from tests.store_kit import (
     ANNA,
     BERT,
     PLACING,
@@ -28,18 +40,6 @@ from store_kit import (
     save_mask,
     take_in_scans,
 )
-
-from segqc.placement import Placing, place
-from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
-from segqc.store.database import StoreError
-from segqc.store.folder import take_in
-from segqc.store.labels import NewLabel
-from segqc.store.leases import LeaseRules
-from segqc.store.scans import UnknownScan
-from segqc.store.schema import Assignment
-from segqc.store.store import Store
-from segqc.store.values import Change, LeaseRecord, StructureChange, Who
-from segqc.types import Metrics
 
 COUNT = 12
 PLAIN = LeaseRules(audit_share=0.0, validation_share=0.0)
