@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import signal
 import subprocess
+import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from segqc.store.upkeep import check
 
 from segqc.store import assessments, corrections, labels, leases, orders, scans
 from segqc.store.database import Transaction
@@ -29,7 +33,6 @@ from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.store import Store
-from segqc.store.upkeep import check
 from segqc.store.values import Change, LabelRecord, StructureChange, Who
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
@@ -114,7 +117,9 @@ def score(store: Store, scan: str, source: Path, pair: int) -> None:
     network = Who("network", "seg1", "program")
     mask = store.save_label(NewLabel(scan, "original", "network", network, bundle=pair), source)
     with store.write() as transaction:
-        assessments.write(transaction, replace(make_assessment(scan, random.random()), segmenter_version="seg1"), mask.id)
+        assessments.write(
+            transaction, replace(make_assessment(scan, random.random()), segmenter_version="seg1"), mask.id
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
@@ -182,7 +187,7 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
     acknowledged: dict[int, tuple[str, np.ndarray]] = {}
     for kill in range(max(1, KILLS // 20)):
         port = free_port()
-        command = ["python", "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
+        command = [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
         with (tmp_path / "log").open("ab") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log)
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -193,8 +198,7 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.2)
         children = psutil.Process(server.pid).children(recursive=True)
-        until = time.monotonic() + chance.uniform(0.5, 3)
-        killer = in_child(lambda: (time.sleep(max(0, until - time.monotonic())), os.kill(server.pid, signal.SIGKILL)))  # type: ignore[func-returns-value]
+        threading.Timer(chance.uniform(0.5, 3), server.kill).start()
         with contextlib.suppress(requests.RequestException):
             for i in range(1000):
                 client = f"client {kill} {i}"
@@ -212,9 +216,8 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
                 assert answer.status_code == 200, answer.text
                 acknowledged[answer.json()["version"]] = (scan, array)
                 requests.post(f"{url}/segqc/review/{scan}", json={"decision": "reject", "reason": "again"}, timeout=30)
-        os.waitpid(killer, 0)
         assert server.wait(timeout=30) == -signal.SIGKILL
-        gone, alive = psutil.wait_procs(children, timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive, "the worker ends with its server"
         studies = Studies(folder)
         assert check(studies.store) == []
@@ -278,7 +281,7 @@ def test_a_crowd_loses_no_update_and_gets_no_scan_twice(folder: Path, url: str |
     assert int((tmp_path / "done_scoring").read_text()) > 0
     for spans in by_scan.values():
         ordered = sorted(spans, key=lambda span: str(span[0]))
-        for (_, closed), (handed_out, _) in zip(ordered, ordered[1:], strict=False):
+        for (_, closed), (handed_out, _) in itertools.pairwise(ordered):
             assert closed is not None
             assert str(closed) <= str(handed_out), "two annotators held one scan at the same time"
     again.close()
@@ -336,7 +339,7 @@ def test_a_label_folder_that_cannot_be_written_is_an_error_and_nothing_else(fold
     if done.returncode != 0:
         pytest.skip("no read-only folder can be mounted here")
     try:
-        with pytest.raises(OSError, match="(?i)read-only|cross-device|busy"):
+        with pytest.raises(OSError, match=r"(?i)read-only|cross-device|busy"):
             save_final(store, tmp_path, "scan_0", 4)
         with store.read() as transaction:
             assert labels.current(transaction, "scan_0", "final") == kept

@@ -6,7 +6,7 @@ import datetime as dt
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, and_, exists, func, select
+from sqlalchemy import ColumnElement, Select, String, and_, exists, func, literal_column, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders
@@ -14,6 +14,9 @@ from segqc.store.database import Transaction
 from segqc.store.orders import Choice, Conditions, Order
 from segqc.store.schema import OPEN_STATES, Actor, Assignment, Scan
 from segqc.store.values import Draw, LeaseRecord, LeaseState, ScanRecord, Who
+
+# written out and not bound: SQLite uses a partial index only where it can read its condition in the query
+_OPEN: ColumnElement[str] = literal_column("'open'", String)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules:
     """
     expire(transaction)
     actor = events.actor_id(transaction, who)
-    mine = transaction.scalar(select(Assignment).where(Assignment.actor_id == actor, Assignment.state == "open"))
+    mine = transaction.scalar(select(Assignment).where(Assignment.actor_id == actor, Assignment.state == _OPEN))
     if mine is not None:
         scan = transaction.get_one(Scan, mine.scan_id)
         if scan.queue is None:
@@ -105,12 +108,12 @@ def _choose(
 def _free(transaction: Transaction, actor: int, rules: LeaseRules, *, lately_skipped: bool) -> Conditions:
     """What a scan must fulfil beside waiting: a free reader's place, and nothing of this annotator on it."""
     lease = aliased(Assignment)
-    held = select(func.count()).where(lease.scan_id == Scan.id, lease.state == "open").scalar_subquery()
+    held = select(func.count()).where(lease.scan_id == Scan.id, lease.state == _OPEN).scalar_subquery()
     own = and_(lease.scan_id == Scan.id, lease.actor_id == actor)
     conditions: list[ColumnElement[bool]] = [
         Scan.readings + held < rules.readers
         if rules.readers > 1
-        else ~exists().where(lease.scan_id == Scan.id, lease.state == "open"),
+        else ~exists().where(lease.scan_id == Scan.id, lease.state == _OPEN),
     ]
     if rules.readers > 1:
         conditions.append(~exists().where(own, lease.state == "submitted", lease.closed_at >= Scan.opened_at))
@@ -132,7 +135,7 @@ def _open(
 ) -> LeaseRecord:
     scan = transaction.get_one(Scan, choice.scan_id)
     taken = set(
-        transaction.scalars(select(Assignment.slot).where(Assignment.scan_id == scan.id, Assignment.state == "open"))
+        transaction.scalars(select(Assignment.slot).where(Assignment.scan_id == scan.id, Assignment.state == _OPEN))
     )
     start = labels.start_of(transaction, scan.name)
     shown = assessments.latest_of(transaction, start.id) if start is not None else None
@@ -161,7 +164,7 @@ def _open(
 def expire(transaction: Transaction) -> int:
     """Take back all leases whose time is over; returns how many."""
     over = transaction.scalars(
-        select(Assignment).where(Assignment.state == "open", Assignment.expires_at <= transaction.now)
+        select(Assignment).where(Assignment.state == _OPEN, Assignment.expires_at <= transaction.now)
     ).all()
     for row in over:
         _close(transaction, row, "expired", events.SERVER)
@@ -206,9 +209,7 @@ def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None
 def release(transaction: Transaction, scan: str, who: Who) -> int:
     """Take back all open leases of a scan; returns how many."""
     rows = transaction.scalars(
-        select(Assignment)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .where(Scan.name == scan, Assignment.state == "open")
+        select(Assignment).join(Scan, Assignment.scan_id == Scan.id).where(Scan.name == scan, Assignment.state == _OPEN)
     ).all()
     for row in rows:
         _close(transaction, row, "released", who)
