@@ -74,11 +74,9 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
 def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
     """A final label takes the scan out of the queue, its removal puts it back; another mask is not assessed yet."""
-    if label.tag == FINAL and label.sha256 is not None and scan.state not in ("approved", "submitted"):
-        scans.set_state(transaction, scan, "submitted", label.who)
-    elif label.tag == FINAL and label.sha256 is not None and scan.state == "approved":
-        scans.set_state(transaction, scan, "submitted", label.who)  # another label: to be reviewed again
-    elif label.tag == FINAL and scan.state in ("submitted", "approved"):
+    if label.tag == FINAL and label.sha256 is not None and scan.state != "submitted":
+        scans.set_state(transaction, scan, "submitted", label.who)  # also an approved one: to be reviewed again
+    elif label.tag == FINAL and label.sha256 is None and scan.state in ("submitted", "approved"):
         scans.set_state(transaction, scan, "unlabelled", label.who)
     elif label.tag in (ORIGINAL, RETURNED):
         scan.ranking_dice = scan.foreground = None
