@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from segqc import __version__
+from segqc.commands import database
+from segqc.commands.common import CommandError
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -47,6 +49,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
+app.add_typer(database.app, name="db")
 
 
 class Scorer(StrEnum):
@@ -101,6 +104,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from segqc.loop.studies import StudiesError
     from segqc.networks import ModelError
     from segqc.settings import SettingsError
+    from segqc.store.database import StoreError
     from segqc.training import TooFewCases
     from segqc.volumes import VolumeError
 
@@ -109,6 +113,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         StudiesError,
         ModelError,
         SettingsError,
+        StoreError,
         TooFewCases,
         VolumeError,
         OSError,
@@ -118,10 +123,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
-
-
-class CommandError(ValueError):
-    """A command cannot do what was asked; says why and what to do."""
 
 
 def _version(wanted: bool) -> None:
