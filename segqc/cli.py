@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from segqc import __version__
-from segqc.commands import database
+from segqc.commands import database, exchange
 from segqc.commands.common import CommandError
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
 app.add_typer(database.app, name="db")
+app.add_typer(exchange.import_app, name="import")
+app.add_typer(exchange.export_app, name="export")
 
 
 class Scorer(StrEnum):
@@ -101,6 +103,7 @@ def main() -> None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
+    from segqc.exchange.dataset import ExchangeError
     from segqc.loop.studies import StudiesError
     from segqc.networks import ModelError
     from segqc.settings import SettingsError
@@ -110,6 +113,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     found: list[type[Exception]] = [
         CommandError,
+        ExchangeError,
         StudiesError,
         ModelError,
         SettingsError,

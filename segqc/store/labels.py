@@ -128,6 +128,11 @@ def tags(transaction: Transaction, scan: str) -> dict[str, LabelRecord]:
     return {record.tag: record for record in map(_record, rows)}
 
 
+def all_tags(transaction: Transaction) -> list[str]:
+    """Every tag that any scan has or had a label under."""
+    return list(transaction.scalars(select(LabelVersion.tag).distinct().order_by(LabelVersion.tag)))
+
+
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
     """The current label of every scan that has one under a tag."""
     later = aliased(LabelVersion)
@@ -175,6 +180,11 @@ def info(transaction: Transaction, version: int) -> JsonObject:
     """What clients noted of a version."""
     row = transaction.get(LabelInfo, version)
     return {} if row is None else dict(row.info)
+
+
+def infos(transaction: Transaction) -> dict[int, JsonObject]:
+    """What clients noted of each version that they noted something of."""
+    return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
 
 
 def update_info(transaction: Transaction, version: int, more: JsonObject) -> None:
