@@ -11,21 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from server_kit import make_assessment
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from store_kit import (
-    ANNA,
-    BERT,
-    PLACING,
-    Clock,
-    bundle,
-    label_map,
-    make_scans,
-    save_final,
-    save_mask,
-    take_in_scans,
-)
 
 from segqc.placement import Placing, place
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
@@ -38,6 +25,19 @@ from segqc.store.schema import Assignment
 from segqc.store.store import Store
 from segqc.store.values import Change, LeaseRecord, StructureChange, Who
 from segqc.types import Metrics
+from tests.server_kit import make_assessment
+from tests.store_kit import (
+    ANNA,
+    BERT,
+    PLACING,
+    Clock,
+    bundle,
+    label_map,
+    make_scans,
+    save_final,
+    save_mask,
+    take_in_scans,
+)
 
 COUNT = 12
 PLAIN = LeaseRules(audit_share=0.0, validation_share=0.0)

@@ -202,11 +202,13 @@ def write_score(transaction: Transaction, scan: str, method: str, value: float, 
     transaction.merge(Score(scan_id=row.id, method=method, value=value, version=version, made_at=transaction.now))
 
 
-def scores(transaction: Transaction, method: str) -> Mapping[str, tuple[float, str]]:
-    """A baseline's scores of all scans that have one, with the version of the network that they speak of."""
+def scores(transaction: Transaction, method: str, *, scan: str | None = None) -> Mapping[str, tuple[float, str]]:
+    """A baseline's scores of all scans that have one, or of one, with the network's version that they speak of."""
     query = (
         select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id).where(Score.method == method)
     )
+    if scan is not None:
+        query = query.where(Scan.name == scan)
     return {name: (value, version) for name, value, version in transaction.execute(query)}
 
 

@@ -36,6 +36,10 @@ class StoreError(RuntimeError):
     """The store can't be used or asked for that; says what is wrong and what to do."""
 
 
+class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The database does not answer, or cannot write: not the caller's fault."""
+
+
 class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
@@ -83,7 +87,7 @@ class Database:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
         except OperationalError as error:
-            raise StoreError(f"{self.shown}: {_reason(error)}") from error
+            raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
 
     def _options(self, *, write: bool) -> dict[str, bool | str]:
         # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest

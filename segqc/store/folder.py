@@ -59,6 +59,13 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing) -> Taken:
     return Taken(new, missing, added, removed)
 
 
+def take_in_scan(store: Store, file: str, patient_of: PatientOf, placing: Placing) -> None:
+    """Take in one scan file of the folder, named relative to it, without looking at the others."""
+    name = scan_id(Path(file))
+    with store.write() as transaction:
+        scans.take_in(transaction, [FoundScan(name, file, patient_of(name))], placing, FOLDER)
+
+
 def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tuple[int, int]:
     with store.read() as transaction:
         if _unchanged(transaction, store.studies, "scans"):

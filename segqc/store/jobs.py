@@ -121,13 +121,17 @@ def finish(
     worker: str,
     state: JobState,
     result: JsonObject | None = None,
+    *,
     said: Sequence[str] = (),
+    steps: tuple[int, int] | None = None,
 ) -> None:
     """End a job: done, failed or stopped; what is not this worker's any more is left alone."""
     row = transaction.get(JobRow, job)
     if row is None or row.state != "running" or row.worker != worker:
         return
     row.said = _last([*row.said, *said])
+    if steps is not None:
+        row.done_steps, row.all_steps = steps
     _end(transaction, row, "stopped" if row.stop_wanted and state != "done" else state, result)
 
 

@@ -143,6 +143,12 @@ def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]
     return {record.scan: record for record in map(_record, transaction.execute(query))}
 
 
+def counts(transaction: Transaction) -> dict[str, int]:
+    """How many scans have a current label under each tag."""
+    query = select(LabelView.tag, func.count()).group_by(LabelView.tag)
+    return {tag: count for tag, count in transaction.execute(query)}
+
+
 def note_view(transaction: Transaction, version: LabelRecord, file: str, size: int, modified_ns: int) -> None:
     """Remember how the file that shows a version was left."""
     scan = scans.find(transaction, version.scan)

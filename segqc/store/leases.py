@@ -6,7 +6,7 @@ import datetime as dt
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import ColumnElement, and_, exists, func, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders
@@ -181,21 +181,26 @@ def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | No
     A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
     None where the scan was never handed out to this annotator, or that hand-out was answered before.
     """
-    actor = events.actor_id(transaction, who)
-    row = transaction.scalar(
-        select(Assignment)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .where(Scan.name == scan, Assignment.actor_id == actor)
-        .order_by(Assignment.id.desc())
-        .limit(1)
-    )
-    if row is None or row.state == "submitted":
+    last = last_of(transaction, scan, who)
+    if last is None:
         return None
+    row = transaction.get_one(Assignment, last.id)
     row.state, row.closed_at = "submitted", transaction.now
-    found = transaction.get_one(Scan, row.scan_id)
-    found.readings += 1
+    transaction.get_one(Scan, row.scan_id).readings += 1
     transaction.flush()
     return get(transaction, row.id)
+
+
+def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
+    """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
+    row = transaction.execute(
+        _leases()
+        .where(Scan.name == scan, Actor.kind == who.kind, Actor.name == who.name)
+        .where(Actor.identified_by == who.identified_by)
+        .order_by(Assignment.id.desc())
+        .limit(1)
+    ).first()
+    return None if row is None or row[0].state == "submitted" else _record(*row)
 
 
 def release(transaction: Transaction, scan: str, who: Who) -> int:
@@ -212,28 +217,25 @@ def release(transaction: Transaction, scan: str, who: Who) -> int:
 
 def get(transaction: Transaction, lease: int) -> LeaseRecord:
     """A lease by its number."""
-    row, scan, actor = transaction.execute(
-        select(Assignment, Scan.name, Actor)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .join(Actor, Assignment.actor_id == Actor.id)
-        .where(Assignment.id == lease)
-    ).one()
-    return _record(row, scan, actor)
+    return _record(*transaction.execute(_leases().where(Assignment.id == lease)).one())
 
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
     """All leases, those in a state, or those of a scan, oldest first."""
-    query = (
-        select(Assignment, Scan.name, Actor)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .join(Actor, Assignment.actor_id == Actor.id)
-        .order_by(Assignment.id)
-    )
+    query = _leases().order_by(Assignment.id)
     if state is not None:
         query = query.where(Assignment.state == state)
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_record(*row) for row in transaction.execute(query)]
+
+
+def _leases() -> Select[Assignment, str, Actor]:
+    return (
+        select(Assignment, Scan.name, Actor)
+        .join(Scan, Assignment.scan_id == Scan.id)
+        .join(Actor, Assignment.actor_id == Actor.id)
+    )
 
 
 def _record(row: Assignment, scan: str, actor: Actor) -> LeaseRecord:

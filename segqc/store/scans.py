@@ -120,8 +120,10 @@ def take_in(
         who: the event's actor.
         labelled: ids of scans that have a final label already.
     """
-    known = {file: (i, missing) for i, file, missing in
-             transaction.execute(select(Scan.id, Scan.file, Scan.missing_since))}  # fmt: skip
+    files = select(Scan.id, Scan.file, Scan.missing_since)
+    if len(found) <= _IN_ONE_QUERY:
+        files = files.where(Scan.file.in_([f.file for f in found]))
+    known = {file: (i, missing) for i, file, missing in transaction.execute(files)}
     new = _named_apart(transaction, [f for f in found if f.file not in known])
     for f in found:
         if f.file in known and known[f.file][1] is not None:
@@ -153,7 +155,10 @@ def take_in(
 
 
 def _named_apart(transaction: Transaction, new: Sequence[FoundScan]) -> list[FoundScan]:
-    taken = set(transaction.scalars(select(Scan.name))) if new else set()
+    wanted = select(Scan.name)
+    if len(new) <= _IN_ONE_QUERY:
+        wanted = wanted.where(Scan.name.in_([name for f in new for name in (f.name, f.file)]))
+    taken = set(transaction.scalars(wanted)) if new else set()
     apart = []
     for f in sorted(new, key=lambda f: f.file):
         name = f.file if f.name in taken else f.name
@@ -174,12 +179,13 @@ def _placed(
     transaction: Transaction, new: Sequence[FoundScan], placing: Placing, labelled: set[str]
 ) -> dict[str, tuple[int, Role]]:
     """Row and role of each patient of the new scans; patients seen for the first time are placed."""
-    rows = transaction.execute(select(Patient.name, Patient.id, Patient.role)).all()
-    known = {name: (i, role) for name, i, role in rows}
+    wanted = {f.patient for f in new}
+    known = _patients(transaction, wanted)
     first = sorted({f.patient for f in new if f.name in labelled} - known.keys())
-    others = sorted({f.patient for f in new} - known.keys() - set(first))
+    others = sorted(wanted - known.keys() - set(first))
     if first or others:
-        placed = place(first, others, already=len(known), placing=placing)
+        already = transaction.scalar(select(func.count()).select_from(Patient)) or 0
+        placed = place(first, others, already=already, placing=placing)
         transaction.execute(
             insert(Patient),
             [
@@ -187,9 +193,15 @@ def _placed(
                 for name, p in placed.items()
             ],
         )
-        rows = transaction.execute(select(Patient.name, Patient.id, Patient.role)).all()
-        known = {name: (i, role) for name, i, role in rows}
+        known = _patients(transaction, wanted)
     return known
+
+
+def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int, Role]]:
+    query = select(Patient.name, Patient.id, Patient.role)
+    if len(wanted) <= _IN_ONE_QUERY:
+        query = query.where(Patient.name.in_(wanted))
+    return {name: (i, role) for name, i, role in transaction.execute(query)}
 
 
 def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> int:
