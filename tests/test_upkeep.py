@@ -264,3 +264,12 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     opened.view_file(label).unlink()
     assert "nothing is wrong" in run("check", folder, "--repair")
     opened.close()
+
+
+def test_the_commands_use_the_database_of_the_settings(folder: Path, tmp_path: Path) -> None:
+    (folder / "segqc.toml").write_text(f'[store]\nurl = "sqlite:///{tmp_path}/elsewhere.sqlite"\n')
+    run("upgrade", folder)
+    assert (tmp_path / "elsewhere.sqlite").is_file()
+    assert not (folder / "segqc" / "store.sqlite").exists()
+    assert "by its url" in run("backup", folder, tmp_path / "backup")
+    assert (tmp_path / "backup" / "segqc" / "store.sqlite").is_file()

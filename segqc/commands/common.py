@@ -42,17 +42,15 @@ def kept_store(folder: Path) -> Store:
     """The store of a studies folder as it was left: what lies in the folder by now is not taken in."""
     from segqc.store.store import Store
 
-    settings_of(folder)
-    return Store.open(folder)
+    return Store.open(folder, settings_of(folder).store.url)
 
 
 def open_store(folder: Path) -> Store:
     """The store of a studies folder, with all in it that lies in the folder now."""
-    from segqc.placement import Placing
     from segqc.store.folder import take_in
 
-    store = kept_store(folder)
-    take_in(store, settings_of(folder).patient_of, Placing())
+    store, settings = kept_store(folder), settings_of(folder)
+    take_in(store, settings.patient_of, settings.placing())
     return store
 
 

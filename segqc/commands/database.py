@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from segqc.commands.common import CommandError, StudiesFolder, kept_store, progress, settings_of
+
+DATABASE_PLACE: Final = "segqc/store.sqlite"
 
 app = typer.Typer(no_args_is_help=True, help="Back up, check and upgrade the store of a studies folder.")
 
@@ -28,6 +30,8 @@ def backup(
     with progress() as report:
         count = upkeep.backup(kept_store(folder), target, also=[SETTINGS_FILE], report=report)
     typer.echo(f"{target}: the database and {count} label contents")
+    if settings_of(folder).store.url is not None:
+        typer.echo(f"the settings name the database by its url; where the backup is restored, it is {DATABASE_PLACE}")
 
 
 @app.command()
@@ -62,8 +66,7 @@ def upgrade(folder: StudiesFolder) -> None:
     from segqc.store import upkeep
     from segqc.store.store import Store
 
-    settings_of(folder)
-    before, after = upkeep.upgrade(Store(folder))
+    before, after = upkeep.upgrade(Store(folder, settings_of(folder).store.url))
     typer.echo(f"{folder}: revision {after}, was {before or 'empty'} before")
 
 
