@@ -270,6 +270,16 @@ def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) 
         assert scans.get(transaction, "scan_2").state == "unlabelled"
 
 
+def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, folder: Path) -> None:
+    label = save_final(store, folder.parent, "scan_2", 7)
+    store.review("scan_2", "approved", BERT)
+    os.utime(store.view_file(label), (0, 0))  # as a copy of the folder does
+    assert take_in(store, str, PLACING).new_labels == 0
+    with store.read() as transaction:
+        assert labels.history(transaction, "scan_2") == [label]
+        assert scans.get(transaction, "scan_2").state == "approved"
+
+
 class _Killed(BaseException):
     """What a kill looks like from inside: nothing of the process's own code runs any more."""
 
