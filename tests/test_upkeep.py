@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,35 @@ def test_a_backup_can_be_restored(store: Store, folder: Path, final: LabelRecord
     assert upkeep.check(again) == []
     assert again.view_file(final).read_bytes() == again.label_file(final).read_bytes()
     again.close()
+
+
+def test_a_backup_made_while_others_work_is_consistent(folder: Path, tmp_path: Path) -> None:
+    busy = Store.open(folder)
+    take_in_scans(busy)
+    save_final(busy, tmp_path, "scan_1", 1)
+    stop = threading.Event()
+
+    def work() -> None:
+        value = 0
+        while not stop.is_set():
+            value += 1
+            save_final(busy, tmp_path, f"scan_{value % 4}", value % 40 + 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            for i in range(3):
+                assert upkeep.backup(busy, tmp_path / f"backup_{i}") > 0
+        finally:
+            stop.set()
+        working.result()
+    for i in range(3):
+        make_scans(tmp_path / f"backup_{i}", 4)
+        again = Store.open(tmp_path / f"backup_{i}")
+        upkeep.rebuild_views(again)
+        assert upkeep.check(again) == []
+        again.close()
+    busy.close()
 
 
 def test_a_backup_is_whole_or_not_there(store: Store, folder: Path, final: LabelRecord, tmp_path: Path) -> None:

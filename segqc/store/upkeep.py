@@ -383,4 +383,7 @@ def _restore(transaction: Transaction, store: Store, current: _Current, view: _V
             os.utime(temporary, ns=(view.modified_ns, view.modified_ns))  # the row stays true as it is
     state = state_of(path)
     name = store.files.view_name(current.scan, current.tag, current.suffix)
-    labels.note_view(transaction, labels.get(transaction, current.version), name, state.size, state.modified_ns)
+    transaction.merge(LabelView(
+        scan_id=current.scan_id, tag=current.tag, label_version_id=current.version, file=name,
+        size=state.size, modified_ns=state.modified_ns,
+    ))  # fmt: skip
