@@ -676,6 +676,74 @@ def review(
 
 
 @app.command()
+def readings(
+    folder: StudiesFolder,
+    scan: Annotated[
+        str | None, typer.Argument(metavar="[SCAN]", help="One scan [default: all that were read].")
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
+    ] = None,
+    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
+    from segqc.evaluation.agreement import find_labels
+    from segqc.loop.readings import add_reading, inter_rater
+    from segqc.store.values import Who
+
+    if (add is None) != (reader is None):
+        raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
+    studies = _studies(folder, config)
+    names = [scan] if scan is not None else [entry.id for entry in studies.scans()]
+    if add is not None and reader is not None:
+        found = {name: path for name in names if (path := find_labels(add, name)) is not None}
+        if not found:
+            raise CommandError(f"{add}: no label file is named as a scan of {folder}")
+        with _progress() as progress:
+            for i, (name, path) in enumerate(found.items(), start=1):
+                add_reading(studies, name, path, Who("person", reader, "command"))
+                progress.step(i, len(found), f"readings: {name}")
+    pairs = [pair for name in names for pair in inter_rater(studies, name)]
+    if not pairs and add is None:
+        raise CommandError(f"{folder}: no scan was read by two annotators yet")
+    by_structure: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.dice is not None:
+            by_structure.setdefault(pair.structure, []).append(pair.dice)
+    rows: list[Row] = [dataclasses.asdict(pair) for pair in pairs]
+    means: list[Row] = [
+        {"structure": name, "pairs": len(dice), "mean Dice": sum(dice) / len(dice), "lowest": min(dice)}
+        for name, dice in by_structure.items()
+    ]
+    if as_json:
+        _emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
+        return
+    _emit(rows, f"{folder}: readers against each other", as_csv=as_csv)
+    if not as_csv:
+        _emit(means, "by structure")
+
+
+@app.command()
+def consensus(
+    folder: StudiesFolder,
+    scan: Scan,
+    by: Annotated[
+        str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
+    ] = "staple",
+    config: ConfigFile = None,
+) -> None:
+    """Make the final label of a scan that several annotators have read."""
+    from segqc.loop.readings import make_consensus
+
+    made = make_consensus(_studies(folder, config), scan, by, _me())
+    typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
+
+
+@app.command()
 def leases(
     folder: StudiesFolder,
     every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from segqc.loop.readings import inter_rater, readings
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics, true_slice_metrics
-from segqc.store import corrections, labels, leases
+from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
-from segqc.store.labels import FINAL, NewLabel
+from segqc.store.labels import FINAL, READER, NewLabel
 from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, StructureChange, Who
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
@@ -100,18 +101,23 @@ def submit_label(
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
+    Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
+
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
         UnknownScan: if there is no such scan.
         OSError: if it can't be written; nothing has changed then.
     """
     lease, start = _handed_out(studies, scan, who) if tag == FINAL else (None, None)
+    if lease is not None and studies.settings.annotation.readers > 1:
+        with studies.store.read() as transaction:
+            tag = labels.reader_tag(transaction, scan, who)
     change = _change(studies, start, end, opened) if start is not None else None
     number: list[int] = []
 
     def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
-        answered = leases.submitted(transaction, scan, who) if tag == FINAL else None
-        if answered is not None and lease is not None and answered.id == lease.id and start and change:
+        answered = leases.submitted(transaction, scan, who) if lease is not None else None
+        if answered is not None and start is not None and change is not None:
             number.append(
                 corrections.add(transaction, start, versions[0], change, who, lease=answered, simulated=simulated)
             )
@@ -119,7 +125,19 @@ def submit_label(
     label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
     with temporary_labels(end) as path:
         kept = studies.store.save_label(label, path, then)
+    if tag.startswith(READER):
+        _compare_readers(studies, scan)
     return Submission(kept, number[0] if number else None)
+
+
+def _compare_readers(studies: Studies, scan: str) -> None:
+    """Note how far the readers agree, once all have read."""
+    pairs = inter_rater(studies, scan)
+    if len(readings(studies, scan)) < studies.settings.annotation.readers:
+        return
+    detail: JsonObject = {"pairs": [[p.first, p.second, p.structure, p.dice] for p in pairs]}
+    with studies.store.write() as transaction:
+        events.record(transaction, events.SERVER, "readers compared", "scan", scans.find(transaction, scan).id, detail)
 
 
 def _handed_out(studies: Studies, scan: str, who: Who) -> tuple[LeaseRecord | None, LabelRecord | None]:

@@ -15,15 +15,19 @@ SERVER = Who("system", "server", "program")
 
 def actor_id(transaction: Transaction, who: Who) -> int:
     """The row of an actor, added when it acts for the first time."""
-    found = transaction.scalar(
-        select(Actor.id).where(Actor.kind == who.kind, Actor.name == who.name, Actor.identified_by == who.identified_by)
-    )
-    if found is not None:
-        return found
-    actor = Actor(kind=who.kind, name=who.name, identified_by=who.identified_by, added_at=transaction.now)
-    transaction.add(actor)
-    transaction.flush()
-    return actor.id
+    known: dict[Who, int] = transaction.info.setdefault("actors", {})
+    if who not in known:
+        row = transaction.scalar(
+            select(Actor).where(
+                Actor.kind == who.kind, Actor.name == who.name, Actor.identified_by == who.identified_by
+            )
+        )
+        if row is None:
+            row = Actor(kind=who.kind, name=who.name, identified_by=who.identified_by, added_at=transaction.now)
+            transaction.add(row)
+            transaction.flush()
+        known[who] = row.id
+    return known[who]
 
 
 def who_is(actor: Actor) -> Who:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ from segqc.store.values import BundleRecord, JsonObject, LabelRecord, Maker, Who
 FINAL: Final = "final"
 ORIGINAL: Final = "original"
 RETURNED: Final = "returned"
+READER: Final = "reader-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None
 
 def start_of(transaction: Transaction, scan: str) -> LabelRecord | None:
     """The label that an annotator starts from: what was sent back into the queue, else the network's mask."""
-    return current(transaction, scan, RETURNED) or current(transaction, scan, ORIGINAL)
+    latest = tags(transaction, scan, only=(RETURNED, ORIGINAL))
+    return latest.get(RETURNED) or latest.get(ORIGINAL)
 
 
 def get(transaction: Transaction, version: int) -> LabelRecord:
@@ -106,6 +108,24 @@ def get(transaction: Transaction, version: int) -> LabelRecord:
     return _record(row)
 
 
+def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:
+    """The current readings of a scan (tags ``reader-1``, ``reader-2``, ...), in the order of their numbers.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    scans.find(transaction, scan)
+    found = [record for tag, record in tags(transaction, scan).items() if tag.startswith(READER)]
+    return sorted(found, key=lambda record: int(record.tag.removeprefix(READER)))
+
+
+def reader_tag(transaction: Transaction, scan: str, who: Who) -> str:
+    """The tag of an annotator's reading of a scan: the one it has, else the next number."""
+    taken = {record.tag: record.who for record in readings(transaction, scan)}
+    own = next((tag for tag, reader in taken.items() if reader == who), None)
+    return own or f"{READER}{max((int(t.removeprefix(READER)) for t in taken), default=0) + 1}"
+
+
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
     """All versions of a scan's labels, oldest first.
 
@@ -116,14 +136,16 @@ def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
     return [_record(row) for row in transaction.execute(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
 
 
-def tags(transaction: Transaction, scan: str) -> dict[str, LabelRecord]:
-    """The current label of each tag that a scan has."""
+def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
+    """The current label of each tag that a scan has, or of some tags."""
     last = (
         select(func.max(LabelVersion.id))
         .join(Scan, Scan.id == LabelVersion.scan_id)
         .where(Scan.name == scan)
         .group_by(LabelVersion.tag)
     )
+    if only is not None:
+        last = last.where(LabelVersion.tag.in_(only))
     rows = transaction.execute(_records().where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None)))
     return {record.tag: record for record in map(_record, rows)}
 

@@ -83,7 +83,7 @@ def _choose(
     lot = rng.random()
     wanted: list[tuple[Draw, float | None, Order, ColumnElement[bool]]] = []
     anyone, training, validating = (
-        Scan.queue.in_(("train", "validation")),
+        Scan.queue.is_not(None),
         Scan.queue == "train",
         Scan.queue == "validation",
     )
@@ -96,7 +96,7 @@ def _choose(
     for lately_skipped in (False, True):
         free = _free(transaction, actor, rules, lately_skipped=lately_skipped)
         for draw, probability, pick, pool in wanted:
-            choice = pick(transaction, [pool, *free], rng)
+            choice = pick(transaction, pool, free, rng)
             if choice is not None:
                 return draw, probability, choice
     return None
@@ -221,10 +221,14 @@ def get(transaction: Transaction, lease: int) -> LeaseRecord:
 
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
-    """All leases, those in a state, or those of a scan, oldest first."""
+    """All leases, those in a state (open: and not over), or those of a scan, oldest first."""
     query = _leases().order_by(Assignment.id)
     if state is not None:
         query = query.where(Assignment.state == state)
+    if state == "open":
+        query = query.where(
+            Assignment.expires_at > transaction.now
+        )  # whose time is over is taken back at the next take
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_record(*row) for row in transaction.execute(query)]

@@ -165,7 +165,7 @@ class Scan(Base):
         CheckConstraint("state NOT IN ('rejected', 'excluded') OR reason IS NOT NULL", name="reason"),
         Index("ix_scan_queue_ranking", "queue", "ranking_dice", "id"),
         Index("ix_scan_queue_name", "queue", "sort_key"),
-        Index("ix_scan_queue_foreground", "queue", "foreground"),
+        Index("ix_scan_queue_foreground", "queue", "foreground", "id"),
         Index("ix_scan_state", "state", "id"),
         {"sqlite_autoincrement": True},
     )

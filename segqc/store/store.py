@@ -233,7 +233,7 @@ class Store:
         """Approve, reject, exclude or reopen a scan (`scans.review`).
 
         The final label of a scan that goes back into the queue is final no more: it stays as ``labels/returned/``,
-        where the next annotator starts.
+        where the next annotator starts. The readings of several annotators are over, too.
 
         Raises:
             UnknownScan: if there is none of this name.
@@ -247,13 +247,15 @@ class Store:
 
         with self.read() as transaction:
             final = labels.current(transaction, scan, FINAL)
-        if state in OPEN_STATES and final is not None:
-            back = LabelChange(NewLabel(scan, RETURNED, "restored", who, parent=final.id), self.label_file(final))
-            gone = LabelChange(NewLabel(scan, FINAL, "removal", who, parent=final.id), None)
-            self.change_labels([back, gone], first=decide)
-        else:
-            with self.write() as transaction:
-                decide(transaction)
+            read = labels.readings(transaction, scan)
+        changes = []
+        if state in OPEN_STATES:
+            if final is not None:
+                back = NewLabel(scan, RETURNED, "restored", who, parent=final.id)
+                changes.append(LabelChange(back, self.label_file(final)))
+            over = [*([final] if final is not None else []), *read]
+            changes += [LabelChange(NewLabel(scan, f.tag, "removal", who, parent=f.id), None) for f in over]
+        self.change_labels(changes, first=decide)
 
 
 def suffix_of(path: Path) -> str:

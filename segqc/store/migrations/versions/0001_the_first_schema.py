@@ -161,7 +161,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("scan", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_scan_patient_id"), ["patient_id"], unique=False)
-        batch_op.create_index("ix_scan_queue_foreground", ["queue", "foreground"], unique=False)
+        batch_op.create_index("ix_scan_queue_foreground", ["queue", "foreground", "id"], unique=False)
         batch_op.create_index("ix_scan_queue_name", ["queue", "sort_key"], unique=False)
         batch_op.create_index("ix_scan_queue_ranking", ["queue", "ranking_dice", "id"], unique=False)
         batch_op.create_index("ix_scan_state", ["state", "id"], unique=False)
