@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from segqc import __version__
+from segqc.commands import database, exchange
+from segqc.commands.common import CommandError
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -49,6 +51,9 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
+app.add_typer(database.app, name="db")
+app.add_typer(exchange.import_app, name="import")
+app.add_typer(exchange.export_app, name="export")
 
 
 class Scorer(StrEnum):
@@ -100,6 +105,7 @@ def main() -> None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
+    from segqc.exchange.dataset import ExchangeError
     from segqc.loop.studies import StudiesError
     from segqc.networks import ModelError
     from segqc.settings import SettingsError
@@ -109,6 +115,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     found: list[type[Exception]] = [
         CommandError,
+        ExchangeError,
         StudiesError,
         ModelError,
         SettingsError,
@@ -122,10 +129,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
-
-
-class CommandError(ValueError):
-    """A command cannot do what was asked; says why and what to do."""
 
 
 def _version(wanted: bool) -> None:

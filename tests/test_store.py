@@ -34,8 +34,6 @@ from tests.store_kit import (
     bundle,
     label_map,
     make_scans,
-    new_database,
-    running_postgresql,
     save_final,
     save_mask,
     take_in_scans,
@@ -43,28 +41,6 @@ from tests.store_kit import (
 
 COUNT = 12
 PLAIN = LeaseRules(audit_share=0.0, validation_share=0.0)
-
-
-@pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    try:
-        with running_postgresql(tmp_path_factory.mktemp("postgresql")) as url:
-            yield url
-    except FileNotFoundError as error:
-        if os.environ.get("SEGQC_TEST_POSTGRESQL") == "required":
-            raise
-        pytest.skip(f"no PostgreSQL to test with: {error}")
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
-def url(request: pytest.FixtureRequest) -> str | None:
-    return None if request.param == "sqlite" else new_database(request.getfixturevalue("postgresql"))
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -111,6 +87,15 @@ def test_a_store_of_another_revision_is_refused(store: Store, folder: Path, url:
         transaction.execute(text("UPDATE alembic_version SET version_num = '0000'"))
     with pytest.raises(StoreError, match="segqc db upgrade"):
         Store.open(folder, url)
+
+
+def test_a_read_sees_one_state(store: Store, folder: Path) -> None:
+    with store.read() as transaction:
+        before = scans.get(transaction, "scan_0")
+        save_final(store, folder.parent, "scan_0", 3)
+        transaction.expire_all()
+        assert scans.get(transaction, "scan_0") == before
+        assert labels.current(transaction, "scan_0", "final") is None
 
 
 @pytest.mark.parametrize("address", ["mysql://root@here/store", "no url", "sqlite://"])
@@ -241,6 +226,14 @@ def test_the_same_submission_twice_is_one_version(store: Store, folder: Path) ->
     assert save_final(store, folder.parent, "scan_0", 3, BERT).id != first.id
 
 
+def test_another_final_label_of_a_submitted_scan_keeps_it_out_of_the_queue(store: Store, folder: Path) -> None:
+    for value in (1, 2, 3):
+        save_final(store, folder.parent, "scan_0", value)
+        with store.read() as transaction:
+            assert scans.get(transaction, "scan_0").state == "submitted"
+    assert "scan_0" not in in_queue(store)
+
+
 @pytest.mark.parametrize("table", ["event", "label_version"])
 def test_history_cannot_be_changed(store: Store, folder: Path, table: str) -> None:
     save_final(store, folder.parent, "scan_0", 3)
@@ -275,6 +268,16 @@ def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) 
     with store.read() as transaction:
         assert [v.maker for v in labels.history(transaction, "scan_2")] == ["import", "import", "removal"]
         assert scans.get(transaction, "scan_2").state == "unlabelled"
+
+
+def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, folder: Path) -> None:
+    label = save_final(store, folder.parent, "scan_2", 7)
+    store.review("scan_2", "approved", BERT)
+    os.utime(store.view_file(label), (0, 0))  # as a copy of the folder does
+    assert take_in(store, str, PLACING).new_labels == 0
+    with store.read() as transaction:
+        assert labels.history(transaction, "scan_2") == [label]
+        assert scans.get(transaction, "scan_2").state == "approved"
 
 
 class _Killed(BaseException):

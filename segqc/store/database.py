@@ -82,12 +82,16 @@ class Database:
     @contextlib.contextmanager
     def _connection(self, *, write: bool) -> Iterator[Connection]:
         try:
-            with self.engine.connect().execution_options(segqc_write=write) as connection:
+            with self.engine.connect().execution_options(**self._options(write=write)) as connection:
                 if write and not self.is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
         except OperationalError as error:
             raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
+
+    def _options(self, *, write: bool) -> dict[str, bool | str]:
+        # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
+        return {"segqc_write": write} if write or self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
 
     @contextlib.contextmanager
     def _session(self, connection: Connection) -> Iterator[Transaction]:
@@ -126,7 +130,9 @@ class Database:
             StoreError: if the database is not SQLite's; PostgreSQL brings pg_dump.
         """
         if not self.is_sqlite:
-            raise StoreError(f"{self.shown}: use pg_dump for a database on PostgreSQL")
+            raise StoreError(
+                f"{self.shown}: use pg_dump for a database on PostgreSQL, or 'segqc export archive' for rows and labels"
+            )
         with self.engine.connect() as connection:
             source = connection.connection.driver_connection
             if not isinstance(source, sqlite3.Connection):

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 _CHUNK: Final = 1 << 20
+_SURELY_OVER_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,19 @@ class LabelFiles:
                 shutil.rmtree(folder, ignore_errors=True)
         return found
 
+    def leftovers(self) -> list[Path]:
+        """What dead processes left among the arrivals, untouched: unlocked folders, and old ones without a lock."""
+        if not self._incoming.is_dir():
+            return []
+        old = time.time() - _SURELY_OVER_SECONDS
+        found = []
+        for path in sorted(self._incoming.iterdir()):
+            lock = path / "lock"
+            with contextlib.suppress(FileNotFoundError):  # its process has just ended orderly
+                if not _is_locked(lock) if lock.exists() else path.stat().st_mtime < old:
+                    found.append(path)
+        return found
+
     def discard(self, arrival: Arrival, *, keep_object: bool) -> None:
         """Clean up after an abandoned arrival; its object goes, too, unless a row speaks of it."""
         plan = arrival.plan
@@ -157,8 +172,7 @@ class LabelFiles:
     def all_objects(self) -> Iterator[Path]:
         """All kept files."""
         if self.objects.is_dir():
-            for folder in sorted(self.objects.iterdir()):
-                yield from sorted(folder.iterdir())
+            yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
 
 
 VIEW_SUFFIXES: Final = (".nii.gz", ".nii", ".nrrd")
@@ -174,6 +188,16 @@ def sha256_of(path: Path) -> str:
     """The address of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_with_sha256(source: Path, target: Path) -> str:
+    """Copy a file and return the address of what was copied."""
+    digest = hashlib.sha256()
+    with source.open("rb") as content, target.open("wb") as copy:
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+            copy.write(chunk)
+    return digest.hexdigest()
 
 
 def _copy_twice(source: Path, first: Path, second: Path) -> str:

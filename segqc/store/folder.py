@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from segqc.placement import Placing
 from segqc.store import labels, scans
 from segqc.store.database import Transaction
-from segqc.store.files import VIEW_SUFFIXES
+from segqc.store.files import VIEW_SUFFIXES, sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.scans import FoundScan
 from segqc.store.schema import Keeping
@@ -99,7 +99,9 @@ def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:
         status = entry.stat()
         if left.get(file) == (status.st_size, status.st_mtime_ns):
             continue
-        if scan in known and entry.name.endswith(VIEW_SUFFIXES):
+        if scan not in known or not entry.name.endswith(VIEW_SUFFIXES):
+            continue
+        if file not in left or not _only_touched(store, tag, entry):
             changed.append(LabelChange(NewLabel(scan, tag, "import", FOLDER), Path(entry.path)))
     for start in range(0, len(changed), _AT_ONCE):
         store.change_labels(changed[start : start + _AT_ONCE])
@@ -109,6 +111,17 @@ def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:
     with store.write() as transaction:
         _remember(transaction, key, mark)
     return len(changed), len(gone)
+
+
+def _only_touched(store: Store, tag: str, entry: os.DirEntry[str]) -> bool:
+    """Whether a file that has another time still shows the current version, as a copy of the folder does."""
+    status, sha256 = entry.stat(), sha256_of(Path(entry.path))
+    with store.write() as transaction:
+        label = labels.current(transaction, _stem(entry.name), tag)
+        if label is None or label.sha256 != sha256:
+            return False
+        labels.note_view(transaction, label, f"{tag}/{entry.name}", status.st_size, status.st_mtime_ns)
+    return True
 
 
 def _tag_folders(store: Store) -> list[Path]:

@@ -75,11 +75,9 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
 def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
     """A final label takes the scan out of the queue, its removal puts it back; another mask is not assessed yet."""
-    if label.tag == FINAL and label.sha256 is not None and scan.state not in ("approved", "submitted"):
-        scans.set_state(transaction, scan, "submitted", label.who)
-    elif label.tag == FINAL and label.sha256 is not None and scan.state == "approved":
-        scans.set_state(transaction, scan, "submitted", label.who)  # another label: to be reviewed again
-    elif label.tag == FINAL and scan.state in ("submitted", "approved"):
+    if label.tag == FINAL and label.sha256 is not None and scan.state != "submitted":
+        scans.set_state(transaction, scan, "submitted", label.who)  # also an approved one: to be reviewed again
+    elif label.tag == FINAL and label.sha256 is None and scan.state in ("submitted", "approved"):
         scans.set_state(transaction, scan, "unlabelled", label.who)
     elif label.tag in (ORIGINAL, RETURNED):
         scan.ranking_dice = scan.foreground = None
@@ -152,6 +150,11 @@ def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = 
     return {record.tag: record for record in map(_record, rows)}
 
 
+def all_tags(transaction: Transaction) -> list[str]:
+    """Every tag that any scan has or had a label under."""
+    return list(transaction.scalars(select(LabelVersion.tag).distinct().order_by(LabelVersion.tag)))
+
+
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
     """The current label of every scan that has one under a tag."""
     later = aliased(LabelVersion)
@@ -205,6 +208,11 @@ def info(transaction: Transaction, version: int) -> JsonObject:
     """What clients noted of a version."""
     row = transaction.get(LabelInfo, version)
     return {} if row is None else dict(row.info)
+
+
+def infos(transaction: Transaction) -> dict[int, JsonObject]:
+    """What clients noted of each version that they noted something of."""
+    return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
 
 
 def update_info(transaction: Transaction, version: int, more: JsonObject) -> None:
