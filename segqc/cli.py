@@ -527,17 +527,21 @@ def worker(
         list[str] | None, typer.Option(help="Take only these jobs: train, scoring, batch_infer, round; repeat.")
     ] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job waits.")] = False,
-    with_parent: Annotated[
-        bool, typer.Option("--with-parent", help="End when the process that started it ends.")
-    ] = False,
+    parent: Annotated[
+        int | None, typer.Option(metavar="PID", help="End when this process, which started it, has ended.")
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Do the jobs that the server's clients put: trainings, scorings, inference on many scans, rounds.
 
     The server starts one by itself; more may run, also on other machines that see the folder and the database.
     """
+    from segqc.loop.lifetime import die_with_parent
+
+    if parent is not None:
+        die_with_parent(signal.SIGTERM, parent)
     from segqc.loop.jobs import KINDS
-    from segqc.loop.worker import Worker, die_with_parent
+    from segqc.loop.worker import Worker
 
     if unknown := sorted(set(kind or ()) - set(KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
@@ -547,8 +551,6 @@ def worker(
     taker = Worker(_studies(folder, config), kind or KINDS)
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)
-    if with_parent:
-        die_with_parent(signal.SIGTERM)
     taker.serve(until_idle=until_idle)
 
 

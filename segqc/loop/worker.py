@@ -6,7 +6,6 @@ moment: a job whose heart stops is taken again, by this worker's successor or by
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 10.0
 _NICENESS: Final = 5
-_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +76,8 @@ def _say(line: _Step | _Result) -> None:
     sys.stdout.flush()
 
 
-def die_with_parent(sign: signal.Signals) -> None:
-    """Have the kernel send this process a signal when the one that started it has died, however it died (Linux)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_PR_SET_PDEATHSIG, int(sign))
-
-
 def run_job(folder: Path, number: int) -> int:
-    """The process of one job; the exit status is 0 if it is done, 1 for a problem that a user can mend."""
-    die_with_parent(signal.SIGKILL)
+    """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can mend."""
     studies = Studies(folder)
     with studies.store.read() as transaction:
         job = jobs.get(transaction, number)
@@ -119,7 +109,8 @@ class Worker:
         self._ending = threading.Event()
 
     def _job_command(self, job: JobRecord) -> list[str]:
-        return [sys.executable, "-u", "-m", "segqc.loop.worker", str(self.studies.folder), str(job.id)]
+        arguments = [str(self.studies.folder), str(job.id), str(os.getpid())]
+        return [sys.executable, "-u", "-m", "segqc.loop.job", *arguments]
 
     def end(self, *_: int | FrameType | None) -> None:
         """Take no more; the running job is stopped and put back into the queue. Serves as a signal's handler."""
@@ -270,10 +261,3 @@ def _stop(process: subprocess.Popen[str]) -> None:
             process.wait(timeout=_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("ignite", "monai", "filelock", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2])))

@@ -124,7 +124,7 @@ def _working(studies: Studies) -> Iterator[None]:
     def keep() -> None:
         while not ended.is_set():
             process = subprocess.Popen(
-                [sys.executable, "-m", "segqc.cli", "worker", str(studies.folder), "--with-parent"],
+                [sys.executable, "-m", "segqc.cli", "worker", str(studies.folder), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches it through us only
             )

@@ -116,6 +116,7 @@ class Database:
         """Bring the schema to this program's revision; two processes may do so at once."""
         from alembic import command
 
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration would be told to the user
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self._connection(write=True) as connection:

@@ -218,7 +218,9 @@ def begin_round(transaction: Transaction, job: int, labelled: int) -> tuple[int,
 
 def finish_step(transaction: Transaction, round_id: int, name: str, result: JsonObject) -> None:
     """Note that a step of a round is done."""
+    row = transaction.get_one(RoundRow, round_id)
     transaction.add(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
+    events.record(transaction, events.SERVER, "step finished", "job", row.job_id, {"step": name})
 
 
 def finish_round(transaction: Transaction, round_id: int, bundle: int | None) -> None:
