@@ -157,8 +157,9 @@ class Settings(BaseSettings):
 
     def placing(self) -> Placing:
         """How new patients get their fold and role: by the settings ``[training]``."""
-        both = self.training_settings("segqc")
-        return Placing(folds=both.folds, validation_share=both.validation_share, seed=both.seed)
+        # not by way of `training_settings`: that imports PyTorch, and commands on the store need none
+        names = {field.name for field in dataclasses.fields(Placing)}
+        return build(Placing, {name: value for name, value in self.training.items() if name in names}, "training")
 
     def training_settings(self, network: Network) -> TrainingSettings:
         """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``.

@@ -115,15 +115,20 @@ def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:
         UnknownScan: if there is no such scan.
     """
     scans.find(transaction, scan)
-    found = [record for tag, record in tags(transaction, scan).items() if tag.startswith(READER)]
-    return sorted(found, key=lambda record: int(record.tag.removeprefix(READER)))
+    found = [record for tag, record in tags(transaction, scan).items() if _reader_number(tag) is not None]
+    return sorted(found, key=lambda record: _reader_number(record.tag) or 0)
 
 
 def reader_tag(transaction: Transaction, scan: str, who: Who) -> str:
     """The tag of an annotator's reading of a scan: the one it has, else the next number."""
     taken = {record.tag: record.who for record in readings(transaction, scan)}
     own = next((tag for tag, reader in taken.items() if reader == who), None)
-    return own or f"{READER}{max((int(t.removeprefix(READER)) for t in taken), default=0) + 1}"
+    return own or f"{READER}{max((_reader_number(tag) or 0 for tag in taken), default=0) + 1}"
+
+
+def _reader_number(tag: str) -> int | None:
+    number = tag.removeprefix(READER)
+    return int(number) if tag.startswith(READER) and number.isdecimal() else None
 
 
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
