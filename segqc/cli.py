@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from segqc import __version__
+from segqc.commands import database, exchange
+from segqc.commands.common import CommandError
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from segqc.loop.studies import Studies
     from segqc.segmenter import Segmenter
     from segqc.settings import Network
+    from segqc.store.values import LabelRecord, Who
     from segqc.training import Progress
     from segqc.types import Assessment
 
@@ -47,6 +51,9 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
+app.add_typer(database.app, name="db")
+app.add_typer(exchange.import_app, name="import")
+app.add_typer(exchange.export_app, name="export")
 
 
 class Scorer(StrEnum):
@@ -98,17 +105,21 @@ def main() -> None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
+    from segqc.exchange.dataset import ExchangeError
     from segqc.loop.studies import StudiesError
     from segqc.networks import ModelError
     from segqc.settings import SettingsError
+    from segqc.store.database import StoreError
     from segqc.training import TooFewCases
     from segqc.volumes import VolumeError
 
     found: list[type[Exception]] = [
         CommandError,
+        ExchangeError,
         StudiesError,
         ModelError,
         SettingsError,
+        StoreError,
         TooFewCases,
         VolumeError,
         OSError,
@@ -118,10 +129,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
-
-
-class CommandError(ValueError):
-    """A command cannot do what was asked; says why and what to do."""
 
 
 def _version(wanted: bool) -> None:
@@ -488,6 +495,9 @@ def serve(
             help="Train first small networks at the start where there are none [default: yes].",
         ),
     ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Start a worker beside the server; without, run segqc worker.")
+    ] = True,
 ) -> None:
     """Serve a studies folder to annotation clients (3D Slicer, OHIF): worst estimated mask first."""
     try:
@@ -503,10 +513,268 @@ def serve(
         host=settings.host,
         port=settings.port,
         bootstrap=settings.bootstrap,
-        seed=settings.seed,
         inference_slots=settings.inference_slots,
         upload_limit_mb=settings.upload_limit_mb,
+        user_header=settings.user_header,
+        worker=worker,
     )
+
+
+@app.command()
+def worker(
+    folder: StudiesFolder,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Take only these jobs: train, scoring, batch_infer, round; repeat.")
+    ] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job waits.")] = False,
+    parent: Annotated[
+        int | None, typer.Option(metavar="PID", help="End when this process, which started it, has ended.")
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Do the jobs that the server's clients put: trainings, scorings, inference on many scans, rounds.
+
+    The server starts one by itself; more may run, also on other machines that see the folder and the database.
+    """
+    from segqc.loop.lifetime import die_with_parent
+
+    if parent is not None:
+        die_with_parent(signal.SIGTERM, parent)
+    from segqc.loop.jobs import KINDS
+    from segqc.loop.worker import Worker
+
+    if unknown := sorted(set(kind or ()) - set(KINDS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for noisy in ("alembic", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    taker = Worker(_studies(folder, config), kind or KINDS)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, taker.end)
+    taker.serve(until_idle=until_idle)
+
+
+# ---- annotation ----------------------------------------------------------------------------------------------------
+
+Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
+
+
+@app.command()
+def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
+    from segqc.store import scans as stored
+
+    studies = _studies(folder, config)
+    with studies.store.read() as transaction:
+        found = stored.listing(transaction)
+    rows: list[Row] = [
+        {
+            "scan": s.name,
+            "patient": s.patient,
+            "fold": s.fold,
+            "role": s.role,
+            "state": "missing" if s.missing_since is not None else s.state,
+            "reason": s.reason,
+            "estimated Dice": s.ranking_dice,
+        }
+        for s in found
+    ]
+    _emit(rows, f"{folder}: {len(rows)} scans", as_json=as_json, as_csv=as_csv, key="scans")
+
+
+@app.command()
+def labels(
+    folder: StudiesFolder,
+    scan: Scan,
+    restore: Annotated[
+        int | None, typer.Option(metavar="VERSION", help="Make this version the current one of its tag again.")
+    ] = None,
+    export: Annotated[int | None, typer.Option(metavar="VERSION", help="Copy this version to --out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where --export writes to.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show who made which version of a scan's labels and what was changed; restore or export one."""
+    from segqc.store import corrections
+    from segqc.store import labels as stored
+
+    if (export is None) != (out is None):
+        raise typer.BadParameter("--export and --out belong together", param_hint="--export")
+    studies = _studies(folder, config)
+    with studies.store.read() as transaction:
+        history = {version.id: version for version in stored.history(transaction, scan)}
+        changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
+        current = {label.id for label in stored.tags(transaction, scan).values()}
+    for wanted in (restore, export):
+        if wanted is not None and wanted not in history:
+            raise CommandError(
+                f"the scan {scan!r} has no label version {wanted}; it has {', '.join(map(str, history))}"
+            )
+    if restore is not None:
+        made = studies.store.restore_label(restore, _me())
+        typer.echo(f"{scan}: version {restore} is the current label {made.tag!r} again, as version {made.id}")
+        return
+    if export is not None and out is not None:
+        _export_label(studies, history[export], out)
+        return
+    rows: list[Row] = []
+    for version in history.values():
+        change = changes.get(version.id)
+        dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
+        rows.append(
+            {
+                "version": version.id,
+                "tag": version.tag,
+                "current": "yes" if version.id in current else "",
+                "made by": version.who.name,
+                "as": version.maker,
+                "known by": version.who.identified_by,
+                "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                "from": version.parent,
+                "Dice before": min(dice) if dice else None,
+                "voxels changed": change.change.voxels_changed if change else None,
+                "seconds": change.seconds if change else None,
+                "sha256": version.sha256[:12] if version.sha256 else None,
+            }
+        )
+    _emit(rows, f"{scan}: {len(rows)} label versions", as_json=as_json, as_csv=as_csv, key="versions")
+
+
+def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
+    from segqc.volumes import atomic_write
+
+    source = studies.store.label_file(version)
+    if not out.name.endswith(version.suffix or ""):
+        raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    typer.echo(f"{out}: version {version.id} of {version.scan}")
+
+
+class Decision(StrEnum):
+    """What a reviewer decides."""
+
+    APPROVE = "approve"
+    REJECT = "reject"
+    EXCLUDE = "exclude"
+    REOPEN = "reopen"
+
+
+@app.command()
+def review(
+    folder: StudiesFolder,
+    scan: Scan,
+    decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
+    reason: Annotated[str | None, typer.Option(help="Why: wanted for reject and exclude.")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
+    from segqc.loop.review import STATE_OF
+
+    studies = _studies(folder, config)
+    studies.store.review(scan, STATE_OF[decision.value], _me(), reason)
+    typer.echo(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}")
+
+
+@app.command()
+def readings(
+    folder: StudiesFolder,
+    scan: Annotated[
+        str | None, typer.Argument(metavar="[SCAN]", help="One scan [default: all that were read].")
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
+    ] = None,
+    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
+    from segqc.evaluation.agreement import find_labels
+    from segqc.loop.readings import add_reading, inter_rater
+    from segqc.store.values import Who
+
+    if (add is None) != (reader is None):
+        raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
+    studies = _studies(folder, config)
+    names = [scan] if scan is not None else [entry.id for entry in studies.scans()]
+    if add is not None and reader is not None:
+        found = {name: path for name in names if (path := find_labels(add, name)) is not None}
+        if not found:
+            raise CommandError(f"{add}: no label file is named as a scan of {folder}")
+        with _progress() as progress:
+            for i, (name, path) in enumerate(found.items(), start=1):
+                add_reading(studies, name, path, Who("person", reader, "command"))
+                progress.step(i, len(found), f"readings: {name}")
+    pairs = [pair for name in names for pair in inter_rater(studies, name)]
+    if not pairs and add is None:
+        raise CommandError(f"{folder}: no scan was read by two annotators yet")
+    by_structure: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.dice is not None:
+            by_structure.setdefault(pair.structure, []).append(pair.dice)
+    rows: list[Row] = [dataclasses.asdict(pair) for pair in pairs]
+    means: list[Row] = [
+        {"structure": name, "pairs": len(dice), "mean Dice": sum(dice) / len(dice), "lowest": min(dice)}
+        for name, dice in by_structure.items()
+    ]
+    if as_json:
+        _emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
+        return
+    _emit(rows, f"{folder}: readers against each other", as_csv=as_csv)
+    if not as_csv:
+        _emit(means, "by structure")
+
+
+@app.command()
+def consensus(
+    folder: StudiesFolder,
+    scan: Scan,
+    by: Annotated[
+        str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
+    ] = "staple",
+    config: ConfigFile = None,
+) -> None:
+    """Make the final label of a scan that several annotators have read."""
+    from segqc.loop.readings import make_consensus
+
+    made = make_consensus(_studies(folder, config), scan, by, _me())
+    typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
+
+
+@app.command()
+def leases(
+    folder: StudiesFolder,
+    every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """List which scans are handed out to whom, by which strategy or draw."""
+    from segqc.store import leases as stored
+
+    studies = _studies(folder, config)
+    with studies.store.read() as transaction:
+        found = stored.listing(transaction, state=None if every else "open")
+    rows: list[Row] = [
+        {
+            "scan": lease.scan,
+            "to": lease.who.name,
+            "known by": lease.who.identified_by,
+            "state": lease.state,
+            "handed out": lease.handed_out_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "until": lease.expires_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "strategy": lease.strategy,
+            "draw": lease.draw,
+            "probability": lease.probability,
+            "estimated Dice": lease.score,
+        }
+        for lease in found
+    ]
+    _emit(rows, f"{folder}: {len(rows)} scans handed out", as_json=as_json, as_csv=as_csv, key="leases")
 
 
 @app.command()
@@ -549,6 +817,15 @@ def simulate(
     if not rows:
         raise CommandError(f"{url}: no scan is left to correct")
     _emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
+
+
+def _me() -> Who:
+    """Whoever runs the command."""
+    import getpass
+
+    from segqc.store.values import Who
+
+    return Who("person", getpass.getuser(), "command")
 
 
 # ---- what the commands share ---------------------------------------------------------------------------------------
@@ -666,3 +943,7 @@ def _emit(
     for name, value in (extra or {}).items():
         if isinstance(value, str):
             typer.echo(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ that a name, its unit and its default are written in one place only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from segqc.error_maps import ExtractionSettings
+from segqc.placement import Placing
 from segqc.regions import BoxSettings
+from segqc.store.leases import LeaseRules
 from segqc.types import Structure
 from segqc.volumes import atomic_write
 
@@ -34,6 +38,9 @@ Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
 T = TypeVar("T")
 
 
+_TABLES: Mapping[str, type] = {"extraction": ExtractionSettings, "boxes": BoxSettings, "annotation": LeaseRules}
+
+
 class SettingsError(ValueError):
     """A setting that cannot be used; says which one, where it came from and what is wanted."""
 
@@ -46,9 +53,10 @@ class ServerSettings(BaseModel):
         port: port to listen on.
         strategy: the default strategy, also asked for under MONAI Label's name "random".
         bootstrap: whether first small networks are trained at the start where there are none.
-        seed: of the strategies' random draws.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.
+        user_header: the header in which a proxy in front of the server names the signed-in user; without it no
+            header is trusted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,9 +65,21 @@ class ServerSettings(BaseModel):
     port: int = Field(default=8000, ge=1, le=65535)
     strategy: str = "segqc"
     bootstrap: bool = True
-    seed: int = 0
     inference_slots: int = Field(default=1, ge=1)
     upload_limit_mb: float = Field(default=2048, gt=0)
+    user_header: str | None = None
+
+
+class StoreSettings(BaseModel):
+    """The table ``[store]``.
+
+    Attributes:
+        url: the database, ``postgresql://user@host/name``; by default an SQLite file in the studies folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str | None = None
 
 
 class Settings(BaseSettings):
@@ -69,6 +89,9 @@ class Settings(BaseSettings):
 
     structures: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     patients: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    patient_pattern: str | None = None
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    annotation: LeaseRules = Field(default_factory=LeaseRules)
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
@@ -89,12 +112,12 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
         return value
 
-    @field_validator("extraction", "boxes", mode="before")
+    @field_validator("extraction", "boxes", "annotation", mode="before")
     @classmethod
     def _known_keys(cls, value: object, info: object) -> object:
         name = getattr(info, "field_name", "")
         if isinstance(value, Mapping):
-            _refuse_unknown(name, value, ExtractionSettings if name == "extraction" else BoxSettings)
+            _refuse_unknown(name, value, _TABLES[name])
         return value
 
     def structure_list(self) -> tuple[Structure, ...]:
@@ -105,9 +128,38 @@ class Settings(BaseSettings):
         """All label values of the named structures, ascending."""
         return tuple(sorted({v for values in self.structures.values() for v in values}))
 
+    @field_validator("patient_pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
     def patient_of(self, scan: str) -> str:
-        """The patient that a scan is of, from the table ``[patients]``; the scan's own id where no entry names it."""
-        return next((patient for patient, scans in self.patients.items() if scan in scans), scan)
+        """The patient that a scan is of.
+
+        From the table ``[patients]``; else what ``patient_pattern`` finds in the scan's id (its first group, or all
+        that it matches); else the scan's own id.
+        """
+        named = self._patients_by_scan.get(scan)
+        if named is not None:
+            return named
+        found = re.search(self.patient_pattern, scan) if self.patient_pattern else None
+        if found is None:
+            return scan
+        return (found.group(1) if found.re.groups else found.group()) or scan
+
+    @functools.cached_property
+    def _patients_by_scan(self) -> dict[str, str]:
+        return {scan: patient for patient, scans in self.patients.items() for scan in scans}
+
+    def placing(self) -> Placing:
+        """How new patients get their fold and role: by the settings ``[training]``."""
+        # not by way of `training_settings`: that imports PyTorch, and commands on the store need none
+        names = {field.name for field in dataclasses.fields(Placing)}
+        return build(Placing, {name: value for name, value in self.training.items() if name in names}, "training")
 
     def training_settings(self, network: Network) -> TrainingSettings:
         """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``.

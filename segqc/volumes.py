@@ -705,6 +705,15 @@ def write_labels(volume: Volume, path: str | os.PathLike[str]) -> None:
     _write(Volume(labels, volume.affine, volume.acquisition_axis), path)
 
 
+@contextlib.contextmanager
+def temporary_labels(volume: Volume) -> Iterator[Path]:
+    """A label map as a compressed NIfTI file, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+        path = Path(folder) / "labels.nii.gz"
+        write_labels(volume, path)
+        yield path
+
+
 def _write(volume: Volume, path: Path) -> None:
     suffix = _file_suffix(path)
     if suffix is None and path.suffix:

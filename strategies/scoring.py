@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -11,7 +11,6 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from segqc.loop.scoring import Method, score
 from segqc.loop.studies import Studies
-from segqc.server.models import label_names
 from segqc.training import LogProgress
 
 DESCRIPTIONS: dict[Method, str] = {
@@ -22,7 +21,7 @@ DESCRIPTIONS: dict[Method, str] = {
 
 
 class PoolScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label has no types
-    """One method over all scans without a final label; what the current models have scored is left as it is."""
+    """One method over all scans that wait for a label; what the current models have scored is left as it is."""
 
     def __init__(self, method: Method, studies: Studies) -> None:
         super().__init__(DESCRIPTIONS[method])
@@ -30,20 +29,6 @@ class PoolScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label has no ty
         self.studies = studies
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, object]:
-        """Score; runs in a process of its own."""
-        segmenter = self.studies.segmenter()
-        names = label_names(segmenter.structures) if segmenter is not None else {}
-
-        def save_mask(scan: str, path: Path, version: str) -> None:
-            params = {"label_names": names, "model_version": version}
-            info = {"model": "segmentation", "params": params, "scored_by": self.method}
-            datastore.save_label(scan, str(path), "original", info)
-
-        summary = score(
-            self.studies,
-            self.method,
-            LogProgress(),
-            save_mask=save_mask,
-            force=bool(request.get("force", False)),
-        )
-        return {"method": self.method, "scored": summary.scored, "skipped": summary.skipped, "failed": summary.failed}
+        """Score at once; the server's routes leave it to a worker."""
+        summary = score(self.studies, self.method, LogProgress(), force=bool(request.get("force", False)))
+        return {"method": self.method, **dataclasses.asdict(summary)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.store_kit import Clock, new_database, running_postgresql
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +26,25 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("SEGQC_DATA names no folder of real data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    try:
+        with running_postgresql(tmp_path_factory.mktemp("postgresql")) as url:
+            yield url
+    except FileNotFoundError as error:
+        if os.environ.get("SEGQC_TEST_POSTGRESQL") == "required":
+            raise
+        pytest.skip(f"no PostgreSQL to test with: {error}")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
+def url(request: pytest.FixtureRequest) -> str | None:
+    return None if request.param == "sqlite" else new_database(request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

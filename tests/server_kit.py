@@ -10,6 +10,9 @@ from segqc.assessor import Assessor
 from segqc.loop.studies import Studies
 from segqc.networks import ModelCard, build_network, plan_network
 from segqc.segmenter import Segmenter
+from segqc.store import labels
+from segqc.store.labels import NewLabel
+from segqc.store.values import Who
 from segqc.types import (
     Assessment,
     ErrorBox,
@@ -20,7 +23,7 @@ from segqc.types import (
     Structure,
     StructureQuality,
 )
-from segqc.volumes import Volume, write_labels, write_scan
+from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 
 SHAPE = (32, 28, 10)
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
@@ -87,3 +90,15 @@ def make_assessment(scan: str, dice: float, worst: int = 2, volume_ml: float = 5
     view = ErrorView(known, slices, boxes)
     quality = StructureQuality("liver", True, volume_ml, known, view, view)
     return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))
+
+
+def assess(
+    studies: Studies, scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0, mask: Volume | None = None
+) -> None:
+    """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
+    with studies.store.write() as transaction:
+        pair = labels.bundle(transaction, "seg", "qc")
+    label = NewLabel(scan, "original", "network", Who("network", "seg", "program"), bundle=pair.id)
+    with temporary_labels(mask or draw_case(0)[1]) as path:
+        kept = studies.store.save_label(label, path)
+    studies.write_assessment(make_assessment(scan, dice, worst, volume_ml), kept)

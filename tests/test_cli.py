@@ -25,7 +25,7 @@ from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
-from tests.server_kit import CONFIG, STRUCTURES, add_models, draw_case, make_assessment, make_studies
+from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -231,8 +231,7 @@ def ranked(tmp_path: Path) -> Path:
         _, labels = draw_case(i)
         write_labels(labels, folder / "truth" / f"scan_{i}.nii.gz")
         shifted = Volume(np.roll(labels.array, shift, axis=0), labels.affine)
-        write_labels(shifted, folder / "labels" / "original" / f"scan_{i}.nii.gz")
-        studies.write_assessment(make_assessment(f"scan_{i}", estimate, worst=i))
+        assess(studies, f"scan_{i}", estimate, worst=i, mask=shifted)
     return folder
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -19,9 +20,11 @@ from monailabel.interfaces.utils.app import app_instance, clear_cache
 
 from segqc.loop.studies import Studies
 from segqc.server.serve import default_app_dir
+from segqc.store import corrections, leases
+from segqc.store.events import SERVER
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
-from tests.server_kit import add_models, draw_case, make_assessment, make_studies
+from tests.server_kit import CONFIG, add_models, assess, draw_case, make_studies
 
 pytestmark = pytest.mark.server
 
@@ -30,7 +33,8 @@ LIMIT_MB = 3.0
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = make_studies(tmp_path_factory.mktemp("server") / "studies", scans=4, finals=1)
+    plain = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
+    folder = make_studies(tmp_path_factory.mktemp("server") / "studies", scans=4, finals=1, config=CONFIG + plain)
     saved = settings.model_dump()
     settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
     settings.MONAI_LABEL_STUDIES = str(folder)
@@ -59,9 +63,14 @@ def models(base: Path) -> Iterator[None]:
         Studies(base).model_path(network).unlink()  # type: ignore[arg-type]
 
 
+def studies_of(client: TestClient) -> Studies:
+    studies: Studies = app_instance().desk.studies
+    return studies
+
+
 def files_below(folder: Path) -> dict[str, bytes]:
     """Everything at and beside the studies folder; the list of who was handed what may change."""
-    kept = (p for p in folder.parent.rglob("*") if p.is_file() and p.name not in (".lock", "datastore_v2.json"))
+    kept = (p for p in folder.parent.rglob("*") if p.is_file() and "store.sqlite" not in p.name)
     return {str(p): p.read_bytes() for p in sorted(kept)}
 
 
@@ -177,27 +186,86 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
 
 
 def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -> None:
-    first = client.post("/activelearning/segqc", json={"client_id": "me"}).json()
+    first = client.post("/activelearning/segqc", json={"client_id": "first"}).json()
     assert first["strategy"] == "uniform-random"
     assert "uniformly at random" in first["note"]
     studies = Studies(base)
     for name, dice in (("scan_0", 0.1), ("scan_1", 0.8), ("scan_2", 0.4), ("scan_3", 0.6)):
-        studies.write_assessment(make_assessment(name, dice))
-    try:
-        for strategy in ("segqc", "random"):
-            answer = client.post(f"/activelearning/{strategy}", json={"client_id": "me"}).json()
-            assert answer["id"] == "scan_2"  # scan_0 has a final label
-            assert answer["strategy"] == "segqc"
-            assert answer["requested_strategy"] == strategy
-            assert answer["estimated_dice"] == pytest.approx(0.4)
-            assert answer["worst_slices"][0] == 2
-            assert {box["slice"] for box in answer["boxes"]} <= set(answer["worst_slices"])
-            assert answer["name"] == "scan_2 (estimated Dice 0.40).nii.gz"
-            assert Path(answer["path"]).is_file()
-            assert answer["history"][strategy]["client_id"] == "me"
-    finally:
-        for path in (base / "segqc" / "assessments").iterdir():
-            path.unlink()
+        assess(studies, name, dice)
+    by_dice = [name for name in ("scan_2", "scan_3", "scan_1") if name != first["id"]]  # scan_0 has a final label
+    for strategy, name in zip(("segqc", "random"), by_dice, strict=True):
+        answer = client.post(f"/activelearning/{strategy}", json={"client_id": f"me, for {strategy}"}).json()
+        assert (answer["id"], answer["strategy"], answer["requested_strategy"]) == (name, "segqc", strategy)
+        assert answer["estimated_dice"] == pytest.approx({"scan_1": 0.8, "scan_2": 0.4, "scan_3": 0.6}[name])
+        assert answer["worst_slices"][0] == 2
+        assert {box["slice"] for box in answer["boxes"]} <= set(answer["worst_slices"])
+        assert answer["name"] == f"{name} (estimated Dice {answer['estimated_dice']:.2f}).nii.gz"
+        assert Path(answer["path"]).is_file()
+    assert client.post("/activelearning/segqc", json={"client_id": "one too many"}).json() == {}
+    assert {lease["to"] for lease in client.get("/segqc/leases").json()} == {"first", "me, for segqc", "me, for random"}
+    events = client.get(f"/segqc/events/{by_dice[0]}").json()
+    assert ("handed out", "me, for segqc") in [(e["verb"], e["who"]["name"]) for e in events]
+
+
+def test_a_browser_is_known_again_by_its_cookie(client: TestClient) -> None:
+    with studies_of(client).store.write() as transaction:
+        for i in range(4):
+            leases.release(transaction, f"scan_{i}", SERVER)
+    first = client.post("/activelearning/random")
+    assert first.cookies["segqc_client"]
+    assert client.post("/activelearning/random").json()["id"] == first.json()["id"]
+    client.cookies.clear()
+    assert client.post("/activelearning/random").json()["id"] != first.json()["id"]
+
+
+def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
+    client: TestClient, base: Path, tmp_path: Path
+) -> None:
+    studies = studies_of(client)
+    with studies.store.write() as transaction:
+        for i in range(4):
+            leases.release(transaction, f"scan_{i}", SERVER)
+    sample = client.post("/activelearning/segqc", json={"client_id": "anna"}).json()
+    scan = sample["id"]
+    content = volume_bytes(tmp_path, draw_case(int(scan[-1]))[1])
+
+    def submit(**params: object) -> httpx.Response:
+        return client.put(
+            f"/datastore/label?image={scan}",
+            data={"params": json.dumps({"client_id": "anna", **params})},
+            files={"label": ("m.nii.gz", content)},
+        )
+
+    assert submit(opened_slices=["all"]).status_code == 400
+    assert submit(opened_slices=[99]).status_code == 400
+    assert submit(opened_structures=["kidney"]).status_code == 400
+    told = submit(opened_slices=[2, 3]).json()
+    with studies.store.read() as transaction:
+        (correction,) = corrections.listing(transaction, scan)
+    assert told["correction"] == correction.id
+    assert correction.lease is not None
+    assert (correction.lease.id, correction.from_version) == (sample["lease"], sample["label_version"])
+    assert correction.change.opened_slices == (2, 3)
+    assert len(correction.change.structures[0].slices) == 2
+    review = f"/segqc/review/{scan}"
+    assert client.post(review, json={"decision": "shred"}).status_code == 404
+    assert client.post(review, json={"decision": "reject"}).status_code == 409
+    rejected = client.post(review, json={"decision": "reject", "reason": "a gap", "client_id": "berta"})
+    assert rejected.json() == {"scan": scan, "state": "rejected", "reason": "a gap"}
+    assert client.post(review, json={"decision": "approve"}).status_code == 409
+    assert client.get(f"/datastore/label?label={scan}&tag=final").status_code == 404
+    assert client.get(f"/datastore/label?label={scan}&tag=returned").content
+    restored = client.post(f"/segqc/labels/{scan}/restore?version={told['version']}&client_id=berta").json()
+    assert (restored["parent"], restored["tag"]) == (told["version"], "final")
+    assert client.post(f"/segqc/labels/{scan}/restore?version=999").status_code == 404
+    assert client.get("/segqc/labels/nobody").status_code == 404
+    assert client.post(review, json={"decision": "approve", "client_id": "berta"}).json()["state"] == "approved"
+    who = {e["verb"]: e["who"]["name"] for e in client.get(f"/segqc/events/{scan}").json()}
+    assert (who["corrected"], who["rejected"], who["approved"]) == ("anna", "berta", "berta")
+    assert client.post(review, json={"decision": "reopen"}).json()["state"] == "unlabelled"
+    for i in range(4):
+        for tag in ("original", "returned"):
+            client.delete(f"/datastore/label?id=scan_{i}&tag={tag}")
 
 
 @pytest.mark.usefixtures("models")
@@ -278,7 +346,9 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
     response = client.put(
         "/datastore/label?image=scan_2", data={"params": json.dumps(params)}, files={"label": ("/x/y.nrrd", content)}
     )
-    assert response.json() == {"image": "scan_2", "label": "scan_2"}
+    assert (response.json()["image"], response.json()["label"]) == ("scan_2", "scan_2")
+    version = client.get("/segqc/labels/scan_2").json()[-1]
+    assert (version["id"], version["who"]["name"]) == (response.json()["version"], "me")
     stored = read_labels(base / "labels" / "final" / "scan_2.nii.gz")
     assert np.array_equal(stored.array, labels.array)
     assert client.get("/datastore/label/info?label=scan_2&tag=final").json()["client_id"] == "me"
@@ -309,7 +379,8 @@ def test_uploading_and_removing_a_scan(client: TestClient, base: Path, tmp_path:
     assert (base / "scan.v1.2.nii.gz").read_bytes() == content
     assert client.get("/datastore/image?image=scan.v1.2").content == content
     assert client.delete("/datastore/image?id=scan.v1.2").status_code == 200
-    assert not (base / "scan.v1.2.nii.gz").exists()
+    assert client.get("/datastore/image?image=scan.v1.2").status_code == 404
+    assert (base / "scan.v1.2.nii.gz").read_bytes() == content, "excluded, not destroyed"
 
 
 def test_too_large_a_body_is_refused_with_and_without_a_length(client: TestClient, base: Path) -> None:

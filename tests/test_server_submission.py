@@ -7,9 +7,9 @@ import pytest
 
 from segqc.server.errors import RequestError
 from segqc.server.models import label_names
-from segqc.server.submission import read_submission, store_submission
+from segqc.server.submission import read_submission
 from segqc.types import Structure
-from segqc.volumes import Volume, read_labels, write_labels
+from segqc.volumes import Volume, write_labels
 from tests.server_kit import AFFINE, SHAPE, make_studies
 
 NAMES = {"liver": 1, "spleen": 4}
@@ -39,9 +39,7 @@ def test_segments_count_in_their_order_and_likely_errors_are_stripped(tmp_path: 
     assert (labels.array[3] == 4).all()
     assert (labels.array[5] == 0).all()
     assert (labels.array[8] == 1).all()
-    stored = read_labels(store_submission(labels, tmp_path), values=(1, 4))
-    assert np.array_equal(stored.array, labels.array)
-    assert np.allclose(stored.affine, AFFINE)
+    assert np.allclose(labels.affine, AFFINE)
 
 
 def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> None:

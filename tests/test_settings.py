@@ -30,17 +30,20 @@ def test_without_a_file_the_library_s_own_defaults_hold(tmp_path: Path) -> None:
 def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, "[server]\nport = 1001\nhost = '::1'\nseed = 7\n[boxes]\nmin_area_mm2 = 11\nthreshold = 0.3\n")
+    write(
+        tmp_path,
+        "[server]\nport = 1001\nhost = '::1'\ninference_slots = 7\n[boxes]\nmin_area_mm2 = 11\nthreshold = 0.3\n",
+    )
     monkeypatch.setenv("SEGQC_SERVER__PORT", "1002")
     monkeypatch.setenv("SEGQC_SERVER__HOST", "0.0.0.0")
     monkeypatch.setenv("SEGQC_BOXES__MIN_AREA_MM2", "22")
     settings = load_settings(tmp_path, overrides={"server": {"port": 1003}})
-    assert (settings.server.port, settings.server.host, settings.server.seed) == (1003, "0.0.0.0", 7)
+    assert (settings.server.port, settings.server.host, settings.server.inference_slots) == (1003, "0.0.0.0", 7)
     assert settings.boxes == BoxSettings(min_area_mm2=22, threshold=0.3)
 
 
 def test_a_named_file_replaces_the_folder_s(tmp_path: Path) -> None:
-    write(tmp_path, "[server]\nport = 1001\nseed = 7\n")
+    write(tmp_path, "[server]\nport = 1001\ninference_slots = 7\n")
     other = tmp_path / "other.toml"
     other.write_text("[server]\nport = 1004\n")
     assert load_settings(tmp_path, config=other).server.model_dump() == {

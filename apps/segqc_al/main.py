@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from lib.infers.segmentation import Segmentation
 from lib.infers.segqc import LikelyErrors
 from lib.trainers.segmentation import SegmentationTraining
 from lib.trainers.segqc import SegqcTraining
-from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -21,16 +18,15 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import segqc
+from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.checks import known
-from segqc.server.datastore import FolderDatastore
+from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk
-from segqc.volumes import VolumeError
-from strategies import ForegroundRandom, PoolScoring, Sequential, UniformRandom, WorstEstimateFirst
-
-logger = logging.getLogger(__name__)
-
-LIKELY_ERRORS_TAG = "likely-errors"
+from segqc.store import labels
+from segqc.store.labels import NewLabel
+from segqc.store.values import Who
+from strategies import STRATEGIES, PoolScoring, Sampling
 
 
 class SegqcApp(MONAILabelApp):
@@ -38,7 +34,6 @@ class SegqcApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.desk = Desk(Path(studies))
-        self.seed = int(conf.get("seed", 0)) if conf else 0
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -51,14 +46,10 @@ class SegqcApp(MONAILabelApp):
         self._auto_update_scoring = False
 
     def init_datastore(self) -> Datastore:
-        """The studies folder; other kinds of datastore are not served."""
+        """The studies folder's store; other kinds of datastore are not served."""
         if self.studies.startswith(("http://", "https://")):
             raise ValueError(f"{self.studies}: is an address; this app serves a folder of scans.")
-        return FolderDatastore(
-            Path(self.studies),
-            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
-            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
-        )
+        return StoreDatastore(self.desk.studies)
 
     def init_infers(self) -> dict[str, InferTask]:
         """The mask first: clients run the first model that shares a label."""
@@ -70,17 +61,8 @@ class SegqcApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """The default first. MONAI Label's OHIF panel always asks for "random": that name is the default, too."""
-        studies, seed = self.desk.studies, self.seed
-        makers: dict[str, Callable[[str], Strategy]] = {
-            "segqc": lambda name: WorstEstimateFirst(name, studies, seed=seed),
-            "tta": lambda name: WorstEstimateFirst(name, studies, method="tta", seed=seed),
-            "foreground-random": lambda name: ForegroundRandom(name, studies, seed=seed),
-            "sequential": lambda name: Sequential(name, studies),
-            "uniform-random": lambda name: UniformRandom(name, studies, seed=seed),
-        }
-        default = known("strategy", self.desk.settings.server.strategy, makers)
-        ordered = {default: makers[default], **makers}
-        made = {name: make(name) for name, make in ordered.items()}
+        default = known("strategy", self.desk.settings.server.strategy, STRATEGIES)
+        made = {name: Sampling(name, self.desk.studies) for name in {default: None, **dict.fromkeys(STRATEGIES)}}
         return {**made, "random": made[default]}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
@@ -90,18 +72,6 @@ class SegqcApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it."""
         return {**super().info(), "labels": list(self.desk.labels())}
-
-    def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Run inference on many scans; one that cannot be read does not keep the others waiting."""
-
-        def infer_if_readable(one: dict[str, Any], store: Datastore) -> dict[str, Any]:
-            try:
-                return self.infer(one, store)
-            except VolumeError as error:
-                logger.warning("%s is left out: %s", one["image"], error)
-                return {"error": str(error)}
-
-        return self._batch_infer(request, datastore if datastore is not None else self.datastore(), infer_if_readable)
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.
@@ -129,5 +99,15 @@ class SegqcApp(MONAILabelApp):
             tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
             if tag == "final":
                 raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
-            saved = store.save_label(image, path, tag, {"model": name, "params": params})
+            saved = self._save(image, Path(path), tag, name, params)
         return {"label": saved or path, "tag": "original", "file": path, "params": params}
+
+    def _save(self, image: str, path: Path, tag: str, name: str, params: dict[str, Any]) -> str:
+        """Keep a network's label map of a scan; it is the network's, not that of whoever asked for it."""
+        version = params["model_version"]
+        with self.desk.studies.store.write() as transaction:
+            pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
+        maker, info = Who("network", version, "program"), {"model": name, "params": params}
+        label = NewLabel(image, tag, "network", maker, bundle=pair.id, info=info)
+        self.desk.studies.store.save_label(label, path)
+        return image

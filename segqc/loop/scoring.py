@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from segqc.assessor import AssessmentResult, Assessor, mask_sha256
+from segqc.assessor import AssessmentResult, Assessor
 from segqc.loop.studies import ScanEntry, Studies
 from segqc.metrics import true_metrics
 from segqc.networks import ModelError
 from segqc.segmenter import Segmenter, TtaPrediction
+from segqc.store import assessments
+from segqc.store.labels import ORIGINAL
+from segqc.store.values import LabelRecord
 from segqc.training import Progress
 from segqc.types import Structure
-from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, temporary_labels
 
 logger = logging.getLogger(__name__)
 
 Method: TypeAlias = Literal["segqc", "tta", "entropy"]
-SaveMask: TypeAlias = Callable[[str, Path, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,8 @@ class ScoringSummary:
     failed: dict[str, str]
 
 
-def score(
-    studies: Studies, method: Method, progress: Progress, *, save_mask: SaveMask | None = None, force: bool = False
-) -> ScoringSummary:
-    """Score every scan without a final label; a scan with a current score is skipped.
+def score(studies: Studies, method: Method, progress: Progress, *, force: bool = False) -> ScoringSummary:
+    """Score every scan that waits for a label; a scan with a current score is skipped.
 
     "segqc" makes a mask where the current segmentation network has not made one, and assesses it. "tta" is the median
     Dice between the augmentation group's masks and their median; "entropy" the negative mean entropy of the group's
@@ -48,21 +45,19 @@ def score(
         studies: the folder.
         method: what to score by.
         progress: told after each scan.
-        save_mask: called with a scan's id, the file of its new mask and the network's version; by default the mask
-            becomes ``labels/original/<id>.nii.gz``.
         force: score again what has a current score.
 
     Raises:
         ModelError: if a network that the method needs is not trained yet.
     """
     segmenter, assessor = _networks(studies, method)
-    entries = [e for e in studies.scans() if e.final is None]
+    entries = studies.waiting()
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
         try:
             if method == "segqc" and assessor is not None:
-                fresh = _score_segqc(studies, entry, segmenter, assessor, save_mask or _saver(studies), force)
+                fresh = _score_segqc(studies, entry, segmenter, assessor, force)
             else:
                 fresh = _score_tta(studies, entry, segmenter, method, force)
         except (VolumeError, OSError) as error:
@@ -87,58 +82,43 @@ def _networks(studies: Studies, method: Method) -> tuple[Segmenter, Assessor | N
     return segmenter, assessor
 
 
-def current_mask(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> Path | None:
-    """The scan's original mask if the current segmentation network made it."""
-    return entry.original if studies.mask_maker(entry.id) == segmenter.version else None
+def mask_to_assess(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> LabelRecord | None:
+    """The scan's mask, unless there is none or another network than the current one made it."""
+    mask = studies.mask(entry.id)
+    outdated = mask is not None and mask.bundle is not None and mask.bundle.segmenter_version != segmenter.version
+    return None if outdated else mask
 
 
-def _score_segqc(
-    studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, save_mask: SaveMask, force: bool
-) -> bool:
-    path = current_mask(studies, entry, segmenter)
-    old = studies.assessment(entry.id)
-    versions = (segmenter.version, assessor.version)
-    current = old is not None and (old.segmenter_version, old.assessor_version) == versions
-    if path is not None and current and not force:
-        labels = read_labels(path, values=segmenter.values)
-        if old is not None and old.mask_sha256 == mask_sha256(labels):
+def _score_segqc(studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, force: bool) -> bool:
+    mask = mask_to_assess(studies, entry, segmenter)
+    if mask is not None and not force:
+        with studies.store.read() as transaction:
+            found = assessments.latest_of(transaction, mask.id)
+        if found is not None and found[1].assessor_version == assessor.version:
             return False
-    assess_scan(studies, entry, segmenter, assessor, save_mask)
+    assess_scan(studies, entry, segmenter, assessor)
     return True
 
 
-def assess_scan(
-    studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, save_mask: SaveMask
-) -> AssessmentResult:
-    """Assess the mask that the current segmentation network makes, or has made, of a scan; keep mask and assessment."""
+def assess_scan(studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor) -> AssessmentResult:
+    """Assess a scan's mask, made now where there is none of the current network; keep mask and assessment."""
     scan = read_scan(entry.image)
-    path = current_mask(studies, entry, segmenter)
-    if path is None:
+    mask = mask_to_assess(studies, entry, segmenter)
+    if mask is None:
         labels = segmenter.predict(scan).labels
-        keep_mask(studies, entry.id, labels, segmenter.version, save_mask)
+        mask = keep_mask(studies, entry.id, labels, segmenter)
     else:
-        labels = read_labels(path, scan=scan, values=segmenter.values)
-    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=segmenter.version)
-    studies.write_assessment(result.assessment)
+        labels = read_labels(studies.store.label_file(mask), scan=scan, values=segmenter.values)
+    maker = mask.bundle.segmenter_version if mask.bundle is not None else None
+    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=maker)
+    studies.write_assessment(result.assessment, mask)
     return result
 
 
-def keep_mask(studies: Studies, name: str, labels: Volume, version: str, save_mask: SaveMask) -> None:
-    """Store a network's mask of a scan, and then that this version made it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.nii.gz"
-        write_labels(labels, path)
-        save_mask(name, path, version)
-    studies.write_mask_maker(name, version)
-
-
-def _saver(studies: Studies) -> SaveMask:
-    def save(name: str, path: Path, version: str) -> None:
-        target = studies.folder / "labels" / "original" / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_labels(read_labels(path), target)
-
-    return save
+def keep_mask(studies: Studies, name: str, labels: Volume, segmenter: Segmenter, tag: str = ORIGINAL) -> LabelRecord:
+    """Store a network's mask of a scan."""
+    with temporary_labels(labels) as path:
+        return studies.save_mask(name, path, segmenter, tag=tag)
 
 
 def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter, method: Method, force: bool) -> bool:

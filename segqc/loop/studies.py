@@ -6,28 +6,35 @@
     <folder>/labels/final/<id>.nii.gz     labels that a person submitted
     <folder>/labels/original/<id>.nii.gz  masks that the segmentation network made
     <folder>/segqc.toml                   settings
-    <folder>/segqc/                       models, trainings, assessments, scores, folds
+    <folder>/segqc/                       the store, every label version, models, trainings
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter
+from typing import Literal
 
 from segqc.assessor import AssessmentSettings, Assessor
 from segqc.networks import Kind
+from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.settings import Settings, load_settings
-from segqc.training import Case, Placement, TrainingSettings, place_patients
+from segqc.store import assessments, labels, scans
+from segqc.store.folder import take_in
+from segqc.store.labels import FINAL, ORIGINAL, NewLabel
+from segqc.store.scans import UnknownScan
+from segqc.store.schema import OPEN_STATES
+from segqc.store.store import Store
+from segqc.store.values import JsonObject, LabelRecord, ScanRecord, Who
+from segqc.training import Case
 from segqc.types import Assessment, Structure
-from segqc.volumes import atomic_write, is_scan_path, read_labels, scan_id
+from segqc.volumes import read_labels
 
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
 
 
 class StudiesError(ValueError):
@@ -36,7 +43,10 @@ class StudiesError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ScanEntry:
-    """A scan of the folder and its labels, where they are."""
+    """A scan of the folder and its current labels, where there are any.
+
+    ``final`` and ``original`` are the kept files of these versions, which nobody changes.
+    """
 
     id: str
     image: Path
@@ -44,17 +54,8 @@ class ScanEntry:
     original: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Score:
-    value: float
-    version: str
-
-
-_SCORES: TypeAdapter[_Score] = TypeAdapter(_Score)
-
-
 class Studies:
-    """One studies folder. Holds nothing but its path and settings: what is on disk is the state."""
+    """One studies folder. Holds its path, its settings and its store: what is on disk is the state."""
 
     def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         """Open a folder.
@@ -73,17 +74,37 @@ class Studies:
         """The folder of what SegQC keeps."""
         return self.folder / "segqc"
 
+    @functools.cached_property
+    def store(self) -> Store:
+        """The store of the folder, with all in it that lies in the folder now.
+
+        Raises:
+            StoreError: if its database can't be reached, or is of another version of this program.
+        """
+        store = Store.open(self.folder, self.settings.store.url)
+        take_in(store, self.settings.patient_of, self.settings.placing())
+        return store
+
+    def refresh(self) -> None:
+        """Take in what has been put into the folder, or taken out of it, meanwhile."""
+        take_in(self.store, self.settings.patient_of, self.settings.placing())
+
     def scans(self) -> list[ScanEntry]:
-        """All scans, by id."""
-        finals, originals = self._labels("final"), self._labels("original")
-        entries = []
-        with os.scandir(self.folder) as found:
-            for item in found:
-                path = Path(item.path)
-                if item.is_file() and not item.name.startswith(".") and is_scan_path(path):
-                    name = scan_id(path)
-                    entries.append(ScanEntry(name, path, finals.get(name), originals.get(name)))
-        return sorted(entries, key=lambda e: e.id)
+        """All scans whose files are there, in the order of their names."""
+        self.refresh()
+        with self.store.read() as transaction:
+            records = [s for s in scans.listing(transaction) if s.missing_since is None]
+            finals = labels.current_of_all(transaction, FINAL)
+            originals = labels.current_of_all(transaction, ORIGINAL)
+        return [self._entry(s, finals.get(s.name), originals.get(s.name)) for s in records]
+
+    def waiting(self) -> list[ScanEntry]:
+        """The scans that wait for a person's label, in the order of their names."""
+        self.refresh()
+        with self.store.read() as transaction:
+            records = [s for s in scans.listing(transaction, states=OPEN_STATES) if s.missing_since is None]
+            originals = labels.current_of_all(transaction, ORIGINAL)
+        return [self._entry(s, None, originals.get(s.name)) for s in records]
 
     def scan(self, name: str) -> ScanEntry:
         """One scan.
@@ -91,16 +112,22 @@ class Studies:
         Raises:
             StudiesError: if the folder has no scan of this name.
         """
-        for entry in self.scans():
-            if entry.id == name:
-                return entry
-        raise StudiesError(f"{self.folder}: no scan named {name}")
+        self.refresh()
+        with self.store.read() as transaction:
+            try:
+                record = scans.get(transaction, name)
+            except UnknownScan as error:
+                raise StudiesError(f"{self.folder}: no scan named {name}") from error
+            tags = labels.tags(transaction, name)
+        return self._entry(record, tags.get(FINAL), tags.get(ORIGINAL))
 
-    def _labels(self, tag: str) -> dict[str, Path]:
-        folder = self.folder / "labels" / tag
-        if not folder.is_dir():
-            return {}
-        return {scan_id(p): p for p in sorted(folder.iterdir()) if p.name.endswith(LABEL_SUFFIXES)}
+    def _entry(self, scan: ScanRecord, final: LabelRecord | None, original: LabelRecord | None) -> ScanEntry:
+        return ScanEntry(
+            scan.name,
+            self.folder / scan.file,
+            self.store.label_file(final) if final is not None else None,
+            self.store.label_file(original) if original is not None else None,
+        )
 
     @functools.cached_property
     def structures(self) -> tuple[Structure, ...]:
@@ -112,8 +139,9 @@ class Studies:
         if named := self.settings.structure_list():
             return named
         values: set[int] = set()
-        for path in self._labels("final").values():
-            values |= {int(v) for v in set(read_labels(path).array.ravel().tolist()) if v}
+        for entry in self.scans():
+            if entry.final is not None:
+                values |= {int(v) for v in set(read_labels(entry.final).array.ravel().tolist()) if v}
         if not values:
             raise StudiesError(
                 f"{self.folder}: no structures are named in segqc.toml and no final label shows any; "
@@ -122,20 +150,21 @@ class Studies:
         return tuple(Structure(f"label {v}", (v,)) for v in sorted(values))
 
     def cases(self) -> list[Case]:
-        """The scans with a final label, ready to train on; scans of one patient stay in one fold."""
+        """The scans with a final label that nobody rejected, ready to train on."""
+        self.refresh()
+        with self.store.read() as transaction:
+            records = scans.listing(transaction, states=LABELLED)
+            finals = labels.current_of_all(transaction, FINAL)
         return [
-            Case(e.id, self.settings.patient_of(e.id), e.image, e.final) for e in self.scans() if e.final is not None
+            Case(s.name, s.patient, self.folder / s.file, self.store.label_file(finals[s.name]))
+            for s in records
+            if s.name in finals and s.missing_since is None
         ]
 
-    def placements(self, settings: TrainingSettings) -> Mapping[str, Placement]:
-        """Fold and role of each labelled patient, given once and stored."""
-        return place_patients(
-            [c.patient for c in self.cases()],
-            self.own / "folds.json",
-            folds=settings.folds,
-            validation_share=settings.validation_share,
-            seed=settings.seed,
-        )
+    def placements(self) -> Mapping[str, Placement]:
+        """Fold and role of each patient, given once and stored."""
+        with self.store.read() as transaction:
+            return {s.patient: Placement(s.fold, s.role) for s in scans.listing(transaction)}
 
     def model_path(self, network: Kind) -> Path:
         """Where the current model of a network lies."""
@@ -157,47 +186,63 @@ class Studies:
         return Assessor.load(path, settings) if path.is_file() else None
 
     def assessment(self, name: str) -> Assessment | None:
-        """The current assessment of a scan's mask, if there is one."""
-        path = self.own / "assessments" / f"{name}.json"
-        return Assessment.from_json(path.read_bytes()) if path.is_file() else None
+        """The current assessment of the mask that an annotator would start from, if there is one."""
+        with self.store.read() as transaction:
+            found = assessments.latest(transaction, name)
+        return found[1] if found is not None else None
 
     def assessments(self) -> dict[str, Assessment]:
         """The current assessments of all scans that have one."""
         found = ((e.id, self.assessment(e.id)) for e in self.scans())
         return {name: a for name, a in found if a is not None}
 
-    def write_assessment(self, assessment: Assessment) -> None:
-        """Keep an assessment as the current one of its scan."""
-        _write(self.own / "assessments" / f"{assessment.scan}.json", assessment.to_json().encode())
+    def write_assessment(self, assessment: Assessment, mask: LabelRecord) -> None:
+        """Keep an assessment of a stored mask."""
+        with self.store.write() as transaction:
+            assessments.write(transaction, assessment, mask.id)
 
-    def mask_maker(self, name: str) -> str | None:
-        """The version of the segmentation network that made a scan's original mask, if one did."""
-        path = self.own / "masks" / f"{name}.version"
-        return path.read_text() if path.is_file() else None
+    def mask(self, name: str) -> LabelRecord | None:
+        """The current mask of a scan: what a network made, or a person put there as such."""
+        with self.store.read() as transaction:
+            return labels.current(transaction, name, ORIGINAL)
 
-    def write_mask_maker(self, name: str, version: str) -> None:
-        """Keep which network made a scan's original mask; call it after the mask is in place."""
-        _write(self.own / "masks" / f"{name}.version", version.encode())
+    def save_mask(self, name: str, source: Path, segmenter: Segmenter, *, tag: str = ORIGINAL) -> LabelRecord:
+        """Keep a network's mask of a scan."""
+        with self.store.write() as transaction:
+            pair = labels.bundle(transaction, segmenter.version)
+        # what clients of MONAI Label look for: which value is which structure
+        info: JsonObject = {
+            "model": "segmentation",
+            "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
+        }
+        network = Who("network", segmenter.version, "program")
+        return self.store.save_label(NewLabel(name, tag, "network", network, bundle=pair.id, info=info), source)
 
     def score(self, method: str, name: str) -> tuple[float, str] | None:
         """A baseline's score of a scan and the version of the network that it speaks of."""
-        path = self.own / "scores" / method / f"{name}.json"
-        if not path.is_file():
-            return None
-        score = _SCORES.validate_json(path.read_bytes())
-        return score.value, score.version
+        with self.store.read() as transaction:
+            return assessments.scores(transaction, method, scan=name).get(name)
 
     def scores(self, method: str) -> dict[str, float]:
         """A baseline's scores of all scans that have one; the lowest is the worst."""
-        found = ((e.id, self.score(method, e.id)) for e in self.scans())
-        return {name: s[0] for name, s in found if s is not None}
+        with self.store.read() as transaction:
+            return {name: value for name, (value, _) in assessments.scores(transaction, method).items()}
 
     def write_score(self, method: str, name: str, value: float, version: str) -> None:
         """Keep a baseline's score of a scan."""
-        _write(self.own / "scores" / method / f"{name}.json", _SCORES.dump_json(_Score(value, version)))
+        with self.store.write() as transaction:
+            assessments.write_score(transaction, name, method, value, version)
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
+    """Names of the label map's values, as annotation clients show them: ``{name: value}``, values ascending.
+
+    A structure of one value gives it its name. A value that is only part of a union is named after the union and
+    itself.
+    """
+    names: dict[int, str] = {}
+    for structure in sorted(structures, key=lambda s: len(s.values)):
+        for value in structure.values:
+            plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
+            names.setdefault(value, plain)
+    return {names[value]: value for value in sorted(names)}

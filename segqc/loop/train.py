@@ -7,6 +7,7 @@ from segqc.loop.studies import Studies
 from segqc.networks import Kind, ModelCard
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
+from segqc.store import labels
 from segqc.training import Progress, TrainingSettings, train_assessor, train_segmentation
 
 
@@ -28,7 +29,7 @@ def train(studies: Studies, network: Kind, progress: Progress, settings: Trainin
     """
     settings = settings or studies.settings.training_settings(network)
     folder = studies.training_folder(network)
-    placements = dict(studies.placements(settings))
+    placements = dict(studies.placements())
     learn = train_segmentation if network == "segmentation" else train_assessor
     trained: Segmenter | Assessor = learn(studies.cases(), studies.structures, placements, settings, folder, progress)
     if (folder / "curve.json").is_file():
@@ -36,4 +37,17 @@ def train(studies: Studies, network: Kind, progress: Progress, settings: Trainin
     path = studies.model_path(network)
     path.parent.mkdir(parents=True, exist_ok=True)
     trained.save(path)
+    publish(studies)
     return trained.card
+
+
+def publish(studies: Studies) -> int:
+    """Note which pair of networks serves from now on (an estimate always belongs to the pair); returns its number."""
+    segmenter, assessor = studies.segmenter(), studies.assessor()
+    with studies.store.write() as transaction:
+        pair = labels.bundle(
+            transaction,
+            segmenter.version if segmenter is not None else "",
+            assessor.version if assessor is not None else None,
+        )
+    return pair.id

@@ -96,7 +96,7 @@ def _correct(
         shown = _mask(client, scan)
         true = read_labels(truth)
         dice = dice_by_structure(read_labels(shown).array, true.array, structures)
-        client.save_label(scan, str(truth), tag="final", params={})
+        client.save_label(scan, str(truth), tag="final", params={"simulated": True})
     except (MONAILabelClientException, OSError, VolumeError) as error:
         raise AnnotatorError(f"{scan}: {getattr(error, 'msg', error)}") from error
     return Correction(scan, sample.strategy, sample.estimated_dice, worst_dice(dice), sample.worst_slices)

@@ -7,11 +7,12 @@ MONAI Label's own settings, in the environment, say which (`segqc.server.serve` 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import inspect
-import json
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,18 +36,23 @@ from monailabel.interfaces.exception import (
 from monailabel.interfaces.utils.app import app_instance
 
 from segqc import __version__
-from segqc.loop.studies import StudiesError
+from segqc.loop.jobs import NETWORKS, put_scoring
+from segqc.loop.studies import Studies, StudiesError
 from segqc.networks import ModelError
 from segqc.server import routes
 from segqc.server.errors import RequestError
 from segqc.server.guard import Guard
-from segqc.server.jobs import Job, Jobs
+from segqc.store import jobs
+from segqc.store.database import StoreError, StoreUnavailable
+from segqc.store.events import SERVER
+from segqc.store.scans import UnknownScan
+from segqc.store.store import Store
 from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_UPLOAD_LIMIT_MB = 2048
-NETWORKS = ("segmentation", "segqc")
+WATCH_SECONDS = 5.0
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
@@ -98,6 +104,7 @@ def create_app() -> FastAPI:
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Guard, upload_limit_bytes=int(limit * 1e6), origins=origins)
+    app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     app.include_router(routes.router)
     stock = [info.router, datastore.router, model.router, ohif.router]
@@ -117,26 +124,29 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance.server_mode(True)
     instance.on_init_complete()
     app.state.inference_slots = anyio.CapacityLimiter(int(conf.get("inference_slots", 1)))
-    jobs = Jobs(environment=_job_environment(), on_done=lambda job: _after(job, jobs))
-    app.state.jobs = jobs
     threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
     bootstrap = str(conf.get("bootstrap", instance.desk.settings.server.bootstrap)).lower() == "true"
     if bootstrap:
-        threading.Thread(target=_bootstrap, args=(instance, jobs), name="bootstrap", daemon=True).start()
+        threading.Thread(target=_bootstrap, args=(instance,), name="bootstrap", daemon=True).start()
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(instance.desk.studies, ended), name="watch", daemon=True).start()
     try:
         yield
     finally:
-        jobs.close()
+        ended.set()
+        instance.desk.studies.store.close()
 
 
-def _job_environment() -> dict[str, str]:
-    """What a job's process needs beside the server's own environment."""
-    told = settings.model_dump()
-    wanted = {key: told[key] for key in ("MONAI_LABEL_APP_DIR", "MONAI_LABEL_STUDIES")}
-    # a job's datastore is short-lived: nobody has to watch the folder for it
-    wanted |= {"MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false", "MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
-    wanted["MONAI_LABEL_APP_CONF"] = json.dumps(told["MONAI_LABEL_APP_CONF"])
-    return wanted
+def _watch(studies: Studies, ended: threading.Event) -> None:
+    """Take in what people put into the folder, every few seconds; a large folder that changes often, less often."""
+    pause = WATCH_SECONDS
+    while not ended.wait(pause):
+        started = time.monotonic()
+        try:
+            studies.refresh()
+        except (StoreError, OSError) as error:
+            logger.warning("the folder could not be looked through: %s", error)
+        pause = max(WATCH_SECONDS, 20 * (time.monotonic() - started))
 
 
 def _preload(desk: Any) -> None:
@@ -148,14 +158,16 @@ def _preload(desk: Any) -> None:
             logger.warning("%s", error)
 
 
-def _bootstrap(instance: Any, jobs: Jobs) -> None:
-    """Train the first networks where there are none and enough scans are labelled."""
+def _bootstrap(instance: Any) -> None:
+    """Put the trainings of the first networks where there are none and enough scans are labelled."""
     desk = instance.desk
+    store: Store = desk.studies.store
     missing = [network for network in NETWORKS if not desk.has(network)]
     if not missing:
-        _score_pool(desk, jobs)
+        with store.write() as transaction:
+            put_scoring(transaction)
         return
-    labelled = len(instance.datastore().get_labeled_images())
+    labelled = len(desk.studies.cases())
     needed = max(desk.settings.training_settings(network).least_cases for network in missing)
     if labelled < needed:
         logger.info(
@@ -165,22 +177,13 @@ def _bootstrap(instance: Any, jobs: Jobs) -> None:
         )
         return
     logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
-    for network in missing:
-        config = instance._trainers[network].config()
-        few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
-        jobs.submit("train", {"model": network, **few})
-
-
-def _after(job: Job, jobs: Jobs) -> None:
-    """When the last waiting training is done, score the pool by the new networks."""
-    if job.kind == "train" and not jobs.open("train"):
-        _score_pool(app_instance().desk, jobs)
-
-
-def _score_pool(desk: Any, jobs: Jobs) -> None:
-    """Queue the scoring by SegQC; what is scored by the current networks is left as it is."""
-    if all(desk.has(network) for network in NETWORKS):
-        jobs.submit("scoring", {"method": "segqc"})
+    with store.write() as transaction:
+        waiting = {str(job.request.get("model")) for job in jobs.open_jobs(transaction, "train")}
+        for network in missing:
+            config = instance._trainers[network].config()
+            few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
+            if network not in waiting:
+                jobs.put(transaction, "train", {"model": network, **few}, SERVER)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -211,6 +214,25 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ModelError)
     async def on_model_error(_: Request, error: ModelError) -> JSONResponse:
         return refuse(409, str(error))
+
+    @app.exception_handler(UnknownScan)
+    async def on_unknown_scan(_: Request, error: UnknownScan) -> JSONResponse:
+        return refuse(404, f"{error}.")
+
+    @app.exception_handler(StoreError)
+    async def on_store_error(_: Request, error: StoreError) -> JSONResponse:
+        return refuse(409, f"{error}.")
+
+    @app.exception_handler(StoreUnavailable)
+    async def on_unavailable(_: Request, error: StoreUnavailable) -> JSONResponse:
+        return refuse(503, f"{error}.")
+
+    @app.exception_handler(OSError)
+    async def on_os_error(_: Request, error: OSError) -> JSONResponse:
+        logger.error("%s", error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the server's disk is full" if full else f"the server cannot use its files ({error.strerror or error})"
+        return refuse(507 if full else 500, f"{reason}; nothing was changed. Tell whoever runs the server.")
 
     @app.exception_handler(StudiesError)
     async def on_studies_error(_: Request, error: StudiesError) -> JSONResponse:

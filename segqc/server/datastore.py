@@ -1,265 +1,281 @@
-"""MONAI Label's local datastore, made safe for threads, for several processes and for sudden ends.
-
-The stock class rewrites its one JSON file in place, from its own memory: a kill in between leaves half a file, and a
-scoring process overwrites what the server saved meanwhile. Here every change is a transaction: lock, read what others
-wrote, change, write beside, rename.
-"""
+"""MONAI Label's datastore interface, over the project's store."""
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import os
-import shutil
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import wraps
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeAlias
 
-from filelock import FileLock
-from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
+from segqc.loop.studies import Studies
+from segqc.server.actors import current_actor
 from segqc.server.checks import check_image_id, check_tag
+from segqc.store import labels, scans
+from segqc.store.folder import take_in_scan
+from segqc.store.labels import FINAL, NewLabel
+from segqc.store.scans import UnknownScan
+from segqc.store.schema import OPEN_STATES
+from segqc.store.values import LabelRecord, ScanRecord, ScanState
 from segqc.volumes import FILE_SUFFIXES, atomic_write
 
-_CLOCK_TICK_NS = 50_000_000
+Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
-F = TypeVar("F", bound=Callable[..., Any])
-Info = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
-
-
-class IndexFileError(ValueError):
-    """The datastore's own file is damaged."""
+SHOWN_STATES: Final[tuple[ScanState, ...]] = ("unlabelled", "rejected", "submitted", "approved")
 
 
-def _locked(method: F) -> F:
-    """Run a method of the stock class on the folder as it is, while no other thread changes what it reads."""
+class StoreDatastore(Datastore):
+    """A studies folder as MONAI Label sees it: scans by id, and a current label under each tag.
 
-    @wraps(method)
-    def run(self: FolderDatastore, *args: Any, **kwargs: Any) -> Any:
-        with self._thread_lock:
-            self._look()
-            return method(self, *args, **kwargs)
+    What people put into the folder is seen after `refresh`, which the server calls every few seconds. A removed scan
+    is excluded, its file stays; a removed label stays in the history.
+    """
 
-    return run  # type: ignore[return-value]
+    def __init__(self, studies: Studies) -> None:
+        self._studies = studies
+        self._store = studies.store
+        self._name = studies.folder.name
+        self._description = "Scans of a studies folder"
 
+    def name(self) -> str:
+        """The folder's name."""
+        return self._name
 
-class FolderDatastore(LocalDatastore):
-    """A folder of scans, its labels below ``labels/<tag>/``, and ``datastore_v2.json`` about both."""
+    def set_name(self, name: str) -> None:
+        """Call it otherwise, for as long as the server runs."""
+        self._name = name
 
-    def __init__(self, folder: Path, *, auto_reload: bool = True, read_only: bool = False) -> None:
-        self._thread_lock = threading.RLock()
-        self._process_lock = FileLock(folder / ".lock", thread_local=False)
-        self._depth = 0
-        self._signature: tuple[int, int, int] | None = None
-        self._content: LocalDatastoreModel | None = None
-        self._auto = auto_reload
-        self._seen: tuple[int, ...] | None = None
-        # the stock watcher follows every file below the folder, and each training writes many there: see `_look`
-        extensions = [f"*{suffix}" for suffix in FILE_SUFFIXES]
-        super().__init__(str(folder), extensions=extensions, auto_reload=False, read_only=read_only)
+    def description(self) -> str:
+        """What it is."""
+        return self._description
 
-    # The stock class reads and sets `_datastore` everywhere: as a property it is always what the file says.
-    @property
-    def _datastore(self) -> LocalDatastoreModel:
-        with self._thread_lock:
-            if self._depth == 0:
-                self._reload()
-            if self._content is None:
-                raise RuntimeError("the datastore is not initialised")
-            return self._content
+    def set_description(self, description: str) -> None:
+        """Describe it otherwise, for as long as the server runs."""
+        self._description = description
 
-    @_datastore.setter
-    def _datastore(self, content: LocalDatastoreModel) -> None:
-        self._content = content
+    # ---------------------------------------------------------------------------------------------------------- lists
 
-    def _reload(self) -> None:
-        """Read the file if it is another one than last time; a rename gives it a new inode."""
+    def list_images(self) -> list[str]:
+        """Ids of all scans that are not excluded."""
+        with self._store.read() as transaction:
+            return sorted(scans.names(transaction, states=SHOWN_STATES))
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the scans with a label under a tag, by default with one that a person submitted."""
+        return sorted(self._labelled(label_tag))
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the scans without one."""
+        if label_tag in (None, "", FINAL):
+            with self._store.read() as transaction:
+                return sorted(scans.names(transaction, states=OPEN_STATES))
+        labelled = self._labelled(label_tag)
+        return [name for name in self.list_images() if name not in labelled]
+
+    def _labelled(self, label_tag: str | None) -> dict[str, LabelRecord]:
+        with self._store.read() as transaction:
+            shown = set(scans.names(transaction, states=SHOWN_STATES))
+            current = labels.current_of_all(transaction, _tag(label_tag))
+        return {name: label for name, label in current.items() if name in shown}
+
+    def datalist(self) -> list[dict[str, Any]]:
+        """Paths of the labelled scans and of their final labels."""
+        folder = self._studies.folder
+        with self._store.read() as transaction:
+            files = {s.name: s.file for s in scans.listing(transaction, states=("submitted", "approved"))}
+        return [
+            {"image": str(folder / files[name]), "label": str(self._store.view_file(label))}
+            for name, label in sorted(self._labelled(None).items())
+            if name in files
+        ]
+
+    def has_image(self, image_id: str) -> bool:
+        """Whether there is such a scan, and it is not excluded."""
         try:
-            status = os.stat(self._datastore_config_path)
-        except FileNotFoundError:
-            return
-        signature = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if signature == self._signature:
-            return
-        try:
-            content = LocalDatastoreModel.model_validate_json(Path(self._datastore_config_path).read_bytes())
-        except ValueError as error:
-            raise IndexFileError(
-                f"{self._datastore_config_path}: not a readable list of scans; move it away, and the next start "
-                "rebuilds it from the files in the folder"
-            ) from error
-        content.base_path = self._datastore_path
-        self._content, self._signature = content, signature
+            self._scan(image_id)
+        except ImageNotFoundException:
+            return False
+        return True
 
-    def _look(self) -> None:
-        """Take in scans and labels that were put into the folder, or taken out, by others."""
-        if not self._auto or self._depth > 0:
-            return
-        labels = Path(self._datastore.label_path(None))
-        folders = (Path(self._datastore_path), labels, labels / "final", labels / "original")
-        try:
-            changed = tuple(folder.stat().st_mtime_ns for folder in folders)
-        except FileNotFoundError:
-            changed = ()
-        if changed and changed == self._seen:
-            return
-        # a folder changed just now may change again within the clock's tick, unseen: look once more next time
-        settled = bool(changed) and time.time_ns() - max(changed) > _CLOCK_TICK_NS
-        self._seen = changed if settled else None
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._reconcile_datastore()
+    # ---------------------------------------------------------------------------------------------------------- scans
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Hold threads and processes off; nested calls join the outer one."""
-        with self._thread_lock:
-            if self._depth == 0:
-                self._process_lock.acquire()
-                self._reload()
-            self._depth += 1
+    def _scan(self, image_id: str) -> ScanRecord:
+        with self._store.read() as transaction:
             try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._process_lock.release()
+                scan = scans.get(transaction, image_id)
+            except UnknownScan as error:
+                raise ImageNotFoundException(f"Image {image_id} not found") from error
+        if scan.state == "excluded" or scan.missing_since is not None:
+            raise ImageNotFoundException(f"Image {image_id} not found")
+        return scan
 
-    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
-        with self._transaction():
-            pass
+    def get_image_uri(self, image_id: str) -> str:
+        """The path of a scan's file."""
+        return str(self._studies.folder / self._scan(image_id).file)
 
-    def _update_datastore_file(self, lock: bool = True) -> None:
-        with self._transaction():
-            text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
-            with atomic_write(self._datastore_config_path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            status = os.stat(self._datastore_config_path)
-            self._signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+    def get_image(self, image_id: str, params: object = None) -> io.BytesIO:
+        """A scan's file."""
+        return io.BytesIO(Path(self.get_image_uri(image_id)).read_bytes())
 
-    def _reconcile_datastore(self) -> None:
-        with self._transaction():
-            super()._reconcile_datastore()
+    def get_image_info(self, image_id: str) -> Info:
+        """What is noted of a scan."""
+        scan = self._scan(image_id)
+        noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
+        return {**noted, **scan.info, "state": scan.state, **({"reason": scan.reason} if scan.reason else {})}
 
-    def _to_id(self, file: str) -> tuple[str, str]:
-        for suffix in FILE_SUFFIXES:  # the longest first: .nii.gz before .nii
-            if file.endswith(suffix):
-                return file.removesuffix(suffix), suffix
-        path = Path(file)
-        return path.stem, path.suffix
+    def update_image_info(self, image_id: str, info: Info) -> None:
+        """Add to what is noted of a scan."""
+        with self._store.write() as transaction:
+            try:
+                scans.update_info(transaction, image_id, info)
+            except UnknownScan as error:
+                raise ImageNotFoundException(f"Image {image_id} not found") from error
 
     def add_image(self, image_id: str, image_filename: str, image_info: Info | None) -> str:
-        """Store a scan under an id; see the stock class.
+        """Put a scan into the folder under an id.
 
         Raises:
             RequestError: 400 if the id is no plain name.
         """
-        own_id, suffix = self._to_id(os.path.basename(image_filename))
-        image_id = check_image_id(image_id or own_id)
-        with self._transaction():
-            target = Path(self._datastore.image_path()) / f"{image_id}{suffix}"
-            _copy(Path(image_filename), target)
-            info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
-            self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
-            self._update_datastore_file()
-        return image_id
-
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Info | None) -> str:
-        """Store a scan's label map under a tag; see the stock class.
-
-        Raises:
-            ImageNotFoundException: if there is no such scan.
-            RequestError: 400 if the tag is no plain name.
-        """
-        tag = check_tag(label_tag.value if isinstance(label_tag, DefaultLabelTag) else label_tag)
-        _, suffix = self._to_id(os.path.basename(label_filename))
-        with self._transaction():
-            entry = self._datastore.objects.get(image_id)
-            if entry is None:
-                raise ImageNotFoundException(f"Image {image_id} not found")
-            folder = Path(self._datastore.label_path(tag))
-            folder.mkdir(parents=True, exist_ok=True)
-            target = folder / f"{image_id}{suffix}"
-            _copy(Path(label_filename), target)
-            for other in FILE_SUFFIXES:  # one label map a tag: an older one in another format would be the wrong one
-                if other != suffix:
-                    (folder / f"{image_id}{other}").unlink(missing_ok=True)
-            info = {**(label_info or {}), "ts": int(time.time()), "name": target.name}
-            entry.labels[tag] = DataModel(info=info, ext=suffix)
-            self._update_datastore_file()
-        return image_id
-
-    def update_image_info(self, image_id: str, info: Info) -> None:
-        """Add to what is known of a scan.
-
-        Raises:
-            ImageNotFoundException: if there is no such scan.
-        """
-        with self._transaction():
-            entry = self._datastore.objects.get(image_id)
-            if entry is None:
-                raise ImageNotFoundException(f"Image {image_id} not found")
-            entry.image.info.update(info)
-            self._update_datastore_file()
-
-    def update_label_info(self, label_id: str, label_tag: str, info: Info) -> None:
-        """Add to what is known of a label map.
-
-        Raises:
-            LabelNotFoundException: if there is no such label map.
-        """
-        with self._transaction():
-            label = self._datastore.label(label_id, label_tag)
-            if label is None:
-                raise LabelNotFoundException(f"Label {label_id} with tag {label_tag} not found")
-            label.info.update(info)
-            self._update_datastore_file()
+        source = Path(image_filename)
+        suffix = next((s for s in FILE_SUFFIXES if source.name.endswith(s)), source.suffix)
+        name = check_image_id(image_id or source.name.removesuffix(suffix))
+        with atomic_write(self._studies.folder / f"{name}{suffix}") as temporary:
+            temporary.write_bytes(source.read_bytes())
+        settings = self._studies.settings
+        take_in_scan(self._store, f"{name}{suffix}", settings.patient_of, settings.placing())
+        if image_info:
+            self.update_image_info(name, image_info)
+        return name
 
     def remove_image(self, image_id: str) -> None:
-        """Remove a scan and its label maps.
+        """Exclude a scan: it is not listed any more, its file and its history stay."""
+        self._scan(image_id)
+        self._store.review(image_id, "excluded", current_actor(), "removed through MONAI Label")
+
+    # --------------------------------------------------------------------------------------------------------- labels
+
+    def _label(self, label_id: str, label_tag: str) -> LabelRecord | None:
+        with self._store.read() as transaction:
+            return labels.current(transaction, label_id, _tag(label_tag))
+
+    def _known_label(self, label_id: str, label_tag: str) -> LabelRecord:
+        label = self._label(label_id, label_tag)
+        if label is None:
+            raise LabelNotFoundException(f"Label {label_id} with tag {_tag(label_tag)} not found")
+        return label
+
+    def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
+        """The current labels of a scan: their ids (the scan's own) by tag."""
+        self._scan(image_id)
+        with self._store.read() as transaction:
+            return {tag: image_id for tag in labels.tags(transaction, image_id)}
+
+    def get_label_by_image_id(self, image_id: str, tag: str) -> str:
+        """The id of a scan's label under a tag; empty where there is none."""
+        self._scan(image_id)
+        return image_id if self._label(image_id, tag) is not None else ""
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """The path of a current label; empty where there is none."""
+        label = self._label(label_id, label_tag)
+        return str(self._store.view_file(label)) if label is not None else ""
+
+    def get_label(self, label_id: str, label_tag: str, params: object = None) -> io.BytesIO:
+        """The file of a current label."""
+        return io.BytesIO(self._store.label_file(self._known_label(label_id, label_tag)).read_bytes())
+
+    def get_label_info(self, label_id: str, label_tag: str) -> Info:
+        """What is noted of a label, and which version it is."""
+        label = self._label(label_id, label_tag)
+        if label is None:
+            return {}
+        with self._store.read() as transaction:
+            noted = labels.info(transaction, label.id)
+        made = {"ts": int(label.made_at.timestamp()), "name": self._store.view_file(label).name}
+        return {**made, **noted, "version": label.id, "maker": label.maker, "who": label.who.name}
+
+    def update_label_info(self, label_id: str, label_tag: str, info: Info) -> None:
+        """Add to what is noted of a label."""
+        label = self._known_label(label_id, label_tag)
+        with self._store.write() as transaction:
+            labels.update_info(transaction, label.id, info)
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Info | None) -> str:
+        """Keep a label map of a scan as the current one under a tag.
 
         Raises:
-            ImageNotFoundException: if there is no such scan.
+            RequestError: 400 if the tag is no plain name.
         """
-        with self._transaction():
-            super().remove_image(image_id)
+        self._scan(image_id)
+        tag = check_tag(_tag(label_tag))
+        who = current_actor()
+        maker = "annotator" if who.kind == "person" else "import"
+        label = NewLabel(image_id, tag, maker, who, info=label_info)  # type: ignore[arg-type]
+        self._store.save_label(label, Path(label_filename))
+        return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Remove a label map.
+        """Take a label away; it stays in the history."""
+        self._known_label(label_id, label_tag)
+        self._store.remove_label(label_id, _tag(label_tag), current_actor())
 
-        Raises:
-            LabelNotFoundException: if there is no such label map.
+    # ---------------------------------------------------------------------------------------------------------- others
+
+    def refresh(self) -> None:
+        """Take in what has changed in the folder."""
+        self._studies.refresh()
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """Pack scans with final labels into a ZIP file; the caller removes it.
+
+        Args:
+            limit_cases: at most so many scans.
         """
-        with self._transaction():
-            if self._datastore.label(label_id, label_tag) is None:
-                raise LabelNotFoundException(f"Label {label_id} with tag {label_tag} not found")
-            super().remove_label(label_id, label_tag)
+        handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
+        os.close(handle)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for pair in self.datalist()[:limit_cases]:
+                image, label = Path(pair["image"]), Path(pair["label"])
+                archive.write(image, image.name)
+                archive.write(label, f"labels/final/{label.name}")
+        return path
 
-    datalist = _locked(LocalDatastore.datalist)
-    get_image_uri = _locked(LocalDatastore.get_image_uri)
-    get_image_info = _locked(LocalDatastore.get_image_info)
-    get_label_uri = _locked(LocalDatastore.get_label_uri)
-    get_label_info = _locked(LocalDatastore.get_label_info)
-    get_labels_by_image_id = _locked(LocalDatastore.get_labels_by_image_id)
-    get_labeled_images = _locked(LocalDatastore.get_labeled_images)
-    get_unlabeled_images = _locked(LocalDatastore.get_unlabeled_images)
-    list_images = _locked(LocalDatastore.list_images)
-    status = _locked(LocalDatastore.status)
-    json = _locked(LocalDatastore.json)
+    def status(self) -> dict[str, Any]:
+        """Numbers of scans, as MONAI Label's clients show them."""
+        with self._store.read() as transaction:
+            counts, tags = scans.counts(transaction), labels.counts(transaction)
+        shown = sum(counts.get(state, 0) for state in SHOWN_STATES)
+        completed = counts.get("submitted", 0) + counts.get("approved", 0)
+        return {"total": shown, "completed": completed, "label_tags": tags, "train": completed,
+                "states": dict(counts), "ts": int(time.time())}  # fmt: skip
 
-    def has_image(self, image_id: str) -> bool:
-        """Whether there is such a scan."""
-        with self._thread_lock:
-            self._look()
-            return image_id in self._datastore.objects
+    def json(self) -> Mapping[str, Any]:
+        """All scans and current labels in the form of MONAI Label's LocalDatastore."""
+        with self._store.read() as transaction:
+            records = scans.listing(transaction, states=SHOWN_STATES)
+            found: dict[str, dict[str, Any]] = {
+                s.name: {
+                    "image": {"info": dict(s.info), "ext": s.file.removeprefix(s.name)},
+                    "labels": {
+                        tag: {"info": labels.info(transaction, label.id), "ext": label.suffix}
+                        for tag, label in labels.tags(transaction, s.name).items()
+                    },
+                }
+                for s in records
+            }
+        return json.loads(json.dumps({"name": self._name, "description": self._description, "objects": found}))  # type: ignore[no-any-return]
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file so that its name never stands for half of it."""
-    with atomic_write(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _tag(tag: str | DefaultLabelTag | None) -> str:
+    """A tag's name; MONAI Label also hands members of its enumeration around."""
+    if isinstance(tag, DefaultLabelTag):
+        return str(tag.value)
+    return tag or FINAL

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from segqc.assessor import AssessmentSettings, Assessor
-from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.studies import Studies, StudiesError, label_names
 from segqc.networks import ModelError, TrainedNetwork
 from segqc.segmenter import Segmenter
 from segqc.server.errors import RequestError
@@ -21,20 +21,6 @@ M = TypeVar("M", bound=TrainedNetwork)
 
 LIKELY_ERROR = "likely error"
 LIKELY_ERROR_VALUE = 1
-
-
-def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
-    """Names of the label map's values, as annotation clients show them: ``{name: value}``, values ascending.
-
-    A structure of one value gives it its name. A value that is only part of a union is named after the union and
-    itself.
-    """
-    names: dict[int, str] = {}
-    for structure in sorted(structures, key=lambda s: len(s.values)):
-        for value in structure.values:
-            plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
-            names.setdefault(value, plain)
-    return {names[value]: value for value in sorted(names)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +100,7 @@ class Desk:
             return configured
         if self.has("segmentation"):
             return self.segmenter().structures
-        finals = frozenset(entry.final for entry in self.studies.scans() if entry.final is not None)
+        finals = frozenset(case.labels for case in self.studies.cases())
         if self._found is None or self._found[0] != finals:
             self._found = (finals, _structures_of_labels(self.studies))
         return self._found[1]

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Mapping
 from enum import StrEnum
@@ -25,9 +24,13 @@ from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.others.generic import file_checksum
+from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 
+from segqc.loop.review import STATE_OF
 from segqc.networks import ModelError
+from segqc.server import jobs
+from segqc.server.actors import Asker, acting
 from segqc.server.checks import (
     JsonObject,
     check_image_id,
@@ -39,14 +42,19 @@ from segqc.server.checks import (
     known,
 )
 from segqc.server.errors import RequestError
-from segqc.server.jobs import JobKind, Jobs
-from segqc.server.submission import read_submission, store_submission
+from segqc.server.submission import read_submission, submit
+from segqc.store import events, labels, leases, scans
+from segqc.store.store import Store
+from segqc.store.values import EventRecord, LabelRecord
 from segqc.volumes import VolumeError, atomic_write, read_scan
 
 router = APIRouter()
 
+AskedBy = Annotated[Asker, Depends()]
+
 USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
+REVIEWER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_REVIEWER))
 ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 
 Params = Annotated[dict[str, Any] | None, Body()]
@@ -72,11 +80,6 @@ class Images(StrEnum):
     all = "all"
     labeled = "labeled"
     unlabeled = "unlabeled"
-
-
-def _jobs(request: Request) -> Jobs:
-    jobs: Jobs = request.app.state.jobs
-    return jobs
 
 
 def _receive(upload: UploadFile, folder: Path, stem: str, what: str) -> Path:
@@ -168,22 +171,18 @@ def _reply(path: Path, params: Mapping[str, Any], output: Output | None) -> Resp
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], dependencies=[USER], summary="Get the next sample")
-def next_sample(strategy: str, params: Params = None) -> JsonObject:
-    """Answer with the scan to correct next; an empty object means that all scans have a final label."""
+def next_sample(strategy: str, asker: AskedBy, params: Params = None) -> JsonObject:
+    """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
     app = app_instance()
     known("strategy", strategy, app._strategies)
     chosen = choose_params(params or {}, SAMPLE_PARAMS)
-    answer = app.next_sample({**chosen, "strategy": strategy})
+    with acting(asker.who(chosen)):
+        answer = app.next_sample({**chosen, "strategy": strategy})
     if not answer:
         return {}
-    scan, store = answer["id"], app.datastore()
-    info = store.get_image_info(scan)
-    kept = info.get("strategy")
-    history = dict(kept) if isinstance(kept, dict) else {}
-    history[strategy] = {"ts": int(time.time()), "client_id": chosen.get("client_id")}
-    store.update_image_info(scan, {"strategy": history})
+    scan = answer["id"]
     # the strategy's own words win over what happens to be noted of the scan
-    told: JsonObject = {**info, "history": history, **answer, "requested_strategy": strategy}
+    told: JsonObject = {**app.datastore().get_image_info(scan), **answer, "requested_strategy": strategy}
     told["name"] = _title(scan, Path(answer["path"]).name, answer.get("estimated_dice"))
     return told
 
@@ -196,21 +195,15 @@ def _title(scan: str, file_name: str, dice: float | None) -> str:
 # -------------------------------------------------------------------------------------------------------- long work
 
 
-def _status(jobs: Jobs, kind: JobKind, every: bool, only_running: bool) -> Any:
-    if only_running:
-        running = jobs.open(kind)
-        if not running:
-            raise RequestError(404, f"no {kind} job is running.")
-        return running[0].to_json()
-    found = [job.to_json() for job in jobs.all(kind)]
-    if not found:
-        raise RequestError(404, f"no {kind} job was started since the server's start.")
-    return found if every else found[-1]
+def to_json(record: LabelRecord | EventRecord) -> JsonObject:
+    """A record of the store as clients are told of it."""
+    told: JsonObject = TypeAdapter(type(record)).dump_python(record, mode="json")
+    return told
 
 
-def _stop(jobs: Jobs, kind: JobKind) -> JsonObject | None:
-    job = jobs.stop(kind)
-    return job.to_json() if job is not None else None
+def _store() -> Store:
+    store: Store = app_instance().desk.studies.store
+    return store
 
 
 def _refuse_sync(run_sync: bool) -> None:
@@ -218,29 +211,22 @@ def _refuse_sync(run_sync: bool) -> None:
         raise RequestError(400, "run_sync is not offered: start the job and ask for its status.")
 
 
-def _submit(jobs: Jobs, kind: JobKind, request: JsonObject, enqueue: bool = False) -> JsonObject:
-    if jobs.open(kind) and not enqueue:
-        raise RequestError(429, f"a {kind} job is running already; stop it, wait for it, or ask with enqueue=true.")
-    return jobs.submit(kind, request).to_json()
-
-
 def _training(model: str, params: Mapping[str, Any]) -> JsonObject:
     app = app_instance()
     task = app._trainers[known("trainer", model, app._trainers)]
-    chosen = choose_params(params, getattr(task, "params", frozenset()))
-    if check := getattr(task, "check", None):
-        check(chosen, len(app.datastore().get_labeled_images()))
-    return {"model": model, **chosen}
+    chosen = choose_params(params, task.params)
+    task.check(chosen, len(app.desk.studies.cases()))
+    return {"model": model, **task.job(chosen)}
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
-def train_status(request: Request, all: bool = False, check_if_running: bool = False) -> Any:
+def train_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the trainings are."""
-    return _status(_jobs(request), "train", all, check_if_running)
+    return jobs.status(_store(), "train", every=all, only_running=check_if_running)
 
 
 @router.post("/train/", tags=["Train"], dependencies=[ADMIN], summary="Train all networks")
-def train_all(request: Request, params: Params = None, run_sync: bool = False) -> JsonObject:
+def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> JsonObject:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
     _refuse_sync(run_sync)
     wanted = params or {}
@@ -250,45 +236,49 @@ def train_all(request: Request, params: Params = None, run_sync: bool = False) -
         if not isinstance(own, dict):
             raise RequestError(400, f"params[{model!r}] is not a JSON object.")
         requests[model] = _training(model, own)
-    return {m: {"result": _submit(_jobs(request), "train", r, enqueue=True)} for m, r in requests.items()}
+    return {
+        m: {"result": jobs.submit(_store(), asker.who(params), "train", r, enqueue=True)} for m, r in requests.items()
+    }
 
 
 @router.post("/train/{model}", tags=["Train"], dependencies=[ADMIN], summary="Train a network")
 def train_start(
-    request: Request, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    asker: AskedBy, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> JsonObject:
     """Queue a training."""
     _refuse_sync(run_sync)
-    return _submit(_jobs(request), "train", _training(model, params or {}), enqueue)
+    return jobs.submit(_store(), asker.who(params), "train", _training(model, params or {}), enqueue=enqueue)
 
 
 @router.delete("/train/", tags=["Train"], dependencies=[ADMIN], summary="Stop the running training")
-def train_stop(request: Request) -> JsonObject | None:
+def train_stop(asker: AskedBy) -> JsonObject | None:
     """Stop the training that runs; it continues from its checkpoint when it is started again."""
-    return _stop(_jobs(request), "train")
+    return jobs.stop(_store(), asker.who(), "train")
 
 
 @router.get("/scoring/", tags=["Scoring"], dependencies=[USER], summary="Status of the last scoring")
-def scoring_status(request: Request, all: bool = False, check_if_running: bool = False) -> Any:
+def scoring_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the scorings are."""
-    return _status(_jobs(request), "scoring", all, check_if_running)
+    return jobs.status(_store(), "scoring", every=all, only_running=check_if_running)
 
 
 @router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
-def scoring_all(request: Request, params: Params = None, run_sync: bool = False) -> JsonObject:
+def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> JsonObject:
     """Queue all scoring methods."""
     _refuse_sync(run_sync)
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
-    return {m: {"result": _submit(_jobs(request), "scoring", r, enqueue=True)} for m, r in requests.items()}
+    return {
+        m: {"result": jobs.submit(_store(), asker.who(params), "scoring", r, enqueue=True)} for m, r in requests.items()
+    }
 
 
 @router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
 def scoring_start(
-    request: Request, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    asker: AskedBy, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> JsonObject:
     """Queue a scoring method."""
     _refuse_sync(run_sync)
-    return _submit(_jobs(request), "scoring", _scoring(method, params or {}), enqueue)
+    return jobs.submit(_store(), asker.who(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
 
 
 def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
@@ -301,20 +291,20 @@ def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")
-def scoring_stop(request: Request) -> JsonObject | None:
+def scoring_stop(asker: AskedBy) -> JsonObject | None:
     """Stop the scoring that runs; started again it goes on with the scans that are left."""
-    return _stop(_jobs(request), "scoring")
+    return jobs.stop(_store(), asker.who(), "scoring")
 
 
 @router.get("/batch/infer", tags=["Infer"], dependencies=[USER], summary="Status of the last batch inference")
-def batch_status(request: Request, all: bool = False, check_if_running: bool = False) -> Any:
+def batch_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the batch inferences are."""
-    return _status(_jobs(request), "batch_infer", all, check_if_running)
+    return jobs.status(_store(), "batch_infer", every=all, only_running=check_if_running)
 
 
 @router.post("/batch/infer/{model}", tags=["Infer"], dependencies=[ADMIN], summary="Run inference on many scans")
 def batch_start(
-    request: Request, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
+    asker: AskedBy, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
 ) -> JsonObject:
     """Queue an inference on all, all labelled or all unlabelled scans."""
     _refuse_sync(run_sync)
@@ -327,15 +317,14 @@ def batch_start(
     app.desk.segmenter()
     if model == "segqc":
         app.desk.assessor()
-    # one worker: a network uses all cores by itself
-    fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag, "multi_gpu": False, "max_workers": 1}
-    return _submit(_jobs(request), "batch_infer", {**chosen, **fixed})
+    fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag}
+    return jobs.submit(_store(), asker.who(params), "batch_infer", {**chosen, **fixed})
 
 
 @router.delete("/batch/infer", tags=["Infer"], dependencies=[ADMIN], summary="Stop the running batch inference")
-def batch_stop(request: Request) -> JsonObject | None:
+def batch_stop(asker: AskedBy) -> JsonObject | None:
     """Stop the batch inference that runs."""
-    return _stop(_jobs(request), "batch_infer")
+    return jobs.stop(_store(), asker.who(), "batch_infer")
 
 
 # -------------------------------------------------------------------------------------------------------- datastore
@@ -355,9 +344,16 @@ def _known_label(label: str, tag: str) -> str:
 
 @router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
 def save_label(
-    image: str, label: Annotated[UploadFile, File()], params: FormText = "{}", tag: str = "final"
+    asker: AskedBy,
+    image: str,
+    label: Annotated[UploadFile, File()],
+    params: FormText = "{}",
+    tag: str = "final",
 ) -> JsonObject:
-    """Store a label map of a scan, checked and brought to the configured label values."""
+    """Store a label map of a scan, checked and brought to the configured label values.
+
+    A final label that an annotator made of what was handed out becomes a correction, with what changed.
+    """
     app = app_instance()
     _known_image(image)
     tag = check_tag(tag or "final")
@@ -366,11 +362,9 @@ def save_label(
         received = _receive(label, Path(folder), "submitted", "the label map")
         scan = Path(app.datastore().get_image_uri(image))
         named = bool(app.desk.settings.structures)
-        labels = read_submission(received, scan, app.desk.labels(), info, configured=named)
-        stored = store_submission(labels, Path(folder))
-        label_id = app.datastore().save_label(image, str(stored), tag, info)
-    told = app.on_save_label(image, label_id) or {}
-    return {**told, "image": image, "label": label_id}
+        submitted = read_submission(received, scan, app.desk.labels(), info, configured=named)
+    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info)
+    return {**(app.on_save_label(image, image) or {}), **told, "image": image, "label": image}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
@@ -394,10 +388,11 @@ def add_image(file: Annotated[UploadFile, File()], image: str | None = None, par
 
 
 @router.delete("/datastore/", tags=["Datastore"], dependencies=[ADMIN], include_in_schema=False)
-@router.delete("/datastore/image", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a scan and its labels")
-def remove_image(id: str) -> JsonObject:
-    """Remove a scan."""
-    app_instance().datastore().remove_image(_known_image(id))
+@router.delete("/datastore/image", tags=["Datastore"], dependencies=[ADMIN], summary="Exclude a scan")
+def remove_image(asker: AskedBy, id: str) -> JsonObject:
+    """Exclude a scan; its file and its history stay."""
+    with acting(asker.who()):
+        app_instance().datastore().remove_image(_known_image(id))
     return {}
 
 
@@ -415,9 +410,10 @@ def update_image_info(image: str, info: FormText = "{}") -> None:
 
 
 @router.delete("/datastore/label", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a label map")
-def remove_label(id: str, tag: str) -> JsonObject:
-    """Remove a label map."""
-    app_instance().datastore().remove_label(_known_label(id, tag), tag)
+def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
+    """Take a label map away; it stays in the history."""
+    with acting(asker.who()):
+        app_instance().datastore().remove_label(_known_label(id, tag), tag)
     return {}
 
 
@@ -449,6 +445,54 @@ def dataset(background: BackgroundTasks, limit_cases: int | None = None) -> File
     path = store.get_dataset_archive(limit_cases)
     background.add_task(os.unlink, path)
     return FileResponse(path, media_type="application/zip", filename="dataset.zip", background=background)
+
+
+# ------------------------------------------------------------------------------------------------ history and review
+
+
+@router.get("/segqc/labels/{scan}", tags=["SegQC"], dependencies=[USER], summary="All versions of a scan's labels")
+def label_history(scan: str) -> list[JsonObject]:
+    """Tell who made which version of a scan's labels, from which, and when; oldest first."""
+    with _store().read() as transaction:
+        return [to_json(version) for version in labels.history(transaction, scan)]
+
+
+@router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
+def restore_label(scan: str, version: int, asker: AskedBy) -> JsonObject:
+    """Make an earlier version the current label of its tag again; it becomes a version of its own."""
+    store = _store()
+    with store.read() as transaction:
+        if version not in [v.id for v in labels.history(transaction, scan)]:
+            raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
+    return to_json(store.restore_label(version, asker.who()))
+
+
+@router.post("/segqc/review/{scan}", tags=["SegQC"], dependencies=[REVIEWER], summary="Review a scan")
+def review_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+    """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
+    wanted = params or {}
+    state = STATE_OF[known("decision", str(wanted.get("decision", "")), STATE_OF)]
+    reason = wanted.get("reason")
+    store = _store()
+    store.review(scan, state, asker.who(wanted), str(reason) if reason is not None else None)
+    with store.read() as transaction:
+        now = scans.get(transaction, scan)
+    return {"scan": now.name, "state": now.state, "reason": now.reason}
+
+
+@router.get("/segqc/events/{scan}", tags=["SegQC"], dependencies=[USER], summary="All that happened to a scan")
+def scan_events(scan: str) -> list[JsonObject]:
+    """Tell who did what to a scan, and how that is known; oldest first."""
+    with _store().read() as transaction:
+        return [to_json(event) for event in events.history(transaction, "scan", scans.get(transaction, scan).id)]
+
+
+@router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
+def open_leases() -> list[JsonObject]:
+    """Tell which scan is handed out to whom, and until when; how it was drawn is not told to annotators."""
+    with _store().read() as transaction:
+        found = leases.listing(transaction, state="open")
+    return [{"scan": f.scan, "to": f.who.name, "until": f.expires_at.isoformat()} for f in found]
 
 
 # ----------------------------------------------------------------------------------------------- sessions and others

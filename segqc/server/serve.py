@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import logging.handlers
 import os
 import socket
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +31,8 @@ _DEFAULTS = {
     "MONAI_LABEL_CORS_ORIGINS": "[]",
 }
 _LOG_BYTES = 5_000_000
+_WORKER_GRACE_SECONDS = 20.0
+_WORKER_PAUSE_SECONDS = 5.0
 
 
 class ServeError(ValueError):
@@ -49,9 +55,10 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     bootstrap: bool = True,
-    seed: int = 0,
     inference_slots: int = 1,
     upload_limit_mb: float = 2048,
+    user_header: str | None = None,
+    worker: bool = True,
 ) -> None:
     """Serve a studies folder until the process is told to end.
 
@@ -61,9 +68,10 @@ def serve(
         host: the address to listen on; only this machine's own by default.
         port: the port.
         bootstrap: whether to train first networks where there are none and enough scans are labelled.
-        seed: of the strategies' random draws.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.
+        user_header: the header in which a proxy in front of the server names the signed-in user; None trusts none.
+        worker: whether to start a worker beside the server; without one, jobs wait for ``segqc worker``.
 
     Raises:
         ServeError: if MONAI Label or the app is missing, the folder is served already, or the address cannot be used.
@@ -80,10 +88,10 @@ def serve(
     log_file = folder.own / "server.log"
     conf = {
         "bootstrap": str(bootstrap).lower(),
-        "seed": str(seed),
         "inference_slots": str(inference_slots),
         "upload_limit_mb": str(upload_limit_mb),
         "log_file": str(log_file),
+        "user_header": user_header or "",
     }
     _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
     _set_logging(log_file)
@@ -96,13 +104,48 @@ def serve(
 
     logger.info("SegQC answers at http://%s:%d/ (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, port)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        listener.close()
-        alone.release()
+    with contextlib.ExitStack() as stack:
+        if worker:
+            stack.enter_context(_working(folder))
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            listener.close()
+    alone.release()
     logger.info("SegQC has ended.")
     logging.shutdown()
+
+
+@contextlib.contextmanager
+def _working(studies: Studies) -> Iterator[None]:
+    """Keep a worker running beside the server: one that dies is started again."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.is_set():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "segqc.cli", "worker", str(studies.folder), "--parent", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches it through us only
+            )
+            while process.poll() is None and not ended.wait(0.5):
+                pass
+            if ended.is_set():
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=_WORKER_GRACE_SECONDS)
+                process.kill()
+                return
+            logger.warning("the worker ended with status %s; another one is started", process.returncode)
+            ended.wait(_WORKER_PAUSE_SECONDS)
+
+    keeper = threading.Thread(target=keep, name="worker")
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
 
 
 def _lock(studies: Studies) -> BaseFileLock:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from segqc.loop.corrections import Opened, OpenedError, submit_label
+from segqc.loop.studies import Studies
 from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.server.models import LIKELY_ERROR
+from segqc.store.values import Who
 from segqc.types import LabelArray
-from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan
 
 # Segments that clients show beside the structures; they are never part of a label map.
 NO_STRUCTURES = frozenset({LIKELY_ERROR, "background", "foreground_scribbles", "background_scribbles"})
@@ -63,11 +66,47 @@ def read_submission(
     return labels
 
 
-def store_submission(labels: Volume, folder: Path) -> Path:
-    """Write a checked label map as it is stored: compressed NIfTI, uint8, on its scan's grid."""
-    path = folder / "label.nii.gz"
-    write_labels(labels, path)
-    return path
+def submit(studies: Studies, scan: str, labels: Volume, tag: str, who: Who, params: JsonObject) -> JsonObject:
+    """Keep a checked label map; a final one made of what was handed out is a correction.
+
+    Args:
+        studies: the studies folder.
+        scan: the scan's id.
+        labels: the label map, on the scan's grid.
+        tag: the tag.
+        who: who submits it.
+        params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
+            where it was not all.
+
+    Returns:
+        What the client is told of it.
+
+    Raises:
+        RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be used.
+    """
+    opened = _opened(params)
+    try:
+        done = submit_label(
+            studies, scan, labels, tag, who, info=params, opened=opened, simulated=params.get("simulated") is True
+        )
+    except OpenedError as error:
+        raise RequestError(400, f"{error}.") from error
+    told: JsonObject = {"version": done.label.id}
+    if done.correction is not None:
+        told["correction"] = done.correction
+    return told
+
+
+def _opened(params: JsonObject) -> Opened:
+    slices, structures = params.get("opened_slices"), params.get("opened_structures")
+    if slices is not None and not (isinstance(slices, list) and all(type(i) is int for i in slices)):
+        raise RequestError(400, "opened_slices is not a list of slice numbers.")
+    if structures is not None and not (isinstance(structures, list) and all(isinstance(n, str) for n in structures)):
+        raise RequestError(400, "opened_structures is not a list of structures' names.")
+    return Opened(
+        tuple(int(str(i)) for i in slices) if slices is not None else None,
+        tuple(str(n) for n in structures) if structures is not None else None,
+    )
 
 
 def _segment_names(params: JsonObject) -> list[str] | None:

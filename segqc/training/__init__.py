@@ -1,7 +1,8 @@
 """Training of both networks: scan-mask pairs, folds, checkpoints that resume."""
 
+from segqc.placement import Placement
 from segqc.training.assessor import train_assessor, train_on_masks
-from segqc.training.cases import Case, Placement, TooFewCases, place_patients
+from segqc.training.cases import Case, TooFewCases, place_patients
 from segqc.training.progress import LogProgress, NoProgress, Progress
 from segqc.training.segmentation import train_segmentation
 from segqc.training.settings import TrainingSettings

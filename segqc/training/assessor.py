@@ -14,8 +14,9 @@ from segqc.assessor import Assessor
 from segqc.error_maps import difference
 from segqc.metrics import LinearCalibration, MetricName, fit_calibration, true_metrics
 from segqc.networks import ModelCard, NetworkPlan, StructureCalibration
+from segqc.placement import Placement
 from segqc.regions import largest_box_area_mm2
-from segqc.training.cases import Case, Example, Placement, TooFewCases, label_values, make_example, read_case
+from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
 from segqc.training.fit import Job, Loss, PrepareBatch, fit
 from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
 from segqc.training.patches import Patch

@@ -6,16 +6,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from segqc.networks import NetworkPlan, Spacing, Triple, canonical_scan
+from segqc.placement import Placement, Role
 from segqc.types import FloatArray, LabelArray, Structure
 from segqc.volumes import Volume, atomic_write, canonical_frame, read_labels, read_scan, to_canonical
-
-Role: TypeAlias = Literal["train", "validation"]
 
 
 class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -30,14 +28,6 @@ class Case:
     patient: str
     scan: Path
     labels: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The fold and the role of a patient."""
-
-    fold: int
-    role: Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import numpy as np
 
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, StemUNet
+from segqc.placement import Placement
 from segqc.segmenter import Segmenter
-from segqc.training.cases import Case, Placement, label_values, load_example, read_case
+from segqc.training.cases import Case, label_values, load_example, read_case
 from segqc.training.fit import Weights, fit
 from segqc.training.progress import Progress
 from segqc.training.segmentation import segmentation_job, segmenter_of

@@ -12,11 +12,11 @@ from monai.losses import DiceCELoss
 
 from segqc.metrics import true_metrics
 from segqc.networks import ModelCard, NetworkPlan, plan_network
+from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.training.cases import (
     Case,
     Example,
-    Placement,
     TooFewCases,
     label_values,
     load_example,

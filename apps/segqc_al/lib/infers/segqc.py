@@ -56,6 +56,7 @@ class LikelyErrors(InferTask):
         result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
+            "model_version": assessor.version,
             "assessed": assessed,
             "label_tag": request.get("label_tag") if assessed == "label" else None,
             "estimated_dice": result.assessment.dice,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
+from segqc.loop.jobs import chosen_settings
 from segqc.loop.train import train
 from segqc.networks import ModelCard, ModelError
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
-from segqc.settings import Network, SettingsError, build
+from segqc.settings import Network, SettingsError
 from segqc.training import LogProgress, TrainingSettings
 
 # What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
@@ -58,14 +58,13 @@ class NetworkTraining(TrainTask):
         """
         chosen = {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
         try:
-            checked = build(TrainingSettings, chosen, "params")
+            return chosen_settings(self.desk.studies, self.network, chosen)
         except SettingsError as error:
             raise RequestError(400, f"{error}.") from error
-        for name in ("epochs", "fold_epochs", "steps_per_epoch", "batch", "learning_rate"):
-            if getattr(checked, name) <= 0:
-                raise RequestError(400, f"{name} must be positive, got {getattr(checked, name)}.")
-        own = self.desk.settings.training_settings(self.network)
-        return replace(own, **{name: getattr(checked, name) for name in chosen})
+
+    def job(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a worker is asked for: the request's choices by the library's own names."""
+        return {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
 
     def check(self, request: Mapping[str, Any], labelled: int) -> None:
         """Refuse a training that cannot work, before it is queued.
@@ -98,6 +97,6 @@ class NetworkTraining(TrainTask):
         return told
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train and publish; runs in a process of its own."""
+        """Train and publish at once; the server's routes leave it to a worker."""
         card = train(self.desk.studies, self.network, LogProgress(), self.settings(request))
         return {"network": self.network, "scores": card.scores}

@@ -1,0 +1,304 @@
+"""How does the store's cost grow with the number of scans, beside MONAI Label's LocalDatastore? Both in one run.
+
+    python benchmarks/store.py --work /tmp/store-benchmark
+
+The folders hold empty files named like scans: neither store reads them. LocalDatastore rewrites one JSON file at each
+change, so that few repetitions have to do for it at 100,000 scans. The plans of all queries of the hot operations are
+printed; the benchmark ends with status 1 if one of them scans a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import sqlite3
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from monailabel.datastore.local import LocalDatastore
+from monailabel.tasks.activelearning.random import Random
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import event, text
+
+from segqc.placement import Placing
+from segqc.store import assessments, events, labels, leases, orders, scans
+from segqc.store.database import DATABASE_FILE
+from segqc.store.folder import take_in
+from segqc.store.labels import NewLabel
+from segqc.store.leases import LeaseRules
+from segqc.store.store import Store
+from segqc.store.values import Who
+from segqc.types import Assessment, ErrorBox, ErrorView, Metrics, SliceQuality, StructureQuality
+
+SIZES = (1_000, 10_000, 100_000)
+REPETITIONS = 300
+SLICES = 40
+LABEL_BYTES = 50_000
+RULES = LeaseRules(repeat_seconds=0)
+
+Times = list[float]
+
+
+def assessment_of(scan: str, rng: np.random.Generator) -> Assessment:
+    """An assessment of 40 slices with 20 boxes."""
+    m = Metrics(*(float(x) for x in rng.random(4)))
+    slices = tuple(SliceQuality(i, Metrics(*map(float, rng.random(4))), float(rng.random())) for i in range(SLICES))
+    boxes = tuple(ErrorBox(i, (3, 4), (9, 12), *map(float, rng.random(3))) for i in range(SLICES // 2))
+    view = ErrorView(m, slices, boxes)
+    quality = StructureQuality("structure", True, 5.0, m, view, view)
+    return Assessment(scan, "0" * 64, "seg", "qc", 2, (256, 256, SLICES), (1.0, 1.0, 4.0), (quality,))
+
+
+def timed(repetitions: int, operation: Callable[[int], object]) -> Times:
+    """Seconds of each call."""
+    seconds = []
+    for i in range(repetitions):
+        started = time.perf_counter()
+        operation(i)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def make_folder(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        (folder / f"scan_{i:06d}.nii.gz").touch()
+
+
+def fill(store: Store) -> None:
+    """Give every scan a mask and an estimate, as after a scoring."""
+    with store.write() as transaction:
+        values = {
+            "bundle": labels.bundle(transaction, "seg", "qc").id,
+            "actor": events.actor_id(transaction, Who("network", "seg", "program")),
+            "at": transaction.now.replace(tzinfo=None).isoformat(" "),
+        }
+        transaction.execute(
+            text(
+                "INSERT INTO label_version (scan_id, tag, maker, sha256, suffix, bundle_id, actor_id, made_at) "
+                "SELECT id, 'original', 'network', 'content ' || id, '.nii.gz', :bundle, :actor, :at FROM scan"
+            ),
+            values,
+        )
+        transaction.execute(text("UPDATE scan SET ranking_dice = (id * 7919 % 100003) / 100003.0, foreground = 1"))
+
+
+class Ours:
+    """The operations on the store."""
+
+    def __init__(self, folder: Path, count: int, work: Path) -> None:
+        self.folder, self.count, self.work = folder, count, work
+        self.rng = np.random.default_rng(0)
+        self.store = self.open()
+
+    def open(self) -> Store:
+        store = Store.open(self.folder)
+        take_in(store, str, Placing())
+        return store
+
+    def any_scan(self) -> str:
+        return f"scan_{int(self.rng.integers(self.count)):06d}"
+
+    def next_sample(self, i: int) -> None:
+        who = Who("person", f"annotator {i % 8}", "client-id")
+        with self.store.write() as transaction:
+            leases.take(transaction, who, "segqc", orders.worst_estimate, RULES)
+
+    def save_label(self, i: int) -> None:
+        source = new_label(self.work, i)
+        label = NewLabel(self.any_scan(), "final", "annotator", Who("person", "annotator", "client-id"))
+        self.store.save_label(label, source)
+
+    def write_assessment(self, i: int) -> None:
+        made = assessment_of(self.any_scan(), self.rng)
+        with self.store.write() as transaction:
+            mask = labels.current(transaction, made.scan, "original")
+            if mask is None:
+                raise RuntimeError(f"{made.scan} has no mask")
+            assessments.write(transaction, made, mask.id)
+
+    def update_info(self, i: int) -> None:
+        with self.store.write() as transaction:
+            scans.update_info(transaction, self.any_scan(), {"note": i})
+
+    def list_unlabelled(self, i: int) -> None:
+        with self.store.read() as transaction:
+            scans.names(transaction, states=("unlabelled", "rejected"))
+
+
+class Local:
+    """The same on MONAI Label's LocalDatastore; an assessment is one number there."""
+
+    def __init__(self, folder: Path, count: int, work: Path) -> None:
+        self.folder, self.count, self.work = folder, count, work
+        self.rng = np.random.default_rng(0)
+        objects = {
+            f"scan_{i:06d}": {
+                "image": {"info": {"ts": 0, "name": f"scan_{i:06d}.nii.gz"}, "ext": ".nii.gz"},
+                "labels": {},
+            }
+            for i in range(count)
+        }
+        (folder / "datastore_v2.json").write_text(
+            json.dumps({"name": "new-dataset", "description": "New Dataset", "images_dir": ".", "labels_dir": "labels",
+                        "objects": objects})
+        )  # fmt: skip
+        self.store = self.open()
+        self.random = Random()
+
+    def open(self) -> LocalDatastore:
+        return LocalDatastore(str(self.folder), extensions=["*.nii.gz"], auto_reload=False)
+
+    any_scan = Ours.any_scan
+
+    def next_sample(self, i: int) -> None:
+        chosen = self.random({"strategy": "random"}, self.store)["id"]
+        self.store.update_image_info(chosen, {"strategy": {"random": {"ts": i, "client_id": f"annotator {i % 8}"}}})
+
+    def save_label(self, i: int) -> None:
+        self.store.save_label(self.any_scan(), str(new_label(self.work, i)), "final", {})
+
+    def write_assessment(self, i: int) -> None:
+        self.store.update_image_info(self.any_scan(), {"dice": float(self.rng.random())})
+
+    def update_info(self, i: int) -> None:
+        self.store.update_image_info(self.any_scan(), {"note": i})
+
+    def list_unlabelled(self, i: int) -> None:
+        self.store.get_unlabeled_images()
+
+
+def new_label(work: Path, i: int) -> Path:
+    path = work / "label.nii.gz"
+    path.write_bytes(i.to_bytes(8, "little") + os.urandom(LABEL_BYTES))
+    return path
+
+
+OPERATIONS = ("next_sample", "save_label", "write_assessment", "update_info", "list_unlabelled")
+
+
+def measure(kind: type[Ours] | type[Local], folder: Path, count: int, work: Path, most: float) -> dict[str, Times]:
+    """Seconds of all operations on one store; an operation is repeated for ``most`` seconds at the longest."""
+    made = kind(folder, count, work)
+    if isinstance(made, Ours):
+        fill(made.store)
+    result: dict[str, Times] = {}
+    for name in OPERATIONS:
+        operation: Callable[[int], None] = getattr(made, name)
+        first = timed(1, operation)
+        repetitions = max(2, min(REPETITIONS, int(most / max(first[0], 1e-4))))
+        result[name] = timed(repetitions, operation)
+    if isinstance(made, Ours):
+        made.store.close()
+    time.sleep(0.1)  # a folder that changed within the clock's tick is looked through once more
+    made.open()
+    result["start"] = timed(1 if count > 10_000 and kind is Local else 3, lambda _: made.open())
+    return result
+
+
+def plans(folder: Path, count: int, work: Path) -> dict[str, dict[str, list[str]]]:
+    """The plan of every query that the hot operations make on SQLite."""
+    made = Ours(folder, count, work)
+    found: dict[str, dict[str, list[str]]] = {}
+    seen: list[tuple[str, tuple[object, ...]]] = []
+
+    @event.listens_for(made.store.database.engine, "before_cursor_execute")
+    def note(_: object, __: object, statement: str, parameters: tuple[object, ...], *___: object) -> None:
+        if statement.split()[0] in ("SELECT", "UPDATE", "DELETE"):
+            seen.append((statement, parameters))
+
+    for name in ("next_sample", "save_label", "write_assessment", "update_info"):
+        seen.clear()
+        for i in range(30):  # audit and validation draws are among them
+            getattr(made, name)(i)
+        statements = dict(seen)
+        with sqlite3.connect(folder / "segqc" / DATABASE_FILE) as connection:
+            found[name] = {
+                " ".join(statement.split()): [
+                    row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+                ]
+                for statement, parameters in statements.items()
+            }
+    made.store.close()
+    return found
+
+
+def scanning(plan: list[str]) -> bool:
+    """Whether a plan reads a whole table; sub-queries' results and whole indexes that are counted are none."""
+    return any(step.startswith("SCAN ") and "INDEX" not in step and "(" not in step for step in plan)
+
+
+def milliseconds(times: Times, quantile: float) -> float:
+    return round(1e3 * float(np.quantile(times, quantile)), 2)
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the stores; emptied")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--most", type=float, default=15.0, help="seconds at most of one operation on one store")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "store.json")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    console = Console(width=160)
+    table = Table("scans", "operation", "store: median ms", "99th percentile ms", "LocalDatastore: median ms", "ratio")
+    rows = []
+    for count in arguments.sizes:
+        times = {}
+        for kind in (Ours, Local):
+            folder = work / f"{kind.__name__.lower()}-{count}"
+            make_folder(folder, count)
+            times[kind] = measure(kind, folder, count, work, arguments.most)
+            if kind is Local:
+                shutil.rmtree(folder)
+        for name in (*OPERATIONS, "start"):
+            ours, local = times[Ours][name], times[Local][name]
+            row = {
+                "scans": count,
+                "operation": name,
+                "store median ms": milliseconds(ours, 0.5),
+                "store 99th percentile ms": milliseconds(ours, 0.99),
+                "LocalDatastore median ms": milliseconds(local, 0.5),
+                "ratio": round(statistics.median(local) / statistics.median(ours), 1),
+                "repetitions": [len(ours), len(local)],
+            }
+            rows.append(row)
+            table.add_row(*(str(value) for value in list(row.values())[:-1]))
+    console.print(table)
+    largest = max(arguments.sizes)
+    hot = plans(work / f"ours-{largest}", largest, work)
+    bad = []
+    for name, by_statement in hot.items():
+        for statement, plan in by_statement.items():
+            console.print(f"[bold]{name}[/bold] {statement[:110]}", highlight=False)
+            for step in plan:
+                console.print(f"    {step}", highlight=False, markup=False)
+            if scanning(plan):
+                bad.append(f"{name}: {statement[:200]}: {plan}")
+    machine = f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores, SQLite {sqlite3.sqlite_version}"
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "rows": rows,
+        "queries that scan a table": bad,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if bad:
+        sys.exit("\n".join(["these queries scan a table:", *bad]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""``segqc import`` and ``segqc export``: studies folders from and for other programs, tables, and archives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segqc.commands.common import StudiesFolder, kept_store, open_store, progress, settings_of
+
+if TYPE_CHECKING:
+    from segqc.exchange.dataset import Dataset
+
+import_app = typer.Typer(no_args_is_help=True, help="Make a studies folder out of another program's folder.")
+export_app = typer.Typer(no_args_is_help=True, help="Write a studies folder for other programs.")
+
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder to read.", show_default=False)]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to make; new or empty.", show_default=False)]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Studies folder to make; new or empty.", show_default=False)
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Make hard links to the scans instead of copies, where no conversion is needed.")
+]
+OnlyApproved = Annotated[
+    bool, typer.Option("--only-approved", help="Only labels that were approved count, not all that were submitted.")
+]
+
+
+class Form(StrEnum):
+    """What tables can be written as."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+# ------------------------------------------------------------------------------------------------------------ import
+
+
+@import_app.command("local")
+def import_local(folder: StudiesFolder) -> None:
+    """Take over a folder of MONAI Label's LocalDatastore, in place: scans, labels, and the notes in its JSON file."""
+    from segqc.exchange.local_datastore import read_datastore, take_notes
+
+    settings_of(folder)
+    datastore = read_datastore(folder)
+    count = take_notes(open_store(folder), datastore)
+    typer.echo(f"{folder}: notes of {count.scans} scans and {count.labels} labels")
+
+
+@import_app.command("decathlon")
+def import_decathlon(source: Source, folder: NewFolder, link: Link = False) -> None:
+    """Make a studies folder of a Medical Segmentation Decathlon task; its training labels become final labels."""
+    from segqc.exchange.decathlon import read_task
+
+    _import(read_task(source), folder, link=link)
+
+
+@import_app.command("nnunet")
+def import_nnunet(source: Source, folder: NewFolder, link: Link = False) -> None:
+    """Make a studies folder of an nnU-Net v2 raw data folder; its training labels become final labels."""
+    from segqc.exchange.nnunet import read_raw
+
+    _import(read_raw(source), folder, link=link)
+
+
+def _import(dataset: Dataset, folder: Path, *, link: bool) -> None:
+    from segqc.exchange.dataset import make_studies
+
+    with progress() as report:
+        count = make_studies(dataset, folder, link=link, report=report)
+    open_store(folder)
+    typer.echo(f"{folder}: {count.scans} scans, {count.labels} of them with a final label")
+
+
+@import_app.command("archive")
+def import_archive(
+    source: Source,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder with the scans, and nothing else yet.", show_default=False)
+    ],
+) -> None:
+    """Put what [bold]segqc export archive[/bold] wrote into the new store of a folder with the same scans."""
+    from segqc.exchange.archive import import_archive as put
+
+    with progress() as report:
+        counts = put(source, kept_store(folder), report)
+    _say(folder, counts)
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+@export_app.command("local")
+def export_local(folder: StudiesFolder, target: Target, link: Link = False) -> None:
+    """Write scans, all current labels and notes as a folder that MONAI Label's LocalDatastore opens."""
+    from segqc.exchange.local_datastore import write_datastore
+
+    with progress() as report:
+        count = write_datastore(open_store(folder), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} labels")
+
+
+@export_app.command("decathlon")
+def export_decathlon(
+    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+) -> None:
+    """Write a task folder as in the Medical Segmentation Decathlon; scans without a final label are its test scans."""
+    from segqc.exchange.decathlon import write_task
+
+    with progress() as report:
+        count = write_task(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+
+
+@export_app.command("nnunet")
+def export_nnunet(
+    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+) -> None:
+    """Write an nnU-Net v2 raw data folder; scans without a final label are its test scans."""
+    from segqc.exchange.nnunet import write_raw
+
+    with progress() as report:
+        count = write_raw(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+
+
+def _dataset(folder: Path, *, only_approved: bool) -> Dataset:
+    from segqc.exchange.dataset import dataset_of
+
+    return dataset_of(open_store(folder), settings_of(folder).structure_list(), only_approved=only_approved)
+
+
+@export_app.command("tables")
+def export_tables(
+    folder: StudiesFolder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the tables.", show_default=False)],
+    form: Annotated[Form, typer.Option("--format", help="File format.")] = Form.CSV,
+) -> None:
+    """Write assessments, corrections, leases, label versions and events, a file each; older files are replaced."""
+    from segqc.exchange.tables import write_tables
+
+    _say(target, write_tables(open_store(folder), target, form.value))
+
+
+@export_app.command("archive")
+def export_archive(folder: StudiesFolder, target: Target) -> None:
+    """Write all rows and all label versions, to be imported elsewhere, on SQLite or PostgreSQL alike."""
+    from segqc.exchange.archive import export_archive as write
+
+    with progress() as report:
+        counts = write(open_store(folder), target, report)
+    _say(target, counts)
+
+
+def _say(folder: Path, counts: Mapping[str, int]) -> None:
+    typer.echo(f"{folder}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -1,0 +1,122 @@
+"""Folders of MONAI Label's own LocalDatastore: scans, ``labels/<tag>/``, and ``datastore_v2.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from segqc.exchange.dataset import Count, ExchangeError, place, read_json, refuse_existing, write_json
+from segqc.store import labels, scans
+from segqc.store.store import Store, suffix_of
+from segqc.store.upkeep import Report, silent
+from segqc.store.values import JsonObject
+from segqc.volumes import atomic_write
+
+_FILE: Final = "datastore_v2.json"
+_PROGRAM: Final = "MONAI Label's LocalDatastore"
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    ext: str = ""
+    info: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    image: _Data
+    labels: dict[str, _Data] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Datastore:
+    """What ``datastore_v2.json`` says: scans by id, with their files' suffixes and what clients noted."""
+
+    objects: dict[str, _Object]
+    name: str = ""
+    description: str = ""
+    images_dir: str = "."
+    labels_dir: str = "labels"
+
+
+_DATASTORE: Final = TypeAdapter(Datastore)
+
+
+def read_datastore(folder: Path) -> Datastore:
+    """Read what a folder's ``datastore_v2.json`` says.
+
+    Raises:
+        ExchangeError: if it is missing or damaged, or its scans and labels do not lie where a studies folder has them.
+    """
+    path = folder / _FILE
+    found = read_json(path, _DATASTORE, _PROGRAM)
+    if found.images_dir not in ("", ".") or found.labels_dir != "labels":
+        raise ExchangeError(
+            f"{path}: its scans lie in {found.images_dir!r} and its labels in {found.labels_dir!r}; move them to the "
+            "folder itself and to 'labels'"
+        )
+    return found
+
+
+def take_notes(store: Store, datastore: Datastore) -> Count:
+    """Add what clients noted of scans and labels to a store that has taken in the folder.
+
+    What the store knows already stays as it is; objects whose files are gone are left out, as MONAI Label does.
+    Returns how many scans and labels were found.
+    """
+    count = [0, 0]
+    with store.write() as transaction:
+        by_file = {scan.file: scan for scan in scans.listing(transaction)}
+        tags = {tag for entry in datastore.objects.values() for tag in entry.labels}
+        current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
+        for name, entry in datastore.objects.items():
+            scan = by_file.get(f"{name}{entry.image.ext}")
+            if scan is None:
+                continue
+            count[0] += 1
+            scans.update_info(transaction, scan.name, {**entry.image.info, **scan.info})
+            for tag, data in entry.labels.items():
+                label = current[tag].get(scan.name)
+                if label is not None:
+                    count[1] += 1
+                    known = labels.info(transaction, label.id)
+                    labels.update_info(transaction, label.id, {**data.info, **known})
+    return Count(*count)
+
+
+def write_datastore(store: Store, folder: Path, *, link: bool = False, report: Report = silent) -> Count:
+    """Write the scans whose files are there, with all their current labels, as a folder that MONAI Label opens.
+
+    Raises:
+        ExchangeError: if the folder is not empty.
+    """
+    refuse_existing(folder)
+    with store.read() as transaction:
+        found = [scan for scan in scans.listing(transaction) if scan.missing_since is None]
+        tags = labels.all_tags(transaction)
+        current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
+        infos = labels.infos(transaction)
+    objects = {}
+    count = 0
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        for done, scan in enumerate(found, 1):
+            ext = suffix_of(Path(scan.file))
+            place(store.studies / scan.file, temporary / f"{scan.name}{ext}", link=link)
+            own = {}
+            for tag in tags:
+                label = current[tag].get(scan.name)
+                if label is not None and label.suffix is not None:
+                    place(
+                        store.label_file(label), temporary / "labels" / tag / f"{scan.name}{label.suffix}", link=False
+                    )
+                    own[tag] = _Data(label.suffix, infos.get(label.id, {}))
+                    count += 1
+            objects[scan.name] = _Object(_Data(ext, scan.info), own)
+            report(done, len(found), "scans")
+        name = store.studies.name
+        write_json(temporary / _FILE, _DATASTORE, Datastore(objects, name, f"exported from {name}"))
+    return Count(len(found), count)

@@ -1,0 +1,159 @@
+"""A submitted label: what an annotator changed of the mask that was handed out, kept together with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from segqc.loop.readings import inter_rater, readings
+from segqc.loop.studies import Studies
+from segqc.metrics import true_metrics, true_slice_metrics
+from segqc.store import corrections, events, labels, leases, scans
+from segqc.store.database import Transaction
+from segqc.store.labels import FINAL, READER, NewLabel
+from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, StructureChange, Who
+from segqc.types import Structure
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+
+
+class OpenedError(ValueError):
+    """What is said to have been opened is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The slices and structures that an annotator looked at; None where it was all of them."""
+
+    slices: tuple[int, ...] | None = None
+    structures: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The kept label, and the number of the correction where it is one."""
+
+    label: LabelRecord
+    correction: int | None
+
+
+ALL = Opened()
+
+
+def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...], opened: Opened = ALL) -> Change:
+    """Measure a correction: the true metrics of its start against its end, in 3D and of each slice (paper, D_corr).
+
+    Only what was opened counts: 3D metrics are over the opened slices, and closed structures are left out.
+
+    Args:
+        start: the label map that was handed out.
+        end: what came back, on the same grid.
+        structures: all structures.
+        opened: what was looked at.
+
+    Raises:
+        OpenedError: if a slice or a structure that is said to have been opened does not exist.
+    """
+    axis = through_plane_axis(end)
+    count = end.array.shape[axis]
+    slices = tuple(range(count)) if opened.slices is None else tuple(sorted(set(opened.slices)))
+    if not slices or slices[0] < 0 or slices[-1] >= count:
+        raise OpenedError(f"opened slices are numbers from 0 to {count - 1}, got {list(opened.slices or ())}")
+    names = {s.name for s in structures}
+    if unknown := sorted(set(opened.structures or ()) - names):
+        raise OpenedError(f"there is no structure {unknown[0]!r} to be opened; there are {', '.join(sorted(names))}")
+    looked_at = [s for s in structures if opened.structures is None or s.name in opened.structures]
+    before, after = (np.take(volume.array, slices, axis=axis) for volume in (start, end))
+    parts, changed = [], np.zeros(before.shape, bool)
+    for structure in looked_at:
+        mask, truth = structure.mask(before), structure.mask(after)
+        changed |= mask != truth
+        by_slice = true_slice_metrics(mask, truth, axis)
+        parts.append(
+            StructureChange(
+                structure.name,
+                true_metrics(mask, truth),
+                int((mask != truth).sum()),
+                tuple(by_slice.at(i) for i in range(len(slices))),
+            )
+        )
+    in_plane = tuple(a for a in range(3) if a != axis)
+    return Change(
+        axis,
+        int(changed.sum()),
+        int(changed.any(axis=in_plane).sum()),
+        tuple(parts),
+        opened.slices if opened.slices is None else slices,
+        opened.structures,
+    )
+
+
+def submit_label(
+    studies: Studies,
+    scan: str,
+    end: Volume,
+    tag: str,
+    who: Who,
+    *,
+    info: JsonObject | None = None,
+    opened: Opened = ALL,
+    simulated: bool = False,
+) -> Submission:
+    """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
+
+    Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
+
+    Raises:
+        OpenedError: if a slice or a structure that is said to have been opened does not exist.
+        UnknownScan: if there is no such scan.
+        OSError: if it can't be written; nothing has changed then.
+    """
+    lease, start = _handed_out(studies, scan, who) if tag == FINAL else (None, None)
+    if lease is not None and studies.settings.annotation.readers > 1:
+        with studies.store.read() as transaction:
+            tag = labels.reader_tag(transaction, scan, who)
+    change = _change(studies, start, end, opened) if start is not None else None
+    number: list[int] = []
+
+    def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
+        answered = leases.submitted(transaction, scan, who) if lease is not None else None
+        if answered is not None and start is not None and change is not None:
+            number.append(
+                corrections.add(transaction, start, versions[0], change, who, lease=answered, simulated=simulated)
+            )
+
+    label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
+    with temporary_labels(end) as path:
+        kept = studies.store.save_label(label, path, then)
+    if tag.startswith(READER):
+        _compare_readers(studies, scan)
+    return Submission(kept, number[0] if number else None)
+
+
+def _compare_readers(studies: Studies, scan: str) -> None:
+    """Note how far the readers agree, once all have read."""
+    pairs = inter_rater(studies, scan)
+    if len(readings(studies, scan)) < studies.settings.annotation.readers:
+        return
+    detail: JsonObject = {"pairs": [[p.first, p.second, p.structure, p.dice] for p in pairs]}
+    with studies.store.write() as transaction:
+        events.record(transaction, events.SERVER, "readers compared", "scan", scans.find(transaction, scan).id, detail)
+
+
+def _handed_out(studies: Studies, scan: str, who: Who) -> tuple[LeaseRecord | None, LabelRecord | None]:
+    """The lease that a submission answers, and the label that was handed out with it."""
+    with studies.store.read() as transaction:
+        lease = leases.last_of(transaction, scan, who)
+        if lease is None or lease.label_version is None:
+            return lease, None
+        return lease, labels.get(transaction, lease.label_version)
+
+
+def _change(studies: Studies, start: LabelRecord, end: Volume, opened: Opened) -> Change | None:
+    try:
+        before = read_labels(studies.store.label_file(start))
+    except VolumeError:
+        return None  # a mask that can't be read was of no use to the annotator either
+    if before.shape != end.shape:
+        return None
+    return measure_change(before, end, studies.structures, opened)

@@ -1,0 +1,20 @@
+"""The process of one job: ``python -m segqc.loop.job FOLDER JOB WORKER``, started by the worker of that process id."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from segqc.loop.lifetime import die_with_parent
+
+if __name__ == "__main__":
+    # before the slow imports: a worker that dies meanwhile would leave an orphan
+    die_with_parent(signal.SIGKILL, int(sys.argv[3]))
+    from segqc.loop.worker import run_job
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for noisy in ("ignite", "monai", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,160 @@
+"""What each kind of job does; a worker runs it in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final, Literal, TypeAlias
+
+from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
+from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.train import publish, train
+from segqc.networks import ModelError
+from segqc.settings import Network, SettingsError, build
+from segqc.store import jobs
+from segqc.store.database import StoreError, Transaction
+from segqc.store.events import SERVER
+from segqc.store.labels import ORIGINAL, NewLabel
+from segqc.store.values import JobRecord, JsonObject, Who
+from segqc.training import Progress, TooFewCases, TrainingSettings
+from segqc.volumes import VolumeError, read_labels, read_scan, temporary_labels
+
+logger = logging.getLogger(__name__)
+
+JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
+KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
+NETWORKS: Final[tuple[Network, ...]] = ("segmentation", "segqc")
+LIKELY_ERRORS_TAG: Final = "likely-errors"
+
+# What a user can mend: said in its own sentence, without the way it took through the code.
+KNOWN_PROBLEMS = (ModelError, SettingsError, StoreError, StudiesError, TooFewCases, VolumeError, OSError)
+
+
+def run(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+    """Do a job and return its result.
+
+    Raises:
+        StudiesError: if its request asks for something that is not there.
+    """
+    work: Mapping[str, Callable[[Studies, JobRecord, Progress], JsonObject]] = {
+        "train": _train,
+        "scoring": _score,
+        "batch_infer": _batch_infer,
+        "round": _round,
+    }
+    return work[job.kind](studies, job, progress)
+
+
+def chosen_settings(studies: Studies, network: Network, choices: Mapping[str, object]) -> TrainingSettings:
+    """The folder's settings of a training, with a request's choices over them.
+
+    Raises:
+        SettingsError: if a choice is unknown or can't be used.
+    """
+    own = studies.settings.training_settings(network)
+    checked = build(TrainingSettings, choices, "params")
+    for name in ("epochs", "fold_epochs", "steps_per_epoch", "batch", "learning_rate"):
+        if getattr(checked, name) <= 0:
+            raise SettingsError(f"{name} must be positive, got {getattr(checked, name)}")
+    return replace(own, **{name: getattr(checked, name) for name in choices})
+
+
+def _train(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+    request = dict(job.request)
+    network = _network(request.pop("model", None))
+    card = train(studies, network, progress, chosen_settings(studies, network, request))
+    return {"network": network, "scores": dict(card.scores)}
+
+
+def _network(name: object) -> Network:
+    for network in NETWORKS:
+        if name == network:
+            return network
+    raise StudiesError(f"there is no network {name!r}; there are {' and '.join(NETWORKS)}")
+
+
+def _score(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+    methods: tuple[Method, ...] = ("segqc", "tta", "entropy")
+    for method in methods:
+        if job.request.get("method") == method:
+            summary = score(studies, method, progress, force=bool(job.request.get("force", False)))
+            return {"method": method, **dataclasses.asdict(summary)}
+    raise StudiesError(f"there is no scoring method {job.request.get('method')!r}; there are {', '.join(methods)}")
+
+
+def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+    """Make masks, or label maps of likely errors, of all, all labelled or all unlabelled scans."""
+    request = job.request
+    network, tag, wanted = (
+        _network(request.get("model")),
+        str(request.get("label_tag") or ORIGINAL),
+        request.get("images"),
+    )
+    segmenter, assessor = studies.segmenter(), studies.assessor()
+    if segmenter is None or (network == "segqc" and assessor is None):
+        raise ModelError(f"the network {network!r} is not trained yet")
+    entries = [e for e in studies.scans() if wanted == "all" or (e.final is None) == (wanted == "unlabeled")]
+    most = request.get("max_batch_size")
+    entries = entries[: int(most)] if isinstance(most, int) and most > 0 else entries
+    pair, failed = publish(studies), dict[str, str]()
+    for i, entry in enumerate(entries):
+        progress.step(i, len(entries), f"inference: {entry.id}")
+        try:
+            scan = read_scan(entry.image)
+            if network == "segmentation" or assessor is None:
+                keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter, tag)
+                continue
+            mask = mask_to_assess(studies, entry, segmenter)
+            if mask is None:
+                mask = keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter)
+            labels = read_labels(studies.store.label_file(mask), scan=scan, values=assessor.values)
+            result = assessor.assess(scan, labels, scan_id=entry.id)
+            errors = assessor.likely_errors(result, scan)
+            maker = Who("network", assessor.version, "program")
+            label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", maker, parent=mask.id, bundle=pair)
+            with temporary_labels(errors) as path:
+                studies.store.save_label(label, path)
+        except (VolumeError, OSError) as error:
+            # one bad file must not keep all other scans from their masks
+            logger.warning("%s is left out: %s", entry.id, error)
+            failed[entry.id] = str(error)
+    progress.step(len(entries), len(entries), "inference: done")
+    return {"model": network, "done": len(entries) - len(failed), "failed": dict(failed)}
+
+
+def _round(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+    """Train both networks, then segment and assess the pool; finished steps are not done twice."""
+    with studies.store.write() as transaction:
+        number, done = jobs.begin_round(transaction, job.id, len(studies.cases()))
+    steps: list[tuple[str, Callable[[], JsonObject]]] = [
+        *((f"train {network}", lambda n=network: _train(studies, _part(job, n), progress)) for network in NETWORKS),
+        ("score", lambda: _score(studies, replace(job, request={"method": "segqc"}), progress)),
+    ]
+    for name, step in steps:
+        if name not in done:
+            done[name] = step()
+            with studies.store.write() as transaction:
+                jobs.finish_step(transaction, number, name, done[name])
+    pair = publish(studies)
+    with studies.store.write() as transaction:
+        jobs.finish_round(transaction, number, pair)
+    return {"round": number, **done}
+
+
+def _part(job: JobRecord, network: Network) -> JobRecord:
+    own = job.request.get(network, {})
+    return replace(job, request={"model": network, **(own if isinstance(own, dict) else {})})
+
+
+def follow_up(transaction: Transaction, job: JobRecord) -> None:
+    """What a finished job calls for: after the last waiting training, the pool is scored by the new networks."""
+    if job.kind == "train" and not jobs.open_jobs(transaction, "train"):
+        put_scoring(transaction)
+
+
+def put_scoring(transaction: Transaction) -> None:
+    """Put a scoring of the pool, unless one waits already; what has a current score is left as it is."""
+    if not any(job.state == "queued" for job in jobs.open_jobs(transaction, "scoring")):
+        jobs.put(transaction, "scoring", {"method": "segqc"}, SERVER)

@@ -1,0 +1,263 @@
+"""The worker: takes jobs out of the store and runs each in a process of its own.
+
+It meets the server in the store only, so that it may run beside it or on another machine, and either may die at any
+moment: a job whose heart stops is taken again, by this worker's successor or by another one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from segqc.loop import jobs as work
+from segqc.loop.studies import Studies
+from segqc.store import jobs
+from segqc.store.database import StoreError
+from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
+from segqc.store.values import JobRecord, JobState, JsonObject
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 1.0
+_GRACE_SECONDS: Final = 10.0
+_NICENESS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a job's process says of its progress, as one line of JSON."""
+
+    done: int
+    total: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The last line of a job's process that did its work."""
+
+    result: JsonObject
+
+
+_LINE: TypeAdapter[_Step | _Result] = TypeAdapter(_Step | _Result)
+
+
+class _LineProgress:
+    """Progress as lines for the worker, one per percent of a piece of work."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] = ("", -1)
+
+    def step(self, done: int, total: int, message: str) -> None:
+        """Say it, unless its percentage was said before."""
+        key = (message.split(":")[0], 100 * done // max(1, total))
+        if key != self._last:
+            self._last = key
+            _say(_Step(done, total, message))
+
+
+def _say(line: _Step | _Result) -> None:
+    sys.stdout.write(json.dumps(asdict(line), default=str) + "\n")
+    sys.stdout.flush()
+
+
+def run_job(folder: Path, number: int) -> int:
+    """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can mend."""
+    studies = Studies(folder)
+    with studies.store.read() as transaction:
+        job = jobs.get(transaction, number)
+    try:
+        result = work.run(studies, job, _LineProgress())
+    except work.KNOWN_PROBLEMS as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    _say(_Result(result))
+    return 0
+
+
+class Worker:
+    """Takes jobs of some kinds, one at a time, until it is told to end."""
+
+    def __init__(
+        self,
+        studies: Studies,
+        kinds: Collection[str] = work.KINDS,
+        *,
+        command: Callable[[JobRecord], list[str]] | None = None,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    ) -> None:
+        self.studies = studies
+        self.kinds = tuple(kinds)
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
+        self._command = command or self._job_command
+        self._heartbeat = heartbeat_seconds
+        self._ending = threading.Event()
+
+    def _job_command(self, job: JobRecord) -> list[str]:
+        arguments = [str(self.studies.folder), str(job.id), str(os.getpid())]
+        return [sys.executable, "-u", "-m", "segqc.loop.job", *arguments]
+
+    def end(self, *_: int | FrameType | None) -> None:
+        """Take no more; the running job is stopped and put back into the queue. Serves as a signal's handler."""
+        self._ending.set()
+
+    def serve(self, *, until_idle: bool = False) -> None:
+        """Work until `end` is called, or, if ``until_idle``, until no job waits."""
+        logger.info("the worker %s takes jobs of %s", self.name, self.studies.folder)
+        while not self._ending.is_set():
+            try:
+                with self.studies.store.write() as transaction:
+                    job = jobs.take(transaction, self.name, self.kinds)
+            except StoreError as error:
+                # a database that is away for a while must not end the worker
+                logger.warning("%s", error)
+                job = None
+            if job is not None:
+                self._run(job)
+            elif until_idle:
+                return
+            else:
+                self._ending.wait(POLL_SECONDS)
+
+    def _run(self, job: JobRecord) -> None:
+        logger.info("%s starts: %s", job.kind, json.dumps(job.request))
+        heard = _Heard()
+        try:
+            process = self._start(job)
+        except OSError as error:
+            heard.take(f"could not be started: {error}", job)
+            self._finish(job, "failed", heard)
+            return
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)  # annotators wait for the server, not for it
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(process, lines), daemon=True).start()
+        try:
+            self._follow(job, lines, heard)
+        except JobLost as lost:
+            logger.info("%s ends: %s", job.kind, lost)
+            _stop(process)
+            self._finish(job, "stopped", heard)
+            return
+        if self._ending.is_set() and process.poll() is None:
+            _stop(process)
+            with self.studies.store.write() as transaction:
+                jobs.give_back(transaction, self.name)
+            return
+        code = process.wait()
+        self._finish(job, "done" if code == 0 else "failed", heard)
+
+    def _start(self, job: JobRecord) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command(job),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ},  # a core is the server's
+            start_new_session=True,  # one signal reaches it and its children; Ctrl-C reaches it through us only
+        )
+
+    def _follow(self, job: JobRecord, lines: queue.SimpleQueue[str | None], heard: _Heard) -> None:
+        """Pass on what the process says, and show that it is alive, until it has said all.
+
+        Raises:
+            JobLost: if the job shall stop, or was given to another worker.
+        """
+        last = 0.0
+        while not self._ending.is_set():
+            try:
+                line = lines.get(timeout=min(POLL_SECONDS, self._heartbeat))
+                if line is None:
+                    return
+                heard.take(line, job)
+            except queue.Empty:
+                pass
+            if time.monotonic() - last >= min(POLL_SECONDS, self._heartbeat):
+                last = time.monotonic()
+                try:
+                    with self.studies.store.write() as transaction:
+                        jobs.beat(transaction, job.id, self.name, said=heard.told(), steps=heard.steps)
+                except JobLost:
+                    raise
+                except StoreError as error:
+                    logger.warning("%s", error)
+
+    def _finish(self, job: JobRecord, state: JobState, heard: _Heard) -> None:
+        with self.studies.store.write() as transaction:
+            jobs.finish(transaction, job.id, self.name, state, heard.result, said=heard.told(), steps=heard.steps)
+            ended = jobs.get(transaction, job.id)
+            if ended.state == "done":
+                work.follow_up(transaction, ended)
+        reason = f" ({ended.said[-1]})" if ended.state == "failed" and ended.said else ""
+        logger.info("%s ended: %s%s", job.kind, ended.state, reason)
+
+
+class _Heard:
+    """What a job's process has said so far."""
+
+    def __init__(self) -> None:
+        self._new: list[str] = []
+        self.steps: tuple[int, int] | None = None
+        self.result: JsonObject | None = None
+
+    def take(self, line: str, job: JobRecord) -> None:
+        try:
+            said = _LINE.validate_json(line)
+        except ValidationError:
+            self._tell(line, job)
+            return
+        if isinstance(said, _Result):
+            self.result = said.result
+            return
+        self.steps = (said.done, said.total)
+        filled = 20 * said.done // max(1, said.total)
+        self._tell(f"[{'#' * filled}{'.' * (20 - filled)}] {said.done}/{said.total} {said.message}", job)
+
+    def _tell(self, text: str, job: JobRecord) -> None:
+        logging.getLogger(f"task_{job.kind}").info("%s", text)
+        self._new.append(text)
+
+    def told(self) -> list[str]:
+        """What was said since the last call."""
+        told, self._new = self._new, []
+        return told
+
+
+def _listen(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
+    if process.stdout is not None:
+        with process.stdout:
+            for line in process.stdout:
+                if text := line.rstrip():
+                    lines.put(text)
+    process.wait()
+    lines.put(None)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ask the process and its children to end, and end them if they do not."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        # the leader may end at once: what it left behind gets the second signal
+        try:
+            process.wait(timeout=_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue

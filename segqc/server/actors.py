@@ -1,0 +1,75 @@
+"""Who makes a request, and how that is known."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Final
+
+from fastapi import Depends, Request, Response
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import RBAC, User
+from pydantic import JsonValue
+
+from segqc.store.events import SERVER
+from segqc.store.values import Who
+
+COOKIE: Final = "segqc_client"
+_COOKIE_SECONDS: Final = 30 * 24 * 3600
+_NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_COOKIE: Final = re.compile(r"[0-9a-f]{32}")
+
+_current: contextvars.ContextVar[Who] = contextvars.ContextVar("who", default=SERVER)
+
+
+class Asker:
+    """Who makes a request: a dependency of the routes."""
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    ) -> None:
+        self._request, self._response, self._user = request, response, user
+
+    def who(self, params: Mapping[str, JsonValue] | None = None) -> Who:
+        """Tell who it is.
+
+        The signed-in user, where users sign in; else whom a trusted proxy's header names, where one is configured;
+        else what the client calls itself (MONAI Label's ``client_id``); else a browser, known again by a cookie.
+
+        Args:
+            params: the request's parameters.
+        """
+        if settings.MONAI_LABEL_AUTH_ENABLE:
+            return Who("person", self._user.username, "signed-in")
+        header = self._request.app.state.user_header
+        if header and (name := self._request.headers.get(header)) and _NAME.fullmatch(name):
+            return Who("person", name, "trusted-header")
+        client = (params or {}).get("client_id") or self._request.query_params.get("client_id")
+        if isinstance(client, str) and _NAME.fullmatch(client):
+            return Who("person", client, "client-id")
+        known = self._request.cookies.get(COOKIE, "")
+        if not _COOKIE.fullmatch(known):
+            known = uuid.uuid4().hex
+            self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
+        return Who("person", f"browser {known}", "cookie")
+
+
+@contextlib.contextmanager
+def acting(who: Who) -> Iterator[None]:
+    """Have what MONAI Label's interfaces do in this block be done by this actor: they do not pass it on."""
+    token = _current.set(who)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_actor() -> Who:
+    """The actor of this block; the server itself outside of any."""
+    return _current.get()

@@ -1,0 +1,1 @@
+"""The store: every scan, label version, estimate, hand-out and correction, in SQLite or PostgreSQL."""

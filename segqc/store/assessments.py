@@ -1,0 +1,224 @@
+"""Assessments: a row per label version and bundle, a row per structure, slices and boxes as one compressed value."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter
+from sqlalchemy import delete, exists, or_, select, update
+
+from segqc.store import labels, scans
+from segqc.store.database import StoreError, Transaction
+from segqc.store.schema import (
+    AssessmentRow,
+    AssessmentStructure,
+    Assignment,
+    Bundle,
+    Correction,
+    LabelVersion,
+    Scan,
+    Score,
+    StructureName,
+)
+from segqc.types import Assessment, ErrorView, Metrics, StructureQuality
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    mask_sha256: str
+    through_plane_axis: int
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Detail:
+    raw: ErrorView
+    extracted: ErrorView
+
+
+_GEOMETRY: Final = TypeAdapter(_Geometry)
+_DETAIL: Final = TypeAdapter(_Detail)
+_QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fifth larger
+
+
+def write(transaction: Transaction, assessment: Assessment, label_version: int) -> int:
+    """Keep what a bundle says of a label version; an earlier word of the same bundle is replaced.
+
+    If the version is what an annotator would start from, the scan is ranked by it. Older bundles' assessments of the
+    scan are thinned: those that an annotator was shown stay whole, the others lose slices and boxes, but not metrics.
+
+    Raises:
+        StoreError: if there is no such version, or it is another scan's.
+    """
+    label = labels.get(transaction, label_version)
+    if label.scan != assessment.scan:
+        raise StoreError(f"the label version {label_version} is of the scan {label.scan!r}, not {assessment.scan!r}")
+    scan = scans.find(transaction, assessment.scan)
+    maker = assessment.segmenter_version or (label.bundle.segmenter_version if label.bundle else "")
+    pair = labels.bundle(transaction, maker, assessment.assessor_version)
+    geometry = _Geometry(assessment.mask_sha256, assessment.through_plane_axis, assessment.shape, assessment.spacing_mm)
+    row = transaction.scalar(
+        select(AssessmentRow).where(AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == pair.id)
+    )
+    if row is None:
+        row = AssessmentRow(scan_id=scan.id, label_version_id=label_version, bundle_id=pair.id)
+        transaction.add(row)
+    else:
+        transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
+    row.dice, row.made_at = assessment.dice, transaction.now
+    row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
+    transaction.flush()
+    ids = structure_ids(transaction, [q.name for q in assessment.structures])
+    transaction.add_all(_structure(row.id, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
+    start = labels.start_of(transaction, assessment.scan)
+    if start is not None and start.id == label_version:
+        scan.ranking_dice = assessment.dice
+        scan.foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
+    transaction.flush()
+    _thin(transaction, scan.id, row.id)
+    return row.id
+
+
+def _structure(assessment_id: int, structure_id: int, position: int, quality: StructureQuality) -> AssessmentStructure:
+    estimated = quality.estimated
+    return AssessmentStructure(
+        assessment_id=assessment_id,
+        structure_id=structure_id,
+        position=position,
+        present=quality.present,
+        mask_volume_ml=quality.mask_volume_ml,
+        dice=estimated.dice,
+        iou=estimated.iou,
+        arvd=estimated.arvd,
+        rvd=estimated.rvd,
+        detail=zlib.compress(_DETAIL.dump_json(_Detail(quality.raw, quality.extracted)), _QUICK),
+    )
+
+
+def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
+    """Rows of structures by name, added where they are new."""
+    query = select(StructureName.name, StructureName.id).where(StructureName.name.in_(wanted))
+    known = {name: i for name, i in transaction.execute(query)}
+    for name in wanted:
+        if name not in known:
+            row = StructureName(name=name)
+            transaction.add(row)
+            transaction.flush()
+            known[name] = row.id
+    return known
+
+
+def _thin(transaction: Transaction, scan_id: int, but: int) -> None:
+    """Drop slices and boxes of a scan's older assessments that nobody was shown."""
+    shown = or_(
+        exists().where(Assignment.assessment_id == AssessmentRow.id),
+        exists().where(Correction.assessment_id == AssessmentRow.id),
+    )
+    older = select(AssessmentRow.id).where(AssessmentRow.scan_id == scan_id, AssessmentRow.id < but, ~shown)
+    transaction.execute(
+        update(AssessmentStructure)
+        .where(AssessmentStructure.assessment_id.in_(older), AssessmentStructure.detail.is_not(None))
+        .values(detail=None)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
+    """An assessment as it was written; None if it has been thinned since.
+
+    Raises:
+        StoreError: if there is none of this number.
+    """
+    row = transaction.execute(
+        select(AssessmentRow, Scan.name, Bundle)
+        .join(Scan, AssessmentRow.scan_id == Scan.id)
+        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
+        .where(AssessmentRow.id == assessment_id)
+    ).first()
+    if row is None:
+        raise StoreError(f"there is no assessment {assessment_id}")
+    head, scan, pair = row
+    geometry = _GEOMETRY.validate_python(head.geometry)
+    structures = transaction.execute(
+        select(AssessmentStructure, StructureName.name)
+        .join(StructureName, AssessmentStructure.structure_id == StructureName.id)
+        .where(AssessmentStructure.assessment_id == assessment_id)
+        .order_by(AssessmentStructure.position)
+    )
+    qualities = []
+    for part, name in structures:
+        if part.detail is None:
+            return None
+        detail = _DETAIL.validate_json(zlib.decompress(part.detail))
+        estimated = Metrics(part.dice, part.iou, part.arvd, part.rvd)
+        qualities.append(
+            StructureQuality(name, part.present, part.mask_volume_ml, estimated, detail.raw, detail.extracted)
+        )
+    return Assessment(
+        scan=scan,
+        mask_sha256=geometry.mask_sha256,
+        segmenter_version=pair.segmenter_version or None,
+        assessor_version=pair.assessor_version,
+        through_plane_axis=geometry.through_plane_axis,
+        shape=geometry.shape,
+        spacing_mm=geometry.spacing_mm,
+        structures=tuple(qualities),
+    )
+
+
+def latest(transaction: Transaction, scan: str) -> tuple[int, Assessment] | None:
+    """The last assessment of the label that an annotator would start from, with its number."""
+    start = labels.start_of(transaction, scan)
+    return None if start is None else latest_of(transaction, start.id)
+
+
+def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assessment] | None:
+    """The last assessment of a label version, with its number."""
+    found = transaction.scalar(
+        select(AssessmentRow.id)
+        .where(AssessmentRow.label_version_id == label_version)
+        .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
+        .limit(1)
+    )
+    if found is None:
+        return None
+    assessment = read(transaction, found)
+    return None if assessment is None else (found, assessment)
+
+
+def ranking(transaction: Transaction) -> dict[str, float]:
+    """The estimated Dice of all waiting scans that have one."""
+    query = select(Scan.name, Scan.ranking_dice).where(Scan.queue.is_not(None), Scan.ranking_dice.is_not(None))
+    return {name: dice for name, dice in transaction.execute(query) if dice is not None}
+
+
+def write_score(transaction: Transaction, scan: str, method: str, value: float, version: str) -> None:
+    """Keep a baseline's score of a scan; the lowest is the worst."""
+    row = scans.find(transaction, scan)
+    transaction.merge(Score(scan_id=row.id, method=method, value=value, version=version, made_at=transaction.now))
+
+
+def scores(transaction: Transaction, method: str, *, scan: str | None = None) -> Mapping[str, tuple[float, str]]:
+    """A baseline's scores of all scans that have one, or of one, with the network's version that they speak of."""
+    query = (
+        select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id).where(Score.method == method)
+    )
+    if scan is not None:
+        query = query.where(Scan.name == scan)
+    return {name: (value, version) for name, value, version in transaction.execute(query)}
+
+
+def label_of(transaction: Transaction, assessment_id: int) -> int:
+    """The label version that an assessment speaks of."""
+    found = transaction.scalar(
+        select(LabelVersion.id)
+        .join(AssessmentRow, AssessmentRow.label_version_id == LabelVersion.id)
+        .where(AssessmentRow.id == assessment_id)
+    )
+    if found is None:
+        raise StoreError(f"there is no assessment {assessment_id}")
+    return found

@@ -1,0 +1,194 @@
+"""The database behind the store: SQLite in the studies folder, or PostgreSQL by URL.
+
+Both behave alike: a read sees one state, and one transaction writes at a time (SQLite by its own lock, PostgreSQL by an
+advisory one). Writes take milliseconds, so that a queue of them is short; in return no operation has to think about two
+writers, and the constraints of the schema are the second line of defence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+
+logger = logging.getLogger(__name__)
+
+Clock: TypeAlias = Callable[[], dt.datetime]
+
+DATABASE_FILE: Final = "store.sqlite"
+REVISION: Final = "0001"
+_BUSY_SECONDS: Final = 60
+_WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
+
+
+class StoreError(RuntimeError):
+    """The store can't be used or asked for that; says what is wrong and what to do."""
+
+
+class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The database does not answer, or cannot write: not the caller's fault."""
+
+
+class Transaction(Session):
+    """One transaction; everything in it happens at one time, ``now`` (UTC)."""
+
+    now: dt.datetime
+
+
+def utc_now() -> dt.datetime:
+    """The time, with its zone."""
+    return dt.datetime.now(dt.UTC)
+
+
+class Database:
+    """Connections to one store's database."""
+
+    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+        """Prepare connections; the first transaction opens one.
+
+        Raises:
+            StoreError: if the URL names no database that a store can be kept in.
+        """
+        self.url = _checked_url(url)
+        self.clock = clock
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.engine = _engine(self.url)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A transaction that reads one state and changes nothing."""
+        with self._connection(write=False) as connection, self._session(connection) as transaction:
+            yield transaction
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Transaction]:
+        """A transaction alone with the pen: committed at the end, taken back on any error."""
+        with self._connection(write=True) as connection, self._session(connection) as transaction:
+            yield transaction
+            transaction.flush()
+            connection.commit()
+
+    @contextlib.contextmanager
+    def _connection(self, *, write: bool) -> Iterator[Connection]:
+        try:
+            with self.engine.connect().execution_options(**self._options(write=write)) as connection:
+                if write and not self.is_sqlite:
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
+                yield connection
+        except OperationalError as error:
+            raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
+
+    def _options(self, *, write: bool) -> dict[str, bool | str]:
+        # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
+        return {"segqc_write": write} if write or self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+
+    @contextlib.contextmanager
+    def _session(self, connection: Connection) -> Iterator[Transaction]:
+        with Transaction(bind=connection, expire_on_commit=False, join_transaction_mode="rollback_only") as transaction:
+            transaction.now = self.clock()
+            yield transaction
+
+    @property
+    def shown(self) -> str:
+        """The database's address for messages, without a password."""
+        return str(self.url.database) if self.is_sqlite else self.url.render_as_string(hide_password=True)
+
+    def revision(self) -> str | None:
+        """The schema's revision; None for an empty database."""
+        with self._connection(write=False) as connection:
+            if not self.engine.dialect.has_table(connection, "alembic_version"):
+                return None
+            found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return found
+
+    def upgrade(self) -> None:
+        """Bring the schema to this program's revision; two processes may do so at once."""
+        from alembic import command
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration would be told to the user
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self._connection(write=True) as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+
+    def backup(self, target: Path) -> None:
+        """Copy an SQLite database to a new file while others work on it.
+
+        Raises:
+            StoreError: if the database is not SQLite's; PostgreSQL brings pg_dump.
+        """
+        if not self.is_sqlite:
+            raise StoreError(
+                f"{self.shown}: use pg_dump for a database on PostgreSQL, or 'segqc export archive' for rows and labels"
+            )
+        with self.engine.connect() as connection:
+            source = connection.connection.driver_connection
+            if not isinstance(source, sqlite3.Connection):
+                raise TypeError("SQLite's own driver is wanted")
+            with contextlib.closing(sqlite3.connect(target)) as copy:
+                source.backup(copy)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file."""
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+def _checked_url(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StoreError(
+            "the store's URL cannot be read; wanted sqlite:////path/store.sqlite or postgresql://user@host/name"
+        ) from error
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if backend == "sqlite" and parsed.database:
+        return parsed
+    raise StoreError(f"a store is kept on SQLite or PostgreSQL, not on {parsed.render_as_string(hide_password=True)}")
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        try:
+            return create_engine(url, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
+    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself: `on_begin` says how
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        # a reader that turns writer can meet "database is locked" whatever the timeout: say at once who writes
+        write = connection.get_execution_options().get("segqc_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _reason(error: DBAPIError) -> str:
+    reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
+    return f"the database cannot be used ({reason})"

@@ -1,0 +1,160 @@
+"""Taking in what lies in the studies folder: new scans, and labels that people put there, changed or removed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from segqc.placement import Placing
+from segqc.store import labels, scans
+from segqc.store.database import Transaction
+from segqc.store.files import VIEW_SUFFIXES, sha256_of
+from segqc.store.labels import NewLabel
+from segqc.store.scans import FoundScan
+from segqc.store.schema import Keeping
+from segqc.store.store import LabelChange, Store
+from segqc.store.values import Who
+from segqc.volumes import is_scan_path, scan_id
+
+logger = logging.getLogger(__name__)
+
+FOLDER: Final = Who("system", "folder", "folder")
+_CLOCK_TICK_NS: Final = 50_000_000
+_AT_ONCE: Final = 100
+
+PatientOf: TypeAlias = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What was found: new scans, scans whose file is gone, labels that were new, changed or removed."""
+
+    new_scans: int = 0
+    missing_scans: int = 0
+    new_labels: int = 0
+    removed_labels: int = 0
+
+
+def take_in(store: Store, patient_of: PatientOf, placing: Placing) -> Taken:
+    """Bring the store in line with its folder; costs a few system calls where nothing has changed.
+
+    Files are never moved nor changed. A scan whose file is gone keeps its history and waits for the file to return. A
+    label file that a person put below ``labels/<tag>/`` becomes a version; one that a person removed becomes a removal.
+
+    Args:
+        store: the store.
+        patient_of: the patient that a scan is of, by the scan's id.
+        placing: how new patients get their fold and role.
+    """
+    new, missing = _take_in_scans(store, patient_of, placing)
+    added = removed = 0
+    for folder in _tag_folders(store):
+        more, fewer = _take_in_labels(store, folder)
+        added, removed = added + more, removed + fewer
+    return Taken(new, missing, added, removed)
+
+
+def take_in_scan(store: Store, file: str, patient_of: PatientOf, placing: Placing) -> None:
+    """Take in one scan file of the folder, named relative to it, without looking at the others."""
+    name = scan_id(Path(file))
+    with store.write() as transaction:
+        scans.take_in(transaction, [FoundScan(name, file, patient_of(name))], placing, FOLDER)
+
+
+def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tuple[int, int]:
+    with store.read() as transaction:
+        if _unchanged(transaction, store.studies, "scans"):
+            return 0, 0
+    mark = _mark(store.studies)
+    files = {entry.name for entry in _files(store.studies) if is_scan_path(Path(entry.path))}
+    found = [FoundScan(name := scan_id(Path(file)), file, patient_of(name)) for file in sorted(files)]
+    final = store.files.views / labels.FINAL
+    labelled = {_stem(entry.name) for entry in _files(final)} if final.is_dir() else set()
+    with store.write() as transaction:
+        new = scans.take_in(transaction, found, placing, FOLDER, labelled=labelled)
+        known = {record.file for record in scans.listing(transaction) if record.missing_since is None}
+        missing = scans.mark_missing(transaction, known - files, FOLDER)
+        _remember(transaction, "scans", mark)
+    return new, missing
+
+
+def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:
+    tag, key = folder.name, f"labels/{folder.name}"
+    with store.read() as transaction:
+        if _unchanged(transaction, folder, key):
+            return 0, 0
+        left = labels.views(transaction, tag)
+        known = set(scans.names(transaction))
+    mark = _mark(folder)
+    changed: list[LabelChange] = []
+    seen: set[str] = set()
+    for entry in _files(folder):
+        file, scan = f"{tag}/{entry.name}", _stem(entry.name)
+        seen.add(file)
+        status = entry.stat()
+        if left.get(file) == (status.st_size, status.st_mtime_ns):
+            continue
+        if scan not in known or not entry.name.endswith(VIEW_SUFFIXES):
+            continue
+        if file not in left or not _only_touched(store, tag, entry):
+            changed.append(LabelChange(NewLabel(scan, tag, "import", FOLDER), Path(entry.path)))
+    for start in range(0, len(changed), _AT_ONCE):
+        store.change_labels(changed[start : start + _AT_ONCE])
+    gone = [_stem(Path(file).name) for file in left.keys() - seen]
+    for scan in gone:
+        store.remove_label(scan, tag, FOLDER)
+    with store.write() as transaction:
+        _remember(transaction, key, mark)
+    return len(changed), len(gone)
+
+
+def _only_touched(store: Store, tag: str, entry: os.DirEntry[str]) -> bool:
+    """Whether a file that has another time still shows the current version, as a copy of the folder does."""
+    status, sha256 = entry.stat(), sha256_of(Path(entry.path))
+    with store.write() as transaction:
+        label = labels.current(transaction, _stem(entry.name), tag)
+        if label is None or label.sha256 != sha256:
+            return False
+        labels.note_view(transaction, label, f"{tag}/{entry.name}", status.st_size, status.st_mtime_ns)
+    return True
+
+
+def _tag_folders(store: Store) -> list[Path]:
+    if not store.files.views.is_dir():
+        return []
+    with os.scandir(store.files.views) as found:
+        return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as found:
+        for entry in found:
+            if not entry.name.startswith(".") and entry.is_file():
+                yield entry
+
+
+def _stem(file: str) -> str:
+    for suffix in VIEW_SUFFIXES:
+        if file.endswith(suffix):
+            return file.removesuffix(suffix)
+    return file
+
+
+def _mark(folder: Path) -> str:
+    """What the folder's own entry says now; empty if it changed so lately that a further change could go unseen."""
+    modified = folder.stat().st_mtime_ns
+    return str(modified) if time.time_ns() - modified > _CLOCK_TICK_NS else ""
+
+
+def _unchanged(transaction: Transaction, folder: Path, key: str) -> bool:
+    row = transaction.get(Keeping, key)
+    return row is not None and row.value != "" and row.value == str(folder.stat().st_mtime_ns)
+
+
+def _remember(transaction: Transaction, key: str, mark: str) -> None:
+    transaction.merge(Keeping(key=key, value=mark))

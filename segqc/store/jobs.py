@@ -1,0 +1,230 @@
+"""Long work as rows: put by the server or a person, taken by a worker, taken again when its worker has died."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Final
+
+from sqlalchemy import Select, select, update
+
+from segqc.store import events
+from segqc.store.database import StoreError, Transaction
+from segqc.store.schema import Actor, JobRow, RoundRow, RoundStep
+from segqc.store.values import JobRecord, JobState, JsonObject, Who
+
+HEARTBEAT_SECONDS: Final = 5.0
+DEAD_AFTER_SECONDS: Final = 60.0
+MOST_ATTEMPTS: Final = 3
+_LINES_KEPT: Final = 20
+_OPEN: Final[tuple[JobState, ...]] = ("queued", "running")
+
+
+class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The job is another worker's by now, or was stopped: this one must not go on."""
+
+
+def put(transaction: Transaction, kind: str, request: JsonObject, who: Who) -> JobRecord:
+    """Put a job at the end of its kind's queue."""
+    row = JobRow(
+        public_id=str(uuid.uuid4()),
+        kind=kind,
+        request=request,
+        state="queued",
+        attempts=0,
+        done_steps=0,
+        all_steps=0,
+        said=[],
+        stop_wanted=False,
+        actor_id=events.actor_id(transaction, who),
+        put_at=transaction.now,
+    )
+    transaction.add(row)
+    transaction.flush()
+    events.record(transaction, who, "put", "job", row.id, {"kind": kind})
+    return get(transaction, row.id)
+
+
+def take(transaction: Transaction, worker: str, kinds: Collection[str]) -> JobRecord | None:
+    """Take the oldest job of these kinds; one of a kind runs at a time.
+
+    A running job without a heartbeat for long is taken again, and given up after a few attempts: what kills its
+    workers would kill the next one, too.
+    """
+    _bury(transaction)
+    running = select(JobRow.kind).where(JobRow.state == "running")
+    row = transaction.scalar(
+        select(JobRow)
+        .where(JobRow.state == "queued", JobRow.kind.in_(kinds), JobRow.kind.not_in(running))
+        .order_by(JobRow.id)
+        .limit(1)
+    )
+    if row is None:
+        return None
+    row.state, row.worker, row.attempts = "running", worker, row.attempts + 1
+    row.beat_at = transaction.now
+    row.started_at = row.started_at or transaction.now
+    transaction.flush()
+    events.record(transaction, Who("system", worker, "program"), "taken", "job", row.id, {"attempt": row.attempts})
+    return get(transaction, row.id)
+
+
+def _bury(transaction: Transaction) -> None:
+    dead = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    for row in transaction.scalars(select(JobRow).where(JobRow.state == "running", JobRow.beat_at < dead)).all():
+        if row.stop_wanted:
+            _end(transaction, row, "stopped", None)
+        elif row.attempts >= MOST_ATTEMPTS:
+            row.said = _last([*row.said, f"given up: {row.attempts} workers died of it"])
+            _end(transaction, row, "failed", None)
+        else:
+            row.state, row.worker = "queued", None
+            events.record(transaction, events.SERVER, "worker lost", "job", row.id)
+    transaction.flush()
+
+
+def beat(
+    transaction: Transaction,
+    job: int,
+    worker: str,
+    *,
+    said: Sequence[str] = (),
+    steps: tuple[int, int] | None = None,
+) -> None:
+    """Show that a job's worker is alive, and how far it is.
+
+    Raises:
+        JobLost: if the job is not this worker's any more, or shall stop.
+    """
+    row = _mine(transaction, job, worker)
+    row.beat_at = transaction.now
+    if said:
+        row.said = _last([*row.said, *said])
+    if steps is not None:
+        row.done_steps, row.all_steps = steps
+    transaction.flush()
+
+
+def _mine(transaction: Transaction, job: int, worker: str) -> JobRow:
+    row = transaction.get(JobRow, job)
+    if row is None or row.state != "running" or row.worker != worker:
+        raise JobLost(f"the job {job} is not the worker {worker}'s any more")
+    if row.stop_wanted:
+        raise JobLost(f"the job {job} shall stop")
+    return row
+
+
+def finish(
+    transaction: Transaction,
+    job: int,
+    worker: str,
+    state: JobState,
+    result: JsonObject | None = None,
+    *,
+    said: Sequence[str] = (),
+    steps: tuple[int, int] | None = None,
+) -> None:
+    """End a job: done, failed or stopped; what is not this worker's any more is left alone."""
+    row = transaction.get(JobRow, job)
+    if row is None or row.state != "running" or row.worker != worker:
+        return
+    row.said = _last([*row.said, *said])
+    if steps is not None:
+        row.done_steps, row.all_steps = steps
+    _end(transaction, row, "stopped" if row.stop_wanted and state != "done" else state, result)
+
+
+def _end(transaction: Transaction, row: JobRow, state: JobState, result: JsonObject | None) -> None:
+    row.state, row.result, row.ended_at = state, result, transaction.now
+    transaction.flush()
+    who = Who("system", row.worker, "program") if row.worker else events.SERVER
+    events.record(transaction, who, state, "job", row.id)
+
+
+def stop(transaction: Transaction, job: int, who: Who) -> JobRecord:
+    """Ask for a job's end: at once if it waits, at its worker's next heartbeat if it runs."""
+    row = transaction.get(JobRow, job)
+    if row is None:
+        raise StoreError(f"there is no job {job}")
+    if row.state in _OPEN and not row.stop_wanted:
+        row.stop_wanted = True
+        events.record(transaction, who, "stop wanted", "job", row.id)
+        if row.state == "queued":
+            _end(transaction, row, "stopped", None)
+    return get(transaction, job)
+
+
+def give_back(transaction: Transaction, worker: str) -> None:
+    """Put the jobs of a worker that ends orderly back into the queue; the attempt does not count."""
+    transaction.execute(
+        update(JobRow)
+        .where(JobRow.state == "running", JobRow.worker == worker)
+        .values(state="queued", worker=None, attempts=JobRow.attempts - 1)
+    )
+
+
+def get(transaction: Transaction, job: int) -> JobRecord:
+    """A job by its number.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    for record in _records(transaction, select(JobRow, Actor).where(JobRow.id == job)):
+        return record
+    raise StoreError(f"there is no job {job}")
+
+
+def listing(
+    transaction: Transaction, kind: str, *, states: Collection[JobState] | None = None, most: int = 200
+) -> list[JobRecord]:
+    """The last jobs of a kind, oldest first."""
+    query = select(JobRow, Actor).where(JobRow.kind == kind).order_by(JobRow.id.desc()).limit(most)
+    if states is not None:
+        query = query.where(JobRow.state.in_(states))
+    return _records(transaction, query)[::-1]
+
+
+def open_jobs(transaction: Transaction, kind: str) -> list[JobRecord]:
+    """The jobs of a kind that wait or run, oldest first."""
+    return listing(transaction, kind, states=_OPEN)
+
+
+def _records(transaction: Transaction, query: Select[JobRow, Actor]) -> list[JobRecord]:
+    rows = transaction.execute(query.join(Actor, JobRow.actor_id == Actor.id))
+    return [
+        JobRecord(
+            j.id, j.public_id, j.kind, j.request, j.state, j.attempts, j.worker, j.done_steps, j.all_steps,
+            tuple(j.said), j.result, j.stop_wanted, events.who_is(actor), j.put_at, j.started_at, j.beat_at, j.ended_at,
+        )
+        for j, actor in rows
+    ]  # fmt: skip
+
+
+def _last(lines: list[str]) -> list[str]:
+    return lines[-_LINES_KEPT:]
+
+
+def begin_round(transaction: Transaction, job: int, labelled: int) -> tuple[int, dict[str, JsonObject]]:
+    """The round of a job, begun now if it is new, and the results of the steps that are finished."""
+    row = transaction.scalar(select(RoundRow).where(RoundRow.job_id == job))
+    if row is None:
+        row = RoundRow(job_id=job, labelled=labelled, started_at=transaction.now)
+        transaction.add(row)
+        transaction.flush()
+    steps = transaction.scalars(select(RoundStep).where(RoundStep.round_id == row.id))
+    return row.id, {step.name: step.result for step in steps}
+
+
+def finish_step(transaction: Transaction, round_id: int, name: str, result: JsonObject) -> None:
+    """Note that a step of a round is done."""
+    row = transaction.get_one(RoundRow, round_id)
+    transaction.add(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
+    events.record(transaction, events.SERVER, "step finished", "job", row.job_id, {"step": name})
+
+
+def finish_round(transaction: Transaction, round_id: int, bundle: int | None) -> None:
+    """Note that a round is done, and which bundle came of it."""
+    row = transaction.get_one(RoundRow, round_id)
+    row.ended_at, row.bundle_id = transaction.now, bundle
+    events.record(transaction, events.SERVER, "finished", "round", round_id)

@@ -1,0 +1,264 @@
+"""Label versions: append-only, and MONAI Label's tags as views on them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Row, Select, delete, func, select
+from sqlalchemy.orm import aliased
+
+from segqc.store import events, scans
+from segqc.store.database import StoreError, Transaction
+from segqc.store.schema import Actor, Bundle, LabelInfo, LabelVersion, LabelView, Scan
+from segqc.store.values import BundleRecord, JsonObject, LabelRecord, Maker, Who
+
+FINAL: Final = "final"
+ORIGINAL: Final = "original"
+RETURNED: Final = "returned"
+READER: Final = "reader-"
+
+
+@dataclass(frozen=True, slots=True)
+class NewLabel:
+    """What is known of a label version before it is one.
+
+    ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
+    """
+
+    scan: str
+    tag: str
+    maker: Maker
+    who: Who
+    sha256: str | None = None
+    suffix: str | None = None
+    parent: int | None = None
+    bundle: int | None = None
+    info: JsonObject | None = None
+
+
+def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
+    """Add a version and say whether it is new.
+
+    The same content from the same actor, once more under the same tag, is the version that is there: a client that
+    missed the answer may send it again.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    scan = scans.find(transaction, label.scan)
+    last = current(transaction, label.scan, label.tag)
+    if last is not None and last.sha256 == label.sha256 and last.who == label.who and label.maker == last.maker:
+        return last, False
+    version = LabelVersion(
+        scan_id=scan.id,
+        tag=label.tag,
+        maker=label.maker,
+        sha256=label.sha256,
+        suffix=label.suffix,
+        parent_id=label.parent,
+        bundle_id=label.bundle,
+        actor_id=events.actor_id(transaction, label.who),
+        made_at=transaction.now,
+    )
+    transaction.add(version)
+    transaction.flush()
+    if label.info:
+        transaction.add(LabelInfo(label_version_id=version.id, info=label.info))
+    verb = "label removed" if label.maker == "removal" else "label saved"
+    detail: JsonObject = {"tag": label.tag, "version": version.id, "maker": label.maker}
+    events.record(transaction, label.who, verb, "scan", scan.id, detail)
+    _tell_scan(transaction, scan, label)
+    return get(transaction, version.id), True
+
+
+def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
+    """A final label takes the scan out of the queue, its removal puts it back; another mask is not assessed yet."""
+    if label.tag == FINAL and label.sha256 is not None and scan.state != "submitted":
+        scans.set_state(transaction, scan, "submitted", label.who)  # also an approved one: to be reviewed again
+    elif label.tag == FINAL and label.sha256 is None and scan.state in ("submitted", "approved"):
+        scans.set_state(transaction, scan, "unlabelled", label.who)
+    elif label.tag in (ORIGINAL, RETURNED):
+        scan.ranking_dice = scan.foreground = None
+
+
+def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None:
+    """The current label of a scan under a tag; None where there is none or it was removed."""
+    query = _records().where(Scan.name == scan, LabelVersion.tag == tag).order_by(LabelVersion.id.desc()).limit(1)
+    row = transaction.execute(query).first()
+    return None if row is None or row[0].sha256 is None else _record(row)
+
+
+def start_of(transaction: Transaction, scan: str) -> LabelRecord | None:
+    """The label that an annotator starts from: what was sent back into the queue, else the network's mask."""
+    latest = tags(transaction, scan, only=(RETURNED, ORIGINAL))
+    return latest.get(RETURNED) or latest.get(ORIGINAL)
+
+
+def get(transaction: Transaction, version: int) -> LabelRecord:
+    """A version by its number.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    row = transaction.execute(_records().where(LabelVersion.id == version)).first()
+    if row is None:
+        raise StoreError(f"there is no label version {version}")
+    return _record(row)
+
+
+def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:
+    """The current readings of a scan (tags ``reader-1``, ``reader-2``, ...), in the order of their numbers.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    scans.find(transaction, scan)
+    found = [record for tag, record in tags(transaction, scan).items() if _reader_number(tag) is not None]
+    return sorted(found, key=lambda record: _reader_number(record.tag) or 0)
+
+
+def reader_tag(transaction: Transaction, scan: str, who: Who) -> str:
+    """The tag of an annotator's reading of a scan: the one it has, else the next number."""
+    taken = {record.tag: record.who for record in readings(transaction, scan)}
+    own = next((tag for tag, reader in taken.items() if reader == who), None)
+    return own or f"{READER}{max((_reader_number(tag) or 0 for tag in taken), default=0) + 1}"
+
+
+def _reader_number(tag: str) -> int | None:
+    number = tag.removeprefix(READER)
+    return int(number) if tag.startswith(READER) and number.isdecimal() else None
+
+
+def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
+    """All versions of a scan's labels, oldest first.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    scans.find(transaction, scan)
+    return [_record(row) for row in transaction.execute(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
+
+
+def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
+    """The current label of each tag that a scan has, or of some tags."""
+    last = (
+        select(func.max(LabelVersion.id))
+        .join(Scan, Scan.id == LabelVersion.scan_id)
+        .where(Scan.name == scan)
+        .group_by(LabelVersion.tag)
+    )
+    if only is not None:
+        last = last.where(LabelVersion.tag.in_(only))
+    rows = transaction.execute(_records().where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None)))
+    return {record.tag: record for record in map(_record, rows)}
+
+
+def all_tags(transaction: Transaction) -> list[str]:
+    """Every tag that any scan has or had a label under."""
+    return list(transaction.scalars(select(LabelVersion.tag).distinct().order_by(LabelVersion.tag)))
+
+
+def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
+    """The current label of every scan that has one under a tag."""
+    later = aliased(LabelVersion)
+    newer = select(later.id).where(
+        later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
+    )
+    query = _records().where(LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
+    return {record.scan: record for record in map(_record, transaction.execute(query))}
+
+
+def counts(transaction: Transaction) -> dict[str, int]:
+    """How many scans have a current label under each tag."""
+    query = select(LabelView.tag, func.count()).group_by(LabelView.tag)
+    return {tag: count for tag, count in transaction.execute(query)}
+
+
+def note_view(transaction: Transaction, version: LabelRecord, file: str, size: int, modified_ns: int) -> None:
+    """Remember how the file that shows a version was left."""
+    scan = scans.find(transaction, version.scan)
+    transaction.merge(LabelView(
+        scan_id=scan.id, tag=version.tag, label_version_id=version.id, file=file, size=size, modified_ns=modified_ns
+    ))  # fmt: skip
+
+
+def forget_view(transaction: Transaction, scan: str, tag: str) -> None:
+    """Remember that a tag shows nothing of a scan."""
+    row = scans.find(transaction, scan)
+    transaction.execute(delete(LabelView).where(LabelView.scan_id == row.id, LabelView.tag == tag))
+
+
+def views(transaction: Transaction, tag: str) -> dict[str, tuple[int, int]]:
+    """Size and time of the files below a tag as they were left, by file."""
+    rows = transaction.execute(
+        select(LabelView.file, LabelView.size, LabelView.modified_ns).where(LabelView.tag == tag)
+    )
+    return {file: (size, modified) for file, size, modified in rows}
+
+
+def known_content(transaction: Transaction, sha256: str) -> bool:
+    """Whether any version has this content."""
+    return transaction.scalar(select(LabelVersion.id).where(LabelVersion.sha256 == sha256).limit(1)) is not None
+
+
+def contents(transaction: Transaction) -> Iterator[tuple[str, str]]:
+    """Address and suffix of all content that versions speak of."""
+    query = select(LabelVersion.sha256, LabelVersion.suffix).where(LabelVersion.sha256.is_not(None)).distinct()
+    yield from ((sha256, suffix) for sha256, suffix in transaction.execute(query) if sha256 and suffix)
+
+
+def info(transaction: Transaction, version: int) -> JsonObject:
+    """What clients noted of a version."""
+    row = transaction.get(LabelInfo, version)
+    return {} if row is None else dict(row.info)
+
+
+def infos(transaction: Transaction) -> dict[int, JsonObject]:
+    """What clients noted of each version that they noted something of."""
+    return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
+
+
+def update_info(transaction: Transaction, version: int, more: JsonObject) -> None:
+    """Add to what clients noted of a version."""
+    transaction.merge(LabelInfo(label_version_id=version, info={**info(transaction, version), **more}))
+
+
+def bundle(transaction: Transaction, segmenter: str, assessor: str | None = None) -> BundleRecord:
+    """The pair of these networks, published now if it is new."""
+    row = transaction.scalar(
+        select(Bundle).where(Bundle.segmenter_version == segmenter, Bundle.assessor_version == (assessor or ""))
+    )
+    if row is None:
+        row = Bundle(segmenter_version=segmenter, assessor_version=assessor or "", published_at=transaction.now)
+        transaction.add(row)
+        transaction.flush()
+        events.record(transaction, events.SERVER, "published", "bundle", row.id)
+    return BundleRecord(row.id, row.segmenter_version, row.assessor_version or None)
+
+
+def _records() -> Select[LabelVersion, str, Bundle, Actor]:
+    return (
+        select(LabelVersion, Scan.name, Bundle, Actor)
+        .join(Scan, LabelVersion.scan_id == Scan.id)
+        .join(Actor, LabelVersion.actor_id == Actor.id)
+        .outerjoin(Bundle, LabelVersion.bundle_id == Bundle.id)
+    )
+
+
+def _record(row: Row[LabelVersion, str, Bundle, Actor]) -> LabelRecord:
+    version, scan, pair, actor = row
+    made_by = BundleRecord(pair.id, pair.segmenter_version, pair.assessor_version or None) if pair else None
+    return LabelRecord(
+        version.id,
+        scan,
+        version.tag,
+        version.maker,
+        version.sha256,
+        version.suffix,
+        version.parent_id,
+        made_by,
+        events.who_is(actor),
+        version.made_at,
+    )

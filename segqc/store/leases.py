@@ -1,0 +1,268 @@
+"""Leases: a scan is handed out to one annotator for a while, so that no two work on the same one unknowingly."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+
+import numpy as np
+from sqlalchemy import ColumnElement, Select, String, and_, exists, func, literal_column, select
+from sqlalchemy.orm import aliased
+
+from segqc.store import assessments, events, labels, orders
+from segqc.store.database import Transaction
+from segqc.store.orders import Choice, Conditions, Order
+from segqc.store.schema import OPEN_STATES, Actor, Assignment, Scan
+from segqc.store.values import Draw, LeaseRecord, LeaseState, ScanRecord, Who
+
+# written out and not bound: SQLite uses a partial index only where it can read its condition in the query
+_OPEN: ColumnElement[str] = literal_column("'open'", String)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRules:
+    """How scans are handed out; the table ``[annotation]`` of the settings.
+
+    Attributes:
+        lease_minutes: after that long without a submission a scan goes back into the queue.
+        cookie_lease_minutes: the same, for clients that are known by a browser's cookie only.
+        repeat_seconds: a second request within that time gets the same scan; a later one skips it.
+        skip_hours: for that long a skipped scan is not offered again to whoever skipped it, if there is another.
+        audit_share: share of the suggestions that are drawn uniformly at random from all waiting scans.
+        validation_share: share of the suggestions that are scans of validating patients, drawn likewise.
+        readers: how many annotators label each scan.
+        seed: of the random draws.
+    """
+
+    lease_minutes: float = 240.0
+    cookie_lease_minutes: float = 30.0
+    repeat_seconds: float = 30.0
+    skip_hours: float = 24.0
+    audit_share: float = 0.10
+    validation_share: float = 0.15
+    readers: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant."""
+        if min(self.audit_share, self.validation_share) < 0 or self.audit_share + self.validation_share > 1:
+            raise ValueError("audit_share and validation_share must be 0 or more and together 1 at most")
+        if self.readers < 1 or min(self.lease_minutes, self.cookie_lease_minutes) <= 0:
+            raise ValueError("readers and the lease's minutes must be positive")
+
+
+def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules: LeaseRules) -> LeaseRecord | None:
+    """Hand out the next scan to an annotator; None where no scan is left for this one.
+
+    An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, the scan is released
+    as skipped. An audit draw is taken from all waiting scans, a validation draw from those of validating patients, and
+    the strategy chooses among those of training patients (method, "Leaks": scans chosen worst-first are a biased
+    sample).
+    """
+    expire(transaction)
+    actor = events.actor_id(transaction, who)
+    mine = transaction.scalar(select(Assignment).where(Assignment.actor_id == actor, Assignment.state == _OPEN))
+    if mine is not None:
+        scan = transaction.get_one(Scan, mine.scan_id)
+        if scan.queue is None:
+            _close(transaction, mine, "released", who)  # labelled or excluded by another way meanwhile
+        elif (transaction.now - mine.handed_out_at).total_seconds() <= rules.repeat_seconds:
+            return get(transaction, mine.id)
+        else:
+            _close(transaction, mine, "skipped", who)
+        transaction.flush()
+    rng = np.random.default_rng((rules.seed, transaction.scalar(select(func.max(Assignment.id))) or 0))
+    chosen = _choose(transaction, actor, order, rules, rng)
+    if chosen is None:
+        return None
+    draw, probability, choice = chosen
+    return _open(transaction, who, actor, strategy, draw, probability, choice, rules)
+
+
+def _choose(
+    transaction: Transaction, actor: int, order: Order, rules: LeaseRules, rng: np.random.Generator
+) -> tuple[Draw, float | None, Choice] | None:
+    """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
+    lot = rng.random()
+    wanted: list[tuple[Draw, float | None, Order, ColumnElement[bool]]] = []
+    anyone, training, validating = (
+        Scan.queue.is_not(None),
+        Scan.queue == "train",
+        Scan.queue == "validation",
+    )
+    if lot < rules.audit_share:
+        wanted.append(("audit", rules.audit_share, orders.uniform, anyone))
+    elif lot < rules.audit_share + rules.validation_share:
+        wanted.append(("validation", rules.validation_share, orders.uniform, validating))
+    wanted.append(("strategy", None, order, training))
+    wanted.append(("validation", 1.0, orders.uniform, validating))  # nothing else is left
+    for lately_skipped in (False, True):
+        free = _free(transaction, actor, rules, lately_skipped=lately_skipped)
+        for draw, probability, pick, pool in wanted:
+            choice = pick(transaction, pool, free, rng)
+            if choice is not None:
+                return draw, probability, choice
+    return None
+
+
+def _free(transaction: Transaction, actor: int, rules: LeaseRules, *, lately_skipped: bool) -> Conditions:
+    """What a scan must fulfil beside waiting: a free reader's place, and nothing of this annotator on it."""
+    lease = aliased(Assignment)
+    held = select(func.count()).where(lease.scan_id == Scan.id, lease.state == _OPEN).scalar_subquery()
+    own = and_(lease.scan_id == Scan.id, lease.actor_id == actor)
+    conditions: list[ColumnElement[bool]] = [
+        Scan.readings + held < rules.readers
+        if rules.readers > 1
+        else ~exists().where(lease.scan_id == Scan.id, lease.state == _OPEN),
+    ]
+    if rules.readers > 1:
+        conditions.append(~exists().where(own, lease.state == "submitted", lease.closed_at >= Scan.opened_at))
+    if not lately_skipped:
+        since = transaction.now - dt.timedelta(hours=rules.skip_hours)
+        conditions.append(~exists().where(own, lease.state == "skipped", lease.closed_at > since))
+    return conditions
+
+
+def _open(
+    transaction: Transaction,
+    who: Who,
+    actor: int,
+    strategy: str,
+    draw: Draw,
+    probability: float | None,
+    choice: Choice,
+    rules: LeaseRules,
+) -> LeaseRecord:
+    scan = transaction.get_one(Scan, choice.scan_id)
+    taken = set(
+        transaction.scalars(select(Assignment.slot).where(Assignment.scan_id == scan.id, Assignment.state == _OPEN))
+    )
+    start = labels.start_of(transaction, scan.name)
+    shown = assessments.latest_of(transaction, start.id) if start is not None else None
+    minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
+    row = Assignment(
+        scan_id=scan.id,
+        actor_id=actor,
+        slot=next(i for i in range(len(taken) + 1) if i not in taken),
+        state="open",
+        handed_out_at=transaction.now,
+        expires_at=transaction.now + dt.timedelta(minutes=minutes),
+        strategy=choice.order or strategy,
+        score=choice.score if draw == "strategy" else scan.ranking_dice,
+        draw=draw,
+        probability=probability,
+        pool=choice.pool,
+        label_version_id=start.id if start is not None else None,
+        assessment_id=shown[0] if shown is not None else None,
+    )
+    transaction.add(row)
+    transaction.flush()
+    events.record(transaction, who, "handed out", "scan", scan.id, {"lease": row.id})
+    return get(transaction, row.id)
+
+
+def expire(transaction: Transaction) -> int:
+    """Take back all leases whose time is over; returns how many."""
+    over = transaction.scalars(
+        select(Assignment).where(Assignment.state == _OPEN, Assignment.expires_at <= transaction.now)
+    ).all()
+    for row in over:
+        _close(transaction, row, "expired", events.SERVER)
+    if over:
+        transaction.flush()
+    return len(over)
+
+
+def _close(transaction: Transaction, row: Assignment, state: LeaseState, who: Who) -> None:
+    row.state, row.closed_at = state, transaction.now
+    events.record(transaction, who, state, "scan", row.scan_id, {"lease": row.id})
+
+
+def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
+    """Close the lease that an annotator's submission answers, and return it as it was handed out.
+
+    A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
+    None where the scan was never handed out to this annotator, or that hand-out was answered before.
+    """
+    last = last_of(transaction, scan, who)
+    if last is None:
+        return None
+    row = transaction.get_one(Assignment, last.id)
+    row.state, row.closed_at = "submitted", transaction.now
+    transaction.get_one(Scan, row.scan_id).readings += 1
+    transaction.flush()
+    return get(transaction, row.id)
+
+
+def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
+    """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
+    row = transaction.execute(
+        _leases()
+        .where(Scan.name == scan, Actor.kind == who.kind, Actor.name == who.name)
+        .where(Actor.identified_by == who.identified_by)
+        .order_by(Assignment.id.desc())
+        .limit(1)
+    ).first()
+    return None if row is None or row[0].state == "submitted" else _record(*row)
+
+
+def release(transaction: Transaction, scan: str, who: Who) -> int:
+    """Take back all open leases of a scan; returns how many."""
+    rows = transaction.scalars(
+        select(Assignment).join(Scan, Assignment.scan_id == Scan.id).where(Scan.name == scan, Assignment.state == _OPEN)
+    ).all()
+    for row in rows:
+        _close(transaction, row, "released", who)
+    return len(rows)
+
+
+def get(transaction: Transaction, lease: int) -> LeaseRecord:
+    """A lease by its number."""
+    return _record(*transaction.execute(_leases().where(Assignment.id == lease)).one())
+
+
+def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
+    """All leases, those in a state (open: and not over), or those of a scan, oldest first."""
+    query = _leases().order_by(Assignment.id)
+    if state is not None:
+        query = query.where(Assignment.state == state)
+    if state == "open":
+        query = query.where(
+            Assignment.expires_at > transaction.now
+        )  # whose time is over is taken back at the next take
+    if scan is not None:
+        query = query.where(Scan.name == scan)
+    return [_record(*row) for row in transaction.execute(query)]
+
+
+def _leases() -> Select[Assignment, str, Actor]:
+    return (
+        select(Assignment, Scan.name, Actor)
+        .join(Scan, Assignment.scan_id == Scan.id)
+        .join(Actor, Assignment.actor_id == Actor.id)
+    )
+
+
+def _record(row: Assignment, scan: str, actor: Actor) -> LeaseRecord:
+    return LeaseRecord(
+        row.id,
+        scan,
+        events.who_is(actor),
+        row.slot,
+        row.state,
+        row.handed_out_at,
+        row.expires_at,
+        row.closed_at,
+        row.strategy,
+        row.score,
+        row.draw,
+        row.probability,
+        row.pool,
+        row.label_version_id,
+        row.assessment_id,
+    )
+
+
+def is_waiting(scan: ScanRecord) -> bool:
+    """Whether a scan waits for a label."""
+    return scan.state in OPEN_STATES and scan.missing_since is None

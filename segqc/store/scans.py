@@ -1,0 +1,268 @@
+"""Scans and patients: taking them in, the fold and role that each patient gets once, and the states of a scan."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import func, insert, select, update
+
+from segqc.placement import Placing, Role, place
+from segqc.store import events
+from segqc.store.database import StoreError, Transaction
+from segqc.store.schema import OPEN_STATES, Patient, Scan
+from segqc.store.values import ScanRecord, ScanState, Who
+
+# From which states a scan may come into another by hand; a submission is `labels`' business.
+_BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
+    "approved": ("submitted",),
+    "rejected": ("submitted", "approved"),
+    "excluded": ("unlabelled", "rejected", "submitted", "approved"),
+    "unlabelled": ("excluded", "submitted", "approved", "rejected"),
+}
+_IN_ONE_QUERY: Final = 500
+
+
+class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """There is no scan of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundScan:
+    """A scan file found in the folder: its path relative to it, the id it should have, and its patient.
+
+    Where two files would have the same id (``a.nii`` and ``a.nrrd``), the later one's id is its whole file name.
+    """
+
+    name: str
+    file: str
+    patient: str
+
+
+def find(transaction: Transaction, name: str) -> Scan:
+    """The row of a scan.
+
+    Raises:
+        UnknownScan: if there is none.
+    """
+    scan = transaction.scalar(select(Scan).where(Scan.name == name))
+    if scan is None:
+        raise UnknownScan(f"there is no scan {name!r}")
+    return scan
+
+
+def get(transaction: Transaction, name: str) -> ScanRecord:
+    """A scan.
+
+    Raises:
+        UnknownScan: if there is none.
+    """
+    for record in listing(transaction, names=[name]):
+        return record
+    raise UnknownScan(f"there is no scan {name!r}")
+
+
+def listing(
+    transaction: Transaction, *, states: Collection[ScanState] | None = None, names: Sequence[str] | None = None
+) -> list[ScanRecord]:
+    """All scans, those in some states, or those of some names, in the order of their names."""
+    query = select(Scan, Patient).join(Patient, Scan.patient_id == Patient.id).order_by(Scan.sort_key)
+    if states is not None:
+        query = query.where(Scan.state.in_(states))
+    if names is not None:
+        query = query.where(Scan.name.in_(names))
+    return [
+        ScanRecord(
+            scan.id,
+            scan.name,
+            scan.file,
+            patient.name,
+            patient.fold,
+            patient.role,
+            scan.state,
+            scan.reason,
+            scan.ranking_dice,
+            scan.info,
+            scan.added_at,
+            scan.missing_since,
+        )
+        for scan, patient in transaction.execute(query)
+    ]
+
+
+def names(transaction: Transaction, *, states: Collection[ScanState] | None = None) -> list[str]:
+    """The names of the scans whose files are there, in no particular order."""
+    query = select(Scan.name).where(Scan.missing_since.is_(None))
+    if states is not None:
+        query = query.where(Scan.state.in_(states))
+    return list(transaction.scalars(query))
+
+
+def counts(transaction: Transaction) -> dict[ScanState, int]:
+    """How many scans are in each state."""
+    rows = transaction.execute(select(Scan.state, func.count()).group_by(Scan.state))
+    return {state: count for state, count in rows}
+
+
+def take_in(
+    transaction: Transaction, found: Sequence[FoundScan], placing: Placing, who: Who, *, labelled: Collection[str] = ()
+) -> int:
+    """Add scans that are not known yet and note which files have come back; returns how many are new.
+
+    Args:
+        transaction: where to write.
+        found: the files; ids and paths that are known are left as they are.
+        placing: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
+            labelled at the start are spread over both roles.
+        who: the event's actor.
+        labelled: ids of scans that have a final label already.
+    """
+    files = select(Scan.id, Scan.file, Scan.missing_since)
+    if len(found) <= _IN_ONE_QUERY:
+        files = files.where(Scan.file.in_([f.file for f in found]))
+    known = {file: (i, missing) for i, file, missing in transaction.execute(files)}
+    new = _named_apart(transaction, [f for f in found if f.file not in known])
+    for f in found:
+        if f.file in known and known[f.file][1] is not None:
+            _set_missing(transaction, known[f.file][0], False, who)
+    if not new:
+        return 0
+    patients = _placed(transaction, new, placing, set(labelled))
+    transaction.execute(
+        insert(Scan),
+        [
+            {
+                "name": f.name,
+                "file": f.file,
+                "sort_key": natural_key(f.name),
+                "patient_id": patients[f.patient][0],
+                "state": "unlabelled",
+                "queue": patients[f.patient][1],
+                "opened_at": transaction.now,
+                "readings": 0,
+                "info": {},
+                "added_at": transaction.now,
+            }
+            for f in new
+        ],
+    )
+    ids = _ids(transaction, [f.name for f in new])
+    events.record_all(transaction, who, "found", "scan", list(ids))
+    return len(new)
+
+
+def _named_apart(transaction: Transaction, new: Sequence[FoundScan]) -> list[FoundScan]:
+    wanted = select(Scan.name)
+    if len(new) <= _IN_ONE_QUERY:
+        wanted = wanted.where(Scan.name.in_([name for f in new for name in (f.name, f.file)]))
+    taken = set(transaction.scalars(wanted)) if new else set()
+    apart = []
+    for f in sorted(new, key=lambda f: f.file):
+        name = f.file if f.name in taken else f.name
+        taken.add(name)
+        apart.append(FoundScan(name, f.file, f.patient))
+    return apart
+
+
+def _ids(transaction: Transaction, wanted: Sequence[str]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for start in range(0, len(wanted), _IN_ONE_QUERY):
+        part = wanted[start : start + _IN_ONE_QUERY]
+        found.update(transaction.execute(select(Scan.id, Scan.name).where(Scan.name.in_(part))).all())
+    return found
+
+
+def _placed(
+    transaction: Transaction, new: Sequence[FoundScan], placing: Placing, labelled: set[str]
+) -> dict[str, tuple[int, Role]]:
+    """Row and role of each patient of the new scans; patients seen for the first time are placed."""
+    wanted = {f.patient for f in new}
+    known = _patients(transaction, wanted)
+    first = sorted({f.patient for f in new if f.name in labelled} - known.keys())
+    others = sorted(wanted - known.keys() - set(first))
+    if first or others:
+        already = transaction.scalar(select(func.count()).select_from(Patient)) or 0
+        placed = place(first, others, already=already, placing=placing)
+        transaction.execute(
+            insert(Patient),
+            [
+                {"name": name, "fold": p.fold, "role": p.role, "placed_at": transaction.now}
+                for name, p in placed.items()
+            ],
+        )
+        known = _patients(transaction, wanted)
+    return known
+
+
+def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int, Role]]:
+    query = select(Patient.name, Patient.id, Patient.role)
+    if len(wanted) <= _IN_ONE_QUERY:
+        query = query.where(Patient.name.in_(wanted))
+    return {name: (i, role) for name, i, role in transaction.execute(query)}
+
+
+def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> int:
+    """Note that scan files are gone from the folder: their history stays, they are not handed out any more."""
+    rows = transaction.execute(select(Scan.id, Scan.file).where(Scan.missing_since.is_(None)))
+    gone = [i for i, file in rows if file in files]
+    for i in gone:
+        _set_missing(transaction, i, True, who)
+    return len(gone)
+
+
+def _set_missing(transaction: Transaction, scan_id: int, missing: bool, who: Who) -> None:
+    scan = transaction.get_one(Scan, scan_id)
+    since = transaction.now if missing else None
+    queue = _queue(transaction, scan, scan.state, since)
+    scan.missing_since, scan.queue = since, queue
+    events.record(transaction, who, "missing" if missing else "returned", "scan", scan.id)
+
+
+def _queue(transaction: Transaction, scan: Scan, state: ScanState, missing: dt.datetime | None) -> Role | None:
+    if state not in OPEN_STATES or missing is not None:
+        return None
+    return transaction.get_one(Patient, scan.patient_id).role
+
+
+def set_state(transaction: Transaction, scan: Scan, state: ScanState, who: Who, reason: str | None = None) -> None:
+    """Put a scan into a state, and into or out of the queue; an event says who did it."""
+    before, queue = scan.state, _queue(transaction, scan, state, scan.missing_since)
+    scan.state, scan.reason, scan.queue = state, reason, queue
+    if state in OPEN_STATES:
+        scan.opened_at, scan.readings = transaction.now, 0
+    events.record(transaction, who, state, "scan", scan.id, {"before": before, "reason": reason})
+
+
+def review(transaction: Transaction, name: str, state: ScanState, who: Who, reason: str | None = None) -> Scan:
+    """Approve, reject, exclude or reopen ("unlabelled") a scan.
+
+    Raises:
+        UnknownScan: if there is none of this name.
+        StoreError: if the scan is not in a state that allows it, or a reason is wanted and missing.
+    """
+    scan = find(transaction, name)
+    before = _BEFORE.get(state, ())
+    if scan.state not in before:
+        raise StoreError(f"the scan {name!r} is {scan.state}; only scans that are {' or '.join(before)} can be {state}")
+    if state in ("rejected", "excluded") and not (reason and reason.strip()):
+        raise StoreError(f"say why the scan {name!r} is {state}: a reason is wanted")
+    set_state(transaction, scan, state, who, reason.strip() if reason else None)
+    return scan
+
+
+def update_info(transaction: Transaction, name: str, info: Mapping[str, object]) -> None:
+    """Add to what clients noted of a scan.
+
+    Raises:
+        UnknownScan: if there is none of this name.
+    """
+    scan = find(transaction, name)
+    transaction.execute(update(Scan).where(Scan.id == scan.id).values(info={**scan.info, **info}))
+
+
+def natural_key(name: str) -> str:
+    """A key that sorts names with their numbers as numbers: ``scan_2`` before ``scan_10``."""
+    return re.sub(r"\d+", lambda m: m.group().lstrip("0").zfill(12), name)

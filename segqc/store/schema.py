@@ -1,0 +1,430 @@
+"""The tables. Rules that two processes could break are constraints here, not checks in the code.
+
+Times are UTC. States and kinds are plain text with a CHECK, so that the database can be read without this code.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Final, get_args
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from segqc.placement import Role
+from segqc.store.values import (
+    ActorKind,
+    Draw,
+    Identification,
+    JobState,
+    JsonObject,
+    LeaseState,
+    Maker,
+    ScanState,
+)
+
+OPEN_STATES: Final = ("unlabelled", "rejected")
+
+Json = JSON(none_as_null=True)
+
+
+class UtcDateTime(TypeDecorator[dt.datetime]):
+    """An aware datetime in UTC; SQLite keeps it as text without a zone, and gives it back with one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
+        """Refuse a time without a zone: nobody could tell what it means."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value}: wanted a time with its zone")
+        value = value.astimezone(dt.UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: dt.datetime | None, dialect: Dialect) -> dt.datetime | None:
+        """Give the zone back."""
+        return None if value is None else value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value
+
+
+def _one_of(column: str, values: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(v) for v in values)})"
+
+
+class Base(DeclarativeBase):
+    """What the tables share."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dt.datetime: UtcDateTime(), str: String()}  # noqa: RUF012 - SQLAlchemy's own form
+
+
+class Keeping(Base):
+    """What holds for the whole store: its id, and what a folder looked like when it was last read."""
+
+    __tablename__ = "keeping"
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class Actor(Base):
+    """Who does things, and how that was known."""
+
+    __tablename__ = "actor"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[ActorKind] = mapped_column(String)
+    name: Mapped[str]
+    identified_by: Mapped[Identification] = mapped_column(String)
+    added_at: Mapped[dt.datetime]
+    __table_args__ = (
+        UniqueConstraint("kind", "name", "identified_by"),
+        CheckConstraint(_one_of("kind", get_args(ActorKind)), name="kind"),
+        CheckConstraint(_one_of("identified_by", get_args(Identification)), name="identified_by"),
+    )
+
+
+class Patient(Base):
+    """A patient with the fold and the role that all its scans have, given once."""
+
+    __tablename__ = "patient"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    fold: Mapped[int]
+    role: Mapped[Role] = mapped_column(String)
+    placed_at: Mapped[dt.datetime]
+    __table_args__ = (
+        UniqueConstraint("id", "role"),  # what `scan.queue` refers to
+        CheckConstraint(_one_of("role", get_args(Role)), name="role"),
+        CheckConstraint("fold >= 0", name="fold"),
+    )
+
+
+class StructureName(Base):
+    """A structure by name; what label values belong to it is in the settings."""
+
+    __tablename__ = "structure"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+
+
+class Scan(Base):
+    """A scan of the folder.
+
+    ``queue`` is the patient's role while the scan waits for a label and NULL otherwise, so that one index serves the
+    choice of the next scan; its foreign key makes sure that it is this role. ``ranking_dice`` and ``foreground`` are
+    those of the assessment of the mask that would be handed out, NULL where there is none. ``readings`` counts the
+    annotators who have labelled it since it was opened at ``opened_at``. ``sort_key`` orders names with their numbers
+    as numbers.
+    """
+
+    __tablename__ = "scan"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    file: Mapped[str] = mapped_column(unique=True)
+    sort_key: Mapped[str]
+    patient_id: Mapped[int] = mapped_column(ForeignKey("patient.id"), index=True)
+    state: Mapped[ScanState] = mapped_column(String)
+    reason: Mapped[str | None]
+    queue: Mapped[str | None]
+    opened_at: Mapped[dt.datetime]
+    readings: Mapped[int]
+    ranking_dice: Mapped[float | None]
+    foreground: Mapped[bool | None]
+    info: Mapped[JsonObject] = mapped_column(Json)
+    added_at: Mapped[dt.datetime]
+    missing_since: Mapped[dt.datetime | None]
+    __table_args__ = (
+        ForeignKeyConstraint(["patient_id", "queue"], ["patient.id", "patient.role"], name="fk_scan_queue"),
+        CheckConstraint(_one_of("state", get_args(ScanState)), name="state"),
+        CheckConstraint(
+            f"(queue IS NOT NULL) = ({_one_of('state', OPEN_STATES)} AND missing_since IS NULL)", name="queue"
+        ),
+        CheckConstraint("state NOT IN ('rejected', 'excluded') OR reason IS NOT NULL", name="reason"),
+        Index("ix_scan_queue_ranking", "queue", "ranking_dice", "id"),
+        Index("ix_scan_queue_name", "queue", "sort_key"),
+        Index("ix_scan_queue_foreground", "queue", "foreground", "id"),
+        Index("ix_scan_state", "state", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Bundle(Base):
+    """A segmentation network and the SegQC-Net that judges it: an estimate belongs to the pair.
+
+    ``assessor_version`` is empty while there is no SegQC-Net yet.
+    """
+
+    __tablename__ = "bundle"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    segmenter_version: Mapped[str]
+    assessor_version: Mapped[str]
+    published_at: Mapped[dt.datetime]
+    __table_args__ = (UniqueConstraint("segmenter_version", "assessor_version"),)
+
+
+class LabelVersion(Base):
+    """One version of a scan's label map under a tag; rows are never changed (a trigger sees to it).
+
+    The current label under a tag is the last row; a removal is a row without content. ``sha256`` is the file's address.
+    """
+
+    __tablename__ = "label_version"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"))
+    tag: Mapped[str]
+    maker: Mapped[Maker] = mapped_column(String)
+    sha256: Mapped[str | None] = mapped_column(index=True)
+    suffix: Mapped[str | None]
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("label_version.id"))
+    bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    made_at: Mapped[dt.datetime]
+    __table_args__ = (
+        Index("ix_label_version_current", "scan_id", "tag", "id"),
+        CheckConstraint(_one_of("maker", get_args(Maker)), name="maker"),
+        CheckConstraint("(sha256 IS NULL) = (maker = 'removal')", name="content"),
+        CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name="suffix"),
+        CheckConstraint("maker != 'network' OR bundle_id IS NOT NULL", name="bundle"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class LabelView(Base):
+    """The file ``labels/<tag>/<scan><suffix>`` as the store left it: what lies there otherwise is somebody's edit."""
+
+    __tablename__ = "label_view"
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
+    file: Mapped[str] = mapped_column(unique=True)
+    size: Mapped[int]
+    modified_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class LabelInfo(Base):
+    """What clients noted of a label version (MONAI Label's label info); the one thing about it that may change."""
+
+    __tablename__ = "label_info"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    info: Mapped[JsonObject] = mapped_column(Json)
+
+
+class AssessmentRow(Base):
+    """What a bundle says of a label version, over all structures."""
+
+    __tablename__ = "assessment"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"))
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
+    bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
+    dice: Mapped[float]
+    geometry: Mapped[JsonObject] = mapped_column(Json)
+    made_at: Mapped[dt.datetime]
+    __table_args__ = (
+        UniqueConstraint("label_version_id", "bundle_id"),
+        Index("ix_assessment_scan", "scan_id", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class AssessmentStructure(Base):
+    """The estimated metrics of one structure; slices and boxes of both views are one compressed value.
+
+    ``detail`` is NULL where the assessment was thinned.
+    """
+
+    __tablename__ = "assessment_structure"
+    assessment_id: Mapped[int] = mapped_column(ForeignKey("assessment.id", ondelete="CASCADE"), primary_key=True)
+    structure_id: Mapped[int] = mapped_column(ForeignKey("structure.id"), primary_key=True)
+    position: Mapped[int]
+    present: Mapped[bool]
+    mask_volume_ml: Mapped[float]
+    dice: Mapped[float | None]
+    iou: Mapped[float | None]
+    arvd: Mapped[float | None]
+    rvd: Mapped[float | None]
+    detail: Mapped[bytes | None] = mapped_column(LargeBinary)
+    __table_args__ = (UniqueConstraint("assessment_id", "position"),)
+
+
+class Score(Base):
+    """A baseline's score of a scan; the lowest is the worst."""
+
+    __tablename__ = "score"
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
+    method: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+    version: Mapped[str]
+    made_at: Mapped[dt.datetime]
+    __table_args__ = (Index("ix_score_order", "method", "value", "scan_id"),)
+
+
+class Assignment(Base):
+    """A scan handed out to an annotator: a lease.
+
+    ``draw`` says how it came: by the strategy, as an audit draw (uniform at random among ``pool`` waiting scans, taken
+    with ``probability`` at this suggestion) or as a validation scan (drawn likewise).
+    """
+
+    __tablename__ = "assignment"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"))
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    slot: Mapped[int]
+    state: Mapped[LeaseState] = mapped_column(String)
+    handed_out_at: Mapped[dt.datetime]
+    expires_at: Mapped[dt.datetime]
+    closed_at: Mapped[dt.datetime | None]
+    strategy: Mapped[str]
+    score: Mapped[float | None]
+    draw: Mapped[Draw] = mapped_column(String)
+    probability: Mapped[float | None]
+    pool: Mapped[int | None]
+    label_version_id: Mapped[int | None] = mapped_column(ForeignKey("label_version.id"))
+    assessment_id: Mapped[int | None] = mapped_column(ForeignKey("assessment.id"), index=True)
+    __table_args__ = (
+        Index("uq_assignment_open_slot", "scan_id", "slot", unique=True,
+              sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+        Index("uq_assignment_open_actor", "actor_id", unique=True,
+              sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+        Index("ix_assignment_scan_actor", "scan_id", "actor_id", "state", "closed_at"),
+        Index("ix_assignment_actor_state", "actor_id", "state", "closed_at"),
+        CheckConstraint(_one_of("state", get_args(LeaseState)), name="state"),
+        CheckConstraint(_one_of("draw", get_args(Draw)), name="draw"),
+        CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
+        CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name="probability"),
+        {"sqlite_autoincrement": True},
+    )  # fmt: skip
+
+
+class Correction(Base):
+    """An edge from the label version that a person started from to the one that this person made of it.
+
+    ``seconds`` is the time between hand-out and submission. ``opened_slices`` and ``opened_structures`` are NULL where
+    the whole scan was looked at, otherwise only they count. ``simulated`` corrections are never mixed with real ones.
+    """
+
+    __tablename__ = "correction"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), index=True)
+    from_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), index=True)
+    to_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), unique=True)
+    assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignment.id"), unique=True)
+    assessment_id: Mapped[int | None] = mapped_column(ForeignKey("assessment.id"), index=True)
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    made_at: Mapped[dt.datetime]
+    seconds: Mapped[float | None]
+    opened_slices: Mapped[list[int] | None] = mapped_column(Json)
+    opened_structures: Mapped[list[str] | None] = mapped_column(Json)
+    through_plane_axis: Mapped[int]
+    voxels_changed: Mapped[int]
+    slices_changed: Mapped[int]
+    simulated: Mapped[bool]
+    __table_args__ = (CheckConstraint("from_version_id != to_version_id", name="edge"),)
+
+
+class CorrectionStructure(Base):
+    """The true metrics of the start against the correction, of one structure: in 3D, and of each slice compressed."""
+
+    __tablename__ = "correction_structure"
+    correction_id: Mapped[int] = mapped_column(ForeignKey("correction.id"), primary_key=True)
+    structure_id: Mapped[int] = mapped_column(ForeignKey("structure.id"), primary_key=True)
+    position: Mapped[int]
+    dice: Mapped[float | None]
+    iou: Mapped[float | None]
+    arvd: Mapped[float | None]
+    rvd: Mapped[float | None]
+    voxels_changed: Mapped[int]
+    slices: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class JobRow(Base):
+    """Long work: put by anyone, taken by one worker, taken again when its heart stops."""
+
+    __tablename__ = "job"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    public_id: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    request: Mapped[JsonObject] = mapped_column(Json)
+    state: Mapped[JobState] = mapped_column(String)
+    attempts: Mapped[int]
+    worker: Mapped[str | None]
+    done_steps: Mapped[int]
+    all_steps: Mapped[int]
+    said: Mapped[list[str]] = mapped_column(Json)
+    result: Mapped[JsonObject | None] = mapped_column(Json)
+    stop_wanted: Mapped[bool]
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    put_at: Mapped[dt.datetime]
+    started_at: Mapped[dt.datetime | None]
+    beat_at: Mapped[dt.datetime | None]
+    ended_at: Mapped[dt.datetime | None]
+    __table_args__ = (
+        Index("uq_job_running_kind", "kind", unique=True,
+              sqlite_where=text("state = 'running'"), postgresql_where=text("state = 'running'")),
+        Index("ix_job_state", "state", "id"),
+        Index("ix_job_kind", "kind", "id"),
+        CheckConstraint(_one_of("state", get_args(JobState)), name="state"),
+        CheckConstraint("(state IN ('done', 'failed', 'stopped')) = (ended_at IS NOT NULL)", name="ended"),
+        CheckConstraint("state != 'running' OR (worker IS NOT NULL AND beat_at IS NOT NULL)", name="running"),
+        {"sqlite_autoincrement": True},
+    )  # fmt: skip
+
+
+class RoundRow(Base):
+    """One round of the loop: train, predict, assess. Its finished steps are kept, so that it can be continued."""
+
+    __tablename__ = "round"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id"), unique=True)
+    bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
+    labelled: Mapped[int]
+    started_at: Mapped[dt.datetime]
+    ended_at: Mapped[dt.datetime | None]
+
+
+class RoundStep(Base):
+    """A finished step of a round and what came of it."""
+
+    __tablename__ = "round_step"
+    round_id: Mapped[int] = mapped_column(ForeignKey("round.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    result: Mapped[JsonObject] = mapped_column(Json)
+    ended_at: Mapped[dt.datetime]
+
+
+class Event(Base):
+    """What happened: rows are only ever added (a trigger sees to it)."""
+
+    __tablename__ = "event"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[dt.datetime]
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    verb: Mapped[str]
+    object_kind: Mapped[str]
+    object_id: Mapped[int]
+    detail: Mapped[JsonObject | None] = mapped_column(Json)
+    __table_args__ = (Index("ix_event_object", "object_kind", "object_id", "id"), {"sqlite_autoincrement": True})

@@ -1,0 +1,118 @@
+"""A store to test with: on SQLite or on a PostgreSQL of the tests' own, with a clock that stands still."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import pwd
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import create_engine, text
+
+from segqc.placement import Placing
+from segqc.store.folder import take_in
+from segqc.store.labels import NewLabel
+from segqc.store.store import Store
+from segqc.store.values import BundleRecord, LabelRecord, Who
+from segqc.volumes import Volume, write_labels
+
+ANNA = Who("person", "anna", "client-id")
+BERT = Who("person", "bert", "client-id")
+PLACING = Placing(folds=3, validation_share=0.25)
+
+
+class Clock:
+    """A time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
+
+    def __call__(self) -> dt.datetime:
+        return self.now
+
+    def pass_(self, **span: float) -> None:
+        self.now += dt.timedelta(**span)
+
+
+@contextlib.contextmanager
+def running_postgresql(folder: Path) -> Iterator[str]:
+    """Start a PostgreSQL of our own on a socket in a folder; gives the URL of its server, without a database."""
+    # Debian keeps them off the PATH
+    found = shutil.which("initdb") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        raise FileNotFoundError("initdb is nowhere; install PostgreSQL's server")
+    tools = Path(found).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    as_user: dict[str, object] = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = pwd.getpwnam("postgres")
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        for parent in folder.parents:
+            if parent.stat().st_uid == 0 and parent != Path("/") and not os.stat(parent).st_mode & 0o001:
+                parent.chmod(parent.stat().st_mode | 0o011)
+        as_user = {"user": user.pw_uid, "group": user.pw_gid}
+    data, run = folder / "data", {"check": True, "cwd": "/", "capture_output": True, **as_user}
+    subprocess.run([tools / "initdb", "-D", data, "-U", "segqc", "-A", "trust", "-E", "UTF8"], **run)  # type: ignore[call-overload]
+    options = f"-k {folder} -c listen_addresses='' -c max_connections=100"
+    subprocess.run([tools / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start"], **run)  # type: ignore[call-overload]
+    try:
+        yield f"postgresql+psycopg://segqc@/{{}}?host={folder}"
+    finally:
+        subprocess.run([tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
+
+
+def new_database(server: str) -> str:
+    """The URL of a new, empty database on a server."""
+    name = f"test_{uuid.uuid4().hex}"
+    engine = create_engine(server.format("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return server.format(name)
+
+
+def make_scans(folder: Path, count: int) -> None:
+    """Empty files named like scans: the store itself reads none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"scan_{i}.nii.gz").touch()
+
+
+def label_map(path: Path, value: int) -> Path:
+    """A label map; another value is another content."""
+    array = np.zeros((4, 4, 3), np.uint8)
+    array.flat[: value % 48] = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(Volume(array, np.eye(4)), path)
+    return path
+
+
+def take_in_scans(store: Store) -> None:
+    take_in(store, lambda scan: scan, PLACING)
+
+
+def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") -> BundleRecord:
+    from segqc.store import labels
+
+    with store.write() as transaction:
+        return labels.bundle(transaction, segmenter, assessor)
+
+
+def save_mask(store: Store, folder: Path, scan: str, value: int, segmenter: str = "seg1") -> LabelRecord:
+    """A network's mask of a scan."""
+    pair = bundle(store, segmenter)
+    network = Who("network", segmenter, "program")
+    label = NewLabel(scan, "original", "network", network, bundle=pair.id)
+    return store.save_label(label, label_map(folder / "incoming.nii.gz", value))
+
+
+def save_final(store: Store, folder: Path, scan: str, value: int, who: Who = ANNA) -> LabelRecord:
+    """A person's label of a scan."""
+    label = NewLabel(scan, "final", "annotator", who)
+    return store.save_label(label, label_map(folder / "incoming.nii.gz", value))

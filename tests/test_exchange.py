@@ -1,0 +1,500 @@
+"""Folders of other programs, tables, and archives: in and out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from sqlalchemy import select
+from typer.testing import CliRunner
+
+from segqc import cli
+from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
+from segqc.exchange.dataset import Count, ExchangeError, dataset_of, make_studies
+from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
+from segqc.store.folder import Taken, take_in
+from segqc.store.labels import NewLabel
+from segqc.store.leases import LeaseRules
+from segqc.store.schema import Base
+from segqc.store.store import Store
+from segqc.store.values import Change, LabelRecord, StructureChange
+from segqc.types import Metrics, Structure
+from segqc.volumes import Volume, VolumeError, read_labels, write_labels, write_scan
+from tests.server_kit import make_assessment
+from tests.store_kit import ANNA, BERT, PLACING, Clock, label_map, new_database, save_final, save_mask, take_in_scans
+
+SHAPE = (8, 8, 4)
+LIVER = Structure("liver", (1,))
+KIDNEYS = Structure("kidneys", (2, 3))
+
+
+def image(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(0, 100, SHAPE).astype(np.int16)
+    write_scan(Volume(array, np.diag([1.0, 1.0, 3.0, 1.0])), path)
+    return path
+
+
+def label(path: Path, *values: int) -> Path:
+    array = np.zeros(SHAPE, np.uint8)
+    for i, value in enumerate(values):
+        array[i] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(Volume(array, np.diag([1.0, 1.0, 3.0, 1.0])), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A studies folder: three compressed scans, one NRRD file, and final labels of two of them."""
+    for i in range(3):
+        image(tmp_path / "studies" / f"scan_{i}.nii.gz", i)
+    image(tmp_path / "studies" / "other.nrrd", 3)
+    label(tmp_path / "studies" / "labels" / "final" / "scan_0.nii.gz", 1, 2)
+    label(tmp_path / "studies" / "labels" / "final" / "other.nrrd", 1, 3)
+    return tmp_path / "studies"
+
+
+@pytest.fixture
+def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
+    opened = Store.open(folder, url, clock=clock)
+    take_in_scans(opened)
+    yield opened
+    opened.close()
+
+
+def plain(folder: Path) -> Store:
+    """A store on SQLite, with all in it that lies in the folder."""
+    opened = Store.open(folder)
+    take_in_scans(opened)
+    return opened
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def states(store: Store) -> dict[str, str]:
+    with store.read() as transaction:
+        return {s.name: s.state for s in scans.listing(transaction)}
+
+
+# -------------------------------------------------------------------------------------------- MONAI Label's datastore
+
+
+def test_a_local_datastore_is_taken_over_in_place(folder: Path) -> None:
+    label(folder / "labels" / "second" / "scan_1.nii.gz", 1)
+    data = {"ext": ".nii.gz", "info": {"ts": 5, "name": "scan_0.nii.gz", "client": None}}
+    objects = {
+        "scan_0": {"image": data, "labels": {"final": {"ext": ".nii.gz", "info": {"by": "slicer"}}}},
+        "scan_1": {"image": {"ext": ".nii.gz"}, "labels": {"second": {"ext": ".nii.gz", "info": {"ts": 7}}}},
+        "gone": {"image": data},
+    }
+    path = write(folder / "datastore_v2.json", {"name": "n", "description": "d", "images_dir": ".", "objects": objects})
+    before = sorted(p.name for p in folder.iterdir())
+    opened = plain(folder)
+    with opened.write() as transaction:
+        scans.update_info(transaction, "scan_0", {"ts": 6})  # what the store knows is newer
+    assert local_datastore.take_notes(opened, local_datastore.read_datastore(folder)) == Count(2, 2)
+    with opened.read() as transaction:
+        assert scans.get(transaction, "scan_0").info == {"ts": 6, "name": "scan_0.nii.gz", "client": None}
+        final, second = labels.tags(transaction, "scan_0")["final"], labels.tags(transaction, "scan_1")["second"]
+        assert (labels.info(transaction, final.id), labels.info(transaction, second.id)) == (
+            {"by": "slicer"},
+            {"ts": 7},
+        )
+        assert final.maker == "import"
+    opened.close()
+    assert sorted(p.name for p in folder.iterdir() if p.name != "segqc") == before
+    for damaged in ("{", '{"objects": {"a": 1}}', '{"objects": {}, "images_dir": "images"}'):
+        path.write_text(damaged)
+        with pytest.raises(ExchangeError, match=r"datastore_v2\.json"):
+            local_datastore.read_datastore(folder)
+
+
+def test_monai_label_opens_an_exported_datastore(folder: Path, tmp_path: Path) -> None:
+    local = pytest.importorskip("monailabel.datastore.local")
+    opened = plain(folder)
+    save_mask(opened, tmp_path, "scan_1", 5)
+    with opened.write() as transaction:
+        labels.update_info(transaction, labels.tags(transaction, "scan_0")["final"].id, {"note": None})
+        scans.update_info(transaction, "scan_2", {"age": 30})
+    assert local_datastore.write_datastore(opened, tmp_path / "out", link=True) == Count(4, 3)
+    found = local.LocalDatastore(str(tmp_path / "out"), extensions=("*.nii.gz", "*.nii", "*.nrrd"), auto_reload=False)
+    assert sorted(found.list_images()) == ["other", "scan_0", "scan_1", "scan_2"]
+    assert sorted(found.get_labeled_images()) == ["other", "scan_0"]
+    assert found.get_image_info("scan_2")["age"] == 30
+    assert found.get_label_info("scan_0", "final") == {"note": None}
+    kept = Path(found.get_label_uri("scan_0", "final"))
+    assert kept.read_bytes() == (folder / "labels" / "final" / "scan_0.nii.gz").read_bytes()
+    assert (tmp_path / "out" / "scan_0.nii.gz").samefile(folder / "scan_0.nii.gz")
+
+    again = plain(tmp_path / "out")
+    assert local_datastore.take_notes(again, local_datastore.read_datastore(tmp_path / "out")) == Count(4, 3)
+    assert states(again) == states(opened)
+    with pytest.raises(ExchangeError, match="exists already"):
+        local_datastore.write_datastore(opened, tmp_path / "out")
+    opened.close()
+    again.close()
+
+
+# --------------------------------------------------------------------------------------------------------- Decathlon
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    folder = tmp_path / "Task99_Liver"
+    for part, name in (("Tr", "a"), ("Tr", "b"), ("Ts", "c")):
+        image(folder / f"images{part}" / f"{name}.nii.gz", ord(name))
+        (folder / f"images{part}" / f"._{name}.nii.gz").touch()
+    for name in "ab":
+        label(folder / "labelsTr" / f"{name}.nii.gz", 1, 2)
+    pairs = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in "ab"]
+    write(folder / "dataset.json", {
+        "name": "Liver", "release": 1.0, "modality": {"0": "CT"}, "tensorImageSize": "3D",
+        "labels": {"0": "background", "1": "liver", "2": "liver tumour"},
+        "training": pairs, "test": ["./imagesTs/c.nii.gz"],
+    })  # fmt: skip
+    return folder
+
+
+def changed(path: Path, **entries: object) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **entries}))
+
+
+def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -> None:
+    reports: list[tuple[int, int, str]] = []
+    dataset = decathlon.read_task(task)
+    assert dataset.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
+    assert make_studies(dataset, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Count(3, 2)
+    assert reports[-1] == (3, 3, "scans")
+    assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
+    assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
+    opened = plain(tmp_path / "s")
+    assert states(opened) == {"a": "submitted", "b": "submitted", "c": "unlabelled"}
+    with opened.read() as transaction:
+        assert labels.tags(transaction, "a")["final"].maker == "import"
+    opened.close()
+
+
+def test_an_unusable_decathlon_task_leaves_nothing(task: Path, tmp_path: Path) -> None:
+    path = task / "dataset.json"
+    whole = path.read_text()
+
+    def refused(match: str, error: type[Exception] = ExchangeError) -> None:
+        with pytest.raises(error, match=match):
+            make_studies(decathlon.read_task(task), tmp_path / "s")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["Task99_Liver"]
+        path.write_text(whole)
+
+    changed(path, modality={"0": "T1", "1": "T2"})
+    refused("T1, T2")
+    changed(path, labels={"0": "background"})
+    refused("1 to 255")
+    changed(path, labels={"1": "liver", "2": "liver"})
+    refused("same name")
+    changed(path, test=["../outside.nii.gz"])
+    refused("not in its folder")
+    changed(path, test=["./imagesTs/d.nii.gz"])
+    refused(r"d\.nii\.gz: is listed")
+    changed(path, test=["./imagesTr/a.nii.gz"])
+    refused("same name")
+    changed(path, labels={"1": "liver"})
+    refused(r"labelsTr/a\.nii\.gz: holds the label value 2", VolumeError)
+    changed(path, training=3)
+    refused("dataset.json: is no file")
+    path.rename(task / "away.json")
+    refused(r"dataset\.json: cannot be read")
+    path.write_text(whole)
+    (task / "away.json").unlink()
+    nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 2), np.int16), np.eye(4)), task / "imagesTs" / "c.nii.gz")
+    refused(r"c\.nii\.gz: is 4-D", VolumeError)
+
+
+@pytest.mark.parametrize("only_approved", [False, True])
+def test_labels_that_count_are_exported_for_training(folder: Path, tmp_path: Path, only_approved: bool) -> None:
+    opened = plain(folder)
+    opened.review("scan_0", "approved", ANNA)
+    opened.review("scan_2", "excluded", ANNA, "artefacts")
+    dataset = dataset_of(opened, (LIVER, KIDNEYS), only_approved=only_approved)
+    labelled = ["scan_0"] if only_approved else ["other", "scan_0"]
+    assert decathlon.write_task(dataset, tmp_path / "task") == Count(3, len(labelled))
+    back = decathlon.read_task(tmp_path / "task")
+    assert [case.name for case in back.cases if case.label is not None] == labelled
+    assert {case.name for case in back.cases} == {"other", "scan_0", "scan_1"}
+    names = {s.name: s.values for s in back.structures}
+    assert names == {"liver": (1,), "kidneys 2": (2,), "kidneys 3": (3,)}
+    for case in back.cases:
+        if case.label is not None:
+            suffix = ".nrrd" if case.name == "other" else ".nii.gz"
+            original = read_labels(folder / "labels" / "final" / f"{case.name}{suffix}")
+            assert (read_labels(case.label).array == original.array).all()
+            np.testing.assert_allclose(read_labels(case.label).affine, original.affine, atol=1e-6)
+    opened.close()
+
+
+def test_without_named_structures_every_value_is_one(folder: Path) -> None:
+    opened = plain(folder)
+    assert [s.name for s in dataset_of(opened, ()).structures] == ["label 1", "label 2", "label 3"]
+    opened.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- nnU-Net
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "Dataset099_Abdomen"
+    for part, name in (("Tr", "a_1"), ("Ts", "b")):
+        image(folder / f"images{part}" / f"{name}_0000.nii.gz", ord(name[0]))
+        (folder / f"images{part}" / f"._{name}_0000.nii.gz").touch()
+    label(folder / "labelsTr" / "a_1.nii.gz", 1, 2, 3)
+    write(folder / "dataset.json", {
+        "channel_names": {"0": "CT"}, "labels": {"background": 0, "organs": [1, 2, 3], "liver": 3},
+        "regions_class_order": [1, 3], "numTraining": 1, "file_ending": ".nii.gz",
+    })  # fmt: skip
+    return folder
+
+
+def test_an_nnunet_folder_becomes_a_studies_folder_and_one_again(raw: Path, tmp_path: Path) -> None:
+    dataset = nnunet.read_raw(raw)
+    assert dataset.structures == (Structure("organs", (1, 2, 3)), Structure("liver", (3,)))
+    assert make_studies(dataset, tmp_path / "s") == Count(2, 1)
+    opened = plain(tmp_path / "s")
+    assert states(opened) == {"a_1": "submitted", "b": "unlabelled"}
+    nnunet.write_raw(dataset_of(opened, dataset.structures), tmp_path / "again")
+    opened.close()
+    again = nnunet.read_raw(tmp_path / "again")
+    assert again.structures == dataset.structures
+    assert json.loads((tmp_path / "again" / "dataset.json").read_text())["regions_class_order"] == [1, 3]
+    for before, after in zip(dataset.cases, again.cases, strict=True):
+        assert after.image.relative_to(again.folder) == before.image.relative_to(raw)
+        assert after.image.read_bytes() == before.image.read_bytes()
+        assert (after.label is None) == (before.label is None)
+
+
+def test_gaps_between_label_values_are_closed_for_nnunet(folder: Path, tmp_path: Path) -> None:
+    label(folder / "labels" / "final" / "scan_0.nii.gz", 5, 9)
+    (folder / "labels" / "final" / "other.nrrd").unlink()
+    opened = plain(folder)
+    structures = (Structure("left", (9,)), Structure("right", (5,)))
+    assert nnunet.write_raw(dataset_of(opened, structures), tmp_path / "raw") == Count(4, 1)
+    back = nnunet.read_raw(tmp_path / "raw")
+    assert back.structures == (Structure("left", (2,)), Structure("right", (1,)))
+    written = read_labels(tmp_path / "raw" / "labelsTr" / "scan_0.nii.gz").array
+    assert (written[0] == 1).all()
+    assert (written[1] == 2).all()
+    with pytest.raises(VolumeError, match="label value 9"):
+        nnunet.write_raw(dataset_of(opened, structures[1:]), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"channel_names": {"0": "T1", "1": "T2"}}, "T1, T2"),
+        ({"file_ending": ".png"}, r"\.png"),
+        ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
+        ({"labels": {"background": 0, "liver": 300}}, "1 to 255"),
+        ({"labels": {"background": 0}}, "1 to 255"),
+        ({"dataset": {"a": {}}}, "'dataset'"),
+        ({"labels": None}, "is no file of nnU-Net"),
+    ],
+)
+def test_unusable_nnunet_folders_are_refused(raw: Path, entries: dict[str, object], match: str) -> None:
+    changed(raw / "dataset.json", **entries)
+    with pytest.raises(ExchangeError, match=match):
+        nnunet.read_raw(raw)
+
+
+def test_missing_labels_and_further_channels_are_named(raw: Path) -> None:
+    image(raw / "imagesTs" / "b_0001.nii.gz")
+    with pytest.raises(ExchangeError, match="b_0001"):
+        nnunet.read_raw(raw)
+    (raw / "labelsTr" / "a_1.nii.gz").unlink()
+    with pytest.raises(ExchangeError, match=r"a_1\.nii\.gz: no such label map"):
+        nnunet.read_raw(raw)
+
+
+# ------------------------------------------------------------------------------------------------ tables and archives
+
+
+def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
+    """Something in every table; gives the corrected label."""
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    with store.write() as transaction:
+        written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+        assessments.write(transaction, written, mask.id)
+        assessments.write_score(transaction, "scan_1", "tta", 0.25, "seg1")
+        lease = leases.take(transaction, ANNA, "segqc", orders.worst_estimate, LeaseRules(0.1, validation_share=0))
+        assert lease is not None
+        job = jobs.put(transaction, "round", {"epochs": 3}, BERT)
+        number, _ = jobs.begin_round(transaction, job.id, 2)
+        jobs.finish_step(transaction, number, "train", {"dice": 0.5})
+        labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
+    clock.pass_(minutes=2, microseconds=5)
+    metrics = Metrics(0.65, 0.5, None, -0.1)
+    change = Change(2, 40, 1, (StructureChange("liver", metrics, 40, (metrics,)),), opened_slices=(0, 1))
+
+    def then(transaction: object, versions: list[LabelRecord]) -> None:
+        lease = leases.submitted(transaction, "scan_1", ANNA)  # type: ignore[arg-type]
+        corrections.add(transaction, mask, versions[0], change, ANNA, lease=lease)  # type: ignore[arg-type]
+
+    source = label_map(folder.parent / "submitted.nii.gz", 6)
+    return store.save_label(NewLabel("scan_1", "final", "annotator", ANNA), source, then)  # type: ignore[arg-type]
+
+
+def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path) -> None:
+    final = fill(store, folder, clock)
+    counts = tables.write_tables(store, tmp_path / "t", "csv")
+    read = {name: list(csv.DictReader((tmp_path / "t" / f"{name}.csv").open())) for name in counts}
+    assert {name: len(rows) for name, rows in read.items()} == counts
+    (assessment,) = read["assessments"]
+    assert assessment["scan"] == assessment["patient"] == "scan_1"
+    assert (assessment["segmenter_version"], assessment["assessor_version"], assessment["tag"]) == (
+        "seg1",
+        "qc",
+        "original",
+    )
+    assert (assessment["structure"], assessment["present"], float(assessment["estimated_dice"])) == (
+        "liver",
+        "true",
+        0.7,
+    )
+    (correction,) = read["corrections"]
+    assert {k: correction[k] for k in ("who", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")} == {
+        "who": "anna", "identified_by": "client-id", "draw": correction["draw"], "simulated": "false",
+        "opened_slices": "[0, 1]", "true_arvd": "",
+    }  # fmt: skip
+    assert (float(correction["true_dice"]), float(correction["seconds"])) == (0.65, 120.000005)
+    assert int(correction["to_version"]) == final.id
+    assert correction["estimated_dice"] in ("0.7", "")  # an audit draw may have shown another scan
+    assert [row["state"] for row in read["leases"]] == ["submitted"]
+    assert [row["label_version"] for row in read["label_versions"]] == [str(i + 1) for i in range(4)]
+    assert json.loads(read["label_versions"][2]["info"]) == {"params": {"label_names": {"liver": 1}}}
+    assert read["events"][0]["at"] == "2026-01-01T12:00:00+00:00"
+
+
+def test_tables_as_parquet_say_the_same(store: Store, folder: Path, clock: Clock, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    fill(store, folder, clock)
+    counts = tables.write_tables(store, tmp_path / "t", "parquet")
+    tables.write_tables(store, tmp_path / "t", "csv")
+    for name, count in counts.items():
+        typed = parquet.read_table(tmp_path / "t" / f"{name}.parquet").to_pylist()
+        texts = list(csv.DictReader((tmp_path / "t" / f"{name}.csv").open()))
+        assert len(typed) == len(texts) == count
+        for a, b in zip(typed, texts, strict=True):
+            assert {k: str(tables._cell(v)) if v is not None else "" for k, v in a.items()} == b
+
+
+def test_without_pyarrow_parquet_is_one_sentence(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(ExchangeError, match="pyarrow"):
+        tables.write_tables(store, tmp_path / "t", "parquet")
+    assert not (tmp_path / "t").exists()
+
+
+def rows(store: Store) -> dict[str, list[tuple[object, ...]]]:
+    with store.read() as transaction:
+        return {
+            table.name: [tuple(row) for row in transaction.execute(select(table).order_by(*table.primary_key.columns))]
+            for table in Base.metadata.sorted_tables
+        }
+
+
+@pytest.mark.parametrize("into", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
+def test_an_archive_gives_the_same_rows_and_files(
+    store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
+) -> None:
+    final = fill(store, folder, clock)
+    written = archive.export_archive(store, tmp_path / "archive")
+    assert all(written[table] for table in written), "the test wants a row in every table"
+
+    shutil.copytree(folder, tmp_path / "fresh", ignore=shutil.ignore_patterns("segqc", "labels"))
+    url = None if into == "sqlite" else new_database(request.getfixturevalue("postgresql"))
+    fresh = Store.open(tmp_path / "fresh", url, clock=clock)
+    assert archive.import_archive(tmp_path / "archive", fresh) == written
+    assert rows(fresh) == rows(store)
+    assert fresh.view_file(final).read_bytes() == store.view_file(final).read_bytes()
+    assert take_in(fresh, str, PLACING) == Taken()
+    assert upkeep.check(fresh) == []
+    before = max(row[0] for row in rows(fresh)["event"])
+    save_final(fresh, tmp_path, "scan_2", 9)  # new rows are numbered on
+    assert all(row[0] > before for row in rows(fresh)["event"][before:])
+    with pytest.raises(ExchangeError, match="labels lie in the folder"):
+        archive.import_archive(tmp_path / "archive", fresh)
+    shutil.rmtree(tmp_path / "fresh" / "labels")
+    with pytest.raises(ExchangeError, match="holds rows already"):
+        archive.import_archive(tmp_path / "archive", fresh)
+    fresh.close()
+
+
+def test_a_damaged_archive_changes_nothing(folder: Path, clock: Clock, tmp_path: Path) -> None:
+    opened = plain(folder)
+    archive.export_archive(opened, tmp_path / "archive")
+    opened.close()
+    (tmp_path / "fresh").mkdir()
+    fresh = Store.open(tmp_path / "fresh")
+    events_file = tmp_path / "archive" / "tables" / "event.jsonl"
+    whole = events_file.read_bytes()
+    events_file.write_bytes(whole[:-9])
+    with pytest.raises(ExchangeError, match=r"event\.jsonl: is missing or damaged"):
+        archive.import_archive(tmp_path / "archive", fresh)
+    events_file.write_bytes(whole)
+    changed(tmp_path / "archive" / "archive.json", revision="0000")
+    with pytest.raises(ExchangeError, match="revision 0000"):
+        archive.import_archive(tmp_path / "archive", fresh)
+    assert not any(rows(fresh).values())
+    fresh.close()
+
+
+def test_more_rows_than_fit_into_one_batch(folder: Path, tmp_path: Path) -> None:
+    opened = plain(folder)
+    with opened.write() as transaction:
+        events.record_all(transaction, ANNA, "looked at", "scan", [1] * 2500)
+    archive.export_archive(opened, tmp_path / "archive")
+    (tmp_path / "fresh").mkdir()
+    fresh = Store.open(tmp_path / "fresh")
+    archive.import_archive(tmp_path / "archive", fresh)
+    assert rows(fresh) == rows(opened)
+    opened.close()
+    fresh.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.output
+
+
+def test_the_commands(task: Path, tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    assert "3 scans, 2 of them with a final label" in run("import", "decathlon", task, studies, "--link")
+    assert "3 scans, 2 of them" in run("export", "nnunet", studies, tmp_path / "raw")
+    assert "3 scans, 2 of them" in run("import", "nnunet", tmp_path / "raw", tmp_path / "second")
+    assert "3 scans, 0 of them" in run("export", "decathlon", studies, tmp_path / "task", "--only-approved")
+    assert "3 scans, 2 labels" in run("export", "local", studies, tmp_path / "local")
+    assert "notes of 3 scans and 2 labels" in run("import", "local", tmp_path / "local")
+    assert "2 label_versions" in run("export", "tables", studies, tmp_path / "tables")
+    assert "3 scan" in run("export", "archive", studies, tmp_path / "archive")
+    (tmp_path / "third").mkdir()
+    for name in "abc":
+        shutil.copy(studies / f"{name}.nii.gz", tmp_path / "third")
+    assert "3 scan" in run("import", "archive", tmp_path / "archive", tmp_path / "third")
+    assert "nothing is wrong" in run("db", "check", tmp_path / "third")

@@ -1,0 +1,735 @@
+"""The store's contract, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from segqc.placement import Placing, place
+from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
+from segqc.store.database import StoreError
+from segqc.store.folder import take_in
+from segqc.store.labels import NewLabel
+from segqc.store.leases import LeaseRules
+from segqc.store.scans import UnknownScan
+from segqc.store.schema import Assignment
+from segqc.store.store import Store
+from segqc.store.values import Change, LeaseRecord, StructureChange, Who
+from segqc.types import Metrics
+from tests.server_kit import make_assessment
+from tests.store_kit import (
+    ANNA,
+    BERT,
+    PLACING,
+    Clock,
+    bundle,
+    label_map,
+    make_scans,
+    save_final,
+    save_mask,
+    take_in_scans,
+)
+
+COUNT = 12
+PLAIN = LeaseRules(audit_share=0.0, validation_share=0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_scans(tmp_path / "studies", COUNT)
+    return tmp_path / "studies"
+
+
+@pytest.fixture
+def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
+    opened = Store.open(folder, url, clock=clock)
+    take_in_scans(opened)
+    yield opened
+    opened.close()
+
+
+def take(store: Store, who: Who, rules: LeaseRules = PLAIN, order: orders.Order = orders.worst_estimate) -> LeaseRecord:
+    with store.write() as transaction:
+        lease = leases.take(transaction, who, "segqc", order, rules)
+    assert lease is not None
+    return lease
+
+
+def in_queue(store: Store, role: str = "train") -> list[str]:
+    with store.read() as transaction:
+        return [s.name for s in scans.listing(transaction) if leases.is_waiting(s) and s.role == role]
+
+
+# ------------------------------------------------------------------------------------------------- schema and folder
+
+
+def test_the_tables_are_those_of_the_classes(store: Store) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from segqc.store.schema import Base
+
+    with store.database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_a_store_of_another_revision_is_refused(store: Store, folder: Path, url: str | None) -> None:
+    with store.write() as transaction:
+        transaction.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+    with pytest.raises(StoreError, match="segqc db upgrade"):
+        Store.open(folder, url)
+
+
+def test_a_read_sees_one_state(store: Store, folder: Path) -> None:
+    with store.read() as transaction:
+        before = scans.get(transaction, "scan_0")
+        save_final(store, folder.parent, "scan_0", 3)
+        transaction.expire_all()
+        assert scans.get(transaction, "scan_0") == before
+        assert labels.current(transaction, "scan_0", "final") is None
+
+
+@pytest.mark.parametrize("address", ["mysql://root@here/store", "no url", "sqlite://"])
+def test_other_databases_are_refused(folder: Path, address: str) -> None:
+    with pytest.raises(StoreError):
+        Store(folder, address)
+
+
+def test_an_unreachable_server_is_one_sentence(folder: Path) -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(StoreError, match=r"postgresql.*cannot be used"):
+        Store.open(folder, "postgresql://segqc:secret@127.0.0.1:1/store")
+
+
+def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | None) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: Store.open(folder, url), range(8)))
+    for opened in stores:
+        take_in_scans(opened)
+        with opened.read() as transaction:
+            assert len(scans.names(transaction)) == COUNT
+        opened.close()
+
+
+def test_scans_are_found_once(store: Store, folder: Path) -> None:
+    assert take_in(store, str, PLACING).new_scans == 0
+    (folder / "late.nrrd").touch()
+    assert take_in(store, str, PLACING).new_scans == 1
+    with store.read() as transaction:
+        found = scans.listing(transaction)
+    assert [s.name for s in found] == ["late", *(f"scan_{i}" for i in range(COUNT))]
+    assert all(s.state == "unlabelled" for s in found)
+
+
+def test_ids_do_not_collide(store: Store, folder: Path) -> None:
+    for name in ("scan.nii.gz", "scan.v1.2.nii.gz", "scan.nrrd"):
+        (folder / name).touch()
+    take_in_scans(store)
+    with store.read() as transaction:
+        assert {s.name for s in scans.listing(transaction)} >= {"scan", "scan.v1.2", "scan.nrrd"}
+
+
+def test_a_scan_whose_file_is_gone_keeps_its_history_and_comes_back(store: Store, folder: Path) -> None:
+    save_mask(store, folder.parent, "scan_3", 1)
+    (folder / "scan_3.nii.gz").rename(folder.parent / "away.nii.gz")
+    assert take_in(store, str, PLACING).missing_scans == 1
+    with store.read() as transaction:
+        assert scans.get(transaction, "scan_3").missing_since is not None
+        assert len(labels.history(transaction, "scan_3")) == 1
+    (folder.parent / "away.nii.gz").rename(folder / "scan_3.nii.gz")
+    take_in_scans(store)
+    with store.read() as transaction:
+        assert scans.get(transaction, "scan_3").missing_since is None
+
+
+def test_patients_are_placed_once(store: Store, folder: Path) -> None:
+    with store.read() as transaction:
+        before = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
+    assert Counter(role for _, role in before.values()) == {"train": 9, "validation": 3}
+    (folder / "more.nii").touch()
+    take_in(store, str, Placing(folds=2, validation_share=0.9, seed=5))
+    with store.read() as transaction:
+        after = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
+    assert {k: v for k, v in after.items() if k != "more"} == before
+
+
+def test_scans_of_a_patient_share_fold_and_role(tmp_path: Path, url: str | None) -> None:
+    make_scans(tmp_path / "s", 12)
+    with Store.open(tmp_path / "s", url).write() as transaction:
+        found = [scans.FoundScan(f"scan_{i}", f"scan_{i}.nii.gz", f"patient {i // 3}") for i in range(12)]
+        scans.take_in(transaction, found, PLACING, ANNA)
+        groups = {(s.patient, s.fold, s.role) for s in scans.listing(transaction)}
+    assert len(groups) == 4
+
+
+def test_a_queue_that_is_not_the_patients_role_is_refused_by_the_database(store: Store) -> None:
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        transaction.execute(
+            text("UPDATE scan SET queue = CASE queue WHEN 'train' THEN 'validation' ELSE 'train' END WHERE id = 1")
+        )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
+def test_the_validating_share_is_kept_from_the_start(share: float) -> None:
+    placed = list(place([f"p{i}" for i in range(40)], placing=Placing(3, share)).values())
+    for count in range(1, 41):
+        validating = sum(p.role == "validation" for p in placed[:count])
+        assert abs(validating - count * share) <= 0.5
+    assert Counter(p.fold for p in placed) == {0: 14, 1: 13, 2: 13}
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def test_a_label_is_kept_shown_and_remembered(store: Store, folder: Path) -> None:
+    first = save_mask(store, folder.parent, "scan_1", 5)
+    second = save_final(store, folder.parent, "scan_1", 9)
+    with store.read() as transaction:
+        assert labels.current(transaction, "scan_1", "original") == first
+        assert labels.tags(transaction, "scan_1") == {"original": first, "final": second}
+        assert scans.get(transaction, "scan_1").state == "submitted"
+        assert labels.current_of_all(transaction, "final") == {"scan_1": second}
+    for label in (first, second):
+        assert store.label_file(label).read_bytes() == store.view_file(label).read_bytes()
+    assert store.view_file(second) == folder / "labels" / "final" / "scan_1.nii.gz"
+
+
+def test_every_version_stays(store: Store, folder: Path) -> None:
+    versions = [save_final(store, folder.parent, "scan_0", i) for i in range(1, 5)]
+    store.remove_label("scan_0", "final", BERT)
+    with store.read() as transaction:
+        history = labels.history(transaction, "scan_0")
+        assert labels.current(transaction, "scan_0", "final") is None
+        assert scans.get(transaction, "scan_0").state == "unlabelled"
+    assert [h.id for h in history[:-1]] == [v.id for v in versions]
+    assert (history[-1].maker, history[-1].who, history[-1].parent) == ("removal", BERT, versions[-1].id)
+    assert not (folder / "labels" / "final" / "scan_0.nii.gz").exists()
+    restored = store.restore_label(versions[1].id, ANNA)
+    assert (restored.parent, restored.sha256) == (versions[1].id, versions[1].sha256)
+    assert store.view_file(restored).read_bytes() == store.label_file(versions[1]).read_bytes()
+    with store.read() as transaction:
+        assert scans.get(transaction, "scan_0").state == "submitted"
+
+
+def test_the_same_submission_twice_is_one_version(store: Store, folder: Path) -> None:
+    first = save_final(store, folder.parent, "scan_0", 3)
+    assert save_final(store, folder.parent, "scan_0", 3) == first
+    assert save_final(store, folder.parent, "scan_0", 3, BERT).id != first.id
+
+
+def test_another_final_label_of_a_submitted_scan_keeps_it_out_of_the_queue(store: Store, folder: Path) -> None:
+    for value in (1, 2, 3):
+        save_final(store, folder.parent, "scan_0", value)
+        with store.read() as transaction:
+            assert scans.get(transaction, "scan_0").state == "submitted"
+    assert "scan_0" not in in_queue(store)
+
+
+@pytest.mark.parametrize("table", ["event", "label_version"])
+def test_history_cannot_be_changed(store: Store, folder: Path, table: str) -> None:
+    save_final(store, folder.parent, "scan_0", 3)
+    for statement in (f"UPDATE {table} SET actor_id = 2", f"DELETE FROM {table}"):
+        with pytest.raises(DBAPIError, match="never changed"), store.write() as transaction:
+            transaction.execute(text(statement))
+
+
+def test_another_format_takes_the_place_of_the_first(store: Store, folder: Path) -> None:
+    save_final(store, folder.parent, "scan_0", 3)
+    other = label_map(folder.parent / "label.nrrd", 4)
+    store.save_label(NewLabel("scan_0", "final", "annotator", BERT), other)
+    assert [p.name for p in (folder / "labels" / "final").iterdir()] == ["scan_0.nrrd"]
+
+
+def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, folder: Path) -> None:
+    with pytest.raises(UnknownScan):
+        save_final(store, folder.parent, "nobody", 3)
+    assert not list(store.files.all_objects())
+    assert not [p for p in store.own.rglob("*") if p.is_file() and "store" not in p.name]
+
+
+def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) -> None:
+    label_map(folder / "labels" / "final" / "scan_2.nii.gz", 7)
+    label_map(folder / "labels" / "final" / "foreign.nii.gz", 7)
+    assert take_in(store, str, PLACING).new_labels == 1
+    assert take_in(store, str, PLACING).new_labels == 0
+    label_map(folder / "labels" / "final" / "scan_2.nii.gz", 8)
+    assert take_in(store, str, PLACING).new_labels == 1
+    (folder / "labels" / "final" / "scan_2.nii.gz").unlink()
+    assert take_in(store, str, PLACING).removed_labels == 1
+    with store.read() as transaction:
+        assert [v.maker for v in labels.history(transaction, "scan_2")] == ["import", "import", "removal"]
+        assert scans.get(transaction, "scan_2").state == "unlabelled"
+
+
+def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, folder: Path) -> None:
+    label = save_final(store, folder.parent, "scan_2", 7)
+    store.review("scan_2", "approved", BERT)
+    os.utime(store.view_file(label), (0, 0))  # as a copy of the folder does
+    assert take_in(store, str, PLACING).new_labels == 0
+    with store.read() as transaction:
+        assert labels.history(transaction, "scan_2") == [label]
+        assert scans.get(transaction, "scan_2").state == "approved"
+
+
+class _Killed(BaseException):
+    """What a kill looks like from inside: nothing of the process's own code runs any more."""
+
+
+@pytest.mark.parametrize("when", ["before the files", "between the files", "before the commit", "after the commit"])
+def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
+    store: Store, folder: Path, url: str | None, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save_final(store, folder.parent, "scan_0", 3)
+    source = label_map(folder.parent / "next.nii.gz", 4)
+    dying = Store(folder, url)
+    real_put, real_show = dying.files.put, dying.files._show
+
+    def put(arrival: object) -> object:
+        if when == "before the files":
+            os._exit(9)
+        state = real_put(arrival)  # type: ignore[arg-type]
+        if when == "before the commit":
+            os._exit(9)
+        return state
+
+    def show(*arguments: object) -> object:
+        if when == "between the files":
+            os._exit(9)
+        return real_show(*arguments)  # type: ignore[arg-type]
+
+    child = os.fork()
+    if child == 0:
+        try:
+            dying.files.put, dying.files._show = put, show  # type: ignore[assignment,method-assign]
+            if when == "after the commit":
+                monkeypatch.setattr("segqc.store.files.shutil.rmtree", lambda *_, **__: os._exit(9))
+            dying.save_label(NewLabel("scan_0", "final", "annotator", BERT), source)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    store.close()
+    again = Store.open(folder, url)
+    take_in_scans(again)
+    with again.read() as transaction:
+        now = labels.current(transaction, "scan_0", "final")
+        assert now is not None
+        kept = {sha256 for sha256, _ in labels.contents(transaction)}
+        assert len(labels.history(transaction, "scan_0")) == (2 if when == "after the commit" else 1)
+    assert (now.id == before.id) == (when != "after the commit")
+    assert again.view_file(now).read_bytes() == again.label_file(now).read_bytes()
+    assert {p.name.split(".")[0] for p in again.files.all_objects()} == kept
+    assert not list((again.own / "incoming").iterdir())
+    again.close()
+
+
+def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder: Path, url: str | None) -> None:
+    source = label_map(folder.parent / "next.nii.gz", 4)
+    with store.files.arriving(source, "scan_0", "final", ".nii.gz") as arrival:
+        Store.open(folder, url).close()
+        assert (arrival.folder / "object").is_file()
+
+
+# ------------------------------------------------------------------------------------------- assessments and scores
+
+
+def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+    with store.write() as transaction:
+        number = assessments.write(transaction, written, mask.id)
+    with store.read() as transaction:
+        assert assessments.read(transaction, number) == written
+        assert assessments.latest(transaction, "scan_1") == (number, written)
+        assert assessments.ranking(transaction) == {"scan_1": 0.7}
+        assert assessments.label_of(transaction, number) == mask.id
+
+
+def test_a_new_mask_is_not_ranked_by_the_old_ones_estimate(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    with store.write() as transaction:
+        assessments.write(transaction, make_assessment("scan_1", 0.7), mask.id)
+    save_mask(store, folder.parent, "scan_1", 6, segmenter="seg2")
+    with store.read() as transaction:
+        assert assessments.ranking(transaction) == {}
+        assert assessments.latest(transaction, "scan_1") is None
+
+
+def test_old_assessments_are_thinned_unless_they_were_shown(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    versions = [replace(make_assessment("scan_1", 0.5), assessor_version=f"qc{i}") for i in range(3)]
+    with store.write() as transaction:
+        first = assessments.write(transaction, versions[0], mask.id)
+    assert take(store, ANNA).assessment == first
+    with store.write() as transaction:
+        second = assessments.write(transaction, versions[1], mask.id)
+        third = assessments.write(transaction, versions[2], mask.id)
+    with store.read() as transaction:
+        assert [assessments.read(transaction, i) is not None for i in (first, second, third)] == [True, False, True]
+
+
+def test_an_assessment_of_another_scans_mask_is_refused(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    with pytest.raises(StoreError, match="scan_1"), store.write() as transaction:
+        assessments.write(transaction, make_assessment("scan_2", 0.7), mask.id)
+
+
+def test_scores_are_replaced(store: Store) -> None:
+    for value, version in ((0.4, "a"), (0.6, "b")):
+        with store.write() as transaction:
+            assessments.write_score(transaction, "scan_1", "tta", value, version)
+    with store.read() as transaction:
+        assert assessments.scores(transaction, "tta") == {"scan_1": (0.6, "b")}
+
+
+# ------------------------------------------------------------------------------------------------------------ leases
+
+
+def assess_all(store: Store, folder: Path) -> None:
+    """Estimates that fall with the scan's number: the last one is the worst."""
+    for i in range(COUNT):
+        mask = save_mask(store, folder.parent, f"scan_{i}", i + 1)
+        with store.write() as transaction:
+            assessments.write(transaction, make_assessment(f"scan_{i}", 0.9 - i / 100), mask.id)
+
+
+def test_two_annotators_get_different_scans_worst_first(store: Store, folder: Path) -> None:
+    assess_all(store, folder)
+    worst = in_queue(store)[::-1]
+    a, b = take(store, ANNA), take(store, BERT)
+    assert [a.scan, b.scan] == worst[:2]
+    assert (a.draw, a.probability, a.score) == ("strategy", None, pytest.approx(0.9 - int(a.scan[5:]) / 100))
+    with store.read() as transaction:
+        shown = assessments.read(transaction, a.assessment or 0)
+    assert shown is not None
+    assert shown.dice == a.score
+
+
+def test_asked_again_soon_it_is_the_same_scan_and_later_it_is_a_skip(store: Store, folder: Path, clock: Clock) -> None:
+    assess_all(store, folder)
+    first = take(store, ANNA)
+    clock.pass_(seconds=29)
+    assert take(store, ANNA) == first
+    clock.pass_(seconds=2)
+    second = take(store, ANNA)
+    assert second.scan != first.scan
+    assert take(store, BERT).scan == first.scan  # others may have it at once
+    with store.read() as transaction:
+        assert [lease.state for lease in leases.listing(transaction, scan=first.scan)] == ["skipped", "open"]
+
+
+def test_a_skipped_scan_comes_back_after_the_others_or_after_its_time(store: Store, clock: Clock) -> None:
+    seen = []
+    for _ in range(COUNT + 1):
+        seen.append(take(store, ANNA, order=orders.by_name).scan)
+        clock.pass_(minutes=1)
+    assert len(set(seen[:COUNT])) == COUNT
+    assert seen[COUNT] in seen[:COUNT]
+    clock.pass_(hours=25)
+    assert take(store, ANNA, order=orders.by_name).scan == in_queue(store)[0]
+
+
+def test_an_expired_lease_goes_back(store: Store, clock: Clock) -> None:
+    first = take(store, ANNA, order=orders.by_name)
+    clock.pass_(minutes=PLAIN.lease_minutes + 1)
+    assert take(store, BERT, order=orders.by_name).scan == first.scan
+    cookie = Who("person", "browser 1", "cookie")
+    short = take(store, cookie, order=orders.by_name)
+    assert (short.expires_at - short.handed_out_at).total_seconds() == PLAIN.cookie_lease_minutes * 60
+
+
+def test_with_nothing_left_there_is_no_lease(store: Store, folder: Path) -> None:
+    for i in range(COUNT):
+        save_final(store, folder.parent, f"scan_{i}", i + 1)
+    with store.write() as transaction:
+        assert leases.take(transaction, ANNA, "segqc", orders.worst_estimate, PLAIN) is None
+
+
+def test_many_at_once_never_share_a_scan(store: Store) -> None:
+    people = [Who("person", f"annotator {i}", "client-id") for i in range(8)]
+    start = threading.Barrier(8)
+
+    def ask(who: Who) -> str:
+        start.wait()
+        return take(store, who).scan
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(ask, people))) == 8
+
+
+def test_two_open_leases_of_one_place_are_refused_by_the_database(store: Store) -> None:
+    lease = take(store, ANNA)
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        first = transaction.get_one(Assignment, lease.id)
+        values = {c.key: getattr(first, c.key) for c in Assignment.__table__.columns if c.key != "id"}
+        transaction.add(Assignment(**{**values, "actor_id": events.actor_id(transaction, BERT)}))
+        transaction.flush()
+
+
+def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
+    rules = replace(PLAIN, readers=2)
+    a, b = take(store, ANNA, rules, orders.by_name), take(store, BERT, rules, orders.by_name)
+    assert (a.scan, a.slot, b.slot) == (b.scan, 0, 1)
+    third = Who("person", "cleo", "client-id")
+    assert take(store, third, rules, orders.by_name).scan != a.scan
+    with store.write() as transaction:
+        assert leases.submitted(transaction, a.scan, ANNA) is not None
+    assert take(store, ANNA, rules, orders.by_name).scan != a.scan
+
+
+def test_audit_draws_are_uniform_among_all_waiting_scans(store: Store, clock: Clock) -> None:
+    rules = LeaseRules(audit_share=1.0, validation_share=0.0, repeat_seconds=0, skip_hours=0)
+    drawn = Counter()
+    for _ in range(240):
+        lease = take(store, ANNA, rules)
+        assert (lease.draw, lease.probability, lease.pool) == ("audit", 1.0, COUNT)
+        drawn[lease.scan] += 1
+        clock.pass_(seconds=1)
+    assert len(drawn) == COUNT
+    expected = 240 / COUNT
+    # chi-square with 11 degrees of freedom: above 31.3 once in a thousand; the draws are seeded
+    assert sum((n - expected) ** 2 / expected for n in drawn.values()) < 31.3
+
+
+def test_shares_of_audits_and_validation_scans_are_kept(store: Store, folder: Path, clock: Clock) -> None:
+    assess_all(store, folder)
+    rules = LeaseRules(audit_share=0.2, validation_share=0.3, repeat_seconds=0, skip_hours=0)
+    draws = Counter()
+    validating = set(in_queue(store, "validation"))
+    for _ in range(150):
+        lease = take(store, ANNA, rules)
+        draws[lease.draw] += 1
+        assert lease.draw == "audit" or (lease.scan in validating) == (lease.draw == "validation")
+        clock.pass_(seconds=1)
+    assert 18 <= draws["audit"] <= 42
+    assert 30 <= draws["validation"] <= 60
+
+
+def test_draws_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> list[str]:
+        make_scans(tmp_path / name, COUNT)
+        clock = Clock()
+        opened = Store.open(tmp_path / name, clock=clock)
+        take_in_scans(opened)
+        rules = LeaseRules(audit_share=0.5, validation_share=0.3, repeat_seconds=0, seed=seed)
+        seen = []
+        for _ in range(COUNT):
+            seen.append(take(opened, ANNA, rules).scan)
+            clock.pass_(seconds=1)
+        return seen
+
+    assert run("a", 1) == run("b", 1) != run("c", 2)
+
+
+@pytest.mark.parametrize("rules", [{"audit_share": 0.9, "validation_share": 0.2}, {"readers": 0}, {"lease_minutes": 0}])
+def test_rules_that_cannot_be_meant_are_refused(rules: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        LeaseRules(**rules)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ corrections and review
+
+
+def change(dice: float) -> Change:
+    metrics = Metrics(dice, dice / (2 - dice), None, -0.1)
+    part = StructureChange("liver", metrics, 40, (metrics, Metrics(None, None, None, None)))
+    return Change(2, 40, 1, (part,), opened_slices=(0, 1))
+
+
+def submit(store: Store, folder: Path, scan: str, who: Who, value: int) -> int:
+    number = []
+
+    def then(transaction: object, versions: list[object]) -> None:
+        lease = leases.submitted(transaction, scan, who)  # type: ignore[arg-type]
+        assert lease is not None
+        start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
+        number.append(corrections.add(transaction, start, versions[0], change(0.8), who, lease=lease))  # type: ignore[arg-type]
+
+    source = label_map(folder.parent / "submitted.nii.gz", value)
+    store.save_label(NewLabel(scan, "final", "annotator", who), source, then)
+    return number[0]
+
+
+def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder: Path, clock: Clock) -> None:
+    assess_all(store, folder)
+    lease = take(store, ANNA)
+    clock.pass_(minutes=12)
+    with store.write() as transaction:  # a later estimate must not take the place of the one that was shown
+        later = replace(make_assessment(lease.scan, 0.99), assessor_version="later")
+        assessments.write(transaction, later, lease.label_version or 0)
+    submit(store, folder, lease.scan, ANNA, 40)
+    with store.read() as transaction:
+        (found,) = corrections.listing(transaction)
+        end = labels.current(transaction, lease.scan, "final")
+    assert end is not None
+    assert (found.scan, found.from_version, found.to_version) == (lease.scan, lease.label_version, end.id)
+    assert (found.assessment, found.seconds, found.who) == (lease.assessment, 720.0, ANNA)
+    assert found.change == change(0.8)
+    assert found.lease is not None
+    assert found.lease.state == "submitted"
+
+
+def test_a_late_submission_counts_for_its_lease(store: Store, folder: Path, clock: Clock) -> None:
+    save_mask(store, folder.parent, in_queue(store)[0], 2)
+    lease = take(store, ANNA, order=orders.by_name)
+    clock.pass_(days=1)
+    with store.write() as transaction:
+        assert leases.expire(transaction) == 1
+    submit(store, folder, lease.scan, ANNA, 40)
+    with store.read() as transaction:
+        assert corrections.listing(transaction)[0].seconds == 86400.0
+
+
+def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
+    store: Store, folder: Path, clock: Clock
+) -> None:
+    assess_all(store, folder)
+    lease = take(store, ANNA)
+    submit(store, folder, lease.scan, ANNA, 40)
+    with pytest.raises(StoreError, match="reason"):
+        store.review(lease.scan, "rejected", BERT)
+    store.review(lease.scan, "rejected", BERT, "the upper pole is missing")
+    with store.read() as transaction:
+        scan = scans.get(transaction, lease.scan)
+        start = labels.start_of(transaction, lease.scan)
+        assert labels.current(transaction, lease.scan, "final") is None
+    assert (scan.state, scan.reason) == ("rejected", "the upper pole is missing")
+    assert start is not None
+    assert start.tag == "returned"
+    assert not (folder / "labels" / "final" / f"{lease.scan}.nii.gz").exists()
+    again = take(store, ANNA, order=orders.by_name)
+    while again.scan != lease.scan:
+        clock.pass_(minutes=1)
+        again = take(store, ANNA, order=orders.by_name)
+    assert again.label_version == start.id
+    submit(store, folder, again.scan, ANNA, 41)
+    store.review(again.scan, "approved", BERT)
+    with store.read() as transaction:
+        assert scans.get(transaction, lease.scan).state == "approved"
+        history = events.history(transaction, "scan", scan.id)
+    verbs = [e.verb for e in history]
+    assert [v for v in verbs if v in ("submitted", "rejected", "approved", "corrected")] == [
+        "submitted", "submitted", "corrected", "rejected", "submitted", "submitted", "corrected", "approved",
+    ] or verbs.count("corrected") == 2  # fmt: skip
+    assert next(e.who for e in history if e.verb == "rejected") == BERT
+
+
+def test_an_excluded_scan_is_not_handed_out_and_can_be_reopened(store: Store) -> None:
+    lease = take(store, ANNA, order=orders.by_name)
+    store.review(lease.scan, "excluded", ANNA, "the wrong patient")
+    assert lease.scan not in in_queue(store)
+    with store.read() as transaction:
+        assert leases.listing(transaction, state="open") == []
+    store.review(lease.scan, "unlabelled", ANNA)
+    assert lease.scan in in_queue(store)
+
+
+def test_reviews_that_do_not_fit_are_refused(store: Store) -> None:
+    with pytest.raises(StoreError, match="unlabelled"):
+        store.review("scan_0", "approved", ANNA)
+    with pytest.raises(UnknownScan):
+        store.review("nobody", "approved", ANNA)
+
+
+# -------------------------------------------------------------------------------------------------------------- jobs
+
+
+def put(store: Store, kind: str = "train") -> int:
+    with store.write() as transaction:
+        return jobs.put(transaction, kind, {"model": "segqc"}, ANNA).id
+
+
+def take_job(store: Store, worker: str, kinds: tuple[str, ...] = ("train", "scoring")) -> int | None:
+    with store.write() as transaction:
+        job = jobs.take(transaction, worker, kinds)
+    return None if job is None else job.id
+
+
+def on_job(store: Store, function: Callable[..., object], *arguments: object, **more: object) -> None:
+    with store.write() as transaction:
+        function(transaction, *arguments, **more)
+
+
+def test_one_job_of_a_kind_runs_at_a_time(store: Store) -> None:
+    first, second, other = put(store), put(store), put(store, "scoring")
+    assert take_job(store, "w1") == first
+    assert take_job(store, "w2") == other
+    assert take_job(store, "w3") is None
+    on_job(store, jobs.finish, first, "w1", "done", {"dice": 0.9})
+    assert take_job(store, "w3") == second
+    with store.read() as transaction:
+        assert jobs.get(transaction, first).result == {"dice": 0.9}
+
+
+def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> None:
+    job = put(store)
+    assert take_job(store, "w1") == job
+    clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
+    on_job(store, jobs.beat, job, "w1", said=["epoch 1"], steps=(1, 10))
+    clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
+    assert take_job(store, "w2") is None
+    clock.pass_(seconds=2)
+    assert take_job(store, "w2") == job
+    with pytest.raises(jobs.JobLost), store.write() as transaction:
+        jobs.beat(transaction, job, "w1")
+    on_job(store, jobs.finish, job, "w1", "failed")  # the dead one's last word does not count
+    with store.read() as transaction:
+        found = jobs.get(transaction, job)
+    assert (found.state, found.worker, found.attempts, found.said, found.done_steps) == (
+        "running",
+        "w2",
+        2,
+        ("epoch 1",),
+        1,
+    )
+
+
+def test_a_job_that_kills_its_workers_is_given_up(store: Store, clock: Clock) -> None:
+    job = put(store)
+    for i in range(jobs.MOST_ATTEMPTS):
+        assert take_job(store, f"w{i}") == job
+        clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS + 1)
+    assert take_job(store, "last") is None
+    with store.read() as transaction:
+        assert jobs.get(transaction, job).state == "failed"
+
+
+def test_a_waiting_job_stops_at_once_and_a_running_one_at_its_heartbeat(store: Store) -> None:
+    running, waiting = put(store), put(store)
+    take_job(store, "w1")
+    on_job(store, jobs.stop, waiting, ANNA)
+    on_job(store, jobs.stop, running, ANNA)
+    with pytest.raises(jobs.JobLost, match="stop"), store.write() as transaction:
+        jobs.beat(transaction, running, "w1")
+    on_job(store, jobs.finish, running, "w1", "failed")
+    with store.read() as transaction:
+        assert [jobs.get(transaction, i).state for i in (running, waiting)] == ["stopped", "stopped"]
+
+
+def test_a_worker_that_ends_orderly_gives_its_job_back(store: Store) -> None:
+    job = put(store)
+    take_job(store, "w1")
+    on_job(store, jobs.give_back, "w1")
+    assert take_job(store, "w2") == job
+    with store.read() as transaction:
+        assert jobs.get(transaction, job).attempts == 1
+
+
+def test_a_round_continues_after_its_finished_steps(store: Store) -> None:
+    job = put(store, "round")
+    pair = bundle(store)
+    with store.write() as transaction:
+        number, steps = jobs.begin_round(transaction, job, 12)
+        assert steps == {}
+        jobs.finish_step(transaction, number, "train segmentation", {"dice": 0.8})
+    with store.write() as transaction:
+        assert jobs.begin_round(transaction, job, 12) == (number, {"train segmentation": {"dice": 0.8}})
+        jobs.finish_round(transaction, number, pair.id)

@@ -1,0 +1,150 @@
+"""The worker: jobs in processes of their own, and what happens when somebody dies."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from segqc.loop.studies import Studies
+from segqc.loop.worker import Worker
+from segqc.store import events, jobs
+from segqc.store.events import SERVER
+from segqc.store.values import JobRecord
+from tests.server_kit import make_studies
+from tests.store_kit import ANNA
+
+
+def python(job: JobRecord) -> list[str]:
+    return [sys.executable, "-u", "-c", str(job.request["code"])]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Studies:
+    return Studies(make_studies(tmp_path / "studies", scans=5, finals=4))
+
+
+def put(studies: Studies, kind: str = "train", **request: object) -> int:
+    with studies.store.write() as transaction:
+        return jobs.put(transaction, kind, dict(request), ANNA).id  # type: ignore[arg-type]
+
+
+def state(studies: Studies, job: int) -> JobRecord:
+    with studies.store.read() as transaction:
+        return jobs.get(transaction, job)
+
+
+@contextlib.contextmanager
+def working(studies: Studies) -> Iterator[Worker]:
+    worker = Worker(studies, ("train",), command=python, heartbeat_seconds=0.2)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.end()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_a_job_keeps_its_last_lines_progress_and_result(studies: Studies) -> None:
+    said = (
+        "import json; print('\\n'.join(str(i) for i in range(30)));"
+        "print(json.dumps({'done': 3, 'total': 4, 'message': 'work: here'}));"
+        "print(json.dumps({'result': {'dice': 0.9}}))"
+    )
+    good, bad = put(studies, code=said), put(studies, code="raise SystemExit('too few labelled scans')")
+    Worker(studies, command=python).serve(until_idle=True)
+    done = state(studies, good)
+    assert (done.state, done.result, done.done_steps, done.all_steps) == ("done", {"dice": 0.9}, 3, 4)
+    assert done.said[-2:] == ("29", "[###############.....] 3/4 work: here")
+    assert len(done.said) == 20
+    assert (state(studies, bad).state, state(studies, bad).said) == ("failed", ("too few labelled scans",))
+
+
+def test_stop_ends_the_process_and_its_children_and_goes_on_with_the_next(studies: Studies) -> None:
+    code = (
+        "import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(p.pid, os.getpid()); time.sleep(60)"
+    )
+    job, following = put(studies, code=code), put(studies, code="print('next')")
+    with working(studies):
+        wait_for(lambda: bool(state(studies, job).said))
+        pids = [int(p) for p in state(studies, job).said[0].split()]
+        with studies.store.write() as transaction:
+            jobs.stop(transaction, job, ANNA)
+        wait_for(lambda: state(studies, following).state == "done")
+        assert state(studies, job).state == "stopped"
+        wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_a_worker_that_ends_gives_its_job_back(studies: Studies) -> None:
+    job = put(studies, code="import os, time; print(os.getpid()); time.sleep(60)")
+    with working(studies):
+        wait_for(lambda: bool(state(studies, job).said))
+    given = state(studies, job)
+    assert (given.state, given.worker, given.attempts) == ("queued", None, 0)
+    assert not alive(int(given.said[0]))
+
+
+def test_after_the_last_training_the_pool_is_scored(studies: Studies) -> None:
+    put(studies, code=""), put(studies, code="raise SystemExit(1)")
+    third = put(studies, code="")
+    worker = Worker(studies, ("train",), command=python)
+    worker.serve(until_idle=True)
+    assert state(studies, third).state == "done"
+    with studies.store.read() as transaction:
+        (scoring,) = jobs.listing(transaction, "scoring")
+    assert (scoring.request, scoring.who) == ({"method": "segqc"}, SERVER)
+
+
+@pytest.mark.server
+def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
+    folder = make_studies(tmp_path / "studies", scans=7, finals=5)
+    studies = Studies(folder)
+    job = put(studies, "round")
+    command = [sys.executable, "-m", "segqc.cli", "worker", str(folder), "--until-idle"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def trained() -> bool:
+        with studies.store.read() as transaction:
+            return any(e.verb == "step finished" for e in events.history(transaction, "job", job))
+
+    wait_for(trained, 240)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = studies.model_path("segmentation").stat().st_ino
+    # the heart has stopped: for the next worker the clock is moved on instead of waiting
+    real = studies.store.database.clock
+    studies.store.database.clock = lambda: real() + dt.timedelta(hours=1)
+    Worker(studies).serve(until_idle=True)
+    ended = state(studies, job)
+    assert (ended.state, ended.attempts) == ("done", 2), ended.said
+    assert ended.result is not None
+    assert set(ended.result) == {"round", "train segmentation", "train segqc", "score"}
+    assert studies.model_path("segmentation").stat().st_ino == before, "a finished step is not done twice"
+    assert len(studies.assessments()) == 2
