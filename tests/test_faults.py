@@ -311,10 +311,9 @@ def test_a_full_disk_changes_nothing_and_service_goes_on_after_it(small_disk: Pa
     take_in_scans(store)
     kept = save_final(store, tmp_path, "scan_0", 3)
     filler = small_disk / "filler"
-    with filler.open("wb") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
-            file.flush()
     big = tmp_path / "big.nii.gz"
     big.write_bytes(os.urandom(200_000))
     with pytest.raises(OSError, match="No space") as raised:

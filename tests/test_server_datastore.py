@@ -51,6 +51,7 @@ def test_lists_what_is_in_the_folder_and_what_comes_into_it(folder: Path, store:
     assert store.list_images() == ["scan.v1.2", "scan_0", "scan_2"]
     assert store.get_labeled_images() == ["scan.v1.2", "scan_0"]
     assert not store.has_image("scan_1")
+    assert "scan_1" not in store.json()["objects"]
     assert [Path(p["label"]).name for p in store.datalist()] == ["scan.v1.2.nii.gz", "scan_0.nii.gz"]
     assert store.status()["completed"] == 2
 

@@ -260,7 +260,7 @@ class StoreDatastore(Datastore):
     def json(self) -> Mapping[str, Any]:
         """All scans and current labels in the form of MONAI Label's LocalDatastore."""
         with self._store.read() as transaction:
-            records = scans.listing(transaction, states=SHOWN_STATES)
+            records = [s for s in scans.listing(transaction, states=SHOWN_STATES) if s.missing_since is None]
             found: dict[str, dict[str, Any]] = {
                 s.name: {
                     "image": {"info": dict(s.info), "ext": s.file.removeprefix(s.name)},

@@ -83,6 +83,9 @@ class Database:
     def _connection(self, *, write: bool) -> Iterator[Connection]:
         try:
             with self.engine.connect().execution_options(**self._options(write=write)) as connection:
+                if write:
+                    # the pen first, and only then the time: times in the store are in the order of the commits
+                    connection.begin()
                 if write and not self.is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
