@@ -712,6 +712,9 @@ def readings(
     pairs = [pair for name in names for pair in inter_rater(studies, name)]
     if not pairs and add is None:
         raise CommandError(f"{folder}: no scan was read by two annotators yet")
+    if not pairs:
+        typer.echo(f"{folder}: readings kept; nobody else has read these scans yet")
+        return
     by_structure: dict[str, list[float]] = {}
     for pair in pairs:
         if pair.dice is not None:

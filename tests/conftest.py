@@ -29,10 +29,10 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     try:
-        with running_postgresql(tmp_path_factory.mktemp("postgresql")) as url:
+        with running_postgresql() as url:
             yield url
     except FileNotFoundError as error:
         if os.environ.get("SEGQC_TEST_POSTGRESQL") == "required":

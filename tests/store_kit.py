@@ -8,6 +8,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,21 +42,18 @@ class Clock:
 
 
 @contextlib.contextmanager
-def running_postgresql(folder: Path) -> Iterator[str]:
-    """Start a PostgreSQL of our own on a socket in a folder; gives the URL of its server, without a database."""
+def running_postgresql() -> Iterator[str]:
+    """Start a PostgreSQL of our own, on a socket only; gives the URL of its server, without a database."""
     # Debian keeps them off the PATH
     found = shutil.which("initdb") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
     if found is None:
         raise FileNotFoundError("initdb is nowhere; install PostgreSQL's server")
     tools = Path(found).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # the path of a socket must be short
     as_user: dict[str, object] = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = pwd.getpwnam("postgres")
         os.chown(folder, user.pw_uid, user.pw_gid)
-        for parent in folder.parents:
-            if parent.stat().st_uid == 0 and parent != Path("/") and not os.stat(parent).st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
         as_user = {"user": user.pw_uid, "group": user.pw_gid}
     data, run = folder / "data", {"check": True, "cwd": "/", "capture_output": True, **as_user}
     subprocess.run([tools / "initdb", "-D", data, "-U", "segqc", "-A", "trust", "-E", "UTF8"], **run)  # type: ignore[call-overload]
@@ -65,6 +63,7 @@ def running_postgresql(folder: Path) -> Iterator[str]:
         yield f"postgresql+psycopg://segqc@/{{}}?host={folder}"
     finally:
         subprocess.run([tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def new_database(server: str) -> str:

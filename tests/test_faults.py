@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from segqc.store.upkeep import check
 
 from segqc.store import assessments, corrections, labels, leases, orders, scans
 from segqc.store.database import Transaction
@@ -33,11 +32,12 @@ from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.store import Store
+from segqc.store.upkeep import check
 from segqc.store.values import Change, LabelRecord, StructureChange, Who
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, bundle, make_scans, new_database, running_postgresql, save_final, take_in_scans
+from tests.store_kit import ANNA, bundle, make_scans, save_final, take_in_scans
 
 KILLS = int(os.environ.get("SEGQC_KILLS", "20"))
 CROWD_SECONDS = float(os.environ.get("SEGQC_CROWD_SECONDS", "10"))
@@ -46,23 +46,6 @@ SCANS = 40
 RULES = LeaseRules(repeat_seconds=0, skip_hours=0, lease_minutes=60)
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    try:
-        with running_postgresql(tmp_path_factory.mktemp("postgresql")) as url:
-            yield url
-    except FileNotFoundError as error:
-        if os.environ.get("SEGQC_TEST_POSTGRESQL") == "required":
-            raise
-        pytest.skip(f"no PostgreSQL to test with: {error}")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest) -> str | None:
-    return None if request.param == "sqlite" else new_database(request.getfixturevalue("postgresql"))
 
 
 @pytest.fixture

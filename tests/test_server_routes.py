@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from monailabel.interfaces.utils.app import app_instance, clear_cache
 from segqc.loop.studies import Studies
 from segqc.server.serve import default_app_dir
 from segqc.store import corrections, leases
+from segqc.store.database import StoreUnavailable
 from segqc.store.events import SERVER
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
@@ -358,6 +360,31 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
     assert refused.status_code == 422
     assert client.delete("/datastore/label?id=scan_2&tag=final").status_code == 200
     assert client.get("/info/").json()["datastore"]["completed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), 500, "Read-only file system"),
+        (StoreUnavailable("the database does not answer"), 503, "does not answer"),
+    ],
+)
+def test_what_the_server_cannot_do_is_its_own_fault_and_changes_nothing(
+    client: TestClient, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    problem: Exception, status: int, said: str,
+) -> None:  # fmt: skip
+    before = files_below(base)
+
+    def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(studies_of(client).store, "change_labels", fail)
+    content = volume_bytes(tmp_path, draw_case(1)[1])
+    response = client.put("/datastore/label?image=scan_1", files={"label": ("m.nii.gz", content)})
+    assert response.status_code == status
+    assert said in response.json()["detail"]
+    assert files_below(base) == before
 
 
 def test_nothing_left_is_an_empty_answer(client: TestClient, base: Path, tmp_path: Path) -> None:
