@@ -5,36 +5,39 @@ Imports of the library are inside the commands: PyTorch takes seconds, and ``seg
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segqc import __version__
-from segqc.commands import database, exchange
-from segqc.commands.common import CommandError
+from segqc.commands import annotation, database, exchange
+from segqc.commands.common import (
+    AsCsv,
+    AsJson,
+    CommandError,
+    ConfigFile,
+    Row,
+    StudiesFolder,
+    emit,
+    shown,
+    shown_progress,
+    studies_at,
+)
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
     from segqc.evaluation.agreement import Agreement
-    from segqc.loop.studies import Studies
     from segqc.segmenter import Segmenter
     from segqc.settings import Network
-    from segqc.store.values import LabelRecord, Who
-    from segqc.training import Progress
     from segqc.types import Assessment
 
-Cell: TypeAlias = str | int | float | bool | None
-Row: TypeAlias = Mapping[str, Cell]
 
 EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
 
@@ -51,6 +54,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
+app.add_typer(annotation.app)  # without a name: its commands are the program's own
 app.add_typer(database.app, name="db")
 app.add_typer(exchange.import_app, name="import")
 app.add_typer(exchange.export_app, name="export")
@@ -72,15 +76,6 @@ class Size(StrEnum):
     PAPER = "paper"
 
 
-StudiesFolder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Studies folder: scans, and labels/final.", show_default=False)
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings file to use instead of FOLDER/segqc.toml."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
 ModelsOf = Annotated[
     Path | None,
@@ -256,14 +251,14 @@ def _train(
 ) -> None:
     from segqc.loop.train import train
 
-    studies = _studies(folder, config, {"training": {network: dict(flags)}} if flags else {})
+    studies = studies_at(folder, config, {"training": {network: dict(flags)}} if flags else {})
     settings = studies.settings.training_settings(network)
-    with _progress() as progress:
+    with shown_progress() as progress:
         card = train(studies, network, progress, settings.paper_recipe() if paper_recipe else settings)
     path = studies.model_path(network)
     rows: list[Row] = [{"measure": name, "value": value} for name, value in card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(studies.training_folder(network) / "curve.png")}
-    _emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+    emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
 
 
 @app.command()
@@ -279,13 +274,13 @@ def score(
     """Segment and score every scan without a final label; continues where an earlier run stopped."""
     from segqc.loop.scoring import score as score_all
 
-    studies = _studies(folder, config)
-    with _progress() as progress:
+    studies = studies_at(folder, config)
+    with shown_progress() as progress:
         summary = score_all(studies, method.value, progress, force=force)
     rows: list[Row] = [
         {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
     ]
-    _emit(rows, f"scores by {method.value}", as_json=as_json, extra={"failures": summary.failed})
+    emit(rows, f"scores by {method.value}", as_json=as_json, extra={"failures": summary.failed})
     if summary.failed:
         first, reason = next(iter(summary.failed.items()))
         raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
@@ -312,7 +307,7 @@ def rank(
 
     if truth is not None and not truth.is_dir():
         raise CommandError(f"{truth}: no such folder of true labels")
-    ranked = order(_studies(folder, config), method.value, truth=truth, include_final=include_final)
+    ranked = order(studies_at(folder, config), method.value, truth=truth, include_final=include_final)
     if not ranked:
         raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
@@ -334,7 +329,7 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    _emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
+    emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
 
@@ -343,7 +338,7 @@ def _agreement_text(found: Agreement, *, is_dice: bool) -> str:
     low, high = found.true_range
     lines = [
         f"{found.scans} scans with a truth; true Dice from {low:.3f} to {high:.3f}",
-        f"Spearman {_shown(found.spearman)}   Pearson {_shown(found.pearson)}",
+        f"Spearman {shown(found.spearman)}   Pearson {shown(found.pearson)}",
     ]
     if is_dice:
         lines.append(
@@ -376,7 +371,7 @@ def predict(
     segmenter = _segmenter(_models_folder(studies, scans[0]), model)
     if not to_file:
         out.mkdir(parents=True, exist_ok=True)
-    with _progress() as progress:
+    with shown_progress() as progress:
         for i, path in enumerate(scans):
             progress.step(i, len(scans), f"segmenting: {path.name}")
             target = out if to_file else out / f"{scan_id(path)}.nii.gz"
@@ -422,10 +417,10 @@ def assess(
     if as_json:
         typer.echo(result.assessment.to_json())
     elif as_csv:
-        _emit(_assessment_lines(result.assessment), "", as_csv=True)
+        emit(_assessment_lines(result.assessment), "", as_csv=True)
     else:
-        _emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality", extra={})
-        _emit(_slice_rows(result.assessment, slices), "slices to look at first")
+        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality", extra={})
+        emit(_slice_rows(result.assessment, slices), "slices to look at first")
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
 
@@ -507,7 +502,7 @@ def serve(
             raise
         raise CommandError("the server is not installed; pip install 'segqc[server]'") from error
     flags = _given(host=host, port=port, bootstrap=bootstrap)
-    settings = _studies(folder, None, {"server": flags} if flags else {}).settings.server
+    settings = studies_at(folder, None, {"server": flags} if flags else {}).settings.server
     run(
         folder,
         host=settings.host,
@@ -548,236 +543,10 @@ def worker(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("alembic", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    taker = Worker(_studies(folder, config), kind or KINDS)
+    taker = Worker(studies_at(folder, config), kind or KINDS)
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)
     taker.serve(until_idle=until_idle)
-
-
-# ---- annotation ----------------------------------------------------------------------------------------------------
-
-Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
-
-
-@app.command()
-def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
-    from segqc.store import scans as stored
-
-    studies = _studies(folder, config)
-    with studies.store.read() as transaction:
-        found = stored.listing(transaction)
-    rows: list[Row] = [
-        {
-            "scan": s.name,
-            "patient": s.patient,
-            "fold": s.fold,
-            "role": s.role,
-            "state": "missing" if s.missing_since is not None else s.state,
-            "reason": s.reason,
-            "estimated Dice": s.ranking_dice,
-        }
-        for s in found
-    ]
-    _emit(rows, f"{folder}: {len(rows)} scans", as_json=as_json, as_csv=as_csv, key="scans")
-
-
-@app.command()
-def labels(
-    folder: StudiesFolder,
-    scan: Scan,
-    restore: Annotated[
-        int | None, typer.Option(metavar="VERSION", help="Make this version the current one of its tag again.")
-    ] = None,
-    export: Annotated[int | None, typer.Option(metavar="VERSION", help="Copy this version to --out.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where --export writes to.")] = None,
-    config: ConfigFile = None,
-    as_json: AsJson = False,
-    as_csv: AsCsv = False,
-) -> None:
-    """Show who made which version of a scan's labels and what was changed; restore or export one."""
-    from segqc.store import corrections
-    from segqc.store import labels as stored
-
-    if (export is None) != (out is None):
-        raise typer.BadParameter("--export and --out belong together", param_hint="--export")
-    studies = _studies(folder, config)
-    with studies.store.read() as transaction:
-        history = {version.id: version for version in stored.history(transaction, scan)}
-        changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
-        current = {label.id for label in stored.tags(transaction, scan).values()}
-    for wanted in (restore, export):
-        if wanted is not None and wanted not in history:
-            raise CommandError(
-                f"the scan {scan!r} has no label version {wanted}; it has {', '.join(map(str, history))}"
-            )
-    if restore is not None:
-        made = studies.store.restore_label(restore, _me())
-        typer.echo(f"{scan}: version {restore} is the current label {made.tag!r} again, as version {made.id}")
-        return
-    if export is not None and out is not None:
-        _export_label(studies, history[export], out)
-        return
-    rows: list[Row] = []
-    for version in history.values():
-        change = changes.get(version.id)
-        dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
-        rows.append(
-            {
-                "version": version.id,
-                "tag": version.tag,
-                "current": "yes" if version.id in current else "",
-                "made by": version.who.name,
-                "as": version.maker,
-                "known by": version.who.identified_by,
-                "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-                "from": version.parent,
-                "Dice before": min(dice) if dice else None,
-                "voxels changed": change.change.voxels_changed if change else None,
-                "seconds": change.seconds if change else None,
-                "sha256": version.sha256[:12] if version.sha256 else None,
-            }
-        )
-    _emit(rows, f"{scan}: {len(rows)} label versions", as_json=as_json, as_csv=as_csv, key="versions")
-
-
-def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
-    from segqc.volumes import atomic_write
-
-    source = studies.store.label_file(version)
-    if not out.name.endswith(version.suffix or ""):
-        raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
-    with atomic_write(out) as temporary:
-        temporary.write_bytes(source.read_bytes())
-    typer.echo(f"{out}: version {version.id} of {version.scan}")
-
-
-class Decision(StrEnum):
-    """What a reviewer decides."""
-
-    APPROVE = "approve"
-    REJECT = "reject"
-    EXCLUDE = "exclude"
-    REOPEN = "reopen"
-
-
-@app.command()
-def review(
-    folder: StudiesFolder,
-    scan: Scan,
-    decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
-    reason: Annotated[str | None, typer.Option(help="Why: wanted for reject and exclude.")] = None,
-    config: ConfigFile = None,
-) -> None:
-    """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
-    from segqc.loop.review import STATE_OF
-
-    studies = _studies(folder, config)
-    studies.store.review(scan, STATE_OF[decision.value], _me(), reason)
-    typer.echo(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}")
-
-
-@app.command()
-def readings(
-    folder: StudiesFolder,
-    scan: Annotated[
-        str | None, typer.Argument(metavar="[SCAN]", help="One scan [default: all that were read].")
-    ] = None,
-    add: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
-    ] = None,
-    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
-    config: ConfigFile = None,
-    as_json: AsJson = False,
-    as_csv: AsCsv = False,
-) -> None:
-    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
-    from segqc.evaluation.agreement import find_labels
-    from segqc.loop.readings import add_reading, inter_rater
-    from segqc.store.values import Who
-
-    if (add is None) != (reader is None):
-        raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
-    studies = _studies(folder, config)
-    names = [scan] if scan is not None else [entry.id for entry in studies.scans()]
-    if add is not None and reader is not None:
-        found = {name: path for name in names if (path := find_labels(add, name)) is not None}
-        if not found:
-            raise CommandError(f"{add}: no label file is named as a scan of {folder}")
-        with _progress() as progress:
-            for i, (name, path) in enumerate(found.items(), start=1):
-                add_reading(studies, name, path, Who("person", reader, "command"))
-                progress.step(i, len(found), f"readings: {name}")
-    pairs = [pair for name in names for pair in inter_rater(studies, name)]
-    if not pairs and add is None:
-        raise CommandError(f"{folder}: no scan was read by two annotators yet")
-    if not pairs:
-        typer.echo(f"{folder}: readings kept; nobody else has read these scans yet")
-        return
-    by_structure: dict[str, list[float]] = {}
-    for pair in pairs:
-        if pair.dice is not None:
-            by_structure.setdefault(pair.structure, []).append(pair.dice)
-    rows: list[Row] = [dataclasses.asdict(pair) for pair in pairs]
-    means: list[Row] = [
-        {"structure": name, "pairs": len(dice), "mean Dice": sum(dice) / len(dice), "lowest": min(dice)}
-        for name, dice in by_structure.items()
-    ]
-    if as_json:
-        _emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
-        return
-    _emit(rows, f"{folder}: readers against each other", as_csv=as_csv)
-    if not as_csv:
-        _emit(means, "by structure")
-
-
-@app.command()
-def consensus(
-    folder: StudiesFolder,
-    scan: Scan,
-    by: Annotated[
-        str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
-    ] = "staple",
-    config: ConfigFile = None,
-) -> None:
-    """Make the final label of a scan that several annotators have read."""
-    from segqc.loop.readings import make_consensus
-
-    made = make_consensus(_studies(folder, config), scan, by, _me())
-    typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
-
-
-@app.command()
-def leases(
-    folder: StudiesFolder,
-    every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,
-    config: ConfigFile = None,
-    as_json: AsJson = False,
-    as_csv: AsCsv = False,
-) -> None:
-    """List which scans are handed out to whom, by which strategy or draw."""
-    from segqc.store import leases as stored
-
-    studies = _studies(folder, config)
-    with studies.store.read() as transaction:
-        found = stored.listing(transaction, state=None if every else "open")
-    rows: list[Row] = [
-        {
-            "scan": lease.scan,
-            "to": lease.who.name,
-            "known by": lease.who.identified_by,
-            "state": lease.state,
-            "handed out": lease.handed_out_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            "until": lease.expires_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            "strategy": lease.strategy,
-            "draw": lease.draw,
-            "probability": lease.probability,
-            "estimated Dice": lease.score,
-        }
-        for lease in found
-    ]
-    _emit(rows, f"{folder}: {len(rows)} scans handed out", as_json=as_json, as_csv=as_csv, key="leases")
 
 
 @app.command()
@@ -799,13 +568,13 @@ def simulate(
         if error.name is None or not error.name.startswith("monailabel"):
             raise
         raise CommandError("the client is not installed; pip install 'segqc[server]'") from error
-    studies = _studies(folder, None)
+    studies = studies_at(folder, None)
     source = truth or folder / "truth"
     if not source.is_dir():
         raise CommandError(f"{source}: no such folder of true labels; name one with --truth")
     url = server or f"http://{studies.settings.server.host}:{studies.settings.server.port}"
     rows: list[Row] = []
-    with _progress() as progress:
+    with shown_progress() as progress:
         for done in annotate(url, source, studies.structures, count=count, strategy=strategy):
             rows.append(
                 {
@@ -819,26 +588,7 @@ def simulate(
             progress.step(len(rows), count, f"correcting: {done.scan}")
     if not rows:
         raise CommandError(f"{url}: no scan is left to correct")
-    _emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
-
-
-def _me() -> Who:
-    """Whoever runs the command."""
-    import getpass
-
-    from segqc.store.values import Who
-
-    return Who("person", getpass.getuser(), "command")
-
-
-# ---- what the commands share ---------------------------------------------------------------------------------------
-
-
-def _studies(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Studies:
-    from segqc.loop.studies import Studies
-    from segqc.settings import load_settings
-
-    return Studies(folder, load_settings(folder, config, overrides))
+    emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
 
 
 def _models_folder(studies: Path | None, scan: Path) -> Path:
@@ -848,7 +598,7 @@ def _models_folder(studies: Path | None, scan: Path) -> Path:
 def _segmenter(folder: Path, model: Path | None) -> Segmenter:
     from segqc.segmenter import Segmenter
 
-    found = Segmenter.load(model) if model is not None else _studies(folder, None).segmenter()
+    found = Segmenter.load(model) if model is not None else studies_at(folder, None).segmenter()
     if found is None:
         raise CommandError(f"{folder}: no segmentation network; name one with --model or --studies, or train it first")
     return found
@@ -857,95 +607,10 @@ def _segmenter(folder: Path, model: Path | None) -> Segmenter:
 def _assessor(folder: Path, model: Path | None) -> Assessor:
     from segqc.assessor import Assessor
 
-    found = Assessor.load(model) if model is not None else _studies(folder, None).assessor()
+    found = Assessor.load(model) if model is not None else studies_at(folder, None).assessor()
     if found is None:
         raise CommandError(f"{folder}: no SegQC network; name one with --model or --studies, or train it first")
     return found
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
-    if not sys.stderr.isatty():
-        from segqc.training import LogProgress
-
-        logging.getLogger("segqc").setLevel(logging.INFO)
-        yield LogProgress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
-
-
-class _RichProgress:
-    """Progress as bars: one for each piece of work, told apart by its message up to the colon."""
-
-    def __init__(self, add: Callable[[int, str], int], update: Callable[..., None]) -> None:
-        self._add, self._update = add, update
-        self._bars: dict[str, int] = {}
-
-    def step(self, done: int, total: int, message: str) -> None:
-        """Move the bar of this piece of work."""
-        work = message.split(":")[0]
-        if work not in self._bars:
-            self._bars[work] = self._add(total, message)
-        self._update(self._bars[work], completed=done, total=total, description=message)
-
-
-def _shown(value: Cell) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _emit(
-    rows: Sequence[Row],
-    title: str,
-    *,
-    as_json: bool = False,
-    as_csv: bool = False,
-    extra: Mapping[str, object] | None = None,
-    key: str = "rows",
-) -> None:
-    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV."""
-    if as_json and as_csv:
-        raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
-    if as_json:
-        typer.echo(json.dumps({key: [dict(row) for row in rows], **(extra or {})}, indent=1))
-        return
-    names = list(rows[0]) if rows else []
-    if as_csv:
-        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width: nothing is to be cut off
-    typer.secho(title, bold=True)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, justify="left" if rows and isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(_shown(row[name]) for name in names))
-    console.print(table)
-    for name, value in (extra or {}).items():
-        if isinstance(value, str):
-            typer.echo(f"{name}: {value}")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 if TYPE_CHECKING:
+    from segqc.loop.studies import Studies
     from segqc.settings import Settings
     from segqc.store.store import Store
     from segqc.store.upkeep import Report
+    from segqc.store.values import Who
+    from segqc.training import Progress
 
 StudiesFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Studies folder: scans, and labels/final.", show_default=False)
 ]
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file to use instead of FOLDER/segqc.toml."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+
+Cell: TypeAlias = str | int | float | bool | None
+Row: TypeAlias = Mapping[str, Cell]
 
 
 class CommandError(ValueError):
@@ -72,3 +89,106 @@ def progress() -> Iterator[Report]:
             bars.update(bars.task_ids[task], completed=done, total=total)
 
         yield report
+
+
+def studies_at(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Studies:
+    """A studies folder, with its own settings file or another one, and flags over it."""
+    from segqc.loop.studies import Studies
+    from segqc.settings import load_settings
+
+    return Studies(folder, load_settings(folder, config, overrides))
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
+    if not sys.stderr.isatty():
+        from segqc.training import LogProgress
+
+        logging.getLogger("segqc").setLevel(logging.INFO)
+        yield LogProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
+
+
+class _RichProgress:
+    """Progress as bars: one for each piece of work, told apart by its message up to the colon."""
+
+    def __init__(self, add: Callable[[int, str], int], update: Callable[..., None]) -> None:
+        self._add, self._update = add, update
+        self._bars: dict[str, int] = {}
+
+    def step(self, done: int, total: int, message: str) -> None:
+        """Move the bar of this piece of work."""
+        work = message.split(":")[0]
+        if work not in self._bars:
+            self._bars[work] = self._add(total, message)
+        self._update(self._bars[work], completed=done, total=total, description=message)
+
+
+def shown(value: Cell) -> str:
+    """A cell as tables show it."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def emit(
+    rows: Sequence[Row],
+    title: str,
+    *,
+    as_json: bool = False,
+    as_csv: bool = False,
+    extra: Mapping[str, object] | None = None,
+    key: str = "rows",
+) -> None:
+    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV."""
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
+    if as_json:
+        typer.echo(json.dumps({key: [dict(row) for row in rows], **(extra or {})}, indent=1))
+        return
+    names = list(rows[0]) if rows else []
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width: nothing is to be cut off
+    typer.secho(title, bold=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, justify="left" if rows and isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(shown(row[name]) for name in names))
+    console.print(table)
+    for name, value in (extra or {}).items():
+        if isinstance(value, str):
+            typer.echo(f"{name}: {value}")
+
+
+def me() -> Who:
+    """Whoever runs the command."""
+    import getpass
+
+    from segqc.store.values import Who
+
+    return Who("person", getpass.getuser(), "command")

@@ -1,0 +1,252 @@
+"""Commands on scans and their labels: who works on what, who changed what, and what a reviewer decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segqc.commands.common import (
+    AsCsv,
+    AsJson,
+    CommandError,
+    ConfigFile,
+    Row,
+    StudiesFolder,
+    emit,
+    me,
+    shown_progress,
+    studies_at,
+)
+
+if TYPE_CHECKING:
+    from segqc.loop.studies import Studies
+    from segqc.store.values import LabelRecord
+
+app = typer.Typer()
+
+Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
+
+
+@app.command()
+def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
+    from segqc.store import scans as stored
+
+    studies = studies_at(folder, config)
+    with studies.store.read() as transaction:
+        found = stored.listing(transaction)
+    rows: list[Row] = [
+        {
+            "scan": s.name,
+            "patient": s.patient,
+            "fold": s.fold,
+            "role": s.role,
+            "state": "missing" if s.missing_since is not None else s.state,
+            "reason": s.reason,
+            "estimated Dice": s.ranking_dice,
+        }
+        for s in found
+    ]
+    emit(rows, f"{folder}: {len(rows)} scans", as_json=as_json, as_csv=as_csv, key="scans")
+
+
+@app.command()
+def labels(
+    folder: StudiesFolder,
+    scan: Scan,
+    restore: Annotated[
+        int | None, typer.Option(metavar="VERSION", help="Make this version the current one of its tag again.")
+    ] = None,
+    export: Annotated[int | None, typer.Option(metavar="VERSION", help="Copy this version to --out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where --export writes to.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show who made which version of a scan's labels and what was changed; restore or export one."""
+    from segqc.store import corrections
+    from segqc.store import labels as stored
+
+    if (export is None) != (out is None):
+        raise typer.BadParameter("--export and --out belong together", param_hint="--export")
+    studies = studies_at(folder, config)
+    with studies.store.read() as transaction:
+        history = {version.id: version for version in stored.history(transaction, scan)}
+        changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
+        current = {label.id for label in stored.tags(transaction, scan).values()}
+    for wanted in (restore, export):
+        if wanted is not None and wanted not in history:
+            raise CommandError(
+                f"the scan {scan!r} has no label version {wanted}; it has {', '.join(map(str, history))}"
+            )
+    if restore is not None:
+        made = studies.store.restore_label(restore, me())
+        typer.echo(f"{scan}: version {restore} is the current label {made.tag!r} again, as version {made.id}")
+        return
+    if export is not None and out is not None:
+        _export_label(studies, history[export], out)
+        return
+    rows: list[Row] = []
+    for version in history.values():
+        change = changes.get(version.id)
+        dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
+        rows.append(
+            {
+                "version": version.id,
+                "tag": version.tag,
+                "current": "yes" if version.id in current else "",
+                "made by": version.who.name,
+                "as": version.maker,
+                "known by": version.who.identified_by,
+                "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                "from": version.parent,
+                "Dice before": min(dice) if dice else None,
+                "voxels changed": change.change.voxels_changed if change else None,
+                "seconds": change.seconds if change else None,
+                "sha256": version.sha256[:12] if version.sha256 else None,
+            }
+        )
+    emit(rows, f"{scan}: {len(rows)} label versions", as_json=as_json, as_csv=as_csv, key="versions")
+
+
+def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
+    from segqc.volumes import atomic_write
+
+    source = studies.store.label_file(version)
+    if not out.name.endswith(version.suffix or ""):
+        raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    typer.echo(f"{out}: version {version.id} of {version.scan}")
+
+
+class Decision(StrEnum):
+    """What a reviewer decides."""
+
+    APPROVE = "approve"
+    REJECT = "reject"
+    EXCLUDE = "exclude"
+    REOPEN = "reopen"
+
+
+@app.command()
+def review(
+    folder: StudiesFolder,
+    scan: Scan,
+    decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
+    reason: Annotated[str | None, typer.Option(help="Why: wanted for reject and exclude.")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
+    from segqc.loop.review import STATE_OF
+
+    studies = studies_at(folder, config)
+    studies.store.review(scan, STATE_OF[decision.value], me(), reason)
+    typer.echo(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}")
+
+
+@app.command()
+def readings(
+    folder: StudiesFolder,
+    scan: Annotated[
+        str | None, typer.Argument(metavar="[SCAN]", help="One scan [default: all that were read].")
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
+    ] = None,
+    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
+    from segqc.evaluation.agreement import find_labels
+    from segqc.loop.readings import add_reading, inter_rater
+    from segqc.store.values import Who
+
+    if (add is None) != (reader is None):
+        raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
+    studies = studies_at(folder, config)
+    names = [scan] if scan is not None else [entry.id for entry in studies.scans()]
+    if add is not None and reader is not None:
+        found = {name: path for name in names if (path := find_labels(add, name)) is not None}
+        if not found:
+            raise CommandError(f"{add}: no label file is named as a scan of {folder}")
+        with shown_progress() as progress:
+            for i, (name, path) in enumerate(found.items(), start=1):
+                add_reading(studies, name, path, Who("person", reader, "command"))
+                progress.step(i, len(found), f"readings: {name}")
+    pairs = [pair for name in names for pair in inter_rater(studies, name)]
+    if not pairs and add is None:
+        raise CommandError(f"{folder}: no scan was read by two annotators yet")
+    if not pairs:
+        typer.echo(f"{folder}: readings kept; nobody else has read these scans yet")
+        return
+    by_structure: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.dice is not None:
+            by_structure.setdefault(pair.structure, []).append(pair.dice)
+    rows: list[Row] = [dataclasses.asdict(pair) for pair in pairs]
+    means: list[Row] = [
+        {"structure": name, "pairs": len(dice), "mean Dice": sum(dice) / len(dice), "lowest": min(dice)}
+        for name, dice in by_structure.items()
+    ]
+    if as_json:
+        emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
+        return
+    emit(rows, f"{folder}: readers against each other", as_csv=as_csv)
+    if not as_csv:
+        emit(means, "by structure")
+
+
+@app.command()
+def consensus(
+    folder: StudiesFolder,
+    scan: Scan,
+    by: Annotated[
+        str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
+    ] = "staple",
+    config: ConfigFile = None,
+) -> None:
+    """Make the final label of a scan that several annotators have read."""
+    from segqc.loop.readings import make_consensus
+
+    made = make_consensus(studies_at(folder, config), scan, by, me())
+    typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
+
+
+@app.command()
+def leases(
+    folder: StudiesFolder,
+    every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """List which scans are handed out to whom, by which strategy or draw."""
+    from segqc.store import leases as stored
+
+    studies = studies_at(folder, config)
+    with studies.store.read() as transaction:
+        found = stored.listing(transaction, state=None if every else "open")
+    rows: list[Row] = [
+        {
+            "scan": lease.scan,
+            "to": lease.who.name,
+            "known by": lease.who.identified_by,
+            "state": lease.state,
+            "handed out": lease.handed_out_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "until": lease.expires_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "strategy": lease.strategy,
+            "draw": lease.draw,
+            "probability": lease.probability,
+            "estimated Dice": lease.score,
+        }
+        for lease in found
+    ]
+    emit(rows, f"{folder}: {len(rows)} scans handed out", as_json=as_json, as_csv=as_csv, key="leases")
