@@ -24,7 +24,7 @@ from segqc.commands.common import (
 
 if TYPE_CHECKING:
     from segqc.loop.studies import Studies
-    from segqc.store.values import LabelRecord
+    from segqc.store.values import LabelRecord, ScanRecord
 
 app = typer.Typer()
 
@@ -34,18 +34,27 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 @app.command()
 def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
+    from segqc.store import leases as leased
     from segqc.store import scans as stored
 
     studies = studies_at(folder, config)
+    studies.refresh()
     with studies.store.read() as transaction:
         found = stored.listing(transaction)
+        handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
+
+    def state(scan: ScanRecord) -> str:
+        if scan.missing_since is not None:
+            return "missing"
+        return "in progress" if scan.name in handed_out else scan.state
+
     rows: list[Row] = [
         {
             "scan": s.name,
             "patient": s.patient,
             "fold": s.fold,
             "role": s.role,
-            "state": "missing" if s.missing_since is not None else s.state,
+            "state": state(s),
             "reason": s.reason,
             "estimated Dice": s.ranking_dice,
         }

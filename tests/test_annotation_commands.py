@@ -1,0 +1,82 @@
+"""The commands on scans and labels, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from segqc import cli
+from segqc.commands.common import CommandError
+from segqc.loop.corrections import submit_label
+from segqc.loop.studies import Studies
+from segqc.store import leases, orders
+from segqc.store.database import StoreError
+from segqc.volumes import read_labels, write_labels
+from tests.server_kit import CONFIG, assess, draw_case, make_studies
+from tests.store_kit import ANNA
+
+PLAIN = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
+
+
+def run(*words: object) -> str:
+    done = CliRunner().invoke(cli.app, [str(w) for w in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = make_studies(tmp_path / "s", scans=3, finals=0, config=CONFIG + PLAIN)
+    studies = Studies(made)
+    for i in range(3):
+        assess(studies, f"scan_{i}", 0.5 + i / 10)
+    with studies.store.write() as transaction:
+        leases.take(transaction, ANNA, "segqc", orders.worst_estimate, studies.settings.annotation)
+    return made
+
+
+def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:
+    states = {s["scan"]: s["state"] for s in json.loads(run("scans", folder, "--json"))["scans"]}
+    assert states == {"scan_0": "in progress", "scan_1": "unlabelled", "scan_2": "unlabelled"}
+    (lease,) = json.loads(run("leases", folder, "--json"))["leases"]
+    assert (lease["scan"], lease["to"], lease["draw"]) == ("scan_0", "anna", "strategy")
+    submit_label(Studies(folder), "scan_0", draw_case(1)[1], "final", ANNA)
+    first, second = json.loads(run("labels", folder, "scan_0", "--json"))["versions"]
+    assert (second["made by"], second["as"], second["known by"], second["from"]) == (
+        "anna", "annotator", "client-id", first["version"],
+    )  # fmt: skip
+    assert second["voxels changed"] == int((draw_case(0)[1].array != draw_case(1)[1].array).sum())
+    assert "submitted" in run("scans", folder, "--csv")
+    run("review", folder, "scan_0", "reject", "--reason", "a gap")
+    assert "a gap" in run("scans", folder)
+    restored = run("labels", folder, "scan_0", "--restore", second["version"])
+    assert f"version {second['version']} is the current label 'final' again" in restored
+    run("review", folder, "scan_0", "approve")
+    run("labels", folder, "scan_0", "--export", first["version"], "--out", tmp_path / "old.nii.gz")
+    assert np.array_equal(read_labels(tmp_path / "old.nii.gz").array, draw_case(0)[1].array)
+    with pytest.raises(CommandError, match=f"no label version 99; it has {first['version']}, "):
+        run("labels", folder, "scan_0", "--restore", 99)
+    with pytest.raises(StoreError, match="no scan 'nobody'"):
+        run("labels", folder, "nobody")
+    with pytest.raises(StoreError, match="a reason is wanted"):
+        run("review", folder, "scan_0", "exclude")
+
+
+def test_readers_are_compared_and_united(folder: Path, tmp_path: Path) -> None:
+    for reader, case in (("berta", 0), ("cleo", 1)):
+        write_labels(draw_case(case)[1], tmp_path / reader / "scan_2.nii.gz")
+        said = run("readings", folder, "--add", tmp_path / reader, "--reader", reader)
+    assert "berta" in said
+    told = json.loads(run("readings", folder, "scan_2", "--json"))
+    assert [(p["first"], p["second"]) for p in told["pairs"]] == [("berta", "cleo")] * 2
+    assert {s["structure"] for s in told["structures"]} == {"liver", "spleen"}
+    assert "by cleo" in run("consensus", folder, "scan_2", "--by", "cleo")
+    assert [c.id for c in Studies(folder).cases()] == ["scan_2"]
+    with pytest.raises(CommandError, match="named as a scan"):
+        run("readings", folder, "--add", tmp_path, "--reader", "dora")
