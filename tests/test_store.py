@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from segqc.placement import Placing, place
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
+from segqc.store import folder as folder_module
 from segqc.store.database import StoreError
 from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
@@ -280,8 +281,33 @@ def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, fold
         assert scans.get(transaction, "scan_2").state == "approved"
 
 
-class _Killed(BaseException):
-    """What a kill looks like from inside: nothing of the process's own code runs any more."""
+def test_a_label_that_another_process_saves_meanwhile_is_not_taken_for_a_persons(
+    store: Store, folder: Path, url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save_mask(store, folder.parent, "scan_1", 5)
+    save_mask(store, folder.parent, "scan_2", 5)
+    other = Store.open(folder, url)
+    real = store.files.views  # looked at between the rows and the files
+    saved = []
+
+    def files(place: Path) -> Iterator[os.DirEntry[str]]:
+        if place.name == "original" and not saved:
+            saved.append(save_mask(other, folder.parent, "scan_1", 6, segmenter="seg2"))
+            saved.append(save_mask(other, folder.parent, "scan_3", 7, segmenter="seg2"))
+            other.remove_label("scan_2", "original", BERT)
+        return listed(place)
+
+    listed = folder_module._files
+    monkeypatch.setattr(folder_module, "_files", files)
+    (real / "original" / "x").touch()
+    take_in_scans(store)
+    (real / "original" / "x").unlink()
+    take_in_scans(store)
+    with store.read() as transaction:
+        assert [v.id for v in labels.history(transaction, "scan_1")] == [first.id, saved[0].id]
+        assert labels.history(transaction, "scan_3") == [saved[1]]
+        assert [v.maker for v in labels.history(transaction, "scan_2")] == ["network", "removal"]
+    other.close()
 
 
 @pytest.mark.parametrize("when", ["before the files", "between the files", "before the commit", "after the commit"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -70,6 +70,8 @@ def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tup
     with store.read() as transaction:
         if _unchanged(transaction, store.studies, "scans"):
             return 0, 0
+        # before the folder is looked through: a scan that is uploaded meanwhile is not missing
+        known = scans.files(transaction)
     mark = _mark(store.studies)
     files = {entry.name for entry in _files(store.studies) if is_scan_path(Path(entry.path))}
     found = [FoundScan(name := scan_id(Path(file)), file, patient_of(name)) for file in sorted(files)]
@@ -77,7 +79,6 @@ def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tup
     labelled = {_stem(entry.name) for entry in _files(final)} if final.is_dir() else set()
     with store.write() as transaction:
         new = scans.take_in(transaction, found, placing, FOLDER, labelled=labelled)
-        known = {record.file for record in scans.listing(transaction) if record.missing_since is None}
         missing = scans.mark_missing(transaction, known - files, FOLDER)
         _remember(transaction, "scans", mark)
     return new, missing
@@ -97,20 +98,57 @@ def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:
         file, scan = f"{tag}/{entry.name}", _stem(entry.name)
         seen.add(file)
         status = entry.stat()
-        if left.get(file) == (status.st_size, status.st_mtime_ns):
+        if file in left and (left[file].size, left[file].modified_ns) == (status.st_size, status.st_mtime_ns):
             continue
         if scan not in known or not entry.name.endswith(VIEW_SUFFIXES):
             continue
         if file not in left or not _only_touched(store, tag, entry):
             changed.append(LabelChange(NewLabel(scan, tag, "import", FOLDER), Path(entry.path)))
-    for start in range(0, len(changed), _AT_ONCE):
-        store.change_labels(changed[start : start + _AT_ONCE])
     gone = [_stem(Path(file).name) for file in left.keys() - seen]
-    for scan in gone:
-        store.remove_label(scan, tag, FOLDER)
+    changed += [LabelChange(NewLabel(scan, tag, "removal", FOLDER), None) for scan in gone]
+    versions = {_stem(Path(file).name): state.version for file, state in left.items()}
+    done = [c for start in range(0, len(changed), _AT_ONCE)
+            for c in _take_in_batch(store, changed[start : start + _AT_ONCE], versions)]  # fmt: skip
     with store.write() as transaction:
-        _remember(transaction, key, mark)
-    return len(changed), len(gone)
+        # what was overtaken is looked at again next time
+        _remember(transaction, key, mark if len(done) == len(changed) else "")
+    removed = sum(change.source is None for change in done)
+    return len(done) - removed, removed
+
+
+class _Overtaken(Exception):  # noqa: N818 - not an error
+    """Other processes have changed labels of these scans since the folder was looked through."""
+
+    def __init__(self, scans_: set[str]) -> None:
+        super().__init__()
+        self.scans = scans_
+
+
+def _take_in_batch(store: Store, changes: list[LabelChange], versions: Mapping[str, int]) -> list[LabelChange]:
+    """Take in label files, but those of scans whose label is not the version any more that the folder showed.
+
+    A file that another process has just saved looks like a person's edit to whoever read the rows before.
+    """
+
+    def check(transaction: Transaction) -> None:
+        overtaken = set()
+        for change in changes:
+            last = labels.current(transaction, change.label.scan, change.label.tag)
+            if (last.id if last is not None else None) != versions.get(change.label.scan):
+                overtaken.add(change.label.scan)
+        if overtaken:
+            raise _Overtaken(overtaken)
+
+    while changes:
+        try:
+            store.change_labels(changes, first=check)
+        except _Overtaken as found:
+            changes = [change for change in changes if change.label.scan not in found.scans]
+        except FileNotFoundError:
+            return []  # gone again before it could be read
+        else:
+            break
+    return changes
 
 
 def _only_touched(store: Store, tag: str, entry: os.DirEntry[str]) -> bool:

@@ -190,12 +190,23 @@ def forget_view(transaction: Transaction, scan: str, tag: str) -> None:
     transaction.execute(delete(LabelView).where(LabelView.scan_id == row.id, LabelView.tag == tag))
 
 
-def views(transaction: Transaction, tag: str) -> dict[str, tuple[int, int]]:
-    """Size and time of the files below a tag as they were left, by file."""
+@dataclass(frozen=True, slots=True)
+class ViewState:
+    """A file below ``labels/`` as the store left it, and the version that it shows."""
+
+    size: int
+    modified_ns: int
+    version: int
+
+
+def views(transaction: Transaction, tag: str) -> dict[str, ViewState]:
+    """The files below a tag as they were left, by file."""
     rows = transaction.execute(
-        select(LabelView.file, LabelView.size, LabelView.modified_ns).where(LabelView.tag == tag)
+        select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id).where(
+            LabelView.tag == tag
+        )
     )
-    return {file: (size, modified) for file, size, modified in rows}
+    return {file: ViewState(size, modified, version) for file, size, modified, version in rows}
 
 
 def known_content(transaction: Transaction, sha256: str) -> bool:

@@ -101,6 +101,11 @@ def names(transaction: Transaction, *, states: Collection[ScanState] | None = No
     return list(transaction.scalars(query))
 
 
+def files(transaction: Transaction) -> set[str]:
+    """The files of all scans that are not missing, relative to the folder."""
+    return set(transaction.scalars(select(Scan.file).where(Scan.missing_since.is_(None))))
+
+
 def counts(transaction: Transaction) -> dict[ScanState, int]:
     """How many scans are in each state."""
     rows = transaction.execute(select(Scan.state, func.count()).group_by(Scan.state))
