@@ -178,16 +178,19 @@ def latest(transaction: Transaction, scan: str) -> tuple[int, Assessment] | None
 
 def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assessment] | None:
     """The last assessment of a label version, with its number."""
-    found = transaction.scalar(
+    found = latest_id(transaction, label_version)
+    assessment = read(transaction, found) if found is not None else None
+    return None if found is None or assessment is None else (found, assessment)
+
+
+def latest_id(transaction: Transaction, label_version: int) -> int | None:
+    """The number of the last assessment of a label version."""
+    return transaction.scalar(
         select(AssessmentRow.id)
         .where(AssessmentRow.label_version_id == label_version)
         .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
         .limit(1)
     )
-    if found is None:
-        return None
-    assessment = read(transaction, found)
-    return None if assessment is None else (found, assessment)
 
 
 def ranking(transaction: Transaction) -> dict[str, float]:

@@ -85,11 +85,7 @@ def _choose(
     """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
     lot = rng.random()
     wanted: list[tuple[Draw, float | None, Order, ColumnElement[bool]]] = []
-    anyone, training, validating = (
-        Scan.queue.is_not(None),
-        Scan.queue == "train",
-        Scan.queue == "validation",
-    )
+    anyone, training, validating = Scan.queue.is_not(None), Scan.queue == "train", Scan.queue == "validation"
     if lot < rules.audit_share:
         wanted.append(("audit", rules.audit_share, orders.uniform, anyone))
     elif lot < rules.audit_share + rules.validation_share:
@@ -108,15 +104,15 @@ def _choose(
 def _free(transaction: Transaction, actor: int, rules: LeaseRules, *, lately_skipped: bool) -> Conditions:
     """What a scan must fulfil beside waiting: a free reader's place, and nothing of this annotator on it."""
     lease = aliased(Assignment)
-    held = select(func.count()).where(lease.scan_id == Scan.id, lease.state == _OPEN).scalar_subquery()
+    held = and_(lease.scan_id == Scan.id, lease.state == _OPEN)
     own = and_(lease.scan_id == Scan.id, lease.actor_id == actor)
-    conditions: list[ColumnElement[bool]] = [
-        Scan.readings + held < rules.readers
-        if rules.readers > 1
-        else ~exists().where(lease.scan_id == Scan.id, lease.state == _OPEN),
-    ]
-    if rules.readers > 1:
-        conditions.append(~exists().where(own, lease.state == "submitted", lease.closed_at >= Scan.opened_at))
+    conditions: list[ColumnElement[bool]]
+    if rules.readers == 1:
+        conditions = [~exists().where(held)]
+    else:
+        reading = select(func.count()).where(held).scalar_subquery()
+        read = exists().where(own, lease.state == "submitted", lease.closed_at >= Scan.opened_at)
+        conditions = [Scan.readings + reading < rules.readers, ~read]
     if not lately_skipped:
         since = transaction.now - dt.timedelta(hours=rules.skip_hours)
         conditions.append(~exists().where(own, lease.state == "skipped", lease.closed_at > since))
@@ -138,7 +134,7 @@ def _open(
         transaction.scalars(select(Assignment.slot).where(Assignment.scan_id == scan.id, Assignment.state == _OPEN))
     )
     start = labels.start_of(transaction, scan.name)
-    shown = assessments.latest_of(transaction, start.id) if start is not None else None
+    shown = assessments.latest_id(transaction, start.id) if start is not None else None
     minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
     row = Assignment(
         scan_id=scan.id,
@@ -153,7 +149,7 @@ def _open(
         probability=probability,
         pool=choice.pool,
         label_version_id=start.id if start is not None else None,
-        assessment_id=shown[0] if shown is not None else None,
+        assessment_id=shown,
     )
     transaction.add(row)
     transaction.flush()
