@@ -80,7 +80,7 @@ Seed = Annotated[int, typer.Option(help="Decides every random draw: the same see
 ModelsOf = Annotated[
     Path | None,
     typer.Option(
-        "--studies", metavar="FOLDER", help="Use the model of this studies folder [default: the scan's folder]."
+        "--studies", metavar="FOLDER", help="Use the model of this studies folder (default: the scan's folder)."
     ),
 ]
 ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help="Use this model file (.pt).")]
@@ -199,11 +199,11 @@ def _structure(text: str) -> tuple[str, tuple[int, ...]]:
 
 # ---- train and score -----------------------------------------------------------------------------------------------
 
-Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training [default: from the settings].")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training (default: from the settings).")]
 TrainingSeed = Annotated[
-    int | None, typer.Option("--seed", help="Decides every random draw [default: from the settings].")
+    int | None, typer.Option("--seed", help="Decides every random draw (default: from the settings).")
 ]
-NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network [default: from the settings].")]
+NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network (default: from the settings).")]
 
 
 @train_app.command("segmentation")
@@ -387,7 +387,7 @@ def assess(
     studies: ModelsOf = None,
     model: ModelFile = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The picture to write [default: SCAN_assessment.png].")
+        Path | None, typer.Option(metavar="FILE", help="The picture to write (default: SCAN_assessment.png).")
     ] = None,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no picture.")] = False,
     errors: Annotated[
@@ -480,14 +480,14 @@ def _assessment_lines(assessment: Assessment) -> list[Row]:
 def serve(
     folder: StudiesFolder,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on [default: 127.0.0.1, this machine only].")
+        str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine only).")
     ] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on [default: 8000].")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on (default: 8000).")] = None,
     bootstrap: Annotated[
         bool | None,
         typer.Option(
             "--bootstrap/--no-bootstrap",
-            help="Train first small networks at the start where there are none [default: yes].",
+            help="Train first small networks at the start where there are none (default: yes).",
         ),
     ] = None,
     worker: Annotated[
@@ -553,10 +553,10 @@ def worker(
 def simulate(
     folder: StudiesFolder,
     server: Annotated[
-        str | None, typer.Option(metavar="URL", help="The running server [default: http://127.0.0.1:8000].")
+        str | None, typer.Option(metavar="URL", help="The running server (default: http://127.0.0.1:8000).")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of scans to correct.")] = 1,
-    truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels [default: FOLDER/truth].")] = None,
+    truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels (default: FOLDER/truth).")] = None,
     strategy: Annotated[str, typer.Option(help="The strategy to ask for the next scan.")] = "segqc",
     as_json: AsJson = False,
     as_csv: AsCsv = False,

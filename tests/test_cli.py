@@ -89,6 +89,8 @@ def test_each_command_and_each_option_explains_itself(path: tuple[str, ...], run
     assert len(command.help or "") > 20
     for parameter in command.params:
         assert getattr(parameter, "help", None) or parameter.name == "help", f"{path}: {parameter.name}"
+        # rich takes words in square brackets for markup, and leaves them out
+        assert "[" not in (getattr(parameter, "help", None) or ""), f"{path}: {parameter.name}"
     assert run(*path, "--help").code == 0
 
 
