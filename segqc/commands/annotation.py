@@ -162,7 +162,7 @@ def review(
 def readings(
     folder: StudiesFolder,
     scan: Annotated[
-        str | None, typer.Argument(metavar="[SCAN]", help="One scan [default: all that were read].")
+        str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all that were read).")
     ] = None,
     add: Annotated[
         Path | None,
