@@ -49,7 +49,9 @@ STRUCTURES = (Structure("anterior", (1,)), Structure("posterior", (2,)), Structu
 BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
 PER_BIN = 25
 SEGMENTER = TrainingSettings(epochs=50, fold_epochs=25, batch=4, patience=30, folds=2)
-ASSESSOR = TrainingSettings(epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25)
+ASSESSOR = TrainingSettings(
+    epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25
+)
 TIMES = "seconds.json"
 progress = LogProgress()
 

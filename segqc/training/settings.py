@@ -16,7 +16,8 @@ class TrainingSettings:
     the cross-fitted segmentation networks that only make SegQC-Net's training masks. ``scan_only_share`` is the first
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
-    at the scan and does not believe every mask. ``output_form`` "direct" with ``loss`` "dice" and a learning rate of
+    at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
+    ``output_form`` "direct" with ``loss`` "dice" and a learning rate of
     5e-4 is the paper's recipe.
     """
 
@@ -38,7 +39,7 @@ class TrainingSettings:
     output_form: OutputForm = "truth"
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
     scan_only_share: float = 0.4
-    empty_mask_share: float = 0.25
+    empty_mask_share: float = 0.0
     average_flips: bool = True
 
     def paper_recipe(self) -> TrainingSettings:
