@@ -26,6 +26,7 @@ from segqc.commands.common import (
     Row,
     StudiesFolder,
     emit,
+    me,
     shown,
     shown_progress,
     studies_at,
@@ -547,6 +548,38 @@ def worker(
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)
     taker.serve(until_idle=until_idle)
+
+
+@app.command("round")
+def run_round(
+    folder: StudiesFolder,
+    put: Annotated[bool, typer.Option("--put", help="Only put it; a running worker does it.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train both networks on all final labels, then segment and score all other scans.
+
+    Stopped or killed in the middle, the round goes on after its last finished step.
+    """
+    from segqc.loop.worker import Worker
+    from segqc.store import jobs
+
+    studies = studies_at(folder, config)
+    with studies.store.write() as transaction:
+        waiting = jobs.open_jobs(transaction, "round")
+        job = waiting[0] if waiting else jobs.put(transaction, "round", {}, me())
+    if put:
+        typer.echo(f"{folder}: round {'waits already' if waiting else 'put'}, as job {job.public_id}")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    taker = Worker(studies, ("round",))
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, taker.end)
+    taker.serve(until_idle=True)
+    with studies.store.read() as transaction:
+        ended = jobs.get(transaction, job.id)
+    if ended.state != "done":
+        raise CommandError(f"{folder}: the round is {ended.state}{': ' + ended.said[-1] if ended.said else ''}")
+    typer.echo(f"{folder}: the round is done")
 
 
 @app.command()

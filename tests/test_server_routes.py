@@ -21,7 +21,7 @@ from monailabel.interfaces.utils.app import app_instance, clear_cache
 
 from segqc.loop.studies import Studies
 from segqc.server.serve import default_app_dir
-from segqc.store import corrections, leases
+from segqc.store import corrections, jobs, leases
 from segqc.store.database import StoreUnavailable
 from segqc.store.events import SERVER
 from segqc.types import Assessment
@@ -385,6 +385,18 @@ def test_what_the_server_cannot_do_is_its_own_fault_and_changes_nothing(
     assert response.status_code == status
     assert said in response.json()["detail"]
     assert files_below(base) == before
+
+
+def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
+    assert client.get("/segqc/round").status_code == 404
+    assert client.post("/segqc/round", json={"segmentation": {"epochs": -1}}).status_code == 400
+    assert client.post("/segqc/round", json={}).status_code == 409, "one label is too few"
+    with studies_of(client).store.write() as transaction:
+        number = jobs.put(transaction, "round", {}, SERVER).id
+    assert client.get("/segqc/round").json()["status"] == "SUBMITTED"
+    with studies_of(client).store.write() as transaction:
+        jobs.stop(transaction, number, SERVER)
+    assert client.get("/segqc/round").json()["status"] == "STOPPED"
 
 
 def test_nothing_left_is_an_empty_answer(client: TestClient, base: Path, tmp_path: Path) -> None:

@@ -487,6 +487,25 @@ def scan_events(scan: str) -> list[JsonObject]:
         return [to_json(event) for event in events.history(transaction, "scan", scans.get(transaction, scan).id)]
 
 
+@router.post("/segqc/round", tags=["SegQC"], dependencies=[ADMIN], summary="Start a round")
+def start_round(asker: AskedBy, params: Params = None) -> JsonObject:
+    """Queue a round: train both networks, then segment and score all scans that wait."""
+    app = app_instance()
+    for model, task in app._trainers.items():
+        own = (params or {}).get(model, {})
+        if not isinstance(own, dict):
+            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
+        task.check(choose_params(own, task.params), len(app.desk.studies.cases()))
+    request: JsonObject = {m: t.job((params or {}).get(m, {})) for m, t in app._trainers.items()}
+    return jobs.submit(_store(), asker.who(params), "round", request)
+
+
+@router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")
+def round_status(all: bool = False, check_if_running: bool = False) -> Any:
+    """Tell how the rounds are."""
+    return jobs.status(_store(), "round", every=all, only_running=check_if_running)
+
+
 @router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
 def open_leases() -> list[JsonObject]:
     """Tell which scan is handed out to whom, and until when; how it was drawn is not told to annotators."""
