@@ -17,8 +17,7 @@ class TrainingSettings:
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
-    ``output_form`` "direct" with ``loss`` "dice" and a learning rate of
-    5e-4 is the paper's recipe.
+    ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
     seed: int = 0
