@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
 from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
-from segqc.networks import ModelCard, ModelError, StemUNet, StructureCalibration, TrainedNetwork, canonical_scan
+from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, canonical_scan
 from segqc.regions import BoxSettings, find_boxes
 from segqc.types import (
     Assessment,
@@ -58,7 +59,7 @@ class Assessor(TrainedNetwork):
 
     kind = "segqc"
 
-    def __init__(self, card: ModelCard, network: StemUNet, settings: AssessmentSettings | None = None) -> None:
+    def __init__(self, card: ModelCard, network: nn.Module, settings: AssessmentSettings | None = None) -> None:
         super().__init__(card, network)
         if card.plan.in_channels != 1 + len(card.structures):
             raise ModelError(

@@ -193,6 +193,21 @@ class StemUNet(nn.Module):
         return depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
 
 
+class MeanOfNetworks(nn.Module):
+    """Networks of one plan that answer with the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean logits (N, out_channels, a, b, c) of a batch (N, in_channels, a, b, c)."""
+        total = self.members[0](x)
+        for member in self.members[1:]:
+            total = total + member(x)
+        return torch.as_tensor(total / len(self.members))
+
+
 def build_network(plan: NetworkPlan, *, seed: int = 0, first_bias: float | None = None) -> StemUNet:
     """Build the network of a plan; its first weights are a function of the seed alone.
 
@@ -222,6 +237,7 @@ class ModelCard:
     """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
 
     ``seen`` names the patients whose labels the network, or a network it was started from, has learnt from.
+    ``members`` networks of the plan answer together, with the mean of their logits.
     """
 
     kind: Kind
@@ -234,6 +250,7 @@ class ModelCard:
     transposes: bool = False
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    members: int = 1
 
 
 _CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)
@@ -274,7 +291,7 @@ class TrainedNetwork:
             torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
 
     @staticmethod
-    def _read(path: Path) -> tuple[ModelCard, StemUNet]:
+    def _read(path: Path) -> tuple[ModelCard, nn.Module]:
         if not path.is_file():
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
@@ -283,7 +300,8 @@ class TrainedNetwork:
             if content["segqc"] != _FORMAT:
                 raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}")
             card = _CARDS.validate_json(content["card"])
-            network = StemUNet(card.plan)
+            members = [StemUNet(card.plan) for _ in range(card.members)]
+            network = members[0] if card.members == 1 else MeanOfNetworks(members)
             network.load_state_dict(content["weights"])
         except ModelError:
             raise
