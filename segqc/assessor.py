@@ -12,6 +12,7 @@ from torch import nn
 
 from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
+from segqc.intervals import LEVEL
 from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
 from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, canonical_scan
 from segqc.regions import BoxSettings, find_boxes
@@ -20,6 +21,7 @@ from segqc.types import (
     BoolArray,
     ErrorView,
     FloatArray,
+    MetricIntervals,
     Metrics,
     SliceQuality,
     StructureQuality,
@@ -44,6 +46,7 @@ class AssessmentSettings:
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
     boxes: BoxSettings = field(default_factory=BoxSettings)
     empty_under_mm3: float = 10.0
+    interval_level: float = LEVEL
 
 
 def mask_sha256(labels: Volume) -> str:
@@ -150,13 +153,18 @@ class Assessor(TrainedNetwork):
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         raw = self._view(mask, error, axis, scan, boxes)
+        estimated = _calibrated(raw.metrics, calibration)
+        made_of = calibration.intervals if calibration is not None else None
         return StructureQuality(
             name=name,
             present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
             mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
-            estimated=_calibrated(raw.metrics, calibration),
+            estimated=estimated,
             raw=raw,
             extracted=self._view(mask, extracted, axis, scan, boxes),
+            intervals=made_of.of(raw.metrics, estimated, level=self.settings.interval_level)
+            if made_of is not None
+            else MetricIntervals(),
         )
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:

@@ -18,6 +18,7 @@ from monai.networks.nets import DynUNet
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from segqc.intervals import StructureIntervals
 from segqc.metrics import LinearCalibration
 from segqc.types import FloatArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame, to_canonical
@@ -223,13 +224,18 @@ def build_network(plan: NetworkPlan, *, seed: int = 0, first_bias: float | None 
 
 @dataclass(frozen=True, slots=True)
 class StructureCalibration:
-    """Linear calibration of the four 3D metrics of one structure, and the largest error box seen in training."""
+    """Linear calibration of the four 3D metrics of one structure, and the largest error box seen in training.
+
+    ``intervals`` is None in model files from before there were intervals. They are no part of a model's version: they
+    are made anew from audit draws, and the estimates stay what they were.
+    """
 
     dice: LinearCalibration
     iou: LinearCalibration
     arvd: LinearCalibration
     rvd: LinearCalibration
     largest_box_mm2: float | None
+    intervals: StructureIntervals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +359,7 @@ def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    digest = hashlib.sha256(_CARDS.dump_json(card))
+    digest = hashlib.sha256(_CARDS.dump_json(card, exclude={"calibration": {"__all__": {"intervals"}}}))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -46,6 +46,29 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionInterval:
+    """Where the true metric lies with probability ``level``, on average over patients; as text, ``0.82-0.91``."""
+
+    low: float
+    high: float
+    level: float
+
+    def __str__(self) -> str:
+        between = " to " if self.low < 0 else "-"
+        return f"{self.low:.2f}{between}{self.high:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricIntervals:
+    """Prediction intervals of the four 3D metrics; None stands for "not enough data", or an undefined estimate."""
+
+    dice: PredictionInterval | None = None
+    iou: PredictionInterval | None = None
+    arvd: PredictionInterval | None = None
+    rvd: PredictionInterval | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SliceQuality:
     """One slice: its metrics and the sum of the error probability over its voxels (what slices are ranked by)."""
 
@@ -81,6 +104,7 @@ class StructureQuality:
 
     ``estimated`` are the numbers to show: the map's metrics after the model's linear calibration.
     ``raw`` is read off the error map as it is, ``extracted`` off the map after error extraction (paper, section 3.3).
+    ``intervals`` belong to ``estimated``.
     """
 
     name: str
@@ -89,6 +113,7 @@ class StructureQuality:
     estimated: Metrics
     raw: ErrorView
     extracted: ErrorView
+    intervals: MetricIntervals = MetricIntervals()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +132,18 @@ class Assessment:
     @property
     def dice(self) -> float:
         """The scan's score: the worst present structure's estimated Dice; 1.0 where no structure is present."""
-        present = [s.estimated.dice for s in self.structures if s.present and s.estimated.dice is not None]
-        return min(present, default=1.0)
+        worst = self._worst()
+        return 1.0 if worst is None or worst.estimated.dice is None else worst.estimated.dice
+
+    @property
+    def dice_interval(self) -> PredictionInterval | None:
+        """The interval of `dice`: the worst present structure's own; None without one."""
+        worst = self._worst()
+        return None if worst is None else worst.intervals.dice
+
+    def _worst(self) -> StructureQuality | None:
+        present = [(q.estimated.dice, q) for q in self.structures if q.present and q.estimated.dice is not None]
+        return min(present, key=lambda pair: pair[0], default=(1.0, None))[1]
 
     def worst_slices(self, count: int = 5) -> tuple[int, ...]:
         """Slices to look at first: largest error sum over all structures first (paper, section 3.5)."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from segqc.assessor import AssessmentSettings, Assessor, mask_sha256
-from segqc.metrics import LinearCalibration, true_metrics
-from segqc.networks import ModelCard, ModelError, NetworkPlan, StructureCalibration
+from segqc.metrics import METRIC_NAMES, LinearCalibration, true_metrics
+from segqc.networks import ModelCard, ModelError, NetworkPlan, StructureCalibration, build_network
 from segqc.regions import BoxSettings
-from segqc.types import Assessment, Structure
+from segqc.training.calibration import fit_structure
+from segqc.types import Assessment, MetricIntervals, Metrics, Structure
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -111,6 +117,72 @@ def test_calibration_shifts_the_shown_numbers_only() -> None:
     assert quality.raw.metrics.dice is not None
     assert quality.estimated.dice == pytest.approx(0.5 * quality.raw.metrics.dice + 0.2)
     assert quality.estimated.iou == quality.raw.metrics.iou
+
+
+def calibrated_on(patients: int) -> StructureCalibration:
+    """Calibration and intervals of a map that is always 0.1 too good in Dice and IoU."""
+    estimates = [Metrics(d, d / (2 - d), 1 - d, 0.0) for d in np.linspace(0.5, 0.95, patients)]
+    truths = [Metrics(e.dice - 0.1, e.iou - 0.1, e.arvd, e.rvd) for e in estimates]  # type: ignore[operator]
+    return fit_structure(estimates, truths, [f"p{i}" for i in range(patients)])
+
+
+def test_an_estimate_comes_with_the_interval_of_its_structure_where_there_were_enough_patients() -> None:
+    scan, labels, _ = world()
+    model = assessor(calibration=(calibrated_on(9), calibrated_on(8)))
+    assessment = model.assess(scan, labels, scan_id="s").assessment
+    told, silent = assessment.structures
+    assert silent.intervals == MetricIntervals()
+    made = model.card.calibration[0].intervals
+    for name in METRIC_NAMES:
+        interval, raw = getattr(told.intervals, name), getattr(told.raw.metrics, name)
+        assert interval == getattr(made, name).interval(raw, level=0.9, shown=getattr(told.estimated, name))
+        assert interval.low <= getattr(told.estimated, name) <= interval.high
+    assert told.intervals.dice.high < told.raw.metrics.dice  # type: ignore[union-attr, operator]
+    worst = min(assessment.structures, key=lambda q: q.estimated.dice or 0.0)
+    assert assessment.dice_interval == worst.intervals.dice
+    settings = AssessmentSettings(interval_level=0.8)
+    lower = Assessor(model.card, model.network, settings).assess(scan, labels, scan_id="s").assessment
+    assert lower.structures[1].intervals.dice is not None
+    assert lower.structures[1].intervals.dice.level == 0.8
+
+
+def test_an_assessment_of_before_there_were_intervals_can_be_read() -> None:
+    scan, labels, _ = world()
+    told = assessor(calibration=(calibrated_on(9), calibrated_on(9))).assess(scan, labels, scan_id="s").assessment
+    assert Assessment.from_json(told.to_json()) == told
+    content = json.loads(told.to_json())
+    assert content["structures"][0]["intervals"]["dice"]["level"] == 0.9
+    for structure in content["structures"]:
+        del structure["intervals"]
+    old = Assessment.from_json(json.dumps(content))
+    assert old.dice == told.dice
+    assert old.dice_interval is None
+
+
+def test_a_model_file_of_before_there_were_intervals_is_the_same_version(tmp_path: Path) -> None:
+    card = replace(small_assessor().card, calibration=(calibrated_on(9),))
+    model = Assessor(card, small_assessor().network)
+    model.save(tmp_path / "new.pt")
+    assert Assessor.load(tmp_path / "new.pt").card == card
+    file = torch.load(tmp_path / "new.pt", weights_only=True)
+    content = json.loads(file["card"])
+    del content["calibration"][0]["intervals"]
+    file["card"] = json.dumps(content, separators=(",", ":"))
+    torch.save(file, tmp_path / "old.pt")
+    old = Assessor.load(tmp_path / "old.pt")
+    assert old.card.calibration[0].intervals is None
+    assert old.card.calibration[0].dice == card.calibration[0].dice
+    digest = hashlib.sha256(file["card"].encode())  # as versions were made then
+    for name, tensor in sorted(file["weights"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert old.version == model.version == digest.hexdigest()[:12]
+
+
+def small_assessor() -> Assessor:
+    """An untrained network of one structure."""
+    plan = replace(PLAN, in_channels=2, out_channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1),) * 3)
+    plan = replace(plan, filters=(4, 4, 4))
+    return Assessor(ModelCard("segqc", plan, STRUCTURES[:1], (1,), seen=("p1",)), build_network(plan))
 
 
 def test_an_assessment_survives_json_without_loss() -> None:

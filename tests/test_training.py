@@ -13,6 +13,7 @@ import torch
 
 from segqc.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
+from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example
 from segqc.training.pairs import (
     LeakError,
@@ -139,6 +140,11 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     model = train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", NoProgress())
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
+    intervals = model.card.calibration[0].intervals
+    assert intervals is not None
+    validating = {c.patient for c in cases if placements[c.patient].role == "validation"}
+    assert len(intervals.dice.patients) == len(validating)
+    assert {len(p.scores) for p in intervals.dice.patients} == {VALIDATION_MASKS}
     assert "dice error ball" in model.card.scores
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}

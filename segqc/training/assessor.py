@@ -12,10 +12,11 @@ from monai.losses import DiceLoss
 
 from segqc.assessor import Assessor
 from segqc.error_maps import difference
-from segqc.metrics import LinearCalibration, MetricName, fit_calibration, true_metrics
-from segqc.networks import ModelCard, NetworkPlan, StructureCalibration
+from segqc.metrics import true_metrics
+from segqc.networks import ModelCard, NetworkPlan
 from segqc.placement import Placement
 from segqc.regions import largest_box_area_mm2
+from segqc.training.calibration import fit_structure
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
 from segqc.training.fit import Job, Loss, PrepareBatch, fit
 from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
@@ -26,7 +27,6 @@ from segqc.training.settings import TrainingSettings
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
-METRICS: tuple[MetricName, ...] = ("dice", "iou", "arvd", "rvd")
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
 _FIRST_BIAS = -3.0  # of the truth's logit: many tiny probabilities far from the mask would add up
 
@@ -142,35 +142,33 @@ def _loss(settings: TrainingSettings) -> Loss:
 def calibrated(
     assessor: Assessor, train: Sequence[MaskSet], validation: Sequence[MaskSet], progress: Progress
 ) -> Assessor:
-    """Fit the linear calibration of each structure's metrics on validation masks, and note the largest error box."""
+    """Fit each structure's calibration and intervals on validation masks, and note the largest error box.
+
+    The patients that validate have not trained the network, though its best epoch was chosen by them. Their masks are
+    spread over the qualities (`thinned`): the intervals are those of a random mask of such a spread.
+    """
     structures = assessor.structures
+    patients: list[str] = []
     estimates: list[list[Metrics]] = [[] for _ in structures]
     truths: list[list[Metrics]] = [[] for _ in structures]
     for i, mask_set in enumerate(validation):
         progress.step(i, len(validation), "calibration")
         scan, truth = read_case(mask_set.case, assessor.values)
         for mask in mask_set.masks:
+            patients.append(mask_set.case.patient)
             labels = Volume(mask, scan.affine, scan.acquisition_axis)
             qualities = assessor.assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
             for k, structure in enumerate(structures):
                 estimates[k].append(qualities[k].raw.metrics)
                 truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
     boxes = _largest_boxes(train, structures, assessor.values)
-    calibration = tuple(_fit(estimates[k], truths[k], boxes[k]) for k in range(len(structures)))
+    calibration = tuple(
+        replace(fit_structure(e, t, patients), largest_box_mm2=box)
+        for e, t, box in zip(estimates, truths, boxes, strict=True)
+    )
     scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
     kept = {name: value for name, value in scores.items() if value is not None}
     return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)  # type: ignore[arg-type]
-
-
-def _fit(
-    estimates: Sequence[Metrics], truths: Sequence[Metrics], largest_box_mm2: float | None
-) -> StructureCalibration:
-    lines: dict[str, LinearCalibration] = {}
-    for name in METRICS:
-        pairs = [(getattr(e, name), getattr(t, name)) for e, t in zip(estimates, truths, strict=True)]
-        known = np.array([p for p in pairs if None not in p], float).reshape(-1, 2)
-        lines[name] = fit_calibration(known[:, 0], known[:, 1], metric=name)
-    return StructureCalibration(**lines, largest_box_mm2=largest_box_mm2)
 
 
 def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:
