@@ -83,6 +83,14 @@ class Assessor(TrainedNetwork):
     def error_maps(self, scan: Volume, labels: Volume) -> FloatArray:
         """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
 
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        return sigmoid(self.error_logits(scan, labels))
+
+    def error_logits(self, scan: Volume, labels: Volume) -> FloatArray:
+        """The logits of `error_maps`; where several networks judge one mask, these are what to average.
+
         The network's logit is brought back to the scan's grid by linear interpolation and meets the mask only there
         (method, "Frames").
 
@@ -106,7 +114,7 @@ class Assessor(TrainedNetwork):
         z = to_native(logits.numpy(), frame, order=1)
         if self.card.output_form == "truth":
             z = np.where(masks, -z, z)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30, 30))), np.float32)
+        return np.asarray(z, np.float32)
 
     def assess(
         self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None
@@ -181,6 +189,11 @@ class Assessor(TrainedNetwork):
         """The labelmap of likely errors: 1 where any structure's error probability is at least one half."""
         wrong = (result.errors >= ERROR_THRESHOLD).any(axis=0)
         return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
+
+
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """Probabilities of logits of any shape; beyond 30 they are cut, so that none overflows."""
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -30, 30))), np.float32)
 
 
 def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:

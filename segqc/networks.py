@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -325,22 +325,35 @@ class TrainedNetwork:
         return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
+        """Logits of a batch (N, C, a, b, c), see `sliding_window`."""
+        return sliding_window(self.network, x, self.card.plan.patch, self.device)
 
-        Memory beside the result: one window's activations and one count map.
-        """
-        with torch.inference_mode():
-            logits = sliding_window_inference(
-                x,
-                roi_size=self.card.plan.patch,
-                sw_batch_size=1,
-                predictor=self.network,
-                overlap=0.25,
-                mode="gaussian",
-                sw_device=self.device,
-                device=torch.device("cpu"),
-            )
-        return torch.as_tensor(logits)
+
+def sliding_window(
+    predictor: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, patch: Triple, device: torch.device
+) -> torch.Tensor:
+    """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
+
+    Memory beside the result: one window's activations and one count map.
+
+    Args:
+        predictor: the network, or the part of it that makes a map.
+        x: the batch.
+        patch: the window.
+        device: where the predictor is.
+    """
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            x,
+            roi_size=patch,
+            sw_batch_size=1,
+            predictor=predictor,
+            overlap=0.25,
+            mode="gaussian",
+            sw_device=device,
+            device=torch.device("cpu"),
+        )
+    return torch.as_tensor(logits)
 
 
 def normalise(array: FloatArray) -> FloatArray:

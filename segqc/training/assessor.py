@@ -83,8 +83,8 @@ def train_on_masks(
         plan=plan,
         settings=settings,
         epochs=settings.epochs,
-        train=_examples(train, values, plan),
-        validation=_examples(validation, values, plan),
+        train=mask_examples(train, values, plan),
+        validation=mask_examples(validation, values, plan),
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
         empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
@@ -103,7 +103,7 @@ def train_on_masks(
     return calibrated(Assessor(card, fitted.network), train, validation, progress)
 
 
-def _examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
+def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
     """One example per mask; scan and truth are shared between the masks of a case."""
     weights = iter(stratified_weights([d for s in sets for d in s.dice])) if sets else iter(())
     examples: list[Example] = []
@@ -117,14 +117,14 @@ def _examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan)
     return examples
 
 
-def _channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
+def mask_channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
     """One mask per structure (N, L, a, b, c) of label maps (N, 1, a, b, c)."""
     return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
 
 
 def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, truth = _channels(batch["mask"], structures), _channels(batch["truth"], structures)
+        mask, truth = mask_channels(batch["mask"], structures), mask_channels(batch["truth"], structures)
         # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
         target = truth if settings.output_form == "truth" else (mask != truth).float()
         return torch.cat([batch["image"], mask], dim=1), target
@@ -168,7 +168,7 @@ def calibrated(
     )
     scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
     kept = {name: value for name, value in scores.items() if value is not None}
-    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)  # type: ignore[arg-type]
+    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)
 
 
 def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:
