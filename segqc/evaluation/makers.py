@@ -24,7 +24,7 @@ from segqc.training.cases import label_values, load_example, read_case
 from segqc.training.fit import fit
 from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
-from segqc.types import BoolArray
+from segqc.types import BoolArray, LabelArray
 from segqc.volumes import read_labels, write_labels
 
 SERVED = "served"
@@ -227,5 +227,5 @@ def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter) -> 
     return mask
 
 
-def _together(labels: np.ndarray) -> BoolArray:
+def _together(labels: LabelArray) -> BoolArray:
     return np.asarray(labels > 0)

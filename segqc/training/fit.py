@@ -126,6 +126,23 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     return training.fitted()
 
 
+def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
+    """Write the mean learning curve of several trainings, as far as all of them went, as ``curve.json``.
+
+    Args:
+        members: the folders of the trainings.
+        folder: gets the file.
+    """
+    curves = [[EpochRecord(**point) for point in json.loads((m / "curve.json").read_text())] for m in members]
+    mean = []
+    for points in zip(*curves, strict=False):
+        measured = [p.validation_loss for p in points if p.validation_loss is not None]
+        loss = sum(p.train_loss for p in points) / len(points)
+        mean.append(EpochRecord(points[0].epoch, loss, sum(measured) / len(measured) if measured else None))
+    with atomic_write(folder / "curve.json") as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1))
+
+
 class _Training:
     """A job's network, optimizer and schedule, and what came of them so far: all that a checkpoint holds."""
 
