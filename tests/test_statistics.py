@@ -352,7 +352,9 @@ def test_holm_makes_a_verdict_a_tie() -> None:
     found = paired(y + 0.1, y + 0.2, y, patients, generator=np.random.default_rng(0))
     assert found.p_value == 2 / 2**7
     assert judge([found])[0].verdict == "better"
-    assert [j.verdict for j in judge([found] * 10)] == ["tie"] * 10
+    assert [j.verdict for j in judge([found] * 3)] == ["better"] * 3  # 3 * 2 / 128 = .047
+    assert [j.verdict for j in judge([found] * 4)] == ["tie"] * 4
+    assert judge([found], level=0.015)[0].verdict == "tie"
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])

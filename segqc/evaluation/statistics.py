@@ -320,7 +320,7 @@ def paired(
         p_value = _sign_flip(_by_patient(pairs[0], errors[0] - errors[1]), draws, generator)
         ratio = percentile_interval(_ratio(*map(np.array, values)), _ratio(*drawn), level)
     else:
-        p_value = _bootstrap_p(drawn[0] - drawn[1])
+        p_value = bootstrap_p_value(drawn[0] - drawn[1])
     return Comparison(
         statistic=statistic,
         n=int(pairs[0].true.size),
@@ -387,6 +387,15 @@ def percentile_interval(value: float | np.float64 | Values, drawn: Values, level
         return Interval(number, None, None, level, int(defined.size))
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return Interval(number, float(low), float(high), level, int(defined.size))
+
+
+def bootstrap_p_value(differences: Values) -> float | None:
+    """Two-sided p-value of no difference from bootstrap draws of it: twice the rarer side of zero; NaN is left out."""
+    defined = differences[~np.isnan(differences)]
+    if not defined.size:
+        return None
+    rarer = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
+    return min(1.0, 2 * (int(rarer) + 1) / (defined.size + 1))
 
 
 def chunks(weights: Counts, columns: int) -> Iterator[Counts]:
@@ -563,14 +572,6 @@ def _sign_flip(differences: Values, draws: int, generator: np.random.Generator) 
     least = abs(differences.sum()) - _ROUNDING * np.abs(differences).sum()
     extreme = int(np.count_nonzero(np.abs(signs @ differences) >= least))
     return extreme / len(signs) if exact else (extreme + 1) / (draws + 1)
-
-
-def _bootstrap_p(differences: Values) -> float | None:
-    defined = differences[~np.isnan(differences)]
-    if not defined.size:
-        return None
-    rarer = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
-    return min(1.0, 2 * (int(rarer) + 1) / (defined.size + 1))
 
 
 def _verdict(comparison: Comparison, p: float | None, level: float) -> Verdict | None:
