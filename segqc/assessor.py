@@ -14,7 +14,7 @@ from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
 from segqc.intervals import LEVEL
 from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
-from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, canonical_scan
+from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, network_input
 from segqc.regions import BoxSettings, find_boxes
 from segqc.types import (
     Assessment,
@@ -26,7 +26,7 @@ from segqc.types import (
     SliceQuality,
     StructureQuality,
 )
-from segqc.volumes import Volume, VolumeError, through_plane_axis, to_canonical, to_native
+from segqc.volumes import Volume, VolumeError, through_plane_axis, to_native
 
 ERROR_THRESHOLD = 0.5
 
@@ -103,9 +103,7 @@ class Assessor(TrainedNetwork):
             )
         masks = np.stack([s.mask(labels.array) for s in self.structures])
         frame = self.frame(scan)
-        image = canonical_scan(scan, frame)
-        channels = to_canonical(masks.astype(np.float32), frame, order=0)
-        x = torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
+        x = network_input(scan, masks, frame)
         if self.card.average_flips:
             group = tta_group(transposes=False)
             logits = torch.stack([m.invert(self.run(m.apply(x)))[0] for m in group]).mean(dim=0)

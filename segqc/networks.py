@@ -20,7 +20,7 @@ from torch import nn
 
 from segqc.intervals import StructureIntervals
 from segqc.metrics import LinearCalibration
-from segqc.types import FloatArray, Structure
+from segqc.types import BoolArray, FloatArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame, to_canonical
 
 NetworkSize: TypeAlias = Literal["small", "medium", "paper"]
@@ -369,6 +369,13 @@ def normalise(array: FloatArray) -> FloatArray:
 def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
     """The scan as networks see it: in the canonical frame, normalised; shape ``frame.canonical_shape``."""
     return normalise(to_canonical(scan.array, frame, order=1).astype(np.float32))
+
+
+def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torch.Tensor:
+    """Scan and masks (L, n0, n1, n2) as channels in the canonical frame: (1, 1 + L, a, b, c)."""
+    image = canonical_scan(scan, frame)
+    channels = to_canonical(masks.astype(np.float32), frame, order=0)
+    return torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
