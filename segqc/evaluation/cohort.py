@@ -109,7 +109,9 @@ def _of_dataset(folder: Path) -> dict[str, list[Case]]:
         sides[side or ""] = [Case(scan, patient, *pairs[scan]) for patient, names in groups.items() for scan in names]
     both = {c.patient for c in sides.get(TRAIN, ())} & {c.patient for c in sides.get(TEST, ())}
     if both:
-        raise StudiesError(f"{folder / 'splits.json'}: patient {sorted(both)[0]} is in train and in test; separate them")
+        raise StudiesError(
+            f"{folder / 'splits.json'}: patient {sorted(both)[0]} is in train and in test; separate them"
+        )
     return sides
 
 

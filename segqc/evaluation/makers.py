@@ -79,13 +79,18 @@ def test_mask_path(run: Run, mask: TestMask) -> Path:
     return run.folder / "test-masks" / f"{mask.id}.nii.gz"
 
 
+def test_maker_names(run: Run) -> list[str]:
+    """The names of the trainings whose networks make the stratified test masks."""
+    return [f"test-{k:02d}" for k in range(run.settings.test_makers)]
+
+
 def stratified_masks(run: Run, progress: Progress) -> Manifest:
     """The stratified masks of the test scans (method, "Stratified data"): made once, then read from the manifest.
 
     Raises:
         CohortError: if a mask's content is not what the manifest says.
     """
-    makers = [f"test-{k:02d}" for k in range(run.settings.test_makers)]
+    makers = test_maker_names(run)
     side_by_side(run, train_test_maker, makers, progress)
     networks = tuple(f"{name}-{epoch}" for name in makers for epoch in ("best", "early"))
     manifest = run.kept("test-masks/manifest.json", MANIFESTS, lambda: _choose(run, networks, progress))
@@ -168,11 +173,6 @@ def fold_makers(run: Run, fold: int) -> list[Segmenter]:
     plan = plan_for(learnt, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
     folder = run.folder / "makers" / f"fold-{fold}"
     return train_makers(f"fold {fold}", learnt, cohort.structures, plan, settings, folder, quiet())
-
-
-def make_training_masks(run: Run, name: str) -> None:
-    """Make the masks of a fold's cases."""
-    training_masks(run, int(name))
 
 
 def training_masks(run: Run, fold: int) -> list[MaskSet]:

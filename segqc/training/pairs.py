@@ -48,10 +48,18 @@ def assert_unseen(segmenter: Segmenter, case: Case) -> None:
         raise LeakError(f"case {case.id}: the network {segmenter.version} has seen patient {case.patient}'s label")
 
 
-def masks_of(segmenters: Sequence[Segmenter], case: Case, settings: TrainingSettings) -> MaskSet:
+def masks_of(
+    segmenters: Sequence[Segmenter], case: Case, settings: TrainingSettings, *, allow_seen: bool = False
+) -> MaskSet:
     """Make the masks of a case: per network each member of the augmentation group and the median (paper, 3.1).
 
     The first network gives the whole group, the further ones (early epochs) their median and one member each.
+
+    Args:
+        segmenters: the networks.
+        case: the case.
+        settings: for the group's contrasts.
+        allow_seen: take networks that have seen the case; only to show what this leak does to an estimator.
 
     Raises:
         LeakError: if one of the networks has seen the case.
@@ -59,7 +67,8 @@ def masks_of(segmenters: Sequence[Segmenter], case: Case, settings: TrainingSett
     scan, truth = read_case(case, segmenters[0].values)
     masks: list[LabelArray] = []
     for i, segmenter in enumerate(segmenters):
-        assert_unseen(segmenter, case)
+        if not allow_seen:
+            assert_unseen(segmenter, case)
         tta = segmenter.predict_tta(scan, contrasts=settings.contrasts if i == 0 else ())
         members = tta.members if i == 0 else tta.members[:1]
         masks += [np.asarray(tta.labels.array, np.uint8), *members]

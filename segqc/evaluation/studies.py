@@ -1,0 +1,422 @@
+"""The studies of a run: methods judge masks, are calibrated on unseen patients, and are compared with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from segqc.baselines.estimates import MaskToJudge
+from segqc.error_maps import difference
+from segqc.evaluation import curves, detection, judging, statistics
+from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
+from segqc.evaluation.makers import (
+    MANIFESTS,
+    Manifest,
+    fold_makers,
+    maker_path,
+    test_mask_path,
+    training_masks,
+)
+from segqc.evaluation.methods import CONSTANT, SEGQC, judge_of, slug
+from segqc.evaluation.run import Run
+from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
+from segqc.regions import BoxSettings, largest_box_area_mm2
+from segqc.segmenter import Segmenter
+from segqc.training.cases import label_values, read_case
+from segqc.types import LabelArray
+from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis
+
+StudyName: TypeAlias = Literal["stratified", "served"]
+Dimension: TypeAlias = Literal["3D", "2D"]
+
+MANIFEST_OF: Mapping[StudyName, str] = {"stratified": "test-masks/manifest.json", "served": "test-masks/served.json"}
+CALIBRATION = "calibration"
+CALIBRATION_MASKS = 3  # of each case of the training side
+LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
+STRATA = (0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How good one method's estimates of one metric of one structure are.
+
+    ``raw`` are the estimates as they are, ``calibrated`` after a line fitted on patients that the method has not seen.
+    ``slices`` says which slices count: those of mask or truth ("all"), of the mask ("mask"), or with at least 20 voxels
+    of truth ("large"); it is None in 3D.
+    """
+
+    structure: str
+    dimension: Dimension
+    slices: Literal["all", "mask", "large"] | None
+    metric: MetricName
+    method: str
+    raw: statistics.Scores
+    calibrated: statistics.Scores
+    mae: statistics.Interval
+    pearson: statistics.Interval
+    spearman: statistics.Interval
+    strata: tuple[statistics.Stratum, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """SegQC's error against every other method's, by patient; one family of tests per structure and metric."""
+
+    structure: str
+    dimension: Dimension
+    metric: MetricName
+    statistic: statistics.PairedStatistic
+    others: tuple[str, ...]
+    judgements: tuple[statistics.Judgement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """The correction curves of one structure."""
+
+    structure: str
+    dimension: Dimension
+    study: curves.CurveStudy
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """A method's boxes and error maps against the true ones.
+
+    ``predicted`` and ``true`` say whether error extraction was applied to the map and to D.
+    """
+
+    structure: str
+    method: str
+    predicted: Literal["raw", "extracted"]
+    true: Literal["raw", "extracted"]
+    boxes: tuple[detection.DetectionScores, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """How well a method's error map meets the true error, voxel by voxel."""
+
+    structure: str
+    method: str
+    extracted: bool
+    errors: Literal["all", "false positive", "false negative"]
+    scores: detection.ErrorMapScores
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """Everything that a study says."""
+
+    study: StudyName
+    masks: int
+    patients: int
+    slices: int
+    rows: tuple[Row, ...]
+    compared: tuple[Compared, ...]
+    ordered: tuple[Ordered, ...]
+    detected: tuple[Detected, ...]
+    mapped: tuple[Mapped, ...]
+    seconds: dict[str, float]
+
+
+STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
+
+
+# ------------------------------------------------------------------------------------------------------- known masks
+
+
+def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
+    """The masks of a manifest, those of one scan one after the other."""
+    cases = {c.id: c for c in run.cohort.test}
+    values, makers = label_values(run.cohort.structures), dict[str, Segmenter]()
+    known: tuple[str, Volume, Volume] | None = None
+    for mask in manifest.masks:
+        if known is None or known[0] != mask.case:
+            known = (mask.case, *read_case(cases[mask.case], values))
+        if mask.maker not in makers:
+            makers[mask.maker] = Segmenter.load(maker_path(run, mask.maker))
+        labels = read_labels(test_mask_path(run, mask), scan=known[1])
+        yield KnownMask(mask.id, mask.patient, MaskToJudge(known[1], labels, makers[mask.maker]), known[2])
+
+
+def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
+    """Masks of a fold's cases, by its segmentation network that has not seen them, at the end and at early epochs."""
+    makers = fold_makers(run, fold)
+    chosen = [0, *np.unique(np.linspace(1, len(makers) - 1, CALIBRATION_MASKS - 1).round().astype(int)).tolist()]
+    for case in run.cohort.held(fold):
+        scan, truth = read_case(case, makers[0].values)
+        path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
+        if not path.is_file():
+            made: LabelArray = np.stack([makers[m].predict(scan).labels.array for m in chosen])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, masks=made)
+        with np.load(path, allow_pickle=False) as stored:
+            masks = stored["masks"]
+        for m, array in zip(chosen, masks, strict=True):
+            labels = Volume(array, scan.affine, scan.acquisition_axis)
+            yield KnownMask(f"{case.id}-{m}", case.patient, MaskToJudge(scan, labels, makers[m]), truth)
+
+
+# ------------------------------------------------------------------------------------------------------------ judging
+
+
+def judge_method(run: Run, name: str) -> None:
+    """Let one method judge every mask: those that calibrate it, and those of the studies. ``<method>``."""
+    s, structures = run.settings, run.cohort.structures
+    largest = largest_boxes(run)
+    for fold in range(s.folds):
+        path = judgement_path(run, f"{CALIBRATION}-{fold}", name)
+        if not path.is_file():
+            estimator = judge_of(run, name, [fold])
+            masks = calibration_masks(run, fold)
+            judging.save(path, judging.judge(masks, estimator, structures, s, largest, maps=False))
+    for study, manifest in MANIFEST_OF.items():
+        path = judgement_path(run, study, name)
+        if not path.is_file():
+            masks = test_masks(run, MANIFESTS.validate_json((run.folder / manifest).read_bytes()))
+            estimator = judge_of(run, name, range(s.folds))
+            judging.save(path, judging.judge(masks, estimator, structures, s, largest))
+
+
+def find_truths(run: Run) -> None:
+    """Note what is true of every mask."""
+    s, structures = run.settings, run.cohort.structures
+    for fold in range(s.folds):
+        if not (path := truth_path(run, f"{CALIBRATION}-{fold}")).is_file():
+            judging.save(path, judging.find_truths(calibration_masks(run, fold), structures, s))
+    for study, manifest in MANIFEST_OF.items():
+        if not (path := truth_path(run, study)).is_file():
+            masks = test_masks(run, MANIFESTS.validate_json((run.folder / manifest).read_bytes()))
+            judging.save(path, judging.find_truths(masks, structures, s))
+
+
+def largest_boxes(run: Run) -> dict[str, float]:
+    """The largest error box of the training masks, by structure (method, "Error regions")."""
+
+    def make() -> dict[str, float]:
+        structures, largest = run.cohort.structures, dict[str, float]()
+        for fold in range(run.settings.folds):
+            for masks in training_masks(run, fold):
+                scan, truth = read_case(masks.case, label_values(structures))
+                for s in structures:
+                    error = difference(s.mask(masks.masks[0]), s.mask(truth.array))
+                    area = largest_box_area_mm2(error, through_plane_axis(scan), scan.spacing_mm, BoxSettings())
+                    largest[s.name] = max(largest.get(s.name, 0.0), area or 0.0)
+        return largest
+
+    return run.kept("training-masks/largest-boxes.json", TypeAdapter(dict[str, float]), make)
+
+
+def judgement_path(run: Run, study: str, method: str) -> Path:
+    """The file of a method's judgements."""
+    return run.folder / "judgements" / study / f"{slug(method)}.npz"
+
+
+def truth_path(run: Run, study: str) -> Path:
+    """The file of what is true of a study's masks."""
+    return run.folder / "judgements" / f"truth-{study}.npz"
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def study_result(run: Run, study: StudyName, methods: Sequence[str]) -> StudyResult:
+    """Compare all methods on the masks of a study."""
+    return _Study(run, study, methods).result()
+
+
+class _Study:
+    """A study's arrays in memory."""
+
+    def __init__(self, run: Run, study: StudyName, methods: Sequence[str]) -> None:
+        self.run, self.study, self.methods = run, study, tuple(methods)
+        self.truth = load_truths(truth_path(run, study))
+        self.said = {m: load_judgements(judgement_path(run, study, m)) for m in methods}
+        folds = range(run.settings.folds)
+        self.known = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
+        self.on_known = {
+            m: [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)) for k in folds] for m in methods
+        }
+
+    def rng(self, *of: int) -> np.random.Generator:
+        return np.random.default_rng((self.run.settings.seed, 4, *of))
+
+    def result(self) -> StudyResult:
+        structures = range(len(self.run.cohort.structures))
+        rows = tuple(
+            self._row(k, dimension, slices, metric, method)
+            for k in structures
+            for dimension, slices in (("3D", None), ("2D", "all"), ("2D", "mask"), ("2D", "large"))
+            for metric in METRIC_NAMES
+            for method in self.methods
+            if slices != "large" or metric == "arvd"
+        )
+        return StudyResult(
+            self.study,
+            len(self.truth.masks),
+            len(set(self.truth.patients)),
+            len(self.truth.mask_of),
+            tuple(row for row in rows if row is not None),
+            tuple(self._compared(k, d, m, s) for k in structures for d in ("3D", "2D") for m in METRIC_NAMES
+                  for s in ("mae", "spearman")),
+            tuple(self._ordered(k, d) for k in structures for d in ("3D", "2D")),
+            tuple(d for k in structures for d in self._detected(k)),
+            tuple(m for k in structures for m in self._mapped(k)),
+            {m: float(np.median(self.said[m].seconds)) for m in self.methods},
+        )  # fmt: skip
+
+    def _name(self, k: int) -> str:
+        return self.run.cohort.structures[k].name
+
+    def _chosen(self, truth: Truths, k: int, slices: str | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which masks or slices count."""
+        if slices is None:
+            return np.ones(len(truth.masks), bool)
+        in_mask, in_truth, _ = truth.voxels[:, k].T
+        if slices == "mask":
+            return np.asarray(in_mask > 0)
+        return np.asarray(in_truth >= LEAST_TRUTH_VOXELS if slices == "large" else (in_mask > 0) | (in_truth > 0))
+
+    def _values(self, k: int, dimension: Dimension, slices: str | None, metric: MetricName, method: str) -> _Values:
+        """Estimates as they are and calibrated, and the truth, with the patients."""
+        m = METRIC_NAMES.index(metric)
+        column = "metrics" if dimension == "3D" else "slices"
+        chosen = self._chosen(self.truth, k, slices)
+        raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.said[method], self.truth))
+        whose = np.array(self.truth.patients if dimension == "3D" else self.truth.slice_patients)[chosen]
+        known = [self._chosen(t, k, slices) for t in self.known]
+        x = np.concatenate([getattr(j, column)[:, k, m][c] for j, c in zip(self.on_known[method], known, strict=True)])
+        y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(self.known, known, strict=True)])
+        line = fit_calibration(x, y, metric=metric)
+        constant = float(np.nanmean(y)) if np.isfinite(y).any() else None
+        return _Values(raw, line.apply(raw), true, tuple(whose.tolist()), constant)
+
+    def _row(self, k: int, dimension: str, slices: str | None, metric: MetricName, method: str) -> Row | None:
+        d: Dimension = "3D" if dimension == "3D" else "2D"
+        v = self._values(k, d, slices, metric, method)
+        if not np.isfinite(v.raw).any():
+            return None
+
+        def interval(statistic: statistics.Statistic) -> statistics.Interval:
+            return statistics.interval(
+                statistic, v.calibrated, v.true, v.patients, generator=self.rng(k), metric=metric,
+                constant=v.constant, draws=self.run.settings.draws,
+            )  # fmt: skip
+
+        return Row(
+            self._name(k), d, slices, metric, method,  # type: ignore[arg-type]
+            statistics.scores(v.raw, v.true, v.patients, metric=metric, constant=v.constant),
+            statistics.scores(v.calibrated, v.true, v.patients, metric=metric, constant=v.constant),
+            interval("mae"), interval("pearson"), interval("spearman"),
+            statistics.stratified(v.calibrated, v.true, v.patients, STRATA, metric=metric, constant=v.constant)
+            if metric == "dice" else (),
+        )  # fmt: skip
+
+    def _compared(self, k: int, dimension: str, metric: MetricName, statistic: str) -> Compared:
+        d: Dimension = "3D" if dimension == "3D" else "2D"
+        which: statistics.PairedStatistic = "mae" if statistic == "mae" else "spearman"
+        slices = None if d == "3D" else "mask"
+        ours = self._values(k, d, slices, metric, SEGQC)
+        others, found = [], []
+        for method in self.methods:
+            v = self._values(k, d, slices, metric, method)
+            if method == SEGQC or not np.isfinite(v.raw).any() or (which == "spearman" and method == CONSTANT):
+                continue
+            others.append(method)
+            found.append(
+                statistics.paired(
+                    ours.calibrated, v.calibrated, v.true, v.patients, generator=self.rng(k, 1), statistic=which,
+                    metric=metric, draws=self.run.settings.draws,
+                )
+            )  # fmt: skip
+        return Compared(self._name(k), d, metric, which, tuple(others), statistics.judge(found))
+
+    def _ordered(self, k: int, dimension: str) -> Ordered:
+        d: Dimension = "3D" if dimension == "3D" else "2D"
+        badness: dict[str, Values] = {}
+        for method, said in self.said.items():
+            if d == "3D":
+                dice = said.metrics[:, k, 0]
+                by = {method: -dice, f"{method}, error sum": said.scan_badness[:, k]}
+                by = by if np.isfinite(dice).all() else {method: said.scan_badness[:, k]}
+            else:
+                by = {method: said.slice_badness[:, k]}
+            badness |= {name: values for name, values in by.items() if np.isfinite(values).all()}
+            if d == "2D" and len(said.counts):
+                badness[f"{method}-EE"] = said.slice_badness_extracted[:, k]
+                badness[f"{method}, gain"] = self._gains(said, k)
+        badness.pop(CONSTANT, None)
+        in_mask, in_truth, in_both = self.truth.voxels[:, k].T
+        units = (
+            curves.scans(self.truth.metrics[:, k, 0])
+            if d == "3D"
+            else curves.slices(self.truth.mask_of, in_mask, in_truth, in_both)
+        )
+        draws = min(1000, self.run.settings.draws)
+        study = curves.study(units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, draws=draws)
+        return Ordered(self._name(k), d, study)
+
+    def _gains(self, said: Judgements, k: int) -> Values:
+        """The estimated gain of the scan's Dice from correcting each slice alone: what the optimal order goes by."""
+        in_mask, errors, in_truth = self.truth.voxels[:, k, 0], said.slice_badness[:, k], said.slice_truth[:, k]
+        in_both = (in_mask + in_truth - errors) / 2
+        of, count = self.truth.mask_of, len(self.truth.masks)
+        mask, truth, both = (np.bincount(of, x, count)[of] for x in (in_mask, in_truth, in_both))
+        before = 2 * both / np.maximum(mask + truth, 1e-9)
+        after = 2 * (both + in_truth - in_both) / np.maximum(mask - in_mask + truth + in_truth, 1e-9)
+        return np.asarray(after - before)
+
+    def _detected(self, k: int) -> Iterator[Detected]:
+        count, patients = len(self.truth.masks), self.truth.patients
+        names = {RAW: "raw", EXTRACTED: "extracted"}
+        for method, said in self.said.items():
+            if not len(said.counts):
+                continue
+            for predicted, true in ((RAW, RAW), (EXTRACTED, RAW), (EXTRACTED, EXTRACTED), (RAW, EXTRACTED)):
+                by_threshold = {
+                    threshold: judging.boxes_of(said.boxes, count, k, predicted, t)
+                    for t, threshold in enumerate(self.run.settings.box_thresholds)
+                }
+                yield Detected(
+                    self._name(k), method, names[predicted], names[true],  # type: ignore[arg-type]
+                    detection.detection_over_thresholds(
+                        by_threshold, judging.boxes_of(self.truth.boxes, count, k, true), patients,
+                        generator=self.rng(k, 3), min_ious=self.run.settings.box_ious,
+                        draws=min(500, self.run.settings.draws),
+                    ),
+                )  # fmt: skip
+
+    def _mapped(self, k: int) -> Iterator[Mapped]:
+        for method, said in self.said.items():
+            for extracted, counts in ((False, said.counts), (True, said.counts_extracted)):
+                if not len(counts):
+                    continue
+                signed = judging.map_counts(counts, k)
+                for errors, chosen in (
+                    ("all", [c.both for c in signed]),
+                    ("false positive", [c.false_positive for c in signed]),
+                    ("false negative", [c.false_negative for c in signed]),
+                ):
+                    yield Mapped(
+                        self._name(k), method, extracted, errors,  # type: ignore[arg-type]
+                        detection.error_map_scores(
+                            chosen, self.truth.patients, generator=self.rng(k, 5),
+                            draws=min(500, self.run.settings.draws),
+                        ),
+                    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Values:
+    raw: Values
+    calibrated: Values
+    true: Values
+    patients: tuple[str, ...]
+    constant: float | None
