@@ -137,10 +137,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A short heading with a paragraph."""
+    """A short heading with a paragraph, and a list below it."""
 
     title: str
     text: str
+    items: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

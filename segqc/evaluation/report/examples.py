@@ -137,7 +137,7 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     axes[0, 0].set_ylabel("mask and truth", fontsize=9)
     axes[1, 0].set_ylabel("likely errors", fontsize=9)
     heat = ScalarMappable(Normalize(0, 1), HEAT)
-    canvas.colorbar(heat, ax=axes[1].tolist(), label="error probability", fraction=0.04, pad=0.01, shrink=0.9)
+    canvas.colorbar(heat, ax=axes.ravel().tolist(), label="error probability", fraction=0.03, pad=0.01, shrink=0.5)
     handles = [
         Line2D([], [], color=_MASK, label="mask"),
         Line2D([], [], color=_TRUTH, label="truth"),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
 
@@ -151,7 +152,7 @@ def scatter(
 ) -> Figure:
     """Estimated against true values, a panel per method on common axes; the dashed line is a perfect estimate.
 
-    In a corner: the mean absolute error, Pearson's r and the number of pairs. Clouds of over 400 points are pixels.
+    In a corner: the mean absolute error, Pearson's r and the number of pairs. With over 400 points they are pixels.
 
     Args:
         name: the figure's name.
@@ -171,10 +172,11 @@ def scatter(
     values = np.concatenate([np.concatenate(pair) for pair in pairs])
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.05
-    columns = min(len(estimates), 4 if len(estimates) > 6 or len(estimates) == 4 else 3)
+    columns = min(len(estimates), 3 if len(estimates) in (5, 6, 9) else 4)
     rows = -(-len(estimates) // columns)
-    side = {1: 3.6, 2: 2.9, 3: 2.45}.get(columns, 2.05)
-    with _canvas(columns * side + 0.4, rows * side + 0.35) as (canvas, finish):
+    side = {1: 3.4, 2: 3.0, 3: 2.6}.get(columns, 2.1)
+    dense = sum(true.size for true, _ in pairs) > _DENSE
+    with _canvas(columns * side + 0.5, rows * (side + 0.3) + 0.3) as (canvas, finish):
         axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.flat[len(estimates) :]:
             ax.remove()
@@ -184,19 +186,22 @@ def scatter(
             ax.scatter(
                 true,
                 estimated,
-                s=14 if true.size <= _DENSE else 5,
+                s=5 if true.size > _DENSE else 14,
                 color=styles[entry.method].colour,
-                alpha=0.6 if true.size <= _DENSE else 0.35,
+                alpha=0.35 if true.size > _DENSE else 0.6,
                 linewidths=0,
-                rasterized=true.size > _DENSE,
+                rasterized=dense,
             )
             ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             ax.set_title(entry.method, fontsize=9)
             ax.locator_params(nbins=5)
             _corner(ax, true, estimated)
-            ax.tick_params(labelbottom=number + columns >= len(estimates))
-        canvas.supxlabel(f"true {metric}", fontsize=9)
-        canvas.supylabel(f"estimated {metric}", fontsize=9)
+            lowest = number + columns >= len(estimates)
+            ax.tick_params(labelbottom=lowest)
+            if lowest:
+                ax.set_xlabel(f"true {metric}")
+            if number % columns == 0:
+                ax.set_ylabel(f"estimated {metric}")
         return Figure(name, title, finish(), caption)
 
 
@@ -300,11 +305,23 @@ def precision_recall(
                 precision = np.where(2 * recall > f1, f1 * recall / (2 * recall - f1), np.nan)
             ax.plot(recall, np.where(precision <= 1, precision, np.nan), color="#d0d0d0", linewidth=0.8, zorder=1)
             ax.text(1.015, f1 / (2 - f1), f"F1 {f1:.1f}", color=_GREY, fontsize=7, va="center")
-        for curve in curves:
+        for number, curve in enumerate(curves):
             _draw(ax, curve, styles, with_markers=True)
+            # above the one curve, below the next: neighbours are apart then
+            shift, side = ((-3.0, 5.0), "bottom") if number % 2 == 0 else ((3.0, -5.0), "top")
             for x, y, mark in zip(curve.x, curve.y, curve.marks, strict=False):
                 if np.isfinite(x) and np.isfinite(y):
-                    ax.annotate(mark, (x, y), (4, 4), textcoords="offset points", fontsize=7, color="#333333")
+                    text = ax.annotate(
+                        mark,
+                        (x, y),
+                        shift,
+                        textcoords="offset points",
+                        fontsize=7,
+                        ha="right" if number % 2 == 0 else "left",
+                        va=side,
+                        zorder=5,
+                    )
+                    text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
         canvas.legend(loc="outside right upper")
         return Figure(name, title, finish(), caption)
@@ -404,10 +421,13 @@ def coverage(
     spread = 0.2 * float(np.diff(levels).min()) / max(1, len(strata) - 1)
     with _canvas(6.6, 4.0) as (canvas, finish):
         ax = canvas.subplots()
-        ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="as promised")
+        edge = float(levels.min()) - 0.08
+        lowest = edge
+        ax.plot([edge, 1], [edge, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="as promised")
         for number, entry in enumerate(strata):
             style = styles[entry.stratum]
             observed, below, above = _binomial(entry)
+            lowest = min(lowest, float(np.nanmin(observed - below, initial=1.0)))
             ax.errorbar(
                 entry.nominal + (number - (len(strata) - 1) / 2) * spread,
                 observed,
@@ -418,13 +438,7 @@ def coverage(
                 elinewidth=1.2,
                 label=f"{entry.stratum} (n = {_whole(entry.trials)})",
             )
-        edge = max(0.0, float(levels.min()) - 0.1)
-        ax.set(
-            xlim=(edge, 1),
-            ylim=(min(edge, ax.get_ylim()[0]), 1.01),
-            xlabel="nominal coverage",
-            ylabel="observed coverage",
-        )
+        ax.set(xlim=(edge, 1), ylim=(lowest - 0.02, 1.01), xlabel="nominal coverage", ylabel="observed coverage")
         canvas.legend(loc="outside right upper")
         return Figure(name, title, finish(), caption)
 

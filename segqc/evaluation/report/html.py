@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from segqc.evaluation.report.document import MINUS, Figure, Report, Table
+from segqc.evaluation.report.document import MINUS, Figure, Point, Report, Table
 from segqc.evaluation.report.formats import figure_path, report_to_markdown, to_csv, to_latex, to_markdown
 from segqc.volumes import atomic_write
 
@@ -60,7 +60,7 @@ class _SectionView:
     number: int
     title: str
     text: tuple[str, ...]
-    points: tuple[tuple[str, str], ...]
+    points: tuple[Point, ...]
     tables: tuple[_TableView, ...]
     figures: tuple[_FigureView, ...]
 
@@ -68,9 +68,9 @@ class _SectionView:
 def write_report(report: Report, folder: Path) -> Path:
     """Write a report; each file appears whole or not at all, ``report.html`` last.
 
-    ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere.
-    Beside it: ``report.md``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or ``.png``). Files of the same
-    names are replaced, others are left alone.
+    ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere. Beside
+    it: ``report.md``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or ``.png``). Files of the
+    same names are replaced, others are left alone.
 
     Args:
         report: the report.
@@ -108,7 +108,7 @@ def _sections(report: Report) -> Iterator[_SectionView]:
             number,
             section.title,
             section.text,
-            tuple((point.title, point.text) for point in section.points),
+            section.points,
             tuple(_table(table, tables + i) for i, table in enumerate(section.tables, start=1)),
             tuple(_figure(figure, figures + i) for i, figure in enumerate(section.figures, start=1)),
         )
