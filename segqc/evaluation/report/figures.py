@@ -37,6 +37,7 @@ _REFERENCE_LINES: tuple[Line, ...] = ((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)
 _GREY = "#777777"
 _DENSE = 400
 _DPI = 150
+_SHORT_LABEL = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +298,8 @@ def precision_recall(
     """
     _check_any(name, curves)
     styles = styles or styles_for([c.label for c in curves if not c.reference])
-    with _canvas(6.6, 4.0) as (canvas, finish):
+    columns, legend = _legend_size([c.label for c in curves])
+    with _canvas(5.0, 4.7 + legend) as (canvas, finish):
         ax = canvas.subplots()
         recall = np.linspace(0.01, 1, 200)
         for f1 in (0.2, 0.4, 0.6, 0.8):
@@ -323,7 +325,7 @@ def precision_recall(
                     )
                     text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -419,7 +421,8 @@ def coverage(
     if levels.size == 1:
         return Figure(name, title, _coverage_at(float(levels[0]), strata), caption)
     spread = 0.2 * float(np.diff(levels).min()) / max(1, len(strata) - 1)
-    with _canvas(6.6, 4.0) as (canvas, finish):
+    columns, legend = _legend_size([f"{s.stratum} (n = {_whole(s.trials)})" for s in strata], 1)
+    with _canvas(5.4, 3.7 + legend) as (canvas, finish):
         ax = canvas.subplots()
         edge = float(levels.min()) - 0.08
         lowest = edge
@@ -439,7 +442,7 @@ def coverage(
                 label=f"{entry.stratum} (n = {_whole(entry.trials)})",
             )
         ax.set(xlim=(edge, 1), ylim=(lowest - 0.02, 1.01), xlabel="nominal coverage", ylabel="observed coverage")
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -474,7 +477,8 @@ def _lines(
 ) -> Figure:
     _check_any(name, curves)
     styles = styles or styles_for([c.label for c in curves if not c.reference])
-    with _canvas(7.2, 3.8) as (canvas, finish):
+    columns, legend = _legend_size([c.label for c in curves], 0 if chosen is None else 1)
+    with _canvas(5.4, 3.5 + legend) as (canvas, finish):
         ax = canvas.subplots()
         if chosen is not None:
             ax.axvline(chosen, color=_GREY, linewidth=1.1, linestyle=(0, (1, 1.5)), label=f"chosen: {chosen:g}")
@@ -486,7 +490,7 @@ def _lines(
         if shares:
             ax.set_ylim(0, 1.03)
         ax.set(xlabel=x_label, ylabel=y_label)
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -507,6 +511,12 @@ def _draw(ax: Axes, curve: Curve, styles: Mapping[str, Style], *, with_markers: 
         label=curve.label,
         zorder=2 if curve.reference else 3,
     )
+
+
+def _legend_size(labels: Sequence[str], more: int = 0) -> tuple[int, float]:
+    """Columns of the legend below a plot, and its height in inches; ``more`` entries are short."""
+    columns = 2 if max(len(label) for label in labels) <= _SHORT_LABEL else 1
+    return columns, 0.1 + 0.18 * -(-(len(labels) + more) // columns)
 
 
 def _corner(ax: Axes, true: Values, estimated: Values) -> None:

@@ -23,8 +23,9 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _PIXELS_PER_POINT = 96 / 72
-# a picture wider than this scrolls on a narrow screen, as its text would be too small to read
-_LEAST_WIDTH = 560
+# a picture shrinks to this share on a narrow screen; then it scrolls, as its text would be too small to read
+_LEAST_SCALE = 0.68
+_DEFAULT_SIZE = (640, 480)
 _PNG_PIXELS_PER_INCH = 110
 
 
@@ -146,14 +147,14 @@ def _figure(figure: Figure, number: int) -> _FigureView:
         source = _data_uri("image/png", figure.image)
         pixels = struct.unpack(">II", figure.image[16:24])
         width, height = (round(side * 96 / _PNG_PIXELS_PER_INCH) for side in pixels)
-    return _FigureView(number, figure, source, width, height, min(width, _LEAST_WIDTH))
+    return _FigureView(number, figure, source, width, height, round(width * _LEAST_SCALE))
 
 
 def _svg_size(svg: str) -> tuple[int, int]:
     """Width and height in CSS pixels, from the view box: matplotlib's is in points."""
     box = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)"', svg)
     if box is None:
-        return _LEAST_WIDTH, _LEAST_WIDTH
+        return _DEFAULT_SIZE
     return round(float(box[1]) * _PIXELS_PER_POINT), round(float(box[2]) * _PIXELS_PER_POINT)
 
 
