@@ -116,6 +116,7 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     canvas.suptitle(
         f"{example.label}: estimated Dice {_number(example.estimated_dice)}, true {_number(example.true_dice)}",
         fontsize=10,
+        parse_math=False,  # a $ in a name is a $
     )
     axes = canvas.subplots(2, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):

@@ -128,8 +128,16 @@ class Coverage:
 
     def __post_init__(self) -> None:
         _check_same(self.stratum, self.nominal, self.covered, self.trials)
-        if not self.nominal.size or np.any(self.covered < 0) or np.any(self.covered > self.trials):
-            raise ValueError(f"{self.stratum}: a coverage needs a level, and 0 <= covered <= trials")
+        possible = (self.covered >= 0) & (self.covered <= self.trials) & (self.trials > 0)
+        if not self.nominal.size or not possible.all():
+            raise ValueError(f"{self.stratum}: a coverage needs a level, trials, and 0 <= covered <= trials")
+
+    def observed(self) -> tuple[Values, Values, Values]:
+        """The observed coverage, and the bounds of its 95% Clopper-Pearson interval: (n,) each."""
+        k, n = self.covered, self.trials
+        low = np.where(k > 0, stats.beta.ppf(0.025, np.maximum(k, 1e-9), n - k + 1), 0.0)
+        high = np.where(k < n, stats.beta.ppf(0.975, k + 1, np.maximum(n - k, 1e-9)), 1.0)
+        return k / n, low, high
 
 
 def styles_for(methods: Sequence[str]) -> Mapping[str, Style]:
@@ -387,7 +395,7 @@ def forest(
         axes[0].set_yticks(range(len(labels)), labels)
         axes[0].set_ylim(len(labels) - 0.5, -0.5)
         if references:
-            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right")
+            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
         return Figure(name, title, finish(), caption)
 
 
@@ -429,12 +437,12 @@ def coverage(
         ax.plot([edge, 1], [edge, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="as promised")
         for number, entry in enumerate(strata):
             style = styles[entry.stratum]
-            observed, below, above = _binomial(entry)
-            lowest = min(lowest, float(np.nanmin(observed - below, initial=1.0)))
+            observed, low, high = entry.observed()
+            lowest = min(lowest, float(low.min()))
             ax.errorbar(
                 entry.nominal + (number - (len(strata) - 1) / 2) * spread,
                 observed,
-                yerr=[below, above],
+                yerr=np.stack([observed - low, high - observed]),
                 fmt=style.marker,
                 color=style.colour,
                 markersize=4.5,
@@ -451,8 +459,16 @@ def _coverage_at(level: float, strata: Sequence[Coverage]) -> str:
         ax = canvas.subplots()
         ax.axvline(level, color=_GREY, linewidth=1.1, linestyle=(0, (4, 3)), label=f"as promised: {level:.0%}")
         for number, entry in enumerate(strata):
-            observed, below, above = _binomial(entry)
-            ax.errorbar(observed, [number], xerr=[below, above], fmt="o", color=_COLOURS[0], markersize=5, elinewidth=2)
+            observed, low, high = entry.observed()
+            ax.errorbar(
+                observed,
+                np.full(observed.size, number),
+                xerr=np.stack([observed - low, high - observed]),
+                fmt="o",
+                color=_COLOURS[0],
+                markersize=5,
+                elinewidth=2,
+            )
         ax.set_yticks(range(len(strata)), [f"{s.stratum} (n = {_whole(s.trials)})" for s in strata])
         ax.set_ylim(len(strata) - 0.5, -0.5)
         ax.set_xlim(right=1.01)
@@ -540,16 +556,6 @@ def _corner(ax: Axes, true: Values, estimated: Values) -> None:
     )
 
 
-def _binomial(entry: Coverage) -> tuple[Values, Values, Values]:
-    """Observed coverage, and how far its 95% Clopper-Pearson interval reaches below and above; NaN without trials."""
-    k, n = entry.covered, entry.trials
-    with np.errstate(invalid="ignore", divide="ignore"):
-        observed = k / n
-        low = np.where(k > 0, stats.beta.ppf(0.025, k, n - k + 1), 0.0)
-        high = np.where(k < n, stats.beta.ppf(0.975, k + 1, n - k), 1.0)
-    return observed, observed - low, high - observed
-
-
 def _whole(trials: Values) -> str:
     low, high = f"{trials.min():g}", f"{trials.max():g}"
     return low if low == high else f"{low} to {high}"
@@ -586,6 +592,7 @@ def _canvas(width: float, height: float) -> Iterator[tuple[Canvas, Callable[[], 
             "axes.axisbelow": True,
             "grid.color": "#e4e4e4",
             "grid.linewidth": 0.7,
+            "text.parse_math": False,  # a $ in a name is a $
             "legend.frameon": False,
             "legend.fontsize": 8.5,
             "lines.linewidth": 1.7,
