@@ -35,8 +35,8 @@ class Table:
             rows are one group.
 
     Raises:
-        ValueError: if the name is unusable, columns repeat or are unknown, a row has another length, or a number is
-            NaN or infinite.
+        ValueError: if the name is unusable, columns repeat or are unknown, a row has another length, or a cell is
+            of another type, NaN or infinite.
     """
 
     name: str
@@ -59,6 +59,8 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"table {self.name} has {len(self.columns)} columns, but a row of {len(row)}: {row}")
+            if not all(isinstance(cell, Cell) for cell in row):
+                raise ValueError(f"table {self.name}: cells are text, numbers of Python or None, got {row}")
             if any(isinstance(cell, float) and not math.isfinite(cell) for cell in row):
                 raise ValueError(f"table {self.name}: undefined numbers are None, got NaN or infinity in {row}")
 
@@ -137,10 +139,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A short heading with a paragraph."""
+    """A short heading with a paragraph, and a list below it."""
 
     title: str
     text: str
+    items: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

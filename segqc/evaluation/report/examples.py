@@ -116,6 +116,7 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     canvas.suptitle(
         f"{example.label}: estimated Dice {_number(example.estimated_dice)}, true {_number(example.true_dice)}",
         fontsize=10,
+        parse_math=False,  # a $ in a name is a $
     )
     axes = canvas.subplots(2, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
@@ -137,7 +138,7 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     axes[0, 0].set_ylabel("mask and truth", fontsize=9)
     axes[1, 0].set_ylabel("likely errors", fontsize=9)
     heat = ScalarMappable(Normalize(0, 1), HEAT)
-    canvas.colorbar(heat, ax=axes[1].tolist(), label="error probability", fraction=0.04, pad=0.01, shrink=0.9)
+    canvas.colorbar(heat, ax=axes.ravel().tolist(), label="error probability", fraction=0.03, pad=0.01, shrink=0.5)
     handles = [
         Line2D([], [], color=_MASK, label="mask"),
         Line2D([], [], color=_TRUTH, label="truth"),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
 
@@ -36,6 +37,7 @@ _REFERENCE_LINES: tuple[Line, ...] = ((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)
 _GREY = "#777777"
 _DENSE = 400
 _DPI = 150
+_SHORT_LABEL = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,16 @@ class Coverage:
 
     def __post_init__(self) -> None:
         _check_same(self.stratum, self.nominal, self.covered, self.trials)
-        if not self.nominal.size or np.any(self.covered < 0) or np.any(self.covered > self.trials):
-            raise ValueError(f"{self.stratum}: a coverage needs a level, and 0 <= covered <= trials")
+        possible = (self.covered >= 0) & (self.covered <= self.trials) & (self.trials > 0)
+        if not self.nominal.size or not possible.all():
+            raise ValueError(f"{self.stratum}: a coverage needs a level, trials, and 0 <= covered <= trials")
+
+    def observed(self) -> tuple[Values, Values, Values]:
+        """The observed coverage, and the bounds of its 95% Clopper-Pearson interval: (n,) each."""
+        k, n = self.covered, self.trials
+        low = np.where(k > 0, stats.beta.ppf(0.025, np.maximum(k, 1e-9), n - k + 1), 0.0)
+        high = np.where(k < n, stats.beta.ppf(0.975, k + 1, np.maximum(n - k, 1e-9)), 1.0)
+        return k / n, low, high
 
 
 def styles_for(methods: Sequence[str]) -> Mapping[str, Style]:
@@ -151,7 +161,7 @@ def scatter(
 ) -> Figure:
     """Estimated against true values, a panel per method on common axes; the dashed line is a perfect estimate.
 
-    In a corner: the mean absolute error, Pearson's r and the number of pairs. Clouds of over 400 points are pixels.
+    In a corner: the mean absolute error, Pearson's r and the number of pairs. With over 400 points they are pixels.
 
     Args:
         name: the figure's name.
@@ -171,10 +181,11 @@ def scatter(
     values = np.concatenate([np.concatenate(pair) for pair in pairs])
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.05
-    columns = min(len(estimates), 4 if len(estimates) > 6 or len(estimates) == 4 else 3)
+    columns = min(len(estimates), 3 if len(estimates) in (5, 6, 9) else 4)
     rows = -(-len(estimates) // columns)
-    side = {1: 3.6, 2: 2.9, 3: 2.45}.get(columns, 2.05)
-    with _canvas(columns * side + 0.4, rows * side + 0.35) as (canvas, finish):
+    side = {1: 3.4, 2: 3.0, 3: 2.6}.get(columns, 2.1)
+    dense = sum(true.size for true, _ in pairs) > _DENSE
+    with _canvas(columns * side + 0.5, rows * (side + 0.3) + 0.3) as (canvas, finish):
         axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.flat[len(estimates) :]:
             ax.remove()
@@ -184,19 +195,22 @@ def scatter(
             ax.scatter(
                 true,
                 estimated,
-                s=14 if true.size <= _DENSE else 5,
+                s=5 if true.size > _DENSE else 14,
                 color=styles[entry.method].colour,
-                alpha=0.6 if true.size <= _DENSE else 0.35,
+                alpha=0.35 if true.size > _DENSE else 0.6,
                 linewidths=0,
-                rasterized=true.size > _DENSE,
+                rasterized=dense,
             )
             ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             ax.set_title(entry.method, fontsize=9)
             ax.locator_params(nbins=5)
             _corner(ax, true, estimated)
-            ax.tick_params(labelbottom=number + columns >= len(estimates))
-        canvas.supxlabel(f"true {metric}", fontsize=9)
-        canvas.supylabel(f"estimated {metric}", fontsize=9)
+            lowest = number + columns >= len(estimates)
+            ax.tick_params(labelbottom=lowest)
+            if lowest:
+                ax.set_xlabel(f"true {metric}")
+            if number % columns == 0:
+                ax.set_ylabel(f"estimated {metric}")
         return Figure(name, title, finish(), caption)
 
 
@@ -292,7 +306,8 @@ def precision_recall(
     """
     _check_any(name, curves)
     styles = styles or styles_for([c.label for c in curves if not c.reference])
-    with _canvas(6.6, 4.0) as (canvas, finish):
+    columns, legend = _legend_size([c.label for c in curves])
+    with _canvas(5.0, 4.7 + legend) as (canvas, finish):
         ax = canvas.subplots()
         recall = np.linspace(0.01, 1, 200)
         for f1 in (0.2, 0.4, 0.6, 0.8):
@@ -300,13 +315,25 @@ def precision_recall(
                 precision = np.where(2 * recall > f1, f1 * recall / (2 * recall - f1), np.nan)
             ax.plot(recall, np.where(precision <= 1, precision, np.nan), color="#d0d0d0", linewidth=0.8, zorder=1)
             ax.text(1.015, f1 / (2 - f1), f"F1 {f1:.1f}", color=_GREY, fontsize=7, va="center")
-        for curve in curves:
+        for number, curve in enumerate(curves):
             _draw(ax, curve, styles, with_markers=True)
+            # above the one curve, below the next: neighbours are apart then
+            shift, side = ((-3.0, 5.0), "bottom") if number % 2 == 0 else ((3.0, -5.0), "top")
             for x, y, mark in zip(curve.x, curve.y, curve.marks, strict=False):
                 if np.isfinite(x) and np.isfinite(y):
-                    ax.annotate(mark, (x, y), (4, 4), textcoords="offset points", fontsize=7, color="#333333")
+                    text = ax.annotate(
+                        mark,
+                        (x, y),
+                        shift,
+                        textcoords="offset points",
+                        fontsize=7,
+                        ha="right" if number % 2 == 0 else "left",
+                        va=side,
+                        zorder=5,
+                    )
+                    text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -368,7 +395,7 @@ def forest(
         axes[0].set_yticks(range(len(labels)), labels)
         axes[0].set_ylim(len(labels) - 0.5, -0.5)
         if references:
-            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right")
+            canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
         return Figure(name, title, finish(), caption)
 
 
@@ -402,30 +429,28 @@ def coverage(
     if levels.size == 1:
         return Figure(name, title, _coverage_at(float(levels[0]), strata), caption)
     spread = 0.2 * float(np.diff(levels).min()) / max(1, len(strata) - 1)
-    with _canvas(6.6, 4.0) as (canvas, finish):
+    columns, legend = _legend_size([f"{s.stratum} (n = {_whole(s.trials)})" for s in strata], 1)
+    with _canvas(5.4, 3.7 + legend) as (canvas, finish):
         ax = canvas.subplots()
-        ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="as promised")
+        edge = float(levels.min()) - 0.08
+        lowest = edge
+        ax.plot([edge, 1], [edge, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="as promised")
         for number, entry in enumerate(strata):
             style = styles[entry.stratum]
-            observed, below, above = _binomial(entry)
+            observed, low, high = entry.observed()
+            lowest = min(lowest, float(low.min()))
             ax.errorbar(
                 entry.nominal + (number - (len(strata) - 1) / 2) * spread,
                 observed,
-                yerr=[below, above],
+                yerr=np.stack([observed - low, high - observed]),
                 fmt=style.marker,
                 color=style.colour,
                 markersize=4.5,
                 elinewidth=1.2,
                 label=f"{entry.stratum} (n = {_whole(entry.trials)})",
             )
-        edge = max(0.0, float(levels.min()) - 0.1)
-        ax.set(
-            xlim=(edge, 1),
-            ylim=(min(edge, ax.get_ylim()[0]), 1.01),
-            xlabel="nominal coverage",
-            ylabel="observed coverage",
-        )
-        canvas.legend(loc="outside right upper")
+        ax.set(xlim=(edge, 1), ylim=(lowest - 0.02, 1.01), xlabel="nominal coverage", ylabel="observed coverage")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -434,8 +459,16 @@ def _coverage_at(level: float, strata: Sequence[Coverage]) -> str:
         ax = canvas.subplots()
         ax.axvline(level, color=_GREY, linewidth=1.1, linestyle=(0, (4, 3)), label=f"as promised: {level:.0%}")
         for number, entry in enumerate(strata):
-            observed, below, above = _binomial(entry)
-            ax.errorbar(observed, [number], xerr=[below, above], fmt="o", color=_COLOURS[0], markersize=5, elinewidth=2)
+            observed, low, high = entry.observed()
+            ax.errorbar(
+                observed,
+                np.full(observed.size, number),
+                xerr=np.stack([observed - low, high - observed]),
+                fmt="o",
+                color=_COLOURS[0],
+                markersize=5,
+                elinewidth=2,
+            )
         ax.set_yticks(range(len(strata)), [f"{s.stratum} (n = {_whole(s.trials)})" for s in strata])
         ax.set_ylim(len(strata) - 0.5, -0.5)
         ax.set_xlim(right=1.01)
@@ -460,7 +493,8 @@ def _lines(
 ) -> Figure:
     _check_any(name, curves)
     styles = styles or styles_for([c.label for c in curves if not c.reference])
-    with _canvas(7.2, 3.8) as (canvas, finish):
+    columns, legend = _legend_size([c.label for c in curves], 0 if chosen is None else 1)
+    with _canvas(5.4, 3.5 + legend) as (canvas, finish):
         ax = canvas.subplots()
         if chosen is not None:
             ax.axvline(chosen, color=_GREY, linewidth=1.1, linestyle=(0, (1, 1.5)), label=f"chosen: {chosen:g}")
@@ -472,7 +506,7 @@ def _lines(
         if shares:
             ax.set_ylim(0, 1.03)
         ax.set(xlabel=x_label, ylabel=y_label)
-        canvas.legend(loc="outside right upper")
+        canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
 
 
@@ -495,6 +529,12 @@ def _draw(ax: Axes, curve: Curve, styles: Mapping[str, Style], *, with_markers: 
     )
 
 
+def _legend_size(labels: Sequence[str], more: int = 0) -> tuple[int, float]:
+    """Columns of the legend below a plot, and its height in inches; ``more`` entries are short."""
+    columns = 2 if max(len(label) for label in labels) <= _SHORT_LABEL else 1
+    return columns, 0.1 + 0.18 * -(-(len(labels) + more) // columns)
+
+
 def _corner(ax: Axes, true: Values, estimated: Values) -> None:
     """The numbers, in the one of the two corners off the diagonal that holds fewer points."""
     lines = [f"n = {true.size}"]
@@ -514,16 +554,6 @@ def _corner(ax: Axes, true: Values, estimated: Values) -> None:
         linespacing=1.25,
         bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
     )
-
-
-def _binomial(entry: Coverage) -> tuple[Values, Values, Values]:
-    """Observed coverage, and how far its 95% Clopper-Pearson interval reaches below and above; NaN without trials."""
-    k, n = entry.covered, entry.trials
-    with np.errstate(invalid="ignore", divide="ignore"):
-        observed = k / n
-        low = np.where(k > 0, stats.beta.ppf(0.025, k, n - k + 1), 0.0)
-        high = np.where(k < n, stats.beta.ppf(0.975, k + 1, n - k), 1.0)
-    return observed, observed - low, high - observed
 
 
 def _whole(trials: Values) -> str:
@@ -562,6 +592,7 @@ def _canvas(width: float, height: float) -> Iterator[tuple[Canvas, Callable[[], 
             "axes.axisbelow": True,
             "grid.color": "#e4e4e4",
             "grid.linewidth": 0.7,
+            "text.parse_math": False,  # a $ in a name is a $
             "legend.frameon": False,
             "legend.fontsize": 8.5,
             "lines.linewidth": 1.7,

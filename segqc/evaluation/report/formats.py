@@ -113,7 +113,10 @@ def figure_path(figure: Figure) -> str:
 
 def _section(section: Section) -> list[str]:
     blocks = [f"## {_markdown(section.title)}", *map(_markdown_paragraph, section.text)]
-    blocks += [f"**{_markdown(point.title)}** {_markdown(point.text)}" for point in section.points]
+    for point in section.points:
+        blocks += [f"### {_markdown(point.title)}", _markdown_paragraph(point.text)]
+        if point.items:
+            blocks.append("\n".join(f"* {_markdown(item)}" for item in point.items))
     blocks += [to_markdown(table) for table in section.tables]
     for figure in section.figures:
         caption = f" {_markdown(figure.caption)}" if figure.caption else ""

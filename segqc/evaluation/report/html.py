@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from segqc.evaluation.report.document import MINUS, Figure, Report, Table
+from segqc.evaluation.report.document import MINUS, Figure, Point, Report, Table
 from segqc.evaluation.report.formats import figure_path, report_to_markdown, to_csv, to_latex, to_markdown
 from segqc.volumes import atomic_write
 
@@ -23,8 +23,9 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _PIXELS_PER_POINT = 96 / 72
-# a picture wider than this scrolls on a narrow screen, as its text would be too small to read
-_LEAST_WIDTH = 560
+# a picture shrinks to this share on a narrow screen; then it scrolls, as its text would be too small to read
+_LEAST_SCALE = 0.68
+_DEFAULT_SIZE = (640, 480)
 _PNG_PIXELS_PER_INCH = 110
 
 
@@ -60,7 +61,7 @@ class _SectionView:
     number: int
     title: str
     text: tuple[str, ...]
-    points: tuple[tuple[str, str], ...]
+    points: tuple[Point, ...]
     tables: tuple[_TableView, ...]
     figures: tuple[_FigureView, ...]
 
@@ -68,9 +69,9 @@ class _SectionView:
 def write_report(report: Report, folder: Path) -> Path:
     """Write a report; each file appears whole or not at all, ``report.html`` last.
 
-    ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere.
-    Beside it: ``report.md``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or ``.png``). Files of the same
-    names are replaced, others are left alone.
+    ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere. Beside
+    it: ``report.md``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or ``.png``). Files of the
+    same names are replaced, others are left alone.
 
     Args:
         report: the report.
@@ -108,7 +109,7 @@ def _sections(report: Report) -> Iterator[_SectionView]:
             number,
             section.title,
             section.text,
-            tuple((point.title, point.text) for point in section.points),
+            section.points,
             tuple(_table(table, tables + i) for i, table in enumerate(section.tables, start=1)),
             tuple(_figure(figure, figures + i) for i, figure in enumerate(section.figures, start=1)),
         )
@@ -146,14 +147,14 @@ def _figure(figure: Figure, number: int) -> _FigureView:
         source = _data_uri("image/png", figure.image)
         pixels = struct.unpack(">II", figure.image[16:24])
         width, height = (round(side * 96 / _PNG_PIXELS_PER_INCH) for side in pixels)
-    return _FigureView(number, figure, source, width, height, min(width, _LEAST_WIDTH))
+    return _FigureView(number, figure, source, width, height, round(width * _LEAST_SCALE))
 
 
 def _svg_size(svg: str) -> tuple[int, int]:
     """Width and height in CSS pixels, from the view box: matplotlib's is in points."""
     box = re.search(r'viewBox="[\d.-]+ [\d.-]+ ([\d.]+) ([\d.]+)"', svg)
     if box is None:
-        return _LEAST_WIDTH, _LEAST_WIDTH
+        return _DEFAULT_SIZE
     return round(float(box[1]) * _PIXELS_PER_POINT), round(float(box[2]) * _PIXELS_PER_POINT)
 
 
