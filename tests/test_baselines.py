@@ -124,6 +124,10 @@ def test_segqc_reads_the_assessors_map(form: str) -> None:
         assert one[k].metrics == quality.raw.metrics
         np.testing.assert_array_equal(one[k].slice_badness, [s.error_sum for s in quality.raw.slices])  # type: ignore[arg-type]
         np.testing.assert_array_equal(one[k].error, expected.errors[k])  # type: ignore[arg-type]
+    extracted = MapEstimator([model], extraction=model.settings.extraction)
+    assert extracted.name == "SegQC-EE"
+    for k, estimate in enumerate(extracted.estimate(mask)):
+        assert estimate.metrics == expected.assessment.structures[k].extracted.metrics != one[k].metrics
 
 
 def test_several_assessors_average_their_logits() -> None:

@@ -167,7 +167,7 @@ def train_autoencoder(
         prepare=prepare,
         loss=loss,
         build=ShapeAutoencoder,
-        variant="autoencoder",
+        variant=f"autoencoder {tuple(structures)}",
     )
     untaught = AutoencoderFeatures(fit(job, folder, progress).network, plan, structures)
     features: list[list[Values | None]] = [[] for _ in structures]

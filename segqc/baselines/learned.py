@@ -22,18 +22,17 @@ from segqc.training.assessor import VALIDATION_MASKS, mask_channels, mask_exampl
 from segqc.training.cases import Example, label_values
 from segqc.training.fit import Job, Loss, NetworkBuilder, PrepareBatch
 from segqc.training.pairs import MaskSet, thinned
-from segqc.training.patches import Patch, centred_start
+from segqc.training.patches import Patch, centred_start, cut
 from segqc.training.settings import TrainingSettings
 from segqc.types import LabelArray, Structure
 from segqc.volumes import canonical_frame
 
-_GROUPS = 4  # of channels that are normalised together
-
 
 def plan_unet(plan: NetworkPlan) -> DynUNet:
-    """The plan's U-Net behind its stem, with group instead of instance normalisation.
+    """The plan's U-Net behind its stem, with batch instead of instance normalisation.
 
-    Instance normalisation makes all channels' means alike, so that pooling could not tell a large mask from a small.
+    Normalised by itself, an input with a large mask pools to the same numbers as one with a small mask: the regression
+    then hardly told masks apart (Pearson .02 with groups of channels normalised, .93 with batches, in one short trial).
     """
     blocks = math.prod(plan.stem)
     return DynUNet(
@@ -44,7 +43,7 @@ def plan_unet(plan: NetworkPlan) -> DynUNet:
         strides=plan.strides,
         upsample_kernel_size=plan.strides[1:],
         filters=plan.filters,
-        norm_name=("GROUP", {"num_groups": math.gcd(_GROUPS, *plan.filters), "affine": True}),
+        norm_name="batch",
     )
 
 
@@ -122,11 +121,7 @@ def union_of(masks: torch.Tensor) -> LabelArray:
 
 def cut_window(x: torch.Tensor, start: Triple, shape: Triple) -> torch.Tensor:
     """Cut a window that may reach over the borders out of (1, C, a, b, c)."""
-    inside = [slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, shape, x.shape[2:], strict=True)]
-    before = [max(-s, 0) for s in start]
-    after = [n - b - (i.stop - i.start) for n, b, i in zip(shape, before, inside, strict=True)]
-    pads = [p for axis in (2, 1, 0) for p in (before[axis], after[axis])]
-    return torch.nn.functional.pad(x[:, :, inside[0], inside[1], inside[2]], pads)
+    return torch.cat([cut(channel, start, shape) for channel in x[0].numpy()])[None]
 
 
 def flipped(x: torch.Tensor, *, average_flips: bool) -> torch.Tensor:
@@ -159,7 +154,8 @@ def judging_job(
         build: makes the network.
         prepare: makes input and target of a batch.
         loss: of output and target.
-        around: whether patches are cut around the mask only, for networks that pool over what they see.
+        around: whether all patches are cut around the mask, for networks that give numbers of it only; a map must be
+            right far from the mask as well.
     """
     values = label_values(structures)
     train = [s for s in sets if placements[s.case.patient].role == "train"]
@@ -177,7 +173,7 @@ def judging_job(
         prepare=prepare,
         loss=loss,
         build=build,
-        variant=name,
+        variant=f"{name} {tuple(structures)}",
     )
 
 

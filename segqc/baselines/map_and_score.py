@@ -158,7 +158,7 @@ def train_map_and_score(
         return torch.as_tensor(of_map + nn.functional.l1_loss(scores, dice))
 
     job = judging_job(
-        "map-and-score", sets, structures, placements, settings, plan, MapAndScoreNetwork, prepare, loss, around=True
+        "map-and-score", sets, structures, placements, settings, plan, MapAndScoreNetwork, prepare, loss, around=False
     )
     network = fit(job, folder, progress).network
     assert isinstance(network, MapAndScoreNetwork)

@@ -22,7 +22,7 @@ from segqc.baselines.estimates import (
     estimate_from_error_map,
     structure_masks,
 )
-from segqc.error_maps import estimated_truth
+from segqc.error_maps import ExtractionSettings, estimated_truth, extract_errors
 from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.training.assessor import train_on_masks
@@ -37,19 +37,31 @@ class MapEstimator:
     """SegQC-Net: one `Assessor`, or several of the same structures whose error logits are averaged.
 
     The numbers are the map's own, before the assessor's calibration: all methods are calibrated alike, elsewhere.
+    With ``extraction`` they are read off the map after error extraction (the paper's SegQC-EE).
     """
 
     def __init__(
-        self, assessors: Sequence[Assessor], *, name: str = "SegQC", empty_under_mm3: float = EMPTY_UNDER_MM3
+        self,
+        assessors: Sequence[Assessor],
+        *,
+        extraction: ExtractionSettings | None = None,
+        name: str = "",
+        empty_under_mm3: float = EMPTY_UNDER_MM3,
     ) -> None:
-        self.name = name
+        self.name = name or ("SegQC" if extraction is None else "SegQC-EE")
         self.assessors = tuple(assessors)
+        self.extraction = extraction
         self.structures = _common([a.structures for a in assessors])
         self.empty_under_mm3 = empty_under_mm3
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Estimate from the mean of the assessors' error logits."""
         errors = sigmoid(_mean([a.error_logits(mask.scan, mask.labels) for a in self.assessors]))
+        if self.extraction is not None:
+            axis, spacing = through_plane_axis(mask.scan), mask.scan.spacing_mm
+            for i, structure in enumerate(self.structures):
+                settings = self.extraction.for_structure(structure.name)
+                errors[i] = extract_errors(errors[i], structure.mask(mask.labels.array), axis, spacing, settings)
         return _estimates(mask, self.structures, errors, self.empty_under_mm3)
 
 

@@ -83,9 +83,9 @@ class SizeRegression:
 
     def __init__(
         self, structures: Sequence[Structure], lines: Sequence[FeatureRegression], *, surface: bool = False,
-        name: str = "size",
+        name: str = "",
     ) -> None:  # fmt: skip
-        self.name = name
+        self.name = name or ("size and surface" if surface else "size")
         self.structures = tuple(structures)
         self.lines = tuple(lines)
         self.surface = surface
