@@ -44,7 +44,7 @@ class ExtractionSettings:
     band_mm: float = 3.0
     max_band_share: float = 0.5
     min_component_mm2: float = 80.0
-    max_component_share: float = 0.4
+    max_component_share: float = 0.3
     regrow: float = 0.7
     threshold: float = 0.5
     structure_band_mm: Mapping[str, float] = field(default_factory=dict, hash=False)

@@ -72,13 +72,19 @@ class StudySettings:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRule:
-    """What a width has to reach on the choosing half, for every kind of implanted error; stricter than what is wanted.
+    """What a width has to reach on the large structures of the choosing half; stricter than what is wanted of it.
 
-    Among the widths that reach both, the one that removes most of the experts' difference is chosen.
+    The narrowest width that reaches all is chosen: the wider the band, the less can be found in small structures.
+
+    Attributes:
+        min_removed: share of the experts' difference that is removed.
+        min_found: share of the implanted errors of every kind that are found.
+        min_kept: share of all implanted errors' voxels that are kept.
     """
 
+    min_removed: float = 0.87
     min_found: float = 0.99
-    min_kept: float = 0.75
+    min_kept: float = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,16 +500,18 @@ def split_scans(scans: Sequence[str], seed: int) -> tuple[tuple[str, ...], tuple
 
 
 def choose_width(curve: Curve, rule: ChoiceRule) -> float | None:
-    """The width that removes most of the large structures' difference among those that meet the rule; None for none."""
-    allowed = [p for p in curve if _meets(p.outcome.large, rule) and p.outcome.large.removed.share is not None]
-    return max(allowed, key=lambda p: (p.outcome.large.removed.share or 0.0, -p.width)).width if allowed else None
+    """The narrowest width of a curve that meets the rule; None if there is none."""
+    return min((point.width for point in curve if _meets(point.outcome.large, rule)), default=None)
 
 
 def _meets(group: Group, rule: ChoiceRule) -> bool:
-    return all(
-        errors.found.share is None
-        or (errors.found.share >= rule.min_found and (errors.kept.share or 0.0) >= rule.min_kept)
-        for errors in group.implanted
+    def reaches(share: Share, least: float) -> bool:
+        return share.share is None or share.share >= least
+
+    return (
+        reaches(group.removed, rule.min_removed)
+        and all(reaches(errors.found, rule.min_found) for errors in group.implanted)
+        and reaches(group.implanted[0].kept, rule.min_kept)
     )
 
 
