@@ -34,7 +34,8 @@ class ExtractionSettings:
         min_component_mm2: connected components with a smaller area in their slice are dropped (the paper's t_size). The
             area is taken after the component has grown back by the band's radius into the error it was part of, so
             that a compact error counts with about its own size; without ``regrow``, it is the area outside the band.
-        max_component_share: bound on that area: this share of the mask's mean area, over the slices that hold it.
+        max_component_share: bound on that area: this share of the mask's mean area, over the slices that hold it; None
+            for no bound.
         regrow: how far the components that are left grow back in the end, in radii of the band; at most 1. 0 leaves
             the band out altogether.
         threshold: error probability from which a voxel belongs to a component.
@@ -44,14 +45,15 @@ class ExtractionSettings:
     band_mm: float = 3.0
     max_band_share: float = 0.5
     min_component_mm2: float = 80.0
-    max_component_share: float = 0.3
+    max_component_share: float | None = 0.3
     regrow: float = 0.7
     threshold: float = 0.5
     structure_band_mm: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        lengths = (self.band_mm, self.min_component_mm2, self.max_component_share, *self.structure_band_mm.values())
-        if not all(value >= 0 for value in lengths):
+        bound = 0.0 if self.max_component_share is None else self.max_component_share
+        values = (self.band_mm, self.min_component_mm2, bound, *self.structure_band_mm.values())
+        if not all(value >= 0 for value in values):
             raise ValueError(
                 "error extraction: band_mm, structure_band_mm, min_component_mm2 and max_component_share must not be "
                 "negative"
@@ -65,7 +67,7 @@ class ExtractionSettings:
 
 
 PLAIN_EXTRACTION = ExtractionSettings(
-    band_mm=2.0, max_band_share=1.0, min_component_mm2=20.0, max_component_share=math.inf, regrow=0.0
+    band_mm=2.0, max_band_share=1.0, min_component_mm2=20.0, max_component_share=None, regrow=0.0
 )
 """The paper's three steps alone: a band of one width for all structures, and nothing grows back."""
 
@@ -113,9 +115,10 @@ def extract_errors(
     radius = 0.0
     box = bounding_box(mask)
     if box is not None:
-        voxels = np.count_nonzero(mask[box], axis=(first, second))
-        mean_area_mm2 = float(voxels[voxels > 0].mean()) * plane[0] * plane[1]
-        smallest = min(smallest, settings.max_component_share * mean_area_mm2)
+        if settings.max_component_share is not None:
+            voxels = np.count_nonzero(mask[box], axis=(first, second))
+            mean_area_mm2 = float(voxels[voxels > 0].mean()) * plane[0] * plane[1]
+            smallest = min(smallest, settings.max_component_share * mean_area_mm2)
         reach = [math.floor(settings.band_mm / spacing_mm[a] + _ROUNDING) if a != axis else 0 for a in range(3)]
         box = _padded(box, reach, mask.shape)
         inside = _view(mask[box], axis)
