@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import ndimage
 from skimage import measure
 
 from segqc.error_maps import (
+    PLAIN_EXTRACTION,
     ExtractionSettings,
     bounding_box,
     difference,
@@ -19,7 +21,7 @@ from segqc.error_maps import (
     label_slices,
 )
 
-UNBOUNDED = ExtractionSettings(band_mm=2.0, max_band_share=1.0, min_component_mm2=0.0)
+UNBOUNDED = replace(PLAIN_EXTRACTION, min_component_mm2=0.0)
 BAND_ONLY = replace(UNBOUNDED, max_band_share=0.4)
 ISO = (1.0, 1.0, 1.0)
 
@@ -80,13 +82,19 @@ def test_the_band_is_what_lies_within_the_radius_of_the_contour(axis: int, spaci
     np.testing.assert_array_equal(kept == 0, band_by_distance(mask, axis, spacing, 2.0))
 
 
-def test_observer_variability_goes_and_errors_stay() -> None:
+def shifted_with_a_hole() -> tuple[np.ndarray, np.ndarray]:
+    """A truth, and a mask that is shifted by a voxel (variability) and has a hole of 120 mm2 (an error)."""
     truth = np.zeros((60, 60, 4), bool)
     truth[15:45, 15:45] = True
     mask = np.zeros_like(truth)
-    mask[16:46, 15:45] = True  # shifted by a voxel: variability
-    mask[20:30, 20:32, 2] = False  # a hole of 120 mm2: an error
-    extracted = extract_errors(difference(mask, truth), mask, 2, ISO, ExtractionSettings())
+    mask[16:46, 15:45] = True
+    mask[20:30, 20:32, 2] = False
+    return mask, truth
+
+
+def test_observer_variability_goes_and_errors_stay() -> None:
+    mask, truth = shifted_with_a_hole()
+    extracted = extract_errors(difference(mask, truth), mask, 2, ISO, PLAIN_EXTRACTION)
     assert extracted.dtype == bool
     assert not extracted[..., [0, 1, 3]].any()
     # the band of 2 mm takes the hole's rim as well
@@ -94,6 +102,99 @@ def test_observer_variability_goes_and_errors_stay() -> None:
     wanted[22:28, 22:30] = True
     assert (extracted[..., 2] & wanted).sum() == wanted.sum()
     assert not extracted[:15, :, 2].any() and extracted[..., 2].sum() <= wanted.sum() + 8  # the rim's round corners
+
+
+def test_what_survives_grows_back_and_variability_does_not() -> None:
+    mask, truth = shifted_with_a_hole()
+    error = difference(mask, truth)
+    hole = np.zeros_like(mask)
+    hole[20:30, 20:32, 2] = True
+    plain, default, whole = (
+        extract_errors(error, mask, 2, ISO, s)
+        for s in (PLAIN_EXTRACTION, ExtractionSettings(), replace(ExtractionSettings(), regrow=1.0))
+    )
+    for extracted in (default, whole):
+        assert not extracted[~hole].any()
+    assert plain[hole].sum() < default[hole].sum() < whole[hole].sum() <= hole.sum()
+    assert default[hole].mean() > 0.5
+    assert whole[hole].mean() > 0.8  # a disk does not reach the corners
+
+
+def test_growing_back_stays_within_the_component_and_its_reach() -> None:
+    mask = np.zeros((40, 60, 1), bool)
+    mask[20:] = True
+    error = np.zeros(mask.shape, np.float32)
+    error[18:30, 5:20, 0] = 0.9  # deep: the band takes the rows up to 22
+    error[18:21, 20:50, 0] = 0.8  # a sliver along the contour that is connected with it
+    error[20:22, 51:55, 0] = 0.7  # and one that is not
+    chosen = ExtractionSettings(band_mm=3, max_band_share=1, min_component_mm2=20, max_component_share=1, regrow=1)
+    got = extract_errors(error, mask, 2, ISO, chosen)
+    core = np.zeros(mask.shape, bool)
+    core[23:30, 5:20] = True
+    near = ndimage.distance_transform_edt(~core[..., 0])[..., None] <= 3
+    wanted = np.where(near & (error > 0), error, 0)
+    wanted[..., 0][:, 51:] = 0
+    np.testing.assert_array_equal(got, wanted)
+    assert (got[20:23, 5:20] == np.float32(0.9)).all()
+    assert not got[..., 0][:20].any() and not got[..., 0][:, 24:].any()
+
+
+def opened_by_hand(
+    error: np.ndarray, mask: np.ndarray, spacing: tuple[float, ...], s: ExtractionSettings
+) -> np.ndarray:
+    """Extraction of a true error by distance transforms and skimage, slice by slice, for a band without a bound."""
+    result = np.zeros_like(error)
+    outside = error & ~band_by_distance(mask, 2, spacing, s.band_mm)
+    filled = mask.any(axis=(0, 1))
+    mean_mm2 = mask.sum() / filled.sum() * spacing[0] * spacing[1]
+    smallest = min(s.min_component_mm2, s.max_component_share * mean_mm2)
+    for i in np.flatnonzero(outside.any(axis=(0, 1))):
+        own = measure.label(error[..., i], connectivity=2)
+        core = outside[..., i]
+        far = ndimage.distance_transform_edt(~core, sampling=spacing[:2])
+        near = np.isin(own, np.unique(own[core])) & (own > 0)
+        # the band's radius is the largest distance between voxels that is not larger
+        steps = np.hypot(*(np.arange(20)[(slice(None), *[None] * (1 - k))] * spacing[k] for k in range(2)))
+        radius = steps[steps <= s.band_mm + 1e-9].max()
+        opened = measure.label(near & (far <= radius + 1e-9), connectivity=2)
+        for region in measure.regionprops(opened):
+            if region.area * spacing[0] * spacing[1] >= smallest - 1e-9:
+                result[..., i] |= (opened == region.label) & (far <= s.regrow * radius + 1e-9)
+    return result
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 3.0), (0.8, 1.2, 4.0)])
+def test_extraction_is_what_slices_by_hand_give(seed: int, spacing: tuple[float, float, float]) -> None:
+    mask, error = blobs(seed, (40, 36, 4)), blobs(seed + 100, (40, 36, 4))
+    chosen = ExtractionSettings(band_mm=2.0, max_band_share=1.0, min_component_mm2=30.0, max_component_share=0.1)
+    got = extract_errors(error, mask, 2, spacing, chosen)
+    assert 0 < got.sum() < error.sum()
+    np.testing.assert_array_equal(got, opened_by_hand(error, mask, spacing, chosen))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_growing_back_only_gives_back(seed: int, less: float, more: float) -> None:
+    mask, error = blobs(seed, (20, 18, 3)), np.random.default_rng(seed).random((20, 18, 3), dtype=np.float32)
+    less, more = sorted((less, more))
+    base = ExtractionSettings(min_component_mm2=0.0)
+    got = [extract_errors(error, mask, 2, ISO, replace(base, regrow=r)) for r in (less, more)]
+    for extracted in got:
+        assert np.isin(extracted - error, (0,)).all(where=extracted > 0)
+    assert (got[0] <= got[1]).all()
+
+
+def test_the_smallest_component_is_relative_to_a_small_structure() -> None:
+    mask = np.zeros((60, 60, 3), bool)
+    mask[10:20, 10:20, :2] = True  # 100 mm2 in each slice that holds it
+    error = np.zeros_like(mask)
+    error[40:45, 40:46, 0] = error[30:39, 30:32, 1] = True  # 30 and 18 mm2, away from the contour
+    assert extract_errors(error, mask, 2, ISO, ExtractionSettings(max_component_share=0.3)).sum() == 30
+    assert extract_errors(error, mask, 2, ISO, ExtractionSettings(max_component_share=0.18)).sum() == 48
+    assert extract_errors(error, mask, 2, ISO, ExtractionSettings(max_component_share=None)).sum() == 0
+    nothing = np.zeros_like(mask)  # no structure, no size: the area in mm2 alone
+    assert extract_errors(error, nothing, 2, ISO, ExtractionSettings()).sum() == 0
 
 
 def test_a_missing_slice_is_kept_whole() -> None:
@@ -178,7 +279,7 @@ def test_no_contour_no_band(mask: np.ndarray) -> None:
 def test_flips_and_permutations_change_nothing(seed: int, order: list[int], flips: tuple[bool, ...]) -> None:
     mask, spacing = blobs(seed, (14, 12, 4)), (0.8, 1.1, 3.0)
     error = np.random.default_rng(seed).random(mask.shape, dtype=np.float32)
-    chosen = ExtractionSettings(min_component_mm2=3.0)
+    chosen = ExtractionSettings(min_component_mm2=6.0)
     axes = [a for a, flip in enumerate(flips) if flip]
     moved = extract_errors(
         np.flip(error.transpose(order), axes),
@@ -218,6 +319,10 @@ def test_a_structure_can_have_its_own_band() -> None:
         {"band_mm": -1},
         {"min_component_mm2": -1},
         {"max_band_share": 1.1},
+        {"max_component_share": -0.1},
+        {"max_component_share": math.nan},
+        {"regrow": -0.1},
+        {"regrow": 1.1},
         {"threshold": 0},
         {"structure_band_mm": {"a": -1}},
     ],
