@@ -21,11 +21,14 @@ from segqc.commands import annotation, database, exchange
 from segqc.commands.common import (
     AsCsv,
     AsJson,
+    Cell,
     CommandError,
     ConfigFile,
     Row,
     StudiesFolder,
+    brackets,
     emit,
+    estimate,
     me,
     shown,
     shown_progress,
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from segqc.evaluation.agreement import Agreement
     from segqc.segmenter import Segmenter
     from segqc.settings import Network
-    from segqc.types import Assessment
+    from segqc.types import Assessment, MetricIntervals
 
 
 EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
@@ -312,11 +315,15 @@ def rank(
     if not ranked:
         raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
-    rows = [
+    rows: list[Row] = [
         {
             "rank": scan.rank,
             "scan": scan.id,
-            "score" if method is Scorer.ENTROPY else "estimated Dice": scan.score,
+            **(
+                estimate("estimated Dice", scan.score, scan.interval, as_json=as_json, as_csv=as_csv)
+                if method is Scorer.SEGQC
+                else {"score" if method is Scorer.ENTROPY else "estimated Dice": scan.score}
+            ),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
             **({f"true {name}": scan.true_by_structure.get(name) for name in names} if len(names) > 1 else {}),
@@ -330,7 +337,10 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
+    title = f"{folder}: worst first, by {method.value}"
+    if method is Scorer.SEGQC:
+        title += brackets(scan.interval for scan in ranked)
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
 
@@ -420,7 +430,8 @@ def assess(
     elif as_csv:
         emit(_assessment_lines(result.assessment), "", as_csv=True)
     else:
-        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality", extra={})
+        in_brackets = brackets(q.intervals.dice for q in result.assessment.structures)
+        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}")
         emit(_slice_rows(result.assessment, slices), "slices to look at first")
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
@@ -430,10 +441,10 @@ def _structure_rows(assessment: Assessment) -> list[Row]:
     return [
         {
             "structure": q.name,
-            "Dice": q.estimated.dice if q.present else None,
-            "IoU": q.estimated.iou if q.present else None,
-            "ARVD": q.estimated.arvd if q.present else None,
-            "RVD": q.estimated.rvd if q.present else None,
+            **estimate("Dice", q.estimated.dice if q.present else None, q.intervals.dice),
+            **estimate("IoU", q.estimated.iou if q.present else None, q.intervals.iou),
+            **estimate("ARVD", q.estimated.arvd if q.present else None, q.intervals.arvd),
+            **estimate("RVD", q.estimated.rvd if q.present else None, q.intervals.rvd),
             "volume ml": q.mask_volume_ml,
             "boxes": len(q.extracted.boxes),
         }
@@ -466,12 +477,23 @@ def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
 def _assessment_lines(assessment: Assessment) -> list[Row]:
     lines: list[Row] = []
     for q in assessment.structures:
-        whole = dataclasses.asdict(q.estimated)
-        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": sum(s.error_sum for s in q.raw.slices)})
+        whole, error_sum = dataclasses.asdict(q.estimated), sum(s.error_sum for s in q.raw.slices)
+        ends = _ends(q.intervals)
+        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": error_sum, **ends})
         for s in q.raw.slices:
             metrics = dataclasses.asdict(s.metrics)
-            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum})
+            none = dict.fromkeys(ends)  # intervals are of the 3D metrics
+            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum, **none})
     return lines
+
+
+def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, interval in ((f.name, getattr(intervals, f.name)) for f in dataclasses.fields(intervals)):
+        cells[f"{name}_low"] = interval.low if interval is not None else None
+        cells[f"{name}_high"] = interval.high if interval is not None else None
+    levels = [i.level for i in (intervals.dice, intervals.iou, intervals.arvd, intervals.rvd) if i is not None]
+    return {**cells, "interval_level": levels[0] if levels else None}
 
 
 # ---- server --------------------------------------------------------------------------------------------------------
@@ -613,7 +635,7 @@ def simulate(
                 {
                     "scan": done.scan,
                     "chosen by": done.strategy,
-                    "estimated Dice": done.estimated_dice,
+                    **estimate("estimated Dice", done.estimated_dice, done.interval, as_json=as_json, as_csv=as_csv),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
                 }

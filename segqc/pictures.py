@@ -187,8 +187,13 @@ def _number(value: float | None) -> str:
 
 
 def _headline(assessment: Assessment) -> str:
-    parts = [f"{q.name} {_number(q.estimated.dice)}" for q in assessment.structures if q.present]
+    parts = [f"{q.name} {_number(q.estimated.dice)}{_between(q)}" for q in assessment.structures if q.present]
     return f"{assessment.scan}: estimated Dice " + (", ".join(parts) if parts else "undefined (no structure)")
+
+
+def _between(quality: StructureQuality) -> str:
+    """The interval of the Dice, in brackets."""
+    return f" ({quality.intervals.dice or 'no interval: not enough data'})"
 
 
 def _slice_title(assessment: Assessment, index: int) -> str:

@@ -261,8 +261,8 @@ def test_a_damaged_database_is_found(store: Store) -> None:
 
 def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str | None) -> None:
     unopened = Store(folder, url)
-    assert upkeep.upgrade(unopened) == (None, "0001")
-    assert upkeep.upgrade(unopened) == ("0001", "0001")
+    assert upkeep.upgrade(unopened) == (None, "0002")
+    assert upkeep.upgrade(unopened) == ("0002", "0002")
     with unopened.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="newer version of segqc"):
@@ -280,7 +280,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
-    assert "revision 0001, was empty" in run("upgrade", folder)
+    assert "revision 0002, was empty" in run("upgrade", folder)
     opened = Store.open(folder)
     take_in_scans(opened)
     label = save_final(opened, tmp_path, "scan_0", 3)
