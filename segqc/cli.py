@@ -19,6 +19,7 @@ import typer
 from segqc import __version__
 from segqc.commands import annotation, database, exchange
 from segqc.commands.common import (
+    NOT_ENOUGH_DATA,
     AsCsv,
     AsJson,
     Cell,
@@ -343,6 +344,51 @@ def rank(
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
+
+
+@app.command()
+def intervals(
+    folder: StudiesFolder,
+    use: Annotated[
+        bool, typer.Option("--use", help="Make intervals of the audit draws from now on, in place of the training's.")
+    ] = False,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Take a simulated annotator's corrections instead of people's.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Check the prediction intervals on audit draws: scans drawn at random, estimated, and then corrected.
+
+    Only audit draws count (the setting audit_share): scans that came worst-first are no fair sample.
+    """
+    from segqc.intervals import LEVEL, patients_needed
+    from segqc.loop.recalibration import audit
+    from segqc.loop.recalibration import use as use_them
+
+    studies = studies_at(folder, config)
+    assessor = studies.assessor()
+    if assessor is None:
+        raise CommandError(f"{folder}: no SegQC network is trained yet, so there are no estimates (segqc train segqc)")
+    found = audit(studies, assessor, simulated=simulated)
+    rows: list[Row] = [
+        {
+            "structure": a.structure,
+            "audited patients": a.patients,
+            "wanted": patients_needed(),
+            "audited estimates": a.estimates,
+            "mean Dice error": a.mean_error,
+            "with interval": a.told,
+            "covered": a.covered,
+            "new intervals": "ready" if a.intervals is not None else NOT_ENOUGH_DATA,
+        }
+        for a in found
+    ]
+    emit(rows, f"{folder}: {LEVEL:.0%} intervals on audit draws", as_json=as_json, as_csv=as_csv, key="structures")
+    if use:
+        renewed = use_them(studies, assessor, found)
+        typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
 
 
 def _agreement_text(found: Agreement, *, is_dice: bool) -> str:

@@ -176,12 +176,12 @@ def jackknife_plus(
         own = names == name
         line = fit_calibration(values[~own], true[~own], metric=metric)
         floor = _fit_floor(line.apply(values[~own]), true[~own], metric)
-        found.append(_scores(values[own], true[own], line, floor, metric))
+        found.append(_scores(line.apply(values[own]), true[own], line, floor, metric))
     return ConformalCalibration(metric, tuple(found))
 
 
 def split_conformal(
-    x: Sequence[float | None] | Values,
+    estimates: Sequence[float | None] | Values,
     truth: Sequence[float | None] | Values,
     patients: Sequence[str],
     metric: MetricName,
@@ -190,10 +190,18 @@ def split_conformal(
 ) -> ConformalCalibration:
     """Calibrate intervals on patients that neither the network nor the calibration line has learnt from.
 
-    Arguments and errors as `jackknife_plus`; ``line`` is the one that makes estimates out of x, by default none, and
-    ``floor`` that of the scale, chosen without these patients too.
+    Args:
+        estimates: the estimates as they are shown, one per mask.
+        truth: the true metric of each.
+        patients: whose mask it is.
+        metric: the metric.
+        line: what makes these estimates out of the metric that is read off the error map; by default nothing does.
+        floor: of the residuals' scale, chosen without these patients too.
+
+    Raises:
+        ValueError: if the three differ in length.
     """
-    values, true, names = _defined(x, truth, patients)
+    values, true, names = _defined(estimates, truth, patients)
     line = line or LinearCalibration()
     found = (_scores(values[names == name], true[names == name], line, floor, metric) for name in np.unique(names))
     return ConformalCalibration(metric, tuple(found))
@@ -212,9 +220,10 @@ def _defined(
     return values[defined], true[defined], names[defined]
 
 
-def _scores(values: Values, true: Values, line: LinearCalibration, floor: float, metric: MetricName) -> PatientScores:
-    centres = np.clip(values * line.slope + line.intercept, *METRIC_RANGES[metric])
-    scores = np.sort(np.abs(true - centres) / _scale(centres, floor, metric))
+def _scores(
+    estimates: Values, true: Values, line: LinearCalibration, floor: float, metric: MetricName
+) -> PatientScores:
+    scores = np.sort(np.abs(true - estimates) / _scale(estimates, floor, metric))
     return PatientScores(line.slope, line.intercept, floor, tuple(scores.tolist()))
 
 

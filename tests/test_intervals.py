@@ -53,7 +53,8 @@ def test_new_patients_are_covered_at_the_level_though_a_patients_masks_err_alike
         x, truth, names = draw(rng, patients)
         new_x, new_truth, _ = draw(rng, 1)
         # a fixed line stands for one fitted elsewhere
-        split = split_conformal(x, truth, names, "dice", LinearCalibration(1.25, -0.19, 0.0, 1.0))
+        line = LinearCalibration(1.25, -0.19, 0.0, 1.0)
+        split = split_conformal(line.apply(x), truth, names, "dice", line)
         for name, made in (("split", split), ("jackknife", jackknife_plus(x, truth, names, "dice"))):
             hits[name].append(float(covered(made, new_x, new_truth, level).mean()))
     tolerance = 3 * math.sqrt(level * (1 - level) / RESAMPLES)

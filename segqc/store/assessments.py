@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 
 from segqc.store import labels, scans
 from segqc.store.database import StoreError, Transaction
@@ -101,6 +101,18 @@ def _structure(assessment_id: int, structure_id: int, position: int, quality: St
     )
 
 
+def was_shown(transaction: Transaction, assessment_id: int) -> bool:
+    """Whether an annotator was shown this assessment."""
+    return bool(transaction.scalar(select(_shown()).where(AssessmentRow.id == assessment_id)))
+
+
+def _shown() -> ColumnElement[bool]:
+    return or_(
+        exists().where(Assignment.assessment_id == AssessmentRow.id),
+        exists().where(Correction.assessment_id == AssessmentRow.id),
+    )
+
+
 def _ends(intervals: MetricIntervals) -> dict[str, float]:
     """The columns of a structure's intervals; those that are not told stay NULL."""
     columns: dict[str, float] = {}
@@ -112,7 +124,8 @@ def _ends(intervals: MetricIntervals) -> dict[str, float]:
     return columns
 
 
-def _intervals(part: AssessmentStructure) -> MetricIntervals:
+def intervals_of(part: AssessmentStructure) -> MetricIntervals:
+    """The prediction intervals in a structure's row."""
     level = part.interval_level
     return MetricIntervals(
         dice=_interval(part.dice_low, part.dice_high, level),
@@ -143,11 +156,7 @@ def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, 
 
 def _thin(transaction: Transaction, scan_id: int, but: int) -> None:
     """Drop slices and boxes of a scan's older assessments that nobody was shown."""
-    shown = or_(
-        exists().where(Assignment.assessment_id == AssessmentRow.id),
-        exists().where(Correction.assessment_id == AssessmentRow.id),
-    )
-    older = select(AssessmentRow.id).where(AssessmentRow.scan_id == scan_id, AssessmentRow.id < but, ~shown)
+    older = select(AssessmentRow.id).where(AssessmentRow.scan_id == scan_id, AssessmentRow.id < but, ~_shown())
     transaction.execute(
         update(AssessmentStructure)
         .where(AssessmentStructure.assessment_id.in_(older), AssessmentStructure.detail.is_not(None))
@@ -192,7 +201,7 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
                 estimated,
                 detail.raw,
                 detail.extracted,
-                _intervals(part),
+                intervals_of(part),
             )
         )
     return Assessment(
