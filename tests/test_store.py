@@ -369,10 +369,13 @@ def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder:
 
 def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
-    written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+    written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
+    assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
         number = assessments.write(transaction, written, mask.id)
     with store.read() as transaction:
+        assert assessments.ranking_intervals(transaction) == {"scan_1": written.dice_interval}
+        assert not assessments.was_shown(transaction, number)
         assert assessments.read(transaction, number) == written
         assert assessments.latest(transaction, "scan_1") == (number, written)
         assert assessments.ranking(transaction) == {"scan_1": 0.7}
@@ -400,6 +403,28 @@ def test_old_assessments_are_thinned_unless_they_were_shown(store: Store, folder
         third = assessments.write(transaction, versions[2], mask.id)
     with store.read() as transaction:
         assert [assessments.read(transaction, i) is not None for i in (first, second, third)] == [True, False, True]
+        assert [assessments.was_shown(transaction, i) for i in (first, second, third)] == [True, False, False]
+
+
+def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, folder: Path) -> None:
+    narrow = make_assessment("scan_1", 0.8, half_width=0.05).structures[0]
+    wide = make_assessment("scan_1", 0.6, half_width=0.3).structures[0]
+    absent = replace(make_assessment("scan_1", 0.1, half_width=0.01).structures[0], name="spleen", present=False)
+    parts = (narrow, replace(wide, name="kidney"), absent)
+    told, silent = save_mask(store, folder.parent, "scan_1", 5), save_mask(store, folder.parent, "scan_2", 6)
+    written = replace(make_assessment("scan_1", 0.8), structures=parts)
+    with store.write() as transaction:
+        numbers = [
+            assessments.write(transaction, written, told.id),
+            assessments.write(transaction, make_assessment("scan_2", 0.7), silent.id),
+        ]
+    with store.read() as transaction:
+        assert assessments.ranking_intervals(transaction) == {"scan_1": wide.intervals.dice, "scan_2": None}
+        assert assessments.dice_intervals(transaction, numbers) == dict(
+            zip(numbers, (written.dice_interval, None), strict=True)
+        )
+        assert assessments.dice_intervals(transaction, []) == {}
+    assert written.dice_interval == wide.intervals.dice
 
 
 def test_an_assessment_of_another_scans_mask_is_refused(store: Store, folder: Path) -> None:
