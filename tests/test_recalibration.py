@@ -20,6 +20,7 @@ from segqc.loop.scoring import keep_mask
 from segqc.loop.studies import Studies
 from segqc.metrics import LinearCalibration
 from segqc.networks import ModelError, StructureCalibration
+from segqc.segmenter import Segmenter
 from segqc.store import assessments, corrections, leases, orders
 from segqc.store.leases import LeaseRules
 from segqc.store.values import Who
@@ -42,22 +43,21 @@ def studies(tmp_path: Path) -> Studies:
     assert assessor is not None
     known = StructureCalibration(LINE, LinearCalibration(), LinearCalibration(), LinearCalibration(), None)
     card = replace(assessor.card, calibration=(known, known), seen=())
-    Assessor(card, assessor.network).save(made.model_path("segqc"))
+    judging, segmenter = Assessor(card, assessor.network), made.segmenter()
+    judging.save(made.model_path("segqc"))
+    assert segmenter is not None
     for i in range(12):
-        judge(made, f"scan_{i}", 0.5 + i / 50)
+        judge(made, f"scan_{i}", 0.5 + i / 50, segmenter, judging)
     return made
 
 
-def judge(studies: Studies, scan: str, dice: float, intervals: MetricIntervals = WIDE) -> None:
-    """A mask of the current segmentation network, and an assessment of it by the current SegQC-Net."""
-    segmenter, assessor = studies.segmenter(), studies.assessor()
-    assert segmenter is not None
-    assert assessor is not None
+def judge(studies: Studies, scan: str, dice: float, segmenter: Segmenter, assessor: Assessor) -> None:
+    """A mask of the segmentation network, and an assessment of it that SegQC-Net might have made."""
     truth = draw_case(int(scan.removeprefix("scan_")))[1]
     mask = keep_mask(studies, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), segmenter)
     told = replace(make_assessment(scan, dice), segmenter_version=segmenter.version, assessor_version=assessor.version)
     raw = Metrics((dice - 0.1) / 0.8, 0.5, 0.1, 0.0)
-    quality = replace(told.structures[0], raw=replace(told.structures[0].raw, metrics=raw), intervals=intervals)
+    quality = replace(told.structures[0], raw=replace(told.structures[0].raw, metrics=raw), intervals=WIDE)
     studies.write_assessment(replace(told, structures=(quality, replace(quality, name="spleen"))), mask)
 
 
