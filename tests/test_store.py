@@ -595,18 +595,52 @@ def change(dice: float) -> Change:
     return Change(2, 40, 1, (part,), opened_slices=(0, 1))
 
 
-def submit(store: Store, folder: Path, scan: str, who: Who, value: int) -> int:
+PART = change(0.8)
+
+
+def submit(store: Store, folder: Path, scan: str, who: Who, value: int, change: Change = PART) -> int:
     number = []
 
     def then(transaction: object, versions: list[object]) -> None:
         lease = leases.submitted(transaction, scan, who)  # type: ignore[arg-type]
         assert lease is not None
         start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
-        number.append(corrections.add(transaction, start, versions[0], change(0.8), who, lease=lease))  # type: ignore[arg-type]
+        number.append(corrections.add(transaction, start, versions[0], change, who, lease=lease))  # type: ignore[arg-type]
 
     source = label_map(folder.parent / "submitted.nii.gz", value)
     store.save_label(NewLabel(scan, "final", "annotator", who), source, then)
     return number[0]
+
+
+def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folder: Path, clock: Clock) -> None:
+    for i in range(COUNT):
+        mask = save_mask(store, folder.parent, f"scan_{i}", i + 1)
+        with store.write() as transaction:
+            assessments.write(transaction, make_assessment(f"scan_{i}", 0.5 + i / 100, half_width=0.1), mask.id)
+    audits = LeaseRules(audit_share=1.0, validation_share=0.0)
+    whole = replace(PART, opened_slices=None)
+    audited = [take(store, ANNA, audits).scan]
+    submit(store, folder, audited[0], ANNA, 21, whole)
+    part = take(store, ANNA, audits).scan
+    submit(store, folder, part, ANNA, 22)
+    audited.append(take(store, ANNA, audits).scan)
+    submit(store, folder, audited[1], ANNA, 23, whole)
+    with store.read() as transaction:
+        found = corrections.audited(transaction)
+        assert corrections.audited(transaction, simulated=True) == []
+    assert [c.scan for c in found] == audited
+    for checked in found:
+        dice = 0.5 + int(checked.scan.removeprefix("scan_")) / 100
+        said = make_assessment(checked.scan, dice, half_width=0.1).structures[0]
+        assert (checked.patient, checked.structure) == (checked.scan, "liver")
+        assert (checked.segmenter_version, checked.assessor_version) == ("seg", "qc")
+        assert (checked.estimated, checked.intervals) == (said.estimated, said.intervals)
+        assert checked.true == PART.structures[0].metrics
+    clock.pass_(minutes=1)
+    store.review(audited[0], "rejected", ANNA, "not good")
+    store.review(audited[1], "excluded", ANNA, "moved")
+    with store.read() as transaction:
+        assert corrections.audited(transaction) == []
 
 
 def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder: Path, clock: Clock) -> None:
