@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
 from segqc.intervals import LEVEL
 from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
-from segqc.networks import ModelCard, ModelError, StemUNet, StructureCalibration, TrainedNetwork, canonical_scan
+from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, network_input
 from segqc.regions import BoxSettings, find_boxes
 from segqc.types import (
     Assessment,
@@ -25,7 +26,7 @@ from segqc.types import (
     SliceQuality,
     StructureQuality,
 )
-from segqc.volumes import Volume, VolumeError, through_plane_axis, to_canonical, to_native
+from segqc.volumes import Volume, VolumeError, through_plane_axis, to_native
 
 ERROR_THRESHOLD = 0.5
 
@@ -61,7 +62,7 @@ class Assessor(TrainedNetwork):
 
     kind = "segqc"
 
-    def __init__(self, card: ModelCard, network: StemUNet, settings: AssessmentSettings | None = None) -> None:
+    def __init__(self, card: ModelCard, network: nn.Module, settings: AssessmentSettings | None = None) -> None:
         super().__init__(card, network)
         if card.plan.in_channels != 1 + len(card.structures):
             raise ModelError(
@@ -82,6 +83,14 @@ class Assessor(TrainedNetwork):
     def error_maps(self, scan: Volume, labels: Volume) -> FloatArray:
         """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
 
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        return sigmoid(self.error_logits(scan, labels))
+
+    def error_logits(self, scan: Volume, labels: Volume) -> FloatArray:
+        """The logits of `error_maps`; where several networks judge one mask, these are what to average.
+
         The network's logit is brought back to the scan's grid by linear interpolation and meets the mask only there
         (method, "Frames").
 
@@ -94,9 +103,7 @@ class Assessor(TrainedNetwork):
             )
         masks = np.stack([s.mask(labels.array) for s in self.structures])
         frame = self.frame(scan)
-        image = canonical_scan(scan, frame)
-        channels = to_canonical(masks.astype(np.float32), frame, order=0)
-        x = torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
+        x = network_input(scan, masks, frame)
         if self.card.average_flips:
             group = tta_group(transposes=False)
             logits = torch.stack([m.invert(self.run(m.apply(x)))[0] for m in group]).mean(dim=0)
@@ -105,7 +112,7 @@ class Assessor(TrainedNetwork):
         z = to_native(logits.numpy(), frame, order=1)
         if self.card.output_form == "truth":
             z = np.where(masks, -z, z)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -30, 30))), np.float32)
+        return np.asarray(z, np.float32)
 
     def assess(
         self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None
@@ -180,6 +187,11 @@ class Assessor(TrainedNetwork):
         """The labelmap of likely errors: 1 where any structure's error probability is at least one half."""
         wrong = (result.errors >= ERROR_THRESHOLD).any(axis=0)
         return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
+
+
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """Probabilities of logits of any shape; beyond 30 they are cut, so that none overflows."""
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -30, 30))), np.float32)
 
 
 def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:

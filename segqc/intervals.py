@@ -14,9 +14,13 @@ What is promised, for a random mask of a new patient exchangeable with the calib
 * all lines alike, because none was fitted on these patients (split conformal): coverage of at least ``level``;
 * lines fitted without their patient (jackknife+): at least ``2 level - 1``, and in practice about ``level``.
 
-It holds on average over patients, not in every stratum and not for other patients than the calibrating ones. Bad masks
-have larger residuals: ``scale`` is a floor plus the estimate's distance from a perfect mask. The floor is fitted with
-the line, without patient k too, so that it costs nothing of the promise.
+Where the x of calibrating patients are of fold networks and the new one is of all of them together, nothing is proven:
+it has to be measured (`segqc.evaluation.coverage`). An ensemble should err less than its members, and the intervals
+then be rather too wide.
+
+The promise holds on average over patients, not in every stratum, and not for other patients than the calibrating ones.
+Bad masks have larger residuals: ``scale`` is a floor plus the estimate's distance from a perfect mask. The floor is
+fitted with the line, without patient k too, so that it costs nothing of the promise.
 """
 
 from __future__ import annotations

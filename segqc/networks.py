@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,11 +16,12 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import DynUNet
 from pydantic import TypeAdapter, ValidationError
+from pydantic.main import IncEx
 from torch import nn
 
 from segqc.intervals import StructureIntervals
 from segqc.metrics import LinearCalibration
-from segqc.types import FloatArray, Structure
+from segqc.types import BoolArray, FloatArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame, to_canonical
 
 NetworkSize: TypeAlias = Literal["small", "medium", "paper"]
@@ -194,6 +195,21 @@ class StemUNet(nn.Module):
         return depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
 
 
+class MeanOfNetworks(nn.Module):
+    """Networks of one plan that answer with the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean logits (N, out_channels, a, b, c) of a batch (N, in_channels, a, b, c)."""
+        total = self.members[0](x)
+        for member in self.members[1:]:
+            total = total + member(x)
+        return torch.as_tensor(total / len(self.members))
+
+
 def build_network(plan: NetworkPlan, *, seed: int = 0, first_bias: float | None = None) -> StemUNet:
     """Build the network of a plan; its first weights are a function of the seed alone.
 
@@ -228,6 +244,7 @@ class ModelCard:
     """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
 
     ``seen`` names the patients whose labels the network, or a network it was started from, has learnt from.
+    ``members`` networks of the plan answer together, with the mean of their logits.
     """
 
     kind: Kind
@@ -240,6 +257,7 @@ class ModelCard:
     transposes: bool = False
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    members: int = 1
 
 
 _CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)
@@ -280,7 +298,7 @@ class TrainedNetwork:
             torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
 
     @staticmethod
-    def _read(path: Path) -> tuple[ModelCard, StemUNet]:
+    def _read(path: Path) -> tuple[ModelCard, nn.Module]:
         if not path.is_file():
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
@@ -289,7 +307,8 @@ class TrainedNetwork:
             if content["segqc"] != _FORMAT:
                 raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}")
             card = _CARDS.validate_json(content["card"])
-            network = StemUNet(card.plan)
+            members = [StemUNet(card.plan) for _ in range(card.members)]
+            network = members[0] if card.members == 1 else MeanOfNetworks(members)
             network.load_state_dict(content["weights"])
         except ModelError:
             raise
@@ -307,22 +326,35 @@ class TrainedNetwork:
         return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
+        """Logits of a batch (N, C, a, b, c), see `sliding_window`."""
+        return sliding_window(self.network, x, self.card.plan.patch, self.device)
 
-        Memory beside the result: one window's activations and one count map.
-        """
-        with torch.inference_mode():
-            logits = sliding_window_inference(
-                x,
-                roi_size=self.card.plan.patch,
-                sw_batch_size=1,
-                predictor=self.network,
-                overlap=0.25,
-                mode="gaussian",
-                sw_device=self.device,
-                device=torch.device("cpu"),
-            )
-        return torch.as_tensor(logits)
+
+def sliding_window(
+    predictor: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, patch: Triple, device: torch.device
+) -> torch.Tensor:
+    """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
+
+    Memory beside the result: one window's activations and one count map.
+
+    Args:
+        predictor: the network, or the part of it that makes a map.
+        x: the batch.
+        patch: the window.
+        device: where the predictor is.
+    """
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            x,
+            roi_size=patch,
+            sw_batch_size=1,
+            predictor=predictor,
+            overlap=0.25,
+            mode="gaussian",
+            sw_device=device,
+            device=torch.device("cpu"),
+        )
+    return torch.as_tensor(logits)
 
 
 def normalise(array: FloatArray) -> FloatArray:
@@ -340,8 +372,17 @@ def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
     return normalise(to_canonical(scan.array, frame, order=1).astype(np.float32))
 
 
+def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torch.Tensor:
+    """Scan and masks (L, n0, n1, n2) as channels in the canonical frame: (1, 1 + L, a, b, c)."""
+    image = canonical_scan(scan, frame)
+    channels = to_canonical(masks.astype(np.float32), frame, order=0)
+    return torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
+
+
 def _version(card: ModelCard, network: nn.Module) -> str:
-    digest = hashlib.sha256(_CARDS.dump_json(card, exclude={"calibration": {"__all__": {"intervals"}}}))
+    # models of before there were intervals, or several members, keep their version
+    left_out: Mapping[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}, "members": card.members == 1}
+    digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from segqc.assessor import AssessmentResult
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; red stays for errors.
-_COLOURS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
-_HEAT = LinearSegmentedColormap.from_list("error", [(1, 0.3, 0, 0.0), (1, 0.3, 0, 0.6), (1, 0, 0, 0.9)])
+COLOURS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
+HEAT = LinearSegmentedColormap.from_list("error", [(1, 0.3, 0, 0.0), (1, 0.3, 0, 0.6), (1, 0, 0, 0.9)])
 _MARGIN_MM = 15.0
 _LETTERS_PER_INCH = 11  # of the headline
+
+Window: TypeAlias = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,15 @@ _CURVE: TypeAdapter[tuple[CurvePoint, ...]] = TypeAdapter(tuple[CurvePoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """How a slice is laid on the page: anterior or superior up, the patient's right (or front) on the left."""
+class View:
+    """How a slice is laid on the page: anterior or superior up, the patient's right (or front) on the left.
+
+    Attributes:
+        axis: the through-plane axis.
+        horizontal, vertical: the array axes that lie along the page.
+        flip_horizontal, flip_vertical: whether an axis runs against the page's direction.
+        aspect: height over width of a voxel.
+    """
 
     axis: int
     horizontal: int
@@ -60,7 +69,8 @@ class _View:
     aspect: float
 
     @classmethod
-    def of(cls, scan: Volume, axis: int) -> _View:
+    def of(cls, scan: Volume, axis: int) -> View:
+        """The view of a scan's slices along an axis."""
         codes = nib.orientations.aff2axcodes(scan.affine)
         first, second = (a for a in range(3) if a != axis)
         # left-right lies horizontally; in a sagittal slice, which has none, front-back does
@@ -81,7 +91,8 @@ class _View:
         taken = np.take(array, index, axis=self.axis)
         return np.asarray(taken.T if self.horizontal < self.vertical else taken, np.float32)
 
-    def limits(self, ax: Axes, window: tuple[slice, slice, slice]) -> None:
+    def limits(self, ax: Axes, window: Window) -> None:
+        """Cut a panel to a window, and turn it the right way."""
         left, right = window[self.horizontal].start - 0.5, window[self.horizontal].stop - 0.5
         low, high = window[self.vertical].start - 0.5, window[self.vertical].stop - 0.5
         ax.set_xlim(*((right, left) if self.flip_horizontal else (left, right)))
@@ -119,8 +130,8 @@ def draw_assessment(
     assessment = result.assessment
     masks = np.stack([s.mask(labels.array) for s in structures] if structures else [labels.array > 0])
     error = result.errors.max(axis=0)
-    view = _View.of(scan, assessment.through_plane_axis)
-    window = _window(masks.any(axis=0) | (error >= 0.5), scan.spacing_mm)
+    view = View.of(scan, assessment.through_plane_axis)
+    window = window_around(masks.any(axis=0) | (error >= 0.5), scan.spacing_mm)
     low, high = np.percentile(scan.array[window], (1, 99))
     chosen = assessment.worst_slices(slices)
     width = 2.6 * max(len(chosen), 2) + 1.2  # inches
@@ -133,9 +144,9 @@ def draw_assessment(
             grey = view.plane(scan.array, index)
             ax.imshow(grey, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=view.aspect)
             if row == 1:
-                ax.imshow(view.plane(error, index), cmap=_HEAT, vmin=0, vmax=1, origin="lower", aspect=view.aspect)
+                ax.imshow(view.plane(error, index), cmap=HEAT, vmin=0, vmax=1, origin="lower", aspect=view.aspect)
             for number, mask in enumerate(masks):
-                _contour(ax, view.plane(mask, index), _colour(number))
+                contour(ax, view.plane(mask, index), _colour(number))
             view.limits(ax, window)
             ax.set_xticks([])
             ax.set_yticks([])
@@ -143,18 +154,18 @@ def draw_assessment(
         _boxes(axes[1, column], assessment, index, view)
     axes[0, 0].set_ylabel("mask", fontsize=9)
     axes[1, 0].set_ylabel("likely errors", fontsize=9)
-    heat = ScalarMappable(Normalize(0, 1), _HEAT)
+    heat = ScalarMappable(Normalize(0, 1), HEAT)
     figure.colorbar(heat, ax=axes.ravel().tolist(), shrink=0.5, label="error probability", fraction=0.03, pad=0.01)
     _legend(figure, assessment)
     _save(figure, path)
 
 
 def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+    return COLOURS[number % len(COLOURS)]
 
 
-def _window(region: BoolArray, spacing_mm: Sequence[float]) -> tuple[slice, slice, slice]:
-    """The bounding box of the region with a margin; the whole array where the region is empty."""
+def window_around(region: BoolArray, spacing_mm: Sequence[float]) -> Window:
+    """The bounding box of a region (n0, n1, n2) with a margin of 15 mm; the whole array where the region is empty."""
     bounds = []
     for axis, spacing in enumerate(spacing_mm):
         hit = np.flatnonzero(region.any(axis=tuple(a for a in range(3) if a != axis)))
@@ -166,7 +177,8 @@ def _window(region: BoolArray, spacing_mm: Sequence[float]) -> tuple[slice, slic
     return bounds[0], bounds[1], bounds[2]
 
 
-def _contour(ax: Axes, mask: FloatArray, colour: str) -> None:
+def contour(ax: Axes, mask: FloatArray, colour: str) -> None:
+    """Draw the contour of a mask's plane; an empty one has none."""
     if mask.any():
         ax.contour(
             np.pad(mask, 1),
@@ -177,7 +189,7 @@ def _contour(ax: Axes, mask: FloatArray, colour: str) -> None:
         )
 
 
-def _boxes(ax: Axes, assessment: Assessment, index: int, view: _View) -> None:
+def _boxes(ax: Axes, assessment: Assessment, index: int, view: View) -> None:
     for number, quality in enumerate(assessment.structures):
         for box in quality.extracted.boxes:
             if box.slice_index == index:
@@ -228,13 +240,13 @@ def draw_curve(curve: Path, path: Path) -> None:
     history = _CURVE.validate_json(curve.read_bytes())
     figure = Figure(figsize=(6, 3.6), layout="constrained", facecolor="white")
     ax = figure.subplots()
-    ax.plot([p.epoch for p in history], [p.train_loss for p in history], color=_COLOURS[4], label="training")
+    ax.plot([p.epoch for p in history], [p.train_loss for p in history], color=COLOURS[4], label="training")
     measured = [(p.epoch, p.validation_loss) for p in history if p.validation_loss is not None]
     if measured:
         epochs, losses = zip(*measured, strict=True)
-        ax.plot(epochs, losses, color=_COLOURS[5], label="validation")
+        ax.plot(epochs, losses, color=COLOURS[5], label="validation")
         best = int(np.argmin(losses))
-        ax.plot(epochs[best], losses[best], "o", color=_COLOURS[5], label=f"best: epoch {epochs[best]}")
+        ax.plot(epochs[best], losses[best], "o", color=COLOURS[5], label=f"best: epoch {epochs[best]}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel("loss")

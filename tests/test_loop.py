@@ -28,6 +28,7 @@ steps_per_epoch = 2
 folds = 2
 contrasts = []
 average_flips = false
+ensemble = false
 patch = [16, 16, 4]
 """
 

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from segqc.assessor import AssessmentResult
-from segqc.pictures import _View, draw_assessment, draw_curve
+from segqc.pictures import View, draw_assessment, draw_curve
 from segqc.types import (
     Assessment,
     ErrorBox,
@@ -95,7 +95,7 @@ def test_superior_or_anterior_is_up_and_the_patient_s_right_or_front_on_the_left
     directions = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
     affine = np.eye(4)
     affine[:3, :3] = np.array([directions[c] for c in codes]).T
-    view = _View.of(Volume(np.zeros((3, 4, 5), np.float32), affine), axis)
+    view = View.of(Volume(np.zeros((3, 4, 5), np.float32), affine), axis)
     assert {view.horizontal, view.vertical} == {0, 1, 2} - {axis}
     to_the_right = affine[:3, view.horizontal] * (-1 if view.flip_horizontal else 1)
     upwards = affine[:3, view.vertical] * (-1 if view.flip_vertical else 1)
@@ -110,7 +110,7 @@ def test_boxes_lie_on_the_voxels_that_they_hold(codes: str) -> None:
     affine[:3, :3] = np.array([directions[c] for c in codes]).T
     array = np.zeros((8, 9, 10), np.float32)
     array[2:5, 1:7, 4] = 1
-    view = _View.of(Volume(array, affine), 2)
+    view = View.of(Volume(array, affine), 2)
     (x, y), width, height = view.rectangle((2, 1), (5, 7))
     rows, columns = np.nonzero(view.plane(array, 4))
     assert (x, y) == (columns.min() - 0.5, rows.min() - 0.5)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from segqc.assessor import Assessor
 from segqc.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
 from segqc.training.assessor import VALIDATION_MASKS
@@ -31,7 +32,7 @@ from segqc.volumes import Volume, write_labels, write_scan
 
 STRUCTURES = (Structure("ball", (1,)),)
 QUICK = TrainingSettings(
-    epochs=3, fold_epochs=2, steps_per_epoch=2, folds=2, contrasts=(), average_flips=False, patch=(16, 16, 4)
+    epochs=3, fold_epochs=2, steps_per_epoch=2, folds=2, contrasts=(), average_flips=False, patch=(16, 16, 4), ensemble=False
 )
 
 
@@ -217,3 +218,25 @@ def test_a_patch_over_the_border_is_padded_with_zeros() -> None:
     np.testing.assert_array_equal(patch[1:, :1], array[:2, 2:])
     assert not patch[0].any()
     assert not patch[:, 1:].any()
+
+
+def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 8)
+    where = placed(cases, tmp_path)
+    settings = replace(QUICK, ensemble=True, epochs=2)
+    trained = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
+    assert trained.card.members == 2
+    assert set(trained.card.seen) == {c.patient for c in cases}
+    # the mean of the logits is what both answer together
+    x = torch.zeros(1, 2, *trained.card.plan.patch)
+    with torch.inference_mode():
+        alone = [member(x) for member in trained.network.members]  # type: ignore[union-attr]
+        assert torch.allclose(trained.network(x), (alone[0] + alone[1]) / 2)
+        assert not torch.allclose(alone[0], alone[1])
+    trained.save(tmp_path / "model.pt")
+    assert Assessor.load(tmp_path / "model.pt").version == trained.version
+    intervals = trained.card.calibration[0].intervals
+    assert intervals is not None and intervals.dice is not None
+    assert len(json.loads((tmp_path / "t" / "curve.json").read_text())) == 2
+    again = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
+    assert again.version == trained.version

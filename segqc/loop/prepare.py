@@ -56,8 +56,8 @@ def prepare(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudiesError(f"{folder}: exists already; name a new or empty folder")
-    pairs = _pairs(dataset)
-    groups = _groups(dataset, split, list(pairs))
+    pairs = labelled_pairs(dataset)
+    groups = scans_by_patient(dataset, split, list(pairs))
     order = np.random.default_rng(seed).permutation(len(groups))
     names = [scan for i in order for scan in groups[list(groups)[int(i)]]]
     if labelled < 0 or unlabelled < 0 or labelled + unlabelled > len(names):
@@ -84,7 +84,12 @@ def prepare(
     return Prepared(tuple(chosen[:cut]), tuple(chosen[cut:]))
 
 
-def _pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
+def labelled_pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
+    """The scan and the label file of each labelled scan of a data set, by id.
+
+    Raises:
+        StudiesError: if there are none.
+    """
     images, labels = dataset / "images", dataset / "labels"
     if not images.is_dir() or not labels.is_dir():
         raise StudiesError(f"{dataset}: wanted a folder with images/ and labels/")
@@ -96,8 +101,12 @@ def _pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
     return pairs
 
 
-def _groups(dataset: Path, split: str | None, names: Sequence[str]) -> dict[str, list[str]]:
-    """Scans by patient; where nothing names patients, every scan is its own."""
+def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> dict[str, list[str]]:
+    """Scans of a split by patient; without a split all scans, each its own patient.
+
+    Raises:
+        StudiesError: if ``splits.json`` can't be read or has no such split.
+    """
     if split is None:
         return {name: [name] for name in names}
     path = dataset / "splits.json"

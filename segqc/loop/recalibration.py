@@ -139,7 +139,7 @@ def use(studies: Studies, assessor: Assessor, found: Sequence[Audit]) -> int:
         replace(old, intervals=new.intervals) if new.intervals is not None else old
         for old, new in zip(assessor.card.calibration, found, strict=True)
     )
-    updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)  # type: ignore[arg-type]
+    updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
     updated.save(studies.model_path("segqc"))
     waiting = [entry.id for entry in studies.waiting()]
     count = 0

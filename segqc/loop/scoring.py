@@ -6,18 +6,15 @@ import logging
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy as np
-
 from segqc.assessor import AssessmentResult, Assessor
+from segqc.baselines.tta import entropy, tta_dice
 from segqc.loop.studies import ScanEntry, Studies
-from segqc.metrics import true_metrics
 from segqc.networks import ModelError
-from segqc.segmenter import Segmenter, TtaPrediction
+from segqc.segmenter import Segmenter
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
 from segqc.store.values import LabelRecord
 from segqc.training import Progress
-from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -131,22 +128,3 @@ def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter, method:
     studies.write_score("tta", entry.id, tta_dice(prediction, segmenter.structures), segmenter.version)
     studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version)
     return True
-
-
-def tta_dice(prediction: TtaPrediction, structures: tuple[Structure, ...]) -> float:
-    """The worst structure's median Dice between each member's mask and the median mask (the paper's baseline)."""
-    worst = 1.0
-    for structure in structures:
-        median = structure.mask(prediction.labels.array)
-        dice = [true_metrics(structure.mask(member), median).dice for member in prediction.members]
-        known = [d for d in dice if d is not None]
-        if known:
-            worst = min(worst, float(np.median(known)))
-    return worst
-
-
-def entropy(prediction: TtaPrediction) -> float:
-    """Summed voxel-wise entropy (nats) of the mean prediction, over the number of voxels in the median mask."""
-    p = np.clip(prediction.mean_probabilities, 1e-6, 1.0)
-    total = float(-(p * np.log(p)).sum(dtype=np.float64))
-    return total / max(1, int((prediction.labels.array > 0).sum()))

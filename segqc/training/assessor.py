@@ -13,12 +13,12 @@ from monai.losses import DiceLoss
 from segqc.assessor import Assessor
 from segqc.error_maps import difference
 from segqc.metrics import true_metrics
-from segqc.networks import ModelCard, NetworkPlan
+from segqc.networks import MeanOfNetworks, ModelCard, NetworkPlan
 from segqc.placement import Placement
 from segqc.regions import largest_box_area_mm2
 from segqc.training.calibration import fit_structure
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.fit import Job, Loss, PrepareBatch, fit
+from segqc.training.fit import Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
 from segqc.training.patches import Patch
 from segqc.training.progress import Progress
@@ -70,40 +70,78 @@ def train_on_masks(
     folder: Path,
     progress: Progress,
 ) -> Assessor:
-    """Train SegQC-Net on given masks; the caller vouches that no maker of a mask has seen its scan's label."""
-    values = label_values(structures)
-    cases = [s.case for s in sets]
-    plan = plan_for(cases, settings, in_channels=1 + len(structures), out_channels=len(structures))
+    """Train SegQC-Net on given masks; the caller vouches that no maker of a mask has seen its scan's label.
+
+    With ``settings.ensemble`` there is one network per fold, trained without the fold's patients; all answer together.
+    Each calibrates on the patients that it has not seen, so that all labelled scans do, and not only those that
+    validate.
+    """
+    plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
     train = [s for s in sets if placements[s.case.patient].role == "train"]
     # a few masks of each case: more would make validating longer than training, and say little new
-    validating = [s for s in sets if placements[s.case.patient].role == "validation"]
-    validation = [thinned(s, VALIDATION_MASKS) for s in validating]
+    validation = [thinned(s, VALIDATION_MASKS) for s in sets if placements[s.case.patient].role == "validation"]
+    folds = sorted({placements[s.case.patient].fold for s in train})
+    if not settings.ensemble or len(folds) < 2:
+        assessor = fit_assessor("segqc", plan, train, validation, structures, settings, folder, progress)
+        return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
+    members: list[Assessor] = []
+    unseen: list[tuple[Assessor, MaskSet]] = []
+    for k, fold in enumerate(folds):
+        learnt = [s for s in train if placements[s.case.patient].fold != fold]
+        name, own = f"segqc {k + 1}/{len(folds)}", replace(settings, seed=settings.seed + k)
+        member = fit_assessor(name, plan, learnt, validation, structures, own, folder / f"member-{k}", progress)
+        members.append(member)
+        held = [s for s in train if placements[s.case.patient].fold == fold]
+        unseen += [(member, thinned(s, VALIDATION_MASKS)) for s in held]
+    write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
+    together = ensemble(members)
+    return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
+
+
+def fit_assessor(
+    name: str,
+    plan: NetworkPlan,
+    train: Sequence[MaskSet],
+    validation: Sequence[MaskSet],
+    structures: Sequence[Structure],
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> Assessor:
+    """Train one SegQC-Net, uncalibrated; without validation masks the last epoch's weights are taken."""
+    values = label_values(structures)
     job = Job(
-        name="segqc",
+        name=name,
         plan=plan,
         settings=settings,
         epochs=settings.epochs,
-        train=_examples(train, values, plan),
-        validation=_examples(validation, values, plan),
+        train=mask_examples(train, values, plan),
+        validation=mask_examples(validation, values, plan),
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
         empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
         first_bias=_FIRST_BIAS if settings.output_form == "truth" else None,
     )
-    fitted = fit(job, folder, progress)
     card = ModelCard(
         kind="segqc",
         plan=plan,
         structures=tuple(structures),
         values=values,
-        seen=tuple(sorted({c.patient for c in cases})),
+        seen=tuple(sorted({s.case.patient for s in (*train, *validation)})),
         output_form=settings.output_form,
         average_flips=settings.average_flips,
     )
-    return calibrated(Assessor(card, fitted.network), train, validation, progress)
+    return Assessor(card, fit(job, folder, progress).network)
 
 
-def _examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
+def ensemble(members: Sequence[Assessor]) -> Assessor:
+    """Assessors of one plan as one, which answers with the mean of their logits."""
+    seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
+    card = replace(members[0].card, seen=seen, members=len(members))
+    return Assessor(card, MeanOfNetworks([member.network for member in members]))
+
+
+def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
     """One example per mask; scan and truth are shared between the masks of a case."""
     weights = iter(stratified_weights([d for s in sets for d in s.dice])) if sets else iter(())
     examples: list[Example] = []
@@ -117,14 +155,14 @@ def _examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan)
     return examples
 
 
-def _channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
+def mask_channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
     """One mask per structure (N, L, a, b, c) of label maps (N, 1, a, b, c)."""
     return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
 
 
 def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, truth = _channels(batch["mask"], structures), _channels(batch["truth"], structures)
+        mask, truth = mask_channels(batch["mask"], structures), mask_channels(batch["truth"], structures)
         # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
         target = truth if settings.output_form == "truth" else (mask != truth).float()
         return torch.cat([batch["image"], mask], dim=1), target
@@ -140,24 +178,30 @@ def _loss(settings: TrainingSettings) -> Loss:
 
 
 def calibrated(
-    assessor: Assessor, train: Sequence[MaskSet], validation: Sequence[MaskSet], progress: Progress
+    assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
 ) -> Assessor:
-    """Fit each structure's calibration and intervals on validation masks, and note the largest error box.
+    """Fit each structure's calibration and intervals on masks of unseen patients, and note the largest error box.
 
-    The patients that validate have not trained the network, though its best epoch was chosen by them. Their masks are
-    spread over the qualities (`thinned`): the intervals are those of a random mask of such a spread.
+    Args:
+        assessor: what is calibrated.
+        train: the masks that it was trained on.
+        unseen: masks, each with the network that estimates it and has not learnt from its patient: a member of the
+            ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
+            Their masks are spread over the qualities (`thinned`): the intervals are those of a random mask of such a
+            spread.
+        progress: told after each case.
     """
     structures = assessor.structures
     patients: list[str] = []
     estimates: list[list[Metrics]] = [[] for _ in structures]
     truths: list[list[Metrics]] = [[] for _ in structures]
-    for i, mask_set in enumerate(validation):
-        progress.step(i, len(validation), "calibration")
+    for i, (judge, mask_set) in enumerate(unseen):
+        progress.step(i, len(unseen), "calibration")
         scan, truth = read_case(mask_set.case, assessor.values)
         for mask in mask_set.masks:
             patients.append(mask_set.case.patient)
             labels = Volume(mask, scan.affine, scan.acquisition_axis)
-            qualities = assessor.assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
+            qualities = judge.assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
             for k, structure in enumerate(structures):
                 estimates[k].append(qualities[k].raw.metrics)
                 truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
@@ -168,7 +212,7 @@ def calibrated(
     )
     scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
     kept = {name: value for name, value in scores.items() if value is not None}
-    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)  # type: ignore[arg-type]
+    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)
 
 
 def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:

@@ -18,9 +18,10 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler, LrScheduleHandler, ValidationHandler, from_engine
 from monai.utils import set_determinism
+from torch import nn
 from torch.utils.data import DataLoader
 
-from segqc.networks import NetworkPlan, StemUNet, build_network, device_of_choice
+from segqc.networks import NetworkPlan, build_network, device_of_choice
 from segqc.training.cases import Example
 from segqc.training.patches import Draws, Patch, PatchDataset, centred
 from segqc.training.progress import Progress
@@ -29,9 +30,12 @@ from segqc.volumes import atomic_write
 
 logger = logging.getLogger(__name__)
 
+STEPS_APART = 10_000_019  # between the generator seeds of two trainings
+
 Weights: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PrepareBatch: TypeAlias = Callable[[Patch], tuple[torch.Tensor, torch.Tensor]]
+NetworkBuilder: TypeAlias = Callable[[NetworkPlan], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,11 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `fit` trains: a plan, its data, and how a batch becomes input and target."""
+    """What `fit` trains: a plan, its data, and how a batch becomes input and target.
+
+    ``build`` makes another network than the plan's U-Net, its first weights drawn from torch's generator; ``variant``
+    then names it and its loss, as plan and settings do not tell it from others. One tensor comes out of a network.
+    """
 
     name: str
     plan: NetworkPlan
@@ -58,13 +66,15 @@ class Job:
     empty_mask_epochs: int = 0
     first_bias: float | None = None
     snapshots: tuple[int, ...] = ()
+    build: NetworkBuilder | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``."""
 
-    network: StemUNet
+    network: nn.Module
     history: tuple[EpochRecord, ...]
     snapshots: dict[int, Weights]
 
@@ -81,6 +91,7 @@ def _keep_freed_memory() -> None:
 def fingerprint(job: Job) -> str:
     """What a checkpoint must agree on to be continued: plan, settings, length and the examples' contents."""
     digest = hashlib.sha256(repr((job.plan, job.settings, job.epochs, job.empty_mask_epochs, job.snapshots)).encode())
+    digest.update(job.variant.encode())
     for example in (*job.train, *job.validation):
         digest.update(f"{example.case}{example.weight}".encode())
         for array in (example.image, example.truth, example.mask):
@@ -115,6 +126,23 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     return training.fitted()
 
 
+def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
+    """Write the mean learning curve of several trainings, as far as all of them went, as ``curve.json``.
+
+    Args:
+        members: the folders of the trainings.
+        folder: gets the file.
+    """
+    curves = [[EpochRecord(**point) for point in json.loads((m / "curve.json").read_text())] for m in members]
+    mean = []
+    for points in zip(*curves, strict=False):
+        measured = [p.validation_loss for p in points if p.validation_loss is not None]
+        loss = sum(p.train_loss for p in points) / len(points)
+        mean.append(EpochRecord(points[0].epoch, loss, sum(measured) / len(measured) if measured else None))
+    with atomic_write(folder / "curve.json") as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1))
+
+
 class _Training:
     """A job's network, optimizer and schedule, and what came of them so far: all that a checkpoint holds."""
 
@@ -122,7 +150,7 @@ class _Training:
         settings = job.settings
         self.job = job
         self.device = device_of_choice()
-        self.network = build_network(job.plan, seed=settings.seed, first_bias=job.first_bias).to(self.device)
+        self.network = _first_network(job).to(self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
         self.fingerprint = fingerprint(job)
@@ -211,6 +239,15 @@ class _Training:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
 
 
+def _first_network(job: Job) -> nn.Module:
+    """The untrained network; a function of the seed alone."""
+    if job.build is None:
+        return build_network(job.plan, seed=job.settings.seed, first_bias=job.first_bias)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.settings.seed)
+        return job.build(job.plan)
+
+
 def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     """MONAI's engine for the epochs that are left."""
     job, steps = training.job, training.job.settings.steps_per_epoch
@@ -240,6 +277,11 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
             logger.info("%s: no better for %d epochs, stopped", job.name, job.settings.patience)
             engine.terminate()
 
+    def before_step(engine: Engine) -> None:
+        # what a network draws itself must not depend on where a training was resumed
+        torch.manual_seed(job.settings.seed * STEPS_APART + engine.state.iteration)
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, before_step)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)
     if job.validation:
         _validate_each_epoch(trainer, training)

@@ -131,7 +131,7 @@ def train_makers(
     job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
     fitted = fit(job, folder, progress)
     last = segmenter_of(fitted, plan, structures, [c.patient for c in learnt], settings)
-    return [last, *(_with_weights(last, fitted.snapshots[epoch]) for epoch in early)]
+    return [last, *(at_weights(last, fitted.snapshots[epoch]) for epoch in early)]
 
 
 def early_epochs(epochs: int) -> tuple[int, ...]:
@@ -144,7 +144,8 @@ def early_epochs(epochs: int) -> tuple[int, ...]:
     return tuple(sorted({round(e) for e in np.geomspace(min(2, latest), latest, count)}))
 
 
-def _with_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
+def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
+    """The segmenter as it was at other weights, those of an earlier epoch."""
     network = StemUNet(segmenter.card.plan)
     network.load_state_dict(weights)
     return Segmenter(segmenter.card, network)

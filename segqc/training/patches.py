@@ -101,15 +101,23 @@ def cut(array: FloatArray | LabelArray, start: Triple, patch: Triple) -> torch.T
 
 def centred(example: Example, patch: Triple) -> Patch:
     """The patch around the centre of the truth's bounding box, without augmentation: what validation looks at."""
-    where = np.argwhere(example.truth > 0)
-    centre = (where.min(axis=0) + where.max(axis=0)) // 2 if len(where) else np.array(example.truth.shape) // 2
-    room = np.array(example.image.shape) - patch
-    start = np.where(room < 0, room // 2, np.clip(centre - np.array(patch) // 2, 0, np.maximum(room, 0)))
-    at = (int(start[0]), int(start[1]), int(start[2]))
+    at = centred_start(example.truth, patch)
     item: Patch = {"image": cut(example.image, at, patch), "truth": cut(example.truth, at, patch)}
     if example.mask is not None:
         item["mask"] = cut(example.mask, at, patch)
     return item
+
+
+def centred_start(labels: LabelArray, patch: Triple) -> Triple:
+    """Where a patch starts that has the bounding box of a label map (a, b, c) in its middle, as far as there is room.
+
+    Without a label it is the middle of the array; along an axis shorter than the patch, too, and then negative.
+    """
+    where = np.argwhere(labels > 0)
+    centre = (where.min(axis=0) + where.max(axis=0)) // 2 if len(where) else np.array(labels.shape) // 2
+    room = np.array(labels.shape) - patch
+    start = np.where(room < 0, room // 2, np.clip(centre - np.array(patch) // 2, 0, np.maximum(room, 0)))
+    return int(start[0]), int(start[1]), int(start[2])
 
 
 def _interesting(example: Example) -> Indices:

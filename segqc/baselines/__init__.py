@@ -1,0 +1,1 @@
+"""What SegQC is measured against (method, "The baselines"): each method gives one `Estimate` per structure."""

@@ -1,0 +1,125 @@
+"""The labelled scans that an evaluation is about: who trains, and who is kept for the test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segqc.loop.prepare import labelled_pairs, scans_by_patient
+from segqc.loop.studies import Studies, StudiesError
+from segqc.training import Case
+from segqc.types import Structure
+from segqc.volumes import read_labels
+
+TRAIN, TEST = "train", "test"
+LEAST_TRAINING_PATIENTS = 6
+LEAST_TEST_PATIENTS = 2
+
+
+class CohortError(ValueError):
+    """A data set can't be evaluated on; says what is missing and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Labelled cases of a data set. No patient has cases on both sides.
+
+    Attributes:
+        name: the data set's name, for titles.
+        structures: what is segmented and assessed.
+        train: cases that every network may learn from.
+        test: cases whose labels only the evaluation reads.
+        fold: the fold of each patient of the training side.
+    """
+
+    name: str
+    structures: tuple[Structure, ...]
+    train: tuple[Case, ...]
+    test: tuple[Case, ...]
+    fold: Mapping[str, int]
+
+    def held(self, fold: int) -> tuple[Case, ...]:
+        """The training side's cases that networks of a fold do not see."""
+        return tuple(c for c in self.train if self.fold[c.patient] == fold)
+
+    def learnt(self, fold: int) -> tuple[Case, ...]:
+        """The training side's cases that networks of a fold learn from."""
+        return tuple(c for c in self.train if self.fold[c.patient] != fold)
+
+
+def read_cohort(
+    folder: Path,
+    structures: Mapping[str, tuple[int, ...]],
+    *,
+    folds: int,
+    seed: int,
+    test_share: float,
+    most_cases: int | None = None,
+) -> Cohort:
+    """Find the labelled scans of a folder and split them by patient.
+
+    Args:
+        folder: a data set (``images/``, ``labels/`` and perhaps ``splits.json`` with ``train`` and ``test``), or a
+            studies folder, whose final labels are the truth.
+        structures: names and label values; empty takes those of the studies folder, or one per value that is found.
+        folds: number of folds on the training side.
+        seed: of the split, where the data set brings none, and of the folds.
+        test_share: share of the patients that is kept for the test where the data set brings no split.
+        most_cases: use at most so many cases of each side, drawn at random.
+
+    Raises:
+        CohortError: if there are too few labelled patients.
+        StudiesError: if the folder is neither.
+    """
+    if (folder / "images").is_dir():
+        sides = _of_dataset(folder)
+        named = tuple(Structure(name, values) for name, values in structures.items())
+    else:
+        studies = Studies(folder)
+        sides = {"": list(studies.cases())}
+        named = tuple(Structure(n, v) for n, v in structures.items()) or studies.structures
+    rng = np.random.default_rng((seed, 1))
+    if TRAIN not in sides or TEST not in sides:
+        every = [case for cases in sides.values() for case in cases]
+        patients = _shuffled(every, rng)
+        kept = set(patients[: max(LEAST_TEST_PATIENTS, round(test_share * len(patients)))])
+        sides = {TRAIN: [c for c in every if c.patient not in kept], TEST: [c for c in every if c.patient in kept]}
+    train, test = (_fewer(sides[side], most_cases, rng) for side in (TRAIN, TEST))
+    patients = _shuffled(train, rng)
+    if len(patients) < max(LEAST_TRAINING_PATIENTS, folds) or len({c.patient for c in test}) < LEAST_TEST_PATIENTS:
+        raise CohortError(
+            f"{folder}: an evaluation needs labelled scans of at least {max(LEAST_TRAINING_PATIENTS, folds)} patients "
+            f"to train on and of {LEAST_TEST_PATIENTS} to test with, found {len(patients)} and "
+            f"{len({c.patient for c in test})}; label more scans"
+        )
+    if not named:
+        found = sorted({int(v) for c in train for v in np.unique(read_labels(c.labels).array) if v > 0})
+        named = tuple(Structure(f"label {value}", (value,)) for value in found)
+    return Cohort(folder.resolve().name, named, train, test, {p: i % folds for i, p in enumerate(patients)})
+
+
+def _of_dataset(folder: Path) -> dict[str, list[Case]]:
+    pairs = labelled_pairs(folder)
+    sides: dict[str, list[Case]] = {}
+    for side in (TRAIN, TEST) if (folder / "splits.json").is_file() else (None,):
+        groups = scans_by_patient(folder, side, list(pairs))
+        sides[side or ""] = [Case(scan, patient, *pairs[scan]) for patient, names in groups.items() for scan in names]
+    both = {c.patient for c in sides.get(TRAIN, ())} & {c.patient for c in sides.get(TEST, ())}
+    if both:
+        raise StudiesError(f"{folder / 'splits.json'}: patient {sorted(both)[0]} is in train and in test; separate them")
+    return sides
+
+
+def _shuffled(cases: list[Case] | tuple[Case, ...], rng: np.random.Generator) -> list[str]:
+    patients = sorted({c.patient for c in cases})
+    return [patients[int(i)] for i in rng.permutation(len(patients))]
+
+
+def _fewer(cases: list[Case], most: int | None, rng: np.random.Generator) -> tuple[Case, ...]:
+    cases = sorted(cases, key=lambda c: c.id)
+    if most is None or len(cases) <= most:
+        return tuple(cases)
+    return tuple(cases[int(i)] for i in sorted(rng.permutation(len(cases))[:most]))

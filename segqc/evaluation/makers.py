@@ -1,0 +1,231 @@
+"""Networks that make masks, and the masks that are judged: fixed in a manifest before any estimator is trained.
+
+Networks that make test masks make no training masks (method, "Leaks").
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from segqc.assessor import mask_sha256
+from segqc.evaluation.cohort import CohortError
+from segqc.evaluation.run import Run, quiet, side_by_side
+from segqc.metrics import true_metrics
+from segqc.networks import NetworkPlan, Triple
+from segqc.segmenter import Segmenter
+from segqc.training import Case, Placement, Progress, train_segmentation
+from segqc.training.cases import label_values, load_example, read_case
+from segqc.training.fit import fit
+from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
+from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
+from segqc.types import BoolArray, LabelArray
+from segqc.volumes import read_labels, write_labels
+
+SERVED = "served"
+VALIDATING = 6  # cases that choose the best epoch of a test maker
+EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
+
+
+@dataclass(frozen=True, slots=True)
+class TestMask:
+    """A mask that is judged.
+
+    Attributes:
+        id: unique in the run; its file is ``test-masks/<id>.nii.gz``.
+        case: the scan's id.
+        patient: the scan's patient.
+        maker: the network that made it: ``makers/<maker>.pt``.
+        dice: its true Dice, all structures together.
+        sha256: its content.
+    """
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    id: str
+    case: str
+    patient: str
+    maker: str
+    dice: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The masks of a study, and how they were chosen."""
+
+    seed: int
+    bins: tuple[float, ...]
+    per_bin: int
+    makers: tuple[str, ...]
+    masks: tuple[TestMask, ...]
+
+
+MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def maker_path(run: Run, maker: str) -> Path:
+    """The model file of a network that makes masks."""
+    return run.folder / "makers" / f"{maker}.pt"
+
+
+def test_mask_path(run: Run, mask: TestMask) -> Path:
+    """The file of a mask that is judged."""
+    return run.folder / "test-masks" / f"{mask.id}.nii.gz"
+
+
+def stratified_masks(run: Run, progress: Progress) -> Manifest:
+    """The stratified masks of the test scans (method, "Stratified data"): made once, then read from the manifest.
+
+    Raises:
+        CohortError: if a mask's content is not what the manifest says.
+    """
+    makers = [f"test-{k:02d}" for k in range(run.settings.test_makers)]
+    side_by_side(run, train_test_maker, makers, progress)
+    networks = tuple(f"{name}-{epoch}" for name in makers for epoch in ("best", "early"))
+    manifest = run.kept("test-masks/manifest.json", MANIFESTS, lambda: _choose(run, networks, progress))
+    for mask in manifest.masks:
+        if mask_sha256(read_labels(test_mask_path(run, mask))) != mask.sha256:
+            raise CohortError(f"{test_mask_path(run, mask)}: is not the mask of the manifest; start a new run folder")
+    return manifest
+
+
+def own_masks(run: Run, progress: Progress) -> Manifest:
+    """The served network's own masks of the test scans: what a user would see."""
+    train_served(run, progress)
+
+    def make() -> Manifest:
+        segmenter, masks = Segmenter.load(maker_path(run, SERVED)), []
+        for i, case in enumerate(run.cohort.test):
+            progress.step(i, len(run.cohort.test), "masks of the served network")
+            masks.append(_keep(run, case, f"{case.id}-{SERVED}", SERVED, segmenter))
+        return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks))
+
+    return run.kept("test-masks/served.json", MANIFESTS, make)
+
+
+def train_test_maker(run: Run, name: str) -> None:
+    """Train a network on a random part of the training side; keep it at its best and at a random early epoch.
+
+    Every other one pools through the plane where the plan would not, or the other way round (the paper: with and
+    without anisotropic pooling).
+    """
+    if maker_path(run, f"{name}-early").is_file():
+        return
+    number, s, cohort = int(name.rpartition("-")[2]), run.settings, run.cohort
+    rng = np.random.default_rng((s.seed, 2, number))
+    order = [cohort.train[int(i)] for i in rng.permutation(len(cohort.train))]
+    few = min(VALIDATING, max(1, len(order) // 5))
+    chosen, validating = order[few : few + max(2, round(rng.uniform(0.2, 0.6) * len(order)))], order[:few]
+    values = label_values(cohort.structures)
+    settings = replace(s.segmenter, seed=1000 * (s.seed + 1) + number, patience=s.maker_epochs)
+    plan = plan_for(chosen, settings, in_channels=1, out_channels=1 + len(values))
+    if number % 2:
+        plan = with_other_pooling(plan)
+    early = int(rng.integers(1, max(2, round(EARLY_SHARE * s.maker_epochs)) + 1))
+    job = segmentation_job(
+        name,
+        plan,
+        values,
+        [load_example(c, plan, values) for c in chosen],
+        [load_example(c, plan, values) for c in validating],
+        settings,
+        epochs=s.maker_epochs,
+        snapshots=(early,),
+    )
+    fitted = fit(job, run.folder / "makers" / name, quiet())
+    best = segmenter_of(fitted, plan, cohort.structures, [c.patient for c in order[: few + len(chosen)]], settings)
+    best.save(maker_path(run, f"{name}-best"))
+    at_weights(best, fitted.snapshots[early]).save(maker_path(run, f"{name}-early"))
+
+
+def with_other_pooling(plan: NetworkPlan) -> NetworkPlan:
+    """The plan with pooling through the plane where it has none, and without it where it has some."""
+    pooled = any(stride[2] > 1 for stride in plan.strides)
+    through = 1 if pooled else 2
+    strides: list[Triple] = [(1, 1, 1), *((s[0], s[1], through) for s in plan.strides[1:])]
+    kernels: list[Triple] = [(k[0], k[1], 1 if pooled else 3) for k in plan.kernels]
+    total = int(np.prod([plan.stem[2], *(s[2] for s in strides)]))
+    depth = -(-plan.patch[2] // total) * total
+    patch: Triple = (plan.patch[0], plan.patch[1], depth)
+    return replace(plan, strides=tuple(strides), kernels=tuple(kernels), patch=patch)
+
+
+def train_fold_makers(run: Run, name: str) -> None:
+    """Train the network that makes the masks of a fold's cases; keep it and itself at early epochs."""
+    fold_makers(run, int(name))
+
+
+def fold_makers(run: Run, fold: int) -> list[Segmenter]:
+    """The networks that have not seen a fold's cases: the trained one first, then itself at early epochs."""
+    cohort, settings = run.cohort, replace(run.settings.segmenter, seed=10 * (run.settings.seed + 1) + fold)
+    learnt = cohort.learnt(fold)
+    plan = plan_for(learnt, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
+    folder = run.folder / "makers" / f"fold-{fold}"
+    return train_makers(f"fold {fold}", learnt, cohort.structures, plan, settings, folder, quiet())
+
+
+def make_training_masks(run: Run, name: str) -> None:
+    """Make the masks of a fold's cases."""
+    training_masks(run, int(name))
+
+
+def training_masks(run: Run, fold: int) -> list[MaskSet]:
+    """The masks of a fold's cases that SegQC-Net may learn from: by networks that have not seen these cases."""
+    makers, folder = fold_makers(run, fold), run.folder / "training-masks"
+    return [stored_masks(makers, case, run.settings.segmenter, folder) for case in run.cohort.held(fold)]
+
+
+def train_served(run: Run, progress: Progress) -> None:
+    """Train the network whose own masks are judged: on the whole training side, stopped early on a part of it."""
+    path = maker_path(run, SERVED)
+    if path.is_file():
+        return
+    cohort, settings = run.cohort, replace(run.settings.segmenter, seed=100 * (run.settings.seed + 1))
+    patients = list(cohort.fold)
+    validating = set(patients[: max(1, round(settings.validation_share * len(patients)))])
+    placed = {p: Placement(0, "validation" if p in validating else "train") for p in patients}
+    train_segmentation(
+        cohort.train, cohort.structures, placed, settings, run.folder / "makers" / SERVED, progress
+    ).save(path)
+
+
+def _choose(run: Run, networks: Sequence[str], progress: Progress) -> Manifest:
+    """Masks of all networks; up to `per_bin` of each Dice bin, scans that the bin does not have yet first."""
+    s, candidates = run.settings, []
+    for i, name in enumerate(networks):
+        progress.step(i, len(networks), f"masks of the test scans: {name}")
+        segmenter = Segmenter.load(maker_path(run, name))
+        candidates += [_keep(run, case, f"{case.id}-{name}", name, segmenter) for case in run.cohort.test]
+    rng, chosen = np.random.default_rng((s.seed, 3)), list[TestMask]()
+    for low, high in itertools.pairwise(s.bins):
+        inside = [m for m in candidates if low <= m.dice < high]
+        inside = [inside[int(i)] for i in rng.permutation(len(inside))]
+        seen: set[str] = set()
+        first = [m for m in inside if not (m.case in seen or seen.add(m.case))]  # type: ignore[func-returns-value]
+        chosen += (first + [m for m in inside if m not in first])[: s.per_bin]
+    for mask in candidates:
+        if mask not in chosen:
+            test_mask_path(run, mask).unlink()
+    # masks of one scan follow each other: what is computed of the scan alone is then computed once
+    chosen.sort(key=lambda m: (m.case, m.maker))
+    return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen))
+
+
+def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter) -> TestMask:
+    scan, truth = read_case(case, segmenter.values)
+    labels = segmenter.predict(scan).labels
+    dice = true_metrics(_together(labels.array), _together(truth.array)).dice
+    mask = TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(labels))
+    test_mask_path(run, mask).parent.mkdir(parents=True, exist_ok=True)
+    write_labels(labels, test_mask_path(run, mask))
+    return mask
+
+
+def _together(labels: LabelArray) -> BoolArray:
+    return np.asarray(labels > 0)

@@ -1,0 +1,144 @@
+"""A run folder: the settings and the split that made it, and every intermediate result; what is there is not redone.
+
+::
+
+    run.json               data set, structures, settings: another evaluation is refused in the same folder
+    makers/                networks that make masks: checkpoints and model files
+    test-masks/            the masks that are judged, and manifest.json, which fixes them by hash
+    training-masks/        masks of the training side, by networks that have not seen their scans
+    networks/<method>/     what is compared: checkpoints
+    judgements/            each method's numbers for every mask (.npz)
+    results.json           all tables' numbers
+    report/                report.html, and the same as CSV, Markdown, LaTeX and SVG
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from segqc.evaluation.cohort import Cohort, CohortError, read_cohort
+from segqc.evaluation.settings import EvaluationSettings
+from segqc.training import LogProgress, Progress
+from segqc.volumes import atomic_write
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a run folder is of."""
+
+    dataset: str
+    structures: dict[str, tuple[int, ...]]
+    settings: EvaluationSettings
+
+
+_DESCRIPTIONS: TypeAdapter[Description] = TypeAdapter(Description)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what it is of."""
+
+    folder: Path
+    description: Description
+
+    @classmethod
+    def open(
+        cls, folder: Path, dataset: Path, structures: dict[str, tuple[int, ...]], settings: EvaluationSettings
+    ) -> Run:
+        """Start a run, or continue the one that the folder holds.
+
+        Raises:
+            CohortError: if the folder holds a run of another data set or of other settings.
+        """
+        path = folder / "run.json"
+        wanted = Description(str(dataset.resolve()), structures, settings)
+        if path.is_file():
+            try:
+                found = _DESCRIPTIONS.validate_json(path.read_bytes())
+            except ValidationError as error:
+                raise CohortError(f"{path}: is no description of an evaluation; name another run folder") from error
+            if _comparable(found) != _comparable(wanted):
+                raise CohortError(
+                    f"{folder}: holds an evaluation of other data or settings (see run.json); name another run folder"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(_DESCRIPTIONS.dump_json(wanted, indent=1) + b"\n")
+        return cls(folder.resolve(), wanted)
+
+    @property
+    def settings(self) -> EvaluationSettings:
+        """The run's settings."""
+        return self.description.settings
+
+    @functools.cached_property
+    def cohort(self) -> Cohort:
+        """The cases and their split: a function of the data set and the settings."""
+        s = self.settings
+        return read_cohort(
+            Path(self.description.dataset),
+            self.description.structures,
+            folds=s.folds,
+            seed=s.seed,
+            test_share=s.test_share,
+            most_cases=s.most_cases,
+        )
+
+    def kept(self, name: str, kind: TypeAdapter[T], make: Callable[[], T]) -> T:
+        """Read a result from the run folder; make it and keep it where it is not there yet."""
+        path = self.folder / name
+        if path.is_file():
+            return kind.validate_json(path.read_bytes())
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(kind.dump_json(value, indent=1) + b"\n")
+        return value
+
+
+def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str], progress: Progress) -> None:
+    """Do a piece of work for each name, in processes of one thread each; each keeps what it makes in the run folder.
+
+    Networks of the size that a CPU can train gain little from a second thread, and everything from a second process.
+    """
+    names = list(names)
+    if run.settings.workers < 2 or len(names) < 2:
+        for i, name in enumerate(names):
+            progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
+            work(run, name)
+        return
+    pool = ProcessPoolExecutor(run.settings.workers, get_context("spawn"), initializer=_one_thread)
+    with pool:
+        waiting = {name: pool.submit(work, run, name) for name in names}
+        for i, (name, future) in enumerate(waiting.items()):
+            progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
+            future.result()
+    progress.step(len(names), len(names), f"{work.__name__.strip('_')}: done")
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _comparable(description: Description) -> tuple[str, dict[str, tuple[int, ...]], EvaluationSettings]:
+    return description.dataset, description.structures, description.settings.numbers()
+
+
+def quiet() -> Progress:
+    """The progress of a piece of work in its own process."""
+    return LogProgress()

@@ -1,0 +1,82 @@
+"""How an evaluation is run: one place for all that its numbers depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from segqc.error_maps import ExtractionSettings
+from segqc.regions import BoxSettings
+from segqc.training import TrainingSettings
+
+Bins: TypeAlias = tuple[float, ...]
+
+_SEGMENTER = TrainingSettings(epochs=40, fold_epochs=25, steps_per_epoch=20, batch=4)
+_MASKS_TO_LEARN_FROM = TrainingSettings(
+    epochs=25, steps_per_epoch=40, batch=4, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """All that an evaluation's numbers depend on, beside the scans; kept in its run folder.
+
+    Attributes:
+        seed: decides every random draw.
+        folds: cross-fitting: each learnt method has one network per fold, trained without the fold's patients; the
+            fold's masks calibrate it, and all of them together judge the test masks.
+        test_share: share of the patients kept for the test where the data set brings no split.
+        most_cases: use at most so many cases of each side.
+        test_makers: trainings whose networks make the stratified test masks (the paper: 12); each gives two networks.
+        maker_epochs: their length.
+        segmenter: how segmentation networks are trained; ``epochs`` is of the served one, ``fold_epochs`` of those
+            that make training masks.
+        assessor: how SegQC-Net, and what it is compared with, is trained.
+        score_epochs: length of the trainings that end in numbers and no map.
+        bins: edges of the Dice bins of the stratified masks, for all structures together.
+        per_bin: masks in each of them.
+        boxes: how error maps become boxes.
+        extraction: how errors are told from observer variability.
+        box_thresholds: error probabilities at which boxes are counted.
+        box_ious: overlaps at which a box counts as found (paper, section 4.4).
+        draws: bootstrap draws.
+        workers: processes that train and judge side by side; no number depends on it.
+    """
+
+    seed: int = 0
+    folds: int = 3
+    test_share: float = 0.3
+    most_cases: int | None = None
+    test_makers: int = 12
+    maker_epochs: int = 12
+    segmenter: TrainingSettings = _SEGMENTER
+    assessor: TrainingSettings = _MASKS_TO_LEARN_FROM
+    score_epochs: int = 15
+    bins: Bins = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
+    per_bin: int = 24
+    boxes: BoxSettings = field(default_factory=BoxSettings)
+    extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
+    box_thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    box_ious: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)
+    draws: int = 2000
+    workers: int = 2
+
+    def quick(self) -> EvaluationSettings:
+        """The same evaluation in minutes, on few scans and with hardly trained networks: it shows that it works."""
+        short = replace(self.segmenter, epochs=6, fold_epochs=6, steps_per_epoch=10, batch=2)
+        return replace(
+            self,
+            folds=2,
+            most_cases=10,
+            test_makers=2,
+            maker_epochs=4,
+            segmenter=short,
+            assessor=replace(self.assessor, epochs=6, steps_per_epoch=10, batch=2),
+            score_epochs=3,
+            per_bin=6,
+            draws=300,
+        )
+
+    def numbers(self) -> EvaluationSettings:
+        """These settings without those that no number depends on: what runs are compared by."""
+        return replace(self, workers=1)
