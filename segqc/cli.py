@@ -19,13 +19,17 @@ import typer
 from segqc import __version__
 from segqc.commands import annotation, database, exchange
 from segqc.commands.common import (
+    NOT_ENOUGH_DATA,
     AsCsv,
     AsJson,
+    Cell,
     CommandError,
     ConfigFile,
     Row,
     StudiesFolder,
+    brackets,
     emit,
+    estimate,
     me,
     shown,
     shown_progress,
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from segqc.evaluation.agreement import Agreement
     from segqc.segmenter import Segmenter
     from segqc.settings import Network
-    from segqc.types import Assessment
+    from segqc.types import Assessment, MetricIntervals
 
 
 EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
@@ -312,11 +316,15 @@ def rank(
     if not ranked:
         raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
-    rows = [
+    rows: list[Row] = [
         {
             "rank": scan.rank,
             "scan": scan.id,
-            "score" if method is Scorer.ENTROPY else "estimated Dice": scan.score,
+            **(
+                estimate("estimated Dice", scan.score, scan.interval, as_json=as_json, as_csv=as_csv)
+                if method is Scorer.SEGQC
+                else {"score" if method is Scorer.ENTROPY else "estimated Dice": scan.score}
+            ),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
             **({f"true {name}": scan.true_by_structure.get(name) for name in names} if len(names) > 1 else {}),
@@ -330,9 +338,57 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    emit(rows, f"{folder}: worst first, by {method.value}", as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
+    title = f"{folder}: worst first, by {method.value}"
+    if method is Scorer.SEGQC:
+        title += brackets(scan.interval for scan in ranked)
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
+
+
+@app.command()
+def intervals(
+    folder: StudiesFolder,
+    use: Annotated[
+        bool, typer.Option("--use", help="Make intervals of the audit draws from now on, in place of the training's.")
+    ] = False,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Take a simulated annotator's corrections instead of people's.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Check the prediction intervals on audit draws: scans drawn at random, estimated, and then corrected.
+
+    Only audit draws count (the setting audit_share): scans that came worst-first are no fair sample.
+    """
+    from segqc.intervals import LEVEL, patients_needed
+    from segqc.loop.recalibration import audit
+    from segqc.loop.recalibration import use as use_them
+
+    studies = studies_at(folder, config)
+    assessor = studies.assessor()
+    if assessor is None:
+        raise CommandError(f"{folder}: no SegQC network is trained yet, so there are no estimates (segqc train segqc)")
+    found = audit(studies, assessor, simulated=simulated)
+    rows: list[Row] = [
+        {
+            "structure": a.structure,
+            "audited patients": a.patients,
+            "wanted": patients_needed(),
+            "audited estimates": a.estimates,
+            "mean Dice error": a.mean_error,
+            "with interval": a.told,
+            "covered": a.covered,
+            "new intervals": "ready" if a.intervals is not None else NOT_ENOUGH_DATA,
+        }
+        for a in found
+    ]
+    emit(rows, f"{folder}: {LEVEL:.0%} intervals on audit draws", as_json=as_json, as_csv=as_csv, key="structures")
+    if use:
+        renewed = use_them(studies, assessor, found)
+        typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
 
 
 def _agreement_text(found: Agreement, *, is_dice: bool) -> str:
@@ -420,7 +476,8 @@ def assess(
     elif as_csv:
         emit(_assessment_lines(result.assessment), "", as_csv=True)
     else:
-        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality", extra={})
+        in_brackets = brackets(q.intervals.dice for q in result.assessment.structures)
+        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}")
         emit(_slice_rows(result.assessment, slices), "slices to look at first")
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
@@ -430,10 +487,10 @@ def _structure_rows(assessment: Assessment) -> list[Row]:
     return [
         {
             "structure": q.name,
-            "Dice": q.estimated.dice if q.present else None,
-            "IoU": q.estimated.iou if q.present else None,
-            "ARVD": q.estimated.arvd if q.present else None,
-            "RVD": q.estimated.rvd if q.present else None,
+            **estimate("Dice", q.estimated.dice if q.present else None, q.intervals.dice),
+            **estimate("IoU", q.estimated.iou if q.present else None, q.intervals.iou),
+            **estimate("ARVD", q.estimated.arvd if q.present else None, q.intervals.arvd),
+            **estimate("RVD", q.estimated.rvd if q.present else None, q.intervals.rvd),
             "volume ml": q.mask_volume_ml,
             "boxes": len(q.extracted.boxes),
         }
@@ -466,12 +523,23 @@ def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
 def _assessment_lines(assessment: Assessment) -> list[Row]:
     lines: list[Row] = []
     for q in assessment.structures:
-        whole = dataclasses.asdict(q.estimated)
-        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": sum(s.error_sum for s in q.raw.slices)})
+        whole, error_sum = dataclasses.asdict(q.estimated), sum(s.error_sum for s in q.raw.slices)
+        ends = _ends(q.intervals)
+        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": error_sum, **ends})
         for s in q.raw.slices:
             metrics = dataclasses.asdict(s.metrics)
-            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum})
+            none = dict.fromkeys(ends)  # intervals are of the 3D metrics
+            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum, **none})
     return lines
+
+
+def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, interval in ((f.name, getattr(intervals, f.name)) for f in dataclasses.fields(intervals)):
+        cells[f"{name}_low"] = interval.low if interval is not None else None
+        cells[f"{name}_high"] = interval.high if interval is not None else None
+    levels = [i.level for i in (intervals.dice, intervals.iou, intervals.arvd, intervals.rvd) if i is not None]
+    return {**cells, "interval_level": levels[0] if levels else None}
 
 
 # ---- server --------------------------------------------------------------------------------------------------------
@@ -613,7 +681,7 @@ def simulate(
                 {
                     "scan": done.scan,
                     "chosen by": done.strategy,
-                    "estimated Dice": done.estimated_dice,
+                    **estimate("estimated Dice", done.estimated_dice, done.interval, as_json=as_json, as_csv=as_csv),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
                 }

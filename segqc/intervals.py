@@ -14,9 +14,13 @@ What is promised, for a random mask of a new patient exchangeable with the calib
 * all lines alike, because none was fitted on these patients (split conformal): coverage of at least ``level``;
 * lines fitted without their patient (jackknife+): at least ``2 level - 1``, and in practice about ``level``.
 
-It holds on average over patients, not in every stratum and not for other patients than the calibrating ones. Bad masks
-have larger residuals: ``scale`` grows with the estimate's distance from a perfect mask. It is a fixed function, not a
-fitted one, so that it costs nothing of the promise.
+Where the x of calibrating patients are of fold networks and the new one is of all of them together, nothing is proven:
+it has to be measured (`segqc.evaluation.coverage`). An ensemble should err less than its members, and the intervals
+then be rather too wide.
+
+The promise holds on average over patients, not in every stratum, and not for other patients than the calibrating ones.
+Bad masks have larger residuals: ``scale`` is a floor plus the estimate's distance from a perfect mask. The floor is
+fitted with the line, without patient k too, so that it costs nothing of the promise.
 """
 
 from __future__ import annotations
@@ -29,12 +33,13 @@ from typing import Literal
 
 import numpy as np
 
-from segqc.metrics import METRIC_RANGES, LinearCalibration, MetricName, Values, fit_calibration
+from segqc.metrics import METRIC_RANGES, MIN_CALIBRATION_CASES, LinearCalibration, MetricName, Values, fit_calibration
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
 
 LEVEL = 0.9
 PERFECT: Mapping[MetricName, float] = MappingProxyType({"dice": 1.0, "iou": 1.0, "arvd": 0.0, "rvd": 0.0})
-SCALE_FLOOR = 0.05  # of the residuals' scale: estimates of perfect masks err too
+SCALE_FLOORS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)  # to choose from; with the last, all residuals are nearly alike
+DEFAULT_FLOOR = 0.1
 _ROUNDING = 1e-9  # 1 - 0.9 is a little less than 0.1
 
 
@@ -44,11 +49,13 @@ class PatientScores:
 
     Attributes:
         slope, intercept: the calibration line that was fitted without this patient.
+        floor: of the residuals' scale, fitted likewise.
         scores: of its masks, ``|truth - line(x)|`` over the scale there, ascending.
     """
 
     slope: float
     intercept: float
+    floor: float
     scores: tuple[float, ...]
 
 
@@ -93,10 +100,11 @@ class ConformalCalibration:
         counts = [len(p.scores) for p in self.patients]
         weights = np.repeat(1.0 / np.array(counts, np.float64), counts)
         scores = np.concatenate([p.scores for p in self.patients])
-        lines = np.array([(p.slope, p.intercept) for p in self.patients], np.float64).repeat(counts, axis=0)
+        fitted = np.array([(p.slope, p.intercept, p.floor) for p in self.patients], np.float64)
+        slopes, intercepts, floors = fitted.repeat(counts, axis=0).T
         lowest, highest = METRIC_RANGES[self.metric]
-        centres = np.clip(x[:, None] * lines[:, 0] + lines[:, 1], lowest, highest)  # (masks, scores)
-        reach = scores * _scale(centres, self.metric)
+        centres = np.clip(x[:, None] * slopes + intercepts, lowest, highest)  # (masks, scores)
+        reach = scores * _scale(centres, floors, self.metric)
         rank = level * (len(self.patients) + 1)
         low = -_weighted_quantile(reach - centres, weights, rank)
         high = _weighted_quantile(centres + reach, weights, rank)
@@ -153,7 +161,7 @@ def jackknife_plus(
     patients: Sequence[str],
     metric: MetricName,
 ) -> ConformalCalibration:
-    """Calibrate intervals on masks that the calibration line is fitted on as well: one line without each patient.
+    """Calibrate intervals on masks that line and scale are fitted on as well: once without each patient.
 
     The network must not have learnt from these patients. Pairs with an undefined number are left out.
 
@@ -171,24 +179,35 @@ def jackknife_plus(
     for name in np.unique(names):
         own = names == name
         line = fit_calibration(values[~own], true[~own], metric=metric)
-        found.append(_scores(values[own], true[own], line, metric))
+        floor = _fit_floor(line.apply(values[~own]), true[~own], metric)
+        found.append(_scores(line.apply(values[own]), true[own], line, floor, metric))
     return ConformalCalibration(metric, tuple(found))
 
 
 def split_conformal(
-    x: Sequence[float | None] | Values,
+    estimates: Sequence[float | None] | Values,
     truth: Sequence[float | None] | Values,
     patients: Sequence[str],
     metric: MetricName,
     line: LinearCalibration | None = None,
+    floor: float = DEFAULT_FLOOR,
 ) -> ConformalCalibration:
     """Calibrate intervals on patients that neither the network nor the calibration line has learnt from.
 
-    Arguments and errors as `jackknife_plus`; ``line`` is the one that makes estimates out of x, by default none.
+    Args:
+        estimates: the estimates as they are shown, one per mask.
+        truth: the true metric of each.
+        patients: whose mask it is.
+        metric: the metric.
+        line: what makes these estimates out of the metric that is read off the error map; by default nothing does.
+        floor: of the residuals' scale, chosen without these patients too.
+
+    Raises:
+        ValueError: if the three differ in length.
     """
-    values, true, names = _defined(x, truth, patients)
+    values, true, names = _defined(estimates, truth, patients)
     line = line or LinearCalibration()
-    found = (_scores(values[names == name], true[names == name], line, metric) for name in np.unique(names))
+    found = (_scores(values[names == name], true[names == name], line, floor, metric) for name in np.unique(names))
     return ConformalCalibration(metric, tuple(found))
 
 
@@ -205,14 +224,25 @@ def _defined(
     return values[defined], true[defined], names[defined]
 
 
-def _scores(values: Values, true: Values, line: LinearCalibration, metric: MetricName) -> PatientScores:
-    centres = np.clip(values * line.slope + line.intercept, *METRIC_RANGES[metric])
-    scores = np.sort(np.abs(true - centres) / _scale(centres, metric))
-    return PatientScores(line.slope, line.intercept, tuple(scores.tolist()))
+def _scores(
+    estimates: Values, true: Values, line: LinearCalibration, floor: float, metric: MetricName
+) -> PatientScores:
+    scores = np.sort(np.abs(true - estimates) / _scale(estimates, floor, metric))
+    return PatientScores(line.slope, line.intercept, floor, tuple(scores.tolist()))
 
 
-def _scale(estimates: Values, metric: MetricName) -> Values:
-    return np.asarray(SCALE_FLOOR + np.abs(estimates - PERFECT[metric]), np.float64)
+def _scale(estimates: Values, floor: float | Values, metric: MetricName) -> Values:
+    return np.asarray(floor + np.abs(estimates - PERFECT[metric]), np.float64)
+
+
+def _fit_floor(estimates: Values, true: Values, metric: MetricName) -> float:
+    """The likeliest floor, were the residuals over their scale a Laplace distribution."""
+    residuals = np.abs(true - estimates)
+    if residuals.size < MIN_CALIBRATION_CASES or not residuals.any():
+        return DEFAULT_FLOOR
+    scales = [_scale(estimates, floor, metric) for floor in SCALE_FLOORS]
+    losses = [np.log(scale).mean() + np.log((residuals / scale).mean()) for scale in scales]
+    return SCALE_FLOORS[int(np.argmin(losses))]
 
 
 def _weighted_quantile(values: Values, weights: Values, rank: float) -> Values:

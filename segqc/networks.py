@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,6 +16,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import DynUNet
 from pydantic import TypeAdapter, ValidationError
+from pydantic.main import IncEx
 from torch import nn
 
 from segqc.intervals import StructureIntervals
@@ -379,7 +380,9 @@ def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torc
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    digest = hashlib.sha256(_CARDS.dump_json(card, exclude={"calibration": {"__all__": {"intervals"}}}))
+    # models of before there were intervals, or several members, keep their version
+    left_out: Mapping[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}, "members": card.members == 1}
+    digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

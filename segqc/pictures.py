@@ -5,6 +5,7 @@ Drawn with matplotlib's object interface on the Agg canvas: no display is needed
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 COLOURS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 HEAT = LinearSegmentedColormap.from_list("error", [(1, 0.3, 0, 0.0), (1, 0.3, 0, 0.6), (1, 0, 0, 0.9)])
 _MARGIN_MM = 15.0
+_LETTERS_PER_INCH = 11  # of the headline
 
 Window: TypeAlias = tuple[slice, slice, slice]
 
@@ -132,8 +134,9 @@ def draw_assessment(
     window = window_around(masks.any(axis=0) | (error >= 0.5), scan.spacing_mm)
     low, high = np.percentile(scan.array[window], (1, 99))
     chosen = assessment.worst_slices(slices)
-    figure = Figure(figsize=(2.6 * max(len(chosen), 2) + 1.2, 6.4), layout="constrained", facecolor="white")
-    figure.suptitle(_headline(assessment), fontsize=10)
+    width = 2.6 * max(len(chosen), 2) + 1.2  # inches
+    figure = Figure(figsize=(width, 6.4), layout="constrained", facecolor="white")
+    figure.suptitle(textwrap.fill(_headline(assessment), int(width * _LETTERS_PER_INCH)), fontsize=10)
     axes = figure.subplots(2, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
         for row in range(2):
@@ -199,8 +202,13 @@ def _number(value: float | None) -> str:
 
 
 def _headline(assessment: Assessment) -> str:
-    parts = [f"{q.name} {_number(q.estimated.dice)}" for q in assessment.structures if q.present]
+    parts = [f"{q.name} {_number(q.estimated.dice)}{_between(q)}" for q in assessment.structures if q.present]
     return f"{assessment.scan}: estimated Dice " + (", ".join(parts) if parts else "undefined (no structure)")
+
+
+def _between(quality: StructureQuality) -> str:
+    """The interval of the Dice, in brackets."""
+    return f" ({quality.intervals.dice or 'no interval: not enough data'})"
 
 
 def _slice_title(assessment: Assessment, index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
 from segqc.store import assessments, leases, orders
 from segqc.store.orders import Order
-from segqc.types import Assessment
+from segqc.types import Assessment, PredictionInterval
 
 Answer = dict[str, Any]  # MONAI Label's form: JSON
 
@@ -36,9 +37,12 @@ STRATEGIES: Mapping[str, tuple[str, Callable[[], Order]]] = {
 
 
 def describe(assessment: Assessment | None) -> Answer:
-    """What the answer says of a scan's mask: estimated Dice, worst slices, and the error boxes in these slices."""
+    """What the answer says of a scan's mask: estimated Dice, worst slices, and the error boxes in these slices.
+
+    An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one.
+    """
     if assessment is None:
-        return {"estimated_dice": None, "worst_slices": [], "boxes": []}
+        return {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
     slices = assessment.worst_slices(WORST_SLICES)
     boxes = [
         {
@@ -56,12 +60,20 @@ def describe(assessment: Assessment | None) -> Answer:
     ]
     return {
         "estimated_dice": assessment.dice,
+        "estimated_dice_interval": _told(assessment.dice_interval),
         "estimated_dice_by_structure": {q.name: q.estimated.dice for q in assessment.structures if q.present},
+        "estimated_dice_interval_by_structure": {
+            q.name: _told(q.intervals.dice) for q in assessment.structures if q.present
+        },
         "worst_slices": list(slices),
         "boxes": boxes,
         "through_plane_axis": assessment.through_plane_axis,
         "models": {"segmentation": assessment.segmenter_version, "segqc": assessment.assessor_version},
     }
+
+
+def _told(interval: PredictionInterval | None) -> Answer | None:
+    return None if interval is None else dataclasses.asdict(interval)
 
 
 class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types

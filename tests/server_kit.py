@@ -18,7 +18,9 @@ from segqc.types import (
     ErrorBox,
     ErrorView,
     FloatArray,
+    MetricIntervals,
     Metrics,
+    PredictionInterval,
     SliceQuality,
     Structure,
     StructureQuality,
@@ -82,18 +84,35 @@ def add_models(folder: Path) -> None:
         (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(path)
 
 
-def make_assessment(scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0) -> Assessment:
-    """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it."""
+def make_assessment(
+    scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0, half_width: float | None = None
+) -> Assessment:
+    """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it.
+
+    With a half width, Dice, IoU and ARVD have intervals.
+    """
     known = Metrics(dice, dice / (2 - dice), 0.1, 0.0)
     slices = tuple(SliceQuality(i, known, 50.0 if i == worst else float(i) / 10) for i in range(SHAPE[2]))
     boxes = (ErrorBox(worst, (3, 4), (9, 12), 108.0, 0.7, 0.9), ErrorBox(0, (1, 1), (2, 2), 2.25, 0.6, 0.6))
     view = ErrorView(known, slices, boxes)
-    quality = StructureQuality("liver", True, volume_ml, known, view, view)
+    intervals = MetricIntervals()
+    if half_width is not None:
+        ends = (
+            PredictionInterval(max(0.0, v - half_width), v + half_width, 0.9) for v in (dice, dice / (2 - dice), 0.1)
+        )
+        intervals = MetricIntervals(*ends)
+    quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals)
     return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))
 
 
 def assess(
-    studies: Studies, scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0, mask: Volume | None = None
+    studies: Studies,
+    scan: str,
+    dice: float,
+    worst: int = 2,
+    volume_ml: float = 5.0,
+    mask: Volume | None = None,
+    half_width: float | None = None,
 ) -> None:
     """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
     with studies.store.write() as transaction:
@@ -101,4 +120,4 @@ def assess(
     label = NewLabel(scan, "original", "network", Who("network", "seg", "program"), bundle=pair.id)
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = studies.store.save_label(label, path)
-    studies.write_assessment(make_assessment(scan, dice, worst, volume_ml), kept)
+    studies.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)

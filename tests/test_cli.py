@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -20,10 +20,12 @@ import typer
 from scipy import stats
 
 from segqc import cli
+from segqc.assessor import Assessor
 from segqc.evaluation.agreement import agreement
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
-from segqc.types import Assessment
+from segqc.training.calibration import fit_structure
+from segqc.types import Assessment, Metrics
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_studies
 
@@ -233,7 +235,7 @@ def ranked(tmp_path: Path) -> Path:
         _, labels = draw_case(i)
         write_labels(labels, folder / "truth" / f"scan_{i}.nii.gz")
         shifted = Volume(np.roll(labels.array, shift, axis=0), labels.affine)
-        assess(studies, f"scan_{i}", estimate, worst=i, mask=shifted)
+        assess(studies, f"scan_{i}", estimate, worst=i, mask=shifted, half_width=0.1 if i == 2 else None)
     return folder
 
 
@@ -243,7 +245,17 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert [row["scan"] for row in rows] == ["scan_2", "scan_4", "scan_3", "scan_1"]
     assert [float(row["estimated Dice"]) for row in rows] == [0.5, 0.55, 0.6, 0.9]
     assert rows[0]["worst slices"].split()[0] == "2"
+    assert [rows[0][f"estimated Dice {what}"] for what in ("low", "high", "level")] == ["0.4", "0.6", "0.9"]
+    assert rows[1]["estimated Dice low"] == ""
     table = run("rank", ranked).out
+    assert "in brackets the 90% interval" in table
+    assert "0.50 (0.40-0.60)" in table
+    assert table.count("(not enough data)") == 3
+    told = {r["scan"]: r["estimated Dice interval"] for r in json.loads(run("rank", ranked, "--json").out)["scans"]}
+    assert told == {"scan_2": {"low": 0.4, "high": 0.6, "level": 0.9}, "scan_4": None, "scan_3": None, "scan_1": None}
+    listed = run("scans", ranked).out
+    assert "0.50 (0.40-0.60)" in listed
+    assert listed.count("(not enough data)") == 3
     assert table.index("scan_2") < table.index("scan_4") < table.index("scan_3") < table.index("scan_1")
 
 
@@ -334,6 +346,30 @@ def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, studie
     assert [row["slice"] for row in rows if row["structure"] == "liver"] == ["", *map(str, range(slices))]
 
 
+def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, studies: Path) -> None:
+    scan, mask = studies / "scan_0.nii.gz", studies / "labels/final/scan_0.nii.gz"
+    said = run("assess", scan, mask, "--no-picture").out
+    assert "in brackets the interval" in said
+    assert said.count("(not enough data)") == 8  # four metrics of two structures
+    path = Studies(studies).model_path("segqc")
+    model = Assessor.load(path)
+    known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
+    calibration = fit_structure(known, known[::-1], [f"p{i}" for i in range(9)])
+    Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(path)
+    expected = Assessor.load(path).assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
+    said = run("assess", scan, mask, "--no-picture").out
+    assert "in brackets the 90% interval" in said
+    assert "not enough data" not in said
+    lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
+    whole = [line for line in lines if not line["slice"]]
+    for quality, row in zip(expected.structures, whole, strict=True):
+        interval = quality.intervals.dice
+        assert interval is not None
+        assert f"{quality.estimated.dice:.2f} ({interval.low:.2f}-{interval.high:.2f})" in said
+        assert (float(row["dice_low"]), float(row["dice_high"])) == pytest.approx((interval.low, interval.high))
+        assert row["interval_level"] == "0.9"
+
+
 def test_assess_lists_as_many_worst_slices_as_asked(run: Run, studies: Path) -> None:
     scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
     said = run("assess", scan, mask, "--no-picture", "--slices", 2)
@@ -378,7 +414,9 @@ class FakeServer:
 
     def next_sample(self, strategy: str, params: dict[str, str]) -> dict[str, object]:
         left = [name for name in self.order if name not in self.submitted]
-        return {"id": left[0], "strategy": strategy, "estimated_dice": 0.25, "worst_slices": [3, 1]} if left else {}
+        interval = {"low": 0.1, "high": 0.4, "level": 0.9}
+        told = {"estimated_dice": 0.25, "estimated_dice_interval": interval, "worst_slices": [3, 1]}
+        return {"id": left[0], "strategy": strategy, **told} if left else {}
 
     def download_label(self, scan: str, tag: str) -> str:
         return str(self.folder / "labels" / tag / f"{scan}.nii.gz")
@@ -398,6 +436,7 @@ def test_simulate_submits_the_truth_and_compares_the_estimate_shown(
         ("scan_3", 0.25, "3 1"),
         ("scan_2", 0.25, "3 1"),
     ]
+    assert rows[0]["estimated Dice interval"] == {"low": 0.1, "high": 0.4, "level": 0.9}
     truths = json.loads(run("rank", ranked, "--truth", ranked / "truth", "--json").out)["scans"]
     expected = {row["scan"]: row["true Dice"] for row in truths}
     assert {row["scan"]: row["true Dice"] for row in rows} == {n: expected[n] for n in ("scan_3", "scan_2")}

@@ -334,7 +334,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
     """Something in every table; gives the corrected label."""
     mask = save_mask(store, folder.parent, "scan_1", 5)
     with store.write() as transaction:
-        written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+        written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
         assessments.write(transaction, written, mask.id)
         assessments.write_score(transaction, "scan_1", "tta", 0.25, "seg1")
         lease = leases.take(transaction, ANNA, "segqc", orders.worst_estimate, LeaseRules(0.1, validation_share=0))
@@ -372,6 +372,9 @@ def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path)
         "true",
         0.7,
     )
+    ends = [float(assessment[f"estimated_dice_{end}"]) for end in ("low", "high")]
+    assert (*ends, float(assessment["interval_level"])) == pytest.approx((0.6, 0.8, 0.9))
+    assert assessment["estimated_rvd_low"] == ""
     (correction,) = read["corrections"]
     assert {k: correction[k] for k in ("who", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")} == {
         "who": "anna", "identified_by": "client-id", "draw": correction["draw"], "simulated": "false",

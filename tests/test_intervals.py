@@ -8,11 +8,13 @@ import math
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
+from scipy import stats
 
 from segqc.intervals import (
+    DEFAULT_FLOOR,
     LEVEL,
     PERFECT,
-    SCALE_FLOOR,
+    SCALE_FLOORS,
     ConformalCalibration,
     PatientScores,
     jackknife_plus,
@@ -51,7 +53,8 @@ def test_new_patients_are_covered_at_the_level_though_a_patients_masks_err_alike
         x, truth, names = draw(rng, patients)
         new_x, new_truth, _ = draw(rng, 1)
         # a fixed line stands for one fitted elsewhere
-        split = split_conformal(x, truth, names, "dice", LinearCalibration(1.25, -0.19, 0.0, 1.0))
+        line = LinearCalibration(1.25, -0.19, 0.0, 1.0)
+        split = split_conformal(line.apply(x), truth, names, "dice", line)
         for name, made in (("split", split), ("jackknife", jackknife_plus(x, truth, names, "dice"))):
             hits[name].append(float(covered(made, new_x, new_truth, level).mean()))
     tolerance = 3 * math.sqrt(level * (1 - level) / RESAMPLES)
@@ -78,6 +81,26 @@ def test_masks_of_one_patient_do_not_count_as_patients() -> None:
     assert nearly_all_masks.low == pytest.approx(0.2)
 
 
+def likeliest_floor(estimates: np.ndarray, truth: np.ndarray) -> float:
+    """By scipy's Laplace distribution, its own scale fitted."""
+
+    def likelihood(floor: float) -> float:
+        scale = floor + 1 - estimates
+        share = float(np.mean(np.abs(truth - estimates) / scale))
+        return float(stats.laplace.logpdf(truth - estimates, scale=share * scale).sum())
+
+    return max(SCALE_FLOORS, key=likelihood)
+
+
+def test_the_scale_follows_the_residuals() -> None:
+    rng = np.random.default_rng(5)
+    truth = rng.uniform(0.3, 1.0, 400)
+    names = [f"p{i}" for i in range(400)]
+    for wanted, scale in (({0.02, 0.05}, 0.02 + 1 - truth), ({1.0, 5.0}, np.ones(400))):
+        made = jackknife_plus(truth + 0.003 * rng.laplace(size=400) * scale, truth, names, "dice")
+        assert {p.floor for p in made.patients} <= wanted
+
+
 def test_the_jackknife_plus_by_hand() -> None:
     rng = np.random.default_rng(3)
     x, truth, names = draw(rng, 14)
@@ -87,9 +110,10 @@ def test_the_jackknife_plus_by_hand() -> None:
     for name in sorted(set(names)):
         own = owner == name
         line = fit_calibration(x[~own], truth[~own], metric="dice")
+        floor = likeliest_floor(line.apply(x[~own]), truth[~own])
         for value, true in zip(x[own], truth[own], strict=True):
             there, here = line.apply(float(value)), line.apply(new)
-            reach = abs(true - there) / (SCALE_FLOOR + 1 - there) * (SCALE_FLOOR + 1 - here)
+            reach = abs(true - there) / (floor + 1 - there) * (floor + 1 - here)
             ends.append((here - reach, here + reach, 1 / own.sum() / (14 + 1)))
     lows, highs = sorted((-low, w) for low, _, w in ends), sorted((high, w) for _, high, w in ends)
 
@@ -111,8 +135,9 @@ def test_residuals_are_cross_fitted() -> None:
     """A patient that no line without it can explain has a large score, though a line with it goes through it."""
     x = np.array([0.5, 0.5, 0.5, 0.9])
     truth = np.array([0.5, 0.52, 0.48, 0.2])
-    scores = {p.scores[0] for p in jackknife_plus(x, truth, ["a", "b", "c", "d"], "dice").patients}
-    assert max(scores) == pytest.approx(0.7 / (SCALE_FLOOR + 0.1))  # the others are alike: their line is the identity
+    last = jackknife_plus(x, truth, ["a", "b", "c", "d"], "dice").patients[-1]
+    assert (last.slope, last.intercept) == (1.0, 0.0)  # the others are alike
+    assert last.scores[0] == pytest.approx(0.7 / (last.floor + 0.1))
 
 
 @pytest.mark.parametrize(("level", "needed"), [(0.5, 1), (0.8, 4), (0.9, 9), (0.95, 19), (0.99, 99)])
@@ -171,9 +196,9 @@ def test_a_higher_level_holds_the_lower_one_and_bad_masks_have_wider_intervals()
 
 
 def test_the_estimate_beside_the_interval_is_in_it() -> None:
-    made = ConformalCalibration("dice", tuple(PatientScores(1.0, 0.0, (0.01,)) for _ in range(9)))
+    made = ConformalCalibration("dice", tuple(PatientScores(1.0, 0.0, DEFAULT_FLOOR, (0.01,)) for _ in range(9)))
     assert made.interval(0.8, shown=0.95) == PredictionInterval(
-        pytest.approx(0.8 - 0.01 * (0.2 + SCALE_FLOOR)), 0.95, 0.9
+        pytest.approx(0.8 - 0.01 * (0.2 + DEFAULT_FLOOR)), 0.95, 0.9
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,18 @@ from matplotlib.image import imread
 
 from segqc.assessor import AssessmentResult
 from segqc.pictures import View, draw_assessment, draw_curve
-from segqc.types import Assessment, ErrorBox, ErrorView, FloatArray, Metrics, SliceQuality, Structure, StructureQuality
+from segqc.types import (
+    Assessment,
+    ErrorBox,
+    ErrorView,
+    FloatArray,
+    MetricIntervals,
+    Metrics,
+    PredictionInterval,
+    SliceQuality,
+    Structure,
+    StructureQuality,
+)
 from segqc.volumes import Volume
 
 SHAPE = (40, 30, 6)
@@ -55,6 +67,18 @@ def test_the_suffix_decides_the_format_and_nothing_half_written_stays(tmp_path: 
     start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
     assert path.read_bytes().startswith(start)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_headline_tells_the_interval_or_that_there_is_not_enough_data(tmp_path: Path) -> None:
+    scan, labels, result = example((slice(1, 2), slice(1, 2), slice(1, 2)))
+    draw_assessment(scan, labels, result, tmp_path / "a.svg")
+    assert "liver 0.80 (no interval: not enough data)" in (tmp_path / "a.svg").read_text()
+    (quality,) = result.assessment.structures
+    told = replace(quality, intervals=MetricIntervals(dice=PredictionInterval(0.724, 0.9, 0.9)))
+    draw_assessment(
+        scan, labels, replace(result, assessment=replace(result.assessment, structures=(told,))), tmp_path / "b.svg"
+    )
+    assert "liver 0.80 (0.72-0.90)" in (tmp_path / "b.svg").read_text()
 
 
 def test_a_scan_without_structure_or_error_can_be_drawn(tmp_path: Path) -> None:

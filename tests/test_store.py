@@ -369,10 +369,13 @@ def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder:
 
 def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
-    written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+    written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
+    assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
         number = assessments.write(transaction, written, mask.id)
     with store.read() as transaction:
+        assert assessments.ranking_intervals(transaction) == {"scan_1": written.dice_interval}
+        assert not assessments.was_shown(transaction, number)
         assert assessments.read(transaction, number) == written
         assert assessments.latest(transaction, "scan_1") == (number, written)
         assert assessments.ranking(transaction) == {"scan_1": 0.7}
@@ -400,6 +403,28 @@ def test_old_assessments_are_thinned_unless_they_were_shown(store: Store, folder
         third = assessments.write(transaction, versions[2], mask.id)
     with store.read() as transaction:
         assert [assessments.read(transaction, i) is not None for i in (first, second, third)] == [True, False, True]
+        assert [assessments.was_shown(transaction, i) for i in (first, second, third)] == [True, False, False]
+
+
+def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, folder: Path) -> None:
+    narrow = make_assessment("scan_1", 0.8, half_width=0.05).structures[0]
+    wide = make_assessment("scan_1", 0.6, half_width=0.3).structures[0]
+    absent = replace(make_assessment("scan_1", 0.1, half_width=0.01).structures[0], name="spleen", present=False)
+    parts = (narrow, replace(wide, name="kidney"), absent)
+    told, silent = save_mask(store, folder.parent, "scan_1", 5), save_mask(store, folder.parent, "scan_2", 6)
+    written = replace(make_assessment("scan_1", 0.8), structures=parts)
+    with store.write() as transaction:
+        numbers = [
+            assessments.write(transaction, written, told.id),
+            assessments.write(transaction, make_assessment("scan_2", 0.7), silent.id),
+        ]
+    with store.read() as transaction:
+        assert assessments.ranking_intervals(transaction) == {"scan_1": wide.intervals.dice, "scan_2": None}
+        assert assessments.dice_intervals(transaction, numbers) == dict(
+            zip(numbers, (written.dice_interval, None), strict=True)
+        )
+        assert assessments.dice_intervals(transaction, []) == {}
+    assert written.dice_interval == wide.intervals.dice
 
 
 def test_an_assessment_of_another_scans_mask_is_refused(store: Store, folder: Path) -> None:
@@ -570,18 +595,52 @@ def change(dice: float) -> Change:
     return Change(2, 40, 1, (part,), opened_slices=(0, 1))
 
 
-def submit(store: Store, folder: Path, scan: str, who: Who, value: int) -> int:
+PART = change(0.8)
+
+
+def submit(store: Store, folder: Path, scan: str, who: Who, value: int, change: Change = PART) -> int:
     number = []
 
     def then(transaction: object, versions: list[object]) -> None:
         lease = leases.submitted(transaction, scan, who)  # type: ignore[arg-type]
         assert lease is not None
         start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
-        number.append(corrections.add(transaction, start, versions[0], change(0.8), who, lease=lease))  # type: ignore[arg-type]
+        number.append(corrections.add(transaction, start, versions[0], change, who, lease=lease))  # type: ignore[arg-type]
 
     source = label_map(folder.parent / "submitted.nii.gz", value)
     store.save_label(NewLabel(scan, "final", "annotator", who), source, then)
     return number[0]
+
+
+def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folder: Path, clock: Clock) -> None:
+    for i in range(COUNT):
+        mask = save_mask(store, folder.parent, f"scan_{i}", i + 1)
+        with store.write() as transaction:
+            assessments.write(transaction, make_assessment(f"scan_{i}", 0.5 + i / 100, half_width=0.1), mask.id)
+    audits = LeaseRules(audit_share=1.0, validation_share=0.0)
+    whole = replace(PART, opened_slices=None)
+    audited = [take(store, ANNA, audits).scan]
+    submit(store, folder, audited[0], ANNA, 21, whole)
+    part = take(store, ANNA, audits).scan
+    submit(store, folder, part, ANNA, 22)
+    audited.append(take(store, ANNA, audits).scan)
+    submit(store, folder, audited[1], ANNA, 23, whole)
+    with store.read() as transaction:
+        found = corrections.audited(transaction)
+        assert corrections.audited(transaction, simulated=True) == []
+    assert [c.scan for c in found] == audited
+    for checked in found:
+        dice = 0.5 + int(checked.scan.removeprefix("scan_")) / 100
+        said = make_assessment(checked.scan, dice, half_width=0.1).structures[0]
+        assert (checked.patient, checked.structure) == (checked.scan, "liver")
+        assert (checked.segmenter_version, checked.assessor_version) == ("seg", "qc")
+        assert (checked.estimated, checked.intervals) == (said.estimated, said.intervals)
+        assert checked.true == PART.structures[0].metrics
+    clock.pass_(minutes=1)
+    store.review(audited[0], "rejected", ANNA, "not good")
+    store.review(audited[1], "excluded", ANNA, "moved")
+    with store.read() as transaction:
+        assert corrections.audited(transaction) == []
 
 
 def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder: Path, clock: Clock) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,12 @@ def ask(studies: Studies, name: str = "segqc", who: Who = ANNA) -> dict[str, obj
 
 def test_worst_estimate_comes_first_with_what_is_known_of_it(studies: Studies) -> None:
     for name, dice in (("scan_0", 0.9), ("scan_1", 0.4), ("scan_2", 0.7), ("scan_3", 0.95)):
-        assess(studies, name, dice, worst=3)
+        assess(studies, name, dice, worst=3, half_width=0.25 if name == "scan_1" else None)
     answer = ask(studies)
+    interval = {"low": pytest.approx(0.15), "high": pytest.approx(0.65), "level": 0.9}
+    assert answer["estimated_dice_interval"] == interval
+    assert answer["estimated_dice_interval_by_structure"] == {"liver": interval}
+    json.dumps(answer)
     assert (answer["id"], answer["strategy"]) == ("scan_1", "segqc")
     assert answer["estimated_dice"] == pytest.approx(0.4)
     assert answer["worst_slices"] == [3, 9, 8, 7, 6]
@@ -47,6 +52,7 @@ def test_an_unscored_pool_is_drawn_and_says_so(studies: Studies) -> None:
     answer = ask(studies)
     assert answer["strategy"] == "uniform-random"
     assert answer["estimated_dice"] is None
+    assert answer["estimated_dice_interval"] is None
     assert "uniformly at random" in str(answer["note"])
 
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from segqc import cli
-from segqc.store import labels, upkeep
+from segqc.metrics import METRIC_NAMES
+from segqc.store import assessments, labels, upkeep
 from segqc.store.database import StoreError
 from segqc.store.folder import Taken, take_in
 from segqc.store.store import Store
 from segqc.store.values import LabelRecord
+from tests.server_kit import make_assessment
 from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, take_in_scans
 
 
@@ -261,13 +264,33 @@ def test_a_damaged_database_is_found(store: Store) -> None:
 
 def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str | None) -> None:
     unopened = Store(folder, url)
-    assert upkeep.upgrade(unopened) == (None, "0001")
-    assert upkeep.upgrade(unopened) == ("0001", "0001")
+    assert upkeep.upgrade(unopened) == (None, "0002")
+    assert upkeep.upgrade(unopened) == ("0002", "0002")
     with unopened.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="newer version of segqc"):
         upkeep.upgrade(unopened)
     unopened.close()
+
+
+def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: str | None, clock: Clock) -> None:
+    opened = Store.open(folder, url, clock=clock)
+    take_in_scans(opened)
+    mask = save_mask(opened, folder.parent, "scan_1", 5)
+    written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
+    with opened.write() as transaction:
+        number = assessments.write(transaction, written, mask.id)
+        for name in ("interval_level", *(f"{m}_{e}" for m in METRIC_NAMES for e in ("low", "high"))):
+            transaction.execute(text(f"ALTER TABLE assessment_structure DROP COLUMN {name}"))
+        transaction.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    opened.close()
+    with pytest.raises(StoreError, match="segqc db upgrade"):
+        Store.open(folder, url)
+    assert upkeep.upgrade(Store(folder, url)) == ("0001", "0002")
+    again = Store.open(folder, url, clock=clock)
+    with again.read() as transaction:
+        assert assessments.read(transaction, number) == written
+    again.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -280,7 +303,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
-    assert "revision 0001, was empty" in run("upgrade", folder)
+    assert "revision 0002, was empty" in run("upgrade", folder)
     opened = Store.open(folder)
     take_in_scans(opened)
     label = save_final(opened, tmp_path, "scan_0", 3)

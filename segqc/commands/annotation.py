@@ -16,7 +16,9 @@ from segqc.commands.common import (
     ConfigFile,
     Row,
     StudiesFolder,
+    brackets,
     emit,
+    estimate,
     me,
     shown_progress,
     studies_at,
@@ -34,6 +36,7 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 @app.command()
 def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
+    from segqc.store import assessments
     from segqc.store import leases as leased
     from segqc.store import scans as stored
 
@@ -42,6 +45,7 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
     with studies.store.read() as transaction:
         found = stored.listing(transaction)
         handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
+        intervals = assessments.ranking_intervals(transaction)
 
     def state(scan: ScanRecord) -> str:
         if scan.missing_since is not None:
@@ -56,11 +60,12 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
             "role": s.role,
             "state": state(s),
             "reason": s.reason,
-            "estimated Dice": s.ranking_dice,
+            **estimate("estimated Dice", s.ranking_dice, intervals.get(s.name), as_json=as_json, as_csv=as_csv),
         }
         for s in found
     ]
-    emit(rows, f"{folder}: {len(rows)} scans", as_json=as_json, as_csv=as_csv, key="scans")
+    title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans")
 
 
 @app.command()
@@ -238,11 +243,14 @@ def leases(
     as_csv: AsCsv = False,
 ) -> None:
     """List which scans are handed out to whom, by which strategy or draw."""
+    from segqc.store import assessments
     from segqc.store import leases as stored
 
     studies = studies_at(folder, config)
     with studies.store.read() as transaction:
         found = stored.listing(transaction, state=None if every else "open")
+        judged = {lease.id: lease.assessment for lease in found if lease.assessment is not None}
+        intervals = assessments.dice_intervals(transaction, list(judged.values()))
     rows: list[Row] = [
         {
             "scan": lease.scan,
@@ -254,8 +262,15 @@ def leases(
             "strategy": lease.strategy,
             "draw": lease.draw,
             "probability": lease.probability,
-            "estimated Dice": lease.score,
+            **estimate(
+                "estimated Dice",
+                lease.score,
+                intervals.get(judged[lease.id]) if lease.id in judged and lease.strategy != "tta" else None,
+                as_json=as_json,
+                as_csv=as_csv,
+            ),
         }
         for lease in found
     ]
-    emit(rows, f"{folder}: {len(rows)} scans handed out", as_json=as_json, as_csv=as_csv, key="leases")
+    title = f"{folder}: {len(rows)} scans handed out{brackets(intervals.values())}"
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases")

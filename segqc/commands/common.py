@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from segqc.store.upkeep import Report
     from segqc.store.values import Who
     from segqc.training import Progress
+    from segqc.types import PredictionInterval
 
 StudiesFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Studies folder: scans, and labels/final.", show_default=False)
@@ -33,8 +35,10 @@ ConfigFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 
-Cell: TypeAlias = str | int | float | bool | None
+Cell: TypeAlias = str | int | float | bool | Mapping[str, float] | None
 Row: TypeAlias = Mapping[str, Cell]
+
+NOT_ENOUGH_DATA = "not enough data"  # for an interval: too few patients with a truth
 
 
 class CommandError(ValueError):
@@ -143,6 +147,28 @@ def shown(value: Cell) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def estimate(
+    name: str, value: float | None, interval: PredictionInterval | None, *, as_json: bool = False, as_csv: bool = False
+) -> dict[str, Cell]:
+    """The cells of an estimate: in tables "0.87 (0.82-0.91)" is one; in CSV the interval's ends have their own columns.
+
+    Where there is no interval, JSON says null and a table "not enough data".
+    """
+    if as_json:
+        told = None if interval is None else dataclasses.asdict(interval)
+        return {name: value, f"{name} interval": told}
+    if as_csv:
+        ends = (interval.low, interval.high, interval.level) if interval is not None else (None, None, None)
+        return {name: value, **dict(zip((f"{name} low", f"{name} high", f"{name} level"), ends, strict=True))}
+    return {name: None if value is None else f"{value:.2f} ({interval or NOT_ENOUGH_DATA})"}
+
+
+def brackets(intervals: Iterable[PredictionInterval | None]) -> str:
+    """What the brackets behind estimates are, for a table's title."""
+    level = next((interval.level for interval in intervals if interval is not None), None)
+    return " (in brackets the interval)" if level is None else f" (in brackets the {level:.0%} interval)"
 
 
 def emit(

@@ -13,7 +13,7 @@ from segqc.loop.scoring import Method
 from segqc.loop.studies import LABEL_SUFFIXES, Studies
 from segqc.metrics import true_metrics
 from segqc.ranking import order_scans
-from segqc.types import LabelArray, Structure
+from segqc.types import LabelArray, PredictionInterval, Structure
 from segqc.volumes import read_labels, read_scan
 
 LEAST_FOR_CORRELATION = 3
@@ -24,7 +24,7 @@ class RankedScan:
     """One scan of the order: its score, the slices to look at first and, where the truth is known, the true Dice.
 
     ``score`` is an estimated Dice, but for the method "entropy", where it is the negative mean entropy. Both Dice
-    numbers are the worst structure's; ``true_by_structure`` has all of them.
+    numbers are the worst structure's; ``true_by_structure`` has all of them. ``interval`` is that of SegQC's estimate.
     """
 
     rank: int
@@ -33,6 +33,7 @@ class RankedScan:
     worst_slices: tuple[int, ...]
     true_dice: float | None
     true_by_structure: Mapping[str, float | None]
+    interval: PredictionInterval | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ def rank(
                 assessments[name].worst_slices() if name in assessments else (),
                 worst_dice(by_structure) if by_structure else None,
                 by_structure,
+                assessments[name].dice_interval if method == "segqc" else None,
             )
         )
     return ranked

@@ -181,9 +181,20 @@ _LEASE: Final = (
 
 def _estimated(prefix: str) -> tuple[Label[float | None], ...]:
     part = AssessmentStructure
-    return tuple(
-        column.label(f"{prefix}_{name}")
-        for name, column in (("dice", part.dice), ("iou", part.iou), ("arvd", part.arvd), ("rvd", part.rvd))
+    metrics = (
+        ("dice", part.dice, part.dice_low, part.dice_high),
+        ("iou", part.iou, part.iou_low, part.iou_high),
+        ("arvd", part.arvd, part.arvd_low, part.arvd_high),
+        ("rvd", part.rvd, part.rvd_low, part.rvd_high),
+    )
+    return (
+        *(column.label(f"{prefix}_{name}") for name, column, _, _ in metrics),
+        *(
+            end.label(f"{prefix}_{name}_{which}")
+            for name, _, low, high in metrics
+            for which, end in (("low", low), ("high", high))
+        ),
+        part.interval_level.label("interval_level"),
     )
 
 

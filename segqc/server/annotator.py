@@ -17,7 +17,7 @@ from monailabel.client.client import MONAILabelClientException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segqc.evaluation.agreement import dice_by_structure, find_labels, worst_dice
-from segqc.types import Structure
+from segqc.types import PredictionInterval, Structure
 from segqc.volumes import VolumeError, read_labels
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Correction:
     estimated_dice: float | None
     true_dice: float
     worst_slices: tuple[int, ...]
+    interval: PredictionInterval | None = None
 
 
 class _NextSample(BaseModel):
@@ -47,6 +48,7 @@ class _NextSample(BaseModel):
     id: str | None = None
     strategy: str = ""
     estimated_dice: float | None = None
+    estimated_dice_interval: PredictionInterval | None = None
     worst_slices: tuple[int, ...] = ()
 
 
@@ -99,7 +101,14 @@ def _correct(
         client.save_label(scan, str(truth), tag="final", params={"simulated": True})
     except (MONAILabelClientException, OSError, VolumeError) as error:
         raise AnnotatorError(f"{scan}: {getattr(error, 'msg', error)}") from error
-    return Correction(scan, sample.strategy, sample.estimated_dice, worst_dice(dice), sample.worst_slices)
+    return Correction(
+        scan,
+        sample.strategy,
+        sample.estimated_dice,
+        worst_dice(dice),
+        sample.worst_slices,
+        sample.estimated_dice_interval,
+    )
 
 
 def _mask(client: MONAILabelClient, scan: str) -> Path:

@@ -46,6 +46,7 @@ from segqc.server.submission import read_submission, submit
 from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store
 from segqc.store.values import EventRecord, LabelRecord
+from segqc.types import PredictionInterval
 from segqc.volumes import VolumeError, atomic_write, read_scan
 
 router = APIRouter()
@@ -183,13 +184,22 @@ def next_sample(strategy: str, asker: AskedBy, params: Params = None) -> JsonObj
     scan = answer["id"]
     # the strategy's own words win over what happens to be noted of the scan
     told: JsonObject = {**app.datastore().get_image_info(scan), **answer, "requested_strategy": strategy}
-    told["name"] = _title(scan, Path(answer["path"]).name, answer.get("estimated_dice"))
+    interval = answer.get("estimated_dice_interval")
+    told["name"] = _title(
+        scan,
+        Path(answer["path"]).name,
+        answer.get("estimated_dice"),
+        PredictionInterval(**interval) if interval is not None else None,
+    )
     return told
 
 
-def _title(scan: str, file_name: str, dice: float | None) -> str:
+def _title(scan: str, file_name: str, dice: float | None, interval: PredictionInterval | None) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
-    return file_name if dice is None else f"{scan} (estimated Dice {dice:.2f}){file_name.removeprefix(scan)}"
+    if dice is None:
+        return file_name
+    between = f", {interval}" if interval is not None else ""
+    return f"{scan} (estimated Dice {dice:.2f}{between}){file_name.removeprefix(scan)}"
 
 
 # -------------------------------------------------------------------------------------------------------- long work

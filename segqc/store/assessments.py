@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 
 from segqc.store import labels, scans
 from segqc.store.database import StoreError, Transaction
@@ -23,7 +23,7 @@ from segqc.store.schema import (
     Score,
     StructureName,
 )
-from segqc.types import Assessment, ErrorView, Metrics, StructureQuality
+from segqc.types import Assessment, ErrorView, MetricIntervals, Metrics, PredictionInterval, StructureQuality
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class _Detail:
 
 _GEOMETRY: Final = TypeAdapter(_Geometry)
 _DETAIL: Final = TypeAdapter(_Detail)
+_AT_ONCE: Final = 10_000  # of SQLite's 32,766 values in one statement
 _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fifth larger
 
 
@@ -96,7 +97,48 @@ def _structure(assessment_id: int, structure_id: int, position: int, quality: St
         arvd=estimated.arvd,
         rvd=estimated.rvd,
         detail=zlib.compress(_DETAIL.dump_json(_Detail(quality.raw, quality.extracted)), _QUICK),
+        **_ends(quality.intervals),
     )
+
+
+def was_shown(transaction: Transaction, assessment_id: int) -> bool:
+    """Whether an annotator was shown this assessment."""
+    return bool(transaction.scalar(select(_shown()).where(AssessmentRow.id == assessment_id)))
+
+
+def _shown() -> ColumnElement[bool]:
+    return or_(
+        exists().where(Assignment.assessment_id == AssessmentRow.id),
+        exists().where(Correction.assessment_id == AssessmentRow.id),
+    )
+
+
+def _ends(intervals: MetricIntervals) -> dict[str, float]:
+    """The columns of a structure's intervals; those that are not told stay NULL."""
+    columns: dict[str, float] = {}
+    for metric in fields(intervals):
+        interval: PredictionInterval | None = getattr(intervals, metric.name)
+        if interval is not None:
+            columns["interval_level"] = interval.level
+            columns[f"{metric.name}_low"], columns[f"{metric.name}_high"] = interval.low, interval.high
+    return columns
+
+
+def intervals_of(part: AssessmentStructure) -> MetricIntervals:
+    """The prediction intervals in a structure's row."""
+    level = part.interval_level
+    return MetricIntervals(
+        dice=_interval(part.dice_low, part.dice_high, level),
+        iou=_interval(part.iou_low, part.iou_high, level),
+        arvd=_interval(part.arvd_low, part.arvd_high, level),
+        rvd=_interval(part.rvd_low, part.rvd_high, level),
+    )
+
+
+def _interval(low: float | None, high: float | None, level: float | None) -> PredictionInterval | None:
+    if low is None or high is None or level is None:
+        return None
+    return PredictionInterval(low, high, level)
 
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
@@ -114,11 +156,7 @@ def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, 
 
 def _thin(transaction: Transaction, scan_id: int, but: int) -> None:
     """Drop slices and boxes of a scan's older assessments that nobody was shown."""
-    shown = or_(
-        exists().where(Assignment.assessment_id == AssessmentRow.id),
-        exists().where(Correction.assessment_id == AssessmentRow.id),
-    )
-    older = select(AssessmentRow.id).where(AssessmentRow.scan_id == scan_id, AssessmentRow.id < but, ~shown)
+    older = select(AssessmentRow.id).where(AssessmentRow.scan_id == scan_id, AssessmentRow.id < but, ~_shown())
     transaction.execute(
         update(AssessmentStructure)
         .where(AssessmentStructure.assessment_id.in_(older), AssessmentStructure.detail.is_not(None))
@@ -156,7 +194,15 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
         detail = _DETAIL.validate_json(zlib.decompress(part.detail))
         estimated = Metrics(part.dice, part.iou, part.arvd, part.rvd)
         qualities.append(
-            StructureQuality(name, part.present, part.mask_volume_ml, estimated, detail.raw, detail.extracted)
+            StructureQuality(
+                name,
+                part.present,
+                part.mask_volume_ml,
+                estimated,
+                detail.raw,
+                detail.extracted,
+                intervals_of(part),
+            )
         )
     return Assessment(
         scan=scan,
@@ -197,6 +243,32 @@ def ranking(transaction: Transaction) -> dict[str, float]:
     """The estimated Dice of all waiting scans that have one."""
     query = select(Scan.name, Scan.ranking_dice).where(Scan.queue.is_not(None), Scan.ranking_dice.is_not(None))
     return {name: dice for name, dice in transaction.execute(query) if dice is not None}
+
+
+def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:
+    """The interval of each of these assessments' Dice: the worst present structure's, as the Dice itself."""
+    part = AssessmentStructure
+    query = (
+        select(AssessmentRow.id, part.dice_low, part.dice_high, part.interval_level)
+        .join(part, and_(part.assessment_id == AssessmentRow.id, part.present, part.dice == AssessmentRow.dice))
+        .order_by(AssessmentRow.id, part.position.desc())
+    )
+    found: dict[int, PredictionInterval | None] = {}
+    for start in range(0, len(chosen), _AT_ONCE):
+        rows = transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _AT_ONCE])))
+        found |= {number: _interval(low, high, level) for number, low, high, level in rows}
+    return found
+
+
+def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval | None]:
+    """The interval of the estimated Dice that each scan is ranked by."""
+    newest = select(func.max(AssessmentRow.id)).where(
+        AssessmentRow.scan_id == Scan.id, AssessmentRow.dice == Scan.ranking_dice
+    )
+    query = select(Scan.name, newest.scalar_subquery()).where(Scan.ranking_dice.is_not(None))
+    numbers = {name: number for name, number in transaction.execute(query) if number is not None}
+    told = dice_intervals(transaction, list(numbers.values()))
+    return {name: told.get(number) for name, number in numbers.items()}
 
 
 def write_score(transaction: Transaction, scan: str, method: str, value: float, version: str) -> None:

@@ -6,13 +6,24 @@ import zlib
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import select
+from sqlalchemy import and_, select
 
 from segqc.store import events, leases, scans
-from segqc.store.assessments import structure_ids
+from segqc.store.assessments import intervals_of, structure_ids
 from segqc.store.database import Transaction
-from segqc.store.schema import Actor, Correction, CorrectionStructure, Scan, StructureName
-from segqc.store.values import Change, CorrectionRecord, LabelRecord, LeaseRecord, StructureChange, Who
+from segqc.store.schema import (
+    Actor,
+    AssessmentRow,
+    AssessmentStructure,
+    Assignment,
+    Bundle,
+    Correction,
+    CorrectionStructure,
+    Patient,
+    Scan,
+    StructureName,
+)
+from segqc.store.values import Change, CheckedEstimate, CorrectionRecord, LabelRecord, LeaseRecord, StructureChange, Who
 from segqc.types import Metrics
 
 _SLICES: Final = TypeAdapter(tuple[Metrics, ...])
@@ -83,6 +94,55 @@ def listing(transaction: Transaction, scan: str | None = None) -> list[Correctio
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_record(transaction, row, name, actor) for row, name, actor in transaction.execute(query)]
+
+
+def audited(transaction: Transaction, *, simulated: bool = False) -> list[CheckedEstimate]:
+    """What audit draws show of the estimates, a row per correction and structure, oldest first.
+
+    Audit draws are uniform at random among the scans that waited; scans chosen worst-first would be a biased sample
+    (method, "Leaks"). Left out are corrections of a part of the scan, those of labels that were rejected since, and
+    excluded scans.
+
+    Args:
+        transaction: what to read in.
+        simulated: whether simulated corrections are wanted, instead of people's.
+    """
+    shown, true = AssessmentStructure, CorrectionStructure
+    query = (
+        select(Patient.name, Scan.name, StructureName.name, Bundle, shown, true)
+        .select_from(Correction)
+        .join(Assignment, Assignment.id == Correction.assignment_id)
+        .join(AssessmentRow, AssessmentRow.id == Correction.assessment_id)
+        .join(Bundle, Bundle.id == AssessmentRow.bundle_id)
+        .join(Scan, Scan.id == Correction.scan_id)
+        .join(Patient, Patient.id == Scan.patient_id)
+        .join(true, true.correction_id == Correction.id)
+        .join(shown, and_(shown.assessment_id == AssessmentRow.id, shown.structure_id == true.structure_id))
+        .join(StructureName, StructureName.id == true.structure_id)
+        .where(
+            Assignment.draw == "audit",
+            AssessmentRow.label_version_id == Correction.from_version_id,
+            Correction.simulated == simulated,
+            Correction.opened_slices.is_(None),
+            Correction.made_at >= Scan.opened_at,
+            Scan.state != "excluded",
+            shown.present,
+        )
+        .order_by(Correction.id, true.position)
+    )
+    return [
+        CheckedEstimate(
+            patient,
+            scan,
+            structure,
+            pair.segmenter_version,
+            pair.assessor_version,
+            Metrics(said.dice, said.iou, said.arvd, said.rvd),
+            intervals_of(said),
+            Metrics(found.dice, found.iou, found.arvd, found.rvd),
+        )
+        for patient, scan, structure, pair, said, found in transaction.execute(query)
+    ]
 
 
 def _record(transaction: Transaction, row: Correction, scan: str, actor: Actor) -> CorrectionRecord:

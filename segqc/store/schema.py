@@ -253,7 +253,8 @@ class AssessmentRow(Base):
 class AssessmentStructure(Base):
     """The estimated metrics of one structure; slices and boxes of both views are one compressed value.
 
-    ``detail`` is NULL where the assessment was thinned.
+    ``detail`` is NULL where the assessment was thinned. ``*_low`` and ``*_high`` are the prediction interval of a
+    metric at ``interval_level``, NULL where there were too few patients for one.
     """
 
     __tablename__ = "assessment_structure"
@@ -267,6 +268,15 @@ class AssessmentStructure(Base):
     arvd: Mapped[float | None]
     rvd: Mapped[float | None]
     detail: Mapped[bytes | None] = mapped_column(LargeBinary)
+    interval_level: Mapped[float | None]
+    dice_low: Mapped[float | None]
+    dice_high: Mapped[float | None]
+    iou_low: Mapped[float | None]
+    iou_high: Mapped[float | None]
+    arvd_low: Mapped[float | None]
+    arvd_high: Mapped[float | None]
+    rvd_low: Mapped[float | None]
+    rvd_high: Mapped[float | None]
     __table_args__ = (UniqueConstraint("assessment_id", "position"),)
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from pydantic import JsonValue
 
 from segqc.placement import Role
-from segqc.types import Metrics
+from segqc.types import MetricIntervals, Metrics
 
 JsonObject: TypeAlias = dict[str, JsonValue]
 ActorKind: TypeAlias = Literal["person", "network", "system"]
@@ -133,6 +133,23 @@ class CorrectionRecord:
     seconds: float | None
     simulated: bool
     change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedEstimate:
+    """What was estimated of one structure when its scan was handed out, beside what the correction showed to be true.
+
+    Both versions are those of the estimate's bundle.
+    """
+
+    patient: str
+    scan: str
+    structure: str
+    segmenter_version: str
+    assessor_version: str
+    estimated: Metrics
+    intervals: MetricIntervals
+    true: Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,12 +55,14 @@ class LikelyErrors(InferTask):
             labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
         name = str(request.get("image_id") or "scan")
         result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
+        interval = result.assessment.dice_interval
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
             "assessed": assessed,
             "label_tag": request.get("label_tag") if assessed == "label" else None,
             "estimated_dice": result.assessment.dice,
+            "estimated_dice_interval": dataclasses.asdict(interval) if interval is not None else None,
             "worst_slices": list(result.assessment.worst_slices()),
             "assessment": json.loads(result.assessment.to_json()),
         }

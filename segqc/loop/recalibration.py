@@ -1,0 +1,168 @@
+"""Intervals from the store's audit draws: what the estimates were worth on scans that were drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from segqc.assessor import Assessor
+from segqc.intervals import (
+    DEFAULT_FLOOR,
+    LEVEL,
+    ConformalCalibration,
+    StructureIntervals,
+    patients_needed,
+    split_conformal,
+)
+from segqc.loop.studies import Studies
+from segqc.metrics import MetricName
+from segqc.networks import ModelError, StructureCalibration
+from segqc.store import assessments, corrections
+from segqc.store.values import CheckedEstimate
+from segqc.types import Assessment, StructureQuality
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What audit draws say of one structure's estimates by the current pair of networks.
+
+    Attributes:
+        structure: its name.
+        patients: how many patients have an audited estimate of the Dice.
+        estimates: how many audited estimates there are.
+        mean_error: mean absolute error of the Dice; None without an audited one.
+        told: how many of the estimates came with an interval.
+        covered: how many of these intervals held the truth.
+        intervals: what intervals are made of, from these draws; None with too few patients.
+    """
+
+    structure: str
+    patients: int
+    estimates: int
+    mean_error: float | None
+    told: int
+    covered: int
+    intervals: StructureIntervals | None
+
+
+def audit(studies: Studies, assessor: Assessor, *, simulated: bool = False, level: float = LEVEL) -> tuple[Audit, ...]:
+    """Compare the estimates of the current pair of networks, as shown at hand-out, with the corrections of audit draws.
+
+    An estimate belongs to its pair: those of earlier networks say nothing of this one's. Patients that SegQC-Net has
+    learnt from are left out, as are all draws that are not uniform at random. The draws are from the scans that waited
+    at their time, and the intervals are those of such scans.
+
+    Args:
+        studies: the folder.
+        assessor: the current SegQC-Net.
+        simulated: take a simulated annotator's corrections instead of people's.
+        level: of the intervals that are wanted.
+
+    Returns:
+        One of each structure, in the model's order.
+    """
+    segmenter = studies.segmenter()
+    pair = (segmenter.version if segmenter is not None else "", assessor.version)
+    with studies.store.read() as transaction:
+        found = corrections.audited(transaction, simulated=simulated)
+    seen = set(assessor.card.seen)
+    found = [c for c in found if (c.segmenter_version, c.assessor_version) == pair and c.patient not in seen]
+    calibrations = assessor.card.calibration or (None,) * len(assessor.structures)
+    return tuple(
+        _audit(structure.name, [c for c in found if c.structure == structure.name], calibration, level)
+        for structure, calibration in zip(assessor.structures, calibrations, strict=True)
+    )
+
+
+def _audit(
+    name: str, found: Sequence[CheckedEstimate], calibration: StructureCalibration | None, level: float
+) -> Audit:
+    errors = [
+        abs(c.estimated.dice - c.true.dice) for c in found if c.estimated.dice is not None and c.true.dice is not None
+    ]
+    told = [(c.intervals.dice, c.true.dice) for c in found]
+    held = [i.low <= truth <= i.high for i, truth in told if i is not None and truth is not None]
+    made = StructureIntervals(
+        dice=_conformal("dice", found, calibration),
+        iou=_conformal("iou", found, calibration),
+        arvd=_conformal("arvd", found, calibration),
+        rvd=_conformal("rvd", found, calibration),
+        drawn="audit",
+    )
+    patients = len(made.dice.patients)
+    enough = calibration is not None and patients >= patients_needed(level)
+    return Audit(
+        structure=name,
+        patients=patients,
+        estimates=len(errors),
+        mean_error=float(np.mean(errors)) if errors else None,
+        told=len(held),
+        covered=sum(held),
+        intervals=made if enough else None,
+    )
+
+
+def _conformal(
+    metric: MetricName, found: Sequence[CheckedEstimate], calibration: StructureCalibration | None
+) -> ConformalCalibration:
+    earlier: ConformalCalibration | None = None
+    if calibration is not None and calibration.intervals is not None:
+        earlier = getattr(calibration.intervals, metric)
+    floors = [p.floor for p in earlier.patients] if earlier is not None else []
+    return split_conformal(
+        [getattr(c.estimated, metric) for c in found],
+        [getattr(c.true, metric) for c in found],
+        [c.patient for c in found],
+        metric,
+        getattr(calibration, metric) if calibration is not None else None,
+        float(np.median(floors)) if floors else DEFAULT_FLOOR,
+    )
+
+
+def use(studies: Studies, assessor: Assessor, found: Sequence[Audit]) -> int:
+    """Make the intervals of audit draws those of the model, where there are enough; estimates and version stay.
+
+    Assessments of waiting scans get the new intervals at once, but for those that an annotator was shown: they stay
+    what was shown.
+
+    Returns:
+        The number of assessments with new intervals.
+
+    Raises:
+        ModelError: if no structure has enough audited patients.
+    """
+    if all(a.intervals is None for a in found):
+        raise ModelError("no structure has enough patients among the audit draws of the current networks")
+    calibration = tuple(
+        replace(old, intervals=new.intervals) if new.intervals is not None else old
+        for old, new in zip(assessor.card.calibration, found, strict=True)
+    )
+    updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
+    updated.save(studies.model_path("segqc"))
+    waiting = [entry.id for entry in studies.waiting()]
+    count = 0
+    with studies.store.write() as transaction:
+        for name in waiting:
+            latest = assessments.latest(transaction, name)
+            if latest is None or latest[1].assessor_version != updated.version:
+                continue
+            number, old = latest
+            if not assessments.was_shown(transaction, number):
+                assessments.write(transaction, _renewed(old, updated), assessments.label_of(transaction, number))
+                count += 1
+    return count
+
+
+def _renewed(assessment: Assessment, assessor: Assessor) -> Assessment:
+    """The assessment with the intervals that the model gives now."""
+    level = assessor.settings.interval_level
+
+    def renewed(quality: StructureQuality, calibration: StructureCalibration) -> StructureQuality:
+        if calibration.intervals is None:
+            return quality
+        return replace(quality, intervals=calibration.intervals.of(quality.raw.metrics, quality.estimated, level=level))
+
+    pairs = zip(assessment.structures, assessor.card.calibration, strict=True)
+    return replace(assessment, structures=tuple(renewed(q, c) for q, c in pairs))
