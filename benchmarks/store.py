@@ -38,6 +38,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.store import Store
 from segqc.store.values import Who
 from segqc.types import Assessment, ErrorBox, ErrorView, Metrics, SliceQuality, StructureQuality
+from segqc.volumes import scan_id
 
 SIZES = (1_000, 10_000, 100_000)
 REPETITIONS = 300
@@ -102,7 +103,7 @@ class Ours:
 
     def open(self) -> Store:
         store = Store.open(self.folder)
-        take_in(store, str, Placing())
+        take_in(store, scan_id, Placing())
         return store
 
     def any_scan(self) -> str:

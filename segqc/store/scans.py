@@ -101,9 +101,10 @@ def names(transaction: Transaction, *, states: Collection[ScanState] | None = No
     return list(transaction.scalars(query))
 
 
-def files(transaction: Transaction) -> set[str]:
-    """The files of all scans that are not missing, relative to the folder."""
-    return set(transaction.scalars(select(Scan.file).where(Scan.missing_since.is_(None))))
+def files(transaction: Transaction, *, missing: bool = False) -> set[str]:
+    """The files of all scans that are there, or of all that are missing, relative to the folder."""
+    gone = Scan.missing_since.is_not(None) if missing else Scan.missing_since.is_(None)
+    return set(transaction.scalars(select(Scan.file).where(gone)))
 
 
 def counts(transaction: Transaction) -> dict[ScanState, int]:
@@ -115,24 +116,21 @@ def counts(transaction: Transaction) -> dict[ScanState, int]:
 def take_in(
     transaction: Transaction, found: Sequence[FoundScan], placing: Placing, who: Who, *, labelled: Collection[str] = ()
 ) -> int:
-    """Add scans that are not known yet and note which files have come back; returns how many are new.
+    """Add scans that are not known yet; returns how many are new.
 
     Args:
         transaction: where to write.
-        found: the files; ids and paths that are known are left as they are.
+        found: the files; those that are known are left as they are.
         placing: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
             labelled at the start are spread over both roles.
         who: the event's actor.
         labelled: ids of scans that have a final label already.
     """
-    files = select(Scan.id, Scan.file, Scan.missing_since)
+    files = select(Scan.file)
     if len(found) <= _IN_ONE_QUERY:
         files = files.where(Scan.file.in_([f.file for f in found]))
-    known = {file: (i, missing) for i, file, missing in transaction.execute(files)}
+    known = set(transaction.scalars(files)) if found else set()
     new = _named_apart(transaction, [f for f in found if f.file not in known])
-    for f in found:
-        if f.file in known and known[f.file][1] is not None:
-            _set_missing(transaction, known[f.file][0], False, who)
     if not new:
         return 0
     patients = _placed(transaction, new, placing, set(labelled))
@@ -216,6 +214,14 @@ def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> 
     for i in gone:
         _set_missing(transaction, i, True, who)
     return len(gone)
+
+
+def mark_returned(transaction: Transaction, files: Collection[str], who: Who) -> None:
+    """Note which scan files that were gone are in the folder again."""
+    rows = transaction.execute(select(Scan.id, Scan.file).where(Scan.missing_since.is_not(None))).all()
+    for i, file in rows:
+        if file in files:
+            _set_missing(transaction, i, False, who)
 
 
 def _set_missing(transaction: Transaction, scan_id: int, missing: bool, who: Who) -> None:
