@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 FIND_LINKS = $(addprefix --find-links ,$(sort $(shell $(BIN)/python -m pip config list 2>/dev/null \
 	| sed -n "s/^[^=]*find-links='\(.*\)'$$/\1/p" | sed 's/\\n/ /g')))
 
-.PHONY: install serve test test-fast test-server lint format clean
+.PHONY: install serve test test-fast test-server test-faults lint format clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ test-fast: install
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"
+
+# The full counts, on SQLite and PostgreSQL: 200 kills, 10 of the whole server, a crowd for 120 s. About 20 minutes.
+test-faults: install
+	SEGQC_KILLS=200 SEGQC_CROWD_SECONDS=120 SEGQC_TEST_POSTGRESQL=required $(BIN)/python -m pytest -q tests/test_faults.py
 
 lint: install
 	$(BIN)/ruff check

@@ -1,15 +1,17 @@
-"""How does the store's cost grow with the number of scans, beside MONAI Label's LocalDatastore? Both in one run.
+"""How does the store's cost grow with the number of scans, beside MONAI Label's LocalDatastore? All in one run.
 
     python benchmarks/store.py --work /tmp/store-benchmark
 
-The folders hold empty files named like scans: neither store reads them. LocalDatastore rewrites one JSON file at each
-change, so that few repetitions have to do for it at 100,000 scans. The plans of all queries of the hot operations are
-printed; the benchmark ends with status 1 if one of them scans a table.
+The store is measured on SQLite and on a PostgreSQL of its own, started for the run as the tests start theirs. The
+folders hold empty files named like scans: no store reads them. LocalDatastore rewrites one JSON file at each change, so
+that few repetitions have to do for it at 100,000 scans. The plans of all queries of the hot operations are printed; the
+benchmark ends with status 1 if one of them scans a table. The result file keeps one run for each choice of stores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -19,7 +21,7 @@ import sqlite3
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.tasks.activelearning.random import Random
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import event, text
+from sqlalchemy import bindparam, event, text
 
 from segqc.placement import Placing
 from segqc.store import assessments, events, labels, leases, orders, scans
@@ -35,9 +37,11 @@ from segqc.store.database import DATABASE_FILE
 from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.schema import UtcDateTime
 from segqc.store.store import Store
 from segqc.store.values import Who
 from segqc.types import Assessment, ErrorBox, ErrorView, Metrics, SliceQuality, StructureQuality
+from segqc.volumes import scan_id
 
 SIZES = (1_000, 10_000, 100_000)
 REPETITIONS = 300
@@ -80,29 +84,29 @@ def fill(store: Store) -> None:
         values = {
             "bundle": labels.bundle(transaction, "seg", "qc").id,
             "actor": events.actor_id(transaction, Who("network", "seg", "program")),
-            "at": transaction.now.replace(tzinfo=None).isoformat(" "),
+            "at": transaction.now,
         }
         transaction.execute(
             text(
                 "INSERT INTO label_version (scan_id, tag, maker, sha256, suffix, bundle_id, actor_id, made_at) "
                 "SELECT id, 'original', 'network', 'content ' || id, '.nii.gz', :bundle, :actor, :at FROM scan"
-            ),
+            ).bindparams(bindparam("at", type_=UtcDateTime())),
             values,
         )
-        transaction.execute(text("UPDATE scan SET ranking_dice = (id * 7919 % 100003) / 100003.0, foreground = 1"))
+        transaction.execute(text("UPDATE scan SET ranking_dice = (id * 7919 % 100003) / 100003.0, foreground = true"))
 
 
 class Ours:
     """The operations on the store."""
 
-    def __init__(self, folder: Path, count: int, work: Path) -> None:
-        self.folder, self.count, self.work = folder, count, work
+    def __init__(self, folder: Path, count: int, work: Path, url: str | None = None) -> None:
+        self.folder, self.count, self.work, self.url = folder, count, work, url
         self.rng = np.random.default_rng(0)
         self.store = self.open()
 
     def open(self) -> Store:
-        store = Store.open(self.folder)
-        take_in(store, str, Placing())
+        store = Store.open(self.folder, self.url)
+        take_in(store, scan_id, Placing())
         return store
 
     def any_scan(self) -> str:
@@ -186,9 +190,11 @@ def new_label(work: Path, i: int) -> Path:
 OPERATIONS = ("next_sample", "save_label", "write_assessment", "update_info", "list_unlabelled")
 
 
-def measure(kind: type[Ours] | type[Local], folder: Path, count: int, work: Path, most: float) -> dict[str, Times]:
+def measure(make: Callable[[], Ours | Local], count: int, most: float) -> dict[str, Times]:
     """Seconds of all operations on one store; an operation is repeated for ``most`` seconds at the longest."""
-    made = kind(folder, count, work)
+    started = time.perf_counter()
+    made = make()
+    first_start = time.perf_counter() - started
     if isinstance(made, Ours):
         fill(made.store)
     result: dict[str, Times] = {}
@@ -197,12 +203,31 @@ def measure(kind: type[Ours] | type[Local], folder: Path, count: int, work: Path
         first = timed(1, operation)
         repetitions = max(2, min(REPETITIONS, int(most / max(first[0], 1e-4))))
         result[name] = timed(repetitions, operation)
+    if isinstance(made, Local) and count > 10_000:
+        result["start"] = [first_start]  # minutes, and its file listed all scans before
+        return result
     if isinstance(made, Ours):
         made.store.close()
     time.sleep(0.1)  # a folder that changed within the clock's tick is looked through once more
     made.open()
-    result["start"] = timed(1 if count > 10_000 and kind is Local else 3, lambda _: made.open())
+    result["start"] = timed(3, lambda _: made.open())
     return result
+
+
+@contextlib.contextmanager
+def postgresql(console: Console) -> Iterator[Callable[[], str] | None]:
+    """A PostgreSQL server of our own, as what makes a new database and says its URL; None where there is none."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests are no installed package
+    from tests.store_kit import new_database, running_postgresql
+
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(running_postgresql())
+        except FileNotFoundError as error:
+            console.print(f"PostgreSQL is not measured: {error}")
+            yield None
+        else:
+            yield lambda: new_database(server)
 
 
 def plans(folder: Path, count: int, work: Path) -> dict[str, dict[str, list[str]]]:
@@ -237,8 +262,63 @@ def scanning(plan: list[str]) -> bool:
     return any(step.startswith("SCAN ") and "INDEX" not in step and "(" not in step for step in plan)
 
 
+STORES = ("SQLite", "PostgreSQL", "LocalDatastore")
+
+
+def measure_all(
+    stores: Sequence[str], work: Path, count: int, most: float, new_url: Callable[[], str] | None
+) -> dict[str, dict[str, Times]]:
+    """Seconds of all operations on some stores, by the stores' names."""
+    times = {}
+    for store in stores:
+        folder = work / f"{store.lower()}-{count}"
+        make_folder(folder, count)
+        makers: dict[str, Callable[[], Ours | Local]] = {
+            "SQLite": lambda folder=folder: Ours(folder, count, work),
+            "PostgreSQL": lambda folder=folder: Ours(folder, count, work, new_url() if new_url else None),
+            "LocalDatastore": lambda folder=folder: Local(folder, count, work),
+        }
+        times[store] = measure(makers[store], count, most)
+        if store != "SQLite":
+            shutil.rmtree(folder)
+    return times
+
+
+def figures(times: dict[str, Times]) -> dict[str, object]:
+    """What is written down of one operation."""
+    found: dict[str, object] = {}
+    for store, seconds in times.items():
+        found[f"{store} median ms"] = milliseconds(seconds, 0.5)
+        found[f"{store} 99th percentile ms"] = milliseconds(seconds, 0.99)
+    if times.keys() >= {"LocalDatastore", "SQLite"}:
+        ratio = statistics.median(times["LocalDatastore"]) / statistics.median(times["SQLite"])
+        found["LocalDatastore / SQLite"] = round(ratio, 1)
+    return {**found, "repetitions": {store: len(seconds) for store, seconds in times.items()}}
+
+
 def milliseconds(times: Times, quantile: float) -> float:
     return round(1e3 * float(np.quantile(times, quantile)), 2)
+
+
+def scanned_tables(console: Console, folder: Path, count: int, work: Path) -> list[str]:
+    """Print the plans of the hot queries on SQLite; returns the queries that scan a table."""
+    bad = []
+    for name, by_statement in plans(folder, count, work).items():
+        for statement, plan in by_statement.items():
+            console.print(f"[bold]{name}[/bold] {statement[:110]}", highlight=False)
+            for step in plan:
+                console.print(f"    {step}", highlight=False, markup=False)
+            if scanning(plan):
+                bad.append(f"{name}: {statement[:200]}: {plan}")
+    return bad
+
+
+def keep(path: Path, run: dict[str, object]) -> None:
+    """Write a run down; an earlier one of the same stores is replaced."""
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = [other for other in runs if other["stores"] != run["stores"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -246,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stores; emptied")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--stores", nargs="+", choices=STORES[1:], default=STORES[1:], help="beside the one on SQLite")
     parser.add_argument("--most", type=float, default=15.0, help="seconds at most of one operation on one store")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "store.json")
     arguments = parser.parse_args()
@@ -253,49 +334,33 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     console = Console(width=160)
-    table = Table("scans", "operation", "store: median ms", "99th percentile ms", "LocalDatastore: median ms", "ratio")
+    load_before = os.getloadavg()[0]
     rows = []
-    for count in arguments.sizes:
-        times = {}
-        for kind in (Ours, Local):
-            folder = work / f"{kind.__name__.lower()}-{count}"
-            make_folder(folder, count)
-            times[kind] = measure(kind, folder, count, work, arguments.most)
-            if kind is Local:
-                shutil.rmtree(folder)
-        for name in (*OPERATIONS, "start"):
-            ours, local = times[Ours][name], times[Local][name]
-            row = {
-                "scans": count,
-                "operation": name,
-                "store median ms": milliseconds(ours, 0.5),
-                "store 99th percentile ms": milliseconds(ours, 0.99),
-                "LocalDatastore median ms": milliseconds(local, 0.5),
-                "ratio": round(statistics.median(local) / statistics.median(ours), 1),
-                "repetitions": [len(ours), len(local)],
-            }
-            rows.append(row)
-            table.add_row(*(str(value) for value in list(row.values())[:-1]))
+    with postgresql(console) as new_url:
+        stores = [s for s in STORES if s == "SQLite" or s in arguments.stores]
+        if new_url is None and "PostgreSQL" in stores:
+            stores.remove("PostgreSQL")
+        for count in arguments.sizes:
+            times = measure_all(stores, work, count, arguments.most, new_url)
+            for name in (*OPERATIONS, "start"):
+                own = figures({store: times[store][name] for store in stores})
+                rows.append({"scans": count, "operation": name, **own})
+    table = Table(*(name for name in rows[0] if name != "repetitions"))
+    for row in rows:
+        table.add_row(*(str(value) for name, value in row.items() if name != "repetitions"))
     console.print(table)
     largest = max(arguments.sizes)
-    hot = plans(work / f"ours-{largest}", largest, work)
-    bad = []
-    for name, by_statement in hot.items():
-        for statement, plan in by_statement.items():
-            console.print(f"[bold]{name}[/bold] {statement[:110]}", highlight=False)
-            for step in plan:
-                console.print(f"    {step}", highlight=False, markup=False)
-            if scanning(plan):
-                bad.append(f"{name}: {statement[:200]}: {plan}")
+    bad = scanned_tables(console, work / f"sqlite-{largest}", largest, work)
     machine = f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores, SQLite {sqlite3.sqlite_version}"
-    result = {
+    run = {
         "date": datetime.date.today().isoformat(),
         "machine": machine,
+        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        "stores": stores,
         "rows": rows,
         "queries that scan a table": bad,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(arguments.out, run)
     if bad:
         sys.exit("\n".join(["these queries scan a table:", *bad]))
 

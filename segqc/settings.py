@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import tomllib
@@ -23,11 +24,14 @@ from segqc.error_maps import ExtractionSettings
 from segqc.placement import Placing
 from segqc.regions import BoxSettings
 from segqc.store.leases import LeaseRules
+from segqc.tags import read_tag
 from segqc.types import Structure
-from segqc.volumes import atomic_write
+from segqc.volumes import atomic_write, scan_id
 
 if TYPE_CHECKING:
     from segqc.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "segqc.toml"
 
@@ -89,6 +93,7 @@ class Settings(BaseSettings):
 
     structures: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     patients: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    patient_tag: str | None = Field(default=None, min_length=1)
     patient_pattern: str | None = None
     store: StoreSettings = Field(default_factory=StoreSettings)
     annotation: LeaseRules = Field(default_factory=LeaseRules)
@@ -137,19 +142,29 @@ class Settings(BaseSettings):
             raise ValueError(f"not a regular expression: {error}") from error
         return value
 
-    def patient_of(self, scan: str) -> str:
-        """The patient that a scan is of.
+    def patient_of(self, scan: Path) -> str:
+        """The patient that a scan file is of.
 
-        From the table ``[patients]``; else what ``patient_pattern`` finds in the scan's id (its first group, or all
-        that it matches); else the scan's own id.
+        From the table ``[patients]``; else the DICOM tag ``patient_tag`` that came along with the file
+        (`tags.read_tag`); else what ``patient_pattern`` finds in the scan's id (its first group, or all that it
+        matches); else the scan's own id.
+
+        Raises:
+            VolumeError: if the file that should have the tag can't be read.
         """
-        named = self._patients_by_scan.get(scan)
+        name = scan_id(scan)
+        named = self._patients_by_scan.get(name)
         if named is not None:
             return named
-        found = re.search(self.patient_pattern, scan) if self.patient_pattern else None
+        if self.patient_tag is not None:
+            tagged = read_tag(scan, self.patient_tag)
+            if tagged is not None:
+                return tagged
+            _tell_of_untagged(self.patient_tag)
+        found = re.search(self.patient_pattern, name) if self.patient_pattern else None
         if found is None:
-            return scan
-        return (found.group(1) if found.re.groups else found.group()) or scan
+            return name
+        return (found.group(1) if found.re.groups else found.group()) or name
 
     @functools.cached_property
     def _patients_by_scan(self) -> dict[str, str]:
@@ -172,6 +187,15 @@ class Settings(BaseSettings):
         both = {key: value for key, value in self.training.items() if not isinstance(value, dict)}
         own = self.training.get(network, {})
         return build(TrainingSettings, {**both, **(own if isinstance(own, dict) else {})}, "training")
+
+
+@functools.cache  # once in a process: there may be thousands
+def _tell_of_untagged(tag: str) -> None:
+    logger.warning(
+        "some scans carry no %s (dcm2niix leaves it out unless it is told '-ba n'): 'patient_pattern' or their own ids "
+        "name their patients, see 'segqc scans'",
+        tag,
+    )
 
 
 def build(kind: type[T], table: Mapping[str, object], name: str) -> T:
@@ -258,7 +282,11 @@ def _sentence(error: ValidationError, origin: str) -> str:
 
 
 def write_settings(
-    folder: Path, structures: Mapping[str, tuple[int, ...]], patients: Mapping[str, tuple[str, ...]] | None = None
+    folder: Path,
+    structures: Mapping[str, tuple[int, ...]],
+    patients: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    patient_tag: str | None = None,
 ) -> Path:
     """Write a studies folder's ``segqc.toml``.
 
@@ -266,6 +294,7 @@ def write_settings(
         folder: the studies folder.
         structures: names and the label values that belong to them.
         patients: names and their scans, where a patient has several scans.
+        patient_tag: the DICOM tag that names the patients.
 
     Returns:
         The file's path.
@@ -274,6 +303,8 @@ def write_settings(
     lines = [
         "# Settings of this studies folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
     ]
+    if patient_tag:
+        lines += ["", "# the DICOM tag that names a scan's patient", f"patient_tag = {_text(patient_tag)}"]
     if structures:
         lines += ["", "# name = the label values that belong to it", "[structures]"]
         lines += [f"{_text(name)} = [{', '.join(map(str, values))}]" for name, values in structures.items()]

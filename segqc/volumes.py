@@ -192,6 +192,16 @@ def is_scan_path(path: str | os.PathLike[str]) -> bool:
     return _file_suffix(path) is not None
 
 
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files of a folder, sorted by name; a DICOMDIR and hidden files are left out."""
+    return [file for file in _visible_files(folder) if _has_dicom_magic(file)]
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file.name.upper() != "DICOMDIR"]
+
+
 def scan_id(path: str | os.PathLike[str]) -> str:
     """Return the file's name without its ``.nii``, ``.nii.gz`` or ``.nrrd`` suffix, and nothing else taken off.
 
@@ -357,13 +367,24 @@ _NRRD_SPACES: dict[str, tuple[float, float]] = {
 _NRRD_VALUE_KINDS = {"domain", "space"}
 
 
-def _open_nrrd(path: Path) -> _Source:
+def read_nrrd_header(path: Path) -> Mapping[str, Any]:
+    """Read the fields and the key/value pairs of an NRRD file's header.
+
+    Raises:
+        VolumeError: if it is no readable NRRD file.
+    """
     try:
         with path.open("rb") as stream:
-            header = nrrd.read_header(stream)
-        sizes = [int(size) for size in header["sizes"]]
+            header: dict[str, Any] = nrrd.read_header(stream)
+        header["sizes"] = [int(size) for size in header["sizes"]]
     except (nrrd.NRRDError, OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
         raise VolumeError(f"{path}: is no readable NRRD file ({error}); it may be truncated or damaged.") from error
+    return header
+
+
+def _open_nrrd(path: Path) -> _Source:
+    header = read_nrrd_header(path)
+    sizes: list[int] = header["sizes"]
     if "data file" in header or "datafile" in header:
         # A header that points elsewhere could make a reader open any file of the machine.
         raise VolumeError(f"{path}: keeps its voxels in another file; save header and voxels in one .nrrd file.")
@@ -481,9 +502,7 @@ def _open_dicom(path: Path) -> _Source:
 def _read_series(path: Path) -> list[FileDataset]:
     """Read all DICOM images of a folder and check that they are slices of one series and one size."""
     slices = []
-    for file in sorted(path.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name.upper() == "DICOMDIR":
-            continue
+    for file in _visible_files(path):
         if not _has_dicom_magic(file):
             if file.suffix.lower() in {".dcm", ".dicom", ".ima"}:
                 raise VolumeError(f"{file}: is no DICOM file, or truncated; copy the series again.")

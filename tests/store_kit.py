@@ -21,7 +21,7 @@ from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
 from segqc.store.store import Store
 from segqc.store.values import BundleRecord, LabelRecord, Who
-from segqc.volumes import Volume, write_labels
+from segqc.volumes import Volume, scan_id, write_labels
 
 ANNA = Who("person", "anna", "client-id")
 BERT = Who("person", "bert", "client-id")
@@ -93,7 +93,7 @@ def label_map(path: Path, value: int) -> Path:
 
 
 def take_in_scans(store: Store) -> None:
-    take_in(store, lambda scan: scan, PLACING)
+    take_in(store, scan_id, PLACING)
 
 
 def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") -> BundleRecord:

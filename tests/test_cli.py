@@ -213,7 +213,7 @@ def test_prepare_keeps_a_patient_s_scans_on_one_side(run: Run, tmp_path: Path) -
     studies = Studies(tmp_path / "s")
     sides = [{e.id.split("_")[0] for e in studies.scans() if (e.final is None) is side} for side in (True, False)]
     assert not sides[0] & sides[1]
-    assert all(studies.settings.patient_of(e.id) == e.id.split("_")[0] for e in studies.scans())
+    assert all(studies.settings.patient_of(e.image) == e.id.split("_")[0] for e in studies.scans())
     assert "both sides" in run("prepare", source, tmp_path / "t", "--labelled", 5, *options).err
 
 

@@ -26,7 +26,7 @@ from segqc.store.schema import Base
 from segqc.store.store import Store
 from segqc.store.values import Change, LabelRecord, StructureChange
 from segqc.types import Metrics, Structure
-from segqc.volumes import Volume, VolumeError, read_labels, write_labels, write_scan
+from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import make_assessment
 from tests.store_kit import ANNA, BERT, PLACING, Clock, label_map, new_database, save_final, save_mask, take_in_scans
 
@@ -432,7 +432,7 @@ def test_an_archive_gives_the_same_rows_and_files(
     assert archive.import_archive(tmp_path / "archive", fresh) == written
     assert rows(fresh) == rows(store)
     assert fresh.view_file(final).read_bytes() == store.view_file(final).read_bytes()
-    assert take_in(fresh, str, PLACING) == Taken()
+    assert take_in(fresh, scan_id, PLACING) == Taken()
     assert upkeep.check(fresh) == []
     before = max(row[0] for row in rows(fresh)["event"])
     save_final(fresh, tmp_path, "scan_2", 9)  # new rows are numbered on

@@ -1,8 +1,7 @@
 """What the store survives: kills at any instant, many writers, a full disk, a folder that cannot be written.
 
 ``SEGQC_KILLS`` sets how often a process on the store is killed (20 by default; a tenth as often the whole server), and
-``SEGQC_CROWD_SECONDS`` how long 16 clients crowd it (10 by default). The full counts:
-``SEGQC_KILLS=200 SEGQC_CROWD_SECONDS=120 pytest tests/test_faults.py``.
+``SEGQC_CROWD_SECONDS`` how long 16 clients crowd it (10 by default). ``make test-faults`` runs the full counts.
 """
 
 from __future__ import annotations

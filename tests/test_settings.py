@@ -117,5 +117,5 @@ def test_written_settings_come_back_whatever_the_names(tmp_path: Path) -> None:
     write_settings(tmp_path, structures, {"P 1": ("P 1_ED", "P 1_ES")})
     settings = load_settings(tmp_path)
     assert settings.structures == structures
-    assert settings.patient_of("P 1_ES") == "P 1"
-    assert settings.patient_of("other") == "other"
+    assert settings.patient_of(Path("P 1_ES.nii.gz")) == "P 1"
+    assert settings.patient_of(Path("other.nrrd")) == "other"

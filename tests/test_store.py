@@ -26,6 +26,7 @@ from segqc.store.schema import Assignment
 from segqc.store.store import Store
 from segqc.store.values import Change, LeaseRecord, StructureChange, Who
 from segqc.types import Metrics
+from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
 from tests.store_kit import (
     ANNA,
@@ -122,9 +123,9 @@ def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | No
 
 
 def test_scans_are_found_once(store: Store, folder: Path) -> None:
-    assert take_in(store, str, PLACING).new_scans == 0
+    assert take_in(store, scan_id, PLACING).new_scans == 0
     (folder / "late.nrrd").touch()
-    assert take_in(store, str, PLACING).new_scans == 1
+    assert take_in(store, scan_id, PLACING).new_scans == 1
     with store.read() as transaction:
         found = scans.listing(transaction)
     assert [s.name for s in found] == ["late", *(f"scan_{i}" for i in range(COUNT))]
@@ -142,7 +143,7 @@ def test_ids_do_not_collide(store: Store, folder: Path) -> None:
 def test_a_scan_whose_file_is_gone_keeps_its_history_and_comes_back(store: Store, folder: Path) -> None:
     save_mask(store, folder.parent, "scan_3", 1)
     (folder / "scan_3.nii.gz").rename(folder.parent / "away.nii.gz")
-    assert take_in(store, str, PLACING).missing_scans == 1
+    assert take_in(store, scan_id, PLACING).missing_scans == 1
     with store.read() as transaction:
         assert scans.get(transaction, "scan_3").missing_since is not None
         assert len(labels.history(transaction, "scan_3")) == 1
@@ -157,7 +158,7 @@ def test_patients_are_placed_once(store: Store, folder: Path) -> None:
         before = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
     assert Counter(role for _, role in before.values()) == {"train": 9, "validation": 3}
     (folder / "more.nii").touch()
-    take_in(store, str, Placing(folds=2, validation_share=0.9, seed=5))
+    take_in(store, scan_id, Placing(folds=2, validation_share=0.9, seed=5))
     with store.read() as transaction:
         after = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
     assert {k: v for k, v in after.items() if k != "more"} == before
@@ -260,12 +261,12 @@ def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, fol
 def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) -> None:
     label_map(folder / "labels" / "final" / "scan_2.nii.gz", 7)
     label_map(folder / "labels" / "final" / "foreign.nii.gz", 7)
-    assert take_in(store, str, PLACING).new_labels == 1
-    assert take_in(store, str, PLACING).new_labels == 0
+    assert take_in(store, scan_id, PLACING).new_labels == 1
+    assert take_in(store, scan_id, PLACING).new_labels == 0
     label_map(folder / "labels" / "final" / "scan_2.nii.gz", 8)
-    assert take_in(store, str, PLACING).new_labels == 1
+    assert take_in(store, scan_id, PLACING).new_labels == 1
     (folder / "labels" / "final" / "scan_2.nii.gz").unlink()
-    assert take_in(store, str, PLACING).removed_labels == 1
+    assert take_in(store, scan_id, PLACING).removed_labels == 1
     with store.read() as transaction:
         assert [v.maker for v in labels.history(transaction, "scan_2")] == ["import", "import", "removal"]
         assert scans.get(transaction, "scan_2").state == "unlabelled"
@@ -275,7 +276,7 @@ def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, fold
     label = save_final(store, folder.parent, "scan_2", 7)
     store.review("scan_2", "approved", BERT)
     os.utime(store.view_file(label), (0, 0))  # as a copy of the folder does
-    assert take_in(store, str, PLACING).new_labels == 0
+    assert take_in(store, scan_id, PLACING).new_labels == 0
     with store.read() as transaction:
         assert labels.history(transaction, "scan_2") == [label]
         assert scans.get(transaction, "scan_2").state == "approved"

@@ -32,7 +32,14 @@ from segqc.volumes import Volume, write_labels, write_scan
 
 STRUCTURES = (Structure("ball", (1,)),)
 QUICK = TrainingSettings(
-    epochs=3, fold_epochs=2, steps_per_epoch=2, folds=2, contrasts=(), average_flips=False, patch=(16, 16, 4), ensemble=False
+    epochs=3,
+    fold_epochs=2,
+    steps_per_epoch=2,
+    folds=2,
+    contrasts=(),
+    average_flips=False,
+    patch=(16, 16, 4),
+    ensemble=False,
 )
 
 

@@ -21,6 +21,7 @@ from segqc.store.database import StoreError
 from segqc.store.folder import Taken, take_in
 from segqc.store.store import Store
 from segqc.store.values import LabelRecord
+from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
 from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, take_in_scans
 
@@ -88,7 +89,7 @@ def test_a_backup_can_be_restored(store: Store, folder: Path, final: LabelRecord
     shutil.copytree(backup, tmp_path / "again", dirs_exist_ok=True)
     again = Store.open(tmp_path / "again")
     assert upkeep.rebuild_views(again) == upkeep.Restored(2, ())
-    assert take_in(again, str, PLACING) == Taken()
+    assert take_in(again, scan_id, PLACING) == Taken()
     assert history(again) == history(store)[:-1]
     assert upkeep.check(again) == []
     assert again.view_file(final).read_bytes() == again.label_file(final).read_bytes()
@@ -178,7 +179,7 @@ def test_a_view_that_is_gone_or_damaged_is_repaired(store: Store, final: LabelRe
     upkeep.repair(store)
     assert upkeep.check(store) == []
     assert view.stat().st_mtime_ns == before
-    assert take_in(store, str, PLACING) == Taken()
+    assert take_in(store, scan_id, PLACING) == Taken()
     assert history(store)[-1] == final
 
 
@@ -206,7 +207,7 @@ def test_a_view_whose_row_is_gone_is_noted_again(store: Store, final: LabelRecor
     assert any("did not note" in what for what in whats(store))
     upkeep.repair(store)
     assert upkeep.check(store) == []
-    assert take_in(store, str, PLACING) == Taken()
+    assert take_in(store, scan_id, PLACING) == Taken()
 
 
 def test_scans_are_compared_with_their_files(store: Store, folder: Path) -> None:

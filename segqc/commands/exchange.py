@@ -67,6 +67,23 @@ def import_nnunet(source: Source, folder: NewFolder, link: Link = False) -> None
     _import(read_raw(source), folder, link=link)
 
 
+@import_app.command("dicom")
+def import_dicom(
+    source: Source,
+    folder: NewFolder,
+    patient_tag: Annotated[
+        str, typer.Option("--patient-tag", metavar="TAG", help="Tag that names the patient: a keyword, or 0010,0020.")
+    ] = "PatientID",
+) -> None:
+    """Make a studies folder of DICOM series, one in a folder each; of the tags, only the patient's and series' stay."""
+    from segqc.exchange.dicom import make_studies
+
+    with progress() as report:
+        count = make_studies(source, folder, patient_tag=patient_tag, report=report)
+    open_store(folder)
+    typer.echo(f"{folder}: {count.scans} scans")
+
+
 def _import(dataset: Dataset, folder: Path, *, link: bool) -> None:
     from segqc.exchange.dataset import make_studies
 

@@ -304,4 +304,4 @@ def _or_nan(values: Values | None, length: int) -> Values:
 def _voxels(mask: BoolArray, truth: BoolArray, axis: int) -> Values:
     in_plane = tuple(a for a in range(3) if a != axis)
     counts = [np.count_nonzero(x, axis=in_plane) for x in (mask, truth, mask & truth)]
-    return np.stack(counts, axis=1).astype(np.float64)
+    return np.asarray(np.stack(counts, axis=1), np.float64)

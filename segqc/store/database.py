@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import JSON, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,19 @@ class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
     now: dt.datetime
+
+
+class json_array(FunctionElement[list[str]]):  # noqa: N801 - called like SQL's own functions
+    """All values of a text column as one JSON array, in no particular order; NULL or empty where there is none."""
+
+    type = JSON()
+    inherit_cache = True
+
+
+@compiles(json_array)
+def _json_array(element: json_array, compiler: SQLCompiler, **options: object) -> str:
+    name = "json_group_array" if compiler.dialect.name == "sqlite" else "json_agg"
+    return f"{name}({compiler.process(element.clauses, **options)})"
 
 
 def utc_now() -> dt.datetime:

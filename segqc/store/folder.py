@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from segqc.store.scans import FoundScan
 from segqc.store.schema import Keeping
 from segqc.store.store import LabelChange, Store
 from segqc.store.values import Who
-from segqc.volumes import is_scan_path, scan_id
+from segqc.volumes import VolumeError, is_scan_path, scan_id
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ FOLDER: Final = Who("system", "folder", "folder")
 _CLOCK_TICK_NS: Final = 50_000_000
 _AT_ONCE: Final = 100
 
-PatientOf: TypeAlias = Callable[[str], str]
+PatientOf: TypeAlias = Callable[[Path], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing) -> Taken:
 
     Args:
         store: the store.
-        patient_of: the patient that a scan is of, by the scan's id.
+        patient_of: the patient that a scan file is of. A new scan for which it raises a VolumeError is left alone, with
+            a warning, until it does so no more: fold and role are given once, and a wrong patient would share neither.
         placing: how new patients get their fold and role.
     """
     new, missing = _take_in_scans(store, patient_of, placing)
@@ -60,10 +62,16 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing) -> Taken:
 
 
 def take_in_scan(store: Store, file: str, patient_of: PatientOf, placing: Placing) -> None:
-    """Take in one scan file of the folder, named relative to it, without looking at the others."""
-    name = scan_id(Path(file))
+    """Take in one scan file of the folder, named relative to it, without looking at the others.
+
+    Raises:
+        VolumeError: if its patient can't be told.
+    """
+    path = store.studies / file
+    found = [FoundScan(scan_id(path), file, patient_of(path))]
     with store.write() as transaction:
-        scans.take_in(transaction, [FoundScan(name, file, patient_of(name))], placing, FOLDER)
+        scans.take_in(transaction, found, placing, FOLDER)
+        scans.mark_returned(transaction, {file}, FOLDER)
 
 
 def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tuple[int, int]:
@@ -71,17 +79,32 @@ def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tup
         if _unchanged(transaction, store.studies, "scans"):
             return 0, 0
         # before the folder is looked through: a scan that is uploaded meanwhile is not missing
-        known = scans.files(transaction)
+        present, known = scans.files(transaction), scans.files(transaction, missing=True)
     mark = _mark(store.studies)
     files = {entry.name for entry in _files(store.studies) if is_scan_path(Path(entry.path))}
-    found = [FoundScan(name := scan_id(Path(file)), file, patient_of(name)) for file in sorted(files)]
+    unknown = sorted(files - present - known)
+    found = [scan for file in unknown if (scan := _found(store.studies / file, patient_of)) is not None]
     final = store.files.views / labels.FINAL
     labelled = {_stem(entry.name) for entry in _files(final)} if final.is_dir() else set()
     with store.write() as transaction:
         new = scans.take_in(transaction, found, placing, FOLDER, labelled=labelled)
-        missing = scans.mark_missing(transaction, known - files, FOLDER)
-        _remember(transaction, "scans", mark)
+        scans.mark_returned(transaction, files, FOLDER)
+        missing = scans.mark_missing(transaction, present - files, FOLDER)
+        _remember(transaction, "scans", mark if len(found) == len(unknown) else "")
     return new, missing
+
+
+def _found(path: Path, patient_of: PatientOf) -> FoundScan | None:
+    try:
+        return FoundScan(scan_id(path), path.name, patient_of(path))
+    except VolumeError as error:
+        _warn_once(f"{path.name} is not taken in, as its patient cannot be told: {error}")
+        return None
+
+
+@functools.lru_cache(maxsize=1000)  # a server looks every few seconds
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:

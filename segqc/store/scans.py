@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from sqlalchemy import func, insert, select, update
 
 from segqc.placement import Placing, Role, place
 from segqc.store import events
-from segqc.store.database import StoreError, Transaction
+from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.schema import OPEN_STATES, Patient, Scan
 from segqc.store.values import ScanRecord, ScanState, Who
 
@@ -24,6 +25,22 @@ _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
     "unlabelled": ("excluded", "submitted", "approved", "rejected"),
 }
 _IN_ONE_QUERY: Final = 500
+
+# The fields of a ScanRecord. Columns and no rows of tables: with 100,000 scans that takes a quarter of the time.
+_RECORD: Final = (
+    Scan.id,
+    Scan.name,
+    Scan.file,
+    Patient.name,
+    Patient.fold,
+    Patient.role,
+    Scan.state,
+    Scan.reason,
+    Scan.ranking_dice,
+    Scan.info,
+    Scan.added_at,
+    Scan.missing_since,
+)
 
 
 class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -69,41 +86,27 @@ def listing(
     transaction: Transaction, *, states: Collection[ScanState] | None = None, names: Sequence[str] | None = None
 ) -> list[ScanRecord]:
     """All scans, those in some states, or those of some names, in the order of their names."""
-    query = select(Scan, Patient).join(Patient, Scan.patient_id == Patient.id).order_by(Scan.sort_key)
+    query = select(*_RECORD).join(Patient, Scan.patient_id == Patient.id).order_by(Scan.sort_key)
     if states is not None:
         query = query.where(Scan.state.in_(states))
     if names is not None:
         query = query.where(Scan.name.in_(names))
-    return [
-        ScanRecord(
-            scan.id,
-            scan.name,
-            scan.file,
-            patient.name,
-            patient.fold,
-            patient.role,
-            scan.state,
-            scan.reason,
-            scan.ranking_dice,
-            scan.info,
-            scan.added_at,
-            scan.missing_since,
-        )
-        for scan, patient in transaction.execute(query)
-    ]
+    return list(itertools.starmap(ScanRecord, transaction.execute(query)))
 
 
 def names(transaction: Transaction, *, states: Collection[ScanState] | None = None) -> list[str]:
     """The names of the scans whose files are there, in no particular order."""
-    query = select(Scan.name).where(Scan.missing_since.is_(None))
+    # one JSON array: a row for each of 100,000 scans takes five times as long
+    query = select(json_array(Scan.name)).where(Scan.missing_since.is_(None))
     if states is not None:
         query = query.where(Scan.state.in_(states))
-    return list(transaction.scalars(query))
+    return transaction.scalar(query) or []
 
 
-def files(transaction: Transaction) -> set[str]:
-    """The files of all scans that are not missing, relative to the folder."""
-    return set(transaction.scalars(select(Scan.file).where(Scan.missing_since.is_(None))))
+def files(transaction: Transaction, *, missing: bool = False) -> set[str]:
+    """The files of all scans that are there, or of all that are missing, relative to the folder."""
+    gone = Scan.missing_since.is_not(None) if missing else Scan.missing_since.is_(None)
+    return set(transaction.scalars(select(Scan.file).where(gone)))
 
 
 def counts(transaction: Transaction) -> dict[ScanState, int]:
@@ -115,24 +118,21 @@ def counts(transaction: Transaction) -> dict[ScanState, int]:
 def take_in(
     transaction: Transaction, found: Sequence[FoundScan], placing: Placing, who: Who, *, labelled: Collection[str] = ()
 ) -> int:
-    """Add scans that are not known yet and note which files have come back; returns how many are new.
+    """Add scans that are not known yet; returns how many are new.
 
     Args:
         transaction: where to write.
-        found: the files; ids and paths that are known are left as they are.
+        found: the files; those that are known are left as they are.
         placing: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
             labelled at the start are spread over both roles.
         who: the event's actor.
         labelled: ids of scans that have a final label already.
     """
-    files = select(Scan.id, Scan.file, Scan.missing_since)
+    files = select(Scan.file)
     if len(found) <= _IN_ONE_QUERY:
         files = files.where(Scan.file.in_([f.file for f in found]))
-    known = {file: (i, missing) for i, file, missing in transaction.execute(files)}
+    known = set(transaction.scalars(files)) if found else set()
     new = _named_apart(transaction, [f for f in found if f.file not in known])
-    for f in found:
-        if f.file in known and known[f.file][1] is not None:
-            _set_missing(transaction, known[f.file][0], False, who)
     if not new:
         return 0
     patients = _placed(transaction, new, placing, set(labelled))
@@ -216,6 +216,14 @@ def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> 
     for i in gone:
         _set_missing(transaction, i, True, who)
     return len(gone)
+
+
+def mark_returned(transaction: Transaction, files: Collection[str], who: Who) -> None:
+    """Note which scan files that were gone are in the folder again."""
+    rows = transaction.execute(select(Scan.id, Scan.file).where(Scan.missing_since.is_not(None))).all()
+    for i, file in rows:
+        if file in files:
+            _set_missing(transaction, i, False, who)
 
 
 def _set_missing(transaction: Transaction, scan_id: int, missing: bool, who: Who) -> None:

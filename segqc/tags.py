@@ -1,0 +1,93 @@
+"""DICOM tags that came along when a series was converted to a NIfTI or NRRD file.
+
+Converters keep them in two places: in a JSON file of the scan's name beside it (dcm2niix and BIDS, by keyword), and in
+the key/value pairs of an NRRD header (by keyword, or by number: ``DICOM_0010_0020_PatientID`` of BRAINSTools'
+converters, ``0010|0020`` of ITK's). A folder of one DICOM series has them in its files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydicom
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydicom.datadict import keyword_for_tag, tag_for_keyword
+
+from segqc.volumes import NRRD_SUFFIXES, VolumeError, dicom_files, read_nrrd_header, scan_id
+
+_SIDECAR: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
+_NUMBER = re.compile(r"\(?([0-9a-f]{4})[|,_ ]?([0-9a-f]{4})\)?", re.IGNORECASE)
+_NUMBERED_KEY = re.compile(r"(?:dicom[_ .]?)?" + _NUMBER.pattern + r"(?:[_ .].*)?", re.IGNORECASE)
+
+
+def read_tag(scan: Path, tag: str) -> str | None:
+    """The value of a tag that came along with a scan.
+
+    Args:
+        scan: a NIfTI or NRRD file, or a folder of one DICOM series.
+        tag: a keyword (``"PatientID"``) or a number (``"0010,0020"``); a keyword that DICOM does not know is looked
+            for as it is.
+
+    Returns:
+        The value as text without blanks at its ends; None where the scan has no such tag, or an empty one.
+
+    Raises:
+        VolumeError: if the JSON file beside the scan or the header can't be read, or the value is neither text nor a
+            number.
+    """
+    keyword, number = _named(tag)
+    if scan.is_dir():
+        return _in_series(scan, keyword, number)
+    sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    value = _in_pairs(sidecar, _read_sidecar(sidecar), keyword, number) if sidecar.is_file() else None
+    if value is None and scan.name.lower().endswith(NRRD_SUFFIXES):
+        value = _in_pairs(scan, read_nrrd_header(scan), keyword, number)
+    return value
+
+
+def _named(tag: str) -> tuple[str, int | None]:
+    """Keyword and number of a tag, as far as DICOM's dictionary knows them."""
+    found = _NUMBER.fullmatch(tag.strip())
+    if found is not None:
+        number = int(found.group(1) + found.group(2), 16)
+        return keyword_for_tag(number) or tag, number
+    return tag, tag_for_keyword(tag)
+
+
+def _read_sidecar(path: Path) -> Mapping[str, JsonValue]:
+    try:
+        return _SIDECAR.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]) or "unknown reason"
+        raise VolumeError(
+            f"{path}: the scan's side-car is no readable JSON object ({reason}); repair or remove it."
+        ) from error
+
+
+def _in_pairs(path: Path, pairs: Mapping[str, object], keyword: str, number: int | None) -> str | None:
+    for key, value in pairs.items():
+        if key.lower() != keyword.lower() and (number is None or _number_of(key) != number):
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise VolumeError(f"{path}: its {key} is neither text nor a number; write it as text.")
+        return str(value).strip() or None
+    return None
+
+
+def _number_of(key: str) -> int | None:
+    found = _NUMBERED_KEY.fullmatch(key)
+    return int(found.group(1) + found.group(2), 16) if found is not None else None
+
+
+def _in_series(folder: Path, keyword: str, number: int | None) -> str | None:
+    files = dicom_files(folder)
+    if not files:
+        raise VolumeError(f"{folder}: holds no DICOM images; give a folder of one DICOM series.")
+    try:
+        value = pydicom.dcmread(files[0], stop_before_pixels=True).get(keyword if number is None else number)
+    except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base
+        raise VolumeError(f"{files[0]}: is truncated or damaged ({error}); copy the series again.") from error
+    shown = getattr(value, "value", value)  # by number it is an element, by keyword its value
+    return (str(shown).strip() or None) if shown is not None else None
