@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segqc import __version__
-from segqc.commands import annotation, database, exchange
+from segqc.commands import annotation, database, evaluation, exchange
 from segqc.commands.common import (
     NOT_ENOUGH_DATA,
     AsCsv,
@@ -33,6 +33,7 @@ from segqc.commands.common import (
     me,
     shown,
     shown_progress,
+    structure_flag,
     studies_at,
 )
 
@@ -60,6 +61,7 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a studies folder's final labels.")
 app.add_typer(train_app, name="train")
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
+app.add_typer(evaluation.app)
 app.add_typer(database.app, name="db")
 app.add_typer(exchange.import_app, name="import")
 app.add_typer(exchange.export_app, name="export")
@@ -124,8 +126,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
         VolumeError,
         OSError,
     ]
-    # the server is an extra: its errors can only have been raised where it was imported
-    for module, name in (("segqc.server.annotator", "AnnotatorError"), ("segqc.server.serve", "ServeError")):
+    # slow to import, or an extra: their errors can only have been raised where they were imported
+    for module, name in (
+        ("segqc.evaluation.cohort", "CohortError"),
+        ("segqc.server.annotator", "AnnotatorError"),
+        ("segqc.server.serve", "ServeError"),
+    ):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
@@ -185,21 +191,11 @@ def prepare(
     """Make a studies folder from a data set whose labels are known, and hide the truth of some scans."""
     from segqc.loop.prepare import prepare as make
 
-    structures = dict(_structure(text) for text in structure or ())
+    structures = dict(structure_flag(text) for text in structure or ())
     made = make(
         dataset, folder, labelled=labelled, unlabelled=unlabelled, structures=structures, split=split, seed=seed
     )
     typer.echo(f"{folder}: {len(made.labelled)} scans with a final label, {len(made.unlabelled)} without")
-
-
-def _structure(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, values = text.partition("=")
-    parts = [part.strip() for part in values.split(",")]
-    if not name.strip() or not all(part.isdigit() and 1 <= int(part) <= 255 for part in parts):
-        raise typer.BadParameter(
-            f"wanted NAME=VALUE or NAME=VALUE,VALUE (1 to 255), got {text!r}", param_hint="--structure"
-        )
-    return name.strip(), tuple(int(part) for part in parts)
 
 
 # ---- train and score -----------------------------------------------------------------------------------------------

@@ -211,6 +211,21 @@ def emit(
             typer.echo(f"{name}: {value}")
 
 
+def structure_flag(text: str) -> tuple[str, tuple[int, ...]]:
+    """Name and label values of a structure as flags give them.
+
+    Raises:
+        typer.BadParameter: if it has another form.
+    """
+    name, _, values = text.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+    if not name.strip() or not all(part.isdigit() and 1 <= int(part) <= 255 for part in parts):
+        raise typer.BadParameter(
+            f"wanted NAME=VALUE or NAME=VALUE,VALUE (1 to 255), got {text!r}", param_hint="--structure"
+        )
+    return name.strip(), tuple(int(part) for part in parts)
+
+
 def me() -> Who:
     """Whoever runs the command."""
     import getpass

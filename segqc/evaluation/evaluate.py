@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from segqc.evaluation.makers import (
     Manifest,
+    correction_masks,
     own_masks,
     stratified_masks,
     test_maker_names,
@@ -19,7 +21,11 @@ from segqc.evaluation.run import Run, quiet, side_by_side
 from segqc.evaluation.studies import STUDIES, StudyName, StudyResult, find_truths, judge_method, study_result
 from segqc.training import Progress
 
-ALL_STUDIES: tuple[StudyName, ...] = ("stratified", "served")
+MAKE_MASKS: Mapping[StudyName, Callable[[Run, Progress], Manifest]] = {
+    "stratified": stratified_masks,
+    "served": own_masks,
+    "corrections": correction_masks,
+}
 
 
 def evaluate(
@@ -36,20 +42,21 @@ def evaluate(
         ablations: whether to train and compare the variants as well.
     """
     folds = range(run.settings.folds)
-    side_by_side(run, train_mask_makers, [*test_maker_names(run), "served", *(f"fold-{k}" for k in folds)], progress)
-    for manifest in (stratified_masks(run, progress), own_masks(run, progress)):
-        _announce(manifest, progress)
+    makers = [*(test_maker_names(run) if "stratified" in studies else ()), "served", *(f"fold-{k}" for k in folds)]
+    side_by_side(run, train_mask_makers, makers, progress)
+    for study in studies:
+        manifest = MAKE_MASKS[study](run, progress)
+        progress.step(1, 1, f"{study}: {len(manifest.masks)} masks by {len(manifest.makers)} networks are fixed")
     side_by_side(run, make_masks, [str(k) for k in folds], progress)
     side_by_side(run, train, trainings(run, ablations=ablations), progress)
-    find_truths(run)
     compared = methods(ablations=ablations)
-    side_by_side(run, judge_method, compared, progress)
     results = []
-    for i, study in enumerate(studies):
-        progress.step(i, len(studies), f"numbers of the study: {study}")
+    for study in studies:
+        find_truths(run, study)
+        side_by_side(run, judge_method, [f"{study}/{method}" for method in compared], progress)
+        progress.step(0, 1, f"numbers of the study: {study}")
         name = f"results/{study}{'-ablations' if ablations else ''}.json"
-        results.append(run.kept(name, STUDIES, lambda study=study: study_result(run, study, compared)))  # type: ignore[misc]
-    progress.step(len(studies), len(studies), "numbers of the study: done")
+        results.append(run.kept(name, STUDIES, functools.partial(study_result, run, study, compared)))
     return results
 
 
@@ -66,7 +73,3 @@ def train_mask_makers(run: Run, name: str) -> None:
 def make_masks(run: Run, name: str) -> None:
     """Make the training masks of a fold."""
     training_masks(run, int(name))
-
-
-def _announce(manifest: Manifest, progress: Progress) -> None:
-    progress.step(1, 1, f"{len(manifest.masks)} test masks are fixed: by {len(manifest.makers)} networks")

@@ -6,28 +6,37 @@ Networks that make test masks make no training masks (method, "Leaks").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from segqc.assessor import mask_sha256
+from segqc.error_maps import ExtractionSettings, difference, extract_errors
+from segqc.evaluation.agreement import find_labels
 from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.run import Run, quiet, side_by_side
+from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, Triple
 from segqc.segmenter import Segmenter
+from segqc.store import corrections, labels
 from segqc.training import Case, Placement, Progress, train_segmentation
 from segqc.training.cases import label_values, load_example, read_case
 from segqc.training.fit import fit
 from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
 from segqc.types import BoolArray, LabelArray
-from segqc.volumes import read_labels, write_labels
+from segqc.volumes import Volume, read_labels, through_plane_axis, write_labels
+
+Corrections: TypeAlias = Literal["none", "real", "simulated"]
 
 SERVED = "served"
+CORRECTIONS = "corrections"
+UNKNOWN_MAKER = ""
 VALIDATING = 6  # cases that choose the best epoch of a test maker
 EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
 
@@ -57,13 +66,14 @@ class TestMask:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The masks of a study, and how they were chosen."""
+    """The masks of a study, how they were chosen, and whether their truths are corrections of these very masks."""
 
     seed: int
     bins: tuple[float, ...]
     per_bin: int
     makers: tuple[str, ...]
     masks: tuple[TestMask, ...]
+    corrections: Corrections = "none"
 
 
 MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
@@ -112,6 +122,89 @@ def own_masks(run: Run, progress: Progress) -> Manifest:
         return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks))
 
     return run.kept("test-masks/served.json", MANIFESTS, make)
+
+
+def correction_masks(run: Run, progress: Progress) -> Manifest:
+    """Masks whose truths are corrections of them (the paper's D_corr).
+
+    The masks of the folder that the run names; else, in a studies folder, those that people corrected; else the served
+    network's own, corrected by a simulated annotator.
+    """
+
+    def make() -> Manifest:
+        real = list(_corrected_by_people(run))
+        if real:
+            return Manifest(run.settings.seed, (0.0, 1.01), len(real), (UNKNOWN_MAKER,), tuple(real), "real")
+        masks = [_simulate(run, mask) for mask in own_masks(run, progress).masks]
+        return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks), "simulated")
+
+    return run.kept("test-masks/corrections.json", MANIFESTS, make)
+
+
+def truth_of(run: Run, mask: TestMask, case: Case) -> Path:
+    """The file of a mask's truth: its simulated correction where there is one, else the case's label."""
+    simulated = run.folder / "test-masks" / "simulated" / f"{mask.id}.nii.gz"
+    return simulated if mask.id.endswith(CORRECTIONS) and simulated.is_file() else case.labels
+
+
+def simulated_correction(mask: LabelArray, truth: LabelArray, scan: Volume, settings: ExtractionSettings) -> LabelArray:
+    """What an annotator makes of a mask who corrects errors and leaves observer variability alone (paper, 3.3).
+
+    Args:
+        mask: the label map (n0, n1, n2).
+        truth: what is true.
+        scan: for spacing and axis.
+        settings: what is an error.
+    """
+    axis, corrected = through_plane_axis(scan), mask.copy()
+    for value in np.union1d(np.unique(mask), np.unique(truth)):
+        if value:
+            wrong = extract_errors(
+                difference(mask == value, truth == value), mask == value, axis, scan.spacing_mm, settings
+            )
+            corrected[wrong] = truth[wrong]
+    return corrected
+
+
+def _corrected_by_people(run: Run) -> Iterator[TestMask]:
+    cases = {c.id: c for c in run.cohort.test}
+    if run.description.masks is not None:
+        folder = Path(run.description.masks)
+        starts = {name: path for name in cases if (path := find_labels(folder, name)) is not None}
+        if not starts:
+            raise CohortError(f"{folder}: no label file is named as one of the {len(cases)} test scans")
+    elif (Path(run.description.dataset) / "images").is_dir():
+        return
+    else:
+        starts = _starts_in_store(Studies(Path(run.description.dataset)), cases)
+    for name, path in sorted(starts.items()):
+        case = cases[name]
+        scan, truth = read_case(case, label_values(run.cohort.structures))
+        mask = read_labels(path, scan=scan, values=label_values(run.cohort.structures))
+        yield _record(run, case, f"{name}-{CORRECTIONS}", UNKNOWN_MAKER, mask, truth)
+
+
+def _starts_in_store(studies: Studies, cases: Mapping[str, Case]) -> dict[str, Path]:
+    """The mask that each scan's latest correction of the whole scan by a person started from."""
+    with studies.store.read() as transaction:
+        found = corrections.listing(transaction)
+        whole = [c for c in found if not c.simulated and c.change.opened_slices is None and c.scan in cases]
+        return {c.scan: studies.store.label_file(labels.get(transaction, c.from_version)) for c in whole}
+
+
+def _simulate(run: Run, own: TestMask) -> TestMask:
+    case = next(c for c in run.cohort.test if c.id == own.case)
+    scan, truth = read_case(case, label_values(run.cohort.structures))
+    mask = read_labels(test_mask_path(run, own), scan=scan)
+    corrected = simulated_correction(
+        np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.extraction
+    )
+    after = Volume(corrected, scan.affine, scan.acquisition_axis)
+    name = f"{own.case}-{CORRECTIONS}"
+    path = run.folder / "test-masks" / "simulated" / f"{name}.nii.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(after, path)
+    return _record(run, case, name, SERVED, mask, after)
 
 
 def train_test_maker(run: Run, name: str) -> None:
@@ -219,12 +312,15 @@ def _choose(run: Run, networks: Sequence[str], progress: Progress) -> Manifest:
 
 def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter) -> TestMask:
     scan, truth = read_case(case, segmenter.values)
-    labels = segmenter.predict(scan).labels
-    dice = true_metrics(_together(labels.array), _together(truth.array)).dice
-    mask = TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(labels))
-    test_mask_path(run, mask).parent.mkdir(parents=True, exist_ok=True)
-    write_labels(labels, test_mask_path(run, mask))
-    return mask
+    return _record(run, case, name, maker, segmenter.predict(scan).labels, truth)
+
+
+def _record(run: Run, case: Case, name: str, maker: str, mask: Volume, truth: Volume) -> TestMask:
+    dice = true_metrics(_together(mask.array), _together(truth.array)).dice
+    record = TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(mask))
+    test_mask_path(run, record).parent.mkdir(parents=True, exist_ok=True)
+    write_labels(mask, test_mask_path(run, record))
+    return record
 
 
 def _together(labels: LabelArray) -> BoolArray:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -35,11 +36,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a run folder is of."""
+    """What a run folder is of; ``masks`` names a folder of masks whose corrections the labels of the test side are."""
 
     dataset: str
     structures: dict[str, tuple[int, ...]]
     settings: EvaluationSettings
+    masks: str | None = None
 
 
 _DESCRIPTIONS: TypeAdapter[Description] = TypeAdapter(Description)
@@ -54,7 +56,12 @@ class Run:
 
     @classmethod
     def open(
-        cls, folder: Path, dataset: Path, structures: dict[str, tuple[int, ...]], settings: EvaluationSettings
+        cls,
+        folder: Path,
+        dataset: Path,
+        structures: dict[str, tuple[int, ...]],
+        settings: EvaluationSettings,
+        masks: Path | None = None,
     ) -> Run:
         """Start a run, or continue the one that the folder holds.
 
@@ -62,7 +69,7 @@ class Run:
             CohortError: if the folder holds a run of another data set or of other settings.
         """
         path = folder / "run.json"
-        wanted = Description(str(dataset.resolve()), structures, settings)
+        wanted = Description(str(dataset.resolve()), structures, settings, str(masks.resolve()) if masks else None)
         if path.is_file():
             try:
                 found = _DESCRIPTIONS.validate_json(path.read_bytes())
@@ -95,6 +102,12 @@ class Run:
             test_share=s.test_share,
             most_cases=s.most_cases,
         )
+
+    def groups_of(self, patients: Sequence[str]) -> list[str]:
+        """The group of each patient, by the settings' pattern; all alike where there is none."""
+        pattern = re.compile(self.settings.group_pattern or "$")
+        found = [pattern.search(patient) for patient in patients]
+        return ["" if m is None else (m.group(1) if m.re.groups else m.group()) for m in found]
 
     def kept(self, name: str, kind: TypeAdapter[T], make: Callable[[], T]) -> T:
         """Read a result from the run folder; make it and keep it where it is not there yet."""
@@ -135,8 +148,8 @@ def _one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _comparable(description: Description) -> tuple[str, dict[str, tuple[int, ...]], EvaluationSettings]:
-    return description.dataset, description.structures, description.settings.numbers()
+def _comparable(description: Description) -> Description:
+    return replace(description, settings=description.settings.numbers())
 
 
 def quiet() -> Progress:

@@ -39,6 +39,8 @@ class EvaluationSettings:
         extraction: how errors are told from observer variability.
         box_thresholds: error probabilities at which boxes are counted.
         box_ious: overlaps at which a box counts as found (paper, section 4.4).
+        group_pattern: a regular expression that finds the group of a patient in the patient's name (its first group, or
+            all that it matches), for coverage under shift between groups.
         draws: bootstrap draws.
         workers: processes that train and judge side by side; no number depends on it.
     """
@@ -58,6 +60,7 @@ class EvaluationSettings:
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
     box_thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     box_ious: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)
+    group_pattern: str | None = None
     draws: int = 2000
     workers: int = 2
 

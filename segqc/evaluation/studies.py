@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from segqc.baselines.estimates import MaskToJudge
 from segqc.error_maps import difference
 from segqc.evaluation import curves, detection, judging, statistics
+from segqc.evaluation.coverage import Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
     MANIFESTS,
@@ -21,6 +22,7 @@ from segqc.evaluation.makers import (
     maker_path,
     test_mask_path,
     training_masks,
+    truth_of,
 )
 from segqc.evaluation.methods import CONSTANT, SEGQC, judge_of, slug
 from segqc.evaluation.run import Run
@@ -31,10 +33,14 @@ from segqc.training.cases import label_values, read_case
 from segqc.types import LabelArray
 from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis
 
-StudyName: TypeAlias = Literal["stratified", "served"]
+StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
 Dimension: TypeAlias = Literal["3D", "2D"]
 
-MANIFEST_OF: Mapping[StudyName, str] = {"stratified": "test-masks/manifest.json", "served": "test-masks/served.json"}
+MANIFEST_OF: Mapping[StudyName, str] = {
+    "stratified": "test-masks/manifest.json",
+    "served": "test-masks/served.json",
+    "corrections": "test-masks/corrections.json",
+}
 CALIBRATION = "calibration"
 CALIBRATION_MASKS = 3  # of each case of the training side
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
@@ -110,6 +116,24 @@ class Mapped:
 
 
 @dataclass(frozen=True, slots=True)
+class Covered:
+    """How often SegQC's intervals of the 3D Dice hold the truth.
+
+    Attributes:
+        structure: the structure.
+        kind: "resplit" over random splits of the training side's patients, "test" made of all of them and held against
+            this study's masks, "shift" made of one group of patients and held against another.
+        stratum: the stratum of the true Dice, or the two groups; "all".
+        coverage: the coverage.
+    """
+
+    structure: str
+    kind: Literal["resplit", "test", "shift"]
+    stratum: str
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True)
 class StudyResult:
     """Everything that a study says."""
 
@@ -122,6 +146,7 @@ class StudyResult:
     ordered: tuple[Ordered, ...]
     detected: tuple[Detected, ...]
     mapped: tuple[Mapped, ...]
+    covered: tuple[Covered, ...]
     seconds: dict[str, float]
 
 
@@ -137,12 +162,13 @@ def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
     values, makers = label_values(run.cohort.structures), dict[str, Segmenter]()
     known: tuple[str, Volume, Volume] | None = None
     for mask in manifest.masks:
+        case = cases[mask.case]
         if known is None or known[0] != mask.case:
-            known = (mask.case, *read_case(cases[mask.case], values))
-        if mask.maker not in makers:
+            known = (mask.case, *read_case(replace(case, labels=truth_of(run, mask, case)), values))
+        if mask.maker and mask.maker not in makers:
             makers[mask.maker] = Segmenter.load(maker_path(run, mask.maker))
         labels = read_labels(test_mask_path(run, mask), scan=known[1])
-        yield KnownMask(mask.id, mask.patient, MaskToJudge(known[1], labels, makers[mask.maker]), known[2])
+        yield KnownMask(mask.id, mask.patient, MaskToJudge(known[1], labels, makers.get(mask.maker)), known[2])
 
 
 def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
@@ -168,33 +194,41 @@ def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
 
 
 def judge_method(run: Run, name: str) -> None:
-    """Let one method judge every mask: those that calibrate it, and those of the studies. ``<method>``."""
+    """Let a method judge the masks of a study, and those that calibrate it: ``<study>/<method>``."""
+    study, _, method = name.partition("/")
     s, structures = run.settings, run.cohort.structures
     largest = largest_boxes(run)
     for fold in range(s.folds):
-        path = judgement_path(run, f"{CALIBRATION}-{fold}", name)
+        path = judgement_path(run, f"{CALIBRATION}-{fold}", method)
         if not path.is_file():
-            estimator = judge_of(run, name, [fold])
+            estimator = judge_of(run, method, [fold])
             masks = calibration_masks(run, fold)
             judging.save(path, judging.judge(masks, estimator, structures, s, largest, maps=False))
-    for study, manifest in MANIFEST_OF.items():
-        path = judgement_path(run, study, name)
-        if not path.is_file():
-            masks = test_masks(run, MANIFESTS.validate_json((run.folder / manifest).read_bytes()))
-            estimator = judge_of(run, name, range(s.folds))
-            judging.save(path, judging.judge(masks, estimator, structures, s, largest))
+    path = judgement_path(run, study, method)
+    if not path.is_file():
+        estimator = judge_of(run, method, range(s.folds))
+        judging.save(path, judging.judge(study_masks(run, study), estimator, structures, s, largest))
 
 
-def find_truths(run: Run) -> None:
-    """Note what is true of every mask."""
+def find_truths(run: Run, study: str) -> None:
+    """Note what is true of the masks of a study, and of those that calibrate methods."""
     s, structures = run.settings, run.cohort.structures
     for fold in range(s.folds):
         if not (path := truth_path(run, f"{CALIBRATION}-{fold}")).is_file():
             judging.save(path, judging.find_truths(calibration_masks(run, fold), structures, s))
-    for study, manifest in MANIFEST_OF.items():
-        if not (path := truth_path(run, study)).is_file():
-            masks = test_masks(run, MANIFESTS.validate_json((run.folder / manifest).read_bytes()))
-            judging.save(path, judging.find_truths(masks, structures, s))
+    if not (path := truth_path(run, study)).is_file():
+        judging.save(path, judging.find_truths(study_masks(run, study), structures, s))
+
+
+def manifest_of(run: Run, study: StudyName) -> Manifest:
+    """The fixed masks of a study."""
+    return MANIFESTS.validate_json((run.folder / MANIFEST_OF[study]).read_bytes())
+
+
+def study_masks(run: Run, study: str) -> Iterator[KnownMask]:
+    """The masks of a study, with their truths."""
+    names: dict[str, StudyName] = {name: name for name in MANIFEST_OF}
+    return test_masks(run, manifest_of(run, names[study]))
 
 
 def largest_boxes(run: Run) -> dict[str, float]:
@@ -269,6 +303,7 @@ class _Study:
             tuple(self._ordered(k, d) for k in structures for d in ("3D", "2D")),
             tuple(d for k in structures for d in self._detected(k)),
             tuple(m for k in structures for m in self._mapped(k)),
+            tuple(c for k in structures for c in self._covered(k)),
             {m: float(np.median(self.said[m].seconds)) for m in self.methods},
         )  # fmt: skip
 
@@ -362,6 +397,35 @@ class _Study:
         draws = min(1000, self.run.settings.draws)
         study = curves.study(units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, draws=draws)
         return Ordered(self._name(k), d, study)
+
+    def _covered(self, k: int) -> Iterator[Covered]:
+        """Coverage of the intervals of the 3D Dice: over resplits, on this study's masks, and under shift."""
+        x = np.concatenate([j.metrics[:, k, 0] for j in self.on_known[SEGQC]])
+        y = np.concatenate([t.metrics[:, k, 0] for t in self.known])
+        patients = [p for t in self.known for p in t.patients]
+        resplit = resplit_coverage(x, y, patients, "dice", rng=self.rng(k, 6), strata=quality_strata(y))
+        found = [("resplit", stratum, coverage) for stratum, coverage in resplit.items()]
+        said, true = self.said[SEGQC].metrics[:, k, 0], self.truth.metrics[:, k, 0]
+        everything, everyone = np.concatenate([x, said]), [*patients, *self.truth.patients]
+        sides = ["train"] * len(x) + ["test"] * len(said)
+        for stratum, chosen in {"all": np.ones(len(true), bool), **quality_strata(true)}.items():
+            kept = np.concatenate([np.ones(len(x), bool), chosen])
+            on = shift_coverage(
+                everything[kept],
+                np.concatenate([y, true])[kept],
+                [p for p, keep in zip(everyone, kept, strict=True) if keep],
+                [s for s, keep in zip(sides, kept, strict=True) if keep],
+                "dice",
+                rng=self.rng(k, 7),
+            )
+            if ("train", "test") in on:
+                found.append(("test", stratum, on["train", "test"]))
+        groups = self.run.groups_of(patients)
+        if len(set(groups)) > 1:
+            shifted = shift_coverage(x, y, patients, groups, "dice", rng=self.rng(k, 8))
+            found += [("shift", f"{source} to {target}", c) for (source, target), c in shifted.items()]
+        for kind, stratum, coverage in found:
+            yield Covered(self._name(k), kind, stratum, coverage)  # type: ignore[arg-type]
 
     def _gains(self, said: Judgements, k: int) -> Values:
         """The estimated gain of the scan's Dice from correcting each slice alone: what the optimal order goes by."""
