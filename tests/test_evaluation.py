@@ -1,0 +1,184 @@
+"""The evaluation's steps: splits without leaks, fixed masks, numbers that agree with their definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
+from segqc.error_maps import ExtractionSettings, difference, extract_errors
+from segqc.evaluation import judging
+from segqc.evaluation.cohort import CohortError, read_cohort
+from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
+from segqc.evaluation.makers import simulated_correction, with_other_pooling
+from segqc.evaluation.methods import methods, slug, trainings
+from segqc.evaluation.run import Run
+from segqc.evaluation.settings import EvaluationSettings
+from segqc.loop.studies import StudiesError
+from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
+from segqc.networks import build_network, plan_network
+from segqc.regions import BoxSettings
+from segqc.types import Structure
+from segqc.volumes import Volume, write_labels, write_scan
+
+BALL = (Structure("ball", (1,)),)
+NO_BAND = ExtractionSettings(band_mm=0.0, min_component_mm2=0.0)
+SETTINGS = EvaluationSettings(extraction=NO_BAND, boxes=BoxSettings(min_area_mm2=0.0, min_distance_voxels=0.0))
+
+
+def write_dataset(folder: Path, patients: Sequence[str], split: dict[str, list[str]] | None = None) -> Path:
+    for i, name in enumerate(patients):
+        rng = np.random.default_rng(i)
+        labels = np.zeros((12, 12, 4), np.uint8)
+        labels[3:9, 3:9, 1:3] = 1
+        write_scan(
+            Volume(rng.normal(size=labels.shape).astype(np.float32), np.eye(4)), folder / f"images/{name}.nii.gz"
+        )
+        write_labels(Volume(labels, np.eye(4)), folder / f"labels/{name}.nii.gz")
+    if split is not None:
+        (folder / "splits.json").write_text(json.dumps(split))
+    return folder
+
+
+def make_folders(folder: Path) -> Path:
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+def test_a_cohort_keeps_the_patients_apart_and_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    scans = [f"p{i}_{phase}" for i in range(12) for phase in ("a", "b")]
+    train, test = [f"p{i}" for i in range(8)], [f"p{i}" for i in range(8, 12)]
+    data = write_dataset(make_folders(tmp_path), scans, {"train_patients": train, "test_patients": test})
+    cohort = read_cohort(data, {"ball": (1,)}, folds=3, seed=4, test_share=0.3)
+    assert {c.patient for c in cohort.train} == set(train)
+    assert {c.patient for c in cohort.test} == set(test)
+    for fold in range(3):
+        held, learnt = ({c.patient for c in side(fold)} for side in (cohort.held, cohort.learnt))
+        assert held and not held & learnt and held | learnt == set(train)
+    assert cohort == read_cohort(data, {"ball": (1,)}, folds=3, seed=4, test_share=0.3)
+    assert cohort.fold != read_cohort(data, {"ball": (1,)}, folds=3, seed=5, test_share=0.3).fold
+
+
+def test_a_cohort_without_a_split_is_split_by_patient_and_finds_its_structures(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path), [f"s{i}" for i in range(10)])
+    cohort = read_cohort(data, {}, folds=2, seed=0, test_share=0.3)
+    assert len(cohort.test) == 3
+    assert not {c.patient for c in cohort.test} & {c.patient for c in cohort.train}
+    assert cohort.structures == (Structure("label 1", (1,)),)
+    fewer = read_cohort(data, {}, folds=2, seed=0, test_share=0.3, most_cases=6)
+    assert {c.id for c in fewer.train} < {c.id for c in cohort.train}
+
+
+def test_too_few_patients_or_one_on_both_sides_are_refused(tmp_path: Path) -> None:
+    few = write_dataset(make_folders(tmp_path / "few"), ["a", "b", "c", "d"])
+    with pytest.raises(CohortError, match=r"at least 6 patients to train on and of 2 to test with, found 2 and 2"):
+        read_cohort(few, {}, folds=2, seed=0, test_share=0.5)
+    names = [f"s{i}" for i in range(8)]
+    both = write_dataset(make_folders(tmp_path / "both"), names, {"train": names, "test": names[:2]})
+    with pytest.raises(StudiesError, match="patient s0 is in train and in test"):
+        read_cohort(both, {}, folds=2, seed=0, test_share=0.5)
+
+
+def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    run = Run.open(tmp_path / "run", data, {}, EvaluationSettings())
+    assert Run.open(tmp_path / "run", data, {}, EvaluationSettings(workers=7)).cohort == run.cohort
+    with pytest.raises(CohortError, match="other data or settings"):
+        Run.open(tmp_path / "run", data, {}, EvaluationSettings(seed=1))
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 6.0)])
+def test_the_other_pooling_is_another_network_that_runs(spacing: tuple[float, float, float]) -> None:
+    import torch
+
+    plan = plan_network(spacing, (32, 32, 10), in_channels=1, out_channels=2)
+    other = with_other_pooling(plan)
+    assert other.strides != plan.strides
+    x = torch.zeros(1, 1, *other.patch)
+    assert build_network(other)(x).shape == (1, 2, *other.patch)
+
+
+def test_a_simulated_annotator_corrects_errors_and_leaves_the_contour_alone() -> None:
+    truth = np.zeros((40, 40, 6), np.uint8)
+    truth[10:30, 10:30, 1:5] = 1
+    mask = truth.copy()
+    mask[29, 10:30, 1:5] = 0  # a voxel of the contour
+    mask[:, :, 2] = 0  # a missing slice
+    scan = Volume(np.zeros(truth.shape, np.float32), np.diag([1.0, 1.0, 4.0, 1.0]))
+    settings = ExtractionSettings(band_mm=2.0, min_component_mm2=20.0)
+    corrected = simulated_correction(mask, truth, scan, settings)
+    assert (corrected[:, :, 2] == truth[:, :, 2]).all()
+    assert not corrected[29, :, 1].any()
+    # what is left is what extraction calls variability
+    left = difference(corrected == 1, truth == 1)
+    assert not (left & extract_errors(difference(mask == 1, truth == 1), mask == 1, 2, (1, 1, 4), settings)).any()
+
+
+class Oracle:
+    """Knows the truth."""
+
+    name = "oracle"
+
+    def __init__(self, truth: dict[int, np.ndarray]) -> None:
+        self.truth = truth
+
+    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+        wrong = (BALL[0].mask(mask.labels.array) != BALL[0].mask(self.truth[id(mask.scan)])).astype(np.float32)
+        empty = EmptyRule(0.0, 1.0)
+        return (estimate_from_error_map(BALL[0].mask(mask.labels.array), wrong, 2, empty),)
+
+
+def known_masks() -> list[KnownMask]:
+    masks = []
+    for i in range(3):
+        truth, mask = np.zeros((2, 14, 14, 4 + i), np.uint8)
+        truth[3:9, 3:9, 1:3] = 1
+        mask[3 + i : 9, 3:9, 1:3] = 1
+        # thick slices: the third axis is the through-plane axis
+        affine = np.diag([1.0, 1.0, 5.0, 1.0])
+        scan = Volume(np.zeros(truth.shape, np.float32), affine)
+        known = MaskToJudge(scan, Volume(mask, affine), None)
+        masks.append(KnownMask(f"m{i}", f"p{i}", known, Volume(truth, affine)))
+    return masks
+
+
+def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
+    masks = known_masks()
+    oracle = Oracle({id(m.judged.scan): m.truth.array for m in masks})
+    truths = find_truths(masks, BALL, SETTINGS)
+    said = judge(masks, oracle, BALL, replace(SETTINGS, box_thresholds=(0.5,)), {})
+    for column in ("metrics", "slices"):
+        np.testing.assert_allclose(getattr(said, column), getattr(truths, column), atol=1e-9)
+    assert truths.mask_of.tolist() == [0] * 4 + [1] * 5 + [2] * 6
+    assert truths.slice_patients[4] == "p1"
+    expected = true_metrics(BALL[0].mask(masks[2].judged.labels.array), BALL[0].mask(masks[2].truth.array))
+    assert truths.metrics[2, 0].tolist() == [getattr(expected, name) for name in METRIC_NAMES]
+    # boxes: two slices of the two masks that are wrong
+    for kind in (judging.RAW, judging.EXTRACTED):
+        predicted, true = (boxes_of(x.boxes, 3, 0, kind) for x in (said, truths))
+        assert predicted == true
+        assert [len(boxes) for boxes in true] == [0, 2, 2]
+    assert [c.both.dice(0.5) for c in map_counts(said.counts, 0)][1:] == [1.0, 1.0]
+    np.testing.assert_allclose(
+        said.slice_badness[:, 0], (truths.voxels[:, 0, :2].sum(axis=1) - 2 * truths.voxels[:, 0, 2])
+    )
+    judging.save(tmp_path / "said.npz", said)
+    judging.save(tmp_path / "truths.npz", truths)
+    again, truths_again = judging.load_judgements(tmp_path / "said.npz"), judging.load_truths(tmp_path / "truths.npz")
+    assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
+    assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
+
+
+def test_method_names_make_different_files_and_every_learnt_method_has_a_training_per_fold(tmp_path: Path) -> None:
+    names = methods(ablations=True)
+    assert len({slug(name) for name in names}) == len(names)
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    run = Run.open(tmp_path / "run", data, {}, EvaluationSettings(folds=2))
+    assert {n.rpartition("@")[2] for n in trainings(run, ablations=False)} == {"0", "1"}
+    assert {n.rpartition("@")[0] for n in trainings(run, ablations=True)} <= set(names)
