@@ -39,6 +39,7 @@ from segqc.training import (
     train_on_masks,
     train_segmentation,
 )
+from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
 from segqc.training.pairs import stored_masks, train_makers
 from segqc.training.segmentation import plan_for
@@ -53,6 +54,8 @@ ASSESSOR = TrainingSettings(
     epochs=25, steps_per_epoch=40, batch=4, folds=3, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
 )
 TIMES = "seconds.json"
+MEMBERS = [f"member-{k}" for k in range(ASSESSOR.folds)]
+ONLY = ["test-masks", "segmentation", *MEMBERS]
 progress = LogProgress()
 
 
@@ -174,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and splits.json")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
-    parser.add_argument("--only", choices=["test-masks", "segmentation"], help="one part, beside another process")
+    parser.add_argument("--only", choices=ONLY, help="one part, beside another process")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hippocampus.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -186,7 +189,7 @@ def main() -> None:
     taught, judged = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
     test = cases_of(arguments.data, splits["test"])
     with timed("test masks (networks of their own)", work):
-        fixed = [] if arguments.only == "segmentation" else stratified_test_masks(taught, test, work)
+        fixed = [] if arguments.only in ONLY[1:] else stratified_test_masks(taught, test, work)
     if arguments.only == "test-masks":
         return
     with timed("train segmentation", work):
@@ -198,9 +201,13 @@ def main() -> None:
         sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
     if arguments.only == "segmentation":
         return
-    with timed("train SegQC-Net", work):
-        # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
-        placed = place([c.patient for c in judged], placing=Placing(folds=3, validation_share=0.0))
+    # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
+    placed = place([c.patient for c in judged], placing=Placing(folds=ASSESSOR.folds, validation_share=0.0))
+    if arguments.only in MEMBERS:
+        with timed(f"train SegQC-Net, {arguments.only}", work):
+            train_member(MEMBERS.index(arguments.only), sets, STRUCTURES, placed, ASSESSOR, work / "segqc", progress)
+        return
+    with timed("train SegQC-Net: what is left, calibration", work):
         assessor = train_on_masks(sets, STRUCTURES, placed, ASSESSOR, work / "segqc", progress)
     segmenter.save(work / "segmentation.pt")
     assessor.save(work / "segqc.pt")

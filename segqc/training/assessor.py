@@ -76,26 +76,68 @@ def train_on_masks(
     Each calibrates on the patients that it has not seen, so that all labelled scans do, and not only those that
     validate.
     """
-    plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
     train = [s for s in sets if placements[s.case.patient].role == "train"]
-    # a few masks of each case: more would make validating longer than training, and say little new
-    validation = [thinned(s, VALIDATION_MASKS) for s in sets if placements[s.case.patient].role == "validation"]
-    folds = sorted({placements[s.case.patient].fold for s in train})
+    folds = folds_of(sets, placements)
     if not settings.ensemble or len(folds) < 2:
+        plan, validation = _plan_of(sets, structures, settings), _validation(sets, placements)
         assessor = fit_assessor("segqc", plan, train, validation, structures, settings, folder, progress)
         return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
-    members: list[Assessor] = []
-    unseen: list[tuple[Assessor, MaskSet]] = []
-    for k, fold in enumerate(folds):
-        learnt = [s for s in train if placements[s.case.patient].fold != fold]
-        name, own = f"segqc {k + 1}/{len(folds)}", replace(settings, seed=settings.seed + k)
-        member = fit_assessor(name, plan, learnt, validation, structures, own, folder / f"member-{k}", progress)
-        members.append(member)
-        held = [s for s in train if placements[s.case.patient].fold == fold]
-        unseen += [(member, thinned(s, VALIDATION_MASKS)) for s in held]
+    members = [train_member(k, sets, structures, placements, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
+    unseen = [
+        (member, thinned(s, VALIDATION_MASKS))
+        for fold, member in zip(folds, members, strict=True)
+        for s in train
+        if placements[s.case.patient].fold == fold
+    ]
     together = ensemble(members)
+    validation = _validation(sets, placements)
     return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
+
+
+def train_member(
+    number: int,
+    sets: Sequence[MaskSet],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> Assessor:
+    """Train the ensemble's network of a fold, by the fold's number; `train_on_masks` takes it over where it is done.
+
+    Members may be trained side by side, in processes of their own. Other arguments as of `train_on_masks`.
+    """
+    folds = folds_of(sets, placements)
+    learnt = [
+        s
+        for s in sets
+        if placements[s.case.patient].role == "train" and placements[s.case.patient].fold != folds[number]
+    ]
+    return fit_assessor(
+        f"segqc {number + 1}/{len(folds)}",
+        _plan_of(sets, structures, settings),
+        learnt,
+        _validation(sets, placements),
+        structures,
+        replace(settings, seed=settings.seed + number),
+        folder / f"member-{number}",
+        progress,
+    )
+
+
+def folds_of(sets: Sequence[MaskSet], placements: dict[str, Placement]) -> list[int]:
+    """The folds that have patients who train, ascending."""
+    return sorted({p.fold for s in sets if (p := placements[s.case.patient]).role == "train"})
+
+
+def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings: TrainingSettings) -> NetworkPlan:
+    return plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
+
+
+def _validation(sets: Sequence[MaskSet], placements: dict[str, Placement]) -> list[MaskSet]:
+    """A few masks of each case that validates: more would make validating longer than training, and say little new."""
+    return [thinned(s, VALIDATION_MASKS) for s in sets if placements[s.case.patient].role == "validation"]
 
 
 def fit_assessor(
