@@ -41,7 +41,7 @@ class TrainingSettings:
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
     scan_only_share: float = 0.4
     empty_mask_share: float = 0.0
-    average_flips: bool = True
+    average_flips: bool = False
     ensemble: bool = True
 
     def paper_recipe(self) -> TrainingSettings:
