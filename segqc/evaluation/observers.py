@@ -95,7 +95,8 @@ class Share:
         part, whole: counts of voxels or of errors.
         share: part / whole; None for an empty whole.
         mean: the mean over cases (a structure in a scan) of their own shares.
-        interval: 95% interval of ``share``, by a bootstrap over scans; None with fewer than two scans.
+        interval: 95% interval of ``share``, by a bootstrap over scans; None with fewer than two scans, and for single
+            structures.
     """
 
     part: int
@@ -414,7 +415,7 @@ def _meet(a: ErrorBox, b: ErrorBox) -> bool:
 
 
 def _group(name: str, counts: Sequence[_Counts], *, kinds: bool = True) -> Group:
-    scans = [c.scan for c in counts]
+    scans = [c.scan for c in counts] if kinds else None
 
     def errors_of(kind: str) -> ImplantedErrors:
         of_case = [
@@ -437,7 +438,7 @@ def _group(name: str, counts: Sequence[_Counts], *, kinds: bool = True) -> Group
     )
 
 
-def _share(scans: Sequence[str], parts: Sequence[int], wholes: Sequence[int]) -> Share:
+def _share(scans: Sequence[str] | None, parts: Sequence[int], wholes: Sequence[int]) -> Share:
     part, whole = np.array(parts, np.float64), np.array(wholes, np.float64)
     if whole.sum() == 0:
         return Share(0, 0, None, None, None)
@@ -448,7 +449,7 @@ def _share(scans: Sequence[str], parts: Sequence[int], wholes: Sequence[int]) ->
         int(whole.sum()),
         round(float(part.sum() / whole.sum()), 4),
         round(mean, 4),
-        _interval(scans, part, whole),
+        None if scans is None else _interval(scans, part, whole),
     )
 
 
@@ -553,7 +554,8 @@ def study_observers(
     compared = {"plain 2 mm band": PLAIN_EXTRACTION}
     if width is not None:
         chosen = replace(base, max_band_share=width)
-        compared = {"chosen": chosen, "chosen, nothing grows back": replace(chosen, regrow=0.0), **compared}
+        same_band = replace(PLAIN_EXTRACTION, band_mm=base.band_mm, max_band_share=width)
+        compared = {"chosen": chosen, "the chosen band, plain": same_band, **compared}
     tell(f"{len(compared)} settings on {len(held)} held scans")
     cases = [case for scan in held for case in read_cases(by_scan[scan], structures, settings)]
     on_held = {name: measure(cases, extraction, settings) for name, extraction in compared.items()}
@@ -584,8 +586,10 @@ def draw_curves(study: ObserverStudy, path: Path) -> None:
             ax.axvline(study.chosen, color="black", linestyle=":", label="chosen")
     for ax in grid[:, 0]:
         ax.set_ylabel("share")
-    handles, labels = grid.ravel()[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    handles = {
+        label: handle for ax in grid.ravel() for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -608,8 +612,8 @@ def _draw_curve(ax: Axes, curve: Curve) -> None:
         )
         if number == 0:
             found = [_or_nan(e.found.share) for e in errors]
-            ax.plot(widths, found, color="black", linestyle="--", linewidth=1.2, label="all errors: found")
-    ax.set_ylim(0, 1.02)
+            ax.plot(widths, found, color="black", linestyle="--", linewidth=1.2, label="all errors: found", zorder=3)
+    ax.set_ylim(0, 1.03)
     ax.grid(alpha=0.3)
 
 
