@@ -33,7 +33,7 @@ from segqc.metrics import true_metrics, true_slice_metrics
 from segqc.segmenter import Segmenter
 from segqc.training import (
     Case,
-    LogProgress,
+    LineProgress,
     TrainingSettings,
     place_patients,
     train_on_masks,
@@ -53,7 +53,7 @@ ASSESSOR = TrainingSettings(
     epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25
 )
 TIMES = "seconds.json"
-progress = LogProgress()
+progress = LineProgress()
 
 
 @contextlib.contextmanager
