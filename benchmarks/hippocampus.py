@@ -34,7 +34,7 @@ from segqc.placement import Placing, place
 from segqc.segmenter import Segmenter
 from segqc.training import (
     Case,
-    LogProgress,
+    LineProgress,
     TrainingSettings,
     train_on_masks,
     train_segmentation,
@@ -56,7 +56,7 @@ ASSESSOR = TrainingSettings(
 TIMES = "seconds.json"
 MEMBERS = [f"member-{k}" for k in range(ASSESSOR.folds)]
 ONLY = ["test-masks", "segmentation", *MEMBERS]
-progress = LogProgress()
+progress = LineProgress()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from segqc.loop.scoring import Method, score
 from segqc.loop.studies import Studies
-from segqc.training import LogProgress
+from segqc.training import LineProgress
 
 DESCRIPTIONS: dict[Method, str] = {
     "segqc": "Masks and SegQC-Net's assessments; the order of the default strategy",
@@ -30,5 +30,5 @@ class PoolScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label has no ty
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, object]:
         """Score at once; the server's routes leave it to a worker."""
-        summary = score(self.studies, self.method, LogProgress(), force=bool(request.get("force", False)))
+        summary = score(self.studies, self.method, LineProgress(), force=bool(request.get("force", False)))
         return {"method": self.method, **dataclasses.asdict(summary)}

@@ -22,7 +22,7 @@ from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.scans import UnknownScan
-from segqc.store.schema import Assignment
+from segqc.store.schema import OPEN_STATES, Assignment
 from segqc.store.store import Store
 from segqc.store.values import Change, LeaseRecord, StructureChange, Who
 from segqc.types import Metrics
@@ -68,7 +68,7 @@ def take(store: Store, who: Who, rules: LeaseRules = PLAIN, order: orders.Order 
 
 def in_queue(store: Store, role: str = "train") -> list[str]:
     with store.read() as transaction:
-        return [s.name for s in scans.listing(transaction) if leases.is_waiting(s) and s.role == role]
+        return [s.name for s in scans.listing(transaction, states=OPEN_STATES) if s.role == role]
 
 
 # ------------------------------------------------------------------------------------------------- schema and folder
@@ -818,3 +818,30 @@ def test_a_round_continues_after_its_finished_steps(store: Store) -> None:
     with store.write() as transaction:
         assert jobs.begin_round(transaction, job, 12) == (number, {"train segmentation": {"dice": 0.8}})
         jobs.finish_round(transaction, number, pair.id)
+
+
+def test_the_last_assessments_of_all_scans_are_those_of_each(store: Store, folder: Path) -> None:
+    first = save_mask(store, folder.parent, "scan_0", 1)
+    second = save_mask(store, folder.parent, "scan_0", 2)
+    returned = save_mask(store, folder.parent, "scan_1", 3)
+    save_mask(store, folder.parent, "scan_2", 4)  # nobody assessed it
+    thinned = save_mask(store, folder.parent, "scan_3", 5)
+    removed = save_mask(store, folder.parent, "scan_4", 6)
+    with store.write() as transaction:
+        for i, mask in enumerate((first, second, second, returned, thinned, removed)):
+            made = replace(make_assessment(mask.scan, 0.1 * i), assessor_version=f"qc{i}")
+            assessments.write(transaction, made, mask.id)
+        transaction.execute(
+            text("UPDATE assessment_structure SET detail = NULL WHERE assessment_id IN "
+                 "(SELECT id FROM assessment WHERE label_version_id = :version)"),
+            {"version": thinned.id},
+        )  # fmt: skip
+    save_final(store, folder.parent, "scan_1", 7)
+    store.review("scan_1", "rejected", ANNA, "a gap")  # starts from what was sent back, which nobody assessed
+    store.remove_label("scan_4", "original", ANNA)
+    with store.read() as transaction:
+        names = scans.names(transaction)
+        each = {name: found[1] for name in names if (found := assessments.latest(transaction, name)) is not None}
+        assert assessments.latest_of_all(transaction) == each
+    assert set(each) == {"scan_0"}
+    assert each["scan_0"].dice == pytest.approx(0.2)

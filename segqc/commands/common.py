@@ -107,10 +107,10 @@ def studies_at(folder: Path, config: Path | None, overrides: Mapping[str, object
 def shown_progress() -> Iterator[Progress]:
     """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
     if not sys.stderr.isatty():
-        from segqc.training import LogProgress
+        from segqc.training import LineProgress
 
         logging.getLogger("segqc").setLevel(logging.INFO)
-        yield LogProgress()
+        yield LineProgress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from segqc.evaluation.cohort import Cohort, CohortError, read_cohort
 from segqc.evaluation.settings import EvaluationSettings
-from segqc.training import LogProgress, Progress
+from segqc.training import LineProgress, Progress
 from segqc.volumes import atomic_write
 
 T = TypeVar("T")
@@ -154,4 +154,4 @@ def _comparable(description: Description) -> Description:
 
 def quiet() -> Progress:
     """The progress of a piece of work in its own process."""
-    return LogProgress()
+    return LineProgress()

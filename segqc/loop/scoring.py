@@ -49,6 +49,7 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
     """
     segmenter, assessor = _networks(studies, method)
     entries = studies.waiting()
+    known = {} if force or method == "segqc" else studies.score_versions(method)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
@@ -56,7 +57,9 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
             if method == "segqc" and assessor is not None:
                 fresh = _score_segqc(studies, entry, segmenter, assessor, force)
             else:
-                fresh = _score_tta(studies, entry, segmenter, method, force)
+                fresh = known.get(entry.id) != segmenter.version
+                if fresh:
+                    _score_tta(studies, entry, segmenter)
         except (VolumeError, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
@@ -118,13 +121,9 @@ def keep_mask(studies: Studies, name: str, labels: Volume, segmenter: Segmenter,
         return studies.save_mask(name, path, segmenter, tag=tag)
 
 
-def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter, method: Method, force: bool) -> bool:
-    known = studies.score(method, entry.id)
-    if known is not None and known[1] == segmenter.version and not force:
-        return False
+def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> None:
     settings = studies.settings.training_settings("segmentation")
     prediction = segmenter.predict_tta(read_scan(entry.image), contrasts=settings.contrasts)
     # one run of the group gives both baselines
     studies.write_score("tta", entry.id, tta_dice(prediction, segmenter.structures), segmenter.version)
     studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version)
-    return True

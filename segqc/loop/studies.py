@@ -193,8 +193,11 @@ class Studies:
 
     def assessments(self) -> dict[str, Assessment]:
         """The current assessments of all scans that have one."""
-        found = ((e.id, self.assessment(e.id)) for e in self.scans())
-        return {name: a for name, a in found if a is not None}
+        self.refresh()
+        with self.store.read() as transaction:
+            there = scans.names(transaction)
+            found = assessments.latest_of_all(transaction)
+        return {name: found[name] for name in there if name in found}
 
     def write_assessment(self, assessment: Assessment, mask: LabelRecord) -> None:
         """Keep an assessment of a stored mask."""
@@ -218,10 +221,10 @@ class Studies:
         network = Who("network", segmenter.version, "program")
         return self.store.save_label(NewLabel(name, tag, "network", network, bundle=pair.id, info=info), source)
 
-    def score(self, method: str, name: str) -> tuple[float, str] | None:
-        """A baseline's score of a scan and the version of the network that it speaks of."""
+    def score_versions(self, method: str) -> dict[str, str]:
+        """The version of the network that a baseline's score speaks of, of all scans that have one."""
         with self.store.read() as transaction:
-            return assessments.scores(transaction, method, scan=name).get(name)
+            return {name: version for name, (_, version) in assessments.scores(transaction, method).items()}
 
     def scores(self, method: str) -> dict[str, float]:
         """A baseline's scores of all scans that have one; the lowest is the worst."""

@@ -30,6 +30,7 @@ from segqc.store import jobs
 from segqc.store.database import StoreError
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
 from segqc.store.values import JobRecord, JobState, JsonObject
+from segqc.training.progress import LineProgress, step_line
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +58,13 @@ class _Result:
 _LINE: TypeAdapter[_Step | _Result] = TypeAdapter(_Step | _Result)
 
 
-class _LineProgress:
-    """Progress as lines for the worker, one per percent of a piece of work."""
-
-    def __init__(self) -> None:
-        self._last: tuple[str, int] = ("", -1)
-
-    def step(self, done: int, total: int, message: str) -> None:
-        """Say it, unless its percentage was said before."""
-        key = (message.split(":")[0], 100 * done // max(1, total))
-        if key != self._last:
-            self._last = key
-            _say(_Step(done, total, message))
-
-
 def _say(line: _Step | _Result) -> None:
     sys.stdout.write(json.dumps(asdict(line), default=str) + "\n")
     sys.stdout.flush()
+
+
+def _say_step(done: int, total: int, message: str) -> None:
+    _say(_Step(done, total, message))
 
 
 def run_job(folder: Path, number: int) -> int:
@@ -82,7 +73,7 @@ def run_job(folder: Path, number: int) -> int:
     with studies.store.read() as transaction:
         job = jobs.get(transaction, number)
     try:
-        result = work.run(studies, job, _LineProgress())
+        result = work.run(studies, job, LineProgress(_say_step))
     except work.KNOWN_PROBLEMS as error:
         sys.stdout.write(f"{error}\n")
         return 1
@@ -226,8 +217,7 @@ class _Heard:
             self.result = said.result
             return
         self.steps = (said.done, said.total)
-        filled = 20 * said.done // max(1, said.total)
-        self._tell(f"[{'#' * filled}{'.' * (20 - filled)}] {said.done}/{said.total} {said.message}", job)
+        self._tell(step_line(said.done, said.total, said.message), job)
 
     def _tell(self, text: str, job: JobRecord) -> None:
         logging.getLogger(f"task_{job.kind}").info("%s", text)

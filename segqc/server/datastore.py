@@ -261,16 +261,19 @@ class StoreDatastore(Datastore):
         """All scans and current labels in the form of MONAI Label's LocalDatastore."""
         with self._store.read() as transaction:
             records = [s for s in scans.listing(transaction, states=SHOWN_STATES) if s.missing_since is None]
-            found: dict[str, dict[str, Any]] = {
-                s.name: {
-                    "image": {"info": dict(s.info), "ext": s.file.removeprefix(s.name)},
-                    "labels": {
-                        tag: {"info": labels.info(transaction, label.id), "ext": label.suffix}
-                        for tag, label in labels.tags(transaction, s.name).items()
-                    },
-                }
-                for s in records
+            current = {tag: labels.current_of_all(transaction, tag) for tag in labels.all_tags(transaction)}
+            noted = labels.infos(transaction)
+        found = {
+            s.name: {
+                "image": {"info": s.info, "ext": s.file.removeprefix(s.name)},
+                "labels": {
+                    tag: {"info": noted.get(by_scan[s.name].id, {}), "ext": by_scan[s.name].suffix}
+                    for tag, by_scan in current.items()
+                    if s.name in by_scan
+                },
             }
+            for s in records
+        }
         return json.loads(json.dumps({"name": self._name, "description": self._description, "objects": found}))  # type: ignore[no-any-return]
 
 

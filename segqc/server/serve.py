@@ -95,25 +95,26 @@ def serve(
     }
     _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
     _set_logging(log_file)
-    shown = host if ":" not in host else f"[{host}]"
     logger.info("SegQC serves %s (%d scans); starting ...", folder.folder, len(folder.scans()))
+    shown = host if ":" not in host else f"[{host}]"
+    with listener:
+        _answer(listener, f"http://{shown}:{port}/", _working(folder) if worker else contextlib.nullcontext())
+    alone.release()
+    logger.info("SegQC has ended.")
+    logging.shutdown()
+
+
+def _answer(listener: socket.socket, shown: str, beside: contextlib.AbstractContextManager[None]) -> None:
+    """Answer requests until the process is told to end, with something else running beside."""
     # after the environment: MONAI Label reads its settings when it is imported
     import uvicorn
 
     from segqc.server.application import app
 
-    logger.info("SegQC answers at http://%s:%d/ (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, port)
+    logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    with contextlib.ExitStack() as stack:
-        if worker:
-            stack.enter_context(_working(folder))
-        try:
-            uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            listener.close()
-    alone.release()
-    logger.info("SegQC has ended.")
-    logging.shutdown()
+    with beside:
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
 
 from segqc.store import labels, scans
 from segqc.store.database import StoreError, Transaction
@@ -180,13 +180,22 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
     if row is None:
         raise StoreError(f"there is no assessment {assessment_id}")
     head, scan, pair = row
-    geometry = _GEOMETRY.validate_python(head.geometry)
-    structures = transaction.execute(
+    parts = transaction.execute(_parts().where(AssessmentStructure.assessment_id == assessment_id))
+    return _assessment(head, scan, pair, [(part, name) for part, name in parts])
+
+
+def _parts() -> Select[AssessmentStructure, str]:
+    return (
         select(AssessmentStructure, StructureName.name)
         .join(StructureName, AssessmentStructure.structure_id == StructureName.id)
-        .where(AssessmentStructure.assessment_id == assessment_id)
         .order_by(AssessmentStructure.position)
     )
+
+
+def _assessment(
+    head: AssessmentRow, scan: str, pair: Bundle, structures: Sequence[tuple[AssessmentStructure, str]]
+) -> Assessment | None:
+    geometry = _GEOMETRY.validate_python(head.geometry)
     qualities = []
     for part, name in structures:
         if part.detail is None:
@@ -220,6 +229,29 @@ def latest(transaction: Transaction, scan: str) -> tuple[int, Assessment] | None
     """The last assessment of the label that an annotator would start from, with its number."""
     start = labels.start_of(transaction, scan)
     return None if start is None else latest_of(transaction, start.id)
+
+
+def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
+    """The last assessment of the label that an annotator would start from, of every scan that has one."""
+    starts = labels.starts(transaction)
+    candidates = AssessmentRow.label_version_id.in_(labels.current_versions((labels.RETURNED, labels.ORIGINAL)))
+    query = (
+        select(AssessmentRow, Scan.name, Bundle)
+        .join(Scan, AssessmentRow.scan_id == Scan.id)
+        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
+        .where(candidates)
+        .order_by(AssessmentRow.made_at, AssessmentRow.id)
+    )
+    rows = transaction.execute(query)
+    heads = {scan: (head, pair) for head, scan, pair in rows if starts[scan] == head.label_version_id}
+    parts: dict[int, list[tuple[AssessmentStructure, str]]] = {}
+    found = transaction.execute(
+        _parts().join(AssessmentRow, AssessmentStructure.assessment_id == AssessmentRow.id).where(candidates)
+    )
+    for part, name in found:
+        parts.setdefault(part.assessment_id, []).append((part, name))
+    made = {scan: _assessment(head, scan, pair, parts.get(head.id, [])) for scan, (head, pair) in heads.items()}
+    return {scan: assessment for scan, assessment in made.items() if assessment is not None}
 
 
 def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assessment] | None:
@@ -277,13 +309,11 @@ def write_score(transaction: Transaction, scan: str, method: str, value: float, 
     transaction.merge(Score(scan_id=row.id, method=method, value=value, version=version, made_at=transaction.now))
 
 
-def scores(transaction: Transaction, method: str, *, scan: str | None = None) -> Mapping[str, tuple[float, str]]:
-    """A baseline's scores of all scans that have one, or of one, with the network's version that they speak of."""
+def scores(transaction: Transaction, method: str) -> Mapping[str, tuple[float, str]]:
+    """A baseline's scores of all scans that have one, with the network's version that they speak of."""
     query = (
         select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id).where(Score.method == method)
     )
-    if scan is not None:
-        query = query.where(Scan.name == scan)
     return {name: (value, version) for name, value, version in transaction.execute(query)}
 
 

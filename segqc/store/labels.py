@@ -96,6 +96,24 @@ def start_of(transaction: Transaction, scan: str) -> LabelRecord | None:
     return latest.get(RETURNED) or latest.get(ORIGINAL)
 
 
+def starts(transaction: Transaction) -> dict[str, int]:
+    """The version that an annotator starts from, of every scan that has one; see `start_of`."""
+    query = (
+        select(Scan.name, LabelVersion.id)
+        .join(Scan, LabelVersion.scan_id == Scan.id)
+        .where(LabelVersion.id.in_(current_versions((ORIGINAL, RETURNED))))
+        .order_by(LabelVersion.tag == RETURNED)  # the last one counts
+    )
+    return {scan: version for scan, version in transaction.execute(query)}
+
+
+def current_versions(only: Collection[str]) -> Select[int]:
+    """A query for the current versions of all scans under some tags."""
+    last = select(func.max(LabelVersion.id)).where(LabelVersion.tag.in_(only))
+    last = last.group_by(LabelVersion.scan_id, LabelVersion.tag)
+    return select(LabelVersion.id).where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None))
+
+
 def get(transaction: Transaction, version: int) -> LabelRecord:
     """A version by its number.
 

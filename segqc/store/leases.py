@@ -12,8 +12,8 @@ from sqlalchemy.orm import aliased
 from segqc.store import assessments, events, labels, orders
 from segqc.store.database import Transaction
 from segqc.store.orders import Choice, Conditions, Order
-from segqc.store.schema import OPEN_STATES, Actor, Assignment, Scan
-from segqc.store.values import Draw, LeaseRecord, LeaseState, ScanRecord, Who
+from segqc.store.schema import Actor, Assignment, Scan
+from segqc.store.values import Draw, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
@@ -257,8 +257,3 @@ def _record(row: Assignment, scan: str, actor: Actor) -> LeaseRecord:
         row.label_version_id,
         row.assessment_id,
     )
-
-
-def is_waiting(scan: ScanRecord) -> bool:
-    """Whether a scan waits for a label."""
-    return scan.state in OPEN_STATES and scan.missing_since is None

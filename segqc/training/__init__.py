@@ -3,13 +3,13 @@
 from segqc.placement import Placement
 from segqc.training.assessor import train_assessor, train_on_masks
 from segqc.training.cases import Case, TooFewCases, place_patients
-from segqc.training.progress import LogProgress, NoProgress, Progress
+from segqc.training.progress import LineProgress, NoProgress, Progress
 from segqc.training.segmentation import train_segmentation
 from segqc.training.settings import TrainingSettings
 
 __all__ = [
     "Case",
-    "LogProgress",
+    "LineProgress",
     "NoProgress",
     "Placement",
     "Progress",

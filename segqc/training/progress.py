@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -15,19 +16,30 @@ class Progress(Protocol):
         """Tell that ``done`` of ``total`` steps of the work named by ``message`` are finished."""
 
 
-class LogProgress:
-    """Progress as log lines, at most one per percent of a piece of work."""
+def step_line(done: int, total: int, message: str) -> str:
+    """A step as one line of text."""
+    filled = 20 * done // max(1, total)
+    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {message}"
 
-    def __init__(self) -> None:
+
+def log_step(done: int, total: int, message: str) -> None:
+    """Log a step."""
+    logger.info("%s", step_line(done, total, message))
+
+
+class LineProgress:
+    """Progress as lines, at most one per percent of a piece of work; they are log lines unless told otherwise."""
+
+    def __init__(self, tell: Callable[[int, int, str], None] = log_step) -> None:
+        self._tell = tell
         self._last: tuple[str, int] = ("", -1)
 
     def step(self, done: int, total: int, message: str) -> None:
-        """Log the step, unless its percentage was logged before."""
+        """Tell the step, unless its percentage was told before."""
         key = (message.split(":")[0], 100 * done // max(1, total))
         if key != self._last:
             self._last = key
-            filled = 20 * done // max(1, total)
-            logger.info("[%s%s] %d/%d %s", "#" * filled, "." * (20 - filled), done, total, message)
+            self._tell(done, total, message)
 
 
 class NoProgress:

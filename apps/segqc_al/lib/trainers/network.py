@@ -15,7 +15,7 @@ from segqc.networks import ModelCard, ModelError
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
 from segqc.settings import Network, SettingsError
-from segqc.training import LogProgress, TrainingSettings
+from segqc.training import LineProgress, TrainingSettings
 
 # What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
 CHOICES = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
@@ -98,5 +98,5 @@ class NetworkTraining(TrainTask):
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train and publish at once; the server's routes leave it to a worker."""
-        card = train(self.desk.studies, self.network, LogProgress(), self.settings(request))
+        card = train(self.desk.studies, self.network, LineProgress(), self.settings(request))
         return {"network": self.network, "scores": card.scores}
