@@ -197,7 +197,7 @@ def _simulate(run: Run, own: TestMask) -> TestMask:
     scan, truth = read_case(case, label_values(run.cohort.structures))
     mask = read_labels(test_mask_path(run, own), scan=scan)
     corrected = simulated_correction(
-        np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.extraction
+        np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.annotator
     )
     after = Volume(corrected, scan.affine, scan.acquisition_axis)
     name = f"{own.case}-{CORRECTIONS}"
