@@ -100,6 +100,11 @@ def methods(*, ablations: bool = False) -> list[str]:
     return names + [f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS] * ablations
 
 
+def calibrating_folds(run: Run, method: str) -> list[int]:
+    """The folds whose masks calibrate a method; a variant has one network, and so one fold."""
+    return [0] if method in ABLATIONS else list(range(run.settings.folds))
+
+
 def train(run: Run, name: str) -> None:
     """Do one training, or what is left of it."""
     method, _, fold = name.rpartition("@")
