@@ -67,7 +67,7 @@ def _never_a_mask(settings: TrainingSettings) -> TrainingSettings:
 ASSESSING: Mapping[str, Assessing] = {
     SEGQC: Assessing(),
     SCAN_ONLY: Assessing(_never_a_mask, scan_only=True),
-    "SegQC, paper's recipe": Assessing(_paper),
+    "paper's SegQC": Assessing(_paper),
     "SegQC-TR": Assessing(single=True),
 }
 ABLATIONS: Mapping[str, Assessing] = {

@@ -12,7 +12,7 @@ from segqc.evaluation.report.document import UNDEFINED, Cell, Table
 from segqc.evaluation.studies import Compared, Detected, Dimension, Row, StudyName, StudyResult
 from segqc.metrics import METRIC_NAMES, MetricName
 
-OWN = (SEGQC, "SegQC-TR", "SegQC, paper's recipe")
+OWN = (SEGQC, "SegQC-TR", "paper's SegQC")
 VARIANTS = (f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS)
 REFERENCES = (OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL)
 CONTROL = (SEGQC, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
