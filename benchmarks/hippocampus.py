@@ -273,6 +273,8 @@ def report(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
+    if not console.is_terminal:
+        console.width = 220  # a pipe has no width: nothing is to be cut off
     console.print(result["segmenter test Dice"], result["seconds"])
     for title in ("stratified masks", "served network's own masks"):
         table = Table("structure", *next(iter(result[title].values())), title=title)
