@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,17 @@ def folder(tmp_path: Path) -> Path:
     with studies.store.write() as transaction:
         leases.take(transaction, ANNA, "segqc", orders.worst_estimate, studies.settings.annotation)
     return made
+
+
+def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
+    submit_label(Studies(folder), "scan_0", draw_case(1)[1], "final", ANNA)
+    rules = replace(Studies(folder).settings.annotation, audit_share=1.0)
+    with Studies(folder).store.write() as transaction:
+        leases.take(transaction, ANNA, "segqc", orders.worst_estimate, rules)
+    costs = {row.pop("draw"): row for row in json.loads(run("costs", folder, "--json"))["costs"]}
+    assert {draw: row["handed_out"] for draw, row in costs.items()} == {"strategy": 1, "audit": 1, "validation": 0}
+    assert (costs["strategy"]["submitted"], costs["audit"]["submitted"]) == (1, 0)
+    assert costs["strategy"]["hours"] > 0
 
 
 def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:

@@ -274,3 +274,16 @@ def leases(
     ]
     title = f"{folder}: {len(rows)} scans handed out{brackets(intervals.values())}"
     emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases")
+
+
+@app.command()
+def costs(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans."""
+    from segqc.store import leases as stored
+
+    studies = studies_at(folder, config)
+    with studies.store.read() as transaction:
+        found = stored.costs(transaction)
+    rows: list[Row] = [dataclasses.asdict(cost) for cost in found]
+    total = sum(cost.submitted for cost in found)
+    emit(rows, f"{folder}: {total} scans submitted", as_json=as_json, as_csv=as_csv, key="costs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from sqlalchemy import ColumnElement, Select, String, and_, exists, func, literal_column, select
@@ -13,7 +14,7 @@ from segqc.store import assessments, events, labels, orders
 from segqc.store.database import Transaction
 from segqc.store.orders import Choice, Conditions, Order
 from segqc.store.schema import Actor, Assignment, Scan
-from segqc.store.values import Draw, LeaseRecord, LeaseState, Who
+from segqc.store.values import Cost, Draw, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
@@ -229,6 +230,20 @@ def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: 
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_record(*row) for row in transaction.execute(query)]
+
+
+def costs(transaction: Transaction) -> list[Cost]:
+    """What annotation has cost, by what scans were chosen by: audit draws and validation scans are work, too."""
+    query = select(Assignment.draw, Assignment.state, Assignment.handed_out_at, Assignment.closed_at)
+    rows = transaction.execute(query).all()
+    found = []
+    for draw in get_args(Draw):
+        own = [row for row in rows if row.draw == draw]
+        done = [row for row in own if row.state == "submitted" and row.closed_at is not None]
+        seconds = sum((row.closed_at - row.handed_out_at).total_seconds() for row in done)
+        skipped = sum(row.state == "skipped" for row in own)
+        found.append(Cost(draw, len(own), len(done), skipped, seconds / 3600))
+    return found
 
 
 def _leases() -> Select[Assignment, str, Actor]:

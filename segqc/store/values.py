@@ -97,6 +97,17 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What suggestions of one kind have cost: scans handed out, submitted and skipped, and hours until submission."""
+
+    draw: Draw
+    handed_out: int
+    submitted: int
+    skipped: int
+    hours: float
+
+
+@dataclass(frozen=True, slots=True)
 class StructureChange:
     """The start of a correction against its end, of one structure: true metrics in 3D and of each slice."""
 
