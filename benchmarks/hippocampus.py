@@ -50,12 +50,17 @@ STRUCTURES = (Structure("anterior", (1,)), Structure("posterior", (2,)), Structu
 BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
 PER_BIN = 25
 SEGMENTER = TrainingSettings(epochs=50, fold_epochs=25, batch=4, patience=30, folds=2)
-ASSESSOR = TrainingSettings(
-    epochs=38, steps_per_epoch=40, batch=4, folds=4, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
-)
+SINGLE = TrainingSettings(
+    epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25,
+    average_flips=True, ensemble=False,
+)  # fmt: skip
+ENSEMBLE = TrainingSettings(
+    epochs=38, steps_per_epoch=40, batch=4, folds=4, scan_only_share=0.25, empty_mask_share=0.25
+)  # fmt: skip
+RECIPES = {"single": SINGLE, "ensemble": ENSEMBLE}
 TIMES = "seconds.json"
-MEMBERS = [f"member-{k}" for k in range(ASSESSOR.folds)]
-# further networks that make training masks, on parts of the segmenter's cases: errors of many makers teach more
+MEMBERS = [f"member-{k}" for k in range(ENSEMBLE.folds)]
+# the ensemble's further networks that make training masks, on parts of the segmenter's cases
 PARTS = [f"part-{k}" for k in range(4)]
 CASES_OF_PART = (10, 14, 18, 22)
 ONLY = ["test-masks", "segmentation", *PARTS, *MEMBERS]
@@ -196,9 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and splits.json")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
+    parser.add_argument("--recipe", choices=RECIPES, default="single", help="one SegQC-Net, or one for each fold")
     parser.add_argument("--only", choices=ONLY, help="one part, beside another process")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hippocampus.json")
+    parser.add_argument("--out", type=Path, help="the result; by default results/hippocampus[-ensemble].json")
     arguments = parser.parse_args()
+    several, settings = arguments.recipe == "ensemble", RECIPES[arguments.recipe]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("ignite").setLevel(logging.WARNING)
     work: Path = arguments.work
@@ -220,7 +227,7 @@ def main() -> None:
         sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
     if arguments.only == "segmentation":
         return
-    for k, part in enumerate(PARTS):
+    for k, part in enumerate(PARTS if several else []):
         if arguments.only in (part, None, *MEMBERS):
             with timed(f"train another mask maker, make masks: {part}", work):
                 sets = [
@@ -228,18 +235,21 @@ def main() -> None:
                 ]
     if arguments.only in PARTS:
         return
-    # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
-    placed = place([c.patient for c in judged], placing=Placing(folds=ASSESSOR.folds, validation_share=0.0))
+    # in the ensemble nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
+    share = 0.0 if several else settings.validation_share
+    placed = place([c.patient for c in judged], placing=Placing(folds=settings.folds, validation_share=share))
+    folder = work / f"segqc-{arguments.recipe}"
     if arguments.only in MEMBERS:
         with timed(f"train SegQC-Net, {arguments.only}", work):
-            train_member(MEMBERS.index(arguments.only), sets, STRUCTURES, placed, ASSESSOR, work / "segqc", progress)
+            train_member(MEMBERS.index(arguments.only), sets, STRUCTURES, placed, settings, folder, progress)
         return
-    with timed("train SegQC-Net: what is left, calibration", work):
-        assessor = train_on_masks(sets, STRUCTURES, placed, ASSESSOR, work / "segqc", progress)
+    with timed("train SegQC-Net (what is left of it), calibrate", work):
+        assessor = train_on_masks(sets, STRUCTURES, placed, settings, folder, progress)
     segmenter.save(work / "segmentation.pt")
     assessor.save(work / "segqc.pt")
 
-    report(arguments.out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text()))
+    out = arguments.out or Path(__file__).parent / "results" / f"hippocampus{'-ensemble' if several else ''}.json"
+    report(out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text()))
 
 
 def report(

@@ -17,8 +17,10 @@ class TrainingSettings:
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
-    ``ensemble`` trains one SegQC-Net per fold, which answer together: better estimates, calibrated on all patients, at
-    the cost of one network's training and assessment for each fold.
+    ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
+    seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
+    The estimates themselves became no better by it (``benchmarks/hippocampus.py``); it costs one network's training and
+    assessment for each fold.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
