@@ -1,12 +1,484 @@
-"""Placeholder until the composer is merged."""
+"""From the results of studies to the report: what was found in plain words, the paper's tables and figures, cautions.
 
-from collections.abc import Sequence
+Whatever a run folder no longer has (scans, networks, arrays) is left out: tables are drawn from the results alone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
+from segqc.evaluation import result_figures, result_tables
+from segqc.evaluation.cohort import Cohort, CohortError
+from segqc.evaluation.curves import CurveStudy
+from segqc.evaluation.makers import Manifest
+from segqc.evaluation.methods import CONSTANT, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
+from segqc.evaluation.observers import ObserverStudy, Outcome, Share
+from segqc.evaluation.report.cautions import EvaluatedSet, Selection, cautions
+from segqc.evaluation.report.document import UNDEFINED, Cell, Figure, Point, Report, Section, Table
+from segqc.evaluation.report.html import write_report
+from segqc.evaluation.result_tables import STUDY_TITLES, find_compared, find_row, judged, number, span
 from segqc.evaluation.run import Run
-from segqc.evaluation.studies import StudyResult
+from segqc.evaluation.studies import MANIFEST_OF, StudyName, StudyResult, manifest_of
+from segqc.loop.studies import StudiesError
+
+FEW_PATIENTS = 10
+CLEARLY_BETTER = 0.6  # of the best constant's error: from here on an estimate is worth reading
+_SELECTION: dict[StudyName, Selection] = {"stratified": "stratified", "served": "all", "corrections": "all"}
 
 
-def write(run: Run, results: Sequence[StudyResult]) -> Path:
-    """See the branch compose."""
-    return run.folder
+def write(run: Run, results: Sequence[StudyResult], observers: ObserverStudy | None = None) -> Path:
+    """Write the report of a run into its folder, ``report/``.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    return write_report(compose(run, results, observers), run.folder / "report")
+
+
+def compose(run: Run, results: Sequence[StudyResult], observers: ObserverStudy | None = None) -> Report:
+    """Compose the report of a run.
+
+    Args:
+        run: the run; its arrays, networks and scans are used where they are there.
+        results: one per study; of two results of one study, variants of SegQC are taken from the one that has them, and
+            everything else from the first.
+        observers: the study of error extraction on two experts' masks, for its section.
+
+    Raises:
+        ValueError: if there are no results, or none has an estimate.
+    """
+    studies = list({r.study: r for r in reversed(results)}.values())[::-1]
+    structures = list(dict.fromkeys(row.structure for r in studies for row in r.rows))
+    if not structures:
+        raise ValueError("a report needs the results of at least one study with estimates")
+    whole = max(structures, key=lambda s: len(run.description.structures.get(s, ())))  # the first of the largest
+    others = [s for s in structures if s != whole]
+    cohort = _cohort(run)
+    index = {s: i for i, s in enumerate(structures)} if cohort is None else {
+        s.name: i for i, s in enumerate(cohort.structures)
+    }  # fmt: skip
+    sections = [
+        _summary(studies, whole, structures),
+        _setup(run, cohort, studies),
+        *(_estimates(run, r, whole, index[whole]) for r in studies),
+        *_orders(studies, whole),
+        *_detection(studies, whole),
+        *_examples(run, cohort, studies, whole, index[whole]),
+        *_ablations(results, structures),
+        *_intervals(studies, structures),
+        *([] if observers is None else [_observers(observers)]),
+        cautions([_evaluated(run, r, whole) for r in studies if find_row(r, whole, SEGQC) is not None])
+        if any(find_row(r, whole, SEGQC) is not None for r in studies)
+        else Section("What not to conclude", ("SegQC gave no estimate: nothing can be concluded.",)),
+        *(_other(run, studies, s, index[s]) for s in others),
+    ]
+    name = Path(run.description.dataset).name
+    facts = {
+        "Data set": name if cohort is None else f"{name}: {_sides(cohort)}",
+        "Structures": ", ".join(structures),
+        "Seed": f"{run.settings.seed} (one training of everything)",
+        "Report written": f"{date.today().isoformat()}, {platform.platform(terse=True)}, {platform.machine()}, "
+        f"{os.cpu_count()} cores",
+    }
+    subtitle = "How well the quality of segmentation masks is estimated without their truth, against other ways"
+    return Report(f"SegQC evaluation: {name}", subtitle, facts, tuple(sections))
+
+
+# ------------------------------------------------------------------------------------------------------------ in short
+
+
+def _summary(studies: Sequence[StudyResult], whole: str, structures: Sequence[str]) -> Section:
+    points = [point for r in studies if (point := _found(r, whole, structures)) is not None]
+    tables = [t for r in studies if (t := result_tables.main_table(r, whole)) is not None]
+    drawn = [f for r in studies if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
+    text = (
+        "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good the mask "
+        "is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its estimates are "
+        "held against truths that no network had seen, and against other ways to get such an estimate.",
+    )
+    if min(r.patients for r in studies) < FEW_PATIENTS:
+        text += (
+            f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation works; it "
+            "is too few for any conclusion, and ties say nothing.",
+        )
+    return Section("In short", text, tuple(points), tuple(tables), tuple(drawn))
+
+
+def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Point | None:
+    row = find_row(result, structure, SEGQC)
+    if row is None or row.calibrated.mae is None:
+        return None
+    s = row.calibrated
+    text = (
+        f"On {result.masks} masks of {result.patients} patients, with a true Dice from {number(s.truth_min, 2)} to "
+        f"{number(s.truth_max, 2)}, SegQC's estimate of the 3D Dice of {structure} is wrong by {number(s.mae)} on average "
+        f"(95% interval {span(row.mae)}). Always giving the best possible constant answer would be wrong by "
+        f"{number(s.median_mae)}. Pearson's correlation of estimate and truth is {number(s.pearson, 2)}"
+        f"{_interval_text(row.pearson.low, row.pearson.high)}."
+    )
+    items = [*_versus(result, structure), *_orders_in_words(result, structure), *_boxes_in_words(result, structure)]
+    items += [
+        f"{other}: wrong by {number(o.calibrated.mae)} (constant: {number(o.calibrated.median_mae)}), "
+        f"Pearson {number(o.calibrated.pearson, 2)}."
+        for other in _without(structures, structure)
+        if (o := find_row(result, other, SEGQC)) is not None
+    ]
+    items.append(f"What to do: {_advice(s.mae, s.median_mae, result.patients)}")
+    return Point(STUDY_TITLES[result.study].capitalize(), text, tuple(items))
+
+
+def _versus(result: StudyResult, structure: str) -> Iterator[str]:
+    """Who is beaten, who ties and who wins, by MAE of the 3D Dice after Holm's adjustment."""
+    family = judged(find_compared(result, structure, "dice", "3D", "mae"))
+    known = [m for m in result_tables.methods_of(result, structure) if m in family]
+    by_verdict = {v: [m for m in known if family[m].verdict == v] for v in ("better", "tie", "worse")}
+    if by_verdict["worse"]:
+        yield f"Better than SegQC: {result_tables.joined(by_verdict['worse'])}."
+    if by_verdict["tie"]:
+        yield f"Tied with SegQC, no difference shown: {result_tables.joined(by_verdict['tie'])}."
+    if by_verdict["better"]:
+        yield f"Worse than SegQC: {result_tables.joined(by_verdict['better'])}."
+    without_mask = [m for m in (SCAN_ONLY, CROSS_FITTED) if m in by_verdict["tie"] + by_verdict["worse"]]
+    if without_mask:
+        yield (
+            f"What looking at the mask adds is not shown: {result_tables.joined(without_mask)} never "
+            f"{'sees' if len(without_mask) == 1 else 'see'} it."
+        )
+
+
+def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
+    for ordered in (o for o in result.ordered if o.structure == structure):
+        share = _captured(ordered.study, SEGQC)
+        if share is None:
+            continue
+        unit = "scans" if ordered.dimension == "3D" else "slices"
+        rival = _captured(ordered.study, TTA)
+        beside = "" if rival is None else f" (TTA: {rival:.0%})"
+        yield (
+            f"Correcting {unit} in SegQC's order, worst first, captures {share:.0%} of what the perfect order gains over "
+            f"a random one{beside}."
+        )
+
+
+def _captured(study: CurveStudy, name: str) -> float | None:
+    return next((o.captured.value for o in study.orders if o.name == name), None)
+
+
+def _boxes_in_words(result: StudyResult, structure: str) -> Iterator[str]:
+    for d in result.detected:
+        if (d.structure, d.method, d.predicted, d.true) == (structure, SEGQC, "extracted", "extracted"):
+            for s in result_tables.at_threshold(d)[:1]:
+                if s.recall.value is not None and s.precision.value is not None:
+                    yield (
+                        f"After error extraction, {s.recall.value:.0%} of the true error boxes are met by one of SegQC's, "
+                        f"and {s.precision.value:.0%} of SegQC's meet a true one (IoU at least {s.min_iou:g})."
+                    )
+
+
+def _advice(mae: float | None, best_constant: float | None, patients: int) -> str:
+    if patients < FEW_PATIENTS:
+        return "run it on more patients before using any of these numbers."
+    if mae is None or best_constant is None or mae >= best_constant:
+        return (
+            "do not read single estimates on masks like these: one and the same answer for all would be as near. Use the "
+            "order, if the table of orders says that it helps, and check by eye."
+        )
+    if mae > CLEARLY_BETTER * best_constant:
+        return (
+            "use the estimates to sort, worst first. A single number is only a little nearer to the truth than the average "
+            "of all; do not decide by it alone."
+        )
+    return (
+        "use the estimates to sort scans and slices, worst first, and read a single number with its interval. A good "
+        "estimate is no reason not to look at a mask that a decision depends on."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- setup
+
+
+def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> Section:
+    s = run.settings
+    text = (
+        f"Cross-fitting in {s.folds} folds by patient: every learnt method has one network per fold that has not seen the "
+        "fold's patients. On those patients it is calibrated; all its networks together judge the test masks. Networks "
+        "that make test masks make no training masks, and the test masks were fixed before any method was trained.",
+        f"All of this is one seed ({s.seed}). One seed is one seed: intervals say what other patients could change, not "
+        "what another training could.",
+    )
+    rows: list[tuple[Cell, ...]] = [] if cohort is None else [("scans", _sides(cohort))]
+    rows += [
+        ("networks of the stratified masks", f"{s.test_makers} trainings of {s.maker_epochs} epochs, best and early each"),
+        ("segmenter", f"{s.segmenter.size}, {s.segmenter.epochs} epochs of {s.segmenter.steps_per_epoch} steps, batch "
+                      f"{s.segmenter.batch}; cross-fitted ones {s.segmenter.fold_epochs} epochs"),
+        ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
+                      f"{s.assessor.batch}, output form {s.assessor.output_form}, loss {s.assessor.loss}"),
+        ("learnt scores", f"{s.score_epochs} epochs"),
+        ("error boxes", f"larger than {s.boxes.min_area_mm2:g} mm2, united when nearer than "
+                        f"{s.boxes.min_distance_voxels:g} voxels"),
+        ("error extraction", f"band {s.extraction.band_mm:g} mm, at most {s.extraction.max_band_share:g} of the mask; "
+                             f"components under {s.extraction.min_component_mm2:g} mm2 dropped"),
+        ("bootstrap", f"{s.draws} draws of patients"),
+    ]  # fmt: skip
+    tables = [Table("setup", "What was trained, and how it was looked at", ("what", "setting"), tuple(rows))]
+    made = _masks_table(run, studies)
+    cost = result_tables.cost_table(studies)
+    return Section("How it was evaluated", text, (), (*tables, *(t for t in (made, cost) if t is not None)))
+
+
+def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
+    rows: list[tuple[Cell, ...]] = []
+    for result in studies:
+        manifest = _manifest(run, result.study)
+        if manifest is None:
+            continue
+        edges = manifest.bins
+        for low, high in zip(edges, edges[1:], strict=False):
+            inside = [m for m in manifest.masks if low <= m.dice < high]
+            rows.append(
+                (
+                    result.study,
+                    f"{low:g} to {min(high, 1.0):g}",
+                    len(inside),
+                    len({m.patient for m in inside}),
+                    len({m.maker for m in inside}),
+                )
+            )
+    if not rows:
+        return None
+    note = "Bins of the true Dice of all structures together. A bin with fewer masks had no more to choose from."
+    columns = ("study", "true Dice", "masks", "patients", "networks")
+    return Table("masks", "The masks that are judged", columns, tuple(rows), note=note, group="study")
+
+
+# -------------------------------------------------------------------------------------------------- results, by chapter
+
+
+def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Section:
+    strata = result_tables.strata_table(result, structure)
+    return Section(
+        f"Estimated metrics: {STUDY_TITLES[result.study]}",
+        (f"{result.masks} masks of {result.patients} patients, {result.slices} slices; {structure}.",),
+        (),
+        (
+            *result_tables.metric_tables(result, structure),
+            *result_tables.comparison_tables(result, structure),
+            *([] if strata is None else [strata]),
+        ),
+        tuple(result_figures.estimate_figures(run, result, structure, index)),
+    )
+
+
+def _orders(studies: Sequence[StudyResult], structure: str) -> Iterator[Section]:
+    tables = [
+        table
+        for r in studies
+        for table in (result_tables.order_table(r, structure, "3D"), result_tables.order_table(r, structure, "2D"))
+        if table is not None
+    ]
+    if tables:
+        text = (
+            "Whose masks, or which slices, should be corrected first? The mean true Dice rises fastest in a good order."
+        )
+        drawn = tuple(f for r in studies for f in result_figures.curve_figures(r, structure))
+        yield Section("Orders of correction", (text,), (), tuple(tables), drawn)
+
+
+def _detection(studies: Sequence[StudyResult], structure: str) -> Iterator[Section]:
+    tables: list[Table] = []
+    drawn: list[Figure] = []
+    for r in studies:
+        tables += result_tables.detection_tables(r, structure)
+        maps, figure = result_tables.error_map_table(r, structure), result_figures.detection_figure(r, structure)
+        tables += [] if maps is None else [maps]
+        drawn += [] if figure is None else [figure]
+    if tables:
+        text = "Does the error map point to the errors? Boxes per slice, and single voxels."
+        yield Section("Where the errors are", (text,), (), tuple(tables), tuple(drawn))
+
+
+def _examples(
+    run: Run, cohort: Cohort | None, studies: Sequence[StudyResult], structure: str, index: int
+) -> Iterator[Section]:
+    if cohort is None:
+        return
+    study = next((r.study for r in studies if r.study == "stratified"), studies[0].study)
+    drawn = tuple(result_figures.example_figures(run, study, structure, index))
+    if drawn:
+        text = (
+            "By the absolute error of SegQC's calibrated 3D Dice: its best, its median and its worst estimate, in the "
+            "slices that the error map calls worst. They were chosen by that rule, not by looks."
+        )
+        yield Section("Examples", (text,), (), (), drawn)
+
+
+def _ablations(results: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
+    with_variants = {r.study: r for r in reversed(results) if result_tables.variants_of(r)}
+    tables = [result_tables.ablation_table(r, s) for r in with_variants.values() for s in structures]
+    shown = tuple(t for t in tables if t is not None)
+    if shown:
+        yield Section("What each part of the recipe does", (), (), shown)
+
+
+def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
+    kinds = {"resplit": "random splits", "test": "on this study's masks", "shift": "another group"}
+    tables, drawn = [], []
+    for r in studies:
+        # random splits and shifts are of the training side: the same in every study
+        wanted = ("resplit", "test", "shift") if r is studies[0] else ("test",)
+        rows = tuple(
+            (
+                c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
+                c.coverage.patients, c.coverage.masks, c.coverage.resplits,
+            )
+            for c in r.covered if c.kind in wanted and c.structure in structures
+        )  # fmt: skip
+        if rows:
+            level = next(c.coverage.level for c in r.covered)
+            tables.append(
+                Table(
+                    f"coverage-{r.study}",
+                    f"How often {level:.0%} intervals of the 3D Dice hold the truth, {STUDY_TITLES[r.study]}",
+                    ("structure", "tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits"),
+                    rows,
+                    note=(
+                        "Random splits: calibrated on some patients of the training side, tested on its others. On this "
+                        "study's masks: calibrated on the whole training side. Another group: calibrated on one group of "
+                        "patients, tested on another. Error: binomial, with patients as trials. A dash: not enough "
+                        f"patients for an interval. The promise of {level:.0%} holds on average over masks like those "
+                        "calibrated on, not in every stratum, and not under shift."
+                    ),
+                    group="structure",
+                )
+            )
+            figure = result_figures.coverage_figure(r, structures[0])
+            drawn += [] if figure is None else [figure]
+    if tables:
+        yield Section("Prediction intervals", (), (), tuple(tables), tuple(drawn))
+
+
+def _observers(study: ObserverStudy) -> Section:
+    def rows(outcomes: Sequence[tuple[str, Outcome]]) -> tuple[tuple[Cell, ...], ...]:
+        return tuple(
+            (
+                name, group.name, group.cases, group.removed.share, _ends(group.removed), group.removed_single.share,
+                group.implanted[0].found.share, group.implanted[0].kept.share, _ends(group.implanted[0].kept),
+            )
+            for name, outcome in outcomes for group in outcome.groups[:2]
+        )  # fmt: skip
+
+    columns = (
+        "setting", "structures", "cases", "difference removed", "95% interval", "in slices of one expert",
+        "errors found", "voxels kept", "95% interval (kept)",
+    )  # fmt: skip
+    tables = [
+        Table(
+            "observers",
+            "Error extraction between two experts, held half",
+            columns,
+            rows(list(study.on_held.items())),
+            note=(
+                f"{len(study.held)} scans, the other {len(study.choosing)} chose the width. Removed: share of the voxels "
+                "that two experts drew differently, in slices that both included. Found, kept: implanted errors over "
+                f"{study.settings.min_error_mm2:g} mm2 of which something survives, and their voxels. Intervals by scan."
+            ),
+            group="setting",
+        )
+    ]
+    chosen = study.on_held.get("chosen")
+    if chosen is not None:
+        tables.append(
+            Table(
+                "observers-structures",
+                "The same by structure, with the chosen width",
+                ("structure", "cases", "difference removed", "errors found", "voxels kept"),
+                tuple(
+                    (g.name, g.cases, g.removed.share, g.implanted[0].found.share, g.implanted[0].kept.share)
+                    for g in chosen.groups[2:]
+                ),
+            )
+        )
+    width = "No width met the rule." if study.chosen is None else f"The chosen width is {study.chosen:g}."
+    text = (
+        "What two experts draw differently is no error, and extraction should remove it; implanted errors should stay. "
+        f"{width} It was chosen on one half of the scans, and is reported on the other."
+    )
+    figure = result_figures.observer_figure(study)
+    return Section("Error extraction and observers", (text,), (), tuple(tables), () if figure is None else (figure,))
+
+
+def _ends(share: Share) -> str:
+    return UNDEFINED if share.interval is None else result_tables.span_of(*share.interval, 2)
+
+
+def _other(run: Run, studies: Sequence[StudyResult], structure: str, index: int) -> Section:
+    """All the same for another structure."""
+    tables: list[Table] = []
+    drawn: list[Figure] = []
+    for r in studies:
+        main = result_tables.main_table(r, structure)
+        tables += [] if main is None else [main]
+        chapters = [_estimates(run, r, structure, index), *_orders([r], structure), *_detection([r], structure)]
+        tables += [t for chapter in chapters for t in chapter.tables]
+        drawn += [f for chapter in chapters for f in chapter.figures]
+    return Section(f"The same for {structure}", (), (), tuple(tables), tuple(drawn))
+
+
+# -------------------------------------------------------------------------------------------------------------- facts
+
+
+def _evaluated(run: Run, result: StudyResult, structure: str) -> EvaluatedSet:
+    row = find_row(result, structure, SEGQC)
+    assert row is not None
+    s, manifest = row.calibrated, _manifest(run, result.study)
+    constant = find_row(result, structure, CONSTANT)
+    both, own = (find_row(result, structure, SEGQC, "dice", "2D", slices) for slices in ("all", "mask"))
+    if result.study == "stratified":
+        count = len({m.maker for m in manifest.masks}) if manifest is not None else 2 * run.settings.test_makers
+        makers: tuple[str, ...] = (f"{count} networks of {run.settings.test_makers} trainings",)
+    else:
+        makers = ("the served network",) if manifest is None or all(manifest.makers) else ("unknown makers",)
+    return EvaluatedSet(
+        f"{STUDY_TITLES[result.study].capitalize()}, {structure}",
+        result.patients,
+        result.masks,
+        makers,
+        False,
+        (s.truth_min or 0.0, s.truth_max or 0.0),
+        _SELECTION[result.study],
+        "none" if manifest is None else manifest.corrections,
+        mae=s.mae,
+        constant_mae=s.median_mae if constant is None else constant.calibrated.mae,
+        compared=len(result_tables.methods_of(result, structure)),
+        slices=None if both is None else both.calibrated.n,
+        missed_slices=None if both is None or own is None else both.calibrated.n - own.calibrated.n,
+    )
+
+
+def _manifest(run: Run, study: StudyName) -> Manifest | None:
+    return manifest_of(run, study) if (run.folder / MANIFEST_OF[study]).is_file() else None
+
+
+def _cohort(run: Run) -> Cohort | None:
+    """The cases, where the data set is still there."""
+    try:
+        return run.cohort if Path(run.description.dataset).is_dir() else None
+    except (CohortError, StudiesError):
+        return None
+
+
+def _sides(cohort: Cohort) -> str:
+    sides = (("to train on", cohort.train), ("to test with", cohort.test))
+    return ", ".join(f"{len(cases)} scans of {len({c.patient for c in cases})} patients {of}" for of, cases in sides)
+
+
+def _interval_text(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({result_tables.span_of(low, high, 2)})"
+
+
+def _without(names: Sequence[str], name: str) -> list[str]:
+    return [n for n in names if n != name]
