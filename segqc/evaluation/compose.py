@@ -5,6 +5,7 @@ Whatever a run folder no longer has (scans, networks, arrays) is left out: table
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -96,14 +97,14 @@ def _summary(studies: Sequence[StudyResult], whole: str, structures: Sequence[st
     tables = [t for r in studies if (t := result_tables.main_table(r, whole)) is not None]
     drawn = [f for r in studies if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
     text = (
-        "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good the mask "
-        "is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its estimates are "
-        "held against truths that no network had seen, and against other ways to get such an estimate.",
+        "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good "
+        "the mask is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its "
+        "estimates are held against truths that no network had seen, and against other ways to get such an estimate.",
     )
     if min(r.patients for r in studies) < FEW_PATIENTS:
         text += (
-            f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation works; it "
-            "is too few for any conclusion, and ties say nothing.",
+            f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation "
+            "works; it is too few for any conclusion, and ties say nothing.",
         )
     return Section("In short", text, tuple(points), tuple(tables), tuple(drawn))
 
@@ -115,8 +116,8 @@ def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Po
     s = row.calibrated
     text = (
         f"On {result.masks} masks of {result.patients} patients, with a true Dice from {number(s.truth_min, 2)} to "
-        f"{number(s.truth_max, 2)}, SegQC's estimate of the 3D Dice of {structure} is wrong by {number(s.mae)} on average "
-        f"(95% interval {span(row.mae)}). Always giving the best possible constant answer would be wrong by "
+        f"{number(s.truth_max, 2)}, SegQC's estimate of the 3D Dice of {structure} is wrong by {number(s.mae)} on "
+        f"average (95% interval {span(row.mae)}). Always giving the best possible constant answer would be wrong by "
         f"{number(s.median_mae)}. Pearson's correlation of estimate and truth is {number(s.pearson, 2)}"
         f"{_interval_text(row.pearson.low, row.pearson.high)}."
     )
@@ -159,8 +160,8 @@ def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
         rival = _captured(ordered.study, TTA)
         beside = "" if rival is None else f" (TTA: {rival:.0%})"
         yield (
-            f"Correcting {unit} in SegQC's order, worst first, captures {share:.0%} of what the perfect order gains over "
-            f"a random one{beside}."
+            f"Correcting {unit} in SegQC's order, worst first, captures {share:.0%} of what the perfect order "
+            f"gains over a random one{beside}."
         )
 
 
@@ -174,8 +175,8 @@ def _boxes_in_words(result: StudyResult, structure: str) -> Iterator[str]:
             for s in result_tables.at_threshold(d)[:1]:
                 if s.recall.value is not None and s.precision.value is not None:
                     yield (
-                        f"After error extraction, {s.recall.value:.0%} of the true error boxes are met by one of SegQC's, "
-                        f"and {s.precision.value:.0%} of SegQC's meet a true one (IoU at least {s.min_iou:g})."
+                        f"After error extraction, {s.recall.value:.0%} of the true error boxes are met by one of "
+                        f"SegQC's, and {s.precision.value:.0%} of SegQC's meet a true one (IoU at least {s.min_iou:g})."
                     )
 
 
@@ -184,13 +185,13 @@ def _advice(mae: float | None, best_constant: float | None, patients: int) -> st
         return "run it on more patients before using any of these numbers."
     if mae is None or best_constant is None or mae >= best_constant:
         return (
-            "do not read single estimates on masks like these: one and the same answer for all would be as near. Use the "
-            "order, if the table of orders says that it helps, and check by eye."
+            "do not read single estimates on masks like these: one and the same answer for all would be as near. "
+            "Use the order, if the table of orders says that it helps, and check by eye."
         )
     if mae > CLEARLY_BETTER * best_constant:
         return (
-            "use the estimates to sort, worst first. A single number is only a little nearer to the truth than the average "
-            "of all; do not decide by it alone."
+            "use the estimates to sort, worst first. A single number is only a little nearer to the truth than the "
+            "average of all; do not decide by it alone."
         )
     return (
         "use the estimates to sort scans and slices, worst first, and read a single number with its interval. A good "
@@ -204,11 +205,12 @@ def _advice(mae: float | None, best_constant: float | None, patients: int) -> st
 def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> Section:
     s = run.settings
     text = (
-        f"Cross-fitting in {s.folds} folds by patient: every learnt method has one network per fold that has not seen the "
-        "fold's patients. On those patients it is calibrated; all its networks together judge the test masks. Networks "
-        "that make test masks make no training masks, and the test masks were fixed before any method was trained.",
-        f"All of this is one seed ({s.seed}). One seed is one seed: intervals say what other patients could change, not "
-        "what another training could.",
+        f"Cross-fitting in {s.folds} folds by patient: every learnt method has one network per fold that has not "
+        "seen the fold's patients. On those patients it is calibrated; all its networks together judge the test "
+        "masks. Networks that make test masks make no training masks, and the test masks were fixed before any "
+        "method was trained.",
+        f"All of this is one seed ({s.seed}). One seed is one seed: intervals say what other patients could "
+        "change, not what another training could.",
     )
     rows: list[tuple[Cell, ...]] = [] if cohort is None else [("scans", _sides(cohort))]
     rows += [
@@ -237,7 +239,7 @@ def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
         if manifest is None:
             continue
         edges = manifest.bins
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             inside = [m for m in manifest.masks if low <= m.dice < high]
             rows.append(
                 (
@@ -346,11 +348,11 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
                     ("structure", "tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits"),
                     rows,
                     note=(
-                        "Random splits: calibrated on some patients of the training side, tested on its others. On this "
-                        "study's masks: calibrated on the whole training side. Another group: calibrated on one group of "
-                        "patients, tested on another. Error: binomial, with patients as trials. A dash: not enough "
-                        f"patients for an interval. The promise of {level:.0%} holds on average over masks like those "
-                        "calibrated on, not in every stratum, and not under shift."
+                        "Random splits: calibrated on some patients of the training side, tested on its others. On "
+                        "this study's masks: calibrated on the whole training side. Another group: calibrated on "
+                        "one group of patients, tested on another. Error: binomial, with patients as trials. A "
+                        f"dash: not enough patients for an interval. The promise of {level:.0%} holds on average "
+                        "over masks like those calibrated on, not in every stratum, and not under shift."
                     ),
                     group="structure",
                 )
@@ -382,9 +384,10 @@ def _observers(study: ObserverStudy) -> Section:
             columns,
             rows(list(study.on_held.items())),
             note=(
-                f"{len(study.held)} scans, the other {len(study.choosing)} chose the width. Removed: share of the voxels "
-                "that two experts drew differently, in slices that both included. Found, kept: implanted errors over "
-                f"{study.settings.min_error_mm2:g} mm2 of which something survives, and their voxels. Intervals by scan."
+                f"{len(study.held)} scans, the other {len(study.choosing)} chose the width. Removed: share of the "
+                "voxels that two experts drew differently, in slices that both included. Found, kept: implanted "
+                f"errors over {study.settings.min_error_mm2:g} mm2 of which something survives, and their voxels. "
+                "Intervals by scan."
             ),
             group="setting",
         )

@@ -20,7 +20,6 @@ from segqc.evaluation.result_tables import (
     REFERENCES,
     STUDY_TITLES,
     THRESHOLD,
-    at_threshold,
     find_row,
     methods_of,
     number,
@@ -226,8 +225,8 @@ def example_figures(run: Run, study: StudyName, structure: str, index: int) -> I
                 f"The {kind} estimate of SegQC: {structure}, {STUDY_TITLES[study]}",
                 example,
                 caption=(
-                    "The headline's estimate is calibrated. Dashed boxes: where SegQC sees errors (probability at least "
-                    f"{THRESHOLD:g}); solid ones: where they are."
+                    "The headline's estimate is calibrated. Dashed boxes: where SegQC sees errors (probability at "
+                    f"least {THRESHOLD:g}); solid ones: where they are."
                 ),
             )
 

@@ -126,12 +126,13 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
     if scores is None:
         return None
     note = (
-        f"{result.masks} masks of {result.patients} patients; true Dice {span_of(scores.truth_min, scores.truth_max, 2)}, "
-        f"standard deviation {number(scores.truth_sd)}. MAE: mean absolute error after a linear calibration on patients "
-        "of the training side that the method has not seen, with its 95% interval (bootstrap by patient); raw MAE: before "
-        "it. Always answering the median of these very truths, which nobody knows beforehand, would give an MAE of "
-        f"{number(scores.median_mae)}. Excess AURC: area under the risk-coverage curve above that of the perfect "
-        "order. SegQC is: by the difference in MAE, sign-flip test by patient after Holm's adjustment."
+        f"{result.masks} masks of {result.patients} patients; true Dice "
+        f"{span_of(scores.truth_min, scores.truth_max, 2)}, standard deviation {number(scores.truth_sd)}. MAE: "
+        "mean absolute error after a linear calibration on patients of the training side that the method has not "
+        "seen, with its 95% interval (bootstrap by patient); raw MAE: before it. Always answering the median of "
+        f"these very truths, which nobody knows beforehand, would give an MAE of {number(scores.median_mae)}. "
+        "Excess AURC: area under the risk-coverage curve above that of the perfect order. SegQC is: by the "
+        "difference in MAE, sign-flip test by patient after Holm's adjustment."
     )
     return Table(
         f"main-{result.study}-{slug(structure)}",
@@ -164,9 +165,10 @@ def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
                 ("method", *(name for name, *_ in measured)),
                 tuple(rows),
                 note=(
-                    "After calibration. ARVD is the summed difference over the truth's size (the paper's definition), RVD "
-                    "the signed difference of the volumes. 2D: slices where the mask is not empty, so that there is "
-                    "something to judge; the next table has the others. A dash: the method says nothing of it."
+                    "After calibration. ARVD is the summed difference over the truth's size (the paper's "
+                    "definition), RVD the signed difference of the volumes. 2D: slices where the mask is not "
+                    "empty, so that there is something to judge; the next table has the others. A dash: the method "
+                    "says nothing of it."
                 ),
                 best={name: aim for name, *_ in measured},  # type: ignore[misc]
             )
@@ -203,9 +205,10 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
         columns,
         tuple(rows),
         note=(
-            f"MAE after calibration, then Pearson of the 2D Dice. Numbers of slices: {counted}. Where only the truth is "
-            "not empty, the true Dice is 0 however little is missing; such slices rule averages that count them. ARVD "
-            "is ruled by slices with a tiny truth, unless only those with at least 20 truth voxels count."
+            f"MAE after calibration, then Pearson of the 2D Dice. Numbers of slices: {counted}. Where only the "
+            "truth is not empty, the true Dice is 0 however little is missing; such slices rule averages that "
+            "count them. ARVD is ruled by slices with a tiny truth, unless only those with at least 20 truth "
+            "voxels count."
         ),
         best={name: "highest" if name.startswith("Pearson") else "lowest" for name in columns[1:]},
     )
@@ -263,8 +266,8 @@ def _differences(result: StudyResult, structure: str, dimension: Dimension) -> T
         tuple(rows),
         note=(
             "Differences are SegQC minus the method: below zero in MAE, and above zero in Spearman, is SegQC's favour. "
-            "Intervals: bootstrap by patient, the same patients for both. p: sign-flip test by patient (MAE), bootstrap "
-            f"(Spearman), after Holm's adjustment over {max(len(f) for f in families)} methods."
+            "Intervals: bootstrap by patient, the same patients for both. p: sign-flip test by patient (MAE), "
+            f"bootstrap (Spearman), after Holm's adjustment over {max(len(f) for f in families)} methods."
         ),
     )  # fmt: skip
 
@@ -288,8 +291,8 @@ def strata_table(result: StudyResult, structure: str) -> Table | None:
         ("true Dice", "masks", "patients", *(m for m, _ in shown), f"bias of {shown[0][0]}"),
         tuple(rows),
         note=(
-            "After calibration. The strata are of the truth: a bias towards the middle (bad masks estimated too good, good "
-            "ones too bad) is natural in them."
+            "After calibration. The strata are of the truth: a bias towards the middle (bad masks estimated too "
+            "good, good ones too bad) is natural in them."
         ),
     )
 
@@ -327,12 +330,13 @@ def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Ta
     )  # fmt: skip
     return Table(
         f"orders-{dimension.lower()}-{result.study}-{slug(structure)}",
-        f"Orders of correcting {'scans' if dimension == '3D' else 'slices'} of {structure}, {STUDY_TITLES[result.study]}",
+        f"Orders of correcting {'scans' if dimension == '3D' else 'slices'} of {structure}, "
+        f"{STUDY_TITLES[result.study]}",
         ("order", "captured", "95% interval", "SegQC minus it", "p (Holm)", "SegQC is"),
         tuple(rows),
         {"captured": 3, "SegQC minus it": 3},
-        f"{study.units} {what} of {study.masks} masks. Captured: the share of the optimal order's gain over random (area "
-        f"under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random.{extra}",
+        f"{study.units} {what} of {study.masks} masks. Captured: the share of the optimal order's gain over random "
+        f"(area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random.{extra}",
     )
 
 
@@ -367,8 +371,9 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
              "true"),
             tuple(rows),
             {"IoU": 2, "precision": 2, "recall": 2},
-            f"At an error probability of {THRESHOLD:g}. IoU: from which overlap on a predicted and a true box are a pair. "
-            "Extracted: after error extraction, of the error map and of D, the true error. Intervals by patient.",
+            f"At an error probability of {THRESHOLD:g}. IoU: from which overlap on a predicted and a true box are "
+            "a pair. Extracted: after error extraction, of the error map and of D, the true error. Intervals by "
+            "patient.",
             group="boxes of",
         )  # fmt: skip
     by_method: dict[str, list[Cell]] = {}
@@ -427,9 +432,10 @@ def error_map_table(result: StudyResult, structure: str) -> Table | None:
         ("map", "method", "Dice, pooled", "95% interval", *numbers[1:]),
         tuple(rows),
         note=(
-            "Dice of the voxels with an error probability of at least 0.5 with the wrong ones: over all masks together, "
-            "and the mean of the masks' own. AP: average precision over all voxels. FP: voxels of the mask that the truth "
-            "lacks; FN: voxels that the mask lacks. After extraction: of the map and of the true error."
+            "Dice of the voxels with an error probability of at least 0.5 with the wrong ones: over all masks "
+            "together, and the mean of the masks' own. AP: average precision over all voxels. FP: voxels of the "
+            "mask that the truth lacks; FN: voxels that the mask lacks. After extraction: of the map and of the "
+            "true error."
         ),
         best={name: "highest" for name in numbers},
         group="map",
@@ -483,10 +489,11 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
         tuple(rows),
         note=(
             "MAE after calibration, raw MAE before it. Orders: share of the optimal gain captured. Variants that are "
-            "trained anew are one fold's network; compare them with 'SegQC, one network', which is the same fold of the "
-            "recipe. 'scan only' never sees the mask: what SegQC is better by is what the mask input adds. SegQC-TR learns "
-            "from one network's masks and their augmentations, 'median masks only' from its plain masks (the paper's "
-            "table 5). 'in-sample masks' has a leak on purpose: its training masks are of networks that knew the scans."
+            "trained anew are one fold's network; compare them with 'SegQC, one network', which is the same fold "
+            "of the recipe. 'scan only' never sees the mask: what SegQC is better by is what the mask input adds. "
+            "SegQC-TR learns from one network's masks and their augmentations, 'median masks only' from its plain "
+            "masks (the paper's table 5). 'in-sample masks' has a leak on purpose: its training masks are of "
+            "networks that knew the scans."
         ),
         best=best,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -503,8 +510,9 @@ def cost_table(results: Sequence[StudyResult]) -> Table | None:
         ("method", *(r.study for r in results)),
         tuple((m, *(r.seconds.get(m) for r in results)) for m in methods),
         3,
-        "Median over the masks, on the machine of the run, without reading files. With several masks of one scan in a row, "
-        "what depends on the scan only is computed once: the column of the served network, one mask per scan, says more.",
+        "Median over the masks, on the machine of the run, without reading files. With several masks of one scan "
+        "in a row, what depends on the scan only is computed once: the column of the served network, one mask per "
+        "scan, says more.",
     )
 
 
