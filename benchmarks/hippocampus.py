@@ -41,7 +41,7 @@ from segqc.training import (
 )
 from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
-from segqc.training.pairs import stored_masks, train_makers
+from segqc.training.pairs import MaskSet, stored_masks, train_makers
 from segqc.training.segmentation import plan_for
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
@@ -51,11 +51,14 @@ BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
 PER_BIN = 25
 SEGMENTER = TrainingSettings(epochs=50, fold_epochs=25, batch=4, patience=30, folds=2)
 ASSESSOR = TrainingSettings(
-    epochs=25, steps_per_epoch=40, batch=4, folds=3, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
+    epochs=38, steps_per_epoch=40, batch=4, folds=4, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
 )
 TIMES = "seconds.json"
 MEMBERS = [f"member-{k}" for k in range(ASSESSOR.folds)]
-ONLY = ["test-masks", "segmentation", *MEMBERS]
+# further networks that make training masks, on parts of the segmenter's cases: errors of many makers teach more
+PARTS = [f"part-{k}" for k in range(4)]
+CASES_OF_PART = (10, 14, 18, 22)
+ONLY = ["test-masks", "segmentation", *PARTS, *MEMBERS]
 progress = LineProgress()
 
 
@@ -91,11 +94,11 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
             subset = [learnt[int(i)] for i in rng.permutation(len(learnt))[: 12 + 8 * k]]
             settings = replace(SEGMENTER, seed=100 + k, fold_epochs=20)
             plan = plan_for(subset, settings, in_channels=1, out_channels=3)
-            name, folder = f"test maker {k + 1}", work / f"maker-{k}"
+            name, training = f"test maker {k + 1}", work / f"maker-{k}"
             # at random early epochs, as the paper's test masks: not at those that make SegQC-Net's training masks
             draws = np.random.default_rng((settings.seed, *name.encode())).integers(1, 11, size=2)
             early = sorted({int(e) for e in draws})
-            makers = train_makers(name, subset, STRUCTURES, plan, settings, folder, progress, early=early)
+            makers = train_makers(name, subset, STRUCTURES, plan, settings, training, progress, early=early)
             for m, maker in enumerate(makers):
                 for case in test:
                     scan, truth = read_case(case, (1, 2))
@@ -112,6 +115,22 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
         manifest.write_text(json.dumps(rows, indent=1))
     by_id = {c.id: c for c in test}
     return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text())]
+
+
+def masks_of_part(number: int, taught: list[Case], judged: list[Case], work: Path) -> list[MaskSet]:
+    """Masks of the judged cases by a network that has learnt on a part of the segmenter's cases, at three epochs."""
+    chosen = np.random.default_rng((200, number)).permutation(len(taught))[: CASES_OF_PART[number]]
+    settings = replace(SEGMENTER, seed=200 + number, fold_epochs=15)
+    plan = plan_for(taught, settings, in_channels=1, out_channels=3)
+    name, early = PARTS[number], (2 + number, 6 + number)
+    part = [taught[int(i)] for i in chosen]
+    makers = train_makers(name, part, STRUCTURES, plan, settings, work / name, progress, early=early)
+    return [stored_masks(makers, c, settings, work / "masks") for c in judged]
+
+
+def with_more(first: MaskSet, second: MaskSet) -> MaskSet:
+    """The masks of both, of one case."""
+    return MaskSet(first.case, np.concatenate([first.masks, second.masks]), (*first.dice, *second.dice))
 
 
 def _stratify(candidates: list[tuple[Case, Path, float]], rng: np.random.Generator) -> list[tuple[Case, Path, float]]:
@@ -201,6 +220,14 @@ def main() -> None:
         sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
     if arguments.only == "segmentation":
         return
+    for k, part in enumerate(PARTS):
+        if arguments.only in (part, None, *MEMBERS):
+            with timed(f"train another mask maker, make masks: {part}", work):
+                sets = [
+                    with_more(s, more) for s, more in zip(sets, masks_of_part(k, taught, judged, work), strict=True)
+                ]
+    if arguments.only in PARTS:
+        return
     # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
     placed = place([c.patient for c in judged], placing=Placing(folds=ASSESSOR.folds, validation_share=0.0))
     if arguments.only in MEMBERS:
@@ -246,6 +273,8 @@ def report(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
+    if not console.is_terminal:
+        console.width = 220  # a pipe has no width: nothing is to be cut off
     console.print(result["segmenter test Dice"], result["seconds"])
     for title in ("stratified masks", "served network's own masks"):
         table = Table("structure", *next(iter(result[title].values())), title=title)

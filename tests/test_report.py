@@ -34,7 +34,7 @@ from segqc.evaluation.report.figures import (
     scatter,
     styles_for,
 )
-from segqc.evaluation.report.formats import to_csv, to_latex, to_markdown
+from segqc.evaluation.report.formats import NUMBERS, to_csv, to_latex, to_markdown
 from segqc.evaluation.report.html import to_html, write_report
 from segqc.types import BoolArray, ErrorBox, FloatArray
 from segqc.volumes import Volume
@@ -151,7 +151,15 @@ def test_a_report_writes_all_its_files_and_writes_them_again_alike(tmp_path: Pat
     assert path == tmp_path / "new" / "folder" / "report.html"
     files = {str(p.relative_to(path.parent)): p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
     tables = {f"tables/{name}.{suffix}" for name in ("main", "t") for suffix in ("csv", "md", "tex")}
-    assert set(files) == {"report.html", "report.md", *tables, *(f"figures/{n}.svg" for n in ("svg", "one", "two"))}
+    kept = NUMBERS.validate_json(files["tables.json"])
+    assert [t.columns for t in kept.tables] == [t.columns for t in made.tables]
+    assert set(files) == {
+        "report.html",
+        "report.md",
+        "tables.json",
+        *tables,
+        *(f"figures/{n}.svg" for n in ("svg", "one", "two")),
+    }
     write_report(report(), path.parent)
     assert files == {str(p.relative_to(path.parent)): p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
     for target in re.findall(r"\]\((figures/[^)]+)\)", files["report.md"].decode()):

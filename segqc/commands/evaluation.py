@@ -27,6 +27,7 @@ class Study(StrEnum):
     ALL = "all"
 
 
+SHOWN_THRESHOLD = 0.5
 STUDIES: dict[Study, tuple[StudyName, ...]] = {
     Study.CORRECTIONS: ("corrections",),
     Study.STRATIFIED: ("stratified", "served"),
@@ -95,11 +96,15 @@ def evaluate(
         results = run_studies(run, STUDIES[study], progress, ablations=study is Study.ABLATION)
         report = write(run, results)
     if as_json:
-        rows = {result.study: [dict(row) for row in _rows(result)] for result in results}
+        made = _boxes if study is Study.DETECTION else _rows
+        rows = {result.study: [dict(row) for row in made(result)] for result in results}
         typer.echo(json.dumps({"studies": rows, "report": str(report)}, indent=1))
         return
     for result in results:
-        emit(_rows(result), _title(result))
+        if study is Study.DETECTION:
+            emit(_boxes(result), f"{result.study}: error boxes at a probability of 0.5, over all masks")
+        else:
+            emit(_rows(result), _title(result))
     typer.echo(f"report: {report}")
 
 
@@ -122,4 +127,23 @@ def _rows(result: StudyResult) -> list[Row]:
         }
         for row in result.rows
         if row.dimension == "3D" and row.metric == "dice"
+    ]
+
+
+def _boxes(result: StudyResult) -> list[Row]:
+    return [
+        {
+            "structure": found.structure,
+            "method": found.method,
+            "predicted": found.predicted,
+            "true": found.true,
+            "IoU": boxes.min_iou,
+            "boxes": boxes.predicted,
+            "true boxes": boxes.true,
+            "precision": boxes.precision.value,
+            "recall": boxes.recall.value,
+        }
+        for found in result.detected
+        for boxes in found.boxes
+        if boxes.threshold == SHOWN_THRESHOLD
     ]

@@ -138,11 +138,11 @@ def _versus(result: StudyResult, structure: str) -> Iterator[str]:
     known = [m for m in result_tables.methods_of(result, structure) if m in family]
     by_verdict = {v: [m for m in known if family[m].verdict == v] for v in ("better", "tie", "worse")}
     if by_verdict["worse"]:
-        yield f"Better than SegQC: {result_tables.joined(by_verdict['worse'])}."
+        yield f"More exact than SegQC: {result_tables.joined(by_verdict['worse'])}."
     if by_verdict["tie"]:
-        yield f"Tied with SegQC, no difference shown: {result_tables.joined(by_verdict['tie'])}."
+        yield f"SegQC can't be told apart from {result_tables.joined(by_verdict['tie'])}."
     if by_verdict["better"]:
-        yield f"Worse than SegQC: {result_tables.joined(by_verdict['better'])}."
+        yield f"SegQC is more exact than {result_tables.joined(by_verdict['better'])}."
     without_mask = [m for m in (SCAN_ONLY, CROSS_FITTED) if m in by_verdict["tie"] + by_verdict["worse"]]
     if without_mask:
         yield (
@@ -214,7 +214,7 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
     )
     rows: list[tuple[Cell, ...]] = [] if cohort is None else [("scans", _sides(cohort))]
     rows += [
-        ("networks of the stratified masks", f"{s.test_makers} trainings of {s.maker_epochs} epochs, best and early each"),
+        ("stratified masks", f"networks of {s.test_makers} trainings of {s.maker_epochs} epochs, best and early each"),
         ("segmenter", f"{s.segmenter.size}, {s.segmenter.epochs} epochs of {s.segmenter.steps_per_epoch} steps, batch "
                       f"{s.segmenter.batch}; cross-fitted ones {s.segmenter.fold_epochs} epochs"),
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "

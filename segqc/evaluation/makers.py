@@ -104,10 +104,19 @@ def stratified_masks(run: Run, progress: Progress) -> Manifest:
     side_by_side(run, train_test_maker, makers, progress)
     networks = tuple(f"{name}-{epoch}" for name in makers for epoch in ("best", "early"))
     manifest = run.kept("test-masks/manifest.json", MANIFESTS, lambda: _choose(run, networks, progress))
+    check_masks(run, manifest)
+    return manifest
+
+
+def check_masks(run: Run, manifest: Manifest) -> None:
+    """Compare the mask files with the manifest.
+
+    Raises:
+        CohortError: if a mask's content is not what the manifest says.
+    """
     for mask in manifest.masks:
         if mask_sha256(read_labels(test_mask_path(run, mask))) != mask.sha256:
             raise CohortError(f"{test_mask_path(run, mask)}: is not the mask of the manifest; start a new run folder")
-    return manifest
 
 
 def own_masks(run: Run, progress: Progress) -> Manifest:
@@ -197,7 +206,7 @@ def _simulate(run: Run, own: TestMask) -> TestMask:
     scan, truth = read_case(case, label_values(run.cohort.structures))
     mask = read_labels(test_mask_path(run, own), scan=scan)
     corrected = simulated_correction(
-        np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.extraction
+        np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.annotator
     )
     after = Volume(corrected, scan.affine, scan.acquisition_axis)
     name = f"{own.case}-{CORRECTIONS}"

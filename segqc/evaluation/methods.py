@@ -67,7 +67,7 @@ def _never_a_mask(settings: TrainingSettings) -> TrainingSettings:
 ASSESSING: Mapping[str, Assessing] = {
     SEGQC: Assessing(),
     SCAN_ONLY: Assessing(_never_a_mask, scan_only=True),
-    "SegQC, paper's recipe": Assessing(_paper),
+    "paper's SegQC": Assessing(_paper),
     "SegQC-TR": Assessing(single=True),
 }
 ABLATIONS: Mapping[str, Assessing] = {
@@ -98,6 +98,11 @@ def methods(*, ablations: bool = False) -> list[str]:
     """The names of all methods, in the order of tables."""
     names = [*ASSESSING, *UNTRAINED, *LEARNT_SCORES, CONSTANT]
     return names + [f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS] * ablations
+
+
+def calibrating_folds(run: Run, method: str) -> list[int]:
+    """The folds whose masks calibrate a method; a variant has one network, and so one fold."""
+    return [0] if method in ABLATIONS else list(range(run.settings.folds))
 
 
 def train(run: Run, name: str) -> None:

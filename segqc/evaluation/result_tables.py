@@ -12,7 +12,7 @@ from segqc.evaluation.report.document import UNDEFINED, Cell, Table
 from segqc.evaluation.studies import Compared, Detected, Dimension, Row, StudyName, StudyResult
 from segqc.metrics import METRIC_NAMES, MetricName
 
-OWN = (SEGQC, "SegQC-TR", "SegQC, paper's recipe")
+OWN = (SEGQC, "SegQC-TR", "paper's SegQC")
 VARIANTS = (f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS)
 REFERENCES = (OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL)
 CONTROL = (SEGQC, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
@@ -147,9 +147,8 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
 
 def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     """MAE and Pearson of every metric, 3D and 2D (paper, tables 1, 2 and 4), and 2D by which slices count."""
-    measured: list[tuple[str, MetricName, Dimension, str | None]] = [
-        (f"{SHOWN[m]} {d}", m, d, s) for d, s in (("3D", None), ("2D", "mask")) for m in METRIC_NAMES
-    ]  # type: ignore[misc]
+    kinds: tuple[tuple[Dimension, str | None], ...] = (("3D", None), ("2D", "mask"))
+    measured = [(f"{SHOWN[m]} {d}", m, d, s) for d, s in kinds for m in METRIC_NAMES]
     for kind, aim in (("mae", "lowest"), ("pearson", "highest")):
         rows = []
         for method in methods_of(result, structure):
@@ -221,7 +220,7 @@ def comparison_tables(result: StudyResult, structure: str) -> Iterator[Table]:
         if table is not None:
             yield table
     families = {
-        f"{SHOWN[m]} {d} {'MAE' if s == 'mae' else 'rank'}": judged(find_compared(result, structure, m, d, s))  # type: ignore[arg-type]
+        f"{SHOWN[m]} {d} {'MAE' if s == 'mae' else 'rank'}": judged(find_compared(result, structure, m, d, s))
         for d in ("3D", "2D")
         for m in ("dice", "iou", "arvd")
         for s in ("mae", "spearman")

@@ -15,6 +15,9 @@ _SEGMENTER = TrainingSettings(epochs=40, fold_epochs=25, steps_per_epoch=20, bat
 _MASKS_TO_LEARN_FROM = TrainingSettings(
     epochs=25, steps_per_epoch=40, batch=4, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
 )
+_ANNOTATOR = ExtractionSettings(
+    band_mm=1.0, max_band_share=0.3, min_component_mm2=10.0, max_component_share=0.1, regrow=1.0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class EvaluationSettings:
         per_bin: masks in each of them.
         boxes: how error maps become boxes.
         extraction: how errors are told from observer variability.
+        annotator: what a simulated annotator corrects: here errors that leave a band of 1 mm, whole.
         box_thresholds: error probabilities at which boxes are counted.
         box_ious: overlaps at which a box counts as found (paper, section 4.4).
         group_pattern: a regular expression that finds the group of a patient in the patient's name (its first group, or
@@ -58,6 +62,7 @@ class EvaluationSettings:
     per_bin: int = 24
     boxes: BoxSettings = field(default_factory=BoxSettings)
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
+    annotator: ExtractionSettings = _ANNOTATOR
     box_thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     box_ious: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)
     group_pattern: str | None = None

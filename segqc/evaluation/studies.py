@@ -24,7 +24,7 @@ from segqc.evaluation.makers import (
     training_masks,
     truth_of,
 )
-from segqc.evaluation.methods import CONSTANT, SEGQC, judge_of, slug
+from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, slug
 from segqc.evaluation.run import Run
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
 from segqc.regions import BoxSettings, largest_box_area_mm2
@@ -198,7 +198,7 @@ def judge_method(run: Run, name: str) -> None:
     study, _, method = name.partition("/")
     s, structures = run.settings, run.cohort.structures
     largest = largest_boxes(run)
-    for fold in range(s.folds):
+    for fold in calibrating_folds(run, method):
         path = judgement_path(run, f"{CALIBRATION}-{fold}", method)
         if not path.is_file():
             estimator = judge_of(run, method, [fold])
@@ -276,7 +276,8 @@ class _Study:
         folds = range(run.settings.folds)
         self.known = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
         self.on_known = {
-            m: [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)) for k in folds] for m in methods
+            m: [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)) for k in calibrating_folds(run, m)]
+            for m in methods
         }
 
     def rng(self, *of: int) -> np.random.Generator:
@@ -326,9 +327,10 @@ class _Study:
         chosen = self._chosen(self.truth, k, slices)
         raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.said[method], self.truth))
         whose = np.array(self.truth.patients if dimension == "3D" else self.truth.slice_patients)[chosen]
-        known = [self._chosen(t, k, slices) for t in self.known]
+        truths = [self.known[fold] for fold in calibrating_folds(self.run, method)]
+        known = [self._chosen(t, k, slices) for t in truths]
         x = np.concatenate([getattr(j, column)[:, k, m][c] for j, c in zip(self.on_known[method], known, strict=True)])
-        y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(self.known, known, strict=True)])
+        y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(truths, known, strict=True)])
         line = fit_calibration(x, y, metric=metric)
         constant = float(np.nanmean(y)) if np.isfinite(y).any() else None
         return _Values(raw, line.apply(raw), true, tuple(whose.tolist()), constant)

@@ -1,12 +1,15 @@
-"""A table as CSV, Markdown and LaTeX; a report as Markdown."""
+"""A table as CSV, Markdown and LaTeX; a report as Markdown; all its numbers as JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
+from dataclasses import dataclass, replace
 
-from segqc.evaluation.report.document import MINUS, UNDEFINED, Figure, Report, Section, Table
+from pydantic import TypeAdapter
+
+from segqc.evaluation.report.document import MINUS, UNDEFINED, Cell, Figure, Report, Section, Table
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~$&])")
 # where a line starts with these, Markdown sees a list
@@ -109,6 +112,28 @@ def report_to_markdown(report: Report) -> str:
 def figure_path(figure: Figure) -> str:
     """Where a report's folder keeps a figure."""
     return f"figures/{figure.name}.{figure.suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a report says in numbers: small enough to be kept with a project, and enough to draw its tables again."""
+
+    title: str
+    facts: dict[str, str]
+    tables: tuple[Table, ...]
+
+
+NUMBERS: TypeAdapter[Numbers] = TypeAdapter(Numbers)
+
+
+def to_json(report: Report) -> str:
+    """Title, facts and tables of a report as JSON, numbers with five digits; `NUMBERS` reads it."""
+    tables = tuple(replace(table, rows=tuple(tuple(map(_short, row)) for row in table.rows)) for table in report.tables)
+    return NUMBERS.dump_json(Numbers(report.title, dict(report.facts), tables)).decode() + "\n"
+
+
+def _short(cell: Cell) -> Cell:
+    return float(f"{cell:.5g}") if isinstance(cell, float) else cell
 
 
 def _section(section: Section) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from segqc.evaluation.report.document import MINUS, Figure, Point, Report, Table
-from segqc.evaluation.report.formats import figure_path, report_to_markdown, to_csv, to_latex, to_markdown
+from segqc.evaluation.report.formats import figure_path, report_to_markdown, to_csv, to_json, to_latex, to_markdown
 from segqc.volumes import atomic_write
 
 _ENVIRONMENT = Environment(
@@ -70,8 +70,8 @@ def write_report(report: Report, folder: Path) -> Path:
     """Write a report; each file appears whole or not at all, ``report.html`` last.
 
     ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere. Beside
-    it: ``report.md``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or ``.png``). Files of the
-    same names are replaced, others are left alone.
+    it: ``report.md``, ``tables.json``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or
+    ``.png``). Files of the same names are replaced, others are left alone.
 
     Args:
         report: the report.
@@ -99,6 +99,7 @@ def _files(report: Report) -> Iterator[tuple[str, str | bytes]]:
     for figure in report.figures:
         yield figure_path(figure), figure.image
     yield "report.md", report_to_markdown(report)
+    yield "tables.json", to_json(report)
     yield "report.html", to_html(report)
 
 

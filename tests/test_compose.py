@@ -1,0 +1,172 @@
+"""From judgements to results to a report: what a reader finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segqc.assessor import mask_sha256
+from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.compose import compose, write
+from segqc.evaluation.judging import KnownMask, find_truths, judge, save
+from segqc.evaluation.makers import MANIFESTS, Manifest, TestMask
+from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
+from segqc.evaluation.report.formats import NUMBERS
+from segqc.evaluation.run import Run
+from segqc.evaluation.settings import EvaluationSettings
+from segqc.evaluation.studies import STUDIES, StudyResult, judgement_path, study_masks, study_result, truth_path
+from segqc.metrics import EmptyRule
+from segqc.training.cases import read_case
+from segqc.types import Structure
+from segqc.volumes import Volume, write_labels
+from tests.test_evaluation import make_folders, write_dataset
+
+BALL = Structure("ball", (1,))
+# how far from the true error map each method's is
+NOISE = {SEGQC: 0.0, SCAN_ONLY: 0.0, CROSS_FITTED: 0.2, TTA: 0.45}
+
+
+class Noisy:
+    """The true error map, drawn towards one half."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name, self.share = name, NOISE[name]
+        self.truth = {c.id: read_case(c, (1,))[1] for c in (*run.cohort.train, *run.cohort.test)}
+        self.case = ""
+
+    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+        wrong = BALL.mask(mask.labels.array) != BALL.mask(self.truth[self.case].array)
+        error = (wrong * (1 - self.share) + self.share * 0.3).astype(np.float32)
+        return (estimate_from_error_map(BALL.mask(mask.labels.array), error, 2, EmptyRule(0.0, 1.0)),)
+
+
+def spoilt(labels: np.ndarray, i: int) -> np.ndarray:
+    """The label map with a part of it cut off."""
+    mask = labels.copy()
+    mask[3 : 4 + i % 5] = 0
+    return mask
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult]:
+    """A run of four methods whose networks nobody had to train."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_dataset(make_folders(folder / "data"), [f"s{i:02}" for i in range(24)])
+    run = Run.open(folder / "run", data, {"ball": (1,)}, EvaluationSettings(folds=2, test_share=0.5, draws=200))
+    masks = []
+    for i, case in enumerate(run.cohort.test):
+        scan, truth = read_case(case, (1,))
+        labels = Volume(spoilt(truth.array, i), scan.affine, scan.acquisition_axis)
+        path = run.folder / "test-masks" / f"{case.id}-served.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        write_labels(labels, path)
+        masks.append(TestMask(f"{case.id}-served", case.id, case.patient, "", 0.5, mask_sha256(labels)))
+    manifest = Manifest(0, (0.0, 1.01), len(masks), ("",), tuple(masks))
+    (run.folder / "test-masks" / "served.json").write_bytes(MANIFESTS.dump_json(manifest))
+
+    def calibrating(fold: int) -> Iterator[KnownMask]:
+        for i, case in enumerate(run.cohort.held(fold)):
+            scan, truth = read_case(case, (1,))
+            labels = Volume(spoilt(truth.array, i), scan.affine, scan.acquisition_axis)
+            yield KnownMask(case.id, case.patient, MaskToJudge(scan, labels, None), truth)
+
+    def named(known: Iterator[KnownMask], method: Noisy) -> Iterator[KnownMask]:
+        for one in known:
+            method.case = one.id.removesuffix("-served")
+            yield one
+
+    for fold in range(2):
+        save(truth_path(run, f"calibration-{fold}"), find_truths(calibrating(fold), [BALL], run.settings))
+    save(truth_path(run, "served"), find_truths(study_masks(run, "served"), [BALL], run.settings))
+    for name in NOISE:
+        method = Noisy(name, run)
+        for fold in range(2):
+            said = judge(named(calibrating(fold), method), method, [BALL], run.settings, {}, maps=False)
+            save(judgement_path(run, f"calibration-{fold}", name), said)
+        said = judge(named(study_masks(run, "served"), method), method, [BALL], run.settings, {})
+        save(judgement_path(run, "served", name), said)
+    return run, study_result(run, "served", list(NOISE))
+
+
+def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResult]) -> None:
+    _, result = finished
+    assert STUDIES.validate_json(STUDIES.dump_json(result)) == result
+    dice = {r.method: r for r in result.rows if r.metric == "dice" and r.dimension == "3D"}
+    assert dice[SEGQC].raw.mae == pytest.approx(0.0, abs=1e-6)
+    assert dice[TTA].raw.mae is not None and dice[TTA].raw.mae > 0.05
+    family = next(c for c in result.compared if (c.metric, c.dimension, c.statistic) == ("dice", "3D", "mae"))
+    verdicts = {o: j.verdict for o, j in zip(family.others, family.judgements, strict=True)}
+    assert verdicts[SCAN_ONLY] == "tie"
+    assert verdicts[TTA] == "better"
+    captured = {o.name: o.captured.value for o in result.ordered[0].study.orders}
+    assert captured[SEGQC] == pytest.approx(1.0)
+    assert {c.kind for c in result.covered} == {"resplit", "test"}
+    found = next(d for d in result.detected if (d.method, d.predicted, d.true) == (SEGQC, "raw", "raw"))
+    assert all(b.precision.value in (1.0, None) for b in found.boxes)
+
+
+def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+    run, result = finished
+    report = compose(run, [result])
+    summary = " ".join(item for point in report.sections[0].points for item in point.items)
+    assert "can't be told apart from scan only" in summary
+    assert "more exact than" in summary and TTA in summary
+    assert "What looking at the mask adds is not shown: scan only never sees it." in summary
+    assert any("not to conclude" in section.title for section in report.sections)
+    assert {"scatter-served-ball", "risk-served-ball", "mae-served", "curves-3d-served-ball", "boxes-served-ball"} <= {
+        figure.name for figure in report.figures
+    }
+    path = write(run, [result])
+    kept = NUMBERS.validate_json((path.parent / "tables.json").read_bytes())
+    main = next(t for t in kept.tables if t.name == "main-served-ball")
+    assert [row[0] for row in main.rows] == list(NOISE)
+    assert "ball" in path.read_text()
+
+
+def test_tables_are_drawn_again_from_the_results_alone(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+    run, result = finished
+    bare = Run(tmp_path / "bare", replace(run.description, dataset=str(tmp_path / "gone")))
+    report = compose(bare, [result])
+    full = {table.name: table.rows for table in compose(run, [result]).tables}
+    again = {table.name: table.rows for table in report.tables}
+    assert set(full) - set(again) == {"masks"}
+    drawn_alike = set(again) - {"setup", "evaluated-sets"}  # these two tell of the data set and the manifest as well
+    assert all(again[name] == full[name] for name in drawn_alike)
+    assert not [figure.name for figure in report.figures if figure.name.startswith(("scatter", "risk", "example"))]
+
+
+def test_what_a_method_does_not_say_is_left_out(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    silent = replace(result, rows=tuple(r for r in result.rows if r.method != TTA), covered=())
+    report = compose(run, [silent])
+    assert TTA not in {row[0] for table in report.tables if table.name == "main-served-ball" for row in table.rows}
+    assert "Prediction intervals" not in {section.title for section in report.sections}
+    with pytest.raises(ValueError, match="at least one study with estimates"):
+        compose(run, [replace(result, rows=())])
+
+
+def test_variants_have_a_table_of_their_own(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    variant = tuple(replace(r, method="Dice loss") for r in result.rows if r.method == CROSS_FITTED)
+    report = compose(run, [result, replace(result, rows=result.rows + variant)])
+    methods = {table.name: {row[0] for row in table.rows} for table in report.tables}
+    assert "Dice loss" in methods["ablations-served-ball"]
+    assert not any("Dice loss" in names for name, names in methods.items() if not name.startswith("ablations"))
+
+
+def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+    from segqc.evaluation.cohort import CohortError
+    from segqc.evaluation.makers import check_masks
+
+    run, _ = finished
+    manifest = MANIFESTS.validate_json((run.folder / "test-masks" / "served.json").read_bytes())
+    check_masks(run, manifest)
+    wrong = Manifest(0, manifest.bins, 1, ("",), (TestMask("s00-x", "s00", "s00", "", 0.5, "0" * 64),))
+    one = run.folder / "test-masks" / f"{manifest.masks[0].id}.nii.gz"
+    (run.folder / "test-masks" / "s00-x.nii.gz").write_bytes(one.read_bytes())
+    with pytest.raises(CohortError, match=r"s00-x.nii.gz: is not the mask of the manifest"):
+        check_masks(run, wrong)
