@@ -96,17 +96,17 @@ def _summary(studies: Sequence[StudyResult], whole: str, structures: Sequence[st
     points = [point for r in studies if (point := _found(r, whole, structures)) is not None]
     tables = [t for r in studies if (t := result_tables.main_table(r, whole)) is not None]
     drawn = [f for r in studies if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
-    text = (
+    text = [
         "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good "
         "the mask is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its "
         "estimates are held against truths that no network had seen, and against other ways to get such an estimate.",
-    )
+    ]
     if min(r.patients for r in studies) < FEW_PATIENTS:
-        text += (
+        text.append(
             f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation "
             "works; it is too few for any conclusion, and ties say nothing.",
         )
-    return Section("In short", text, tuple(points), tuple(tables), tuple(drawn))
+    return Section("In short", tuple(text), tuple(points), tuple(tables), tuple(drawn))
 
 
 def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Point | None:
