@@ -158,10 +158,10 @@ def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
             continue
         unit = "scans" if ordered.dimension == "3D" else "slices"
         rival = _captured(ordered.study, TTA)
-        beside = "" if rival is None else f" (TTA: {rival:.0%})"
+        beside = "" if rival is None else f" (TTA: {number(rival, 2)})"
         yield (
-            f"Correcting {unit} in SegQC's order, worst first, captures {share:.0%} of what the perfect order "
-            f"gains over a random one{beside}."
+            f"Correcting {unit} in SegQC's order, worst first, captures {number(share, 2)} of what the perfect "
+            f"order gains over a random one{beside}{'' if share > 0 else '. That is no better than at random'}."
         )
 
 
