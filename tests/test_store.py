@@ -379,7 +379,7 @@ def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> No
         assert not assessments.was_shown(transaction, number)
         assert assessments.read(transaction, number) == written
         assert assessments.latest(transaction, "scan_1") == (number, written)
-        assert assessments.ranking(transaction) == {"scan_1": 0.7}
+        assert scans.get(transaction, "scan_1").ranking_dice == 0.7
         assert assessments.label_of(transaction, number) == mask.id
 
 
@@ -389,7 +389,7 @@ def test_a_new_mask_is_not_ranked_by_the_old_ones_estimate(store: Store, folder:
         assessments.write(transaction, make_assessment("scan_1", 0.7), mask.id)
     save_mask(store, folder.parent, "scan_1", 6, segmenter="seg2")
     with store.read() as transaction:
-        assert assessments.ranking(transaction) == {}
+        assert scans.get(transaction, "scan_1").ranking_dice is None
         assert assessments.latest(transaction, "scan_1") is None
 
 

@@ -337,7 +337,7 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
                 c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
                 c.coverage.patients, c.coverage.masks, c.coverage.resplits,
             )
-            for c in r.covered if c.kind in wanted and c.structure in structures
+            for c in r.covered if c.kind in wanted and c.structure in structures and (c.coverage.patients or c.stratum == "all")
         )  # fmt: skip
         if rows:
             level = next(c.coverage.level for c in r.covered)
@@ -374,8 +374,7 @@ def _observers(study: ObserverStudy) -> Section:
         )  # fmt: skip
 
     columns = (
-        "setting", "structures", "cases", "difference removed", "95% interval", "in slices of one expert",
-        "errors found", "voxels kept", "95% interval (kept)",
+        "setting", "structures", "cases", "removed", "95% interval", "one expert's", "found", "kept", "95% (kept)",
     )  # fmt: skip
     tables = [
         Table(
@@ -384,10 +383,10 @@ def _observers(study: ObserverStudy) -> Section:
             columns,
             rows(list(study.on_held.items())),
             note=(
-                f"{len(study.held)} scans, the other {len(study.choosing)} chose the width. Removed: share of the "
-                "voxels that two experts drew differently, in slices that both included. Found, kept: implanted "
-                f"errors over {study.settings.min_error_mm2:g} mm2 of which something survives, and their voxels. "
-                "Intervals by scan."
+                f"{len(study.held)} scans; the other {len(study.choosing)} chose the width. Removed: share of the "
+                "voxels that two experts drew differently, in slices that both included; one expert's: in the other "
+                f"slices. Found, kept: implanted errors over {study.settings.min_error_mm2:g} mm2 of which something "
+                "survives, and their voxels. Intervals by scan."
             ),
             group="setting",
         )

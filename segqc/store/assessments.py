@@ -271,12 +271,6 @@ def latest_id(transaction: Transaction, label_version: int) -> int | None:
     )
 
 
-def ranking(transaction: Transaction) -> dict[str, float]:
-    """The estimated Dice of all waiting scans that have one."""
-    query = select(Scan.name, Scan.ranking_dice).where(Scan.queue.is_not(None), Scan.ranking_dice.is_not(None))
-    return {name: dice for name, dice in transaction.execute(query) if dice is not None}
-
-
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:
     """The interval of each of these assessments' Dice: the worst present structure's, as the Dice itself."""
     part = AssessmentStructure
