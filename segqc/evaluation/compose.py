@@ -337,7 +337,8 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
                 c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
                 c.coverage.patients, c.coverage.masks, c.coverage.resplits,
             )
-            for c in r.covered if c.kind in wanted and c.structure in structures and (c.coverage.patients or c.stratum == "all")
+            for c in r.covered
+            if c.kind in wanted and c.structure in structures and (c.coverage.patients or c.stratum == "all")
         )  # fmt: skip
         if rows:
             level = next(c.coverage.level for c in r.covered)
