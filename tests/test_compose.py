@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +112,50 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
 def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
     run, result = finished
     report = compose(run, [result])
-    said = " ".join(" ".join([p.text, *p.items]) for section in report.sections for p in section.points)
-    assert "scan only" in said and "tie" in said.lower()
+    summary = " ".join(item for point in report.sections[0].points for item in point.items)
+    assert "can't be told apart from scan only" in summary
+    assert "more exact than" in summary and TTA in summary
+    assert "What looking at the mask adds is not shown: scan only never sees it." in summary
     assert any("not to conclude" in section.title for section in report.sections)
+    assert {"scatter-served-ball", "risk-served-ball", "mae-served", "curves-3d-served-ball", "boxes-served-ball"} <= {
+        figure.name for figure in report.figures
+    }
     path = write(run, [result])
     kept = NUMBERS.validate_json((path.parent / "tables.json").read_bytes())
     main = next(t for t in kept.tables if t.name == "main-served-ball")
     assert [row[0] for row in main.rows] == list(NOISE)
     assert "ball" in path.read_text()
+
+
+def test_tables_are_drawn_again_from_the_results_alone(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+    run, result = finished
+    bare = Run(tmp_path / "bare", replace(run.description, dataset=str(tmp_path / "gone")))
+    report = compose(bare, [result])
+    full = {table.name: table.rows for table in compose(run, [result]).tables}
+    again = {table.name: table.rows for table in report.tables}
+    assert set(full) - set(again) == {"masks"}
+    drawn_alike = set(again) - {"setup", "evaluated-sets"}  # these two tell of the data set and the manifest as well
+    assert all(again[name] == full[name] for name in drawn_alike)
+    assert not [figure.name for figure in report.figures if figure.name.startswith(("scatter", "risk", "example"))]
+
+
+def test_what_a_method_does_not_say_is_left_out(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    silent = replace(result, rows=tuple(r for r in result.rows if r.method != TTA), covered=())
+    report = compose(run, [silent])
+    assert TTA not in {row[0] for table in report.tables if table.name == "main-served-ball" for row in table.rows}
+    assert "Prediction intervals" not in {section.title for section in report.sections}
+    with pytest.raises(ValueError, match="at least one study with estimates"):
+        compose(run, [replace(result, rows=())])
+
+
+def test_variants_have_a_table_of_their_own(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    variant = tuple(replace(r, method="Dice loss") for r in result.rows if r.method == CROSS_FITTED)
+    report = compose(run, [result, replace(result, rows=result.rows + variant)])
+    methods = {table.name: {row[0] for row in table.rows} for table in report.tables}
+    assert "Dice loss" in methods["ablations-served-ball"]
+    assert not any("Dice loss" in names for name, names in methods.items() if not name.startswith("ablations"))
 
 
 def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:

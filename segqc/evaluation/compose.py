@@ -96,17 +96,17 @@ def _summary(studies: Sequence[StudyResult], whole: str, structures: Sequence[st
     points = [point for r in studies if (point := _found(r, whole, structures)) is not None]
     tables = [t for r in studies if (t := result_tables.main_table(r, whole)) is not None]
     drawn = [f for r in studies if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
-    text: tuple[str, ...] = (
+    text = [
         "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good "
         "the mask is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its "
         "estimates are held against truths that no network had seen, and against other ways to get such an estimate.",
-    )
+    ]
     if min(r.patients for r in studies) < FEW_PATIENTS:
-        text += (
+        text.append(
             f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation "
             "works; it is too few for any conclusion, and ties say nothing.",
         )
-    return Section("In short", text, tuple(points), tuple(tables), tuple(drawn))
+    return Section("In short", tuple(text), tuple(points), tuple(tables), tuple(drawn))
 
 
 def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Point | None:
@@ -138,11 +138,11 @@ def _versus(result: StudyResult, structure: str) -> Iterator[str]:
     known = [m for m in result_tables.methods_of(result, structure) if m in family]
     by_verdict = {v: [m for m in known if family[m].verdict == v] for v in ("better", "tie", "worse")}
     if by_verdict["worse"]:
-        yield f"Better than SegQC: {result_tables.joined(by_verdict['worse'])}."
+        yield f"More exact than SegQC: {result_tables.joined(by_verdict['worse'])}."
     if by_verdict["tie"]:
-        yield f"Tied with SegQC, no difference shown: {result_tables.joined(by_verdict['tie'])}."
+        yield f"SegQC can't be told apart from {result_tables.joined(by_verdict['tie'])}."
     if by_verdict["better"]:
-        yield f"Worse than SegQC: {result_tables.joined(by_verdict['better'])}."
+        yield f"SegQC is more exact than {result_tables.joined(by_verdict['better'])}."
     without_mask = [m for m in (SCAN_ONLY, CROSS_FITTED) if m in by_verdict["tie"] + by_verdict["worse"]]
     if without_mask:
         yield (
@@ -158,10 +158,10 @@ def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
             continue
         unit = "scans" if ordered.dimension == "3D" else "slices"
         rival = _captured(ordered.study, TTA)
-        beside = "" if rival is None else f" (TTA: {rival:.0%})"
+        beside = "" if rival is None else f" (TTA: {number(rival, 2)})"
         yield (
-            f"Correcting {unit} in SegQC's order, worst first, captures {share:.0%} of what the perfect order "
-            f"gains over a random one{beside}."
+            f"Correcting {unit} in SegQC's order, worst first, captures {number(share, 2)} of what the perfect "
+            f"order gains over a random one{beside}{'' if share > 0 else '. That is no better than at random'}."
         )
 
 
@@ -214,7 +214,7 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
     )
     rows: list[tuple[Cell, ...]] = [] if cohort is None else [("scans", _sides(cohort))]
     rows += [
-        ("networks of the stratified masks", f"{s.test_makers} trainings of {s.maker_epochs} epochs, twice each"),
+        ("stratified masks", f"networks of {s.test_makers} trainings of {s.maker_epochs} epochs, best and early each"),
         ("segmenter", f"{s.segmenter.size}, {s.segmenter.epochs} epochs of {s.segmenter.steps_per_epoch} steps, batch "
                       f"{s.segmenter.batch}; cross-fitted ones {s.segmenter.fold_epochs} epochs"),
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
@@ -337,7 +337,8 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
                 c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
                 c.coverage.patients, c.coverage.masks, c.coverage.resplits,
             )
-            for c in r.covered if c.kind in wanted and c.structure in structures
+            for c in r.covered
+            if c.kind in wanted and c.structure in structures and (c.coverage.patients or c.stratum == "all")
         )  # fmt: skip
         if rows:
             level = next(c.coverage.level for c in r.covered)
@@ -374,8 +375,7 @@ def _observers(study: ObserverStudy) -> Section:
         )  # fmt: skip
 
     columns = (
-        "setting", "structures", "cases", "difference removed", "95% interval", "in slices of one expert",
-        "errors found", "voxels kept", "95% interval (kept)",
+        "setting", "structures", "cases", "removed", "95% interval", "one expert's", "found", "kept", "95% (kept)",
     )  # fmt: skip
     tables = [
         Table(
@@ -384,10 +384,10 @@ def _observers(study: ObserverStudy) -> Section:
             columns,
             rows(list(study.on_held.items())),
             note=(
-                f"{len(study.held)} scans, the other {len(study.choosing)} chose the width. Removed: share of the "
-                "voxels that two experts drew differently, in slices that both included. Found, kept: implanted "
-                f"errors over {study.settings.min_error_mm2:g} mm2 of which something survives, and their voxels. "
-                "Intervals by scan."
+                f"{len(study.held)} scans; the other {len(study.choosing)} chose the width. Removed: share of the "
+                "voxels that two experts drew differently, in slices that both included; one expert's: in the other "
+                f"slices. Found, kept: implanted errors over {study.settings.min_error_mm2:g} mm2 of which something "
+                "survives, and their voxels. Intervals by scan."
             ),
             group="setting",
         )

@@ -140,7 +140,7 @@ def forest_figure(result: StudyResult, structures: Sequence[str]) -> Figure | No
         entries,
         references=constants,
         reference_label="always answering the training side's mean",
-        caption="After calibration. Lines: 95% intervals by patient. Overlap is no test: the table has tests.",
+        caption="After calibration. Lines: 95% intervals, bootstrap by patient. Overlap is no test: see the table.",
     )
 
 
@@ -199,7 +199,7 @@ def detection_figure(result: StudyResult, structure: str) -> Figure | None:
 
 
 def example_figures(run: Run, study: StudyName, structure: str, index: int) -> Iterator[Figure]:
-    """The best, the median and the worst of SegQC's estimates, judged anew; nothing where files are not there.
+    """The best, the median and the worst of SegQC's estimates, judged anew; nothing where the run's files are gone.
 
     Args:
         run: the run.

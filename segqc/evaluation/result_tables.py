@@ -176,10 +176,10 @@ def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
 
 def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
     choices: tuple[tuple[str, MetricName, str], ...] = (
-        ("Dice, slices of the mask", "dice", "mask"),
-        ("Dice, mask or truth", "dice", "all"),
-        ("ARVD, slices of the mask", "arvd", "mask"),
-        ("ARVD, 20 truth voxels", "arvd", "large"),
+        ("Dice, mask", "dice", "mask"),
+        ("Dice, either", "dice", "all"),
+        ("ARVD, mask", "arvd", "mask"),
+        ("ARVD, large", "arvd", "large"),
     )
     rows, count = [], dict[str, int]()
     for method in methods_of(result, structure):
@@ -196,7 +196,7 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
     if not rows:
         return
     names = [name for name, *_ in choices]
-    columns = ("method", *names, "Pearson, slices of the mask", "Pearson, mask or truth")
+    columns = ("method", *names, "Pearson, mask", "Pearson, either")
     counted = "; ".join(f"{name}: {count[name]}" for name in names if name in count)
     yield Table(
         f"slices-{result.study}-{slug(structure)}",
@@ -204,7 +204,8 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
         columns,
         tuple(rows),
         note=(
-            f"MAE after calibration, then Pearson of the 2D Dice. Numbers of slices: {counted}. Where only the "
+            "MAE after calibration, then Pearson of the 2D Dice. Mask: slices where the mask is not empty; "
+            f"either: mask or truth; large: at least 20 truth voxels. Numbers of slices: {counted}. Where only the "
             "truth is not empty, the true Dice is 0 however little is missing; such slices rule averages that "
             "count them. ARVD is ruled by slices with a tiny truth, unless only those with at least 20 truth "
             "voxels count."
@@ -259,8 +260,8 @@ def _differences(result: StudyResult, structure: str, dimension: Dimension) -> T
         f"comparisons-{dimension.lower()}-{result.study}-{slug(structure)}",
         f"SegQC against the others: {dimension} Dice of {structure}, {STUDY_TITLES[result.study]}",
         (
-            "method", "MAE difference", "95% interval", "p (Holm)", "SegQC is",
-            "Spearman difference", "95% interval (rank)", "p (rank)", "by rank",
+            "method", "MAE diff.", "95% interval", "p (Holm)", "SegQC is",
+            "rank diff.", "95% (rank)", "p (rank)", "by rank",
         ),
         tuple(rows),
         note=(
