@@ -8,6 +8,7 @@ import json
 import logging
 import logging.handlers
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -112,6 +113,8 @@ def _answer(listener: socket.socket, shown: str, beside: contextlib.AbstractCont
     from segqc.server.application import app
 
     logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
+    # uvicorn raises the signal again that ended it: by default that would end us before the worker is ended
+    signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     with beside:
         uvicorn.Server(config).run(sockets=[listener])
