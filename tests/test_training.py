@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from segqc.assessor import Assessor
+from segqc.placement import Placement, Placing, place
 from segqc.segmenter import Segmenter
-from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, place_patients, train_assessor
+from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example
 from segqc.training.pairs import (
@@ -59,8 +60,8 @@ def make_cases(folder: Path, count: int) -> list[Case]:
     return cases
 
 
-def placed(cases: Sequence[Case], folder: Path, share: float = 0.25):  # type: ignore[no-untyped-def]
-    return place_patients([c.patient for c in cases], folder / "folds.json", folds=2, validation_share=share, seed=0)
+def placed(cases: Sequence[Case], share: float = 0.25) -> dict[str, Placement]:
+    return place([c.patient for c in cases], placing=Placing(folds=2, validation_share=share))
 
 
 class KilledError(Exception):
@@ -82,12 +83,12 @@ class KillAt:
 
 def test_a_killed_training_resumes_at_the_epoch_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    straight = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "a", NoProgress())
+    straight = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "a", NoProgress())
     with pytest.raises(KilledError):
-        train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "b", KillAt(4, "segmentation"))
+        train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "b", KillAt(4, "segmentation"))
     assert len(json.loads((tmp_path / "b" / "curve.json").read_text())) == 1
     steps = KillAt(-1, "segmentation")
-    resumed = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "b", steps)
+    resumed = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "b", steps)
     assert steps.seen == 4, "one epoch of two steps was done, two were left"
     assert resumed.version == straight.version
     assert (tmp_path / "a" / "curve.json").read_text() == (tmp_path / "b" / "curve.json").read_text()
@@ -95,17 +96,15 @@ def test_a_killed_training_resumes_at_the_epoch_and_ends_with_the_same_weights(t
 
 def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    first = train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "t", NoProgress())
-    other = train_segmentation(
-        cases, STRUCTURES, placed(cases, tmp_path), replace(QUICK, seed=1), tmp_path / "t", NoProgress()
-    )
+    first = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "t", NoProgress())
+    other = train_segmentation(cases, STRUCTURES, placed(cases), replace(QUICK, seed=1), tmp_path / "t", NoProgress())
     assert first.version != other.version
 
 
 def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
     settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.5)
-    train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), settings, tmp_path / "t", NoProgress())
+    train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", NoProgress())
     curve = json.loads((tmp_path / "t" / "curve.json").read_text())
     assert len(curve) < 30
     losses = [point["validation_loss"] for point in curve]
@@ -115,19 +114,18 @@ def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> 
 def test_too_few_cases_are_named(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 3)
     with pytest.raises(TooFewCases, match="at least 4 patients, found 3"):
-        train_segmentation(cases, STRUCTURES, placed(cases, tmp_path), QUICK, tmp_path / "t", NoProgress())
+        train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "t", NoProgress())
 
 
-def test_a_patient_keeps_fold_and_role_when_others_come(tmp_path: Path) -> None:
-    path = tmp_path / "folds.json"
+def test_patients_are_spread_over_folds_and_roles_however_they_come() -> None:
     names = [f"p{i}" for i in range(40)]
-    before = place_patients(names[:12], path, folds=3, validation_share=0.2, seed=5)
-    after = place_patients(names, path, folds=3, validation_share=0.2, seed=5)
-    assert {n: after[n] for n in before} == before
-    assert sum(p.role == "validation" for p in after.values()) == 8
-    train = [sum(p.fold == k and p.role == "train" for p in after.values()) for k in range(3)]
-    assert max(train) - min(train) <= 1
-    assert place_patients(names, path, folds=3, validation_share=0.2, seed=99) == after
+    placing = Placing(folds=3, validation_share=0.2, seed=5)
+    first = place(names[:12], placing=placing)
+    both = {**first, **place(names[12:], already=12, placing=placing)}
+    assert sum(p.role == "validation" for p in both.values()) == 8
+    counts = [sum(p.fold == k for p in both.values()) for k in range(3)]
+    assert max(counts) - min(counts) <= 1
+    assert place(names[:12], placing=placing) == first
 
 
 def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
 
 def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    placements = placed(cases, tmp_path)
+    placements = placed(cases)
     model = train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", NoProgress())
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
@@ -165,7 +163,7 @@ def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 4)
     recipe = QUICK.paper_recipe()
     assert (recipe.output_form, recipe.loss, recipe.learning_rate) == ("direct", "dice", 5e-4)
-    model = train_assessor(cases, STRUCTURES, placed(cases, tmp_path), recipe, tmp_path / "t", NoProgress())
+    model = train_assessor(cases, STRUCTURES, placed(cases), recipe, tmp_path / "t", NoProgress())
     assert model.card.output_form == "direct"
 
 
@@ -229,7 +227,7 @@ def test_a_patch_over_the_border_is_padded_with_zeros() -> None:
 
 def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 8)
-    where = placed(cases, tmp_path)
+    where = placed(cases)
     settings = replace(QUICK, ensemble=True, epochs=2)
     trained = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
     assert trained.card.members == 2

@@ -2,7 +2,7 @@
 
 from segqc.placement import Placement
 from segqc.training.assessor import train_assessor, train_on_masks
-from segqc.training.cases import Case, TooFewCases, place_patients
+from segqc.training.cases import Case, TooFewCases
 from segqc.training.progress import LineProgress, NoProgress, Progress
 from segqc.training.segmentation import train_segmentation
 from segqc.training.settings import TrainingSettings
@@ -15,7 +15,6 @@ __all__ = [
     "Progress",
     "TooFewCases",
     "TrainingSettings",
-    "place_patients",
     "train_assessor",
     "train_on_masks",
     "train_segmentation",

@@ -44,7 +44,7 @@ def train_assessor(
     Args:
         cases: all labelled cases.
         structures: the structures to assess.
-        placements: fold and role of each patient, from `place_patients`.
+        placements: fold and role of each patient, as `segqc.placement.place` gives them.
         settings: how to train.
         folder: for the folds' networks, the masks, checkpoint and learning curve.
         progress: told after each step.

@@ -1,4 +1,4 @@
-"""Labelled cases, and the fold and role that each patient gets once and keeps."""
+"""Labelled cases, on disk and in the frame that networks see."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from segqc.networks import NetworkPlan, Spacing, Triple, canonical_scan
-from segqc.placement import Placement, Role
 from segqc.types import FloatArray, LabelArray, Structure
-from segqc.volumes import Volume, atomic_write, canonical_frame, read_labels, read_scan, to_canonical
+from segqc.volumes import Volume, canonical_frame, read_labels, read_scan, to_canonical
 
 
 class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -42,39 +40,6 @@ class Example:
     truth: LabelArray
     mask: LabelArray | None = None
     weight: float = 1.0
-
-
-_PLACEMENTS: TypeAdapter[dict[str, Placement]] = TypeAdapter(dict[str, Placement])
-
-
-def place_patients(
-    patients: Sequence[str], path: Path, *, folds: int, validation_share: float, seed: int
-) -> dict[str, Placement]:
-    """Give each new patient a fold and a role, store them, and return all; stored ones never change.
-
-    Args:
-        patients: patient names; duplicates are allowed.
-        path: the JSON file that keeps the placements.
-        folds: number of folds.
-        validation_share: share of the patients that validate and never train; at least one of four or more.
-        seed: of the random order in which new patients are placed.
-    """
-    placed = _PLACEMENTS.validate_json(path.read_bytes()) if path.is_file() else {}
-    new = sorted(set(patients) - placed.keys())
-    order = np.random.default_rng((seed, len(placed))).permutation(len(new))
-    for i in order:
-        total = len(placed) + 1
-        validating = sum(p.role == "validation" for p in placed.values())
-        # ceil - so that four patients already give one to validate with
-        wanted = int(np.ceil(total * validation_share)) if total >= 4 else 0
-        role: Role = "validation" if validating < wanted else "train"
-        counts = [sum(p.fold == k for p in placed.values() if p.role == role) for k in range(folds)]
-        placed[new[int(i)]] = Placement(int(np.argmin(counts)), role)
-    if new:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(_PLACEMENTS.dump_json(placed, indent=1))
-    return placed
 
 
 def label_values(structures: Sequence[Structure]) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def train_segmentation(
     Args:
         cases: all labelled cases.
         structures: the structures to learn.
-        placements: fold and role of each patient, from `place_patients`.
+        placements: fold and role of each patient, as `segqc.placement.place` gives them.
         settings: how to train.
         folder: for checkpoint and learning curve.
         progress: told after each step.
