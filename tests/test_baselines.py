@@ -443,7 +443,7 @@ Train = Callable[..., Regression | MapAndScore | AutoencoderFeatures]
 @pytest.mark.parametrize("train", [train_regression, train_map_and_score, train_autoencoder])
 def test_trainings_resume_are_not_repeated_and_judge_any_mask(train: Train, tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets], tmp_path)
+    placements = placed([s.case for s in sets])
     arguments = (sets, SINGLE, placements, replace(QUICK, average_flips=True))
     work = {train_regression: "regression", train_map_and_score: "map-and-score", train_autoencoder: "autoencoder"}
     straight = train(*arguments, tmp_path / "a", NoProgress())
@@ -483,7 +483,7 @@ def test_losses_fall(train: Train, tmp_path: Path) -> None:
             if ": loss " in message:
                 losses.append(float(message.rsplit(" ", 1)[1]))
 
-    train(sets, SINGLE, placed([s.case for s in sets], tmp_path, share=0.0), settings, tmp_path / "t", Listen())
+    train(sets, SINGLE, placed([s.case for s in sets], share=0.0), settings, tmp_path / "t", Listen())
     assert len(losses) == 48
     assert np.mean(losses[-12:]) < 0.8 * np.mean(losses[:12])
 
@@ -491,7 +491,7 @@ def test_losses_fall(train: Train, tmp_path: Path) -> None:
 def test_two_structures_get_their_own_numbers(tmp_path: Path) -> None:
     structures = (Structure("ball", (1,)), Structure("none", (2,)))
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets], tmp_path)
+    placements = placed([s.case for s in sets])
     scan, truth = read_case(sets[0].case, (1, 2))
     mask = MaskToJudge(scan, truth, None)
     for train in (train_regression, train_map_and_score, train_autoencoder):
@@ -514,7 +514,7 @@ def test_the_autoencoders_code_is_drawn_in_training_only() -> None:
 
 def test_scan_only_trains_without_masks(tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets], tmp_path)
+    placements = placed([s.case for s in sets])
     model = train_scan_only(sets, SINGLE, placements, QUICK, tmp_path / "t", NoProgress())
     assert model.card.output_form == "truth"
     other = [MaskSet(s.case, 1 - s.masks, s.dice) for s in sets]
