@@ -8,7 +8,7 @@
     training-masks/        masks of the training side, by networks that have not seen their scans
     networks/<method>/     what is compared: checkpoints
     judgements/            each method's numbers for every mask (.npz)
-    results.json           all tables' numbers
+    results/               every study's scores, comparisons, curves and detections
     report/                report.html, and the same as CSV, Markdown, LaTeX and SVG
 """
 
