@@ -27,9 +27,9 @@ from segqc.evaluation.observers import (
     Share,
     draw_curves,
     find_double_readings,
+    read_structures,
     study_observers,
 )
-from segqc.types import Structure
 
 WANTED = {"removed": 0.85, "found": 0.98, "kept": 0.75}
 
@@ -46,12 +46,6 @@ class Result:
 
 
 RESULT = TypeAdapter(Result)
-
-
-def structures_of(folder: Path) -> tuple[Structure, ...]:
-    """The structures of ``labels.txt``: a value and a name per line."""
-    lines = [line.split() for line in (folder / "labels.txt").read_text().splitlines() if line.strip()]
-    return tuple(Structure(name, (int(value),)) for value, name in lines)
 
 
 def number(value: float | None) -> str:
@@ -112,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=150)
     started = time.monotonic()
     readings = find_double_readings(options.data, options.first, options.second)
-    study = study_observers(readings, structures_of(options.data), report=console.print)
+    study = study_observers(readings, read_structures(options.data), report=console.print)
     result = Result(
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"{platform.machine()}, {platform.system()}, CPU",

@@ -35,6 +35,7 @@ from segqc.baselines.simple import (
     size_features,
     surface_mm2,
 )
+from segqc.baselines.soft_input import MadeMasks, train_soft_input
 from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy, TtaRuns, entropy, entropy_map, tta_dice
 from segqc.metrics import EmptyRule, true_metrics, true_slice_metrics
 from segqc.networks import ModelCard, NetworkPlan, build_network
@@ -510,6 +511,39 @@ def test_the_autoencoders_code_is_drawn_in_training_only() -> None:
     assert not torch.equal(network(x), network(x))
     network.eval()
     assert torch.equal(network(x), network(x))
+
+
+def ball_maker(sharpness: float) -> Segmenter:
+    plan = replace(PLAN, in_channels=1, out_channels=2, patch=(24, 20, 8))
+
+    class Ball(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sharpness = nn.Parameter(torch.tensor(sharpness))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.zeros_like(x), self.sharpness * x], dim=1)
+
+    return Segmenter(ModelCard(kind="segmentation", plan=plan, structures=SINGLE, values=(1,), seen=()), Ball())
+
+
+def test_soft_input_looks_at_the_makers_soft_output_of_each_mask(tmp_path: Path) -> None:
+    makers = (ball_maker(4.0), ball_maker(0.5))
+    made = [MadeMasks(s, makers, (0, 0, 1, 1)) for s in mask_sets(tmp_path, 3)]
+    settings = replace(QUICK, epochs=6, steps_per_epoch=4)
+    method = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", NoProgress())
+    scan, truth = read_case(made[0].masks.case, (1,))
+    mask = MaskToJudge(scan, truth, makers[0])
+    (one,) = method.estimate(mask)
+    assert one.error is not None and one.error.shape == scan.shape
+    (other,) = method.estimate(replace(mask, maker=makers[1]))
+    assert one.metrics != other.metrics, "another soft output is another answer"
+    assert method.estimate(replace(mask, maker=None)) == (SILENT,)
+    again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
+    assert again.estimate(mask)[0].metrics == one.metrics, "the training is taken over"
+    other_soft = [replace(m, makers=makers[::-1]) for m in made]
+    with pytest.raises(KilledError):
+        train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
 
 
 def test_scan_only_trains_without_masks(tmp_path: Path) -> None:

@@ -14,17 +14,21 @@ from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation import judging
 from segqc.evaluation.cohort import CohortError, read_cohort
+from segqc.evaluation.evaluate import observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
 from segqc.evaluation.makers import simulated_correction, with_other_pooling
 from segqc.evaluation.methods import methods, slug, trainings
+from segqc.evaluation.observers import StudySettings
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.loop.studies import StudiesError
 from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
 from segqc.networks import build_network, plan_network
 from segqc.regions import BoxSettings
+from segqc.training import NoProgress
 from segqc.types import Structure
 from segqc.volumes import Volume, write_labels, write_scan
+from tests.test_observers import write_readings
 
 BALL = (Structure("ball", (1,)),)
 NO_BAND = ExtractionSettings(band_mm=0.0, min_component_mm2=0.0)
@@ -173,6 +177,24 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     again, truths_again = judging.load_judgements(tmp_path / "said.npz"), judging.load_truths(tmp_path / "truths.npz")
     assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
     assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
+
+
+def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    run = Run.open(tmp_path / "run", data, {}, EvaluationSettings())
+    experts = tmp_path / "experts"
+    with pytest.raises(CohortError, match="no such folder"):
+        observer_study(run, experts, NoProgress())
+    experts.mkdir()
+    with pytest.raises(CohortError, match="of two experts"):
+        observer_study(run, experts, NoProgress())
+    write_readings(experts, 4)
+    (experts / "labels.txt").write_text("1 ball\n")
+    study = observer_study(run, experts, NoProgress())
+    for path in experts.iterdir():
+        path.unlink()
+    assert observer_study(run, experts, NoProgress()) == study
+    assert study.settings == StudySettings() and len(study.held) == 2
 
 
 def test_method_names_make_different_files_and_every_learnt_method_has_a_training_per_fold(tmp_path: Path) -> None:

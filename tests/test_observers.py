@@ -21,9 +21,11 @@ from segqc.evaluation.observers import (
     choose_width,
     draw_curves,
     find_double_readings,
+    find_experts,
     implant_errors,
     measure,
     read_cases,
+    read_structures,
     split_scans,
     study_observers,
 )
@@ -248,6 +250,23 @@ def test_a_wider_band_removes_more_and_keeps_less(study: ObserverStudy) -> None:
         kept = [g.implanted[0].kept.share for g in groups]
         assert removed == sorted(removed) and removed[0] < removed[-1]
         assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+
+
+def test_experts_and_structures_are_found_or_missed(tmp_path: Path) -> None:
+    folder = tmp_path
+    write_readings(folder, 2)
+    assert find_experts(folder) == ("a", "b")
+    with pytest.raises(ValueError, match=r"labels.txt: is missing"):
+        read_structures(folder)
+    (folder / "labels.txt").write_text("1 ball\n\n12 a small  one \n")
+    assert read_structures(folder) == (Structure("ball", (1,)), Structure("a small  one", (12,)))
+    (folder / "labels.txt").write_text("1 ball\nsmall 2\n")
+    with pytest.raises(ValueError, match=r"'small 2' is not a label value and a name"):
+        read_structures(folder)
+    for path in folder.glob("*_b.nii.gz"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"of two experts, found \['a'\]"):
+        find_experts(folder)
 
 
 def test_too_few_scans_are_refused(tmp_path: Path) -> None:

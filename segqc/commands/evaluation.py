@@ -65,6 +65,14 @@ def evaluate(
             help="Masks, named as the scans, that the labels of the test side are corrections of (study corrections).",
         ),
     ] = None,
+    observers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Two experts' labels of the same scans (<scan>_<expert>.nii.gz, labels.txt): how much of their "
+            "difference error extraction removes, as a section of the report.",
+        ),
+    ] = None,
     min_area: Annotated[float, typer.Option(min=0, help="Smallest error box that counts, in mm2.")] = 100.0,
     groups: Annotated[
         str | None,
@@ -81,6 +89,7 @@ def evaluate(
     """
     from segqc.evaluation.compose import write
     from segqc.evaluation.evaluate import evaluate as run_studies
+    from segqc.evaluation.evaluate import observer_study
     from segqc.evaluation.run import Run
     from segqc.evaluation.settings import EvaluationSettings
     from segqc.regions import BoxSettings
@@ -93,8 +102,9 @@ def evaluate(
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:
+        experts = None if observers is None else observer_study(run, observers, progress)
         results = run_studies(run, STUDIES[study], progress, ablations=study is Study.ABLATION)
-        report = write(run, results)
+        report = write(run, results, experts)
     if as_json:
         made = _boxes if study is Study.DETECTION else _rows
         rows = {result.study: [dict(row) for row in made(result)] for result in results}

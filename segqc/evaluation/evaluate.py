@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.makers import (
     Manifest,
     correction_masks,
@@ -17,10 +21,18 @@ from segqc.evaluation.makers import (
     training_masks,
 )
 from segqc.evaluation.methods import methods, train, trainings
+from segqc.evaluation.observers import (
+    ObserverStudy,
+    find_double_readings,
+    find_experts,
+    read_structures,
+    study_observers,
+)
 from segqc.evaluation.run import Run, quiet, side_by_side
 from segqc.evaluation.studies import STUDIES, StudyName, StudyResult, find_truths, judge_method, study_result
 from segqc.training import Progress
 
+OBSERVERS = TypeAdapter(ObserverStudy)
 MAKE_MASKS: Mapping[StudyName, Callable[[Run, Progress], Manifest]] = {
     "stratified": stratified_masks,
     "served": own_masks,
@@ -58,6 +70,35 @@ def evaluate(
         name = f"results/{study}{'-ablations' if ablations else ''}.json"
         results.append(run.kept(name, STUDIES, functools.partial(study_result, run, study, compared)))
     return results
+
+
+def observer_study(run: Run, folder: Path, progress: Progress) -> ObserverStudy:
+    """Hold the run's error extraction against what two experts draw differently, or read what was found.
+
+    Args:
+        run: the run folder, which keeps the result under the folder's name.
+        folder: label files ``<scan>_<expert>`` of two experts, and ``labels.txt`` with the structures.
+        progress: told about each curve.
+
+    Raises:
+        CohortError: if the folder does not hold them, or one of them can't be used.
+    """
+
+    def make() -> ObserverStudy:
+        try:
+            readings = find_double_readings(folder, *find_experts(folder))
+            return study_observers(
+                readings,
+                read_structures(folder),
+                base=run.settings.extraction,
+                report=lambda what: progress.step(0, 1, what),
+            )
+        except ValueError as error:
+            raise CohortError(str(error)) from error
+
+    if not folder.is_dir():
+        raise CohortError(f"{folder}: no such folder; name one of two experts' label files")
+    return run.kept(f"results/observers-{folder.resolve().name}.json", OBSERVERS, make)
 
 
 def train_mask_makers(run: Run, name: str) -> None:

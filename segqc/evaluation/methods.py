@@ -16,18 +16,19 @@ import numpy as np
 from segqc.assessor import Assessor
 from segqc.baselines.autoencoder import train_autoencoder
 from segqc.baselines.ensembles import EnsemblePairs
-from segqc.baselines.estimates import Estimator
+from segqc.baselines.estimates import EMPTY_UNDER_MM3, Estimator
 from segqc.baselines.map_and_score import train_map_and_score
 from segqc.baselines.maps import CrossFittedMean, MapEstimator, ScanOnly, SoftOutput
 from segqc.baselines.regression import train_regression
 from segqc.baselines.simple import fit_constant, fit_size_regression, judged_masks
+from segqc.baselines.soft_input import MadeMasks, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy
 from segqc.evaluation.makers import fold_makers, training_masks
 from segqc.evaluation.run import Run, quiet
 from segqc.training import Placement
 from segqc.training.assessor import fit_assessor
-from segqc.training.pairs import MaskSet, masks_of
+from segqc.training.pairs import MaskSet, makers_of_masks, masks_of
 from segqc.training.segmentation import plan_for
 from segqc.training.settings import TrainingSettings
 
@@ -77,6 +78,10 @@ ABLATIONS: Mapping[str, Assessing] = {
     "Dice loss": Assessing(lambda s: replace(s, loss="dice")),
     "no empty masks": Assessing(lambda s: replace(s, empty_mask_share=0.0)),
 }
+SOFT_INPUT = "soft input"
+ONE_NETWORK, FLIPS_AVERAGED = f"{SEGQC}, one network", f"{SEGQC}, flips averaged"
+TRAINED_VARIANTS = (*ABLATIONS, SOFT_INPUT)  # of one network each
+VARIANTS = (ONE_NETWORK, FLIPS_AVERAGED, *TRAINED_VARIANTS)
 LEARNT_SCORES: Mapping[str, Callable[..., Estimator]] = {
     "regression": train_regression,
     "map and score": train_map_and_score,
@@ -91,18 +96,18 @@ def trainings(run: Run, *, ablations: bool) -> list[str]:
     methods = [*ASSESSING, *LEARNT_SCORES]
     full = [f"{method}@{fold}" for method in methods for fold in range(run.settings.folds)]
     # one fold of each variant is compared with the same fold of the recipe
-    return full + ([f"{name}@0" for name in ABLATIONS] if ablations else [])
+    return full + ([f"{name}@0" for name in TRAINED_VARIANTS] if ablations else [])
 
 
 def methods(*, ablations: bool = False) -> list[str]:
     """The names of all methods, in the order of tables."""
     names = [*ASSESSING, *UNTRAINED, *LEARNT_SCORES, CONSTANT]
-    return names + [f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS] * ablations
+    return [*names, *VARIANTS] if ablations else names
 
 
 def calibrating_folds(run: Run, method: str) -> list[int]:
     """The folds whose masks calibrate a method; a variant has one network, and so one fold."""
-    return [0] if method in ABLATIONS else list(range(run.settings.folds))
+    return [0] if method in TRAINED_VARIANTS else list(range(run.settings.folds))
 
 
 def train(run: Run, name: str) -> None:
@@ -110,6 +115,8 @@ def train(run: Run, name: str) -> None:
     method, _, fold = name.rpartition("@")
     if method in LEARNT_SCORES:
         _learnt_scores(run, method, int(fold))
+    elif method == SOFT_INPUT:
+        _soft_input(run, int(fold))
     else:
         _assessor(run, method, int(fold))
 
@@ -117,15 +124,16 @@ def train(run: Run, name: str) -> None:
 def judge_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
     """The method as made from the networks of some folds: one that has not seen a mask's patient, or all for a test."""
     s, structures = run.settings, run.cohort.structures
-    name, _, variant = method.partition(", ")
-    if method in ASSESSING or method in ABLATIONS or variant in ("one network", "flips averaged"):
-        base = method if method in ASSESSING or method in ABLATIONS else name
-        folds = folds[:1] if method in ABLATIONS or variant == "one network" else folds
+    if method in ASSESSING or method in ABLATIONS or method in (ONE_NETWORK, FLIPS_AVERAGED):
+        base = SEGQC if method in (ONE_NETWORK, FLIPS_AVERAGED) else method
+        folds = folds[:1] if method in ABLATIONS or method == ONE_NETWORK else folds
         assessors = [_assessor(run, base, fold) for fold in folds]
-        if variant == "flips averaged":
+        if method == FLIPS_AVERAGED:
             assessors = [Assessor(replace(a.card, average_flips=True), a.network) for a in assessors]
         recipe = ASSESSING.get(base) or ABLATIONS[base]
         return ScanOnly(assessors, name=method) if recipe.scan_only else MapEstimator(assessors, name=method)
+    if method == SOFT_INPUT:
+        return _soft_input(run, folds[0])
     if method in LEARNT_SCORES:
         return MeanOfEstimators([_learnt_scores(run, method, fold) for fold in folds], name=method)
     if method in (CROSS_FITTED, "ensemble", "ensemble pairs"):
@@ -173,7 +181,7 @@ def _sets(run: Run, recipe: Assessing, fold: int) -> list[MaskSet]:
     sets = [m for k in others for m in training_masks(run, k)]
     if not recipe.single:
         return sets
-    count = masks_of_the_first(run.settings.segmenter) if recipe.augmented else 1
+    count = makers_of_masks(1, run.settings.segmenter).count(0) if recipe.augmented else 1
     return [MaskSet(m.case, m.masks[:count], m.dice[:count]) for m in sets]
 
 
@@ -188,17 +196,24 @@ def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
     return made
 
 
+def _soft_input(run: Run, fold: int) -> Estimator:
+    s, folder = run.settings, run.folder / "networks" / slug(SOFT_INPUT) / f"fold-{fold}"
+    made = []
+    for k in range(s.folds):
+        if k != fold:
+            makers = fold_makers(run, k)
+            numbers = makers_of_masks(len(makers), s.segmenter)
+            made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
+    settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
+    return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, quiet())
+
+
 def _learnt_scores(run: Run, method: str, fold: int) -> Estimator:
     s, folder = run.settings, run.folder / "networks" / slug(method) / f"fold-{fold}"
     settings = replace(s.assessor, epochs=s.score_epochs, seed=10 * (s.seed + 1) + fold)
     sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
     placed = {p: Placement(0, "train") for p in run.cohort.fold}
     return LEARNT_SCORES[method](sets, run.cohort.structures, placed, settings, folder, quiet())
-
-
-def masks_of_the_first(settings: TrainingSettings) -> int:
-    """How many of a case's masks are by its first network: the median and one per member of the group."""
-    return 1 + (8 if settings.transposes else 4) * (1 + len(settings.contrasts))
 
 
 def slug(method: str) -> str:

@@ -244,6 +244,37 @@ def find_double_readings(folder: Path, first: str, second: str) -> tuple[DoubleR
     return tuple(found)
 
 
+def find_experts(folder: Path) -> tuple[str, str]:
+    """The two experts of a folder of label files named ``<scan>_<expert>``, in alphabetical order.
+
+    Raises:
+        ValueError: if the files are not of exactly two experts.
+    """
+    names = {scan_id(path) for path in folder.iterdir() if path.name.endswith(FILE_SUFFIXES)}
+    experts = sorted({name.rpartition("_")[2] for name in names if "_" in name})
+    if len(experts) != 2:
+        raise ValueError(
+            f"{folder}: label files must be named <scan>_<expert> and be of two experts, found {experts or 'none'}"
+        )
+    return experts[0], experts[1]
+
+
+def read_structures(folder: Path) -> tuple[Structure, ...]:
+    """The structures of a folder's ``labels.txt``: a label value and a name per line.
+
+    Raises:
+        ValueError: if the file is missing, or a line is none of these.
+    """
+    path = folder / "labels.txt"
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; write a label value and a structure's name in each of its lines")
+    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+    wrong = [" ".join(line) for line in lines if len(line) != 2 or not line[0].isdecimal()]
+    if wrong:
+        raise ValueError(f"{path}: the line {wrong[0]!r} is not a label value and a name")
+    return tuple(Structure(name.strip(), (int(value),)) for value, name in lines)
+
+
 def read_cases(
     reading: DoubleReading, structures: Sequence[Structure], settings: StudySettings
 ) -> tuple[ObserverCase, ...]:

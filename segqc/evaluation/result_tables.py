@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from segqc.evaluation import statistics
 from segqc.evaluation.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.detection import DetectionScores
-from segqc.evaluation.methods import ABLATIONS, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
+from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, VARIANTS
 from segqc.evaluation.report.document import UNDEFINED, Cell, Table
 from segqc.evaluation.studies import Compared, Detected, Dimension, Row, StudyName, StudyResult
 from segqc.metrics import METRIC_NAMES, MetricName
 
 OWN = (SEGQC, "SegQC-TR", "paper's SegQC")
-VARIANTS = (f"{SEGQC}, one network", f"{SEGQC}, flips averaged", *ABLATIONS)
 REFERENCES = (OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL)
 CONTROL = (SEGQC, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
 THRESHOLD = 0.5
@@ -493,7 +492,7 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
             "of the recipe. 'scan only' never sees the mask: what SegQC is better by is what the mask input adds. "
             "SegQC-TR learns from one network's masks and their augmentations, 'median masks only' from its plain "
             "masks (the paper's table 5). 'in-sample masks' has a leak on purpose: its training masks are of "
-            "networks that knew the scans."
+            "networks that knew the scans. 'soft input' sees the soft output of the mask's maker as well."
         ),
         best=best,  # type: ignore[arg-type]
     )  # fmt: skip

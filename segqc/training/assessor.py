@@ -152,18 +152,8 @@ def fit_assessor(
 ) -> Assessor:
     """Train one SegQC-Net, uncalibrated; without validation masks the last epoch's weights are taken."""
     values = label_values(structures)
-    job = Job(
-        name=name,
-        plan=plan,
-        settings=settings,
-        epochs=settings.epochs,
-        train=mask_examples(train, values, plan),
-        validation=mask_examples(validation, values, plan),
-        prepare=_prepare(structures, settings),
-        loss=_loss(settings),
-        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
-        first_bias=_FIRST_BIAS if settings.output_form == "truth" else None,
-    )
+    examples, validating = (mask_examples(sets, values, plan) for sets in (train, validation))
+    job = assessor_job(name, plan, examples, validating, structures, settings)
     card = ModelCard(
         kind="segqc",
         plan=plan,
@@ -174,6 +164,29 @@ def fit_assessor(
         average_flips=settings.average_flips,
     )
     return Assessor(card, fit(job, folder, progress).network)
+
+
+def assessor_job(
+    name: str,
+    plan: NetworkPlan,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    structures: Sequence[Structure],
+    settings: TrainingSettings,
+) -> Job:
+    """The training of a SegQC-Net on examples with masks; where they have soft outputs, these are inputs as well."""
+    return Job(
+        name=name,
+        plan=plan,
+        settings=settings,
+        epochs=settings.epochs,
+        train=train,
+        validation=validation,
+        prepare=_prepare(structures, settings),
+        loss=_loss(settings),
+        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
+        first_bias=_FIRST_BIAS if settings.output_form == "truth" else None,
+    )
 
 
 def ensemble(members: Sequence[Assessor]) -> Assessor:
@@ -207,7 +220,8 @@ def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> Pre
         mask, truth = mask_channels(batch["mask"], structures), mask_channels(batch["truth"], structures)
         # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
         target = truth if settings.output_form == "truth" else (mask != truth).float()
-        return torch.cat([batch["image"], mask], dim=1), target
+        further = [batch["soft"]] if "soft" in batch else []
+        return torch.cat([batch["image"], mask, *further], dim=1), target
 
     return prepare
 

@@ -76,6 +76,12 @@ def masks_of(
     return MaskSet(case, np.stack(masks), dice)
 
 
+def makers_of_masks(makers: int, settings: TrainingSettings) -> tuple[int, ...]:
+    """The number of the network that made each of a case's masks, in the order of `masks_of`."""
+    group = (8 if settings.transposes else 4) * (1 + len(settings.contrasts))
+    return (0,) * (1 + group) + tuple(i for i in range(1, makers) for _ in range(2))
+
+
 def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
     """Mean true Dice over the structures that are there; 1.0 where none is."""
     dice = [true_metrics(s.mask(mask), s.mask(truth.array)).dice for s in structures]

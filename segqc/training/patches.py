@@ -28,7 +28,7 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 
 FOREGROUND_SHARE = 0.7  # of the patches are centred on a voxel of the truth or of the mask's error
 
-Patch = dict[Literal["image", "truth", "mask"], torch.Tensor]
+Patch = dict[Literal["image", "truth", "mask", "soft"], torch.Tensor]
 
 
 class Draws(Sampler[int]):
@@ -47,7 +47,8 @@ class Draws(Sampler[int]):
 class PatchDataset(Dataset[Patch]):
     """Augmented patches; item ``draw`` depends on the seed, the draw and the examples only.
 
-    Tensors: image (1, a, b, c) float, truth and mask (1, a, b, c) float label maps.
+    Tensors: image (1, a, b, c) float, truth and mask (1, a, b, c) float label maps, soft (L, a, b, c) where there is
+    one; it is empty where the mask is.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class PatchDataset(Dataset[Patch]):
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
-        self.augment = _augmentation(settings, plan, masked=self.masked)
+        self.augment = _augmentation(settings, plan, masked=self.masked, soft=examples[0].soft is not None)
         self.interesting = [_interesting(e) for e in examples]
 
     def __getitem__(self, draw: int) -> Patch:
@@ -75,6 +76,9 @@ class PatchDataset(Dataset[Patch]):
             mask = cut(example.mask, start, self.patch)
             empty = rng.random() < self.empty_share or draw < self.empty_until
             item["mask"] = torch.zeros_like(mask) if empty else mask
+            if example.soft is not None:
+                soft = cut_channels(example.soft, start, self.patch)
+                item["soft"] = torch.zeros_like(soft) if empty else soft
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
         return {key: torch.as_tensor(augmented[key]) for key in item}
@@ -99,12 +103,19 @@ def cut(array: FloatArray | LabelArray, start: Triple, patch: Triple) -> torch.T
     return torch.from_numpy(result)
 
 
+def cut_channels(array: FloatArray, start: Triple, patch: Triple) -> torch.Tensor:
+    """Cut a patch (L, a, b, c) as `cut` does, of each channel."""
+    return torch.cat([cut(channel, start, patch) for channel in array])
+
+
 def centred(example: Example, patch: Triple) -> Patch:
     """The patch around the centre of the truth's bounding box, without augmentation: what validation looks at."""
     at = centred_start(example.truth, patch)
     item: Patch = {"image": cut(example.image, at, patch), "truth": cut(example.truth, at, patch)}
     if example.mask is not None:
         item["mask"] = cut(example.mask, at, patch)
+    if example.soft is not None:
+        item["soft"] = cut_channels(example.soft, at, patch)
     return item
 
 
@@ -129,9 +140,9 @@ def _interesting(example: Example) -> Indices:
     return indices[:: max(1, len(indices) // 5000)]
 
 
-def _augmentation(settings: TrainingSettings, plan: NetworkPlan, *, masked: bool) -> Compose:
-    keys = ["image", "truth", "mask"] if masked else ["image", "truth"]
-    modes = ["bilinear"] + ["nearest"] * (len(keys) - 1)
+def _augmentation(settings: TrainingSettings, plan: NetworkPlan, *, masked: bool, soft: bool) -> Compose:
+    keys = ["image", "truth", *["mask"] * masked, *["soft"] * soft]
+    modes = ["nearest" if key in ("truth", "mask") else "bilinear" for key in keys]
     near_isotropic = max(plan.spacing_mm) < 2 * min(plan.spacing_mm)
     tilt = 0.15 if near_isotropic else 0.0  # thick slices are not tilted out of plane
     steps = [
