@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +17,14 @@ from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation import judging
 from segqc.evaluation.cohort import CohortError, read_cohort
-from segqc.evaluation.evaluate import observer_study
+from segqc.evaluation.evaluate import evaluate, observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
 from segqc.evaluation.makers import simulated_correction, with_other_pooling
 from segqc.evaluation.methods import methods, slug, trainings
 from segqc.evaluation.observers import StudySettings
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
+from segqc.evaluation.studies import STUDIES
 from segqc.loop.studies import StudiesError
 from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
 from segqc.networks import build_network, plan_network
@@ -177,6 +181,52 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     again, truths_again = judging.load_judgements(tmp_path / "said.npz"), judging.load_truths(tmp_path / "truths.npz")
     assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
     assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
+
+
+def tiny(workers: int = 1) -> EvaluationSettings:
+    """Networks that have hardly learnt, masks by one training: every step of an evaluation, in seconds."""
+    quick = EvaluationSettings().quick()
+    short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(8, 8, 4))
+    return replace(
+        quick, test_makers=1, maker_epochs=2, segmenter=short, assessor=replace(short, scan_only_share=0.5),
+        score_epochs=1, per_bin=2, draws=50, workers=workers,
+    )  # fmt: skip
+
+
+def evaluate_tiny(data: Path, folder: Path, workers: int) -> None:
+    evaluate(Run.open(folder, data, {}, tiny(workers)), ("stratified",), NoProgress(), ablations=True)
+
+
+@pytest.mark.server
+def test_a_killed_evaluation_goes_on_where_it_was_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    evaluate_tiny(data, tmp_path / "straight", 1)
+    killed = tmp_path / "killed"
+    process = get_context("spawn").Process(target=evaluate_tiny, args=(data, killed, 2))
+    process.start()
+    reached = killed / "networks" / "segqc" / "fold-1.pt"
+    while not reached.is_file() and process.is_alive():
+        time.sleep(0.05)
+    workers = [int(pid) for pid in children_of(process.pid)]
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was killed in mid-work"
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.05)
+    assert not list((killed / "results").glob("*")), "nothing is called a result"
+    first = reached.stat().st_mtime_ns
+    evaluate_tiny(data, killed, 1)
+    assert reached.stat().st_mtime_ns == first, "what was done is not done again"
+    one, other = (
+        STUDIES.validate_json((f / "results" / "stratified-ablations.json").read_bytes())
+        for f in (tmp_path / "straight", killed)
+    )
+    assert replace(one, seconds={}) == replace(other, seconds={})
+    assert {row.method for row in one.rows} == set(methods(ablations=True))
+
+
+def children_of(pid: int | None) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,16 +106,18 @@ def evaluate(
         experts = None if observers is None else observer_study(run, observers, progress)
         results = run_studies(run, STUDIES[study], progress, ablations=study is Study.ABLATION)
         report = write(run, results, experts)
+    _show(study, results, report, as_json=as_json)
+
+
+def _show(study: Study, results: Sequence[StudyResult], report: Path, *, as_json: bool) -> None:
+    made = _boxes if study is Study.DETECTION else _rows
     if as_json:
-        made = _boxes if study is Study.DETECTION else _rows
         rows = {result.study: [dict(row) for row in made(result)] for result in results}
         typer.echo(json.dumps({"studies": rows, "report": str(report)}, indent=1))
         return
     for result in results:
-        if study is Study.DETECTION:
-            emit(_boxes(result), f"{result.study}: error boxes at a probability of 0.5, over all masks")
-        else:
-            emit(_rows(result), _title(result))
+        boxes = f"{result.study}: error boxes at a probability of {SHOWN_THRESHOLD:g}, over all masks"
+        emit(made(result), boxes if study is Study.DETECTION else _title(result))
     typer.echo(f"report: {report}")
 
 

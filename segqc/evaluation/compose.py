@@ -6,10 +6,7 @@ Whatever a run folder no longer has (scans, networks, arrays) is left out: table
 from __future__ import annotations
 
 import itertools
-import os
-import platform
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 
 from segqc.evaluation import result_figures, result_tables
@@ -77,13 +74,12 @@ def compose(run: Run, results: Sequence[StudyResult], observers: ObserverStudy |
         else Section("What not to conclude", ("SegQC gave no estimate: nothing can be concluded.",)),
         *(_other(run, studies, s, index[s]) for s in others),
     ]
-    name = Path(run.description.dataset).name
+    name, made = Path(run.description.dataset).name, run.made()
     facts = {
         "Data set": name if cohort is None else f"{name}: {_sides(cohort)}",
         "Structures": ", ".join(structures),
         "Seed": f"{run.settings.seed} (one training of everything)",
-        "Report written": f"{date.today().isoformat()}, {platform.platform(terse=True)}, {platform.machine()}, "
-        f"{os.cpu_count()} cores",
+        "Run": f"{made.date}, {made.machine}, {made.cores} cores",
     }
     subtitle = "How well the quality of segmentation masks is estimated without their truth, against other ways"
     return Report(f"SegQC evaluation: {name}", subtitle, facts, tuple(sections))

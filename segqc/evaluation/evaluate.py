@@ -28,9 +28,9 @@ from segqc.evaluation.observers import (
     read_structures,
     study_observers,
 )
-from segqc.evaluation.run import Run, quiet, side_by_side
+from segqc.evaluation.run import Run, side_by_side
 from segqc.evaluation.studies import STUDIES, StudyName, StudyResult, find_truths, judge_method, study_result
-from segqc.training import Progress
+from segqc.training import LineProgress, Progress
 
 OBSERVERS = TypeAdapter(ObserverStudy)
 MAKE_MASKS: Mapping[StudyName, Callable[[Run, Progress], Manifest]] = {
@@ -69,6 +69,7 @@ def evaluate(
         progress.step(0, 1, f"numbers of the study: {study}")
         name = f"results/{study}{'-ablations' if ablations else ''}.json"
         results.append(run.kept(name, STUDIES, functools.partial(study_result, run, study, compared)))
+    run.made()
     return results
 
 
@@ -104,7 +105,7 @@ def observer_study(run: Run, folder: Path, progress: Progress) -> ObserverStudy:
 def train_mask_makers(run: Run, name: str) -> None:
     """Train a network that makes masks, by its name."""
     if name == "served":
-        train_served(run, quiet())
+        train_served(run, LineProgress())
     elif name.startswith("fold-"):
         train_fold_makers(run, name.removeprefix("fold-"))
     else:

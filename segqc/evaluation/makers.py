@@ -18,13 +18,13 @@ from segqc.assessor import mask_sha256
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation.agreement import find_labels
 from segqc.evaluation.cohort import CohortError
-from segqc.evaluation.run import Run, quiet, side_by_side
+from segqc.evaluation.run import Run, side_by_side
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, Triple
 from segqc.segmenter import Segmenter
 from segqc.store import corrections, labels
-from segqc.training import Case, Placement, Progress, train_segmentation
+from segqc.training import Case, LineProgress, Placement, Progress, train_segmentation
 from segqc.training.cases import label_values, load_example, read_case
 from segqc.training.fit import fit
 from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
@@ -245,7 +245,7 @@ def train_test_maker(run: Run, name: str) -> None:
         epochs=s.maker_epochs,
         snapshots=(early,),
     )
-    fitted = fit(job, run.folder / "makers" / name, quiet())
+    fitted = fit(job, run.folder / "makers" / name, LineProgress())
     best = segmenter_of(fitted, plan, cohort.structures, [c.patient for c in order[: few + len(chosen)]], settings)
     best.save(maker_path(run, f"{name}-best"))
     at_weights(best, fitted.snapshots[early]).save(maker_path(run, f"{name}-early"))
@@ -274,7 +274,7 @@ def fold_makers(run: Run, fold: int) -> list[Segmenter]:
     learnt = cohort.learnt(fold)
     plan = plan_for(learnt, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
     folder = run.folder / "makers" / f"fold-{fold}"
-    return train_makers(f"fold {fold}", learnt, cohort.structures, plan, settings, folder, quiet())
+    return train_makers(f"fold {fold}", learnt, cohort.structures, plan, settings, folder, LineProgress())
 
 
 def training_masks(run: Run, fold: int) -> list[MaskSet]:

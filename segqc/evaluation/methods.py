@@ -25,8 +25,8 @@ from segqc.baselines.soft_input import MadeMasks, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy
 from segqc.evaluation.makers import fold_makers, training_masks
-from segqc.evaluation.run import Run, quiet
-from segqc.training import Placement
+from segqc.evaluation.run import Run
+from segqc.training import LineProgress, Placement
 from segqc.training.assessor import fit_assessor
 from segqc.training.pairs import MaskSet, makers_of_masks, masks_of
 from segqc.training.segmentation import plan_for
@@ -167,7 +167,9 @@ def _assessor(run: Run, method: str, fold: int) -> Assessor:
     settings = recipe.change(replace(run.settings.assessor, seed=10 * (run.settings.seed + 1) + fold))
     sets = _sets(run, recipe, fold)
     plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
-    assessor = fit_assessor(f"{method} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), quiet())
+    assessor = fit_assessor(
+        f"{method} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), LineProgress()
+    )
     assessor.save(path)
     return assessor
 
@@ -205,7 +207,7 @@ def _soft_input(run: Run, fold: int) -> Estimator:
             numbers = makers_of_masks(len(makers), s.segmenter)
             made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
     settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
-    return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, quiet())
+    return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, LineProgress())
 
 
 def _learnt_scores(run: Run, method: str, fold: int) -> Estimator:
@@ -213,7 +215,7 @@ def _learnt_scores(run: Run, method: str, fold: int) -> Estimator:
     settings = replace(s.assessor, epochs=s.score_epochs, seed=10 * (s.seed + 1) + fold)
     sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
     placed = {p: Placement(0, "train") for p in run.cohort.fold}
-    return LEARNT_SCORES[method](sets, run.cohort.structures, placed, settings, folder, quiet())
+    return LEARNT_SCORES[method](sets, run.cohort.structures, placed, settings, folder, LineProgress())
 
 
 def slug(method: str) -> str:

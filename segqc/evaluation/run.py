@@ -14,9 +14,12 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
+import platform
 import re
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +31,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from segqc.evaluation.cohort import Cohort, CohortError, read_cohort
 from segqc.evaluation.settings import EvaluationSettings
-from segqc.training import LineProgress, Progress
+from segqc.loop.lifetime import die_with_parent
+from segqc.training import Progress
 from segqc.volumes import atomic_write
 
 T = TypeVar("T")
@@ -44,6 +48,16 @@ class Description:
     masks: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """When and where a run's numbers were made."""
+
+    date: str
+    machine: str
+    cores: int
+
+
+_MADE = TypeAdapter(Made)
 _DESCRIPTIONS: TypeAdapter[Description] = TypeAdapter(Description)
 
 
@@ -103,6 +117,15 @@ class Run:
             most_cases=s.most_cases,
         )
 
+    def made(self) -> Made:
+        """When and where the run's numbers were made: noted at the first call, then read."""
+
+        def now() -> Made:
+            machine = f"{platform.platform(terse=True)}, {platform.machine()}"
+            return Made(datetime.date.today().isoformat(), machine, os.cpu_count() or 1)
+
+        return self.kept("results/made.json", _MADE, now)
+
     def groups_of(self, patients: Sequence[str]) -> list[str]:
         """The group of each patient, by the settings' pattern; all alike where there is none."""
         pattern = re.compile(self.settings.group_pattern or "$")
@@ -132,7 +155,9 @@ def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str
             progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
             work(run, name)
         return
-    pool = ProcessPoolExecutor(run.settings.workers, get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPoolExecutor(
+        run.settings.workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
+    )
     with pool:
         waiting = {name: pool.submit(work, run, name) for name in names}
         for i, (name, future) in enumerate(waiting.items()):
@@ -141,7 +166,9 @@ def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str
     progress.step(len(names), len(names), f"{work.__name__.strip('_')}: done")
 
 
-def _one_thread() -> None:
+def _begin_worker(parent: int) -> None:
+    # a killed evaluation must not go on half: nobody would take its results, and the next one would do the same work
+    die_with_parent(signal.SIGKILL, parent)
     import torch
 
     torch.set_num_threads(1)
@@ -150,8 +177,3 @@ def _one_thread() -> None:
 
 def _comparable(description: Description) -> Description:
     return replace(description, settings=description.settings.numbers())
-
-
-def quiet() -> Progress:
-    """The progress of a piece of work in its own process."""
-    return LineProgress()
