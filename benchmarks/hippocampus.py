@@ -1,10 +1,15 @@
 """Does the method hold on real scans? MSD hippocampus, from training to the estimate's error on held-out masks.
 
-At most 30 of the train split's cases teach the segmentation network; SegQC-Net learns on the other 80, on masks of
-networks that never saw them. The stratified test masks are made by other networks, and fixed (with their hashes in
-the result) before SegQC-Net is trained. Resumable: run it again after an interruption.
+At most 30 of the train split's cases teach the segmentation network. SegQC-Net learns on masks of networks that never
+saw their scans: recipe ``single`` on the other 80 cases, all with masks of the same two networks; recipe ``crossfit``
+as the product trains it, on all 110, each fold's with masks of its own network, so that every SegQC-Net of the ensemble
+is calibrated on patients and on a network that it does not know. The stratified test masks are made by other networks,
+and fixed (with their hashes in the result) before SegQC-Net is trained. Resumable: run it again after an interruption.
 
     python benchmarks/hippocampus.py --data $SEGQC_DATA/msd-hippocampus --work /tmp/hippocampus
+
+With ``crossfit`` parts can run side by side, one thread each: ``--only`` test-masks and segmentation, then fold-0 to
+fold-2, then member-0 to member-2, then all of it without ``--only``.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from segqc.training import (
 )
 from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
-from segqc.training.pairs import MaskSet, stored_masks, train_makers
+from segqc.training.pairs import fold_masks, stored_masks, train_makers
 from segqc.training.segmentation import plan_for
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
@@ -54,16 +59,14 @@ SINGLE = TrainingSettings(
     epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25,
     average_flips=True, ensemble=False,
 )  # fmt: skip
-ENSEMBLE = TrainingSettings(
-    epochs=38, steps_per_epoch=40, batch=4, folds=4, scan_only_share=0.25, empty_mask_share=0.25
+CROSSFIT = TrainingSettings(
+    epochs=25, fold_epochs=25, steps_per_epoch=40, batch=4, folds=3, scan_only_share=0.25, empty_mask_share=0.25
 )  # fmt: skip
-RECIPES = {"single": SINGLE, "ensemble": ENSEMBLE}
+RECIPES = {"single": SINGLE, "crossfit": CROSSFIT}
 TIMES = "seconds.json"
-MEMBERS = [f"member-{k}" for k in range(ENSEMBLE.folds)]
-# the ensemble's further networks that make training masks, on parts of the segmenter's cases
-PARTS = [f"part-{k}" for k in range(4)]
-CASES_OF_PART = (10, 14, 18, 22)
-ONLY = ["test-masks", "segmentation", *PARTS, *MEMBERS]
+FOLDS = [f"fold-{k}" for k in range(CROSSFIT.folds)]
+MEMBERS = [f"member-{k}" for k in range(CROSSFIT.folds)]
+ONLY = ["test-masks", "segmentation", *FOLDS, *MEMBERS]
 progress = LineProgress()
 
 
@@ -122,20 +125,36 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
     return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text())]
 
 
-def masks_of_part(number: int, taught: list[Case], judged: list[Case], work: Path) -> list[MaskSet]:
-    """Masks of the judged cases by a network that has learnt on a part of the segmenter's cases, at three epochs."""
-    chosen = np.random.default_rng((200, number)).permutation(len(taught))[: CASES_OF_PART[number]]
-    settings = replace(SEGMENTER, seed=200 + number, fold_epochs=15)
-    plan = plan_for(taught, settings, in_channels=1, out_channels=3)
-    name, early = PARTS[number], (2 + number, 6 + number)
-    part = [taught[int(i)] for i in chosen]
-    makers = train_makers(name, part, STRUCTURES, plan, settings, work / name, progress, early=early)
-    return [stored_masks(makers, c, settings, work / "masks") for c in judged]
+def train_single(taught: list[Case], judged: list[Case], segmenter: Segmenter, work: Path) -> Assessor:
+    """One SegQC-Net, on masks of the served network and of another one that the same cases have taught."""
+    with timed("train a mask maker, make masks", work):
+        plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
+        makers = train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
+        sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
+    placed = place([c.patient for c in judged], placing=Placing(folds=2, validation_share=SINGLE.validation_share))
+    with timed("train SegQC-Net (what is left of it), calibrate", work):
+        return train_on_masks(sets, STRUCTURES, placed, SINGLE, work / "segqc-single", progress)
 
 
-def with_more(first: MaskSet, second: MaskSet) -> MaskSet:
-    """The masks of both, of one case."""
-    return MaskSet(first.case, np.concatenate([first.masks, second.masks]), (*first.dice, *second.dice))
+def train_crossfit(cases: list[Case], only: str | None, work: Path) -> Assessor | None:
+    """The product's way: a network per fold that makes masks, and one that judges; None where only a part was asked."""
+    # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
+    placed = place([c.patient for c in cases], placing=Placing(folds=CROSSFIT.folds, validation_share=0.0))
+    plan, folder = plan_for(cases, CROSSFIT, in_channels=1, out_channels=3), work / "segqc-crossfit"
+    makers = replace(CROSSFIT, steps_per_epoch=SEGMENTER.steps_per_epoch)
+    sets = []
+    for k, fold in enumerate(FOLDS):
+        if only in (fold, None, *MEMBERS):
+            with timed(f"train a mask maker, make masks: {fold}", work):
+                sets += fold_masks(k, cases, STRUCTURES, placed, plan, makers, folder, progress)
+    for k, member in enumerate(MEMBERS):
+        if only in (member, None):
+            with timed(f"train SegQC-Net: {member}", work):
+                train_member(k, sets, STRUCTURES, placed, CROSSFIT, folder, progress)
+    if only is not None:
+        return None
+    with timed("calibrate", work):
+        return train_on_masks(sets, STRUCTURES, placed, CROSSFIT, folder, progress)
 
 
 def _stratify(candidates: list[tuple[Case, Path, float]], rng: np.random.Generator) -> list[tuple[Case, Path, float]]:
@@ -201,54 +220,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and splits.json")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
-    parser.add_argument("--recipe", choices=RECIPES, default="single", help="one SegQC-Net, or one for each fold")
-    parser.add_argument("--only", choices=ONLY, help="one part, beside another process")
-    parser.add_argument("--out", type=Path, help="the result; by default results/hippocampus[-ensemble].json")
+    parser.add_argument("--recipe", choices=RECIPES, default="single")
+    parser.add_argument("--only", choices=ONLY, help="one part, beside another process (folds, members: crossfit)")
+    parser.add_argument("--out", type=Path, help="the result; by default results/hippocampus[-crossfit].json")
     arguments = parser.parse_args()
-    several, settings = arguments.recipe == "ensemble", RECIPES[arguments.recipe]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("ignite").setLevel(logging.WARNING)
-    work: Path = arguments.work
+    work, only, crossfit = arguments.work, arguments.only, arguments.recipe == "crossfit"
     splits = json.loads((arguments.data / "splits.json").read_text())
     train = cases_of(arguments.data, splits["train"])
     order = np.random.default_rng(0).permutation(len(train))
     taught, judged = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
     test = cases_of(arguments.data, splits["test"])
-    with timed("test masks (networks of their own)", work):
-        fixed = [] if arguments.only in ONLY[1:] else stratified_test_masks(taught, test, work)
-    if arguments.only == "test-masks":
+    if only in ("test-masks", None):
+        with timed("test masks (networks of their own)", work):
+            fixed = stratified_test_masks(taught, test, work)
+    if only in ("segmentation", None):
+        with timed("train segmentation", work):
+            placed = place([c.patient for c in taught], placing=Placing(folds=2, validation_share=0.15))
+            segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
+    if only in ("test-masks", "segmentation"):
         return
-    with timed("train segmentation", work):
-        placed = place([c.patient for c in taught], placing=Placing(folds=2, validation_share=0.15))
-        segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
-    with timed("train a mask maker, make masks", work):
-        plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
-        makers = train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
-        sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
-    if arguments.only == "segmentation":
-        return
-    for k, part in enumerate(PARTS if several else []):
-        if arguments.only in (part, None, *MEMBERS):
-            with timed(f"train another mask maker, make masks: {part}", work):
-                sets = [
-                    with_more(s, more) for s, more in zip(sets, masks_of_part(k, taught, judged, work), strict=True)
-                ]
-    if arguments.only in PARTS:
-        return
-    # in the ensemble nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
-    share = 0.0 if several else settings.validation_share
-    placed = place([c.patient for c in judged], placing=Placing(folds=settings.folds, validation_share=share))
-    folder = work / f"segqc-{arguments.recipe}"
-    if arguments.only in MEMBERS:
-        with timed(f"train SegQC-Net, {arguments.only}", work):
-            train_member(MEMBERS.index(arguments.only), sets, STRUCTURES, placed, settings, folder, progress)
-        return
-    with timed("train SegQC-Net (what is left of it), calibrate", work):
-        assessor = train_on_masks(sets, STRUCTURES, placed, settings, folder, progress)
+    if not (work / "test-masks" / "manifest.json").is_file():
+        raise SystemExit(f"{work}: the test masks are fixed before SegQC-Net is trained; run --only test-masks first")
+    if crossfit:
+        assessor = train_crossfit(train, only, work)
+        if assessor is None:
+            return
+    else:
+        assessor = train_single(taught, judged, segmenter, work)
     segmenter.save(work / "segmentation.pt")
     assessor.save(work / "segqc.pt")
-
-    out = arguments.out or Path(__file__).parent / "results" / f"hippocampus{'-ensemble' if several else ''}.json"
+    out = arguments.out or Path(__file__).parent / "results" / f"hippocampus{'-crossfit' * crossfit}.json"
     report(out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text()))
 
 

@@ -103,17 +103,36 @@ def crossfit_masks(
     stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
     included. Its weights at early epochs make further, worse masks (the paper's stratification, 4.1).
     """
-    sets: list[MaskSet] = []
     folds = sorted({placements[c.patient].fold for c in cases})
-    for fold in folds:
-        held = [c for c in cases if placements[c.patient].fold == fold]
-        learnt = [c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"]
-        networks = train_makers(
-            f"fold {fold + 1}/{len(folds)}", learnt, structures, plan, settings, folder / f"fold-{fold}", progress
-        )
-        for i, case in enumerate(held):
-            progress.step(i, len(held), f"masks of fold {fold + 1}/{len(folds)}")
-            sets.append(stored_masks(networks, case, settings, folder / "masks"))
+    return [
+        masks
+        for fold in folds
+        for masks in fold_masks(fold, cases, structures, placements, plan, settings, folder, progress)
+    ]
+
+
+def fold_masks(
+    fold: int,
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    placements: dict[str, Placement],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[MaskSet]:
+    """Make the masks of one fold's cases; `crossfit_masks` takes them over, and folds may be done side by side.
+
+    Other arguments as of `crossfit_masks`.
+    """
+    held = [c for c in cases if placements[c.patient].fold == fold]
+    learnt = [c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"]
+    name = f"fold {fold + 1}/{len({placements[c.patient].fold for c in cases})}"
+    networks = train_makers(name, learnt, structures, plan, settings, folder / f"fold-{fold}", progress)
+    sets = []
+    for i, case in enumerate(held):
+        progress.step(i, len(held), f"masks of {name}")
+        sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
 
 
