@@ -151,6 +151,9 @@ class _Training:
         self.job = job
         self.device = device_of_choice()
         self.network = _first_network(job).to(self.device)
+        if self.device.type == "cpu":
+            # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
+            self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
         self.fingerprint = fingerprint(job)
