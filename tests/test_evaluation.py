@@ -229,6 +229,14 @@ def children_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
+    whole, half, least = EvaluationSettings(), EvaluationSettings().lasting(0.5), EvaluationSettings().lasting(0.01)
+    assert whole.lasting(1.0) == whole
+    assert half.assessor.epochs == whole.assessor.epochs // 2 and half.segmenter.epochs == whole.segmenter.epochs // 2
+    assert half.maker_epochs == whole.maker_epochs // 2 and half.score_epochs == whole.score_epochs // 2
+    assert least.segmenter.fold_epochs == least.maker_epochs == least.score_epochs == 2
+
+
 def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:
     data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
     run = Run.open(tmp_path / "run", data, {}, EvaluationSettings())

@@ -79,6 +79,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="REGEX", help="Finds a patient's group in its name, for coverage under shift."),
     ] = None,
+    length: Annotated[
+        float,
+        typer.Option(min=0.05, help="Length of all trainings beside the usual one: less for large scans."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side; no number depends on it.")] = 2,
     as_json: AsJson = False,
@@ -99,7 +103,7 @@ def evaluate(
         raise CommandError("--masks belongs to the study corrections")
     settings = EvaluationSettings(
         seed=seed, boxes=BoxSettings(min_area_mm2=min_area), group_pattern=groups, workers=workers
-    )
+    ).lasting(length)
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:

@@ -6,6 +6,7 @@ Networks that make test masks make no training masks (method, "Leaks").
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ Corrections: TypeAlias = Literal["none", "real", "simulated"]
 
 SERVED = "served"
 CORRECTIONS = "corrections"
+CANDIDATES = "test-masks/candidates"
 UNKNOWN_MAKER = ""
 VALIDATING = 6  # cases that choose the best epoch of a test maker
 EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
@@ -77,6 +79,7 @@ class Manifest:
 
 
 MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+_CANDIDATES = TypeAdapter(tuple[TestMask, ...])
 
 
 def maker_path(run: Run, maker: str) -> Path:
@@ -103,9 +106,31 @@ def stratified_masks(run: Run, progress: Progress) -> Manifest:
     makers = test_maker_names(run)
     side_by_side(run, train_test_maker, makers, progress)
     networks = tuple(f"{name}-{epoch}" for name in makers for epoch in ("best", "early"))
-    manifest = run.kept("test-masks/manifest.json", MANIFESTS, lambda: _choose(run, networks, progress))
+
+    def make() -> Manifest:
+        side_by_side(run, make_candidates, networks, progress)
+        return _choose(run, networks)
+
+    manifest = run.kept("test-masks/manifest.json", MANIFESTS, make)
     check_masks(run, manifest)
+    shutil.rmtree(run.folder / CANDIDATES, ignore_errors=True)
     return manifest
+
+
+def make_candidates(run: Run, network: str) -> None:
+    """Make a network's masks of all test scans, which the manifest chooses from."""
+    candidates_of(run, network)
+
+
+def candidates_of(run: Run, network: str) -> tuple[TestMask, ...]:
+    """A network's masks of all test scans: made once, then read."""
+
+    def make() -> tuple[TestMask, ...]:
+        segmenter = Segmenter.load(maker_path(run, network))
+        folder = run.folder / CANDIDATES
+        return tuple(_keep(run, case, f"{case.id}-{network}", network, segmenter, folder) for case in run.cohort.test)
+
+    return run.kept(f"{CANDIDATES}/{network}.json", _CANDIDATES, make)
 
 
 def check_masks(run: Run, manifest: Manifest) -> None:
@@ -297,13 +322,9 @@ def train_served(run: Run, progress: Progress) -> None:
     ).save(path)
 
 
-def _choose(run: Run, networks: Sequence[str], progress: Progress) -> Manifest:
-    """Masks of all networks; up to `per_bin` of each Dice bin, scans that the bin does not have yet first."""
-    s, candidates = run.settings, []
-    for i, name in enumerate(networks):
-        progress.step(i, len(networks), f"masks of the test scans: {name}")
-        segmenter = Segmenter.load(maker_path(run, name))
-        candidates += [_keep(run, case, f"{case.id}-{name}", name, segmenter) for case in run.cohort.test]
+def _choose(run: Run, networks: Sequence[str]) -> Manifest:
+    """Of the masks of all networks up to `per_bin` in each Dice bin, scans that the bin does not have yet first."""
+    s, candidates = run.settings, [mask for name in networks for mask in candidates_of(run, name)]
     rng, chosen = np.random.default_rng((s.seed, 3)), list[TestMask]()
     for low, high in itertools.pairwise(s.bins):
         inside = [m for m in candidates if low <= m.dice < high]
@@ -311,24 +332,29 @@ def _choose(run: Run, networks: Sequence[str], progress: Progress) -> Manifest:
         seen: set[str] = set()
         first = [m for m in inside if not (m.case in seen or seen.add(m.case))]  # type: ignore[func-returns-value]
         chosen += (first + [m for m in inside if m not in first])[: s.per_bin]
-    for mask in candidates:
-        if mask not in chosen:
-            test_mask_path(run, mask).unlink()
+    for mask in chosen:
+        path = test_mask_path(run, mask)
+        shutil.copyfile(run.folder / CANDIDATES / path.name, path)
     # masks of one scan follow each other: what is computed of the scan alone is then computed once
     chosen.sort(key=lambda m: (m.case, m.maker))
     return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen))
 
 
-def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter) -> TestMask:
+def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter, folder: Path | None = None) -> TestMask:
     scan, truth = read_case(case, segmenter.values)
-    return _record(run, case, name, maker, segmenter.predict(scan).labels, truth)
+    return _record(run, case, name, maker, segmenter.predict(scan).labels, truth, folder)
 
 
-def _record(run: Run, case: Case, name: str, maker: str, mask: Volume, truth: Volume) -> TestMask:
+def _record(
+    run: Run, case: Case, name: str, maker: str, mask: Volume, truth: Volume, folder: Path | None = None
+) -> TestMask:
+    """Write a mask, among the test masks if no other folder is named, and note what it is."""
     dice = true_metrics(_together(mask.array), _together(truth.array)).dice
     record = TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(mask))
-    test_mask_path(run, record).parent.mkdir(parents=True, exist_ok=True)
-    write_labels(mask, test_mask_path(run, record))
+    path = test_mask_path(run, record)
+    path = path if folder is None else folder / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(mask, path)
     return record
 
 

@@ -85,6 +85,23 @@ class EvaluationSettings:
             draws=300,
         )
 
+    def lasting(self, length: float) -> EvaluationSettings:
+        """The same evaluation with all trainings this many times as long, of at least two epochs each."""
+
+        def scaled(epochs: int) -> int:
+            return max(2, round(epochs * length))
+
+        def of(settings: TrainingSettings) -> TrainingSettings:
+            return replace(settings, epochs=scaled(settings.epochs), fold_epochs=scaled(settings.fold_epochs))
+
+        return replace(
+            self,
+            maker_epochs=scaled(self.maker_epochs),
+            segmenter=of(self.segmenter),
+            assessor=of(self.assessor),
+            score_epochs=scaled(self.score_epochs),
+        )
+
     def numbers(self) -> EvaluationSettings:
         """These settings without those that no number depends on: what runs are compared by."""
         return replace(self, workers=1)

@@ -28,7 +28,7 @@ from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
-_FIRST_BIAS = -3.0  # of the truth's logit: many tiny probabilities far from the mask would add up
+_FIRST_BIAS = -3.0  # of the logit: structures and errors are rare, and tiny probabilities far away would add up
 
 
 def train_assessor(
@@ -185,7 +185,7 @@ def assessor_job(
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
         empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
-        first_bias=_FIRST_BIAS if settings.output_form == "truth" else None,
+        first_bias=_FIRST_BIAS,
     )
 
 
