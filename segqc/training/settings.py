@@ -19,8 +19,8 @@ class TrainingSettings:
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
     ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
     seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
-    The estimates themselves became no better by it (``benchmarks/hippocampus.py``); it costs one network's training and
-    assessment for each fold.
+    The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
+    network's training and assessment for each fold.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
