@@ -19,7 +19,7 @@ from segqc.types import BoolArray, ErrorBox, FloatArray
 Corners = npt.NDArray[np.int32]
 
 _ROUNDING = 1e-6
-_PORTION = 1024
+_PORTION = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,22 @@ def find_boxes(
     slices, corners = _component_boxes(error, axis, settings.threshold)
     if not len(slices):
         return ()
+    # slices side by side in one plane, too far from each other to be united: one call for many slices
+    apart = error.shape[first] + math.ceil(settings.min_distance_voxels)
     order = np.argsort(slices, kind="stable")
-    indices, starts = np.unique(slices[order], return_index=True)
+    slices, corners = slices[order], corners[order]
+    corners[:, [0, 2]] += (slices * apart)[:, None]
     planes = np.moveaxis(error, axis, 0)
     boxes = []
-    for index, members in zip(indices, np.split(corners[order], starts[1:]), strict=True):
-        for a0, a1, b0, b1 in unite_boxes(members, settings.min_distance_voxels).tolist():
+    for part in np.split(corners, _portions(slices)):
+        for a0, a1, b0, b1 in unite_boxes(part, settings.min_distance_voxels).tolist():
+            index, a0 = divmod(a0, apart)
+            b0 -= index * apart
             area = (b0 - a0) * (b1 - a1) * voxel_mm2
             if settings.min_area_mm2 * (1 - _ROUNDING) <= area <= upper * (1 + _ROUNDING):
                 inside = planes[index, a0:b0, a1:b1]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
-                boxes.append(ErrorBox(int(index), (a0, a1), (b0, b1), area, mean, peak))
+                boxes.append(ErrorBox(index, (a0, a1), (b0, b1), area, mean, peak))
     return tuple(boxes)
 
 
@@ -126,14 +131,23 @@ def unite_boxes(corners: Corners, min_distance: float) -> Corners:
     return np.asarray(united[np.lexsort((united[:, 3], united[:, 2], united[:, 1], united[:, 0]))])
 
 
+def _portions(slices: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
+    """Where to split components, sorted by slice, into whole slices of about `_PORTION` components together."""
+    starts = np.flatnonzero(np.diff(slices)) + 1
+    return starts[np.diff(starts // _PORTION, prepend=0) > 0]
+
+
 def _united(corners: Corners, min_distance: float) -> Corners:
+    far = math.ceil(min_distance)
     while True:
         start, stop = corners[:, :2], corners[:, 2:]
         squared = np.zeros((len(corners), len(corners)), np.int32)
         for side in (0, 1):
             gap = start[:, None, side] - stop[None, :, side]
-            squared += np.maximum(np.maximum(gap, gap.T), 0) ** 2
-        count, group = connected_components(squared < min_distance**2, directed=False)
+            squared += np.clip(np.maximum(gap, gap.T), 0, far) ** 2
+        rows, columns = np.nonzero(squared < min_distance**2)
+        near = csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(corners), len(corners)))
+        count, group = connected_components(near, directed=False)
         if count == len(corners):
             return corners
         united = np.empty((count, 4), np.int32)

@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult
     for name in NOISE:
         method = Noisy(name, run)
         for fold in range(2):
-            said = judge(named(calibrating(fold), method), method, [BALL], run.settings, {}, maps=False)
+            said = judge(named(calibrating(fold), method), method, [BALL], run.settings, {}, maps="extracted boxes")
             save(judgement_path(run, f"calibration-{fold}", name), said)
         said = judge(named(study_masks(run, "served"), method), method, [BALL], run.settings, {})
         save(judgement_path(run, "served", name), said)

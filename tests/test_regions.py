@@ -117,6 +117,17 @@ def test_boxes_of_different_slices_are_never_united() -> None:
     assert place(find_boxes(error, 2, ISO, replace(ALL, min_distance_voxels=5))) == [(1, 3, 3, 5, 5), (2, 3, 3, 5, 5)]
 
 
+def test_slices_are_apart_however_many_are_united_at_once() -> None:
+    rng = np.random.default_rng(0)
+    error = rng.random((24, 30, 40)) > 0.93  # about 40 components in a slice, more than are united at once
+    error[[0, -1], :3] = True  # the last row of a slice and the first of the next one
+    for axis in range(3):
+        every = find_boxes(error, axis, ISO, replace(ALL, min_distance_voxels=2))
+        for index in range(error.shape[axis]):
+            alone = find_boxes(np.take(error, [index], axis), axis, ISO, replace(ALL, min_distance_voxels=2))
+            assert [replace(b, slice_index=0) for b in every if b.slice_index == index] == list(alone)
+
+
 def test_small_boxes_are_dropped_after_uniting() -> None:
     error = np.zeros((40, 40, 1), np.float32)
     error[0:5, 0:5] = 0.8  # two boxes of 25 mm2, united 5 x 13 = 65 mm2

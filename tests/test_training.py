@@ -16,7 +16,8 @@ from segqc.placement import Placement, Placing, place
 from segqc.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
 from segqc.training.assessor import VALIDATION_MASKS
-from segqc.training.cases import make_example
+from segqc.training.cases import make_example, read_case
+from segqc.training.deformation import deformed, sampling_grid
 from segqc.training.pairs import (
     LeakError,
     MaskSet,
@@ -200,8 +201,6 @@ def test_thinning_keeps_the_worst_and_the_best_mask() -> None:
 
 def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:
     (case,) = make_cases(tmp_path, 1)
-    from segqc.training.cases import read_case
-
     scan, truth = read_case(case, (1,))
     plan = plan_for([case], QUICK, in_channels=1, out_channels=2)
     examples = [make_example("c", scan, truth, plan, mask=np.asarray(truth.array))]
@@ -215,6 +214,44 @@ def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:
     some = PatchDataset(examples, plan, replace(QUICK, empty_mask_share=0.5))
     assert 5 < sum(bool(some[i]["mask"].any()) for i in range(40)) < 35
     assert not torch.equal(PatchDataset(examples, plan, replace(settings, seed=1))[7]["image"], two[7]["image"])
+
+
+def test_masks_are_deformed_smoothly_in_millimetres() -> None:
+    ball = torch.from_numpy(np.linalg.norm(np.indices((40, 40, 40)) - 20, axis=0)[None] < 12).float()
+    shape, still = (40, 40, 40), np.random.default_rng(0)
+    assert torch.equal(deformed(ball, sampling_grid(shape, (1, 1, 1), 0.0, still), labels=True), ball)
+    dice = []
+    for seed in range(20):
+        grid = sampling_grid(shape, (1.0, 1.0, 1.0), 3.0, np.random.default_rng(seed))
+        again = sampling_grid(shape, (1.0, 1.0, 1.0), 3.0, np.random.default_rng(seed))
+        assert torch.equal(grid, again)
+        moved = deformed(2 * ball, grid, labels=True)
+        assert set(moved.unique().tolist()) <= {0.0, 2.0}
+        dice.append(float(2 * (moved / 2 * ball).sum() / (moved / 2 + ball).sum()))
+    assert min(dice) < 0.93 < 0.97 < max(dice), "as good as untouched, up to clearly wrong"
+    # thick slices: what moves by 2 mm in the plane does not move through it
+    thick = torch.zeros(1, 40, 40, 10)
+    thick[..., 5] = 1
+    grid = sampling_grid((40, 40, 10), (1.0, 1.0, 8.0), 2.0, np.random.default_rng(1))
+    inside = deformed(thick, grid, labels=True)[0, 8:-8, 8:-8]
+    assert inside[..., 5].all()
+    assert not inside[..., :5].any()
+
+
+def test_a_deformed_mask_leaves_scan_and_truth_alone(tmp_path: Path) -> None:
+    (case,) = make_cases(tmp_path, 1)
+    scan, truth = read_case(case, (1,))
+    plan = plan_for([case], QUICK, in_channels=1, out_channels=2)
+    examples = [make_example("c", scan, truth, plan, mask=np.asarray(truth.array))]
+    plain = PatchDataset(examples, plan, QUICK)
+    moved = PatchDataset(examples, plan, replace(QUICK, mask_deformation=3.0))
+    differing = 0
+    for draw in range(10):
+        assert torch.equal(plain[draw]["image"], moved[draw]["image"])
+        assert torch.equal(plain[draw]["truth"], moved[draw]["truth"])
+        assert torch.equal(moved[draw]["mask"], moved[draw]["mask"])
+        differing += not torch.equal(plain[draw]["mask"], moved[draw]["mask"])
+    assert differing > 5
 
 
 def test_a_patch_over_the_border_is_padded_with_zeros() -> None:

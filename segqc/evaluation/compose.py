@@ -168,7 +168,7 @@ def _captured(study: CurveStudy, name: str) -> float | None:
 def _boxes_in_words(result: StudyResult, structure: str) -> Iterator[str]:
     for d in result.detected:
         if (d.structure, d.method, d.predicted, d.true) == (structure, SEGQC, "extracted", "extracted"):
-            for s in result_tables.at_threshold(d)[:1]:
+            for s in result_tables.at_threshold(d, d.chosen or result_tables.THRESHOLD)[:1]:
                 if s.recall.value is not None and s.precision.value is not None:
                     yield (
                         f"After error extraction, {s.recall.value:.0%} of the true error boxes are met by one of "

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from segqc.volumes import Volume, atomic_write, through_plane_axis
 
 Counts: TypeAlias = npt.NDArray[np.int32]
 BoxRows: TypeAlias = npt.NDArray[np.int32]  # mask, structure, extracted, threshold's number, slice, start0, start1, ...
+
+Maps: TypeAlias = Literal["all", "extracted boxes", "none"]
 
 RAW, EXTRACTED = 0, 1
 
@@ -103,7 +105,7 @@ def judge(
     settings: EvaluationSettings,
     largest_boxes_mm2: Mapping[str, float],
     *,
-    maps: bool = True,
+    maps: Maps = "all",
 ) -> Judgements:
     """Let a method judge masks.
 
@@ -113,7 +115,8 @@ def judge(
         structures: what it judges.
         settings: of boxes and error extraction.
         largest_boxes_mm2: the largest box of the training errors by structure, which bounds predicted ones.
-        maps: whether to look at the error maps as well as at the numbers.
+        maps: what to look at in the error maps, beside the numbers; the boxes after error extraction are enough to
+            choose their threshold by.
     """
     metrics, slices, slice_badness, scan_badness, boxes, seconds = [], [], [], [], list[list[int]](), []
     counts, counts_extracted, sums_extracted, truth = list[Counts](), list[Counts](), list[Values](), list[Values]()
@@ -130,7 +133,14 @@ def judge(
             np.stack([_or_nan(None if e.slices is None else e.slices.truth_voxels, length) for e in estimates], axis=1)
         )
         scan_badness.append([np.nan if e.scan_badness is None else e.scan_badness for e in estimates])
-        if maps and all(e.error is not None for e in estimates):
+        if maps == "extracted boxes":
+            for k, e in enumerate(estimates):
+                if e.error is not None:
+                    extracted = _extracted(known, structures[k], e.error, settings)
+                    largest = largest_boxes_mm2.get(structures[k].name, np.inf)
+                    for t, found in _boxes_by_threshold(extracted, scan, largest, settings):
+                        _add_boxes(boxes, (number, k, EXTRACTED, t), found)
+        if maps == "all" and all(e.error is not None for e in estimates):
             looks = [
                 _look(number, k, known, e.error, structures, settings, largest_boxes_mm2, boxes)
                 for k, e in enumerate(estimates)
@@ -261,14 +271,28 @@ def _look(
     structure, scan = structures[k], known.judged.scan
     axis = through_plane_axis(scan)
     mask, truth = structure.mask(known.judged.labels.array), structure.mask(known.truth.array)
-    extracted = extract_errors(error, mask, axis, scan.spacing_mm, settings.extraction.for_structure(structure.name))
-    largest = 2 * largest_boxes_mm2.get(structure.name, np.inf)
-    for t, threshold in enumerate(settings.box_thresholds):
-        chosen = _box_settings(settings, largest, threshold)
-        for kind, values in ((RAW, error), (EXTRACTED, extracted)):
-            _add_boxes(boxes, (number, k, kind, t), find_boxes(values, axis, scan.spacing_mm, chosen))
+    extracted = _extracted(known, structure, error, settings)
+    for kind, values in ((RAW, error), (EXTRACTED, extracted)):
+        for t, found in _boxes_by_threshold(values, scan, largest_boxes_mm2.get(structure.name, np.inf), settings):
+            _add_boxes(boxes, (number, k, kind, t), found)
     wrong, wrong_extracted = true_errors(mask, truth, axis, scan, structure, settings)
     return _Look(_counted(error, wrong, mask), _counted(extracted, wrong_extracted, mask), slice_sums(extracted, axis))
+
+
+def _extracted(known: KnownMask, structure: Structure, error: FloatArray, settings: EvaluationSettings) -> FloatArray:
+    """A structure's error map after error extraction."""
+    scan, mask = known.judged.scan, structure.mask(known.judged.labels.array)
+    extraction = settings.extraction.for_structure(structure.name)
+    return extract_errors(error, mask, through_plane_axis(scan), scan.spacing_mm, extraction)
+
+
+def _boxes_by_threshold(
+    error: FloatArray, scan: Volume, largest_mm2: float, settings: EvaluationSettings
+) -> Iterator[tuple[int, tuple[ErrorBox, ...]]]:
+    """The boxes of a map at every threshold, by the threshold's number."""
+    axis = through_plane_axis(scan)
+    for t, threshold in enumerate(settings.box_thresholds):
+        yield t, find_boxes(error, axis, scan.spacing_mm, _box_settings(settings, 2 * largest_mm2, threshold))
 
 
 def _counted(error: FloatArray, wrong: BoolArray, mask: BoolArray) -> Counts:

@@ -358,10 +358,11 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     for detected in (d for d in here if d.method == SEGQC):
         name = f"map {detected.predicted}, truth {detected.true}"
         for s in at_threshold(detected):
-            rows.append(
-                (name, s.min_iou, s.precision.value, span(s.precision, 2), s.recall.value, span(s.recall, 2),
-                 s.matched, s.predicted, s.true)
-            )  # fmt: skip
+            rows.append(_boxes_row(name, s))
+    extracted = next((d for d in here if (d.method, d.predicted, d.true) == (SEGQC, "extracted", "extracted")), None)
+    if extracted is not None and extracted.chosen is not None:
+        chosen = at_threshold(extracted, extracted.chosen)
+        rows += [_boxes_row(f"both extracted, probability {extracted.chosen:g}", s) for s in chosen]
     if rows:
         yield Table(
             f"detection-{result.study}-{slug(structure)}",
@@ -370,7 +371,8 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
              "true"),
             tuple(rows),
             {"IoU": 2, "precision": 2, "recall": 2},
-            f"At an error probability of {THRESHOLD:g}. IoU: from which overlap on a predicted and a true box are "
+            f"At an error probability of {THRESHOLD:g}, and at the one chosen on the masks that calibrate, the lowest "
+            "with the wanted precision there. IoU: from which overlap on a predicted and a true box are "
             "a pair. Extracted: after error extraction, of the error map and of D, the true error. Intervals by "
             "patient.",
             group="boxes of",
@@ -385,17 +387,29 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
             if scores:
                 lowest = scores[0].min_iou
             cells += [scores[0].precision.value, scores[0].recall.value] if scores else [None, None]
+        both = next((d for d in here if (d.method, d.predicted, d.true) == (method, *["extracted"] * 2)), None)
+        if both is not None and both.chosen is not None:
+            at_chosen = at_threshold(both, both.chosen)[0]
+            cells += [both.chosen, at_chosen.precision.value, at_chosen.recall.value]
+        else:
+            cells += [None] * 3
         by_method[method] = cells
     if lowest is not None and len(by_method) > 1:
         yield Table(
             f"detection-methods-{result.study}-{slug(structure)}",
             f"Error boxes of all methods with an error map on {structure}, {STUDY_TITLES[result.study]}",
-            ("method", "precision", "recall", "precision, extracted", "recall, extracted"),
+            ("method", "precision", "recall", "precision, extracted", "recall, extracted", "chosen probability",
+             "precision, chosen", "recall, chosen"),
             tuple((method, *cells) for method, cells in by_method.items()),
             2,
             f"At an IoU of {lowest:g} and an error probability of {THRESHOLD:g}; extracted: boxes of the extracted map "
-            "against those of extracted D.",
-        )
+            "against those of extracted D; chosen: the same at a probability chosen on the masks that calibrate.",
+        )  # fmt: skip
+
+
+def _boxes_row(name: str, s: DetectionScores) -> tuple[Cell, ...]:
+    return (name, s.min_iou, s.precision.value, span(s.precision, 2), s.recall.value, span(s.recall, 2), s.matched,
+            s.predicted, s.true)  # fmt: skip
 
 
 def error_map_table(result: StudyResult, structure: str) -> Table | None:

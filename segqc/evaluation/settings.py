@@ -42,6 +42,8 @@ class EvaluationSettings:
         extraction: how errors are told from observer variability.
         annotator: what a simulated annotator corrects: here errors that leave a band of 1 mm, whole.
         box_thresholds: error probabilities at which boxes are counted.
+        box_precision: boxes after error extraction are made at the lowest of these that has this precision on the
+            masks that calibrate a method.
         box_ious: overlaps at which a box counts as found (paper, section 4.4).
         group_pattern: a regular expression that finds the group of a patient in the patient's name (its first group, or
             all that it matches), for coverage under shift between groups.
@@ -63,7 +65,8 @@ class EvaluationSettings:
     boxes: BoxSettings = field(default_factory=BoxSettings)
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
     annotator: ExtractionSettings = _ANNOTATOR
-    box_thresholds: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    box_thresholds: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+    box_precision: float = 0.7
     box_ious: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)
     group_pattern: str | None = None
     draws: int = 2000

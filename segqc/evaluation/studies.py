@@ -27,7 +27,7 @@ from segqc.evaluation.makers import (
 from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, slug
 from segqc.evaluation.run import Run
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
-from segqc.regions import BoxSettings, largest_box_area_mm2
+from segqc.regions import BoxSettings, Detection, largest_box_area_mm2, match_boxes
 from segqc.segmenter import Segmenter
 from segqc.training.cases import label_values, read_case
 from segqc.types import LabelArray
@@ -94,7 +94,8 @@ class Ordered:
 class Detected:
     """A method's boxes and error maps against the true ones.
 
-    ``predicted`` and ``true`` say whether error extraction was applied to the map and to D.
+    ``predicted`` and ``true`` say whether error extraction was applied to the map and to D; ``chosen`` is the threshold
+    of extracted maps that was chosen on the masks that calibrate the method.
     """
 
     structure: str
@@ -102,6 +103,7 @@ class Detected:
     predicted: Literal["raw", "extracted"]
     true: Literal["raw", "extracted"]
     boxes: tuple[detection.DetectionScores, ...]
+    chosen: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ def judge_method(run: Run, name: str) -> None:
         if not path.is_file():
             estimator = judge_of(run, method, [fold])
             masks = calibration_masks(run, fold)
-            judging.save(path, judging.judge(masks, estimator, structures, s, largest, maps=False))
+            judging.save(path, judging.judge(masks, estimator, structures, s, largest, maps="extracted boxes"))
     path = judgement_path(run, study, method)
     if not path.is_file():
         estimator = judge_of(run, method, range(s.folds))
@@ -457,7 +459,22 @@ class _Study:
                         generator=self.rng(k, 3), min_ious=self.run.settings.box_ious,
                         draws=min(500, self.run.settings.draws),
                     ),
+                    self._box_threshold(method, k) if predicted == EXTRACTED else None,
                 )  # fmt: skip
+
+    def _box_threshold(self, method: str, k: int) -> float:
+        """The lowest threshold with the wanted precision on the masks that calibrate; else the most precise one."""
+        s, counts = self.run.settings, dict[float, Detection]()
+        for fold, said in zip(calibrating_folds(self.run, method), self.on_known[method], strict=True):
+            known = self.known[fold]
+            true = judging.boxes_of(known.boxes, len(known.masks), k, EXTRACTED)
+            for t, threshold in enumerate(s.box_thresholds):
+                predicted = judging.boxes_of(said.boxes, len(known.masks), k, EXTRACTED, t)
+                found = [match_boxes(p, q, min(s.box_ious)) for p, q in zip(predicted, true, strict=True)]
+                counts[threshold] = sum(found, counts.get(threshold, Detection()))
+        precision = {threshold: found.precision or 0.0 for threshold, found in counts.items()}
+        precise = [threshold for threshold, value in precision.items() if value >= s.box_precision]
+        return min(precise) if precise else max(precision, key=lambda t: (precision[t], t))
 
     def _mapped(self, k: int) -> Iterator[Mapped]:
         for method, said in self.said.items():

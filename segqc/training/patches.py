@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from segqc.networks import NetworkPlan, Triple
 from segqc.training.cases import Example
+from segqc.training.deformation import deformed, sampling_grid
 from segqc.training.settings import TrainingSettings
 from segqc.types import FloatArray, LabelArray
 
@@ -60,6 +61,8 @@ class PatchDataset(Dataset[Patch]):
         self.seed = settings.seed
         self.empty_until = empty_until
         self.empty_share = settings.empty_mask_share
+        self.spacing_mm = plan.spacing_mm
+        self.deformation_mm = settings.mask_deformation * min(plan.spacing_mm)
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
@@ -81,7 +84,13 @@ class PatchDataset(Dataset[Patch]):
                 item["soft"] = torch.zeros_like(soft) if empty else soft
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
-        return {key: torch.as_tensor(augmented[key]) for key in item}
+        patch: Patch = {key: torch.as_tensor(augmented[key]) for key in item}
+        if self.deformation_mm and "mask" in patch:
+            grid = sampling_grid(self.patch, self.spacing_mm, self.deformation_mm, rng)
+            patch["mask"] = deformed(patch["mask"], grid, labels=True)
+            if "soft" in patch:
+                patch["soft"] = deformed(patch["soft"], grid, labels=False)
+        return patch
 
     def _start(self, shape: tuple[int, ...], interesting: Indices, rng: np.random.Generator) -> Triple:
         if len(interesting) and rng.random() < FOREGROUND_SHARE:

@@ -43,6 +43,7 @@ class TrainingSettings:
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
     scan_only_share: float = 0.4
     empty_mask_share: float = 0.0
+    mask_deformation: float = 0.0
     average_flips: bool = False
     ensemble: bool = True
 
@@ -55,6 +56,7 @@ class TrainingSettings:
             learning_rate=5e-4,
             scan_only_share=0.0,
             empty_mask_share=0.0,
+            mask_deformation=0.0,
             average_flips=False,
             ensemble=False,
         )

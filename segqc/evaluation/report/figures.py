@@ -38,6 +38,7 @@ _GREY = "#777777"
 _DENSE = 400
 _DPI = 150
 _SHORT_LABEL = 34
+_LABELS_APART = 0.045  # of an axis from 0 to 1: nearer labels of points lie on each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +298,8 @@ def precision_recall(
     Args:
         name: the figure's name.
         title: the figure's title.
-        curves: x is the recall, y the precision; marks say the IoU or threshold of each point.
+        curves: x is the recall, y the precision; marks say the IoU or threshold of each point, but where a label would
+            lie on another.
         caption: the figure's caption.
         styles: colours by curve.
 
@@ -315,23 +317,27 @@ def precision_recall(
                 precision = np.where(2 * recall > f1, f1 * recall / (2 * recall - f1), np.nan)
             ax.plot(recall, np.where(precision <= 1, precision, np.nan), color="#d0d0d0", linewidth=0.8, zorder=1)
             ax.text(1.015, f1 / (2 - f1), f"F1 {f1:.1f}", color=_GREY, fontsize=7, va="center")
+        labelled: list[tuple[float, float]] = []
         for number, curve in enumerate(curves):
             _draw(ax, curve, styles, with_markers=True)
             # above the one curve, below the next: neighbours are apart then
             shift, side = ((-3.0, 5.0), "bottom") if number % 2 == 0 else ((3.0, -5.0), "top")
             for x, y, mark in zip(curve.x, curve.y, curve.marks, strict=False):
-                if np.isfinite(x) and np.isfinite(y):
-                    text = ax.annotate(
-                        mark,
-                        (x, y),
-                        shift,
-                        textcoords="offset points",
-                        fontsize=7,
-                        ha="right" if number % 2 == 0 else "left",
-                        va=side,
-                        zorder=5,
-                    )
-                    text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+                crowded = any(abs(x - u) < _LABELS_APART and abs(y - v) < _LABELS_APART for u, v in labelled)
+                if crowded or not (np.isfinite(x) and np.isfinite(y)):
+                    continue
+                labelled.append((x, y))
+                text = ax.annotate(
+                    mark,
+                    (x, y),
+                    shift,
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="right" if number % 2 == 0 else "left",
+                    va=side,
+                    zorder=5,
+                )
+                text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
         canvas.legend(loc="outside lower center", ncols=columns)
         return Figure(name, title, finish(), caption)
