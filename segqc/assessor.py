@@ -91,8 +91,22 @@ class Assessor(TrainedNetwork):
     def error_logits(self, scan: Volume, labels: Volume) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
 
-        The network's logit is brought back to the scan's grid by linear interpolation and meets the mask only there
-        (method, "Frames").
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        z = self.output_logits(scan, labels)
+        if self.card.map_calibration:
+            z = np.stack([c.apply(logits) for c, logits in zip(self.card.map_calibration, z, strict=True)])
+        if self.card.output_form == "truth":
+            masks = np.stack([s.mask(labels.array) for s in self.structures])
+            np.negative(z, out=z, where=masks)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
+        return z
+
+    def output_logits(self, scan: Volume, labels: Volume) -> FloatArray:
+        """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
+
+        They are brought back to the scan's grid by linear interpolation and meet the mask only there (method,
+        "Frames").
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
@@ -109,10 +123,7 @@ class Assessor(TrainedNetwork):
             logits = torch.stack([m.invert(self.run(m.apply(x)))[0] for m in group]).mean(dim=0)
         else:
             logits = self.run(x)[0]
-        z = to_native(logits.numpy(), frame, order=1)
-        if self.card.output_form == "truth":
-            z = np.where(masks, -z, z)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return np.asarray(z, np.float32)
+        return np.array(to_native(logits.numpy(), frame, order=1), np.float32)
 
     def assess(
         self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None

@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -240,11 +240,24 @@ class StructureCalibration:
 
 
 @dataclass(frozen=True, slots=True)
+class MapCalibration:
+    """Platt scaling of the network's logits of one structure, before they are read as probabilities."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def apply(self, logits: FloatArray) -> FloatArray:
+        """The calibrated logits, of any shape."""
+        return np.asarray(np.float32(self.scale) * logits + np.float32(self.shift), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
 
     ``seen`` names the patients whose labels the network, or a network it was started from, has learnt from.
-    ``members`` networks of the plan answer together, with the mean of their logits.
+    ``members`` networks of the plan answer together, with the mean of their logits. ``map_calibration`` has one entry
+    per structure, or none: then the logits are taken as they are.
     """
 
     kind: Kind
@@ -258,6 +271,7 @@ class ModelCard:
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     members: int = 1
+    map_calibration: tuple[MapCalibration, ...] = ()
 
 
 _CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)
@@ -380,8 +394,10 @@ def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torc
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    # models of before there were intervals, or several members, keep their version
-    left_out: Mapping[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}, "members": card.members == 1}
+    # models of before there were intervals, several members, or calibrated maps keep their version
+    left_out: dict[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}}
+    left_out |= {"members": True} if card.members == 1 else {}
+    left_out |= {} if card.map_calibration else {"map_calibration": True}
     digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

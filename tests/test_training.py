@@ -147,6 +147,7 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     model = train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", NoProgress())
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
+    assert len(model.card.map_calibration) == 1
     intervals = model.card.calibration[0].intervals
     assert intervals is not None
     validating = {c.patient for c in cases if placements[c.patient].role == "validation"}

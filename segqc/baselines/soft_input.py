@@ -24,7 +24,7 @@ from segqc.baselines.estimates import (
 )
 from segqc.baselines.maps import structure_probabilities
 from segqc.error_maps import estimated_truth
-from segqc.networks import NetworkPlan, device_of_choice, network_input, sliding_window
+from segqc.networks import MapCalibration, NetworkPlan, device_of_choice, network_input, sliding_window
 from segqc.segmenter import Segmenter
 from segqc.training.assessor import assessor_job, mask_examples
 from segqc.training.cases import label_values, read_case
@@ -58,21 +58,28 @@ class SoftInput:
         self.plan = plan
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
+        self.maps = (MapCalibration(),) * len(self.structures)
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Estimate from scan, mask and the maker's soft output."""
         if mask.maker is None:
             return (SILENT,) * len(self.structures)
-        frame = canonical_frame(mask.scan, spacing_mm=self.plan.spacing_mm)
+        logits = self.truth_logits(mask, mask.maker)
+        truth = sigmoid(np.stack([c.apply(z) for c, z in zip(self.maps, logits, strict=True)]))
         masks = structure_masks(mask.labels.array, self.structures)
-        soft = torch.from_numpy(_soft_output(mask.maker, mask.scan, self.structures, frame))[None]
-        x = torch.cat([network_input(mask.scan, masks, frame), soft], dim=1)
-        with torch.inference_mode():
-            logits = sliding_window(self.network, x, self.plan.patch, self.device)
-        truth = sigmoid(to_native(logits[0].numpy(), frame, order=1))
         errors = estimated_truth(masks, truth)  # M(1-T) + (1-M)T is its own inverse
         axis, empty = through_plane_axis(mask.scan), empty_rule(mask.scan, self.empty_under_mm3)
         return tuple(estimate_from_error_map(m, e, axis, empty) for m, e in zip(masks, errors, strict=True))
+
+    def truth_logits(self, mask: MaskToJudge, maker: Segmenter) -> FloatArray:
+        """The network's logits of the truth, before calibration: (L, n0, n1, n2)."""
+        frame = canonical_frame(mask.scan, spacing_mm=self.plan.spacing_mm)
+        masks = structure_masks(mask.labels.array, self.structures)
+        soft = torch.from_numpy(_soft_output(maker, mask.scan, self.structures, frame))[None]
+        x = torch.cat([network_input(mask.scan, masks, frame), soft], dim=1)
+        with torch.inference_mode():
+            logits = sliding_window(self.network, x, self.plan.patch, self.device)
+        return np.asarray(to_native(logits[0].numpy(), frame, order=1), np.float32)
 
 
 def train_soft_input(

@@ -16,9 +16,11 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from segqc.assessor import mask_sha256
+from segqc.baselines.estimates import MaskToJudge
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation.agreement import find_labels
 from segqc.evaluation.cohort import CohortError
+from segqc.evaluation.judging import KnownMask
 from segqc.evaluation.run import Run, side_by_side
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
@@ -31,12 +33,14 @@ from segqc.training.fit import fit
 from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
 from segqc.types import BoolArray, LabelArray
-from segqc.volumes import Volume, read_labels, through_plane_axis, write_labels
+from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis, write_labels
 
 Corrections: TypeAlias = Literal["none", "real", "simulated"]
 
 SERVED = "served"
 CORRECTIONS = "corrections"
+CALIBRATION = "calibration"
+CALIBRATION_MASKS = 3  # of each case of the training side
 CANDIDATES = "test-masks/candidates"
 UNKNOWN_MAKER = ""
 VALIDATING = 6  # cases that choose the best epoch of a test maker
@@ -306,6 +310,28 @@ def training_masks(run: Run, fold: int) -> list[MaskSet]:
     """The masks of a fold's cases that SegQC-Net may learn from: by networks that have not seen these cases."""
     makers, folder = fold_makers(run, fold), run.folder / "training-masks"
     return [stored_masks(makers, case, run.settings.segmenter, folder) for case in run.cohort.held(fold)]
+
+
+def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
+    """Masks of a fold's cases, by its segmentation network that has not seen them, at the end and at early epochs."""
+    makers = fold_makers(run, fold)
+    chosen = [0, *np.unique(np.linspace(1, len(makers) - 1, CALIBRATION_MASKS - 1).round().astype(int)).tolist()]
+    for case in run.cohort.held(fold):
+        scan, truth = read_case(case, makers[0].values)
+        path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
+        if not path.is_file():
+            made: LabelArray = np.stack([makers[m].predict(scan).labels.array for m in chosen])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, masks=made)
+        with np.load(path, allow_pickle=False) as stored:
+            masks = stored["masks"]
+        for m, array in zip(chosen, masks, strict=True):
+            labels = Volume(array, scan.affine, scan.acquisition_axis)
+            yield KnownMask(f"{case.id}-{m}", case.patient, MaskToJudge(scan, labels, makers[m]), truth)
+
+
+# ------------------------------------------------------------------------------------------------------------ judging
 
 
 def train_served(run: Run, progress: Progress) -> None:

@@ -7,38 +7,75 @@ networks together judge the test masks. So every learnt method has the same case
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from segqc.assessor import Assessor
 from segqc.baselines.autoencoder import train_autoencoder
 from segqc.baselines.ensembles import EnsemblePairs
-from segqc.baselines.estimates import EMPTY_UNDER_MM3, Estimator
+from segqc.baselines.estimates import EMPTY_UNDER_MM3, Estimator, MaskToJudge
 from segqc.baselines.map_and_score import train_map_and_score
 from segqc.baselines.maps import CrossFittedMean, MapEstimator, ScanOnly, SoftOutput
 from segqc.baselines.regression import train_regression
-from segqc.baselines.simple import fit_constant, fit_size_regression, judged_masks
-from segqc.baselines.soft_input import MadeMasks, train_soft_input
+from segqc.baselines.simple import JudgedMask, fit_constant, fit_size_regression, judged_masks
+from segqc.baselines.soft_input import MadeMasks, SoftInput, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy
-from segqc.evaluation.makers import fold_makers, training_masks
+from segqc.evaluation.makers import calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import Run
+from segqc.networks import MapCalibration, OutputForm
+from segqc.segmenter import Segmenter
 from segqc.training import LineProgress, Placement
-from segqc.training.assessor import fit_assessor
+from segqc.training.assessor import fit_assessor, with_maps
+from segqc.training.calibration import KnownMap, fit_map, known_map
 from segqc.training.pairs import MaskSet, makers_of_masks, masks_of
 from segqc.training.segmentation import plan_for
 from segqc.training.settings import TrainingSettings
+from segqc.types import FloatArray, Structure
+from segqc.volumes import Volume
 
 Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 
-SEGQC, TTA, SCAN_ONLY, CROSS_FITTED = "SegQC", "TTA", "scan only", "cross-fitted mean"
+_MAPS: TypeAdapter[tuple[MapCalibration, ...]] = TypeAdapter(tuple[MapCalibration, ...])
+
+SEGQC, TTA, SCAN_ONLY, CROSS_FITTED, CONSTANT = "SegQC", "TTA", "scan only", "cross-fitted mean", "constant"
 
 
-@dataclass(frozen=True, slots=True)
-class Assessing:
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method of the comparison.
+
+    Attributes:
+        name: in tables.
+        variant: whether it is an ablation with a network of its own: only one is trained, without the first fold, and
+            compared with the same fold of the recipe.
+    """
+
+    name: str
+    variant: bool = False
+
+    @abstractmethod
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The method as made from the networks of some folds: one that has not seen a mask's patient, or all."""
+
+
+@dataclass(frozen=True)
+class Trained(Method):
+    """A method with networks of its own, one per fold."""
+
+    @abstractmethod
+    def train(self, run: Run, fold: int) -> None:
+        """Train the network that has not seen a fold's patients, or what is left of it."""
+
+
+@dataclass(frozen=True)
+class SegQcNet(Trained):
     """A SegQC-Net, or one of its variants: how its training differs from the recipe.
 
     Attributes:
@@ -56,135 +93,259 @@ class Assessing:
     in_sample: bool = False
     scan_only: bool = False
 
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The map of the networks that have not seen these folds."""
+        assessors = self.calibrated(run, folds[:1] if self.variant else folds)
+        return (ScanOnly if self.scan_only else MapEstimator)(assessors, name=self.name)
 
-def _paper(settings: TrainingSettings) -> TrainingSettings:
-    return settings.paper_recipe()
+    def train(self, run: Run, fold: int) -> None:
+        """Train the fold's SegQC-Net."""
+        self.assessor(run, fold)
+
+    def assessor(self, run: Run, fold: int) -> Assessor:
+        """Train the network without the patients of a fold, or read what was trained."""
+        path = run.folder / "networks" / slug(self.name) / f"fold-{fold}.pt"
+        if path.is_file():
+            return Assessor.load(path)
+        structures = run.cohort.structures
+        settings = self.change(replace(run.settings.assessor, seed=10 * (run.settings.seed + 1) + fold))
+        sets = self._masks(run, fold)
+        plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
+        assessor = fit_assessor(
+            f"{self.name} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), LineProgress()
+        )
+        assessor.save(path)
+        return assessor
+
+    def calibrated(self, run: Run, folds: Sequence[int]) -> list[Assessor]:
+        """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it."""
+        maps = run.kept(f"networks/{slug(self.name)}/maps.json", _MAPS, functools.partial(self._fit_maps, run))
+        return [with_maps(self.assessor(run, fold), maps) for fold in folds]
+
+    def _fit_maps(self, run: Run) -> tuple[MapCalibration, ...]:
+        def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
+            assessor = self.assessor(run, fold)
+
+            def of(mask: MaskToJudge) -> FloatArray:
+                scan, labels = mask.scan, mask.labels
+                empty = Volume(np.zeros_like(labels.array), scan.affine, scan.acquisition_axis)
+                return assessor.output_logits(scan, empty if self.scan_only else labels)
+
+            return of
+
+        return _fit_maps(run, self.name, logits, self.change(run.settings.assessor).output_form)
+
+    def _masks(self, run: Run, fold: int) -> list[MaskSet]:
+        """The masks that a fold's network learns from: those of the other folds' cases."""
+        others = [k for k in range(run.settings.folds) if k != fold]
+        if self.in_sample:
+            # of each other fold's cases, by a network of the next fold: it has seen them
+            return [_leaking(run, m, (k + 1) % run.settings.folds) for k in others for m in training_masks(run, k)]
+        sets = [m for k in others for m in training_masks(run, k)]
+        if not self.single:
+            return sets
+        count = makers_of_masks(1, run.settings.segmenter).count(0) if self.augmented else 1
+        return [MaskSet(m.case, m.masks[:count], m.dice[:count]) for m in sets]
 
 
-def _never_a_mask(settings: TrainingSettings) -> TrainingSettings:
-    return replace(settings, scan_only_share=1.0)
+@dataclass(frozen=True)
+class SameNetworks(Method):
+    """The networks of SegQC asked in another way: only one of them, or with the mean over flips."""
+
+    one: bool = False
+    flips: bool = False
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The map of SegQC's own networks."""
+        assessors = _RECIPE.calibrated(run, folds[:1] if self.one else folds)
+        cards = [replace(a.card, average_flips=self.flips or a.card.average_flips) for a in assessors]
+        changed = [Assessor(card, a.network) for card, a in zip(cards, assessors, strict=True)]
+        return MapEstimator(changed, name=self.name)
 
 
-ASSESSING: Mapping[str, Assessing] = {
-    SEGQC: Assessing(),
-    SCAN_ONLY: Assessing(_never_a_mask, scan_only=True),
-    "paper's SegQC": Assessing(_paper),
-    "SegQC-TR": Assessing(single=True),
-}
-ABLATIONS: Mapping[str, Assessing] = {
-    "median masks only": Assessing(single=True, augmented=False),
-    "in-sample masks": Assessing(in_sample=True),
-    "direct output": Assessing(lambda s: replace(s, output_form="direct", scan_only_share=0.0, empty_mask_share=0.0)),
-    "Dice loss": Assessing(lambda s: replace(s, loss="dice")),
-    "no empty masks": Assessing(lambda s: replace(s, empty_mask_share=0.0)),
-}
-SOFT_INPUT = "soft input"
-ONE_NETWORK, FLIPS_AVERAGED = f"{SEGQC}, one network", f"{SEGQC}, flips averaged"
-TRAINED_VARIANTS = (*ABLATIONS, SOFT_INPUT)  # of one network each
-VARIANTS = (ONE_NETWORK, FLIPS_AVERAGED, *TRAINED_VARIANTS)
-LEARNT_SCORES: Mapping[str, Callable[..., Estimator]] = {
-    "regression": train_regression,
-    "map and score": train_map_and_score,
-    "autoencoder": train_autoencoder,
-}
-UNTRAINED = (TTA, "TTA entropy", "softmax entropy", "soft output", CROSS_FITTED, "ensemble", "ensemble pairs", "size")
-CONSTANT = "constant"
+@dataclass(frozen=True)
+class WithSoftInput(Trained):
+    """SegQC-Net that sees the soft output of the network that made the mask as well."""
+
+    def train(self, run: Run, fold: int) -> None:
+        """Train the fold's network."""
+        self._network(run, fold)
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The network of the first of the folds, its maps calibrated."""
+        network = self._network(run, folds[0])
+
+        def logits(_fold: int) -> Callable[[MaskToJudge], FloatArray]:
+            return lambda mask: network.truth_logits(mask, _maker(mask))
+
+        path = f"networks/{slug(self.name)}/maps.json"
+        network.maps = run.kept(path, _MAPS, lambda: _fit_maps(run, self.name, logits, "truth"))
+        return network
+
+    def _network(self, run: Run, fold: int) -> SoftInput:
+        s = run.settings
+        made = []
+        for k in range(s.folds):
+            if k != fold:
+                makers = fold_makers(run, k)
+                numbers = makers_of_masks(len(makers), s.segmenter)
+                made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
+        settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
+        folder = run.folder / "networks" / slug(self.name) / f"fold-{fold}"
+        return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, LineProgress())
+
+
+@dataclass(frozen=True)
+class LearntScore(Trained):
+    """A network, or a regressor, that answers with the metrics themselves."""
+
+    fit: Callable[..., Estimator] = train_regression
+
+    def train(self, run: Run, fold: int) -> None:
+        """Train the fold's network."""
+        self._of(run, fold)
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The mean of the folds' answers."""
+        return MeanOfEstimators([self._of(run, fold) for fold in folds], name=self.name)
+
+    def _of(self, run: Run, fold: int) -> Estimator:
+        s, folder = run.settings, run.folder / "networks" / slug(self.name) / f"fold-{fold}"
+        settings = replace(s.assessor, epochs=s.score_epochs, seed=10 * (s.seed + 1) + fold)
+        sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
+        placed = {p: Placement(0, "train") for p in run.cohort.fold}
+        return self.fit(sets, run.cohort.structures, placed, settings, folder, LineProgress())
+
+
+@dataclass(frozen=True)
+class OfSegmenters(Method):
+    """What the folds' segmentation networks say; a fold's own masks are judged by the one that has not seen them.
+
+    Attributes:
+        make: the estimator of these networks.
+        least: how many networks it needs; where there is one, it and its earlier epochs take their places.
+    """
+
+    make: Callable[[Sequence[Segmenter], str], Estimator] = lambda segmenters, name: CrossFittedMean(
+        segmenters, name=name
+    )
+    least: int = 1
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """What the folds' networks say together."""
+        segmenters = [fold_makers(run, fold)[0] for fold in folds]
+        return self.make(
+            segmenters if len(segmenters) >= self.least else fold_makers(run, folds[0])[: self.least], self.name
+        )
+
+
+@dataclass(frozen=True)
+class OfMasks(Method):
+    """A method that knows the metrics of the training masks only."""
+
+    fit: Callable[[Iterable[JudgedMask], Sequence[Structure]], Estimator] = fit_constant
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """What the masks of the other folds teach; all masks for a test."""
+        known = [k for k in range(run.settings.folds) if len(folds) > 1 or k not in folds]
+        sets = [m for k in known for m in training_masks(run, k)]
+        structures = run.cohort.structures
+        return self.fit(judged_masks(sets, structures), structures)
+
+
+@dataclass(frozen=True)
+class OfMaker(Method):
+    """What the network that made the mask says of it."""
+
+    make: Callable[[Sequence[Structure]], Estimator] = SoftOutput
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The method itself: it has nothing of the folds."""
+        return self.make(run.cohort.structures)
+
+
+_RECIPE = SegQcNet(SEGQC)
+_METHODS: tuple[Method, ...] = (
+    _RECIPE,
+    SegQcNet(SCAN_ONLY, change=lambda s: replace(s, scan_only_share=1.0), scan_only=True),
+    SegQcNet("paper's SegQC", change=TrainingSettings.paper_recipe),
+    SegQcNet("SegQC-TR", single=True),
+    OfMaker(TTA, make=lambda structures: Tta(structures, name=TTA)),
+    OfMaker("TTA entropy", make=TtaEntropy),
+    OfMaker("softmax entropy", make=SoftmaxEntropy),
+    OfMaker("soft output", make=SoftOutput),
+    OfSegmenters(CROSS_FITTED),
+    OfSegmenters("ensemble", make=lambda networks, name: EnsemblePairs(networks, against="mask", name=name)),
+    OfSegmenters(
+        "ensemble pairs", make=lambda networks, name: EnsemblePairs(networks, against="members", name=name), least=2
+    ),
+    OfMasks("size", fit=fit_size_regression),
+    LearntScore("regression", fit=train_regression),
+    LearntScore("map and score", fit=train_map_and_score),
+    LearntScore("autoencoder", fit=train_autoencoder),
+    OfMasks(CONSTANT, fit=fit_constant),
+)
+_VARIANTS: tuple[Method, ...] = (
+    SameNetworks(f"{SEGQC}, one network", one=True),
+    SameNetworks(f"{SEGQC}, flips averaged", flips=True),
+    SegQcNet("median masks only", variant=True, single=True, augmented=False),
+    SegQcNet("in-sample masks", variant=True, in_sample=True),
+    SegQcNet(
+        "direct output",
+        variant=True,
+        change=lambda s: replace(s, output_form="direct", scan_only_share=0.0, empty_mask_share=0.0),
+    ),
+    SegQcNet("Dice loss", variant=True, change=lambda s: replace(s, loss="dice")),
+    SegQcNet("no empty masks", variant=True, change=lambda s: replace(s, empty_mask_share=0.0)),
+    WithSoftInput("soft input", variant=True),
+)
+_BY_NAME = {method.name: method for method in (*_METHODS, *_VARIANTS)}
+VARIANTS = tuple(method.name for method in _VARIANTS)
 
 
 def trainings(run: Run, *, ablations: bool) -> list[str]:
     """The names of all trainings, ``<method>@<fold>``; the longest and the most important first."""
-    methods = [*ASSESSING, *LEARNT_SCORES]
-    full = [f"{method}@{fold}" for method in methods for fold in range(run.settings.folds)]
-    # one fold of each variant is compared with the same fold of the recipe
-    return full + ([f"{name}@0" for name in TRAINED_VARIANTS] if ablations else [])
+    trained = [_BY_NAME[name] for name in methods(ablations=ablations)]
+    return [f"{m.name}@{fold}" for m in trained if isinstance(m, Trained) for fold in calibrating_folds(run, m.name)]
 
 
 def methods(*, ablations: bool = False) -> list[str]:
     """The names of all methods, in the order of tables."""
-    names = [*ASSESSING, *UNTRAINED, *LEARNT_SCORES, CONSTANT]
-    return [*names, *VARIANTS] if ablations else names
+    return [method.name for method in (*_METHODS, *(_VARIANTS if ablations else ()))]
 
 
 def calibrating_folds(run: Run, method: str) -> list[int]:
     """The folds whose masks calibrate a method; a variant has one network, and so one fold."""
-    return [0] if method in TRAINED_VARIANTS else list(range(run.settings.folds))
+    return [0] if _BY_NAME[method].variant else list(range(run.settings.folds))
 
 
 def train(run: Run, name: str) -> None:
     """Do one training, or what is left of it."""
     method, _, fold = name.rpartition("@")
-    if method in LEARNT_SCORES:
-        _learnt_scores(run, method, int(fold))
-    elif method == SOFT_INPUT:
-        _soft_input(run, int(fold))
-    else:
-        _assessor(run, method, int(fold))
+    trained = _BY_NAME[method]
+    if not isinstance(trained, Trained):
+        raise ValueError(f"{method} has no network to train")
+    trained.train(run, int(fold))
 
 
 def judge_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
-    """The method as made from the networks of some folds: one that has not seen a mask's patient, or all for a test."""
-    s, structures = run.settings, run.cohort.structures
-    if method in ASSESSING or method in ABLATIONS or method in (ONE_NETWORK, FLIPS_AVERAGED):
-        base = SEGQC if method in (ONE_NETWORK, FLIPS_AVERAGED) else method
-        folds = folds[:1] if method in ABLATIONS or method == ONE_NETWORK else folds
-        assessors = [_assessor(run, base, fold) for fold in folds]
-        if method == FLIPS_AVERAGED:
-            assessors = [Assessor(replace(a.card, average_flips=True), a.network) for a in assessors]
-        recipe = ASSESSING.get(base) or ABLATIONS[base]
-        return ScanOnly(assessors, name=method) if recipe.scan_only else MapEstimator(assessors, name=method)
-    if method == SOFT_INPUT:
-        return _soft_input(run, folds[0])
-    if method in LEARNT_SCORES:
-        return MeanOfEstimators([_learnt_scores(run, method, fold) for fold in folds], name=method)
-    if method in (CROSS_FITTED, "ensemble", "ensemble pairs"):
-        # a fold's own masks: one network has not seen them
-        segmenters = [fold_makers(run, fold)[0] for fold in folds]
-        if method == CROSS_FITTED:
-            return CrossFittedMean(segmenters, name=method)
-        if method == "ensemble":
-            return EnsemblePairs(segmenters, against="mask", name=method)
-        pairs = segmenters if len(segmenters) > 1 else fold_makers(run, folds[0])[:2]
-        return EnsemblePairs(pairs, against="members", name=method)
-    if method in (CONSTANT, "size"):
-        sets = [m for fold in range(s.folds) if len(folds) > 1 or fold not in folds for m in training_masks(run, fold)]
-        fitted = fit_constant if method == CONSTANT else fit_size_regression
-        return fitted(judged_masks(sets, structures), structures)
-    simple: dict[str, Callable[[], Estimator]] = {
-        TTA: lambda: Tta(structures, name=TTA),
-        "TTA entropy": lambda: TtaEntropy(structures),
-        "softmax entropy": lambda: SoftmaxEntropy(structures),
-        "soft output": lambda: SoftOutput(structures),
-    }
-    return simple[method]()
+    """The estimator of a method, by its name; see `Method.estimator`."""
+    return _BY_NAME[method].estimator(run, folds)
 
 
-def _assessor(run: Run, method: str, fold: int) -> Assessor:
-    """Train a SegQC-Net without the patients of a fold, or read what was trained."""
-    path = run.folder / "networks" / slug(method) / f"fold-{fold}.pt"
-    if path.is_file():
-        return Assessor.load(path)
-    recipe, structures = ASSESSING.get(method) or ABLATIONS[method], run.cohort.structures
-    settings = recipe.change(replace(run.settings.assessor, seed=10 * (run.settings.seed + 1) + fold))
-    sets = _sets(run, recipe, fold)
-    plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
-    assessor = fit_assessor(
-        f"{method} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), LineProgress()
-    )
-    assessor.save(path)
-    return assessor
-
-
-def _sets(run: Run, recipe: Assessing, fold: int) -> list[MaskSet]:
-    """The masks that a fold's network learns from: those of the other folds' cases."""
-    others = [k for k in range(run.settings.folds) if k != fold]
-    if recipe.in_sample:
-        # of each other fold's cases, by a network of the next fold: it has seen them
-        return [_leaking(run, m, (k + 1) % run.settings.folds) for k in others for m in training_masks(run, k)]
-    sets = [m for k in others for m in training_masks(run, k)]
-    if not recipe.single:
-        return sets
-    count = makers_of_masks(1, run.settings.segmenter).count(0) if recipe.augmented else 1
-    return [MaskSet(m.case, m.masks[:count], m.dice[:count]) for m in sets]
+def _fit_maps(
+    run: Run, method: str, logits_of: Callable[[int], Callable[[MaskToJudge], FloatArray]], form: OutputForm
+) -> tuple[MapCalibration, ...]:
+    """Calibrate a method's maps on the calibrating masks, each as the network of its fold sees it."""
+    structures = run.cohort.structures
+    known: list[list[KnownMap]] = [[] for _ in structures]
+    for fold in calibrating_folds(run, method):
+        logits = logits_of(fold)
+        for mask in calibration_masks(run, fold):
+            for structure, of_structure, z in zip(structures, known, logits(mask.judged), strict=True):
+                labels, truth = (structure.mask(volume.array) for volume in (mask.judged.labels, mask.truth))
+                of_structure.append(known_map(z, labels, truth))
+    return tuple(fit_map(of_structure, form) for of_structure in known)
 
 
 def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
@@ -198,24 +359,10 @@ def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
     return made
 
 
-def _soft_input(run: Run, fold: int) -> Estimator:
-    s, folder = run.settings, run.folder / "networks" / slug(SOFT_INPUT) / f"fold-{fold}"
-    made = []
-    for k in range(s.folds):
-        if k != fold:
-            makers = fold_makers(run, k)
-            numbers = makers_of_masks(len(makers), s.segmenter)
-            made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
-    settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
-    return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, LineProgress())
-
-
-def _learnt_scores(run: Run, method: str, fold: int) -> Estimator:
-    s, folder = run.settings, run.folder / "networks" / slug(method) / f"fold-{fold}"
-    settings = replace(s.assessor, epochs=s.score_epochs, seed=10 * (s.seed + 1) + fold)
-    sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
-    placed = {p: Placement(0, "train") for p in run.cohort.fold}
-    return LEARNT_SCORES[method](sets, run.cohort.structures, placed, settings, folder, LineProgress())
+def _maker(mask: MaskToJudge) -> Segmenter:
+    if mask.maker is None:
+        raise ValueError("a mask of the training side has a network that made it")
+    return mask.maker
 
 
 def slug(method: str) -> str:

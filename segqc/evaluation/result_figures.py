@@ -10,6 +10,7 @@ import numpy as np
 from segqc.baselines.estimates import Estimator
 from segqc.evaluation import judging
 from segqc.evaluation.judging import RAW, KnownMask, Truths, load_judgements, load_truths
+from segqc.evaluation.makers import CALIBRATION
 from segqc.evaluation.methods import CONSTANT, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, judge_of, slug
 from segqc.evaluation.observers import ERROR_KINDS, ObserverStudy
 from segqc.evaluation.report import figures
@@ -27,7 +28,6 @@ from segqc.evaluation.result_tables import (
 from segqc.evaluation.result_tables import slug as part_of_name
 from segqc.evaluation.run import Run
 from segqc.evaluation.studies import (
-    CALIBRATION,
     Dimension,
     StudyName,
     StudyResult,

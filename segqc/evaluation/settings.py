@@ -13,7 +13,7 @@ Bins: TypeAlias = tuple[float, ...]
 
 _SEGMENTER = TrainingSettings(epochs=40, fold_epochs=25, steps_per_epoch=20, batch=4)
 _MASKS_TO_LEARN_FROM = TrainingSettings(
-    epochs=20, steps_per_epoch=40, batch=4, scan_only_share=0.25, empty_mask_share=0.25, average_flips=False
+    epochs=20, steps_per_epoch=40, batch=4, scan_only_share=0.25, empty_mask_share=0.25, mask_deformation=4.0
 )
 _ANNOTATOR = ExtractionSettings(
     band_mm=1.0, max_band_share=0.3, min_component_mm2=10.0, max_component_share=0.1, regrow=1.0

@@ -16,9 +16,10 @@ from segqc.evaluation import curves, detection, judging, statistics
 from segqc.evaluation.coverage import Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
+    CALIBRATION,
     MANIFESTS,
     Manifest,
-    fold_makers,
+    calibration_masks,
     maker_path,
     test_mask_path,
     training_masks,
@@ -30,8 +31,7 @@ from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
 from segqc.regions import BoxSettings, Detection, largest_box_area_mm2, match_boxes
 from segqc.segmenter import Segmenter
 from segqc.training.cases import label_values, read_case
-from segqc.types import LabelArray
-from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis
+from segqc.volumes import Volume, read_labels, through_plane_axis
 
 StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
 Dimension: TypeAlias = Literal["3D", "2D"]
@@ -41,8 +41,6 @@ MANIFEST_OF: Mapping[StudyName, str] = {
     "served": "test-masks/served.json",
     "corrections": "test-masks/corrections.json",
 }
-CALIBRATION = "calibration"
-CALIBRATION_MASKS = 3  # of each case of the training side
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 
@@ -171,28 +169,6 @@ def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
             makers[mask.maker] = Segmenter.load(maker_path(run, mask.maker))
         labels = read_labels(test_mask_path(run, mask), scan=known[1])
         yield KnownMask(mask.id, mask.patient, MaskToJudge(known[1], labels, makers.get(mask.maker)), known[2])
-
-
-def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
-    """Masks of a fold's cases, by its segmentation network that has not seen them, at the end and at early epochs."""
-    makers = fold_makers(run, fold)
-    chosen = [0, *np.unique(np.linspace(1, len(makers) - 1, CALIBRATION_MASKS - 1).round().astype(int)).tolist()]
-    for case in run.cohort.held(fold):
-        scan, truth = read_case(case, makers[0].values)
-        path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
-        if not path.is_file():
-            made: LabelArray = np.stack([makers[m].predict(scan).labels.array for m in chosen])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, masks=made)
-        with np.load(path, allow_pickle=False) as stored:
-            masks = stored["masks"]
-        for m, array in zip(chosen, masks, strict=True):
-            labels = Volume(array, scan.affine, scan.acquisition_axis)
-            yield KnownMask(f"{case.id}-{m}", case.patient, MaskToJudge(scan, labels, makers[m]), truth)
-
-
-# ------------------------------------------------------------------------------------------------------------ judging
 
 
 def judge_method(run: Run, name: str) -> None:

@@ -13,10 +13,10 @@ from monai.losses import DiceLoss
 from segqc.assessor import Assessor
 from segqc.error_maps import difference
 from segqc.metrics import true_metrics
-from segqc.networks import MeanOfNetworks, ModelCard, NetworkPlan
+from segqc.networks import MapCalibration, MeanOfNetworks, ModelCard, NetworkPlan
 from segqc.placement import Placement
 from segqc.regions import largest_box_area_mm2
-from segqc.training.calibration import fit_structure
+from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
 from segqc.training.fit import Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
@@ -236,7 +236,7 @@ def _loss(settings: TrainingSettings) -> Loss:
 def calibrated(
     assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
 ) -> Assessor:
-    """Fit each structure's calibration and intervals on masks of unseen patients, and note the largest error box.
+    """Fit each structure's calibrations and intervals on masks of unseen patients, and note the largest error box.
 
     Args:
         assessor: what is calibrated.
@@ -248,6 +248,9 @@ def calibrated(
         progress: told after each case.
     """
     structures = assessor.structures
+    maps = _fit_maps(assessor, unseen, progress)
+    assessor = with_maps(assessor, maps)
+    judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     patients: list[str] = []
     estimates: list[list[Metrics]] = [[] for _ in structures]
     truths: list[list[Metrics]] = [[] for _ in structures]
@@ -257,7 +260,7 @@ def calibrated(
         for mask in mask_set.masks:
             patients.append(mask_set.case.patient)
             labels = Volume(mask, scan.affine, scan.acquisition_axis)
-            qualities = judge.assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
+            qualities = judges[id(judge)].assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
             for k, structure in enumerate(structures):
                 estimates[k].append(qualities[k].raw.metrics)
                 truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
@@ -269,6 +272,25 @@ def calibrated(
     scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
     kept = {name: value for name, value in scores.items() if value is not None}
     return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)
+
+
+def _fit_maps(
+    assessor: Assessor, unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
+) -> tuple[MapCalibration, ...]:
+    known: list[list[KnownMap]] = [[] for _ in assessor.structures]
+    for i, (judge, mask_set) in enumerate(unseen):
+        progress.step(i, len(unseen), "calibration of the maps")
+        scan, truth = read_case(mask_set.case, assessor.values)
+        for mask in mask_set.masks:
+            logits = judge.output_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
+            for structure, of_structure, z in zip(assessor.structures, known, logits, strict=True):
+                of_structure.append(known_map(z, structure.mask(mask), structure.mask(truth.array)))
+    return tuple(fit_map(of_structure, assessor.card.output_form) for of_structure in known)
+
+
+def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:
+    """The same network with calibrated maps."""
+    return Assessor(replace(assessor.card, map_calibration=maps), assessor.network)
 
 
 def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:

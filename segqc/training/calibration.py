@@ -1,13 +1,81 @@
-"""From estimates and truths to calibrated estimates with intervals."""
+"""From a network's logits to calibrated maps, and from estimates and truths to calibrated estimates with intervals.
+
+The map first: Platt scaling of the logits moves estimates of all qualities, each metric and each slice, the way that a
+line through one metric's estimates can't. Then a line per 3D metric takes what is left (method, "Calibration").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
 
 from segqc.intervals import StructureIntervals, jackknife_plus
-from segqc.metrics import METRIC_NAMES, fit_calibration
-from segqc.networks import StructureCalibration
-from segqc.types import Metrics
+from segqc.metrics import METRIC_NAMES, MIN_CALIBRATION_CASES, fit_calibration, true_metrics
+from segqc.networks import MapCalibration, OutputForm, StructureCalibration
+from segqc.types import BoolArray, FloatArray, Metrics
+
+LogitCounts: TypeAlias = npt.NDArray[np.int64]
+
+_EDGE, _STEP = 20.0, 0.05  # logits are counted from -_EDGE to _EDGE, those beyond with the last ones
+_CENTRES = np.arange(-_EDGE, _EDGE, _STEP) + _STEP / 2
+# what is believed before a mask is seen: with few masks the map stays what the network made it
+_NOISE, _LOG_SCALE, _SHIFT = 0.03, 0.3, 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownMap:
+    """The network's logits around one structure of a mask, counted, and the mask's true Dice (None: undefined).
+
+    ``counts`` is (2, steps): outside the mask, and inside.
+    """
+
+    counts: LogitCounts
+    dice: float | None
+
+
+def known_map(logits: FloatArray, mask: BoolArray, truth: BoolArray) -> KnownMap:
+    """Count voxels by logit, outside and inside a mask: all that an estimated Dice depends on.
+
+    Args:
+        logits: the network's, (n0, n1, n2), before any calibration.
+        mask: one structure's, of the same shape.
+        truth: its truth.
+    """
+    step = np.clip((logits + np.float32(_EDGE)) / np.float32(_STEP), 0, len(_CENTRES) - 1).astype(np.int32)
+    table = np.bincount((step + len(_CENTRES) * mask.astype(np.int32)).ravel(), minlength=2 * len(_CENTRES))
+    return KnownMap(np.asarray(table.reshape(2, -1), np.int64), true_metrics(mask, truth).dice)
+
+
+def fit_map(known: Sequence[KnownMap], form: OutputForm) -> MapCalibration:
+    """Fit the Platt scaling of a structure's logits, by the squared error of the estimated Dice of known masks.
+
+    The network must not have learnt from their patients. With fewer than three masks it is the identity.
+
+    Args:
+        known: what the network says of masks whose true Dice is known.
+        form: what its logits are of.
+    """
+    usable = [k for k in known if k.dice is not None]
+    if len(usable) < MIN_CALIBRATION_CASES:
+        return MapCalibration()
+    outside, inside = (np.stack([k.counts[i] for k in usable]).astype(np.float64) for i in (0, 1))
+    size, true = inside.sum(axis=1), np.array([k.dice for k in usable], np.float64)
+
+    def residuals(parameters: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        log_scale, shift = parameters
+        p = 1 / (1 + np.exp(-np.clip(np.exp(log_scale) * _CENTRES + shift, -30, 30)))
+        shared = inside @ (p if form == "truth" else 1 - p)
+        truth = shared + outside @ p
+        dice = 2 * shared / np.maximum(size + truth, 1e-9)
+        return np.concatenate([dice - true, [_NOISE * log_scale / _LOG_SCALE, _NOISE * shift / _SHIFT]])
+
+    log_scale, shift = least_squares(residuals, np.zeros(2), bounds=([-1.5, -3.0], [1.5, 3.0])).x
+    return MapCalibration(float(np.exp(log_scale)), float(shift))
 
 
 def fit_structure(
@@ -16,7 +84,8 @@ def fit_structure(
     """Calibrate one structure's four 3D metrics and their intervals (method, "Calibration"; `segqc.intervals`).
 
     The network must not have learnt from these patients: they validate, or each estimate is of the fold network that
-    has not seen its patient. The line is fitted on all masks, each patient's residuals are against a line without it.
+    has not seen its patient. The line is fitted on all masks, each patient's residuals are against a line without it;
+    the two numbers of the map's scaling before it are of all patients.
 
     Args:
         estimates: as read off the error maps, one per mask.
