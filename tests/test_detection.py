@@ -13,6 +13,7 @@ from segqc.evaluation.detection import (
     ErrorMapCounts,
     ErrorMapScores,
     SignedCounts,
+    choose_threshold,
     count_voxels,
     detection_over_thresholds,
     detection_scores,
@@ -263,3 +264,21 @@ def test_what_makes_no_sense_is_refused() -> None:
         detection_scores([[]], [[]], ["a", "b"], generator=rng())
     with pytest.raises(ValueError, match="IoU"):
         detection_scores([[]], [[]], ["a"], generator=rng(), min_ious=[0.0])
+
+
+def test_the_lowest_threshold_that_is_precise_enough_is_chosen() -> None:
+    true = [[box((0, 0), (5, 5))], [box((0, 0), (5, 5))]]
+    false = [box((20 + 10 * i, 20), (25 + 10 * i, 25)) for i in range(4)]
+    # precision 2/6, 2/4, 2/3, 1/1, none predicted
+    predicted = {
+        0.3: [[*true[0], *false], true[1]],
+        0.4: [[*true[0], *false[:2]], true[1]],
+        0.45: [[*true[0], false[0]], true[1]],
+        0.5: [true[0], []],
+        0.6: [[], []],
+    }
+    for precision, wanted in ((0.3, 0.3), (0.5, 0.4), (0.6, 0.45), (0.7, 0.5), (1.0, 0.5)):
+        assert choose_threshold(predicted, true, min_iou=0.05, precision=precision) == wanted
+    del predicted[0.5]
+    assert choose_threshold(predicted, true, min_iou=0.05, precision=0.9) == 0.45, "the most precise one there is"
+    assert choose_threshold({0.3: [[]], 0.5: [[]]}, [[]], min_iou=0.05, precision=0.9) == 0.3

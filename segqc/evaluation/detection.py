@@ -13,7 +13,7 @@ import numpy as np
 
 from segqc.evaluation.statistics import LEVEL, Counts, Indices, Interval, patient_index, percentile_interval, resample
 from segqc.metrics import Values
-from segqc.regions import match_boxes
+from segqc.regions import Detection, match_boxes
 from segqc.types import BoolArray, ErrorBox, FloatArray
 
 MIN_IOUS = (0.05, 0.10, 0.15, 0.20)
@@ -226,6 +226,34 @@ def detection_over_thresholds(
             level=level,
         )
     )
+
+
+def choose_threshold(
+    predicted: Mapping[float, Sequence[Sequence[ErrorBox]]],
+    true: Sequence[Sequence[ErrorBox]],
+    *,
+    min_iou: float,
+    precision: float,
+) -> float:
+    """The lowest threshold whose boxes have a wanted precision, so that as many errors as may be are found.
+
+    Where none has it, the one of the highest precision is taken; the lowest where no boxes are predicted at all. For masks that no result is reported of.
+
+    Args:
+        predicted: by threshold, the boxes of each mask; one threshold at least.
+        true: the boxes of the true error.
+        min_iou: from which IoU on two boxes are a pair.
+        precision: what is wanted.
+    """
+    reached = dict[float, float]()
+    for threshold, boxes in predicted.items():
+        found = sum((match_boxes(p, t, min_iou) for p, t in zip(boxes, true, strict=True)), Detection())
+        if found.precision is not None:
+            reached[threshold] = found.precision
+    if not reached:
+        return min(predicted)
+    precise = [threshold for threshold, value in reached.items() if value >= precision]
+    return min(precise) if precise else max(reached, key=lambda t: (reached[t], t))
 
 
 def count_voxels(error: FloatArray, wrong: BoolArray, mask: BoolArray) -> SignedCounts:

@@ -28,9 +28,10 @@ from segqc.evaluation.makers import (
 from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, slug
 from segqc.evaluation.run import Run
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
-from segqc.regions import BoxSettings, Detection, largest_box_area_mm2, match_boxes
+from segqc.regions import BoxSettings, largest_box_area_mm2
 from segqc.segmenter import Segmenter
 from segqc.training.cases import label_values, read_case
+from segqc.types import ErrorBox
 from segqc.volumes import Volume, read_labels, through_plane_axis
 
 StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
@@ -439,18 +440,16 @@ class _Study:
                 )  # fmt: skip
 
     def _box_threshold(self, method: str, k: int) -> float:
-        """The lowest threshold with the wanted precision on the masks that calibrate; else the most precise one."""
-        s, counts = self.run.settings, dict[float, Detection]()
+        """The threshold of extracted boxes by the masks that calibrate."""
+        s = self.run.settings
+        predicted: dict[float, list[list[ErrorBox]]] = {threshold: [] for threshold in s.box_thresholds}
+        true: list[list[ErrorBox]] = []
         for fold, said in zip(calibrating_folds(self.run, method), self.on_known[method], strict=True):
             known = self.known[fold]
-            true = judging.boxes_of(known.boxes, len(known.masks), k, EXTRACTED)
+            true += judging.boxes_of(known.boxes, len(known.masks), k, EXTRACTED)
             for t, threshold in enumerate(s.box_thresholds):
-                predicted = judging.boxes_of(said.boxes, len(known.masks), k, EXTRACTED, t)
-                found = [match_boxes(p, q, min(s.box_ious)) for p, q in zip(predicted, true, strict=True)]
-                counts[threshold] = sum(found, counts.get(threshold, Detection()))
-        precision = {threshold: found.precision or 0.0 for threshold, found in counts.items()}
-        precise = [threshold for threshold, value in precision.items() if value >= s.box_precision]
-        return min(precise) if precise else max(precision, key=lambda t: (precision[t], t))
+                predicted[threshold] += judging.boxes_of(said.boxes, len(known.masks), k, EXTRACTED, t)
+        return detection.choose_threshold(predicted, true, min_iou=min(s.box_ious), precision=s.box_precision)
 
     def _mapped(self, k: int) -> Iterator[Mapped]:
         for method, said in self.said.items():
