@@ -237,7 +237,8 @@ def choose_threshold(
 ) -> float:
     """The lowest threshold whose boxes have a wanted precision, so that as many errors as may be are found.
 
-    Where none has it, the one of the highest precision is taken; the lowest where no boxes are predicted at all. For masks that no result is reported of.
+    Where none has it, the one of the highest precision is taken; the lowest where no boxes are predicted at all. For
+    masks that no result is reported of.
 
     Args:
         predicted: by threshold, the boxes of each mask; one threshold at least.
