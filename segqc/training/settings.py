@@ -17,6 +17,8 @@ class TrainingSettings:
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
+    ``mask_deformation`` moves the contour of the mask alone, smoothly, by displacements with a standard deviation of up
+    to this many in-plane voxels, so that it does not believe masks of networks that it has not met.
     ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
     seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
     The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
