@@ -158,6 +158,19 @@ class Assessor(TrainedNetwork):
         )
         return AssessmentResult(assessment, errors)
 
+    def map_metrics(self, scan: Volume, labels: Volume) -> tuple[Metrics, ...]:
+        """The 3D metrics of each structure as read off its error map: `assess`'s raw ones, without all the rest.
+
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        empty = self._empty_rule(scan)
+        errors = self.error_maps(scan, labels)
+        return tuple(
+            estimated_metrics(structure.mask(labels.array), error, empty=empty)
+            for structure, error in zip(self.structures, errors, strict=True)
+        )
+
     def _empty_rule(self, scan: Volume) -> EmptyRule:
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 

@@ -65,7 +65,9 @@ def assessor(form: str = "truth", **card: object) -> Assessor:
 @pytest.mark.parametrize("flips", [False, True])
 def test_a_network_that_knows_the_truth_gives_the_true_numbers(form: str, flips: bool) -> None:
     scan, labels, truth = world()
-    result = assessor(form, average_flips=flips).assess(scan, labels, scan_id="s", segmenter_version="v")
+    model = assessor(form, average_flips=flips)
+    result = model.assess(scan, labels, scan_id="s", segmenter_version="v")
+    assert model.map_metrics(scan, labels) == tuple(q.raw.metrics for q in result.assessment.structures)
     for quality, structure in zip(result.assessment.structures, STRUCTURES, strict=True):
         true = true_metrics(structure.mask(labels.array), structure.mask(truth))
         for name in ("dice", "iou", "arvd", "rvd"):

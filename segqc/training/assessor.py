@@ -260,9 +260,9 @@ def calibrated(
         for mask in mask_set.masks:
             patients.append(mask_set.case.patient)
             labels = Volume(mask, scan.affine, scan.acquisition_axis)
-            qualities = judges[id(judge)].assess(scan, labels, scan_id=mask_set.case.id).assessment.structures
+            metrics = judges[id(judge)].map_metrics(scan, labels)
             for k, structure in enumerate(structures):
-                estimates[k].append(qualities[k].raw.metrics)
+                estimates[k].append(metrics[k])
                 truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
     boxes = _largest_boxes(train, structures, assessor.values)
     calibration = tuple(
