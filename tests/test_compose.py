@@ -105,6 +105,7 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
     captured = {o.name: o.captured.value for o in result.ordered[0].study.orders}
     assert captured[SEGQC] == pytest.approx(1.0)
     assert {c.kind for c in result.covered} == {"resplit", "test"}
+    assert [s.method for s in result.shared] == list(NOISE)
     found = next(d for d in result.detected if (d.method, d.predicted, d.true) == (SEGQC, "raw", "raw"))
     assert all(b.precision.value in (1.0, None) for b in found.boxes)
     assert found.chosen is None

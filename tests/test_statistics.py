@@ -26,6 +26,7 @@ from segqc.evaluation.statistics import (
     percentile_interval,
     resample,
     scores,
+    shared_errors,
     stratified,
 )
 
@@ -383,3 +384,37 @@ def test_results_survive_json() -> None:
     made = stratified(x, y, patients, [0.5])
     assert strata.validate_json(strata.dump_json(made)) == made
     assert isinstance(found[0].comparison, Comparison)
+
+
+def test_whose_errors_they_are() -> None:
+    rng = np.random.default_rng(3)
+    patients = [f"p{i // 4}" for i in range(80)]
+    true, own = rng.random(80), np.repeat(rng.normal(0, 0.1, 20), 4)
+    first = true + own + rng.normal(0, 0.05, 80)
+    second = true + own + rng.normal(0, 0.05, 80)
+    found = shared_errors(first, second, true, patients)
+    errors = (first - true).reshape(20, 4)
+    f = stats.f_oneway(*errors).statistic
+    assert found.patients == 20
+    assert found.patient_share == pytest.approx((f - 1) / (f + 3))
+    wanted = stats.pearsonr(errors.mean(axis=1), (second - true).reshape(20, 4).mean(axis=1))[0]
+    assert found.correlation == pytest.approx(wanted)
+    assert wanted > 0.8
+
+    order = rng.permutation(80)
+    shuffled = shared_errors(first[order], second[order], true[order], [patients[int(i)] for i in order])
+    assert shuffled.patient_share == pytest.approx(found.patient_share)
+    assert shuffled.correlation == pytest.approx(found.correlation)
+    apart = shared_errors(true + rng.normal(0, 0.1, 80), second, true, patients)
+    assert apart.patient_share is not None
+    assert apart.patient_share < 0.3
+
+
+def test_errors_of_few_or_single_masks_are_shared_by_nobody() -> None:
+    single = shared_errors([0.5, 0.6, 0.9], [0.5, 0.7, 0.8], [0.4, 0.8, 0.8], ["a", "b", "c"])
+    assert single.patient_share is None
+    assert single.correlation is not None
+    assert shared_errors([0.5, None], [0.5, 0.7], [0.4, 0.8], ["a", "b"]).correlation is None
+    assert shared_errors([0.5] * 3, [0.5] * 3, [0.5] * 3, ["a", "b", "c"]).correlation is None
+    with pytest.raises(ValueError, match="a truth and a patient"):
+        shared_errors([0.5], [0.5, 0.6], [0.5, 0.6], ["a", "b"])

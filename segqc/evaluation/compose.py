@@ -257,7 +257,7 @@ def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
 
 
 def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Section:
-    strata = result_tables.strata_table(result, structure)
+    strata, shared = result_tables.strata_table(result, structure), result_tables.shared_table(result, structure)
     return Section(
         f"Estimated metrics: {STUDY_TITLES[result.study]}",
         (f"{result.masks} masks of {result.patients} patients, {result.slices} slices; {structure}.",),
@@ -265,7 +265,7 @@ def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Sec
         (
             *result_tables.metric_tables(result, structure),
             *result_tables.comparison_tables(result, structure),
-            *([] if strata is None else [strata]),
+            *(table for table in (strata, shared) if table is not None),
         ),
         tuple(result_figures.estimate_figures(run, result, structure, index)),
     )

@@ -271,6 +271,26 @@ def _differences(result: StudyResult, structure: str, dimension: Dimension) -> T
     )  # fmt: skip
 
 
+def shared_table(result: StudyResult, structure: str) -> Table | None:
+    """Whether methods err on the same patients."""
+    here = [s for s in result.shared if s.structure == structure and s.method not in VARIANTS]
+    if len(here) < 2:
+        return None
+    return Table(
+        f"shared-{result.study}-{slug(structure)}",
+        f"Whose errors they are: 3D Dice of {structure}, {STUDY_TITLES[result.study]}",
+        ("method", "patients' share", "correlation with SegQC's"),
+        tuple(
+            (s.method, s.errors.patient_share, UNDEFINED if s.method == SEGQC else s.errors.correlation) for s in here
+        ),
+        2,
+        "Patients' share: how much of a method's squared error about its mean lies between patients and not between "
+        "masks of one. Correlation: of the patients' mean errors with those of SegQC. Where methods without a network "
+        "in common err on the same patients, the truths of these differ from what the training side makes one expect, "
+        "and no better method of the kind would help.",
+    )
+
+
 def strata_table(result: StudyResult, structure: str) -> Table | None:
     """The error of the 3D Dice by how good the mask truly is."""
     found = [(m, find_row(result, structure, m)) for m in CONTROL]

@@ -335,6 +335,63 @@ def paired(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SharedErrors:
+    """Whether what is left of two methods' errors belongs to the patients, and not to the methods.
+
+    Attributes:
+        patients: with an error of both methods.
+        patient_share: share of the first method's squared error about its mean that lies between patients (the
+            intraclass correlation of a one-way analysis of variance, at least 0); None without several masks of a
+            patient.
+        correlation: Pearson's, over patients, of the two methods' mean signed errors; None under three patients or
+            where one does not vary.
+    """
+
+    patients: int
+    patient_share: float | None
+    correlation: float | None
+
+
+def shared_errors(first: Numbers, second: Numbers, true: Numbers, patients: Sequence[str]) -> SharedErrors:
+    """Ask whether two methods err on the same patients.
+
+    Where methods without a network in common do, the truths of these patients differ from what the cases that both
+    learnt from make one expect: a better method of the same kind would not help.
+
+    Args:
+        first: the estimates of one method, (n,).
+        second: those of the other.
+        true: the true values.
+        patients: whose mask each is.
+
+    Raises:
+        ValueError: if lengths differ.
+    """
+    a, b, t, whose = (*(np.array(x, np.float64) for x in (first, second, true)), np.array(patients, dtype=str))
+    _check_lengths(a, t, whose)
+    _check_lengths(b, t, whose)
+    defined = np.isfinite(a) & np.isfinite(b) & np.isfinite(t)
+    index, count = patient_index(whose[defined].tolist())
+    errors = [(x - t)[defined] for x in (a, b)]
+    sizes = np.bincount(index, minlength=count)
+    means = [np.bincount(index, weights=e, minlength=count) / sizes for e in errors]
+    varies = count >= LEAST_FOR_CORRELATION and min(np.ptp(m) for m in means) > _ROUNDING
+    correlation = float(np.corrcoef(means[0], means[1])[0, 1]) if varies else None
+    return SharedErrors(count, _intraclass(errors[0], index, means[0], sizes), correlation)
+
+
+def _intraclass(values: Values, index: Indices, means: Values, sizes: npt.NDArray[np.int_]) -> float | None:
+    n, count = len(values), len(means)
+    if count < LEAST_PATIENTS or n == count:
+        return None
+    between = float((sizes * (means - values.mean()) ** 2).sum()) / (count - 1)
+    within = float(((values - means[index]) ** 2).sum()) / (n - count)
+    each = (n - float((sizes**2).sum()) / n) / (count - 1)
+    spread = between + (each - 1) * within
+    return max(0.0, (between - within) / spread) if spread > 0 else None
+
+
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """Adjust the p-values of one family of tests (Holm 1979), in the order given.
 

@@ -135,6 +135,15 @@ class Covered:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Whether a method errs on the same patients as SegQC, in the calibrated 3D Dice of one structure."""
+
+    structure: str
+    method: str
+    errors: statistics.SharedErrors
+
+
+@dataclass(frozen=True, slots=True)
 class StudyResult:
     """Everything that a study says."""
 
@@ -149,6 +158,7 @@ class StudyResult:
     mapped: tuple[Mapped, ...]
     covered: tuple[Covered, ...]
     seconds: dict[str, float]
+    shared: tuple[Shared, ...] = ()
 
 
 STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
@@ -285,6 +295,7 @@ class _Study:
             tuple(m for k in structures for m in self._mapped(k)),
             tuple(c for k in structures for c in self._covered(k)),
             {m: float(np.median(self.said[m].seconds)) for m in self.methods},
+            tuple(s for k in structures for s in self._shared(k)),
         )  # fmt: skip
 
     def _name(self, k: int) -> str:
@@ -378,6 +389,14 @@ class _Study:
         draws = self.run.settings.draws  # with half as many, no p-value of so large a family could be small enough
         study = curves.study(units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, draws=draws)
         return Ordered(self._name(k), d, study)
+
+    def _shared(self, k: int) -> Iterator[Shared]:
+        ours = self._values(k, "3D", None, "dice", SEGQC)
+        for method in self.methods:
+            v = self._values(k, "3D", None, "dice", method)
+            if method != CONSTANT and np.isfinite(v.raw).any():
+                found = statistics.shared_errors(v.calibrated, ours.calibrated, v.true, v.patients)
+                yield Shared(self._name(k), method, found)
 
     def _covered(self, k: int) -> Iterator[Covered]:
         """Coverage of the intervals of the 3D Dice: over resplits, on this study's masks, and under shift."""
