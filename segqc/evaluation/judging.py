@@ -27,7 +27,7 @@ from segqc.volumes import Volume, atomic_write, through_plane_axis
 Counts: TypeAlias = npt.NDArray[np.int32]
 BoxRows: TypeAlias = npt.NDArray[np.int32]  # mask, structure, extracted, threshold's number, slice, start0, start1, ...
 
-Maps: TypeAlias = Literal["all", "extracted boxes", "none"]
+Maps: TypeAlias = Literal["all", "extracted boxes"]
 
 RAW, EXTRACTED = 0, 1
 

@@ -443,6 +443,7 @@ class _Study:
         for method, said in self.said.items():
             if not len(said.counts):
                 continue
+            chosen = self._box_threshold(method, k)
             for predicted, true in ((RAW, RAW), (EXTRACTED, RAW), (EXTRACTED, EXTRACTED), (RAW, EXTRACTED)):
                 by_threshold = {
                     threshold: judging.boxes_of(said.boxes, count, k, predicted, t)
@@ -455,7 +456,7 @@ class _Study:
                         generator=self.rng(k, 3), min_ious=self.run.settings.box_ious,
                         draws=min(500, self.run.settings.draws),
                     ),
-                    self._box_threshold(method, k) if predicted == EXTRACTED else None,
+                    chosen if predicted == EXTRACTED else None,
                 )  # fmt: skip
 
     def _box_threshold(self, method: str, k: int) -> float:
