@@ -137,10 +137,15 @@ def likely_wrong(error: BoolArray | FloatArray, threshold: float) -> BoolArray:
 
 def bounding_box(mask: BoolArray) -> Box | None:
     """Return the slices of the smallest box that holds a mask (n0, n1, n2); None for an empty mask."""
-    found = ndimage.find_objects(mask.view(np.uint8))
-    if not found:
-        return None
-    first, second, third = found[0]
+    box = []
+    rest = mask  # the first axis is cut before the others are looked at
+    for axis in range(3):
+        there = np.flatnonzero(rest.any(axis=tuple(a for a in range(3) if a != axis)))
+        if not len(there):
+            return None
+        box.append(slice(int(there[0]), int(there[-1]) + 1))
+        rest = mask[tuple(box)]
+    first, second, third = box
     return first, second, third
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, maximum_bipartite_matching
 
@@ -146,10 +145,10 @@ def _united(corners: Corners, min_distance: float) -> Corners:
             gap = start[:, None, side] - stop[None, :, side]
             squared += np.clip(np.maximum(gap, gap.T), 0, far) ** 2
         rows, columns = np.nonzero(squared < min_distance**2)
+        if len(rows) == len(corners):  # each is near itself only
+            return corners
         near = csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(corners), len(corners)))
         count, group = connected_components(near, directed=False)
-        if count == len(corners):
-            return corners
         united = np.empty((count, 4), np.int32)
         united[:, :2], united[:, 2:] = np.iinfo(np.int32).max, -1
         np.minimum.at(united[:, :2], group, start)
@@ -218,11 +217,16 @@ def _component_boxes(
     around = bounding_box(wrong)
     if around is None:
         return np.empty(0, np.int32), np.empty((0, 4), np.int32)
-    found = ndimage.find_objects(label_slices(wrong[around], axis)[0])
-    bounds = np.array([[(part.start, part.stop) for part in box] for box in found], np.int32)
-    bounds += np.array([part.start for part in around], np.int32)[None, :, None]
-    in_plane = bounds[:, [a for a in range(3) if a != axis]]
-    return bounds[:, axis, 0], np.concatenate([in_plane[:, :, 0], in_plane[:, :, 1]], axis=1)
+    labels, _ = label_slices(wrong[around], axis)
+    voxels = np.stack(np.nonzero(labels), axis=1).astype(np.int32)
+    component = labels[tuple(voxels.T)]
+    order = np.argsort(component, kind="stable")
+    voxels, starts = voxels[order], np.flatnonzero(np.diff(component[order], prepend=0))
+    offset = np.array([part.start for part in around], np.int32)
+    first = np.minimum.reduceat(voxels, starts) + offset
+    last = np.maximum.reduceat(voxels, starts) + offset
+    in_plane = [a for a in range(3) if a != axis]
+    return first[:, axis], np.concatenate([first[:, in_plane], last[:, in_plane] + 1], axis=1)
 
 
 def _largest_area(slice_mm2: float, settings: BoxSettings) -> float:

@@ -473,6 +473,19 @@ def test_trainings_resume_are_not_repeated_and_judge_any_mask(train: Train, tmp_
             assert len(one.slices) == 5
 
 
+def test_the_autoencoders_regressor_is_kept_for_the_same_masks_only(tmp_path: Path) -> None:
+    sets = mask_sets(tmp_path, 4)
+    rest = (SINGLE, placed([s.case for s in sets]), QUICK, tmp_path / "a")
+    counted, again, other = (KillAt(-1, "autoencoder: shape") for _ in range(3))
+    first = train_autoencoder(sets, *rest, counted)
+    assert counted.seen > 0
+    assert train_autoencoder(sets, *rest, again).lines == first.lines
+    assert again.seen == 0
+    holed = [replace(s, masks=np.where(np.arange(s.masks.shape[-1]) < 4, 0, s.masks)) for s in sets]
+    assert train_autoencoder(holed, *rest, other).lines != first.lines
+    assert other.seen == counted.seen
+
+
 @pytest.mark.parametrize("train", [train_regression, train_map_and_score, train_autoencoder])
 def test_losses_fall(train: Train, tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)

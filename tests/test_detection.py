@@ -150,7 +150,7 @@ def test_average_precision_is_scikit_learn_s(seed: int) -> None:
     rounded = np.floor(error.ravel() * np.float32(STEPS) + np.float32(1e-3))
     assert found.average_precision == pytest.approx(metrics.average_precision_score(wrong.ravel(), rounded))
     assert found.average_precision == pytest.approx(
-        metrics.average_precision_score(wrong.ravel(), error.ravel()), abs=0.02
+        metrics.average_precision_score(wrong.ravel(), error.ravel()), abs=0.05
     )
 
 

@@ -7,13 +7,16 @@ here its parts are three features, and masks are cut out at the scan's scale.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from monai.losses import DiceLoss
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from segqc.baselines.estimates import Estimate, MaskToJudge, structure_masks
@@ -25,19 +28,29 @@ from segqc.networks import NetworkPlan, Triple, depth_to_space, device_of_choice
 from segqc.placement import Placement
 from segqc.training.assessor import mask_channels
 from segqc.training.cases import Case, Example, label_values, load_example
-from segqc.training.fit import Job, fit
+from segqc.training.fit import Job, fingerprint, fit
 from segqc.training.pairs import MaskSet, thinned
 from segqc.training.patches import Patch, centred_start
 from segqc.training.progress import Progress
 from segqc.training.segmentation import plan_for
 from segqc.training.settings import TrainingSettings
 from segqc.types import Metrics, Structure
-from segqc.volumes import canonical_frame, to_canonical
+from segqc.volumes import atomic_write, canonical_frame, to_canonical
 
 LATENT = 32  # numbers in a shape's code
 REGRESSION_MASKS = 8  # of one case, for the regressor
+LINES = "lines.json"  # in the training's folder: the regressor takes minutes, too
 _CODE_WEIGHT = 2.0**-5  # of the code's mean divergence, beside the reconstruction
 _SMALLEST = 1e-6  # before a logarithm
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    fingerprint: str
+    lines: tuple[FeatureRegression, ...]
+
+
+_LINES = TypeAdapter(_Lines)
 
 
 class ShapeAutoencoder(nn.Module):
@@ -138,7 +151,8 @@ def train_autoencoder(
 ) -> AutoencoderFeatures:
     """Train the autoencoder on the cases' true masks, or return the training of the same data found in ``folder``.
 
-    The regressor is then fitted on the masks of patients that train. Arguments as in `train_regression`.
+    The regressor is then fitted on the masks of patients that train, and kept beside. Arguments as in
+    `train_regression`.
     """
     cases = list({s.case.id: s.case for s in sets}.values())
     plan = plan_for(cases, settings, in_channels=len(structures), out_channels=len(structures))
@@ -169,18 +183,48 @@ def train_autoencoder(
         build=ShapeAutoencoder,
         variant=f"autoencoder {tuple(structures)}",
     )
-    untaught = AutoencoderFeatures(fit(job, folder, progress).network, plan, structures)
+    network = fit(job, folder, progress).network
+    train = [thinned(s, REGRESSION_MASKS) for s in sets if placements[s.case.patient].role == "train"]
+    of = _fingerprint(job, train)
+    lines = _stored_lines(folder, of)
+    if lines is None:
+        lines = _fit_lines(AutoencoderFeatures(network, plan, structures), train, progress)
+        with atomic_write(folder / LINES) as temporary:
+            temporary.write_bytes(_LINES.dump_json(_Lines(of, lines), indent=1) + b"\n")
+    return AutoencoderFeatures(network, plan, structures, lines)
+
+
+def _fit_lines(
+    untaught: AutoencoderFeatures, train: Sequence[MaskSet], progress: Progress
+) -> tuple[FeatureRegression, ...]:
+    """Each structure's regression from the features of masks to their metrics."""
+    structures = untaught.structures
     features: list[list[Values | None]] = [[] for _ in structures]
     metrics: list[list[Metrics]] = [[] for _ in structures]
-    train = [thinned(s, REGRESSION_MASKS) for s in sets if placements[s.case.patient].role == "train"]
     total = sum(len(s.masks) for s in train)
     for i, judged in enumerate(judged_masks(train, structures)):
         progress.step(i, total, "autoencoder: shape features")
         for k, of_structure in enumerate(untaught.features(judged.mask)):
             features[k].append(of_structure)
             metrics[k].append(judged.metrics[k])
-    lines = [fit_features(f, m) for f, m in zip(features, metrics, strict=True)]
-    return AutoencoderFeatures(untaught.network, plan, structures, lines)
+    return tuple(fit_features(f, m) for f, m in zip(features, metrics, strict=True))
+
+
+def _fingerprint(job: Job, train: Sequence[MaskSet]) -> str:
+    """What stored lines must agree on to be taken: the training, and the masks that they were fitted on."""
+    digest = hashlib.sha256(fingerprint(job).encode())
+    for masks in train:
+        digest.update(masks.case.id.encode())
+        digest.update(masks.masks.tobytes())
+    return digest.hexdigest()
+
+
+def _stored_lines(folder: Path, of: str) -> tuple[FeatureRegression, ...] | None:
+    try:
+        stored = _LINES.validate_json((folder / LINES).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return stored.lines if stored.fingerprint == of else None
 
 
 def _shape_example(case: Case, plan: NetworkPlan, structures: Sequence[Structure]) -> Example:
