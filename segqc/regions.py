@@ -200,13 +200,28 @@ def match_boxes(predicted: Sequence[ErrorBox], true: Sequence[ErrorBox], min_iou
     Raises:
         ValueError: if ``min_iou`` is not in (0, 1].
     """
-    if not 0 < min_iou <= 1:
-        raise ValueError(f"boxes are matched at an IoU in (0, 1], got {min_iou}")
-    matched = 0
-    if predicted and true:
-        pairs = maximum_bipartite_matching(csr_array(_ious(predicted, true) >= min_iou), perm_type="column")
-        matched = int(np.count_nonzero(pairs >= 0))
-    return Detection(len(predicted), len(true), matched)
+    return match_boxes_at(predicted, true, (min_iou,))[0]
+
+
+def match_boxes_at(
+    predicted: Sequence[ErrorBox], true: Sequence[ErrorBox], min_ious: Sequence[float]
+) -> tuple[Detection, ...]:
+    """Pair boxes as `match_boxes` does, at several IoUs: one result for each.
+
+    Raises:
+        ValueError: if one of ``min_ious`` is not in (0, 1].
+    """
+    for min_iou in min_ious:
+        if not 0 < min_iou <= 1:
+            raise ValueError(f"boxes are matched at an IoU in (0, 1], got {min_iou}")
+    if not predicted or not true:
+        return tuple(Detection(len(predicted), len(true)) for _ in min_ious)
+    ious = _ious(predicted, true)
+    found = []
+    for min_iou in min_ious:
+        pairs = maximum_bipartite_matching(csr_array(ious >= min_iou), perm_type="column")
+        found.append(Detection(len(predicted), len(true), int(np.count_nonzero(pairs >= 0))))
+    return tuple(found)
 
 
 def _component_boxes(

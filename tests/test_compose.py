@@ -18,7 +18,7 @@ from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
 from segqc.evaluation.report.formats import NUMBERS
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import STUDIES, StudyResult, judgement_path, study_masks, study_result, truth_path
+from segqc.evaluation.studies import STUDIES, StudyResult, judgement_path, structure_result, study_masks, truth_path
 from segqc.metrics import EmptyRule
 from segqc.training.cases import read_case
 from segqc.types import Structure
@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult
             save(judgement_path(run, f"calibration-{fold}", name), said)
         said = judge(named(study_masks(run, "served"), method), method, [BALL], run.settings, {})
         save(judgement_path(run, "served", name), said)
-    return run, study_result(run, "served", list(NOISE))
+    return run, structure_result(run, "served", list(NOISE), 0)
 
 
 def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResult]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from segqc.evaluation.statistics import LEVEL, Counts, Indices, Interval, patient_index, percentile_interval, resample
 from segqc.metrics import Values
-from segqc.regions import Detection, match_boxes
+from segqc.regions import Detection, match_boxes, match_boxes_at
 from segqc.types import BoolArray, ErrorBox, FloatArray
 
 MIN_IOUS = (0.05, 0.10, 0.15, 0.20)
@@ -162,9 +162,10 @@ def detection_scores(
         )
     index, count = patient_index(patients)
     copies = _with_itself(count, draws, generator)
+    matched_at = [match_boxes_at(p, t, min_ious) for p, t in zip(predicted, true, strict=True)]
     scores = []
-    for min_iou in min_ious:
-        found = [match_boxes(p, t, min_iou) for p, t in zip(predicted, true, strict=True)]
+    for i, min_iou in enumerate(min_ious):
+        found = [of_mask[i] for of_mask in matched_at]
         table = np.array([(d.predicted, d.true, d.matched) for d in found], np.float64).reshape(-1, 3)
         sums = copies @ _by_patient(table, index, count)
         predicted_sum, true_sum, matched = sums[:, 0], sums[:, 1], sums[:, 2]

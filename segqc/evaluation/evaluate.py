@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from segqc.evaluation.observers import (
     study_observers,
 )
 from segqc.evaluation.run import Run, side_by_side
-from segqc.evaluation.studies import STUDIES, StudyName, StudyResult, find_truths, judge_method, study_result
+from segqc.evaluation.studies import StudyName, StudyResult, find_truths, judge_method, study_result
 from segqc.training import LineProgress, Progress
 
 OBSERVERS = TypeAdapter(ObserverStudy)
@@ -66,9 +65,7 @@ def evaluate(
     for study in studies:
         find_truths(run, study)
         side_by_side(run, judge_method, [f"{study}/{method}" for method in compared], progress)
-        progress.step(0, 1, f"numbers of the study: {study}")
-        name = f"results/{study}{'-ablations' if ablations else ''}.json"
-        results.append(run.kept(name, STUDIES, functools.partial(study_result, run, study, compared)))
+        results.append(study_result(run, study, progress, ablations=ablations))
     run.made()
     return results
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -25,23 +25,26 @@ from segqc.evaluation.makers import (
     training_masks,
     truth_of,
 )
-from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, slug
-from segqc.evaluation.run import Run
+from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, methods, slug
+from segqc.evaluation.run import Run, side_by_side
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
 from segqc.regions import BoxSettings, largest_box_area_mm2
 from segqc.segmenter import Segmenter
+from segqc.training import Progress
 from segqc.training.cases import label_values, read_case
 from segqc.types import ErrorBox
 from segqc.volumes import Volume, read_labels, through_plane_axis
 
 StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
 Dimension: TypeAlias = Literal["3D", "2D"]
+T = TypeVar("T")
 
 MANIFEST_OF: Mapping[StudyName, str] = {
     "stratified": "test-masks/manifest.json",
     "served": "test-masks/served.json",
     "corrections": "test-masks/corrections.json",
 }
+_ABLATIONS = "-ablations"  # ends the name of a study's results in which variants are compared as well
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 
@@ -250,9 +253,54 @@ def truth_path(run: Run, study: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def study_result(run: Run, study: StudyName, methods: Sequence[str]) -> StudyResult:
-    """Compare all methods on the masks of a study."""
-    return _Study(run, study, methods).result()
+def study_result(run: Run, study: StudyName, progress: Progress, *, ablations: bool = False) -> StudyResult:
+    """Compare all methods on the masks of a study, structures side by side; read what was found before."""
+    name = f"{study}{_ABLATIONS if ablations else ''}"
+    structures = [s.name for s in run.cohort.structures]
+
+    def make() -> StudyResult:
+        side_by_side(run, find_numbers, [f"{name}/{structure}" for structure in structures], progress)
+        return _together([_of_structure(run, name, structure) for structure in structures])
+
+    return run.kept(f"results/{name}.json", STUDIES, make)
+
+
+def find_numbers(run: Run, name: str) -> None:
+    """Compare all methods on one structure: ``<study>/<structure>``, or ``<study>-ablations/<structure>``."""
+    _of_structure(run, *name.split("/", 1))
+
+
+def _of_structure(run: Run, name: str, structure: str) -> StudyResult:
+    def make() -> StudyResult:
+        studies: dict[str, StudyName] = {study: study for study in MANIFEST_OF}
+        compared = methods(ablations=name.endswith(_ABLATIONS))
+        k = [s.name for s in run.cohort.structures].index(structure)
+        return structure_result(run, studies[name.removesuffix(_ABLATIONS)], compared, k)
+
+    return run.kept(f"results/structures/{name}-{slug(structure)}.json", STUDIES, make)
+
+
+def structure_result(run: Run, study: StudyName, methods: Sequence[str], k: int) -> StudyResult:
+    """Compare methods on the masks of a study, for the run's structure number ``k``."""
+    return _Study(run, study, methods).result(k)
+
+
+def _together(parts: Sequence[StudyResult]) -> StudyResult:
+    """The results of all structures as one."""
+
+    def joined(of: Callable[[StudyResult], tuple[T, ...]]) -> tuple[T, ...]:
+        return tuple(x for part in parts for x in of(part))
+
+    return replace(
+        parts[0],
+        rows=joined(lambda r: r.rows),
+        compared=joined(lambda r: r.compared),
+        ordered=joined(lambda r: r.ordered),
+        detected=joined(lambda r: r.detected),
+        mapped=joined(lambda r: r.mapped),
+        covered=joined(lambda r: r.covered),
+        shared=joined(lambda r: r.shared),
+    )
 
 
 class _Study:
@@ -272,11 +320,10 @@ class _Study:
     def rng(self, *of: int) -> np.random.Generator:
         return np.random.default_rng((self.run.settings.seed, 4, *of))
 
-    def result(self) -> StudyResult:
-        structures = range(len(self.run.cohort.structures))
+    def result(self, k: int) -> StudyResult:
+        """What the study says of one structure."""
         rows = tuple(
             self._row(k, dimension, slices, metric, method)
-            for k in structures
             for dimension, slices in (("3D", None), ("2D", "all"), ("2D", "mask"), ("2D", "large"))
             for metric in METRIC_NAMES
             for method in self.methods
@@ -288,15 +335,14 @@ class _Study:
             len(set(self.truth.patients)),
             len(self.truth.mask_of),
             tuple(row for row in rows if row is not None),
-            tuple(self._compared(k, d, m, s) for k in structures for d in ("3D", "2D") for m in METRIC_NAMES
-                  for s in ("mae", "spearman")),
-            tuple(self._ordered(k, d) for k in structures for d in ("3D", "2D")),
-            tuple(d for k in structures for d in self._detected(k)),
-            tuple(m for k in structures for m in self._mapped(k)),
-            tuple(c for k in structures for c in self._covered(k)),
+            tuple(self._compared(k, d, m, s) for d in ("3D", "2D") for m in METRIC_NAMES for s in ("mae", "spearman")),
+            tuple(self._ordered(k, d) for d in ("3D", "2D")),
+            tuple(self._detected(k)),
+            tuple(self._mapped(k)),
+            tuple(self._covered(k)),
             {m: float(np.median(self.said[m].seconds)) for m in self.methods},
-            tuple(s for k in structures for s in self._shared(k)),
-        )  # fmt: skip
+            tuple(self._shared(k)),
+        )
 
     def _name(self, k: int) -> str:
         return self.run.cohort.structures[k].name
