@@ -50,7 +50,12 @@ class SoftInput:
     """A SegQC-Net of output form "truth" with soft outputs as inputs; says nothing of a mask that no network made."""
 
     def __init__(
-        self, network: nn.Module, plan: NetworkPlan, structures: Sequence[Structure], empty_under_mm3: float
+        self,
+        network: nn.Module,
+        plan: NetworkPlan,
+        structures: Sequence[Structure],
+        empty_under_mm3: float,
+        maps: Sequence[MapCalibration] = (),
     ) -> None:
         self.name = "soft input"
         self.device = device_of_choice()
@@ -58,7 +63,11 @@ class SoftInput:
         self.plan = plan
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
-        self.maps = (MapCalibration(),) * len(self.structures)
+        self.maps = tuple(maps) or (MapCalibration(),) * len(self.structures)
+
+    def with_maps(self, maps: tuple[MapCalibration, ...]) -> SoftInput:
+        """The same network with calibrated maps, one per structure."""
+        return SoftInput(self.network, self.plan, self.structures, self.empty_under_mm3, maps)
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Estimate from scan, mask and the maker's soft output."""

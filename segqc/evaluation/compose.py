@@ -216,10 +216,10 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
                       f"{s.assessor.batch}, output form {s.assessor.output_form}, loss {s.assessor.loss}"),
         ("learnt scores", f"{s.score_epochs} epochs"),
-        ("error boxes", f"larger than {s.boxes.min_area_mm2:g} mm2, united when nearer than "
+        ("error boxes", f"larger than {s.boxes.min_area_mm2:g} mm², united when nearer than "
                         f"{s.boxes.min_distance_voxels:g} voxels"),
         ("error extraction", f"band {s.extraction.band_mm:g} mm, at most {s.extraction.max_band_share:g} of the mask; "
-                             f"components under {s.extraction.min_component_mm2:g} mm2 dropped"),
+                             f"components under {s.extraction.min_component_mm2:g} mm² dropped"),
         ("bootstrap", f"{s.draws} draws of patients"),
     ]  # fmt: skip
     tables = [Table("setup", "What was trained, and how it was looked at", ("what", "setting"), tuple(rows))]
@@ -382,7 +382,7 @@ def _observers(study: ObserverStudy) -> Section:
             note=(
                 f"{len(study.held)} scans; the other {len(study.choosing)} chose the width. Removed: share of the "
                 "voxels that two experts drew differently, in slices that both included; one expert's: in the other "
-                f"slices. Found, kept: implanted errors over {study.settings.min_error_mm2:g} mm2 of which something "
+                f"slices. Found, kept: implanted errors over {study.settings.min_error_mm2:g} mm² of which something "
                 "survives, and their voxels. Intervals by scan."
             ),
             group="setting",

@@ -41,7 +41,8 @@ SERVED = "served"
 CORRECTIONS = "corrections"
 CALIBRATION = "calibration"
 CALIBRATION_MASKS = 3  # of each case of the training side
-CANDIDATES = "test-masks/candidates"
+TEST_MASKS = "test-masks"
+CANDIDATES = f"{TEST_MASKS}/candidates"
 UNKNOWN_MAKER = ""
 VALIDATING = 6  # cases that choose the best epoch of a test maker
 EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
@@ -93,7 +94,7 @@ def maker_path(run: Run, maker: str) -> Path:
 
 def test_mask_path(run: Run, mask: TestMask) -> Path:
     """The file of a mask that is judged."""
-    return run.folder / "test-masks" / f"{mask.id}.nii.gz"
+    return run.folder / TEST_MASKS / f"{mask.id}.nii.gz"
 
 
 def test_maker_names(run: Run) -> list[str]:
@@ -132,7 +133,7 @@ def candidates_of(run: Run, network: str) -> tuple[TestMask, ...]:
     def make() -> tuple[TestMask, ...]:
         segmenter = Segmenter.load(maker_path(run, network))
         folder = run.folder / CANDIDATES
-        return tuple(_keep(run, case, f"{case.id}-{network}", network, segmenter, folder) for case in run.cohort.test)
+        return tuple(_keep(folder, case, network, segmenter) for case in run.cohort.test)
 
     return run.kept(f"{CANDIDATES}/{network}.json", _CANDIDATES, make)
 
@@ -156,7 +157,7 @@ def own_masks(run: Run, progress: Progress) -> Manifest:
         segmenter, masks = Segmenter.load(maker_path(run, SERVED)), []
         for i, case in enumerate(run.cohort.test):
             progress.step(i, len(run.cohort.test), "masks of the served network")
-            masks.append(_keep(run, case, f"{case.id}-{SERVED}", SERVED, segmenter))
+            masks.append(_keep(run.folder / TEST_MASKS, case, SERVED, segmenter))
         return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks))
 
     return run.kept("test-masks/served.json", MANIFESTS, make)
@@ -181,7 +182,7 @@ def correction_masks(run: Run, progress: Progress) -> Manifest:
 
 def truth_of(run: Run, mask: TestMask, case: Case) -> Path:
     """The file of a mask's truth: its simulated correction where there is one, else the case's label."""
-    simulated = run.folder / "test-masks" / "simulated" / f"{mask.id}.nii.gz"
+    simulated = run.folder / TEST_MASKS / "simulated" / f"{mask.id}.nii.gz"
     return simulated if mask.id.endswith(CORRECTIONS) and simulated.is_file() else case.labels
 
 
@@ -219,7 +220,7 @@ def _corrected_by_people(run: Run) -> Iterator[TestMask]:
         case = cases[name]
         scan, truth = read_case(case, label_values(run.cohort.structures))
         mask = read_labels(path, scan=scan, values=label_values(run.cohort.structures))
-        yield _record(run, case, f"{name}-{CORRECTIONS}", UNKNOWN_MAKER, mask, truth)
+        yield _record(run.folder / TEST_MASKS, case, CORRECTIONS, UNKNOWN_MAKER, mask, truth)
 
 
 def _starts_in_store(studies: Studies, cases: Mapping[str, Case]) -> dict[str, Path]:
@@ -238,11 +239,10 @@ def _simulate(run: Run, own: TestMask) -> TestMask:
         np.asarray(mask.array, np.uint8), np.asarray(truth.array, np.uint8), scan, run.settings.annotator
     )
     after = Volume(corrected, scan.affine, scan.acquisition_axis)
-    name = f"{own.case}-{CORRECTIONS}"
-    path = run.folder / "test-masks" / "simulated" / f"{name}.nii.gz"
+    path = run.folder / TEST_MASKS / "simulated" / f"{own.case}-{CORRECTIONS}.nii.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(after, path)
-    return _record(run, case, name, SERVED, mask, after)
+    return _record(run.folder / TEST_MASKS, case, CORRECTIONS, SERVED, mask, after)
 
 
 def train_test_maker(run: Run, name: str) -> None:
@@ -366,22 +366,19 @@ def _choose(run: Run, networks: Sequence[str]) -> Manifest:
     return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen))
 
 
-def _keep(run: Run, case: Case, name: str, maker: str, segmenter: Segmenter, folder: Path | None = None) -> TestMask:
+def _keep(folder: Path, case: Case, network: str, segmenter: Segmenter) -> TestMask:
+    """Write a network's mask of a case, and note what it is."""
     scan, truth = read_case(case, segmenter.values)
-    return _record(run, case, name, maker, segmenter.predict(scan).labels, truth, folder)
+    return _record(folder, case, network, network, segmenter.predict(scan).labels, truth)
 
 
-def _record(
-    run: Run, case: Case, name: str, maker: str, mask: Volume, truth: Volume, folder: Path | None = None
-) -> TestMask:
-    """Write a mask, among the test masks if no other folder is named, and note what it is."""
+def _record(folder: Path, case: Case, kind: str, maker: str, mask: Volume, truth: Volume) -> TestMask:
+    """Write a mask as ``<case>-<kind>.nii.gz``, and note what it is."""
+    name = f"{case.id}-{kind}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_labels(mask, folder / f"{name}.nii.gz")
     dice = true_metrics(_together(mask.array), _together(truth.array)).dice
-    record = TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(mask))
-    path = test_mask_path(run, record)
-    path = path if folder is None else folder / path.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_labels(mask, path)
-    return record
+    return TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(mask))
 
 
 def _together(labels: LabelArray) -> BoolArray:

@@ -179,8 +179,7 @@ class WithSoftInput(Trained):
             return lambda mask: network.truth_logits(mask, _maker(mask))
 
         path = f"networks/{slug(self.name)}/maps.json"
-        network.maps = run.kept(path, _MAPS, lambda: _fit_maps(run, self.name, logits, "truth"))
-        return network
+        return network.with_maps(run.kept(path, _MAPS, lambda: _fit_maps(run, self.name, logits, "truth")))
 
     def _network(self, run: Run, fold: int) -> SoftInput:
         s = run.settings
