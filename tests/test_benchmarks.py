@@ -1,0 +1,64 @@
+"""The README's table and figure are those that the kept results give."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+
+import pytest
+
+from segqc.evaluation.report.formats import NUMBERS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_evaluation", ROOT / "benchmarks" / "evaluation.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_table_that_the_kept_results_give(
+    evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kept in evaluation.RESULTS.glob("evaluation-hippocampus-*.json"):
+        (tmp_path / kept.name).write_bytes(kept.read_bytes())
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    evaluation.draw("hippocampus", "stratified")
+    printed = capsys.readouterr().out.split("**Estimated 3D Dice of hippocampus**\n\n")[1].split("\n\n")[0]
+    assert printed.count("\n") > 10
+    assert printed in (ROOT / "README.md").read_text()
+    assert (tmp_path / "evaluation-hippocampus.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path / "results")
+    with pytest.raises(SystemExit, match=r"tables\.json: is missing"):
+        evaluation.keep(tmp_path, "data-0")
+    with pytest.raises(SystemExit, match="keep"):
+        evaluation.draw("data", "stratified")
+    (tmp_path / "report").mkdir()
+    for seed, mae in enumerate((0.02, 0.04)):
+        table = {
+            "name": "main-stratified-ball",
+            "title": "Estimated 3D Dice of ball",
+            "columns": ["method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is"],
+            "rows": [
+                ["SegQC", mae, "0.01 to 0.05", 0.9, None, "itself"],
+                ["constant", 2 * mae, "0.03 to 0.09", None, None, "better"],
+            ],
+        }
+        (tmp_path / "report" / "tables.json").write_text(json.dumps({"title": "t", "facts": {}, "tables": [table]}))
+        evaluation.keep(tmp_path, f"data-{seed}")
+    seeds = [NUMBERS.validate_json((tmp_path / "results" / f"evaluation-data-{n}.json").read_bytes()) for n in (0, 1)]
+    tables = evaluation.main_tables(seeds, "stratified")
+    ours, constant = evaluation.over_seeds(tables["ball"], "ball").rows
+    assert ours[1] == pytest.approx(fmean((0.02, 0.04))) and constant[1] == pytest.approx(0.06)
+    assert ours[2] == "0.01 to 0.05; 0.01 to 0.05" and ours[4] is None and constant[5] == "better; better"
+    evaluation.draw("data", "stratified")
