@@ -83,7 +83,7 @@ class EvaluationSettings:
             test_makers=2,
             maker_epochs=4,
             segmenter=short,
-            assessor=replace(self.assessor, epochs=6, steps_per_epoch=10, batch=2),
+            assessor=replace(self.assessor, epochs=4, steps_per_epoch=8),
             score_epochs=3,
             per_bin=6,
             draws=300,
