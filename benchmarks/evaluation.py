@@ -21,7 +21,21 @@ from segqc.evaluation.report.formats import NUMBERS, Numbers, to_markdown
 
 RESULTS = Path(__file__).parent / "results"
 CONSTANT = "constant"
+SEGQC = "SegQC"
 MEASURED = ("MAE", "Pearson", "Spearman")
+# column of the table of SegQC's figures: the report's table, and its column
+FIGURES = {
+    "Dice 3D": ("mae", "Dice 3D"),
+    "Pearson 3D": ("main", "Pearson"),
+    "IoU 3D": ("mae", "IoU 3D"),
+    "ARVD 3D": ("mae", "ARVD 3D"),
+    "Dice 2D": ("slices", "Dice, mask"),
+    "Pearson 2D": ("slices", "Pearson, mask"),
+    "scans' order": ("orders-3d", "captured"),
+    "slices' order": ("orders-2d", "captured"),
+    "boxes' recall": ("detection-methods", "recall, chosen"),
+    "boxes' precision": ("detection-methods", "precision, chosen"),
+}
 
 
 def keep(run: Path, name: str) -> None:
@@ -45,7 +59,9 @@ def main_tables(seeds: Sequence[Numbers], study: str) -> dict[str, list[Table]]:
 
 
 def number(table: Table, method: str, column: str) -> float | None:
-    """A number of a method's row."""
+    """A number of a method's row; None where results of an older version have no such column."""
+    if column not in table.columns:
+        return None
     at = table.columns.index(column)
     value = next((row[at] for row in table.rows if row[0] == method), None)
     return value if isinstance(value, float) else None
@@ -67,6 +83,24 @@ def over_seeds(tables: Sequence[Table], structure: str) -> Table:
     columns = ("method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is")
     best = {"MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
     return Table(f"main-{structure}", f"Estimated 3D Dice of {structure}", columns, tuple(rows), best=best)  # type: ignore[arg-type]
+
+
+def figures_of_segqc(seeds: Sequence[Numbers], structures: Sequence[str], study: str) -> Table:
+    """Means over the seeds of what SegQC reaches with each structure."""
+    by_name = [{table.name: table for table in seed.tables} for seed in seeds]
+    rows: list[tuple[Cell, ...]] = []
+    for structure in structures:
+        cells: list[Cell] = [structure]
+        for kind, column in FIGURES.values():
+            found = [number(tables[f"{kind}-{study}-{structure}"], SEGQC, column) for tables in by_name]
+            known = [n for n in found if n is not None]
+            cells.append(fmean(known) if known else None)
+        rows.append(tuple(cells))
+    note = (
+        "Errors (MAE) after calibration; 2D: slices that have a mask. Orders: share of the optimal order's gain over "
+        "random. Boxes after error extraction, IoU 0.05, at the probability chosen on the masks that calibrate."
+    )
+    return Table(f"figures-{study}", "SegQC", ("structure", *FIGURES), tuple(rows), note=note)
 
 
 def forest(tables: dict[str, list[Table]], name: str) -> Figure:
@@ -104,6 +138,7 @@ def draw(name: str, study: str) -> None:
     tables = main_tables(seeds, study)
     for structure, of_seeds in tables.items():
         print(to_markdown(over_seeds(of_seeds, structure)))
+    print(to_markdown(figures_of_segqc(seeds, list(tables), study)))
     (RESULTS / f"evaluation-{name}.svg").write_text(str(forest(tables, name).image))
 
 

@@ -54,11 +54,22 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
                 ["constant", 2 * mae, "0.03 to 0.09", None, None, "better"],
             ],
         }
-        (tmp_path / "report" / "tables.json").write_text(json.dumps({"title": "t", "facts": {}, "tables": [table]}))
+        columns = {kind: ["method"] for kind, _ in evaluation.FIGURES.values() if kind != "main"}
+        for kind, column in evaluation.FIGURES.values():
+            columns.get(kind, []).append(column)
+        further = [
+            {"name": f"{kind}-stratified-ball", "title": "", "columns": c, "rows": [["SegQC", *[mae] * (len(c) - 1)]]}
+            for kind, c in columns.items()
+        ]
+        numbers = {"title": "t", "facts": {}, "tables": [table, *further]}
+        (tmp_path / "report" / "tables.json").write_text(json.dumps(numbers))
         evaluation.keep(tmp_path, f"data-{seed}")
     seeds = [NUMBERS.validate_json((tmp_path / "results" / f"evaluation-data-{n}.json").read_bytes()) for n in (0, 1)]
     tables = evaluation.main_tables(seeds, "stratified")
     ours, constant = evaluation.over_seeds(tables["ball"], "ball").rows
     assert ours[1] == pytest.approx(fmean((0.02, 0.04))) and constant[1] == pytest.approx(0.06)
     assert ours[2] == "0.01 to 0.05; 0.01 to 0.05" and ours[4] is None and constant[5] == "better; better"
+    figures = evaluation.figures_of_segqc(seeds, ["ball"], "stratified").rows[0]
+    assert figures[0] == "ball" and figures[2] == 0.9
+    assert [*figures[1:2], *figures[3:]] == pytest.approx([0.03] * 9)
     evaluation.draw("data", "stratified")
