@@ -271,13 +271,14 @@ def find_numbers(run: Run, name: str) -> None:
 
 
 def _of_structure(run: Run, name: str, structure: str) -> StudyResult:
+    k = [s.name for s in run.cohort.structures].index(structure)
+
     def make() -> StudyResult:
         studies: dict[str, StudyName] = {study: study for study in MANIFEST_OF}
         compared = methods(ablations=name.endswith(_ABLATIONS))
-        k = [s.name for s in run.cohort.structures].index(structure)
         return structure_result(run, studies[name.removesuffix(_ABLATIONS)], compared, k)
 
-    return run.kept(f"results/structures/{name}-{slug(structure)}.json", STUDIES, make)
+    return run.kept(f"results/structures/{name}-{k}.json", STUDIES, make)
 
 
 def structure_result(run: Run, study: StudyName, methods: Sequence[str], k: int) -> StudyResult:
