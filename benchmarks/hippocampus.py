@@ -46,7 +46,7 @@ from segqc.training import (
 )
 from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
-from segqc.training.pairs import fold_masks, stored_masks, train_makers
+from segqc.training.pairs import crossfit_masks, stored_masks, train_makers
 from segqc.training.segmentation import plan_for
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
@@ -146,7 +146,7 @@ def train_crossfit(cases: list[Case], only: str | None, work: Path) -> Assessor 
     for k, fold in enumerate(FOLDS):
         if only in (fold, None, *MEMBERS):
             with timed(f"train a mask maker, make masks: {fold}", work):
-                sets += fold_masks(k, cases, STRUCTURES, placed, plan, makers, folder, progress)
+                sets += crossfit_masks(cases, STRUCTURES, placed, plan, makers, folder, progress, only=[k])
     for k, member in enumerate(MEMBERS):
         if only in (member, None):
             with timed(f"train SegQC-Net: {member}", work):

@@ -74,7 +74,7 @@ def evaluate(
             "difference error extraction removes, as a section of the report.",
         ),
     ] = None,
-    min_area: Annotated[float, typer.Option(min=0, help="Smallest error box that counts, in mm2.")] = 100.0,
+    min_area: Annotated[float, typer.Option(min=0, help="Smallest error box that counts, in mm².")] = 100.0,
     groups: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Finds a patient's group in its name, for coverage under shift."),

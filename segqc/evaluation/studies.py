@@ -44,6 +44,7 @@ MANIFEST_OF: Mapping[StudyName, str] = {
     "served": "test-masks/served.json",
     "corrections": "test-masks/corrections.json",
 }
+_NAMED: Mapping[str, StudyName] = {name: name for name in MANIFEST_OF}
 _ABLATIONS = "-ablations"  # ends the name of a study's results in which variants are compared as well
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
@@ -219,8 +220,7 @@ def manifest_of(run: Run, study: StudyName) -> Manifest:
 
 def study_masks(run: Run, study: str) -> Iterator[KnownMask]:
     """The masks of a study, with their truths."""
-    names: dict[str, StudyName] = {name: name for name in MANIFEST_OF}
-    return test_masks(run, manifest_of(run, names[study]))
+    return test_masks(run, manifest_of(run, _NAMED[study]))
 
 
 def largest_boxes(run: Run) -> dict[str, float]:
@@ -274,9 +274,8 @@ def _of_structure(run: Run, name: str, structure: str) -> StudyResult:
     k = [s.name for s in run.cohort.structures].index(structure)
 
     def make() -> StudyResult:
-        studies: dict[str, StudyName] = {study: study for study in MANIFEST_OF}
         compared = methods(ablations=name.endswith(_ABLATIONS))
-        return structure_result(run, studies[name.removesuffix(_ABLATIONS)], compared, k)
+        return structure_result(run, _NAMED[name.removesuffix(_ABLATIONS)], compared, k)
 
     return run.kept(f"results/structures/{name}-{k}.json", STUDIES, make)
 

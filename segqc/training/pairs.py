@@ -96,43 +96,34 @@ def crossfit_masks(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    *,
+    only: Sequence[int] | None = None,
 ) -> list[MaskSet]:
     """Make the masks of all cases, each from networks trained without its patient.
 
     Fold k's network learns from the training patients of the other folds, for a fixed number of epochs (no early
     stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
     included. Its weights at early epochs make further, worse masks (the paper's stratification, 4.1).
+
+    Args:
+        cases: the cases.
+        structures: the structures to learn.
+        placements: fold and role by patient.
+        plan: the networks' plan.
+        settings: how to train.
+        folder: for checkpoints and masks; folds in one folder may be done side by side, by processes of their own.
+        progress: told after each step.
+        only: the folds whose cases' masks are made; by default all.
     """
-    folds = sorted({placements[c.patient].fold for c in cases})
-    return [
-        masks
-        for fold in folds
-        for masks in fold_masks(fold, cases, structures, placements, plan, settings, folder, progress)
-    ]
-
-
-def fold_masks(
-    fold: int,
-    cases: Sequence[Case],
-    structures: Sequence[Structure],
-    placements: dict[str, Placement],
-    plan: NetworkPlan,
-    settings: TrainingSettings,
-    folder: Path,
-    progress: Progress,
-) -> list[MaskSet]:
-    """Make the masks of one fold's cases; `crossfit_masks` takes them over, and folds may be done side by side.
-
-    Other arguments as of `crossfit_masks`.
-    """
-    held = [c for c in cases if placements[c.patient].fold == fold]
-    learnt = [c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"]
-    name = f"fold {fold + 1}/{len({placements[c.patient].fold for c in cases})}"
-    networks = train_makers(name, learnt, structures, plan, settings, folder / f"fold-{fold}", progress)
-    sets = []
-    for i, case in enumerate(held):
-        progress.step(i, len(held), f"masks of {name}")
-        sets.append(stored_masks(networks, case, settings, folder / "masks"))
+    folds, sets = sorted({placements[c.patient].fold for c in cases}), list[MaskSet]()
+    for fold in folds if only is None else only:
+        held = [c for c in cases if placements[c.patient].fold == fold]
+        learnt = [c for c in cases if placements[c.patient].fold != fold and placements[c.patient].role == "train"]
+        name = f"fold {fold + 1}/{len(folds)}"
+        networks = train_makers(name, learnt, structures, plan, settings, folder / f"fold-{fold}", progress)
+        for i, case in enumerate(held):
+            progress.step(i, len(held), f"masks of {name}")
+            sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
 
 
