@@ -150,14 +150,22 @@ class SegQcNet(Trained):
 
 @dataclass(frozen=True)
 class SameNetworks(Method):
-    """The networks of SegQC asked in another way: only one of them, or with the mean over flips."""
+    """The networks of SegQC asked in another way.
+
+    Attributes:
+        one: whether only one of them is asked.
+        flips: whether each gives the mean over flips.
+        calibrated: whether their maps are calibrated.
+    """
 
     one: bool = False
     flips: bool = False
+    calibrated: bool = True
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """The map of SegQC's own networks."""
-        assessors = _RECIPE.calibrated(run, folds[:1] if self.one else folds)
+        folds = folds[:1] if self.one else folds
+        assessors = _RECIPE.calibrated(run, folds) if self.calibrated else [_RECIPE.assessor(run, k) for k in folds]
         cards = [replace(a.card, average_flips=self.flips or a.card.average_flips) for a in assessors]
         changed = [Assessor(card, a.network) for card, a in zip(cards, assessors, strict=True)]
         return MapEstimator(changed, name=self.name)
@@ -287,6 +295,7 @@ _METHODS: tuple[Method, ...] = (
 _VARIANTS: tuple[Method, ...] = (
     SameNetworks(f"{SEGQC}, one network", one=True),
     SameNetworks(f"{SEGQC}, flips averaged", flips=True),
+    SameNetworks(f"{SEGQC}, maps not calibrated", calibrated=False),
     SegQcNet("median masks only", variant=True, single=True, augmented=False),
     SegQcNet("in-sample masks", variant=True, in_sample=True),
     SegQcNet(
@@ -295,6 +304,7 @@ _VARIANTS: tuple[Method, ...] = (
         change=lambda s: replace(s, output_form="direct", scan_only_share=0.0, empty_mask_share=0.0),
     ),
     SegQcNet("Dice loss", variant=True, change=lambda s: replace(s, loss="dice")),
+    SegQcNet("masks not deformed", variant=True, change=lambda s: replace(s, mask_deformation=0.0)),
     SegQcNet("no empty masks", variant=True, change=lambda s: replace(s, empty_mask_share=0.0)),
     WithSoftInput("soft input", variant=True),
 )
