@@ -499,6 +499,8 @@ def _values(statistic: Statistic, pairs: _Pairs, weights: Counts) -> Values:
             return _mean(pairs, np.abs(y - constant), weights)
         case "pearson":
             return _pearson(pairs, weights)
+        case "spearman":
+            return _spearman(pairs, weights)
         case _:
             of_copies = _OF_COPIES[statistic]
             return np.concatenate([of_copies(pairs, chunk[:, pairs.patient]) for chunk in chunks(weights, x.size)])
@@ -539,27 +541,30 @@ def _correlation(xx: Values, yy: Values, xy: Values, distinct: npt.NDArray[np.in
     return np.where((xx > 0) & (yy > 0) & (distinct >= LEAST_FOR_CORRELATION), r, np.nan)
 
 
-def _spearman(pairs: _Pairs, copies: Counts) -> Values:
-    """Pearson of the mid-ranks among all copies."""
-    x, y = (_centred_ranks(values, copies) for values in (pairs.estimated, pairs.true))
-    xx, yy, xy = ((copies * a * b).sum(axis=1) for a, b in ((x, x), (y, y), (x, y)))
-    return _correlation(xx, yy, xy, np.count_nonzero(copies, axis=1))
+def _spearman(pairs: _Pairs, weights: Counts) -> Values:
+    """Pearson of the mid-ranks among all copies.
+
+    A rank is a sum over the patients drawn, so that one matrix product gives the ranks in all draws.
+    """
+    order = np.argsort(pairs.patient, kind="stable")
+    starts = np.searchsorted(pairs.patient[order], np.arange(pairs.patients))
+    x, y = (_ranks_by_patient(pairs, values)[:, order] for values in (pairs.estimated, pairs.true))
+    sizes = np.bincount(pairs.patient, minlength=pairs.patients)
+    found = []
+    for drawn in chunks(weights, pairs.true.size):
+        a, b = drawn @ x, drawn @ y
+        xx, yy, xy = ((np.add.reduceat(u * v, starts, axis=1) * drawn).sum(axis=1) for u, v in ((a, a), (b, b), (a, b)))
+        found.append(_correlation(xx, yy, xy, (drawn > 0) @ sizes))
+    return np.concatenate(found)
 
 
-def _centred_ranks(values: Values, copies: Counts) -> Values:
-    """Mid-ranks minus their mean, (draws, n): half of (copies below minus copies above)."""
-    order, starts, group = _ties(values)
-    tied = np.add.reduceat(copies[:, order], starts, axis=1)
-    upto = np.cumsum(tied, axis=1)
-    ranks = (2 * upto - tied - upto[:, -1:]) / 2
-    return np.asarray(ranks[:, group], np.float64)
-
-
-def _ties(values: Values) -> tuple[Indices, Indices, Indices]:
-    """The rising order, where in it each group of equal values begins, and each value's group."""
+def _ranks_by_patient(pairs: _Pairs, values: Values) -> Values:
+    """What one copy of each patient adds to the mid-ranks minus their mean, (patients, n): half of below - above."""
     distinct, group = np.unique(values, return_inverse=True)
-    order = np.argsort(values, kind="stable")
-    return order, np.searchsorted(values[order], distinct), group
+    tied = np.zeros((pairs.patients, len(distinct)))
+    np.add.at(tied, (pairs.patient, group), 1)
+    upto = np.cumsum(tied, axis=1)
+    return np.asarray(((2 * upto - tied - upto[:, -1:]) / 2)[:, group])
 
 
 def _median_mae(pairs: _Pairs, copies: Counts) -> Values:
@@ -590,7 +595,8 @@ def _area(score: Values, risk: Values, copies: Counts) -> Values:
     The mask accepted at position p of N enters the risks at coverage p/N, ..., 1: its weight is
     (1/p + ... + 1/N) / N. A group of ties at positions a+1..b shares the sum of their weights.
     """
-    order, starts, _ = _ties(score)
+    order = np.argsort(score, kind="stable")
+    starts = np.searchsorted(score[order], np.unique(score))  # where each group of ties begins
     tied = np.add.reduceat(copies[:, order], starts, axis=1)
     risks = np.add.reduceat((copies * risk)[:, order], starts, axis=1)
     upto = np.cumsum(tied, axis=1)
@@ -604,7 +610,6 @@ def _area(score: Values, risk: Values, copies: Counts) -> Values:
 
 _OF_COPIES: Mapping[Statistic, Callable[[_Pairs, Counts], Values]] = MappingProxyType(
     {
-        "spearman": _spearman,
         "median_mae": _median_mae,
         "aurc": _aurc,
         "aurc_optimal": _aurc_optimal,
