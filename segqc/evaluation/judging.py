@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from segqc.baselines.estimates import Estimator, MaskToJudge, slice_sums
 from segqc.error_maps import difference, extract_errors
-from segqc.evaluation.detection import ErrorMapCounts, SignedCounts, count_voxels
+from segqc.evaluation.detection import STEPS, ErrorMapCounts, SignedCounts, count_voxels
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.metrics import METRIC_NAMES, SliceMetrics, Values, true_metrics, true_slice_metrics
 from segqc.regions import BoxSettings, find_boxes
@@ -118,51 +118,12 @@ def judge(
         maps: what to look at in the error maps, beside the numbers; the boxes after error extraction are enough to
             choose their threshold by.
     """
-    metrics, slices, slice_badness, scan_badness, boxes, seconds = [], [], [], [], list[list[int]](), []
-    counts, counts_extracted, sums_extracted, truth = list[Counts](), list[Counts](), list[Values](), list[Values]()
-    for number, known in enumerate(masks):
-        started = time.perf_counter()
-        estimates = estimator.estimate(known.judged)
-        seconds.append(time.perf_counter() - started)
-        scan, axis = known.judged.scan, through_plane_axis(known.judged.scan)
-        length = scan.array.shape[axis]
-        metrics.append([_row(e.metrics) for e in estimates])
-        slices.append(np.stack([_slice_rows(e.slices, length) for e in estimates], axis=1))
-        slice_badness.append(np.stack([_or_nan(e.slice_badness, length) for e in estimates], axis=1))
-        truth.append(
-            np.stack([_or_nan(None if e.slices is None else e.slices.truth_voxels, length) for e in estimates], axis=1)
-        )
-        scan_badness.append([np.nan if e.scan_badness is None else e.scan_badness for e in estimates])
-        if maps == "extracted boxes":
-            for k, e in enumerate(estimates):
-                if e.error is not None:
-                    extracted = _extracted(known, structures[k], e.error, settings)
-                    largest = largest_boxes_mm2.get(structures[k].name, np.inf)
-                    for t, found in _boxes_by_threshold(extracted, scan, largest, settings):
-                        _add_boxes(boxes, (number, k, EXTRACTED, t), found)
-        if maps == "all" and all(e.error is not None for e in estimates):
-            looks = [
-                _look(number, k, known, e.error, structures, settings, largest_boxes_mm2, boxes)
-                for k, e in enumerate(estimates)
-                if e.error is not None
-            ]
-            counts.append(np.stack([look.counts for look in looks]))
-            counts_extracted.append(np.stack([look.counts_extracted for look in looks]))
-            sums_extracted.append(np.stack([look.sums_extracted for look in looks], axis=1))
-        else:
-            sums_extracted.append(np.full((length, len(structures)), np.nan))
-    none = np.empty((0,), np.int32)
+    by_mask = [
+        _judge_mask(number, known, estimator, structures, settings, largest_boxes_mm2, maps)
+        for number, known in enumerate(masks)
+    ]
     return Judgements(
-        np.array(metrics, np.float64),
-        np.concatenate(slices),
-        np.concatenate(slice_badness),
-        np.concatenate(sums_extracted),
-        np.concatenate(truth),
-        np.array(scan_badness, np.float64),
-        np.array(boxes, np.int32).reshape(-1, 9),
-        np.stack(counts) if counts else none,
-        np.stack(counts_extracted) if counts else none,
-        np.array(seconds),
+        *(np.concatenate([getattr(j, name) for j in by_mask]) for name in Judgements.__dataclass_fields__)
     )
 
 
@@ -170,7 +131,7 @@ def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Se
                 settings: EvaluationSettings) -> Truths:  # fmt: skip
     """What is true of masks."""
     names, patients, metrics, slices, voxels, mask_of = [], [], [], [], [], []
-    boxes = list[list[int]]()
+    boxes = list[tuple[int, ...]]()
     for number, known in enumerate(masks):
         scan = known.judged.scan
         axis = through_plane_axis(scan)
@@ -187,7 +148,8 @@ def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Se
             raw, extracted = true_errors(mask, truth, axis, scan, structures[k], settings)
             unbounded = _box_settings(settings, np.inf, settings.boxes.threshold)
             for kind, error in ((RAW, raw), (EXTRACTED, extracted)):
-                _add_boxes(boxes, (number, k, kind, 0), find_boxes(error, axis, scan.spacing_mm, unbounded))
+                found = find_boxes(error, axis, scan.spacing_mm, unbounded)
+                boxes += [(number, k, kind, 0, *_box_row(box)) for box in found]
     return Truths(
         tuple(names),
         tuple(patients),
@@ -248,51 +210,98 @@ def load_truths(path: Path) -> Truths:
         return Truths(masks=masks, patients=patients, **columns)
 
 
+def _judge_mask(
+    number: int,
+    known: KnownMask,
+    estimator: Estimator,
+    structures: Sequence[Structure],
+    settings: EvaluationSettings,
+    largest_boxes_mm2: Mapping[str, float],
+    maps: Maps,
+) -> Judgements:
+    """What a method says of the mask of this number."""
+    started = time.perf_counter()
+    estimates = estimator.estimate(known.judged)
+    seconds = time.perf_counter() - started
+    scan = known.judged.scan
+    length = scan.array.shape[through_plane_axis(scan)]
+    found = [
+        _look(known, e.error, structure, settings, largest_boxes_mm2.get(structure.name, np.inf), maps)
+        for e, structure in zip(estimates, structures, strict=True)
+        if e.error is not None
+    ]
+    looks = found if len(found) == len(structures) else []
+    boxes = [(number, k, *box) for k, look in enumerate(looks) for box in look.boxes]
+    counted = maps == "all" and bool(looks)
+
+    def by_slice(columns: Sequence[Values]) -> Values:
+        return np.stack(columns, axis=1)
+
+    return Judgements(
+        metrics=np.array([[_row(e.metrics) for e in estimates]], np.float64),
+        slices=by_slice([_slice_rows(e.slices, length) for e in estimates]),
+        slice_badness=by_slice([_or_nan(e.slice_badness, length) for e in estimates]),
+        slice_badness_extracted=by_slice([look.sums_extracted for look in looks])
+        if counted
+        else np.full((length, len(structures)), np.nan),
+        slice_truth=by_slice([_or_nan(e.slices.truth_voxels if e.slices else None, length) for e in estimates]),
+        scan_badness=np.array([[np.nan if e.scan_badness is None else e.scan_badness for e in estimates]], np.float64),
+        boxes=np.array(boxes, np.int32).reshape(-1, 9),
+        counts=_stack_counts([look.counts for look in looks] if counted else [], structures),
+        counts_extracted=_stack_counts([look.counts_extracted for look in looks] if counted else [], structures),
+        seconds=np.array([seconds]),
+    )
+
+
+def _stack_counts(counts: Sequence[Counts], structures: Sequence[Structure]) -> Counts:
+    """The counts of one mask as a row; no row where there are none."""
+    return np.stack(counts)[None] if counts else np.empty((0, len(structures), 2, 2, STEPS + 1), np.int32)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Look:
-    """What an error map shows: voxels by probability, and each slice's sum after error extraction."""
+    """What a structure's error map shows: boxes, voxels by probability, each slice's sum after error extraction.
 
+    ``boxes`` are the last seven numbers of `BoxRows`. Where only boxes after error extraction are asked for, nothing is
+    counted.
+    """
+
+    boxes: list[tuple[int, ...]]
     counts: Counts
     counts_extracted: Counts
     sums_extracted: Values
 
 
 def _look(
-    number: int,
-    k: int,
     known: KnownMask,
     error: FloatArray,
-    structures: Sequence[Structure],
+    structure: Structure,
     settings: EvaluationSettings,
-    largest_boxes_mm2: Mapping[str, float],
-    boxes: list[list[int]],
+    largest_mm2: float,
+    maps: Maps,
 ) -> _Look:
-    """Add the boxes of an error map, and count its voxels, before and after error extraction."""
-    structure, scan = structures[k], known.judged.scan
+    """Find the boxes of an error map, and count its voxels, before and after error extraction."""
+    scan = known.judged.scan
     axis = through_plane_axis(scan)
     mask, truth = structure.mask(known.judged.labels.array), structure.mask(known.truth.array)
-    extracted = _extracted(known, structure, error, settings)
-    for kind, values in ((RAW, error), (EXTRACTED, extracted)):
-        for t, found in _boxes_by_threshold(values, scan, largest_boxes_mm2.get(structure.name, np.inf), settings):
-            _add_boxes(boxes, (number, k, kind, t), found)
+    extracted = extract_errors(error, mask, axis, scan.spacing_mm, settings.extraction.for_structure(structure.name))
+    looked_at = [(EXTRACTED, extracted)] if maps == "extracted boxes" else [(RAW, error), (EXTRACTED, extracted)]
+    boxes = [
+        (kind, t, *_box_row(box))
+        for kind, values in looked_at
+        for t, threshold in enumerate(settings.box_thresholds)
+        for box in find_boxes(values, axis, scan.spacing_mm, _box_settings(settings, 2 * largest_mm2, threshold))
+    ]
+    if maps == "extracted boxes":
+        none = np.empty(0, np.int32)
+        return _Look(boxes, none, none, np.empty(0))
     wrong, wrong_extracted = true_errors(mask, truth, axis, scan, structure, settings)
-    return _Look(_counted(error, wrong, mask), _counted(extracted, wrong_extracted, mask), slice_sums(extracted, axis))
-
-
-def _extracted(known: KnownMask, structure: Structure, error: FloatArray, settings: EvaluationSettings) -> FloatArray:
-    """A structure's error map after error extraction."""
-    scan, mask = known.judged.scan, structure.mask(known.judged.labels.array)
-    extraction = settings.extraction.for_structure(structure.name)
-    return extract_errors(error, mask, through_plane_axis(scan), scan.spacing_mm, extraction)
-
-
-def _boxes_by_threshold(
-    error: FloatArray, scan: Volume, largest_mm2: float, settings: EvaluationSettings
-) -> Iterator[tuple[int, tuple[ErrorBox, ...]]]:
-    """The boxes of a map at every threshold, by the threshold's number."""
-    axis = through_plane_axis(scan)
-    for t, threshold in enumerate(settings.box_thresholds):
-        yield t, find_boxes(error, axis, scan.spacing_mm, _box_settings(settings, 2 * largest_mm2, threshold))
+    return _Look(
+        boxes,
+        _counted(error, wrong, mask),
+        _counted(extracted, wrong_extracted, mask),
+        slice_sums(extracted, axis),
+    )
 
 
 def _counted(error: FloatArray, wrong: BoolArray, mask: BoolArray) -> Counts:
@@ -307,8 +316,8 @@ def _box_settings(settings: EvaluationSettings, largest_mm2: float, threshold: f
     return BoxSettings(threshold, b.min_distance_voxels, b.min_area_mm2, float(largest_mm2), b.max_slice_share)
 
 
-def _add_boxes(rows: list[list[int]], of: tuple[int, int, int, int], boxes: Sequence[ErrorBox]) -> None:
-    rows += [[*of, b.slice_index, *b.start, *b.stop] for b in boxes]
+def _box_row(box: ErrorBox) -> tuple[int, ...]:
+    return (box.slice_index, *box.start, *box.stop)
 
 
 def _row(metrics: Metrics) -> list[float]:
