@@ -30,7 +30,7 @@ from segqc.store import corrections, labels
 from segqc.training import Case, LineProgress, Placement, Progress, train_segmentation
 from segqc.training.cases import label_values, load_example, read_case
 from segqc.training.fit import fit
-from segqc.training.pairs import MaskSet, at_weights, stored_masks, train_makers
+from segqc.training.pairs import MaskSet, at_weights, early_epochs, stored_masks, train_makers
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
 from segqc.types import BoolArray, LabelArray
 from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis, write_labels
@@ -300,10 +300,18 @@ def train_fold_makers(run: Run, name: str) -> None:
 def fold_makers(run: Run, fold: int) -> list[Segmenter]:
     """The networks that have not seen a fold's cases: the trained one first, then itself at early epochs."""
     cohort, settings = run.cohort, replace(run.settings.segmenter, seed=10 * (run.settings.seed + 1) + fold)
-    learnt = cohort.learnt(fold)
-    plan = plan_for(learnt, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
-    folder = run.folder / "makers" / f"fold-{fold}"
-    return train_makers(f"fold {fold}", learnt, cohort.structures, plan, settings, folder, LineProgress())
+    early = early_epochs(settings.fold_epochs)
+    paths = [maker_path(run, f"fold-{fold}-{epoch}") for epoch in (settings.fold_epochs, *early)]
+    if not all(path.is_file() for path in paths):
+        learnt = cohort.learnt(fold)
+        plan = plan_for(learnt, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
+        folder = run.folder / "makers" / f"fold-{fold}"
+        trained = train_makers(
+            f"fold {fold}", learnt, cohort.structures, plan, settings, folder, LineProgress(), early=early
+        )
+        for path, segmenter in zip(paths, trained, strict=True):
+            segmenter.save(path)
+    return [Segmenter.load(path) for path in paths]
 
 
 def training_masks(run: Run, fold: int) -> list[MaskSet]:
