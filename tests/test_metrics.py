@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from monai.metrics import compute_dice, compute_iou
+from scipy import optimize
 
 from segqc.metrics import (
     METRIC_NAMES,
@@ -243,15 +244,35 @@ def test_sums_of_many_tiny_probabilities_do_not_lose_precision() -> None:
 # Calibration ---------------------------------------------------------------------------------------------------------
 
 
-def test_calibration_is_the_least_squares_line() -> None:
-    rng = np.random.default_rng(0)
-    estimated = rng.uniform(0.5, 1.0, 40)
-    true = 0.8 * estimated + 0.1 + rng.normal(0, 0.02, 40)
-    slope, intercept = np.polyfit(estimated, true, 1)
+@pytest.mark.parametrize("seed", range(6))
+def test_calibration_is_the_line_of_least_absolute_errors(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 40 + 60 * seed
+    estimated = rng.uniform(0.5, 1.0, n).round(seed % 3 + 1)  # some with ties
+    true = 0.8 * estimated + 0.1 + rng.standard_t(1.5, n) * 0.02
     line = fit_calibration(estimated, true)
-    assert (line.slope, line.intercept) == (pytest.approx(slope), pytest.approx(intercept))
-    assert line.apply(0.7) == pytest.approx(slope * 0.7 + intercept)
-    np.testing.assert_allclose(line.apply(estimated), slope * estimated + intercept)
+    # an independent solution: min sum(u + v) with slope * x + intercept + u - v = y
+    columns = np.hstack([estimated[:, None], np.ones((n, 1)), np.eye(n), -np.eye(n)])
+    bounds = [(None, None)] * 2 + [(0, None)] * 2 * n
+    best = optimize.linprog(np.r_[0, 0, np.ones(2 * n)], A_eq=columns, b_eq=true, bounds=bounds).fun
+    assert np.abs(line.apply(estimated) - true).sum() == pytest.approx(best, rel=1e-6)
+    assert line.apply(0.7) == pytest.approx(line.slope * 0.7 + line.intercept)
+
+
+def test_calibration_is_not_turned_by_a_few_odd_slices() -> None:
+    estimated = np.linspace(0, 1, 50)
+    true = 0.9 * estimated + 0.05
+    true[[3, 40]] = 100.0, 70.0
+    line = fit_calibration(estimated, true, metric="arvd")
+    assert (line.slope, line.intercept) == (pytest.approx(0.9, abs=1e-5), pytest.approx(0.05, abs=1e-5))
+
+
+def test_a_calibration_may_be_steep_and_is_never_flat() -> None:
+    x = np.linspace(0, 1, 9)
+    assert fit_calibration(x, 300 * x).slope == pytest.approx(300)
+    mostly_right = np.array([1.0] * 7 + [0.0, 0.2])
+    flat = fit_calibration(x[::-1], mostly_right)
+    assert (flat.slope, flat.intercept) == (1.0, pytest.approx(np.median(mostly_right - x[::-1])))
 
 
 def test_calibrated_values_stay_in_the_metric_s_range() -> None:
