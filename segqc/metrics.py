@@ -39,8 +39,8 @@ METRIC_RANGES: Mapping[MetricName, tuple[float, float | None]] = MappingProxyTyp
 )
 PEAK_OF_A_TRUTH = 0.5
 MIN_CALIBRATION_CASES = 3
+LEAST_SLOPE = 0.01
 _SLOPE_PRECISION = 1e-8
-_FLAT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +237,8 @@ def fit_calibration(
     100, do not turn this line. Its error is convex in the slope; the best intercept of a slope is a median.
 
     Pairs with an undefined number are left out. With fewer than 3 pairs, or estimates that are all alike, the
-    calibration is the identity. A fit that is flat would lose the order of the scans, and one that falls turn it
-    around: it becomes a shift by the median difference.
+    calibration is the identity. The slope is at least 0.01: a flat line would lose the order of the scans, a falling
+    one turn it around.
 
     Args:
         estimated: one metric's estimates.
@@ -264,6 +264,6 @@ def fit_calibration(
     most = 1.0
     while error(2 * most) < error(most):
         most *= 2
-    found = optimize.minimize_scalar(error, bounds=(0.0, 2 * most), options={"xatol": _SLOPE_PRECISION})
-    slope = float(found.x) if found.x > _FLAT else 1.0
+    found = optimize.minimize_scalar(error, bounds=(LEAST_SLOPE, 2 * most), options={"xatol": _SLOPE_PRECISION})
+    slope = min(LEAST_SLOPE, float(found.x), key=error)  # the search comes near to its bounds, but not to them
     return LinearCalibration(slope, float(np.median(y - slope * x)), low, high)
