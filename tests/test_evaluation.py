@@ -229,6 +229,14 @@ def children_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def test_all_networks_can_look_through_a_smaller_window() -> None:
+    usual = EvaluationSettings()
+    cropped = usual.through((64, 80, 10))
+    assert cropped.segmenter.patch == cropped.assessor.patch == (64, 80, 10)
+    assert cropped.segmenter.patch != usual.segmenter.patch
+    assert cropped.quick().segmenter.patch == cropped.lasting(0.5).assessor.patch == (64, 80, 10)
+
+
 def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
     whole, half, least = EvaluationSettings(), EvaluationSettings().lasting(0.5), EvaluationSettings().lasting(0.01)
     assert whole.lasting(1.0) == whole

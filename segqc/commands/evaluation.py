@@ -83,6 +83,14 @@ def evaluate(
         float,
         typer.Option(min=0.05, help="Length of all trainings beside the usual one: less for large scans."),
     ] = 1.0,
+    patch: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(
+            metavar="X Y Z",
+            help="Patch that networks learn from and look through, in their voxels, Z through the plane: about twice "
+            "the structure makes large scans cheap. By default as much of the scan as the networks' size allows.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side; no number depends on it.")] = 2,
     as_json: AsJson = False,
@@ -104,6 +112,10 @@ def evaluate(
     settings = EvaluationSettings(
         seed=seed, boxes=BoxSettings(min_area_mm2=min_area), group_pattern=groups, workers=workers
     ).lasting(length)
+    if patch is not None:
+        if min(patch) < 1:
+            raise CommandError(f"--patch needs three numbers of voxels, at least 1 each, got {patch}")
+        settings = settings.through(patch)
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:

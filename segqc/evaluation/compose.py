@@ -216,6 +216,8 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
                       f"{s.assessor.batch}, output form {s.assessor.output_form}, loss {s.assessor.loss}"),
         ("learnt scores", f"{s.score_epochs} epochs"),
+        ("patch", "as much of a scan as the networks' size allows" if s.segmenter.patch is None else
+                  f"{' x '.join(map(str, s.segmenter.patch))} voxels of the networks' grid"),
         ("error boxes", f"larger than {s.boxes.min_area_mm2:g} mm², united when nearer than "
                         f"{s.boxes.min_distance_voxels:g} voxels"),
         ("error extraction", f"band {s.extraction.band_mm:g} mm, at most {s.extraction.max_band_share:g} of the mask; "

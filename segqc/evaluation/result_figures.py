@@ -41,7 +41,7 @@ from segqc.volumes import through_plane_axis
 
 ORDERS: dict[Dimension, tuple[str, ...]] = {
     "3D": (SEGQC, TTA, "TTA entropy", SCAN_ONLY, f"{SEGQC}, error sum"),
-    "2D": (SEGQC, TTA, "TTA entropy", f"{SEGQC}-EE", f"{SEGQC}, gain"),
+    "2D": (SEGQC, TTA, SCAN_ONLY, f"{SEGQC}-EE", f"{SEGQC}, gain"),
 }
 _MOST_POINTS = 400
 

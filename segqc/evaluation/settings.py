@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from segqc.error_maps import ExtractionSettings
+from segqc.networks import Triple
 from segqc.regions import BoxSettings
 from segqc.training import TrainingSettings
 
@@ -104,6 +105,12 @@ class EvaluationSettings:
             segmenter=of(self.segmenter),
             assessor=of(self.assessor),
             score_epochs=scaled(self.score_epochs),
+        )
+
+    def through(self, patch: Triple) -> EvaluationSettings:
+        """The same evaluation with networks that learn from patches of this size, and look at scans through them."""
+        return replace(
+            self, segmenter=replace(self.segmenter, patch=patch), assessor=replace(self.assessor, patch=patch)
         )
 
     def numbers(self) -> EvaluationSettings:
