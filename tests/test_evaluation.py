@@ -19,7 +19,7 @@ from segqc.evaluation import judging
 from segqc.evaluation.cohort import CohortError, read_cohort
 from segqc.evaluation.evaluate import evaluate, observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
-from segqc.evaluation.makers import simulated_correction, with_other_pooling
+from segqc.evaluation.makers import calibrating_makers, simulated_correction, with_other_pooling
 from segqc.evaluation.methods import methods, slug, trainings
 from segqc.evaluation.observers import StudySettings
 from segqc.evaluation.run import Run
@@ -227,6 +227,14 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_ends_with_the_same_numbers
 
 def children_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize(("makers", "masks"), [(2, 2), (3, 3), (6, 3)])
+def test_calibrating_masks_are_of_all_epochs_in_turn(makers: int, masks: int) -> None:
+    chosen = [calibrating_makers(makers, number) for number in range(2 * (makers - 1))]
+    assert all(c[0] == 0 and len(set(c)) == masks for c in chosen)
+    counts = np.bincount([m for c in chosen for m in c[1:]], minlength=makers)
+    assert counts[0] == 0 and len(set(counts[1:].tolist())) == 1
 
 
 def test_all_networks_can_look_through_a_smaller_window() -> None:

@@ -40,7 +40,6 @@ Corrections: TypeAlias = Literal["none", "real", "simulated"]
 SERVED = "served"
 CORRECTIONS = "corrections"
 CALIBRATION = "calibration"
-CALIBRATION_MASKS = 3  # of each case of the training side
 TEST_MASKS = "test-masks"
 CANDIDATES = f"{TEST_MASKS}/candidates"
 UNKNOWN_MAKER = ""
@@ -323,8 +322,8 @@ def training_masks(run: Run, fold: int) -> list[MaskSet]:
 def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
     """Masks of a fold's cases, by its segmentation network that has not seen them, at the end and at early epochs."""
     makers = fold_makers(run, fold)
-    chosen = [0, *np.unique(np.linspace(1, len(makers) - 1, CALIBRATION_MASKS - 1).round().astype(int)).tolist()]
-    for case in run.cohort.held(fold):
+    for number, case in enumerate(run.cohort.held(fold)):
+        chosen = calibrating_makers(len(makers), number)
         scan, truth = read_case(case, makers[0].values)
         path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
         if not path.is_file():
@@ -337,6 +336,15 @@ def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
         for m, array in zip(chosen, masks, strict=True):
             labels = Volume(array, scan.affine, scan.acquisition_axis)
             yield KnownMask(f"{case.id}-{m}", case.patient, MaskToJudge(scan, labels, makers[m]), truth)
+
+
+def calibrating_makers(makers: int, number: int) -> list[int]:
+    """Which networks make the calibrating masks of a fold's case of this number.
+
+    The trained one, and itself at two early epochs: other ones for the next case, so that all qualities come up.
+    """
+    early = makers - 1
+    return [0, *sorted({1 + number % early, 1 + (number + (early + 1) // 2) % early})]
 
 
 # ------------------------------------------------------------------------------------------------------------ judging
