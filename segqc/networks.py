@@ -30,7 +30,7 @@ OutputForm: TypeAlias = Literal["truth", "direct"]
 Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 
-_FORMAT = 1
+_FORMAT = 2  # 2: with a smoothing layer behind the stem
 _NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
 
 
@@ -172,7 +172,12 @@ def depth_to_space(x: torch.Tensor, factors: Triple) -> torch.Tensor:
 
 
 class StemUNet(nn.Module):
-    """MONAI's DynUNet behind a space-to-depth stem; returns logits of the input's spatial shape."""
+    """MONAI's DynUNet behind a space-to-depth stem; returns logits of the input's spatial shape.
+
+    The fine voxels of a coarse one have weights of their own. Until training has brought these together they disagree,
+    and masks are checkerboards; so a last small convolution, in the fine grid, starts as a binomial filter, which takes
+    out just that pattern, and learns with the rest.
+    """
 
     def __init__(self, plan: NetworkPlan) -> None:
         super().__init__()
@@ -187,12 +192,26 @@ class StemUNet(nn.Module):
             upsample_kernel_size=plan.strides[1:],
             filters=plan.filters,
         )
+        self.smoothing = None if blocks == 1 else _binomial_filter(plan.out_channels, plan.stem)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, out_channels, a, b, c) of a batch (N, in_channels, a, b, c)."""
-        if max(self.stem) == 1:
+        if self.smoothing is None:
             return torch.as_tensor(self.unet(x))
-        return depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
+        fine = depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
+        return torch.as_tensor(self.smoothing(fine))
+
+
+def _binomial_filter(channels: int, stem: Triple) -> nn.Conv3d:
+    """A convolution that starts as [1, 2, 1] / 4 along the axes of the stem, each channel by itself."""
+    size = (3 if stem[0] > 1 else 1, 3 if stem[1] > 1 else 1, 3 if stem[2] > 1 else 1)
+    around = (size[0] // 2, size[1] // 2, size[2] // 2)
+    filtering = nn.Conv3d(channels, channels, size, padding=around, padding_mode="replicate")
+    a, b, c = (torch.tensor([1.0, 2.0, 1.0]) / 4 if n == 3 else torch.ones(1) for n in size)
+    with torch.no_grad():
+        filtering.weight.copy_(torch.einsum("ij,a,b,c->ijabc", torch.eye(channels), a, b, c))
+        filtering.get_parameter("bias").zero_()
+    return filtering
 
 
 class MeanOfNetworks(nn.Module):
@@ -319,7 +338,7 @@ class TrainedNetwork:
             # weights_only: a model file from elsewhere must not run code
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["segqc"] != _FORMAT:
-                raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}")
+                raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}; train it again")
             card = _CARDS.validate_json(content["card"])
             members = [StemUNet(card.plan) for _ in range(card.members)]
             network = members[0] if card.members == 1 else MeanOfNetworks(members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,34 @@ def test_the_first_weights_are_a_function_of_the_seed() -> None:
     one, same, other = (build_network(SMALL, seed=s).state_dict() for s in (3, 3, 4))
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_network_begins_without_checkerboards() -> None:
+    plan = plan_network((1.0, 1.0, 1.0), (36, 52, 36), in_channels=1, out_channels=3)
+    assert plan.stem == (2, 2, 2)
+    network = build_network(plan, seed=2, first_bias=-1.5)
+    x = torch.randn(1, 1, *plan.patch, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        smooth = network(x).numpy()
+        rough = depth_to_space(network.unet(space_to_depth(x, plan.stem)), plan.stem).numpy()
+
+    def checkerboard(y: np.ndarray) -> float:
+        signs = np.indices(y.shape[2:]).sum(axis=0) % 2 * 2 - 1
+        inside = (slice(None), slice(None), *[slice(2, -2)] * 3)
+        return float(np.abs((y * signs)[inside].mean(axis=(2, 3, 4))).max())
+
+    assert checkerboard(rough) > 0.01
+    assert checkerboard(smooth) < 1e-3 * checkerboard(rough)
+    # what does not change from voxel to voxel is left alone, up to the borders: first biases among it
+    constant = torch.full((1, 3, 8, 8, 8), 0.7)
+    assert network.smoothing is not None
+    torch.testing.assert_close(network.smoothing(constant), constant)
+
+
+def test_thick_slices_are_not_blended_by_the_smoothing() -> None:
+    smoothing = build_network(SMALL).smoothing
+    assert smoothing is not None and smoothing.kernel_size == (3, 3, 1)
+    assert build_network(replace(SMALL, stem=(1, 1, 1))).smoothing is None
 
 
 def test_a_model_file_alone_gives_the_model_back(tmp_path: Path) -> None:
