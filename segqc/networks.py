@@ -338,7 +338,9 @@ class TrainedNetwork:
             # weights_only: a model file from elsewhere must not run code
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["segqc"] != _FORMAT:
-                raise ModelError(f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}; train it again")
+                raise ModelError(
+                    f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}: train it again"
+                )
             card = _CARDS.validate_json(content["card"])
             members = [StemUNet(card.plan) for _ in range(card.members)]
             network = members[0] if card.members == 1 else MeanOfNetworks(members)

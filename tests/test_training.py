@@ -181,13 +181,13 @@ def test_early_epochs_are_a_few_of_the_first_half(epochs: int) -> None:
     early = early_epochs(epochs)
     assert 1 <= len(early) <= 5
     assert list(early) == sorted(set(early))
-    assert early[0] == min(2, early[-1])
+    assert early[0] == 1
     assert early[-1] == max(1, epochs // 2)
 
 
 def test_a_longer_training_makes_masks_of_more_qualities() -> None:
-    assert early_epochs(8) == (2, 4)
-    assert early_epochs(25) == (2, 3, 5, 8, 12)
+    assert early_epochs(8) == (1, 4)
+    assert early_epochs(25) == (1, 2, 3, 6, 12)
 
 
 def test_thinning_keeps_the_worst_and_the_best_mask() -> None:

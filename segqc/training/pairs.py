@@ -166,7 +166,7 @@ def early_epochs(epochs: int) -> tuple[int, ...]:
     """
     latest = max(1, epochs // 2)
     count = min(max(2, epochs // 4), MOST_EARLY_EPOCHS)
-    return tuple(sorted({round(e) for e in np.geomspace(min(2, latest), latest, count)}))
+    return tuple(sorted({round(e) for e in np.geomspace(1, latest, count)}))
 
 
 def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
