@@ -262,7 +262,7 @@ def train_test_maker(run: Run, name: str) -> None:
     plan = plan_for(chosen, settings, in_channels=1, out_channels=1 + len(values))
     if number % 2:
         plan = with_other_pooling(plan)
-    early = int(rng.integers(1, max(2, round(EARLY_SHARE * s.maker_epochs)) + 1))
+    early = round(max(2, EARLY_SHARE * s.maker_epochs) ** rng.uniform())  # masks change most at the start
     job = segmentation_job(
         name,
         plan,

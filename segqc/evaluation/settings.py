@@ -12,7 +12,8 @@ from segqc.training import TrainingSettings
 
 Bins: TypeAlias = tuple[float, ...]
 
-_SEGMENTER = TrainingSettings(epochs=40, fold_epochs=25, steps_per_epoch=20, batch=4)
+# short epochs: after twenty steps masks are no longer bad, and bad ones are wanted as well
+_SEGMENTER = TrainingSettings(epochs=80, fold_epochs=50, steps_per_epoch=10, batch=4, patience=30)
 # 1200 steps of two patches take 3/4 of the time of 800 steps of four, and come out as well (on the train split)
 _MASKS_TO_LEARN_FROM = TrainingSettings(
     epochs=30, steps_per_epoch=40, batch=2, scan_only_share=0.25, empty_mask_share=0.25, mask_deformation=4.0
@@ -58,7 +59,7 @@ class EvaluationSettings:
     test_share: float = 0.3
     most_cases: int | None = None
     test_makers: int = 12
-    maker_epochs: int = 12
+    maker_epochs: int = 24
     segmenter: TrainingSettings = _SEGMENTER
     assessor: TrainingSettings = _MASKS_TO_LEARN_FROM
     score_epochs: int = 18
