@@ -162,7 +162,11 @@ def test_an_assessment_of_before_there_were_intervals_can_be_read() -> None:
 
 
 def test_a_model_file_of_before_there_were_intervals_is_the_same_version(tmp_path: Path) -> None:
-    card = replace(small_assessor().card, calibration=(calibrated_on(9),))
+    fitted = calibrated_on(9)
+    lines = {name: getattr(fitted, name) for name in METRIC_NAMES}
+    # numbers that every JSON writer writes alike
+    rounded = {n: replace(c, slope=round(c.slope, 6), intercept=round(c.intercept, 6)) for n, c in lines.items()}
+    card = replace(small_assessor().card, calibration=(replace(fitted, **rounded),))
     model = Assessor(card, small_assessor().network)
     model.save(tmp_path / "new.pt")
     assert Assessor.load(tmp_path / "new.pt").card == card
