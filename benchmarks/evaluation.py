@@ -123,7 +123,7 @@ def forest(tables: dict[str, list[Table]], name: str) -> Figure:
         f"Mean absolute error of the estimated 3D Dice, {name}",
         entries,
         references=constants,
-        reference_label="always answering the training side's mean",
+        reference_label="always giving one answer, the training side's",
     )
 
 

@@ -139,7 +139,7 @@ def forest_figure(result: StudyResult, structures: Sequence[str]) -> Figure | No
         f"Mean absolute error of the estimated 3D Dice, {STUDY_TITLES[result.study]}",
         entries,
         references=constants,
-        reference_label="always answering the training side's mean",
+        reference_label="always giving one answer, the training side's",
         caption="After calibration. Lines: 95% intervals, bootstrap by patient. Overlap is no test: see the table.",
     )
 
