@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from segqc import cli
 from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation import judging
@@ -243,6 +245,15 @@ def test_all_networks_can_look_through_a_smaller_window() -> None:
     assert cropped.segmenter.patch == cropped.assessor.patch == (64, 80, 10)
     assert cropped.segmenter.patch != usual.segmenter.patch
     assert cropped.quick().segmenter.patch == cropped.lasting(0.5).assessor.patch == (64, 80, 10)
+
+
+def test_a_senseless_window_is_refused_and_nothing_is_begun(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["evaluate", "stratified", str(tmp_path), "--patch", "64", "0", "10", "--out", str(out)]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code != 0
+    assert "three numbers of voxels, at least 1 each, got (64, 0, 10)" in done.output + str(done.exception)
+    assert not out.exists()
 
 
 def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
