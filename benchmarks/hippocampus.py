@@ -54,13 +54,16 @@ from segqc.volumes import Volume, read_labels, read_scan, write_labels
 STRUCTURES = (Structure("anterior", (1,)), Structure("posterior", (2,)), Structure("hippocampus", (1, 2)))
 BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
 PER_BIN = 25
-SEGMENTER = TrainingSettings(epochs=50, fold_epochs=25, batch=4, patience=30, folds=2)
+# short epochs: bad masks come from the first ten steps on
+SEGMENTER = TrainingSettings(epochs=100, fold_epochs=50, steps_per_epoch=10, batch=4, patience=40, folds=2)
+TEST_MAKER_EPOCHS = 40
 SINGLE = TrainingSettings(
     epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25,
-    average_flips=True, ensemble=False,
+    mask_deformation=4.0, average_flips=True, ensemble=False,
 )  # fmt: skip
 CROSSFIT = TrainingSettings(
-    epochs=25, fold_epochs=25, steps_per_epoch=40, batch=4, folds=3, scan_only_share=0.25, empty_mask_share=0.25
+    epochs=25, fold_epochs=50, steps_per_epoch=40, batch=4, folds=3, scan_only_share=0.25, empty_mask_share=0.25,
+    mask_deformation=4.0,
 )  # fmt: skip
 RECIPES = {"single": SINGLE, "crossfit": CROSSFIT}
 TIMES = "seconds.json"
@@ -91,7 +94,7 @@ def cases_of(data: Path, names: Sequence[str]) -> list[Case]:
 
 
 def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> list[tuple[Case, Path, float]]:
-    """Masks of the test scans by two networks of their own at three epochs each, equally many per Dice bin."""
+    """Masks of the test scans by two networks of their own, early and at their end, equally many per Dice bin."""
     folder = work / "test-masks"
     manifest = folder / "manifest.json"
     if not manifest.is_file():
@@ -100,12 +103,13 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
         for k in range(2):
             rng = np.random.default_rng((100, k))
             subset = [learnt[int(i)] for i in rng.permutation(len(learnt))[: 12 + 8 * k]]
-            settings = replace(SEGMENTER, seed=100 + k, fold_epochs=20)
+            settings = replace(SEGMENTER, seed=100 + k, fold_epochs=TEST_MAKER_EPOCHS)
             plan = plan_for(subset, settings, in_channels=1, out_channels=3)
             name, training = f"test maker {k + 1}", work / f"maker-{k}"
-            # at random early epochs, as the paper's test masks: not at those that make SegQC-Net's training masks
-            draws = np.random.default_rng((settings.seed, *name.encode())).integers(1, 11, size=2)
-            early = sorted({int(e) for e in draws})
+            # at random early epochs, as the paper's test masks: one per third of the first half's logarithm, as masks
+            # change most at the start
+            draws = np.random.default_rng((settings.seed, *name.encode())).uniform(size=3)
+            early = sorted({round((TEST_MAKER_EPOCHS / 2) ** ((i + float(u)) / 3)) for i, u in enumerate(draws)})
             makers = train_makers(name, subset, STRUCTURES, plan, settings, training, progress, early=early)
             for m, maker in enumerate(makers):
                 for case in test:
