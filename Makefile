@@ -28,8 +28,9 @@ serve: install
 
 test: test-fast test-server
 
+# One process per core, one thread each.
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not server and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not server and not slow" -n auto --maxprocesses 8 --dist loadfile
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

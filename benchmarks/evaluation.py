@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from segqc.evaluation.methods import CONSTANT, SEGQC
 from segqc.evaluation.report import figures
 from segqc.evaluation.report.document import Cell, Figure, Table
 from segqc.evaluation.report.formats import NUMBERS, Numbers, to_markdown
+from segqc.evaluation.result_figures import CONSTANT_LEGEND
 
 RESULTS = Path(__file__).parent / "results"
-CONSTANT = "constant"
-SEGQC = "SegQC"
 MEASURED = ("MAE", "Pearson", "Spearman")
 # column of the table of SegQC's figures: the report's table, and its column
 FIGURES = {
@@ -123,7 +123,7 @@ def forest(tables: dict[str, list[Table]], name: str) -> Figure:
         f"Mean absolute error of the estimated 3D Dice, {name}",
         entries,
         references=constants,
-        reference_label="always giving one answer, the training side's",
+        reference_label=CONSTANT_LEGEND,
     )
 
 

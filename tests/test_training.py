@@ -18,10 +18,12 @@ from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, trai
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example, read_case
 from segqc.training.deformation import deformed, sampling_grid
+from segqc.training.fit import EpochRecord, moving_validation
 from segqc.training.pairs import (
     LeakError,
     MaskSet,
     early_epochs,
+    makers_of_masks,
     masks_of,
     stratified_weights,
     thinned,
@@ -30,7 +32,7 @@ from segqc.training.pairs import (
 from segqc.training.patches import PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
-from segqc.volumes import Volume, write_labels, write_scan
+from segqc.volumes import Volume, read_scan, write_labels, write_scan
 
 STRUCTURES = (Structure("ball", (1,)),)
 QUICK = TrainingSettings(
@@ -104,12 +106,20 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
 
 def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.5)
+    settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.1)
     train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", NoProgress())
     curve = json.loads((tmp_path / "t" / "curve.json").read_text())
     assert len(curve) < 30
-    losses = [point["validation_loss"] for point in curve]
-    assert losses[-1] >= min(losses[:-1])
+    averages = [moving_validation([EpochRecord(**point) for point in curve[: n + 1]]) for n in range(len(curve))]
+    assert averages[-1] >= min(averages[:-1])
+
+
+def test_one_lucky_epoch_is_not_taken_for_the_best() -> None:
+    losses = [1.8, 1.4, 0.9, 1.3, 1.2, 1.1, 1.0]  # of one patient who validates: the third epoch is an outlier
+    averages = [moving_validation([EpochRecord(i + 1, 1.0, v) for i, v in enumerate(losses[:n])]) for n in range(1, 8)]
+    assert int(np.argmin(averages)) == 6
+    assert averages[1] == pytest.approx((1.8 * 0.8 + 1.4) / 1.8)
+    assert moving_validation([EpochRecord(1, 1.0, None)]) is None
 
 
 def test_too_few_cases_are_named(tmp_path: Path) -> None:
@@ -134,8 +144,10 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
     plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
     makers = train_makers("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
     masks = masks_of(makers, cases[3], QUICK)
-    # the whole group and the median of the trained network, median and one member of each early one
-    assert len(masks.masks) == 5 + 2 * (len(makers) - 1) == len(masks.dice)
+    # the whole group and the median of the trained network, one mask of each early one
+    assert len(masks.masks) == 5 + len(makers) - 1 == len(masks.dice)
+    assert makers_of_masks(len(makers), QUICK) == (0,) * 5 + tuple(range(1, len(makers)))
+    assert np.array_equal(masks.masks[-1], makers[-1].predict(read_scan(cases[3].scan)).labels.array)
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
         masks_of(makers, cases[1], QUICK)
     assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in makers)

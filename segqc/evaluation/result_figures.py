@@ -43,6 +43,7 @@ ORDERS: dict[Dimension, tuple[str, ...]] = {
     "3D": (SEGQC, TTA, "TTA entropy", SCAN_ONLY, f"{SEGQC}, error sum"),
     "2D": (SEGQC, TTA, SCAN_ONLY, f"{SEGQC}-EE", f"{SEGQC}, gain"),
 }
+CONSTANT_LEGEND = "always giving one answer, the training side's"
 _MOST_POINTS = 400
 
 
@@ -139,7 +140,7 @@ def forest_figure(result: StudyResult, structures: Sequence[str]) -> Figure | No
         f"Mean absolute error of the estimated 3D Dice, {STUDY_TITLES[result.study]}",
         entries,
         references=constants,
-        reference_label="always giving one answer, the training side's",
+        reference_label=CONSTANT_LEGEND,
         caption="After calibration. Lines: 95% intervals, bootstrap by patient. Overlap is no test: see the table.",
     )
 

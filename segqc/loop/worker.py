@@ -160,7 +160,8 @@ class Worker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)), **os.environ},  # a core is the server's
+            # all cores, when the server does not want them: a thread that waits for another one must not spin meanwhile
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             start_new_session=True,  # one signal reaches it and its children; Ctrl-C reaches it through us only
         )
 

@@ -31,6 +31,7 @@ from segqc.volumes import atomic_write
 logger = logging.getLogger(__name__)
 
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
+EARLIER_WEIGHT = 0.8  # of an epoch against the next one, in the mean validation loss that is compared
 
 Weights: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,8 +104,9 @@ def fingerprint(job: Job) -> str:
 def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int], None] | None = None) -> Fitted:
     """Train a network, or continue or return a training of the same fingerprint found in ``folder``.
 
-    The best weights on the validation examples are returned, the last ones where there are none. Every draw is a
-    function of (seed, number of the draw), so an interrupted training resumes exactly at an epoch's boundary.
+    The best weights on the validation examples are returned, the last ones where there are none; see
+    `moving_validation`. Every draw is a function of (seed, number of the draw), so an interrupted training resumes
+    exactly at an epoch's boundary.
 
     Args:
         job: what to train.
@@ -124,6 +126,19 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
         trainer.run()
     return training.fitted()
+
+
+def moving_validation(history: Sequence[EpochRecord]) -> float | None:
+    """Mean of a learning curve's validation losses, later epochs weighing more; None where nothing validates.
+
+    It decides which epoch is the best one: of few patients the loss of a single epoch is mostly noise, and the luckiest
+    epoch is often an early one that has not learned the small structures yet. (nnU-Net averages for the same reason.)
+    """
+    losses = [point.validation_loss for point in history if point.validation_loss is not None]
+    if not losses:
+        return None
+    weights = [EARLIER_WEIGHT**age for age in reversed(range(len(losses)))]
+    return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
@@ -184,10 +199,11 @@ class _Training:
         if epoch in self.job.snapshots:
             self.snapshots[epoch] = self._weights()
         # while the mask input is empty the validation loss speaks of another task
-        if validation_loss is None or epoch <= self.job.empty_mask_epochs:
+        average = moving_validation(self.history[self.job.empty_mask_epochs :])
+        if average is None:
             return
-        if validation_loss < self.best_loss:
-            self.best_loss, self.best, self.since_best = validation_loss, self._weights(), 0
+        if average < self.best_loss:
+            self.best_loss, self.best, self.since_best = average, self._weights(), 0
         else:
             self.since_best += 1
 

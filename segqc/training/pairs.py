@@ -53,7 +53,8 @@ def masks_of(
 ) -> MaskSet:
     """Make the masks of a case: per network each member of the augmentation group and the median (paper, 3.1).
 
-    The first network gives the whole group, the further ones (early epochs) their median and one member each.
+    The first network gives the whole group; the further ones (early epochs) give one mask each, as the members of a
+    group look much alike and cost as much as the first one's.
 
     Args:
         segmenters: the networks.
@@ -69,9 +70,11 @@ def masks_of(
     for i, segmenter in enumerate(segmenters):
         if not allow_seen:
             assert_unseen(segmenter, case)
-        tta = segmenter.predict_tta(scan, contrasts=settings.contrasts if i == 0 else ())
-        members = tta.members if i == 0 else tta.members[:1]
-        masks += [np.asarray(tta.labels.array, np.uint8), *members]
+        if i == 0:
+            tta = segmenter.predict_tta(scan, contrasts=settings.contrasts)
+            masks += [np.asarray(tta.labels.array, np.uint8), *tta.members]
+        else:
+            masks.append(np.asarray(segmenter.predict(scan).labels.array, np.uint8))
     dice = tuple(mean_dice(mask, truth, segmenters[0].structures) for mask in masks)
     return MaskSet(case, np.stack(masks), dice)
 
@@ -79,7 +82,7 @@ def masks_of(
 def makers_of_masks(makers: int, settings: TrainingSettings) -> tuple[int, ...]:
     """The number of the network that made each of a case's masks, in the order of `masks_of`."""
     group = (8 if settings.transposes else 4) * (1 + len(settings.contrasts))
-    return (0,) * (1 + group) + tuple(i for i in range(1, makers) for _ in range(2))
+    return (0,) * (1 + group) + tuple(range(1, makers))
 
 
 def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
