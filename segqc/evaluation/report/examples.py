@@ -139,6 +139,11 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     axes[1, 0].set_ylabel("likely errors", fontsize=9)
     heat = ScalarMappable(Normalize(0, 1), HEAT)
     canvas.colorbar(heat, ax=axes.ravel().tolist(), label="error probability", fraction=0.03, pad=0.01, shrink=0.5)
+    _draw_legend(canvas)
+    return Figure(name, title, _png(canvas), caption)
+
+
+def _draw_legend(canvas: Canvas) -> None:
     handles = [
         Line2D([], [], color=_MASK, label="mask"),
         Line2D([], [], color=_TRUTH, label="truth"),
@@ -149,7 +154,6 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
     legend = canvas.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, facecolor="#4a4a4a")
     for text in legend.get_texts():
         text.set_color("white")
-    return Figure(name, title, _png(canvas), caption)
 
 
 def _boxes(ax: Axes, boxes: Sequence[ErrorBox], index: int, view: View, colour: str, line: str) -> None:
