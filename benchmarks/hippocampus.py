@@ -8,8 +8,8 @@ and fixed (with their hashes in the result) before SegQC-Net is trained. Resumab
 
     python benchmarks/hippocampus.py --data $SEGQC_DATA/msd-hippocampus --work /tmp/hippocampus
 
-With ``crossfit`` parts can run side by side, one thread each: ``--only`` test-masks and segmentation, then fold-0 to
-fold-2, then member-0 to member-2, then all of it without ``--only``.
+Parts can run side by side, one thread each (OMP_NUM_THREADS=1): ``--only`` test-masks, segmentation and maker; with
+``crossfit`` fold-0 to fold-2 instead of maker, then member-0 to member-2; then all of it without ``--only``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ RECIPES = {"single": SINGLE, "crossfit": CROSSFIT}
 TIMES = "seconds.json"
 FOLDS = [f"fold-{k}" for k in range(CROSSFIT.folds)]
 MEMBERS = [f"member-{k}" for k in range(CROSSFIT.folds)]
-ONLY = ["test-masks", "segmentation", *FOLDS, *MEMBERS]
+ONLY = ["test-masks", "segmentation", "maker", *FOLDS, *MEMBERS]
 progress = LineProgress()
 
 
@@ -129,14 +129,20 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
     return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text())]
 
 
+def single_makers(taught: list[Case], work: Path) -> list[Segmenter]:
+    """The network that makes masks beside the served one: at its end and at early epochs."""
+    plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
+    with timed("train a mask maker", work):
+        return train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
+
+
 def train_single(taught: list[Case], judged: list[Case], segmenter: Segmenter, work: Path) -> Assessor:
     """One SegQC-Net, on masks of the served network and of another one that the same cases have taught."""
-    with timed("train a mask maker, make masks", work):
-        plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
-        makers = train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
+    makers = single_makers(taught, work)
+    with timed("make masks", work):
         sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
     placed = place([c.patient for c in judged], placing=Placing(folds=2, validation_share=SINGLE.validation_share))
-    with timed("train SegQC-Net (what is left of it), calibrate", work):
+    with timed("train SegQC-Net, calibrate", work):
         return train_on_masks(sets, STRUCTURES, placed, SINGLE, work / "segqc-single", progress)
 
 
@@ -243,7 +249,9 @@ def main() -> None:
         with timed("train segmentation", work):
             placed = place([c.patient for c in taught], placing=Placing(folds=2, validation_share=0.15))
             segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
-    if only in ("test-masks", "segmentation"):
+    if only == "maker":
+        single_makers(taught, work)
+    if only in ("test-masks", "segmentation", "maker"):
         return
     if not (work / "test-masks" / "manifest.json").is_file():
         raise SystemExit(f"{work}: the test masks are fixed before SegQC-Net is trained; run --only test-masks first")
