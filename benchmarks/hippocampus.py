@@ -231,7 +231,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and splits.json")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
     parser.add_argument("--recipe", choices=RECIPES, default="single")
-    parser.add_argument("--only", choices=ONLY, help="one part, beside another process (maker: single; folds, members: crossfit)")
+    parser.add_argument(
+        "--only", choices=ONLY, help="one part, beside another process (maker: single; folds, members: crossfit)"
+    )
     parser.add_argument("--out", type=Path, help="the result; by default results/hippocampus[-crossfit].json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
