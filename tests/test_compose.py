@@ -124,7 +124,8 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     assert {"scatter-served-ball", "risk-served-ball", "mae-served", "curves-3d-served-ball", "boxes-served-ball"} <= {
         figure.name for figure in report.figures
     }
-    path = write(run, [result])
+    run.kept("results/served.json", STUDIES, lambda: result)
+    path = write(run)
     kept = NUMBERS.validate_json((path.parent / "tables.json").read_bytes())
     main = next(t for t in kept.tables if t.name == "main-served-ball")
     assert [row[0] for row in main.rows] == list(NOISE)

@@ -18,7 +18,7 @@ from segqc import cli
 from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation import judging
-from segqc.evaluation.cohort import CohortError, read_cohort
+from segqc.evaluation.cohort import CohortError, read_labelled, split
 from segqc.evaluation.evaluate import evaluate, observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
 from segqc.evaluation.makers import calibrating_makers, simulated_correction, with_other_pooling
@@ -65,34 +65,34 @@ def test_a_cohort_keeps_the_patients_apart_and_is_a_function_of_the_seed(tmp_pat
     scans = [f"p{i}_{phase}" for i in range(12) for phase in ("a", "b")]
     train, test = [f"p{i}" for i in range(8)], [f"p{i}" for i in range(8, 12)]
     data = write_dataset(make_folders(tmp_path), scans, {"train_patients": train, "test_patients": test})
-    cohort = read_cohort(data, {"ball": (1,)}, folds=3, seed=4, test_share=0.3)
+    cohort = split(read_labelled(data, {"ball": (1,)}), folds=3, seed=4, test_share=0.3)
     assert {c.patient for c in cohort.train} == set(train)
     assert {c.patient for c in cohort.test} == set(test)
     for fold in range(3):
         held, learnt = ({c.patient for c in side(fold)} for side in (cohort.held, cohort.learnt))
         assert held and not held & learnt and held | learnt == set(train)
-    assert cohort == read_cohort(data, {"ball": (1,)}, folds=3, seed=4, test_share=0.3)
-    assert cohort.fold != read_cohort(data, {"ball": (1,)}, folds=3, seed=5, test_share=0.3).fold
+    assert cohort == split(read_labelled(data, {"ball": (1,)}), folds=3, seed=4, test_share=0.3)
+    assert cohort.fold != split(read_labelled(data, {"ball": (1,)}), folds=3, seed=5, test_share=0.3).fold
 
 
 def test_a_cohort_without_a_split_is_split_by_patient_and_finds_its_structures(tmp_path: Path) -> None:
     data = write_dataset(make_folders(tmp_path), [f"s{i}" for i in range(10)])
-    cohort = read_cohort(data, {}, folds=2, seed=0, test_share=0.3)
+    cohort = split(read_labelled(data, {}), folds=2, seed=0, test_share=0.3)
     assert len(cohort.test) == 3
     assert not {c.patient for c in cohort.test} & {c.patient for c in cohort.train}
     assert cohort.structures == (Structure("label 1", (1,)),)
-    fewer = read_cohort(data, {}, folds=2, seed=0, test_share=0.3, most_cases=6)
+    fewer = split(read_labelled(data, {}), folds=2, seed=0, test_share=0.3, most_cases=6)
     assert {c.id for c in fewer.train} < {c.id for c in cohort.train}
 
 
 def test_too_few_patients_or_one_on_both_sides_are_refused(tmp_path: Path) -> None:
     few = write_dataset(make_folders(tmp_path / "few"), ["a", "b", "c", "d"])
     with pytest.raises(CohortError, match=r"at least 6 patients to train on and of 2 to test with, found 2 and 2"):
-        read_cohort(few, {}, folds=2, seed=0, test_share=0.5)
+        split(read_labelled(few, {}), folds=2, seed=0, test_share=0.5)
     names = [f"s{i}" for i in range(8)]
     both = write_dataset(make_folders(tmp_path / "both"), names, {"train": names, "test": names[:2]})
     with pytest.raises(StudiesError, match="patient s0 is in train and in test"):
-        read_cohort(both, {}, folds=2, seed=0, test_share=0.5)
+        split(read_labelled(both, {}), folds=2, seed=0, test_share=0.5)
 
 
 def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
@@ -188,10 +188,10 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
 def tiny(workers: int = 1) -> EvaluationSettings:
     """Networks that have hardly learnt, masks by one training: every step of an evaluation, in seconds."""
     quick = EvaluationSettings().quick()
-    short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(8, 8, 4))
+    short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(16, 16, 8))
     return replace(
         quick, test_makers=1, maker_epochs=2, segmenter=short, assessor=replace(short, scan_only_share=0.5),
-        score_epochs=1, per_bin=2, draws=50, workers=workers,
+        per_bin=2, draws=50, workers=workers,
     )  # fmt: skip
 
 
@@ -260,8 +260,8 @@ def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
     whole, half, least = EvaluationSettings(), EvaluationSettings().lasting(0.5), EvaluationSettings().lasting(0.01)
     assert whole.lasting(1.0) == whole
     assert half.assessor.epochs == whole.assessor.epochs // 2 and half.segmenter.epochs == whole.segmenter.epochs // 2
-    assert half.maker_epochs == whole.maker_epochs // 2 and half.score_epochs == whole.score_epochs // 2
-    assert least.segmenter.fold_epochs == least.maker_epochs == least.score_epochs == 2
+    assert half.maker_epochs == whole.maker_epochs // 2
+    assert least.segmenter.fold_epochs == least.maker_epochs == 2
 
 
 def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:

@@ -119,9 +119,10 @@ def evaluate(
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:
-        experts = None if observers is None else observer_study(run, observers, progress)
-        results = run_studies(run, STUDIES[study], progress, ablations=study is Study.ABLATION)
-        report = write(run, results, experts)
+        if observers is not None:
+            observer_study(run, observers, progress)
+        results = run_studies(run, STUDIES[study], progress, ablations=study in (Study.ABLATION, Study.ALL))
+        report = write(run)
     _show(study, results, report, as_json=as_json)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from segqc.loop.prepare import labelled_pairs, scans_by_patient
 from segqc.loop.studies import Studies, StudiesError
@@ -50,21 +52,58 @@ class Cohort:
         return tuple(c for c in self.train if self.fold[c.patient] != fold)
 
 
-def read_cohort(
-    folder: Path,
-    structures: Mapping[str, tuple[int, ...]],
-    *,
-    folds: int,
-    seed: int,
-    test_share: float,
-    most_cases: int | None = None,
-) -> Cohort:
-    """Find the labelled scans of a folder and split them by patient.
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a run was begun with, to hold it to: each scan's patient, side and label file's content, and the folds."""
+
+    structures: tuple[Structure, ...]
+    train: Mapping[str, str]
+    test: Mapping[str, str]
+    fold: Mapping[str, int]
+    labels: Mapping[str, str]
+
+
+SPLITS: TypeAdapter[Split] = TypeAdapter(Split)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """The labelled scans of a folder: by side where the data set brings a split, else under one name."""
+
+    folder: Path
+    structures: tuple[Structure, ...]
+    sides: Mapping[str, Sequence[Case]]
+
+    @property
+    def cases(self) -> list[Case]:
+        """All of them."""
+        return [case for cases in self.sides.values() for case in cases]
+
+
+def read_labelled(folder: Path, structures: Mapping[str, tuple[int, ...]]) -> Labelled:
+    """Find the labelled scans of a folder.
 
     Args:
         folder: a data set (``images/``, ``labels/`` and perhaps ``splits.json`` with ``train`` and ``test``), or a
             studies folder, whose final labels are the truth.
-        structures: names and label values; empty takes those of the studies folder, or one per value that is found.
+        structures: names and label values; empty takes those of the studies folder; those of a data set are then found
+            by `split`.
+
+    Raises:
+        StudiesError: if the folder is neither.
+    """
+    named = tuple(Structure(name, values) for name, values in structures.items())
+    if (folder / "images").is_dir():
+        return Labelled(folder, named, _of_dataset(folder))
+    studies = Studies(folder)
+    return Labelled(folder, named or studies.structures, {"": list(studies.cases())})
+
+
+def split(labelled: Labelled, *, folds: int, seed: int, test_share: float, most_cases: int | None = None) -> Cohort:
+    """Split labelled scans by patient.
+
+    Args:
+        labelled: the scans; without structures, each label value that is found becomes one.
         folds: number of folds on the training side.
         seed: of the split, where the data set brings none, and of the folds.
         test_share: share of the patients that is kept for the test where the data set brings no split.
@@ -72,18 +111,10 @@ def read_cohort(
 
     Raises:
         CohortError: if there are too few labelled patients.
-        StudiesError: if the folder is neither.
     """
-    if (folder / "images").is_dir():
-        sides = _of_dataset(folder)
-        named = tuple(Structure(name, values) for name, values in structures.items())
-    else:
-        studies = Studies(folder)
-        sides = {"": list(studies.cases())}
-        named = tuple(Structure(n, v) for n, v in structures.items()) or studies.structures
-    rng = np.random.default_rng((seed, 1))
+    sides, rng = labelled.sides, np.random.default_rng((seed, 1))
     if TRAIN not in sides or TEST not in sides:
-        every = [case for cases in sides.values() for case in cases]
+        every = labelled.cases
         patients = _shuffled(every, rng)
         kept = set(patients[: max(LEAST_TEST_PATIENTS, round(test_share * len(patients)))])
         sides = {TRAIN: [c for c in every if c.patient not in kept], TEST: [c for c in every if c.patient in kept]}
@@ -91,14 +122,51 @@ def read_cohort(
     patients = _shuffled(train, rng)
     if len(patients) < max(LEAST_TRAINING_PATIENTS, folds) or len({c.patient for c in test}) < LEAST_TEST_PATIENTS:
         raise CohortError(
-            f"{folder}: an evaluation needs labelled scans of at least {max(LEAST_TRAINING_PATIENTS, folds)} patients "
-            f"to train on and of {LEAST_TEST_PATIENTS} to test with, found {len(patients)} and "
+            f"{labelled.folder}: an evaluation needs labelled scans of at least {max(LEAST_TRAINING_PATIENTS, folds)} "
+            f"patients to train on and of {LEAST_TEST_PATIENTS} to test with, found {len(patients)} and "
             f"{len({c.patient for c in test})}; label more scans"
         )
-    if not named:
+    structures = labelled.structures
+    if not structures:
         found = sorted({int(v) for c in train for v in np.unique(read_labels(c.labels).array) if v > 0})
-        named = tuple(Structure(f"label {value}", (value,)) for value in found)
-    return Cohort(folder.resolve().name, named, train, test, {p: i % folds for i, p in enumerate(patients)})
+        structures = tuple(Structure(f"label {value}", (value,)) for value in found)
+    name = labelled.folder.resolve().name
+    return Cohort(name, structures, train, test, {p: i % folds for i, p in enumerate(patients)})
+
+
+def split_of(cohort: Cohort) -> Split:
+    """What to note of a cohort."""
+    return Split(
+        cohort.structures,
+        {c.id: c.patient for c in cohort.train},
+        {c.id: c.patient for c in cohort.test},
+        dict(cohort.fold),
+        {c.id: _sha256(c.labels) for c in (*cohort.train, *cohort.test)},
+    )
+
+
+def hold_to(noted: Split, labelled: Labelled) -> Cohort:
+    """The cohort that was noted, of today's files; scans that were labelled since are left out.
+
+    Raises:
+        CohortError: if a scan's label is gone or has another content: networks were trained on what it was.
+    """
+    cases = {c.id: c for c in labelled.cases}
+    for name, digest in noted.labels.items():
+        if name not in cases or _sha256(cases[name].labels) != digest:
+            raise CohortError(
+                f"{labelled.folder}: the label of scan {name} {'is gone' if name not in cases else 'has changed'} "
+                "since this evaluation began; restore it (`segqc labels`), or name another run folder with --out"
+            )
+    train, test = (
+        tuple(replace(cases[name], patient=patient) for name, patient in side.items())
+        for side in (noted.train, noted.test)
+    )
+    return Cohort(labelled.folder.resolve().name, noted.structures, train, test, noted.fold)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _of_dataset(folder: Path) -> dict[str, list[Case]]:
@@ -120,7 +188,7 @@ def _shuffled(cases: list[Case] | tuple[Case, ...], rng: np.random.Generator) ->
     return [patients[int(i)] for i in rng.permutation(len(patients))]
 
 
-def _fewer(cases: list[Case], most: int | None, rng: np.random.Generator) -> tuple[Case, ...]:
+def _fewer(cases: Sequence[Case], most: int | None, rng: np.random.Generator) -> tuple[Case, ...]:
     cases = sorted(cases, key=lambda c: c.id)
     if most is None or len(cases) <= most:
         return tuple(cases)

@@ -6,45 +6,48 @@ Whatever a run folder no longer has (scans, networks, arrays) is left out: table
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from segqc.evaluation import result_figures, result_tables
 from segqc.evaluation.cohort import Cohort, CohortError
 from segqc.evaluation.curves import CurveStudy
+from segqc.evaluation.evaluate import kept_observers
 from segqc.evaluation.makers import Manifest
 from segqc.evaluation.methods import CONSTANT, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
 from segqc.evaluation.observers import ObserverStudy, Outcome, Share
-from segqc.evaluation.report.cautions import EvaluatedSet, Selection, cautions
+from segqc.evaluation.report.cautions import EvaluatedSet, cautions
 from segqc.evaluation.report.document import UNDEFINED, Cell, Figure, Point, Report, Section, Table
 from segqc.evaluation.report.html import write_report
-from segqc.evaluation.result_tables import STUDY_TITLES, find_compared, find_row, judged, number, span
-from segqc.evaluation.run import Run
-from segqc.evaluation.studies import MANIFEST_OF, StudyName, StudyResult, manifest_of
+from segqc.evaluation.result_tables import find_compared, find_row, judged, number, span, title_of
+from segqc.evaluation.run import Run, seconds_of
+from segqc.evaluation.studies import MANIFEST_OF, StudyName, StudyResult, kept_results, manifest_of
 from segqc.loop.studies import StudiesError
 
 FEW_PATIENTS = 10
 CLEARLY_BETTER = 0.6  # of the best constant's error: from here on an estimate is worth reading
-_SELECTION: dict[StudyName, Selection] = {"stratified": "stratified", "served": "all", "corrections": "all"}
 
 
-def write(run: Run, results: Sequence[StudyResult], observers: ObserverStudy | None = None) -> Path:
-    """Write the report of a run into its folder, ``report/``.
+def write(run: Run) -> Path:
+    """Write the report of all results that a run has into its folder, ``report/``.
 
     Returns:
         The path of ``report.html``.
     """
-    return write_report(compose(run, results, observers), run.folder / "report")
+    return write_report(compose(run, kept_results(run), kept_observers(run)), run.folder / "report")
 
 
-def compose(run: Run, results: Sequence[StudyResult], observers: ObserverStudy | None = None) -> Report:
+def compose(
+    run: Run, results: Sequence[StudyResult], observers: Mapping[str, ObserverStudy] = MappingProxyType({})
+) -> Report:
     """Compose the report of a run.
 
     Args:
         run: the run; its arrays, networks and scans are used where they are there.
         results: one per study; of two results of one study, variants of SegQC are taken from the one that has them, and
             everything else from the first.
-        observers: the study of error extraction on two experts' masks, for its section.
+        observers: studies of error extraction on two experts' masks by their folder's name, a section each.
 
     Raises:
         ValueError: if there are no results, or none has an estimate.
@@ -68,7 +71,7 @@ def compose(run: Run, results: Sequence[StudyResult], observers: ObserverStudy |
         *_examples(run, cohort, studies, whole, index[whole]),
         *_ablations(results, structures),
         *_intervals(studies, structures),
-        *([] if observers is None else [_observers(observers)]),
+        *(_observers(name, study) for name, study in observers.items()),
         cautions([_evaluated(run, r, whole) for r in studies if find_row(r, whole, SEGQC) is not None])
         if any(find_row(r, whole, SEGQC) is not None for r in studies)
         else Section("What not to conclude", ("SegQC gave no estimate: nothing can be concluded.",)),
@@ -125,7 +128,7 @@ def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Po
         if (o := find_row(result, other, SEGQC)) is not None
     ]
     items.append(f"What to do: {_advice(s.mae, s.median_mae, result.patients)}")
-    return Point(STUDY_TITLES[result.study].capitalize(), text, tuple(items))
+    return Point(title_of(result).capitalize(), text, tuple(items))
 
 
 def _versus(result: StudyResult, structure: str) -> Iterator[str]:
@@ -215,7 +218,6 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
                       f"{s.segmenter.batch}; cross-fitted ones {s.segmenter.fold_epochs} epochs"),
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
                       f"{s.assessor.batch}, output form {s.assessor.output_form}, loss {s.assessor.loss}"),
-        ("learnt scores", f"{s.score_epochs} epochs"),
         ("patch", "as much of a scan as the networks' size allows" if s.segmenter.patch is None else
                   f"{' x '.join(map(str, s.segmenter.patch))} voxels of the networks' grid"),
         ("error boxes", f"larger than {s.boxes.min_area_mm2:g} mm², united when nearer than "
@@ -223,6 +225,7 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
         ("error extraction", f"band {s.extraction.band_mm:g} mm, at most {s.extraction.max_band_share:g} of the mask; "
                              f"components under {s.extraction.min_component_mm2:g} mm² dropped"),
         ("bootstrap", f"{s.draws} draws of patients"),
+        *((f"minutes: {step}", f"{seconds / 60:.1f}") for step, seconds in seconds_of(run).items()),
     ]  # fmt: skip
     tables = [Table("setup", "What was trained, and how it was looked at", ("what", "setting"), tuple(rows))]
     made = _masks_table(run, studies)
@@ -260,14 +263,15 @@ def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
 
 def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Section:
     strata, shared = result_tables.strata_table(result, structure), result_tables.shared_table(result, structure)
+    bad = result_tables.bad_masks_table(result, structure)
     return Section(
-        f"Estimated metrics: {STUDY_TITLES[result.study]}",
+        f"Estimated metrics: {title_of(result)}",
         (f"{result.masks} masks of {result.patients} patients, {result.slices} slices; {structure}.",),
         (),
         (
             *result_tables.metric_tables(result, structure),
             *result_tables.comparison_tables(result, structure),
-            *(table for table in (strata, shared) if table is not None),
+            *(table for table in (strata, bad, shared) if table is not None),
         ),
         tuple(result_figures.estimate_figures(run, result, structure, index)),
     )
@@ -306,8 +310,8 @@ def _examples(
 ) -> Iterator[Section]:
     if cohort is None:
         return
-    study = next((r.study for r in studies if r.study == "stratified"), studies[0].study)
-    drawn = tuple(result_figures.example_figures(run, study, structure, index))
+    result = next((r for r in studies if r.study == "stratified"), studies[0])
+    drawn = tuple(result_figures.example_figures(run, result, structure, index))
     if drawn:
         text = (
             "By the absolute error of SegQC's calibrated 3D Dice: its best, its median and its worst estimate, in the "
@@ -325,31 +329,33 @@ def _ablations(results: Sequence[StudyResult], structures: Sequence[str]) -> Ite
 
 
 def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
-    kinds = {"resplit": "random splits", "test": "on this study's masks", "shift": "another group"}
-    tables, drawn = [], []
+    kinds, tables, drawn = result_figures.COVERAGE_KINDS, [], []
     for r in studies:
         # random splits and shifts are of the training side: the same in every study
-        wanted = ("resplit", "test", "shift") if r is studies[0] else ("test",)
+        wanted = tuple(kinds) if r is studies[0] else ("test",)
         rows = tuple(
             (
                 c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
                 c.coverage.patients, c.coverage.masks, c.coverage.resplits,
             )
             for c in r.covered
-            if c.kind in wanted and c.structure in structures and (c.coverage.patients or c.stratum == "all")
+            if c.kind in wanted and c.structure in structures
+            # a stratum without masks is nothing to report, a group that can't be tested is
+            and (c.coverage.patients or c.stratum == "all" or c.kind in ("shift", "structure"))
         )  # fmt: skip
         if rows:
             level = next(c.coverage.level for c in r.covered)
             tables.append(
                 Table(
                     f"coverage-{r.study}",
-                    f"How often {level:.0%} intervals of the 3D Dice hold the truth, {STUDY_TITLES[r.study]}",
+                    f"How often {level:.0%} intervals of the 3D Dice hold the truth, {title_of(r)}",
                     ("structure", "tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits"),
                     rows,
                     note=(
                         "Random splits: calibrated on some patients of the training side, tested on its others. On "
-                        "this study's masks: calibrated on the whole training side. Another group: calibrated on "
-                        "one group of patients, tested on another. Error: binomial, with patients as trials. A "
+                        "this study's masks: calibrated on the whole training side. Groups: calibrated on the patients "
+                        "of all other groups, tested on this one's; from: calibrated on another structure of other "
+                        "patients. Error: binomial, with patients as trials. A "
                         f"dash: not enough patients for an interval. The promise of {level:.0%} holds on average "
                         "over masks like those calibrated on, not in every stratum, and not under shift."
                     ),
@@ -362,7 +368,7 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
         yield Section("Prediction intervals", (), (), tuple(tables), tuple(drawn))
 
 
-def _observers(study: ObserverStudy) -> Section:
+def _observers(name: str, study: ObserverStudy) -> Section:
     def rows(outcomes: Sequence[tuple[str, Outcome]]) -> tuple[tuple[Cell, ...], ...]:
         return tuple(
             (
@@ -377,7 +383,7 @@ def _observers(study: ObserverStudy) -> Section:
     )  # fmt: skip
     tables = [
         Table(
-            "observers",
+            f"observers-{result_tables.slug(name)}",
             "Error extraction between two experts, held half",
             columns,
             rows(list(study.on_held.items())),
@@ -394,7 +400,7 @@ def _observers(study: ObserverStudy) -> Section:
     if chosen is not None:
         tables.append(
             Table(
-                "observers-structures",
+                f"observers-structures-{result_tables.slug(name)}",
                 "The same by structure, with the chosen width",
                 ("structure", "cases", "difference removed", "errors found", "voxels kept"),
                 tuple(
@@ -409,7 +415,9 @@ def _observers(study: ObserverStudy) -> Section:
         f"{width} It was chosen on one half of the scans, and is reported on the other."
     )
     figure = result_figures.observer_figure(study)
-    return Section("Error extraction and observers", (text,), (), tuple(tables), () if figure is None else (figure,))
+    return Section(
+        f"Error extraction and observers: {name}", (text,), (), tuple(tables), () if figure is None else (figure,)
+    )
 
 
 def _ends(share: Share) -> str:
@@ -444,13 +452,13 @@ def _evaluated(run: Run, result: StudyResult, structure: str) -> EvaluatedSet:
     else:
         makers = ("the served network",) if manifest is None or all(manifest.makers) else ("unknown makers",)
     return EvaluatedSet(
-        f"{STUDY_TITLES[result.study].capitalize()}, {structure}",
+        f"{title_of(result).capitalize()}, {structure}",
         result.patients,
         result.masks,
         makers,
         False,
         (s.truth_min or 0.0, s.truth_max or 0.0),
-        _SELECTION[result.study],
+        "all" if manifest is None else manifest.selection,
         "none" if manifest is None else manifest.corrections,
         mae=s.mae,
         constant_mae=s.median_mae if constant is None else constant.calibrated.mae,

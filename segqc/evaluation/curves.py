@@ -290,6 +290,7 @@ def study(
     *,
     generator: np.random.Generator,
     chosen: str | None = None,
+    against: Sequence[str] | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
 ) -> CurveStudy:
@@ -303,7 +304,8 @@ def study(
         badness: one number per unit, by method.
         patients: whose each mask is, (masks,).
         generator: the source of shuffles and draws.
-        chosen: the method to compare with each other one, by the captured share.
+        chosen: the method to compare with others, by the captured share.
+        against: these others, one family of tests; by default all.
         draws: the number of bootstrap draws.
         level: the intervals' level; verdicts are at 1 - level after Holm's adjustment.
 
@@ -329,7 +331,7 @@ def study(
         OrderResult(name, order.curve(), percentile_interval(shares[name][0], shares[name][1:], level))
         for name, order in orders.items()
     )
-    others = [] if chosen is None else [name for name in badness if name != chosen]
+    others = [] if chosen is None else [n for n in (badness if against is None else against) if n != chosen]
     found = [shares[chosen] - shares[name] for name in others] if chosen is not None else []
     return CurveStudy(units.masks, len(units), results, _differences(chosen or "", others, found, level))
 

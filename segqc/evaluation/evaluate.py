@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from pydantic import TypeAdapter
 from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.makers import (
     Manifest,
+    calibration_makers,
+    check_masks,
     correction_masks,
+    fold_makers,
     own_masks,
     stratified_masks,
     test_maker_names,
-    train_fold_makers,
     train_served,
     train_test_maker,
     training_masks,
@@ -27,11 +30,13 @@ from segqc.evaluation.observers import (
     read_structures,
     study_observers,
 )
-from segqc.evaluation.run import Run, side_by_side
+from segqc.evaluation.run import Run, side_by_side, timed
 from segqc.evaluation.studies import StudyName, StudyResult, find_truths, judge_method, study_result
 from segqc.training import LineProgress, Progress
 
 OBSERVERS = TypeAdapter(ObserverStudy)
+VARIED: StudyName = "stratified"  # the study in which variants are compared
+_OBSERVERS = "observers-"
 MAKE_MASKS: Mapping[StudyName, Callable[[Run, Progress], Manifest]] = {
     "stratified": stratified_masks,
     "served": own_masks,
@@ -44,28 +49,41 @@ def evaluate(
 ) -> list[StudyResult]:
     """Run studies, or what is left of them.
 
-    The test masks are fixed before any method is trained.
+    Their test masks are fixed before any method is trained.
 
     Args:
         run: the run folder.
         studies: which studies.
         progress: told after each step.
-        ablations: whether to train and compare the variants as well.
+        ablations: whether to train the variants as well, and to compare them on the stratified masks.
+
+    Returns:
+        The studies' results; `segqc.evaluation.studies.kept_results` has those with variants as well.
     """
     folds = range(run.settings.folds)
-    makers = [*(test_maker_names(run) if "stratified" in studies else ()), "served", *(f"fold-{k}" for k in folds)]
-    side_by_side(run, train_mask_makers, makers, progress)
-    for study in studies:
-        manifest = MAKE_MASKS[study](run, progress)
-        progress.step(1, 1, f"{study}: {len(manifest.masks)} masks by {len(manifest.makers)} networks are fixed")
-    side_by_side(run, make_masks, [str(k) for k in folds], progress)
-    side_by_side(run, train, trainings(run, ablations=ablations), progress)
-    compared = methods(ablations=ablations)
+    makers = [*(test_maker_names(run) if "stratified" in studies else ()), "served"]
+    makers += [*(f"fold-{k}" for k in folds), *(f"calibration-{k}" for k in folds)]
+    with timed(run, "networks that make masks"):
+        side_by_side(run, train_mask_makers, makers, progress)
+    with timed(run, "masks"):
+        for study in studies:
+            manifest = MAKE_MASKS[study](run, progress)
+            check_masks(run, manifest)
+            progress.step(1, 1, f"{study}: {len(manifest.masks)} masks by {len(manifest.makers)} networks are fixed")
+        side_by_side(run, make_masks, [str(k) for k in folds], progress)
+    with timed(run, "networks that are compared"):
+        side_by_side(run, train, trainings(run, ablations=ablations), progress)
     results = []
     for study in studies:
-        find_truths(run, study)
-        side_by_side(run, judge_method, [f"{study}/{method}" for method in compared], progress)
-        results.append(study_result(run, study, progress, ablations=ablations))
+        with_variants = ablations and study == VARIED
+        with timed(run, f"judging, {study}"):
+            find_truths(run, study)
+            compared = methods(ablations=with_variants)
+            side_by_side(run, judge_method, [f"{study}/{method}" for method in compared], progress)
+        with timed(run, f"statistics, {study}"):
+            results.append(study_result(run, study, progress))
+            if with_variants:
+                study_result(run, study, progress, ablations=True)
     run.made()
     return results
 
@@ -96,7 +114,16 @@ def observer_study(run: Run, folder: Path, progress: Progress) -> ObserverStudy:
 
     if not folder.is_dir():
         raise CohortError(f"{folder}: no such folder; name one of two experts' label files")
-    return run.kept(f"results/observers-{folder.resolve().name}.json", OBSERVERS, make)
+    whole = folder.resolve()
+    digest = hashlib.sha256(str(whole).encode()).hexdigest()[:8]  # folders elsewhere may have the same name
+    return run.kept(f"results/{_OBSERVERS}{whole.name}-{digest}.json", OBSERVERS, make)
+
+
+def kept_observers(run: Run) -> dict[str, ObserverStudy]:
+    """The studies of two experts' masks that a run folder has, by their folder's name."""
+    paths = sorted((run.folder / "results").glob(f"{_OBSERVERS}*.json"))
+    names = [path.stem.removeprefix(_OBSERVERS).rpartition("-")[0] for path in paths]
+    return {name: OBSERVERS.validate_json(path.read_bytes()) for name, path in zip(names, paths, strict=True)}
 
 
 def train_mask_makers(run: Run, name: str) -> None:
@@ -104,7 +131,9 @@ def train_mask_makers(run: Run, name: str) -> None:
     if name == "served":
         train_served(run, LineProgress())
     elif name.startswith("fold-"):
-        train_fold_makers(run, name.removeprefix("fold-"))
+        fold_makers(run, int(name.removeprefix("fold-")))
+    elif name.startswith("calibration-"):
+        calibration_makers(run, int(name.removeprefix("calibration-")))
     else:
         train_test_maker(run, name)
 

@@ -34,12 +34,13 @@ RAW, EXTRACTED = 0, 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnownMask:
-    """A mask whose truth is known: what is judged, by whom it was made, and of which patient it is."""
+    """A mask whose truth is known: of which patient, what is judged, whether a network made it at an early epoch."""
 
     id: str
     patient: str
     judged: MaskToJudge
     truth: Volume
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +49,7 @@ class Truths:
 
     Attributes:
         masks, patients: the masks' ids, and whose they are.
+        early: (M,) whether a network made it at an early epoch of its training.
         metrics: (M, L, 4).
         slices: (R, L, 4).
         voxels: (R, L, 3): in the mask, in the truth, in both.
@@ -57,6 +59,7 @@ class Truths:
 
     masks: tuple[str, ...]
     patients: tuple[str, ...]
+    early: BoolArray
     metrics: Values
     slices: Values
     voxels: Values
@@ -130,7 +133,7 @@ def judge(
 def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Sequence[Structure],
                 settings: EvaluationSettings) -> Truths:  # fmt: skip
     """What is true of masks."""
-    names, patients, metrics, slices, voxels, mask_of = [], [], [], [], [], []
+    names, patients, early, metrics, slices, voxels, mask_of = [], [], [], [], [], [], []
     boxes = list[tuple[int, ...]]()
     for number, known in enumerate(masks):
         scan = known.judged.scan
@@ -138,6 +141,7 @@ def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Se
         pairs = [(s.mask(known.judged.labels.array), s.mask(known.truth.array)) for s in structures]
         names.append(known.id)
         patients.append(known.patient)
+        early.append(known.early)
         metrics.append([_row(true_metrics(mask, truth)) for mask, truth in pairs])
         length = scan.array.shape[axis]
         by_slice = [true_slice_metrics(mask, truth, axis) for mask, truth in pairs]
@@ -153,6 +157,7 @@ def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Se
     return Truths(
         tuple(names),
         tuple(patients),
+        np.array(early, bool),
         np.array(metrics, np.float64),
         np.concatenate(slices),
         np.concatenate(voxels),

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -21,21 +20,22 @@ from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation.agreement import find_labels
 from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.judging import KnownMask
+from segqc.evaluation.report.cautions import Corrections, Selection
 from segqc.evaluation.run import Run, side_by_side
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, Triple
 from segqc.segmenter import Segmenter
 from segqc.store import corrections, labels
+from segqc.store.database import Transaction
+from segqc.store.values import CorrectionRecord
 from segqc.training import Case, LineProgress, Placement, Progress, train_segmentation
 from segqc.training.cases import label_values, load_example, read_case
 from segqc.training.fit import fit
-from segqc.training.pairs import MaskSet, at_weights, early_epochs, stored_masks, train_makers
+from segqc.training.pairs import MaskSet, assert_unseen, at_weights, early_epochs, stored_masks, train_makers
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
 from segqc.types import BoolArray, LabelArray
 from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis, write_labels
-
-Corrections: TypeAlias = Literal["none", "real", "simulated"]
 
 SERVED = "served"
 CORRECTIONS = "corrections"
@@ -43,6 +43,7 @@ CALIBRATION = "calibration"
 TEST_MASKS = "test-masks"
 CANDIDATES = f"{TEST_MASKS}/candidates"
 UNKNOWN_MAKER = ""
+AT_BEST_EPOCH, AT_EARLY_EPOCH = "-best", "-early"
 VALIDATING = 6  # cases that choose the best epoch of a test maker
 EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
 
@@ -71,6 +72,15 @@ class TestMask:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeBy:
+    """A network that made masks of a study: its name, its content's hash, and how many patients' labels it has seen."""
+
+    name: str
+    version: str
+    patients: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The masks of a study, how they were chosen, and whether their truths are corrections of these very masks."""
 
@@ -80,6 +90,8 @@ class Manifest:
     makers: tuple[str, ...]
     masks: tuple[TestMask, ...]
     corrections: Corrections = "none"
+    selection: Selection = "all"
+    networks: tuple[MadeBy, ...] = ()
 
 
 MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
@@ -102,21 +114,16 @@ def test_maker_names(run: Run) -> list[str]:
 
 
 def stratified_masks(run: Run, progress: Progress) -> Manifest:
-    """The stratified masks of the test scans (method, "Stratified data"): made once, then read from the manifest.
-
-    Raises:
-        CohortError: if a mask's content is not what the manifest says.
-    """
+    """The stratified masks of the test scans (method, "Stratified data"): made once, then read from the manifest."""
     makers = test_maker_names(run)
     side_by_side(run, train_test_maker, makers, progress)
-    networks = tuple(f"{name}-{epoch}" for name in makers for epoch in ("best", "early"))
+    networks = tuple(f"{name}{at}" for name in makers for at in (AT_BEST_EPOCH, AT_EARLY_EPOCH))
 
     def make() -> Manifest:
         side_by_side(run, make_candidates, networks, progress)
         return _choose(run, networks)
 
     manifest = run.kept("test-masks/manifest.json", MANIFESTS, make)
-    check_masks(run, manifest)
     shutil.rmtree(run.folder / CANDIDATES, ignore_errors=True)
     return manifest
 
@@ -131,6 +138,8 @@ def candidates_of(run: Run, network: str) -> tuple[TestMask, ...]:
 
     def make() -> tuple[TestMask, ...]:
         segmenter = Segmenter.load(maker_path(run, network))
+        for case in run.cohort.test:
+            assert_unseen(segmenter, case)
         folder = run.folder / CANDIDATES
         return tuple(_keep(folder, case, network, segmenter) for case in run.cohort.test)
 
@@ -138,11 +147,15 @@ def candidates_of(run: Run, network: str) -> tuple[TestMask, ...]:
 
 
 def check_masks(run: Run, manifest: Manifest) -> None:
-    """Compare the mask files with the manifest.
+    """Compare the mask files, and the networks where they are still there, with the manifest.
 
     Raises:
-        CohortError: if a mask's content is not what the manifest says.
+        CohortError: if a mask's or a network's content is not what the manifest says.
     """
+    for network in manifest.networks:
+        path = maker_path(run, network.name)
+        if path.is_file() and Segmenter.load(path).version != network.version:
+            raise CohortError(f"{path}: is not the network of the manifest; start a new run folder")
     for mask in manifest.masks:
         if mask_sha256(read_labels(test_mask_path(run, mask))) != mask.sha256:
             raise CohortError(f"{test_mask_path(run, mask)}: is not the mask of the manifest; start a new run folder")
@@ -157,7 +170,9 @@ def own_masks(run: Run, progress: Progress) -> Manifest:
         for i, case in enumerate(run.cohort.test):
             progress.step(i, len(run.cohort.test), "masks of the served network")
             masks.append(_keep(run.folder / TEST_MASKS, case, SERVED, segmenter))
-        return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks))
+        return Manifest(
+            run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks), networks=made_by(run, [SERVED])
+        )
 
     return run.kept("test-masks/served.json", MANIFESTS, make)
 
@@ -172,9 +187,11 @@ def correction_masks(run: Run, progress: Progress) -> Manifest:
     def make() -> Manifest:
         real = list(_corrected_by_people(run))
         if real:
-            return Manifest(run.settings.seed, (0.0, 1.01), len(real), (UNKNOWN_MAKER,), tuple(real), "real")
-        masks = [_simulate(run, mask) for mask in own_masks(run, progress).masks]
-        return Manifest(run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks), "simulated")
+            selection = _selection(run)
+            return Manifest(run.settings.seed, (0.0, 1.01), len(real), (UNKNOWN_MAKER,), tuple(real), "real", selection)
+        own = own_masks(run, progress)
+        masks = tuple(_simulate(run, mask) for mask in own.masks)
+        return replace(own, masks=masks, corrections="simulated")
 
     return run.kept("test-masks/corrections.json", MANIFESTS, make)
 
@@ -225,9 +242,27 @@ def _corrected_by_people(run: Run) -> Iterator[TestMask]:
 def _starts_in_store(studies: Studies, cases: Mapping[str, Case]) -> dict[str, Path]:
     """The mask that each scan's latest correction of the whole scan by a person started from."""
     with studies.store.read() as transaction:
-        found = corrections.listing(transaction)
-        whole = [c for c in found if not c.simulated and c.change.opened_slices is None and c.scan in cases]
-        return {c.scan: studies.store.label_file(labels.get(transaction, c.from_version)) for c in whole}
+        found = _finished_corrections(transaction, cases)
+        return {c.scan: studies.store.label_file(labels.get(transaction, c.from_version)) for c in found}
+
+
+def _finished_corrections(transaction: Transaction, cases: Collection[str]) -> list[CorrectionRecord]:
+    """People's corrections of whole scans whose result is the scan's final label today: neither rejected nor redone."""
+    final = {name: current.id for name, current in labels.current_of_all(transaction, labels.FINAL).items()}
+    return [
+        c for c in corrections.listing(transaction)
+        if c.scan in cases and not c.simulated and c.change.opened_slices is None and c.to_version == final.get(c.scan)
+    ]  # fmt: skip
+
+
+def _selection(run: Run) -> Selection:
+    """How the scans with people's corrections were chosen: at random, if all were audit draws."""
+    if run.description.masks is not None:
+        return "all"
+    with Studies(Path(run.description.dataset)).store.read() as transaction:
+        found = _finished_corrections(transaction, {c.id for c in run.cohort.test})
+    audited = all(c.lease is not None and c.lease.draw == "audit" for c in found)
+    return "random" if audited else "worst-first"
 
 
 def _simulate(run: Run, own: TestMask) -> TestMask:
@@ -250,33 +285,70 @@ def train_test_maker(run: Run, name: str) -> None:
     Every other one pools through the plane where the plan would not, or the other way round (the paper: with and
     without anisotropic pooling).
     """
-    if maker_path(run, f"{name}-early").is_file():
+    if maker_path(run, name + AT_EARLY_EPOCH).is_file():
         return
-    number, s, cohort = int(name.rpartition("-")[2]), run.settings, run.cohort
+    number, s = int(name.rpartition("-")[2]), run.settings
     rng = np.random.default_rng((s.seed, 2, number))
-    order = [cohort.train[int(i)] for i in rng.permutation(len(cohort.train))]
+    part = _random_part(run.cohort.train, rng)
+    early = round(max(2, EARLY_SHARE * s.maker_epochs) ** rng.uniform())  # masks change most at the start
+    best, at_early = _train_on_part(run, name, number, part, (early,))
+    best.save(maker_path(run, name + AT_BEST_EPOCH))
+    at_early.save(maker_path(run, name + AT_EARLY_EPOCH))
+
+
+def calibration_makers(run: Run, fold: int) -> list[Segmenter]:
+    """The networks that make the calibrating masks of a fold's cases: the best epoch first, then early ones.
+
+    They are made as the test masks' networks are, but of patients of the other folds only, and make nothing else: every
+    method is calibrated on masks of networks that are strange to it, as those are that it is tested on.
+    """
+    early = early_epochs(run.settings.maker_epochs)
+    name = f"calibration-{fold}"
+    paths = [maker_path(run, f"{name}-{epoch}") for epoch in ("best", *early)]
+    if not all(path.is_file() for path in paths):
+        part = _random_part(run.cohort.learnt(fold), np.random.default_rng((run.settings.seed, 5, fold)))
+        # their numbers follow those of the test masks' networks, which their seeds and pooling go by
+        trained = _train_on_part(run, name, run.settings.test_makers + fold, part, early)
+        for path, segmenter in zip(paths, trained, strict=True):
+            segmenter.save(path)
+    return [Segmenter.load(path) for path in paths]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    learnt: list[Case]
+    validating: list[Case]
+
+
+def _random_part(cases: Sequence[Case], rng: np.random.Generator) -> _Part:
+    """A fifth to three fifths of the cases to learn from, and a few others that choose the best epoch."""
+    order = [cases[int(i)] for i in rng.permutation(len(cases))]
     few = min(VALIDATING, max(1, len(order) // 5))
-    chosen, validating = order[few : few + max(2, round(rng.uniform(0.2, 0.6) * len(order)))], order[:few]
-    values = label_values(cohort.structures)
+    return _Part(order[few : few + max(2, round(rng.uniform(0.2, 0.6) * len(order)))], order[:few])
+
+
+def _train_on_part(run: Run, name: str, number: int, part: _Part, early: Sequence[int]) -> list[Segmenter]:
+    """Train a network of this number: at its best epoch, then at the early ones."""
+    s, structures = run.settings, run.cohort.structures
+    values = label_values(structures)
     settings = replace(s.segmenter, seed=1000 * (s.seed + 1) + number, patience=s.maker_epochs)
-    plan = plan_for(chosen, settings, in_channels=1, out_channels=1 + len(values))
+    plan = plan_for(part.learnt, settings, in_channels=1, out_channels=1 + len(values))
     if number % 2:
         plan = with_other_pooling(plan)
-    early = round(max(2, EARLY_SHARE * s.maker_epochs) ** rng.uniform())  # masks change most at the start
     job = segmentation_job(
         name,
         plan,
         values,
-        [load_example(c, plan, values) for c in chosen],
-        [load_example(c, plan, values) for c in validating],
+        [load_example(c, plan, values) for c in part.learnt],
+        [load_example(c, plan, values) for c in part.validating],
         settings,
         epochs=s.maker_epochs,
-        snapshots=(early,),
+        snapshots=tuple(early),
     )
     fitted = fit(job, run.folder / "makers" / name, LineProgress())
-    best = segmenter_of(fitted, plan, cohort.structures, [c.patient for c in order[: few + len(chosen)]], settings)
-    best.save(maker_path(run, f"{name}-best"))
-    at_weights(best, fitted.snapshots[early]).save(maker_path(run, f"{name}-early"))
+    seen = [c.patient for c in (*part.validating, *part.learnt)]
+    best = segmenter_of(fitted, plan, structures, seen, settings)
+    return [best, *(at_weights(best, fitted.snapshots[epoch]) for epoch in early)]
 
 
 def with_other_pooling(plan: NetworkPlan) -> NetworkPlan:
@@ -289,11 +361,6 @@ def with_other_pooling(plan: NetworkPlan) -> NetworkPlan:
     depth = -(-plan.patch[2] // total) * total
     patch: Triple = (plan.patch[0], plan.patch[1], depth)
     return replace(plan, strides=tuple(strides), kernels=tuple(kernels), patch=patch)
-
-
-def train_fold_makers(run: Run, name: str) -> None:
-    """Train the network that makes the masks of a fold's cases; keep it and itself at early epochs."""
-    fold_makers(run, int(name))
 
 
 def fold_makers(run: Run, fold: int) -> list[Segmenter]:
@@ -320,9 +387,10 @@ def training_masks(run: Run, fold: int) -> list[MaskSet]:
 
 
 def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
-    """Masks of a fold's cases, by its segmentation network that has not seen them, at the end and at early epochs."""
-    makers = fold_makers(run, fold)
+    """Masks of a fold's cases, by the networks that make calibrating masks only and have not seen them."""
+    makers = calibration_makers(run, fold)
     for number, case in enumerate(run.cohort.held(fold)):
+        assert_unseen(makers[0], case)
         chosen = calibrating_makers(len(makers), number)
         scan, truth = read_case(case, makers[0].values)
         path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
@@ -335,13 +403,14 @@ def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
             masks = stored["masks"]
         for m, array in zip(chosen, masks, strict=True):
             labels = Volume(array, scan.affine, scan.acquisition_axis)
-            yield KnownMask(f"{case.id}-{m}", case.patient, MaskToJudge(scan, labels, makers[m]), truth)
+            judged = MaskToJudge(scan, labels, makers[m])
+            yield KnownMask(f"{case.id}-{m}", case.patient, judged, truth, early=m > 0)
 
 
 def calibrating_makers(makers: int, number: int) -> list[int]:
     """Which networks make the calibrating masks of a fold's case of this number.
 
-    The trained one, and itself at two early epochs: other ones for the next case, so that all qualities come up.
+    The best one, and itself at two early epochs: other ones for the next case, so that all qualities come up.
     """
     early = makers - 1
     return [0, *sorted({1 + number % early, 1 + (number + (early + 1) // 2) % early})]
@@ -379,7 +448,14 @@ def _choose(run: Run, networks: Sequence[str]) -> Manifest:
         shutil.copyfile(run.folder / CANDIDATES / path.name, path)
     # masks of one scan follow each other: what is computed of the scan alone is then computed once
     chosen.sort(key=lambda m: (m.case, m.maker))
-    return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen))
+    made = made_by(run, networks)
+    return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen), selection="stratified", networks=made)
+
+
+def made_by(run: Run, networks: Sequence[str]) -> tuple[MadeBy, ...]:
+    """What to note of networks that make masks."""
+    loaded = {name: Segmenter.load(maker_path(run, name)) for name in networks}
+    return tuple(MadeBy(name, segmenter.version, len(segmenter.card.seen)) for name, segmenter in loaded.items())
 
 
 def _keep(folder: Path, case: Case, network: str, segmenter: Segmenter) -> TestMask:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -26,8 +26,8 @@ from segqc.baselines.regression import train_regression
 from segqc.baselines.simple import JudgedMask, fit_constant, fit_size_regression, judged_masks
 from segqc.baselines.soft_input import MadeMasks, SoftInput, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
-from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy
-from segqc.evaluation.makers import calibration_masks, fold_makers, training_masks
+from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy, TtaRuns
+from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import Run
 from segqc.networks import MapCalibration, OutputForm
 from segqc.segmenter import Segmenter
@@ -37,14 +37,16 @@ from segqc.training.calibration import KnownMap, fit_map, known_map
 from segqc.training.pairs import MaskSet, makers_of_masks, masks_of
 from segqc.training.segmentation import plan_for
 from segqc.training.settings import TrainingSettings
-from segqc.types import FloatArray, Structure
-from segqc.volumes import Volume
+from segqc.types import BoolArray, FloatArray, Structure
+from segqc.volumes import Volume, atomic_write
 
 Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 
 _MAPS: TypeAdapter[tuple[MapCalibration, ...]] = TypeAdapter(tuple[MapCalibration, ...])
 
 SEGQC, TTA, SCAN_ONLY, CROSS_FITTED, CONSTANT = "SegQC", "TTA", "scan only", "cross-fitted mean", "constant"
+EXTRACTED_MAP, TTA_ENTROPY = "SegQC-EE", "TTA entropy"
+ONE_NETWORK = "SegQC, one network"  # what variants of one network are compared with
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class Method(ABC):
 
     Attributes:
         name: in tables.
-        variant: whether it is an ablation with a network of its own: only one is trained, without the first fold, and
-            compared with the same fold of the recipe.
+        variant: whether it is one network, trained without the first fold, whose masks alone calibrate it: ablations
+            that are trained anew, and those that they are compared with.
+        of_one_maker: whether it has learnt from masks of trained networks only (the paper's SegQC-TR), and so is
+            calibrated on such ones only.
     """
 
     name: str
     variant: bool = False
+    of_one_maker: bool = False
 
     @abstractmethod
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
@@ -80,22 +85,26 @@ class SegQcNet(Trained):
 
     Attributes:
         change: of the settings.
-        single: whether it learns from one segmentation network's masks only (the paper's SegQC-TR), not from those of
-            early epochs as well.
-        augmented: whether that network's test-time augmentations give masks, too (the paper's table 5).
+        augmented: whether test-time augmentations give masks to learn from, too (the paper's table 5); for
+            ``of_one_maker``, without which early epochs do in any case.
         in_sample: whether its masks come from networks that have seen the scans: the leak, to show what it does.
         scan_only: whether it never sees a mask.
+        maps_as_they_are: whether its maps are not calibrated (the paper's recipe has no such step).
     """
 
     change: Change = lambda settings: settings
-    single: bool = False
+    maps_as_they_are: bool = False
     augmented: bool = True
     in_sample: bool = False
     scan_only: bool = False
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """The map of the networks that have not seen these folds."""
-        assessors = self.calibrated(run, folds[:1] if self.variant else folds)
+        folds = folds[:1] if self.variant else folds
+        if self.maps_as_they_are:
+            assessors = [self.assessor(run, fold) for fold in folds]
+        else:
+            assessors = self.calibrated(run, folds)
         return (ScanOnly if self.scan_only else MapEstimator)(assessors, name=self.name)
 
     def train(self, run: Run, fold: int) -> None:
@@ -117,12 +126,16 @@ class SegQcNet(Trained):
         assessor.save(path)
         return assessor
 
-    def calibrated(self, run: Run, folds: Sequence[int]) -> list[Assessor]:
-        """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it."""
-        maps = run.kept(f"networks/{slug(self.name)}/maps.json", _MAPS, functools.partial(self._fit_maps, run))
+    def calibrated(self, run: Run, folds: Sequence[int], method: Method | None = None) -> list[Assessor]:
+        """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it.
+
+        On the masks that calibrate this method, or another one of the same networks.
+        """
+        of = method or self
+        maps = run.kept(f"networks/{slug(of.name)}/maps.json", _MAPS, functools.partial(self._fit_maps, run, of))
         return [with_maps(self.assessor(run, fold), maps) for fold in folds]
 
-    def _fit_maps(self, run: Run) -> tuple[MapCalibration, ...]:
+    def _fit_maps(self, run: Run, method: Method) -> tuple[MapCalibration, ...]:
         def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
             assessor = self.assessor(run, fold)
 
@@ -133,7 +146,7 @@ class SegQcNet(Trained):
 
             return of
 
-        return _fit_maps(run, self.name, logits, self.change(run.settings.assessor).output_form)
+        return _fit_maps(run, method, logits, self.change(run.settings.assessor).output_form)
 
     def _masks(self, run: Run, fold: int) -> list[MaskSet]:
         """The masks that a fold's network learns from: those of the other folds' cases."""
@@ -142,7 +155,7 @@ class SegQcNet(Trained):
             # of each other fold's cases, by a network of the next fold: it has seen them
             return [_leaking(run, m, (k + 1) % run.settings.folds) for k in others for m in training_masks(run, k)]
         sets = [m for k in others for m in training_masks(run, k)]
-        if not self.single:
+        if not self.of_one_maker:
             return sets
         count = makers_of_masks(1, run.settings.segmenter).count(0) if self.augmented else 1
         return [MaskSet(m.case, m.masks[:count], m.dice[:count]) for m in sets]
@@ -150,25 +163,30 @@ class SegQcNet(Trained):
 
 @dataclass(frozen=True)
 class SameNetworks(Method):
-    """The networks of SegQC asked in another way.
+    """The networks of SegQC, or of another method, asked in another way; as a variant, only the first of them.
 
     Attributes:
-        one: whether only one of them is asked.
+        of: the method whose networks they are.
         flips: whether each gives the mean over flips.
         calibrated: whether their maps are calibrated.
+        extracted: whether estimates are read off the map after error extraction (the paper's SegQC-EE).
     """
 
-    one: bool = False
+    of: SegQcNet = field(default_factory=lambda: _RECIPE)
     flips: bool = False
     calibrated: bool = True
+    extracted: bool = False
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
-        """The map of SegQC's own networks."""
-        folds = folds[:1] if self.one else folds
-        assessors = _RECIPE.calibrated(run, folds) if self.calibrated else [_RECIPE.assessor(run, k) for k in folds]
+        """The map of the networks."""
+        folds = folds[:1] if self.variant else folds
+        if self.calibrated:
+            assessors = self.of.calibrated(run, folds, self if self.variant else None)
+        else:
+            assessors = [self.of.assessor(run, k) for k in folds]
         cards = [replace(a.card, average_flips=self.flips or a.card.average_flips) for a in assessors]
         changed = [Assessor(card, a.network) for card, a in zip(cards, assessors, strict=True)]
-        return MapEstimator(changed, name=self.name)
+        return MapEstimator(changed, name=self.name, extraction=run.settings.extraction if self.extracted else None)
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,7 @@ class WithSoftInput(Trained):
             return lambda mask: network.truth_logits(mask, _maker(mask))
 
         path = f"networks/{slug(self.name)}/maps.json"
-        return network.with_maps(run.kept(path, _MAPS, lambda: _fit_maps(run, self.name, logits, "truth")))
+        return network.with_maps(run.kept(path, _MAPS, lambda: _fit_maps(run, self, logits, "truth")))
 
     def _network(self, run: Run, fold: int) -> SoftInput:
         s = run.settings
@@ -204,7 +222,11 @@ class WithSoftInput(Trained):
 
 @dataclass(frozen=True)
 class LearntScore(Trained):
-    """A network, or a regressor, that answers with the metrics themselves."""
+    """A network, or a regressor, that answers with the metrics themselves.
+
+    It learns as long as SegQC-Net, but no mask is emptied or deformed for it: that leaves SegQC-Net's target what it
+    is, the truth, but would change the very numbers that are learnt here.
+    """
 
     fit: Callable[..., Estimator] = train_regression
 
@@ -218,7 +240,8 @@ class LearntScore(Trained):
 
     def _of(self, run: Run, fold: int) -> Estimator:
         s, folder = run.settings, run.folder / "networks" / slug(self.name) / f"fold-{fold}"
-        settings = replace(s.assessor, epochs=s.score_epochs, seed=10 * (s.seed + 1) + fold)
+        seed = 10 * (s.seed + 1) + fold
+        settings = replace(s.assessor, empty_mask_share=0.0, mask_deformation=0.0, seed=seed)
         sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
         placed = {p: Placement(0, "train") for p in run.cohort.fold}
         return self.fit(sets, run.cohort.structures, placed, settings, folder, LineProgress())
@@ -230,7 +253,7 @@ class OfSegmenters(Method):
 
     Attributes:
         make: the estimator of these networks.
-        least: how many networks it needs; where there is one, it and its earlier epochs take their places.
+        least: how many networks it needs; of one fold, the network of its calibrating masks is the second one.
     """
 
     make: Callable[[Sequence[Segmenter], str], Estimator] = lambda segmenters, name: CrossFittedMean(
@@ -241,9 +264,9 @@ class OfSegmenters(Method):
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """What the folds' networks say together."""
         segmenters = [fold_makers(run, fold)[0] for fold in folds]
-        return self.make(
-            segmenters if len(segmenters) >= self.least else fold_makers(run, folds[0])[: self.least], self.name
-        )
+        if len(segmenters) < self.least:
+            segmenters.append(calibration_makers(run, folds[0])[0])
+        return self.make(segmenters, self.name)
 
 
 @dataclass(frozen=True)
@@ -271,14 +294,27 @@ class OfMaker(Method):
         return self.make(run.cohort.structures)
 
 
-_RECIPE = SegQcNet(SEGQC)
+@dataclass(frozen=True)
+class OfAugmentations(Method):
+    """What the network that made the mask says of it under the augmentations that make training masks as well."""
+
+    make: Callable[[Sequence[Structure], TtaRuns], Estimator] = Tta
+
+    def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
+        """The method itself: it has nothing of the folds."""
+        return self.make(run.cohort.structures, TtaRuns(run.settings.segmenter.contrasts))
+
+
+_RECIPE: SegQcNet = SegQcNet(SEGQC)
+_TRANSFERRED = SegQcNet("SegQC-TR", of_one_maker=True)
 _METHODS: tuple[Method, ...] = (
     _RECIPE,
     SegQcNet(SCAN_ONLY, change=lambda s: replace(s, scan_only_share=1.0), scan_only=True),
-    SegQcNet("paper's SegQC", change=TrainingSettings.paper_recipe),
-    SegQcNet("SegQC-TR", single=True),
-    OfMaker(TTA, make=lambda structures: Tta(structures, name=TTA)),
-    OfMaker("TTA entropy", make=TtaEntropy),
+    SameNetworks(EXTRACTED_MAP, extracted=True),
+    SegQcNet("paper's SegQC", change=TrainingSettings.paper_recipe, maps_as_they_are=True),
+    _TRANSFERRED,
+    OfAugmentations(TTA, make=Tta),
+    OfAugmentations(TTA_ENTROPY, make=TtaEntropy),
     OfMaker("softmax entropy", make=SoftmaxEntropy),
     OfMaker("soft output", make=SoftOutput),
     OfSegmenters(CROSS_FITTED),
@@ -293,10 +329,11 @@ _METHODS: tuple[Method, ...] = (
     OfMasks(CONSTANT, fit=fit_constant),
 )
 _VARIANTS: tuple[Method, ...] = (
-    SameNetworks(f"{SEGQC}, one network", one=True),
+    SameNetworks(ONE_NETWORK, variant=True),
     SameNetworks(f"{SEGQC}, flips averaged", flips=True),
     SameNetworks(f"{SEGQC}, maps not calibrated", calibrated=False),
-    SegQcNet("median masks only", variant=True, single=True, augmented=False),
+    SameNetworks("SegQC-TR, one network", variant=True, of=_TRANSFERRED, of_one_maker=True),
+    SegQcNet("median masks only", variant=True, of_one_maker=True, augmented=False),
     SegQcNet("in-sample masks", variant=True, in_sample=True),
     SegQcNet(
         "direct output",
@@ -328,6 +365,16 @@ def calibrating_folds(run: Run, method: str) -> list[int]:
     return [0] if _BY_NAME[method].variant else list(range(run.settings.folds))
 
 
+def one_network(method: str) -> bool:
+    """Whether a method is one network, calibrated on the masks of one fold."""
+    return _BY_NAME[method].variant
+
+
+def calibrated_on(method: str, early: BoolArray) -> BoolArray:
+    """Which calibrating masks calibrate a method; ``early`` says which were made at an early epoch, (M,)."""
+    return ~early if _BY_NAME[method].of_one_maker else np.ones_like(early)
+
+
 def train(run: Run, name: str) -> None:
     """Do one training, or what is left of it."""
     method, _, fold = name.rpartition("@")
@@ -343,14 +390,16 @@ def judge_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
 
 
 def _fit_maps(
-    run: Run, method: str, logits_of: Callable[[int], Callable[[MaskToJudge], FloatArray]], form: OutputForm
+    run: Run, method: Method, logits_of: Callable[[int], Callable[[MaskToJudge], FloatArray]], form: OutputForm
 ) -> tuple[MapCalibration, ...]:
     """Calibrate a method's maps on the calibrating masks, each as the network of its fold sees it."""
     structures = run.cohort.structures
     known: list[list[KnownMap]] = [[] for _ in structures]
-    for fold in calibrating_folds(run, method):
+    for fold in calibrating_folds(run, method.name):
         logits = logits_of(fold)
         for mask in calibration_masks(run, fold):
+            if method.of_one_maker and mask.early:
+                continue
             for structure, of_structure, z in zip(structures, known, logits(mask.judged), strict=True):
                 labels, truth = (structure.mask(volume.array) for volume in (mask.judged.labels, mask.truth))
                 of_structure.append(known_map(z, labels, truth))
@@ -364,7 +413,8 @@ def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
             return MaskSet(masks.case, stored["masks"], tuple(float(d) for d in stored["dice"]))
     made = masks_of(fold_makers(run, fold), masks.case, run.settings.segmenter, allow_seen=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, masks=made.masks, dice=np.array(made.dice))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, masks=made.masks, dice=np.array(made.dice))
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,17 @@ from segqc.baselines.estimates import Estimator
 from segqc.evaluation import judging
 from segqc.evaluation.judging import RAW, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import CALIBRATION
-from segqc.evaluation.methods import CONSTANT, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, judge_of, slug
+from segqc.evaluation.methods import (
+    CONSTANT,
+    CROSS_FITTED,
+    EXTRACTED_MAP,
+    SCAN_ONLY,
+    SEGQC,
+    TTA,
+    TTA_ENTROPY,
+    judge_of,
+    slug,
+)
 from segqc.evaluation.observers import ERROR_KINDS, ObserverStudy
 from segqc.evaluation.report import figures
 from segqc.evaluation.report.document import Figure
@@ -19,15 +29,17 @@ from segqc.evaluation.report.examples import Example, draw_example, pick_example
 from segqc.evaluation.result_tables import (
     OWN,
     REFERENCES,
-    STUDY_TITLES,
     THRESHOLD,
     find_row,
     methods_of,
     number,
+    title_of,
 )
 from segqc.evaluation.result_tables import slug as part_of_name
 from segqc.evaluation.run import Run
 from segqc.evaluation.studies import (
+    ERROR_SUM,
+    OF_GAIN,
     Dimension,
     StudyName,
     StudyResult,
@@ -36,12 +48,19 @@ from segqc.evaluation.studies import (
     test_masks,
     truth_path,
 )
+from segqc.intervals import LEVEL, jackknife_plus
 from segqc.metrics import Values, fit_calibration
 from segqc.volumes import through_plane_axis
 
 ORDERS: dict[Dimension, tuple[str, ...]] = {
-    "3D": (SEGQC, TTA, "TTA entropy", SCAN_ONLY, f"{SEGQC}, error sum"),
-    "2D": (SEGQC, TTA, SCAN_ONLY, f"{SEGQC}-EE", f"{SEGQC}, gain"),
+    "3D": (SEGQC, TTA, TTA_ENTROPY, SCAN_ONLY, ERROR_SUM),
+    "2D": (SEGQC, TTA, SCAN_ONLY, EXTRACTED_MAP, SEGQC + OF_GAIN),
+}
+COVERAGE_KINDS: Mapping[str, str] = {
+    "resplit": "random splits",
+    "test": "on this study's masks",
+    "shift": "groups: all others to",
+    "structure": "from",
 }
 CONSTANT_LEGEND = "always giving one answer, the training side's"
 _MOST_POINTS = 400
@@ -83,6 +102,21 @@ def estimated_dice(run: Run, study: StudyName, structure: int, methods: Sequence
     return Estimated(by_method, load_truths(truth_path(run, study)).metrics[:, structure, 0])
 
 
+def intervals(run: Run, study: StudyName, structure: int) -> list[tuple[float, float] | None]:
+    """The prediction interval of SegQC's 3D Dice of each of a study's masks; None where too few patients calibrate."""
+    folds = range(run.settings.folds)
+    truths = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
+    said = [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", SEGQC)) for k in folds]
+    made = jackknife_plus(
+        np.concatenate([j.metrics[:, structure, 0] for j in said]),
+        np.concatenate([t.metrics[:, structure, 0] for t in truths]),
+        [patient for t in truths for patient in t.patients],
+        "dice",
+    )
+    low, high = made.bounds(load_judgements(judgement_path(run, study, SEGQC)).metrics[:, structure, 0], level=LEVEL)
+    return [None if np.isnan(a) else (a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+
+
 def estimate_figures(run: Run, result: StudyResult, structure: str, index: int) -> Iterator[Figure]:
     """Estimated against true Dice, and the risk of the kept masks, of SegQC and its closest rivals."""
     said = methods_of(result, structure)
@@ -93,7 +127,7 @@ def estimate_figures(run: Run, result: StudyResult, structure: str, index: int) 
     if estimated is None:
         return
     styles, end = figures.styles_for(shown), f"{result.study}-{part_of_name(structure)}"
-    title = STUDY_TITLES[result.study]
+    title = title_of(result)
     yield figures.scatter(
         f"scatter-{end}",
         f"Estimated against true 3D Dice of {structure}, {title}",
@@ -137,7 +171,7 @@ def forest_figure(result: StudyResult, structures: Sequence[str]) -> Figure | No
         return None
     return figures.forest(
         f"mae-{result.study}",
-        f"Mean absolute error of the estimated 3D Dice, {STUDY_TITLES[result.study]}",
+        f"Mean absolute error of the estimated 3D Dice, {title_of(result)}",
         entries,
         references=constants,
         reference_label=CONSTANT_LEGEND,
@@ -164,7 +198,7 @@ def curve_figures(result: StudyResult, structure: str) -> Iterator[Figure]:
             unit = "scans" if ordered.dimension == "3D" else "slices"
             yield figures.correction_curves(
                 f"curves-{ordered.dimension.lower()}-{result.study}-{part_of_name(structure)}",
-                f"Mean true Dice as {unit} of {structure} are corrected, {STUDY_TITLES[result.study]}",
+                f"Mean true Dice as {unit} of {structure} are corrected, {title_of(result)}",
                 curves,
                 unit="scans" if ordered.dimension == "3D" else "slices",
                 caption="In brackets: the captured share of the optimal order's gain over random.",
@@ -193,22 +227,22 @@ def detection_figure(result: StudyResult, structure: str) -> Figure | None:
         return None
     return figures.precision_recall(
         f"boxes-{result.study}-{part_of_name(structure)}",
-        f"Error boxes over thresholds: {structure}, {STUDY_TITLES[result.study]}",
+        f"Error boxes over thresholds: {structure}, {title_of(result)}",
         curves,
         caption=f"Points are labelled by the error probability from which a voxel counts; IoU at least {lowest:g}.",
     )
 
 
-def example_figures(run: Run, study: StudyName, structure: str, index: int) -> Iterator[Figure]:
+def example_figures(run: Run, result: StudyResult, structure: str, index: int) -> Iterator[Figure]:
     """The best, the median and the worst of SegQC's estimates, judged anew; nothing where the run's files are gone.
 
     Args:
         run: the run.
-        study: whose masks.
+        result: of the study whose masks they are.
         structure: the structure's name.
         index: its number among the run's.
     """
-    networks = run.folder / "networks" / slug(SEGQC)
+    networks, study = run.folder / "networks" / slug(SEGQC), result.study
     estimated = estimated_dice(run, study, index, [SEGQC]) if networks.is_dir() else None
     if estimated is None or not np.isfinite(estimated.by_method[SEGQC] - estimated.true).any():
         return
@@ -217,23 +251,32 @@ def example_figures(run: Run, study: StudyName, structure: str, index: int) -> I
         zip(("best", "median", "worst"), pick_examples(values.tolist(), estimated.true.tolist()), strict=True)
     )
     truths, estimator = load_truths(truth_path(run, study)), judge_of(run, SEGQC, range(run.settings.folds))
+    ends = intervals(run, study, index)
     for kind, i in chosen.items():
         (known,) = test_masks(run, replace(manifest, masks=(manifest.masks[i],)))
-        example = _example(run, study, known, estimator, truths, i, index, float(values[i]))
+        example = _example(run, study, known, estimator, truths, i, index, float(values[i]), ends[i])
         if example is not None:
             yield draw_example(
                 f"example-{kind}-{study}-{part_of_name(structure)}",
-                f"The {kind} estimate of SegQC: {structure}, {STUDY_TITLES[study]}",
+                f"The {kind} estimate of SegQC: {structure}, {title_of(result)}",
                 example,
                 caption=(
-                    "The headline's estimate is calibrated. Dashed boxes: where SegQC sees errors (probability at "
-                    f"least {THRESHOLD:g}); solid ones: where they are."
+                    f"The headline's estimate is calibrated; in brackets its {LEVEL:.0%} interval. Dashed boxes: where "
+                    f"SegQC sees errors (probability at least {THRESHOLD:g}); solid ones: where they are."
                 ),
             )
 
 
 def _example(
-    run: Run, study: StudyName, known: KnownMask, estimator: Estimator, truths: Truths, i: int, k: int, dice: float
+    run: Run,
+    study: StudyName,
+    known: KnownMask,
+    estimator: Estimator,
+    truths: Truths,
+    i: int,
+    k: int,
+    dice: float,
+    interval: tuple[float, float] | None,
 ) -> Example | None:
     structure, scan = run.cohort.structures[k], known.judged.scan
     error = estimator.estimate(known.judged)[k].error
@@ -253,6 +296,7 @@ def _example(
         dice,
         float(truths.metrics[i, k, 0]),
         known.id,
+        interval,
     )
 
 
@@ -260,7 +304,7 @@ def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
     """How often the intervals held the truth, by stratum."""
     strata = [
         figures.Coverage(
-            f"{c.kind}: {c.stratum}",
+            f"{COVERAGE_KINDS[c.kind]}: {c.stratum}",
             np.array([c.coverage.level]),
             np.array([c.coverage.coverage * c.coverage.patients]),
             np.array([float(c.coverage.patients)]),
@@ -272,7 +316,7 @@ def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
         return None
     return figures.coverage(
         f"coverage-{result.study}-{part_of_name(structure)}",
-        f"How often the intervals hold the true Dice: {structure}, {STUDY_TITLES[result.study]}",
+        f"How often the intervals hold the true Dice: {structure}, {title_of(result)}",
         strata,
         caption="Bars: 95% intervals with the patients as trials.",
     )

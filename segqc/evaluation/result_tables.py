@@ -7,14 +7,36 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from segqc.evaluation import statistics
 from segqc.evaluation.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.detection import DetectionScores
-from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, VARIANTS
+from segqc.evaluation.methods import (
+    CROSS_FITTED,
+    EXTRACTED_MAP,
+    ONE_NETWORK,
+    SCAN_ONLY,
+    SEGQC,
+    TTA,
+    VARIANTS,
+    one_network,
+)
 from segqc.evaluation.report.document import UNDEFINED, Cell, Table
-from segqc.evaluation.studies import Compared, Detected, Dimension, Row, StudyName, StudyResult
+from segqc.evaluation.studies import (
+    BAD_UNDER,
+    OF_EXTRACTED,
+    OF_GAIN,
+    OF_SUM,
+    Compared,
+    Detected,
+    Dimension,
+    Family,
+    Row,
+    StudyName,
+    StudyResult,
+)
 from segqc.metrics import METRIC_NAMES, MetricName
 
-OWN = (SEGQC, "SegQC-TR", "paper's SegQC")
+PAPERS = "paper's SegQC"
+OWN = (SEGQC, EXTRACTED_MAP, "SegQC-TR", PAPERS)
 REFERENCES = (OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL)
-CONTROL = (SEGQC, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
+CONTROL = (SEGQC, PAPERS, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
 THRESHOLD = 0.5
 SHOWN: Mapping[MetricName, str] = {"dice": "Dice", "iou": "IoU", "arvd": "ARVD", "rvd": "RVD"}
 STUDY_TITLES: Mapping[StudyName, str] = {
@@ -22,13 +44,19 @@ STUDY_TITLES: Mapping[StudyName, str] = {
     "served": "the served network's own masks",
     "corrections": "corrected masks",
 }
-_ORDER_SUFFIXES = (", error sum", ", gain", "-EE")
+_SIMULATED = "masks that a simulated annotator corrected"
+_ORDER_SUFFIXES = (OF_SUM, OF_GAIN, OF_EXTRACTED)
 _BEST_ESTIMATES = {"MAE": "lowest", "raw MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
 
 
 def slug(text: str) -> str:
     """A text as a part of a table's or figure's name."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-") or "all"
+
+
+def title_of(result: StudyResult) -> str:
+    """What a study's masks are called in titles."""
+    return _SIMULATED if result.corrections == "simulated" else STUDY_TITLES[result.study]
 
 
 def find_row(
@@ -56,11 +84,20 @@ def variants_of(result: StudyResult) -> list[str]:
 
 
 def find_compared(
-    result: StudyResult, structure: str, metric: MetricName, dimension: Dimension, statistic: str
+    result: StudyResult,
+    structure: str,
+    metric: MetricName = "dice",
+    dimension: Dimension = "3D",
+    statistic: str = "mae",
+    family: Family = "methods",
+    first: str = SEGQC,
 ) -> Compared | None:
     """One family of comparisons."""
-    wanted = (structure, metric, dimension, statistic)
-    return next((c for c in result.compared if (c.structure, c.metric, c.dimension, c.statistic) == wanted), None)
+    wanted = (structure, metric, dimension, statistic, family, first)
+    found = (
+        c for c in result.compared if (c.structure, c.metric, c.dimension, c.statistic, c.family, c.first) == wanted
+    )
+    return next(found, None)
 
 
 def judged(family: Compared | None) -> dict[str, statistics.Judgement]:
@@ -128,14 +165,15 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
         f"{result.masks} masks of {result.patients} patients; true Dice "
         f"{span_of(scores.truth_min, scores.truth_max, 2)}, standard deviation {number(scores.truth_sd)}. MAE: "
         "mean absolute error after a linear calibration on patients of the training side that the method has not "
-        "seen, with its 95% interval (bootstrap by patient); raw MAE: before it. Always answering the median of "
+        "seen, with its 95% interval (bootstrap by patient); raw MAE: before it, but with the calibrated maps of "
+        "SegQC, SegQC-TR and scan only. Always answering the median of "
         f"these very truths, which nobody knows beforehand, would give an MAE of {number(scores.median_mae)}. "
         "Excess AURC: area under the risk-coverage curve above that of the perfect order. SegQC is: by the "
         "difference in MAE, sign-flip test by patient after Holm's adjustment."
     )
     return Table(
         f"main-{result.study}-{slug(structure)}",
-        f"Estimated 3D Dice of {structure}, {STUDY_TITLES[result.study]}",
+        f"Estimated 3D Dice of {structure}, {title_of(result)}",
         ("method", "MAE", "95% interval", "raw MAE", "Pearson", "Spearman", "excess AURC", "SegQC is"),
         tuple(rows),
         {"excess AURC": 4},
@@ -159,14 +197,15 @@ def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
             title = "Mean absolute error" if kind == "mae" else "Pearson correlation"
             yield Table(
                 f"{kind}-{result.study}-{slug(structure)}",
-                f"{title} of every metric of {structure}, {STUDY_TITLES[result.study]}",
+                f"{title} of every metric of {structure}, {title_of(result)}",
                 ("method", *(name for name, *_ in measured)),
                 tuple(rows),
                 note=(
                     "After calibration. ARVD is the summed difference over the truth's size (the paper's "
                     "definition), RVD the signed difference of the volumes. 2D: slices where the mask is not "
-                    "empty, so that there is something to judge; the next table has the others. A dash: the method "
-                    "says nothing of it."
+                    "empty, so that there is something to judge; the next table has the others. All methods are "
+                    "scored on the same masks and slices: those that all of them say something of. A dash: the "
+                    "method says nothing of it."
                 ),
                 best={name: aim for name, *_ in measured},  # type: ignore[misc]
             )
@@ -180,7 +219,7 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
         ("ARVD, mask", "arvd", "mask"),
         ("ARVD, large", "arvd", "large"),
     )
-    rows, count = [], dict[str, int]()
+    rows, count = [], dict[str, tuple[int, int]]()
     for method in methods_of(result, structure):
         found = [find_row(result, structure, method, m, "2D", s) for _, m, s in choices]
         if any(r is not None for r in found):
@@ -189,27 +228,33 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
                     method,
                     *(None if r is None else r.calibrated.mae for r in found),
                     *(None if r is None else r.calibrated.pearson for r in found[:2]),
+                    None if found[1] is None else found[1].calibrated.n,
                 )
             )
-            count |= {name: r.calibrated.n for (name, *_), r in zip(choices, found, strict=True) if r is not None}
+            count |= {
+                name: (r.calibrated.n, r.calibrated.left_out)
+                for (name, _, s), r in zip(choices, found, strict=True)
+                if r is not None and s != "all"
+            }
     if not rows:
         return
     names = [name for name, *_ in choices]
-    columns = ("method", *names, "Pearson, mask", "Pearson, either")
-    counted = "; ".join(f"{name}: {count[name]}" for name in names if name in count)
+    columns = ("method", *names, "Pearson, mask", "Pearson, either", "n, either")
+    counted = "; ".join(f"{name}: {n} ({out} left out)" for name, (n, out) in count.items())
     yield Table(
         f"slices-{result.study}-{slug(structure)}",
-        f"2D errors of {structure} by which slices count, {STUDY_TITLES[result.study]}",
+        f"2D errors of {structure} by which slices count, {title_of(result)}",
         columns,
         tuple(rows),
         note=(
             "MAE after calibration, then Pearson of the 2D Dice. Mask: slices where the mask is not empty; "
-            f"either: mask or truth; large: at least 20 truth voxels. Numbers of slices: {counted}. Where only the "
-            "truth is not empty, the true Dice is 0 however little is missing; such slices rule averages that "
-            "count them. ARVD is ruled by slices with a tiny truth, unless only those with at least 20 truth "
-            "voxels count."
+            f"either: mask or truth; large: at least 20 truth voxels. Numbers of slices: {counted}; left out is what "
+            "is undefined for one of the methods (an ARVD of an empty truth). Either: all that the method speaks of, "
+            "with their number. Where only the truth is not empty, the true Dice is 0 however little is missing; such "
+            "slices rule averages that count them. ARVD is ruled by slices with a tiny truth, unless only those with "
+            "at least 20 truth voxels count."
         ),
-        best={name: "highest" if name.startswith("Pearson") else "lowest" for name in columns[1:]},
+        best={name: "highest" if name.startswith("Pearson") else "lowest" for name in columns[1:-1]},
     )
 
 
@@ -229,7 +274,7 @@ def comparison_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     if methods:
         yield Table(
             f"verdicts-{result.study}-{slug(structure)}",
-            f"Is SegQC better? All metrics of {structure}, {STUDY_TITLES[result.study]}",
+            f"Is SegQC better? All metrics of {structure}, {title_of(result)}",
             ("method", *families),
             tuple((m, *(verdict_of(family.get(m)) for family in families.values())) for m in methods),
             note=(
@@ -257,7 +302,7 @@ def _differences(result: StudyResult, structure: str, dimension: Dimension) -> T
         return None
     return Table(
         f"comparisons-{dimension.lower()}-{result.study}-{slug(structure)}",
-        f"SegQC against the others: {dimension} Dice of {structure}, {STUDY_TITLES[result.study]}",
+        f"SegQC against the others: {dimension} Dice of {structure}, {title_of(result)}",
         (
             "method", "MAE diff.", "95% interval", "p (Holm)", "SegQC is",
             "rank diff.", "95% (rank)", "p (rank)", "by rank",
@@ -278,7 +323,7 @@ def shared_table(result: StudyResult, structure: str) -> Table | None:
         return None
     return Table(
         f"shared-{result.study}-{slug(structure)}",
-        f"Whose errors they are: 3D Dice of {structure}, {STUDY_TITLES[result.study]}",
+        f"Whose errors they are: 3D Dice of {structure}, {title_of(result)}",
         ("method", "patients' share", "correlation with SegQC's"),
         tuple(
             (s.method, s.errors.patient_share, UNDEFINED if s.method == SEGQC else s.errors.correlation) for s in here
@@ -289,6 +334,34 @@ def shared_table(result: StudyResult, structure: str) -> Table | None:
         "in common err on the same patients, the truths of these differ from what the training side makes one expect, "
         "and no better method of the kind would help.",
     )
+
+
+def bad_masks_table(result: StudyResult, structure: str) -> Table | None:
+    """Whether looking at the mask helps where it is bad: SegQC against estimates of the truth without the mask."""
+    named: tuple[tuple[Family, str], ...] = (
+        ("bad masks", f"under {BAD_UNDER:g}"), ("good masks", f"{BAD_UNDER:g} and more"),
+    )  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
+    for family, name in named:
+        for method, judgement in judged(find_compared(result, structure, family=family)).items():
+            c = judgement.comparison
+            if c.n:
+                cells = (c.difference.value, span(c.difference), p_text(judgement.p_holm), verdict_of(judgement))
+                rows.append((name, method, c.n, c.patients, c.first, c.second, *cells))
+    if not rows:
+        return None
+    return Table(
+        f"bad-masks-{result.study}-{slug(structure)}",
+        f"What the mask adds, by quality: 3D Dice of {structure}, {title_of(result)}",
+        ("true Dice", "method", "masks", "patients", "MAE of SegQC", "its MAE", "MAE diff.", "95% interval", "p (Holm)",
+         "SegQC is"),
+        tuple(rows),
+        note=(
+            "SegQC against the estimates of the truth that never see the mask, on bad and on good masks apart. "
+            "Differences are SegQC minus the method; sign-flip test by patient, adjusted over the two methods."
+        ),
+        group="true Dice",
+    )  # fmt: skip
 
 
 def strata_table(result: StudyResult, structure: str) -> Table | None:
@@ -306,7 +379,7 @@ def strata_table(result: StudyResult, structure: str) -> Table | None:
             rows.append((name, scores[0].n, scores[0].patients, *(s.mae for s in scores), scores[0].bias))
     return Table(
         f"strata-{result.study}-{slug(structure)}",
-        f"MAE of the 3D Dice of {structure} by quality, {STUDY_TITLES[result.study]}",
+        f"MAE of the 3D Dice of {structure} by quality, {title_of(result)}",
         ("true Dice", "masks", "patients", *(m for m, _ in shown), f"bias of {shown[0][0]}"),
         tuple(rows),
         note=(
@@ -328,7 +401,7 @@ def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Ta
     differences = {d.second: d for d in study.differences}
     rows: list[tuple[Cell, ...]] = []
     for order in study.orders:
-        method = of_order(order.name)
+        method = order.name if order.name == EXTRACTED_MAP else of_order(order.name)
         if method in VARIANTS or (method != order.name and method not in (SEGQC, TTA, SCAN_ONLY, CROSS_FITTED)):
             continue
         found = differences.get(order.name)
@@ -349,13 +422,13 @@ def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Ta
     )  # fmt: skip
     return Table(
         f"orders-{dimension.lower()}-{result.study}-{slug(structure)}",
-        f"Orders of correcting {'scans' if dimension == '3D' else 'slices'} of {structure}, "
-        f"{STUDY_TITLES[result.study]}",
+        f"Orders of correcting {'scans' if dimension == '3D' else 'slices'} of {structure}, {title_of(result)}",
         ("order", "captured", "95% interval", "SegQC minus it", "p (Holm)", "SegQC is"),
         tuple(rows),
         {"captured": 3, "SegQC minus it": 3},
         f"{study.units} {what} of {study.masks} masks. Captured: the share of the optimal order's gain over random "
-        f"(area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random.{extra}",
+        f"(area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random.{extra} p: "
+        f"bootstrap by patient, after Holm's adjustment over {len(differences)} orders, each method's main one.",
     )
 
 
@@ -386,7 +459,7 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     if rows:
         yield Table(
             f"detection-{result.study}-{slug(structure)}",
-            f"Error boxes of SegQC on {structure}, {STUDY_TITLES[result.study]}",
+            f"Error boxes of SegQC on {structure}, {title_of(result)}",
             ("boxes of", "IoU", "precision", "95% interval", "recall", "95% interval (recall)", "paired", "predicted",
              "true"),
             tuple(rows),
@@ -417,7 +490,7 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     if lowest is not None and len(by_method) > 1:
         yield Table(
             f"detection-methods-{result.study}-{slug(structure)}",
-            f"Error boxes of all methods with an error map on {structure}, {STUDY_TITLES[result.study]}",
+            f"Error boxes of all methods with an error map on {structure}, {title_of(result)}",
             ("method", "precision", "recall", "precision, extracted", "recall, extracted", "chosen probability",
              "precision, chosen", "recall, chosen"),
             tuple((method, *cells) for method, cells in by_method.items()),
@@ -461,7 +534,7 @@ def error_map_table(result: StudyResult, structure: str) -> Table | None:
     numbers = ("Dice, pooled", "Dice, mean", "AP", "FP Dice", "FP AP", "FN Dice", "FN AP")
     return Table(
         f"error-maps-{result.study}-{slug(structure)}",
-        f"Error maps against the true error, voxel by voxel: {structure}, {STUDY_TITLES[result.study]}",
+        f"Error maps against the true error, voxel by voxel: {structure}, {title_of(result)}",
         ("map", "method", "Dice, pooled", "95% interval", *numbers[1:]),
         tuple(rows),
         note=(
@@ -483,7 +556,9 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
     variants = variants_of(result)
     if not variants:
         return None
-    verdicts = judged(find_compared(result, structure, "dice", "3D", "mae"))
+    verdicts = judged(find_compared(result, structure))
+    for first in (SEGQC, ONE_NETWORK):
+        verdicts |= judged(find_compared(result, structure, family="variants", first=first))
     rows: list[tuple[Cell, ...]] = []
     for method in (SEGQC, SCAN_ONLY, *OWN[1:], *variants):
         dice, slices = (
@@ -510,22 +585,24 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
                 None if slices is None else slices.calibrated.mae,
                 None if slices is None else slices.calibrated.pearson,
                 *(captured if len(captured) == 2 else (None, None)),
-                UNDEFINED if method == SEGQC else verdict_of(verdicts.get(method)),
+                ONE_NETWORK if method in VARIANTS and one_network(method) else SEGQC,
+                UNDEFINED if method in (SEGQC, ONE_NETWORK) else verdict_of(verdicts.get(method)),
             )
         )
     best = {"raw MAE": "lowest", "MAE": "lowest", "Pearson": "highest", "2D MAE": "lowest", "2D Pearson": "highest"}
     return Table(
         f"ablations-{result.study}-{slug(structure)}",
-        f"Variants of SegQC: Dice of {structure}, {STUDY_TITLES[result.study]}",
+        f"Variants of SegQC: Dice of {structure}, {title_of(result)}",
         ("variant", "raw MAE", "MAE", "95% interval", "Pearson", "2D MAE", "2D Pearson", "3D order", "2D order",
-         "SegQC is"),
+         "beside", "that is"),
         tuple(rows),
         note=(
             "MAE after calibration, raw MAE before it. Orders: share of the optimal gain captured. Variants that are "
-            "trained anew are one fold's network; compare them with 'SegQC, one network', which is the same fold "
-            "of the recipe. 'scan only' never sees the mask: what SegQC is better by is what the mask input adds. "
-            "SegQC-TR learns from one network's masks and their augmentations, 'median masks only' from its plain "
-            "masks (the paper's table 5). 'in-sample masks' has a leak on purpose: its training masks are of "
+            "trained anew are one fold's network and are compared with 'SegQC, one network', the same fold of the "
+            "recipe, calibrated on the same masks. That is: whether this one is better than the variant. 'scan only' "
+            "never sees the mask: what SegQC is better by is what the mask input adds. SegQC-TR learns from one "
+            "network's masks and their augmentations, 'median masks only' from their median (the paper's table 5: "
+            "beside 'SegQC-TR, one network'). 'in-sample masks' has a leak on purpose: its training masks are of "
             "networks that knew the scans. 'soft input' sees the soft output of the mask's maker as well."
         ),
         best=best,  # type: ignore[arg-type]

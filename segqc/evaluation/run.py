@@ -3,6 +3,8 @@
 ::
 
     run.json               data set, structures, settings: another evaluation is refused in the same folder
+    split.json             the scans with their patients, sides, folds and labels' hashes: what changes is refused
+    seconds.json           what each step took
     makers/                networks that make masks: checkpoints and model files
     test-masks/            the masks that are judged, and manifest.json, which fixes them by hash
     training-masks/        masks of the training side, by networks that have not seen their scans
@@ -14,13 +16,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import platform
 import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -29,7 +33,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from segqc.evaluation.cohort import Cohort, CohortError, read_cohort
+from segqc.evaluation.cohort import SPLITS, Cohort, CohortError, Split, hold_to, read_labelled, split, split_of
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.loop.lifetime import die_with_parent
 from segqc.training import Progress
@@ -57,7 +61,9 @@ class Made:
     cores: int
 
 
+SECONDS = "seconds.json"
 _MADE = TypeAdapter(Made)
+_SECONDS = TypeAdapter(dict[str, float])
 _DESCRIPTIONS: TypeAdapter[Description] = TypeAdapter(Description)
 
 
@@ -106,16 +112,18 @@ class Run:
 
     @functools.cached_property
     def cohort(self) -> Cohort:
-        """The cases and their split: a function of the data set and the settings."""
-        s = self.settings
-        return read_cohort(
-            Path(self.description.dataset),
-            self.description.structures,
-            folds=s.folds,
-            seed=s.seed,
-            test_share=s.test_share,
-            most_cases=s.most_cases,
-        )
+        """The cases and their split, as they were when the run began.
+
+        Raises:
+            CohortError: if there are too few labelled patients, or a label is no longer what it was.
+        """
+        s, labelled = self.settings, read_labelled(Path(self.description.dataset), self.description.structures)
+
+        def begin() -> Split:
+            drawn = split(labelled, folds=s.folds, seed=s.seed, test_share=s.test_share, most_cases=s.most_cases)
+            return split_of(drawn)
+
+        return hold_to(self.kept("split.json", SPLITS, begin), labelled)
 
     def made(self) -> Made:
         """When and where the run's numbers were made: noted at the first call, then read."""
@@ -151,9 +159,10 @@ def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str
     """
     names = list(names)
     if run.settings.workers < 2 or len(names) < 2:
-        for i, name in enumerate(names):
-            progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
-            work(run, name)
+        with _one_thread():
+            for i, name in enumerate(names):
+                progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
+                work(run, name)
         return
     pool = ProcessPoolExecutor(
         run.settings.workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
@@ -166,6 +175,19 @@ def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str
     progress.step(len(names), len(names), f"{work.__name__.strip('_')}: done")
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: with other numbers of threads sums are added up in another order, and numbers differ."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _begin_worker(parent: int) -> None:
     # a killed evaluation must not go on half: nobody would take its results, and the next one would do the same work
     die_with_parent(signal.SIGKILL, parent)
@@ -173,6 +195,23 @@ def _begin_worker(parent: int) -> None:
 
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@contextlib.contextmanager
+def timed(run: Run, step: str) -> Iterator[None]:
+    """Add what a step takes to what the run folder has noted of it; a step that is killed is not noted."""
+    started = time.perf_counter()
+    yield
+    noted = seconds_of(run)
+    noted[step] = noted.get(step, 0.0) + time.perf_counter() - started
+    with atomic_write(run.folder / SECONDS) as temporary:
+        temporary.write_bytes(_SECONDS.dump_json(noted, indent=1) + b"\n")
+
+
+def seconds_of(run: Run) -> dict[str, float]:
+    """What each step took, by name."""
+    path = run.folder / SECONDS
+    return _SECONDS.validate_json(path.read_bytes()) if path.is_file() else {}
 
 
 def _comparable(description: Description) -> Description:

@@ -38,7 +38,6 @@ class EvaluationSettings:
         segmenter: how segmentation networks are trained; ``epochs`` is of the served one, ``fold_epochs`` of those
             that make training masks.
         assessor: how SegQC-Net, and what it is compared with, is trained.
-        score_epochs: length of the trainings that end in numbers and no map.
         bins: edges of the Dice bins of the stratified masks, for all structures together.
         per_bin: masks in each of them.
         boxes: how error maps become boxes.
@@ -62,7 +61,6 @@ class EvaluationSettings:
     maker_epochs: int = 24
     segmenter: TrainingSettings = _SEGMENTER
     assessor: TrainingSettings = _MASKS_TO_LEARN_FROM
-    score_epochs: int = 18
     bins: Bins = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
     per_bin: int = 24
     boxes: BoxSettings = field(default_factory=BoxSettings)
@@ -86,7 +84,6 @@ class EvaluationSettings:
             maker_epochs=4,
             segmenter=short,
             assessor=replace(self.assessor, epochs=4, steps_per_epoch=8),
-            score_epochs=3,
             per_bin=6,
             draws=300,
         )
@@ -105,7 +102,6 @@ class EvaluationSettings:
             maker_epochs=scaled(self.maker_epochs),
             segmenter=of(self.segmenter),
             assessor=of(self.assessor),
-            score_epochs=scaled(self.score_epochs),
         )
 
     def through(self, patch: Triple) -> EvaluationSettings:

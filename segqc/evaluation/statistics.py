@@ -179,7 +179,7 @@ def scores(
         true: the true values, in the same order.
         patients: whose mask or slice each is.
         metric: which metric; it says what the risk is.
-        constant: the constant to beat: the mean truth of the validation masks.
+        constant: the constant to beat: the median truth of the calibrating masks.
 
     Raises:
         ValueError: if the three differ in length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from segqc.evaluation import curves, detection, judging, statistics
 from segqc.evaluation.coverage import Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
+    AT_EARLY_EPOCH,
     CALIBRATION,
     MANIFESTS,
     Manifest,
@@ -25,18 +27,36 @@ from segqc.evaluation.makers import (
     training_masks,
     truth_of,
 )
-from segqc.evaluation.methods import CONSTANT, SEGQC, calibrating_folds, judge_of, methods, slug
+from segqc.evaluation.methods import (
+    CONSTANT,
+    CROSS_FITTED,
+    EXTRACTED_MAP,
+    ONE_NETWORK,
+    SCAN_ONLY,
+    SEGQC,
+    TTA_ENTROPY,
+    VARIANTS,
+    calibrated_on,
+    calibrating_folds,
+    judge_of,
+    methods,
+    one_network,
+    slug,
+)
+from segqc.evaluation.report.cautions import Corrections
 from segqc.evaluation.run import Run, side_by_side
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
 from segqc.regions import BoxSettings, largest_box_area_mm2
 from segqc.segmenter import Segmenter
 from segqc.training import Progress
 from segqc.training.cases import label_values, read_case
-from segqc.types import ErrorBox
+from segqc.types import BoolArray, ErrorBox
 from segqc.volumes import Volume, read_labels, through_plane_axis
 
 StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
 Dimension: TypeAlias = Literal["3D", "2D"]
+Slices: TypeAlias = Literal["all", "mask", "large"]
+Family: TypeAlias = Literal["methods", "bad masks", "good masks", "variants"]
 T = TypeVar("T")
 
 MANIFEST_OF: Mapping[StudyName, str] = {
@@ -48,6 +68,9 @@ _NAMED: Mapping[str, StudyName] = {name: name for name in MANIFEST_OF}
 _ABLATIONS = "-ablations"  # ends the name of a study's results in which variants are compared as well
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
+BAD_UNDER = 0.7  # true Dice
+OF_SUM, OF_GAIN, OF_EXTRACTED = ", error sum", ", gain", "-EE"  # end the names of a method's further orders
+ERROR_SUM = SEGQC + OF_SUM
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +84,7 @@ class Row:
 
     structure: str
     dimension: Dimension
-    slices: Literal["all", "mask", "large"] | None
+    slices: Slices | None
     metric: MetricName
     method: str
     raw: statistics.Scores
@@ -74,7 +97,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """SegQC's error against every other method's, by patient; one family of tests per structure and metric."""
+    """A method's error against others', by patient: one family of tests.
+
+    Attributes:
+        structure, dimension, metric, statistic: of what.
+        others: the methods that ``first`` is compared with.
+        judgements: one for each of them.
+        first: SegQC, or one of its networks.
+        family: "methods" for all methods on all masks; "bad masks" and "good masks" for the estimates of the truth that
+            never see the mask, on masks with a true Dice under, or of at least, `BAD_UNDER`; "variants" for ablations.
+    """
 
     structure: str
     dimension: Dimension
@@ -82,6 +114,8 @@ class Compared:
     statistic: statistics.PairedStatistic
     others: tuple[str, ...]
     judgements: tuple[statistics.Judgement, ...]
+    first: str = SEGQC
+    family: Family = "methods"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +161,14 @@ class Covered:
     Attributes:
         structure: the structure.
         kind: "resplit" over random splits of the training side's patients, "test" made of all of them and held against
-            this study's masks, "shift" made of one group of patients and held against another.
-        stratum: the stratum of the true Dice, or the two groups; "all".
+            this study's masks, "shift" made of the patients of all other groups and held against those of one,
+            "structure" made of another structure and held against this one.
+        stratum: the stratum of the true Dice, the group, or the other structure; "all".
         coverage: the coverage.
     """
 
     structure: str
-    kind: Literal["resplit", "test", "shift"]
+    kind: Literal["resplit", "test", "shift", "structure"]
     stratum: str
     coverage: Coverage
 
@@ -163,6 +198,7 @@ class StudyResult:
     covered: tuple[Covered, ...]
     seconds: dict[str, float]
     shared: tuple[Shared, ...] = ()
+    corrections: Corrections = "none"
 
 
 STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
@@ -183,7 +219,8 @@ def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
         if mask.maker and mask.maker not in makers:
             makers[mask.maker] = Segmenter.load(maker_path(run, mask.maker))
         labels = read_labels(test_mask_path(run, mask), scan=known[1])
-        yield KnownMask(mask.id, mask.patient, MaskToJudge(known[1], labels, makers.get(mask.maker)), known[2])
+        judged = MaskToJudge(known[1], labels, makers.get(mask.maker))
+        yield KnownMask(mask.id, mask.patient, judged, known[2], early=mask.maker.endswith(AT_EARLY_EPOCH))
 
 
 def judge_method(run: Run, name: str) -> None:
@@ -265,6 +302,12 @@ def study_result(run: Run, study: StudyName, progress: Progress, *, ablations: b
     return run.kept(f"results/{name}.json", STUDIES, make)
 
 
+def kept_results(run: Run) -> list[StudyResult]:
+    """All results that a run folder has: of studies, then of those with variants."""
+    paths = [run.folder / "results" / f"{study}{end}.json" for end in ("", _ABLATIONS) for study in MANIFEST_OF]
+    return [STUDIES.validate_json(path.read_bytes()) for path in paths if path.is_file()]
+
+
 def find_numbers(run: Run, name: str) -> None:
     """Compare all methods on one structure: ``<study>/<structure>``, or ``<study>-ablations/<structure>``."""
     _of_structure(run, *name.split("/", 1))
@@ -322,32 +365,35 @@ class _Study:
 
     def result(self, k: int) -> StudyResult:
         """What the study says of one structure."""
+        kinds: tuple[tuple[Dimension, Slices | None], ...]
+        kinds = (("3D", None), ("2D", "all"), ("2D", "mask"), ("2D", "large"))
         rows = tuple(
-            self._row(k, dimension, slices, metric, method)
-            for dimension, slices in (("3D", None), ("2D", "all"), ("2D", "mask"), ("2D", "large"))
+            self._row(k, dimension, slices, metric, method, values)
+            for dimension, slices in kinds
             for metric in METRIC_NAMES
-            for method in self.methods
             if slices != "large" or metric == "arvd"
+            for method, values in self._comparable(k, dimension, slices, metric).items()
         )
         return StudyResult(
             self.study,
             len(self.truth.masks),
             len(set(self.truth.patients)),
             len(self.truth.mask_of),
-            tuple(row for row in rows if row is not None),
-            tuple(self._compared(k, d, m, s) for d in ("3D", "2D") for m in METRIC_NAMES for s in ("mae", "spearman")),
-            tuple(self._ordered(k, d) for d in ("3D", "2D")),
+            rows,
+            tuple(self._compared(k)),
+            (self._ordered(k, "3D"), self._ordered(k, "2D")),
             tuple(self._detected(k)),
             tuple(self._mapped(k)),
             tuple(self._covered(k)),
             {m: float(np.median(self.said[m].seconds)) for m in self.methods},
             tuple(self._shared(k)),
+            manifest_of(self.run, self.study).corrections,
         )
 
     def _name(self, k: int) -> str:
         return self.run.cohort.structures[k].name
 
-    def _chosen(self, truth: Truths, k: int, slices: str | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _chosen(self, truth: Truths, k: int, slices: Slices | None) -> BoolArray:
         """Which masks or slices count."""
         if slices is None:
             return np.ones(len(truth.masks), bool)
@@ -356,7 +402,7 @@ class _Study:
             return np.asarray(in_mask > 0)
         return np.asarray(in_truth >= LEAST_TRUTH_VOXELS if slices == "large" else (in_mask > 0) | (in_truth > 0))
 
-    def _values(self, k: int, dimension: Dimension, slices: str | None, metric: MetricName, method: str) -> _Values:
+    def _values(self, k: int, dimension: Dimension, slices: Slices | None, metric: MetricName, method: str) -> _Values:
         """Estimates as they are and calibrated, and the truth, with the patients."""
         m = METRIC_NAMES.index(metric)
         column = "metrics" if dimension == "3D" else "slices"
@@ -364,19 +410,38 @@ class _Study:
         raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.said[method], self.truth))
         whose = np.array(self.truth.patients if dimension == "3D" else self.truth.slice_patients)[chosen]
         truths = [self.known[fold] for fold in calibrating_folds(self.run, method)]
-        known = [self._chosen(t, k, slices) for t in truths]
+        known = [self._chosen(t, k, slices) & self._calibrating(t, method, dimension) for t in truths]
         x = np.concatenate([getattr(j, column)[:, k, m][c] for j, c in zip(self.on_known[method], known, strict=True)])
         y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(truths, known, strict=True)])
-        line = fit_calibration(x, y, metric=metric)
-        constant = float(np.nanmean(y)) if np.isfinite(y).any() else None
-        return _Values(raw, line.apply(raw), true, tuple(whose.tolist()), constant)
+        constant = float(np.nanmedian(y)) if np.isfinite(y).any() else None
+        if method == CONSTANT:  # the folds' constants hardly differ: there is nothing to lay a line through
+            calibrated = np.where(np.isfinite(raw), np.nan if constant is None else constant, np.nan)
+        else:
+            calibrated = fit_calibration(x, y, metric=metric).apply(raw)
+        return _Values(raw, calibrated, true, tuple(whose.tolist()), constant)
 
-    def _row(self, k: int, dimension: str, slices: str | None, metric: MetricName, method: str) -> Row | None:
-        d: Dimension = "3D" if dimension == "3D" else "2D"
-        v = self._values(k, d, slices, metric, method)
-        if not np.isfinite(v.raw).any():
-            return None
+    def _calibrating(self, truth: Truths, method: str, dimension: Dimension) -> BoolArray:
+        """Which of the calibrating masks, or of their slices, calibrate a method."""
+        masks = calibrated_on(method, truth.early)
+        return masks if dimension == "3D" else masks[truth.mask_of]
 
+    def _comparable(
+        self, k: int, dimension: Dimension, slices: Slices | None, metric: MetricName
+    ) -> dict[str, _Values]:
+        """The values of all methods that say something of a metric, on the masks or slices that all of them speak of.
+
+        Slices where only the truth is not empty stay, whoever is silent there: they are reported apart ("all").
+        """
+        found = {m: self._values(k, dimension, slices, metric, m) for m in self.methods}
+        found = {m: v for m, v in found.items() if np.isfinite(v.raw).any()}
+        if slices == "all" or not found:
+            return found
+        common = np.logical_and.reduce([np.isfinite(v.raw) for v in found.values()])
+        return {m: v.where(common) for m, v in found.items()}
+
+    def _row(
+        self, k: int, dimension: Dimension, slices: Slices | None, metric: MetricName, method: str, v: _Values
+    ) -> Row:
         def interval(statistic: statistics.Statistic) -> statistics.Interval:
             return statistics.interval(
                 statistic, v.calibrated, v.true, v.patients, generator=self.rng(k), metric=metric,
@@ -384,7 +449,7 @@ class _Study:
             )  # fmt: skip
 
         return Row(
-            self._name(k), d, slices, metric, method,  # type: ignore[arg-type]
+            self._name(k), dimension, slices, metric, method,
             statistics.scores(v.raw, v.true, v.patients, metric=metric, constant=v.constant),
             statistics.scores(v.calibrated, v.true, v.patients, metric=metric, constant=v.constant),
             interval("mae"), interval("pearson"), interval("spearman"),
@@ -392,49 +457,83 @@ class _Study:
             if metric == "dice" else (),
         )  # fmt: skip
 
-    def _compared(self, k: int, dimension: str, metric: MetricName, statistic: str) -> Compared:
-        d: Dimension = "3D" if dimension == "3D" else "2D"
-        which: statistics.PairedStatistic = "mae" if statistic == "mae" else "spearman"
-        slices = None if d == "3D" else "mask"
-        ours = self._values(k, d, slices, metric, SEGQC)
-        others, found = [], []
-        for method in self.methods:
-            v = self._values(k, d, slices, metric, method)
-            if method == SEGQC or not np.isfinite(v.raw).any() or (which == "spearman" and method == CONSTANT):
+    def _compared(self, k: int) -> Iterator[Compared]:
+        """SegQC against all methods; against those that never see the mask by quality; variants against the recipe."""
+        others = [m for m in self.methods if m != SEGQC and m not in VARIANTS]
+        dimensions: tuple[Dimension, ...] = ("3D", "2D")
+        paired_by: tuple[statistics.PairedStatistic, ...] = ("mae", "spearman")
+        for dimension in dimensions:
+            for metric in METRIC_NAMES:
+                for statistic in paired_by:
+                    yield self._family(k, "methods", SEGQC, others, dimension, metric, statistic)
+        true = self.truth.metrics[:, k, 0]
+        for family, chosen in (("bad masks", true < BAD_UNDER), ("good masks", true >= BAD_UNDER)):
+            yield self._family(k, family, SEGQC, [SCAN_ONLY, CROSS_FITTED], chosen=chosen)  # type: ignore[arg-type]
+        variants = [m for m in self.methods if m in VARIANTS and m != ONE_NETWORK]
+        for first, ones in ((SEGQC, False), (ONE_NETWORK, True)):
+            if compared := [m for m in variants if one_network(m) == ones]:
+                yield self._family(k, "variants", first, compared)
+
+    def _family(
+        self, k: int, family: Family, first: str, others: Sequence[str], dimension: Dimension = "3D",
+        metric: MetricName = "dice", statistic: statistics.PairedStatistic = "mae", chosen: BoolArray | None = None,
+    ) -> Compared:  # fmt: skip
+        slices: Slices | None = None if dimension == "3D" else "mask"
+        ours = self._values(k, dimension, slices, metric, first)
+        compared, found = [], []
+        for method in others:
+            v = self._values(k, dimension, slices, metric, method)
+            if not np.isfinite(v.raw).any() or (statistic == "spearman" and method == CONSTANT):
                 continue
-            others.append(method)
+            compared.append(method)
             found.append(
                 statistics.paired(
-                    ours.calibrated, v.calibrated, v.true, v.patients, generator=self.rng(k, 1), statistic=which,
-                    metric=metric, draws=self.run.settings.draws,
+                    ours.calibrated, v.calibrated, v.true if chosen is None else np.where(chosen, v.true, np.nan),
+                    v.patients, generator=self.rng(k, 1), statistic=statistic, metric=metric,
+                    draws=self.run.settings.draws,
                 )
             )  # fmt: skip
-        return Compared(self._name(k), d, metric, which, tuple(others), statistics.judge(found))
+        judgements = statistics.judge(found)
+        return Compared(self._name(k), dimension, metric, statistic, tuple(compared), judgements, first, family)
 
-    def _ordered(self, k: int, dimension: str) -> Ordered:
-        d: Dimension = "3D" if dimension == "3D" else "2D"
-        badness: dict[str, Values] = {}
-        for method, said in self.said.items():
-            if d == "3D":
-                dice = said.metrics[:, k, 0]
-                by = {method: -dice, f"{method}, error sum": said.scan_badness[:, k]}
-                by = by if np.isfinite(dice).all() else {method: said.scan_badness[:, k]}
-            else:
-                by = {method: said.slice_badness[:, k]}
-            badness |= {name: values for name, values in by.items() if np.isfinite(values).all()}
-            if d == "2D" and len(said.counts):
-                badness[f"{method}-EE"] = said.slice_badness_extracted[:, k]
-                badness[f"{method}, gain"] = self._gains(said, k)
-        badness.pop(CONSTANT, None)
+    def _ordered(self, k: int, dimension: Dimension) -> Ordered:
+        badness = self._badness_of_scans(k) if dimension == "3D" else self._badness_of_slices(k)
+        badness = {name: values for name, values in badness.items() if np.isfinite(values).all()}
         in_mask, in_truth, in_both = self.truth.voxels[:, k].T
         units = (
             curves.scans(self.truth.metrics[:, k, 0])
-            if d == "3D"
+            if dimension == "3D"
             else curves.slices(self.truth.mask_of, in_mask, in_truth, in_both)
         )
-        draws = self.run.settings.draws  # with half as many, no p-value of so large a family could be small enough
-        study = curves.study(units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, draws=draws)
-        return Ordered(self._name(k), d, study)
+        # a family of all orders there are would be so large that no p-value could be small enough
+        against = [m for m in (*self.methods, ERROR_SUM) if m in badness and m != SEGQC and m not in VARIANTS]
+        study = curves.study(
+            units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, against=against,
+            draws=self.run.settings.draws,
+        )  # fmt: skip
+        return Ordered(self._name(k), dimension, study)
+
+    def _badness_of_scans(self, k: int) -> dict[str, Values]:
+        badness: dict[str, Values] = {}
+        for method, said in self.said.items():
+            dice = said.metrics[:, k, 0]
+            if not np.isfinite(dice).all():
+                badness[method] = said.scan_badness[:, k]
+            elif method != CONSTANT:
+                badness |= {method: -dice, f"{method}{OF_SUM}": said.scan_badness[:, k]}
+        return badness
+
+    def _badness_of_slices(self, k: int) -> dict[str, Values]:
+        badness: dict[str, Values] = {}
+        for method, said in self.said.items():
+            if method in (CONSTANT, TTA_ENTROPY):  # TTA's order of slices is that of its entropy
+                continue
+            badness[method] = said.slice_badness[:, k]
+            if len(said.counts) and method != EXTRACTED_MAP:
+                badness[f"{method}{OF_GAIN}"] = self._gains(said, k)
+                if method != SEGQC:  # SegQC's is a method of its own
+                    badness[f"{method}{OF_EXTRACTED}"] = said.slice_badness_extracted[:, k]
+        return badness
 
     def _shared(self, k: int) -> Iterator[Shared]:
         ours = self._values(k, "3D", None, "dice", SEGQC)
@@ -466,12 +565,30 @@ class _Study:
             )
             if ("train", "test") in on:
                 found.append(("test", stratum, on["train", "test"]))
-        groups = self.run.groups_of(patients)
-        if len(set(groups)) > 1:
-            shifted = shift_coverage(x, y, patients, groups, "dice", rng=self.rng(k, 8))
-            found += [("shift", f"{source} to {target}", c) for (source, target), c in shifted.items()]
+        groups = np.array(self.run.groups_of(patients))
+        for number, group in enumerate(np.unique(groups) if len(set(groups)) > 1 else ()):
+            sides = np.where(groups == group, "one", "others").tolist()
+            shifted = shift_coverage(x, y, patients, sides, "dice", rng=self.rng(k, 8, number))
+            found.append(("shift", str(group), shifted["others", "one"]))
+        found += [("structure", name, c) for name, c in self._from_other_structures(k, x, y, patients)]
         for kind, stratum, coverage in found:
             yield Covered(self._name(k), kind, stratum, coverage)  # type: ignore[arg-type]
+
+    def _from_other_structures(
+        self, k: int, x: Values, y: Values, patients: Sequence[str]
+    ) -> Iterator[tuple[str, Coverage]]:
+        """Intervals made of each structure that has no voxel in common with structure ``k``, held against this one."""
+        structures = self.run.cohort.structures
+        for other, structure in enumerate(structures):
+            if other == k or set(structure.values) & set(structures[k].values):
+                continue
+            of_other = [np.concatenate([a.metrics[:, other, 0] for a in arrays])
+                        for arrays in (self.on_known[SEGQC], self.known)]  # fmt: skip
+            shifted = shift_coverage(
+                np.concatenate([of_other[0], x]), np.concatenate([of_other[1], y]), [*patients, *patients],
+                ["other"] * len(x) + ["this"] * len(x), "dice", rng=self.rng(k, 9, other),
+            )  # fmt: skip
+            yield structure.name, shifted["other", "this"]
 
     def _gains(self, said: Judgements, k: int) -> Values:
         """The estimated gain of the scan's Dice from correcting each slice alone: what the optimal order goes by."""
@@ -487,7 +604,7 @@ class _Study:
         count, patients = len(self.truth.masks), self.truth.patients
         names = {RAW: "raw", EXTRACTED: "extracted"}
         for method, said in self.said.items():
-            if not len(said.counts):
+            if not len(said.counts) or method == EXTRACTED_MAP:
                 continue
             chosen = self._box_threshold(method, k)
             for predicted, true in ((RAW, RAW), (EXTRACTED, RAW), (EXTRACTED, EXTRACTED), (RAW, EXTRACTED)):
@@ -512,15 +629,16 @@ class _Study:
         true: list[list[ErrorBox]] = []
         for fold, said in zip(calibrating_folds(self.run, method), self.on_known[method], strict=True):
             known = self.known[fold]
-            true += judging.boxes_of(known.boxes, len(known.masks), k, EXTRACTED)
+            chosen, count = calibrated_on(method, known.early), len(known.masks)
+            true += itertools.compress(judging.boxes_of(known.boxes, count, k, EXTRACTED), chosen)
             for t, threshold in enumerate(s.box_thresholds):
-                predicted[threshold] += judging.boxes_of(said.boxes, len(known.masks), k, EXTRACTED, t)
+                predicted[threshold] += itertools.compress(judging.boxes_of(said.boxes, count, k, EXTRACTED, t), chosen)
         return detection.choose_threshold(predicted, true, min_iou=min(s.box_ious), precision=s.box_precision)
 
     def _mapped(self, k: int) -> Iterator[Mapped]:
         for method, said in self.said.items():
             for extracted, counts in ((False, said.counts), (True, said.counts_extracted)):
-                if not len(counts):
+                if not len(counts) or method == EXTRACTED_MAP:
                     continue
                 signed = judging.map_counts(counts, k)
                 for errors, chosen in (
@@ -544,3 +662,9 @@ class _Values:
     true: Values
     patients: tuple[str, ...]
     constant: float | None
+
+    def where(self, chosen: BoolArray) -> _Values:
+        """The same where chosen, undefined elsewhere."""
+        return replace(
+            self, raw=np.where(chosen, self.raw, np.nan), calibrated=np.where(chosen, self.calibrated, np.nan)
+        )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +116,17 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
     entry = splits.get(split, splits.get(f"{split}_patients"))
     if not isinstance(entry, list):
         raise StudiesError(f"{path}: no split named {split!r}; it has {', '.join(splits)}")
-    groups: dict[str, list[str]] = {}
-    for item in map(str, entry):
-        belongs = re.compile(re.escape(item) + r"(_.*)?")
-        members = [name for name in names if belongs.fullmatch(name)]
-        if members:
-            groups[item] = members
-    return groups
+    items = {str(item) for listed in splits.values() if isinstance(listed, list) for item in listed}
+    owner = {name: _owner(name, items) for name in names}
+    groups = {item: [name for name in names if owner[name] == item] for item in map(str, entry)}
+    return {item: members for item, members in groups.items() if members}
+
+
+def _owner(name: str, items: Collection[str]) -> str | None:
+    """The item of a splits file that a scan is of: its own name, or the longest that it begins with before a ``_``."""
+    parts = name.split("_")
+    beginnings = ("_".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((beginning for beginning in beginnings if beginning in items), None)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -39,6 +39,7 @@ class Example:
         predicted, true: the boxes of the error map and of the true error.
         estimated_dice, true_dice: the scan's numbers, for the headline.
         label: what the headline starts with (the scan, and who made the mask).
+        interval: the estimate's prediction interval.
 
     Raises:
         ValueError: if shapes differ.
@@ -54,6 +55,7 @@ class Example:
     estimated_dice: float | None
     true_dice: float | None
     label: str
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         shapes = {self.scan.shape, self.mask.shape, self.truth.shape, self.error.shape}
@@ -114,7 +116,8 @@ def draw_example(name: str, title: str, example: Example, *, slices: int = 4, ca
         figsize=(2.05 * max(len(chosen), 2) + 1.0, 2 * height + 1.25), layout="constrained", facecolor="white"
     )
     canvas.suptitle(
-        f"{example.label}: estimated Dice {_number(example.estimated_dice)}, true {_number(example.true_dice)}",
+        f"{example.label}: estimated Dice {_number(example.estimated_dice)}{_ends(example.interval)}, "
+        f"true {_number(example.true_dice)}",
         fontsize=10,
         parse_math=False,  # a $ in a name is a $
     )
@@ -165,6 +168,10 @@ def _boxes(ax: Axes, boxes: Sequence[ErrorBox], index: int, view: View, colour: 
 
 def _slice_dice(metrics: SliceMetrics, index: int) -> str:
     return _number(metrics.at(index).dice) if metrics.counted[index] else UNDEFINED
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({_number(interval[0])} to {_number(interval[1])})"
 
 
 def _number(value: float | None) -> str:
