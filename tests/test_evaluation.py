@@ -19,7 +19,7 @@ from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error
 from segqc.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.evaluation import judging
 from segqc.evaluation.cohort import CohortError, read_labelled, split
-from segqc.evaluation.evaluate import evaluate, observer_study
+from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
 from segqc.evaluation.makers import calibrating_makers, simulated_correction, with_other_pooling
 from segqc.evaluation.methods import methods, slug, trainings
@@ -33,7 +33,7 @@ from segqc.networks import build_network, plan_network
 from segqc.regions import BoxSettings
 from segqc.training import NoProgress
 from segqc.types import Structure
-from segqc.volumes import Volume, write_labels, write_scan
+from segqc.volumes import Volume, read_labels, write_labels, write_scan
 from tests.test_observers import write_readings
 
 BALL = (Structure("ball", (1,)),)
@@ -101,6 +101,35 @@ def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
     assert Run.open(tmp_path / "run", data, {}, EvaluationSettings(workers=7)).cohort == run.cohort
     with pytest.raises(CohortError, match="other data or settings"):
         Run.open(tmp_path / "run", data, {}, EvaluationSettings(seed=1))
+
+
+def test_a_run_is_held_to_the_labels_that_it_began_with(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    begun = Run.open(tmp_path / "run", data, {}, EvaluationSettings()).cohort
+    write_dataset(data, [*(f"s{i}" for i in range(10)), "s_late"])
+    again = Run.open(tmp_path / "run", data, {}, EvaluationSettings()).cohort
+    assert again == begun, "a scan that was labelled later changes nothing"
+    label = next(c.labels for c in begun.train)
+    content = read_labels(label)
+    write_labels(Volume(np.roll(content.array, 1, axis=0), content.affine), label)
+    with pytest.raises(CohortError, match="has changed since this evaluation began; restore it"):
+        Run.open(tmp_path / "run", data, {}, EvaluationSettings()).cohort  # noqa: B018 a property
+    label.unlink()
+    with pytest.raises(CohortError, match="is gone since"):
+        Run.open(tmp_path / "run", data, {}, EvaluationSettings()).cohort  # noqa: B018
+
+
+def test_a_scan_belongs_to_the_longest_name_of_the_split_and_to_one_side_only(tmp_path: Path) -> None:
+    train = [f"p{i}" for i in range(1, 7)] + ["p2_b"]
+    split_file = {"train": train, "test": ["p1_late", "p8", "p9"]}
+    scans = [*(f"p{i}" for i in range(1, 10)), "p1_late", "p1_late_2", "p1_early", "p2_b", "p2_b_2", "p10"]
+    data = write_dataset(make_folders(tmp_path / "data"), scans, split_file)
+    cohort = split(read_labelled(data, {}), folds=3, seed=0, test_share=0.3)
+    of = {side: {c.id: c.patient for c in cases} for side, cases in (("train", cohort.train), ("test", cohort.test))}
+    assert of["test"] == {"p1_late": "p1_late", "p1_late_2": "p1_late", "p8": "p8", "p9": "p9"}
+    assert of["train"]["p1_early"] == "p1" and of["train"]["p2_b_2"] == "p2_b"
+    assert set(of["train"]) == {*(f"p{i}" for i in range(1, 7)), "p1_early", "p2_b", "p2_b_2"}
+    assert len(cohort.train) == len(of["train"]), "no scan twice"
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 6.0)])
@@ -196,7 +225,7 @@ def tiny(workers: int = 1) -> EvaluationSettings:
 
 
 def evaluate_tiny(data: Path, folder: Path, workers: int) -> None:
-    evaluate(Run.open(folder, data, {}, tiny(workers)), ("stratified",), NoProgress(), ablations=True)
+    evaluate(Run.open(folder, data, {}, tiny(workers)), tuple(MAKE_MASKS), NoProgress(), ablations=True)
 
 
 @pytest.mark.server

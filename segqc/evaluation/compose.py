@@ -414,10 +414,8 @@ def _observers(name: str, study: ObserverStudy) -> Section:
         "What two experts draw differently is no error, and extraction should remove it; implanted errors should stay. "
         f"{width} It was chosen on one half of the scans, and is reported on the other."
     )
-    figure = result_figures.observer_figure(study)
-    return Section(
-        f"Error extraction and observers: {name}", (text,), (), tuple(tables), () if figure is None else (figure,)
-    )
+    drawn = tuple(result_figures.observer_figures(name, study))
+    return Section(f"Error extraction and observers: {name}", (text,), (), tuple(tables), drawn)
 
 
 def _ends(share: Share) -> str:

@@ -322,11 +322,12 @@ def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
     )
 
 
-def observer_figure(study: ObserverStudy) -> Figure | None:
+def observer_figures(name: str, study: ObserverStudy) -> Iterator[Figure]:
     """What error extraction removes and keeps over the band's width, on the half of the scans it was chosen on."""
     points = study.curves.get(study.chosen_from, ())
     if not points:
-        return None
+        return
+    end = part_of_name(name)
     widths = np.array([p.width for p in points])
     groups = [p.outcome.large for p in points]
     curves = [figures.Curve("experts' difference removed", widths, _shares([g.removed.share for g in groups]))]
@@ -338,11 +339,31 @@ def observer_figure(study: ObserverStudy) -> Figure | None:
             curves.append(figures.Curve(f"{name} found", widths, _shares(found)))
         kept = [None if e is None else e.kept.share for e in errors]
         curves.append(figures.Curve(f"{name}: voxels kept", widths, _shares(kept)))
-    return figures.band_curves(
-        "observers",
+    width = "share of the mask that the erosion may take"
+    yield figures.band_curves(
+        f"observers-{end}",
         "What error extraction removes and keeps, large structures of the choosing half",
         curves,
-        width="share of the mask that the erosion may take",
+        width=width,
+        chosen=study.chosen,
+    )
+    structures = [group.name for group in points[0].outcome.groups[2:]]
+    by_structure = {s: [next(g for g in p.outcome.groups if g.name == s) for p in points] for s in structures}
+    yield figures.band_curves(
+        f"observers-removed-{end}",
+        "The experts' difference that error extraction removes, by structure",
+        [figures.Curve(s, widths, _shares([g.removed.share for g in groups])) for s, groups in by_structure.items()],
+        width=width,
+        chosen=study.chosen,
+    )
+    yield figures.band_curves(
+        f"observers-kept-{end}",
+        "The voxels of implanted errors that error extraction keeps, by structure",
+        [
+            figures.Curve(s, widths, _shares([g.implanted[0].kept.share for g in groups]))
+            for s, groups in by_structure.items()
+        ],
+        width=width,
         chosen=study.chosen,
     )
 

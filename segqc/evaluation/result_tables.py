@@ -470,6 +470,19 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
             "patient.",
             group="boxes of",
         )  # fmt: skip
+        if extracted is not None:
+            yield Table(
+                f"detection-thresholds-{result.study}-{slug(structure)}",
+                f"Error boxes of SegQC over error probabilities: {structure}, {title_of(result)}",
+                ("probability", "IoU", "precision", "recall", "paired", "predicted", "true"),
+                tuple(
+                    (s.threshold, s.min_iou, s.precision.value, s.recall.value, s.matched, s.predicted, s.true)
+                    for s in extracted.boxes
+                ),
+                2,
+                "After error extraction, of the map and of D; a voxel belongs to a box from this probability on.",
+                group="probability",
+            )
     by_method: dict[str, list[Cell]] = {}
     lowest = None
     for method in dict.fromkeys(d.method for d in here):

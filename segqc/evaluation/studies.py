@@ -468,7 +468,8 @@ class _Study:
                     yield self._family(k, "methods", SEGQC, others, dimension, metric, statistic)
         true = self.truth.metrics[:, k, 0]
         for family, chosen in (("bad masks", true < BAD_UNDER), ("good masks", true >= BAD_UNDER)):
-            yield self._family(k, family, SEGQC, [SCAN_ONLY, CROSS_FITTED], chosen=chosen)  # type: ignore[arg-type]
+            without_mask = [m for m in (SCAN_ONLY, CROSS_FITTED) if m in self.methods]
+            yield self._family(k, family, SEGQC, without_mask, chosen=chosen)  # type: ignore[arg-type]
         variants = [m for m in self.methods if m in VARIANTS and m != ONE_NETWORK]
         for first, ones in ((SEGQC, False), (ONE_NETWORK, True)):
             if compared := [m for m in variants if one_network(m) == ones]:

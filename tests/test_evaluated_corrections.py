@@ -1,0 +1,77 @@
+"""The corrections study: masks that people corrected, of a studies folder or of two folders, and simulated ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segqc.evaluation import makers
+from segqc.evaluation.cohort import CohortError
+from segqc.evaluation.makers import Manifest, check_masks, correction_masks
+from segqc.evaluation.run import Run
+from segqc.evaluation.settings import EvaluationSettings
+from segqc.evaluation.studies import study_masks
+from segqc.loop.corrections import submit_label
+from segqc.loop.studies import Studies
+from segqc.store.leases import LeaseRules
+from segqc.training import NoProgress
+from segqc.volumes import Volume, read_labels, write_labels
+from tests.server_kit import draw_case
+from tests.test_evaluation import make_folders, write_dataset
+from tests.test_recalibration import ANNA, AUDIT, WORST, correct
+from tests.test_recalibration import studies as studies
+
+
+def corrected(run: Run) -> Manifest:
+    manifest = correction_masks(run, NoProgress())
+    check_masks(run, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize(("rules", "selection"), [(WORST, "worst-first"), (AUDIT, "random")])
+def test_corrections_of_people_are_found_and_how_they_were_chosen(
+    studies: Studies, tmp_path: Path, rules: LeaseRules, selection: str
+) -> None:
+    done = correct(studies, rules, 12)
+    run = Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings())
+    tested = {c.id for c in run.cohort.test}
+    manifest = corrected(run)
+    assert (manifest.corrections, manifest.selection) == ("real", selection)
+    assert {m.case for m in manifest.masks} == tested <= set(done)
+    for known in study_masks(run, "corrections"):
+        truth = draw_case(int(known.id.split("-")[0].removeprefix("scan_")))[1].array
+        assert (known.truth.array == truth).all()
+        assert (known.judged.labels.array == np.roll(truth, 2, axis=0)).all(), "the mask that was handed out"
+        assert known.judged.maker is None
+
+
+def test_a_final_label_that_was_drawn_anew_since_is_no_correction(studies: Studies, tmp_path: Path) -> None:
+    correct(studies, AUDIT, 12)
+    run = Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings())
+    first, *others = sorted(c.id for c in run.cohort.test)
+    truth = draw_case(int(first.removeprefix("scan_")))[1]
+    submit_label(studies, first, Volume(np.roll(truth.array, 1, axis=1), truth.affine), "final", ANNA)
+    manifest = corrected(Run.open(tmp_path / "other", studies.folder, {}, EvaluationSettings()))
+    assert {m.case for m in manifest.masks} == set(others)
+    with pytest.raises(CohortError, match=f"the label of scan {first} has changed"):
+        Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings()).cohort  # noqa: B018 a property
+
+
+def test_masks_of_another_folder_are_the_start_of_corrections(tmp_path: Path) -> None:
+    data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    run = Run.open(tmp_path / "run", data, {"ball": (1,)}, EvaluationSettings(), masks)
+    with pytest.raises(CohortError, match="no label file is named as one of the 3 test scans"):
+        corrected(run)
+    case = run.cohort.test[0]
+    truth = read_labels(case.labels)
+    write_labels(Volume(np.roll(truth.array, 1, axis=0), truth.affine), masks / f"{case.id}.nii.gz")
+    manifest = corrected(run)
+    assert [m.case for m in manifest.masks] == [case.id]
+    assert (manifest.corrections, manifest.selection) == ("real", "all")
+    write_labels(truth, makers.test_mask_path(run, manifest.masks[0]))
+    with pytest.raises(CohortError, match="is not the mask of the manifest"):
+        check_masks(run, manifest)
