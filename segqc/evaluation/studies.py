@@ -79,7 +79,8 @@ class Row:
 
     ``raw`` are the estimates as they are, ``calibrated`` after a line fitted on patients that the method has not seen.
     ``slices`` says which slices count: those of mask or truth ("all"), of the mask ("mask"), or with at least 20 voxels
-    of truth ("large"); it is None in 3D.
+    of truth ("large"); it is None in 3D. ``training_mae`` is the calibrated estimates' error on the calibrating masks:
+    of patients of the training side that the judging network has not seen, what a recipe may be chosen by.
     """
 
     structure: str
@@ -93,6 +94,7 @@ class Row:
     pearson: statistics.Interval
     spearman: statistics.Interval
     strata: tuple[statistics.Stratum, ...]
+    training_mae: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,11 +416,12 @@ class _Study:
         x = np.concatenate([getattr(j, column)[:, k, m][c] for j, c in zip(self.on_known[method], known, strict=True)])
         y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(truths, known, strict=True)])
         constant = float(np.nanmedian(y)) if np.isfinite(y).any() else None
+        line = fit_calibration(x, y, metric=metric)
         if method == CONSTANT:  # the folds' constants hardly differ: there is nothing to lay a line through
-            calibrated = np.where(np.isfinite(raw), np.nan if constant is None else constant, np.nan)
-        else:
-            calibrated = fit_calibration(x, y, metric=metric).apply(raw)
-        return _Values(raw, calibrated, true, tuple(whose.tolist()), constant)
+            line = replace(line, slope=0.0, intercept=np.nan if constant is None else constant)
+        errors = np.abs(line.apply(x) - y)
+        known_mae = float(np.nanmean(errors)) if np.isfinite(errors).any() else None
+        return _Values(raw, line.apply(raw), true, tuple(whose.tolist()), constant, known_mae)
 
     def _calibrating(self, truth: Truths, method: str, dimension: Dimension) -> BoolArray:
         """Which of the calibrating masks, or of their slices, calibrate a method."""
@@ -455,6 +458,7 @@ class _Study:
             interval("mae"), interval("pearson"), interval("spearman"),
             statistics.stratified(v.calibrated, v.true, v.patients, STRATA, metric=metric, constant=v.constant)
             if metric == "dice" else (),
+            v.training_mae,
         )  # fmt: skip
 
     def _compared(self, k: int) -> Iterator[Compared]:
@@ -663,6 +667,7 @@ class _Values:
     true: Values
     patients: tuple[str, ...]
     constant: float | None
+    training_mae: float | None
 
     def where(self, chosen: BoolArray) -> _Values:
         """The same where chosen, undefined elsewhere."""
