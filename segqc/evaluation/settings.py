@@ -75,7 +75,7 @@ class EvaluationSettings:
 
     def quick(self) -> EvaluationSettings:
         """The same evaluation in minutes, on few scans and with hardly trained networks: it shows that it works."""
-        short = replace(self.segmenter, epochs=6, fold_epochs=6, steps_per_epoch=10, batch=2)
+        short = replace(self.segmenter, epochs=4, fold_epochs=4, steps_per_epoch=6, batch=1, contrasts=())
         return replace(
             self,
             folds=2,
@@ -83,9 +83,9 @@ class EvaluationSettings:
             test_makers=2,
             maker_epochs=4,
             segmenter=short,
-            assessor=replace(self.assessor, epochs=4, steps_per_epoch=8),
-            per_bin=6,
-            draws=300,
+            assessor=replace(self.assessor, epochs=3, steps_per_epoch=6, batch=1),
+            per_bin=4,
+            draws=1000,  # so many that tests can find something
         )
 
     def lasting(self, length: float) -> EvaluationSettings:
