@@ -46,7 +46,7 @@ from segqc.evaluation.methods import (
 from segqc.evaluation.report.cautions import Corrections
 from segqc.evaluation.run import Run, side_by_side
 from segqc.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
-from segqc.regions import BoxSettings, largest_box_area_mm2
+from segqc.regions import largest_box_area_mm2
 from segqc.segmenter import Segmenter
 from segqc.training import Progress
 from segqc.training.cases import label_values, read_case
@@ -263,7 +263,7 @@ def study_masks(run: Run, study: str) -> Iterator[KnownMask]:
 
 
 def largest_boxes(run: Run) -> dict[str, float]:
-    """The largest error box of the training masks, by structure (method, "Error regions")."""
+    """The largest error box of the median training masks, by structure that has one (method, "Error regions")."""
 
     def make() -> dict[str, float]:
         structures, largest = run.cohort.structures, dict[str, float]()
@@ -272,8 +272,9 @@ def largest_boxes(run: Run) -> dict[str, float]:
                 scan, truth = read_case(masks.case, label_values(structures))
                 for s in structures:
                     error = difference(s.mask(masks.masks[0]), s.mask(truth.array))
-                    area = largest_box_area_mm2(error, through_plane_axis(scan), scan.spacing_mm, BoxSettings())
-                    largest[s.name] = max(largest.get(s.name, 0.0), area or 0.0)
+                    area = largest_box_area_mm2(error, through_plane_axis(scan), scan.spacing_mm, run.settings.boxes)
+                    if area is not None:
+                        largest[s.name] = max(largest.get(s.name, 0.0), area)
         return largest
 
     return run.kept("training-masks/largest-boxes.json", TypeAdapter(dict[str, float]), make)
