@@ -36,7 +36,7 @@ from segqc.baselines.simple import (
     surface_mm2,
 )
 from segqc.baselines.soft_input import MadeMasks, train_soft_input
-from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy, TtaRuns, entropy, entropy_map, tta_dice
+from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaRuns, entropy, entropy_map, tta_dice
 from segqc.metrics import EmptyRule, true_metrics, true_slice_metrics
 from segqc.networks import ModelCard, NetworkPlan, build_network
 from segqc.segmenter import Segmenter
@@ -213,7 +213,7 @@ def test_the_mean_softmax_is_a_mean() -> None:
 
 def test_a_mask_that_no_network_made_gets_nothing_from_methods_that_ask_the_maker() -> None:
     mask, _ = judged()
-    for method in (Tta(STRUCTURES), TtaEntropy(STRUCTURES), SoftmaxEntropy(STRUCTURES), SoftOutput(STRUCTURES)):
+    for method in (Tta(STRUCTURES), SoftmaxEntropy(STRUCTURES), SoftOutput(STRUCTURES)):
         assert method.estimate(mask) == (SILENT, SILENT)
 
 
@@ -245,7 +245,7 @@ def test_augmentation_metrics_are_medians_against_the_median_as_the_mask() -> No
     assert tta_dice(prediction, STRUCTURES) == min(e.metrics.dice for e in estimates)  # type: ignore[type-var]
 
 
-def test_the_group_runs_once_for_two_methods_and_again_for_another_scan_or_maker() -> None:
+def test_the_group_runs_once_for_two_masks_and_again_for_another_scan_or_maker() -> None:
     class Counting(Segmenter):
         runs = 0
 
@@ -259,7 +259,6 @@ def test_the_group_runs_once_for_two_methods_and_again_for_another_scan_or_maker
     runs = TtaRuns()
     for judge, _ in itertools.product((mask, replace(mask, labels=mask.labels)), range(2)):
         Tta(STRUCTURES, runs).estimate(judge)
-        TtaEntropy(STRUCTURES, runs).estimate(judge)
     assert Counting.runs == 1
     Tta(STRUCTURES, runs).estimate(replace(mask, maker=other))
     assert Counting.runs == 2
@@ -275,11 +274,9 @@ def test_entropy_is_that_of_a_coin_and_orders_only() -> None:
     single = (Structure("all", (1, 2, 3)),)
     maker = segmenter(Classes(3.0), single)
     mask, _ = judged(maker)
-    (by_tta,) = TtaEntropy(single).estimate(mask)
     (by_softmax,) = SoftmaxEntropy(single).estimate(mask)
-    for estimate in (by_tta, by_softmax):
-        assert estimate.metrics == Metrics(None, None, None, None)
-        assert (estimate.slices, estimate.error) == (None, None)
+    assert by_softmax.metrics == Metrics(None, None, None, None)
+    assert (by_softmax.slices, by_softmax.error) == (None, None)
     soft = maker.predict(mask.scan).probabilities[1:].sum(axis=0)
     sums = entropy_map(soft).sum(axis=(0, 1))
     np.testing.assert_allclose(by_softmax.slice_badness, sums, rtol=1e-5)  # type: ignore[arg-type]
@@ -292,7 +289,7 @@ def test_with_one_class_the_scans_entropy_is_the_softmaxs() -> None:
     card = ModelCard(kind="segmentation", plan=plan, structures=single, values=(1,), seen=())
     maker = Segmenter(card, build_network(plan_with_levels(plan), seed=0))
     mask, _ = judged(maker)
-    (estimate,) = TtaEntropy(single).estimate(mask)
+    (estimate,) = Tta(single).estimate(mask)
     assert estimate.scan_badness == pytest.approx(entropy(maker.predict_tta(mask.scan)), rel=1e-3)
 
 

@@ -7,6 +7,7 @@ under assessment and each augmented prediction stands for the truth: it is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from segqc.volumes import Volume, through_plane_axis
 
 
 class TtaRuns:
-    """Runs the augmentation group, and keeps the last result: `Tta` and `TtaEntropy` may share it."""
+    """Runs the augmentation group, and keeps the last result, for the next mask of the same scan and maker."""
 
     def __init__(self, contrasts: Sequence[float] = ()) -> None:
         self.contrasts = tuple(contrasts)
@@ -45,7 +46,8 @@ class Tta:
     """The paper's baseline: each metric is the median over the augmented predictions of it against their median.
 
     It judges the maker on the scan: two masks of one maker and scan get the same numbers. Slices are ordered by the
-    voxel-wise entropy of the mean prediction, summed over the slice. It says nothing of a mask that no network made.
+    voxel-wise entropy of the mean prediction, summed over the slice; so can scans be, per voxel of the median mask. It
+    says nothing of a mask that no network made.
     """
 
     def __init__(self, structures: Sequence[Structure], runs: TtaRuns | None = None, *, name: str = "TTA") -> None:
@@ -60,37 +62,15 @@ class Tta:
         prediction = self.runs.predict(mask.scan, mask.maker)
         axis = through_plane_axis(mask.scan)
         soft = structure_probabilities(mask.maker, prediction.mean_probabilities, self.structures)
+        ordering = _entropy_estimates(soft, prediction.labels.array, self.structures, axis)
         return tuple(
-            Estimate(
+            replace(
+                order,
                 metrics=tta_metrics(prediction, structure),
                 slices=tta_slice_metrics(prediction, structure, axis),
-                slice_badness=slice_sums(entropy_map(p), axis),
-                error=None,
             )
-            for structure, p in zip(self.structures, soft, strict=True)
+            for structure, order in zip(self.structures, ordering, strict=True)
         )
-
-
-class TtaEntropy:
-    """Orders of scans and slices only: entropy of the mean over the augmentation group, per voxel of the median mask.
-
-    It says nothing of a mask that no network made.
-    """
-
-    def __init__(
-        self, structures: Sequence[Structure], runs: TtaRuns | None = None, *, name: str = "TTA entropy"
-    ) -> None:
-        self.name = name
-        self.structures = tuple(structures)
-        self.runs = runs or TtaRuns()
-
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
-        """Order by the entropy of the maker's augmentation group."""
-        if mask.maker is None:
-            return (SILENT,) * len(self.structures)
-        prediction = self.runs.predict(mask.scan, mask.maker)
-        soft = structure_probabilities(mask.maker, prediction.mean_probabilities, self.structures)
-        return _entropy_estimates(soft, prediction.labels.array, self.structures, through_plane_axis(mask.scan))
 
 
 class SoftmaxEntropy:

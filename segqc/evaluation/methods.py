@@ -26,7 +26,7 @@ from segqc.baselines.regression import train_regression
 from segqc.baselines.simple import JudgedMask, fit_constant, fit_size_regression, judged_masks
 from segqc.baselines.soft_input import MadeMasks, SoftInput, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
-from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaEntropy, TtaRuns
+from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaRuns
 from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import Run
 from segqc.networks import MapCalibration, OutputForm
@@ -45,7 +45,7 @@ Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 _MAPS: TypeAdapter[tuple[MapCalibration, ...]] = TypeAdapter(tuple[MapCalibration, ...])
 
 SEGQC, TTA, SCAN_ONLY, CROSS_FITTED, CONSTANT = "SegQC", "TTA", "scan only", "cross-fitted mean", "constant"
-EXTRACTED_MAP, TTA_ENTROPY = "SegQC-EE", "TTA entropy"
+EXTRACTED_MAP = "SegQC-EE"
 ONE_NETWORK = "SegQC, one network"  # what variants of one network are compared with
 
 
@@ -298,11 +298,9 @@ class OfMaker(Method):
 class OfAugmentations(Method):
     """What the network that made the mask says of it under the augmentations that make training masks as well."""
 
-    make: Callable[[Sequence[Structure], TtaRuns], Estimator] = Tta
-
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """The method itself: it has nothing of the folds."""
-        return self.make(run.cohort.structures, TtaRuns(run.settings.segmenter.contrasts))
+        return Tta(run.cohort.structures, TtaRuns(run.settings.segmenter.contrasts), name=self.name)
 
 
 _RECIPE: SegQcNet = SegQcNet(SEGQC)
@@ -313,8 +311,7 @@ _METHODS: tuple[Method, ...] = (
     SameNetworks(EXTRACTED_MAP, extracted=True),
     SegQcNet("paper's SegQC", change=TrainingSettings.paper_recipe, maps_as_they_are=True),
     _TRANSFERRED,
-    OfAugmentations(TTA, make=Tta),
-    OfAugmentations(TTA_ENTROPY, make=TtaEntropy),
+    OfAugmentations(TTA),
     OfMaker("softmax entropy", make=SoftmaxEntropy),
     OfMaker("soft output", make=SoftOutput),
     OfSegmenters(CROSS_FITTED),

@@ -18,7 +18,6 @@ from segqc.evaluation.methods import (
     SCAN_ONLY,
     SEGQC,
     TTA,
-    TTA_ENTROPY,
     judge_of,
     slug,
 )
@@ -40,6 +39,7 @@ from segqc.evaluation.run import Run
 from segqc.evaluation.studies import (
     ERROR_SUM,
     OF_GAIN,
+    TTA_ENTROPY,
     Dimension,
     StudyName,
     StudyResult,

@@ -34,7 +34,7 @@ from segqc.evaluation.methods import (
     ONE_NETWORK,
     SCAN_ONLY,
     SEGQC,
-    TTA_ENTROPY,
+    TTA,
     VARIANTS,
     calibrated_on,
     calibrating_folds,
@@ -70,7 +70,7 @@ LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 BAD_UNDER = 0.7  # true Dice
 OF_SUM, OF_GAIN, OF_EXTRACTED = ", error sum", ", gain", "-EE"  # end the names of a method's further orders
-ERROR_SUM = SEGQC + OF_SUM
+ERROR_SUM, TTA_ENTROPY = SEGQC + OF_SUM, f"{TTA} entropy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,7 +512,9 @@ class _Study:
             else curves.slices(self.truth.mask_of, in_mask, in_truth, in_both)
         )
         # a family of all orders there are would be so large that no p-value could be small enough
-        against = [m for m in (*self.methods, ERROR_SUM) if m in badness and m != SEGQC and m not in VARIANTS]
+        against = [
+            m for m in (*self.methods, ERROR_SUM, TTA_ENTROPY) if m in badness and m != SEGQC and m not in VARIANTS
+        ]
         study = curves.study(
             units, badness, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, against=against,
             draws=self.run.settings.draws,
@@ -526,13 +528,14 @@ class _Study:
             if not np.isfinite(dice).all():
                 badness[method] = said.scan_badness[:, k]
             elif method != CONSTANT:
-                badness |= {method: -dice, f"{method}{OF_SUM}": said.scan_badness[:, k]}
+                further = TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
+                badness |= {method: -dice, further: said.scan_badness[:, k]}
         return badness
 
     def _badness_of_slices(self, k: int) -> dict[str, Values]:
         badness: dict[str, Values] = {}
         for method, said in self.said.items():
-            if method in (CONSTANT, TTA_ENTROPY):  # TTA's order of slices is that of its entropy
+            if method == CONSTANT:
                 continue
             badness[method] = said.slice_badness[:, k]
             if len(said.counts) and method != EXTRACTED_MAP:
