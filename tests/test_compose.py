@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 from segqc.assessor import mask_sha256
 from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
 from segqc.evaluation.compose import compose, write
-from segqc.evaluation.judging import KnownMask, find_truths, judge, save
+from segqc.evaluation.judging import KnownMask, find_truths, judge, load_judgements, load_truths, save
 from segqc.evaluation.makers import MANIFESTS, Manifest, TestMask
-from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
+from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, calibrated_on
 from segqc.evaluation.report.formats import NUMBERS
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.evaluation.studies import STUDIES, StudyResult, judgement_path, structure_result, study_masks, truth_path
-from segqc.metrics import EmptyRule
+from segqc.metrics import METRIC_NAMES, EmptyRule
 from segqc.training.cases import read_case
 from segqc.types import Structure
 from segqc.volumes import Volume, write_labels
@@ -175,3 +176,46 @@ def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: 
     (run.folder / "test-masks" / "s00-x.nii.gz").write_bytes(one.read_bytes())
     with pytest.raises(CohortError, match=r"s00-x.nii.gz: is not the mask of the manifest"):
         check_masks(run, wrong)
+
+
+def test_all_methods_are_scored_on_the_slices_that_all_of_them_speak_of(
+    finished: tuple[Run, StudyResult], tmp_path: Path
+) -> None:
+    run, before = finished
+    shutil.copytree(run.folder, tmp_path / "run")
+    again = replace(run, folder=tmp_path / "run")
+    said = load_judgements(judgement_path(again, "served", TTA))
+    arvd = METRIC_NAMES.index("arvd")
+    in_mask = load_truths(truth_path(again, "served")).voxels[:, 0, 0] > 0
+    spoken = np.flatnonzero(np.isfinite(said.slices[:, 0, arvd]) & in_mask)
+    silent = said.slices.copy()
+    silent[spoken[:3], 0, arvd] = np.nan
+    save(judgement_path(again, "served", TTA), replace(said, slices=silent))
+    result = structure_result(again, "served", list(NOISE), 0)
+
+    def counts(of: StudyResult, slices: str) -> dict[str, int]:
+        wanted = ("2D", slices, "arvd")
+        return {r.method: r.calibrated.n for r in of.rows if (r.dimension, r.slices, r.metric) == wanted}
+
+    assert len(set(counts(before, "mask").values())) == 1
+    assert counts(result, "mask") == {m: n - 3 for m, n in counts(before, "mask").items()}
+    assert counts(result, "all") == {m: n - 3 * (m == TTA) for m, n in counts(before, "all").items()}
+
+
+def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    families = {(c.family, c.others): c for c in result.compared if (c.dimension, c.metric) == ("3D", "dice")}
+    compared = {family for family, _ in families}
+    assert compared == {"methods", "bad masks", "good masks"}, "no variants, no family of them"
+    true = [r.calibrated.n for r in result.rows if (r.dimension, r.metric, r.method) == ("3D", "dice", SEGQC)]
+    bad, good = (families[name, (SCAN_ONLY, CROSS_FITTED)] for name in ("bad masks", "good masks"))
+    assert [b.comparison.n + g.comparison.n for b, g in zip(bad.judgements, good.judgements, strict=True)] == true * 2
+    table = next(t for t in compose(run, [result]).tables if t.name == "bad-masks-served-ball")
+    assert {row[1] for row in table.rows} == {SCAN_ONLY, CROSS_FITTED}
+
+
+def test_what_has_learnt_from_one_networks_masks_is_calibrated_on_such() -> None:
+    early = np.array([False, True, True, False])
+    assert calibrated_on(SEGQC, early).all()
+    assert calibrated_on("SegQC-TR", early).tolist() == [True, False, False, True]
+    assert calibrated_on("median masks only", early).tolist() == [True, False, False, True]

@@ -18,6 +18,7 @@ from segqc.evaluation.statistics import (
     Statistic,
     Stratum,
     Verdict,
+    bootstrap_p_value,
     holm,
     interval,
     judge,
@@ -329,6 +330,11 @@ def test_undefined_comparisons_have_no_verdict_and_do_not_burden_the_others() ->
 def test_one_patient_cannot_decide() -> None:
     found = paired([0.1, 0.2], [0.3, 0.4], [0.1, 0.2], ["a", "a"], generator=np.random.default_rng(0))
     assert found.p_value is None and judge([found])[0].verdict is None
+
+
+@pytest.mark.parametrize(("patients", "decides"), [(5, False), (6, True)])
+def test_a_bootstrap_of_few_patients_decides_nothing(patients: int, decides: bool) -> None:
+    assert (bootstrap_p_value(np.full(1000, 0.3), patients) is not None) == decides
 
 
 def test_holm_s_published_example() -> None:

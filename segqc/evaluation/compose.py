@@ -52,7 +52,10 @@ def compose(
     Raises:
         ValueError: if there are no results, or none has an estimate.
     """
-    studies = list({r.study: r for r in reversed(results)}.values())[::-1]
+    by_study: dict[StudyName, StudyResult] = {}
+    for result in results:
+        by_study.setdefault(result.study, result)
+    studies = list(by_study.values())
     structures = list(dict.fromkeys(row.structure for r in studies for row in r.rows))
     if not structures:
         raise ValueError("a report needs the results of at least one study with estimates")

@@ -333,13 +333,13 @@ def study(
     )
     others = [] if chosen is None else [n for n in (badness if against is None else against) if n != chosen]
     found = [shares[chosen] - shares[name] for name in others] if chosen is not None else []
-    return CurveStudy(units.masks, len(units), results, _differences(chosen or "", others, found, level))
+    return CurveStudy(units.masks, len(units), results, _differences(chosen or "", others, found, count, level))
 
 
 def _differences(
-    first: str, others: Sequence[str], found: Sequence[Values], level: float
+    first: str, others: Sequence[str], found: Sequence[Values], patients: int, level: float
 ) -> tuple[CapturedDifference, ...]:
-    p_values = [None if np.isnan(values[0]) else bootstrap_p_value(values[1:]) for values in found]
+    p_values = [None if np.isnan(values[0]) else bootstrap_p_value(values[1:], patients) for values in found]
     adjusted = iter(holm([p for p in p_values if p is not None]))
     differences = []
     for second, values, p in zip(others, found, p_values, strict=True):

@@ -42,6 +42,7 @@ Verdict: TypeAlias = Literal["better", "worse", "tie"]
 DRAWS = 2000
 LEVEL = 0.95
 LEAST_FOR_CORRELATION = 3
+LEAST_FOR_TEST = 6  # patients of a bootstrap test: with five, no sign-flip test could find anything either
 LEAST_PATIENTS = 2  # to resample: copies of one patient have no spread
 
 _RISK: Mapping[MetricName, Callable[[Values], Values]] = MappingProxyType(
@@ -320,7 +321,7 @@ def paired(
         p_value = _sign_flip(_by_patient(pairs[0], errors[0] - errors[1]), draws, generator)
         ratio = percentile_interval(_ratio(*map(np.array, values)), _ratio(*drawn), level)
     else:
-        p_value = bootstrap_p_value(drawn[0] - drawn[1])
+        p_value = bootstrap_p_value(drawn[0] - drawn[1], count)
     return Comparison(
         statistic=statistic,
         n=int(pairs[0].true.size),
@@ -446,10 +447,13 @@ def percentile_interval(value: float | np.float64 | Values, drawn: Values, level
     return Interval(number, float(low), float(high), level, int(defined.size))
 
 
-def bootstrap_p_value(differences: Values) -> float | None:
-    """Two-sided p-value of no difference from bootstrap draws of it: twice the rarer side of zero; NaN is left out."""
+def bootstrap_p_value(differences: Values, patients: int) -> float | None:
+    """Two-sided p-value of no difference from bootstrap draws of it: twice the rarer side of zero; NaN is left out.
+
+    None under `LEAST_FOR_TEST` patients: draws of two or three of them say nothing of a fourth.
+    """
     defined = differences[~np.isnan(differences)]
-    if not defined.size:
+    if not defined.size or patients < LEAST_FOR_TEST:
         return None
     rarer = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
     return min(1.0, 2 * (int(rarer) + 1) / (defined.size + 1))
