@@ -258,8 +258,10 @@ def fit_calibration(
         return LinearCalibration(low=low, high=high)
 
     def error(slope: float) -> float:
-        left = y - slope * x
-        return float(np.abs(left - np.median(left)).sum())
+        # distances from the median add up to the upper half less the lower one
+        left = np.sort(y - slope * x)
+        half = left.size // 2
+        return float(left[left.size - half :].sum() - left[:half].sum())
 
     most = 1.0
     while error(2 * most) < error(most):

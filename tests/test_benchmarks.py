@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -20,6 +21,7 @@ def evaluation() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmarks_evaluation", ROOT / "benchmarks" / "evaluation.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -51,12 +53,12 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
             "columns": ["method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is"],
             "rows": [
                 ["SegQC", mae, "0.01 to 0.05", 0.9, None, "itself"],
-                ["constant", 2 * mae, "0.03 to 0.09", None, None, "better"],
+                *([m, 2 * mae, "0.03 to 0.09", None, None, "better"] for m in evaluation.TO_BEAT),
             ],
         }
-        columns = {kind: ["method"] for kind, _ in evaluation.FIGURES.values() if kind != "main"}
-        for kind, column in evaluation.FIGURES.values():
-            columns.get(kind, []).append(column)
+        columns = {goal.table: ["method"] for goal in evaluation.GOALS.values() if goal.table != "main"}
+        for goal in evaluation.GOALS.values():
+            columns.get(goal.table, []).append(goal.column)
         further = [
             {"name": f"{kind}-stratified-ball", "title": "", "columns": c, "rows": [["SegQC", *[mae] * (len(c) - 1)]]}
             for kind, c in columns.items()
@@ -66,10 +68,12 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
         evaluation.keep(tmp_path, f"data-{seed}")
     seeds = [NUMBERS.validate_json((tmp_path / "results" / f"evaluation-data-{n}.json").read_bytes()) for n in (0, 1)]
     tables = evaluation.main_tables(seeds, "stratified")
-    ours, constant = evaluation.over_seeds(tables["ball"], "ball").rows
+    ours, *_, constant = evaluation.over_seeds(tables["ball"], "ball").rows
     assert ours[1] == pytest.approx(fmean((0.02, 0.04))) and constant[1] == pytest.approx(0.06)
     assert ours[2] == "0.01 to 0.05; 0.01 to 0.05" and ours[4] is None and constant[5] == "better; better"
-    figures = evaluation.figures_of_segqc(seeds, ["ball"], "stratified").rows[0]
+    wanted, figures = evaluation.figures_of_segqc(seeds, ["ball"], "stratified").rows
+    assert (wanted[0], len(wanted)) == ("wanted", len(figures))
     assert figures[0] == "ball" and figures[2] == 0.9
-    assert [*figures[1:2], *figures[3:]] == pytest.approx([0.03] * 9)
+    assert [*figures[1:2], *figures[3:11]] == pytest.approx([0.03] * 9)
+    assert figures[11:] == (pytest.approx(0.5), "6 of 6; 6 of 6")
     evaluation.draw("data", "stratified")
