@@ -24,7 +24,7 @@ from segqc.intervals import (
 from segqc.metrics import METRIC_NAMES, METRIC_RANGES, LinearCalibration, MetricName, fit_calibration
 from segqc.types import PredictionInterval
 
-RESAMPLES = 300
+RESAMPLES = 200
 
 
 def draw(rng: np.random.Generator, patients: int, *, masks: int = 4) -> tuple[np.ndarray, np.ndarray, list[str]]:
