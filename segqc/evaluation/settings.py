@@ -85,7 +85,7 @@ class EvaluationSettings:
             segmenter=short,
             assessor=replace(self.assessor, epochs=3, steps_per_epoch=6, batch=1),
             per_bin=4,
-            draws=1000,  # so many that tests can find something
+            draws=500,
         )
 
     def lasting(self, length: float) -> EvaluationSettings:
