@@ -60,6 +60,7 @@ def evaluate(
     Returns:
         The studies' results; `segqc.evaluation.studies.kept_results` has those with variants as well.
     """
+    run.cohort  # noqa: B018 read once: it goes to all workers with the run
     folds = range(run.settings.folds)
     makers = [*(test_maker_names(run) if "stratified" in studies else ()), "served"]
     makers += [*(f"fold-{k}" for k in folds), *(f"calibration-{k}" for k in folds)]
