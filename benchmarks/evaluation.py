@@ -1,6 +1,6 @@
 """From the reports of full evaluations to the README's table and figure; nothing is trained.
 
-    segqc evaluate stratified $SEGQC_DATA/msd-hippocampus ... --seed 0 --out RUN     # an hour or two
+    segqc evaluate stratified $SEGQC_DATA/msd-hippocampus ... --seed 0 --out RUN     # some hours
     python benchmarks/evaluation.py keep RUN hippocampus-0                           # its numbers into results/
     python benchmarks/evaluation.py draw hippocampus                                 # of all seeds that are kept
 

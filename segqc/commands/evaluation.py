@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:
     """Measure how good the estimates are on your own labelled scans, against every baseline; write a report.
 
-    Trains everything anew on a part of the scans, by patient, and looks at the rest: an hour or two on two cores, a few
+    Trains everything anew on a part of the scans, by patient, and looks at the rest: some hours on two cores, some
     minutes with --quick. What is interrupted goes on where it was.
     """
     from segqc.evaluation.compose import write
