@@ -36,7 +36,7 @@ from segqc.baselines.simple import (
     surface_mm2,
 )
 from segqc.baselines.soft_input import MadeMasks, train_soft_input
-from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaRuns, entropy, entropy_map, tta_dice
+from segqc.baselines.tta import SoftmaxEntropy, Tta, entropy, entropy_map, tta_dice
 from segqc.metrics import EmptyRule, true_metrics, true_slice_metrics
 from segqc.networks import ModelCard, NetworkPlan, build_network
 from segqc.segmenter import Segmenter
@@ -256,13 +256,13 @@ def test_the_group_runs_once_for_two_masks_and_again_for_another_scan_or_maker()
     maker = Counting(segmenter().card, Classes())
     other = Counting(segmenter().card, Classes(20.0))
     mask, _ = judged(maker)
-    runs = TtaRuns()
+    method = Tta(STRUCTURES)
     for judge, _ in itertools.product((mask, replace(mask, labels=mask.labels)), range(2)):
-        Tta(STRUCTURES, runs).estimate(judge)
+        method.estimate(judge)
     assert Counting.runs == 1
-    Tta(STRUCTURES, runs).estimate(replace(mask, maker=other))
+    method.estimate(replace(mask, maker=other))
     assert Counting.runs == 2
-    Tta(STRUCTURES, runs).estimate(judged(other)[0])
+    method.estimate(judged(other)[0])
     assert Counting.runs == 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segqc.evaluation.coverage import ALL, quality_strata, resplit_coverage, shift_coverage
+from segqc.evaluation.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.intervals import jackknife_plus
 
 
@@ -54,20 +54,29 @@ def test_one_split_by_hand() -> None:
 def test_a_shift_is_seen_and_no_patient_is_on_both_sides() -> None:
     easy, hard = draw(60, noise=0.3, seed=3), draw(60, noise=4.0, seed=4)
     x, truth = np.r_[easy[0], hard[0]], np.r_[easy[1], hard[1]]
-    groups = ["easy"] * len(easy[2]) + ["hard"] * len(hard[2])
+    is_hard = np.arange(x.size) >= easy[0].size
+    groups = {"easy": ~is_hard, "hard": is_hard}
     apart = [f"e{p}" for p in easy[2]] + [f"h{p}" for p in hard[2]]
-    found = shift_coverage(x, truth, apart, groups, "dice", rng=np.random.default_rng(0))
-    assert len(found) == 4
-    assert found["easy", "hard"].resplits == 1, "all patients are on one side already"
-    assert found["easy", "hard"].patients == 60
-    assert found["easy", "easy"].resplits == 20
-    assert found["easy", "hard"].coverage < 0.6  # type: ignore[operator]
-    assert found["hard", "easy"].coverage == 1.0
-    assert found["hard", "easy"].error > 0  # type: ignore[operator]
-    for same in ("easy", "hard"):
-        assert abs(found[same, same].coverage - 0.9) < 0.12  # type: ignore[operator]
-    shared = shift_coverage(x, truth, easy[2] + hard[2], groups, "dice", rng=np.random.default_rng(0))
-    assert shared["easy", "hard"].resplits == 20, "patients with masks in both groups are split"
+
+    def between(patients: list[str], source: str, target: str) -> Coverage:
+        found = shift_coverage(x, truth, patients, groups[source], groups[target], "dice", rng=np.random.default_rng(0))
+        assert list(found) == [ALL]
+        return found[ALL]
+
+    worse, better = between(apart, "easy", "hard"), between(apart, "hard", "easy")
+    assert worse.resplits == 1, "all patients are on one side already"
+    assert worse.patients == 60
+    assert worse.coverage < 0.6  # type: ignore[operator]
+    assert better.coverage == 1.0 and better.error > 0  # type: ignore[operator]
+    for name in groups:
+        same = between(apart, name, name)
+        assert same.resplits == 20
+        assert abs(same.coverage - 0.9) < 0.12  # type: ignore[operator]
+    assert between(easy[2] + hard[2], "easy", "hard").resplits == 20, "patients with masks in both groups are split"
+    strata = quality_strata(truth, (0.6,))
+    by_quality = shift_coverage(x, truth, apart, ~is_hard, is_hard, "dice", rng=np.random.default_rng(0), strata=strata)
+    assert by_quality[ALL] == worse
+    assert sum(by_quality[name].masks for name in strata) == worse.masks
 
 
 def test_few_patients_and_undefined_numbers() -> None:

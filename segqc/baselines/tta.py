@@ -27,39 +27,37 @@ from segqc.types import FloatArray, LabelArray, Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 
-class TtaRuns:
-    """Runs the augmentation group, and keeps the last result, for the next mask of the same scan and maker."""
-
-    def __init__(self, contrasts: Sequence[float] = ()) -> None:
-        self.contrasts = tuple(contrasts)
-        self._last: LastResult[TtaPrediction] = LastResult()
-
-    def predict(self, scan: Volume, maker: Segmenter) -> TtaPrediction:
-        """Segment the scan with the maker's augmentation group."""
-        known = self._last.get(scan, maker.version)
-        if known is not None:
-            return known
-        return self._last.keep(maker.predict_tta(scan, self.contrasts), scan, maker.version)
-
-
 class Tta:
     """The paper's baseline: each metric is the median over the augmented predictions of it against their median.
 
     It judges the maker on the scan: two masks of one maker and scan get the same numbers. Slices are ordered by the
     voxel-wise entropy of the mean prediction, summed over the slice; so can scans be, per voxel of the median mask. It
     says nothing of a mask that no network made.
+
+    Args:
+        structures: what it judges.
+        contrasts: of the augmentation group, beside flips and transposes (`Segmenter.predict_tta`).
+        name: in tables.
     """
 
-    def __init__(self, structures: Sequence[Structure], runs: TtaRuns | None = None, *, name: str = "TTA") -> None:
+    def __init__(self, structures: Sequence[Structure], contrasts: Sequence[float] = (), *, name: str = "TTA") -> None:
         self.name = name
         self.structures = tuple(structures)
-        self.runs = runs or TtaRuns()
+        self.contrasts = tuple(contrasts)
+        self._last: LastResult[TtaPrediction] = LastResult()
+
+    def predict(self, scan: Volume, maker: Segmenter) -> TtaPrediction:
+        """The augmentation group's prediction; the last one is kept for the next mask of the same scan and maker."""
+        known = self._last.get(scan, maker.version)
+        if known is not None:
+            return known
+        return self._last.keep(maker.predict_tta(scan, self.contrasts), scan, maker.version)
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Estimate from the maker's augmentation group."""
         if mask.maker is None:
             return (SILENT,) * len(self.structures)
-        prediction = self.runs.predict(mask.scan, mask.maker)
+        prediction = self.predict(mask.scan, mask.maker)
         axis = through_plane_axis(mask.scan)
         soft = structure_probabilities(mask.maker, prediction.mean_probabilities, self.structures)
         ordering = _entropy_estimates(soft, prediction.labels.array, self.structures, axis)

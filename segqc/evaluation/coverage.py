@@ -89,43 +89,41 @@ def shift_coverage(
     x: Values,
     truth: Values,
     patients: Sequence[str],
-    groups: Sequence[str],
+    source: BoolArray,
+    target: BoolArray,
     metric: MetricName,
     *,
     rng: np.random.Generator,
     level: float = LEVEL,
     resplits: int = RESPLITS,
     test_share: float = 0.5,
-) -> dict[tuple[str, str], Coverage]:
-    """Coverage under shift: calibrated on the masks of one group, tested on those of another, for each pair of groups.
+    strata: Mapping[str, BoolArray] | None = None,
+) -> dict[str, Coverage]:
+    """Coverage under shift: calibrated on some masks, tested on others.
 
-    No patient is on both sides of a split. Patients with masks in both groups (two structures of one organ) are split
-    at random, all others are always on their group's side; where no patient is in both, there is one split. A group
-    against itself is the coverage without shift.
+    No patient is on both sides of a split. Patients with masks on both sides (two structures of one organ) are split at
+    random, all others are always on their own; where no patient is on both, there is one split.
 
     Args:
         x: the metric as read off the error maps, one per mask, by networks that have seen none of these patients.
         truth: the true metric of each mask; masks with an undefined number are left out.
         patients: whose mask it is.
-        groups: the group of each mask.
+        source: which masks calibrate.
+        target: which masks are tested.
         metric: the metric.
         rng: draws the splits.
         level: wanted coverage.
-        resplits: the number of splits of patients with masks in both groups.
+        resplits: the number of splits of patients with masks on both sides.
         test_share: share of these patients that are tested.
+        strata: named subsets of the tested masks to report besides.
 
     Returns:
-        By (group calibrated on, group tested).
+        "all" and each stratum, by name.
     """
     masks = _Masks.of(x, truth, patients, metric)
-    group = np.array(groups, np.str_)[masks.kept]
-    found = {}
-    for source in np.unique(group):
-        for target in np.unique(group):
-            splits = _splits(masks.patients, group == source, group == target, rng, resplits, test_share)
-            everything = {ALL: np.ones(group.size, bool)}
-            found[str(source), str(target)] = _measure(masks, splits, everything, level)[ALL]
-    return found
+    subsets = {ALL: np.ones(masks.x.size, bool), **{name: of[masks.kept] for name, of in (strata or {}).items()}}
+    splits = _splits(masks.patients, source[masks.kept], target[masks.kept], rng, resplits, test_share)
+    return _measure(masks, splits, subsets, level)
 
 
 def quality_strata(values: Values, edges: Sequence[float] = QUALITY_EDGES) -> dict[str, BoolArray]:

@@ -26,7 +26,7 @@ from segqc.baselines.regression import train_regression
 from segqc.baselines.simple import JudgedMask, fit_constant, fit_size_regression, judged_masks
 from segqc.baselines.soft_input import MadeMasks, SoftInput, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
-from segqc.baselines.tta import SoftmaxEntropy, Tta, TtaRuns
+from segqc.baselines.tta import SoftmaxEntropy, Tta
 from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import Run
 from segqc.networks import MapCalibration, OutputForm
@@ -300,7 +300,7 @@ class OfAugmentations(Method):
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """The method itself: it has nothing of the folds."""
-        return Tta(run.cohort.structures, TtaRuns(run.settings.segmenter.contrasts), name=self.name)
+        return Tta(run.cohort.structures, run.settings.segmenter.contrasts, name=self.name)
 
 
 _RECIPE: SegQcNet = SegQcNet(SEGQC)

@@ -18,6 +18,7 @@ from segqc.evaluation.methods import (
     SCAN_ONLY,
     SEGQC,
     TTA,
+    calibrated_on,
     judge_of,
     slug,
 )
@@ -93,11 +94,14 @@ def estimated_dice(run: Run, study: StudyName, structure: int, methods: Sequence
     needed += [judgement_path(run, name, m) for name in names for m in methods]
     if not all(path.is_file() for path in needed):
         return None
-    true = np.concatenate([load_truths(truth_path(run, f"{CALIBRATION}-{k}")).metrics[:, structure, 0] for k in folds])
+    truths = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
+    true = np.concatenate([t.metrics[:, structure, 0] for t in truths])
+    early = np.concatenate([t.early for t in truths])
     by_method = {}
     for m in methods:
         known = [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)).metrics[:, structure, 0] for k in folds]
-        line = fit_calibration(np.concatenate(known), true, metric="dice")
+        chosen = calibrated_on(m, early)
+        line = fit_calibration(np.concatenate(known)[chosen], true[chosen], metric="dice")
         by_method[m] = line.apply(load_judgements(judgement_path(run, study, m)).metrics[:, structure, 0])
     return Estimated(by_method, load_truths(truth_path(run, study)).metrics[:, structure, 0])
 

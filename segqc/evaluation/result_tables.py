@@ -445,44 +445,56 @@ def at_threshold(detected: Detected, threshold: float = THRESHOLD) -> tuple[Dete
 
 
 def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
-    """Boxes of SegQC at every IoU, with and without extraction (paper, table 3), and of all methods at the lowest."""
+    """Boxes of SegQC at every IoU, with and without extraction (paper, table 3), over probabilities, of all methods."""
     here = [d for d in result.detected if d.structure == structure and d.method not in VARIANTS]
+    made = (_boxes_of_segqc, _boxes_over_probabilities, _boxes_of_all)
+    yield from (table for make in made if (table := make(result, structure, here)) is not None)
+
+
+def _boxes_of_segqc(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
     for detected in (d for d in here if d.method == SEGQC):
-        name = f"map {detected.predicted}, truth {detected.true}"
-        for s in at_threshold(detected):
-            rows.append(_boxes_row(name, s))
-    extracted = next((d for d in here if (d.method, d.predicted, d.true) == (SEGQC, "extracted", "extracted")), None)
+        rows += [_boxes_row(f"map {detected.predicted}, truth {detected.true}", s) for s in at_threshold(detected)]
+    extracted = _both_extracted(here, SEGQC)
     if extracted is not None and extracted.chosen is not None:
         chosen = at_threshold(extracted, extracted.chosen)
         rows += [_boxes_row(f"both extracted, probability {extracted.chosen:g}", s) for s in chosen]
-    if rows:
-        yield Table(
-            f"detection-{result.study}-{slug(structure)}",
-            f"Error boxes of SegQC on {structure}, {title_of(result)}",
-            ("boxes of", "IoU", "precision", "95% interval", "recall", "95% interval (recall)", "paired", "predicted",
-             "true"),
-            tuple(rows),
-            {"IoU": 2, "precision": 2, "recall": 2},
-            f"At an error probability of {THRESHOLD:g}, and at the one chosen on the masks that calibrate, the lowest "
-            "with the wanted precision there. IoU: from which overlap on a predicted and a true box are "
-            "a pair. Extracted: after error extraction, of the error map and of D, the true error. Intervals by "
-            "patient.",
-            group="boxes of",
-        )  # fmt: skip
-        if extracted is not None:
-            yield Table(
-                f"detection-thresholds-{result.study}-{slug(structure)}",
-                f"Error boxes of SegQC over error probabilities: {structure}, {title_of(result)}",
-                ("probability", "IoU", "precision", "recall", "paired", "predicted", "true"),
-                tuple(
-                    (s.threshold, s.min_iou, s.precision.value, s.recall.value, s.matched, s.predicted, s.true)
-                    for s in extracted.boxes
-                ),
-                2,
-                "After error extraction, of the map and of D; a voxel belongs to a box from this probability on.",
-                group="probability",
-            )
+    if not rows:
+        return None
+    return Table(
+        f"detection-{result.study}-{slug(structure)}",
+        f"Error boxes of SegQC on {structure}, {title_of(result)}",
+        ("boxes of", "IoU", "precision", "95% interval", "recall", "95% interval (recall)", "paired", "predicted",
+         "true"),
+        tuple(rows),
+        {"IoU": 2, "precision": 2, "recall": 2},
+        f"At an error probability of {THRESHOLD:g}, and at the one chosen on the masks that calibrate, the lowest "
+        "with the wanted precision there. IoU: from which overlap on a predicted and a true box are "
+        "a pair. Extracted: after error extraction, of the error map and of D, the true error. Intervals by "
+        "patient.",
+        group="boxes of",
+    )  # fmt: skip
+
+
+def _boxes_over_probabilities(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
+    extracted = _both_extracted(here, SEGQC)
+    if extracted is None:
+        return None
+    return Table(
+        f"detection-thresholds-{result.study}-{slug(structure)}",
+        f"Error boxes of SegQC over error probabilities: {structure}, {title_of(result)}",
+        ("probability", "IoU", "precision", "recall", "paired", "predicted", "true"),
+        tuple(
+            (s.threshold, s.min_iou, s.precision.value, s.recall.value, s.matched, s.predicted, s.true)
+            for s in extracted.boxes
+        ),
+        2,
+        "After error extraction, of the map and of D; a voxel belongs to a box from this probability on.",
+        group="probability",
+    )
+
+
+def _boxes_of_all(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
     by_method: dict[str, list[Cell]] = {}
     lowest = None
     for method in dict.fromkeys(d.method for d in here):
@@ -493,24 +505,30 @@ def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
             if scores:
                 lowest = scores[0].min_iou
             cells += [scores[0].precision.value, scores[0].recall.value] if scores else [None, None]
-        both = next((d for d in here if (d.method, d.predicted, d.true) == (method, *["extracted"] * 2)), None)
+        both = _both_extracted(here, method)
         if both is not None and both.chosen is not None:
             at_chosen = at_threshold(both, both.chosen)[0]
             cells += [both.chosen, at_chosen.precision.value, at_chosen.recall.value]
         else:
             cells += [None] * 3
         by_method[method] = cells
-    if lowest is not None and len(by_method) > 1:
-        yield Table(
-            f"detection-methods-{result.study}-{slug(structure)}",
-            f"Error boxes of all methods with an error map on {structure}, {title_of(result)}",
-            ("method", "precision", "recall", "precision, extracted", "recall, extracted", "chosen probability",
-             "precision, chosen", "recall, chosen"),
-            tuple((method, *cells) for method, cells in by_method.items()),
-            2,
-            f"At an IoU of {lowest:g} and an error probability of {THRESHOLD:g}; extracted: boxes of the extracted map "
-            "against those of extracted D; chosen: the same at a probability chosen on the masks that calibrate.",
-        )  # fmt: skip
+    if lowest is None or len(by_method) < 2:
+        return None
+    return Table(
+        f"detection-methods-{result.study}-{slug(structure)}",
+        f"Error boxes of all methods with an error map on {structure}, {title_of(result)}",
+        ("method", "precision", "recall", "precision, extracted", "recall, extracted", "chosen probability",
+         "precision, chosen", "recall, chosen"),
+        tuple((method, *cells) for method, cells in by_method.items()),
+        2,
+        f"At an IoU of {lowest:g} and an error probability of {THRESHOLD:g}; extracted: boxes of the extracted map "
+        "against those of extracted D; chosen: the same at a probability chosen on the masks that calibrate.",
+    )  # fmt: skip
+
+
+def _both_extracted(here: Sequence[Detected], method: str) -> Detected | None:
+    wanted = (method, "extracted", "extracted")
+    return next((d for d in here if (d.method, d.predicted, d.true) == wanted), None)
 
 
 def _boxes_row(name: str, s: DetectionScores) -> tuple[Cell, ...]:

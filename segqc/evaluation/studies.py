@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from segqc.baselines.estimates import MaskToJudge
 from segqc.error_maps import difference
 from segqc.evaluation import curves, detection, judging, statistics
-from segqc.evaluation.coverage import Coverage, quality_strata, resplit_coverage, shift_coverage
+from segqc.evaluation.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
     AT_EARLY_EPOCH,
@@ -559,26 +559,18 @@ class _Study:
         patients = [p for t in self.known for p in t.patients]
         resplit = resplit_coverage(x, y, patients, "dice", rng=self.rng(k, 6), strata=quality_strata(y))
         found = [("resplit", stratum, coverage) for stratum, coverage in resplit.items()]
-        said, true = self.said[SEGQC].metrics[:, k, 0], self.truth.metrics[:, k, 0]
-        everything, everyone = np.concatenate([x, said]), [*patients, *self.truth.patients]
-        sides = ["train"] * len(x) + ["test"] * len(said)
-        for stratum, chosen in {"all": np.ones(len(true), bool), **quality_strata(true)}.items():
-            kept = np.concatenate([np.ones(len(x), bool), chosen])
-            on = shift_coverage(
-                everything[kept],
-                np.concatenate([y, true])[kept],
-                [p for p, keep in zip(everyone, kept, strict=True) if keep],
-                [s for s, keep in zip(sides, kept, strict=True) if keep],
-                "dice",
-                rng=self.rng(k, 7),
-            )
-            if ("train", "test") in on:
-                found.append(("test", stratum, on["train", "test"]))
+        true = np.concatenate([y, self.truth.metrics[:, k, 0]])
+        tested = np.arange(len(true)) >= len(y)
+        on_test = shift_coverage(
+            np.concatenate([x, self.said[SEGQC].metrics[:, k, 0]]), true, [*patients, *self.truth.patients],
+            ~tested, tested, "dice", rng=self.rng(k, 7), strata=quality_strata(true),
+        )  # fmt: skip
+        found += [("test", stratum, coverage) for stratum, coverage in on_test.items()]
         groups = np.array(self.run.groups_of(patients))
         for number, group in enumerate(np.unique(groups) if len(set(groups)) > 1 else ()):
-            sides = np.where(groups == group, "one", "others").tolist()
-            shifted = shift_coverage(x, y, patients, sides, "dice", rng=self.rng(k, 8, number))
-            found.append(("shift", str(group), shifted["others", "one"]))
+            own = groups == group
+            shifted = shift_coverage(x, y, patients, ~own, own, "dice", rng=self.rng(k, 8, number))
+            found.append(("shift", str(group), shifted[ALL]))
         found += [("structure", name, c) for name, c in self._from_other_structures(k, x, y, patients)]
         for kind, stratum, coverage in found:
             yield Covered(self._name(k), kind, stratum, coverage)  # type: ignore[arg-type]
@@ -593,11 +585,12 @@ class _Study:
                 continue
             of_other = [np.concatenate([a.metrics[:, other, 0] for a in arrays])
                         for arrays in (self.on_known[SEGQC], self.known)]  # fmt: skip
+            own = np.arange(2 * len(x)) >= len(x)
             shifted = shift_coverage(
                 np.concatenate([of_other[0], x]), np.concatenate([of_other[1], y]), [*patients, *patients],
-                ["other"] * len(x) + ["this"] * len(x), "dice", rng=self.rng(k, 9, other),
+                ~own, own, "dice", rng=self.rng(k, 9, other),
             )  # fmt: skip
-            yield structure.name, shifted["other", "this"]
+            yield structure.name, shifted[ALL]
 
     def _gains(self, said: Judgements, k: int) -> Values:
         """The estimated gain of the scan's Dice from correcting each slice alone: what the optimal order goes by."""
