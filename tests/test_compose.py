@@ -105,7 +105,9 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
     assert verdicts[TTA] == "better"
     captured = {o.name: o.captured.value for o in result.ordered[0].study.orders}
     assert captured[SEGQC] == pytest.approx(1.0)
-    assert {c.kind for c in result.covered} == {"resplit", "test"}
+    assert {(c.kind, c.metric) for c in result.covered} == {
+        (kind, metric) for kind in ("resplit", "test") for metric in METRIC_NAMES
+    }
     assert [s.method for s in result.shared] == list(NOISE)
     found = next(d for d in result.detected if (d.method, d.predicted, d.true) == (SEGQC, "raw", "raw"))
     assert all(b.precision.value in (1.0, None) for b in found.boxes)
@@ -131,6 +133,21 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     main = next(t for t in kept.tables if t.name == "main-served-ball")
     assert [row[0] for row in main.rows] == list(NOISE)
     assert "ball" in path.read_text()
+
+
+def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_all(
+    finished: tuple[Run, StudyResult],
+) -> None:
+    run, result = finished
+    report = compose(run, [result])
+    tables = {table.name: table for table in report.tables}
+    assert len({row[2] for row in tables["coverage-served"].rows}) > 1
+    others = tables["coverage-metrics-served"].rows
+    assert [row[1:4] for row in others] == [
+        (metric, tested, "all")
+        for metric in ("IoU", "ARVD", "RVD")
+        for tested in ("random splits", "on this study's masks")
+    ]
 
 
 def test_tables_are_drawn_again_from_the_results_alone(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:

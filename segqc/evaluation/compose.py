@@ -332,41 +332,15 @@ def _ablations(results: Sequence[StudyResult], structures: Sequence[str]) -> Ite
 
 
 def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
-    kinds, tables, drawn = result_figures.COVERAGE_KINDS, [], []
+    tables: list[Table] = []
+    drawn: list[Figure] = []
     for r in studies:
         # random splits and shifts are of the training side: the same in every study
-        wanted = tuple(kinds) if r is studies[0] else ("test",)
-        rows = tuple(
-            (
-                c.structure, kinds[c.kind], c.stratum, c.coverage.coverage, c.coverage.error, c.coverage.width,
-                c.coverage.patients, c.coverage.masks, c.coverage.resplits,
-            )
-            for c in r.covered
-            if c.kind in wanted and c.structure in structures
-            # a stratum without masks is nothing to report, a group that can't be tested is
-            and (c.coverage.patients or c.stratum == "all" or c.kind in ("shift", "structure"))
-        )  # fmt: skip
-        if rows:
-            level = next(c.coverage.level for c in r.covered)
-            tables.append(
-                Table(
-                    f"coverage-{r.study}",
-                    f"How often {level:.0%} intervals of the 3D Dice hold the truth, {title_of(r)}",
-                    ("structure", "tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits"),
-                    rows,
-                    note=(
-                        "Random splits: calibrated on some patients of the training side, tested on its others. On "
-                        "this study's masks: calibrated on the whole training side. Groups: calibrated on the patients "
-                        "of all other groups, tested on this one's; from: calibrated on another structure of other "
-                        "patients. Error: binomial, with patients as trials. A "
-                        f"dash: not enough patients for an interval. The promise of {level:.0%} holds on average "
-                        "over masks like those calibrated on, not in every stratum, and not under shift."
-                    ),
-                    group="structure",
-                )
-            )
-            figure = result_figures.coverage_figure(r, structures[0])
-            drawn += [] if figure is None else [figure]
+        kinds = tuple(result_tables.COVERAGE_KINDS) if r is studies[0] else ("test",)
+        found = result_tables.coverage_tables(r, structures, kinds)
+        tables += found
+        figure = result_figures.coverage_figure(r, structures[0]) if found else None
+        drawn += [] if figure is None else [figure]
     if tables:
         yield Section("Prediction intervals", (), (), tuple(tables), tuple(drawn))
 

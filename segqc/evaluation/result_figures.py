@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from segqc.evaluation.report import figures
 from segqc.evaluation.report.document import Figure
 from segqc.evaluation.report.examples import Example, draw_example, pick_examples
 from segqc.evaluation.result_tables import (
+    COVERAGE_KINDS,
     OWN,
     REFERENCES,
     THRESHOLD,
@@ -56,12 +57,6 @@ from segqc.volumes import through_plane_axis
 ORDERS: dict[Dimension, tuple[str, ...]] = {
     "3D": (SEGQC, TTA, TTA_ENTROPY, SCAN_ONLY, ERROR_SUM),
     "2D": (SEGQC, TTA, SCAN_ONLY, EXTRACTED_MAP, SEGQC + OF_GAIN),
-}
-COVERAGE_KINDS: Mapping[str, str] = {
-    "resplit": "random splits",
-    "test": "on this study's masks",
-    "shift": "groups: all others to",
-    "structure": "from",
 }
 CONSTANT_LEGEND = "always giving one answer, the training side's"
 _MOST_POINTS = 400
@@ -314,7 +309,7 @@ def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
             np.array([float(c.coverage.patients)]),
         )
         for c in result.covered
-        if c.structure == structure and c.coverage.coverage is not None and c.coverage.patients
+        if (c.structure, c.metric) == (structure, "dice") and c.coverage.coverage is not None and c.coverage.patients
     ]
     if not strata:
         return None

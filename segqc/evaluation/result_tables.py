@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from segqc.evaluation import statistics
+from segqc.evaluation.coverage import ALL
 from segqc.evaluation.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.detection import DetectionScores
 from segqc.evaluation.methods import (
@@ -24,6 +25,7 @@ from segqc.evaluation.studies import (
     OF_GAIN,
     OF_SUM,
     Compared,
+    Covered,
     Detected,
     Dimension,
     Family,
@@ -43,6 +45,12 @@ STUDY_TITLES: Mapping[StudyName, str] = {
     "stratified": "stratified masks",
     "served": "the served network's own masks",
     "corrections": "corrected masks",
+}
+COVERAGE_KINDS: Mapping[str, str] = {
+    "resplit": "random splits",
+    "test": "on this study's masks",
+    "shift": "groups: all others to",
+    "structure": "from",
 }
 _SIMULATED = "masks that a simulated annotator corrected"
 _ORDER_SUFFIXES = (OF_SUM, OF_GAIN, OF_EXTRACTED)
@@ -590,37 +598,8 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
     verdicts = judged(find_compared(result, structure))
     for first in (SEGQC, ONE_NETWORK):
         verdicts |= judged(find_compared(result, structure, family="variants", first=first))
-    rows: list[tuple[Cell, ...]] = []
-    for method in (SEGQC, SCAN_ONLY, *OWN[1:], *variants):
-        dice, slices = (
-            find_row(result, structure, method, "dice", "3D", None),
-            find_row(result, structure, method, "dice", "2D", "mask"),
-        )
-        if dice is None:
-            continue
-        captured = [
-            order.captured.value
-            for d in ("3D", "2D")
-            for o in result.ordered
-            if (o.structure, o.dimension) == (structure, d)
-            for order in o.study.orders
-            if order.name == method
-        ]
-        rows.append(
-            (
-                method,
-                dice.training_mae,
-                dice.raw.mae,
-                dice.calibrated.mae,
-                span(dice.mae),
-                dice.calibrated.pearson,
-                None if slices is None else slices.calibrated.mae,
-                None if slices is None else slices.calibrated.pearson,
-                *(captured if len(captured) == 2 else (None, None)),
-                ONE_NETWORK if method in VARIANTS and one_network(method) else SEGQC,
-                UNDEFINED if method in (SEGQC, ONE_NETWORK) else verdict_of(verdicts.get(method)),
-            )
-        )
+    methods = (SEGQC, SCAN_ONLY, *OWN[1:], *variants)
+    rows = [row for m in methods if (row := _variant(result, structure, m, verdicts.get(m))) is not None]
     best = {
         "training side": "lowest",
         "raw MAE": "lowest",
@@ -647,6 +626,90 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
             "networks that knew the scans. 'soft input' sees the soft output of the mask's maker as well."
         ),
         best=best,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _variant(
+    result: StudyResult, structure: str, method: str, judgement: statistics.Judgement | None
+) -> tuple[Cell, ...] | None:
+    """A variant's row among the ablations; None where it says nothing of the 3D Dice."""
+    dice = find_row(result, structure, method)
+    if dice is None:
+        return None
+    slices = find_row(result, structure, method, "dice", "2D", "mask")
+    captured = [
+        next((o.captured.value for o in ordered.study.orders if o.name == method), None)
+        for dimension in ("3D", "2D")
+        for ordered in result.ordered
+        if (ordered.structure, ordered.dimension) == (structure, dimension)
+    ]
+    return (
+        method,
+        dice.training_mae,
+        dice.raw.mae,
+        dice.calibrated.mae,
+        span(dice.mae),
+        dice.calibrated.pearson,
+        None if slices is None else slices.calibrated.mae,
+        None if slices is None else slices.calibrated.pearson,
+        *captured,
+        ONE_NETWORK if method in VARIANTS and one_network(method) else SEGQC,
+        UNDEFINED if method in (SEGQC, ONE_NETWORK) else verdict_of(judgement),
+    )
+
+
+def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Sequence[str]) -> list[Table]:
+    """How often prediction intervals hold the truth: of the 3D Dice in strata, and of the other 3D metrics.
+
+    Args:
+        result: of the study.
+        structures: to show.
+        kinds: those of `COVERAGE_KINDS` to show.
+    """
+    shown = [c for c in result.covered if c.structure in structures and c.kind in kinds]
+    # a stratum without masks is nothing to report, a group that can't be tested is
+    dice = [c for c in shown if c.metric == "dice" and (c.coverage.patients or not _in_strata(c))]
+    others = [c for c in shown if c.metric != "dice" and not _in_strata(c)]
+    if not dice:
+        return []
+    level = f"{dice[0].coverage.level:.0%}"
+    columns = ("tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits")
+    return [
+        Table(
+            f"coverage-{result.study}",
+            f"How often {level} intervals of the 3D Dice hold the truth, {title_of(result)}",
+            ("structure", *columns),
+            tuple((c.structure, *_coverage_row(c)) for c in dice),
+            note=(
+                "Random splits: calibrated on some patients of the training side, tested on its others. On "
+                "this study's masks: calibrated on the whole training side. Groups: calibrated on the patients "
+                "of all other groups, tested on this one's; from: calibrated on another structure of other "
+                "patients. Strata are of the true Dice. Error: binomial, with patients as trials. A dash: not enough "
+                f"patients for an interval. The promise of {level} holds on average "
+                "over masks like those calibrated on, not in every stratum, and not under shift."
+            ),
+            group="structure",
+        ),
+        Table(
+            f"coverage-metrics-{result.study}",
+            f"How often {level} intervals of the other 3D metrics hold the truth, {title_of(result)}",
+            ("structure", "metric", *columns),
+            tuple((c.structure, SHOWN[c.metric], *_coverage_row(c)) for c in others),
+            note="As the table before; over all masks only. Masks without a defined number are left out.",
+            group="structure",
+        ),
+    ]
+
+
+def _in_strata(covered: Covered) -> bool:
+    """Whether a coverage is of one quality stratum."""
+    return covered.kind in ("resplit", "test") and covered.stratum != ALL
+
+
+def _coverage_row(covered: Covered) -> tuple[Cell, ...]:
+    c = covered.coverage
+    return (
+        COVERAGE_KINDS[covered.kind], covered.stratum, c.coverage, c.error, c.width, c.patients, c.masks, c.resplits
     )  # fmt: skip
 
 

@@ -158,10 +158,11 @@ class Mapped:
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """How often SegQC's intervals of the 3D Dice hold the truth.
+    """How often SegQC's intervals of a 3D metric hold the truth.
 
     Attributes:
         structure: the structure.
+        metric: the metric.
         kind: "resplit" over random splits of the training side's patients, "test" made of all of them and held against
             this study's masks, "shift" made of the patients of all other groups and held against those of one,
             "structure" made of another structure and held against this one.
@@ -170,6 +171,7 @@ class Covered:
     """
 
     structure: str
+    metric: MetricName
     kind: Literal["resplit", "test", "shift", "structure"]
     stratum: str
     coverage: Coverage
@@ -553,42 +555,47 @@ class _Study:
                 yield Shared(self._name(k), method, found)
 
     def _covered(self, k: int) -> Iterator[Covered]:
-        """Coverage of the intervals of the 3D Dice: over resplits, on this study's masks, and under shift."""
-        x = np.concatenate([j.metrics[:, k, 0] for j in self.on_known[SEGQC]])
-        y = np.concatenate([t.metrics[:, k, 0] for t in self.known])
+        """Coverage of the intervals of the 3D metrics: over resplits, on this study's masks, and under shift."""
         patients = [p for t in self.known for p in t.patients]
-        resplit = resplit_coverage(x, y, patients, "dice", rng=self.rng(k, 6), strata=quality_strata(y))
-        found = [("resplit", stratum, coverage) for stratum, coverage in resplit.items()]
-        true = np.concatenate([y, self.truth.metrics[:, k, 0]])
-        tested = np.arange(len(true)) >= len(y)
-        on_test = shift_coverage(
-            np.concatenate([x, self.said[SEGQC].metrics[:, k, 0]]), true, [*patients, *self.truth.patients],
-            ~tested, tested, "dice", rng=self.rng(k, 7), strata=quality_strata(true),
-        )  # fmt: skip
-        found += [("test", stratum, coverage) for stratum, coverage in on_test.items()]
         groups = np.array(self.run.groups_of(patients))
-        for number, group in enumerate(np.unique(groups) if len(set(groups)) > 1 else ()):
-            own = groups == group
-            shifted = shift_coverage(x, y, patients, ~own, own, "dice", rng=self.rng(k, 8, number))
-            found.append(("shift", str(group), shifted[ALL]))
-        found += [("structure", name, c) for name, c in self._from_other_structures(k, x, y, patients)]
-        for kind, stratum, coverage in found:
-            yield Covered(self._name(k), kind, stratum, coverage)  # type: ignore[arg-type]
+        true_dice = np.concatenate([t.metrics[:, k, 0] for t in (*self.known, self.truth)])
+        for m, metric in enumerate(METRIC_NAMES):
+            x, y = self._known_values(k, m)
+            strata = quality_strata(true_dice[: len(y)])
+            resplit = resplit_coverage(x, y, patients, metric, rng=self.rng(k, 6, m), strata=strata)
+            found = [("resplit", stratum, coverage) for stratum, coverage in resplit.items()]
+            true = np.concatenate([y, self.truth.metrics[:, k, m]])
+            tested = np.arange(len(true)) >= len(y)
+            on_test = shift_coverage(
+                np.concatenate([x, self.said[SEGQC].metrics[:, k, m]]), true, [*patients, *self.truth.patients],
+                ~tested, tested, metric, rng=self.rng(k, 7, m), strata=quality_strata(true_dice),
+            )  # fmt: skip
+            found += [("test", stratum, coverage) for stratum, coverage in on_test.items()]
+            for number, group in enumerate(np.unique(groups) if len(set(groups)) > 1 else ()):
+                own = groups == group
+                shifted = shift_coverage(x, y, patients, ~own, own, metric, rng=self.rng(k, 8, m, number))
+                found.append(("shift", str(group), shifted[ALL]))
+            found += [("structure", name, c) for name, c in self._from_other_structures(k, m, patients)]
+            for kind, stratum, coverage in found:
+                yield Covered(self._name(k), metric, kind, stratum, coverage)  # type: ignore[arg-type]
 
-    def _from_other_structures(
-        self, k: int, x: Values, y: Values, patients: Sequence[str]
-    ) -> Iterator[tuple[str, Coverage]]:
+    def _known_values(self, k: int, m: int) -> tuple[Values, Values]:
+        """A 3D metric of the calibrating masks: as SegQC reads it off its maps, and the truth."""
+        read = np.concatenate([said.metrics[:, k, m] for said in self.on_known[SEGQC]])
+        return read, np.concatenate([truth.metrics[:, k, m] for truth in self.known])
+
+    def _from_other_structures(self, k: int, m: int, patients: Sequence[str]) -> Iterator[tuple[str, Coverage]]:
         """Intervals made of each structure that has no voxel in common with structure ``k``, held against this one."""
         structures = self.run.cohort.structures
+        x, y = self._known_values(k, m)
+        own = np.arange(2 * len(x)) >= len(x)
         for other, structure in enumerate(structures):
             if other == k or set(structure.values) & set(structures[k].values):
                 continue
-            of_other = [np.concatenate([a.metrics[:, other, 0] for a in arrays])
-                        for arrays in (self.on_known[SEGQC], self.known)]  # fmt: skip
-            own = np.arange(2 * len(x)) >= len(x)
+            other_x, other_y = self._known_values(other, m)
             shifted = shift_coverage(
-                np.concatenate([of_other[0], x]), np.concatenate([of_other[1], y]), [*patients, *patients],
-                ~own, own, "dice", rng=self.rng(k, 9, other),
+                np.concatenate([other_x, x]), np.concatenate([other_y, y]), [*patients, *patients],
+                ~own, own, METRIC_NAMES[m], rng=self.rng(k, 9, m, other),
             )  # fmt: skip
             yield structure.name, shifted[ALL]
 
