@@ -113,7 +113,7 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
     assert all(b.precision.value in (1.0, None) for b in found.boxes)
     assert found.chosen is None
     extracted = next(d for d in result.detected if (d.method, d.predicted, d.true) == (SEGQC, *["extracted"] * 2))
-    assert extracted.chosen == 0.3, "the errors of these masks are smaller than a box"
+    assert extracted.chosen == 0.1, "the errors of these masks are smaller than a box"
 
 
 def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:

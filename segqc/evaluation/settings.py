@@ -66,7 +66,7 @@ class EvaluationSettings:
     boxes: BoxSettings = field(default_factory=BoxSettings)
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
     annotator: ExtractionSettings = _ANNOTATOR
-    box_thresholds: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+    box_thresholds: tuple[float, ...] = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
     box_precision: float = 0.7
     box_ious: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)
     group_pattern: str | None = None
