@@ -111,6 +111,26 @@ def test_a_worker_that_ends_gives_its_job_back(studies: Studies) -> None:
     assert not alive(int(given.said[0]))
 
 
+@pytest.mark.parametrize("wanted", [None, "ACTIVE"])
+def test_a_job_gives_way_to_the_server_and_its_threads_do_not_spin(
+    studies: Studies, monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", wanted)
+    # the worker lowers the priority of a process that runs already
+    code = (
+        "import os, time; end = time.monotonic() + 30\n"
+        "while os.getpriority(os.PRIO_PROCESS, 0) <= 0 and time.monotonic() < end: time.sleep(0.01)\n"
+        "print(os.getpriority(os.PRIO_PROCESS, 0), os.environ['OMP_WAIT_POLICY'])"
+    )
+    job = put(studies, code=code)
+    Worker(studies, ("train",), command=python).serve(until_idle=True)
+    niceness, policy = state(studies, job).said[0].split()
+    assert int(niceness) > 0
+    assert policy == (wanted or "PASSIVE"), "who set it knows better"
+
+
 def test_after_the_last_training_the_pool_is_scored(studies: Studies) -> None:
     put(studies, code=""), put(studies, code="raise SystemExit(1)")
     third = put(studies, code="")
