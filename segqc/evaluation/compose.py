@@ -73,7 +73,7 @@ def compose(
         *_detection(studies, whole),
         *_examples(run, cohort, studies, whole, index[whole]),
         *_ablations(results, structures),
-        *_intervals(studies, structures),
+        *_intervals(studies, [whole, *others]),
         *(_observers(name, study) for name, study in observers.items()),
         cautions([_evaluated(run, r, whole) for r in studies if find_row(r, whole, SEGQC) is not None])
         if any(find_row(r, whole, SEGQC) is not None for r in studies)
@@ -151,6 +151,8 @@ def _versus(result: StudyResult, structure: str) -> Iterator[str]:
             f"What looking at the mask adds is not shown: {result_tables.joined(without_mask)} never "
             f"{'sees' if len(without_mask) == 1 else 'see'} it."
         )
+    if SCAN_ONLY in by_verdict["worse"]:
+        yield "Here it even does harm: the same network is more exact when it sees the scan only."
 
 
 def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
@@ -339,8 +341,8 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
         kinds = tuple(result_tables.COVERAGE_KINDS) if r is studies[0] else ("test",)
         found = result_tables.coverage_tables(r, structures, kinds)
         tables += found
-        figure = result_figures.coverage_figure(r, structures[0]) if found else None
-        drawn += [] if figure is None else [figure]
+        figures = [result_figures.coverage_figure(r, s, kinds) for s in structures]
+        drawn += [figure for figure in figures if figure is not None]
     if tables:
         yield Section("Prediction intervals", (), (), tuple(tables), tuple(drawn))
 

@@ -299,8 +299,8 @@ def _example(
     )
 
 
-def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
-    """How often the intervals held the truth, by stratum."""
+def coverage_figure(result: StudyResult, structure: str, kinds: Sequence[str]) -> Figure | None:
+    """How often the intervals of the 3D Dice held the truth, by stratum; ``kinds`` are of `COVERAGE_KINDS`."""
     strata = [
         figures.Coverage(
             f"{COVERAGE_KINDS[c.kind]}: {c.stratum}",
@@ -309,7 +309,10 @@ def coverage_figure(result: StudyResult, structure: str) -> Figure | None:
             np.array([float(c.coverage.patients)]),
         )
         for c in result.covered
-        if (c.structure, c.metric) == (structure, "dice") and c.coverage.coverage is not None and c.coverage.patients
+        if (c.structure, c.metric) == (structure, "dice")
+        and c.kind in kinds
+        and c.coverage.coverage is not None
+        and c.coverage.patients
     ]
     if not strata:
         return None

@@ -50,7 +50,7 @@ COVERAGE_KINDS: Mapping[str, str] = {
     "resplit": "random splits",
     "test": "on this study's masks",
     "shift": "groups: all others to",
-    "structure": "from",
+    "structure": "calibrated on",
 }
 _SIMULATED = "masks that a simulated annotator corrected"
 _ORDER_SUFFIXES = (OF_SUM, OF_GAIN, OF_EXTRACTED)
@@ -683,10 +683,10 @@ def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Seque
             note=(
                 "Random splits: calibrated on some patients of the training side, tested on its others. On "
                 "this study's masks: calibrated on the whole training side. Groups: calibrated on the patients "
-                "of all other groups, tested on this one's; from: calibrated on another structure of other "
-                "patients. Strata are of the true Dice. Error: binomial, with patients as trials. A dash: not enough "
-                f"patients for an interval. The promise of {level} holds on average "
-                "over masks like those calibrated on, not in every stratum, and not under shift."
+                "of all other groups, tested on this one's. Calibrated on: another structure, of other patients. "
+                "Strata are of the true Dice. Error: binomial, with patients as trials. A dash: not enough patients "
+                f"for an interval. The promise of {level} holds on average over masks like those calibrated on, not in "
+                "every stratum, and not under shift."
             ),
             group="structure",
         ),

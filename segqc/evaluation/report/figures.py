@@ -474,6 +474,7 @@ def _coverage_at(level: float, strata: Sequence[Coverage]) -> str:
                 color=_COLOURS[0],
                 markersize=5,
                 elinewidth=2,
+                clip_on=False,
             )
         ax.set_yticks(range(len(strata)), [f"{s.stratum} (n = {_whole(s.trials)})" for s in strata])
         ax.set_ylim(len(strata) - 0.5, -0.5)
