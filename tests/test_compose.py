@@ -135,6 +135,24 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     assert "ball" in path.read_text()
 
 
+def test_a_report_says_where_looking_at_the_mask_does_harm(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+    compared = tuple(
+        replace(c, judgements=tuple(
+            replace(j, verdict="worse") if other == SCAN_ONLY else j
+            for other, j in zip(c.others, c.judgements, strict=True)
+        ))
+        for c in result.compared
+    )  # fmt: skip
+    harm = "does harm"
+    said = [
+        " ".join(item for point in compose(run, [r]).sections[0].points for item in point.items)
+        for r in (result, replace(result, compared=compared))
+    ]
+    assert harm not in said[0]
+    assert "More exact than SegQC: scan only." in said[1] and harm in said[1]
+
+
 def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_all(
     finished: tuple[Run, StudyResult],
 ) -> None:

@@ -669,7 +669,7 @@ def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Seque
     shown = [c for c in result.covered if c.structure in structures and c.kind in kinds]
     # a stratum without masks is nothing to report, a group that can't be tested is
     dice = [c for c in shown if c.metric == "dice" and (c.coverage.patients or not _in_strata(c))]
-    others = [c for c in shown if c.metric != "dice" and not _in_strata(c)]
+    others = [c for c in shown if c.metric != "dice"]
     if not dice:
         return []
     level = f"{dice[0].coverage.level:.0%}"
@@ -695,7 +695,7 @@ def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Seque
             f"How often {level} intervals of the other 3D metrics hold the truth, {title_of(result)}",
             ("structure", "metric", *columns),
             tuple((c.structure, SHOWN[c.metric], *_coverage_row(c)) for c in others),
-            note="As the table before; over all masks only. Masks without a defined number are left out.",
+            note="As the table before, but over all masks. Masks without a defined number are left out.",
             group="structure",
         ),
     ]

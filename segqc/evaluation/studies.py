@@ -561,14 +561,15 @@ class _Study:
         true_dice = np.concatenate([t.metrics[:, k, 0] for t in (*self.known, self.truth)])
         for m, metric in enumerate(METRIC_NAMES):
             x, y = self._known_values(k, m)
-            strata = quality_strata(true_dice[: len(y)])
-            resplit = resplit_coverage(x, y, patients, metric, rng=self.rng(k, 6, m), strata=strata)
+            strata = quality_strata(true_dice) if metric == "dice" else {}
+            known = {name: chosen[: len(y)] for name, chosen in strata.items()}
+            resplit = resplit_coverage(x, y, patients, metric, rng=self.rng(k, 6, m), strata=known)
             found = [("resplit", stratum, coverage) for stratum, coverage in resplit.items()]
             true = np.concatenate([y, self.truth.metrics[:, k, m]])
             tested = np.arange(len(true)) >= len(y)
             on_test = shift_coverage(
                 np.concatenate([x, self.said[SEGQC].metrics[:, k, m]]), true, [*patients, *self.truth.patients],
-                ~tested, tested, metric, rng=self.rng(k, 7, m), strata=quality_strata(true_dice),
+                ~tested, tested, metric, rng=self.rng(k, 7, m), strata=strata,
             )  # fmt: skip
             found += [("test", stratum, coverage) for stratum, coverage in on_test.items()]
             for number, group in enumerate(np.unique(groups) if len(set(groups)) > 1 else ()):
