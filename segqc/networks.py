@@ -275,8 +275,9 @@ class ModelCard:
     """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
 
     ``seen`` names the patients whose labels the network, or a network it was started from, has learnt from.
-    ``members`` networks of the plan answer together, with the mean of their logits. ``map_calibration`` has one entry
-    per structure, or none: then the logits are taken as they are.
+    ``members`` networks of the plan answer together, with the mean of their logits. With ``average_flips`` the answer
+    is the mean over in-plane flips; with ``hide_mask`` half of these are looked at without the mask.
+    ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
     """
 
     kind: Kind
@@ -286,6 +287,7 @@ class ModelCard:
     seen: tuple[str, ...]
     output_form: OutputForm = "truth"
     average_flips: bool = False
+    hide_mask: bool = False
     transposes: bool = False
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
@@ -415,10 +417,11 @@ def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torc
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    # models of before there were intervals, several members, or calibrated maps keep their version
+    # models of before there were intervals, several members, calibrated maps, or hidden masks keep their version
     left_out: dict[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}}
     left_out |= {"members": True} if card.members == 1 else {}
     left_out |= {} if card.map_calibration else {"map_calibration": True}
+    left_out |= {} if card.hide_mask else {"hide_mask": True}
     digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

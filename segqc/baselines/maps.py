@@ -102,6 +102,8 @@ class ScanOnly:
 class CrossFittedMean:
     """The truth as the mean softmax of several segmentation networks, of different folds.
 
+    With ``average_flips`` each network's softmax is the mean over the symmetries of its test-time augmentation.
+
     Raises:
         ValueError: if there is no network, or their structures differ.
     """
@@ -110,10 +112,12 @@ class CrossFittedMean:
         self,
         segmenters: Sequence[Segmenter],
         *,
+        average_flips: bool = False,
         name: str = "cross-fitted mean",
         empty_under_mm3: float = EMPTY_UNDER_MM3,
     ) -> None:
         self.name = name
+        self.average_flips = average_flips
         self.segmenters = tuple(segmenters)
         self.structures = _common([s.structures for s in segmenters])
         self.empty_under_mm3 = empty_under_mm3
@@ -124,8 +128,15 @@ class CrossFittedMean:
         known = self._last.get(scan)
         if known is not None:
             return known
-        soft = [structure_probabilities(s, s.predict(scan).probabilities, self.structures) for s in self.segmenters]
+        soft = [structure_probabilities(s, self._softmax(s, scan), self.structures) for s in self.segmenters]
         return self._last.keep(_mean(soft), scan)
+
+    def _softmax(self, segmenter: Segmenter, scan: Volume) -> FloatArray:
+        return (
+            segmenter.predict_tta(scan).mean_probabilities
+            if self.average_flips
+            else segmenter.predict(scan).probabilities
+        )
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Compare the mask with the networks' mean."""
@@ -169,7 +180,7 @@ def train_scan_only(
     """
     cases = {s.case.id: s for s in sets}
     blank = [MaskSet(s.case, np.zeros_like(s.masks[:1]), (0.0,)) for s in cases.values()]
-    plain = replace(settings, output_form="truth", scan_only_share=0.0, empty_mask_share=0.0)
+    plain = replace(settings, output_form="truth", scan_only_share=0.0, empty_mask_share=0.0, hide_mask=False)
     return train_on_masks(blank, structures, placements, plain, folder, progress)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segqc.assessor import sigmoid
+from segqc.assessor import mean_over_flips, sigmoid
 from segqc.baselines.estimates import (
     SILENT,
     Estimate,
@@ -55,6 +55,7 @@ class SoftInput:
         plan: NetworkPlan,
         structures: Sequence[Structure],
         empty_under_mm3: float,
+        settings: TrainingSettings,
         maps: Sequence[MapCalibration] = (),
     ) -> None:
         self.name = "soft input"
@@ -63,11 +64,12 @@ class SoftInput:
         self.plan = plan
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
+        self.settings = settings
         self.maps = tuple(maps) or (MapCalibration(),) * len(self.structures)
 
     def with_maps(self, maps: tuple[MapCalibration, ...]) -> SoftInput:
         """The same network with calibrated maps, one per structure."""
-        return SoftInput(self.network, self.plan, self.structures, self.empty_under_mm3, maps)
+        return SoftInput(self.network, self.plan, self.structures, self.empty_under_mm3, self.settings, maps)
 
     def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
         """Estimate from scan, mask and the maker's soft output."""
@@ -86,9 +88,15 @@ class SoftInput:
         masks = structure_masks(mask.labels.array, self.structures)
         soft = torch.from_numpy(_soft_output(maker, mask.scan, self.structures, frame))[None]
         x = torch.cat([network_input(mask.scan, masks, frame), soft], dim=1)
-        with torch.inference_mode():
-            logits = sliding_window(self.network, x, self.plan.patch, self.device)
+        logits = (
+            mean_over_flips(self._run, x, hide_mask=self.settings.hide_mask)
+            if self.settings.average_flips
+            else self._run(x)
+        )
         return np.asarray(to_native(logits[0].numpy(), frame, order=1), np.float32)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        return sliding_window(self.network, x, self.plan.patch, self.device)
 
 
 def train_soft_input(
@@ -117,7 +125,7 @@ def train_soft_input(
         for example, output in zip(mask_examples(sets, label_values(structures), plan), soft, strict=True)
     ]
     job = assessor_job("soft input", plan, examples, [], structures, settings)
-    return SoftInput(fit(job, folder, progress).network, plan, structures, empty_under_mm3)
+    return SoftInput(fit(job, folder, progress).network, plan, structures, empty_under_mm3, settings)
 
 
 def _soft_outputs(made: MadeMasks, structures: Sequence[Structure], plan: NetworkPlan) -> list[FloatArray]:

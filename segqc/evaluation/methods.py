@@ -126,27 +126,9 @@ class SegQcNet(Trained):
         assessor.save(path)
         return assessor
 
-    def calibrated(self, run: Run, folds: Sequence[int], method: Method | None = None) -> list[Assessor]:
-        """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it.
-
-        On the masks that calibrate this method, or another one of the same networks.
-        """
-        of = method or self
-        maps = run.kept(f"networks/{slug(of.name)}/maps.json", _MAPS, functools.partial(self._fit_maps, run, of))
-        return [with_maps(self.assessor(run, fold), maps) for fold in folds]
-
-    def _fit_maps(self, run: Run, method: Method) -> tuple[MapCalibration, ...]:
-        def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
-            assessor = self.assessor(run, fold)
-
-            def of(mask: MaskToJudge) -> FloatArray:
-                scan, labels = mask.scan, mask.labels
-                empty = Volume(np.zeros_like(labels.array), scan.affine, scan.acquisition_axis)
-                return assessor.output_logits(scan, empty if self.scan_only else labels)
-
-            return of
-
-        return _fit_maps(run, method, logits, self.change(run.settings.assessor).output_form)
+    def calibrated(self, run: Run, folds: Sequence[int]) -> list[Assessor]:
+        """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it."""
+        return _calibrated(run, self, folds, functools.partial(self.assessor, run), blind=self.scan_only)
 
     def _masks(self, run: Run, fold: int) -> list[MaskSet]:
         """The masks that a fold's network learns from: those of the other folds' cases."""
@@ -167,26 +149,35 @@ class SameNetworks(Method):
 
     Attributes:
         of: the method whose networks they are.
-        flips: whether each gives the mean over flips.
+        average_flips, hide_mask: as of a model's card.
+        blind: whether they never see the mask.
         calibrated: whether their maps are calibrated.
         extracted: whether estimates are read off the map after error extraction (the paper's SegQC-EE).
     """
 
     of: SegQcNet = field(default_factory=lambda: _RECIPE)
-    flips: bool = False
+    average_flips: bool = True
+    hide_mask: bool = True
+    blind: bool = False
     calibrated: bool = True
     extracted: bool = False
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """The map of the networks."""
         folds = folds[:1] if self.variant else folds
+        if self.extracted:
+            return MapEstimator(self.of.calibrated(run, folds), name=self.name, extraction=run.settings.extraction)
+        asked = functools.partial(self._asked, run)
         if self.calibrated:
-            assessors = self.of.calibrated(run, folds, self if self.variant else None)
+            assessors = _calibrated(run, self, folds, asked, blind=self.blind)
         else:
-            assessors = [self.of.assessor(run, k) for k in folds]
-        cards = [replace(a.card, average_flips=self.flips or a.card.average_flips) for a in assessors]
-        changed = [Assessor(card, a.network) for card, a in zip(cards, assessors, strict=True)]
-        return MapEstimator(changed, name=self.name, extraction=run.settings.extraction if self.extracted else None)
+            assessors = [asked(fold) for fold in folds]
+        return (ScanOnly if self.blind else MapEstimator)(assessors, name=self.name)
+
+    def _asked(self, run: Run, fold: int) -> Assessor:
+        assessor = self.of.assessor(run, fold)
+        card = replace(assessor.card, average_flips=self.average_flips, hide_mask=self.hide_mask)
+        return Assessor(card, assessor.network)
 
 
 @dataclass(frozen=True)
@@ -241,7 +232,7 @@ class LearntScore(Trained):
     def _of(self, run: Run, fold: int) -> Estimator:
         s, folder = run.settings, run.folder / "networks" / slug(self.name) / f"fold-{fold}"
         seed = 10 * (s.seed + 1) + fold
-        settings = replace(s.assessor, empty_mask_share=0.0, mask_deformation=0.0, seed=seed)
+        settings = replace(s.assessor, empty_mask_share=0.0, mask_deformation=0.0, hide_mask=False, seed=seed)
         sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]
         placed = {p: Placement(0, "train") for p in run.cohort.fold}
         return self.fit(sets, run.cohort.structures, placed, settings, folder, LineProgress())
@@ -257,7 +248,7 @@ class OfSegmenters(Method):
     """
 
     make: Callable[[Sequence[Segmenter], str], Estimator] = lambda segmenters, name: CrossFittedMean(
-        segmenters, name=name
+        segmenters, average_flips=True, name=name
     )
     least: int = 1
 
@@ -327,7 +318,9 @@ _METHODS: tuple[Method, ...] = (
 )
 _VARIANTS: tuple[Method, ...] = (
     SameNetworks(ONE_NETWORK, variant=True),
-    SameNetworks(f"{SEGQC}, flips averaged", flips=True),
+    SameNetworks(f"{SEGQC}, no flips", average_flips=False, hide_mask=False),
+    SameNetworks(f"{SEGQC}, mask always shown", hide_mask=False),
+    SameNetworks(f"{SEGQC}, mask never shown", blind=True),
     SameNetworks(f"{SEGQC}, maps not calibrated", calibrated=False),
     SameNetworks("SegQC-TR, one network", variant=True, of=_TRANSFERRED, of_one_maker=True),
     SegQcNet("median masks only", variant=True, of_one_maker=True, augmented=False),
@@ -335,11 +328,11 @@ _VARIANTS: tuple[Method, ...] = (
     SegQcNet(
         "direct output",
         variant=True,
-        change=lambda s: replace(s, output_form="direct", scan_only_share=0.0, empty_mask_share=0.0),
+        change=lambda s: replace(s, output_form="direct", scan_only_share=0.0, empty_mask_share=0.0, hide_mask=False),
     ),
     SegQcNet("Dice loss", variant=True, change=lambda s: replace(s, loss="dice")),
     SegQcNet("masks not deformed", variant=True, change=lambda s: replace(s, mask_deformation=0.0)),
-    SegQcNet("no empty masks", variant=True, change=lambda s: replace(s, empty_mask_share=0.0)),
+    SegQcNet("no empty masks", variant=True, change=lambda s: replace(s, empty_mask_share=0.0, hide_mask=False)),
     WithSoftInput("soft input", variant=True),
 )
 _BY_NAME = {method.name: method for method in (*_METHODS, *_VARIANTS)}
@@ -384,6 +377,26 @@ def train(run: Run, name: str) -> None:
 def judge_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
     """The estimator of a method, by its name; see `Method.estimator`."""
     return _BY_NAME[method].estimator(run, folds)
+
+
+def _calibrated(
+    run: Run, method: Method, folds: Sequence[int], assessor_of: Callable[[int], Assessor], *, blind: bool
+) -> list[Assessor]:
+    """The assessors of some folds, their maps calibrated on the masks that calibrate a method; blind, without them."""
+
+    def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
+        assessor = assessor_of(fold)
+
+        def of(mask: MaskToJudge) -> FloatArray:
+            empty = Volume(np.zeros_like(mask.labels.array), mask.scan.affine, mask.scan.acquisition_axis)
+            return assessor.output_logits(mask.scan, empty if blind else mask.labels)
+
+        return of
+
+    form = assessor_of(folds[0]).card.output_form
+    path = f"networks/{slug(method.name)}/maps.json"
+    maps = run.kept(path, _MAPS, lambda: _fit_maps(run, method, logits, form))
+    return [with_maps(assessor_of(fold), maps) for fold in folds]
 
 
 def _fit_maps(

@@ -162,6 +162,7 @@ def fit_assessor(
         seen=tuple(sorted({s.case.patient for s in (*train, *validation)})),
         output_form=settings.output_form,
         average_flips=settings.average_flips,
+        hide_mask=settings.hide_mask,
     )
     return Assessor(card, fit(job, folder, progress).network)
 

@@ -91,7 +91,9 @@ def _keep_freed_memory() -> None:
 
 def fingerprint(job: Job) -> str:
     """What a checkpoint must agree on to be continued: plan, settings, length and the examples' contents."""
-    digest = hashlib.sha256(repr((job.plan, job.settings, job.epochs, job.empty_mask_epochs, job.snapshots)).encode())
+    # how the network is asked later is no matter of its training
+    settings = dataclasses.replace(job.settings, average_flips=False, hide_mask=False)
+    digest = hashlib.sha256(repr((job.plan, settings, job.epochs, job.empty_mask_epochs, job.snapshots)).encode())
     digest.update(job.variant.encode())
     for example in (*job.train, *job.validation):
         digest.update(f"{example.case}{example.weight}".encode())

@@ -23,6 +23,8 @@ class TrainingSettings:
     seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
     The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
     network's training and assessment for each fold.
+    ``average_flips`` lets SegQC-Net answer with the mean over in-plane flips; with ``hide_mask`` it does not see the
+    mask in half of them: so it errs less on masks of networks that it has not met.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
@@ -47,7 +49,20 @@ class TrainingSettings:
     empty_mask_share: float = 0.0
     mask_deformation: float = 0.0
     average_flips: bool = False
+    hide_mask: bool = False
     ensemble: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse to hide the mask from a network that would not know what to answer.
+
+        Raises:
+            ValueError: if ``hide_mask`` goes without flips, empty masks in the training, or the output form "truth".
+        """
+        taught = self.scan_only_share > 0 or self.empty_mask_share > 0
+        if self.hide_mask and not (self.average_flips and taught and self.output_form == "truth"):
+            raise ValueError(
+                "hide_mask needs average_flips, output_form 'truth', and scan_only_share or empty_mask_share over 0"
+            )
 
     def paper_recipe(self) -> TrainingSettings:
         """The paper's own SegQC-Net: error as direct output, Dice loss, learning rate 5e-4 (section 4.2)."""
@@ -60,5 +75,6 @@ class TrainingSettings:
             empty_mask_share=0.0,
             mask_deformation=0.0,
             average_flips=False,
+            hide_mask=False,
             ensemble=False,
         )
