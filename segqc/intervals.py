@@ -178,7 +178,7 @@ def jackknife_plus(
     found = []
     for name in np.unique(names):
         own = names == name
-        line = fit_calibration(values[~own], true[~own], metric=metric)
+        line = fit_calibration(values[~own], true[~own], metric=metric, patients=names[~own])
         floor = _fit_floor(line.apply(values[~own]), true[~own], metric)
         found.append(_scores(line.apply(values[own]), true[own], line, floor, metric))
     return ConformalCalibration(metric, tuple(found))

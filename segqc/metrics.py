@@ -41,6 +41,7 @@ PEAK_OF_A_TRUTH = 0.5
 MIN_CALIBRATION_CASES = 3
 LEAST_SLOPE = 0.01
 _SLOPE_PRECISION = 1e-8
+_PARTS = 5  # of a cross-validation over patients
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,7 @@ def fit_calibration(
     true: Sequence[float | None] | Values,
     *,
     metric: MetricName | None = None,
+    patients: Sequence[str] | npt.NDArray[np.str_] | None = None,
 ) -> LinearCalibration:
     """Fit the line of least absolute errors, on estimates of networks that have not seen these truths.
 
@@ -244,19 +246,54 @@ def fit_calibration(
         estimated: one metric's estimates.
         true: the true values, in the same order.
         metric: the metric whose range bounds calibrated values; None leaves them unbounded.
+        patients: whose mask or slice each is. Then there is a line only where it lowers the mean absolute error of
+            patients that it was not fitted on, by cross-validation: an error map that is calibrated itself may need
+            none.
 
     Raises:
-        ValueError: if the two differ in length.
+        ValueError: if they differ in length.
     """
     low, high = METRIC_RANGES[metric] if metric is not None else (None, None)
     x, y = np.array(estimated, np.float64), np.array(true, np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"a calibration needs as many estimates as true values, got {x.size} and {y.size}")
+    if x.shape != y.shape or x.ndim != 1 or (patients is not None and len(patients) != x.size):
+        of = "" if patients is None else f", of {len(patients)} masks' patients"
+        raise ValueError(f"a calibration needs as many estimates as true values, got {x.size} and {y.size}{of}")
     defined = np.isfinite(x) & np.isfinite(y)
     x, y = x[defined], y[defined]
-    if x.size < MIN_CALIBRATION_CASES or np.ptp(x) <= 1e-9 * max(1.0, float(np.abs(x).max())):
+    whose = None if patients is None else np.unique(np.asarray(patients)[defined], return_inverse=True)[1]
+    if not _spread(x) or (whose is not None and not _of_use(x, y, whose, low, high)):
         return LinearCalibration(low=low, high=high)
+    return _least_absolute_errors(x, y, low, high)
 
+
+def _spread(x: Values) -> bool:
+    """Whether estimates are enough for a line, and not all alike."""
+    return x.size >= MIN_CALIBRATION_CASES and float(np.ptp(x)) > 1e-9 * max(1.0, float(np.abs(x).max()))
+
+
+def _of_use(x: Values, y: Values, patients: npt.NDArray[np.int64], low: float | None, high: float | None) -> bool:
+    """Whether a line lowers the error of patients that it was not fitted on, each patient counting once.
+
+    Args:
+        x: estimates.
+        y: truths.
+        patients: the number of each one's patient.
+        low: the least calibrated value.
+        high: the largest one.
+    """
+    count = int(patients.max()) + 1
+    gains = np.abs(LinearCalibration(low=low, high=high).apply(x) - y)
+    for part in range(min(_PARTS, count)):
+        left_out = patients % _PARTS == part
+        if not _spread(x[~left_out]):
+            return False  # too few patients to tell
+        line = _least_absolute_errors(x[~left_out], y[~left_out], low, high)
+        gains[left_out] -= np.abs(line.apply(x[left_out]) - y[left_out])
+    mean = np.bincount(patients, gains) / np.bincount(patients)
+    return bool(mean.mean() > 0)
+
+
+def _least_absolute_errors(x: Values, y: Values, low: float | None, high: float | None) -> LinearCalibration:
     def error(slope: float) -> float:
         # distances from the median add up to the upper half less the lower one
         left = np.sort(y - slope * x)

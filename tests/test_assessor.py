@@ -77,6 +77,29 @@ def test_a_network_that_knows_the_truth_gives_the_true_numbers(form: str, flips:
     assert result.assessment.dice == min(q.raw.metrics.dice for q in result.assessment.structures)  # type: ignore[type-var]
 
 
+class Believing(nn.Module):
+    """A truth's logit from scan and mask, of each structure: unlike under flips, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ramp = torch.linspace(0, 1, x.shape[-3])[:, None, None]
+        return torch.cat([x[:, :1] + 3 * x[:, 1:2] + ramp, 0.5 - x[:, :1] + 3 * x[:, 2:3]], dim=1)
+
+
+def test_half_of_the_flips_are_looked_at_without_the_mask() -> None:
+    scan, labels, _ = world()
+    empty = Volume(np.zeros_like(labels.array), AFFINE)
+
+    def logits(seen: Volume, *, hidden: bool) -> np.ndarray:
+        model = assessor(average_flips=True, hide_mask=hidden)
+        model.network = Believing()
+        return model.output_logits(scan, seen)
+
+    shown, unseen = logits(labels, hidden=False), logits(empty, hidden=False)
+    np.testing.assert_allclose(logits(labels, hidden=True), (shown + unseen) / 2, atol=1e-5)
+    assert np.abs(shown - unseen).max() == pytest.approx(3)
+    np.testing.assert_allclose(logits(empty, hidden=True), unseen, atol=1e-5)
+
+
 def test_slices_boxes_and_likely_errors_point_at_the_errors() -> None:
     scan, labels, truth = world()
     model = assessor()

@@ -109,7 +109,7 @@ def test_the_jackknife_plus_by_hand() -> None:
     ends: list[tuple[float, float, float]] = []
     for name in sorted(set(names)):
         own = owner == name
-        line = fit_calibration(x[~own], truth[~own], metric="dice")
+        line = fit_calibration(x[~own], truth[~own], metric="dice", patients=owner[~own])
         floor = likeliest_floor(line.apply(x[~own]), truth[~own])
         for value, true in zip(x[own], truth[own], strict=True):
             there, here = line.apply(float(value)), line.apply(new)

@@ -312,6 +312,29 @@ def test_undefined_pairs_are_left_out_and_lengths_must_agree() -> None:
     assert LinearCalibration().apply(0.3) == 0.3
 
 
+def test_there_is_a_line_only_where_it_helps_patients_that_it_was_not_fitted_on() -> None:
+    rng = np.random.default_rng(0)
+    patients = [f"p{i // 4}" for i in range(80)]
+    estimated = rng.uniform(0.5, 1.0, 80)
+    scattered = estimated + rng.normal(0, 0.05, 80)  # no line is better than the estimates, but by chance
+    biased = 0.7 * estimated + 0.2 + rng.normal(0, 0.01, 80)
+    assert fit_calibration(estimated, scattered).slope != 1.0
+    assert fit_calibration(estimated, scattered, patients=patients, metric="dice") == LinearCalibration(1, 0, 0, 1)
+    assert fit_calibration(estimated, biased, patients=patients) == fit_calibration(estimated, biased)
+    # names, order, and undefined pairs change nothing
+    order = rng.permutation(80)
+    known = [None, *biased[order]]
+    again = fit_calibration([0.2, *estimated[order]], known, patients=["z", *(patients[i] for i in order)])
+    assert again.slope == pytest.approx(fit_calibration(estimated, biased).slope)
+    # each patient counts once: one with many masks does not bring a line for all
+    many = ["p0"] * 61 + [f"p{i}" for i in range(1, 20)]
+    assert fit_calibration(estimated, np.r_[biased[:61], estimated[61:]], patients=many).slope == 1.0
+    # what one patient shows cannot be checked
+    assert fit_calibration(estimated, biased, patients=["p0"] * 80).slope == 1.0
+    with pytest.raises(ValueError, match="3 and 3, of 2 masks' patients"):
+        fit_calibration([0.1, 0.2, 0.3], [0.1, 0.2, 0.3], patients=["a", "b"])
+
+
 def test_all_pairs_of_small_masks_against_the_definition() -> None:
     # every pair of masks of three voxels: 64 cases, among them all empty ones
     for bits in itertools.product([False, True], repeat=6):

@@ -14,6 +14,7 @@ import torch
 from segqc.assessor import Assessor
 from segqc.placement import Placement, Placing, place
 from segqc.segmenter import Segmenter
+from segqc.settings import SettingsError, build
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example, read_case
@@ -175,10 +176,23 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
 
 def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 4)
-    recipe = QUICK.paper_recipe()
+    recipe = replace(QUICK, average_flips=True, hide_mask=True).paper_recipe()
     assert (recipe.output_form, recipe.loss, recipe.learning_rate) == ("direct", "dice", 5e-4)
     model = train_assessor(cases, STRUCTURES, placed(cases), recipe, tmp_path / "t", NoProgress())
     assert model.card.output_form == "direct"
+    assert (model.card.average_flips, model.card.hide_mask) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "lacking", [{"average_flips": False}, {"output_form": "direct"}, {"scan_only_share": 0.0, "empty_mask_share": 0.0}]
+)
+def test_a_mask_is_hidden_only_from_networks_that_know_what_to_answer(lacking: dict[str, object]) -> None:
+    able = replace(QUICK, average_flips=True, hide_mask=True, scan_only_share=0.0, empty_mask_share=0.2)
+    with pytest.raises(ValueError, match="hide_mask needs average_flips"):
+        replace(able, **lacking)  # type: ignore[arg-type]
+    chosen = {"average_flips": True, "hide_mask": True, "scan_only_share": 0.4, **lacking}
+    with pytest.raises(SettingsError, match="hide_mask needs average_flips"):
+        build(TrainingSettings, chosen, "training")
 
 
 def test_stratified_weights_draw_rare_qualities_more_often_but_not_without_end() -> None:

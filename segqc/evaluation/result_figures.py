@@ -91,12 +91,13 @@ def estimated_dice(run: Run, study: StudyName, structure: int, methods: Sequence
         return None
     truths = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
     true = np.concatenate([t.metrics[:, structure, 0] for t in truths])
+    patients = np.concatenate([t.patients for t in truths])
     early = np.concatenate([t.early for t in truths])
     by_method = {}
     for m in methods:
         known = [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)).metrics[:, structure, 0] for k in folds]
         chosen = calibrated_on(m, early)
-        line = fit_calibration(np.concatenate(known)[chosen], true[chosen], metric="dice")
+        line = fit_calibration(np.concatenate(known)[chosen], true[chosen], metric="dice", patients=patients[chosen])
         by_method[m] = line.apply(load_judgements(judgement_path(run, study, m)).metrics[:, structure, 0])
     return Estimated(by_method, load_truths(truth_path(run, study)).metrics[:, structure, 0])
 

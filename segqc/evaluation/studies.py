@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from segqc.baselines.estimates import MaskToJudge
@@ -413,13 +414,14 @@ class _Study:
         column = "metrics" if dimension == "3D" else "slices"
         chosen = self._chosen(self.truth, k, slices)
         raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.said[method], self.truth))
-        whose = np.array(self.truth.patients if dimension == "3D" else self.truth.slice_patients)[chosen]
+        whose = _patients(self.truth, dimension)[chosen]
         truths = [self.known[fold] for fold in calibrating_folds(self.run, method)]
         known = [self._chosen(t, k, slices) & self._calibrating(t, method, dimension) for t in truths]
         x = np.concatenate([getattr(j, column)[:, k, m][c] for j, c in zip(self.on_known[method], known, strict=True)])
         y = np.concatenate([getattr(t, column)[:, k, m][c] for t, c in zip(truths, known, strict=True)])
         constant = float(np.nanmedian(y)) if np.isfinite(y).any() else None
-        line = fit_calibration(x, y, metric=metric)
+        known_whose = np.concatenate([_patients(t, dimension)[c] for t, c in zip(truths, known, strict=True)])
+        line = fit_calibration(x, y, metric=metric, patients=known_whose)
         if method == CONSTANT:  # the folds' constants hardly differ: there is nothing to lay a line through
             line = replace(line, slope=0.0, intercept=np.nan if constant is None else constant)
         errors = np.abs(line.apply(x) - y)
@@ -663,6 +665,11 @@ class _Study:
                             draws=min(500, self.run.settings.draws),
                         ),
                     )  # fmt: skip
+
+
+def _patients(truth: Truths, dimension: Dimension) -> npt.NDArray[np.str_]:
+    """Whose each mask, or slice, is."""
+    return np.array(truth.patients if dimension == "3D" else truth.slice_patients, np.str_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,8 @@
 """From a network's logits to calibrated maps, and from estimates and truths to calibrated estimates with intervals.
 
 The map first: Platt scaling of the logits moves estimates of all qualities, each metric and each slice, the way that a
-line through one metric's estimates can't. Then a line per 3D metric takes what is left (method, "Calibration").
+line through one metric's estimates can't. Then a line per 3D metric takes what is left, where it does so for patients
+that it was not fitted on (method, "Calibration").
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def fit_structure(
     columns = {
         name: ([getattr(e, name) for e in estimates], [getattr(t, name) for t in truths]) for name in METRIC_NAMES
     }
-    lines = {name: fit_calibration(x, truth, metric=name) for name, (x, truth) in columns.items()}
+    lines = {name: fit_calibration(x, truth, metric=name, patients=patients) for name, (x, truth) in columns.items()}
     made = {name: jackknife_plus(x, truth, patients, name) for name, (x, truth) in columns.items()}
     intervals = StructureIntervals(made["dice"], made["iou"], made["arvd"], made["rvd"])
     return StructureCalibration(**lines, largest_box_mm2=None, intervals=intervals)
