@@ -29,7 +29,7 @@ from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta
 from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import Run
-from segqc.networks import MapCalibration, OutputForm
+from segqc.networks import MapCalibration, ModelCard, OutputForm
 from segqc.segmenter import Segmenter
 from segqc.training import LineProgress, Placement
 from segqc.training.assessor import fit_assessor, with_maps
@@ -149,15 +149,14 @@ class SameNetworks(Method):
 
     Attributes:
         of: the method whose networks they are.
-        average_flips, hide_mask: as of a model's card.
+        ask: what is another in their cards.
         blind: whether they never see the mask.
         calibrated: whether their maps are calibrated.
         extracted: whether estimates are read off the map after error extraction (the paper's SegQC-EE).
     """
 
     of: SegQcNet = field(default_factory=lambda: _RECIPE)
-    average_flips: bool = True
-    hide_mask: bool = True
+    ask: Callable[[ModelCard], ModelCard] = lambda card: card
     blind: bool = False
     calibrated: bool = True
     extracted: bool = False
@@ -176,8 +175,7 @@ class SameNetworks(Method):
 
     def _asked(self, run: Run, fold: int) -> Assessor:
         assessor = self.of.assessor(run, fold)
-        card = replace(assessor.card, average_flips=self.average_flips, hide_mask=self.hide_mask)
-        return Assessor(card, assessor.network)
+        return Assessor(self.ask(assessor.card), assessor.network)
 
 
 @dataclass(frozen=True)
@@ -243,12 +241,12 @@ class OfSegmenters(Method):
     """What the folds' segmentation networks say; a fold's own masks are judged by the one that has not seen them.
 
     Attributes:
-        make: the estimator of these networks.
+        make: the estimator of these networks, by its name and SegQC-Net's settings.
         least: how many networks it needs; of one fold, the network of its calibrating masks is the second one.
     """
 
-    make: Callable[[Sequence[Segmenter], str], Estimator] = lambda segmenters, name: CrossFittedMean(
-        segmenters, average_flips=True, name=name
+    make: Callable[[Sequence[Segmenter], str, TrainingSettings], Estimator] = lambda segmenters, name, assessor: (
+        CrossFittedMean(segmenters, average_flips=assessor.average_flips, name=name)
     )
     least: int = 1
 
@@ -257,7 +255,7 @@ class OfSegmenters(Method):
         segmenters = [fold_makers(run, fold)[0] for fold in folds]
         if len(segmenters) < self.least:
             segmenters.append(calibration_makers(run, folds[0])[0])
-        return self.make(segmenters, self.name)
+        return self.make(segmenters, self.name, run.settings.assessor)
 
 
 @dataclass(frozen=True)
@@ -306,9 +304,9 @@ _METHODS: tuple[Method, ...] = (
     OfMaker("softmax entropy", make=SoftmaxEntropy),
     OfMaker("soft output", make=SoftOutput),
     OfSegmenters(CROSS_FITTED),
-    OfSegmenters("ensemble", make=lambda networks, name: EnsemblePairs(networks, against="mask", name=name)),
+    OfSegmenters("ensemble", make=lambda networks, name, _: EnsemblePairs(networks, against="mask", name=name)),
     OfSegmenters(
-        "ensemble pairs", make=lambda networks, name: EnsemblePairs(networks, against="members", name=name), least=2
+        "ensemble pairs", make=lambda networks, name, _: EnsemblePairs(networks, against="members", name=name), least=2
     ),
     OfMasks("size", fit=fit_size_regression),
     LearntScore("regression", fit=train_regression),
@@ -318,8 +316,8 @@ _METHODS: tuple[Method, ...] = (
 )
 _VARIANTS: tuple[Method, ...] = (
     SameNetworks(ONE_NETWORK, variant=True),
-    SameNetworks(f"{SEGQC}, no flips", average_flips=False, hide_mask=False),
-    SameNetworks(f"{SEGQC}, mask always shown", hide_mask=False),
+    SameNetworks(f"{SEGQC}, no flips", ask=lambda card: replace(card, average_flips=False, hide_mask=False)),
+    SameNetworks(f"{SEGQC}, mask always shown", ask=lambda card: replace(card, hide_mask=False)),
     SameNetworks(f"{SEGQC}, mask never shown", blind=True),
     SameNetworks(f"{SEGQC}, maps not calibrated", calibrated=False),
     SameNetworks("SegQC-TR, one network", variant=True, of=_TRANSFERRED, of_one_maker=True),

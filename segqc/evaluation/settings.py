@@ -84,7 +84,7 @@ class EvaluationSettings:
             test_makers=2,
             maker_epochs=4,
             segmenter=short,
-            assessor=replace(self.assessor, epochs=3, steps_per_epoch=6, batch=1),
+            assessor=replace(self.assessor, epochs=3, steps_per_epoch=6, batch=1, average_flips=False, hide_mask=False),
             per_bin=4,
             draws=500,
         )
