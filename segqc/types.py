@@ -102,7 +102,7 @@ class ErrorView:
 class StructureQuality:
     """The assessment of one structure.
 
-    ``estimated`` are the numbers to show: the map's metrics after the model's linear calibration.
+    ``estimated`` are the numbers to show: the map's metrics after the model's calibration.
     ``raw`` is read off the error map as it is, ``extracted`` off the map after error extraction (paper, section 3.3).
     ``intervals`` belong to ``estimated``.
     """

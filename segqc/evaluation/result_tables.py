@@ -172,9 +172,9 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
     note = (
         f"{result.masks} masks of {result.patients} patients; true Dice "
         f"{span_of(scores.truth_min, scores.truth_max, 2)}, standard deviation {number(scores.truth_sd)}. MAE: "
-        "mean absolute error after a linear calibration on patients of the training side that the method has not "
-        "seen, with its 95% interval (bootstrap by patient); raw MAE: before it, but with the calibrated maps of "
-        "SegQC, SegQC-TR and scan only. Always answering the median of "
+        "mean absolute error after calibration (a line, where it helps) on patients of the training side that the "
+        "method has not seen, with its 95% interval (bootstrap by patient); raw MAE: before it, but with the "
+        "calibrated maps of SegQC, SegQC-TR and scan only. Always answering the median of "
         f"these very truths, which nobody knows beforehand, would give an MAE of {number(scores.median_mae)}. "
         "Excess AURC: area under the risk-coverage curve above that of the perfect order. SegQC is: by the "
         "difference in MAE, sign-flip test by patient after Holm's adjustment."
