@@ -218,10 +218,10 @@ def tiny(workers: int = 1) -> EvaluationSettings:
     """Networks that have hardly learnt, masks by one training: every step of an evaluation, in seconds."""
     quick = EvaluationSettings().quick()
     short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(16, 16, 8))
+    assessor = replace(short, scan_only_share=0.5, average_flips=True, hide_mask=True)
     return replace(
-        quick, test_makers=1, maker_epochs=2, segmenter=short, assessor=replace(short, scan_only_share=0.5, average_flips=True, hide_mask=True),
-        per_bin=2, draws=50, workers=workers,
-    )  # fmt: skip
+        quick, test_makers=1, maker_epochs=2, segmenter=short, assessor=assessor, per_bin=2, draws=50, workers=workers
+    )
 
 
 def evaluate_tiny(data: Path, folder: Path, workers: int) -> None:
