@@ -210,7 +210,9 @@ class Assessor(TrainedNetwork):
         return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
 
 
-def mean_over_flips(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, hide_mask: bool) -> torch.Tensor:
+def mean_over_flips(
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, hide_mask: bool = False
+) -> torch.Tensor:
     """A network's mean logits over the in-plane flips of its input (N, C, a, b, c), each brought back.
 
     Args:
@@ -222,7 +224,12 @@ def mean_over_flips(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     """
     hidden = torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], dim=1) if hide_mask else x
     group = tta_group(transposes=False)
-    return torch.stack([m.invert(run(m.apply(hidden if sum(m.flips) == 1 else x))) for m in group]).mean(dim=0)
+    found = []
+    for seen, along in ((x, (0, 2)), (hidden, (1,))):  # along how many axes it is flipped
+        members = [m for m in group if sum(m.flips) in along]
+        answers = run(torch.cat([m.apply(seen) for m in members])).split(len(x))  # two at once: `sliding_window`
+        found += [m.invert(answer) for m, answer in zip(members, answers, strict=True)]
+    return torch.stack(found).mean(dim=0)
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:

@@ -14,8 +14,7 @@ import torch
 from monai.losses import DiceLoss
 from torch import nn
 
-from segqc.assessor import sigmoid
-from segqc.augmentation import tta_group
+from segqc.assessor import mean_over_flips, sigmoid
 from segqc.baselines.estimates import (
     EMPTY_UNDER_MM3,
     Estimate,
@@ -115,18 +114,18 @@ class MapAndScore:
         batch = flipped(around_masks(x, x[:, 1:], self.plan), average_flips=self.average_flips)
         with torch.inference_mode():
             scores = self.network.dice_logits(batch.to(self.device)).sigmoid().mean(dim=0).cpu().tolist()
-        group = tta_group(transposes=False)[: 4 if self.average_flips else 1]  # the identity comes first
-        logits = [
-            m.invert(sliding_window(self.network.error_logits, m.apply(x), self.plan.patch, self.device)) for m in group
-        ]
+        logits = mean_over_flips(self._error_logits, x) if self.average_flips else self._error_logits(x)
         frame = canonical_frame(mask.scan, spacing_mm=self.plan.spacing_mm)
-        errors = sigmoid(to_native(torch.stack(logits).mean(dim=0)[0].numpy(), frame, order=1))
+        errors = sigmoid(to_native(logits[0].numpy(), frame, order=1))
         axis, empty = through_plane_axis(mask.scan), empty_rule(mask.scan, self.empty_under_mm3)
         masks = structure_masks(mask.labels.array, self.structures)
         return tuple(
             _with_dice(estimate_from_error_map(m, e, axis, empty), dice)
             for m, e, dice in zip(masks, errors, scores, strict=True)
         )
+
+    def _error_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return sliding_window(self.network.error_logits, x, self.plan.patch, self.device)
 
 
 def train_map_and_score(
