@@ -25,7 +25,6 @@ from typing import Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 
 from segqc.types import BoolArray, FloatArray, Metrics
 
@@ -40,7 +39,7 @@ METRIC_RANGES: Mapping[MetricName, tuple[float, float | None]] = MappingProxyTyp
 PEAK_OF_A_TRUTH = 0.5
 MIN_CALIBRATION_CASES = 3
 LEAST_SLOPE = 0.01
-_SLOPE_PRECISION = 1e-8
+_ROUNDING = 1e-12
 _PARTS = 5  # of a cross-validation over patients
 
 
@@ -293,16 +292,40 @@ def _of_use(x: Values, y: Values, patients: npt.NDArray[np.int64], low: float | 
     return bool(mean.mean() > 0)
 
 
-def _least_absolute_errors(x: Values, y: Values, low: float | None, high: float | None) -> LinearCalibration:
-    def error(slope: float) -> float:
-        # distances from the median add up to the upper half less the lower one
-        left = np.sort(y - slope * x)
-        half = left.size // 2
-        return float(left[left.size - half :].sum() - left[:half].sum())
+@dataclass(frozen=True, slots=True)
+class _Tangent:
+    """The sum of absolute errors of the best line of a slope, and how fast it grows with the slope."""
 
-    most = 1.0
-    while error(2 * most) < error(most):
-        most *= 2
-    found = optimize.minimize_scalar(error, bounds=(LEAST_SLOPE, 2 * most), options={"xatol": _SLOPE_PRECISION})
-    slope = min(LEAST_SLOPE, float(found.x), key=error)  # the search comes near to its bounds, but not to them
-    return LinearCalibration(slope, float(np.median(y - slope * x)), low, high)
+    slope: float
+    error: float
+    growth: float
+
+
+def _least_absolute_errors(x: Values, y: Values, low: float | None, high: float | None) -> LinearCalibration:
+    """The line, by Kelley's method: the error is convex in the slope and lies above each of its tangents.
+
+    The next slope to look at is where two tangents meet; the lowest error is found when it lies there itself.
+    """
+    half = x.size // 2
+
+    def tangent(slope: float) -> _Tangent:
+        # distances from the median add up to the upper half less the lower one
+        left = y - slope * x
+        order = np.argpartition(left, (half, x.size - half))
+        lower, upper = order[:half], order[x.size - half :]
+        error = left[upper].sum() - left[lower].sum()
+        return _Tangent(slope, float(error), float(x[lower].sum() - x[upper].sum()))
+
+    falling, rising = tangent(LEAST_SLOPE), tangent(1.0)
+    while falling.growth < 0 and rising.growth < 0:
+        falling, rising = rising, tangent(2 * rising.slope)
+    best = falling if falling.growth >= 0 else rising
+    while falling.growth < 0 < rising.growth:
+        step = (rising.slope - falling.slope) * rising.growth - (rising.error - falling.error)
+        middle = tangent(falling.slope + step / (rising.growth - falling.growth))
+        best = min(falling, middle, rising, key=lambda t: t.error)
+        bound = falling.error + falling.growth * (middle.slope - falling.slope)
+        if not falling.slope < middle.slope < rising.slope or middle.error <= bound + _ROUNDING * falling.error:
+            break
+        falling, rising = (middle, rising) if middle.growth < 0 else (falling, middle)
+    return LinearCalibration(best.slope, float(np.median(y - best.slope * x)), low, high)
