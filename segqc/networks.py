@@ -373,8 +373,9 @@ def sliding_window(
 ) -> torch.Tensor:
     """Logits of a batch (N, C, a, b, c) by sliding window, a quarter overlapping, with Gaussian blending.
 
-    Small windows go through the network a few at a time: alone, PyTorch would not give their convolutions to oneDNN,
-    and they would take three times as long. Memory beside the result: these windows' activations and one count map.
+    Small windows go through the network a few at a time: on a CPU PyTorch does not give the convolutions of one alone
+    to oneDNN, and it takes three times as long (``benchmarks/results/windows.json``). So the last one goes twice, if it
+    is left alone. Memory beside the result: these windows' activations and one count map.
 
     Args:
         predictor: the network, or the part of it that makes a map.
@@ -382,12 +383,18 @@ def sliding_window(
         patch: the window.
         device: where the predictor is.
     """
+    at_once = max(1, _VOXELS_AT_ONCE // math.prod(patch))
+
+    def in_company(windows: torch.Tensor) -> torch.Tensor:
+        alone = len(windows) == 1 and at_once > 1 and device.type == "cpu"
+        return predictor(windows.repeat(2, 1, 1, 1, 1))[:1] if alone else predictor(windows)
+
     with torch.inference_mode():
         logits = sliding_window_inference(
             x,
             roi_size=patch,
-            sw_batch_size=max(1, _VOXELS_AT_ONCE // math.prod(patch)),
-            predictor=predictor,
+            sw_batch_size=at_once,
+            predictor=in_company,
             overlap=0.25,
             mode="gaussian",
             sw_device=device,
