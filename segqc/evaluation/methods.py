@@ -391,10 +391,10 @@ def _calibrated(
 
         return of
 
-    form = assessor_of(folds[0]).card.output_form
-    path = f"networks/{slug(method.name)}/maps.json"
+    assessors = [assessor_of(fold) for fold in folds]
+    path, form = f"networks/{slug(method.name)}/maps.json", assessors[0].card.output_form
     maps = run.kept(path, _MAPS, lambda: _fit_maps(run, method, logits, form))
-    return [with_maps(assessor_of(fold), maps) for fold in folds]
+    return [with_maps(assessor, maps) for assessor in assessors]
 
 
 def _fit_maps(

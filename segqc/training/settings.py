@@ -24,7 +24,7 @@ class TrainingSettings:
     The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
     network's training and assessment for each fold.
     ``average_flips`` lets SegQC-Net answer with the mean over in-plane flips; with ``hide_mask`` it does not see the
-    mask in half of them: so it errs less on masks of networks that it has not met.
+    mask in half of them, and so leans less on masks of networks that it has not met.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
