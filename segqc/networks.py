@@ -368,6 +368,11 @@ class TrainedNetwork:
         return sliding_window(self.network, x, self.card.plan.patch, self.device)
 
 
+def windows_at_once(patch: Triple) -> int:
+    """How many windows of a size go through a network together: of small ones a few, see `sliding_window`."""
+    return max(1, _VOXELS_AT_ONCE // math.prod(patch))
+
+
 def sliding_window(
     predictor: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, patch: Triple, device: torch.device
 ) -> torch.Tensor:
@@ -383,7 +388,7 @@ def sliding_window(
         patch: the window.
         device: where the predictor is.
     """
-    at_once = max(1, _VOXELS_AT_ONCE // math.prod(patch))
+    at_once = windows_at_once(patch)
 
     def in_company(windows: torch.Tensor) -> torch.Tensor:
         alone = len(windows) == 1 and at_once > 1 and device.type == "cpu"

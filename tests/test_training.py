@@ -105,6 +105,34 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
     assert first.version != other.version
 
 
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16", False), reason="this CPU has no instructions for bfloat16"
+)
+def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:
+    cases, longer = make_cases(tmp_path, 5), replace(QUICK, epochs=8, steps_per_epoch=4)
+    curves = {}
+    for mixed in (True, False):
+        settings, folder = replace(longer, mixed_precision=mixed), tmp_path / str(mixed)
+        segmenter = train_segmentation(cases, STRUCTURES, placed(cases), settings, folder, NoProgress())
+        assert {w.dtype for w in segmenter.network.state_dict().values() if w.is_floating_point()} == {torch.float32}
+        patch = torch.zeros(1, 1, *segmenter.card.plan.patch)
+        assert segmenter.run(patch).dtype == torch.float32
+        curves[mixed] = [point["train_loss"] for point in json.loads((folder / "curve.json").read_text())]
+    assert curves[True] != curves[False]
+    np.testing.assert_allclose(curves[True], curves[False], rtol=0.05)
+    assert curves[True][-1] < 0.8 * curves[True][0]
+
+
+def test_a_cpu_without_instructions_for_it_trains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    cases = make_cases(tmp_path, 5)
+    versions = {
+        train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / str(i), NoProgress()).version
+        for i, settings in enumerate((QUICK, replace(QUICK, mixed_precision=False)))
+    }
+    assert len(versions) == 1
+
+
 def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
     settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.1)
