@@ -211,6 +211,17 @@ def test_the_mean_softmax_is_a_mean() -> None:
     np.testing.assert_allclose(soft[1], (sure[1] + 0.5) / 2, atol=1e-6)
 
 
+def test_with_flips_the_mean_softmax_turns_with_the_scan() -> None:
+    mask, _ = judged()
+    turned = Volume(mask.scan.array[::-1].copy(), mask.scan.affine, mask.scan.acquisition_axis)
+    for flips in (True, False):
+        one, other = (
+            CrossFittedMean([segmenter(Shifted())], average_flips=flips).truth(scan) for scan in (mask.scan, turned)
+        )
+        alike = np.allclose(one, other[:, ::-1], atol=2e-3)  # the group's members are kept in half precision
+        assert alike is flips
+
+
 def test_a_mask_that_no_network_made_gets_nothing_from_methods_that_ask_the_maker() -> None:
     mask, _ = judged()
     for method in (Tta(STRUCTURES), SoftmaxEntropy(STRUCTURES), SoftOutput(STRUCTURES)):
