@@ -22,7 +22,7 @@ from segqc.networks import Spacing, Triple, plan_network
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.assessor import assessor_job
 from segqc.training.cases import Example
-from segqc.training.fit import Job, fit
+from segqc.training.fit import Job, cpu_has_bfloat16, fit
 from segqc.types import Structure
 
 SCANS: dict[str, tuple[Triple, Spacing]] = {
@@ -62,15 +62,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steps.json")
     arguments = parser.parse_args()
-    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if not cpu_has_bfloat16():
         raise SystemExit("this CPU has no instructions for bfloat16 (AVX-512 BF16): trainings compute in float32")
     torch.set_num_threads(1)
     table = Table("scan", "float32", "bfloat16", "float32 / bfloat16")
     rows = {}
     for name, (shape, spacing) in SCANS.items():
         jobs = {mixed: training(shape, spacing, mixed=mixed) for mixed in (False, True)}
-        # in turn, so that other work on the machine meets both alike
-        least = {mixed: min(times) for mixed, times in _in_turn(jobs).items()}
+        least = dict.fromkeys(jobs, float("inf"))
+        for _ in range(ROUNDS):  # in turn, so that other work on the machine meets both alike
+            for mixed, job in jobs.items():
+                least[mixed] = min(least[mixed], seconds(job))
         rows[name] = {"float32": round(least[False], 4), "bfloat16": round(least[True], 4)}
         table.add_row(name, f"{least[False]:.3f}", f"{least[True]:.3f}", f"{least[False] / least[True]:.2f}")
     result = {
@@ -80,14 +82,6 @@ def main() -> None:
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table)
-
-
-def _in_turn(jobs: dict[bool, Job]) -> dict[bool, list[float]]:
-    times: dict[bool, list[float]] = {mixed: [] for mixed in jobs}
-    for _ in range(ROUNDS):
-        for mixed, job in jobs.items():
-            times[mixed].append(seconds(job))
-    return times
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from segqc.placement import Placement, Placing, place
 from segqc.segmenter import Segmenter
 from segqc.settings import SettingsError, build
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
+from segqc.training import fit as training_fit
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example, read_case
 from segqc.training.deformation import deformed, sampling_grid
-from segqc.training.fit import EpochRecord, moving_validation
+from segqc.training.fit import EpochRecord, cpu_has_bfloat16, moving_validation
 from segqc.training.pairs import (
     LeakError,
     MaskSet,
@@ -105,9 +106,7 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
     assert first.version != other.version
 
 
-@pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_bf16", False), reason="this CPU has no instructions for bfloat16"
-)
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no instructions for bfloat16")
 def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:
     cases, longer = make_cases(tmp_path, 5), replace(QUICK, epochs=8, steps_per_epoch=4)
     curves = {}
@@ -131,6 +130,20 @@ def test_a_cpu_without_instructions_for_it_trains_in_float32(tmp_path: Path, mon
         for i, settings in enumerate((QUICK, replace(QUICK, mixed_precision=False)))
     }
     assert len(versions) == 1
+
+
+def test_validating_patches_together_gives_the_loss_of_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, losses = make_cases(tmp_path, 8), []
+    placements = placed(cases, share=0.5)
+    assert sum(p.role == "validation" for p in placements.values()) > 2
+    for at_once in (1, 2, 100):
+        monkeypatch.setattr(training_fit, "windows_at_once", lambda _patch, n=at_once: n)
+        folder = tmp_path / str(at_once)
+        train_segmentation(cases, STRUCTURES, placements, replace(QUICK, mixed_precision=False), folder, NoProgress())
+        losses.append([point["validation_loss"] for point in json.loads((folder / "curve.json").read_text())])
+    np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-4)
 
 
 def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:

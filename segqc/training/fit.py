@@ -160,6 +160,11 @@ def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
         temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1))
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it would be slower than float32."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 class _MixedPrecision(nn.Module):
     """A network whose convolutions compute in bfloat16; weights, what comes out, and so the loss stay in float32."""
 
@@ -184,8 +189,7 @@ class _Training:
         if self.device.type == "cpu":
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        fast = self.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        mixed = settings.mixed_precision and fast
+        mixed = settings.mixed_precision and self.device.type == "cpu" and cpu_has_bfloat16()
         self.computes: nn.Module = _MixedPrecision(self.network) if mixed else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
