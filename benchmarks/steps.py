@@ -1,4 +1,4 @@
-"""What mixed precision saves: seconds per training step in float32 and in bfloat16, small network, on one thread.
+"""What mixed precision saves: seconds per training step in float32 and in bfloat16, on a GPU or one thread of a CPU.
 
 python benchmarks/steps.py
 """
@@ -18,24 +18,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from segqc.networks import Spacing, Triple, plan_network
+from segqc.networks import NetworkSize, Spacing, Triple, device_of_choice, plan_network
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.assessor import assessor_job
 from segqc.training.cases import Example
-from segqc.training.fit import Job, cpu_has_bfloat16, fit
+from segqc.training.fit import Job, fit, has_bfloat16
 from segqc.types import Structure
 
-SCANS: dict[str, tuple[Triple, Spacing]] = {
-    "36 x 50 x 36, 1 mm": ((36, 50, 36), (1.0, 1.0, 1.0)),
-    "256 x 256 x 48, 1 x 1 x 3 mm": ((256, 256, 48), (1.0, 1.0, 3.0)),
-}
-STEPS = 10
-ROUNDS = 3
+SMALL_SCAN: tuple[Triple, Spacing] = ((36, 50, 36), (1.0, 1.0, 1.0))
+MIDDLING_SCAN: tuple[Triple, Spacing] = ((256, 256, 48), (1.0, 1.0, 3.0))
+STEPS = 12
 
 
-def training(shape: Triple, spacing: Spacing, *, mixed: bool) -> Job:
+PRECISIONS = {"float32": False, "bfloat16": True}
+
+
+def training(shape: Triple, spacing: Spacing, size: NetworkSize, *, mixed: bool) -> Job:
     """SegQC-Net's training on one scan of noise with a block to find: its speed is that of any scan of this size."""
-    plan = plan_network(spacing, shape, in_channels=2, out_channels=1)
+    plan = plan_network(spacing, shape, in_channels=2, out_channels=1, size=size)
     truth = np.zeros(plan.patch, np.uint8)
     truth[tuple(slice(n // 4, n // 2) for n in plan.patch)] = 1
     image = np.random.default_rng(0).normal(size=plan.patch).astype(np.float32)
@@ -59,25 +59,35 @@ def seconds(job: Job) -> float:
 
 def main() -> None:
     """Measure patches of a small and of a middling scan."""
+    device = device_of_choice()
+    gpu = device.type == "cuda"
+    results = Path(__file__).parent / "results"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steps.json")
+    parser.add_argument("--out", type=Path, default=results / ("steps-gpu.json" if gpu else "steps.json"))
+    parser.add_argument("--rounds", type=int, default=3, help="the least of so many is taken")
     arguments = parser.parse_args()
-    if not cpu_has_bfloat16():
-        raise SystemExit("this CPU has no instructions for bfloat16 (AVX-512 BF16): trainings compute in float32")
+    if not has_bfloat16(device):
+        raise SystemExit("no instructions for bfloat16 here (on CPUs AVX-512 BF16): trainings compute in float32")
     torch.set_num_threads(1)
-    table = Table("scan", "float32", "bfloat16", "float32 / bfloat16")
+    # a CPU would take minutes for a step of the larger networks
+    sizes: tuple[NetworkSize, ...] = ("small", "medium", "paper") if gpu else ("small",)
+    what = [("small", *SMALL_SCAN), *((size, *MIDDLING_SCAN) for size in sizes)]
+    table = Table("network, scan", *PRECISIONS, "float32 / bfloat16")
     rows = {}
-    for name, (shape, spacing) in SCANS.items():
-        jobs = {mixed: training(shape, spacing, mixed=mixed) for mixed in (False, True)}
-        least = dict.fromkeys(jobs, float("inf"))
-        for _ in range(ROUNDS):  # in turn, so that other work on the machine meets both alike
-            for mixed, job in jobs.items():
-                least[mixed] = min(least[mixed], seconds(job))
-        rows[name] = {"float32": round(least[False], 4), "bfloat16": round(least[True], 4)}
-        table.add_row(name, f"{least[False]:.3f}", f"{least[True]:.3f}", f"{least[False] / least[True]:.2f}")
+    for size, shape, spacing in what:
+        name = f"{size}, {' x '.join(map(str, shape))}, {' x '.join(f'{s:g}' for s in spacing)} mm"
+        least = dict.fromkeys(PRECISIONS, float("inf"))
+        for _ in range(arguments.rounds):  # in turn, so that other work on the machine meets all alike
+            for precision, mixed in PRECISIONS.items():
+                job = training(shape, spacing, size, mixed=mixed)
+                least[precision] = min(least[precision], seconds(job))
+        rows[name] = {precision: round(found, 4) for precision, found in least.items()}
+        ratio = least["float32"] / least["bfloat16"]
+        table.add_row(name, *(f"{found:.3f}" for found in least.values()), f"{ratio:.2f}")
+    computes = torch.cuda.get_device_name(device) if gpu else "CPU, one thread"
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
+        "machine": f"{platform.machine()}, {platform.system()}, {computes}, PyTorch {torch.__version__}",
         "seconds per step": rows,
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -109,7 +109,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
     from segqc.exchange.dataset import ExchangeError
     from segqc.loop.studies import StudiesError
-    from segqc.networks import ModelError
+    from segqc.networks import DeviceMemoryError, ModelError
     from segqc.settings import SettingsError
     from segqc.store.database import StoreError
     from segqc.training import TooFewCases
@@ -117,6 +117,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     found: list[type[Exception]] = [
         CommandError,
+        DeviceMemoryError,
         ExchangeError,
         StudiesError,
         ModelError,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -40,6 +41,10 @@ _LEAST_LEVELS = 3  # DynUNet's own minimum
 
 class ModelError(ValueError):
     """A model file is missing, foreign or damaged."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """The GPU has not enough memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +208,24 @@ class StemUNet(nn.Module):
         return torch.as_tensor(self.smoothing(fine))
 
 
-def _binomial_filter(channels: int, stem: Triple) -> nn.Conv3d:
+class _EdgePaddedConv(nn.Conv3d):
+    """A convolution of 1 or 3 voxels along each axis that repeats the edge voxels around its input.
+
+    What ``padding_mode="replicate"`` does, but that has a gradient on GPUs that differs from run to run.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, channels, a, b, c) of a batch (N, channels, a, b, c)."""
+        x = input
+        for axis in (axis for axis, size in enumerate(self.kernel_size, start=2) if size > 1):
+            x = torch.cat([x.narrow(axis, 0, 1), x, x.narrow(axis, x.shape[axis] - 1, 1)], dim=axis)
+        return super().forward(x)
+
+
+def _binomial_filter(channels: int, stem: Triple) -> _EdgePaddedConv:
     """A convolution that starts as [1, 2, 1] / 4 along the axes of the stem, each channel by itself."""
     size = (3 if stem[0] > 1 else 1, 3 if stem[1] > 1 else 1, 3 if stem[2] > 1 else 1)
-    around = (size[0] // 2, size[1] // 2, size[2] // 2)
-    filtering = nn.Conv3d(channels, channels, size, padding=around, padding_mode="replicate")
+    filtering = _EdgePaddedConv(channels, channels, size)
     a, b, c = (torch.tensor([1.0, 2.0, 1.0]) / 4 if n == 3 else torch.ones(1) for n in size)
     with torch.no_grad():
         filtering.weight.copy_(torch.einsum("ij,a,b,c->ijabc", torch.eye(channels), a, b, c))
@@ -304,6 +322,23 @@ def device_of_choice() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def in_device_memory(patch: Triple) -> Iterator[None]:
+    """Compute on patches of a size.
+
+    Raises:
+        DeviceMemoryError: if the GPU's memory does not hold them.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the GPU's memory does not hold patches of {' x '.join(map(str, patch))} voxels: end other programs on "
+            "it, choose a smaller batch, patch or size of the networks in segqc.toml, or compute without a GPU "
+            "(CUDA_VISIBLE_DEVICES=)"
+        ) from error
+
+
 class TrainedNetwork:
     """A network with its card: what `Segmenter` and `Assessor` share."""
 
@@ -387,6 +422,9 @@ def sliding_window(
         x: the batch.
         patch: the window.
         device: where the predictor is.
+
+    Raises:
+        DeviceMemoryError: if the GPU's memory does not hold the windows.
     """
     at_once = windows_at_once(patch)
 
@@ -394,7 +432,7 @@ def sliding_window(
         alone = len(windows) == 1 and at_once > 1 and device.type == "cpu"
         return predictor(windows.repeat(2, 1, 1, 1, 1))[:1] if alone else predictor(windows)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), in_device_memory(patch):
         logits = sliding_window_inference(
             x,
             roi_size=patch,

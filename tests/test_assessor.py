@@ -81,7 +81,7 @@ class Believing(nn.Module):
     """A truth's logit from scan and mask, of each structure: unlike under flips, too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ramp = torch.linspace(0, 1, x.shape[-3])[:, None, None]
+        ramp = torch.linspace(0, 1, x.shape[-3], device=x.device)[:, None, None]
         return torch.cat([x[:, :1] + 3 * x[:, 1:2] + ramp, 0.5 - x[:, :1] + 3 * x[:, 2:3]], dim=1)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
@@ -285,6 +286,18 @@ def test_segmentation_answers_in_the_format_asked_for(client: TestClient, base: 
             assert b"encoding: raw" in response.content[:2000]
     response = client.post("/infer/segmentation?image=scan_1", data={"params": '{"result_extension": ".exe"}'})
     assert response.status_code == 400
+
+
+@pytest.mark.usefixtures("models")
+def test_a_full_gpu_is_told_and_is_no_fault_of_the_request(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("segqc.networks.sliding_window_inference", full)
+    for network in ("segmentation", "segqc"):
+        answer = client.post(f"/infer/{network}?image=scan_1", data={"params": "{}"})
+        assert answer.status_code == 503
+        assert "end other programs on it" in answer.json()["detail"]
 
 
 @pytest.mark.usefixtures("models")

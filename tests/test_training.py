@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from segqc.assessor import Assessor
+from segqc.networks import DeviceMemoryError, device_of_choice
 from segqc.placement import Placement, Placing, place
 from segqc.segmenter import Segmenter
 from segqc.settings import SettingsError, build
@@ -20,7 +21,7 @@ from segqc.training import fit as training_fit
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example, read_case
 from segqc.training.deformation import deformed, sampling_grid
-from segqc.training.fit import EpochRecord, cpu_has_bfloat16, moving_validation
+from segqc.training.fit import EpochRecord, _Ahead, has_bfloat16, moving_validation
 from segqc.training.pairs import (
     LeakError,
     MaskSet,
@@ -31,10 +32,10 @@ from segqc.training.pairs import (
     thinned,
     train_makers,
 )
-from segqc.training.patches import PatchDataset, cut
+from segqc.training.patches import Patch, PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
-from segqc.volumes import Volume, read_scan, write_labels, write_scan
+from segqc.volumes import Volume, VolumeError, read_scan, write_labels, write_scan
 
 STRUCTURES = (Structure("ball", (1,)),)
 QUICK = TrainingSettings(
@@ -106,7 +107,7 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
     assert first.version != other.version
 
 
-@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no instructions for bfloat16")
+@pytest.mark.skipif(not has_bfloat16(device_of_choice()), reason="no instructions for bfloat16 here")
 def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:
     cases, longer = make_cases(tmp_path, 5), replace(QUICK, epochs=8, steps_per_epoch=4)
     curves = {}
@@ -122,14 +123,52 @@ def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> 
     assert curves[True][-1] < 0.8 * curves[True][0]
 
 
-def test_a_cpu_without_instructions_for_it_trains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_instructions_for_it_trains_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     cases = make_cases(tmp_path, 5)
     versions = {
         train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / str(i), NoProgress()).version
         for i, settings in enumerate((QUICK, replace(QUICK, mixed_precision=False)))
     }
     assert len(versions) == 1
+
+
+def test_batches_made_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, loader = make_cases(tmp_path, 5), training_fit._loader
+    settings = replace(QUICK, mask_deformation=2.0, empty_mask_share=0.3)
+    straight = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "a", NoProgress())
+    monkeypatch.setattr(training_fit, "_loader", lambda training: _Ahead(loader(training)))
+    with pytest.raises(KilledError):
+        train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", KillAt(4, "segqc: loss"))
+    ahead = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", NoProgress())
+    assert ahead.version == straight.version
+
+
+def test_a_fault_in_a_batch_made_ahead_is_raised() -> None:
+    def batches() -> Iterator[Patch]:
+        yield {}
+        raise VolumeError("a damaged scan")
+
+    found = iter(_Ahead(batches()))
+    assert next(found) == {}
+    with pytest.raises(VolumeError, match="a damaged scan"):
+        next(found)
+
+
+def test_a_gpu_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cases = make_cases(tmp_path, 5)
+    segmenter = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "t", NoProgress())
+    monkeypatch.setattr("segqc.networks.StemUNet.forward", full)
+    with pytest.raises(DeviceMemoryError, match=r"does not hold patches of 16 x 16 x 4 voxels.*smaller batch"):
+        train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "u", NoProgress())
+    with pytest.raises(DeviceMemoryError, match="CUDA_VISIBLE_DEVICES"):
+        segmenter.predict(read_scan(cases[0].scan))
 
 
 def test_validating_patches_together_gives_the_loss_of_one_by_one(
@@ -338,7 +377,7 @@ def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_p
     assert trained.card.members == 2
     assert set(trained.card.seen) == {c.patient for c in cases}
     # the mean of the logits is what both answer together
-    x = torch.zeros(1, 2, *trained.card.plan.patch)
+    x = torch.zeros(1, 2, *trained.card.plan.patch, device=trained.device)
     with torch.inference_mode():
         alone = [member(x) for member in trained.network.members]  # type: ignore[union-attr]
         assert torch.allclose(trained.network(x), (alone[0] + alone[1]) / 2)

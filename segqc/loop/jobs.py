@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeAlias
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
 from segqc.loop.studies import Studies, StudiesError
 from segqc.loop.train import publish, train
-from segqc.networks import ModelError
+from segqc.networks import DeviceMemoryError, ModelError
 from segqc.settings import Network, SettingsError, build
 from segqc.store import jobs
 from segqc.store.database import StoreError, Transaction
@@ -29,7 +29,9 @@ NETWORKS: Final[tuple[Network, ...]] = ("segmentation", "segqc")
 LIKELY_ERRORS_TAG: Final = "likely-errors"
 
 # What a user can mend: said in its own sentence, without the way it took through the code.
-KNOWN_PROBLEMS = (ModelError, SettingsError, StoreError, StudiesError, TooFewCases, VolumeError, OSError)
+KNOWN_PROBLEMS = (
+    DeviceMemoryError, ModelError, SettingsError, StoreError, StudiesError, TooFewCases, VolumeError, OSError,
+)  # fmt: skip
 
 
 def run(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:

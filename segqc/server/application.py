@@ -38,7 +38,7 @@ from monailabel.interfaces.utils.app import app_instance
 from segqc import __version__
 from segqc.loop.jobs import NETWORKS, put_scoring
 from segqc.loop.studies import Studies, StudiesError
-from segqc.networks import ModelError
+from segqc.networks import DeviceMemoryError, ModelError
 from segqc.server import routes
 from segqc.server.errors import RequestError
 from segqc.server.guard import Guard
@@ -214,6 +214,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ModelError)
     async def on_model_error(_: Request, error: ModelError) -> JSONResponse:
         return refuse(409, str(error))
+
+    @app.exception_handler(DeviceMemoryError)
+    async def on_device_memory_error(_: Request, error: DeviceMemoryError) -> JSONResponse:
+        logger.error("%s", error)
+        return refuse(503, f"{error}.")
 
     @app.exception_handler(UnknownScan)
     async def on_unknown_scan(_: Request, error: UnknownScan) -> JSONResponse:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -21,7 +24,7 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segqc.networks import NetworkPlan, build_network, device_of_choice, windows_at_once
+from segqc.networks import NetworkPlan, build_network, device_of_choice, in_device_memory, windows_at_once
 from segqc.training.cases import Example
 from segqc.training.patches import Draws, Patch, PatchDataset, centred
 from segqc.training.progress import Progress
@@ -115,6 +118,9 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
         folder: gets ``checkpoint.pt`` and ``curve.json``.
         progress: told after each step.
         from_epoch: called with the number of the epoch at which the training starts (0 for a new one).
+
+    Raises:
+        DeviceMemoryError: if the GPU's memory does not hold a batch.
     """
     _keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,11 +129,25 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     if from_epoch:
         from_epoch(training.done)
     if training.done < job.epochs and not training.exhausted:
-        set_determinism(seed=job.settings.seed)
-        trainer = _trainer(training, progress)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
-        trainer.run()
+        with _same_every_time(job.settings.seed, training.device), in_device_memory(job.plan.patch):
+            trainer = _trainer(training, progress)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
+            trainer.run()
     return training.fitted()
+
+
+@contextlib.contextmanager
+def _same_every_time(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed all generators; on a GPU, let PyTorch refuse what adds up in another order each time."""
+    set_determinism(seed=seed)
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def moving_validation(history: Sequence[EpochRecord]) -> float | None:
@@ -160,8 +180,10 @@ def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
         temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1))
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it would be slower than float32."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without them it would be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
@@ -174,7 +196,7 @@ class _MixedPrecision(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the network makes of a batch."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             return torch.as_tensor(self.network(x)).float()
 
 
@@ -189,7 +211,7 @@ class _Training:
         if self.device.type == "cpu":
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        mixed = settings.mixed_precision and self.device.type == "cpu" and cpu_has_bfloat16()
+        mixed = settings.mixed_precision and has_bfloat16(self.device)
         self.computes: nn.Module = _MixedPrecision(self.network) if mixed else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
@@ -331,11 +353,32 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     return trainer
 
 
-def _loader(training: _Training) -> DataLoader[Patch]:
+def _loader(training: _Training) -> Iterable[Patch]:
     job, settings = training.job, training.job.settings
     per_epoch = settings.steps_per_epoch * settings.batch
     dataset = PatchDataset(job.train, job.plan, settings, empty_until=job.empty_mask_epochs * per_epoch)
-    return DataLoader(dataset, batch_size=settings.batch, sampler=Draws(training.done * per_epoch))
+    batches = DataLoader(dataset, batch_size=settings.batch, sampler=Draws(training.done * per_epoch))
+    return _Ahead(batches) if training.device.type == "cuda" else batches
+
+
+class _Ahead:
+    """Endless batches, each made in a thread while the one before it is used.
+
+    A GPU takes less time for a step than a CPU for its patches. One thread, and no further process: batches come in
+    order, and containers often have too little shared memory for them.
+    """
+
+    def __init__(self, batches: Iterable[Patch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Patch]:
+        batches = iter(self._batches)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, batches)
+            while True:
+                batch = coming.result()
+                coming = thread.submit(next, batches)
+                yield batch
 
 
 def _validate_each_epoch(trainer: SupervisedTrainer, training: _Training) -> None:

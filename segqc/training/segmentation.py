@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
+from monai.networks import one_hot
 
 from segqc.metrics import true_metrics
 from segqc.networks import ModelCard, NetworkPlan, plan_network
@@ -70,7 +71,12 @@ def segmentation_job(
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
         return batch["image"], table[batch["truth"].long()].float()
 
-    loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+    compare = DiceCELoss(softmax=True, include_background=False, batch=True)
+
+    def loss(predicted: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        # of class numbers the cross-entropy on a GPU would differ from run to run
+        return torch.as_tensor(compare(predicted, one_hot(classes, predicted.shape[1])))
+
     return Job(name, plan, settings, epochs, train, validation, prepare, loss, snapshots=snapshots)
 
 

@@ -25,8 +25,8 @@ class TrainingSettings:
     network's training and assessment for each fold.
     ``average_flips`` lets SegQC-Net answer with the mean over in-plane flips; with ``hide_mask`` it does not see the
     mask in half of them, and so leans less on masks of networks that it has not met.
-    ``mixed_precision`` lets the trainings' convolutions compute in bfloat16 on CPUs that have instructions for it
-    (AVX-512 BF16), which takes less time; trained networks answer in float32 everywhere.
+    ``mixed_precision`` lets the trainings' convolutions compute in bfloat16 on CPUs (AVX-512 BF16) and GPUs that have
+    instructions for it, which takes less time; trained networks answer in float32 everywhere.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
