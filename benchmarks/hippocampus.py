@@ -35,6 +35,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from segqc.assessor import Assessor
 from segqc.metrics import true_metrics, true_slice_metrics
+from segqc.networks import name_of_device
 from segqc.placement import Placing, place
 from segqc.segmenter import Segmenter
 from segqc.training import (
@@ -289,7 +290,7 @@ def report(
     stratified = [(case, read_labels(path, scan=read_scan(case.scan))) for case, path, _ in fixed]
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "machine": f"{platform.machine()}, {platform.system()}, {name_of_device()}",
         "seconds": {k: round(v) for k, v in seconds.items()},
         "peak memory GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "segmenter test Dice": {k: round(float(np.mean(v)), 4) for k, v in dice.items()},

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segqc.assessor import Assessor
-from segqc.networks import ModelCard, NetworkSize, Spacing, Triple, build_network, plan_network
+from segqc.networks import ModelCard, NetworkSize, Spacing, Triple, build_network, name_of_device, plan_network
 from segqc.segmenter import Segmenter
 from segqc.types import Structure
 from segqc.volumes import Volume
@@ -76,7 +76,7 @@ def main() -> None:
         table.add_row(name, *(str(v) for v in rows[name].values()))
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "machine": f"{platform.machine()}, {platform.system()}, {name_of_device()}",
         "cases": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

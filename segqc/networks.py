@@ -322,6 +322,12 @@ def device_of_choice() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name_of_device() -> str:
+    """Name the GPU where there is one, for who reads how long something took."""
+    device = device_of_choice()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+
+
 @contextlib.contextmanager
 def in_device_memory(patch: Triple) -> Iterator[None]:
     """Compute on patches of a size.

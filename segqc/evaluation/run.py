@@ -31,11 +31,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from segqc.evaluation.cohort import SPLITS, Cohort, CohortError, Split, hold_to, read_labelled, split, split_of
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.loop.lifetime import die_with_parent
+from segqc.networks import name_of_device
 from segqc.training import Progress
 from segqc.volumes import atomic_write
 
@@ -129,7 +131,7 @@ class Run:
         """When and where the run's numbers were made: noted at the first call, then read."""
 
         def now() -> Made:
-            machine = f"{platform.platform(terse=True)}, {platform.machine()}"
+            machine = f"{platform.platform(terse=True)}, {platform.machine()}, {name_of_device()}"
             return Made(datetime.date.today().isoformat(), machine, os.cpu_count() or 1)
 
         return self.kept("results/made.json", _MADE, now)
@@ -178,8 +180,6 @@ def side_by_side(run: Run, work: Callable[[Run, str], None], names: Iterable[str
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """As in a worker: with other numbers of threads sums are added up in another order, and numbers differ."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -191,8 +191,6 @@ def _one_thread() -> Iterator[None]:
 def _begin_worker(parent: int) -> None:
     # a killed evaluation must not go on half: nobody would take its results, and the next one would do the same work
     die_with_parent(signal.SIGKILL, parent)
-    import torch
-
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -84,7 +84,8 @@ class PatchDataset(Dataset[Patch]):
                 item["soft"] = torch.zeros_like(soft) if empty else soft
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
-        patch: Patch = {key: torch.as_tensor(augmented[key]) for key in item}
+        # plain tensors: with MONAI's metadata every operation of a training would take longer
+        patch: Patch = {key: augmented[key].as_subclass(torch.Tensor) for key in item}
         if self.deformation_mm and "mask" in patch:
             grid = sampling_grid(self.patch, self.spacing_mm, self.deformation_mm, rng)
             patch["mask"] = deformed(patch["mask"], grid, labels=True)
