@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from segqc.evaluation import makers
 from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.makers import Manifest, check_masks, correction_masks
-from segqc.evaluation.run import Run
+from segqc.evaluation.run import NETWORKS, Run
 from segqc.evaluation.settings import EvaluationSettings
 from segqc.evaluation.studies import study_masks
 from segqc.loop.corrections import submit_label
@@ -71,7 +72,10 @@ def test_masks_of_another_folder_are_the_start_of_corrections(tmp_path: Path) ->
     write_labels(Volume(np.roll(truth.array, 1, axis=0), truth.affine), masks / f"{case.id}.nii.gz")
     manifest = corrected(run)
     assert [m.case for m in manifest.masks] == [case.id]
-    assert (manifest.corrections, manifest.selection) == ("real", "all")
+    assert (manifest.corrections, manifest.selection, manifest.after_training) == ("real", "all", False)
+    late = Run.open(tmp_path / "late", data, {"ball": (1,)}, EvaluationSettings(), masks)
+    (late.folder / NETWORKS / "segqc" / "fold-0").mkdir(parents=True)
+    assert corrected(late) == replace(manifest, after_training=True)
     write_labels(truth, makers.test_mask_path(run, manifest.masks[0]))
     with pytest.raises(CohortError, match="is not the mask of the manifest"):
         check_masks(run, manifest)

@@ -26,7 +26,7 @@ from segqc.evaluation.methods import methods, slug, trainings
 from segqc.evaluation.observers import StudySettings
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import STUDIES
+from segqc.evaluation.studies import STUDIES, manifest_of
 from segqc.loop.studies import StudiesError
 from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
 from segqc.networks import build_network, plan_network
@@ -254,6 +254,7 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_ends_with_the_same_numbers
     )
     assert replace(one, seconds={}) == replace(other, seconds={})
     assert set(one.seconds) == set(methods(ablations=True))
+    assert not any(manifest_of(Run.open(killed, data, {}, tiny()), study).after_training for study in MAKE_MASKS)
 
 
 def children_of(pid: int | None) -> list[str]:

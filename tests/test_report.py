@@ -448,17 +448,19 @@ def test_the_cautions_have_the_numbers_of_the_set() -> None:
 def test_cautions_that_do_not_apply_are_left_out_and_those_that_do_are_not() -> None:
     plain = whole_text(cautions([evaluated(masks=50, selection="all")]))
     assert "but only" not in plain and "methods are compared" not in plain and "simulated" not in plain
-    assert "clinic" not in plain and "No set here was chosen so" in plain
+    assert "clinic" not in plain and "No set here was chosen so" in plain and "fixed late" not in plain
     sets = [
         evaluated(name="first", selection="worst-first", corrections="simulated"),
         evaluated(name="second", corrections="real", makers_in_training=True, mae=0.02, constant_mae=0.02),
+        evaluated(name="third", after_training=True),
     ]
     section = cautions(sets)
     text = whole_text(section)
     assert "first: a simulated annotator's corrections." in text and "second: a person's corrections" in text
     assert "conditional on the choice: first" in text.replace("  ", " ")
     assert "no nearer to the truth" in text and "some of whose masks it was trained on" in text
-    assert [row[0] for row in section.tables[0].rows] == ["first", "second"]
+    assert "third: fixed after the trainings." in text and "first: fixed" not in text
+    assert [row[0] for row in section.tables[0].rows] == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("wrong", [{"patients": 0}, {"masks": 49}, {"seeds": 0}, {"true_range": (0.9, 0.1)}])

@@ -442,6 +442,7 @@ def _evaluated(run: Run, result: StudyResult, structure: str) -> EvaluatedSet:
         compared=len(result_tables.methods_of(result, structure)),
         slices=None if both is None else both.calibrated.n,
         missed_slices=None if both is None or own is None else both.calibrated.n - own.calibrated.n,
+        after_training=manifest is not None and manifest.after_training,
     )
 
 

@@ -21,7 +21,7 @@ from segqc.evaluation.agreement import find_labels
 from segqc.evaluation.cohort import CohortError
 from segqc.evaluation.judging import KnownMask
 from segqc.evaluation.report.cautions import Corrections, Selection
-from segqc.evaluation.run import Run, side_by_side
+from segqc.evaluation.run import NETWORKS, Run, side_by_side
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.networks import NetworkPlan, Triple
@@ -82,7 +82,11 @@ class MadeBy:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The masks of a study, how they were chosen, and whether their truths are corrections of these very masks."""
+    """The masks of a study, how they were chosen, and whether their truths are corrections of these very masks.
+
+    ``after_training`` says that methods had been trained in the run folder before the masks were fixed, for a study
+    that was asked for earlier.
+    """
 
     seed: int
     bins: tuple[float, ...]
@@ -92,6 +96,7 @@ class Manifest:
     corrections: Corrections = "none"
     selection: Selection = "all"
     networks: tuple[MadeBy, ...] = ()
+    after_training: bool = False
 
 
 MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
@@ -171,7 +176,13 @@ def own_masks(run: Run, progress: Progress) -> Manifest:
             progress.step(i, len(run.cohort.test), "masks of the served network")
             masks.append(_keep(run.folder / TEST_MASKS, case, SERVED, segmenter))
         return Manifest(
-            run.settings.seed, (0.0, 1.01), len(masks), (SERVED,), tuple(masks), networks=made_by(run, [SERVED])
+            run.settings.seed,
+            (0.0, 1.01),
+            len(masks),
+            (SERVED,),
+            tuple(masks),
+            networks=made_by(run, [SERVED]),
+            after_training=_methods_are_trained(run),
         )
 
     return run.kept("test-masks/served.json", MANIFESTS, make)
@@ -188,10 +199,19 @@ def correction_masks(run: Run, progress: Progress) -> Manifest:
         real = list(_corrected_by_people(run))
         if real:
             selection = _selection(run)
-            return Manifest(run.settings.seed, (0.0, 1.01), len(real), (UNKNOWN_MAKER,), tuple(real), "real", selection)
+            return Manifest(
+                run.settings.seed,
+                (0.0, 1.01),
+                len(real),
+                (UNKNOWN_MAKER,),
+                tuple(real),
+                "real",
+                selection,
+                after_training=_methods_are_trained(run),
+            )
         own = own_masks(run, progress)
         masks = tuple(_simulate(run, mask) for mask in own.masks)
-        return replace(own, masks=masks, corrections="simulated")
+        return replace(own, masks=masks, corrections="simulated", after_training=_methods_are_trained(run))
 
     return run.kept("test-masks/corrections.json", MANIFESTS, make)
 
@@ -448,8 +468,20 @@ def _choose(run: Run, networks: Sequence[str]) -> Manifest:
         shutil.copyfile(run.folder / CANDIDATES / path.name, path)
     # masks of one scan follow each other: what is computed of the scan alone is then computed once
     chosen.sort(key=lambda m: (m.case, m.maker))
-    made = made_by(run, networks)
-    return Manifest(s.seed, s.bins, s.per_bin, tuple(networks), tuple(chosen), selection="stratified", networks=made)
+    return Manifest(
+        s.seed,
+        s.bins,
+        s.per_bin,
+        tuple(networks),
+        tuple(chosen),
+        selection="stratified",
+        networks=made_by(run, networks),
+        after_training=_methods_are_trained(run),
+    )
+
+
+def _methods_are_trained(run: Run) -> bool:
+    return any((run.folder / NETWORKS).glob("*/*"))
 
 
 def made_by(run: Run, networks: Sequence[str]) -> tuple[MadeBy, ...]:

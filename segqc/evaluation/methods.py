@@ -28,7 +28,7 @@ from segqc.baselines.soft_input import MadeMasks, SoftInput, train_soft_input
 from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta
 from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
-from segqc.evaluation.run import Run
+from segqc.evaluation.run import NETWORKS, Run
 from segqc.networks import MapCalibration, ModelCard, OutputForm
 from segqc.segmenter import Segmenter
 from segqc.training import LineProgress, Placement
@@ -113,7 +113,7 @@ class SegQcNet(Trained):
 
     def assessor(self, run: Run, fold: int) -> Assessor:
         """Train the network without the patients of a fold, or read what was trained."""
-        path = run.folder / "networks" / slug(self.name) / f"fold-{fold}.pt"
+        path = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}.pt"
         if path.is_file():
             return Assessor.load(path)
         structures = run.cohort.structures
@@ -205,7 +205,7 @@ class WithSoftInput(Trained):
                 numbers = makers_of_masks(len(makers), s.segmenter)
                 made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
         settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
-        folder = run.folder / "networks" / slug(self.name) / f"fold-{fold}"
+        folder = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}"
         return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, LineProgress())
 
 
@@ -228,7 +228,7 @@ class LearntScore(Trained):
         return MeanOfEstimators([self._of(run, fold) for fold in folds], name=self.name)
 
     def _of(self, run: Run, fold: int) -> Estimator:
-        s, folder = run.settings, run.folder / "networks" / slug(self.name) / f"fold-{fold}"
+        s, folder = run.settings, run.folder / NETWORKS / slug(self.name) / f"fold-{fold}"
         seed = 10 * (s.seed + 1) + fold
         settings = replace(s.assessor, empty_mask_share=0.0, mask_deformation=0.0, hide_mask=False, seed=seed)
         sets = [m for k in range(s.folds) if k != fold for m in training_masks(run, k)]

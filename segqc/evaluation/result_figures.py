@@ -37,7 +37,7 @@ from segqc.evaluation.result_tables import (
     title_of,
 )
 from segqc.evaluation.result_tables import slug as part_of_name
-from segqc.evaluation.run import Run
+from segqc.evaluation.run import NETWORKS, Run
 from segqc.evaluation.studies import (
     ERROR_SUM,
     OF_GAIN,
@@ -242,7 +242,7 @@ def example_figures(run: Run, result: StudyResult, structure: str, index: int) -
         structure: the structure's name.
         index: its number among the run's.
     """
-    networks, study = run.folder / "networks" / slug(SEGQC), result.study
+    networks, study = run.folder / NETWORKS / slug(SEGQC), result.study
     estimated = estimated_dice(run, study, index, [SEGQC]) if networks.is_dir() else None
     if estimated is None or not np.isfinite(estimated.by_method[SEGQC] - estimated.true).any():
         return

@@ -64,6 +64,7 @@ class Made:
 
 
 SECONDS = "seconds.json"
+NETWORKS = "networks"  # of the methods that are compared
 _MADE = TypeAdapter(Made)
 _SECONDS = TypeAdapter(dict[str, float])
 _DESCRIPTIONS: TypeAdapter[Description] = TypeAdapter(Description)

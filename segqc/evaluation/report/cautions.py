@@ -42,6 +42,7 @@ class EvaluatedSet:
         mae, constant_mae: the mean absolute error of the method, and of the best constant answer.
         compared: how many methods are compared.
         slices, missed_slices: slices that count in 2D averages, and those where only the mask is empty.
+        after_training: whether methods had been trained before the masks were fixed.
 
     Raises:
         ValueError: if a count is impossible or the range is the wrong way round.
@@ -63,6 +64,7 @@ class EvaluatedSet:
     compared: int = 1
     slices: int | None = None
     missed_slices: int | None = None
+    after_training: bool = False
 
     def __post_init__(self) -> None:
         if min(self.patients, self.masks, self.seeds, self.compared) < 1 or self.masks < self.patients:
@@ -247,6 +249,19 @@ def _slices(sets: Sequence[EvaluatedSet]) -> Point:
     )
 
 
+def _order(sets: Sequence[EvaluatedSet]) -> Point | None:
+    late = [s for s in sets if s.after_training]
+    if not late:
+        return None
+    return Point(
+        "Some masks were fixed late",
+        "Test masks are to be fixed before anything is trained that is tested on them. Here methods had been trained "
+        "already, for a study that was asked for earlier. Masks and trainings are functions of the data, the settings "
+        "and the seed, so that the result is the same; but only a run that asks for all its studies at once shows it.",
+        _each(late, lambda s: "fixed after the trainings"),
+    )
+
+
 def _seeds(sets: Sequence[EvaluatedSet]) -> Point:
     return Point(
         "A training is a draw",
@@ -292,6 +307,7 @@ _TRAPS: tuple[Callable[[Sequence[EvaluatedSet]], Point | None], ...] = (
     _range,
     _makers,
     _patients,
+    _order,
     _seeds,
     _comparisons,
     _worst_first,
