@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from segqc.augmentation import tta_group
 from segqc.error_maps import ExtractionSettings, extract_errors
 from segqc.intervals import LEVEL
+from segqc.last_result import LastResult
 from segqc.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
 from segqc.networks import ModelCard, ModelError, StructureCalibration, TrainedNetwork, network_input
 from segqc.regions import BoxSettings, find_boxes
@@ -70,6 +71,7 @@ class Assessor(TrainedNetwork):
                 f"the card names {len(card.structures)} structures, the network takes {card.plan.in_channels - 1}"
             )
         self.settings = settings or AssessmentSettings()
+        self._hidden: LastResult[list[torch.Tensor]] = LastResult()
 
     @classmethod
     def load(cls, path: Path, settings: AssessmentSettings | None = None) -> Assessor:
@@ -119,8 +121,13 @@ class Assessor(TrainedNetwork):
         masks = np.stack([s.mask(labels.array) for s in self.structures])
         frame = self.frame(scan)
         x = network_input(scan, masks, frame)
-        logits = mean_over_flips(self.run, x, hide_mask=self.card.hide_mask) if self.card.average_flips else self.run(x)
+        hidden = self._answers_without_mask(scan, x) if self.card.hide_mask else None
+        logits = mean_over_flips(self.run, x, hidden=hidden) if self.card.average_flips else self.run(x)
         return np.array(to_native(logits[0].numpy(), frame, order=1), np.float32)
+
+    def _answers_without_mask(self, scan: Volume, x: torch.Tensor) -> list[torch.Tensor]:
+        known = self._hidden.get(scan)
+        return self._hidden.keep(answers_without_mask(self.run, x), scan) if known is None else known
 
     def assess(
         self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None
@@ -211,25 +218,36 @@ class Assessor(TrainedNetwork):
 
 
 def mean_over_flips(
-    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, hide_mask: bool = False
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, hidden: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
     """A network's mean logits over the in-plane flips of its input (N, C, a, b, c), each brought back.
 
     Args:
         run: the network.
         x: the scan, and channels that have to do with the mask.
-        hide_mask: empty all channels but the scan in the two flips along one axis, for a network of the truth's logits
-            that has learnt from empty masks. It then leans less on masks of networks that it has not met; what that
-            is worth on a data set, ``segqc evaluate ablation`` measures.
+        hidden: `answers_without_mask`, to take in place of the answers to the two flips along one axis. What that is
+            worth on a data set, ``segqc evaluate ablation`` measures.
     """
-    hidden = torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], dim=1) if hide_mask else x
-    group = tta_group(transposes=False)
-    found = []
-    for seen, along in ((x, (0, 2)), (hidden, (1,))):  # along how many axes it is flipped
-        members = [m for m in group if sum(m.flips) in along]
-        answers = run(torch.cat([m.apply(seen) for m in members])).split(len(x))  # two at once: `sliding_window`
-        found += [m.invert(answer) for m, answer in zip(members, answers, strict=True)]
-    return torch.stack(found).mean(dim=0)
+    one = _answers_to_flips(run, x, (1,)) if hidden is None else hidden
+    return torch.stack([*_answers_to_flips(run, x, (0, 2)), *one]).mean(dim=0)
+
+
+def answers_without_mask(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of the two flips along one axis of (N, C, a, b, c), all channels but the scan empty, brought back.
+
+    For a network of the truth's logits that has learnt from empty masks: its mean over flips then leans less on masks
+    of networks that it has not met.
+    """
+    return _answers_to_flips(run, torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], dim=1), (1,))
+
+
+def _answers_to_flips(
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, along: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """The logits of the flips along so many axes, brought back; two at once: `segqc.networks.sliding_window`."""
+    members = [m for m in tta_group(transposes=False) if sum(m.flips) in along]
+    answers = run(torch.cat([m.apply(x) for m in members])).split(len(x))
+    return [m.invert(answer) for m, answer in zip(members, answers, strict=True)]
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:

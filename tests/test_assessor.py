@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from segqc.assessor import AssessmentSettings, Assessor, mask_sha256
+from segqc.last_result import LastResult
 from segqc.metrics import METRIC_NAMES, LinearCalibration, true_metrics
 from segqc.networks import ModelCard, ModelError, NetworkPlan, StructureCalibration, build_network
 from segqc.regions import BoxSettings
@@ -98,6 +101,41 @@ def test_half_of_the_flips_are_looked_at_without_the_mask() -> None:
     np.testing.assert_allclose(logits(labels, hidden=True), (shown + unseen) / 2, atol=1e-5)
     assert np.abs(shown - unseen).max() == pytest.approx(3)
     np.testing.assert_allclose(logits(empty, hidden=True), unseen, atol=1e-5)
+
+
+def test_of_masks_of_one_scan_the_looks_without_the_mask_are_taken_once() -> None:
+    scan, labels, _ = world()
+    other = Volume(np.roll(labels.array, 1, axis=0), AFFINE)
+    model = assessor(average_flips=True, hide_mask=True)
+    hidden = []
+
+    class Counting(Believing):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden.append(not x[:, 1:].any())
+            return super().forward(x)
+
+    model.network = Counting()
+    answers = []
+    for mask in (labels, other, labels):
+        answers.append(model.output_logits(scan, mask))
+    assert sum(hidden) * 4 == len(hidden), "once for three masks; those with the mask each time"
+    np.testing.assert_array_equal(answers[0], answers[2])
+    assert not np.array_equal(answers[0], answers[1])
+    alike = Volume(scan.array.copy(), scan.affine)
+    np.testing.assert_array_equal(model.output_logits(alike, other), answers[1])
+    assert sum(hidden) * 3 == len(hidden), "another scan is looked at anew, even if it is alike"
+
+
+def test_what_was_computed_of_a_scan_is_forgotten_with_it() -> None:
+    scan, _, _ = world()
+    last, big = LastResult[np.ndarray](), np.zeros(3)
+    assert last.get(scan) is None
+    assert last.keep(big, scan, "v1") is big
+    assert last.get(scan, "v1") is big and last.get(scan) is None
+    kept = weakref.ref(big)
+    del big, scan
+    gc.collect()
+    assert kept() is None, "a server that has answered keeps nothing of the scan"
 
 
 def test_slices_boxes_and_likely_errors_point_at_the_errors() -> None:

@@ -9,7 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from segqc.baselines.averages import average_metrics, average_slices
-from segqc.baselines.estimates import Estimate, LastResult, MaskToJudge, slice_sums
+from segqc.baselines.estimates import Estimate, MaskToJudge, slice_sums
+from segqc.last_result import LastResult
 from segqc.metrics import true_metrics, true_slice_metrics
 from segqc.segmenter import Segmenter
 from segqc.types import LabelArray

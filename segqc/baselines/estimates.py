@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from segqc.types import BoolArray, FloatArray, LabelArray, Metrics, Structure
 from segqc.volumes import Volume, VolumeError
 
 EMPTY_UNDER_MM3 = 10.0  # an estimated truth with a smaller sum counts as empty; as `AssessmentSettings` has it
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,24 +104,3 @@ def structure_masks(labels: LabelArray, structures: Sequence[Structure]) -> Bool
 def empty_rule(scan: Volume, empty_under_mm3: float) -> EmptyRule:
     """The rule of an empty estimated truth on the scan's grid."""
     return EmptyRule(max_sum_mm3=empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
-
-
-class LastResult(Generic[ResultT]):
-    """Remembers what was computed last, so that many masks of one scan in a row cost one run of the networks.
-
-    The scan is known again as the same `Volume` object, not by its contents.
-    """
-
-    def __init__(self) -> None:
-        self._scan: Volume | None = None
-        self._version = ""
-        self._result: ResultT | None = None
-
-    def get(self, scan: Volume, version: str = "") -> ResultT | None:
-        """The result for this scan and version (of a network), if it was the last one kept."""
-        return self._result if scan is self._scan and version == self._version else None
-
-    def keep(self, result: ResultT, scan: Volume, version: str = "") -> ResultT:
-        """Remember a result in place of the one before; return it."""
-        self._scan, self._version, self._result = scan, version, result
-        return result

@@ -16,13 +16,13 @@ from segqc.baselines.estimates import (
     EMPTY_UNDER_MM3,
     SILENT,
     Estimate,
-    LastResult,
     MaskToJudge,
     empty_rule,
     estimate_from_error_map,
     structure_masks,
 )
 from segqc.error_maps import ExtractionSettings, estimated_truth, extract_errors
+from segqc.last_result import LastResult
 from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.training.assessor import train_on_masks

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segqc.assessor import mean_over_flips, sigmoid
+from segqc.assessor import answers_without_mask, mean_over_flips, sigmoid
 from segqc.baselines.estimates import (
     SILENT,
     Estimate,
@@ -88,11 +88,8 @@ class SoftInput:
         masks = structure_masks(mask.labels.array, self.structures)
         soft = torch.from_numpy(_soft_output(maker, mask.scan, self.structures, frame))[None]
         x = torch.cat([network_input(mask.scan, masks, frame), soft], dim=1)
-        logits = (
-            mean_over_flips(self._run, x, hide_mask=self.settings.hide_mask)
-            if self.settings.average_flips
-            else self._run(x)
-        )
+        hidden = answers_without_mask(self._run, x) if self.settings.hide_mask else None
+        logits = mean_over_flips(self._run, x, hidden=hidden) if self.settings.average_flips else self._run(x)
         return np.asarray(to_native(logits[0].numpy(), frame, order=1), np.float32)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:

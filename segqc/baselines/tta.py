@@ -16,11 +16,11 @@ from segqc.baselines.estimates import (
     NO_METRICS,
     SILENT,
     Estimate,
-    LastResult,
     MaskToJudge,
     slice_sums,
 )
 from segqc.baselines.maps import structure_probabilities
+from segqc.last_result import LastResult
 from segqc.metrics import SliceMetrics, true_metrics, true_slice_metrics
 from segqc.segmenter import Segmenter, TtaPrediction
 from segqc.types import FloatArray, LabelArray, Metrics, Structure

@@ -29,6 +29,7 @@ from segqc.baselines.together import MeanOfEstimators
 from segqc.baselines.tta import SoftmaxEntropy, Tta
 from segqc.evaluation.makers import calibration_makers, calibration_masks, fold_makers, training_masks
 from segqc.evaluation.run import NETWORKS, Run
+from segqc.last_result import LastResult
 from segqc.networks import MapCalibration, ModelCard, OutputForm
 from segqc.segmenter import Segmenter
 from segqc.training import LineProgress, Placement
@@ -383,11 +384,14 @@ def _calibrated(
     """The assessors of some folds, their maps calibrated on the masks that calibrate a method; blind, without them."""
 
     def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
-        assessor = assessor_of(fold)
+        assessor, last = assessor_of(fold), LastResult[FloatArray]()
 
         def of(mask: MaskToJudge) -> FloatArray:
+            if not blind:
+                return assessor.output_logits(mask.scan, mask.labels)
             empty = Volume(np.zeros_like(mask.labels.array), mask.scan.affine, mask.scan.acquisition_axis)
-            return assessor.output_logits(mask.scan, empty if blind else mask.labels)
+            known = last.get(mask.scan)
+            return last.keep(assessor.output_logits(mask.scan, empty), mask.scan) if known is None else known
 
         return of
 
