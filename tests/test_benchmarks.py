@@ -26,17 +26,22 @@ def evaluation() -> ModuleType:
     return module
 
 
-def test_the_readme_shows_the_table_that_the_kept_results_give(
-    evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for kept in evaluation.RESULTS.glob("evaluation-hippocampus-*.json"):
+@pytest.mark.parametrize(
+    ("data", "structure", "document"),
+    [("hippocampus", "hippocampus", "README.md"), ("sunnybrook", "cavity", "docs/measurements.md")],
+)
+def test_documents_show_the_tables_that_the_kept_results_give(
+    evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    data: str, structure: str, document: str,
+) -> None:  # fmt: skip
+    for kept in evaluation.RESULTS.glob(f"evaluation-{data}-*.json"):
         (tmp_path / kept.name).write_bytes(kept.read_bytes())
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
-    evaluation.draw("hippocampus", "stratified")
-    printed = capsys.readouterr().out.split("**Estimated 3D Dice of hippocampus**\n\n")[1].split("\n\n")[0]
+    evaluation.draw(data, "stratified")
+    printed = capsys.readouterr().out.split(f"**Estimated 3D Dice of {structure}**\n\n")[1].split("\n\n")[0]
     assert printed.count("\n") > 10
-    assert printed in (ROOT / "README.md").read_text()
-    assert (tmp_path / "evaluation-hippocampus.svg").read_text().rstrip().endswith("</svg>")
+    assert printed in (ROOT / document).read_text()
+    assert (tmp_path / f"evaluation-{data}.svg").read_text().rstrip().endswith("</svg>")
 
 
 def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
