@@ -117,6 +117,21 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
     assert extracted.chosen == 0.1, "the errors of these masks are smaller than a box"
 
 
+def test_a_report_says_where_masks_were_fixed_after_the_trainings(finished: tuple[Run, StudyResult]) -> None:
+    run, result = finished
+
+    def said() -> str:
+        report = compose(run, [result])
+        return " ".join([*report.sections[1].text, *(p.title for p in report.sections[-1].points)])
+
+    assert "before any method was trained." in said() and "fixed late" not in said()
+    path = run.folder / "test-masks" / "served.json"
+    before = path.read_bytes()
+    path.write_bytes(MANIFESTS.dump_json(replace(MANIFESTS.validate_json(before), after_training=True)))
+    assert "but for those of studies that were asked for later." in said() and "Some masks were fixed late" in said()
+    path.write_bytes(before)
+
+
 def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
     run, result = finished
     report = compose(run, [result])

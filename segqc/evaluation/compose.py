@@ -208,11 +208,13 @@ def _advice(mae: float | None, best_constant: float | None, patients: int) -> st
 
 def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> Section:
     s = run.settings
+    manifests = [manifest for r in studies if (manifest := _manifest(run, r.study)) is not None]
+    late = any(manifest.after_training for manifest in manifests)
     text = (
         f"Cross-fitting in {s.folds} folds by patient: every learnt method has one network per fold that has not "
         "seen the fold's patients. On those patients it is calibrated; all its networks together judge the test "
         "masks. Networks that make test masks make no training masks, and the test masks were fixed before any "
-        "method was trained.",
+        f"method was trained{', but for those of studies that were asked for later' if late else ''}.",
         f"All of this is one seed ({s.seed}). One seed is one seed: intervals say what other patients could "
         "change, not what another training could.",
     )
