@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,8 +35,13 @@ def sampling_grid(
     field = functional.interpolate(torch.from_numpy(drawn), size=shape, mode="trilinear", align_corners=True)
     # from mm to the grid's units, in which a volume is 2 long; the last axis comes first
     units = torch.tensor([2 / (max(n - 1, 1) * s) for n, s in zip(shape, spacing, strict=True)], dtype=torch.float32)
-    identity = functional.affine_grid(torch.eye(3, 4)[None], [1, 1, *shape], align_corners=True)
-    return identity + (field.permute(0, 2, 3, 4, 1) * units).flip(-1)
+    return _undeformed(shape) + (field.permute(0, 2, 3, 4, 1) * units).flip(-1)
+
+
+@functools.lru_cache(maxsize=1)
+def _undeformed(shape: Triple) -> torch.Tensor:
+    """The grid that reads a volume as it is: the same for all patches of a training."""
+    return functional.affine_grid(torch.eye(3, 4)[None], [1, 1, *shape], align_corners=True)
 
 
 def deformed(volume: torch.Tensor, grid: torch.Tensor, *, labels: bool) -> torch.Tensor:
