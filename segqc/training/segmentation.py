@@ -74,7 +74,7 @@ def segmentation_job(
     compare = DiceCELoss(softmax=True, include_background=False, batch=True)
 
     def loss(predicted: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        # of class numbers the cross-entropy on a GPU would differ from run to run
+        # of class numbers PyTorch has no cross-entropy that is the same every time on a GPU
         return torch.as_tensor(compare(predicted, one_hot(classes, predicted.shape[1])))
 
     return Job(name, plan, settings, epochs, train, validation, prepare, loss, snapshots=snapshots)
