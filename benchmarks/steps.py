@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from segqc.networks import NetworkSize, Spacing, Triple, device_of_choice, plan_network
+from segqc.networks import NetworkSize, Spacing, Triple, device_of_choice, name_of_device, plan_network
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.assessor import assessor_job
 from segqc.training.cases import Example
@@ -28,8 +28,6 @@ from segqc.types import Structure
 SMALL_SCAN: tuple[Triple, Spacing] = ((36, 50, 36), (1.0, 1.0, 1.0))
 MIDDLING_SCAN: tuple[Triple, Spacing] = ((256, 256, 48), (1.0, 1.0, 3.0))
 STEPS = 12
-
-
 PRECISIONS = {"float32": False, "bfloat16": True}
 
 
@@ -84,7 +82,7 @@ def main() -> None:
         rows[name] = {precision: round(found, 4) for precision, found in least.items()}
         ratio = least["float32"] / least["bfloat16"]
         table.add_row(name, *(f"{found:.3f}" for found in least.values()), f"{ratio:.2f}")
-    computes = torch.cuda.get_device_name(device) if gpu else "CPU, one thread"
+    computes = name_of_device() if gpu else "CPU, one thread"
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {platform.system()}, {computes}, PyTorch {torch.__version__}",
