@@ -18,7 +18,7 @@ from statistics import fmean
 
 from segqc.evaluation.methods import CONSTANT, SEGQC, TTA
 from segqc.evaluation.report import figures
-from segqc.evaluation.report.document import Cell, Figure, Table
+from segqc.evaluation.report.document import UNDEFINED, Cell, Figure, Table
 from segqc.evaluation.report.formats import NUMBERS, Numbers, to_markdown
 from segqc.evaluation.result_figures import CONSTANT_LEGEND
 
@@ -84,15 +84,45 @@ def text(table: Table, method: str, column: str) -> str:
     return next(str(row[table.columns.index(column)]) for row in table.rows if row[0] == method)
 
 
+def reach(tables: Sequence[Table], method: str) -> tuple[float, float] | None:
+    """From the lowest to the highest end of a method's 95% intervals of the MAE in all seeds."""
+    spans = [text(t, method, "95% interval").split(" to ") for t in tables]
+    ends = [float(end) for span in spans for end in span if len(span) == 2]
+    return (min(ends), max(ends)) if ends else None
+
+
+def each(texts: Sequence[str]) -> str:
+    """What is said of each seed; once, where it is the same of all."""
+    return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
+
+
 def over_seeds(tables: Sequence[Table], structure: str) -> Table:
     """Means over the seeds, each seed's MAE, and the verdicts."""
     rows: list[tuple[Cell, ...]] = []
     for method in [str(row[0]) for row in tables[0].rows]:
-        numbers = [[n for t in tables if (n := number(t, method, c)) is not None] for c in MEASURED]
-        means = [fmean(n) if n else None for n in numbers]
-        spans = "; ".join(text(t, method, "95% interval") for t in tables)
-        rows.append((method, means[0], spans, *means[1:], "; ".join(text(t, method, "SegQC is") for t in tables)))
-    columns = ("method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is")
+        of_seeds = [[number(t, method, c) for t in tables] for c in MEASURED]
+        mae, *correlations = map(mean, of_seeds)
+        maes = "; ".join(UNDEFINED if n is None else f"{n:.3f}" for n in of_seeds[0])
+        span = reach(tables, method)
+        rows.append(
+            (
+                method,
+                mae,
+                *([maes] if len(tables) > 1 else []),
+                UNDEFINED if span is None else f"{span[0]:.3f} to {span[1]:.3f}",
+                *correlations,
+                each([text(t, method, "SegQC is") for t in tables]),
+            )
+        )
+    columns = (
+        "method",
+        "MAE",
+        *(["in each seed"] if len(tables) > 1 else []),
+        "95% interval",
+        "Pearson",
+        "Spearman",
+        "SegQC is",
+    )
     best = {"MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
     return Table(f"main-{structure}", f"Estimated 3D Dice of {structure}", columns, tuple(rows), best=best)  # type: ignore[arg-type]
 
@@ -110,7 +140,7 @@ def figures_of_segqc(seeds: Sequence[Numbers], structures: Sequence[str], study:
         ours, ttas = (mean([number(table, method, "MAE") for table in mains]) for method in (SEGQC, TTA))
         cells.append(None if ours is None or not ttas else ours / ttas)
         beaten = [sum(text(table, m, "SegQC is") == "better" for m in TO_BEAT) for table in mains]
-        rows.append((*cells, "; ".join(f"{count} of {len(TO_BEAT)}" for count in beaten)))
+        rows.append((*cells, each([f"{count} of {len(TO_BEAT)}" for count in beaten])))
     note = (
         "Errors (MAE) after calibration; 2D: slices that have a mask. Orders: share of the optimal order's gain over "
         "random. Boxes after error extraction, IoU 0.05, at the probability chosen on the masks that calibrate. "
@@ -130,16 +160,14 @@ def forest(tables: dict[str, list[Table]], name: str) -> Figure:
     entries, constants = [], {}
     for structure, of_seeds in tables.items():
         for method in [str(row[0]) for row in of_seeds[0].rows]:
-            values = [n for t in of_seeds if (n := number(t, method, "MAE")) is not None]
-            spans = [text(t, method, "95% interval").split(" to ") for t in of_seeds]
-            ends = [float(end) for span in spans for end in span if len(span) == 2]
-            if not values:
+            value, span = mean([number(t, method, "MAE") for t in of_seeds]), reach(of_seeds, method)
+            if value is None:
                 continue
             if method == CONSTANT:
-                constants[structure] = fmean(values)
+                constants[structure] = value
             else:
-                low, high = (min(ends), max(ends)) if ends else (None, None)
-                entries.append(figures.Interval(method, fmean(values), low, high, structure))
+                low, high = span or (None, None)
+                entries.append(figures.Interval(method, value, low, high, structure))
     return figures.forest(
         f"evaluation-{name}",
         f"Mean absolute error of the estimated 3D Dice, {name}",

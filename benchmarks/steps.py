@@ -70,6 +70,8 @@ def main() -> None:
     # a CPU would take minutes for a step of the larger networks
     sizes: tuple[NetworkSize, ...] = ("small", "medium", "paper") if gpu else ("small",)
     what = [("small", *SMALL_SCAN), *((size, *MIDDLING_SCAN) for size in sizes)]
+    computes = name_of_device() if gpu else "CPU, one thread"
+    machine = f"{platform.machine()}, {platform.system()}, {computes}, PyTorch {torch.__version__}"
     table = Table("network, scan", *PRECISIONS, "float32 / bfloat16")
     rows = {}
     for size, shape, spacing in what:
@@ -82,13 +84,8 @@ def main() -> None:
         rows[name] = {precision: round(found, 4) for precision, found in least.items()}
         ratio = least["float32"] / least["bfloat16"]
         table.add_row(name, *(f"{found:.3f}" for found in least.values()), f"{ratio:.2f}")
-    computes = name_of_device() if gpu else "CPU, one thread"
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, {computes}, PyTorch {torch.__version__}",
-        "seconds per step": rows,
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"date": datetime.date.today().isoformat(), "machine": machine, "seconds per step": rows}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")  # of a run that is cut off, too
     Console().print(table)
 
 

@@ -57,8 +57,8 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
             "title": "Estimated 3D Dice of ball",
             "columns": ["method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is"],
             "rows": [
-                ["SegQC", mae, "0.01 to 0.05", 0.9, None, "itself"],
-                *([m, 2 * mae, "0.03 to 0.09", None, None, "better"] for m in evaluation.TO_BEAT),
+                ["SegQC", mae, f"{mae / 2:.3f} to {2 * mae:.3f}", 0.9, None, "itself"],
+                *([m, 2 * mae, "–", None, None, "better" if seed else "tie"] for m in evaluation.TO_BEAT),
             ],
         }
         columns = {goal.table: ["method"] for goal in evaluation.GOALS.values() if goal.table != "main"}
@@ -75,10 +75,13 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
     tables = evaluation.main_tables(seeds, "stratified")
     ours, *_, constant = evaluation.over_seeds(tables["ball"], "ball").rows
     assert ours[1] == pytest.approx(fmean((0.02, 0.04))) and constant[1] == pytest.approx(0.06)
-    assert ours[2] == "0.01 to 0.05; 0.01 to 0.05" and ours[4] is None and constant[5] == "better; better"
+    assert ours[2:] == ("0.020; 0.040", "0.010 to 0.080", 0.9, None, "itself")
+    assert constant[3:] == ("–", None, None, "tie; better")
+    alone = evaluation.over_seeds(tables["ball"][1:], "ball")
+    assert alone.columns[2] == "95% interval" and alone.rows[0][:3] == ("SegQC", 0.04, "0.020 to 0.080")
     wanted, figures = evaluation.figures_of_segqc(seeds, ["ball"], "stratified").rows
     assert (wanted[0], len(wanted)) == ("wanted", len(figures))
     assert figures[0] == "ball" and figures[2] == 0.9
     assert [*figures[1:2], *figures[3:11]] == pytest.approx([0.03] * 9)
-    assert figures[11:] == (pytest.approx(0.5), "6 of 6; 6 of 6")
+    assert figures[11:] == (pytest.approx(0.5), "0 of 6; 6 of 6")
     evaluation.draw("data", "stratified")
