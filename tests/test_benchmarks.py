@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from segqc.evaluation.report.document import UNDEFINED
 from segqc.evaluation.report.formats import NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
             "columns": ["method", "MAE", "95% interval", "Pearson", "Spearman", "SegQC is"],
             "rows": [
                 ["SegQC", mae, f"{mae / 2:.3f} to {2 * mae:.3f}", 0.9, None, "itself"],
-                *([m, 2 * mae, "–", None, None, "better" if seed else "tie"] for m in evaluation.TO_BEAT),
+                *([m, 2 * mae, UNDEFINED, None, None, "better" if seed else "tie"] for m in evaluation.TO_BEAT),
             ],
         }
         columns = {goal.table: ["method"] for goal in evaluation.GOALS.values() if goal.table != "main"}
@@ -76,7 +77,7 @@ def test_seeds_are_kept_and_averaged(evaluation: ModuleType, tmp_path: Path, mon
     ours, *_, constant = evaluation.over_seeds(tables["ball"], "ball").rows
     assert ours[1] == pytest.approx(fmean((0.02, 0.04))) and constant[1] == pytest.approx(0.06)
     assert ours[2:] == ("0.020; 0.040", "0.010 to 0.080", 0.9, None, "itself")
-    assert constant[3:] == ("–", None, None, "tie; better")
+    assert constant[3:] == (UNDEFINED, None, None, "tie; better")
     alone = evaluation.over_seeds(tables["ball"][1:], "ball")
     assert alone.columns[2] == "95% interval" and alone.rows[0][:3] == ("SegQC", 0.04, "0.020 to 0.080")
     wanted, figures = evaluation.figures_of_segqc(seeds, ["ball"], "stratified").rows

@@ -24,6 +24,7 @@ from segqc.evaluation.curves import (
     sequential,
     slices,
     study,
+    whole_sizes,
 )
 
 dice_lists = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -311,3 +312,20 @@ def test_what_makes_no_sense_is_refused() -> None:
         study(scans([0.5, 0.6]), {}, ["a"], generator=rng())
     with pytest.raises(ValueError, match="none of"):
         study(scans([0.5, 0.6]), {"a": [1.0, 2.0]}, ["a", "b"], generator=rng(), chosen="b")
+
+
+def test_errors_count_as_shares_of_their_scan() -> None:
+    # a large scan and a small one: ten wrong voxels of a slice are much of the small one only
+    of = np.repeat([0, 1], 3)
+    in_truth = np.array([1000.0, 1000, 1000, 20, 20, 20])
+    errors = np.array([30.0, 20, 12, 10, 8, 0])
+    units = slices(of, in_truth, in_truth, in_truth - errors / 2)
+    size = whole_sizes(of, units.in_mask, units.in_truth)
+    np.testing.assert_array_equal(size, np.repeat([6000.0, 120.0], 3))
+    rng = np.random.default_rng(0)
+    best, random = optimal(units), at_random(units, generator=rng)
+    shares, sums = (by_scores(units, score, generator=rng) for score in (errors / size, errors))
+    by_share, by_sum = captured(shares, best, random), captured(sums, best, random)
+    assert by_share == pytest.approx(1)
+    assert by_sum is not None and by_sum < 0.9
+    np.testing.assert_array_equal(whole_sizes(np.zeros(2, int), np.zeros(2), np.zeros(2)), [1, 1])

@@ -207,6 +207,20 @@ def slices(
     return Units(of, m, t, both)
 
 
+def whole_sizes(mask: Indices, in_mask: Values, in_truth: Values) -> Values:
+    """The voxels of mask and estimated truth of each slice's whole scan, (n,); at least 1.
+
+    The errors in a slice over this number are about what correcting it adds to its scan's Dice, so that slices of
+    small and of large scans can be ordered together. Within one scan that is the order of the errors themselves.
+
+    Args:
+        mask: which mask each slice is of.
+        in_mask: voxels of the mask in each slice.
+        in_truth: those of the estimated truth.
+    """
+    return np.asarray(np.maximum(np.bincount(mask, in_mask + in_truth), 1.0)[mask])
+
+
 def by_scores(
     units: Units, badness: Sequence[float] | Values, *, generator: np.random.Generator, shuffles: int = SHUFFLES
 ) -> Order:

@@ -40,7 +40,6 @@ from segqc.evaluation.result_tables import slug as part_of_name
 from segqc.evaluation.run import NETWORKS, Run
 from segqc.evaluation.studies import (
     ERROR_SUM,
-    OF_GAIN,
     TTA_ENTROPY,
     Dimension,
     StudyName,
@@ -56,7 +55,7 @@ from segqc.volumes import through_plane_axis
 
 ORDERS: dict[Dimension, tuple[str, ...]] = {
     "3D": (SEGQC, TTA, TTA_ENTROPY, SCAN_ONLY, ERROR_SUM),
-    "2D": (SEGQC, TTA, SCAN_ONLY, EXTRACTED_MAP, SEGQC + OF_GAIN),
+    "2D": (SEGQC, TTA, SCAN_ONLY, EXTRACTED_MAP, ERROR_SUM),
 }
 CONSTANT_LEGEND = "always giving one answer, the training side's"
 _MOST_POINTS = 400

@@ -22,7 +22,6 @@ from segqc.evaluation.report.document import UNDEFINED, Cell, Table
 from segqc.evaluation.studies import (
     BAD_UNDER,
     OF_EXTRACTED,
-    OF_GAIN,
     OF_SUM,
     Compared,
     Covered,
@@ -53,7 +52,7 @@ COVERAGE_KINDS: Mapping[str, str] = {
     "structure": "calibrated on",
 }
 _SIMULATED = "masks that a simulated annotator corrected"
-_ORDER_SUFFIXES = (OF_SUM, OF_GAIN, OF_EXTRACTED)
+_ORDER_SUFFIXES = (OF_SUM, OF_EXTRACTED)
 _BEST_ESTIMATES = {"MAE": "lowest", "raw MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
 
 
@@ -425,8 +424,10 @@ def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Ta
         )
     what = "scans" if dimension == "3D" else "slices, pooled over the scans,"
     extra = "" if dimension == "3D" else (
-        " EE: the error sum of a slice after error extraction. Gain: the estimated gain of the scan's Dice from "
-        "correcting the slice, what the optimal order goes by. Both are shown for SegQC and its closest rivals only."
+        " A method's own order: a slice's sum of errors (TTA's and softmax entropy's: of entropies) as a share of its "
+        "scan's size, about what correcting it adds to the scan's Dice; within a scan that is the order of the sums. "
+        "Error sum, TTA entropy: the plain sums. EE: after error extraction. These are shown for SegQC, TTA and the "
+        "closest rivals only."
     )  # fmt: skip
     return Table(
         f"orders-{dimension.lower()}-{result.study}-{slug(structure)}",

@@ -16,7 +16,7 @@ from segqc.baselines.estimates import MaskToJudge
 from segqc.error_maps import difference
 from segqc.evaluation import curves, detection, judging, statistics
 from segqc.evaluation.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
-from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
+from segqc.evaluation.judging import EXTRACTED, RAW, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
     AT_EARLY_EPOCH,
     CALIBRATION,
@@ -70,7 +70,7 @@ _ABLATIONS = "-ablations"  # ends the name of a study's results in which variant
 LEAST_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 BAD_UNDER = 0.7  # true Dice
-OF_SUM, OF_GAIN, OF_EXTRACTED = ", error sum", ", gain", "-EE"  # end the names of a method's further orders
+OF_SUM, OF_EXTRACTED = ", error sum", "-EE"  # end the names of a method's further orders
 ERROR_SUM, TTA_ENTROPY = SEGQC + OF_SUM, f"{TTA} entropy"
 
 
@@ -207,6 +207,11 @@ class StudyResult:
 
 
 STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
+
+
+def sums_of(method: str) -> str:
+    """The name of the order of a method's plain sums: of TTA's entropies, of all others' error probabilities."""
+    return TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
 
 
 # ------------------------------------------------------------------------------------------------------- known masks
@@ -532,20 +537,22 @@ class _Study:
             if not np.isfinite(dice).all():
                 badness[method] = said.scan_badness[:, k]
             elif method != CONSTANT:
-                further = TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
-                badness |= {method: -dice, further: said.scan_badness[:, k]}
+                badness |= {method: -dice, sums_of(method): said.scan_badness[:, k]}
         return badness
 
     def _badness_of_slices(self, k: int) -> dict[str, Values]:
+        """Each method's error sums (TTA and softmax entropy: of entropies), as shares of their scan and plain."""
+        in_mask, of = self.truth.voxels[:, k, 0], self.truth.mask_of
         badness: dict[str, Values] = {}
         for method, said in self.said.items():
             if method == CONSTANT:
                 continue
-            badness[method] = said.slice_badness[:, k]
-            if len(said.counts) and method != EXTRACTED_MAP:
-                badness[f"{method}{OF_GAIN}"] = self._gains(said, k)
-                if method != SEGQC:  # SegQC's is a method of its own
-                    badness[f"{method}{OF_EXTRACTED}"] = said.slice_badness_extracted[:, k]
+            sums, in_truth = said.slice_badness[:, k], said.slice_truth[:, k]
+            # who estimates no truth knows the mask only
+            size = curves.whole_sizes(of, in_mask, in_truth if np.isfinite(in_truth).all() else in_mask)
+            badness |= {method: sums / size, sums_of(method): sums}
+            if len(said.counts) and method not in (SEGQC, EXTRACTED_MAP):  # SegQC's is a method of its own
+                badness[f"{method}{OF_EXTRACTED}"] = said.slice_badness_extracted[:, k] / size
         return badness
 
     def _shared(self, k: int) -> Iterator[Shared]:
@@ -601,16 +608,6 @@ class _Study:
                 ~own, own, METRIC_NAMES[m], rng=self.rng(k, 9, m, other),
             )  # fmt: skip
             yield structure.name, shifted[ALL]
-
-    def _gains(self, said: Judgements, k: int) -> Values:
-        """The estimated gain of the scan's Dice from correcting each slice alone: what the optimal order goes by."""
-        in_mask, errors, in_truth = self.truth.voxels[:, k, 0], said.slice_badness[:, k], said.slice_truth[:, k]
-        in_both = (in_mask + in_truth - errors) / 2
-        of, count = self.truth.mask_of, len(self.truth.masks)
-        mask, truth, both = (np.bincount(of, x, count)[of] for x in (in_mask, in_truth, in_both))
-        before = 2 * both / np.maximum(mask + truth, 1e-9)
-        after = 2 * (both + in_truth - in_both) / np.maximum(mask - in_mask + truth + in_truth, 1e-9)
-        return np.asarray(after - before)
 
     def _detected(self, k: int) -> Iterator[Detected]:
         count, patients = len(self.truth.masks), self.truth.patients
