@@ -210,7 +210,7 @@ STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
 
 
 def sums_of(method: str) -> str:
-    """The name of the order of a method's plain sums: of TTA's entropies, of all others' error probabilities."""
+    """The name of the order of a method's plain sums."""
     return TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
 
 
