@@ -22,11 +22,11 @@ from segqc.evaluation.cohort import CohortError, read_labelled, split
 from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_study
 from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
 from segqc.evaluation.makers import calibrating_makers, simulated_correction, with_other_pooling
-from segqc.evaluation.methods import methods, slug, trainings
+from segqc.evaluation.methods import SCAN_ONLY, SEGQC, TTA, methods, slug, trainings
 from segqc.evaluation.observers import StudySettings
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import STUDIES, manifest_of
+from segqc.evaluation.studies import STUDIES, badness_of_scans, badness_of_slices, manifest_of
 from segqc.loop.studies import StudiesError
 from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
 from segqc.networks import build_network, plan_network
@@ -212,6 +212,29 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     again, truths_again = judging.load_judgements(tmp_path / "said.npz"), judging.load_truths(tmp_path / "truths.npz")
     assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
     assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
+
+
+def test_slices_are_ordered_by_shares_of_their_scan_and_scans_by_their_dice() -> None:
+    masks = known_masks()
+    truths = find_truths(masks, BALL, SETTINGS)
+    oracle = judge(masks, Oracle({id(m.judged.scan): m.truth.array for m in masks}), BALL, SETTINGS, {})
+    # without a map and an estimated truth, as softmax entropy is
+    blind = replace(oracle, slice_truth=np.full_like(oracle.slice_truth, np.nan), counts=oracle.counts[:0])
+    said = {SEGQC: oracle, SCAN_ONLY: oracle, TTA: blind}
+    scans, slices = badness_of_scans(said, 0), badness_of_slices(said, truths, 0)
+    assert set(scans) == {SEGQC, f"{SEGQC}, error sum", SCAN_ONLY, f"{SCAN_ONLY}, error sum", TTA, f"{TTA} entropy"}
+    assert set(slices) == {*scans, f"{SCAN_ONLY}-EE"}
+    np.testing.assert_allclose(scans[SEGQC], -truths.metrics[:, 0, 0])
+    errors = oracle.slice_badness[:, 0]
+    in_mask, in_truth, _ = truths.voxels[:, 0].T
+    whole = np.array([np.sum((in_mask + in_truth)[truths.mask_of == m]) for m in truths.mask_of])
+    mask_twice = np.array([2 * np.sum(in_mask[truths.mask_of == m]) for m in truths.mask_of])
+    assert len(set(whole)) == 3 and not np.array_equal(whole, mask_twice)
+    np.testing.assert_allclose(slices[SEGQC], errors / whole)
+    np.testing.assert_allclose(slices[TTA], errors / mask_twice)
+    np.testing.assert_allclose(slices[f"{SCAN_ONLY}-EE"], oracle.slice_badness_extracted[:, 0] / whole)
+    for plain in (f"{SEGQC}, error sum", f"{TTA} entropy"):
+        np.testing.assert_array_equal(slices[plain], errors)
 
 
 def tiny(workers: int = 1) -> EvaluationSettings:

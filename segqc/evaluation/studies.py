@@ -16,7 +16,7 @@ from segqc.baselines.estimates import MaskToJudge
 from segqc.error_maps import difference
 from segqc.evaluation import curves, detection, judging, statistics
 from segqc.evaluation.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
-from segqc.evaluation.judging import EXTRACTED, RAW, KnownMask, Truths, load_judgements, load_truths
+from segqc.evaluation.judging import EXTRACTED, RAW, Judgements, KnownMask, Truths, load_judgements, load_truths
 from segqc.evaluation.makers import (
     AT_EARLY_EPOCH,
     CALIBRATION,
@@ -209,9 +209,44 @@ class StudyResult:
 STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
 
 
+# ------------------------------------------------------------------------------------------------- orders of correction
+
+
 def sums_of(method: str) -> str:
     """The name of the order of a method's plain sums."""
     return TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
+
+
+def badness_of_scans(said: Mapping[str, Judgements], k: int) -> dict[str, Values]:
+    """What orders scans, by the order's name, (M,) each: the estimated Dice of structure ``k``, and the plain sums."""
+    badness: dict[str, Values] = {}
+    for method, judged in said.items():
+        dice = judged.metrics[:, k, 0]
+        if not np.isfinite(dice).all():
+            badness[method] = judged.scan_badness[:, k]
+        elif method != CONSTANT:
+            badness |= {method: -dice, sums_of(method): judged.scan_badness[:, k]}
+    return badness
+
+
+def badness_of_slices(said: Mapping[str, Judgements], truth: Truths, k: int) -> dict[str, Values]:
+    """What orders the slices of all scans, by the order's name, (R,) each.
+
+    A method's own order goes by its errors of structure ``k`` in the slice (TTA's and softmax entropy's: by entropies)
+    as a share of their scan's size; another by the plain sums; one by the shares after error extraction.
+    """
+    in_mask = truth.voxels[:, k, 0]
+    badness: dict[str, Values] = {}
+    for method, judged in said.items():
+        if method == CONSTANT:
+            continue
+        sums, in_truth = judged.slice_badness[:, k], judged.slice_truth[:, k]
+        # who estimates no truth knows the mask only
+        size = curves.whole_sizes(truth.mask_of, in_mask, in_truth if np.isfinite(in_truth).all() else in_mask)
+        badness |= {method: sums / size, sums_of(method): sums}
+        if len(judged.counts) and method not in (SEGQC, EXTRACTED_MAP):  # SegQC's is a method of its own
+            badness[f"{method}{OF_EXTRACTED}"] = judged.slice_badness_extracted[:, k] / size
+    return badness
 
 
 # ------------------------------------------------------------------------------------------------------- known masks
@@ -512,7 +547,7 @@ class _Study:
         return Compared(self._name(k), dimension, metric, statistic, tuple(compared), judgements, first, family)
 
     def _ordered(self, k: int, dimension: Dimension) -> Ordered:
-        badness = self._badness_of_scans(k) if dimension == "3D" else self._badness_of_slices(k)
+        badness = badness_of_scans(self.said, k) if dimension == "3D" else badness_of_slices(self.said, self.truth, k)
         badness = {name: values for name, values in badness.items() if np.isfinite(values).all()}
         in_mask, in_truth, in_both = self.truth.voxels[:, k].T
         units = (
@@ -529,31 +564,6 @@ class _Study:
             draws=self.run.settings.draws,
         )  # fmt: skip
         return Ordered(self._name(k), dimension, study)
-
-    def _badness_of_scans(self, k: int) -> dict[str, Values]:
-        badness: dict[str, Values] = {}
-        for method, said in self.said.items():
-            dice = said.metrics[:, k, 0]
-            if not np.isfinite(dice).all():
-                badness[method] = said.scan_badness[:, k]
-            elif method != CONSTANT:
-                badness |= {method: -dice, sums_of(method): said.scan_badness[:, k]}
-        return badness
-
-    def _badness_of_slices(self, k: int) -> dict[str, Values]:
-        """Each method's error sums (TTA and softmax entropy: of entropies), as shares of their scan and plain."""
-        in_mask, of = self.truth.voxels[:, k, 0], self.truth.mask_of
-        badness: dict[str, Values] = {}
-        for method, said in self.said.items():
-            if method == CONSTANT:
-                continue
-            sums, in_truth = said.slice_badness[:, k], said.slice_truth[:, k]
-            # who estimates no truth knows the mask only
-            size = curves.whole_sizes(of, in_mask, in_truth if np.isfinite(in_truth).all() else in_mask)
-            badness |= {method: sums / size, sums_of(method): sums}
-            if len(said.counts) and method not in (SEGQC, EXTRACTED_MAP):  # SegQC's is a method of its own
-                badness[f"{method}{OF_EXTRACTED}"] = said.slice_badness_extracted[:, k] / size
-        return badness
 
     def _shared(self, k: int) -> Iterator[Shared]:
         ours = self._values(k, "3D", None, "dice", SEGQC)
