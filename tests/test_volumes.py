@@ -681,8 +681,8 @@ def test_failed_write_keeps_the_old_file(tmp_path, name, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    for writer in ("_write_nifti", "_write_nrrd", "_write_dicom"):
-        monkeypatch.setattr(volumes, writer, half)
+    for writer in ("write_nifti", "write_nrrd", "write_dicom"):
+        monkeypatch.setattr(volumes.files, writer, half)
     before = []
     if name != "series":
         (tmp_path / name).write_bytes(b"old")

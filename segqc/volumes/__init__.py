@@ -1,0 +1,53 @@
+"""Scans and label maps on disk, and the frame that networks work in.
+
+The one door for files: NIfTI (``.nii``, ``.nii.gz``), NRRD (``.nrrd``) and a folder of one DICOM series become a
+`Volume` in the file's own voxel order, and go back in the same geometry. What cannot be read faithfully is refused
+with a `VolumeError` that names the file and the finding.
+
+World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and DICOM are converted at the boundary.
+"""
+
+from __future__ import annotations
+
+from segqc.volumes.atomic import atomic_write
+from segqc.volumes.dicom import dicom_files
+from segqc.volumes.files import read_labels, read_scan, temporary_labels, write_labels, write_scan
+from segqc.volumes.frame import (
+    SMOOTHING_RATIO,
+    THROUGH_PLANE_RATIO,
+    CanonicalFrame,
+    canonical_frame,
+    through_plane_axis,
+    to_canonical,
+    to_native,
+)
+from segqc.volumes.nrrd import read_nrrd_header
+from segqc.volumes.suffixes import FILE_SUFFIXES, NIFTI_SUFFIXES, NRRD_SUFFIXES, is_scan_path, scan_id
+from segqc.volumes.volume import AffineArray, Array, Volume, VolumeError
+
+__all__ = [
+    "FILE_SUFFIXES",
+    "NIFTI_SUFFIXES",
+    "NRRD_SUFFIXES",
+    "SMOOTHING_RATIO",
+    "THROUGH_PLANE_RATIO",
+    "AffineArray",
+    "Array",
+    "CanonicalFrame",
+    "Volume",
+    "VolumeError",
+    "atomic_write",
+    "canonical_frame",
+    "dicom_files",
+    "is_scan_path",
+    "read_labels",
+    "read_nrrd_header",
+    "read_scan",
+    "scan_id",
+    "temporary_labels",
+    "through_plane_axis",
+    "to_canonical",
+    "to_native",
+    "write_labels",
+    "write_scan",
+]

@@ -1,0 +1,109 @@
+"""A scan or a label map in memory: an array with its place in the world (RAS millimetres)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+AffineArray: TypeAlias = npt.NDArray[np.float64]
+
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class VolumeError(ValueError):
+    """A file, or an array with its geometry, is no usable scan or label map; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3-D array with its place in the world.
+
+    Attributes:
+        array: voxels, shape ``(n0, n1, n2)``, in the file's voxel order.
+        affine: ``(4, 4)`` float64, voxel index to RAS millimetres.
+        acquisition_axis: the array axis that slices were acquired along, where the file says it.
+
+    Raises:
+        VolumeError: if the array is not 3-D or empty, or if the affine is not an invertible ``(4, 4)`` map.
+    """
+
+    array: Array
+    affine: AffineArray
+    acquisition_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the array and the affine, and take a float64 copy of the affine."""
+        if self.array.ndim != 3 or 0 in self.array.shape:
+            raise VolumeError(f"A volume needs three non-empty axes, not the shape {self.array.shape}.")
+        finding = affine_finding(np.asarray(self.affine))
+        if finding:
+            raise VolumeError(f"The volume's affine {finding}; give an invertible 4 x 4 matrix.")
+        object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along each array axis."""
+        n0, n1, n2 = self.array.shape
+        return (n0, n1, n2)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxel centres along each array axis, in millimetres."""
+        return spacing_of(self.affine)
+
+    @property
+    def voxel_volume_mm3(self) -> float:
+        """Volume of one voxel in cubic millimetres (right for sheared grids too)."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file's geometry, known before its voxels are loaded, so that a wrong grid is refused cheaply."""
+
+    shape: tuple[int, int, int]
+    affine: AffineArray
+    acquisition_axis: int | None
+    voxels: Callable[[], Array]
+
+
+def affine_finding(affine: Array) -> str | None:
+    """Say what is wrong with an affine, or None."""
+    if affine.shape != (4, 4):
+        return f"has the shape {affine.shape}"
+    if not np.isfinite(affine).all():
+        return "holds NaN or infinite numbers"
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if (lengths == 0).any():
+        return "has an axis of length zero"
+    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
+        return "is singular (its axes lie in one plane)"
+    return None
+
+
+def checked_affine(path: Path, affine: Array) -> AffineArray:
+    finding = affine_finding(affine)
+    if finding:
+        raise VolumeError(f"{path}: the file's affine {finding}; repair the header's orientation and spacing.")
+    return np.array(affine, dtype=np.float64)
+
+
+def checked_shape(path: Path, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return three positive sizes, allowing further axes of length one at the end."""
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]):
+        raise VolumeError(f"{path}: is {len(shape)}-D, of shape {tuple(shape)}; give one 3-D volume a file.")
+    if min(shape) < 1:
+        raise VolumeError(f"{path}: has the empty or negative shape {tuple(shape)}; the header is damaged.")
+    return (int(shape[0]), int(shape[1]), int(shape[2]))
+
+
+def spacing_of(affine: AffineArray) -> tuple[float, float, float]:
+    s0, s1, s2 = np.linalg.norm(affine[:3, :3], axis=0)
+    return (float(s0), float(s1), float(s2))
