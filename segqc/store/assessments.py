@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, func, or_, select, update
 
 from segqc.store import labels, scans
 from segqc.store.database import StoreError, Transaction
@@ -171,16 +171,11 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
     Raises:
         StoreError: if there is none of this number.
     """
-    row = transaction.execute(
-        select(AssessmentRow, Scan.name, Bundle)
-        .join(Scan, AssessmentRow.scan_id == Scan.id)
-        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-        .where(AssessmentRow.id == assessment_id)
-    ).first()
+    row = transaction.execute(_HEAD, {"assessment": assessment_id}).first()
     if row is None:
         raise StoreError(f"there is no assessment {assessment_id}")
     head, scan, pair = row
-    parts = transaction.execute(_parts().where(AssessmentStructure.assessment_id == assessment_id))
+    parts = transaction.execute(_PARTS, {"assessment": assessment_id})
     return _assessment(head, scan, pair, [(part, name) for part, name in parts])
 
 
@@ -190,6 +185,22 @@ def _parts() -> Select[AssessmentStructure, str]:
         .join(StructureName, AssessmentStructure.structure_id == StructureName.id)
         .order_by(AssessmentStructure.position)
     )
+
+
+# built once: building a query takes longer than running it
+_HEAD: Final = (
+    select(AssessmentRow, Scan.name, Bundle)
+    .join(Scan, AssessmentRow.scan_id == Scan.id)
+    .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
+    .where(AssessmentRow.id == bindparam("assessment"))
+)
+_PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
+_LATEST: Final = (
+    select(AssessmentRow.id)
+    .where(AssessmentRow.label_version_id == bindparam("label_version"))
+    .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
+    .limit(1)
+)
 
 
 def _assessment(
@@ -263,12 +274,7 @@ def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assess
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
     """The number of the last assessment of a label version."""
-    return transaction.scalar(
-        select(AssessmentRow.id)
-        .where(AssessmentRow.label_version_id == label_version)
-        .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
-        .limit(1)
-    )
+    return transaction.scalar(_LATEST, {"label_version": label_version})
 
 
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:
