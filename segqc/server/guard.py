@@ -44,7 +44,7 @@ def host_of(authority: str) -> str | None:
         Lower case without a trailing dot, an address in its canonical form; None if it is neither a name nor an
         address.
     """
-    found = _AUTHORITY.fullmatch(authority.strip())
+    found = _AUTHORITY.fullmatch(authority.strip(" \t"))
     if found is None:
         return None
     name = (found[1] or found[2]).lower().removesuffix(".")
