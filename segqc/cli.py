@@ -576,6 +576,9 @@ def serve(
         bootstrap=settings.bootstrap,
         inference_slots=settings.inference_slots,
         upload_limit_mb=settings.upload_limit_mb,
+        upload_total_mb=settings.upload_total_mb,
+        upload_pause_seconds=settings.upload_pause_seconds,
+        allowed_hosts=settings.allowed_hosts,
         user_header=settings.user_header,
         worker=worker,
     )

@@ -59,6 +59,11 @@ class ServerSettings(BaseModel):
         bootstrap: whether first small networks are trained at the start where there are none.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.
+        upload_total_mb: the most that is received at once, by all requests together, in megabytes; who comes then is
+            told to come again later.
+        upload_pause_seconds: for how long a client may send nothing before its request is complete.
+        allowed_hosts: names by which clients may ask for this server, beside this machine's own names and addresses:
+            those that a proxy passes on, for instance. ``*.example.org`` are all names below it, ``*`` is any name.
         user_header: the header in which a proxy in front of the server names the signed-in user; without it no
             header is trusted.
     """
@@ -71,7 +76,18 @@ class ServerSettings(BaseModel):
     bootstrap: bool = True
     inference_slots: int = Field(default=1, ge=1)
     upload_limit_mb: float = Field(default=2048, gt=0)
+    upload_total_mb: float = Field(default=4096, gt=0)
+    upload_pause_seconds: float = Field(default=30, gt=0)
+    allowed_hosts: tuple[str, ...] = ()
     user_header: str | None = None
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name):
+                raise ValueError(f"{name!r} is no host name or address; give it without http:// and without a port")
+        return value
 
 
 class StoreSettings(BaseModel):

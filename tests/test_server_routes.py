@@ -108,7 +108,7 @@ BAD_REQUESTS = [
     ("POST", "/train/segmentation", {"json": {"epochs": "many"}}, 400),
     ("POST", "/train/segmentation", {"json": {"epochs": -1}}, 400),
     ("POST", "/train/segmentation", {"json": {"bundle_path": "/tmp"}}, 400),
-    ("POST", "/train/segmentation?run_sync=true", {"json": {}}, 400),
+    ("POST", "/train/segmentation?run_sync=true", {"json": {}}, 409),
     ("POST", "/train/", {"json": {"segmentation": 7}}, 400),
     ("GET", "/train/", {}, 404),
     ("GET", "/train/?check_if_running=true", {}, 404),
@@ -381,7 +381,7 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
     ("problem", "status", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 507, "disk is full"),
-        (OSError(errno.EROFS, "Read-only file system"), 500, "Read-only file system"),
+        (OSError(errno.EROFS, "Read-only file system"), 503, "Read-only file system"),
         (StoreUnavailable("the database does not answer"), 503, "does not answer"),
     ],
 )
