@@ -25,6 +25,15 @@ RESERVED_PARAMS = frozenset({
     "result_write_to_file", "local_rank", "network", "path", "id",
 })  # fmt: skip
 
+# What MONAI Label's clients send with a training of any server. Devices, data loading and who validates are decided by
+# this server's settings; `client_id` says who asks.
+FOREIGN_TRAINING_PARAMS = frozenset({
+    "name", "pretrained", "device", "early_stop_patience", "val_split", "val_batch_size", "multi_gpu", "gpus",
+    "dataset", "dataloader", "tracking", "tracking_uri", "tracking_experiment_name", "run_id",
+    "dataset_limit", "dataset_randomize", "amp", "n_saved", "train_random_seed", "val_interval", "client_id",
+})  # fmt: skip
+IGNORED_REASON = "MONAI Label's parameters that this server has no use for; see [training] in its settings"
+
 
 def check_image_id(image: str) -> str:
     """Return the id of a scan to be stored.
@@ -118,3 +127,16 @@ def choose_params(params: Mapping[str, JsonValue], allowed: Collection[str]) -> 
     if forbidden:
         raise RequestError(400, f"params may not set {', '.join(map(repr, forbidden))}: it has its own field.")
     return {key: value for key, value in params.items() if key in allowed}
+
+
+def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str], what: str) -> None:
+    """Refuse parameters that nobody understands: a misspelt one must not be dropped silently.
+
+    Raises:
+        RequestError: 400 that names them and lists what there is.
+    """
+    unknown = sorted(set(params) - set(understood))
+    if unknown:
+        named = ", ".join(repr(name[:60]) for name in unknown[:5])
+        listed = ", ".join(sorted(set(understood) - FOREIGN_TRAINING_PARAMS))
+        raise RequestError(400, f"there is no {what} {named}; there are: {listed}.")

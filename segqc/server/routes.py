@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from segqc.networks import ModelError
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting
 from segqc.server.checks import (
+    FOREIGN_TRAINING_PARAMS,
+    IGNORED_REASON,
     JsonObject,
     check_image_id,
     check_session_id,
@@ -40,6 +43,7 @@ from segqc.server.checks import (
     file_suffix,
     json_object,
     known,
+    refuse_unknown,
 )
 from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, submit
@@ -221,12 +225,43 @@ def _refuse_sync(run_sync: bool) -> None:
         raise RequestError(400, "run_sync is not offered: start the job and ask for its status.")
 
 
-def _training(model: str, params: Mapping[str, Any]) -> JsonObject:
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """What a worker is asked for, and which of the client's parameters are ignored."""
+
+    request: JsonObject
+    ignored: list[str]
+
+    @property
+    def said(self) -> list[str]:
+        return [f"ignored: {', '.join(self.ignored)} ({IGNORED_REASON})"] if self.ignored else []
+
+
+def _trainings(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, _Training]:
+    """Check the parameters of trainings, by network, and whether there are enough labels."""
     app = app_instance()
-    task = app._trainers[known("trainer", model, app._trainers)]
-    chosen = choose_params(params, task.params)
-    task.check(chosen, len(app.desk.studies.cases()))
-    return {"model": model, **task.job(chosen)}
+    tasks = {model: app._trainers[known("trainer", model, app._trainers)] for model in wanted}
+    chosen = {model: task.job(wanted[model]) for model, task in tasks.items()}
+    labelled = len(app.desk.studies.cases())
+    for model, task in tasks.items():
+        task.check(chosen[model][0], labelled)
+    return {model: _Training({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()}
+
+
+def _all_trainings(params: Params) -> dict[str, _Training]:
+    """The trainings of all networks; ``params`` may hold an object for each."""
+    trainers, wanted = app_instance()._trainers, params or {}
+    refuse_unknown(wanted, {*trainers, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+    for model in trainers:
+        if not isinstance(wanted.get(model, {}), dict):
+            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
+    return _trainings({model: wanted.get(model, {}) for model in trainers})
+
+
+def _submit_training(asker: Asker, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
+    who, store = asker.who(params), _store()
+    told = jobs.submit(store, who, "train", training.request, enqueue=enqueue, said=training.said)
+    return {**told, "ignored": [*training.ignored]} if training.ignored else told
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
@@ -239,25 +274,16 @@ def train_status(all: bool = False, check_if_running: bool = False) -> Any:
 def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> JsonObject:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
     _refuse_sync(run_sync)
-    wanted = params or {}
-    requests = {}
-    for model in app_instance()._trainers:
-        own = wanted.get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        requests[model] = _training(model, own)
-    return {
-        m: {"result": jobs.submit(_store(), asker.who(params), "train", r, enqueue=True)} for m, r in requests.items()
-    }
+    return {model: {"result": _submit_training(asker, params, own)} for model, own in _all_trainings(params).items()}
 
 
 @router.post("/train/{model}", tags=["Train"], dependencies=[ADMIN], summary="Train a network")
 def train_start(
     asker: AskedBy, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> JsonObject:
-    """Queue a training."""
+    """Queue a training; where the same one is open already, tell of that one."""
     _refuse_sync(run_sync)
-    return jobs.submit(_store(), asker.who(params), "train", _training(model, params or {}), enqueue=enqueue)
+    return _submit_training(asker, params, _trainings({model: params or {}})[model], enqueue=enqueue)
 
 
 @router.delete("/train/", tags=["Train"], dependencies=[ADMIN], summary="Stop the running training")
@@ -277,9 +303,7 @@ def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -
     """Queue all scoring methods."""
     _refuse_sync(run_sync)
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
-    return {
-        m: {"result": jobs.submit(_store(), asker.who(params), "scoring", r, enqueue=True)} for m, r in requests.items()
-    }
+    return {m: {"result": jobs.submit(_store(), asker.who(params), "scoring", r)} for m, r in requests.items()}
 
 
 @router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
@@ -500,14 +524,13 @@ def scan_events(scan: str) -> list[JsonObject]:
 @router.post("/segqc/round", tags=["SegQC"], dependencies=[ADMIN], summary="Start a round")
 def start_round(asker: AskedBy, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
-    app = app_instance()
-    for model, task in app._trainers.items():
-        own = (params or {}).get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        task.check(choose_params(own, task.params), len(app.desk.studies.cases()))
-    request: JsonObject = {m: t.job((params or {}).get(m, {})) for m, t in app._trainers.items()}
-    return jobs.submit(_store(), asker.who(params), "round", request)
+    trainings = _all_trainings(params)
+    request: JsonObject = {
+        model: {name: value for name, value in own.request.items() if name != "model"}
+        for model, own in trainings.items()
+    }
+    said = [f"{model}: {line}" for model, own in trainings.items() for line in own.said]
+    return jobs.submit(_store(), asker.who(params), "round", request, said=said)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")

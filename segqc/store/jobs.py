@@ -25,9 +25,7 @@ class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is wh
     """The job is another worker's by now, or was stopped: this one must not go on."""
 
 
-def put(
-    transaction: Transaction, kind: str, request: JsonObject, who: Who, *, said: Sequence[str] = ()
-) -> JobRecord:
+def put(transaction: Transaction, kind: str, request: JsonObject, who: Who, *, said: Sequence[str] = ()) -> JobRecord:
     """Put a job at the end of its kind's queue; ``said`` are its first lines, such as what it waits for."""
     row = JobRow(
         public_id=str(uuid.uuid4()),
