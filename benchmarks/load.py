@@ -315,7 +315,9 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=3000)
     parser.add_argument("--clients", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--think", type=float, nargs="+", default=[1.0], help="mean pause before and after a submission")
+    parser.add_argument(
+        "--think", type=float, nargs="+", default=[1.0], help="mean pause before and after a submission"
+    )
     parser.add_argument("--name", help="write the result under this name")
     arguments = parser.parse_args()
     template = arguments.work / f"template-{arguments.scans}"

@@ -294,7 +294,7 @@ def _sentence(error: ValidationError, origin: str) -> str:
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{origin}: {place}: {message}{more}"
+    return ": ".join(filter(None, (origin, place, f"{message}{more}")))
 
 
 def write_settings(

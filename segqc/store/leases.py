@@ -19,6 +19,7 @@ from segqc.store.values import Cost, Draw, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
+_MOST_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,15 @@ class LeaseRules:
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
-        if min(self.audit_share, self.validation_share) < 0 or self.audit_share + self.validation_share > 1:
+        shares = (self.audit_share, self.validation_share)
+        if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
             raise ValueError("audit_share and validation_share must be 0 or more and together 1 at most")
-        if self.readers < 1 or min(self.lease_minutes, self.cookie_lease_minutes) <= 0:
-            raise ValueError("readers and the lease's minutes must be positive")
+        if not all(0 < minutes <= _MOST_MINUTES for minutes in (self.lease_minutes, self.cookie_lease_minutes)):
+            raise ValueError(f"lease_minutes and cookie_lease_minutes must be above 0 and at most {_MOST_MINUTES}")
+        if not (0 <= self.repeat_seconds <= 60 * _MOST_MINUTES and 0 <= self.skip_hours <= _MOST_MINUTES / 60):
+            raise ValueError("repeat_seconds and skip_hours must be 0 or more and at most a year")
+        if not 1 <= self.readers <= 100 or self.seed < 0:
+            raise ValueError("readers must be from 1 to 100, and seed 0 or more")
 
 
 def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules: LeaseRules) -> LeaseRecord | None:
