@@ -19,7 +19,16 @@ from segqc.store.labels import FINAL
 from segqc.store.store import Store, suffix_of
 from segqc.store.upkeep import Report, silent
 from segqc.types import Structure
-from segqc.volumes import FILE_SUFFIXES, Volume, atomic_write, read_labels, read_scan, write_labels, write_scan
+from segqc.volumes import (
+    SCAN_SUFFIXES,
+    Volume,
+    atomic_write,
+    read_labels,
+    read_scan,
+    scan_suffix,
+    write_labels,
+    write_scan,
+)
 
 T = TypeVar("T")
 NIFTI = ".nii.gz"
@@ -147,8 +156,8 @@ def checked_suffix(path: Path) -> Path:
     Raises:
         ExchangeError: for another.
     """
-    if not path.name.endswith(FILE_SUFFIXES):
-        raise ExchangeError(f"{path}: is of no known format; convert it to {' or '.join(FILE_SUFFIXES)}")
+    if scan_suffix(path.name) is None:
+        raise ExchangeError(f"{path}: is of no known format; convert it to {' or '.join(SCAN_SUFFIXES)}")
     return path
 
 

@@ -25,7 +25,7 @@ from segqc.exchange.dataset import (
 )
 from segqc.store.upkeep import Report, silent
 from segqc.types import Structure
-from segqc.volumes import FILE_SUFFIXES, atomic_write
+from segqc.volumes import SCAN_SUFFIXES, atomic_write
 
 _PROGRAM: Final = "nnU-Net v2"
 _FILE: Final = "dataset.json"
@@ -59,8 +59,8 @@ def read_raw(folder: Path) -> Dataset:
     if len(raw.channel_names) != 1:
         channels = ", ".join(raw.channel_names.values())
         raise ExchangeError(f"{path}: its scans have the channels {channels}; make a data set of one of them")
-    if raw.file_ending not in FILE_SUFFIXES:
-        known = ", ".join(FILE_SUFFIXES)
+    if raw.file_ending not in SCAN_SUFFIXES:
+        known = ", ".join(SCAN_SUFFIXES)
         raise ExchangeError(f"{path}: its files end in {raw.file_ending}; convert them to one of {known}")
     if raw.dataset is not None:
         raise ExchangeError(f"{path}: lists its files under 'dataset'; move them to imagesTr and labelsTr")

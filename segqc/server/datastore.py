@@ -24,7 +24,7 @@ from segqc.store.labels import FINAL, NewLabel
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.values import LabelRecord, ScanRecord, ScanState
-from segqc.volumes import FILE_SUFFIXES, atomic_write
+from segqc.volumes import SCAN_SUFFIXES, atomic_write
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -145,7 +145,7 @@ class StoreDatastore(Datastore):
             RequestError: 400 if the id is no plain name.
         """
         source = Path(image_filename)
-        suffix = next((s for s in FILE_SUFFIXES if source.name.endswith(s)), source.suffix)
+        suffix = next((s for s in SCAN_SUFFIXES if source.name.endswith(s)), source.suffix)
         name = check_image_id(image_id or source.name.removesuffix(suffix))
         with atomic_write(self._studies.folder / f"{name}{suffix}") as temporary:
             temporary.write_bytes(source.read_bytes())

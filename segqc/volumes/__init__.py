@@ -21,29 +21,45 @@ from segqc.volumes.frame import (
     to_canonical,
     to_native,
 )
+from segqc.volumes.limits import ReadLimits
 from segqc.volumes.nrrd import read_nrrd_header
-from segqc.volumes.suffixes import FILE_SUFFIXES, NIFTI_SUFFIXES, NRRD_SUFFIXES, is_scan_path, scan_id
+from segqc.volumes.suffixes import (
+    LABEL_SUFFIXES,
+    NIFTI_SUFFIXES,
+    NRRD_SUFFIXES,
+    SCAN_SUFFIXES,
+    is_scan_path,
+    label_id,
+    label_suffix,
+    scan_id,
+    scan_suffix,
+)
 from segqc.volumes.volume import AffineArray, Array, Volume, VolumeError
 
 __all__ = [
-    "FILE_SUFFIXES",
+    "LABEL_SUFFIXES",
     "NIFTI_SUFFIXES",
     "NRRD_SUFFIXES",
+    "SCAN_SUFFIXES",
     "SMOOTHING_RATIO",
     "THROUGH_PLANE_RATIO",
     "AffineArray",
     "Array",
     "CanonicalFrame",
+    "ReadLimits",
     "Volume",
     "VolumeError",
     "atomic_write",
     "canonical_frame",
     "dicom_files",
     "is_scan_path",
+    "label_id",
+    "label_suffix",
     "read_labels",
     "read_nrrd_header",
     "read_scan",
     "scan_id",
+    "scan_suffix",
     "temporary_labels",
     "through_plane_axis",
     "to_canonical",
