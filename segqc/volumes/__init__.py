@@ -10,7 +10,7 @@ World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and 
 from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
-from segqc.volumes.dicom import dicom_files
+from segqc.volumes.dicom_series import dicom_files
 from segqc.volumes.files import read_labels, read_scan, temporary_labels, write_labels, write_scan
 from segqc.volumes.frame import (
     SMOOTHING_RATIO,
