@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segqc.error_maps import ExtractionSettings
 from segqc.placement import Placing
 from segqc.regions import BoxSettings
 from segqc.store.leases import LeaseRules
 from segqc.tags import read_tag
+from segqc.text import TextError, decode_text
 from segqc.types import Structure
 from segqc.volumes import atomic_write, scan_id
 
@@ -241,12 +242,7 @@ def load_settings(
     path = config or (studies / SETTINGS_FILE if studies is not None else None)
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
-    if path is not None and path.is_file():
-        try:
-            with path.open("rb") as file:
-                tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"{path}: not a TOML file: {error}") from error
+    table = _read_toml(path) if path is not None and path.is_file() else {}
 
     class _FromFile(Settings):
         @classmethod
@@ -258,13 +254,21 @@ def load_settings(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            file = TomlConfigSettingsSource(settings_cls, path) if path is not None else None
-            return (init_settings, env_settings, *((file,) if file is not None else ()))
+            return (init_settings, env_settings, InitSettingsSource(settings_cls, table))
 
     try:
         return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(_sentence(error, _origin(path))) from error
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(decode_text(path.read_bytes()))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (TextError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 
 def _origin(path: Path | None) -> str:

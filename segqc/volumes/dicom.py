@@ -53,6 +53,16 @@ def open_dicom(path: Path, limits: ReadLimits | None = None) -> Source:
     return dicom_source(contents.volumes[0], path, limits)
 
 
+def read_dicom_volume(volume: DicomVolume, shown: Path, limits: ReadLimits | None = None) -> Volume:
+    """Read a volume that `sort_into_volumes` has found, as `read_scan` does.
+
+    Raises:
+        VolumeError: as `read_scan`; the message begins with `shown`.
+    """
+    source = dicom_source(volume, shown, limits)
+    return Volume(source.voxels(), source.affine, source.acquisition_axis)
+
+
 def dicom_source(volume: DicomVolume, shown: Path, limits: ReadLimits | None = None) -> Source:
     """Open a volume that `sort_into_volumes` has found.
 
@@ -101,6 +111,12 @@ def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32
             scaled = (pixels.astype(np.float64) * slope + intercept).astype(np.float32)
     except VolumeError:
         raise
+    except (NotImplementedError, RuntimeError) as error:  # no decoder, or none for so many bits
+        syntax = item.file_meta.TransferSyntaxUID.name
+        raise VolumeError(
+            f"the pixels of {file.name} cannot be decoded here ({syntax}); decompress the series, for instance with "
+            "gdcmconv --raw."
+        ) from error
     except Exception as error:  # pydicom and its decoders raise many kinds, none with a common base
         raise VolumeError(f"the pixels of {file.name} cannot be read ({error}); copy or decompress it.") from error
     if scaled.shape != (rows, columns):

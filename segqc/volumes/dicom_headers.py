@@ -134,6 +134,14 @@ def read_header(path: Path) -> DicomHeader:
         raise VolumeError(f"{path.name} is truncated or damaged ({error}); copy the series again.") from error
 
 
+def is_dicom_image(path: Path) -> bool:
+    """Tell whether a DICOM file can be read and is an image by its SOP class."""
+    try:
+        return read_header(path).is_image
+    except VolumeError:
+        return False
+
+
 def read_dataset(path: Path) -> FileDataset:
     """Read a whole DICOM file, with a transfer syntax even where the file does not state it.
 
