@@ -5,8 +5,10 @@ Imports of the library are inside the commands: PyTorch takes seconds, and ``seg
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -95,6 +97,7 @@ ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help=
 
 def main() -> None:
     """Run the command; an error that the user can mend is one sentence, not a traceback."""
+    _use_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
@@ -103,6 +106,16 @@ def main() -> None:
             raise
         typer.echo(f"segqc: {error}", err=True)
         sys.exit(1)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale knows ASCII only, as ``LC_ALL=C`` in a container does.
+
+    Names of files that are not ASCII could neither be printed nor stored otherwise.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
