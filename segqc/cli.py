@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -97,7 +98,7 @@ ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help=
 
 def main() -> None:
     """Run the command; an error that the user can mend is one sentence, not a traceback."""
-    _use_utf8()
+    _set_up_text()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
@@ -108,14 +109,18 @@ def main() -> None:
         sys.exit(1)
 
 
-def _use_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale knows ASCII only, as ``LC_ALL=C`` in a container does.
+def _set_up_text() -> None:
+    """Let every name be read and printed, whatever the locale.
 
-    Names of files that are not ASCII could neither be printed nor stored otherwise.
+    Where it knows ASCII only, as with ``LC_ALL=C`` in a container, Python starts again in its UTF-8 mode: names of
+    files could neither be stored nor printed otherwise. What a terminal cannot show is printed escaped.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

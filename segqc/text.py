@@ -45,8 +45,12 @@ def decode_text(content: bytes) -> str:
 
 
 def spreadsheet_cell(value: T) -> T | str:
-    """Keep a text cell from being run as a formula: an apostrophe in front makes it text; numbers stay numbers.
+    """A cell for a CSV table: text that a spreadsheet would run as a formula has an apostrophe in front.
 
     Spreadsheets run what begins with ``=``, ``+``, ``-``, ``@``, a tabulator or an end of line (OWASP, CSV injection).
+    Numbers stay numbers. Ends of lines become line feeds, as `csv` puts no quotes around a lone carriage return.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if value.startswith(_FORMULA_STARTS) else text

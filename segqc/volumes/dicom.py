@@ -14,7 +14,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
-from segqc.volumes.dicom_headers import read_dataset
+from segqc.volumes.dicom_headers import first_line, read_dataset
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
 from segqc.volumes.limits import ReadLimits
 from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, checked_affine, spacing_of
@@ -118,7 +118,9 @@ def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32
             "gdcmconv --raw."
         ) from error
     except Exception as error:  # pydicom and its decoders raise many kinds, none with a common base
-        raise VolumeError(f"the pixels of {file.name} cannot be read ({error}); copy or decompress it.") from error
+        raise VolumeError(
+            f"the pixels of {file.name} cannot be read ({first_line(error)}); copy or decompress it."
+        ) from error
     if scaled.shape != (rows, columns):
         raise VolumeError(
             f"{file.name} holds pixels of the shape {scaled.shape}, not {(rows, columns)}; copy it again."

@@ -131,7 +131,9 @@ def read_header(path: Path) -> DicomHeader:
     try:
         return _header(path, item)
     except Exception as error:  # values are converted when they are asked for, with errors of many kinds
-        raise VolumeError(f"{path.name} is truncated or damaged ({error}); copy the series again.") from error
+        raise VolumeError(
+            f"{path.name} is truncated or damaged ({first_line(error)}); copy the series again."
+        ) from error
 
 
 def is_dicom_image(path: Path) -> bool:
@@ -151,6 +153,11 @@ def read_dataset(path: Path) -> FileDataset:
     return _read(path, None)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as a part of a sentence."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def _read(path: Path, tags: list[str] | None) -> FileDataset:
     """Read a file; with tags, only these and nothing from the pixels on."""
     try:
@@ -164,7 +171,9 @@ def _read(path: Path, tags: list[str] | None) -> FileDataset:
     except VolumeError:
         raise
     except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base
-        raise VolumeError(f"{path.name} is truncated or damaged ({error}); copy the series again.") from error
+        raise VolumeError(
+            f"{path.name} is truncated or damaged ({first_line(error)}); copy the series again."
+        ) from error
     return item
 
 

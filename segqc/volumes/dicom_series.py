@@ -46,7 +46,8 @@ class DicomVolume:
     @property
     def title(self) -> str:
         """How messages name the volume."""
-        series = " ".join(filter(None, ("series", self.series_number, self.description and f"'{self.description}'")))
+        named = " ".join(filter(None, (self.series_number, self.description and f"'{self.description}'")))
+        series = f"series {named or self.key.series}"
         return f"{series}, {self.part}" if self.part else series
 
 
