@@ -202,10 +202,8 @@ def _header(path: Path, item: Dataset) -> DicomHeader:
     name = UID(uid).name  # a class that the dictionary does not know has its number for a name
     modality = str(item.get("Modality") or "")
     rows, columns = _value(item, "Rows", int), _value(item, "Columns", int)
-    if name != uid:
-        is_image = "Image Storage" in name
-    else:  # a private class, or none at all
-        is_image = rows is not None and modality not in _NO_IMAGE_MODALITIES
+    is_private = name == uid  # or missing
+    is_image = (rows is not None and modality not in _NO_IMAGE_MODALITIES) if is_private else "Image Storage" in name
     types = item.get("ImageType") or []
     return DicomHeader(
         file=path,

@@ -173,47 +173,53 @@ def _no_images(headers: Sequence[DicomHeader]) -> list[LeftOut]:
 # ------------------------------------------------------------------------------------------------------------ series
 
 
+class _SlicesMissingError(VolumeError):
+    """The slices are of one stack, and some of it are not there."""
+
+
 def _volumes_of_series(slices: Sequence[DicomHeader]) -> DicomContents:
-    """Put a series together: all of its folders at once where they hold different slices, else each by itself."""
+    """Put a series together from all of its folders, or from each where these hold different stacks."""
+    files = tuple(header.file for header in slices)
+    try:
+        return _volumes(slices)
+    except VolumeError as error:
+        whole = DicomContents((), (LeftOut(files, str(error)),))
+        if isinstance(error, _SlicesMissingError):
+            return whole
     folders: dict[Path, list[DicomHeader]] = defaultdict(list)
     for header in slices:
         folders[header.file.parent].append(header)
-    instances = [{header.instance for header in part} for part in folders.values()]
-    if len(folders) > 1 and sum(map(len, instances)) == len(set().union(*instances)):
-        found = _volumes(slices)
-        if found.volumes:
-            return found
-        alone = [_volumes(part) for part in folders.values()]
-        if any(not part.volumes for part in alone):
-            return found
-    else:
-        alone = [_volumes(part) for part in folders.values()]
+    if len(folders) == 1 or min(map(len, folders.values())) == 1:
+        return whole
     volumes: list[DicomVolume] = []
-    left_out: list[LeftOut] = [entry for part in alone for entry in part.left_out]
-    for volume in (volume for part in alone for volume in part.volumes):
-        original = next((other for other in volumes if _same_images(volume.files, other.files)), None)
-        if original is None:
-            volumes.append(volume)
+    left_out: list[LeftOut] = []
+    for part in folders.values():
+        try:
+            found = _volumes(part)
+        except VolumeError as error:
+            left_out.append(LeftOut(tuple(header.file for header in part), str(error)))
         else:
-            left_out.append(LeftOut(volume.files, f"is a copy of {original.files[0].parent}."))
-    return DicomContents(tuple(volumes), tuple(left_out))
+            volumes += found.volumes
+            left_out += found.left_out
+    return DicomContents(tuple(volumes), tuple(left_out)) if volumes else whole
 
 
 def _volumes(slices: Sequence[DicomHeader]) -> DicomContents:
+    """Put slices together.
+
+    Raises:
+        VolumeError: if they are no volume; the message reads on from a folder's name.
+    """
     left_out: list[LeftOut] = []
-    files = tuple(header.file for header in slices)
-    try:
-        slices, copies = _without_copies(slices)
-        if copies:
-            left_out.append(LeftOut(tuple(copies), "holds further copies of the same slices."))
-        others = [header for header in slices if not header.is_localizer]
-        if others and len(others) < len(slices):
-            dropped = tuple(header.file for header in slices if header.is_localizer)
-            left_out.append(LeftOut(dropped, "holds a localizer in the same series."))
-            slices = others
-        return DicomContents(tuple(_stacks(slices)), tuple(left_out))
-    except VolumeError as error:
-        return DicomContents((), (LeftOut(files, str(error)),))
+    slices, copies = _without_copies(slices)
+    if copies:
+        left_out.append(LeftOut(tuple(copies), "holds further copies of the same slices."))
+    others = [header for header in slices if not header.is_localizer]
+    if others and len(others) < len(slices):
+        dropped = tuple(header.file for header in slices if header.is_localizer)
+        left_out.append(LeftOut(dropped, "holds a localizer in the same series."))
+        slices = others
+    return DicomContents(tuple(_stacks(slices)), tuple(left_out))
 
 
 def _without_copies(slices: Sequence[DicomHeader]) -> tuple[list[DicomHeader], list[Path]]:
@@ -230,10 +236,6 @@ def _without_copies(slices: Sequence[DicomHeader]) -> tuple[list[DicomHeader], l
             )
         copies.append(header.file)
     return list(kept.values()), copies
-
-
-def _same_images(first: Sequence[Path], second: Sequence[Path]) -> bool:
-    return len(first) == len(second) and all(map(_same_image, first, second))
 
 
 def _same_image(first: Path, second: Path) -> bool:
@@ -391,7 +393,7 @@ def _slice_step(
     expected = positions[0] + np.arange(len(slices))[:, None] * step
     tolerance = max(0.02, 0.02 * typical)
     if np.abs(gaps - typical).max() > tolerance or np.linalg.norm(positions - expected, axis=1).max() > tolerance:
-        raise VolumeError(
+        raise _SlicesMissingError(
             f"has {len(slices)} slices that are unevenly spaced or not in line, "
             f"{gaps.min():.3f} to {gaps.max():.3f} mm apart; slices may be missing, copy the series again."
         )
