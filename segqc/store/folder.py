@@ -114,8 +114,8 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
     return Taken(new, missing, added, removed, replaced)
 
 
-def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> None:
-    """Make sure that a scan's file still holds its content, by a system call; take the file in where it does not.
+def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> bool:
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
 
     Raises:
         UnknownScan: if there is none of this name.
@@ -128,9 +128,11 @@ def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing
     except FileNotFoundError:
         with store.write() as transaction:
             scans.mark_missing(transaction, [file], FOLDER)
-        return
-    if known is None or not signature or known.signature != signature:
-        _take_in_files(store, [file], {} if known is None else {file: known}, set(), patient_of, placing, _never)
+        return False
+    if known is not None and not known.missing and signature and known.signature == signature:
+        return True
+    _take_in_files(store, [file], {} if known is None else {file: known}, set(), patient_of, placing, _never)
+    return False
 
 
 def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, placing: Placing) -> Added:
