@@ -434,10 +434,9 @@ def predict(
     model: ModelFile = None,
 ) -> None:
     """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
-    from segqc.loop.studies import LABEL_SUFFIXES
-    from segqc.volumes import read_scan, scan_id, write_labels
+    from segqc.volumes import read_scan, scan_id, scan_suffix, write_labels
 
-    to_file = out.name.endswith(LABEL_SUFFIXES)
+    to_file = scan_suffix(out.name) is not None
     if to_file and len(scans) > 1:
         raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
     segmenter = _segmenter(_models_folder(studies, scans[0]), model)

@@ -23,11 +23,12 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from segqc.error_maps import ExtractionSettings
 from segqc.placement import Placing
 from segqc.regions import BoxSettings
+from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.tags import read_tag
 from segqc.text import TextError, decode_text
-from segqc.types import Structure
-from segqc.volumes import atomic_write, scan_id
+from segqc.types import Structure, label_names
+from segqc.volumes import ReadLimits, atomic_write, scan_id
 
 if TYPE_CHECKING:
     from segqc.training.settings import TrainingSettings
@@ -43,7 +44,12 @@ Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
 T = TypeVar("T")
 
 
-_TABLES: Mapping[str, type] = {"extraction": ExtractionSettings, "boxes": BoxSettings, "annotation": LeaseRules}
+_TABLES: Mapping[str, type] = {
+    "extraction": ExtractionSettings,
+    "boxes": BoxSettings,
+    "annotation": LeaseRules,
+    "intake": ReadLimits,
+}
 
 
 class SettingsError(ValueError):
@@ -98,6 +104,7 @@ class Settings(BaseSettings):
     patient_pattern: str | None = None
     store: StoreSettings = Field(default_factory=StoreSettings)
     annotation: LeaseRules = Field(default_factory=LeaseRules)
+    intake: ReadLimits = Field(default_factory=ReadLimits)
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
@@ -118,7 +125,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
         return value
 
-    @field_validator("extraction", "boxes", "annotation", mode="before")
+    @field_validator("extraction", "boxes", "annotation", "intake", mode="before")
     @classmethod
     def _known_keys(cls, value: object, info: object) -> object:
         name = getattr(info, "field_name", "")
@@ -133,6 +140,17 @@ class Settings(BaseSettings):
     def label_values(self) -> tuple[int, ...]:
         """All label values of the named structures, ascending."""
         return tuple(sorted({v for values in self.structures.values() for v in values}))
+
+    @field_validator("intake")
+    @classmethod
+    def _usable_limits(cls, value: ReadLimits) -> ReadLimits:
+        if value.max_voxels < 1 or not value.max_seconds > 0:
+            raise ValueError("max_voxels and max_seconds must be positive")
+        return value
+
+    def intake_checks(self) -> FileChecks:
+        """What every file has to pass before the store takes it in."""
+        return FileChecks(self.intake, label_names(self.structure_list()))
 
     @field_validator("patient_pattern")
     @classmethod

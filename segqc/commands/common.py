@@ -65,7 +65,8 @@ def kept_store(folder: Path) -> Store:
     """The store of a studies folder as it was left: what lies in the folder by now is not taken in."""
     from segqc.store.store import Store
 
-    return Store.open(folder, settings_of(folder).store.url)
+    settings = settings_of(folder)
+    return Store.open(folder, settings.store.url, intake=settings.intake_checks())
 
 
 def open_store(folder: Path) -> Store:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+
 from segqc.assessor import Assessor
 from segqc.loop.studies import Studies
 from segqc.networks import Kind, ModelCard
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
 from segqc.store import labels
-from segqc.training import Progress, TrainingSettings, train_assessor, train_segmentation
+from segqc.training import (
+    CaseError,
+    Progress,
+    TooFewCases,
+    TrainingSettings,
+    train_assessor,
+    train_segmentation,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def train(studies: Studies, network: Kind, progress: Progress, settings: TrainingSettings | None = None) -> ModelCard:
     """Train a network on all final labels of a studies folder, draw its learning curve, publish the model.
+
+    A scan that can't be used, or whose label can't, is left out with a warning.
 
     The file of the model is replaced in one step when the training is done; until then the old model serves.
 
@@ -25,13 +38,25 @@ def train(studies: Studies, network: Kind, progress: Progress, settings: Trainin
     Raises:
         TooFewCases: if too few scans are labelled.
         StudiesError: if nothing says what the structures are.
-        VolumeError: if a scan or a label file can't be used.
     """
     settings = settings or studies.settings.training_settings(network)
     folder = studies.training_folder(network)
     placements = dict(studies.placements())
     learn = train_segmentation if network == "segmentation" else train_assessor
-    trained: Segmenter | Assessor = learn(studies.cases(), studies.structures, placements, settings, folder, progress)
+    cases, structures = studies.cases(), studies.structures
+    left_out: list[str] = []
+    while True:
+        try:
+            trained: Segmenter | Assessor = learn(cases, structures, placements, settings, folder, progress)
+            break
+        except CaseError as error:
+            logger.warning("left out of the training: %s", error)
+            left_out.append(str(error))
+            cases = [case for case in cases if case.id != error.case]
+        except TooFewCases as error:
+            if not left_out:
+                raise
+            raise TooFewCases(f"{error}; left out: {'; '.join(left_out)}") from error
     if (folder / "curve.json").is_file():
         draw_curve(folder / "curve.json", folder / "curve.png")
     path = studies.model_path(network)

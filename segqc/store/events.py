@@ -11,6 +11,8 @@ from segqc.store.schema import Actor, Event
 from segqc.store.values import EventRecord, JsonObject, Who
 
 SERVER = Who("system", "server", "program")
+FOLDER = Who("system", "folder", "folder")
+"""Whoever puts files into the studies folder, changes or removes them."""
 
 
 def actor_id(transaction: Transaction, who: Who) -> int:
