@@ -19,7 +19,8 @@ from segqc import cli
 from segqc.commands.common import CommandError
 from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
 from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
-from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
+from segqc.store import assessments, corrections, events, findings, jobs, labels, leases, orders, scans, upkeep
+from segqc.store.findings import Finding
 from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -408,6 +409,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         assert lease is not None
         job = jobs.put(transaction, "round", {"epochs": 3}, BERT)
         number, _ = jobs.begin_round(transaction, job.id, 2)
+        findings.record(transaction, [Finding("gone.nii", "scan", "gone.nii: is empty.", "0 0")], "checks")
         jobs.finish_step(transaction, number, "train", {"dice": 0.5})
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
     clock.pass_(minutes=2, microseconds=5)

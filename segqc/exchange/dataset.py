@@ -20,7 +20,7 @@ from segqc.store.labels import FINAL
 from segqc.store.store import Store
 from segqc.store.upkeep import Report, silent
 from segqc.text import TextError, decode_text
-from segqc.types import Structure
+from segqc.types import Structure, label_names
 from segqc.volumes import (
     Volume,
     VolumeError,
@@ -201,10 +201,9 @@ def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link
 
 def _place_label(case: Case, label: Path, dataset: Dataset, target: Path) -> None:
     shown = relative_name(label, dataset.folder)
-    values = {value for structure in dataset.structures for value in structure.values}
-    names = {s.name: s.values[0] for s in dataset.structures if len(s.values) == 1}
+    names = label_names(dataset.structures)
     try:
-        check_labels(label, read_scan(case.image), values, names, shown=shown)
+        check_labels(label, read_scan(case.image), list(names.values()), names, shown=shown)
     except VolumeError as error:
         raise _NotUsable(shown, sentence_of(error, label, shown)) from error
     place(label, target / "labels" / FINAL / f"{case.name}{label_suffix(label.name)}", link=False)
