@@ -503,6 +503,8 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final = fill(store, folder, clock)
+    (folder / "left_aside.mha").touch()
+    take_in(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
     assert all(written[table] for table in written), "the test wants a row in every table"
 

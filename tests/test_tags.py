@@ -28,8 +28,13 @@ from tests.store_kit import PLACING
 ARRAY = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
 
 
-def with_sidecar(scan: Path, **values: object) -> Path:
+def without_sidecar(scan: Path) -> Path:
     write_scan(Volume(ARRAY, np.eye(4)), scan)
+    return scan
+
+
+def with_sidecar(scan: Path, **values: object) -> Path:
+    without_sidecar(scan)
     scan.with_name(scan.name.split(".")[0] + ".json").write_text(json.dumps(values))
     return scan
 
@@ -135,8 +140,8 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
     settings._tell_of_untagged.cache_clear()
     for name in ("p1_a", "p1_b", "p2_c"):
         with_sidecar(tmp_path / f"{name}.nii.gz", PatientID="seven")
-    for name in ("p3_d", "odd"):
-        write_scan(Volume(ARRAY, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    without_sidecar(tmp_path / "p3_d.nii.gz")
+    without_sidecar(tmp_path / "odd.nii.gz")
     (tmp_path / "segqc.toml").write_text(
         'patient_tag = "PatientID"\npatient_pattern = "^(p[0-9])_"\n[patients]\n"eight" = ["p1_b"]\n'
     )
@@ -147,7 +152,7 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
 
 
 def test_without_the_setting_no_side_car_is_read(tmp_path: Path) -> None:
-    with_sidecar(tmp_path / "a.nii")
+    without_sidecar(tmp_path / "a.nii")
     (tmp_path / "a.json").write_text("{")
     assert patients(Studies(tmp_path)) == {"a": "a"}
 
@@ -161,11 +166,13 @@ def test_a_scan_waits_until_its_side_car_can_be_read(tmp_path: Path, caplog: pyt
         studies = Studies(tmp_path)
         assert patients(studies) == {"b": "seven"}
         studies.refresh()
-    assert sum("not taken in: a.nii" in m and "a.json" in m for m in caplog.messages) == 1
+    assert sum("not taken in" in m and "a.nii" in m and "a.json" in m for m in caplog.messages) == 1
+    assert [finding.file for finding in studies.findings()] == ["a.nii"]
     assert any("a.nii" in finding.what for finding in check(studies.store))
     (tmp_path / "a.json").write_text('{"PatientID": "seven"}')  # in place: the folder itself shows no change
     studies.refresh()
     assert patients(studies) == {"a": "seven", "b": "seven"}
+    assert studies.findings() == []
 
 
 def test_known_scans_are_not_looked_at_again(tmp_path: Path) -> None:

@@ -66,7 +66,13 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
             "role": s.role,
             "state": state(s),
             "reason": s.reason,
-            **estimate("estimated Dice", s.ranking_dice, intervals.get(s.name), as_json=as_json, as_csv=as_csv),
+            **estimate(
+                "estimated Dice",
+                s.ranking_dice if s.former_name is None else None,
+                intervals.get(s.name),
+                as_json=as_json,
+                as_csv=as_csv,
+            ),
         }
         for s in found
     ]

@@ -24,7 +24,6 @@ from segqc.store.folder import ScanExists
 from segqc.store.labels import FINAL, NewLabel
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
-from segqc.store.store import suffix_of
 from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState
 from segqc.volumes import scan_id
 
@@ -90,14 +89,19 @@ class StoreDatastore(Datastore):
 
     def datalist(self) -> list[dict[str, Any]]:
         """Paths of the labelled scans and of their final labels."""
-        folder = self._studies.folder
+        store = self._store
+        return [
+            # what was read from a file of another form is handed out as everybody reads it
+            {"image": str(image), "label": str((store.label_file if final.source_sha256 else store.view_file)(final))}
+            for image, final in self._final_labels()
+        ]
+
+    def _final_labels(self) -> list[tuple[Path, LabelRecord]]:
+        """Files and final labels of the labelled scans, in the order of their names."""
         with self._store.read() as transaction:
             files = {s.name: s.file for s in scans.listing(transaction, states=("submitted", "approved"))}
-        return [
-            {"image": str(folder / files[name]), "label": str(self._store.label_file(label))}
-            for name, label in sorted(self._labelled(None).items())
-            if name in files
-        ]
+        labelled = sorted(self._labelled(None).items())
+        return [(self._studies.folder / files[name], label) for name, label in labelled if name in files]
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -258,10 +262,9 @@ class StoreDatastore(Datastore):
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for pair in self.datalist()[:limit_cases]:
-                image, label = Path(pair["image"]), Path(pair["label"])
+            for image, final in self._final_labels()[:limit_cases]:
                 archive.write(image, image.name)
-                archive.write(label, f"labels/final/{scan_id(image)}{suffix_of(label)}")
+                archive.write(self._store.label_file(final), f"labels/final/{final.scan}{final.suffix}")
         return path
 
     def status(self) -> dict[str, Any]:

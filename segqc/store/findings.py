@@ -57,6 +57,10 @@ def files(transaction: Transaction) -> set[str]:
 def record(transaction: Transaction, found: Iterable[Finding], checks: str) -> None:
     """Note why files are not taken in, in place of what was noted of them before."""
     for finding in found:
+        before = transaction.get(FindingRow, finding.file)
+        same = before is not None and before.checks == checks
+        if same and before is not None and (before.sentence, before.signature) == (finding.sentence, finding.signature):
+            continue
         transaction.merge(
             FindingRow(
                 file=finding.file,

@@ -333,14 +333,18 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
             if known is not None and known.sha256 is not None and sha256_of(path) == known.sha256:
                 looked = _Looked(file, signature, known.sha256)
             else:
+                try:
+                    patient = patient_of(path)
+                except VolumeError as error:  # of a side-car, perhaps: looked at again each time
+                    return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
                 content = store.intake.scan(path, file)
-                looked = _Looked(file, signature, content.sha256, patient_of(path))
+                looked = _Looked(file, signature, content.sha256, patient)
                 for warning in content.warnings:
                     logger.warning("%s", warning)
         except FileNotFoundError:
             raise
         except Exception as error:  # one file must not keep all others out, whatever is wrong with it
-            looked = _Looked(file, signature, finding=Finding(file, "scan", _sentence(file, error), signature))
+            looked = _Looked(file, signature, finding=Finding(file, "scan", _sentence(path, file, error), signature))
         after = path.stat()
     except FileNotFoundError:
         return None
@@ -348,7 +352,8 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
     return looked if same else None
 
 
-def _sentence(file: str, error: Exception) -> str:
+def _sentence(path: Path, file: str, error: Exception) -> str:
+    """What is wrong with a file, by the name that the user knows."""
     if isinstance(error, MemoryError):
         return f"{file}: needs more memory to be read than there is; make it smaller"
     if isinstance(error, OSError):
@@ -356,7 +361,8 @@ def _sentence(file: str, error: Exception) -> str:
     if not isinstance(error, VolumeError):
         logger.error("%s", file, exc_info=error)
         return f"{file}: cannot be read ({type(error).__name__}: {error})"
-    return str(error) if file in str(error) else f"{file}: {error}"
+    told = str(error).replace(str(path), file)
+    return told if file in told else f"{file}: {told}"
 
 
 def _note(
@@ -572,7 +578,8 @@ class _LabelPass:
             except FileNotFoundError:
                 continue  # gone again before it could be read
             except Exception as error:  # one file must not keep all others out, whatever is wrong with it
-                self._find(name, _sentence(f"labels/{self.tag}/{name}", error), scan.name)
+                path = self.store.files.views / self.tag / name
+                self._find(name, _sentence(path, f"labels/{self.tag}/{name}", error), scan.name)
         return None
 
     def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:

@@ -161,8 +161,9 @@ def expect(transaction: Transaction, name: str, sha256: str | None) -> Scan:
 
 
 def counts(transaction: Transaction) -> dict[ScanState, int]:
-    """How many scans are in each state."""
-    rows = transaction.execute(select(Scan.state, func.count()).group_by(Scan.state))
+    """How many scans are in each state; retired ones are none of them."""
+    query = select(Scan.state, func.count()).where(Scan.former_name.is_(None)).group_by(Scan.state)
+    rows = transaction.execute(query)
     return {state: count for state, count in rows}
 
 
