@@ -320,10 +320,10 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
     dying = Store(folder, url)
     real_put, real_show = dying.files.put, dying.files._show
 
-    def put(arrival: object) -> object:
+    def put(*arguments: object) -> object:
         if when == "before the files":
             os._exit(9)
-        state = real_put(arrival)  # type: ignore[arg-type]
+        state = real_put(*arguments)  # type: ignore[arg-type]
         if when == "before the commit":
             os._exit(9)
         return state
