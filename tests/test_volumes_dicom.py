@@ -258,6 +258,15 @@ def test_files_without_preamble_are_dicom_whatever_their_suffix(tmp_path: Path, 
     assert read_tag(folder, "PatientID") == "P1"
 
 
+@pytest.mark.parametrize("cut", [128, 132])
+def test_files_that_begin_with_the_mark_or_after_it_are_dicom(tmp_path: Path, cut: int) -> None:
+    folder = series(tmp_path / "s")
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[cut:])
+    assert np.array_equal(read_scan(folder).array, stack())
+    assert read_tag(folder, "PatientID") == "P1"
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, b"\x08\x00" * 400, b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" * 9])
 def test_other_files_are_no_dicom(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "IM0001").write_bytes(content)

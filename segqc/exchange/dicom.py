@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import defaultdict
@@ -61,12 +60,13 @@ def make_studies(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
     refuse_existing(folder)
     if not source.is_dir():
         raise ExchangeError(f"{source}: no such folder; name a folder of DICOM series")
-    files = list(_files(source))
+    unreadable: list[LeftAside] = []
+    files = list(_files(source, unreadable))
     looked = iter(range(1, len(files) + 1))
     contents = sort_into_volumes(files, tick=lambda: report(next(looked), len(files), "files"))
-    if not contents.volumes and not contents.left_out:
+    if not (contents.volumes or contents.left_out or unreadable):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
-    left_aside = [_left(source, entry.files, entry.reason) for entry in contents.left_out]
+    left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
     taken = 0
     with new_folder(folder) as temporary:
         for done, (name, volume) in enumerate(_named(source, contents.volumes), 1):
@@ -91,12 +91,19 @@ def make_studies(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
     return Imported(taken, 0, tuple(left_aside))
 
 
-def _files(source: Path) -> Iterator[Path]:
-    """The files of a folder and those below it, but for hidden ones."""
-    for place, folders, _ in os.walk(source):
+def _files(source: Path, unreadable: list[LeftAside]) -> Iterator[Path]:
+    """The files of a folder and those below it, but for hidden ones; folders that cannot be read are noted."""
+
+    def note(error: OSError) -> None:
+        shown = relative_name(Path(error.filename), source)
+        unreadable.append(LeftAside(shown, f"{shown}: cannot be read ({error.strerror}); allow it and import again."))
+
+    for place, folders, _ in os.walk(source, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        with contextlib.suppress(PermissionError):
+        try:
             yield from visible_files(Path(place))
+        except OSError as error:
+            note(error)
 
 
 def _left(source: Path, files: Sequence[Path], reason: str) -> LeftAside:
