@@ -33,6 +33,7 @@ from segqc.volumes import (
     visible_files,
     write_scan,
 )
+from segqc.volumes.inputs import InputFile
 from segqc.volumes.intake import check_scan
 
 _SERIES: Final = "SeriesInstanceUID"
@@ -72,15 +73,15 @@ def make_studies(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
         for done, (name, volume) in enumerate(_named(source, contents.volumes), 1):
             where = common_folder(volume.files)
             shown = relative_name(where, source)
+            title = f"{shown} ({printable(volume.title)})"
             image = temporary / f"{name}.nii.gz"
             try:
-                write_scan(read_dicom_volume(volume, where), image)
-                check_scan(image, shown=shown)
+                write_scan(read_dicom_volume(volume, InputFile(where, shown=title)), image)
+                check_scan(image, shown=title)
                 values = {tag: read_dicom_tag(volume.files[0], tag) for tag in (patient_tag, _SERIES)}
             except VolumeError as error:
                 image.unlink(missing_ok=True)
-                title = f"{shown} ({volume.title})"
-                left_aside.append(LeftAside(shown, sentence_of(error, where, shown).replace(shown, title, 1)))
+                left_aside.append(LeftAside(shown, sentence_of(error, image, title)))
             else:
                 kept: dict[str, JsonValue] = {tag: value for tag, value in values.items() if value is not None}
                 write_json(temporary / f"{name}.json", _JSON, kept)
