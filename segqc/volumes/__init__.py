@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
 from segqc.volumes.dicom import read_dicom_volume
-from segqc.volumes.dicom_headers import is_dicom_image
+from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
 from segqc.volumes.dicom_series import (
     DicomContents,
     DicomVolume,
@@ -68,6 +68,7 @@ __all__ = [
     "is_scan_path",
     "label_id",
     "label_suffix",
+    "read_dataset",
     "read_dicom_volume",
     "read_grid",
     "read_labels",
