@@ -320,10 +320,10 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
     dying = Store(folder, url)
     real_put, real_show = dying.files.put, dying.files._show
 
-    def put(arrival: object) -> object:
+    def put(*arguments: object) -> object:
         if when == "before the files":
             os._exit(9)
-        state = real_put(arrival)  # type: ignore[arg-type]
+        state = real_put(*arguments)  # type: ignore[arg-type]
         if when == "before the commit":
             os._exit(9)
         return state
@@ -772,7 +772,7 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
         "running",
         "w2",
         2,
-        ("epoch 1",),
+        ("epoch 1", "attempt 1 of 3 ended: its worker died"),
         1,
     )
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.commands.common import StudiesFolder, kept_store, open_store, progress, settings_of
+from segqc.commands.common import CommandError, StudiesFolder, kept_store, open_store, progress, settings_of
 
 if TYPE_CHECKING:
-    from segqc.exchange.dataset import Dataset
+    from segqc.exchange.dataset import Dataset, Imported
 
 import_app = typer.Typer(no_args_is_help=True, help="Make a studies folder out of another program's folder.")
 export_app = typer.Typer(no_args_is_help=True, help="Write a studies folder for other programs.")
@@ -47,8 +47,8 @@ def import_local(folder: StudiesFolder) -> None:
 
     settings_of(folder)
     datastore = read_datastore(folder)
-    count = take_notes(open_store(folder), datastore)
-    typer.echo(f"{folder}: notes of {count.scans} scans and {count.labels} labels")
+    found = take_notes(open_store(folder), datastore)
+    _print_imported(folder, found)
 
 
 @import_app.command("decathlon")
@@ -79,18 +79,36 @@ def import_dicom(
     from segqc.exchange.dicom import make_studies
 
     with progress() as report:
-        count = make_studies(source, folder, patient_tag=patient_tag, report=report)
-    open_store(folder)
-    typer.echo(f"{folder}: {count.scans} scans")
+        found = make_studies(source, folder, patient_tag=patient_tag, report=report)
+    _finish(folder, source, found)
 
 
 def _import(dataset: Dataset, folder: Path, *, link: bool) -> None:
     from segqc.exchange.dataset import make_studies
 
     with progress() as report:
-        count = make_studies(dataset, folder, link=link, report=report)
-    open_store(folder)
-    typer.echo(f"{folder}: {count.scans} scans, {count.labels} of them with a final label")
+        found = make_studies(dataset, folder, link=link, report=report)
+    _finish(folder, dataset.folder, found)
+
+
+def _finish(folder: Path, source: Path, found: Imported) -> None:
+    """Take a new studies folder into its store, and print what was taken and what was not.
+
+    Raises:
+        CommandError: if there is nothing that could be taken.
+    """
+    if found.scans:
+        open_store(folder)
+    _print_imported(folder, found)
+    if not found.scans:
+        raise CommandError(f"{source}: nothing in it could be taken; see above, mend one and import again")
+
+
+def _print_imported(folder: Path, found: Imported) -> None:
+    labels = f" and {found.labels} labels" if found.labels else ""
+    typer.echo(f"{folder}: {found.scans} scans{labels} taken, {len(found.left_aside)} left aside")
+    for item in found.left_aside:
+        typer.echo(f"  {item.reason}")
 
 
 @import_app.command("archive")

@@ -13,7 +13,7 @@ from fastapi import Body
 from pydantic import AfterValidator, JsonValue
 
 from segqc.server.errors import RequestError
-from segqc.volumes import FILE_SUFFIXES
+from segqc.volumes import SCAN_SUFFIXES
 
 JsonObject: TypeAlias = dict[str, JsonValue]
 
@@ -45,23 +45,23 @@ class Bounds:
 
 
 # The numbers that requests set, by their names in ``params``.
-BOUNDS: Final[Mapping[str, Bounds]] = {
-    "epochs": Bounds(1, 100_000),
-    "max_epochs": Bounds(1, 100_000),
-    "fold_epochs": Bounds(1, 100_000),
-    "steps_per_epoch": Bounds(1, 100_000),
-    "batch": Bounds(1, 256),
-    "train_batch_size": Bounds(1, 256),
-    "learning_rate": Bounds(1e-9, 10.0, whole=False),
-    "seed": Bounds(0, 2**32 - 1),
-    "max_batch_size": Bounds(0, 1_000_000_000),
-}
+# Numbers of requests but those of trainings, which `TrainingSettings` checks.
+BOUNDS: Final[Mapping[str, Bounds]] = {"max_batch_size": Bounds(0, 1_000_000_000)}
 
 # Fields that decide what is read, run or written. They have their own place in a request, `params` does not set them.
 RESERVED_PARAMS = frozenset({
     "image", "images", "image_id", "model", "method", "strategy", "label", "session", "description", "bundle_path",
     "result_write_to_file", "local_rank", "network", "path", "id",
 })  # fmt: skip
+
+# What MONAI Label's clients send with a training of any server. Devices, data loading and who validates are decided by
+# this server's settings; `client_id` says who asks.
+FOREIGN_TRAINING_PARAMS = frozenset({
+    "name", "pretrained", "device", "early_stop_patience", "val_split", "val_batch_size", "multi_gpu", "gpus",
+    "dataset", "dataloader", "tracking", "tracking_uri", "tracking_experiment_name", "run_id",
+    "dataset_limit", "dataset_randomize", "amp", "n_saved", "train_random_seed", "val_interval", "client_id",
+})  # fmt: skip
+IGNORED_REASON = "MONAI Label's parameters that this server has no use for; see [training] in its settings"
 
 
 def check_image_id(image: str) -> str:
@@ -139,10 +139,10 @@ def file_suffix(name: str | None, what: str) -> str:
         RequestError: 415 if it is no format that scans and label maps are read from.
     """
     base = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
-    for suffix in FILE_SUFFIXES:
+    for suffix in SCAN_SUFFIXES:
         if base.lower().endswith(suffix):
             return suffix
-    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(FILE_SUFFIXES)}.")
+    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(SCAN_SUFFIXES)}.")
 
 
 def json_object(text: str | None, field: str) -> JsonObject:
@@ -231,3 +231,16 @@ def _check_number(name: str, value: JsonValue, bounds: Bounds) -> None:
         raise wrong from None
     if not bounds.low <= number <= bounds.high:
         raise wrong
+
+
+def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str], what: str) -> None:
+    """Refuse parameters that nobody understands: a misspelt one must not be dropped silently.
+
+    Raises:
+        RequestError: 400 that names them and lists what there is.
+    """
+    unknown = sorted(set(params) - set(understood))
+    if unknown:
+        named = ", ".join(repr(name[:60]) for name in unknown[:5])
+        listed = ", ".join(sorted(set(understood) - FOREIGN_TRAINING_PARAMS))
+        raise RequestError(400, f"there is no {what} {named}; there are: {listed}.")

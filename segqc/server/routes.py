@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -34,6 +35,8 @@ from segqc.networks import ModelError
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting
 from segqc.server.checks import (
+    FOREIGN_TRAINING_PARAMS,
+    IGNORED_REASON,
     JsonObject,
     Params,
     check_file_name,
@@ -44,12 +47,13 @@ from segqc.server.checks import (
     file_suffix,
     json_object,
     known,
+    refuse_unknown,
 )
 from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, submit
 from segqc.server.waiting import JobsDone
 from segqc.store import events, labels, leases, scans
-from segqc.store.store import Store
+from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
 from segqc.volumes import VolumeError, atomic_write, read_scan
@@ -261,12 +265,46 @@ def _all_told(put: Mapping[str, JsonObject], kind: JobKind, run_sync: bool) -> J
     return {name: {"result": job} for name, job in put.items()}
 
 
-def _training(model: str, params: Mapping[str, Any]) -> JsonObject:
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """What a worker is asked for, and which of the client's parameters are ignored."""
+
+    request: JsonObject
+    ignored: list[str]
+
+    @property
+    def said(self) -> list[str]:
+        return [f"ignored: {', '.join(self.ignored)} ({IGNORED_REASON})"] if self.ignored else []
+
+
+def _trainings(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, _Training]:
+    """Check the parameters of trainings, by network, and whether there are enough labels."""
     app = app_instance()
-    task = app._trainers[known("trainer", model, app._trainers)]
-    chosen = choose_params(params, task.params)
-    task.check(chosen, len(app.desk.studies.cases()))
-    return {"model": model, **task.job(chosen)}
+    tasks = {model: app._trainers[known("trainer", model, app._trainers)] for model in wanted}
+    chosen = {model: task.job(wanted[model]) for model, task in tasks.items()}
+    labelled = len(app.desk.studies.cases())
+    for model, task in tasks.items():
+        task.check(chosen[model][0], labelled)
+    return {model: _Training({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()}
+
+
+def _all_trainings(params: Params) -> dict[str, _Training]:
+    """The trainings of all networks; ``params`` may hold an object for each."""
+    trainers, wanted = app_instance()._trainers, params or {}
+    refuse_unknown(wanted, {*trainers, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+    chosen = {}
+    for model in trainers:
+        own = wanted.get(model, {})
+        if not isinstance(own, dict):
+            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
+        chosen[model] = own
+    return _trainings(chosen)
+
+
+def _submit_training(asker: Asker, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
+    who, store = asker.who(params), _store()
+    told = jobs.submit(store, who, "train", training.request, enqueue=enqueue, said=training.said)
+    return {**told, "ignored": [*training.ignored]} if training.ignored else told
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
@@ -278,15 +316,7 @@ def train_status(all: bool = False, check_if_running: bool = False) -> Any:
 @router.post("/train/", tags=["Train"], dependencies=[ADMIN], summary="Train all networks")
 def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> Any:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
-    wanted = params or {}
-    requests = {}
-    for model in app_instance()._trainers:
-        own = wanted.get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        requests[model] = _training(model, own)
-    who = asker.who(params)
-    put = {m: jobs.submit(_store(), who, "train", request, enqueue=True) for m, request in requests.items()}
+    put = {model: _submit_training(asker, params, own) for model, own in _all_trainings(params).items()}
     return _all_told(put, "train", run_sync)
 
 
@@ -294,8 +324,8 @@ def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> 
 def train_start(
     asker: AskedBy, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
-    """Queue a training."""
-    job = jobs.submit(_store(), asker.who(params), "train", _training(model, params or {}), enqueue=enqueue)
+    """Queue a training; where the same one is open already, tell of that one."""
+    job = _submit_training(asker, params, _trainings({model: params or {}})[model], enqueue=enqueue)
     return _told(job, "train", run_sync)
 
 
@@ -316,7 +346,7 @@ def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -
     """Queue all scoring methods."""
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
     who = asker.who(params)
-    put = {m: jobs.submit(_store(), who, "scoring", request, enqueue=True) for m, request in requests.items()}
+    put = {method: jobs.submit(_store(), who, "scoring", request) for method, request in requests.items()}
     return _all_told(put, "scoring", run_sync)
 
 
@@ -427,10 +457,11 @@ def save_label(
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = _receive(label, Path(folder), "submitted", "the label map")
-        scan = Path(app.datastore().get_image_uri(image))
+        verified = app.desk.studies.verify_scan(image)
+        scan = app.desk.studies.folder / verified.file
         named = bool(app.desk.settings.structures)
         submitted = read_submission(received, scan, app.desk.labels(), info, configured=named)
-    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info)
+    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info, verified.sha256)
     return {**(app.on_save_label(image, image) or {}), **told, "image": image, "label": image}
 
 
@@ -479,6 +510,15 @@ def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
     with acting(asker.who()):
         app_instance().datastore().remove_label(_known_label(id, tag), tag)
     return {}
+
+
+@router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
+def download_label(label: str, tag: str, check_only: bool = False) -> Response:
+    """Send the current label map of a scan, as it was kept."""
+    path = Path(app_instance().datastore().get_label_uri(_known_image(label), tag) or _known_label(label, tag))
+    if check_only:
+        return JSONResponse({})
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{label}{suffix_of(path)}")
 
 
 @router.get("/datastore/label/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a label map")
@@ -553,14 +593,13 @@ def scan_events(scan: str) -> list[JsonObject]:
 @router.post("/segqc/round", tags=["SegQC"], dependencies=[ADMIN], summary="Start a round")
 def start_round(asker: AskedBy, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
-    app = app_instance()
-    for model, task in app._trainers.items():
-        own = (params or {}).get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        task.check(choose_params(own, task.params), len(app.desk.studies.cases()))
-    request: JsonObject = {m: t.job((params or {}).get(m, {})) for m, t in app._trainers.items()}
-    return jobs.submit(_store(), asker.who(params), "round", request)
+    trainings = _all_trainings(params)
+    request: JsonObject = {
+        model: {name: value for name, value in own.request.items() if name != "model"}
+        for model, own in trainings.items()
+    }
+    said = [f"{model}: {line}" for model, own in trainings.items() for line in own.said]
+    return jobs.submit(_store(), asker.who(params), "round", request, said=said)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")

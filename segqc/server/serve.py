@@ -98,7 +98,7 @@ def serve(
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
-    folder = Studies(studies)
+    folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
     folder.own.mkdir(parents=True, exist_ok=True)
     _allow_files()
     alone = _lock(folder)  # held until the process ends
@@ -117,7 +117,8 @@ def serve(
     }
     _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
     _set_logging(log_file)
-    logger.info("SegQC serves %s (%d scans); starting ...", folder.folder, len(folder.scans()))
+    folder.store.close()  # a database that cannot be used shows at once
+    logger.info("SegQC serves %s; starting ...", folder.folder)
     shown = host if ":" not in host else f"[{host}]"
     ending = Ending()
     with listener, _temporary_files() as temporary:

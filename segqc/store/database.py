@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Clock: TypeAlias = Callable[[], dt.datetime]
 
 DATABASE_FILE: Final = "store.sqlite"
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 _BUSY_SECONDS: Final = 60
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ import numpy as np
 from segqc.volumes.atomic import atomic_write
 from segqc.volumes.dicom import open_dicom, write_dicom
 from segqc.volumes.grid import check_grid
+from segqc.volumes.limits import ReadLimits
 from segqc.volumes.nifti import open_nifti, write_nifti
 from segqc.volumes.nrrd import open_nrrd, write_nrrd
-from segqc.volumes.suffixes import NIFTI_SUFFIXES, file_suffix
+from segqc.volumes.suffixes import NIFTI_SUFFIXES, scan_suffix
 from segqc.volumes.volume import Source, Volume, VolumeError
 
 
-def read_scan(path: str | os.PathLike[str]) -> Volume:
+def read_scan(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Volume:
     """Read a scan: a ``.nii``, ``.nii.gz`` or ``.nrrd`` file, or a folder of one DICOM series.
 
     Intensity scaling of the file (NIfTI scl_slope, DICOM rescale) is applied.
@@ -44,7 +45,12 @@ def read_scan(path: str | os.PathLike[str]) -> Volume:
 
 
 def read_labels(
-    path: str | os.PathLike[str], *, scan: Volume | None = None, values: Collection[int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    scan: Volume | None = None,
+    values: Collection[int] | None = None,
+    names: Mapping[str, int] | None = None,
+    limits: ReadLimits | None = None,
 ) -> Volume:
     """Read a label map: a ``.nii``, ``.nii.gz`` or ``.nrrd`` file of whole numbers from 0 to 255.
 
@@ -92,7 +98,7 @@ def _open(path: Path) -> Source:
         return open_dicom(path)
     if not path.is_file():
         raise VolumeError(f"{path}: there is no such file; check the path.")
-    suffix = file_suffix(path)
+    suffix = scan_suffix(path.name)
     if suffix is None:
         raise VolumeError(f"{path}: is of no known format; give .nii, .nii.gz, .nrrd or a folder of one DICOM series.")
     return open_nifti(path) if suffix in NIFTI_SUFFIXES else open_nrrd(path)
@@ -126,7 +132,7 @@ def write_labels(volume: Volume, path: str | os.PathLike[str]) -> None:
         VolumeError: if the suffix is another, or the array holds anything but whole numbers from 0 to 255.
     """
     path = Path(path)
-    if file_suffix(path) is None:
+    if scan_suffix(path.name) is None:
         raise VolumeError(f"{path}: labels are written to .nii, .nii.gz or .nrrd; choose one of these suffixes.")
     with np.errstate(invalid="ignore"):
         labels = volume.array.astype(np.uint8)
@@ -145,7 +151,7 @@ def temporary_labels(volume: Volume) -> Iterator[Path]:
 
 
 def _write(volume: Volume, path: Path) -> None:
-    suffix = file_suffix(path)
+    suffix = scan_suffix(path.name)
     if suffix is None and path.suffix:
         raise VolumeError(f"{path}: is of no known format; write .nii, .nii.gz, .nrrd or, without suffix, DICOM.")
     if suffix is None and path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -9,8 +9,8 @@ from typing import Any
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.infers.output import REQUEST_KEYS, write_result
-from segqc.loop.studies import label_names
 from segqc.server.models import Desk
+from segqc.types import label_names
 from segqc.volumes import read_scan
 
 

@@ -16,7 +16,11 @@ from segqc.volumes import read_labels, read_scan
 
 
 class LikelyErrors(InferTask):
-    """SegQC-Net on the mask with the wanted tag; on a new mask where the scan has none."""
+    """SegQC-Net on the scan's current mask or that with the wanted tag; on a new mask where the scan has none.
+
+    The answer says which one: ``assessed`` is "label" or "segmentation" (a new mask); of a stored label,
+    ``label_tag``, ``label_version`` and ``label_sha256`` are told.
+    """
 
     params = frozenset((*REQUEST_KEYS, "label_tag"))
 
@@ -60,7 +64,9 @@ class LikelyErrors(InferTask):
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
             "assessed": assessed,
-            "label_tag": request.get("label_tag") if assessed == "label" else None,
+            "label_tag": None,
+            "label_version": None,
+            "label_sha256": None,
             "estimated_dice": result.assessment.dice,
             "estimated_dice_interval": dataclasses.asdict(interval) if interval is not None else None,
             "worst_slices": list(result.assessment.worst_slices()),
