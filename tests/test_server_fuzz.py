@@ -335,7 +335,8 @@ META_LINES = st.sampled_from([
     "NDims = 99999999", "NDims = -1", "DimSize = 99999 99999 99999", "DimSize = 0 0 0", "DimSize = nan 1", "DimSize =",
     "ElementType = MET_NONSENSE", "ElementType = MET_DOUBLE", "CompressedData = True", "CompressedDataSize = -1",
     "CompressedDataSize = 99999999999999999999", "HeaderSize = -1", "HeaderSize = 99999999999", "HeaderSize = x",
-    "TransformMatrix = nan nan nan nan nan nan nan nan nan", "TransformMatrix = 1", "Offset = 1e999 x", "BinaryData = x",
+    "TransformMatrix = nan nan nan nan nan nan nan nan nan", "TransformMatrix = 1", "Offset = 1e999 x",
+    "BinaryData = x",
     "ElementSpacing = 0 0 0", "ElementSpacing = -1 nan inf", "ElementNumberOfChannels = 99999999", "=", "x",
     "ElementDataFile = /etc/passwd", "ElementDataFile = LIST", "ElementDataFile = x%d.raw 1 99999999 1",
 ])  # fmt: skip

@@ -122,7 +122,8 @@ def _check_received(path: Path, what: str) -> None:
     try:
         check_scan(path, app_instance().desk.settings.intake, shown=what)
     except VolumeError as error:
-        raise RequestError(422, str(error)) from error
+        # what is wrong with one file of a DICOM series names that file
+        raise RequestError(422, str(error).replace(str(path), what)) from error
 
 
 # ------------------------------------------------------------------------------------------------------- inference
