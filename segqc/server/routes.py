@@ -56,7 +56,8 @@ from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
-from segqc.volumes import VolumeError, atomic_write, read_scan
+from segqc.volumes import VolumeError, atomic_write
+from segqc.volumes.intake import check_scan
 
 router = APIRouter()
 
@@ -113,14 +114,15 @@ def _receive(upload: UploadFile, folder: Path, stem: str, what: str) -> Path:
 
 
 def _check_received(path: Path, what: str) -> None:
-    """Read an uploaded scan once before it is kept or used.
+    """Check an uploaded scan before it is kept or used, within the limits of the settings.
 
     Raises:
-        RequestError: 422 if it can't be read; the sentence names what it was sent as, not where it lies here.
+        RequestError: 422 if it can't be used; the sentence names what it was sent as, not where it lies here.
     """
     try:
-        read_scan(path)
+        check_scan(path, app_instance().desk.settings.intake, shown=what)
     except VolumeError as error:
+        # what is wrong with one file of a DICOM series names that file
         raise RequestError(422, str(error).replace(str(path), what)) from error
 
 

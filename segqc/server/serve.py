@@ -126,8 +126,7 @@ def serve(
         beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
         _answer(listener, f"http://{shown}:{port}/", beside, ending)
     alone.release()
-    logger.info("SegQC has ended.")
-    logging.shutdown()
+    ending.report()
 
 
 class Ending:
@@ -141,6 +140,7 @@ class Ending:
         self.begun = threading.Event()
         self.files: Path | None = None
         self.traffic: Traffic | None = None
+        self._reported = False
 
     def begin(self) -> None:
         """Let the deadline run; called again, as by a second Ctrl-C, end at once."""
@@ -153,13 +153,18 @@ class Ending:
         time.sleep(_DEADLINE_SECONDS)
         self.cut()
 
+    def report(self) -> None:
+        """Log that the server has ended; a thread that still computes may keep the process until the deadline."""
+        if not self._reported:
+            logger.info("SegQC has ended.")
+        self._reported = True
+        logging.shutdown()
+
     def cut(self) -> None:
         """End the process here and now, and say whose requests are cut off."""
-        requests = list(self.traffic.open.values()) if self.traffic is not None else []
-        for request in requests:
-            logger.warning("cut off after %.0f s: %s", time.monotonic() - request.started, request.label)
-        logger.info("SegQC has ended.")
-        logging.shutdown()
+        for request in list(self.traffic.open.values()) if self.traffic is not None else ():
+            request.log_cut()
+        self.report()
         if self.files is not None:
             shutil.rmtree(self.files, ignore_errors=True)
         os._exit(0)
