@@ -240,9 +240,7 @@ def _voxel_type(file: InputFile, fields: Mapping[str, str]) -> np.dtype[Any]:
     return dtype.newbyteorder(_BYTE_ORDERS[fields["endian"].lower()])
 
 
-def _read_voxels(
-    file: InputFile, header: _Header, count: int, dtype: np.dtype[Any], skips: tuple[int, int]
-) -> Array:
+def _read_voxels(file: InputFile, header: _Header, count: int, dtype: np.dtype[Any], skips: tuple[int, int]) -> Array:
     encoding, (lines, bytes_) = header.fields["encoding"].lower(), skips
     with file.open(start=header.size) as stream:
         start = header.size + stream.skip_lines(lines, "line skip")
