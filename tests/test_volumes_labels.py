@@ -301,3 +301,15 @@ def test_reading_is_limited_in_size_and_time(tmp_path, suffix):
         if scan_suffix(path.name):
             with pytest.raises(VolumeError, match=finding):
                 read_scan(path, limits=limits)
+
+
+def test_running_out_of_memory_is_the_files_problem(tmp_path, monkeypatch):
+    write_labels(Volume(LABELS, AFFINE), tmp_path / "a.nii.gz")
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", no_memory)
+    for reader in (read_scan, read_labels):
+        with pytest.raises(VolumeError, match=r"a\.nii\.gz: is too large"):
+            reader(tmp_path / "a.nii.gz")

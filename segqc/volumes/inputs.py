@@ -65,6 +65,14 @@ class InputFile:
             )
 
     @contextlib.contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Make running out of memory an error of this file."""
+        try:
+            yield
+        except MemoryError as error:
+            raise self.error("is too large for this machine's memory; give a smaller volume.") from error
+
+    @contextlib.contextmanager
     def open(self, compression: Compression = "none", start: int = 0) -> Iterator[ByteStream]:
         """Open the file's content, decompressed, from a byte of the file on.
 
@@ -75,9 +83,8 @@ class InputFile:
             with self.path.open("rb") as raw:
                 raw.seek(start)
                 yield ByteStream(self, iter(lambda: raw.read(_FILE_CHUNK), b""), compression)
-        except (OSError, EOFError, zlib.error, MemoryError) as error:
-            finding = "is too large for this machine's memory" if isinstance(error, MemoryError) else str(error)
-            raise self.error(f"is truncated or damaged ({finding}); copy the file again.") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise self.error(f"is truncated or damaged ({error}); copy the file again.") from error
 
 
 class ByteStream:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from segqc.volumes.grid import place_labels
+from segqc.volumes.grid import Placement, place_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Segment, Source, Volume
 
@@ -48,6 +48,18 @@ def load_labels(
             mean nothing or are not allowed.
     """
     placement = None if scan is None else place_labels(file, source, scan)
+    with file.within_memory():
+        return _load(file, source, scan, placement, values, names)
+
+
+def _load(
+    file: InputFile,
+    source: Source,
+    scan: Volume | None,
+    placement: Placement | None,
+    values: Collection[int] | None,
+    names: Mapping[str, int] | None,
+) -> LabelMap:
     stored = source.voxels()
     labels = _whole_numbers(file, stored, source.step)
     is_plain = stored.dtype.kind in "iu" and source.step == 0
