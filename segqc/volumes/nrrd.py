@@ -222,7 +222,8 @@ def _affine(file: InputFile, fields: Mapping[str, str], axes: _Axes) -> AffineAr
         raise file.error("states both spacings and a space; save it with space directions and a space origin.")
     else:
         raise file.error("says nothing of its spacing; save it with space directions and a space origin.")
-    return np.diag([*_SPACES[space], 1.0, 1.0]) @ affine
+    affine[:2] *= np.array(_SPACES[space])[:, None]
+    return affine
 
 
 # ------------------------------------------------------------------------------------------------------------ voxels
