@@ -25,6 +25,7 @@ _MAX_REST_BYTES: Final = 1 << 20  # what may follow the voxels
 _MAX_DEFLATE_RATIO: Final = 1040  # deflate reaches 1032
 _FILE_CHUNK: Final = 1 << 16
 _CHUNK: Final = 1 << 20
+_MAX_FINDING: Final = 500
 _MAX_WORD_BYTES: Final = 1 << 10
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _BZIP2_MAGIC: Final = b"BZh"
@@ -46,7 +47,10 @@ class InputFile:
         self._deadline = time.monotonic() + self.limits.max_seconds
 
     def error(self, finding: str) -> VolumeError:
-        """Return the error to raise for a finding."""
+        """Return the error to raise for a finding, shortened where a file's own text makes it long."""
+        if len(finding) > _MAX_FINDING:
+            half = _MAX_FINDING // 2
+            finding = f"{finding[:half]}...{finding[-half:]}"
         return VolumeError(f"{self.shown}: {finding}")
 
     def check_time(self) -> None:
