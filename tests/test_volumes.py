@@ -828,6 +828,8 @@ def test_frame_refuses_what_does_not_fit():
             canonical_frame(scan, spacing_mm=spacing)
     with pytest.raises(ValueError, match="through-plane axis"):
         canonical_frame(scan, through_plane_axis=3)
+    with pytest.raises(VolumeError, match="voxels of the networks' spacing"):
+        canonical_frame(scan, spacing_mm=(0.001, 0.001, 0.001))
 
 
 # --------------------------------------------------------------------------------------------------------- real scans

@@ -101,7 +101,7 @@ def headers(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=headers())
 def test_scan_lies_where_itk_has_it_and_so_does_its_mask(tmp_path, header):
     note(f"{header}")

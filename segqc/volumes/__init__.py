@@ -1,8 +1,10 @@
 """Scans and label maps on disk, and the frame that networks work in.
 
 The one door for files: NIfTI (``.nii``, ``.nii.gz``), NRRD (``.nrrd``) and a folder of one DICOM series become a
-`Volume` in the file's own voxel order, and go back in the same geometry. What cannot be read faithfully is refused
-with a `VolumeError` that names the file and the finding.
+`Volume` in the file's own voxel order, and go back in the same geometry; label maps are read from ``.seg.nrrd`` and
+``.mha`` as well. Files are placed in the world as ITK places them, so that masks lie in 3D Slicer where the scan lies.
+No file costs more than its header promises and `ReadLimits` allow. What cannot be read faithfully is refused with a
+`VolumeError` that names the file and the finding.
 
 World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and DICOM are converted at the boundary.
 """

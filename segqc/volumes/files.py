@@ -118,12 +118,9 @@ def load_scan(file: InputFile, source: Source) -> Volume:
     Raises:
         VolumeError: as `read_scan`.
     """
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            array = np.ascontiguousarray(source.voxels(), dtype=np.float32)
+    with file.within_memory(), np.errstate(over="ignore", invalid="ignore"):
+        array = np.ascontiguousarray(source.voxels(), dtype=np.float32)
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    except MemoryError as error:
-        raise file.error("is too large for this machine's memory; give a smaller scan.") from error
     if bad:
         raise file.error(f"{bad} of {array.size} voxels are NaN or infinite; replace them by numbers first.")
     return Volume(array, source.affine, source.acquisition_axis, source.alternative_affines)

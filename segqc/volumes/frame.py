@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from math import prod
+from typing import Final, cast
 
 import numpy as np
 from nibabel.orientations import io_orientation
 from scipy.ndimage import gaussian_filter1d
 
-from segqc.volumes.volume import Array, Volume
+from segqc.volumes.volume import Array, Volume, VolumeError
 
 THROUGH_PLANE_RATIO = 1.2
 """An axis is through-plane by its spacing when it exceeds this times both others (method, canonical frame)."""
 
 SMOOTHING_RATIO = 1.5
 """Linear downsampling by more than this is preceded by a Gaussian, against aliasing."""
+
+MAX_CANONICAL_VOXELS: Final = 1 << 30
+"""More voxels than networks and memory can take: a scan's spacing is wrong, or does not go with the target's."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def canonical_frame(
 
     Raises:
         ValueError: if a target spacing is not positive, or the axis is not 0, 1 or 2.
+        VolumeError: if the frame would have more than `MAX_CANONICAL_VOXELS` voxels.
     """
     through = _find_through_plane_axis(volume) if through_plane_axis is None else through_plane_axis
     if through not in (0, 1, 2):
@@ -92,6 +97,12 @@ def canonical_frame(
         volume.shape[axis] if target is None else max(1, round(extent / target))
         for axis, extent, target in zip(order, extents, targets, strict=True)
     ]
+    if prod(shape) > MAX_CANONICAL_VOXELS:
+        covered = " x ".join(f"{extent:.4g}" for extent in extents)
+        raise VolumeError(
+            f"The scan covers {covered} mm, which makes {' x '.join(map(str, shape))} voxels of the networks' spacing; "
+            "repair its spacing, or crop it."
+        )
     return CanonicalFrame(
         permutation=(order[0], order[1], order[2]),
         flips=(reverse[order[0]], reverse[order[1]], reverse[order[2]]),

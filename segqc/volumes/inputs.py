@@ -25,6 +25,7 @@ _MAX_REST_BYTES: Final = 1 << 20  # what may follow the voxels
 _MAX_DEFLATE_RATIO: Final = 1040  # deflate reaches 1032
 _FILE_CHUNK: Final = 1 << 16
 _CHUNK: Final = 1 << 20
+_MAX_FINDING: Final = 500
 _MAX_WORD_BYTES: Final = 1 << 10
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _BZIP2_MAGIC: Final = b"BZh"
@@ -46,7 +47,10 @@ class InputFile:
         self._deadline = time.monotonic() + self.limits.max_seconds
 
     def error(self, finding: str) -> VolumeError:
-        """Return the error to raise for a finding."""
+        """Return the error to raise for a finding, shortened where a file's own text makes it long."""
+        if len(finding) > _MAX_FINDING:
+            half = _MAX_FINDING // 2
+            finding = f"{finding[:half]}...{finding[-half:]}"
         return VolumeError(f"{self.shown}: {finding}")
 
     def check_time(self) -> None:
@@ -65,6 +69,14 @@ class InputFile:
             )
 
     @contextlib.contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Make running out of memory an error of this file."""
+        try:
+            yield
+        except MemoryError as error:
+            raise self.error("is too large for this machine's memory; give a smaller volume.") from error
+
+    @contextlib.contextmanager
     def open(self, compression: Compression = "none", start: int = 0) -> Iterator[ByteStream]:
         """Open the file's content, decompressed, from a byte of the file on.
 
@@ -75,9 +87,8 @@ class InputFile:
             with self.path.open("rb") as raw:
                 raw.seek(start)
                 yield ByteStream(self, iter(lambda: raw.read(_FILE_CHUNK), b""), compression)
-        except (OSError, EOFError, zlib.error, MemoryError) as error:
-            finding = "is too large for this machine's memory" if isinstance(error, MemoryError) else str(error)
-            raise self.error(f"is truncated or damaged ({finding}); copy the file again.") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise self.error(f"is truncated or damaged ({error}); copy the file again.") from error
 
 
 class ByteStream:

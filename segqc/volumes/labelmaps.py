@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from segqc.volumes.grid import place_labels
+from segqc.volumes.grid import Placement, place_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Segment, Source, Volume
 
@@ -48,6 +48,18 @@ def load_labels(
             mean nothing or are not allowed.
     """
     placement = None if scan is None else place_labels(file, source, scan)
+    with file.within_memory():
+        return _load(file, source, scan, placement, values, names)
+
+
+def _load(
+    file: InputFile,
+    source: Source,
+    scan: Volume | None,
+    placement: Placement | None,
+    values: Collection[int] | None,
+    names: Mapping[str, int] | None,
+) -> LabelMap:
     stored = source.voxels()
     labels = _whole_numbers(file, stored, source.step)
     is_plain = stored.dtype.kind in "iu" and source.step == 0
@@ -78,7 +90,7 @@ def _whole_numbers(file: InputFile, stored: Array, step: float) -> npt.NDArray[n
     low, high = nearest.min(), nearest.max()
     if low < 0 or high > 255:
         raise file.error(f"holds label values from {low:g} to {high:g}; use values from 0 to 255.")
-    return nearest.astype(np.uint8)
+    return nearest.astype(np.uint8, copy=False)
 
 
 def _merge_segments(
@@ -102,7 +114,7 @@ def _merge_segments(
                     )
                 owners[segment.value] = segment
                 table[segment.value] = value
-        unnamed = sorted(set(np.unique(layer).tolist()) - {0, *owners})
+        unnamed = sorted(set(np.unique(layer.ravel(order="K")).tolist()) - {0, *owners})
         if unnamed:
             raise file.error(
                 f"holds the value {unnamed[0]}, which none of its segments has; save the segmentation again."
@@ -146,7 +158,7 @@ def _name_of(value: int, segments: Sequence[Segment], values: Sequence[int]) -> 
 
 
 def _check_values(file: InputFile, labels: npt.NDArray[np.uint8], values: Collection[int]) -> None:
-    foreign = sorted(set(np.unique(labels).tolist()) - {0, *values})
+    foreign = sorted(set(np.unique(labels.ravel(order="K")).tolist()) - {0, *values})
     if foreign:
         allowed = ", ".join(map(str, sorted(set(values) - {0}))) or "none"
         raise file.error(
