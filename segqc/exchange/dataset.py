@@ -189,6 +189,8 @@ class _NotUsable(Exception):  # noqa: N818 - not an error
 
 def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link: bool) -> None:
     shown = relative_name(case.image, source)
+    if printable(case.name) != case.name:
+        raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8; rename the file.")
     if case.name.casefold() in taken:
         raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
     try:
