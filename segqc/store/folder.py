@@ -476,6 +476,8 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
         marks = labels.view_marks(transaction, tag)
     states: dict[str, FileState] = {}
     signatures: dict[str, str] = {}
+    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
+    passed: set[str] = set()
     unsettled: set[str] = set()
     settled = 0
     for entry, status in _files(folder):
@@ -483,12 +485,13 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
         states[name] = FileState(status.st_size, status.st_mtime_ns)
         if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
             settled += 1
+            if own and f"labels/{tag}/{name}" in own:
+                passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
             continue
         signatures[name] = signature_of(status)
         if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
             unsettled.add(name)
-    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
-    passed = {file for file in own if os.path.basename(file) not in states}
+    passed |= {file for file in own if os.path.basename(file) not in states}
     found: list[Finding] = []
     added = removed = 0
     if unsettled or settled < len(marks):
