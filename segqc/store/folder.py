@@ -30,6 +30,7 @@ from segqc.store.labels import NewLabel, ViewState
 from segqc.store.scans import FoundScan, Known
 from segqc.store.store import LabelChange, Store
 from segqc.store.values import LabelRecord, ScanRecord
+from segqc.text import printable
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
 
 logger = logging.getLogger(__name__)
@@ -243,9 +244,11 @@ def _take_in_scans(
     misplaced: dict[str, Finding] = {}
     settled = 0
     for entry, status in _files(store.studies):
-        name = entry.name
+        name = printable(entry.name)
         present.add(name)
-        if scans.mark(name, raw_signature(status)) in marks:
+        if name != entry.name:
+            misplaced[name] = Finding(name, "other", f"{name}: has a name that is not UTF-8; rename the file", "")
+        elif scans.mark(name, raw_signature(status)) in marks:
             settled += 1
         elif scan_suffix(name) is not None:
             if not _still(noted, name, signature_of(status)):
@@ -482,6 +485,9 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
     settled = 0
     for entry, status in _files(folder):
         name = entry.name
+        if name != printable(name):
+            findings.tell(f"labels/{tag}/{printable(name)}: has a name that is not UTF-8; rename the file")
+            continue
         states[name] = FileState(status.st_size, status.st_mtime_ns)
         if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
             settled += 1
