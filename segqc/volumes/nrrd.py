@@ -147,9 +147,10 @@ def _source(file: InputFile, header: _Header) -> Source:
     shape = checked_shape(file.shown, [sizes[axis] for axis in axes.spatial])
     affine = checked_affine(file.shown, _affine(file, fields, axes))
     dtype = _voxel_type(file, fields)
+    skips = (int(fields.get("lineskip", 0)), int(fields.get("byteskip", 0)))
 
     def voxels() -> Array:
-        array = _read_voxels(file, header, math.prod(sizes), dtype).reshape(sizes, order="F")
+        array = _read_voxels(file, header, math.prod(sizes), dtype, skips).reshape(sizes, order="F")
         if segments is None:
             return array.reshape(shape, order="F")
         # Sizes of one are dropped, and the layers come first.
@@ -239,9 +240,10 @@ def _voxel_type(file: InputFile, fields: Mapping[str, str]) -> np.dtype[Any]:
     return dtype.newbyteorder(_BYTE_ORDERS[fields["endian"].lower()])
 
 
-def _read_voxels(file: InputFile, header: _Header, count: int, dtype: np.dtype[Any]) -> Array:
-    encoding = header.fields["encoding"].lower()
-    lines, bytes_ = (int(header.fields.get(name, 0)) for name in ("lineskip", "byteskip"))
+def _read_voxels(
+    file: InputFile, header: _Header, count: int, dtype: np.dtype[Any], skips: tuple[int, int]
+) -> Array:
+    encoding, (lines, bytes_) = header.fields["encoding"].lower(), skips
     with file.open(start=header.size) as stream:
         start = header.size + stream.skip_lines(lines, "line skip")
         if encoding in _TEXT_ENCODINGS:

@@ -29,7 +29,8 @@ def label_suffix(name: str) -> str | None:
 def _suffix(name: str, suffixes: tuple[str, ...]) -> str | None:
     """Return the longest of the suffixes that the name ends in, with something before it."""
     lower = name.lower()
-    return max((s for s in suffixes if lower.endswith(s) and lower != s), key=len, default=None)
+    found = max((suffix for suffix in suffixes if lower.endswith(suffix)), key=len, default=None)
+    return None if found == lower else found
 
 
 def is_scan_path(path: str | os.PathLike[str]) -> bool:
