@@ -80,8 +80,13 @@ def _in_pairs(path: Path, pairs: Mapping[str, object], keyword: str, number: int
             continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise VolumeError(f"{path}: its {key} is neither text nor a number; write it as text.")
-        return str(value).strip() or None
+        return _plain(value)
     return None
+
+
+def _plain(value: object) -> str | None:
+    """A value as one line of text; databases keep no zero characters, and tables no ends of lines."""
+    return re.sub(r"[\x00-\x1f\x7f]+", " ", str(value)).strip() or None
 
 
 def _number_of(key: str) -> int | None:
@@ -109,6 +114,6 @@ def _in_file(file: Path, keyword: str, number: int | None) -> str | None:
     try:
         value = read_dataset(file, pixels=False).get(keyword if number is None else number)
         shown = getattr(value, "value", value)  # by number it is an element, by keyword its value
-        return (str(shown).strip() or None) if shown is not None else None
+        return _plain(shown) if shown is not None else None
     except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base
         raise VolumeError(f"{file}: is truncated or damaged ({error}); copy the series again.") from error

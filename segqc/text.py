@@ -1,8 +1,9 @@
-"""Text in the encodings that other systems write, and cells that spreadsheets do not take for formulas."""
+"""Text in the encodings that other systems write, names of files, and cells that are no formulas to spreadsheets."""
 
 from __future__ import annotations
 
 import codecs
+import os
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +43,11 @@ def decode_text(content: bytes) -> str:
     if "\0" in text:
         raise TextError(f"byte {content.index(0)} is zero, as in a file without text; save the file as UTF-8")
     return text
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be printed and stored, whatever bytes it has on the disk."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def spreadsheet_cell(value: T) -> T | str:

@@ -407,6 +407,12 @@ def test_files_of_no_case_are_left_aside(raw: Path, tmp_path: Path) -> None:
     assert all(item.reason.startswith(f"{item.file}: ") for item in found.left_aside)
 
 
+def test_a_name_that_is_no_text_is_left_aside(raw: Path, tmp_path: Path) -> None:
+    (raw / "imagesTs" / "b_0000.nii.gz").rename(raw / "imagesTs" / "\udcff_0000.nii.gz")
+    found = make_studies(nnunet.read_raw(raw), tmp_path / "s")
+    assert (found.scans, [item.file for item in found.left_aside]) == (1, ["imagesTs/\\xff_0000.nii.gz"])
+
+
 def test_suffixes_in_capitals_are_the_same(raw: Path, tmp_path: Path) -> None:
     for path in list(raw.glob("*/[!.]*.nii.gz")):
         path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import nrrd
@@ -101,6 +102,11 @@ def test_the_side_car_goes_before_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["", "  "])
 def test_an_empty_tag_is_none(tmp_path: Path, value: str) -> None:
     assert read_tag(with_sidecar(tmp_path / "a.nii", PatientID=value), "PatientID") is None
+
+
+@pytest.mark.parametrize("value", ["P\0 7", "P\n7", "\tP 7\0"])
+def test_a_tag_is_one_line_of_text(tmp_path: Path, value: str) -> None:
+    assert re.sub(" +", " ", read_tag(with_sidecar(tmp_path / "a.nii", PatientID=value), "PatientID") or "") == "P 7"
 
 
 def test_a_tag_of_a_dicom_series(tmp_path: Path) -> None:

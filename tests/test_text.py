@@ -93,3 +93,14 @@ def test_names_are_kept_where_the_locale_knows_ascii_only(tmp_path: Path) -> Non
         [sys.executable, "-m", "segqc.cli", "scans", folder, "--csv"], env=environment, capture_output=True, check=True
     )
     assert "größe 肝" in found.stdout.decode()
+
+
+def test_a_file_whose_name_is_no_text_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    scan(tmp_path, "good")
+    (tmp_path / "labels" / "final").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "labels" / "final"):
+        os.link(tmp_path / "good.nii.gz", folder / "\udcff.nii.gz")
+    result = CliRunner().invoke(cli.app, ["scans", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "1 scans" in result.output
+    assert "\\xff.nii.gz: has a name that is not UTF-8; rename the file" in result.output

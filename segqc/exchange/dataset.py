@@ -19,7 +19,7 @@ from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.store import Store
 from segqc.store.upkeep import Report, silent
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, printable
 from segqc.types import Structure, label_names
 from segqc.volumes import (
     Volume,
@@ -189,6 +189,8 @@ class _NotUsable(Exception):  # noqa: N818 - not an error
 
 def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link: bool) -> None:
     shown = relative_name(case.image, source)
+    if printable(case.name) != case.name:
+        raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8; rename the file.")
     if case.name.casefold() in taken:
         raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
     try:
@@ -226,11 +228,6 @@ class _Empty(Exception):  # noqa: N818 - not an error
 def relative_name(path: Path, folder: Path) -> str:
     """How messages of an import name a file: by its path relative to what is imported, as printable text."""
     return printable(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be printed and stored, whatever bytes it has on the disk."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def sentence_of(error: VolumeError, path: Path, shown: str) -> str:

@@ -16,7 +16,6 @@ from segqc.exchange.dataset import (
     Imported,
     LeftAside,
     new_folder,
-    printable,
     refuse_existing,
     relative_name,
     sentence_of,
@@ -25,6 +24,7 @@ from segqc.exchange.dataset import (
 from segqc.settings import write_settings
 from segqc.store.upkeep import Report, silent
 from segqc.tags import read_dicom_tag
+from segqc.text import printable
 from segqc.volumes import (
     DicomVolume,
     VolumeError,

@@ -15,7 +15,6 @@ from segqc.exchange.dataset import (
     Imported,
     LeftAside,
     place,
-    printable,
     read_json,
     refuse_existing,
     write_json,
@@ -24,6 +23,7 @@ from segqc.store import findings, labels, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.upkeep import Report, silent
 from segqc.store.values import JsonObject
+from segqc.text import printable
 from segqc.volumes import atomic_write
 
 _FILE: Final = "datastore_v2.json"

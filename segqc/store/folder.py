@@ -30,6 +30,7 @@ from segqc.store.labels import NewLabel, ViewState
 from segqc.store.scans import FoundScan, Known
 from segqc.store.store import LabelChange, Store
 from segqc.store.values import LabelRecord, ScanRecord
+from segqc.text import printable
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
 
 logger = logging.getLogger(__name__)
@@ -243,9 +244,11 @@ def _take_in_scans(
     misplaced: dict[str, Finding] = {}
     settled = 0
     for entry, status in _files(store.studies):
-        name = entry.name
+        name = printable(entry.name)
         present.add(name)
-        if scans.mark(name, raw_signature(status)) in marks:
+        if name != entry.name:
+            misplaced[name] = Finding(name, "other", f"{name}: has a name that is not UTF-8; rename the file", "")
+        elif scans.mark(name, raw_signature(status)) in marks:
             settled += 1
         elif scan_suffix(name) is not None:
             if not _still(noted, name, signature_of(status)):
@@ -476,19 +479,25 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
         marks = labels.view_marks(transaction, tag)
     states: dict[str, FileState] = {}
     signatures: dict[str, str] = {}
+    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
+    passed: set[str] = set()
     unsettled: set[str] = set()
     settled = 0
     for entry, status in _files(folder):
         name = entry.name
+        if name != printable(name):
+            findings.tell(f"labels/{tag}/{printable(name)}: has a name that is not UTF-8; rename the file")
+            continue
         states[name] = FileState(status.st_size, status.st_mtime_ns)
         if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
             settled += 1
+            if own and f"labels/{tag}/{name}" in own:
+                passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
             continue
         signatures[name] = signature_of(status)
         if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
             unsettled.add(name)
-    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
-    passed = {file for file in own if os.path.basename(file) not in states}
+    passed |= {file for file in own if os.path.basename(file) not in states}
     found: list[Finding] = []
     added = removed = 0
     if unsettled or settled < len(marks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -97,4 +98,4 @@ class FileChecks:
 def _grid(scan: Path, status: tuple[int, int, int], limits: ReadLimits) -> Volume:
     """A scan's grid: labels need no voxels of it. The status makes a changed file another one."""
     read = read_scan(scan, limits=limits)
-    return Volume(np.broadcast_to(np.float32(0), read.shape), read.affine, read.acquisition_axis)
+    return dataclasses.replace(read, array=np.broadcast_to(np.float32(0), read.shape))

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -239,8 +239,10 @@ class Store:
                     if then is not None:
                         then(transaction, versions[edits:])
                     transaction.flush()  # what the constraints refuse is refused before files move
-                    for change, version, arrival in zip(changes, versions, arrivals, strict=True):
-                        self._put(transaction, change, version, arrival, lying)
+                    for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
+                        # an edit's file goes with the others when the change that it precedes is put
+                        key = (change.label.scan, change.label.tag)
+                        self._put(transaction, change, version, arrival, lying[key] if number >= edits else ())
             except BaseException:
                 for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
@@ -339,9 +341,9 @@ class Store:
         change: LabelChange,
         version: LabelRecord,
         arrival: Arrival,
-        lying: Mapping[tuple[str, str], Sequence[Path]],
+        others: Sequence[Path],
     ) -> None:
-        state = self.files.put(arrival, lying[change.label.scan, change.label.tag])
+        state = self.files.put(arrival, others)
         if change.found is not None:
             left = change.found.state
             labels.note_view(transaction, version, change.found.file, left.size, left.modified_ns)

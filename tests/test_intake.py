@@ -1,0 +1,637 @@
+"""What comes into a studies folder: read once, kept aside with a reason, or kept for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nrrd
+import numpy as np
+import pytest
+
+from segqc.loop.corrections import submit_label
+from segqc.loop.studies import Studies, StudiesError
+from segqc.store import assessments, labels, leases, orders, scans
+from segqc.store import folder as folder_module
+from segqc.store.files import sha256_of
+from segqc.store.folder import ScanExists, take_in
+from segqc.store.intake import AnyContent, FileChecks
+from segqc.store.labels import NewLabel
+from segqc.store.leases import LeaseRules
+from segqc.store.scans import ScanReplaced
+from segqc.store.store import Store
+from segqc.store.upkeep import check
+from segqc.store.values import LabelRecord, ScanRecord, Who
+from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
+from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_studies
+from tests.store_kit import ANNA, BERT, PLACING, label_map, make_scans, save_final, save_mask, take_in_scans
+
+RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_studies(tmp_path / "studies", scans=3, finals=0)
+
+
+@pytest.fixture
+def studies(folder: Path) -> Iterator[Studies]:
+    opened = Studies(folder)
+    yield opened
+    opened.store.close()
+
+
+def states(studies: Studies) -> dict[str, str]:
+    studies.refresh()
+    with studies.store.read() as transaction:
+        return {s.name: "missing" if s.missing_since else s.state for s in scans.listing(transaction)}
+
+
+def record(studies: Studies, name: str) -> ScanRecord:
+    with studies.store.read() as transaction:
+        return scans.get(transaction, name)
+
+
+def history(studies: Studies, name: str) -> list[LabelRecord]:
+    with studies.store.read() as transaction:
+        return labels.history(transaction, name)
+
+
+def kept(folder: Path) -> set[str]:
+    """The hashes of all contents that the folder still holds somewhere."""
+    return {sha256_of(path) for place in ("labels", "segqc/labels") for path in (folder / place).rglob("*.*")}
+
+
+def in_place(path: Path, content: bytes) -> bytes:
+    """Write into a file as it is, as ITK-SNAP and nibabel do."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+    return content
+
+
+def final(folder: Path, name: str, suffix: str = ".nii.gz") -> Path:
+    path = folder / "labels" / "final" / f"{name}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def label_bytes(work: Path, index: int = 0, *, shape: tuple[int, int, int] = SHAPE) -> bytes:
+    array = draw_case(index)[1].array[: shape[0], : shape[1], : shape[2]]
+    write_labels(Volume(array, AFFINE), work / "made.nii.gz")
+    return (work / "made.nii.gz").read_bytes()
+
+
+def another_scan(path: Path, index: int, *, shape: tuple[int, int, int] = SHAPE) -> bytes:
+    array = draw_case(index)[0].array[: shape[0], : shape[1], : shape[2]]
+    write_scan(Volume(array, AFFINE), path)
+    return path.read_bytes()
+
+
+def submit(studies: Studies, name: str, index: int = 0, who: Who = ANNA) -> LabelRecord:
+    return submit_label(studies, name, draw_case(index)[1], "final", who).label
+
+
+# ---------------------------------------------------------------------------------------------------------- findings
+
+
+BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
+    "bad.nii.gz": lambda path, work: path.write_bytes(b"no scan"),
+    "empty.nii": lambda path, work: path.touch(),
+    "cut.nii.gz": lambda path, work: path.write_bytes(another_scan(work / "x.nii.gz", 1)[:-2000]),
+    "c.seg.nrrd": lambda path, work: path.write_bytes(b"NRRD0004\n"),
+    "V.MHA": lambda path, work: path.touch(),
+    "labels/final/scan_0.nii.gz": lambda path, work: path.write_bytes(label_bytes(work, shape=(32, 28, 9))),
+    "labels/final/scan_1.nii.gz": lambda path, work: path.write_bytes(b"no label"),
+    "labels/final/nobody.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
+    "labels/final/scan_2.png": lambda path, work: path.touch(),
+    "labels/original/scan_2.nii": lambda path, work: write_labels(Volume(np.full(SHAPE, 9, np.uint8), AFFINE), path),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
+    studies: Studies, folder: Path, tmp_path: Path, name: str
+) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    BAD_FILES[name](path, tmp_path)
+    content = path.read_bytes()
+    another_scan(folder / "zz.nii.gz", 8)
+    assert states(studies) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
+    (found,) = studies.findings()
+    assert found.file == name
+    assert name in found.sentence
+    assert str(folder) not in found.sentence
+    assert path.read_bytes() == content, "it stays where it is"
+    studies.refresh()
+    assert studies.findings() == [found], "told once"
+    path.unlink()
+    studies.refresh()
+    assert studies.findings() == []
+
+
+def test_a_file_that_passes_after_all_is_no_finding_any_more(studies: Studies, folder: Path, tmp_path: Path) -> None:
+    (folder / "late.nii.gz").write_bytes(b"not yet")
+    final(folder, "late").write_bytes(label_bytes(tmp_path))
+    studies.refresh()
+    assert {f.file for f in studies.findings()} == {"late.nii.gz", "labels/final/late.nii.gz"}
+    another_scan(folder / "late.nii.gz", 4)
+    assert states(studies)["late"] == "submitted"
+    assert studies.findings() == []
+
+
+def test_a_label_is_looked_at_again_when_the_settings_change(studies: Studies, folder: Path) -> None:
+    write_labels(Volume(np.full(SHAPE, 9, np.uint8), AFFINE), final(folder, "scan_1"))
+    assert states(studies)["scan_1"] == "unlabelled"
+    (folder / "segqc.toml").write_text(CONFIG.replace("liver = [1]", "liver = [1]\nkidney = [9]"))
+    assert states(Studies(folder))["scan_1"] == "submitted"
+    assert studies.findings() == []
+
+
+def test_limits_are_those_of_the_settings(folder: Path) -> None:
+    (folder / "segqc.toml").write_text(f"{CONFIG}[intake]\nmax_voxels = {SHAPE[0] * SHAPE[1] * SHAPE[2] - 1}\n")
+    studies = Studies(folder)
+    assert states(studies) == {}
+    assert len(studies.findings()) == 3
+
+
+def test_an_error_in_a_reader_is_that_files_problem(
+    studies: Studies, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FileChecks.scan
+
+    def failing(self: FileChecks, path: Path, shown: str) -> object:
+        if shown == "a.nii.gz":
+            raise MemoryError
+        if shown == "b.nii.gz":
+            raise ZeroDivisionError
+        return real(self, path, shown)
+
+    monkeypatch.setattr(FileChecks, "scan", failing)
+    for name in "abc":
+        another_scan(folder / f"{name}.nii.gz", 5)
+    assert "c" in states(studies)
+    assert [f.file for f in studies.findings()] == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_each_content_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = FileChecks.scan
+
+    def counting(self: FileChecks, path: Path, shown: str) -> object:
+        read.append(shown)
+        return real(self, path, shown)
+
+    monkeypatch.setattr(FileChecks, "scan", counting)
+    studies = Studies(folder)
+    (folder / "bad.nii").write_bytes(b"bad")
+    os.utime(folder / "bad.nii", (1, 1))
+    for _ in range(3):
+        studies.refresh()
+    os.utime(folder / "scan_0.nii.gz", (5, 5))  # only touched
+    studies.refresh()
+    assert sorted(read) == ["bad.nii", "scan_0.nii.gz", "scan_1.nii.gz", "scan_2.nii.gz"]
+
+
+def test_a_large_folder_is_taken_in_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_scans(tmp_path / "s", 7)
+    monkeypatch.setattr(folder_module, "_BATCH", 2)
+    store = Store.open(tmp_path / "s")
+    asked = iter([False, False, True, True, True])
+    assert take_in(store, scan_id, PLACING, stop=lambda: next(asked)).new_scans == 4
+    with store.read() as transaction:
+        assert len(scans.names(transaction)) == 4
+    assert take_in(store, scan_id, PLACING).new_scans == 3
+    store.close()
+
+
+# --------------------------------------------------------------------------------------------------------- suffixes
+
+
+def write_segmentation(path: Path, order: tuple[str, ...] = ("spleen", "liver")) -> None:
+    """A ``.seg.nrrd`` whose values are 1, 2 in an order of its own."""
+    truth = draw_case(0)[1].array
+    array = np.zeros(SHAPE, np.uint8)
+    header = {"space": "right-anterior-superior", "space directions": AFFINE[:3, :3], "space origin": [0, 0, 0]}
+    value_of = {s.name: s.values[0] for s in STRUCTURES}
+    for number, name in enumerate(order, 1):
+        array[truth == value_of[name]] = number
+        header |= {f"Segment{number - 1}_ID": name, f"Segment{number - 1}_Name": name}
+        header |= {f"Segment{number - 1}_LabelValue": str(number), f"Segment{number - 1}_Layer": "0"}
+    nrrd.write(str(path), array, header)
+
+
+def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(studies: Studies, folder: Path) -> None:
+    path = final(folder, "scan_0", ".seg.nrrd")
+    write_segmentation(path)
+    content = path.read_bytes()
+    assert states(studies)["scan_0"] == "submitted"
+    (version,) = history(studies, "scan_0")
+    assert (version.source_suffix, version.source_sha256) == (".seg.nrrd", sha256_of(path))
+    assert np.array_equal(read_labels(studies.store.label_file(version)).array, draw_case(0)[1].array)
+    assert path.read_bytes() == content
+    assert sha256_of(path) in {sha256_of(p) for p in studies.store.files.all_objects()}
+    assert check(studies.store) == []
+    studies.refresh()
+    assert len(history(studies, "scan_0")) == 1
+    assert submit(studies, "scan_0", 1).parent is None
+    assert [p.name for p in path.parent.iterdir()] == ["scan_0.nii.gz"]
+    studies.store.restore_label(version.id, BERT)
+    assert np.array_equal(read_labels(final(folder, "scan_0")).array, draw_case(0)[1].array)
+    assert check(studies.store) == []
+
+
+@pytest.mark.parametrize("suffix", [".NII.GZ", ".Nii", ".NRRD", ".nii"])
+def test_suffixes_are_known_in_any_case(studies: Studies, folder: Path, tmp_path: Path, suffix: str) -> None:
+    another_scan(tmp_path / f"B{suffix.lower()}", 3)
+    (tmp_path / f"B{suffix.lower()}").rename(folder / f"B{suffix}")
+    write_labels(draw_case(3)[1], tmp_path / f"L{suffix.lower()}")
+    (tmp_path / f"L{suffix.lower()}").rename(final(folder, "B", suffix))
+    assert states(studies)["B"] == "submitted"
+    assert studies.findings() == []
+    (version,) = history(studies, "B")
+    assert np.array_equal(read_labels(studies.store.label_file(version)).array, draw_case(3)[1].array)
+    assert check(studies.store) == []
+    in_place(final(folder, "B", suffix), b"broken")
+    submit(studies, "B", 1)
+    assert len(history(studies, "B")) == 3
+    assert check(studies.store) == []
+
+
+def test_of_two_files_for_a_label_the_newest_counts_and_both_are_kept(
+    studies: Studies, folder: Path, tmp_path: Path
+) -> None:
+    final(folder, "scan_0").write_bytes(label_bytes(tmp_path, 1))
+    os.utime(final(folder, "scan_0"), (100, 100))
+    write_segmentation(final(folder, "scan_0", ".seg.nrrd"))
+    older = sha256_of(final(folder, "scan_0"))
+    assert states(studies)["scan_0"] == "submitted"
+    versions = history(studies, "scan_0")
+    assert [v.sha256 == older for v in versions] == [True, False]
+    assert [p.name for p in final(folder, "x").parent.iterdir()] == ["scan_0.seg.nrrd"]
+    assert check(studies.store) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- edits
+
+
+def submitting(studies: Studies, folder: Path) -> None:
+    submit(studies, "scan_0", 2, BERT)
+
+
+def removing(studies: Studies, folder: Path) -> None:
+    studies.store.remove_label("scan_0", "final", BERT)
+
+
+def restoring(studies: Studies, folder: Path) -> None:
+    studies.store.restore_label(history(studies, "scan_0")[0].id, BERT)
+
+
+def rejecting(studies: Studies, folder: Path) -> None:
+    studies.store.review("scan_0", "rejected", BERT, "a gap")
+
+
+def looking(studies: Studies, folder: Path) -> None:
+    studies.refresh()
+
+
+def another_format(studies: Studies, folder: Path) -> None:
+    write_labels(draw_case(2)[1], folder.parent / "l.nrrd")
+    studies.store.save_label(NewLabel("scan_0", "final", "annotator", BERT), folder.parent / "l.nrrd")
+
+
+def replacing_the_scan(studies: Studies, folder: Path) -> None:
+    another_scan(folder / "scan_0.nii.gz", 9, shape=(30, 28, 10))
+    studies.refresh()
+
+
+OVERWRITING = [submitting, removing, restoring, rejecting, another_format, replacing_the_scan]
+
+
+@pytest.mark.parametrize("act", [looking, *OVERWRITING])
+def test_a_label_that_was_edited_in_place_is_a_version_before_anything_overwrites_it(
+    studies: Studies, folder: Path, tmp_path: Path, act: Callable[[Studies, Path], None]
+) -> None:
+    first = submit(studies, "scan_0")
+    in_place(final(folder, "scan_0"), label_bytes(tmp_path, 5))
+    edit = sha256_of(final(folder, "scan_0"))
+    act(studies, folder)
+    assert edit in kept(folder)
+    with studies.store.read() as transaction:
+        rows = [
+            version
+            for scan in scans.listing(transaction)
+            if scan.name.startswith("scan_0")
+            for version in labels.history(transaction, scan.name)
+        ]
+    assert [v.sha256 for v in rows][:2] == [first.sha256, edit]
+    assert (rows[1].maker, rows[1].who.identified_by) == ("import", "folder")
+    assert check(studies.store) == []
+
+
+@pytest.mark.parametrize("act", OVERWRITING)
+def test_an_edit_that_is_no_label_is_kept_all_the_same(
+    studies: Studies, folder: Path, act: Callable[[Studies, Path], None]
+) -> None:
+    submit(studies, "scan_0")
+    in_place(final(folder, "scan_0"), b"whatever somebody wrote")
+    edit = sha256_of(final(folder, "scan_0"))
+    studies.refresh()
+    assert [f.file for f in studies.findings()] == ["labels/final/scan_0.nii.gz"]
+    act(studies, folder)
+    assert edit in {sha256_of(path) for path in studies.store.files.all_objects()}
+    studies.refresh()
+    assert studies.findings() == []
+    assert check(studies.store) == []
+
+
+def test_an_edit_that_was_no_label_is_never_a_label_again(studies: Studies, folder: Path) -> None:
+    submit(studies, "scan_0")
+    in_place(final(folder, "scan_0"), b"whatever somebody wrote")
+    submit(studies, "scan_0", 2)
+    with pytest.raises(Exception, match="cannot be a label again"):
+        studies.store.restore_label(history(studies, "scan_0")[1].id, BERT)
+
+
+def test_a_persons_mask_is_kept_when_a_network_writes_its_own(studies: Studies, folder: Path, tmp_path: Path) -> None:
+    save_mask(studies.store, tmp_path, "scan_0", 3)
+    path = folder / "labels" / "original" / "scan_0.nii.gz"
+    in_place(path, label_bytes(tmp_path, 6))
+    edit = sha256_of(path)
+    save_mask(studies.store, tmp_path, "scan_0", 4, segmenter="seg2")
+    assert [v.maker for v in history(studies, "scan_0")] == ["network", "import", "network"]
+    assert edit in kept(folder)
+
+
+@pytest.mark.parametrize("when", ["put", "_show"])
+@pytest.mark.parametrize("content", ["label", "no label"])
+def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
+    folder: Path, tmp_path: Path, url: str | None, when: str, content: str
+) -> None:
+    store = Store.open(folder, url, intake=Studies(folder).settings.intake_checks())
+    take_in_scans(store)
+    save_final(store, tmp_path, "scan_0", 3)
+    in_place(final(folder, "scan_0"), label_bytes(tmp_path, 5) if content == "label" else b"no label")
+    edit = sha256_of(final(folder, "scan_0"))
+    label_map(tmp_path / "next.nii.gz", 4)
+    store.database.engine.dispose()
+    child = os.fork()
+    if child == 0:
+        try:
+            dying = Store(folder, url, intake=store.intake)
+            done = {"put": 0, "_show": 0}
+            real = getattr(dying.files, when)
+
+            def deadly(*arguments: object) -> object:
+                answer = real(*arguments)
+                done[when] += 1
+                if done[when] == (2 if when == "put" else 1):  # the edit, then what replaces it
+                    os._exit(9)
+                return answer
+
+            setattr(dying.files, when, deadly)
+            dying.save_label(NewLabel("scan_0", "final", "annotator", BERT), tmp_path / "next.nii.gz")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    again = Store.open(folder, url, intake=store.intake)
+    assert sha256_of(final(folder, "scan_0")) == edit
+    take_in_scans(again)
+    with again.read() as transaction:
+        versions = labels.history(transaction, "scan_0")
+    assert len(versions) == (2 if content == "label" else 1)
+    assert edit in kept(folder)
+    again.close()
+    store.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- contents
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (30, 28, 10)])
+def test_another_content_under_the_same_name_is_another_scan(
+    studies: Studies, folder: Path, shape: tuple[int, int, int]
+) -> None:
+    label = submit(studies, "scan_0")
+    before, old = record(studies, "scan_0"), (folder / "scan_0.nii.gz").read_bytes()
+    another_scan(folder / "scan_0.nii.gz", 9, shape=shape)
+    retired = f"scan_0@{(before.sha256 or '')[:8]}"
+    assert states(studies) == {
+        "scan_0": "unlabelled", "scan_1": "unlabelled", "scan_2": "unlabelled", retired: "missing"
+    }  # fmt: skip
+    now = record(studies, "scan_0")
+    assert (now.patient, now.fold, now.role) == (before.patient, before.fold, before.role)
+    assert now.sha256 == sha256_of(folder / "scan_0.nii.gz")
+    assert record(studies, retired).former_name == "scan_0"
+    assert not final(folder, "scan_0").exists()
+    assert [v.id for v in history(studies, retired)] == [label.id]
+    assert history(studies, "scan_0") == []
+    assert studies.cases() == []
+    assert check(studies.store) == []
+    (folder / "scan_0.nii.gz").write_bytes(old)
+    assert states(studies)["scan_0"] == "submitted"
+    assert record(studies, "scan_0").id == before.id
+    assert final(folder, "scan_0").is_file()
+    assert [case.id for case in studies.cases()] == ["scan_0"]
+    assert check(studies.store) == []
+
+
+def test_contents_that_take_turns_keep_their_own(studies: Studies, folder: Path) -> None:
+    contents = [(folder / "scan_0.nii.gz").read_bytes(), *(another_scan(folder / "x.nii.gz", i) for i in (7, 8))]
+    (folder / "x.nii.gz").unlink()
+    for turn in range(2):
+        for index, content in enumerate(contents):
+            (folder / "scan_0.nii.gz").write_bytes(content)
+            assert states(studies)["scan_0"] == ("unlabelled" if turn == 0 else "submitted")
+            if turn == 0:
+                submit(studies, "scan_0", index)
+            current = history(studies, "scan_0")[-1]
+            assert np.array_equal(read_labels(studies.store.label_file(current)).array, draw_case(index)[1].array)
+            assert check(studies.store) == []
+    with studies.store.read() as transaction:
+        assert len(scans.listing(transaction)) == 5
+
+
+def test_a_label_that_came_with_the_new_content_is_the_new_contents(
+    studies: Studies, folder: Path, tmp_path: Path
+) -> None:
+    old = submit(studies, "scan_0")
+    shape = (30, 28, 10)
+    another_scan(folder / "scan_0.nii.gz", 9, shape=shape)
+    in_place(final(folder, "scan_0"), label_bytes(tmp_path, 9, shape=shape))
+    assert states(studies)["scan_0"] == "submitted"
+    (version,) = history(studies, "scan_0")
+    assert version.sha256 == sha256_of(final(folder, "scan_0")) != old.sha256
+
+
+def test_a_scan_that_becomes_unreadable_waits_for_its_content(studies: Studies, folder: Path) -> None:
+    submit(studies, "scan_0")
+    old = (folder / "scan_0.nii.gz").read_bytes()
+    in_place(folder / "scan_0.nii.gz", old[: len(old) // 2])
+    assert states(studies)["scan_0"] == "missing"
+    assert [f.file for f in studies.findings()] == ["scan_0.nii.gz"]
+    in_place(folder / "scan_0.nii.gz", old)
+    assert states(studies)["scan_0"] == "submitted"
+    assert studies.findings() == []
+
+
+def hand_out(studies: Studies, who: Who = ANNA) -> str:
+    with studies.store.write() as transaction:
+        lease = leases.take(transaction, who, "segqc", orders.by_name, RULES)
+    assert lease is not None
+    return lease.scan
+
+
+def test_what_was_handed_out_for_the_old_content_is_never_the_new_ones(studies: Studies, folder: Path) -> None:
+    name = hand_out(studies)
+    old = (folder / f"{name}.nii.gz").read_bytes()
+    another_scan(folder / f"{name}.nii.gz", 9)  # of the same shape, and not looked at yet
+    with pytest.raises(ScanReplaced, match="ask for the next sample again"):
+        submit(studies, name)
+    assert states(studies)[name] == "unlabelled"
+    assert history(studies, name) == []
+    with studies.store.read() as transaction:
+        assert leases.listing(transaction, state="open") == []
+    submit(studies, name, who=BERT)  # was never shown the old one
+    (folder / f"{name}.nii.gz").write_bytes(old)
+    submit(studies, name)
+    assert states(studies)[name] == "submitted"
+
+
+def test_a_submission_that_was_checked_against_the_old_content_is_refused(studies: Studies, folder: Path) -> None:
+    content = studies.verify_scan("scan_0").sha256
+    another_scan(folder / "scan_0.nii.gz", 9)
+    with pytest.raises(ScanReplaced):
+        submit_label(studies, "scan_0", draw_case(0)[1], "final", ANNA, content=content)
+
+
+def test_an_estimate_is_of_the_content_that_was_read(studies: Studies, folder: Path, tmp_path: Path) -> None:
+    entry = studies.scan("scan_0")
+    mask = save_mask(studies.store, tmp_path, "scan_0", 3)
+    another_scan(folder / "scan_0.nii.gz", 9)
+    with pytest.raises(ScanReplaced):
+        studies.read_scan(entry)
+    made = make_assessment("scan_0", 0.7)
+    with pytest.raises(ScanReplaced):
+        studies.write_assessment(made, mask, content=entry.sha256)
+    with pytest.raises(ScanReplaced):
+        studies.write_score("tta", "scan_0", 0.5, "seg", entry.sha256)
+    with studies.store.read() as transaction:
+        assert assessments.latest(transaction, "scan_0") is None
+    assert record(studies, "scan_0").ranking_dice is None
+    assert studies.scores("tta") == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- uploads
+
+
+UPLOAD_NAMES = ["scan_0", "SCAN_0"]
+
+
+def excluded(studies: Studies, folder: Path) -> None:
+    studies.store.review("scan_0", "excluded", ANNA, "wrong")
+
+
+def missing(studies: Studies, folder: Path) -> None:
+    (folder / "scan_0.nii.gz").unlink()
+    studies.refresh()
+
+
+def unseen(studies: Studies, folder: Path) -> None:
+    missing(studies, folder)
+    with studies.store.write() as transaction:
+        scans.retire(transaction, scans.get(transaction, "scan_0").id, ANNA)
+    another_scan(folder / "scan_0.nrrd", 6)
+
+
+def unreadable(studies: Studies, folder: Path) -> None:
+    unseen(studies, folder)
+    (folder / "scan_0.nrrd").write_bytes(b"not yet")
+
+
+@pytest.mark.parametrize("name", UPLOAD_NAMES)
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".NII"])
+@pytest.mark.parametrize("state", [looking, excluded, missing, unseen, unreadable])
+def test_an_upload_never_replaces_a_file(
+    studies: Studies, folder: Path, tmp_path: Path, state: Callable[[Studies, Path], None], name: str, suffix: str
+) -> None:
+    studies.refresh()
+    state(studies, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    another_scan(tmp_path / f"up{suffix.lower()}", 7)
+    (tmp_path / f"up{suffix.lower()}").rename(tmp_path / f"up{suffix}")
+    with pytest.raises(ScanExists) as raised:
+        studies.add_scan(tmp_path / f"up{suffix}", name)
+    assert raised.value.name == "scan_0"
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_same_upload_again_is_the_scan_that_is_there(studies: Studies, tmp_path: Path) -> None:
+    another_scan(tmp_path / "up.nii.gz", 7)
+    assert [studies.add_scan(tmp_path / "up.nii.gz", "new").new for _ in range(2)] == [True, False]
+    another_scan(tmp_path / "up.nii.gz", 8)
+    with pytest.raises(ScanExists):
+        studies.add_scan(tmp_path / "up.nii.gz", "new")
+
+
+def test_an_upload_that_is_no_scan_leaves_nothing(studies: Studies, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "up.nii.gz").write_bytes(b"no scan")
+    studies.refresh()
+    before = sorted(folder.iterdir())
+    with pytest.raises(VolumeError):
+        studies.add_scan(tmp_path / "up.nii.gz", "new")
+    assert sorted(folder.iterdir()) == before
+    with pytest.raises(StudiesError):
+        studies.scan("new")
+
+
+def test_of_uploads_in_the_same_moment_one_wins(folder: Path, tmp_path: Path, url: str | None) -> None:
+    store = Store.open(folder, url, intake=AnyContent())
+    take_in_scans(store)
+    suffixes = (".nii.gz", ".nii", ".nrrd", ".NII.GZ")
+    sources = [another_scan(tmp_path / f"{i}.nii.gz", i) and tmp_path / f"{i}.nii.gz" for i in range(4)]
+    start = threading.Barrier(len(suffixes))
+
+    def upload(index: int) -> bool:
+        start.wait()
+        try:
+            return folder_module.add_scan(store, sources[index], "new", suffixes[index], scan_id, PLACING).new
+        except ScanExists:
+            return False
+
+    with ThreadPoolExecutor(len(suffixes)) as pool:
+        won = list(pool.map(upload, range(len(suffixes))))
+    assert sum(won) == 1
+    (file,) = (path for path in folder.iterdir() if path.name.startswith("new"))
+    assert file.read_bytes() == sources[won.index(True)].read_bytes()
+    store.close()
+
+
+# --------------------------------------------------------------------------------------------------------- estimates
+
+
+@pytest.mark.parametrize("how", ["removed", "edited", "replaced scan"])
+def test_no_estimate_is_shown_of_a_mask_that_is_not_there_any_more(
+    studies: Studies, folder: Path, tmp_path: Path, how: str
+) -> None:
+    write_labels(draw_case(0)[1], tmp_path / "m.nii.gz")
+    with studies.store.write() as transaction:
+        pair = labels.bundle(transaction, "seg", "qc")
+    label = NewLabel("scan_0", "original", "network", Who("network", "seg", "program"), bundle=pair.id)
+    mask = studies.store.save_label(label, tmp_path / "m.nii.gz")
+    studies.write_assessment(make_assessment("scan_0", 0.7), mask)
+    assert record(studies, "scan_0").ranking_dice == 0.7
+    path = folder / "labels" / "original" / "scan_0.nii.gz"
+    if how == "removed":
+        path.unlink()
+    elif how == "edited":
+        in_place(path, label_bytes(tmp_path, 5))
+    else:
+        another_scan(folder / "scan_0.nii.gz", 9)
+    studies.refresh()
+    assert record(studies, "scan_0").ranking_dice is None
+    assert studies.assessments() == {}
