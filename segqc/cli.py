@@ -5,8 +5,11 @@ Imports of the library are inside the commands: PyTorch takes seconds, and ``seg
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -95,6 +98,7 @@ ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help=
 
 def main() -> None:
     """Run the command; an error that the user can mend is one sentence, not a traceback."""
+    _set_up_text()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
@@ -103,6 +107,20 @@ def main() -> None:
             raise
         typer.echo(f"segqc: {error}", err=True)
         sys.exit(1)
+
+
+def _set_up_text() -> None:
+    """Let every name be read and printed, whatever the locale.
+
+    Where it knows ASCII only, as with ``LC_ALL=C`` in a container, Python starts again in its UTF-8 mode: names of
+    files could neither be stored nor printed otherwise. What a terminal cannot show is printed escaped.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -256,7 +274,8 @@ def _train(
     studies = studies_at(folder, config, {"training": {network: dict(flags)}} if flags else {})
     settings = studies.settings.training_settings(network)
     with shown_progress() as progress:
-        card = train(studies, network, progress, settings.paper_recipe() if paper_recipe else settings)
+        chosen = settings.paper_recipe() if paper_recipe else settings
+        card = train(studies, network, progress, chosen, purpose="segqc train")
     path = studies.model_path(network)
     rows: list[Row] = [{"measure": name, "value": value} for name, value in card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(studies.training_folder(network) / "curve.png")}
@@ -575,6 +594,9 @@ def serve(
         bootstrap=settings.bootstrap,
         inference_slots=settings.inference_slots,
         upload_limit_mb=settings.upload_limit_mb,
+        upload_total_mb=settings.upload_total_mb,
+        upload_pause_seconds=settings.upload_pause_seconds,
+        allowed_hosts=settings.allowed_hosts,
         user_header=settings.user_header,
         worker=worker,
     )
@@ -622,7 +644,9 @@ def run_round(
 ) -> None:
     """Train both networks on all final labels, then segment and score all other scans.
 
-    Stopped or killed in the middle, the round goes on after its last finished step.
+    The new networks replace the old ones together, when both are trained. Stopped or killed in the middle, the round
+    goes on after its last finished step. A round that another process is doing already is joined: waited for, and taken
+    over if that process dies.
     """
     from segqc.loop.worker import Worker
     from segqc.store import jobs
@@ -632,17 +656,23 @@ def run_round(
         waiting = jobs.open_jobs(transaction, "round")
         job = waiting[0] if waiting else jobs.put(transaction, "round", {}, me())
     if put:
-        typer.echo(f"{folder}: round {'waits already' if waiting else 'put'}, as job {job.public_id}")
+        typer.echo(f"{folder}: a round {'waits already' if waiting else 'was queued'}, as job {job.public_id}")
         return
+    typer.echo(
+        f"{folder}: {'goes on with the round' if waiting else 'begins a round'} (job {job.public_id}): train "
+        "segmentation, train segqc, publish both, score all scans that wait",
+        err=True,
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for noisy in ("alembic", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     taker = Worker(studies, ("round",))
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)
-    taker.serve(until_idle=True)
-    with studies.store.read() as transaction:
-        ended = jobs.get(transaction, job.id)
+    ended = taker.serve_until_ended(job.id)
     if ended.state != "done":
-        raise CommandError(f"{folder}: the round is {ended.state}{': ' + ended.said[-1] if ended.said else ''}")
+        left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
+        raise CommandError(f"{folder}: the round is {ended.state}{': ' + ended.said[-1] if ended.said else ''}{left}")
     typer.echo(f"{folder}: the round is done")
 
 

@@ -28,6 +28,15 @@ class Placing:
     validation_share: float = 0.15
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant.
+
+        Raises:
+            ValueError: if the share is not in [0, 1), there is no fold, or the seed is negative.
+        """
+        if self.folds < 1 or not 0 <= self.validation_share < 1 or self.seed < 0:
+            raise ValueError("folds must be 1 or more, validation_share from 0 to below 1, and seed 0 or more")
+
 
 def place(
     first: Sequence[str], others: Sequence[str] = (), *, already: int = 0, placing: Placing
@@ -43,12 +52,7 @@ def place(
         others: names of the other new patients.
         already: how many patients were placed before.
         placing: the number of folds, the share and the seed.
-
-    Raises:
-        ValueError: if the share is not in [0, 1), or there is no fold.
     """
-    if placing.folds < 1 or not 0 <= placing.validation_share < 1:
-        raise ValueError(f"wanted one fold or more and a validation share from 0 to below 1, got {placing}")
     rng = np.random.default_rng((placing.seed, already))
     order = [names[int(i)] for names in (first, others) for i in rng.permutation(len(names))]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segqc.error_maps import ExtractionSettings
 from segqc.placement import Placing
@@ -26,6 +26,7 @@ from segqc.regions import BoxSettings
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.tags import read_tag
+from segqc.text import TextError, decode_text
 from segqc.types import Structure, label_names
 from segqc.volumes import ReadLimits, atomic_write, scan_id
 
@@ -65,6 +66,11 @@ class ServerSettings(BaseModel):
         bootstrap: whether first small networks are trained at the start where there are none.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.
+        upload_total_mb: the most that is received at once, by all requests together, in megabytes; who comes then is
+            told to come again later.
+        upload_pause_seconds: for how long a client may send nothing before its request is complete.
+        allowed_hosts: names by which clients may ask for this server, beside this machine's own names and addresses:
+            those that a proxy passes on, for instance. ``*.example.org`` are all names below it, ``*`` is any name.
         user_header: the header in which a proxy in front of the server names the signed-in user; without it no
             header is trusted.
     """
@@ -77,7 +83,18 @@ class ServerSettings(BaseModel):
     bootstrap: bool = True
     inference_slots: int = Field(default=1, ge=1)
     upload_limit_mb: float = Field(default=2048, gt=0)
+    upload_total_mb: float = Field(default=4096, gt=0)
+    upload_pause_seconds: float = Field(default=30, gt=0)
+    allowed_hosts: tuple[str, ...] = ()
     user_header: str | None = None
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name):
+                raise ValueError(f"{name!r} is no host name or address; give it without http:// and without a port")
+        return value
 
 
 class StoreSettings(BaseModel):
@@ -259,12 +276,7 @@ def load_settings(
     path = config or (studies / SETTINGS_FILE if studies is not None else None)
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
-    if path is not None and path.is_file():
-        try:
-            with path.open("rb") as file:
-                tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"{path}: not a TOML file: {error}") from error
+    table = _read_toml(path) if path is not None and path.is_file() else {}
 
     class _FromFile(Settings):
         @classmethod
@@ -276,13 +288,21 @@ def load_settings(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            file = TomlConfigSettingsSource(settings_cls, path) if path is not None else None
-            return (init_settings, env_settings, *((file,) if file is not None else ()))
+            return (init_settings, env_settings, InitSettingsSource(settings_cls, table))
 
     try:
         return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(_sentence(error, _origin(path))) from error
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(decode_text(path.read_bytes()))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (TextError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 
 def _origin(path: Path | None) -> str:
@@ -296,7 +316,7 @@ def _sentence(error: ValidationError, origin: str) -> str:
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{origin}: {place}: {message}{more}"
+    return ": ".join(filter(None, (origin, place, f"{message}{more}")))
 
 
 def write_settings(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from segqc.loop.scoring import score
+from segqc.loop import jobs as work
+from segqc.loop.locks import hold
+from segqc.loop.scoring import assess_scan, score
 from segqc.loop.studies import Studies, StudiesError
-from segqc.loop.train import train
-from segqc.networks import ModelError
+from segqc.loop.train import TrainingBusy, train
+from segqc.networks import ModelError, TrainedNetwork
+from segqc.store import assessments, jobs, scans
+from segqc.store.events import SERVER
+from segqc.store.values import ScanRecord
 from segqc.training import NoProgress, TooFewCases
 from segqc.volumes import read_labels, read_scan, write_labels
 from tests.test_training import make_cases
@@ -160,3 +168,116 @@ def test_scans_of_one_patient_share_fold_and_role(tmp_path: Path) -> None:
     studies = Studies(studies.folder)
     assert [c.patient for c in studies.cases()] == ["anna", "c1", "c2", "anna", "c4", "c5"]
     assert set(studies.placements()) == {"anna", "c1", "c2", "c4", "c5"}
+
+
+# ---- one training at a time, and rounds ----------------------------------------------------------------------------
+
+
+class Lines:
+    """Keeps what it is told; may die at a message."""
+
+    def __init__(self, die_at: str = "\0") -> None:
+        self.messages: list[str] = []
+        self.die_at = die_at
+
+    def step(self, done: int, total: int, message: str) -> None:
+        self.messages.append(message)
+        if message.startswith(self.die_at):
+            raise KeyboardInterrupt
+
+
+def perturbed(network: TrainedNetwork) -> Any:
+    """A network of other weights, and so of another version."""
+    for parameter in network.network.parameters():
+        parameter.data.add_(1e-3)
+    return type(network)(network.card, network.network)
+
+
+@pytest.fixture
+def quick_trainings(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of the copied folder give a new version at once."""
+    monkeypatch.setattr("segqc.loop.train.train_segmentation", lambda *_: perturbed(studies.segmenter()))  # type: ignore[arg-type]
+    monkeypatch.setattr("segqc.loop.train.train_assessor", lambda *_: perturbed(studies.assessor()))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+def test_a_network_is_trained_by_one_process_at_a_time(studies: Studies, network: Any) -> None:
+    other: Any = "segqc" if network == "segmentation" else "segmentation"
+    lock = studies.training_folder(network) / "training.lock"
+    before = studies.model_path(network).read_bytes()
+    with hold(lock, "segqc train"):
+        with pytest.raises(TrainingBusy, match=rf"{network} .* segqc train \(process {os.getpid()} on .*, since"):
+            train(studies, network, NoProgress())
+        assert studies.model_path(network).read_bytes() == before
+        train(studies, other, NoProgress())
+    train(studies, network, NoProgress())
+    assert studies.model_path(network).read_bytes() != before
+
+
+@pytest.mark.usefixtures("quick_trainings")
+def test_a_job_waits_for_another_training_and_says_so(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines()
+    with ExitStack() as held:
+        held.enter_context(hold(studies.training_folder("segqc") / "training.lock", "segqc train"))
+        waits = iter(range(3))
+        monkeypatch.setattr("time.sleep", lambda _: next(waits, None) is None and held.close())
+        train(studies, "segqc", lines, wait=True)
+    (said,) = lines.messages
+    assert said.startswith("waits for the training of segqc by segqc train (process")
+
+
+@pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize(
+    "die_at",
+    ["round: train segmentation", "round: train segqc", "round: publish", "round: score", "scoring by segqc: c6"],
+)
+def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(studies: Studies, die_at: str) -> None:
+    score(studies, "segqc", NoProgress())
+    with studies.store.write() as transaction:
+        job = jobs.put(transaction, "round", {}, SERVER)
+
+    def told() -> set[tuple[str | None, str]]:
+        return {(a.segmenter_version, a.assessor_version) for a in studies.assessments().values()}
+
+    def in_use() -> tuple[str, str]:
+        segmenter, assessor = studies.segmenter(), studies.assessor()
+        assert segmenter is not None
+        assert assessor is not None
+        return segmenter.version, assessor.version
+
+    before = in_use()
+    assert told() == {before}
+    with pytest.raises(KeyboardInterrupt):
+        work.run(studies, job, Lines(die_at))
+    during = in_use()
+    assert (during == before) is ("score" not in die_at and "scoring" not in die_at)
+    assert during == before or not {*during} & {*before}, "both networks are replaced together"
+    assert len(told()) == 1
+    ranked = {s.name for s in stored_scans(studies) if s.ranking_dice is not None}
+    assert ranked == set(studies.assessments()), "ranked by what is told"
+    result = work.run(studies, job, Lines())
+    assert set(result) == {"round", "train segmentation", "train segqc", "publish", "score"}
+    assert told() == {in_use()}
+    assert len(studies.assessments()) == 3
+    assert not any(studies.staged_path(network).exists() for network in work.NETWORKS)
+
+
+def stored_scans(studies: Studies) -> list[ScanRecord]:
+    with studies.store.read() as transaction:
+        return scans.listing(transaction)
+
+
+def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(studies: Studies) -> None:
+    score(studies, "segqc", NoProgress())
+    with studies.store.write() as transaction:
+        assessments.serve(transaction, "newer", "newer")
+    assert studies.assessments() == {}
+    segmenter, assessor = studies.segmenter(), studies.assessor()
+    assert segmenter is not None
+    assert assessor is not None
+    assess_scan(studies, studies.scan("c5"), segmenter, assessor)
+    assert all(scan.ranking_dice is None for scan in stored_scans(studies))
+    score(studies, "segqc", NoProgress())  # by the models in use: they serve again
+    assert set(studies.assessments()) == {"c5", "c6", "c7"}
+    assert sum(scan.ranking_dice is not None for scan in stored_scans(studies)) == 3

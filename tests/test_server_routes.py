@@ -106,9 +106,33 @@ BAD_REQUESTS = [
     ("POST", "/train/unknown", {"json": {}}, 404),
     ("POST", "/train/segmentation", {"json": {}}, 409),
     ("POST", "/train/segmentation", {"json": {"epochs": "many"}}, 400),
-    ("POST", "/train/segmentation", {"json": {"epochs": -1}}, 400),
+    *[
+        ("POST", "/train/segmentation", {"json": {name: value}}, 400)
+        for name, value in (
+            ("epochs", -1),
+            ("epochs", 0),
+            ("max_epochs", 100_001),
+            ("epochs", 2**60),
+            ("batch", 0),
+            ("batch", 10**6),
+            ("learning_rate", 0),
+            ("learning_rate", 1.5),
+            ("seed", -1),
+            ("seed", 2**40),
+            ("steps_per_epoch", 0),
+            ("size", "huge"),
+            ("epochs", None),
+            ("epochs", [1]),
+            ("epoch", 3),
+            ("fold_epochs", 2),
+        )
+    ],
+    ("POST", "/train/segmentation", {"json": {"epochs": 10**30}}, 422),
+    ("POST", "/train/segmentation", {"json": {"epochs": 3, "max_epochs": 3}}, 400),
+    ("POST", "/train/", {"json": {"segmentatoin": {}}}, 400),
+    ("POST", "/segqc/round", {"json": {"segqc": {"learning_rat": 1}}}, 400),
     ("POST", "/train/segmentation", {"json": {"bundle_path": "/tmp"}}, 400),
-    ("POST", "/train/segmentation?run_sync=true", {"json": {}}, 400),
+    ("POST", "/train/segmentation?run_sync=true", {"json": {}}, 409),
     ("POST", "/train/", {"json": {"segmentation": 7}}, 400),
     ("GET", "/train/", {}, 404),
     ("GET", "/train/?check_if_running=true", {}, 404),
@@ -303,7 +327,13 @@ def test_a_full_gpu_is_told_and_is_no_fault_of_the_request(client: TestClient, m
 @pytest.mark.usefixtures("models")
 def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient, base: Path, tmp_path: Path) -> None:
     answer = client.post("/infer/segqc?image=scan_0&output=json", data={"params": '{"label_tag": "final"}'}).json()
-    assert answer["assessed"] == "label"
+    assert (answer["assessed"], answer["label_tag"]) == ("label", "final")
+    stored = client.get("/segqc/labels/scan_0").json()
+    assert answer["label_sha256"] == next(v["sha256"] for v in stored if v["id"] == answer["label_version"])
+    current = client.post("/infer/segqc?image=scan_0&output=json").json()
+    assert current["label_version"] == answer["label_version"], "the final label is the current one"
+    missing = client.post("/infer/segqc?image=scan_0", data={"params": '{"label_tag": "reader-1"}'})
+    assert (missing.status_code, "final" in missing.json()["detail"]) == (404, True)
     assessment = Assessment.from_json(json.dumps(answer["assessment"]))
     assert assessment.scan == "scan_0"
     assert answer["estimated_dice_interval"] is None, "not enough data: these networks never met a validating patient"
@@ -312,7 +342,7 @@ def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient,
     volume_ml = (truth.array == 1).sum() * truth.voxel_volume_mm3 / 1000
     assert assessment.structures[0].mask_volume_ml == pytest.approx(volume_ml)
     answer = client.post("/infer/segqc?image=scan_1&output=json").json()
-    assert answer["assessed"] == "segmentation"
+    assert (answer["assessed"], answer["label_tag"]) == ("segmentation", None)
     uploaded = volume_bytes(tmp_path, draw_case(1)[1])
     answer = client.post("/infer/segqc?image=scan_1&output=json", files={"label": ("m.nii.gz", uploaded)}).json()
     assert answer["assessed"] == "label"
@@ -381,7 +411,7 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
     ("problem", "status", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 507, "disk is full"),
-        (OSError(errno.EROFS, "Read-only file system"), 500, "Read-only file system"),
+        (OSError(errno.EROFS, "Read-only file system"), 503, "Read-only file system"),
         (StoreUnavailable("the database does not answer"), 503, "does not answer"),
     ],
 )
@@ -412,6 +442,52 @@ def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
     with studies_of(client).store.write() as transaction:
         jobs.stop(transaction, number, SERVER)
     assert client.get("/segqc/round").json()["status"] == "STOPPED"
+
+
+@pytest.fixture
+def four_labelled(client: TestClient) -> Iterator[None]:
+    """Enough labels to train; afterwards all jobs are stopped."""
+    studies = studies_of(client)
+    cases = studies.cases()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Studies, "cases", lambda _: cases * 4)
+        yield
+    with studies.store.write() as transaction:
+        for kind in ("train", "scoring", "round"):
+            for job in jobs.open_jobs(transaction, kind):
+                jobs.stop(transaction, job.id, SERVER)
+
+
+@pytest.mark.usefixtures("four_labelled")
+def test_a_second_training_waits_for_the_first_and_the_same_one_is_joined(client: TestClient) -> None:
+    first = client.post("/train/segmentation", json={"max_epochs": 7}).json()
+    second = client.post("/train/segqc", json={}).json()
+    assert second["id"] != first["id"]
+    assert second["details"] == ["waits for the training of segmentation"]
+    again = client.post("/train/segmentation", json={"max_epochs": 7, "client_id": "anna"}).json()
+    assert (again["id"], "already" in again["note"]) == (first["id"], True)
+    other = client.post("/train/segmentation", json={"max_epochs": 8})
+    assert (other.status_code, first["id"] in other.json()["detail"]) == (429, True)
+    assert client.post("/train/segmentation?enqueue=true", json={"max_epochs": 7}).json()["id"] != first["id"]
+    everything = client.post("/train/", json={"segqc": {}, "segmentation": {"epochs": 7}}).json()
+    assert everything["segqc"]["result"]["id"] == second["id"]
+    a_round = client.post("/segqc/round", json={}).json()
+    assert client.post("/segqc/round", json={}).json()["id"] == a_round["id"]
+
+
+@pytest.mark.usefixtures("four_labelled")
+def test_parameters_of_other_servers_are_ignored_with_a_note_and_unknown_ones_named(client: TestClient) -> None:
+    monai_label = {
+        "name": "train_01", "pretrained": True, "device": "cuda", "max_epochs": 5, "val_split": 0.2,
+        "train_batch_size": 1, "multi_gpu": True, "dataset": "Dataset", "early_stop_patience": -1,
+    }  # fmt: skip
+    told = client.post("/train/segmentation", json=monai_label).json()
+    assert told["request"] == {"model": "segmentation", "epochs": 5, "batch": 1}
+    assert told["ignored"] == sorted(monai_label.keys() - {"max_epochs", "train_batch_size"})
+    assert all(name in told["details"][0] for name in told["ignored"])
+    refused = client.post("/train/segmentation", json={"max_epoch": 5}).json()["detail"]
+    assert "'max_epoch'" in refused
+    assert "max_epochs" in refused
 
 
 def test_nothing_left_is_an_empty_answer(client: TestClient, base: Path, tmp_path: Path) -> None:

@@ -772,7 +772,7 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
         "running",
         "w2",
         2,
-        ("epoch 1",),
+        ("epoch 1", "attempt 1 of 3 ended: its worker died"),
         1,
     )
 

@@ -226,9 +226,24 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path: Path) -> None:
         dicom.make_studies(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ExchangeError, match="no such folder"):
         dicom.make_studies(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_volumes_of_one_name_are_numbered(tmp_path: Path) -> None:
     series(tmp_path / "in" / "a_b", "P7")
     (tmp_path / "in" / "a").mkdir()
     series(tmp_path / "in" / "a" / "b", "P8")
-    with pytest.raises(ExchangeError, match="another series would have the name a_b"):
-        dicom.make_studies(tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert dicom.make_studies(tmp_path / "in", tmp_path / "out").scans == 2
+    assert set(patients(Studies(tmp_path / "out")).values()) == {"P7", "P8"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_side_car_is_read_in_the_encodings_of_other_systems(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_bytes('{\r\n"PatientID": "Jürgen 7"\r\n}'.encode(encoding))
+    assert read_tag(tmp_path / "a.nii.gz", "PatientID") == "Jürgen 7"
+
+
+def test_a_side_car_in_another_encoding_is_named_with_the_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('{"PatientID": "Jürgen 7"}'.encode("latin-1"))
+    with pytest.raises(VolumeError, match=r"a\.json.*byte 16 \(0xFC\) is not UTF-8; save the file as UTF-8"):
+        read_tag(tmp_path / "a.nii.gz", "PatientID")

@@ -541,7 +541,7 @@ def test_dicom_of_several_series_is_refused(series):
     write_scan(make_scan(seed=1), series.parent / "other")
     for file in (series.parent / "other").iterdir():
         shutil.move(file, series / f"other-{file.name}")
-    refused(series, "2 different series")
+    refused(series, "holds 2 volumes")
 
 
 @pytest.mark.parametrize("index", [1, 3, 5])
@@ -560,8 +560,8 @@ def test_dicom_with_uneven_gaps_is_refused(series):
 
 
 def test_dicom_with_two_slices_at_one_place_is_refused(series):
-    first = sorted(series.iterdir())[0]
-    shutil.copy(first, series / "copy.dcm")
+    shutil.copy(sorted(series.iterdir())[0], series / "other.dcm")
+    edit_series(series, lambda index, item: setattr(item, "SOPInstanceUID", f"1.2.{index}"))
     refused(series, "same position")
 
 

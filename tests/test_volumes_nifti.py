@@ -116,7 +116,9 @@ def test_scan_lies_where_itk_has_it_and_so_does_its_mask(tmp_path, header):
         volume = read_scan(scan)
     except VolumeError as error:
         # Micrometres and metres can't be meant with these numbers.
-        assert "cannot be meant" in str(error) and header["xyzt_units"] in (1, 3)  # noqa: PT017
+        # Of forms that are each other's mirror image ITK takes the one or the other, by rounding.
+        if "direction of axes only" not in str(error):
+            assert "cannot be meant" in str(error) and header["xyzt_units"] in (1, 3)
         return
     assert_same_place(volume.affine, expected)
     labels = np.zeros(SHAPE, np.uint8)

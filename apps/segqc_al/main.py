@@ -26,7 +26,7 @@ from segqc.server.errors import RequestError
 from segqc.server.models import Desk
 from segqc.store import labels
 from segqc.store.labels import NewLabel
-from segqc.store.values import Who
+from segqc.store.values import LabelRecord, Who
 from strategies import STRATEGIES, PoolScoring, Sampling
 
 _MOST_FINDINGS = 100
@@ -92,6 +92,7 @@ class SegqcApp(MONAILabelApp):
         name = known("model", request.get("model", ""), self._infers)
         task = self._infers[name]
         task_request = copy.deepcopy(request)
+        judged: LabelRecord | None = None
         if "image_file" in request:
             task_request["image"] = request["image_file"]
         else:
@@ -99,23 +100,52 @@ class SegqcApp(MONAILabelApp):
             content = self.desk.studies.verify_scan(image).sha256
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
-                task_request["label_tag"] = request.get("label_tag") or "original"
-                task_request["label"] = store.get_label_uri(image, task_request["label_tag"])
+                judged = self._mask_to_judge(image, request.get("label_tag"))
+        if judged is not None:
+            task_request["label"] = str(self.desk.studies.store.label_file(judged))
         path, params = task(task_request)
+        if judged is not None:
+            params.update(label_tag=judged.tag, label_version=judged.id, label_sha256=judged.sha256)
         saved: str | None = None
         if request.get("save_label") and "image_file" not in request:
             tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
             if tag == "final":
                 raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
-            saved = self._save(image, Path(path), tag, name, params, content)
+            saved = self._save(image, Path(path), tag, name, params, judged, content)
         return {"label": saved or path, "tag": "original", "file": path, "params": params}
 
-    def _save(self, image: str, path: Path, tag: str, name: str, params: dict[str, Any], content: str | None) -> str:
+    def _mask_to_judge(self, image: str, tag: str | None) -> LabelRecord | None:
+        """The mask with the wanted tag; else the scan's current one: final, or what an annotator would start from.
+
+        Raises:
+            RequestError: 404 if there is no label with the wanted tag.
+        """
+        with self.desk.studies.store.read() as transaction:
+            found = labels.tags(transaction, image)
+        if tag is None:
+            return next((found[own] for own in (labels.FINAL, labels.RETURNED, labels.ORIGINAL) if own in found), None)
+        if tag not in found:
+            raise RequestError(
+                404, f"the scan {image!r} has no label with the tag {tag!r}; it has: {', '.join(found) or 'none'}."
+            )
+        return found[tag]
+
+    def _save(
+        self,
+        image: str,
+        path: Path,
+        tag: str,
+        name: str,
+        params: dict[str, Any],
+        parent: LabelRecord | None,
+        content: str | None,
+    ) -> str:
         """Keep a network's label map of a scan's content; it is the network's, not that of whoever asked for it."""
         version = params["model_version"]
         with self.desk.studies.store.write() as transaction:
             pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
         maker, info = Who("network", version, "program"), {"model": name, "params": params}
-        label = NewLabel(image, tag, "network", maker, bundle=pair.id, info=info)
+        above = parent.id if parent is not None else None
+        label = NewLabel(image, tag, "network", maker, parent=above, bundle=pair.id, info=info)
         self.desk.studies.store.save_label(label, path, first=expecting(image, content))
         return image

@@ -25,6 +25,7 @@ from scipy import ndimage
 
 from segqc.error_maps import PLAIN_EXTRACTION, Box, ExtractionSettings, bounding_box, difference, extract_errors
 from segqc.regions import BoxSettings, find_boxes
+from segqc.text import TextError, decode_text
 from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
@@ -268,7 +269,11 @@ def read_structures(folder: Path) -> tuple[Structure, ...]:
     path = folder / "labels.txt"
     if not path.is_file():
         raise ValueError(f"{path}: is missing; write a label value and a structure's name in each of its lines")
-    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = decode_text(path.read_bytes())
+    except TextError as error:
+        raise ValueError(f"{path}: {error}") from error
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     wrong = [" ".join(line) for line in lines if len(line) != 2 or not line[0].isdecimal()]
     if wrong:
         raise ValueError(f"{path}: the line {wrong[0]!r} is not a label value and a name")

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias
 
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
 from segqc.loop.studies import Studies, StudiesError, expecting
-from segqc.loop.train import publish, train
+from segqc.loop.train import publish, publish_staged, train
 from segqc.networks import DeviceMemoryError, ModelError
 from segqc.settings import Network, SettingsError, build
 from segqc.store import jobs
@@ -58,16 +58,30 @@ def chosen_settings(studies: Studies, network: Network, choices: Mapping[str, ob
     """
     own = studies.settings.training_settings(network)
     checked = build(TrainingSettings, choices, "params")
-    for name in ("epochs", "fold_epochs", "steps_per_epoch", "batch", "learning_rate"):
-        if getattr(checked, name) <= 0:
-            raise SettingsError(f"{name} must be positive, got {getattr(checked, name)}")
-    return replace(own, **{name: getattr(checked, name) for name in choices})
+    try:
+        return replace(own, **{name: getattr(checked, name) for name in choices})
+    except ValueError as error:  # two settings that do not go together
+        raise SettingsError(f"params: {error}") from error
 
 
-def _train(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+def title(kind: str, request: JsonObject) -> str:
+    """What a job is, in words: "the training of segqc"."""
+    match kind:
+        case "train":
+            return f"the training of {request.get('model')}"
+        case "scoring":
+            return f"the scoring by {request.get('method')}"
+        case "batch_infer":
+            return f"the inference of {request.get('model')} on many scans"
+        case _:
+            return f"the {kind}"
+
+
+def _train(studies: Studies, job: JobRecord, progress: Progress, *, stage: bool = False) -> JsonObject:
     request = dict(job.request)
     network = _network(request.pop("model", None))
-    card = train(studies, network, progress, chosen_settings(studies, network, request))
+    settings = chosen_settings(studies, network, request)
+    card = train(studies, network, progress, settings, purpose=f"a worker's {job.kind} job", wait=True, stage=stage)
     return {"network": network, "scores": dict(card.scores)}
 
 
@@ -129,15 +143,25 @@ def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonOb
 
 
 def _round(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
-    """Train both networks, then segment and assess the pool; finished steps are not done twice."""
+    """Train both networks, publish them together, then segment and assess the pool.
+
+    Finished steps are not done twice.
+    """
     with studies.store.write() as transaction:
         number, done = jobs.begin_round(transaction, job.id, len(studies.cases()))
+
+    def train_one(network: Network) -> JsonObject:
+        return _train(studies, _part(job, network), progress, stage=True)
+
     steps: list[tuple[str, Callable[[], JsonObject]]] = [
-        *((f"train {network}", lambda n=network: _train(studies, _part(job, n), progress)) for network in NETWORKS),
+        ("train segmentation", lambda: train_one("segmentation")),
+        ("train segqc", lambda: train_one("segqc")),
+        ("publish", lambda: {"bundle": publish_staged(studies)}),
         ("score", lambda: _score(studies, replace(job, request={"method": "segqc"}), progress)),
     ]
     for name, step in steps:
         if name not in done:
+            progress.step(0, 1, f"round: {name}")
             done[name] = step()
             with studies.store.write() as transaction:
                 jobs.finish_step(transaction, number, name, done[name])

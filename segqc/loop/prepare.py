@@ -12,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from segqc.loop.studies import StudiesError
 from segqc.settings import write_settings
+from segqc.text import TextError, decode_text
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix, scan_id
 
 _SPLITS: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
@@ -110,7 +111,9 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
         return {name: [name] for name in names}
     path = dataset / "splits.json"
     try:
-        splits = _SPLITS.validate_json(path.read_bytes())
+        splits = _SPLITS.validate_json(decode_text(path.read_bytes()))
+    except TextError as error:
+        raise StudiesError(f"{path}: {error}") from error
     except (OSError, ValidationError) as error:
         raise StudiesError(f"{path}: no readable splits file; leave --split away to draw from all scans") from error
     entry = splits.get(split, splits.get(f"{split}_patients"))

@@ -35,9 +35,10 @@ class ScoringSummary:
 def score(studies: Studies, method: Method, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
-    "segqc" makes a mask where the current segmentation network has not made one, and assesses it. "tta" is the median
-    Dice between the augmentation group's masks and their median; "entropy" the negative mean entropy of the group's
-    mean prediction over the mask's volume. In all three the lowest score is the worst.
+    "segqc" makes a mask where the current segmentation network has not made one, and assesses it; from its start on
+    only the current networks' estimates count, so that scans are never ranked by those of different ones. "tta" is the
+    median Dice between the augmentation group's masks and their median; "entropy" the negative mean entropy of the
+    group's mean prediction over the mask's volume. In all three the lowest score is the worst.
 
     Args:
         studies: the folder.
@@ -49,6 +50,9 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
         ModelError: if a network that the method needs is not trained yet.
     """
     segmenter, assessor = _networks(studies, method)
+    if assessor is not None:
+        with studies.store.write() as transaction:
+            assessments.serve(transaction, segmenter.version, assessor.version)
     entries = studies.waiting()
     known = {} if force or method == "segqc" else studies.score_versions(method)
     scored, skipped, failed = 0, 0, {}

@@ -257,6 +257,10 @@ class Studies:
         """Where the current model of a network lies."""
         return self.own / "models" / f"{network}.pt"
 
+    def staged_path(self, network: Kind) -> Path:
+        """Where a round keeps its model of a network until both are trained."""
+        return self.own / "models" / "next" / f"{network}.pt"
+
     def training_folder(self, network: Kind) -> Path:
         """Where checkpoints and learning curve of a network lie."""
         return self.own / "training" / network

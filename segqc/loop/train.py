@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 from segqc.assessor import Assessor
-from segqc.loop.studies import Studies
+from segqc.loop.locks import Holder, LockHeld, hold
+from segqc.loop.studies import Studies, StudiesError
 from segqc.networks import Kind, ModelCard
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
@@ -21,34 +28,69 @@ from segqc.training import (
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS: Final = 1.0
 
-def train(studies: Studies, network: Kind, progress: Progress, settings: TrainingSettings | None = None) -> ModelCard:
+
+class TrainingBusy(StudiesError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """Another process trains the same network of the same folder."""
+
+
+def train(
+    studies: Studies,
+    network: Kind,
+    progress: Progress,
+    settings: TrainingSettings | None = None,
+    *,
+    purpose: str = "a training",
+    wait: bool = False,
+    stage: bool = False,
+) -> ModelCard:
     """Train a network on all final labels of a studies folder, draw its learning curve, publish the model.
 
     A scan that can't be used, or whose label can't, is left out with a warning.
 
-    The file of the model is replaced in one step when the training is done; until then the old model serves.
+    The file of the model is replaced in one step when the training is done; until then the old model serves. One
+    process at a time trains a network of a folder: its checkpoints are one training's.
 
     Args:
         studies: the folder.
         network: "segmentation" or "segqc".
         progress: told after each step.
         settings: how to train; by default what the folder's settings say.
+        purpose: what this process is, for others that want to train the same network.
+        wait: whether to wait for another process that trains this network.
+        stage: whether to keep the model aside until `publish_staged`.
 
     Raises:
+        TrainingBusy: if another process trains this network, unless told to wait.
         TooFewCases: if too few scans are labelled.
         StudiesError: if nothing says what the structures are.
     """
     settings = settings or studies.settings.training_settings(network)
     folder = studies.training_folder(network)
-    placements = dict(studies.placements())
+    with _alone(studies, network, progress, purpose, wait=wait):
+        trained = _learn(studies, network, progress, settings, folder)
+        if (folder / "curve.json").is_file():
+            draw_curve(folder / "curve.json", folder / "curve.png")
+        path = studies.staged_path(network) if stage else studies.model_path(network)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trained.save(path)
+    if not stage:
+        publish(studies)
+    return trained.card
+
+
+def _learn(
+    studies: Studies, network: Kind, progress: Progress, settings: TrainingSettings, folder: Path
+) -> Segmenter | Assessor:
+    """Train on the cases that can be used."""
     learn = train_segmentation if network == "segmentation" else train_assessor
-    cases, structures = studies.cases(), studies.structures
+    placements, structures, cases = dict(studies.placements()), studies.structures, studies.cases()
     left_out: list[str] = []
     while True:
         try:
             trained: Segmenter | Assessor = learn(cases, structures, placements, settings, folder, progress)
-            break
+            return trained
         except CaseError as error:
             logger.warning("left out of the training: %s", error)
             left_out.append(str(error))
@@ -57,17 +99,33 @@ def train(studies: Studies, network: Kind, progress: Progress, settings: Trainin
             if not left_out:
                 raise
             raise TooFewCases(f"{error}; left out: {'; '.join(left_out)}") from error
-    if (folder / "curve.json").is_file():
-        draw_curve(folder / "curve.json", folder / "curve.png")
-    path = studies.model_path(network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trained.save(path)
-    publish(studies)
-    return trained.card
+
+
+@contextlib.contextmanager
+def _alone(studies: Studies, network: Kind, progress: Progress, purpose: str, *, wait: bool) -> Iterator[None]:
+    path = studies.training_folder(network) / "training.lock"
+    told: Holder | None = None
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold(path, purpose))
+                break
+            except LockHeld as held:
+                who = held.holder or "another process"
+                if not wait:
+                    raise TrainingBusy(
+                        f"{studies.folder}: the network {network} is being trained by {who}; wait for its end, or end "
+                        "it (what it has learned is kept, and continued by the next training with the same settings)"
+                    ) from held
+                if told is None or told != held.holder:
+                    told = held.holder
+                    progress.step(0, 1, f"waits for the training of {network} by {who}")
+            time.sleep(_POLL_SECONDS)
+        yield
 
 
 def publish(studies: Studies) -> int:
-    """Note which pair of networks serves from now on (an estimate always belongs to the pair); returns its number."""
+    """Note which pair of networks is in use from now on; returns its number."""
     segmenter, assessor = studies.segmenter(), studies.assessor()
     with studies.store.write() as transaction:
         pair = labels.bundle(
@@ -76,3 +134,15 @@ def publish(studies: Studies) -> int:
             assessor.version if assessor is not None else None,
         )
     return pair.id
+
+
+def publish_staged(studies: Studies) -> int:
+    """Put the models that were kept aside in the place of the current ones, and note the pair; returns its number.
+
+    Interrupted, it can be called again.
+    """
+    kinds: tuple[Kind, ...] = ("segmentation", "segqc")
+    for network in kinds:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(studies.staged_path(network), studies.model_path(network))
+    return publish(studies)

@@ -1,7 +1,8 @@
 """The worker: takes jobs out of the store and runs each in a process of its own.
 
 It meets the server in the store only, so that it may run beside it or on another machine, and either may die at any
-moment: a job whose heart stops is taken again, by this worker's successor or by another one.
+moment. A job whose process is killed is tried again, a limited number of times; so is one whose worker has died: at
+once where its successor runs on the same machine and can see that, else when the heartbeats have been missing for long.
 """
 
 from __future__ import annotations
@@ -10,33 +11,40 @@ import json
 import logging
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from segqc.loop import jobs as work
+from segqc.loop.lifetime import death_by_signal
+from segqc.loop.locks import hold, is_abandoned
 from segqc.loop.studies import Studies
 from segqc.store import jobs
-from segqc.store.database import StoreError
+from segqc.store.database import StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
 from segqc.store.values import JobRecord, JobState, JsonObject
 from segqc.training.progress import LineProgress, step_line
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 POLL_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 10.0
 _NICENESS: Final = 5
+_UNEXPECTED: Final = 70  # exit status of a job that met a mistake of ours (sysexits.h: EX_SOFTWARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +76,34 @@ def _say_step(done: int, total: int, message: str) -> None:
 
 
 def run_job(folder: Path, number: int) -> int:
-    """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can mend."""
+    """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can solve.
+
+    A mistake of ours is told with its traceback; the last line is what it was.
+    """
     studies = Studies(folder)
     with studies.store.read() as transaction:
         job = jobs.get(transaction, number)
     try:
         result = work.run(studies, job, LineProgress(_say_step))
     except work.KNOWN_PROBLEMS as error:
-        sys.stdout.write(f"{error}\n")
+        sys.stdout.write(f"{_one_line(error)}\n")
         return 1
+    except MemoryError:
+        sys.stdout.write(
+            "memory ran out: set a smaller patch, batch or size in [training] of segqc.toml, or give the machine or "
+            "container more memory\n"
+        )
+        return 1
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        sys.stdout.write(f"unexpected {type(error).__name__}: {_one_line(error)} (the log has the traceback)\n")
+        return _UNEXPECTED
     _say(_Result(result))
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class Worker:
@@ -94,7 +119,7 @@ class Worker:
     ) -> None:
         self.studies = studies
         self.kinds = tuple(kinds)
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}"
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._command = command or self._job_command
         self._heartbeat = heartbeat_seconds
         self._ending = threading.Event()
@@ -109,24 +134,66 @@ class Worker:
 
     def serve(self, *, until_idle: bool = False) -> None:
         """Work until `end` is called, or, if ``until_idle``, until no job waits."""
+        self._serve(lambda idle: until_idle and idle)
+
+    def serve_until_ended(self, job: int) -> JobRecord:
+        """Work until a job has ended, whoever does it, or `end` is called; returns what became of it."""
+        told: str | None = None
+
+        def ended(_: bool) -> bool:
+            nonlocal told
+            now = self._job(job)
+            if now.worker not in (None, self.name, told):
+                told = now.worker
+                logger.info(
+                    "the worker %s does this %s; waiting for it. It is taken over at once if it dies on this machine, "
+                    "or %.0f s after its last sign of life", now.worker, now.kind, jobs.DEAD_AFTER_SECONDS,
+                )  # fmt: skip
+            return now.ended_at is not None
+
+        self._serve(ended)
+        return self._job(job)
+
+    def _job(self, job: int) -> JobRecord:
+        with self.studies.store.read() as transaction:
+            return jobs.get(transaction, job)
+
+    def _serve(self, enough: Callable[[bool], bool]) -> None:
+        """Take jobs until it is enough; that is asked after each, with whether none waited."""
         logger.info("the worker %s takes jobs of %s", self.name, self.studies.folder)
-        while not self._ending.is_set():
-            try:
-                with self.studies.store.write() as transaction:
-                    job = jobs.take(transaction, self.name, self.kinds)
-            except StoreError as error:
-                # a database that is away for a while must not end the worker
-                logger.warning("%s", error)
-                job = None
-            if job is not None:
-                self._run(job)
-            elif until_idle:
-                return
-            else:
-                self._ending.wait(POLL_SECONDS)
+        own = self._lock_file(self.name)
+        left_behind = [path for path in own.parent.glob("*.lock") if is_abandoned(path)]
+        # successors on this machine see by it at once that this worker has died
+        with hold(own, "a worker"):
+            while not self._ending.is_set():
+                job = self._take()
+                if job is not None:
+                    self._run(job)
+                while left_behind:  # no job is theirs any more
+                    left_behind.pop().unlink(missing_ok=True)
+                if enough(job is None):
+                    break
+                if job is None:
+                    self._ending.wait(POLL_SECONDS)
+        own.unlink(missing_ok=True)
+
+    def _take(self) -> JobRecord | None:
+        try:
+            with self.studies.store.write() as transaction:
+                return jobs.take(transaction, self.name, self.kinds, self._is_dead)
+        except StoreError as error:
+            # a database that is away for a while must not end the worker
+            logger.warning("%s", error)
+            return None
+
+    def _lock_file(self, worker: str) -> Path:
+        return self.studies.own / "workers" / f"{worker}.lock"
+
+    def _is_dead(self, worker: str) -> bool:
+        return is_abandoned(self._lock_file(worker))
 
     def _run(self, job: JobRecord) -> None:
-        logger.info("%s starts: %s", job.kind, json.dumps(job.request))
+        logger.info("%s starts (attempt %d of %d): %s", job.kind, job.attempts, jobs.MOST_ATTEMPTS, job.request)
         heard = _Heard()
         try:
             process = self._start(job)
@@ -146,10 +213,15 @@ class Worker:
             return
         if self._ending.is_set() and process.poll() is None:
             _stop(process)
-            with self.studies.store.write() as transaction:
-                jobs.give_back(transaction, self.name)
+            self._write(lambda transaction: jobs.give_back(transaction, self.name))
             return
         code = process.wait()
+        death = death_by_signal(code)
+        if death is not None:
+            self._retry(job, f"the job's process was {death}", heard)
+            return
+        if code != 0 and not heard.has_reason:
+            heard.take(f"the job's process ended with exit status {code} and no message", job)
         self._finish(job, "done" if code == 0 else "failed", heard)
 
     def _start(self, job: JobRecord) -> subprocess.Popen[str]:
@@ -191,13 +263,41 @@ class Worker:
                     logger.warning("%s", error)
 
     def _finish(self, job: JobRecord, state: JobState, heard: _Heard) -> None:
-        with self.studies.store.write() as transaction:
-            jobs.finish(transaction, job.id, self.name, state, heard.result, said=heard.told(), steps=heard.steps)
+        said = heard.told()
+
+        def finish(transaction: Transaction) -> JobRecord:
+            jobs.finish(transaction, job.id, self.name, state, heard.result, said=said, steps=heard.steps)
             ended = jobs.get(transaction, job.id)
             if ended.state == "done":
                 work.follow_up(transaction, ended)
-        reason = f" ({ended.said[-1]})" if ended.state == "failed" and ended.said else ""
-        logger.info("%s ended: %s%s", job.kind, ended.state, reason)
+            return ended
+
+        ended = self._write(finish)
+        if ended is not None:
+            reason = f" ({ended.said[-1]})" if ended.state == "failed" and ended.said else ""
+            logger.info("%s ended: %s%s", job.kind, ended.state, reason)
+
+    def _retry(self, job: JobRecord, reason: str, heard: _Heard) -> None:
+        said = heard.told()
+
+        def retry(transaction: Transaction) -> JobRecord:
+            jobs.retry(transaction, job.id, self.name, reason, said=said, steps=heard.steps)
+            return jobs.get(transaction, job.id)
+
+        now = self._write(retry)
+        again = "; it is tried again" if now is not None and now.state == "queued" else ""
+        logger.warning("%s, attempt %d of %d: %s%s", job.kind, job.attempts, jobs.MOST_ATTEMPTS, reason, again)
+
+    def _write(self, change: Callable[[Transaction], T]) -> T | None:
+        """Change the store; while its database is away, try again until this worker ends (None then)."""
+        while True:
+            try:
+                with self.studies.store.write() as transaction:
+                    return change(transaction)
+            except StoreUnavailable as error:
+                logger.warning("%s", error)
+                if self._ending.wait(POLL_SECONDS):
+                    return None
 
 
 class _Heard:
@@ -207,13 +307,16 @@ class _Heard:
         self._new: list[str] = []
         self.steps: tuple[int, int] | None = None
         self.result: JsonObject | None = None
+        self.has_reason = False  # whether the last line is text: where a job fails, why
 
     def take(self, line: str, job: JobRecord) -> None:
         try:
             said = _LINE.validate_json(line)
         except ValidationError:
+            self.has_reason = True
             self._tell(line, job)
             return
+        self.has_reason = False
         if isinstance(said, _Result):
             self.result = said.result
             return

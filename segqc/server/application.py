@@ -13,20 +13,22 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import monailabel
-from fastapi import APIRouter, FastAPI, Request
+import requests
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from monailabel.config import settings
-from monailabel.endpoints import datastore, info, login, model, ohif
+from monailabel.endpoints import datastore, info, login, model
+from monailabel.endpoints.user.auth import get_current_user
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
     LabelNotFoundException,
@@ -34,15 +36,20 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from monailabel.interfaces.utils.app import app_instance
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
 from segqc.loop.jobs import NETWORKS, put_scoring
 from segqc.loop.studies import StudiesError
 from segqc.networks import DeviceMemoryError, ModelError
 from segqc.server import routes
+from segqc.server.actors import signed_in_user
 from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
-from segqc.server.guard import Guard
+from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
+from segqc.settings import ServerSettings, load_settings
 from segqc.store import jobs
 from segqc.store.database import StoreError, StoreUnavailable
 from segqc.store.events import SERVER
@@ -52,7 +59,8 @@ from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_UPLOAD_LIMIT_MB = 2048
+# Of the files of a form, up to so much of each is kept in memory: a session may have thousands.
+SPOOLED_BYTES: Final = 64_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
@@ -75,7 +83,7 @@ def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 def include_stock(app: FastAPI, stock: APIRouter) -> None:
     """Add those of MONAI Label's routes that have no better one here, run in the thread pool."""
-    existing = [route for route in app.routes if isinstance(route, APIRoute)]
+    existing = [route for route in routes.router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in existing for method in route.methods or ()}
     for route in stock.routes:
         if not isinstance(route, APIRoute):
@@ -93,11 +101,40 @@ def include_stock(app: FastAPI, stock: APIRouter) -> None:
             )
 
 
+class OtherSlash:
+    """ASGI application for what no route answers: the address with, or without, a slash at its end; else 404.
+
+    MONAI Label's addresses end with a slash or not, people type either, and its clients do not follow redirections.
+    """
+
+    def __init__(self, router: ASGIApp) -> None:
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the other address's route."""
+        path: str = scope["path"]
+        asked = scope.setdefault("segqc.asked", path)
+        if asked != path or path == "/":
+            raise HTTPException(404, f"there is nothing at {asked[:200]!r}.")
+        scope["path"] = path.removesuffix("/") if path.endswith("/") else f"{path}/"
+        await self._router(scope, receive, send)
+
+
 def create_app() -> FastAPI:
     """Build the application that MONAI Label's settings describe."""
     conf = settings.MONAI_LABEL_APP_CONF
-    app = FastAPI(title="SegQC", version=__version__, docs_url="/", redoc_url=None, lifespan=_lifespan)
-    limit = float(conf.get("upload_limit_mb", DEFAULT_UPLOAD_LIMIT_MB))
+    limits = _limits(conf)
+    app = FastAPI(
+        title="SegQC",
+        version=__version__,
+        docs_url="/",
+        redoc_url=None,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        form_limits={"max_files": 4096, "max_fields": 64, "max_part_size": 1_000_000},
+    )
+    app.router.default = OtherSlash(app.router.app)
+    MultiPartParser.spool_max_size = SPOOLED_BYTES
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     if origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -105,18 +142,39 @@ def create_app() -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Guard, upload_limit_bytes=int(limit * 1e6), origins=origins)
+    app.state.traffic = Traffic()
+    hosts = AllowedHosts([*_allowed_hosts(conf), *machine_names()])
+    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     app.include_router(routes.router)
-    stock = [info.router, datastore.router, model.router, ohif.router]
-    for router in (*stock, login.router) if settings.MONAI_LABEL_AUTH_ENABLE else stock:
+    stock = [info.router, datastore.router, model.router]
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        stock.append(login.router)
+        app.dependency_overrides[get_current_user] = signed_in_user
+    for router in stock:
         include_stock(app, router)
     static = Path(monailabel.__file__).parent / "endpoints" / "static"
     if static.is_dir():
         app.mount("/static", StaticFiles(directory=static), name="static")
     _add_error_handlers(app)
     return app
+
+
+def _limits(conf: Mapping[str, str]) -> BodyLimits:
+    default = ServerSettings()
+    most = float(conf.get("upload_limit_mb", default.upload_limit_mb))
+    total = float(conf.get("upload_total_mb", default.upload_total_mb))
+    pause = float(conf.get("upload_pause_seconds", default.upload_pause_seconds))
+    return BodyLimits(int(most * 1e6), int(max(most, total) * 1e6), pause)
+
+
+def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
+    """Names by which the server is asked: as `serve` was told, else as the studies folder's settings say."""
+    if "allowed_hosts" in conf:
+        return conf["allowed_hosts"].split()
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return load_settings(folder).server.allowed_hosts if settings.MONAI_LABEL_STUDIES and folder.is_dir() else ()
 
 
 @asynccontextmanager
@@ -194,9 +252,24 @@ def _bootstrap(instance: Any, looked: threading.Event) -> None:
                 jobs.put(transaction, "train", {"model": network, **few}, SERVER)
 
 
+_NO_ROOM: Final = (507, "the server's disk is full; nothing was changed. Tell whoever runs the server.")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room on a disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    def refuse(status: int, message: str) -> JSONResponse:
-        return JSONResponse({"detail": message}, status)
+    def refuse(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        # what a client sent may be no text that can be sent back
+        return JSONResponse({"detail": message.encode("utf-8", "backslashreplace").decode()}, status, headers)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, OSError):
+            return await on_os_error(request, error.__cause__)  # met while a form was received
+        return refuse(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestError)
     async def on_request_error(_: Request, error: RequestError) -> JSONResponse:
@@ -205,8 +278,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = " ".join(str(part) for part in first["loc"])
-        return refuse(422, f"{place}: {first['msg']}.")
+        place = " ".join(str(part) for part in first["loc"])[:200]
+        return refuse(422, f"{place}: {first['msg'].removeprefix('Value error, ')}.")
 
     @app.exception_handler(MONAILabelException)
     async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
@@ -243,9 +316,25 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     async def on_os_error(_: Request, error: OSError) -> JSONResponse:
         logger.error("%s", error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the server's disk is full" if full else f"the server cannot use its files ({error.strerror or error})"
-        return refuse(507 if full else 500, f"{reason}; nothing was changed. Tell whoever runs the server.")
+        if is_full(error):
+            return refuse(*_NO_ROOM)
+        return refuse(
+            503,
+            f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
+            "whoever runs the server.",
+        )
+
+    @app.exception_handler(requests.RequestException)
+    async def on_sign_in_error(_: Request, error: requests.RequestException) -> JSONResponse:
+        logger.error("sign-in: %s", error)
+        if error.response is not None and 400 <= error.response.status_code < 500:
+            return refuse(401, "the sign-in server refuses this name and password.")
+        return refuse(503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later.")
+
+    @app.exception_handler(MemoryError)
+    async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:
+        logger.error("out of memory: %s", error)
+        return refuse(503, "the server has not enough memory for this request now; try a smaller one, or later.")
 
     @app.exception_handler(StudiesError)
     async def on_studies_error(_: Request, error: StudiesError) -> JSONResponse:

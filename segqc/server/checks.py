@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeAlias
 
-from pydantic import JsonValue
+from fastapi import Body
+from pydantic import AfterValidator, JsonValue
 
 from segqc.server.errors import RequestError
 from segqc.volumes import SCAN_SUFFIXES
@@ -18,12 +21,47 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 _ID = re.compile(r"\w[\w .,+=@()\[\]-]{0,199}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SESSION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
+
+# A file's name has 255 bytes in all common file systems: room for a suffix, and for what a store adds to a name.
+MAX_ID_BYTES: Final = 200
+MAX_JSON_DEPTH: Final = 32
+_MAX_INTEGER: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Which numbers a parameter may have.
+
+    Attributes:
+        low: the smallest.
+        high: the largest.
+        whole: whether it is an integer.
+    """
+
+    low: float
+    high: float
+    whole: bool = True
+
+
+# The numbers that requests set, by their names in ``params``.
+# Numbers of requests but those of trainings, which `TrainingSettings` checks.
+BOUNDS: Final[Mapping[str, Bounds]] = {"max_batch_size": Bounds(0, 1_000_000_000)}
 
 # Fields that decide what is read, run or written. They have their own place in a request, `params` does not set them.
 RESERVED_PARAMS = frozenset({
     "image", "images", "image_id", "model", "method", "strategy", "label", "session", "description", "bundle_path",
     "result_write_to_file", "local_rank", "network", "path", "id",
 })  # fmt: skip
+
+# What MONAI Label's clients send with a training of any server. Devices, data loading and who validates are decided by
+# this server's settings; `client_id` says who asks.
+FOREIGN_TRAINING_PARAMS = frozenset({
+    "name", "pretrained", "device", "early_stop_patience", "val_split", "val_batch_size", "multi_gpu", "gpus",
+    "dataset", "dataloader", "tracking", "tracking_uri", "tracking_experiment_name", "run_id",
+    "dataset_limit", "dataset_randomize", "amp", "n_saved", "train_random_seed", "val_interval", "client_id",
+})  # fmt: skip
+IGNORED_REASON = "MONAI Label's parameters that this server has no use for; see [training] in its settings"
 
 
 def check_image_id(image: str) -> str:
@@ -34,8 +72,11 @@ def check_image_id(image: str) -> str:
     """
     if not _ID.fullmatch(image) or ".." in image or image.endswith((".", " ")):
         raise RequestError(
-            400, f"{image!r} is not a usable image id: letters, digits and ' .,+=@()[]-_' only, no path and no '..'."
+            400,
+            f"{image[:80]!r} is not a usable image id: letters, digits and ' .,+=@()[]-_' only, no path and no '..'.",
         )
+    if len(image.encode()) > MAX_ID_BYTES:
+        raise RequestError(400, f"the image id {image[:20]!r}... has more than {MAX_ID_BYTES} bytes in UTF-8.")
     return image
 
 
@@ -46,7 +87,9 @@ def check_tag(tag: str) -> str:
         RequestError: 400 if it could be anything but a folder's name.
     """
     if not _TAG.fullmatch(tag):
-        raise RequestError(400, f"{tag!r} is not a usable label tag: letters, digits, '-' and '_' only, 64 at most.")
+        raise RequestError(
+            400, f"{tag[:80]!r} is not a usable label tag: letters, digits, '-' and '_' only, 64 at most."
+        )
     return tag
 
 
@@ -57,8 +100,22 @@ def check_session_id(session: str) -> str:
         RequestError: 404 if no session can have this id.
     """
     if not _SESSION.fullmatch(session):
-        raise RequestError(404, f"there is no session {session!r}.")
+        raise RequestError(404, f"there is no session {session[:80]!r}.")
     return session
+
+
+def check_file_name(name: str | None) -> str:
+    """Return the last part of an uploaded file's name, under which it is kept.
+
+    Raises:
+        RequestError: 400 if no file can have this name.
+    """
+    base = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
+    if not _FILE_NAME.fullmatch(base) or base in (".", "..") or len(base.encode()) > MAX_ID_BYTES:
+        raise RequestError(
+            400, f"{base[:80]!r} is no usable file name: no control characters, {MAX_ID_BYTES} bytes at most."
+        )
+    return base
 
 
 def known(kind: str, name: str, names: Collection[str]) -> str:
@@ -70,7 +127,8 @@ def known(kind: str, name: str, names: Collection[str]) -> str:
     if name not in names:
         listed = sorted(names)
         offer = f"there are: {', '.join(listed)}" if len(listed) <= 20 else f"there are {len(listed)} others"
-        raise RequestError(404, f"there is no {kind} {name!r}; {offer}." if listed else f"there is no {kind} {name!r}.")
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
+        raise RequestError(404, f"there is no {kind} {shown!r}{f'; {offer}' if listed else ''}.")
     return name
 
 
@@ -84,7 +142,7 @@ def file_suffix(name: str | None, what: str) -> str:
     for suffix in SCAN_SUFFIXES:
         if base.lower().endswith(suffix):
             return suffix
-    raise RequestError(415, f"{what} {base!r} is not of a readable format; send {', '.join(SCAN_SUFFIXES)}.")
+    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(SCAN_SUFFIXES)}.")
 
 
 def json_object(text: str | None, field: str) -> JsonObject:
@@ -96,7 +154,7 @@ def json_object(text: str | None, field: str) -> JsonObject:
     if not text or not text.strip():
         return {}
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = check_json(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the field {field!r} is not JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -104,17 +162,85 @@ def json_object(text: str | None, field: str) -> JsonObject:
     return value
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+def check_json(value: JsonValue, depth: int = 0) -> JsonValue:
+    """Return a value that every database and every client can read: Python's own JSON allows more.
+
+    Raises:
+        ValueError: if it holds NaN, an infinite number, an integer of more than 64 bits, a character that is none
+            (a lone surrogate or NUL), or is nested too deep.
+    """
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number")
+    if isinstance(value, int) and not -_MAX_INTEGER <= value <= _MAX_INTEGER:
+        raise ValueError("it holds an integer of more than 64 bits")
+    if isinstance(value, str):
+        _check_text(value)
+    if isinstance(value, list):
+        for item in value:
+            check_json(item, depth + 1)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key)
+            check_json(item, depth + 1)
+    return value
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("it holds a character that is none (NUL or half of a surrogate pair)")
+
+
+def _checked_object(value: JsonObject | None) -> JsonObject | None:
+    check_json(value)
+    return value
+
+
+# The body of a request: parameters that depend on what is asked for, by name.
+Params: TypeAlias = Annotated[JsonObject | None, Body(), AfterValidator(_checked_object)]
 
 
 def choose_params(params: Mapping[str, JsonValue], allowed: Collection[str]) -> JsonObject:
     """Keep the parameters that a call understands; others are ignored, as clients send what other servers know.
 
     Raises:
-        RequestError: 400 if a parameter tries to set a field that has its own place in the request.
+        RequestError: 400 if a parameter tries to set a field that has its own place in the request, or is a number
+            out of its bounds.
     """
     forbidden = sorted(RESERVED_PARAMS & params.keys() - set(allowed))
     if forbidden:
         raise RequestError(400, f"params may not set {', '.join(map(repr, forbidden))}: it has its own field.")
-    return {key: value for key, value in params.items() if key in allowed}
+    chosen = {key: value for key, value in params.items() if key in allowed}
+    for name in BOUNDS.keys() & chosen.keys():
+        _check_number(name, chosen[name], BOUNDS[name])
+    return chosen
+
+
+def _check_number(name: str, value: JsonValue, bounds: Bounds) -> None:
+    """Refuse what is no number within the bounds; a number may be text, as clients with forms send it."""
+    kind = "an integer" if bounds.whole else "a number"
+    wrong = RequestError(400, f"{name} must be {kind} from {bounds.low:g} to {bounds.high:,g}.")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    if bounds.whole and isinstance(value, float):
+        raise wrong
+    try:
+        number = int(value) if bounds.whole else float(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if not bounds.low <= number <= bounds.high:
+        raise wrong
+
+
+def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str], what: str) -> None:
+    """Refuse parameters that nobody understands: a misspelt one must not be dropped silently.
+
+    Raises:
+        RequestError: 400 that names them and lists what there is.
+    """
+    unknown = sorted(set(params) - set(understood))
+    if unknown:
+        named = ", ".join(repr(name[:60]) for name in unknown[:5])
+        listed = ", ".join(sorted(set(understood) - FOREIGN_TRAINING_PARAMS))
+        raise RequestError(400, f"there is no {what} {named}; there are: {listed}.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
-from segqc.loop.jobs import JobKind
+from segqc.loop.jobs import JobKind, title
 from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.store import jobs
@@ -24,16 +24,48 @@ _STATUS: Final[dict[JobState, str]] = {
 _STOP_SECONDS: Final = 15.0
 
 
-def submit(store: Store, who: Who, kind: JobKind, request: JsonObject, *, enqueue: bool = False) -> JsonObject:
-    """Put a job into the store.
+def submit(
+    store: Store, who: Who, kind: JobKind, request: JsonObject, *, enqueue: bool = False, said: Sequence[str] = ()
+) -> JsonObject:
+    """Put a job into the store, or join one that is open and does the same.
+
+    Args:
+        store: the store.
+        who: who asks for it.
+        kind: its kind.
+        request: what a worker is asked for.
+        enqueue: put it in any case.
+        said: what the job says at once, such as which parameters were ignored.
 
     Raises:
-        RequestError: 429 if one of its kind is open already, unless ``enqueue`` says that it may wait.
+        RequestError: 429 if a training of the same network, or a round, is open with other parameters, unless
+            ``enqueue`` says that this one may wait.
     """
     with store.write() as transaction:
-        if jobs.open_jobs(transaction, kind) and not enqueue:
-            raise RequestError(429, f"a {kind} job is running already; stop it, wait for it, or ask with enqueue=true.")
-        return to_json(jobs.put(transaction, kind, request, who))
+        ahead = [job for job in jobs.open_jobs(transaction, kind) if not job.stop_wanted]
+        same = [job for job in ahead if _same_work(job, kind, request)]
+        if same and not enqueue:
+            if same[-1].request != request:
+                raise RequestError(
+                    429,
+                    f"{title(kind, request)} is {_open_state(same[-1])} already, with other parameters "
+                    f"(job {same[-1].public_id}); stop it, wait for it, or ask with enqueue=true.",
+                )
+            joined = to_json(same[-1])
+            return {**joined, "note": f"{title(kind, request)} is {_open_state(same[-1])} already: this is that job."}
+        waits = [f"waits for {title(job.kind, job.request)}" for job in ahead[-1:]]
+        return to_json(jobs.put(transaction, kind, request, who, said=[*said, *waits]))
+
+
+def _same_work(job: JobRecord, kind: JobKind, request: JsonObject) -> bool:
+    """Whether two jobs of a kind should not wait side by side: a network is trained, and a round done, once."""
+    if kind == "train":
+        return job.request.get("model") == request.get("model")
+    return kind == "round" or job.request == request
+
+
+def _open_state(job: JobRecord) -> str:
+    return "running" if job.state == "running" else "queued"
 
 
 def status(store: Store, kind: JobKind, *, every: bool, only_running: bool) -> JsonObject | list[JsonObject]:

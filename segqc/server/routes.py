@@ -13,12 +13,13 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import anyio.to_thread
-from fastapi import APIRouter, BackgroundTasks, Body, Depends, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
@@ -26,13 +27,19 @@ from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.others.generic import file_checksum
 from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
+from starlette.types import Receive, Scope, Send
 
+from segqc.loop.jobs import JobKind
 from segqc.loop.review import STATE_OF
 from segqc.networks import ModelError
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting
 from segqc.server.checks import (
+    FOREIGN_TRAINING_PARAMS,
+    IGNORED_REASON,
     JsonObject,
+    Params,
+    check_file_name,
     check_image_id,
     check_session_id,
     check_tag,
@@ -40,14 +47,17 @@ from segqc.server.checks import (
     file_suffix,
     json_object,
     known,
+    refuse_unknown,
 )
 from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, submit
+from segqc.server.waiting import JobsDone
 from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
-from segqc.volumes import VolumeError, atomic_write, read_scan
+from segqc.volumes import VolumeError, atomic_write
+from segqc.volumes.intake import check_scan
 
 router = APIRouter()
 
@@ -58,7 +68,8 @@ ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 REVIEWER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_REVIEWER))
 ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 
-Params = Annotated[dict[str, Any] | None, Body()]
+CHECK_SUMS: Final = ("SHA256", "SHA512", "MD5")
+MAX_COUNT: Final = 2**31 - 1
 FormText = Annotated[str, Form()]
 
 INFER_PARAMS = frozenset({"label_tag", "save_label"})
@@ -83,12 +94,36 @@ class Images(StrEnum):
     unlabeled = "unlabeled"
 
 
+class _SentOnce(FileResponse):
+    """A file that is removed when it is sent, or could not be."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
+
+
 def _receive(upload: UploadFile, folder: Path, stem: str, what: str) -> Path:
     """Write an uploaded scan or label map into a folder; its name is ours, but for the suffix."""
     path = folder / f"{stem}{file_suffix(upload.filename, what)}"
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file)
     return path
+
+
+def _check_received(path: Path, what: str) -> None:
+    """Check an uploaded scan before it is kept or used, within the limits of the settings.
+
+    Raises:
+        RequestError: 422 if it can't be used; the sentence names what it was sent as, not where it lies here.
+    """
+    try:
+        check_scan(path, app_instance().desk.settings.intake, shown=what)
+    except VolumeError as error:
+        # what is wrong with one file of a DICOM series names that file
+        raise RequestError(422, str(error).replace(str(path), what)) from error
 
 
 # ------------------------------------------------------------------------------------------------------- inference
@@ -129,7 +164,9 @@ def _infer(
     with tempfile.TemporaryDirectory(prefix="segqc-") as name:
         wanted: dict[str, Any] = {**chosen, "model": model}
         if file is not None:
-            wanted["image_file"] = str(_receive(file, Path(name), "scan", "the scan"))
+            received = _receive(file, Path(name), "scan", "the scan")
+            _check_received(received, "the scan")
+            wanted["image_file"] = str(received)
         elif session_id:
             wanted["image_file"] = _session_image(session_id)
         elif image:
@@ -138,7 +175,11 @@ def _infer(
             raise RequestError(400, "name a scan: image=<id>, session_id=<id>, or upload one as 'file'.")
         if label is not None:
             wanted["label"] = str(_receive(label, Path(name), "label", "the label map"))
-        result = app.infer(wanted)
+        try:
+            result = app.infer(wanted)
+        except VolumeError as error:
+            sentence = str(error).replace(str(wanted.get("label")), "the label map")
+            raise RequestError(422, sentence) from error
     return _reply(Path(result["file"]), result["params"], output)
 
 
@@ -152,9 +193,7 @@ def _session_image(session_id: str) -> str:
 def _reply(path: Path, params: Mapping[str, Any], output: Output | None) -> Response:
     """Send a result and remove its file."""
     if output is Output.image:
-        gone = BackgroundTasks()
-        gone.add_task(path.unlink, missing_ok=True)
-        return FileResponse(path, media_type="application/octet-stream", filename=path.name, background=gone)
+        return _SentOnce(path, media_type="application/octet-stream", filename=path.name)
     try:
         if output is Output.json:
             return JSONResponse(dict(params))
@@ -216,17 +255,58 @@ def _store() -> Store:
     return store
 
 
-def _refuse_sync(run_sync: bool) -> None:
+def _told(job: JsonObject, kind: JobKind, run_sync: bool) -> JsonObject | Response:
+    """A job as it is now, or, where the client asks for it, when it has ended."""
+    return JobsDone(_store(), kind, {"job": str(job["id"])}, single=True) if run_sync else job
+
+
+def _all_told(put: Mapping[str, JsonObject], kind: JobKind, run_sync: bool) -> JsonObject | Response:
+    """Jobs as they are now, or, where the client asks for it, when they have ended."""
     if run_sync:
-        raise RequestError(400, "run_sync is not offered: start the job and ask for its status.")
+        return JobsDone(_store(), kind, {name: str(job["id"]) for name, job in put.items()})
+    return {name: {"result": job} for name, job in put.items()}
 
 
-def _training(model: str, params: Mapping[str, Any]) -> JsonObject:
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """What a worker is asked for, and which of the client's parameters are ignored."""
+
+    request: JsonObject
+    ignored: list[str]
+
+    @property
+    def said(self) -> list[str]:
+        return [f"ignored: {', '.join(self.ignored)} ({IGNORED_REASON})"] if self.ignored else []
+
+
+def _trainings(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, _Training]:
+    """Check the parameters of trainings, by network, and whether there are enough labels."""
     app = app_instance()
-    task = app._trainers[known("trainer", model, app._trainers)]
-    chosen = choose_params(params, task.params)
-    task.check(chosen, len(app.desk.studies.cases()))
-    return {"model": model, **task.job(chosen)}
+    tasks = {model: app._trainers[known("trainer", model, app._trainers)] for model in wanted}
+    chosen = {model: task.job(wanted[model]) for model, task in tasks.items()}
+    labelled = len(app.desk.studies.cases())
+    for model, task in tasks.items():
+        task.check(chosen[model][0], labelled)
+    return {model: _Training({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()}
+
+
+def _all_trainings(params: Params) -> dict[str, _Training]:
+    """The trainings of all networks; ``params`` may hold an object for each."""
+    trainers, wanted = app_instance()._trainers, params or {}
+    refuse_unknown(wanted, {*trainers, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+    chosen = {}
+    for model in trainers:
+        own = wanted.get(model, {})
+        if not isinstance(own, dict):
+            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
+        chosen[model] = own
+    return _trainings(chosen)
+
+
+def _submit_training(asker: Asker, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
+    who, store = asker.who(params), _store()
+    told = jobs.submit(store, who, "train", training.request, enqueue=enqueue, said=training.said)
+    return {**told, "ignored": [*training.ignored]} if training.ignored else told
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
@@ -236,28 +316,19 @@ def train_status(all: bool = False, check_if_running: bool = False) -> Any:
 
 
 @router.post("/train/", tags=["Train"], dependencies=[ADMIN], summary="Train all networks")
-def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> JsonObject:
+def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> Any:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
-    _refuse_sync(run_sync)
-    wanted = params or {}
-    requests = {}
-    for model in app_instance()._trainers:
-        own = wanted.get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        requests[model] = _training(model, own)
-    return {
-        m: {"result": jobs.submit(_store(), asker.who(params), "train", r, enqueue=True)} for m, r in requests.items()
-    }
+    put = {model: _submit_training(asker, params, own) for model, own in _all_trainings(params).items()}
+    return _all_told(put, "train", run_sync)
 
 
 @router.post("/train/{model}", tags=["Train"], dependencies=[ADMIN], summary="Train a network")
 def train_start(
     asker: AskedBy, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
-) -> JsonObject:
-    """Queue a training."""
-    _refuse_sync(run_sync)
-    return jobs.submit(_store(), asker.who(params), "train", _training(model, params or {}), enqueue=enqueue)
+) -> Any:
+    """Queue a training; where the same one is open already, tell of that one."""
+    job = _submit_training(asker, params, _trainings({model: params or {}})[model], enqueue=enqueue)
+    return _told(job, "train", run_sync)
 
 
 @router.delete("/train/", tags=["Train"], dependencies=[ADMIN], summary="Stop the running training")
@@ -273,22 +344,21 @@ def scoring_status(all: bool = False, check_if_running: bool = False) -> Any:
 
 
 @router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
-def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> JsonObject:
+def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> Any:
     """Queue all scoring methods."""
-    _refuse_sync(run_sync)
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
-    return {
-        m: {"result": jobs.submit(_store(), asker.who(params), "scoring", r, enqueue=True)} for m, r in requests.items()
-    }
+    who = asker.who(params)
+    put = {method: jobs.submit(_store(), who, "scoring", request) for method, request in requests.items()}
+    return _all_told(put, "scoring", run_sync)
 
 
 @router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
 def scoring_start(
     asker: AskedBy, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
-) -> JsonObject:
+) -> Any:
     """Queue a scoring method."""
-    _refuse_sync(run_sync)
-    return jobs.submit(_store(), asker.who(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
+    job = jobs.submit(_store(), asker.who(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
+    return _told(job, "scoring", run_sync)
 
 
 def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
@@ -315,9 +385,8 @@ def batch_status(all: bool = False, check_if_running: bool = False) -> Any:
 @router.post("/batch/infer/{model}", tags=["Infer"], dependencies=[ADMIN], summary="Run inference on many scans")
 def batch_start(
     asker: AskedBy, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
-) -> JsonObject:
+) -> Any:
     """Queue an inference on all, all labelled or all unlabelled scans."""
-    _refuse_sync(run_sync)
     app = app_instance()
     known("model", model, app._infers)
     chosen = choose_params(params or {}, BATCH_PARAMS)
@@ -328,7 +397,7 @@ def batch_start(
     if model == "segqc":
         app.desk.assessor()
     fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag}
-    return jobs.submit(_store(), asker.who(params), "batch_infer", {**chosen, **fixed})
+    return _told(jobs.submit(_store(), asker.who(params), "batch_infer", {**chosen, **fixed}), "batch_infer", run_sync)
 
 
 @router.delete("/batch/infer", tags=["Infer"], dependencies=[ADMIN], summary="Stop the running batch inference")
@@ -350,6 +419,26 @@ def _known_label(label: str, tag: str) -> str:
     if not app_instance().datastore().get_label_uri(label, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return label
+
+
+@router.head("/datastore/image", tags=["Datastore"], dependencies=[USER], summary="Whether there is a scan")
+def check_image(image: str, check_sum: str | None = None) -> Response:
+    """Answer 404 where there is no such scan, or it has another check sum (``SHA256:<hex>``, also SHA512 and MD5)."""
+    path = Path(app_instance().datastore().get_image_uri(_known_image(image)))
+    if check_sum:
+        kind, _, digest = check_sum.rpartition(":")
+        if kind not in ("", *CHECK_SUMS):
+            raise RequestError(400, f"a check sum is of the kind {', '.join(CHECK_SUMS)}, not {kind[:20]!r}.")
+        if file_checksum(path, kind or CHECK_SUMS[0]).rpartition(":")[2] != digest.lower():
+            raise RequestError(404, f"the image {image!r} has another check sum.")
+    return Response()
+
+
+@router.head("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Whether there is a label map")
+def check_label(tag: str, image: str = "", label: str = "") -> Response:
+    """Answer 404 where a scan has no label map under the tag; MONAI Label calls its id ``image`` here."""
+    _known_label(image or label, tag)
+    return Response()
 
 
 @router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
@@ -391,10 +480,7 @@ def add_image(file: Annotated[UploadFile, File()], image: str | None = None, par
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = _receive(file, Path(folder), "scan", "the scan")
-        try:
-            read_scan(path)
-        except VolumeError as error:
-            raise RequestError(422, str(error).replace(str(path), "the scan")) from error
+        _check_received(path, "the scan")
         return {"image": store.add_image(name, str(path), info)}
 
 
@@ -457,14 +543,13 @@ def update_label_info_before(label: str, tag: str, params: FormText = "{}") -> N
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")
-def dataset(background: BackgroundTasks, limit_cases: int | None = None) -> FileResponse:
+def dataset(limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None) -> FileResponse:
     """Send a ZIP archive of the scans with final labels."""
     store = app_instance().datastore()
     if not store.get_labeled_images():
         raise RequestError(404, "no scan has a final label yet: there is nothing to download.")
     path = store.get_dataset_archive(limit_cases)
-    background.add_task(os.unlink, path)
-    return FileResponse(path, media_type="application/zip", filename="dataset.zip", background=background)
+    return _SentOnce(path, media_type="application/zip", filename="dataset.zip")
 
 
 # ------------------------------------------------------------------------------------------------ history and review
@@ -478,7 +563,7 @@ def label_history(scan: str) -> list[JsonObject]:
 
 
 @router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
-def restore_label(scan: str, version: int, asker: AskedBy) -> JsonObject:
+def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)], asker: AskedBy) -> JsonObject:
     """Make an earlier version the current label of its tag again; it becomes a version of its own."""
     store = _store()
     with store.read() as transaction:
@@ -510,14 +595,13 @@ def scan_events(scan: str) -> list[JsonObject]:
 @router.post("/segqc/round", tags=["SegQC"], dependencies=[ADMIN], summary="Start a round")
 def start_round(asker: AskedBy, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
-    app = app_instance()
-    for model, task in app._trainers.items():
-        own = (params or {}).get(model, {})
-        if not isinstance(own, dict):
-            raise RequestError(400, f"params[{model!r}] is not a JSON object.")
-        task.check(choose_params(own, task.params), len(app.desk.studies.cases()))
-    request: JsonObject = {m: t.job((params or {}).get(m, {})) for m, t in app._trainers.items()}
-    return jobs.submit(_store(), asker.who(params), "round", request)
+    trainings = _all_trainings(params)
+    request: JsonObject = {
+        model: {name: value for name, value in own.request.items() if name != "model"}
+        for model, own in trainings.items()
+    }
+    said = [f"{model}: {line}" for model, own in trainings.items() for line in own.said]
+    return jobs.submit(_store(), asker.who(params), "round", request, said=said)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")
@@ -538,12 +622,16 @@ def open_leases() -> list[JsonObject]:
 
 
 @router.put("/session/", tags=["Session"], dependencies=[USER], summary="Open a session with a scan")
-def create_session(files: Annotated[list[UploadFile], File()], uncompress: bool = False, expiry: int = 0) -> JsonObject:
+def create_session(
+    files: Annotated[list[UploadFile], File()],
+    uncompress: bool = False,
+    expiry: Annotated[int, Query(ge=0, le=MAX_COUNT)] = 0,
+) -> JsonObject:
     """Keep an uploaded scan for a while: one file, or the files of one DICOM series."""
     if uncompress:
         raise RequestError(400, "archives are not unpacked here; send the files of the series one by one.")
-    names = [(f.filename or "").replace("\\", "/").rsplit("/", 1)[-1] for f in files]
-    if any(name in ("", ".", "..") for name in names) or len(set(names)) < len(names):
+    names = [check_file_name(f.filename) for f in files]
+    if len(set(names)) < len(names):
         raise RequestError(400, "each file of a session needs a name of its own.")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         series = Path(folder) / "series"
@@ -552,10 +640,7 @@ def create_session(files: Annotated[list[UploadFile], File()], uncompress: bool 
             with (series / name).open("wb") as file:
                 shutil.copyfileobj(upload.file, file)
         path = series if len(files) > 1 else series / names[0]
-        try:
-            read_scan(path)
-        except VolumeError as error:
-            raise RequestError(422, str(error).replace(str(path), "the scan")) from error
+        _check_received(path, "the scan")
         session, info = app_instance().sessions().add_session(str(path), expiry)
     return {"session_id": session, "session_info": info.to_json()}
 
@@ -603,19 +688,27 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
 
 
 @router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")
-def logs(request: Request, lines: int = 300) -> PlainTextResponse:
+def logs(request: Request, lines: Annotated[int, Query(ge=1, le=MAX_COUNT)] = 300) -> PlainTextResponse:
     """Send the last lines of the server's log."""
     path: Path | None = request.app.state.log_file
     if path is None or not path.is_file():
         raise RequestError(404, "this server writes no log file.")
     with path.open(encoding="utf-8", errors="replace") as file:
-        return PlainTextResponse("".join(deque(file, max(1, min(lines, 10_000)))))
+        return PlainTextResponse("".join(deque(file, min(lines, 10_000))))
 
 
 @router.api_route("/proxy/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
 def proxy(path: str) -> None:
     """Refuse: MONAI Label's way to a DICOMweb server leads nowhere here."""
     raise RequestError(404, "this server's scans are a folder of files: there is no DICOMweb server behind it.")
+
+
+@router.get("/ohif/{path:path}", include_in_schema=False)
+def ohif(path: str) -> None:
+    """Refuse: the viewer would wait for scans for ever."""
+    raise RequestError(
+        404, "OHIF shows scans of a DICOMweb server; this server's scans are a folder of files: use 3D Slicer for them."
+    )
 
 
 @router.api_route("/infer/wsi/{model}", methods=["POST"], include_in_schema=False)

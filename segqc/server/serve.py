@@ -8,19 +8,26 @@ import json
 import logging
 import logging.handlers
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from segqc.loop.studies import Studies
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+    from segqc.server.guard import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +38,12 @@ _DEFAULTS = {
     "MONAI_LABEL_INFER_CONCURRENCY": "-1",
     "MONAI_LABEL_CORS_ORIGINS": "[]",
 }
+_OPEN_FILES = 65_536
 _LOG_BYTES = 5_000_000
-_WORKER_GRACE_SECONDS = 20.0
+# After SIGTERM: requests may end, then what still runs is cut off, and the process is gone after the last deadline.
+_REQUEST_GRACE_SECONDS = 8
+_WORKER_GRACE_SECONDS = 13.0
+_DEADLINE_SECONDS = 16.0
 _WORKER_PAUSE_SECONDS = 5.0
 
 
@@ -58,6 +69,9 @@ def serve(
     bootstrap: bool = True,
     inference_slots: int = 1,
     upload_limit_mb: float = 2048,
+    upload_total_mb: float = 4096,
+    upload_pause_seconds: float = 30,
+    allowed_hosts: Sequence[str] = (),
     user_header: str | None = None,
     worker: bool = True,
 ) -> None:
@@ -71,6 +85,9 @@ def serve(
         bootstrap: whether to train first networks where there are none and enough scans are labelled.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.
+        upload_total_mb: the most that is received at once, by all requests together, in megabytes.
+        upload_pause_seconds: for how long a client may send nothing before its request is complete.
+        allowed_hosts: names by which clients may ask for the server, beside this machine's own.
         user_header: the header in which a proxy in front of the server names the signed-in user; None trusts none.
         worker: whether to start a worker beside the server; without one, jobs wait for ``segqc worker``.
 
@@ -83,6 +100,7 @@ def serve(
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
     folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
     folder.own.mkdir(parents=True, exist_ok=True)
+    _allow_files()
     alone = _lock(folder)  # held until the process ends
     listener = _listen(host, port)
     port = listener.getsockname()[1]
@@ -91,6 +109,9 @@ def serve(
         "bootstrap": str(bootstrap).lower(),
         "inference_slots": str(inference_slots),
         "upload_limit_mb": str(upload_limit_mb),
+        "upload_total_mb": str(upload_total_mb),
+        "upload_pause_seconds": str(upload_pause_seconds),
+        "allowed_hosts": " ".join([host, *allowed_hosts]),
         "log_file": str(log_file),
         "user_header": user_header or "",
     }
@@ -99,32 +120,102 @@ def serve(
     folder.store.close()  # a database that cannot be used shows at once
     logger.info("SegQC serves %s; starting ...", folder.folder)
     shown = host if ":" not in host else f"[{host}]"
-    with listener:
-        _answer(listener, f"http://{shown}:{port}/", _working(folder) if worker else contextlib.nullcontext())
+    ending = Ending()
+    with listener, _temporary_files() as temporary:
+        ending.files = temporary
+        beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
+        _answer(listener, f"http://{shown}:{port}/", beside, ending)
     alone.release()
-    logger.info("SegQC has ended.")
-    logging.shutdown()
+    ending.report()
 
 
-def _answer(listener: socket.socket, shown: str, beside: contextlib.AbstractContextManager[None]) -> None:
+class Ending:
+    """The end of the server: it begins with a signal, and is over after some seconds, whatever still runs.
+
+    A thread that reads a file or computes cannot be stopped from outside. Cutting it off is as safe as a loss of power:
+    files appear whole or not at all, and the database undoes what was not committed.
+    """
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.files: Path | None = None
+        self.traffic: Traffic | None = None
+        self._reported = False
+
+    def begin(self) -> None:
+        """Let the deadline run; called again, as by a second Ctrl-C, end at once."""
+        if self.begun.is_set():
+            self.cut()
+        self.begun.set()
+        threading.Thread(target=self._wait, name="deadline", daemon=True).start()
+
+    def _wait(self) -> None:
+        time.sleep(_DEADLINE_SECONDS)
+        self.cut()
+
+    def report(self) -> None:
+        """Log that the server has ended; a thread that still computes may keep the process until the deadline."""
+        if not self._reported:
+            logger.info("SegQC has ended.")
+        self._reported = True
+        logging.shutdown()
+
+    def cut(self) -> None:
+        """End the process here and now, and say whose requests are cut off."""
+        for request in list(self.traffic.open.values()) if self.traffic is not None else ():
+            request.log_cut()
+        self.report()
+        if self.files is not None:
+            shutil.rmtree(self.files, ignore_errors=True)
+        os._exit(0)
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[Path]:
+    """Keep what this process receives and makes in one temporary folder, which is removed with all that is left."""
+    with tempfile.TemporaryDirectory(prefix="segqc-server-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = None
+
+
+def _answer(
+    listener: socket.socket, shown: str, beside: contextlib.AbstractContextManager[None], ending: Ending
+) -> None:
     """Answer requests until the process is told to end, with something else running beside."""
     # after the environment: MONAI Label reads its settings when it is imported
     import uvicorn
 
     from segqc.server.application import app
+    from segqc.server.connection import Connection
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            ending.begin()
+
+    ending.traffic = app.state.traffic
     logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     # uvicorn raises the signal again that ended it: by default that would end us before the worker is ended
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_REQUEST_GRACE_SECONDS,
+    )
     with beside:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 @contextlib.contextmanager
-def _working(studies: Studies) -> Iterator[None]:
-    """Keep a worker running beside the server: one that dies is started again."""
-    ended = threading.Event()
+def _working(studies: Studies, ended: threading.Event) -> Iterator[None]:
+    """Keep a worker running beside the server until an event: one that dies is started again."""
 
     def keep() -> None:
         while not ended.is_set():
@@ -163,6 +254,14 @@ def _lock(studies: Studies) -> BaseFileLock:
     except Timeout as error:
         raise ServeError(f"{studies.folder}: another server serves this folder already; end it first") from error
     return lock
+
+
+def _allow_files() -> None:
+    """Let the process have more files open than the usual 1024: each connection and each uploaded file is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, func, or_, select, true, update
 
-from segqc.store import labels, scans
+from segqc.store import events, labels, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.schema import (
     AssessmentRow,
@@ -18,6 +18,7 @@ from segqc.store.schema import (
     Assignment,
     Bundle,
     Correction,
+    Event,
     LabelVersion,
     Scan,
     Score,
@@ -44,13 +45,60 @@ _GEOMETRY: Final = TypeAdapter(_Geometry)
 _DETAIL: Final = TypeAdapter(_Detail)
 _AT_ONCE: Final = 10_000  # of SQLite's 32,766 values in one statement
 _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fifth larger
+_SERVES: Final = "serves"  # the event of a bundle whose estimates count from then on
+
+
+def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
+    """Let the estimates of one pair of networks count from now on: scans are ranked and estimates told by it alone.
+
+    Scans that another pair ranked have no estimate until this one has assessed them. Before the first call all pairs'
+    estimates count.
+    """
+    pair = labels.bundle(transaction, segmenter, assessor)
+    if _serving(transaction) == pair.id:
+        return
+    events.record(transaction, events.SERVER, _SERVES, "bundle", pair.id)
+    transaction.flush()
+    transaction.execute(
+        update(Scan)
+        .where(Scan.ranking_dice.is_not(None))
+        .values(ranking_dice=None)
+        .execution_options(synchronize_session=False)
+    )
+    known = select(AssessmentRow.scan_id, AssessmentRow.label_version_id, AssessmentRow.dice)
+    known = known.where(_counts(transaction)).order_by(AssessmentRow.made_at, AssessmentRow.id)
+    rows = transaction.execute(known).all()  # of a pair that has served before
+    starts = set(labels.starts(transaction).values()) if rows else set()
+    for scan_id, version, dice in rows:
+        if version in starts:
+            transaction.get_one(Scan, scan_id, populate_existing=True).ranking_dice = dice
+    transaction.flush()
+
+
+def _serving(transaction: Transaction) -> int | None:
+    """The bundle whose estimates count; None where all do."""
+    last = select(Event.object_id).where(Event.object_kind == "bundle", Event.verb == _SERVES)
+    return transaction.scalar(last.order_by(Event.id.desc()).limit(1))
+
+
+def _counts(transaction: Transaction) -> ColumnElement[bool]:
+    """Whether an assessment is one of the serving pair: of its own masks, or of those that no network made."""
+    serving = _serving(transaction)
+    if serving is None:
+        return true()
+    pair = transaction.get_one(Bundle, serving)
+    counting = select(Bundle.id).where(
+        Bundle.assessor_version == pair.assessor_version, Bundle.segmenter_version.in_(("", pair.segmenter_version))
+    )
+    return AssessmentRow.bundle_id.in_(counting)
 
 
 def write(transaction: Transaction, assessment: Assessment, label_version: int) -> int:
     """Keep what a bundle says of a label version; an earlier word of the same bundle is replaced.
 
-    If the version is what an annotator would start from, the scan is ranked by it. Older bundles' assessments of the
-    scan are thinned: those that an annotator was shown stay whole, the others lose slices and boxes, but not metrics.
+    If the version is what an annotator would start from, and the bundle serves, the scan is ranked by it. Older
+    bundles' assessments of the scan are thinned: those that an annotator was shown stay whole, the others lose slices
+    and boxes, but not metrics.
 
     Raises:
         StoreError: if there is no such version, or it is another scan's.
@@ -76,7 +124,8 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int) 
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
     transaction.add_all(_structure(row.id, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
     start = labels.start_of(transaction, assessment.scan)
-    if start is not None and start.id == label_version:
+    counts = transaction.scalar(select(AssessmentRow.id).where(AssessmentRow.id == row.id, _counts(transaction)))
+    if start is not None and start.id == label_version and counts is not None:
         scan.ranking_dice = assessment.dice
         scan.foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
     transaction.flush()
@@ -171,16 +220,11 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
     Raises:
         StoreError: if there is none of this number.
     """
-    row = transaction.execute(
-        select(AssessmentRow, Scan.name, Bundle)
-        .join(Scan, AssessmentRow.scan_id == Scan.id)
-        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-        .where(AssessmentRow.id == assessment_id)
-    ).first()
+    row = transaction.execute(_HEAD, {"assessment": assessment_id}).first()
     if row is None:
         raise StoreError(f"there is no assessment {assessment_id}")
     head, scan, pair = row
-    parts = transaction.execute(_parts().where(AssessmentStructure.assessment_id == assessment_id))
+    parts = transaction.execute(_PARTS, {"assessment": assessment_id})
     return _assessment(head, scan, pair, [(part, name) for part, name in parts])
 
 
@@ -190,6 +234,16 @@ def _parts() -> Select[AssessmentStructure, str]:
         .join(StructureName, AssessmentStructure.structure_id == StructureName.id)
         .order_by(AssessmentStructure.position)
     )
+
+
+# built once: building a query takes longer than running it
+_HEAD: Final = (
+    select(AssessmentRow, Scan.name, Bundle)
+    .join(Scan, AssessmentRow.scan_id == Scan.id)
+    .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
+    .where(AssessmentRow.id == bindparam("assessment"))
+)
+_PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
 
 
 def _assessment(
@@ -226,20 +280,20 @@ def _assessment(
 
 
 def latest(transaction: Transaction, scan: str) -> tuple[int, Assessment] | None:
-    """The last assessment of the label that an annotator would start from, with its number."""
+    """The serving pair's last assessment of the label that an annotator would start from, with its number."""
     start = labels.start_of(transaction, scan)
     return None if start is None else latest_of(transaction, start.id)
 
 
 def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
-    """The last assessment of the label that an annotator would start from, of every scan that has one."""
+    """The serving pair's last assessment of the label that an annotator would start from, of all scans with one."""
     starts = labels.starts(transaction)
     candidates = AssessmentRow.label_version_id.in_(labels.current_versions((labels.RETURNED, labels.ORIGINAL)))
     query = (
         select(AssessmentRow, Scan.name, Bundle)
         .join(Scan, AssessmentRow.scan_id == Scan.id)
         .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-        .where(candidates)
+        .where(candidates, _counts(transaction))
         .order_by(AssessmentRow.made_at, AssessmentRow.id)
     )
     rows = transaction.execute(query)
@@ -255,17 +309,17 @@ def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
 
 
 def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assessment] | None:
-    """The last assessment of a label version, with its number."""
+    """The serving pair's last assessment of a label version, with its number."""
     found = latest_id(transaction, label_version)
     assessment = read(transaction, found) if found is not None else None
     return None if found is None or assessment is None else (found, assessment)
 
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
-    """The number of the last assessment of a label version."""
+    """The number of the serving pair's last assessment of a label version."""
     return transaction.scalar(
         select(AssessmentRow.id)
-        .where(AssessmentRow.label_version_id == label_version)
+        .where(AssessmentRow.label_version_id == label_version, _counts(transaction))
         .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
         .limit(1)
     )

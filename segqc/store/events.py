@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from sqlalchemy import insert, select
+from sqlalchemy import bindparam, insert, select
 
 from segqc.store.database import Transaction
 from segqc.store.schema import Actor, Event
@@ -14,16 +15,19 @@ SERVER = Who("system", "server", "program")
 FOLDER = Who("system", "folder", "folder")
 """Whoever puts files into the studies folder, changes or removes them."""
 
+# built once: building a query takes longer than running it
+_ACTOR: Final = select(Actor).where(
+    Actor.kind == bindparam("kind"),
+    Actor.name == bindparam("name"),
+    Actor.identified_by == bindparam("identified_by"),
+)
+
 
 def actor_id(transaction: Transaction, who: Who) -> int:
     """The row of an actor, added when it acts for the first time."""
     known: dict[Who, int] = transaction.info.setdefault("actors", {})
     if who not in known:
-        row = transaction.scalar(
-            select(Actor).where(
-                Actor.kind == who.kind, Actor.name == who.name, Actor.identified_by == who.identified_by
-            )
-        )
+        row = transaction.scalar(_ACTOR, {"kind": who.kind, "name": who.name, "identified_by": who.identified_by})
         if row is None:
             row = Actor(kind=who.kind, name=who.name, identified_by=who.identified_by, added_at=transaction.now)
             transaction.add(row)

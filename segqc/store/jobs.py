@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from sqlalchemy import Select, select, update
@@ -25,8 +25,8 @@ class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is wh
     """The job is another worker's by now, or was stopped: this one must not go on."""
 
 
-def put(transaction: Transaction, kind: str, request: JsonObject, who: Who) -> JobRecord:
-    """Put a job at the end of its kind's queue."""
+def put(transaction: Transaction, kind: str, request: JsonObject, who: Who, *, said: Sequence[str] = ()) -> JobRecord:
+    """Put a job at the end of its kind's queue; ``said`` are its first lines, such as what it waits for."""
     row = JobRow(
         public_id=str(uuid.uuid4()),
         kind=kind,
@@ -35,7 +35,7 @@ def put(transaction: Transaction, kind: str, request: JsonObject, who: Who) -> J
         attempts=0,
         done_steps=0,
         all_steps=0,
-        said=[],
+        said=list(said),
         stop_wanted=False,
         actor_id=events.actor_id(transaction, who),
         put_at=transaction.now,
@@ -46,13 +46,24 @@ def put(transaction: Transaction, kind: str, request: JsonObject, who: Who) -> J
     return get(transaction, row.id)
 
 
-def take(transaction: Transaction, worker: str, kinds: Collection[str]) -> JobRecord | None:
+def take(
+    transaction: Transaction,
+    worker: str,
+    kinds: Collection[str],
+    is_dead: Callable[[str], bool] = lambda _: False,
+) -> JobRecord | None:
     """Take the oldest job of these kinds; one of a kind runs at a time.
 
-    A running job without a heartbeat for long is taken again, and given up after a few attempts: what kills its
-    workers would kill the next one, too.
+    A running job whose worker is dead is taken again, and given up after a few attempts: what kills its workers would
+    kill the next one, too.
+
+    Args:
+        transaction: one that writes.
+        worker: the name of the worker that takes it.
+        kinds: the kinds that it takes.
+        is_dead: tells of a worker's name whether it is known to be dead; of all others a missing heartbeat tells.
     """
-    _bury(transaction)
+    _requeue_lost(transaction, is_dead)
     running = select(JobRow.kind).where(JobRow.state == "running")
     row = transaction.scalar(
         select(JobRow)
@@ -70,18 +81,25 @@ def take(transaction: Transaction, worker: str, kinds: Collection[str]) -> JobRe
     return get(transaction, row.id)
 
 
-def _bury(transaction: Transaction) -> None:
-    dead = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
-    for row in transaction.scalars(select(JobRow).where(JobRow.state == "running", JobRow.beat_at < dead)).all():
-        if row.stop_wanted:
-            _end(transaction, row, "stopped", None)
-        elif row.attempts >= MOST_ATTEMPTS:
-            row.said = _last([*row.said, f"given up: {row.attempts} workers died of it"])
-            _end(transaction, row, "failed", None)
-        else:
-            row.state, row.worker = "queued", None
-            events.record(transaction, events.SERVER, "worker lost", "job", row.id)
+def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> None:
+    silent_since = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    for row in transaction.scalars(select(JobRow).where(JobRow.state == "running")).all():
+        if row.beat_at is None or row.beat_at < silent_since or (row.worker is not None and is_dead(row.worker)):
+            _retry(transaction, row, "its worker died")
     transaction.flush()
+
+
+def _retry(transaction: Transaction, row: JobRow, reason: str) -> None:
+    """Queue a job again whose process or worker has died, a limited number of times."""
+    if row.stop_wanted:
+        _end(transaction, row, "stopped", None)
+    elif row.attempts >= MOST_ATTEMPTS:
+        row.said = _last([*row.said, f"given up after {row.attempts} attempts: {reason}"])
+        _end(transaction, row, "failed", None)
+    else:
+        row.said = _last([*row.said, f"attempt {row.attempts} of {MOST_ATTEMPTS} ended: {reason}"])
+        row.state, row.worker = "queued", None
+        events.record(transaction, events.SERVER, "attempt lost", "job", row.id, {"reason": reason})
 
 
 def beat(
@@ -99,16 +117,13 @@ def beat(
     """
     row = _mine(transaction, job, worker)
     row.beat_at = transaction.now
-    if said:
-        row.said = _last([*row.said, *said])
-    if steps is not None:
-        row.done_steps, row.all_steps = steps
+    _tell(row, said, steps)
     transaction.flush()
 
 
 def _mine(transaction: Transaction, job: int, worker: str) -> JobRow:
-    row = transaction.get(JobRow, job)
-    if row is None or row.state != "running" or row.worker != worker:
+    row = _if_mine(transaction, job, worker)
+    if row is None:
         raise JobLost(f"the job {job} is not the worker {worker}'s any more")
     if row.stop_wanted:
         raise JobLost(f"the job {job} shall stop")
@@ -126,13 +141,44 @@ def finish(
     steps: tuple[int, int] | None = None,
 ) -> None:
     """End a job: done, failed or stopped; what is not this worker's any more is left alone."""
-    row = transaction.get(JobRow, job)
-    if row is None or row.state != "running" or row.worker != worker:
+    row = _if_mine(transaction, job, worker)
+    if row is None:
         return
-    row.said = _last([*row.said, *said])
+    _tell(row, said, steps)
+    _end(transaction, row, "stopped" if row.stop_wanted and state != "done" else state, result)
+
+
+def retry(
+    transaction: Transaction,
+    job: int,
+    worker: str,
+    reason: str,
+    *,
+    said: Sequence[str] = (),
+    steps: tuple[int, int] | None = None,
+) -> None:
+    """Queue a job again whose process has died, or fail it after `MOST_ATTEMPTS`.
+
+    What is not this worker's any more is left alone.
+    """
+    row = _if_mine(transaction, job, worker)
+    if row is None:
+        return
+    _tell(row, said, steps)
+    _retry(transaction, row, reason)
+    transaction.flush()
+
+
+def _if_mine(transaction: Transaction, job: int, worker: str) -> JobRow | None:
+    row = transaction.get(JobRow, job)
+    return row if row is not None and row.state == "running" and row.worker == worker else None
+
+
+def _tell(row: JobRow, said: Sequence[str], steps: tuple[int, int] | None) -> None:
+    if said:
+        row.said = _last([*row.said, *said])
     if steps is not None:
         row.done_steps, row.all_steps = steps
-    _end(transaction, row, "stopped" if row.stop_wanted and state != "done" else state, result)
 
 
 def _end(transaction: Transaction, row: JobRow, state: JobState, result: JsonObject | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Row, Select, String, cast, delete, func, select
+from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
@@ -90,8 +90,7 @@ def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
 
 def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None:
     """The current label of a scan under a tag; None where there is none or it was removed."""
-    query = _records().where(Scan.name == scan, LabelVersion.tag == tag).order_by(LabelVersion.id.desc()).limit(1)
-    row = transaction.execute(query).first()
+    row = transaction.execute(_CURRENT, {"scan": scan, "tag": tag}).first()
     return None if row is None or row[0].sha256 is None else _record(row)
 
 
@@ -125,7 +124,7 @@ def get(transaction: Transaction, version: int) -> LabelRecord:
     Raises:
         StoreError: if there is none.
     """
-    row = transaction.execute(_records().where(LabelVersion.id == version)).first()
+    row = transaction.execute(_VERSION, {"version": version}).first()
     if row is None:
         raise StoreError(f"there is no label version {version}")
     return _record(row)
@@ -166,15 +165,10 @@ def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
 
 def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
     """The current label of each tag that a scan has, or of some tags."""
-    last = (
-        select(func.max(LabelVersion.id))
-        .join(Scan, Scan.id == LabelVersion.scan_id)
-        .where(Scan.name == scan)
-        .group_by(LabelVersion.tag)
-    )
-    if only is not None:
-        last = last.where(LabelVersion.tag.in_(only))
-    rows = transaction.execute(_records().where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None)))
+    if only is None:
+        rows = transaction.execute(_TAGS, {"scan": scan})
+    else:
+        rows = transaction.execute(_SOME_TAGS, {"scan": scan, "tags": list(only)})
     return {record.tag: record for record in map(_record, rows)}
 
 
@@ -331,6 +325,30 @@ def _records() -> Select[LabelVersion, str, Bundle, Actor]:
         .join(Actor, LabelVersion.actor_id == Actor.id)
         .outerjoin(Bundle, LabelVersion.bundle_id == Bundle.id)
     )
+
+
+def _last_of_each_tag() -> Select[int | None]:
+    return (
+        select(func.max(LabelVersion.id))
+        .join(Scan, Scan.id == LabelVersion.scan_id)
+        .where(Scan.name == bindparam("scan"))
+        .group_by(LabelVersion.tag)
+    )
+
+
+# built once: building a query takes longer than running it
+_CURRENT: Final = (
+    _records()
+    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"))
+    .order_by(LabelVersion.id.desc())
+    .limit(1)
+)
+_VERSION: Final = _records().where(LabelVersion.id == bindparam("version"))
+_TAGS: Final = _records().where(LabelVersion.id.in_(_last_of_each_tag()), LabelVersion.sha256.is_not(None))
+_SOME_TAGS: Final = _records().where(
+    LabelVersion.id.in_(_last_of_each_tag().where(LabelVersion.tag.in_(bindparam("tags", expanding=True)))),
+    LabelVersion.sha256.is_not(None),
+)
 
 
 def _record(row: Row[LabelVersion, str, Bundle, Actor]) -> LabelRecord:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from dataclasses import dataclass
-from typing import get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, String, and_, exists, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Select, String, and_, bindparam, exists, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders
 from segqc.store.database import Transaction
-from segqc.store.orders import Choice, Conditions, Order
-from segqc.store.schema import Actor, Assignment, Scan
+from segqc.store.orders import Choice, Order, Parameters, Waiting
+from segqc.store.schema import Actor, Assignment, Scan, UtcDateTime
 from segqc.store.values import Cost, Draw, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
+_MOST_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,15 @@ class LeaseRules:
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
-        if min(self.audit_share, self.validation_share) < 0 or self.audit_share + self.validation_share > 1:
+        shares = (self.audit_share, self.validation_share)
+        if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
             raise ValueError("audit_share and validation_share must be 0 or more and together 1 at most")
-        if self.readers < 1 or min(self.lease_minutes, self.cookie_lease_minutes) <= 0:
-            raise ValueError("readers and the lease's minutes must be positive")
+        if not all(0 < minutes <= _MOST_MINUTES for minutes in (self.lease_minutes, self.cookie_lease_minutes)):
+            raise ValueError(f"lease_minutes and cookie_lease_minutes must be above 0 and at most {_MOST_MINUTES}")
+        if not (0 <= self.repeat_seconds <= 60 * _MOST_MINUTES and 0 <= self.skip_hours <= _MOST_MINUTES / 60):
+            raise ValueError("repeat_seconds and skip_hours must be 0 or more and at most a year")
+        if not 1 <= self.readers <= 100 or self.seed < 0:
+            raise ValueError("readers must be from 1 to 100, and seed 0 or more")
 
 
 def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules: LeaseRules) -> LeaseRecord | None:
@@ -62,7 +69,7 @@ def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules:
     """
     expire(transaction)
     actor = events.actor_id(transaction, who)
-    mine = transaction.scalar(select(Assignment).where(Assignment.actor_id == actor, Assignment.state == _OPEN))
+    mine = transaction.scalar(_OPEN_OF, {"actor": actor})
     if mine is not None:
         scan = transaction.get_one(Scan, mine.scan_id)
         if scan.queue is None:
@@ -72,7 +79,7 @@ def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules:
         else:
             _close(transaction, mine, "skipped", who)
         transaction.flush()
-    rng = np.random.default_rng((rules.seed, transaction.scalar(select(func.max(Assignment.id))) or 0))
+    rng = np.random.default_rng((rules.seed, transaction.scalar(_LAST) or 0))
     chosen = _choose(transaction, actor, order, rules, rng)
     if chosen is None:
         return None
@@ -80,44 +87,49 @@ def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules:
     return _open(transaction, who, actor, strategy, draw, probability, choice, rules)
 
 
+Pool: TypeAlias = Literal["anyone", "train", "validation"]
+
+
 def _choose(
     transaction: Transaction, actor: int, order: Order, rules: LeaseRules, rng: np.random.Generator
 ) -> tuple[Draw, float | None, Choice] | None:
     """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
     lot = rng.random()
-    wanted: list[tuple[Draw, float | None, Order, ColumnElement[bool]]] = []
-    anyone, training, validating = Scan.queue.is_not(None), Scan.queue == "train", Scan.queue == "validation"
+    wanted: list[tuple[Draw, float | None, Order, Pool]] = []
     if lot < rules.audit_share:
-        wanted.append(("audit", rules.audit_share, orders.uniform, anyone))
+        wanted.append(("audit", rules.audit_share, orders.uniform, "anyone"))
     elif lot < rules.audit_share + rules.validation_share:
-        wanted.append(("validation", rules.validation_share, orders.uniform, validating))
-    wanted.append(("strategy", None, order, training))
-    wanted.append(("validation", 1.0, orders.uniform, validating))  # nothing else is left
+        wanted.append(("validation", rules.validation_share, orders.uniform, "validation"))
+    wanted.append(("strategy", None, order, "train"))
+    wanted.append(("validation", 1.0, orders.uniform, "validation"))  # nothing else is left
+    skipped_since = transaction.now - dt.timedelta(hours=rules.skip_hours)
+    parameters: Parameters = {"actor": actor, "skipped_since": skipped_since, "readers": rules.readers}
     for lately_skipped in (False, True):
-        free = _free(transaction, actor, rules, lately_skipped=lately_skipped)
         for draw, probability, pick, pool in wanted:
-            choice = pick(transaction, pool, free, rng)
+            waiting = _waiting(pool, several_readers=rules.readers > 1, lately_skipped=lately_skipped)
+            choice = pick(transaction, waiting, parameters, rng)
             if choice is not None:
                 return draw, probability, choice
     return None
 
 
-def _free(transaction: Transaction, actor: int, rules: LeaseRules, *, lately_skipped: bool) -> Conditions:
-    """What a scan must fulfil beside waiting: a free reader's place, and nothing of this annotator on it."""
+@functools.cache
+def _waiting(pool: Pool, *, several_readers: bool, lately_skipped: bool) -> Waiting:
+    """The scans of a pool with a free reader's place, and nothing on them of whoever asks (the parameter "actor")."""
     lease = aliased(Assignment)
     held = and_(lease.scan_id == Scan.id, lease.state == _OPEN)
-    own = and_(lease.scan_id == Scan.id, lease.actor_id == actor)
-    conditions: list[ColumnElement[bool]]
-    if rules.readers == 1:
-        conditions = [~exists().where(held)]
-    else:
+    own = and_(lease.scan_id == Scan.id, lease.actor_id == bindparam("actor"))
+    free: list[ColumnElement[bool]]
+    if several_readers:
         reading = select(func.count()).where(held).scalar_subquery()
         read = exists().where(own, lease.state == "submitted", lease.closed_at >= Scan.opened_at)
-        conditions = [Scan.readings + reading < rules.readers, ~read]
+        free = [Scan.readings + reading < bindparam("readers"), ~read]
+    else:
+        free = [~exists().where(held)]
     if not lately_skipped:
-        since = transaction.now - dt.timedelta(hours=rules.skip_hours)
-        conditions.append(~exists().where(own, lease.state == "skipped", lease.closed_at > since))
-    return conditions
+        since = bindparam("skipped_since", type_=UtcDateTime())
+        free.append(~exists().where(own, lease.state == "skipped", lease.closed_at > since))
+    return Waiting(Scan.queue.is_not(None) if pool == "anyone" else Scan.queue == pool, tuple(free))
 
 
 def _open(
@@ -131,9 +143,7 @@ def _open(
     rules: LeaseRules,
 ) -> LeaseRecord:
     scan = transaction.get_one(Scan, choice.scan_id)
-    taken = set(
-        transaction.scalars(select(Assignment.slot).where(Assignment.scan_id == scan.id, Assignment.state == _OPEN))
-    )
+    taken = set(transaction.scalars(_SLOTS, {"scan": scan.id}))
     start = labels.start_of(transaction, scan.name)
     shown = assessments.latest_id(transaction, start.id) if start is not None else None
     minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
@@ -160,9 +170,7 @@ def _open(
 
 def expire(transaction: Transaction) -> int:
     """Take back all leases whose time is over; returns how many."""
-    over = transaction.scalars(
-        select(Assignment).where(Assignment.state == _OPEN, Assignment.expires_at <= transaction.now)
-    ).all()
+    over = transaction.scalars(_OVER, {"now": transaction.now}).all()
     for row in over:
         _close(transaction, row, "expired", events.SERVER)
     if over:
@@ -193,13 +201,8 @@ def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | No
 
 def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
     """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
-    row = transaction.execute(
-        _leases()
-        .where(Scan.name == scan, Actor.kind == who.kind, Actor.name == who.name)
-        .where(Actor.identified_by == who.identified_by)
-        .order_by(Assignment.id.desc())
-        .limit(1)
-    ).first()
+    asked = {"scan": scan, "kind": who.kind, "name": who.name, "identified_by": who.identified_by}
+    row = transaction.execute(_LAST_OF, asked).first()
     return None if row is None or row[0].state == "submitted" else _record(*row)
 
 
@@ -229,7 +232,7 @@ def release(transaction: Transaction, scan: str, who: Who) -> int:
 
 def get(transaction: Transaction, lease: int) -> LeaseRecord:
     """A lease by its number."""
-    return _record(*transaction.execute(_leases().where(Assignment.id == lease)).one())
+    return _record(*transaction.execute(_LEASE, {"lease": lease}).one())
 
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
@@ -266,6 +269,23 @@ def _leases() -> Select[Assignment, str, Actor]:
         .join(Scan, Assignment.scan_id == Scan.id)
         .join(Actor, Assignment.actor_id == Actor.id)
     )
+
+
+# built once: building a query takes longer than running it
+_OPEN_OF: Final = select(Assignment).where(Assignment.actor_id == bindparam("actor"), Assignment.state == _OPEN)
+_LAST: Final = select(func.max(Assignment.id))
+_SLOTS: Final = select(Assignment.slot).where(Assignment.scan_id == bindparam("scan"), Assignment.state == _OPEN)
+_OVER: Final = select(Assignment).where(
+    Assignment.state == _OPEN, Assignment.expires_at <= bindparam("now", type_=UtcDateTime())
+)
+_LEASE: Final = _leases().where(Assignment.id == bindparam("lease"))
+_LAST_OF: Final = (
+    _leases()
+    .where(Scan.name == bindparam("scan"), Actor.kind == bindparam("kind"), Actor.name == bindparam("name"))
+    .where(Actor.identified_by == bindparam("identified_by"))
+    .order_by(Assignment.id.desc())
+    .limit(1)
+)
 
 
 def _record(row: Assignment, scan: str, actor: Actor) -> LeaseRecord:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from segqc.placement import Placing, Role, place
 from segqc.store import events
@@ -44,6 +44,10 @@ _RECORD: Final = (
     Scan.former_name,
 )
 
+# built once: building a query takes longer than running it
+_SCAN: Final = select(Scan).where(Scan.name == bindparam("name"))
+_RECORD_OF: Final = select(*_RECORD).join(Patient, Scan.patient_id == Patient.id).where(Scan.name == bindparam("name"))
+
 
 class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """There is no scan of this name."""
@@ -74,7 +78,7 @@ def find(transaction: Transaction, name: str) -> Scan:
     Raises:
         UnknownScan: if there is none.
     """
-    scan = transaction.scalar(select(Scan).where(Scan.name == name))
+    scan = transaction.scalar(_SCAN, {"name": name})
     if scan is None:
         raise UnknownScan(f"there is no scan {name!r}")
     return scan
@@ -86,7 +90,7 @@ def get(transaction: Transaction, name: str) -> ScanRecord:
     Raises:
         UnknownScan: if there is none.
     """
-    for record in listing(transaction, names=[name]):
+    for record in itertools.starmap(ScanRecord, transaction.execute(_RECORD_OF, {"name": name})):
         return record
     raise UnknownScan(f"there is no scan {name!r}")
 

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from segqc.networks import NetworkSize, OutputForm, Triple
+
+# What can be meant, both ends included; a learning rate is above its lower end.
+_WHOLE_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
+    "seed": (0, 2**32 - 1),
+    "epochs": (1, 100_000),
+    "fold_epochs": (1, 100_000),
+    "steps_per_epoch": (1, 100_000),
+    "batch": (1, 1024),
+    "patience": (1, 100_000),
+    "folds": (2, 100),
+    "least_cases": (1, 100_000),
+}
+_SHARES: Final = ("scan_only_share", "empty_mask_share")
+_LARGEST_PATCH: Final = 4096  # voxels along an axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +71,28 @@ class TrainingSettings:
     mixed_precision: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse to hide the mask from a network that would not know what to answer.
+        """Refuse what can't be meant.
 
         Raises:
-            ValueError: if ``hide_mask`` goes without flips, empty masks in the training, or the output form "truth".
+            ValueError: if a number is out of its bounds, or ``hide_mask`` goes without flips, empty masks in the
+                training, or the output form "truth".
         """
+        for name, (low, high) in _WHOLE_NUMBERS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be a whole number from {low} to {high}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError("validation_share must be from 0 to below 1")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError("learning_rate must be above 0 and at most 1")
+        if not 0 <= self.mask_deformation <= 100:
+            raise ValueError("mask_deformation must be from 0 to 100 voxels")
+        if not all(0 < contrast <= 10 for contrast in self.contrasts):
+            raise ValueError("contrasts must be above 0 and at most 10")
+        if self.patch is not None and not all(1 <= n <= _LARGEST_PATCH for n in self.patch):
+            raise ValueError(f"patch must be from 1 to {_LARGEST_PATCH} voxels along each axis")
         taught = self.scan_only_share > 0 or self.empty_mask_share > 0
         if self.hide_mask and not (self.average_flips and taught and self.output_form == "truth"):
             raise ValueError(

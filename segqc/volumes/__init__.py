@@ -10,7 +10,15 @@ World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and 
 from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
-from segqc.volumes.dicom import dicom_files
+from segqc.volumes.dicom import read_dicom_volume
+from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
+from segqc.volumes.dicom_series import (
+    DicomContents,
+    DicomVolume,
+    dicom_files,
+    sort_into_volumes,
+    visible_files,
+)
 from segqc.volumes.files import read_grid, read_labels, read_scan, temporary_labels, write_labels, write_scan
 from segqc.volumes.frame import (
     SMOOTHING_RATIO,
@@ -48,25 +56,32 @@ __all__ = [
     "AffineArray",
     "Array",
     "CanonicalFrame",
+    "DicomContents",
+    "DicomVolume",
     "ReadLimits",
     "Volume",
     "VolumeError",
     "atomic_write",
     "canonical_frame",
     "dicom_files",
+    "is_dicom_image",
     "is_scan_path",
     "label_id",
     "label_suffix",
+    "read_dataset",
+    "read_dicom_volume",
     "read_grid",
     "read_labels",
     "read_nrrd_header",
     "read_scan",
     "scan_id",
     "scan_suffix",
+    "sort_into_volumes",
     "temporary_labels",
     "through_plane_axis",
     "to_canonical",
     "to_native",
+    "visible_files",
     "write_labels",
     "write_scan",
 ]

@@ -86,7 +86,7 @@ def open_scan(file: InputFile) -> Source:
         VolumeError: as `read_grid`.
     """
     if file.path.is_dir():
-        source = open_dicom(file.path)
+        source = open_dicom(file)
     else:
         suffix = _known_suffix(file, scan_suffix(file.path.name), SCAN_SUFFIXES, "a folder of one DICOM series")
         source = open_nifti(file) if suffix in NIFTI_SUFFIXES else open_nrrd(file)

@@ -210,10 +210,27 @@ class _Forms:
             raise file.error(
                 "has a sheared sform and no qform, which 3D Slicer cannot show; resample it to orthogonal axes."
             )
+        if self._are_mirrored():
+            raise file.error(
+                "its sform and qform differ in the direction of axes only, and programs take the one or the other; "
+                "repair the header."
+            )
         affine = np.array(LPS_TO_RAS if matrix is None else matrix)
         with np.errstate(invalid="ignore", divide="ignore"):
             affine[:3, :3] *= self.spacing / np.linalg.norm(affine[:3, :3], axis=0)
         return checked_affine(file.shown, affine)
+
+    def _are_mirrored(self) -> bool:
+        """Whether ITK's choice is left to rounding: it compares singular vectors, whose signs are arbitrary."""
+        if self.sform is None or self.qform is None or self.sform_is_scanner or not _is_orthogonal(self.sform):
+            return False
+        similar = np.allclose(self.sform[:3, 3], self.qform[:3, 3], rtol=0, atol=2e-4)
+        cosines = np.linalg.solve(self.qform[:3, :3], self.sform[:3, :3])
+        return bool(
+            similar
+            and np.allclose(np.abs(cosines), np.eye(3), rtol=0, atol=1e-3)
+            and not np.allclose(cosines, np.eye(3), rtol=0, atol=1e-3)
+        )
 
     def alternatives(self, affine: AffineArray) -> tuple[AffineArray, ...]:
         """The other usable matrices that programs may take for the affine."""

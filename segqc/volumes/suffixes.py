@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from segqc.volumes.dicom import has_dicom_magic
+from segqc.volumes.dicom_headers import is_dicom
 
 NIFTI_SUFFIXES: Final = (".nii.gz", ".nii")
 NRRD_SUFFIXES: Final = (".nrrd",)
@@ -41,7 +41,7 @@ def is_scan_path(path: str | os.PathLike[str]) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        return any(has_dicom_magic(file) for file in path.iterdir() if file.is_file())
+        return any(is_dicom(file) for file in path.iterdir() if file.is_file())
     return scan_suffix(path.name) is not None
 
 

@@ -16,7 +16,11 @@ from segqc.volumes import read_labels, read_scan
 
 
 class LikelyErrors(InferTask):
-    """SegQC-Net on the mask with the wanted tag; on a new mask where the scan has none."""
+    """SegQC-Net on the scan's current mask or that with the wanted tag; on a new mask where the scan has none.
+
+    The answer says which one: ``assessed`` is "label" or "segmentation" (a new mask); of a stored label,
+    ``label_tag``, ``label_version`` and ``label_sha256`` are told.
+    """
 
     params = frozenset((*REQUEST_KEYS, "label_tag"))
 
@@ -45,10 +49,11 @@ class LikelyErrors(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
         assessor = self.desk.assessor()
-        scan = read_scan(Path(request["image"]))
+        limits = self.desk.settings.intake
+        scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
         if request.get("label"):
-            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values)
+            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
             segmenter = self.desk.segmenter()
@@ -60,7 +65,9 @@ class LikelyErrors(InferTask):
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
             "assessed": assessed,
-            "label_tag": request.get("label_tag") if assessed == "label" else None,
+            "label_tag": None,
+            "label_version": None,
+            "label_sha256": None,
             "estimated_dice": result.assessment.dice,
             "estimated_dice_interval": dataclasses.asdict(interval) if interval is not None else None,
             "worst_slices": list(result.assessment.worst_slices()),

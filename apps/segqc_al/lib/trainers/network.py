@@ -12,6 +12,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from segqc.loop.jobs import chosen_settings
 from segqc.loop.train import train
 from segqc.networks import ModelCard, ModelError
+from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
 from segqc.settings import Network, SettingsError
@@ -50,29 +51,38 @@ class NetworkTraining(TrainTask):
         settings = self.desk.settings.training_settings(self.network)
         return {name: getattr(settings, name) for name in self.choices}
 
-    def settings(self, request: Mapping[str, Any]) -> TrainingSettings:
-        """The folder's settings, with the request's choices over them.
+    def settings(self, choices: Mapping[str, Any]) -> TrainingSettings:
+        """The folder's settings, with choices by the library's own names over them.
 
         Raises:
             RequestError: 400 if a choice cannot be used.
         """
-        chosen = {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
         try:
-            return chosen_settings(self.desk.studies, self.network, chosen)
+            return chosen_settings(self.desk.studies, self.network, choices)
         except SettingsError as error:
             raise RequestError(400, f"{error}.") from error
 
-    def job(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a worker is asked for: the request's choices by the library's own names."""
-        return {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
+    def job(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What a worker is asked for, by the library's own names, and which parameters are ignored.
 
-    def check(self, request: Mapping[str, Any], labelled: int) -> None:
+        Raises:
+            RequestError: 400 for a parameter that is unknown or given twice.
+        """
+        choose_params(request, {*self.params, *FOREIGN_TRAINING_PARAMS})
+        refuse_unknown(request, {*self.params, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+        for alias, name in ALIASES.items():
+            if {alias, name} <= request.keys():
+                raise RequestError(400, f"{alias} and {name} are the same: send one of them.")
+        chosen = {ALIASES.get(key, key): value for key, value in request.items() if key in self.params}
+        return chosen, sorted(request.keys() - self.params - {"client_id"})
+
+    def check(self, choices: Mapping[str, Any], labelled: int) -> None:
         """Refuse a training that cannot work, before it is queued.
 
         Raises:
             RequestError: 400 for a choice that cannot be used, 409 with too few labelled scans.
         """
-        needed = self.settings(request).least_cases
+        needed = self.settings(choices).least_cases
         if labelled < needed:
             raise RequestError(
                 409, f"training needs final labels of at least {needed} scans, there are {labelled}: submit more first."
@@ -98,5 +108,6 @@ class NetworkTraining(TrainTask):
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train and publish at once; the server's routes leave it to a worker."""
-        card = train(self.desk.studies, self.network, LineProgress(), self.settings(request))
+        choices, _ = self.job({key: value for key, value in request.items() if key != "model"})
+        card = train(self.desk.studies, self.network, LineProgress(), self.settings(choices))
         return {"network": self.network, "scores": card.scores}
