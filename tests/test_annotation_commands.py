@@ -16,7 +16,7 @@ from segqc.loop.corrections import submit_label
 from segqc.loop.studies import Studies
 from segqc.store import leases, orders
 from segqc.store.database import StoreError
-from segqc.volumes import read_labels, write_labels
+from segqc.volumes import read_labels, write_labels, write_scan
 from tests.server_kit import CONFIG, assess, draw_case, make_studies
 from tests.store_kit import ANNA
 
@@ -92,3 +92,22 @@ def test_readers_are_compared_and_united(folder: Path, tmp_path: Path) -> None:
     assert [c.id for c in Studies(folder).cases()] == ["scan_2"]
     with pytest.raises(CommandError, match="named as a scan"):
         run("readings", folder, "--add", tmp_path, "--reader", "dora")
+
+
+def test_scans_tells_what_is_not_taken_in_and_what_was_replaced(folder: Path) -> None:
+    write_labels(draw_case(0)[1], folder / "labels" / "final" / "nobody.nii.gz")
+    (folder / "bad.nii.gz").write_bytes(b"no scan")
+    before = Studies(folder).scan("scan_1").sha256 or ""
+    write_scan(draw_case(7)[0], folder / "scan_1.nii.gz")
+    told = json.loads(run("scans", folder, "--json"))
+    assert [f["file"] for f in told["findings"]] == ["bad.nii.gz", "labels/final/nobody.nii.gz"]
+    rows = {row["scan"]: row for row in told["scans"]}
+    assert (rows["scan_1"]["state"], rows["scan_1"]["estimated Dice"]) == ("unlabelled", None)
+    old = rows[f"scan_1@{before[:8]}"]
+    assert (old["state"], old["estimated Dice"], old["patient"]) == ("replaced", None, "scan_1")
+    table = run("scans", folder)
+    assert "2 files are not taken in" in table
+    assert table.index("scan_0") < table.index("labels/final/nobody.nii.gz")
+    done = CliRunner().invoke(cli.app, ["scans", str(folder), "--csv"])
+    assert "nobody" not in done.stdout
+    assert "nobody" in done.stderr

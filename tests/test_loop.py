@@ -17,11 +17,14 @@ from segqc.loop.scoring import assess_scan, score
 from segqc.loop.studies import Studies, StudiesError
 from segqc.loop.train import TrainingBusy, train
 from segqc.networks import ModelError, TrainedNetwork
+from segqc.segmenter import Segmenter
 from segqc.store import assessments, jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.values import ScanRecord
-from segqc.training import NoProgress, TooFewCases
-from segqc.volumes import read_labels, read_scan, write_labels
+from segqc.training import Case, NoProgress, TooFewCases
+from segqc.training.cases import label_values, read_case
+from segqc.types import Structure
+from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from tests.test_training import make_cases
 
 SETTINGS = """
@@ -281,3 +284,67 @@ def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(studie
     score(studies, "segqc", NoProgress())  # by the models in use: they serve again
     assert set(studies.assessments()) == {"c5", "c6", "c7"}
     assert sum(scan.ranking_dice is not None for scan in stored_scans(studies)) == 3
+
+
+def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    studies = make_studies(tmp_path / "s", 4, 0)
+    by_id = {case.id: case for case in studies.cases()}
+    by_id["c1"].labels.chmod(0o644)
+    by_id["c1"].labels.write_bytes(b"damaged")
+    used: list[str] = []
+
+    def learn(cases: list[Case], structures: tuple[Structure, ...], *_: object) -> None:
+        if by_id["c3"] in cases:  # replaced by a scan of the same shape after the cases were listed
+            shutil.copyfile(studies.folder / "c0.nii.gz", studies.folder / "c3.nii.gz")
+        for case in cases:
+            read_case(case, label_values(structures))
+        used.extend(case.id for case in cases)
+        raise TooFewCases("wanted more")
+
+    monkeypatch.setattr("segqc.loop.train.train_segmentation", learn)
+    with pytest.raises(TooFewCases) as raised:
+        train(studies, "segmentation", NoProgress())
+    assert used == ["c0", "c2"]
+    for name in ("c1", "c3"):
+        assert f"the scan '{name}' ({name}.nii.gz, labels/final/{name}.nii.gz)" in str(raised.value)
+        assert any("left out" in message and f"'{name}'" in message for message in caplog.messages)
+    assert str(by_id["c1"].labels) not in str(raised.value)
+
+
+def test_a_scan_that_was_replaced_gets_a_mask_and_an_estimate_of_its_own(studies: Studies) -> None:
+    score(studies, "segqc", NoProgress())
+    score(studies, "tta", NoProgress())
+    before = read_scan(studies.folder / "c6.nii.gz")
+    half = before.array[: before.shape[0] // 2]
+    write_scan(Volume(half, before.affine), studies.folder / "c6.nii.gz")
+    assert "c6" not in studies.assessments()
+    assert "c6" not in studies.scores("tta")
+    summary = score(studies, "segqc", NoProgress())
+    assert (summary.scored, summary.skipped, summary.failed) == (1, 2, {})
+    assert score(studies, "tta", NoProgress()).scored == 1
+    made = studies.assessment("c6")
+    assert made is not None
+    assert made.shape == half.shape
+    assert read_labels(studies.folder / "labels" / "original" / "c6.nii.gz").shape == half.shape
+
+
+def test_what_is_made_while_a_scan_is_replaced_is_not_the_new_ones(
+    studies: Studies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = studies.segmenter()
+    assert segmenter is not None
+    real = type(segmenter).predict
+
+    def replacing(self: Segmenter, scan: Volume) -> object:
+        if (studies.folder / "c5.nii.gz").read_bytes() != (studies.folder / "c0.nii.gz").read_bytes():
+            shutil.copyfile(studies.folder / "c0.nii.gz", studies.folder / "c5.nii.gz")
+            studies.refresh()
+        return real(self, scan)
+
+    monkeypatch.setattr(Segmenter, "predict", replacing)
+    summary = score(studies, "segqc", NoProgress())
+    assert (summary.scored, set(summary.failed)) == (2, {"c5"})
+    assert studies.mask("c5") is None
+    assert set(studies.assessments()) == {"c6", "c7"}

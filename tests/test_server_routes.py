@@ -19,6 +19,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from fastapi.testclient import TestClient
 from monailabel.config import settings
 from monailabel.interfaces.utils.app import app_instance, clear_cache
+from monailabel.utils.others.generic import file_checksum
 
 from segqc.loop.studies import Studies
 from segqc.server.serve import default_app_dir
@@ -538,3 +539,52 @@ def test_pages_of_other_sites_are_refused(client: TestClient) -> None:
     own = client.get("/info/", headers={"origin": "http://testserver"})
     assert own.status_code == 200
     assert "access-control-allow-origin" not in own.headers
+
+
+def test_info_tells_what_was_not_taken_in(client: TestClient, base: Path) -> None:
+    (base / "bad.nii").write_bytes(b"no scan")
+    app_instance().datastore().refresh()
+    (finding,) = client.get("/info/").json()["findings"]
+    assert finding["file"] == "bad.nii"
+    assert finding["message"].startswith("bad.nii: ")
+    (base / "bad.nii").unlink()
+    app_instance().datastore().refresh()
+    assert client.get("/info/").json()["findings"] == []
+
+
+def test_a_scan_that_is_replaced_while_it_is_handed_out(client: TestClient, base: Path, tmp_path: Path) -> None:
+    write_scan(draw_case(5)[0], base / "turns.nii.gz")
+    app_instance().datastore().refresh()
+    seen = {}
+    for _ in range(10):  # in the order of the names
+        sample = client.post("/activelearning/sequential", json={"client_id": f"turn {len(seen)}"}).json()
+        seen[sample.get("id", "")] = len(seen)
+        if sample.get("id") in ("turns", None):
+            break
+    assert sample["id"] == "turns"
+    assert sample["checksum"] == file_checksum(base / "turns.nii.gz")
+    assert client.get("/datastore/image/info?image=turns").json()["checksum"] == sample["checksum"]
+    write_scan(draw_case(6)[0], base / "turns.nii.gz")
+    answer = client.put(
+        "/datastore/label?image=turns",
+        files={"label": ("l.nii.gz", volume_bytes(tmp_path, draw_case(5)[1]))},
+        data={"params": json.dumps({"client_id": f"turn {seen['turns']}"})},
+    )
+    assert answer.status_code == 409
+    assert "replaced after it was handed out; ask for the next sample again" in answer.json()["detail"]
+    again = client.post("/activelearning/sequential", json={"client_id": f"turn {seen['turns']}"}).json()
+    assert again["id"] == "turns"
+    assert again["checksum"] == file_checksum(base / "turns.nii.gz") != sample["checksum"]
+    (base / "turns.nii.gz").unlink()
+    app_instance().datastore().refresh()
+
+
+@pytest.mark.parametrize("name", ["scan_1.nii.gz", "SCAN_1.NRRD", "scan_1.nii"])
+def test_an_upload_never_takes_a_files_place(client: TestClient, base: Path, tmp_path: Path, name: str) -> None:
+    suffix = name[len("scan_1") :].lower()
+    before = files_below(base)
+    content = volume_bytes(tmp_path, draw_case(6)[0], suffix)
+    answer = client.put("/datastore/image", files={"file": (name, content)})
+    assert answer.status_code == 409
+    assert "'scan_1'" in answer.json()["detail"]
+    assert files_below(base) == before

@@ -9,14 +9,14 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from segqc.loop.studies import Studies
+from segqc.loop.studies import Studies, expecting
 from segqc.metrics import true_metrics
 from segqc.store import labels
 from segqc.store.database import StoreError
 from segqc.store.labels import FINAL, NewLabel
 from segqc.store.values import LabelRecord, Who
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_labels, read_scan, temporary_labels
+from segqc.volumes import Volume, read_labels, temporary_labels
 
 Method: TypeAlias = Literal["staple", "majority"]
 STAPLE_THRESHOLD = 0.5
@@ -51,11 +51,12 @@ def add_reading(studies: Studies, scan: str, path: Path, who: Who) -> LabelRecor
         VolumeError: if it is no label map on the scan's grid with the configured values.
     """
     entry = studies.scan(scan)
-    volume = read_labels(path, scan=read_scan(entry.image), values=studies.settings.label_values() or None)
+    content = studies.store.intake.labels(path, entry.image, str(path))
     with studies.store.read() as transaction:
         tag = labels.reader_tag(transaction, scan, who)
-    with temporary_labels(volume) as source:
-        return studies.store.save_label(NewLabel(scan, tag, "annotator", who), source)
+    with temporary_labels(content.labels) as source:
+        label = NewLabel(scan, tag, "annotator", who)
+        return studies.store.save_label(label, source, first=expecting(scan, entry.sha256))
 
 
 def inter_rater(studies: Studies, scan: str) -> list[ReaderPair]:

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
-from segqc.loop.studies import Studies
+from segqc.loop.studies import Studies, expecting
 from segqc.server.actors import current_actor
 from segqc.server.checks import check_image_id, check_tag
 from segqc.server.errors import RequestError
@@ -25,7 +25,7 @@ from segqc.store.labels import FINAL, NewLabel
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState
-from segqc.volumes import scan_id
+from segqc.volumes import scan_id, scan_suffix, temporary_labels
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -228,13 +228,18 @@ class StoreDatastore(Datastore):
 
         Raises:
             RequestError: 400 if the tag is no plain name.
+            VolumeError: if the file is no label map of the scan.
         """
-        self._scan(image_id)
+        scan = self._scan(image_id)
         tag = check_tag(_tag(label_tag))
         who = current_actor()
         maker = "annotator" if who.kind == "person" else "import"
         label = NewLabel(image_id, tag, maker, who, info=label_info)  # type: ignore[arg-type]
-        self._store.save_label(label, Path(label_filename))
+        source = Path(label_filename)
+        content = self._store.intake.labels(source, self._studies.folder / scan.file, "the label map")
+        with temporary_labels(content.labels) as read:
+            kept = source if content.is_plain and scan_suffix(source.name) is not None else read
+            self._store.save_label(label, kept, first=expecting(image_id, scan.sha256))
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -12,11 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from segqc import __version__
 from segqc.store.files import sha256_of
-from segqc.volumes import ReadLimits, Volume, read_scan
-from segqc.volumes.intake import LabelContent, ScanContent, check_labels, check_scan
-
-_GRIDS_KEPT = 10_000
+from segqc.volumes import ReadLimits, Volume
+from segqc.volumes.intake import LabelContent, ScanContent, check_labels, check_scan, scan_grid
 
 
 class Intake(Protocol):
@@ -79,8 +77,9 @@ class FileChecks:
 
     @functools.cached_property
     def version(self) -> str:
-        """The settings that the checks depend on, as a hash."""
-        return hashlib.sha256(repr((self.limits, sorted(self.names.items()))).encode()).hexdigest()[:16]
+        """The program's version and the settings that the checks depend on, as a hash."""
+        basis = (__version__, self.limits, sorted(self.names.items()))
+        return hashlib.sha256(repr(basis).encode()).hexdigest()[:16]
 
     def scan(self, path: Path, shown: str) -> ScanContent:
         """Read a scan."""
@@ -88,14 +87,6 @@ class FileChecks:
 
     def labels(self, path: Path, scan: Path, shown: str) -> LabelContent:
         """Read a label map on its scan's grid."""
-        status = scan.stat()
-        grid = _grid(scan, (status.st_size, status.st_mtime_ns, status.st_ino), self.limits)
         values = tuple(self.names.values()) or None
+        grid = scan_grid(scan, self.limits)
         return check_labels(path, grid, values, self.names or None, self.limits, shown=shown)
-
-
-@functools.lru_cache(maxsize=_GRIDS_KEPT)
-def _grid(scan: Path, status: tuple[int, int, int], limits: ReadLimits) -> Volume:
-    """A scan's grid: labels need no voxels of it. The status makes a changed file another one."""
-    read = read_scan(scan, limits=limits)
-    return dataclasses.replace(read, array=np.broadcast_to(np.float32(0), read.shape))

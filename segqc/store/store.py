@@ -31,13 +31,12 @@ from segqc.store.intake import AnyContent, Intake
 from segqc.store.labels import FINAL, RETURNED, NewLabel, ViewState
 from segqc.store.schema import OPEN_STATES
 from segqc.store.values import LabelRecord, ScanRecord, ScanState, Who
-from segqc.volumes import VolumeError, label_id, label_suffix, write_labels
+from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_id, label_suffix, write_labels
 
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
 _ANY: Final = AnyContent()
-_AS_THEY_ARE: Final = (".nii.gz", ".nii", ".nrrd")  # what everybody reads by its values
 _NOT_TAKEN_IN: Final = "not_taken_in"  # in the notes of a version that keeps a file which is no label map
 _TRIES: Final = 5
 
@@ -314,7 +313,7 @@ class Store:
         content = self.intake.labels(copy, self.studies / scan.file, f"labels/{tag}/{name}")
         label = NewLabel(scan.name, tag, "import", FOLDER)
         end = name[len(label_id(name)) :]
-        if content.is_plain and end in _AS_THEY_ARE:
+        if content.is_plain and end in SCAN_SUFFIXES:  # what everybody reads by its values
             return LabelChange(label, copy, found)
         read = copy.with_name(f"{uuid.uuid4().hex}.nii.gz")
         write_labels(content.labels, read)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from segqc.volumes.files import load_scan, open_labels, open_scan
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import load_labels
@@ -64,6 +66,17 @@ def check_scan(
     source = open_scan(file)
     load_scan(file, source)
     return ScanContent(_sha256(file), source.shape, source.warnings)
+
+
+def scan_grid(path: str | os.PathLike[str], limits: ReadLimits | None = None) -> Volume:
+    """Read where a scan lies, at the cost of a header: a volume on its grid whose voxels are all zero.
+
+    Raises:
+        VolumeError: if the header cannot be used.
+    """
+    source = open_scan(InputFile(Path(path), limits, None))
+    zeros = np.broadcast_to(np.float32(0), source.shape)
+    return Volume(zeros, source.affine, source.acquisition_axis, source.alternative_affines)
 
 
 def check_labels(
