@@ -252,6 +252,7 @@ def _bootstrap(instance: Any, looked: threading.Event) -> None:
                 jobs.put(transaction, "train", {"model": network, **few}, SERVER)
 
 
+_MAX_DETAIL: Final = 1000
 _NO_ROOM: Final = (507, "the server's disk is full; nothing was changed. Tell whoever runs the server.")
 
 
@@ -262,8 +263,9 @@ def is_full(error: OSError) -> bool:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def refuse(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        # what a client sent may be no text that can be sent back
-        return JSONResponse({"detail": message.encode("utf-8", "backslashreplace").decode()}, status, headers)
+        # what a client sent may be no text that can be sent back, or very long
+        shown = message if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
+        return JSONResponse({"detail": shown.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
