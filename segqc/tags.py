@@ -11,12 +11,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import pydicom
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
 from segqc.text import TextError, decode_text
-from segqc.volumes import NRRD_SUFFIXES, VolumeError, dicom_files, is_dicom_image, read_nrrd_header, scan_id
+from segqc.volumes import (
+    NRRD_SUFFIXES,
+    VolumeError,
+    dicom_files,
+    is_dicom_image,
+    read_dataset,
+    read_nrrd_header,
+    scan_id,
+)
 
 _SIDECAR: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 _NUMBER = re.compile(r"\(?([0-9a-f]{4})[|,_ ]?([0-9a-f]{4})\)?", re.IGNORECASE)
@@ -100,7 +107,7 @@ def read_dicom_tag(file: Path, tag: str) -> str | None:
 
 def _in_file(file: Path, keyword: str, number: int | None) -> str | None:
     try:
-        value = pydicom.dcmread(file, force=True, stop_before_pixels=True).get(keyword if number is None else number)
+        value = read_dataset(file, pixels=False).get(keyword if number is None else number)
         shown = getattr(value, "value", value)  # by number it is an element, by keyword its value
         return (str(shown).strip() or None) if shown is not None else None
     except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base

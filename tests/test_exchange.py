@@ -19,8 +19,7 @@ from segqc import cli
 from segqc.commands.common import CommandError
 from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
 from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
-from segqc.store import assessments, corrections, events, findings, jobs, labels, leases, orders, scans, upkeep
-from segqc.store.findings import Finding
+from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
 from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -149,6 +148,26 @@ def test_monai_label_opens_an_exported_datastore(folder: Path, tmp_path: Path) -
         local_datastore.write_datastore(opened, tmp_path / "out")
     opened.close()
     again.close()
+
+
+def test_all_that_an_import_in_place_does_not_use_is_named(folder: Path) -> None:
+    (folder / "labels" / "final" / "scan_1.nii.gz").write_bytes(b"x")
+    (folder / "broken.nii").write_bytes(b"x")
+    label(folder / "labels" / "final" / "nobody.nii.gz", 1)
+    (folder / "notes.xyz").write_text("x", encoding="utf-8")
+    ends = {"scan_0": ".nii.gz", "scan_1": ".nii.gz", "gone": ".nrrd", "broken": ".nii"}
+    objects = {
+        name: {"image": {"ext": end}, "labels": {"final": {"ext": ".nii.gz"}, "second": {"ext": ".nii.gz"}}}
+        for name, end in ends.items()
+    }
+    write(folder / "datastore_v2.json", {"objects": objects})
+    output = run("import", "local", folder)
+    assert "2 scans and 1 labels taken, " in output
+    named = {line.strip().split(":")[0] for line in output.splitlines() if line.startswith("  ")}
+    assert named >= {
+        "labels/final/scan_1.nii.gz", "broken.nii", "labels/final/nobody.nii.gz", "gone.nrrd",
+        "labels/second/scan_0.nii.gz", "labels/second/scan_1.nii.gz",
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- Decathlon
@@ -409,7 +428,6 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         assert lease is not None
         job = jobs.put(transaction, "round", {"epochs": 3}, BERT)
         number, _ = jobs.begin_round(transaction, job.id, 2)
-        findings.record(transaction, [Finding("gone.nii", "scan", "gone.nii: is empty.", "0 0")], "checks")
         jobs.finish_step(transaction, number, "train", {"dice": 0.5})
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
     clock.pass_(minutes=2, microseconds=5)

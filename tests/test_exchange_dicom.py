@@ -169,10 +169,25 @@ def test_a_volume_that_the_intake_refuses_is_left_aside(
     series(session / "b", "1.3", stack(1))
 
     def refuse(path: Path, limits: object = None, *, shown: str) -> None:
-        if shown == "a":
+        if shown.startswith("a "):
             raise VolumeError(f"{shown}: is too large.")
 
     monkeypatch.setattr(dicom, "check_scan", refuse)
     found = dicom.make_studies(session, tmp_path / "out")
     assert (found.scans, [item.file for item in found.left_aside]) == (1, ["a"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.nii.gz", "segqc.toml"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    series(session / "a", "1.2")
+    series(session / "b", "1.3", stack(1))
+    whole = dicom.visible_files
+
+    def visible_files(folder: Path) -> list[Path]:
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return whole(folder)
+
+    monkeypatch.setattr(dicom, "visible_files", visible_files)
+    found = dicom.make_studies(session, tmp_path / "out")
+    assert (found.scans, [item.file for item in found.left_aside]) == (1, ["b"])

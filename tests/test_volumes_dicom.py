@@ -37,6 +37,7 @@ from segqc.volumes import (
     write_scan,
 )
 from segqc.volumes.dicom import open_dicom
+from segqc.volumes.inputs import InputFile
 
 SHAPE = (6, 5, 4)
 Edit = Callable[[int, Dataset], object]
@@ -258,6 +259,15 @@ def test_files_without_preamble_are_dicom_whatever_their_suffix(tmp_path: Path, 
     assert read_tag(folder, "PatientID") == "P1"
 
 
+@pytest.mark.parametrize("cut", [128, 132])
+def test_files_that_begin_with_the_mark_or_after_it_are_dicom(tmp_path: Path, cut: int) -> None:
+    folder = series(tmp_path / "s")
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[cut:])
+    assert np.array_equal(read_scan(folder).array, stack())
+    assert read_tag(folder, "PatientID") == "P1"
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, b"\x08\x00" * 400, b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" * 9])
 def test_other_files_are_no_dicom(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "IM0001").write_bytes(content)
@@ -271,7 +281,7 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path: Pa
     with pytest.raises(VolumeError, match="limit"):
         read_scan(folder)
     with pytest.raises(VolumeError, match=r"00001\.dcm is truncated, 60 of 2040000000 bytes"):
-        open_dicom(folder, ReadLimits(max_voxels=1 << 40)).voxels()
+        open_dicom(InputFile(folder, ReadLimits(max_voxels=1 << 40))).voxels()
 
 
 def test_run_lengths_that_cannot_expand_so_far_are_refused(tmp_path: Path) -> None:
@@ -281,7 +291,7 @@ def test_run_lengths_that_cannot_expand_so_far_are_refused(tmp_path: Path) -> No
 
     folder = series(tmp_path / "s", change=change)
     with pytest.raises(VolumeError, match="cannot expand"):
-        open_dicom(folder, ReadLimits(max_voxels=1 << 40)).voxels()
+        open_dicom(InputFile(folder, ReadLimits(max_voxels=1 << 40))).voxels()
 
 
 def test_more_pixels_than_the_header_says_are_refused(tmp_path: Path) -> None:
@@ -306,8 +316,8 @@ def test_a_deflated_file_is_read_and_a_bomb_is_not(tmp_path: Path, monkeypatch: 
 
 
 def test_a_read_that_takes_too_long_ends(tmp_path: Path) -> None:
-    with pytest.raises(VolumeError, match="too long"):
-        open_dicom(series(tmp_path / "s"), ReadLimits(max_seconds=-1))
+    with pytest.raises(VolumeError, match="takes longer than"):
+        open_dicom(InputFile(series(tmp_path / "s"), ReadLimits(max_seconds=-1)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

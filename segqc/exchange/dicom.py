@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import defaultdict
@@ -34,6 +33,7 @@ from segqc.volumes import (
     visible_files,
     write_scan,
 )
+from segqc.volumes.inputs import InputFile
 from segqc.volumes.intake import check_scan
 
 _SERIES: Final = "SeriesInstanceUID"
@@ -61,26 +61,27 @@ def make_studies(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
     refuse_existing(folder)
     if not source.is_dir():
         raise ExchangeError(f"{source}: no such folder; name a folder of DICOM series")
-    files = list(_files(source))
+    unreadable: list[LeftAside] = []
+    files = list(_files(source, unreadable))
     looked = iter(range(1, len(files) + 1))
     contents = sort_into_volumes(files, tick=lambda: report(next(looked), len(files), "files"))
-    if not contents.volumes and not contents.left_out:
+    if not (contents.volumes or contents.left_out or unreadable):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
-    left_aside = [_left(source, entry.files, entry.reason) for entry in contents.left_out]
+    left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
     taken = 0
     with new_folder(folder) as temporary:
         for done, (name, volume) in enumerate(_named(source, contents.volumes), 1):
             where = common_folder(volume.files)
             shown = relative_name(where, source)
+            title = f"{shown} ({printable(volume.title)})"
             image = temporary / f"{name}.nii.gz"
             try:
-                write_scan(read_dicom_volume(volume, where), image)
-                check_scan(image, shown=shown)
+                write_scan(read_dicom_volume(volume, InputFile(where, shown=title)), image)
+                check_scan(image, shown=title)
                 values = {tag: read_dicom_tag(volume.files[0], tag) for tag in (patient_tag, _SERIES)}
             except VolumeError as error:
                 image.unlink(missing_ok=True)
-                title = f"{shown} ({volume.title})"
-                left_aside.append(LeftAside(shown, sentence_of(error, where, shown).replace(shown, title, 1)))
+                left_aside.append(LeftAside(shown, sentence_of(error, image, title)))
             else:
                 kept: dict[str, JsonValue] = {tag: value for tag, value in values.items() if value is not None}
                 write_json(temporary / f"{name}.json", _JSON, kept)
@@ -91,12 +92,19 @@ def make_studies(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
     return Imported(taken, 0, tuple(left_aside))
 
 
-def _files(source: Path) -> Iterator[Path]:
-    """The files of a folder and those below it, but for hidden ones."""
-    for place, folders, _ in os.walk(source):
+def _files(source: Path, unreadable: list[LeftAside]) -> Iterator[Path]:
+    """The files of a folder and those below it, but for hidden ones; folders that cannot be read are noted."""
+
+    def note(error: OSError) -> None:
+        shown = relative_name(Path(error.filename), source)
+        unreadable.append(LeftAside(shown, f"{shown}: cannot be read ({error.strerror}); allow it and import again."))
+
+    for place, folders, _ in os.walk(source, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        with contextlib.suppress(PermissionError):
+        try:
             yield from visible_files(Path(place))
+        except OSError as error:
+            note(error)
 
 
 def _left(source: Path, files: Sequence[Path], reason: str) -> LeftAside:

@@ -1,7 +1,7 @@
 """What the store knows as flat tables, CSV or Parquet: one row can be read without knowing the others.
 
-Times are UTC. Unknown values are empty in CSV and null in Parquet. Lists and objects are JSON. CSV is UTF-8 without a byte
-order mark, and text that a spreadsheet would run as a formula has an apostrophe in front.
+Times are UTC. Unknown values are empty in CSV and null in Parquet. Lists and objects are JSON. CSV is UTF-8 without a
+byte order mark, and text that a spreadsheet would run as a formula has an apostrophe in front.
 """
 
 from __future__ import annotations

@@ -271,8 +271,11 @@ def signature_of(status: os.stat_result) -> str:
 
     A further change within the clock's tick would go unseen then.
     """
-    if abs(time.time_ns() - status.st_mtime_ns) <= _CLOCK_TICK_NS:
-        return ""
+    return "" if abs(time.time_ns() - status.st_mtime_ns) <= _CLOCK_TICK_NS else raw_signature(status)
+
+
+def raw_signature(status: os.stat_result) -> str:
+    """The signature that a file has once it was written long enough ago."""
     return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 

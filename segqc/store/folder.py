@@ -11,7 +11,9 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from segqc.placement import Placing
 from segqc.store import findings, labels, leases, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import FOLDER
-from segqc.store.files import FileState, contents_of, sha256_of, signature_of, state_of
+from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of, state_of
 from segqc.store.findings import Finding
 from segqc.store.labels import NewLabel, ViewState
 from segqc.store.scans import FoundScan, Known
@@ -34,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BATCH: Final = 50
+_BATCH: Final = 500
+_BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
+_LABEL_BATCH: Final = 50
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
 
@@ -167,9 +171,9 @@ def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: Pat
                 if usable and (scan.name, scan.sha256) == (name, content.sha256):
                     return Added(name, new=False)
                 raise ScanExists(scan.name)
-            for entry in _files(store.studies):
-                if scan_suffix(entry.name) is not None and _alike(scan_id(entry.name), name):
-                    raise ScanExists(scan_id(entry.name))
+            for found_name in os.listdir(store.studies):
+                if scan_suffix(found_name) is not None and _alike(scan_id(found_name), name):
+                    raise ScanExists(scan_id(found_name))
             try:
                 _link(copy, target)
             except FileExistsError as error:
@@ -232,33 +236,33 @@ def _take_in_scans(
     store: Store, patient_of: PatientOf, placing: Placing, noted: Mapping[str, Finding], stop: Stop
 ) -> tuple[int, int, int, set[str]]:
     """How many scans are new, missing and replaced, and the names of all whose content is another one now."""
-    signatures: dict[str, str] = {}
-    misplaced: dict[str, Finding] = {}
     with store.read() as transaction:
         marks = scans.marks(transaction)
-    for entry in _files(store.studies):
-        if scan_suffix(entry.name) is not None:
-            with contextlib.suppress(FileNotFoundError):
-                signatures[entry.name] = signature_of(entry.stat())
-        elif (finding := _misplaced(entry)) is not None:
-            misplaced[entry.name] = finding
-    here = {scans.mark(file, signature) for file, signature in signatures.items() if signature}
-    unsettled = {
-        file
-        for file, signature in signatures.items()
-        if (not signature or scans.mark(file, signature) not in marks) and not _still(noted, file, signature)
-    }
+    unsettled: set[str] = set()
+    present: set[str] = set()
+    misplaced: dict[str, Finding] = {}
+    settled = 0
+    for entry, status in _files(store.studies):
+        name = entry.name
+        present.add(name)
+        if scans.mark(name, raw_signature(status)) in marks:
+            settled += 1
+        elif scan_suffix(name) is not None:
+            if not _still(noted, name, signature_of(status)):
+                unsettled.add(name)
+        elif (finding := _misplaced(name)) is not None:
+            misplaced[name] = finding
     gone: list[str] = []
     known: dict[str, Known] = {}
-    if unsettled or marks - here:
+    if unsettled or settled < len(marks):
         with store.read() as transaction:
             known = scans.known_files(transaction)
         # whoever has uploaded a scan since has put its file there
-        absent = (file for file, scan in known.items() if not scan.missing and file not in signatures)
+        absent = (file for file, scan in known.items() if not scan.missing and file not in present)
         gone = [file for file in absent if not (store.studies / file).is_file()]
     labelled = _labelled(store) if unsettled - known.keys() else set()
     new, lost, replaced, changed = _take_in_files(store, unsettled, known, labelled, patient_of, placing, stop)
-    over = {file for file in noted if "/" not in file and file not in signatures and file not in misplaced}
+    over = {file for file in noted if "/" not in file and file not in present}
     fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
     missing = 0
     if gone or over or fresh:
@@ -272,12 +276,11 @@ def _take_in_scans(
 def _labelled(store: Store) -> set[str]:
     """Names of scans that have a file among the final labels."""
     final = store.files.views / labels.FINAL
-    return {label_id(entry.name) for entry in _files(final)} if final.is_dir() else set()
+    return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
 
 
-def _misplaced(entry: os.DirEntry[str]) -> Finding | None:
+def _misplaced(name: str) -> Finding | None:
     """What is wrong with a file beside the scans that looks like one; settings, side-cars and the like do not."""
-    name = entry.name
     if name.lower().endswith(".seg.nrrd"):
         sentence = f"{name}: is a segmentation, not a scan; move it to labels/final/ if it is the final label"
     elif name.lower().endswith(_OTHER_FORMATS):
@@ -306,10 +309,14 @@ def _take_in_files(
     work = sorted(files, key=lambda file: (scan_id(file) not in labelled, scans.natural_key(file)))
     new = lost = replaced = done = 0
     changed: set[str] = set()
-    for batch in _batches(work):
-        if stop():
-            break
-        looked = [look for file in batch if (look := _look(store, file, known.get(file), patient_of)) is not None]
+    while done < len(work) and not stop():
+        batch: list[str] = []
+        looked: list[_Looked] = []
+        until = time.monotonic() + _BATCH_SECONDS
+        while done + len(batch) < len(work) and len(batch) < _BATCH and time.monotonic() < until:
+            batch.append(work[done + len(batch)])
+            if (look := _look(store, batch[-1], known.get(batch[-1]), patient_of)) is not None:
+                looked.append(look)
         for look in looked:
             before = known.get(look.file)
             if look.patient is not None and before is not None and before.sha256 is not None:
@@ -318,7 +325,7 @@ def _take_in_files(
             counts = _note(transaction, store, looked, set(batch), labelled, placing)
         new, lost, replaced, changed = new + counts[0], lost + counts[1], replaced + counts[2], changed | counts[3]
         done += len(batch)
-        if len(work) > _BATCH:
+        if done < len(work) or len(work) > _BATCH:
             logger.info("taking in scans: %d of %d", done, len(work))
     return new, lost, replaced, changed
 
@@ -469,22 +476,22 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
         marks = labels.view_marks(transaction, tag)
     states: dict[str, FileState] = {}
     signatures: dict[str, str] = {}
-    for entry in _files(folder):
-        with contextlib.suppress(FileNotFoundError):
-            status = entry.stat()
-            states[entry.name] = FileState(status.st_size, status.st_mtime_ns)
-            signatures[entry.name] = signature_of(status)
-    here = {labels.view_mark(f"{tag}/{name}", state.size, state.modified_ns): name for name, state in states.items()}
-    unsettled = {
-        name
-        for mark, name in here.items()
-        if mark not in marks and not _still(noted, f"labels/{tag}/{name}", signatures[name])
-    }
+    unsettled: set[str] = set()
+    settled = 0
+    for entry, status in _files(folder):
+        name = entry.name
+        states[name] = FileState(status.st_size, status.st_mtime_ns)
+        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
+            settled += 1
+            continue
+        signatures[name] = signature_of(status)
+        if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
+            unsettled.add(name)
     own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
     passed = {file for file in own if os.path.basename(file) not in states}
     found: list[Finding] = []
     added = removed = 0
-    if unsettled or marks - here.keys():
+    if unsettled or settled < len(marks):
         pass_ = _LabelPass(store, tag, states, signatures)
         added, removed, found = pass_.run(unsettled, stop)
         passed |= {f"labels/{tag}/{name}" for name in unsettled} & own
@@ -523,7 +530,7 @@ class _LabelPass:
                 read = (self._read(names, Path(work)) for _, names in batch)
                 added += len(self._commit([change for change in read if change is not None]))
             done += len(batch)
-            if len(by_scan) > _BATCH:
+            if len(by_scan) > _LABEL_BATCH:
                 logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
         gone = [
             label_id(file)
@@ -628,12 +635,17 @@ def _tag_folders(store: Store) -> list[Path]:
         return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The visible files of a folder, links to files among them, with their status."""
     with os.scandir(folder) as found:
         for entry in found:
-            if not entry.name.startswith(".") and entry.is_file():
-                yield entry
+            if entry.name.startswith("."):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield entry, status
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
+    return (items[start : start + _LABEL_BATCH] for start in range(0, len(items), _LABEL_BATCH))

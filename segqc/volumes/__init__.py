@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
 from segqc.volumes.dicom import read_dicom_volume
-from segqc.volumes.dicom_headers import is_dicom_image
+from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
 from segqc.volumes.dicom_series import (
     DicomContents,
     DicomVolume,
@@ -19,7 +19,7 @@ from segqc.volumes.dicom_series import (
     sort_into_volumes,
     visible_files,
 )
-from segqc.volumes.files import read_labels, read_scan, temporary_labels, write_labels, write_scan
+from segqc.volumes.files import read_grid, read_labels, read_scan, temporary_labels, write_labels, write_scan
 from segqc.volumes.frame import (
     SMOOTHING_RATIO,
     THROUGH_PLANE_RATIO,
@@ -29,6 +29,7 @@ from segqc.volumes.frame import (
     to_canonical,
     to_native,
 )
+from segqc.volumes.labelmaps import NO_STRUCTURES
 from segqc.volumes.limits import ReadLimits
 from segqc.volumes.nrrd import read_nrrd_header
 from segqc.volumes.suffixes import (
@@ -47,6 +48,7 @@ from segqc.volumes.volume import AffineArray, Array, Volume, VolumeError
 __all__ = [
     "LABEL_SUFFIXES",
     "NIFTI_SUFFIXES",
+    "NO_STRUCTURES",
     "NRRD_SUFFIXES",
     "SCAN_SUFFIXES",
     "SMOOTHING_RATIO",
@@ -66,7 +68,9 @@ __all__ = [
     "is_scan_path",
     "label_id",
     "label_suffix",
+    "read_dataset",
     "read_dicom_volume",
+    "read_grid",
     "read_labels",
     "read_nrrd_header",
     "read_scan",

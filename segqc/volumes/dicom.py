@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from pathlib import Path
 from typing import Final, cast
 
@@ -16,8 +15,8 @@ from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from segqc.volumes.dicom_headers import first_line, read_dataset
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
-from segqc.volumes.limits import ReadLimits
-from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, checked_affine, spacing_of
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, spacing_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,75 +25,61 @@ _MAX_RLE_RATIO: Final = 64  # two bytes stand for 128 of the same at most
 _MAX_OTHER_BYTES: Final = 1 << 28  # of a file, beside its pixels
 
 
-def open_dicom(path: Path, limits: ReadLimits | None = None) -> Source:
+def open_dicom(file: InputFile) -> Source:
     """Open the one volume of a folder; what else lies there is named in a warning.
 
     Raises:
         VolumeError: if there is none, or there are several.
     """
-    limits = limits or ReadLimits()
-    try:
-        contents = sort_into_volumes(visible_files(path), deadline=time.monotonic() + limits.max_seconds)
-    except VolumeError as error:
-        raise VolumeError(f"{path}: {error}") from error
+    contents = sort_into_volumes(visible_files(file.path), tick=file.check_time)
     if len(contents.volumes) > 1:
         titles = [volume.title for volume in contents.volumes]
         shown = "; ".join(titles[:_MAX_NAMED]) + (" and more" if len(titles) > _MAX_NAMED else "")
-        raise VolumeError(f"{path}: holds {len(titles)} volumes ({shown}); give one volume a folder.")
+        raise file.error(f"holds {len(titles)} volumes ({shown}); give one volume a folder.")
     if not contents.volumes:
-        images = [entry for entry in contents.left_out if not entry.reason.startswith("holds no image")]
-        first = next(iter([*images, *contents.left_out]), None)
-        if first is None:
-            raise VolumeError(f"{path}: holds no DICOM images; give a folder of one DICOM series.")
-        raise VolumeError(f"{path}: {first.reason}")
+        # images that are no volume tell more than a report beside them
+        found = sorted(contents.left_out, key=lambda entry: not entry.are_images)
+        raise file.error(found[0].reason if found else "holds no DICOM images; give a folder of one DICOM series.")
     for entry in contents.left_out:
-        logger.warning("%s: %d files beside the series are not used, first %s: %s",
-                       path, len(entry.files), entry.files[0].name, entry.reason)  # fmt: skip
-    return dicom_source(contents.volumes[0], path, limits)
+        logger.warning(
+            "%s: %d files beside the series are not used, first %s: %s",
+            file.shown,
+            len(entry.files),
+            entry.files[0].name,
+            entry.reason,
+        )
+    return _source(contents.volumes[0], file)
 
 
-def read_dicom_volume(volume: DicomVolume, shown: Path, limits: ReadLimits | None = None) -> Volume:
+def read_dicom_volume(volume: DicomVolume, file: InputFile) -> Volume:
     """Read a volume that `sort_into_volumes` has found, as `read_scan` does.
-
-    Raises:
-        VolumeError: as `read_scan`; the message begins with `shown`.
-    """
-    source = dicom_source(volume, shown, limits)
-    return Volume(source.voxels(), source.affine, source.acquisition_axis)
-
-
-def dicom_source(volume: DicomVolume, shown: Path, limits: ReadLimits | None = None) -> Source:
-    """Open a volume that `sort_into_volumes` has found.
 
     Args:
         volume: the volume.
-        shown: what messages name it.
-        limits: bounds on its size and on the time that reading takes.
+        file: the folder that it lies in, with the limits and what messages name it.
 
     Raises:
-        VolumeError: if it is larger than the limits allow, or than its files can hold.
+        VolumeError: as `read_scan`.
     """
-    limits = limits or ReadLimits()
-    columns, rows, slices = volume.shape
-    if columns * rows * slices > limits.max_voxels:
-        raise VolumeError(
-            f"{shown}: has {columns} x {rows} x {slices} voxels, more than the limit of {limits.max_voxels}; "
-            "give a smaller scan or raise the limit."
-        )
+    source = _source(volume, file)
+    return Volume(source.voxels(), source.affine, source.acquisition_axis)
+
+
+def _source(volume: DicomVolume, file: InputFile) -> Source:
+    columns, rows, _ = volume.shape
+    file.check_size(volume.shape)
 
     def voxels() -> Array:
-        deadline = time.monotonic() + limits.max_seconds
         array = np.empty(volume.shape, dtype=np.float32)
-        for index, file in enumerate(volume.files):
-            if time.monotonic() > deadline:
-                raise VolumeError(f"{shown}: takes longer than {limits.max_seconds:g} s to read; give a smaller scan.")
+        for index, path in enumerate(volume.files):
+            file.check_time()
             try:
-                array[:, :, index] = _slice_pixels(file, rows, columns).T
+                array[:, :, index] = _slice_pixels(path, rows, columns).T
             except VolumeError as error:
-                raise VolumeError(f"{shown}: {error}") from error
+                raise file.error(str(error)) from error
         return array
 
-    return Source(volume.shape, checked_affine(shown, volume.affine), 2, voxels)
+    return Source(volume.shape, volume.affine, 2, voxels)
 
 
 def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32]:

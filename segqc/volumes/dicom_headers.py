@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import BinaryIO, Final, TypeAlias, TypeVar
 
 import numpy as np
 import pydicom
@@ -26,6 +27,7 @@ from segqc.volumes.volume import VolumeError
 T = TypeVar("T")
 Numbers: TypeAlias = tuple[float, ...]
 
+_MARK: Final = b"DICM"
 _MAX_INFLATED_BYTES: Final = 1 << 28
 _NO_IMAGE_MODALITIES: Final = frozenset({"SR", "SEG", "PR", "KO", "DOC", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "ECG"})
 _TAGS: Final = [
@@ -94,13 +96,13 @@ class DicomHeader:
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell by its content whether a file is a DICOM object, with the preamble and its mark ``DICM`` or without."""
+    """Tell by its content whether a file is a DICOM object, with the preamble and the mark ``DICM`` or without."""
     try:
         with path.open("rb") as stream:
             head = stream.read(132)
     except OSError:
         return False
-    if head[128:] == b"DICM":
+    if head[128:] == _MARK or head.startswith(_MARK):
         return True
     if not _begins_like_a_dataset(head):
         return False
@@ -144,13 +146,13 @@ def is_dicom_image(path: Path) -> bool:
         return False
 
 
-def read_dataset(path: Path) -> FileDataset:
-    """Read a whole DICOM file, with a transfer syntax even where the file does not state it.
+def read_dataset(path: Path, *, pixels: bool = True) -> FileDataset:
+    """Read a DICOM file, with or without its pixels; it gets a transfer syntax where the file does not state one.
 
     Raises:
         VolumeError: if it cannot be read. The message does not name the file's folder.
     """
-    return _read(path, None)
+    return _read(path, None, pixels=pixels)
 
 
 def first_line(error: Exception) -> str:
@@ -158,11 +160,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def _read(path: Path, tags: list[str] | None) -> FileDataset:
-    """Read a file; with tags, only these and nothing from the pixels on."""
+def _read(path: Path, tags: list[str] | None, *, pixels: bool = False) -> FileDataset:
+    """Read a file, all of it or some tags, and with the pixels or nothing from them on."""
     try:
         _refuse_inflated(path)
-        item = pydicom.dcmread(path, force=True, stop_before_pixels=tags is not None, specific_tags=tags)
+        source: Path | BinaryIO = path
+        with path.open("rb") as stream:
+            if stream.read(4) == _MARK:  # the mark without the preamble
+                source = io.BytesIO(bytes(128) + _MARK + stream.read())
+        item = pydicom.dcmread(source, force=True, stop_before_pixels=not pixels, specific_tags=tags)
         if item.get("SOPClassUID") is None and item.file_meta.get("MediaStorageSOPClassUID") is not None:
             item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID
         if not item.file_meta.get("TransferSyntaxUID"):
@@ -180,7 +186,7 @@ def _read(path: Path, tags: list[str] | None) -> FileDataset:
 def _refuse_inflated(path: Path) -> None:
     """Refuse a deflated file that expands to more than a slice can need."""
     with path.open("rb") as stream:
-        if stream.read(132)[128:] != b"DICM":
+        if stream.read(132)[128:] != _MARK:
             return
         meta: FileMetaDataset = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:

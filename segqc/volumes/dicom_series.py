@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import filecmp
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ class LeftOut:
 
     files: tuple[Path, ...]
     reason: str
+    are_images: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,7 @@ def dicom_files(folder: Path) -> list[Path]:
     return [file for file in visible_files(folder) if is_dicom(file)]
 
 
-def sort_into_volumes(
-    files: Iterable[Path], *, deadline: float | None = None, tick: Callable[[], None] = lambda: None
-) -> DicomContents:
+def sort_into_volumes(files: Iterable[Path], *, tick: Callable[[], None] = lambda: None) -> DicomContents:
     """Sort files into volumes by what their headers say.
 
     Objects that are no images (reports, structure sets, presentation states) are left out, and other files are
@@ -88,18 +86,12 @@ def sort_into_volumes(
 
     Args:
         files: of one folder, or of a session's folders.
-        deadline: the `time.monotonic` at which to give up.
         tick: called after each file.
-
-    Raises:
-        VolumeError: when the deadline is over.
     """
     headers: list[DicomHeader] = []
     left_out: list[LeftOut] = []
     lost: dict[Path, str] = {}  # DICOM or not, what could not be read
     for file in files:
-        if deadline is not None and time.monotonic() > deadline:
-            raise VolumeError("its files take too long to read; give a folder of one DICOM series.")
         try:
             if is_dicom(file):
                 headers.append(read_header(file))
@@ -167,7 +159,10 @@ def _no_images(headers: Sequence[DicomHeader]) -> list[LeftOut]:
     for header in headers:
         if not header.is_image:
             groups[header.file.parent, header.sop_class, header.key].append(header.file)
-    return [LeftOut(tuple(files), f"holds no image ({sop_class}).") for (_, sop_class, _), files in groups.items()]
+    return [
+        LeftOut(tuple(files), f"holds no image ({sop_class}).", are_images=False)
+        for (_, sop_class, _), files in groups.items()
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ series

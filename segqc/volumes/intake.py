@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from segqc.volumes.files import read_labels, read_scan
+from segqc.volumes.files import load_scan, open_labels, open_scan
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.labelmaps import load_labels
 from segqc.volumes.limits import ReadLimits
 from segqc.volumes.volume import Volume
 
@@ -58,8 +60,10 @@ def check_scan(
     Raises:
         VolumeError: with one sentence that says which file, what is wrong and what to do.
     """
-    scan = read_scan(path, limits=limits)
-    return ScanContent(content_sha256(path), scan.shape)
+    file = InputFile(Path(path), limits, shown)
+    source = open_scan(file)
+    load_scan(file, source)
+    return ScanContent(_sha256(file), source.shape, source.warnings)
 
 
 def check_labels(
@@ -84,8 +88,16 @@ def check_labels(
     Raises:
         VolumeError: with one sentence that says which file, what is wrong and what to do.
     """
-    labels = read_labels(path, scan=scan, values=values, names=names, limits=limits)
-    return LabelContent(content_sha256(path), labels, is_plain=True)
+    file = InputFile(Path(path), limits, shown)
+    found = load_labels(file, open_labels(file), scan, values, names)
+    return LabelContent(_sha256(file), found.volume, found.is_plain)
+
+
+def _sha256(file: InputFile) -> str:
+    try:
+        return content_sha256(file.path)
+    except OSError as error:
+        raise file.error(f"cannot be read ({error.strerror}); try again.") from error
 
 
 def content_sha256(path: str | os.PathLike[str]) -> str:
