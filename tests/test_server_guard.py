@@ -29,7 +29,7 @@ GENEROUS = BodyLimits(10_000, 100_000)
 class Call:
     """One request to a guarded application that answers with what reached it."""
 
-    path: str = "/x"
+    path: str = "/infer/x"
     method: str = "POST"
     headers: list[tuple[str, str]] = field(default_factory=lambda: [("host", "127.0.0.1:8000")])
     query: bytes = b""
@@ -246,8 +246,15 @@ def test_a_body_over_the_limit_is_refused_with_and_without_a_length(content_type
 def test_what_is_no_form_is_kept_in_memory_and_has_a_smaller_limit() -> None:
     limits = BodyLimits(10 * MAX_PLAIN_BODY_BYTES, 100 * MAX_PLAIN_BODY_BYTES)
     body = [b"x" * (MAX_PLAIN_BODY_BYTES + 1)]
-    for content_type, status in (("application/json", 413), ("text/plain", 413), (FORM, 200)):
-        call = Call(headers=[("host", "localhost"), ("content-type", content_type)], body=body)
+    for path, content_type, status in (
+        ("/infer/x", FORM, 200),
+        ("//infer//x", FORM, 200),
+        ("/infer/x", "application/json", 413),
+        ("/infer/x", "text/plain", 413),
+        ("/train/x", FORM, 413),  # takes parameters only, which a form would not keep out of the memory
+        ("/activelearning/x", FORM, 413),
+    ):
+        call = Call(path, headers=[("host", "localhost"), ("content-type", content_type)], body=body)
         assert guarded(call, limits=limits).status == status
 
 
@@ -327,7 +334,7 @@ def test_a_request_that_is_answered_may_wait_for_long() -> None:
     limits = BodyLimits(10_000, 10_000, pause_seconds=0.01)
     app = FastAPI()
 
-    @app.post("/x")
+    @app.post("/infer/x")
     async def slow(request: Request) -> int:
         length = len(await request.body())
         await asyncio.sleep(0.1)
@@ -340,7 +347,7 @@ def test_a_request_that_is_answered_may_wait_for_long() -> None:
 def test_the_servers_end_is_told_to_who_still_waits(caplog: pytest.LogCaptureFixture) -> None:
     app = FastAPI()
 
-    @app.post("/x")
+    @app.post("/infer/x")
     async def forever() -> None:
         await asyncio.Event().wait()
 
@@ -356,7 +363,7 @@ def test_the_servers_end_is_told_to_who_still_waits(caplog: pytest.LogCaptureFix
     assert answer.status == 503
     assert "the server ends" in answer.detail
     assert "cut off" in caplog.text
-    assert "POST /x" in caplog.text
+    assert "POST /infer/x" in caplog.text
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\n\r\nGET / HT"])
@@ -385,7 +392,7 @@ def test_a_mistake_of_the_servers_own_is_logged_under_the_id_that_the_client_get
 ) -> None:
     app = FastAPI()
 
-    @app.post("/x")
+    @app.post("/infer/x")
     def fail() -> None:
         raise ZeroDivisionError("a secret")
 

@@ -60,7 +60,7 @@ from segqc.volumes import VolumeError
 logger = logging.getLogger(__name__)
 
 # Of the files of a form, up to so much of each is kept in memory: a session may have thousands.
-SPOOLED_BYTES: Final = 64_000
+SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
@@ -131,7 +131,7 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
-        form_limits={"max_files": 4096, "max_fields": 64, "max_part_size": 1_000_000},
+        form_limits={"max_files": 4096, "max_fields": 16, "max_part_size": 1_000_000},
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
