@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
-from segqc.server.checks import check_image_id, check_tag, choose_params, file_suffix, json_object
+from segqc.server.checks import (
+    MAX_ID_BYTES,
+    check_file_name,
+    check_image_id,
+    check_json,
+    check_tag,
+    choose_params,
+    file_suffix,
+    json_object,
+    known,
+)
 from segqc.server.errors import RequestError
 
 
@@ -52,3 +65,88 @@ def test_params_cannot_name_what_is_read_or_run() -> None:
         with pytest.raises(RequestError, match=key) as caught:
             choose_params({key: "/etc/passwd"}, {"label_tag"})
         assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u4e2d", "\U00020000"])
+def test_ids_and_file_names_are_limited_in_bytes_as_file_systems_limit_them(letter: str) -> None:
+    most = MAX_ID_BYTES // len(letter.encode())
+    assert check_image_id(letter * most) == letter * most
+    assert check_file_name(letter * most) == letter * most
+    for check in (check_image_id, check_file_name):
+        with pytest.raises(RequestError) as caught:
+            check(letter * (most + 1))
+        assert caught.value.status == 400
+        assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "name", ["IM-0001-0001.dcm", "1.2.840.10008", "C:\\scans\\2: AX T2.nii.gz", "x/y/z.dcm", "e\u0301"]
+)
+def test_file_names_are_the_last_part(name: str) -> None:
+    assert check_file_name(name) == name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", ".", "..", "x/", "x\0.nii", "x\n.nii", "\x7f", "\ud800.nii", "a/..", "a\\.."]
+)
+def test_what_no_file_can_be_called_is_refused(name: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_file_name(name)
+    assert caught.value.status == 400
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        2**63,
+        -(2**64),
+        10**400,
+        "a\0b",
+        "\ud800",
+        "\udfff.",
+        {"\0": 1},
+        {"\ud800": 1},
+        nested(40),
+    ],
+)
+def test_what_other_programs_cannot_read_is_no_json(value: object) -> None:
+    for wrapped in (value, [value], {"a": [{"b": value}]}):
+        with pytest.raises(ValueError):
+            check_json(wrapped)  # type: ignore[arg-type]
+    with pytest.raises(RequestError) as caught:
+        json_object(json.dumps({"a": value}), "params")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("value", [None, True, 0, -1, 2**63 - 1, 1.5, "", "\U0001f9e0", "a\nb", [], {}, nested(20)])
+def test_what_they_can_read_is_json(value: object) -> None:
+    assert check_json(value) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 10**10, 1.5, 1.0, True, None, "", "-1", "1.5", "many", "1e3", "\u0661", [1], {}, "9" * 5000]
+)
+def test_numbers_have_bounds(value: object) -> None:
+    with pytest.raises(RequestError, match="max_batch_size must be an integer from 0 to") as caught:
+        choose_params({"max_batch_size": value}, {"max_batch_size"})  # type: ignore[dict-item]
+    assert caught.value.status == 400
+    for usable in (0, 7, "7"):
+        assert choose_params({"max_batch_size": usable}, {"max_batch_size"}) == {"max_batch_size": usable}
+
+
+def test_what_is_not_there_is_named_briefly() -> None:
+    with pytest.raises(RequestError) as caught:
+        known("strategy", "x" * 10_000, ["segqc", "random"])
+    assert caught.value.status == 404
+    assert "random, segqc" in caught.value.message
+    assert len(caught.value.message) < 200

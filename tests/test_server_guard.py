@@ -6,14 +6,18 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (the extra 'server')")
 
+import uvicorn
 from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.server import ServerState
 
+from segqc.server import connection
 from segqc.server.guard import MAX_PLAIN_BODY_BYTES, AllowedHosts, BodyLimits, Guard, Traffic, host_of
 from segqc.settings import SettingsError, load_settings
 
@@ -25,7 +29,7 @@ GENEROUS = BodyLimits(10_000, 100_000)
 class Call:
     """One request to a guarded application that answers with what reached it."""
 
-    path: str = "/x"
+    path: str = "/infer/x"
     method: str = "POST"
     headers: list[tuple[str, str]] = field(default_factory=lambda: [("host", "127.0.0.1:8000")])
     query: bytes = b""
@@ -242,9 +246,24 @@ def test_a_body_over_the_limit_is_refused_with_and_without_a_length(content_type
 def test_what_is_no_form_is_kept_in_memory_and_has_a_smaller_limit() -> None:
     limits = BodyLimits(10 * MAX_PLAIN_BODY_BYTES, 100 * MAX_PLAIN_BODY_BYTES)
     body = [b"x" * (MAX_PLAIN_BODY_BYTES + 1)]
-    for content_type, status in (("application/json", 413), ("text/plain", 413), (FORM, 200)):
-        call = Call(headers=[("host", "localhost"), ("content-type", content_type)], body=body)
+    for path, content_type, status in (
+        ("/infer/x", FORM, 200),
+        ("//infer//x", FORM, 200),
+        ("/infer/x", "application/json", 413),
+        ("/infer/x", "text/plain", 413),
+        ("/train/x", FORM, 413),  # takes parameters only, which a form would not keep out of the memory
+        ("/activelearning/x", FORM, 413),
+    ):
+        call = Call(path, headers=[("host", "localhost"), ("content-type", content_type)], body=body)
         assert guarded(call, limits=limits).status == status
+
+
+def test_a_form_that_the_disk_has_no_room_for_is_refused_before_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10 * MAX_PLAIN_BODY_BYTES))
+    limits = BodyLimits(100 * MAX_PLAIN_BODY_BYTES, 100 * MAX_PLAIN_BODY_BYTES)
+    for length, status in ((11 * MAX_PLAIN_BODY_BYTES, 507), (9 * MAX_PLAIN_BODY_BYTES, 200)):
+        headers = [("host", "localhost"), ("content-type", FORM), ("content-length", str(length))]
+        assert guarded(Call(headers=headers), limits=limits).status == status
 
 
 def test_all_requests_together_have_a_limit_and_give_back_what_they_took() -> None:
@@ -315,7 +334,7 @@ def test_a_request_that_is_answered_may_wait_for_long() -> None:
     limits = BodyLimits(10_000, 10_000, pause_seconds=0.01)
     app = FastAPI()
 
-    @app.post("/x")
+    @app.post("/infer/x")
     async def slow(request: Request) -> int:
         length = len(await request.body())
         await asyncio.sleep(0.1)
@@ -325,12 +344,55 @@ def test_a_request_that_is_answered_may_wait_for_long() -> None:
     assert asyncio.run(ask(guard, Call(body=[b"x" * 10]))).body == b"10"
 
 
+def test_the_servers_end_is_told_to_who_still_waits(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @app.post("/infer/x")
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    app.add_middleware(Guard, hosts=AllowedHosts(), origins=(), limits=GENEROUS, traffic=Traffic())
+
+    async def scenario() -> Answer:
+        waiting = asyncio.create_task(ask(app, Call()))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        return await waiting
+
+    answer = asyncio.run(scenario())
+    assert answer.status == 503
+    assert "the server ends" in answer.detail
+    assert "cut off" in caplog.text
+    assert "POST /infer/x" in caplog.text
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\n\r\nGET / HT"])
+def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    monkeypatch.setattr(connection, "_HEAD_SECONDS", 0.05)
+
+    async def scenario() -> bytes:
+        config = uvicorn.Config(application(), http=connection.Connection, log_config=None, lifespan="off")
+        config.load()
+        state = ServerState()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: connection.Connection(config, state, {}), "127.0.0.1", 0
+        )
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(begun)
+        received = await reader.read()  # until the server closes it
+        writer.close()
+        server.close()
+        return received
+
+    assert asyncio.run(scenario()).count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
+
+
 def test_a_mistake_of_the_servers_own_is_logged_under_the_id_that_the_client_gets(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     app = FastAPI()
 
-    @app.post("/x")
+    @app.post("/infer/x")
     def fail() -> None:
         raise ZeroDivisionError("a secret")
 

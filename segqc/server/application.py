@@ -60,7 +60,7 @@ from segqc.volumes import VolumeError
 logger = logging.getLogger(__name__)
 
 # Of the files of a form, up to so much of each is kept in memory: a session may have thousands.
-SPOOLED_BYTES: Final = 64_000
+SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
@@ -131,7 +131,7 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
-        form_limits={"max_files": 4096, "max_fields": 64, "max_part_size": 1_000_000},
+        form_limits={"max_files": 4096, "max_fields": 16, "max_part_size": 1_000_000},
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
@@ -252,6 +252,7 @@ def _bootstrap(instance: Any, looked: threading.Event) -> None:
                 jobs.put(transaction, "train", {"model": network, **few}, SERVER)
 
 
+_MAX_DETAIL: Final = 1000
 _NO_ROOM: Final = (507, "the server's disk is full; nothing was changed. Tell whoever runs the server.")
 
 
@@ -262,8 +263,9 @@ def is_full(error: OSError) -> bool:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def refuse(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        # what a client sent may be no text that can be sent back
-        return JSONResponse({"detail": message.encode("utf-8", "backslashreplace").decode()}, status, headers)
+        # what a client sent may be no text that can be sent back, or very long
+        shown = message if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
+        return JSONResponse({"detail": shown.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias
 
 from fastapi import Body
@@ -29,24 +28,8 @@ MAX_JSON_DEPTH: Final = 32
 _MAX_INTEGER: Final = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Which numbers a parameter may have.
-
-    Attributes:
-        low: the smallest.
-        high: the largest.
-        whole: whether it is an integer.
-    """
-
-    low: float
-    high: float
-    whole: bool = True
-
-
-# The numbers that requests set, by their names in ``params``.
-# Numbers of requests but those of trainings, which `TrainingSettings` checks.
-BOUNDS: Final[Mapping[str, Bounds]] = {"max_batch_size": Bounds(0, 1_000_000_000)}
+# The smallest and the largest of the integers that requests set; those of trainings are bounded by `TrainingSettings`.
+BOUNDS: Final[Mapping[str, tuple[int, int]]] = {"max_batch_size": (0, 1_000_000_000)}
 
 # Fields that decide what is read, run or written. They have their own place in a request, `params` does not set them.
 RESERVED_PARAMS = frozenset({
@@ -213,24 +196,15 @@ def choose_params(params: Mapping[str, JsonValue], allowed: Collection[str]) -> 
         raise RequestError(400, f"params may not set {', '.join(map(repr, forbidden))}: it has its own field.")
     chosen = {key: value for key, value in params.items() if key in allowed}
     for name in BOUNDS.keys() & chosen.keys():
-        _check_number(name, chosen[name], BOUNDS[name])
+        _check_integer(name, chosen[name], *BOUNDS[name])
     return chosen
 
 
-def _check_number(name: str, value: JsonValue, bounds: Bounds) -> None:
-    """Refuse what is no number within the bounds; a number may be text, as clients with forms send it."""
-    kind = "an integer" if bounds.whole else "a number"
-    wrong = RequestError(400, f"{name} must be {kind} from {bounds.low:g} to {bounds.high:,g}.")
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
-    if bounds.whole and isinstance(value, float):
-        raise wrong
-    try:
-        number = int(value) if bounds.whole else float(value)
-    except (ValueError, OverflowError):
-        raise wrong from None
-    if not bounds.low <= number <= bounds.high:
-        raise wrong
+def _check_integer(name: str, value: JsonValue, low: int, high: int) -> None:
+    """Refuse what is no integer within the bounds; it may be text, as clients with forms send it."""
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
+        raise RequestError(400, f"{name} must be an integer from {low} to {high}.")
 
 
 def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str], what: str) -> None:

@@ -26,8 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-# A body that is no file is read into memory as a whole.
-MAX_PLAIN_BODY_BYTES: Final = 4_000_000
+# Only these take files, as parts of a form; any other body is read into memory as a whole.
+_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /infer/")
+MAX_PLAIN_BODY_BYTES: Final = 1_000_000
 MAX_HEADERS: Final = 100
 # A body has to keep coming: at least so many bytes a second on average, after a start.
 MIN_BYTES_PER_SECOND: Final = 500
@@ -191,11 +192,11 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         scope = _without_authority(scope)
+        scope["path"] = _SLASHES.sub("/", scope["path"])
         refusal = self._refusal(scope)
         if refusal is not None:
             await _answer(refusal, scope, receive, send)
             return
-        scope["path"] = _SLASHES.sub("/", scope["path"])
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -241,10 +242,9 @@ class Guard:
             return HTTPException(
                 403, f"pages of {origin!r} are not served; name it in MONAI_LABEL_CORS_ORIGINS to allow it."
             )
-        return self._too_much(_declared_length(headers), headers.get("content-type", ""))
+        return self._too_much(_declared_length(headers), self._most(scope))
 
-    def _too_much(self, length: int, content_type: str) -> HTTPException | None:
-        most = self._most(content_type)
+    def _too_much(self, length: int, most: int) -> HTTPException | None:
         if length > most:
             return _too_large(most)
         if self._traffic.received + length > self._limits.total_bytes:
@@ -253,13 +253,14 @@ class Guard:
             return HTTPException(507, "the server's disk has no room for this request; tell whoever runs the server.")
         return None
 
-    def _most(self, content_type: str) -> int:
-        """Bytes of the largest body of a kind: only parts of a form may be files, the rest is kept in memory."""
-        files = content_type.lower().strip().startswith("multipart/")
+    def _most(self, scope: Scope) -> int:
+        """Bytes of the largest body of a request."""
+        form = Headers(scope=scope).get("content-type", "").lower().strip().startswith("multipart/")
+        files = form and _UPLOADS.match(f"{scope['method']} {scope['path']}/")
         return self._limits.request_bytes if files else min(self._limits.request_bytes, MAX_PLAIN_BODY_BYTES)
 
     def _counted(self, scope: Scope, receive: Receive, request: OpenRequest) -> Receive:
-        most = self._most(Headers(scope=scope).get("content-type", ""))
+        most = self._most(scope)
         complete = False
 
         async def counted() -> Message:

@@ -239,18 +239,19 @@ def test_sessions_and_files_of_the_clients_own(server: Server, tmp_path: Path) -
         server.client.get_session(session)
 
 
-def test_batch_inference_leaves_out_what_cannot_be_read(server: Server) -> None:
+def test_what_cannot_be_read_is_a_finding_and_no_scan(server: Server) -> None:
     (server.folder / "damaged.nii.gz").write_bytes(b"no volume")
-    server.wait(lambda: "damaged" in server.client.datastore()["objects"])
+    server.wait(lambda: bool(server.client.info()["findings"]))
+    assert server.client.info()["findings"][0]["file"] == "damaged.nii.gz"
+    assert "damaged" not in server.client.datastore()["objects"]
     before = {p.name: p.stat().st_mtime_ns for p in (server.folder / "labels" / "original").iterdir()}
     assert server.post("/batch/infer/segmentation?images=unlabeled", json={}).status_code == 200
     server.wait(lambda: server.job_ended("batch/infer"))
     assert server.get("/batch/infer").json()["status"] == "DONE"
     after = {p.name: p.stat().st_mtime_ns for p in (server.folder / "labels" / "original").iterdir()}
     assert sum(after[name] != before.get(name) for name in after) == 2
-    assert "damaged is left out" in server.log.read_text()
     (server.folder / "damaged.nii.gz").unlink()
-    server.wait(lambda: "damaged" not in server.client.datastore()["objects"])
+    server.wait(lambda: not server.client.info()["findings"])
 
 
 def test_bad_requests_reach_the_client_as_sentences(server: Server) -> None:
@@ -273,7 +274,7 @@ def test_a_training_is_stopped(server: Server) -> None:
     assert started["status"] in ("SUBMITTED", "RUNNING")
     assert server.client.train_status(check_if_running=True)
     with pytest.raises(MONAILabelClientException, match="429"):
-        server.client.train_start("segqc", {})
+        server.client.train_start("segmentation", {"max_epochs": 400})
     server.wait(lambda: bool(server.client.train_status()["details"]))
     assert server.client.train_stop()["status"] == "STOPPED"
     assert not server.client.train_status(check_if_running=True)
