@@ -11,8 +11,10 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
+from segqc.server.checks import text_param
 from segqc.store import assessments, leases, orders
 from segqc.store.orders import Order
+from segqc.store.values import LeaseRecord
 from segqc.types import Assessment, PredictionInterval
 
 Answer = dict[str, Any]  # MONAI Label's form: JSON
@@ -91,10 +93,25 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
         self._order = order()
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
-        """Hand out a scan; None where none is left for this annotator."""
-        rules = self.studies.settings.annotation
+        """Hand out a scan; None where none is left for this annotator.
+
+        Args:
+            request: may hold ``skip_reason`` (why the scan that the annotator has is put aside) or ``resume`` (a scan
+                that was put aside and is wanted back).
+            datastore: MONAI Label's; not asked.
+
+        Raises:
+            RequestError: 400 if one of them is no text.
+            StoreError: if the scan cannot be had back.
+        """
+        rules, who = self.studies.settings.annotation, current_actor()
+        reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
         with self.studies.store.write() as transaction:
-            lease = leases.take(transaction, current_actor(), self.name, self._order, rules)
+            if wanted is not None:
+                lease: LeaseRecord | None = leases.resume(transaction, wanted, who, rules)
+            else:
+                lease = leases.take(transaction, who, self.name, self._order, rules, skip_reason=reason)
+            skipped = leases.skipped_for(transaction, lease) if lease is not None and wanted is None else None
         if lease is None:
             return None
         shown = None
@@ -109,9 +126,27 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
             "label_version": lease.label_version,
             **describe(shown),
         }
-        if lease.strategy != self.name:
-            said["note"] = (
+        notes = []
+        if skipped is not None:
+            said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
+            notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
+        if lease.strategy != self.name and wanted is None:
+            notes.append(
                 f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
                 "scored then); this one was drawn uniformly at random."
             )
+        if notes:
+            said["note"] = " ".join(notes)
         return said
+
+
+def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:
+    if again:
+        return f"No other scan is left: {scan!r} is the one that you had."
+    back = f"to have it back, ask with resume={scan!r} (or POST /segqc/leases/{scan}/resume)"
+    if reason is not None:
+        return f"The scan {scan!r} that you had was put aside as skipped: {reason}; {back}."
+    return (
+        f"The scan {scan!r} that you had was put aside as skipped, as you asked for another one; {back}. Please say "
+        f'why you skipped it: POST /segqc/leases/{scan}/skip with {{"reason": "..."}}, or next time send skip_reason.'
+    )

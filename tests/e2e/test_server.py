@@ -272,7 +272,7 @@ def test_a_training_is_stopped(server: Server) -> None:
     assert started["status"] in ("SUBMITTED", "RUNNING")
     assert server.client.train_status(check_if_running=True)
     with pytest.raises(MONAILabelClientException, match="429"):
-        server.client.train_start("segqc", {})
+        server.client.train_start("segmentation", {"max_epochs": 400})
     server.wait(lambda: bool(server.client.train_status()["details"]))
     assert server.client.train_stop()["status"] == "STOPPED"
     assert not server.client.train_status(check_if_running=True)
