@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -435,21 +436,36 @@ def predict(
     model: ModelFile = None,
 ) -> None:
     """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
-    from segqc.volumes import read_scan, scan_id, scan_suffix, write_labels
+    from segqc.volumes import VolumeError, read_scan, scan_id, scan_suffix, write_labels
 
     to_file = scan_suffix(out.name) is not None
     if to_file and len(scans) > 1:
         raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
+    twice = sorted(name for name, count in Counter(map(scan_id, scans)).items() if count > 1)
+    if twice:
+        raise CommandError(
+            f"several scans are named {twice[0]}: their masks would be one file; segment them separately"
+        )
     segmenter = _segmenter(_models_folder(studies, scans[0]), model)
-    if not to_file:
-        out.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
     with shown_progress() as progress:
         for i, path in enumerate(scans):
             progress.step(i, len(scans), f"segmenting: {path.name}")
             target = out if to_file else out / f"{scan_id(path)}.nii.gz"
-            write_labels(segmenter.predict(read_scan(path)).labels, target)
+            try:
+                write_labels(segmenter.predict(read_scan(path)).labels, target)
+            except VolumeError as error:
+                if len(scans) == 1:
+                    raise
+                failed.append(str(error))
         progress.step(len(scans), len(scans), "segmenting: done")
-    typer.echo(f"{out}: {len(scans)} mask{'s' if len(scans) > 1 else ''}")
+    made = len(scans) - len(failed)
+    if made:
+        typer.echo(f"{out}: {made} mask{'s' if made > 1 else ''}")
+    for reason in failed:
+        typer.echo(reason, err=True)
+    if failed:
+        raise CommandError(f"{len(failed)} of {len(scans)} scans could not be segmented")
 
 
 @app.command()

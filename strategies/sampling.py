@@ -11,6 +11,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
+from segqc.server.checks import text_param
 from segqc.store import assessments, leases, orders, scans
 from segqc.store.orders import Order
 from segqc.store.values import LeaseRecord
@@ -92,8 +93,19 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
         self._order = order()
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
-        """Hand out a scan; None where none is left for this annotator."""
-        lease = self._hand_out()
+        """Hand out a scan; None where none is left for this annotator.
+
+        Args:
+            request: may hold ``skip_reason`` (why the scan that the annotator has is put aside) or ``resume`` (a scan
+                that was put aside and is wanted back).
+            datastore: MONAI Label's; not asked.
+
+        Raises:
+            RequestError: 400 if one of them is no text.
+            StoreError: if the scan cannot be had back.
+        """
+        reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
+        lease, skipped = self._hand_out(reason, wanted)
         if lease is None:
             return None
         shown = None
@@ -108,25 +120,44 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
             "label_version": lease.label_version,
             **describe(shown),
         }
-        if lease.strategy != self.name:
-            said["note"] = (
+        notes = []
+        if skipped is not None:
+            said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
+            notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
+        if lease.strategy != self.name and wanted is None:
+            notes.append(
                 f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
                 "scored then); this one was drawn uniformly at random."
             )
+        if notes:
+            said["note"] = " ".join(notes)
         return said
 
-    def _hand_out(self) -> LeaseRecord | None:
-        """Take a scan whose file still holds what it is known for."""
+    def _hand_out(self, reason: str | None, wanted: str | None) -> tuple[LeaseRecord | None, LeaseRecord | None]:
+        """Take a scan whose file still holds what it is known for; and what was put aside for it."""
+        rules, who = self.studies.settings.annotation, current_actor()
         while True:
             with self.studies.store.write() as transaction:
-                lease = leases.take(
-                    transaction, current_actor(), self.name, self._order, self.studies.settings.annotation
-                )
-            if lease is None:
-                return None
-            if self.studies.is_unchanged(lease.scan):
-                return lease
+                if wanted is not None:
+                    lease: LeaseRecord | None = leases.resume(transaction, wanted, who, rules)
+                else:
+                    lease = leases.take(transaction, who, self.name, self._order, rules, skip_reason=reason)
+                skipped = leases.skipped_for(transaction, lease) if lease is not None and wanted is None else None
+            if lease is None or self.studies.is_unchanged(lease.scan):
+                return lease, skipped
             with self.studies.store.read() as transaction:
                 now = leases.get(transaction, lease.id)
                 if now == lease and scans.get(transaction, now.scan).missing_since is None:
-                    return lease  # only touched: the content is the same
+                    return lease, skipped  # only touched: the content is the same
+
+
+def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:
+    if again:
+        return f"No other scan is left: {scan!r} is the one that you had."
+    back = f"to have it back, ask with resume={scan!r} (or POST /segqc/leases/{scan}/resume)"
+    if reason is not None:
+        return f"The scan {scan!r} that you had was put aside as skipped: {reason}; {back}."
+    return (
+        f"The scan {scan!r} that you had was put aside as skipped, as you asked for another one; {back}. Please say "
+        f'why you skipped it: POST /segqc/leases/{scan}/skip with {{"reason": "..."}}, or next time send skip_reason.'
+    )

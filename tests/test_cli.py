@@ -145,6 +145,50 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
         assert said_of in said.err, said.err
 
 
+def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    folder = make_studies(tmp_path / "s", scans=2, finals=0)
+    add_models(folder)
+    damaged = folder / "damaged.nii.gz"
+    damaged.write_bytes(b"no scan")
+    names = [f"case{i}" for i in range(9)]
+    source = dataset(tmp_path / "d", names, {"train": names, "test": names[6:]})
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    for arguments in (
+        ["predict", damaged, "--studies", folder, "-o", out],
+        ["predict", folder / "scan_0.nii.gz", folder / "scan_0.nii.gz", "--studies", folder, "-o", out],
+        ["predict", folder / "scan_0.nii.gz", "--model", damaged, "-o", out],
+        ["prepare", source, out, "--labelled", 2, "--unlabelled", 20],
+        ["prepare", source, out, "--split", "validation"],
+        ["evaluate", "all", source, "--out", out],
+        ["evaluate", "all", source, "--out", out, "--observers", tmp_path / "none"],
+        ["export", "nnunet", tmp_path / "none", out],
+        ["import", "nnunet", tmp_path / "none", out],
+        ["train", "segmentation", tmp_path / "none"],
+    ):
+        said = run(*arguments)
+        assert said.code == 1, (arguments, said)
+        assert len(said.err.strip().splitlines()) >= 1
+        assert "Traceback" not in said.err
+        assert outside_of_the_store(sorted(tmp_path.rglob("*"))) == outside_of_the_store(before), arguments
+
+
+def outside_of_the_store(paths: list[Path]) -> list[Path]:
+    """What lies beside the store, which any command may open."""
+    return [path for path in paths if "segqc" not in path.parts and path.name != "segqc"]
+
+
+def test_one_scan_that_cannot_be_read_does_not_keep_the_others_from_their_masks(run: Run, tmp_path: Path) -> None:
+    folder = make_studies(tmp_path / "s", scans=3, finals=0)
+    add_models(folder)
+    (folder / "scan_1.nii.gz").write_bytes(b"no scan")
+    said = run("predict", *(folder / f"scan_{i}.nii.gz" for i in range(3)), "--studies", folder, "-o", tmp_path / "o")
+    assert said.code == 1
+    assert names_in(tmp_path / "o") == {"scan_0.nii.gz", "scan_2.nii.gz"}
+    assert "scan_1.nii.gz" in said.err
+    assert "1 of 3 scans" in said.err
+
+
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_user_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segqc.phantom.write_datastore", lambda *_, **__: [][1])
     with pytest.raises(IndexError):

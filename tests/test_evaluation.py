@@ -103,6 +103,30 @@ def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
         Run.open(tmp_path / "run", data, {}, EvaluationSettings(seed=1))
 
 
+def test_a_run_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    names = [f"s{i}" for i in range(10)]
+    data = write_dataset(make_folders(tmp_path / "data"), names)
+    both = write_dataset(make_folders(tmp_path / "both"), names, {"train": names, "test": names[:2]})
+    few = write_dataset(make_folders(tmp_path / "few"), names[:3])
+    (tmp_path / "empty").mkdir()
+    for folder, structures, settings, masks in (
+        (both, {}, EvaluationSettings(), None),
+        (few, {}, EvaluationSettings(), None),
+        (tmp_path / "empty", {}, EvaluationSettings(), None),
+        (tmp_path / "missing", {}, EvaluationSettings(), None),
+        (data, {"ball": (1,), "cube": (7,)}, EvaluationSettings(), None),
+        (data, {"cube": (7,)}, EvaluationSettings(), None),
+        (data, {}, EvaluationSettings(folds=9), None),
+        (data, {}, EvaluationSettings(group_pattern="("), None),
+        (data, {}, EvaluationSettings(), tmp_path / "missing"),
+    ):
+        with pytest.raises((CohortError, StudiesError)):
+            Run.open(tmp_path / "run" / "deep", folder, structures, settings, masks)
+        assert not (tmp_path / "run").exists()
+    Run.open(tmp_path / "run" / "deep", data, {"ball": (1,)}, EvaluationSettings())
+    assert {path.name for path in (tmp_path / "run" / "deep").iterdir()} == {"run.json", "split.json"}
+
+
 def test_a_run_is_held_to_the_labels_that_it_began_with(tmp_path: Path) -> None:
     data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
     begun = Run.open(tmp_path / "run", data, {}, EvaluationSettings()).cohort

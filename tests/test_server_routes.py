@@ -445,6 +445,26 @@ def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
     assert client.get("/segqc/round").json()["status"] == "STOPPED"
 
 
+def test_a_skipped_scan_is_explained_and_had_back(client: TestClient) -> None:
+    with studies_of(client).store.write() as transaction:
+        for i in range(4):
+            leases.release(transaction, f"scan_{i}", SERVER)
+    who = {"client_id": "carla"}
+    first = client.post("/activelearning/sequential", json=who).json()
+    second = client.post("/activelearning/sequential", json={**who, "skip_reason": "blurred"}).json()
+    assert second["skipped"]["scan"] == first["id"] != second["id"]
+    route = f"/segqc/leases/{first['id']}"
+    assert client.post(f"{route}/skip", json=who).status_code == 400
+    assert client.post(f"{route}/skip", json={**who, "reason": "motion"}).json()["state"] == "skipped"
+    told = client.get(f"/segqc/events/{first['id']}").json()
+    assert [e["detail"]["reason"] for e in told if "reason" in (e["detail"] or {})][-2:] == ["blurred", "motion"]
+    back = client.post(f"{route}/resume", json=who).json()
+    assert (back["id"], back["lease"]) == (first["id"], first["lease"])
+    assert client.post(f"{route}/resume", json={"client_id": "nobody"}).status_code == 409
+    assert client.post("/segqc/leases/unknown/resume", json=who).status_code == 404
+    assert client.post("/activelearning/sequential", json={**who, "resume": ["scan_1"]}).status_code == 400
+
+
 @pytest.fixture
 def four_labelled(client: TestClient) -> Iterator[None]:
     """Enough labels to train; afterwards all jobs are stopped."""

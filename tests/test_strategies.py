@@ -10,6 +10,10 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from segqc.loop.studies import Studies
 from segqc.server.actors import acting
 from segqc.server.datastore import StoreDatastore
+from segqc.server.errors import RequestError
+from segqc.store import events, leases, scans
+from segqc.store.database import StoreError
+from segqc.store.scans import UnknownScan
 from segqc.store.values import Who
 from strategies import STRATEGIES, Sampling
 from tests.server_kit import assess, make_studies
@@ -25,9 +29,20 @@ def studies(tmp_path: Path) -> Studies:
     return Studies(folder)
 
 
-def ask(studies: Studies, name: str = "segqc", who: Who = ANNA) -> dict[str, object]:
+def ask(studies: Studies, name: str = "segqc", who: Who = ANNA, **params: object) -> dict[str, object]:
     with acting(who):
-        return Sampling(name, studies)({}, StoreDatastore(studies)) or {}
+        return Sampling(name, studies)(params, StoreDatastore(studies)) or {}
+
+
+def leases_of(studies: Studies, scan: str) -> list[tuple[str, str]]:
+    with studies.store.read() as transaction:
+        return [(lease.who.name, lease.state) for lease in leases.listing(transaction, scan=scan)]
+
+
+def reasons(studies: Studies, scan: str) -> list[object]:
+    with studies.store.read() as transaction:
+        found = events.history(transaction, "scan", scans.get(transaction, scan).id)
+    return [e.detail["reason"] for e in found if e.detail and "reason" in e.detail]
 
 
 def test_worst_estimate_comes_first_with_what_is_known_of_it(studies: Studies) -> None:
@@ -88,3 +103,69 @@ def test_nothing_is_left_to_suggest(studies: Studies) -> None:
     for i in range(4):
         studies.store.review(f"scan_{i}", "excluded", ANNA, "a test")
     assert [ask(studies, name) for name in STRATEGIES] == [{}] * len(STRATEGIES)
+
+
+def test_a_repeated_request_says_what_it_skipped_and_the_scan_can_be_had_back(studies: Studies) -> None:
+    for i, dice in enumerate((0.4, 0.5, 0.6, 0.7)):
+        assess(studies, f"scan_{i}", dice)
+    first = ask(studies)
+    assert (first["id"], "note" in first, "skipped" in first) == ("scan_0", False, False)
+    second = ask(studies)
+    assert second["id"] == "scan_1"
+    assert second["skipped"] == {"scan": "scan_0", "lease": first["lease"], "reason": None}
+    assert "resume='scan_0'" in str(second["note"])
+    assert "/segqc/leases/scan_0/skip" in str(second["note"])
+    with studies.store.write() as transaction:
+        leases.skip(transaction, "scan_0", ANNA, "blurred")
+    assert reasons(studies, "scan_0") == ["blurred"]
+    back = ask(studies, resume="scan_0")
+    assert (back["id"], back["lease"], back["estimated_dice"]) == ("scan_0", first["lease"], first["estimated_dice"])
+    assert leases_of(studies, "scan_0") == [("anna", "open")]
+    assert leases_of(studies, "scan_1") == [("anna", "released")], "no skip of the one that is given back for it"
+    assert ask(studies, resume="scan_0")["lease"] == first["lease"], "once more is the same"
+    third = ask(studies, skip_reason="motion")
+    assert (third["id"], third["skipped"]) == (
+        "scan_1",
+        {"scan": "scan_0", "lease": first["lease"], "reason": "motion"},
+    )
+    assert reasons(studies, "scan_0") == ["blurred", "motion"]
+
+
+def test_a_reason_skips_at_once_and_the_last_scan_comes_again(studies: Studies) -> None:
+    path = studies.folder / "segqc.toml"
+    path.write_text(path.read_text().replace("repeat_seconds = 0", "repeat_seconds = 3600"))
+    patient = Studies(studies.folder)
+    assert ask(patient, "sequential")["id"] == ask(patient, "sequential")["id"] == "scan_0"
+    assert ask(patient, "sequential", skip_reason="no contrast")["id"] == "scan_1"
+    for i in (1, 2, 3):
+        patient.store.review(f"scan_{i}", "excluded", ANNA, "a test")
+    assert ask(patient, "sequential")["id"] == "scan_0"
+    again = ask(patient, "sequential", skip_reason="really")
+    assert again["id"] == "scan_0"
+    assert "No other scan is left" in str(again["note"])
+
+
+def test_what_cannot_be_had_back_is_refused_and_changes_nothing(studies: Studies) -> None:
+    berta = Who("person", "berta", "client-id")
+    for name in ("scan_0", "scan_1", "scan_2"):
+        assert ask(studies, "sequential")["id"] == name
+    assert ask(studies, "sequential", berta)["id"] == "scan_0"
+    studies.store.review("scan_1", "excluded", ANNA, "a test")
+    for scan, error, sentence in (
+        ("scan_0", StoreError, "handed out to another"),
+        ("scan_1", StoreError, "does not wait"),
+        ("scan_3", StoreError, "never handed out"),
+        ("scan_9", UnknownScan, "scan_9"),
+        (7, RequestError, "resume"),
+        ("x" * 501, RequestError, "resume"),
+        ("\ud800", RequestError, "resume"),
+    ):
+        with pytest.raises(error, match=sentence):
+            ask(studies, "sequential", resume=scan)
+        assert leases_of(studies, "scan_2") == [("anna", "open")]
+    with studies.store.write() as transaction:
+        leases.submitted(transaction, "scan_2", ANNA)
+    with pytest.raises(StoreError, match="was not skipped"), studies.store.write() as transaction:
+        leases.skip(transaction, "scan_2", ANNA, "late")
+    with pytest.raises(StoreError, match="was submitted"):
+        ask(studies, "sequential", resume="scan_2")

@@ -116,6 +116,8 @@ def evaluate(
         if min(patch) < 1:
             raise CommandError(f"--patch needs three numbers of voxels, at least 1 each, got {patch}")
         settings = settings.through(patch)
+    if observers is not None and not observers.is_dir():
+        raise CommandError(f"{observers}: no such folder of two experts' label files")
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:

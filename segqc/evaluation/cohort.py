@@ -130,8 +130,31 @@ def split(labelled: Labelled, *, folds: int, seed: int, test_share: float, most_
     if not structures:
         found = sorted({int(v) for c in train for v in np.unique(read_labels(c.labels).array) if v > 0})
         structures = tuple(Structure(f"label {value}", (value,)) for value in found)
+    else:
+        _check_structures(labelled, structures)
     name = labelled.folder.resolve().name
     return Cohort(name, structures, train, test, {p: i % folds for i, p in enumerate(patients)})
+
+
+def _check_structures(labelled: Labelled, structures: Sequence[Structure]) -> None:
+    """Refuse structures that no label shows; labels are read until each was seen.
+
+    Raises:
+        CohortError: if there is such a structure, or a label read holds a value that is in none.
+    """
+    known = {value for structure in structures for value in structure.values}
+    unseen = {structure.name: set(structure.values) for structure in structures}
+    for case in labelled.cases:
+        found = {int(value) for value in np.unique(read_labels(case.labels).array) if value > 0}
+        if foreign := sorted(found - known):
+            raise CohortError(
+                f"{case.labels}: holds the value {foreign[0]}, which is in none of the structures "
+                f"{', '.join(structure.name for structure in structures)}; name it with --structure"
+            )
+        unseen = {name: values for name, values in unseen.items() if not values & found}
+        if not unseen:
+            return
+    raise CohortError(f"{labelled.folder}: no label holds the structure {', '.join(unseen)}")
 
 
 def split_of(cohort: Cohort) -> Split:

@@ -88,9 +88,21 @@ class Run:
     ) -> Run:
         """Start a run, or continue the one that the folder holds.
 
+        A run that is refused leaves nothing behind: the folder is made when all that it needs is there.
+
         Raises:
-            CohortError: if the folder holds a run of another data set or of other settings.
+            CohortError: if the folder holds a run of another data set or of other settings, the masks are missing, the
+                groups' pattern is none, or a new run has too few labelled patients.
+            StudiesError: if the data set is none, or its split can't be used.
         """
+        if masks is not None and not masks.is_dir():
+            raise CohortError(f"{masks}: no such folder of masks")
+        try:
+            re.compile(settings.group_pattern or "")
+        except re.error as error:
+            raise CohortError(
+                f"the groups' pattern {settings.group_pattern!r} is no regular expression: {error}"
+            ) from error
         path = folder / "run.json"
         wanted = Description(str(dataset.resolve()), structures, settings, str(masks.resolve()) if masks else None)
         if path.is_file():
@@ -102,11 +114,18 @@ class Run:
                 raise CohortError(
                     f"{folder}: holds an evaluation of other data or settings (see run.json); name another run folder"
                 )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(_DESCRIPTIONS.dump_json(wanted, indent=1) + b"\n")
-        return cls(folder.resolve(), wanted)
+            return cls(folder.resolve(), wanted)
+        if folder.exists() and not folder.is_dir():
+            raise CohortError(f"{folder}: is no folder; name another run folder")
+        run = cls(folder.resolve(), wanted)
+        begun = run.begin()
+        for name, content in (
+            ("split.json", SPLITS.dump_json(begun, indent=1)),
+            ("run.json", _DESCRIPTIONS.dump_json(wanted, indent=1)),
+        ):
+            with atomic_write(folder / name) as temporary:
+                temporary.write_bytes(content + b"\n")
+        return run
 
     @property
     def settings(self) -> EvaluationSettings:
@@ -120,13 +139,19 @@ class Run:
         Raises:
             CohortError: if there are too few labelled patients, or a label is no longer what it was.
         """
+        labelled = read_labelled(Path(self.description.dataset), self.description.structures)
+        return hold_to(self.kept("split.json", SPLITS, self.begin), labelled)
+
+    def begin(self) -> Split:
+        """The split of a new run.
+
+        Raises:
+            CohortError: if there are too few labelled patients.
+            StudiesError: if the data set is none, or its split can't be used.
+        """
         s, labelled = self.settings, read_labelled(Path(self.description.dataset), self.description.structures)
-
-        def begin() -> Split:
-            drawn = split(labelled, folds=s.folds, seed=s.seed, test_share=s.test_share, most_cases=s.most_cases)
-            return split_of(drawn)
-
-        return hold_to(self.kept("split.json", SPLITS, begin), labelled)
+        drawn = split(labelled, folds=s.folds, seed=s.seed, test_share=s.test_share, most_cases=s.most_cases)
+        return split_of(drawn)
 
     def made(self) -> Made:
         """When and where the run's numbers were made: noted at the first call, then read."""

@@ -71,16 +71,18 @@ def prepare(
             f"{dataset}: with {labelled} labelled scans the patient {shared} would be on both sides; "
             f"ask for {labelled + 1} or {labelled - 1} labelled scans"
         )
-    for i, name in enumerate(chosen):
-        image, label = pairs[name]
-        _copy(image, folder / image.name)
-        _copy(label, folder / ("labels/final" if i < cut else "truth") / label.name)
     several = {
         patient: kept
         for patient, scans in groups.items()
         if len(kept := tuple(scan for scan in scans if scan in chosen)) > 1
     }
-    write_settings(folder, structures, several)
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        for i, name in enumerate(chosen):
+            image, label = pairs[name]
+            _copy(image, temporary / image.name)
+            _copy(label, temporary / ("labels/final" if i < cut else "truth") / label.name)
+        write_settings(temporary, structures, several)
     return Prepared(tuple(chosen[:cut]), tuple(chosen[cut:]))
 
 
@@ -133,5 +135,5 @@ def _owner(name: str, items: Collection[str]) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with atomic_write(target) as temporary:
-        shutil.copyfile(source, temporary)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -18,6 +18,7 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 
 # Letters of any script, digits and what file names of scans commonly hold. No separators, no leading dot or hyphen.
 _ID = re.compile(r"\w[\w .,+=@()\[\]-]{0,199}")
+_LONGEST_TEXT = 500
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SESSION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
@@ -218,3 +219,17 @@ def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str],
         named = ", ".join(repr(name[:60]) for name in unknown[:5])
         listed = ", ".join(sorted(set(understood) - FOREIGN_TRAINING_PARAMS))
         raise RequestError(400, f"there is no {what} {named}; there are: {listed}.")
+
+
+def text_param(params: Mapping[str, JsonValue], name: str) -> str | None:
+    """A parameter that is a short text; None where it is missing or empty.
+
+    Raises:
+        RequestError: 400 if it is something else, or longer than 500 characters.
+    """
+    value = params.get(name)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or not value.isprintable():
+        raise RequestError(400, f"{name} is not a line of text of at most {_LONGEST_TEXT} characters.")
+    return value

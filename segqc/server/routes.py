@@ -48,6 +48,7 @@ from segqc.server.checks import (
     json_object,
     known,
     refuse_unknown,
+    text_param,
 )
 from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, submit
@@ -73,7 +74,7 @@ MAX_COUNT: Final = 2**31 - 1
 FormText = Annotated[str, Form()]
 
 INFER_PARAMS = frozenset({"label_tag", "save_label"})
-SAMPLE_PARAMS = frozenset({"label_tag", "labels", "client_id"})
+SAMPLE_PARAMS = frozenset({"label_tag", "labels", "client_id", "skip_reason", "resume"})
 BATCH_PARAMS = frozenset({"label_tag", "max_batch_size", "save_label"})
 
 
@@ -616,6 +617,24 @@ def open_leases() -> list[JsonObject]:
     with _store().read() as transaction:
         found = leases.listing(transaction, state="open")
     return [{"scan": f.scan, "to": f.who.name, "until": f.expires_at.isoformat()} for f in found]
+
+
+@router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")
+def skip_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+    """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
+    wanted = params or {}
+    reason = text_param(wanted, "reason")
+    if reason is None:
+        raise RequestError(400, 'say why: {"reason": "..."}.')
+    with _store().write() as transaction:
+        lease = leases.skip(transaction, scan, asker.who(wanted), reason)
+    return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": reason}
+
+
+@router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
+def resume_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+    """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
+    return next_sample("random", asker, {**(params or {}), "resume": scan})
 
 
 # ----------------------------------------------------------------------------------------------- sessions and others

@@ -11,11 +11,11 @@ import numpy as np
 from sqlalchemy import ColumnElement, Select, String, and_, bindparam, exists, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
-from segqc.store import assessments, events, labels, orders
-from segqc.store.database import Transaction
+from segqc.store import assessments, events, labels, orders, scans
+from segqc.store.database import StoreError, Transaction
 from segqc.store.orders import Choice, Order, Parameters, Waiting
 from segqc.store.schema import Actor, Assignment, Scan, UtcDateTime
-from segqc.store.values import Cost, Draw, LeaseRecord, LeaseState, Who
+from segqc.store.values import Cost, Draw, JsonObject, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
@@ -59,13 +59,21 @@ class LeaseRules:
             raise ValueError("readers must be from 1 to 100, and seed 0 or more")
 
 
-def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules: LeaseRules) -> LeaseRecord | None:
+def take(
+    transaction: Transaction,
+    who: Who,
+    strategy: str,
+    order: Order,
+    rules: LeaseRules,
+    *,
+    skip_reason: str | None = None,
+) -> LeaseRecord | None:
     """Hand out the next scan to an annotator; None where no scan is left for this one.
 
-    An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, the scan is released
-    as skipped. An audit draw is taken from all waiting scans, a validation draw from those of validating patients, and
-    the strategy chooses among those of training patients (method, "Leaks": scans chosen worst-first are a biased
-    sample).
+    An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, or with a reason to
+    skip it, the scan is released as skipped (`skipped_for` tells). An audit draw is taken from all waiting scans, a
+    validation draw from those of validating patients, and the strategy chooses among those of training patients
+    (method, "Leaks": scans chosen worst-first are a biased sample).
     """
     expire(transaction)
     actor = events.actor_id(transaction, who)
@@ -74,10 +82,10 @@ def take(transaction: Transaction, who: Who, strategy: str, order: Order, rules:
         scan = transaction.get_one(Scan, mine.scan_id)
         if scan.queue is None:
             _close(transaction, mine, "released", who)  # labelled or excluded by another way meanwhile
-        elif (transaction.now - mine.handed_out_at).total_seconds() <= rules.repeat_seconds:
+        elif skip_reason is None and (transaction.now - mine.handed_out_at).total_seconds() <= rules.repeat_seconds:
             return get(transaction, mine.id)
         else:
-            _close(transaction, mine, "skipped", who)
+            _close(transaction, mine, "skipped", who, skip_reason)
         transaction.flush()
     rng = np.random.default_rng((rules.seed, transaction.scalar(_LAST) or 0))
     chosen = _choose(transaction, actor, order, rules, rng)
@@ -143,29 +151,102 @@ def _open(
     rules: LeaseRules,
 ) -> LeaseRecord:
     scan = transaction.get_one(Scan, choice.scan_id)
-    taken = set(transaction.scalars(_SLOTS, {"scan": scan.id}))
-    start = labels.start_of(transaction, scan.name)
-    shown = assessments.latest_id(transaction, start.id) if start is not None else None
-    minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
     row = Assignment(
         scan_id=scan.id,
         actor_id=actor,
-        slot=next(i for i in range(len(taken) + 1) if i not in taken),
-        state="open",
-        handed_out_at=transaction.now,
-        expires_at=transaction.now + dt.timedelta(minutes=minutes),
         strategy=choice.order or strategy,
         score=choice.score if draw == "strategy" else scan.ranking_dice,
         draw=draw,
         probability=probability,
         pool=choice.pool,
-        label_version_id=start.id if start is not None else None,
-        assessment_id=shown,
     )
+    _hand_out(transaction, row, scan, who, rules)
     transaction.add(row)
     transaction.flush()
     events.record(transaction, who, "handed out", "scan", scan.id, {"lease": row.id})
     return get(transaction, row.id)
+
+
+def _hand_out(transaction: Transaction, row: Assignment, scan: Scan, who: Who, rules: LeaseRules) -> None:
+    """Let a lease begin now, in a free place, with the mask that is current and its estimate."""
+    taken = set(transaction.scalars(_SLOTS, {"scan": scan.id}))
+    start = labels.start_of(transaction, scan.name)
+    minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
+    row.slot = next(i for i in range(len(taken) + 1) if i not in taken)
+    row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
+    row.expires_at = transaction.now + dt.timedelta(minutes=minutes)
+    row.label_version_id = start.id if start is not None else None
+    row.assessment_id = assessments.latest_id(transaction, start.id) if start is not None else None
+
+
+def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
+    """The lease that was put aside as skipped when this one was handed out, if there was one."""
+    row = transaction.execute(
+        _leases()
+        .where(_is(lease.who), Assignment.state == "skipped", Assignment.closed_at == lease.handed_out_at)
+        .order_by(Assignment.id.desc())
+        .limit(1)
+    ).first()
+    return _record(*row) if row is not None else None
+
+
+def skip(transaction: Transaction, scan: str, who: Who, reason: str) -> LeaseRecord:
+    """Put a scan aside for an annotator who says why, or note why it was put aside before.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+        StoreError: if the annotator neither has nor skipped it.
+    """
+    row = _last(transaction, scan, who)
+    if row.state == "open":
+        _close(transaction, row, "skipped", who, reason)
+    elif row.state == "skipped":
+        events.record(transaction, who, "skip explained", "scan", row.scan_id, {"lease": row.id, "reason": reason})
+    else:
+        raise StoreError(f"the scan {scan!r} was not skipped by {who.name!r}: its lease is {row.state}")
+    transaction.flush()
+    return get(transaction, row.id)
+
+
+def resume(transaction: Transaction, scan: str, who: Who, rules: LeaseRules) -> LeaseRecord:
+    """Hand a scan out again to an annotator who had it and did not submit it; what this one has instead is released.
+
+    It stays the same lease, with the draw that it came by: one draw is one lease.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+        StoreError: if the annotator never had it, has submitted it, or it is no longer waiting or free.
+    """
+    expire(transaction)
+    row = _last(transaction, scan, who)
+    if row.state == "open":
+        return get(transaction, row.id)
+    if row.state == "submitted":
+        raise StoreError(f"the scan {scan!r} was submitted by {who.name!r} already")
+    if transaction.get_one(Scan, row.scan_id).queue is None:
+        raise StoreError(f"the scan {scan!r} does not wait for a label any more")
+    waiting = _waiting("anyone", several_readers=rules.readers > 1, lately_skipped=True)
+    is_free = select(Scan.id).where(Scan.id == row.scan_id, *waiting.free)
+    if transaction.scalar(is_free, {"actor": row.actor_id, "readers": rules.readers}) is None:
+        raise StoreError(f"the scan {scan!r} is handed out to another annotator by now")
+    mine = Assignment.actor_id == row.actor_id, Assignment.state == _OPEN
+    for other in transaction.scalars(select(Assignment).where(*mine)).all():
+        _close(transaction, other, "released", who)
+    transaction.flush()
+    _hand_out(transaction, row, transaction.get_one(Scan, row.scan_id), who, rules)
+    transaction.flush()
+    events.record(transaction, who, "resumed", "scan", row.scan_id, {"lease": row.id})
+    return get(transaction, row.id)
+
+
+def _last(transaction: Transaction, scan: str, who: Who) -> Assignment:
+    """The last lease of a scan to an annotator."""
+    wanted = scans.find(transaction, scan).id, events.actor_id(transaction, who)
+    query = select(Assignment).where(Assignment.scan_id == wanted[0], Assignment.actor_id == wanted[1])
+    row = transaction.scalar(query.order_by(Assignment.id.desc()).limit(1))
+    if row is None:
+        raise StoreError(f"the scan {scan!r} was never handed out to {who.name!r}")
+    return row
 
 
 def expire(transaction: Transaction) -> int:
@@ -178,9 +259,10 @@ def expire(transaction: Transaction) -> int:
     return len(over)
 
 
-def _close(transaction: Transaction, row: Assignment, state: LeaseState, who: Who) -> None:
+def _close(transaction: Transaction, row: Assignment, state: LeaseState, who: Who, reason: str | None = None) -> None:
     row.state, row.closed_at = state, transaction.now
-    events.record(transaction, who, state, "scan", row.scan_id, {"lease": row.id})
+    detail: JsonObject = {"lease": row.id, **({"reason": reason} if reason is not None else {})}
+    events.record(transaction, who, state, "scan", row.scan_id, detail)
 
 
 def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
@@ -218,6 +300,10 @@ def of_replaced(transaction: Transaction, scan: str, who: Who) -> bool:
         .limit(1)
     ).first()
     return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
+
+
+def _is(who: Who) -> ColumnElement[bool]:
+    return and_(Actor.kind == who.kind, Actor.name == who.name, Actor.identified_by == who.identified_by)
 
 
 def release(transaction: Transaction, scan: str, who: Who) -> int:
