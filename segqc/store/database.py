@@ -18,7 +18,16 @@ from typing import Final, TypeAlias
 from alembic.config import Config
 from sqlalchemy import JSON, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NotSupportedError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -41,6 +50,10 @@ class StoreError(RuntimeError):
 
 class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """The database does not answer, or cannot write: not the caller's fault."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The database is no database, or not whole: only a backup helps."""
 
 
 class Transaction(Session):
@@ -105,8 +118,20 @@ class Database:
                 if write and not self.is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
-        except OperationalError as error:
-            raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
+        except PoolTimeoutError as error:
+            raise StoreUnavailable(f"{self.shown}: the database is too busy; try again") from error
+        except (IntegrityError, DataError, NotSupportedError):
+            raise  # what was to be written is wrong, not the database
+        except (DatabaseError, InterfaceError) as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: DBAPIError) -> StoreUnavailable:
+        """What an error of the driver means, in one sentence."""
+        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+        if _is_damage(error):
+            remedy = "restore a backup" if self.is_sqlite else "restore a dump of it"
+            return StoreDamaged(f"{self.shown}: the database is damaged ({reason}); stop segqc and {remedy}")
+        return StoreUnavailable(f"{self.shown}: the database cannot be used ({reason})")
 
     def _options(self, *, write: bool) -> dict[str, bool | str]:
         # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
@@ -208,6 +233,13 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
-def _reason(error: DBAPIError) -> str:
-    reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-    return f"the database cannot be used ({reason})"
+_DAMAGE_SQLITE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DAMAGE_POSTGRESQL: Final = ("XX001", "XX002", "42P01", "42703")  # corrupted data or index; no such table or column
+
+
+def _is_damage(error: DBAPIError) -> bool:
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        missing = str(error.orig).startswith(("no such table", "no such column", "Could not decode"))
+        return missing or (code is not None and code & 0xFF in _DAMAGE_SQLITE)
+    return getattr(error.orig, "sqlstate", None) in _DAMAGE_POSTGRESQL
