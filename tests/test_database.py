@@ -53,3 +53,13 @@ def test_a_missing_table_is_damage(tmp_path: Path) -> None:
     with pytest.raises(StoreDamaged, match="no such table"), opened.read() as transaction:
         transaction.execute(text("SELECT * FROM keeping"))
     opened.close()
+
+
+def test_a_locked_database_is_given_up_after_the_patience(tmp_path: Path) -> None:
+    holder, waiting = Store.open(tmp_path), Store.open(tmp_path, patience_seconds=0.1)
+    with holder.write(), pytest.raises(StoreUnavailable, match="locked"), waiting.write():
+        raise AssertionError("two may not write at once")
+    with waiting.write():
+        pass  # it can be had again
+    holder.close()
+    waiting.close()

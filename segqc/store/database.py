@@ -40,7 +40,8 @@ Clock: TypeAlias = Callable[[], dt.datetime]
 
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0002"
-_BUSY_SECONDS: Final = 60
+PATIENCE_SECONDS: Final = 60.0
+_CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
@@ -83,8 +84,13 @@ def utc_now() -> dt.datetime:
 class Database:
     """Connections to one store's database."""
 
-    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+    def __init__(self, url: str, clock: Clock = utc_now, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Prepare connections; the first transaction opens one.
+
+        Args:
+            url: where the database is.
+            clock: gives the time, in UTC.
+            patience_seconds: how long to wait for a database that is locked or does not answer.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
@@ -92,7 +98,7 @@ class Database:
         self.url = _checked_url(url)
         self.clock = clock
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.engine = _engine(self.url)
+        self.engine = _engine(self.url, patience_seconds)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -210,13 +216,24 @@ def _checked_url(url: str) -> URL:
     raise StoreError(f"a store is kept on SQLite or PostgreSQL, not on {parsed.render_as_string(hide_password=True)}")
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, patience_seconds: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return create_engine(url, pool_pre_ping=True)
+            waits = {
+                "connect_timeout": max(2, int(patience_seconds)),
+                "options": f"-c lock_timeout={int(patience_seconds * 1000)}",
+            }
+            return create_engine(
+                url, pool_pre_ping=True, connect_args=waits, pool_timeout=patience_seconds, **_CONNECTIONS
+            )
         except ModuleNotFoundError as error:
             raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
+    engine = create_engine(
+        url,
+        connect_args={"timeout": patience_seconds, "check_same_thread": False},
+        pool_timeout=patience_seconds,
+        **_CONNECTIONS,
+    )
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
