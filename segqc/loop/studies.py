@@ -23,6 +23,7 @@ from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.settings import Settings, load_settings
 from segqc.store import assessments, labels, scans
+from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.folder import take_in
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import UnknownScan
@@ -57,8 +58,10 @@ class ScanEntry:
 class Studies:
     """One studies folder. Holds its path, its settings and its store: what is on disk is the state."""
 
-    def __init__(self, folder: Path, settings: Settings | None = None) -> None:
-        """Open a folder.
+    def __init__(
+        self, folder: Path, settings: Settings | None = None, *, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        """Open a folder; ``patience_seconds`` is how long to wait for a database that is locked.
 
         Raises:
             StudiesError: if it is no folder.
@@ -68,6 +71,7 @@ class Studies:
             raise StudiesError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
         self.folder = folder.resolve()
         self.settings = settings or load_settings(self.folder)
+        self._patience_seconds = patience_seconds
 
     @property
     def own(self) -> Path:
@@ -81,7 +85,7 @@ class Studies:
         Raises:
             StoreError: if its database can't be reached, or is of another version of this program.
         """
-        store = Store.open(self.folder, self.settings.store.url)
+        store = Store.open(self.folder, self.settings.store.url, patience_seconds=self._patience_seconds)
         take_in(store, self.settings.patient_of, self.settings.placing())
         return store
 

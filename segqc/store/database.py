@@ -18,7 +18,16 @@ from typing import Final, TypeAlias
 from alembic.config import Config
 from sqlalchemy import JSON, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NotSupportedError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -31,7 +40,8 @@ Clock: TypeAlias = Callable[[], dt.datetime]
 
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0002"
-_BUSY_SECONDS: Final = 60
+PATIENCE_SECONDS: Final = 60.0
+_CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
@@ -41,6 +51,10 @@ class StoreError(RuntimeError):
 
 class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """The database does not answer, or cannot write: not the caller's fault."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The database is no database, or not whole: only a backup helps."""
 
 
 class Transaction(Session):
@@ -70,8 +84,13 @@ def utc_now() -> dt.datetime:
 class Database:
     """Connections to one store's database."""
 
-    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+    def __init__(self, url: str, clock: Clock = utc_now, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Prepare connections; the first transaction opens one.
+
+        Args:
+            url: where the database is.
+            clock: gives the time, in UTC.
+            patience_seconds: how long to wait for a database that is locked or does not answer.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
@@ -79,7 +98,7 @@ class Database:
         self.url = _checked_url(url)
         self.clock = clock
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.engine = _engine(self.url)
+        self.engine = _engine(self.url, patience_seconds)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -105,8 +124,20 @@ class Database:
                 if write and not self.is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
-        except OperationalError as error:
-            raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
+        except PoolTimeoutError as error:
+            raise StoreUnavailable(f"{self.shown}: the database is too busy; try again") from error
+        except (IntegrityError, DataError, NotSupportedError):
+            raise  # what was to be written is wrong, not the database
+        except (DatabaseError, InterfaceError) as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: DBAPIError) -> StoreUnavailable:
+        """What an error of the driver means, in one sentence."""
+        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+        if _is_damage(error):
+            remedy = "restore a backup" if self.is_sqlite else "restore a dump of it"
+            return StoreDamaged(f"{self.shown}: the database is damaged ({reason}); stop segqc and {remedy}")
+        return StoreUnavailable(f"{self.shown}: the database cannot be used ({reason})")
 
     def _options(self, *, write: bool) -> dict[str, bool | str]:
         # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
@@ -185,13 +216,24 @@ def _checked_url(url: str) -> URL:
     raise StoreError(f"a store is kept on SQLite or PostgreSQL, not on {parsed.render_as_string(hide_password=True)}")
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, patience_seconds: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return create_engine(url, pool_pre_ping=True)
+            waits = {
+                "connect_timeout": max(2, int(patience_seconds)),
+                "options": f"-c lock_timeout={int(patience_seconds * 1000)}",
+            }
+            return create_engine(
+                url, pool_pre_ping=True, connect_args=waits, pool_timeout=patience_seconds, **_CONNECTIONS
+            )
         except ModuleNotFoundError as error:
             raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
+    engine = create_engine(
+        url,
+        connect_args={"timeout": patience_seconds, "check_same_thread": False},
+        pool_timeout=patience_seconds,
+        **_CONNECTIONS,
+    )
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
@@ -208,6 +250,13 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
-def _reason(error: DBAPIError) -> str:
-    reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-    return f"the database cannot be used ({reason})"
+_DAMAGE_SQLITE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DAMAGE_POSTGRESQL: Final = ("XX001", "XX002", "42P01", "42703")  # corrupted data or index; no such table or column
+
+
+def _is_damage(error: DBAPIError) -> bool:
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        missing = str(error.orig).startswith(("no such table", "no such column", "Could not decode"))
+        return missing or (code is not None and code & 0xFF in _DAMAGE_SQLITE)
+    return getattr(error.orig, "sqlstate", None) in _DAMAGE_POSTGRESQL

@@ -14,6 +14,7 @@ from filelock import FileLock
 from segqc.store import labels, leases, scans
 from segqc.store.database import (
     DATABASE_FILE,
+    PATIENCE_SECONDS,
     REVISION,
     Clock,
     Database,
@@ -47,30 +48,45 @@ Then: TypeAlias = Callable[[Transaction, list[LabelRecord]], None]
 class Store:
     """Rows and files of one studies folder. Safe for threads and for many processes."""
 
-    def __init__(self, studies: Path, url: str | None = None, *, clock: Clock = utc_now) -> None:
+    def __init__(
+        self,
+        studies: Path,
+        url: str | None = None,
+        *,
+        clock: Clock = utc_now,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         """Prepare a store; `open` makes it ready.
 
         Args:
             studies: the studies folder; label files are kept in it.
             url: the database; by default an SQLite file in the folder.
             clock: gives the time, in UTC.
+            patience_seconds: how long to wait for a database that is locked or does not answer.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
         """
         self.studies = studies.resolve()
         self.own = self.studies / OWN_FOLDER
-        self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock)
+        self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock, patience_seconds)
         self.files = LabelFiles(self.studies, self.own)
 
     @classmethod
-    def open(cls, studies: Path, url: str | None = None, *, clock: Clock = utc_now) -> Store:
+    def open(
+        cls,
+        studies: Path,
+        url: str | None = None,
+        *,
+        clock: Clock = utc_now,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> Store:
         """Open the store of a folder: make it where there is none, and clean up after processes that died.
 
         Raises:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
-        store = cls(studies, url, clock=clock)
+        store = cls(studies, url, clock=clock, patience_seconds=patience_seconds)
         store.own.mkdir(parents=True, exist_ok=True)
         store._check_revision()
         store.recover()
