@@ -189,7 +189,7 @@ def draw(name: str, study: str) -> None:
     for structure, of_seeds in tables.items():
         print(to_markdown(over_seeds(of_seeds, structure)))
     print(to_markdown(figures_of_segqc(seeds, list(tables), study)))
-    (RESULTS / f"evaluation-{name}.svg").write_text(str(forest(tables, name).image))
+    (RESULTS / f"evaluation-{name}.svg").write_text(str(forest(tables, name).image), encoding="utf-8")
 
 
 def main() -> None:

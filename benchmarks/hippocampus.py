@@ -83,10 +83,10 @@ def timed(part: str, work: Path) -> Iterator[None]:
     started, used = time.monotonic(), time.process_time()
     yield
     work.mkdir(parents=True, exist_ok=True)
-    times = json.loads((work / TIMES).read_text()) if (work / TIMES).is_file() else {}
+    times = json.loads((work / TIMES).read_text(encoding="utf-8")) if (work / TIMES).is_file() else {}
     if times.get(part, 0) < 1:
         times[part], times[f"{part} (CPU)"] = time.monotonic() - started, time.process_time() - used
-        (work / TIMES).write_text(json.dumps(times))
+        (work / TIMES).write_text(json.dumps(times), encoding="utf-8")
 
 
 def cases_of(data: Path, names: Sequence[str]) -> list[Case]:
@@ -125,9 +125,9 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
             {"case": c.id, "file": p.name, "dice": d, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
             for c, p, d in chosen
         ]
-        manifest.write_text(json.dumps(rows, indent=1))
+        manifest.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     by_id = {c.id: c for c in test}
-    return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text())]
+    return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text(encoding="utf-8"))]
 
 
 def single_makers(taught: list[Case], work: Path) -> list[Segmenter]:
@@ -240,7 +240,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("ignite").setLevel(logging.WARNING)
     work, only, crossfit = arguments.work, arguments.only, arguments.recipe == "crossfit"
-    splits = json.loads((arguments.data / "splits.json").read_text())
+    splits = json.loads((arguments.data / "splits.json").read_text(encoding="utf-8"))
     train = cases_of(arguments.data, splits["train"])
     order = np.random.default_rng(0).permutation(len(train))
     taught, judged = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
@@ -267,7 +267,7 @@ def main() -> None:
     segmenter.save(work / "segmentation.pt")
     assessor.save(work / "segqc.pt")
     out = arguments.out or Path(__file__).parent / "results" / f"hippocampus{'-crossfit' * crossfit}.json"
-    report(out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text()))
+    report(out, segmenter, assessor, test, fixed, json.loads((work / TIMES).read_text(encoding="utf-8")))
 
 
 def report(
@@ -299,7 +299,7 @@ def report(
         "test masks sha256": hashlib.sha256(b"".join(p.read_bytes() for _, p, _ in fixed)).hexdigest(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console = Console()
     if not console.is_terminal:
         console.width = 220  # a pipe has no width: nothing is to be cut off

@@ -79,7 +79,7 @@ def main() -> None:
         "seconds": seconds,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console().print(result)
 
 

@@ -85,7 +85,7 @@ def main() -> None:
         ratio = least["float32"] / least["bfloat16"]
         table.add_row(name, *(f"{found:.3f}" for found in least.values()), f"{ratio:.2f}")
         result = {"date": datetime.date.today().isoformat(), "machine": machine, "seconds per step": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")  # of a run that is cut off, too
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # of a run that is cut off, too
     Console().print(table)
 
 

@@ -154,7 +154,8 @@ class Local:
         }
         (folder / "datastore_v2.json").write_text(
             json.dumps({"name": "new-dataset", "description": "New Dataset", "images_dir": ".", "labels_dir": "labels",
-                        "objects": objects})
+                        "objects": objects}),
+            encoding="utf-8",
         )  # fmt: skip
         self.store = self.open()
         self.random = Random()
@@ -315,10 +316,10 @@ def scanned_tables(console: Console, folder: Path, count: int, work: Path) -> li
 
 def keep(path: Path, run: dict[str, object]) -> None:
     """Write a run down; an earlier one of the same stores is replaced."""
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     runs = [other for other in runs if other["stores"] != run["stores"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

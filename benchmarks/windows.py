@@ -60,7 +60,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
         "seconds per window": rows,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console().print(table)
 
 

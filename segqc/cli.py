@@ -5,8 +5,11 @@ Imports of the library are inside the commands: PyTorch takes seconds, and ``seg
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -95,6 +98,7 @@ ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help=
 
 def main() -> None:
     """Run the command; an error that the user can mend is one sentence, not a traceback."""
+    _set_up_text()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
@@ -110,6 +114,20 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror.lower()}"
     return str(error)
+
+
+def _set_up_text() -> None:
+    """Let every name be read and printed, whatever the locale.
+
+    Where it knows ASCII only, as with ``LC_ALL=C`` in a container, Python starts again in its UTF-8 mode: names of
+    files could neither be stored nor printed otherwise. What a terminal cannot show is printed escaped.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -424,10 +442,9 @@ def predict(
     model: ModelFile = None,
 ) -> None:
     """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
-    from segqc.loop.studies import LABEL_SUFFIXES
-    from segqc.volumes import read_scan, scan_id, write_labels
+    from segqc.volumes import read_scan, scan_id, scan_suffix, write_labels
 
-    to_file = out.name.endswith(LABEL_SUFFIXES)
+    to_file = scan_suffix(out.name) is not None
     if to_file and len(scans) > 1:
         raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
     segmenter = _segmenter(_models_folder(studies, scans[0]), model)

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segqc.error_maps import ExtractionSettings
 from segqc.placement import Placing
 from segqc.regions import BoxSettings
+from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.tags import read_tag
-from segqc.types import Structure
-from segqc.volumes import atomic_write, scan_id
+from segqc.text import TextError, decode_text
+from segqc.types import Structure, label_names
+from segqc.volumes import ReadLimits, atomic_write, scan_id
 
 if TYPE_CHECKING:
     from segqc.training.settings import TrainingSettings
@@ -42,7 +44,12 @@ Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
 T = TypeVar("T")
 
 
-_TABLES: Mapping[str, type] = {"extraction": ExtractionSettings, "boxes": BoxSettings, "annotation": LeaseRules}
+_TABLES: Mapping[str, type] = {
+    "extraction": ExtractionSettings,
+    "boxes": BoxSettings,
+    "annotation": LeaseRules,
+    "intake": ReadLimits,
+}
 
 
 class SettingsError(ValueError):
@@ -113,6 +120,7 @@ class Settings(BaseSettings):
     patient_pattern: str | None = None
     store: StoreSettings = Field(default_factory=StoreSettings)
     annotation: LeaseRules = Field(default_factory=LeaseRules)
+    intake: ReadLimits = Field(default_factory=ReadLimits)
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
@@ -133,7 +141,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
         return value
 
-    @field_validator("extraction", "boxes", "annotation", mode="before")
+    @field_validator("extraction", "boxes", "annotation", "intake", mode="before")
     @classmethod
     def _known_keys(cls, value: object, info: object) -> object:
         name = getattr(info, "field_name", "")
@@ -148,6 +156,17 @@ class Settings(BaseSettings):
     def label_values(self) -> tuple[int, ...]:
         """All label values of the named structures, ascending."""
         return tuple(sorted({v for values in self.structures.values() for v in values}))
+
+    @field_validator("intake")
+    @classmethod
+    def _usable_limits(cls, value: ReadLimits) -> ReadLimits:
+        if value.max_voxels < 1 or not value.max_seconds > 0:
+            raise ValueError("max_voxels and max_seconds must be positive")
+        return value
+
+    def intake_checks(self) -> FileChecks:
+        """What every file has to pass before the store takes it in."""
+        return FileChecks(self.intake, label_names(self.structure_list()))
 
     @field_validator("patient_pattern")
     @classmethod
@@ -257,12 +276,7 @@ def load_settings(
     path = config or (studies / SETTINGS_FILE if studies is not None else None)
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
-    if path is not None and path.is_file():
-        try:
-            with path.open("rb") as file:
-                tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"{path}: not a TOML file: {error}") from error
+    table = _read_toml(path) if path is not None and path.is_file() else {}
 
     class _FromFile(Settings):
         @classmethod
@@ -274,13 +288,21 @@ def load_settings(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            file = TomlConfigSettingsSource(settings_cls, path) if path is not None else None
-            return (init_settings, env_settings, *((file,) if file is not None else ()))
+            return (init_settings, env_settings, InitSettingsSource(settings_cls, table))
 
     try:
         return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(_sentence(error, _origin(path))) from error
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(decode_text(path.read_bytes()))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (TextError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 
 def _origin(path: Path | None) -> str:

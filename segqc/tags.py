@@ -11,11 +11,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import pydicom
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
-from segqc.volumes import NRRD_SUFFIXES, VolumeError, dicom_files, read_nrrd_header, scan_id
+from segqc.text import TextError, decode_text
+from segqc.volumes import (
+    NRRD_SUFFIXES,
+    VolumeError,
+    dicom_files,
+    is_dicom_image,
+    read_dataset,
+    read_nrrd_header,
+    scan_id,
+)
 
 _SIDECAR: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 _NUMBER = re.compile(r"\(?([0-9a-f]{4})[|,_ ]?([0-9a-f]{4})\)?", re.IGNORECASE)
@@ -58,9 +66,9 @@ def _named(tag: str) -> tuple[str, int | None]:
 
 def _read_sidecar(path: Path) -> Mapping[str, JsonValue]:
     try:
-        return _SIDECAR.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]) or "unknown reason"
+        return _SIDECAR.validate_json(decode_text(path.read_bytes()))
+    except (OSError, TextError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else getattr(error, "strerror", error)
         raise VolumeError(
             f"{path}: the scan's side-car is no readable JSON object ({reason}); repair or remove it."
         ) from error
@@ -82,12 +90,25 @@ def _number_of(key: str) -> int | None:
 
 
 def _in_series(folder: Path, keyword: str, number: int | None) -> str | None:
-    files = dicom_files(folder)
-    if not files:
-        raise VolumeError(f"{folder}: holds no DICOM images; give a folder of one DICOM series.")
+    for file in dicom_files(folder):
+        if is_dicom_image(file):
+            return _in_file(file, keyword, number)
+    raise VolumeError(f"{folder}: holds no DICOM images; give a folder of one DICOM series.")
+
+
+def read_dicom_tag(file: Path, tag: str) -> str | None:
+    """The value of a tag of one DICOM file, as `read_tag` gives it.
+
+    Raises:
+        VolumeError: if the file is damaged.
+    """
+    return _in_file(file, *_named(tag))
+
+
+def _in_file(file: Path, keyword: str, number: int | None) -> str | None:
     try:
-        value = pydicom.dcmread(files[0], stop_before_pixels=True).get(keyword if number is None else number)
+        value = read_dataset(file, pixels=False).get(keyword if number is None else number)
+        shown = getattr(value, "value", value)  # by number it is an element, by keyword its value
+        return (str(shown).strip() or None) if shown is not None else None
     except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base
-        raise VolumeError(f"{files[0]}: is truncated or damaged ({error}); copy the series again.") from error
-    shown = getattr(value, "value", value)  # by number it is an element, by keyword its value
-    return (str(shown).strip() or None) if shown is not None else None
+        raise VolumeError(f"{file}: is truncated or damaged ({error}); copy the series again.") from error

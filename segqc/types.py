@@ -35,6 +35,20 @@ class Structure:
         return np.isin(labels, self.values)
 
 
+def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
+    """Names of the label map's values, as annotation clients show them: ``{name: value}``, values ascending.
+
+    A structure of one value gives it its name. A value that is only part of a union is named after the union and
+    itself.
+    """
+    names: dict[int, str] = {}
+    for structure in sorted(structures, key=lambda s: len(s.values)):
+        for value in structure.values:
+            plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
+            names.setdefault(value, plain)
+    return {names[value]: value for value in sorted(names)}
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """Dice, IoU, ARVD and RVD of a mask against a truth or an estimated truth (paper, section 3.2)."""

@@ -11,8 +11,9 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
-from segqc.store import assessments, leases, orders
+from segqc.store import assessments, leases, orders, scans
 from segqc.store.orders import Order
+from segqc.store.values import LeaseRecord
 from segqc.types import Assessment, PredictionInterval
 
 Answer = dict[str, Any]  # MONAI Label's form: JSON
@@ -92,9 +93,7 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
         """Hand out a scan; None where none is left for this annotator."""
-        rules = self.studies.settings.annotation
-        with self.studies.store.write() as transaction:
-            lease = leases.take(transaction, current_actor(), self.name, self._order, rules)
+        lease = self._hand_out()
         if lease is None:
             return None
         shown = None
@@ -115,3 +114,19 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
                 "scored then); this one was drawn uniformly at random."
             )
         return said
+
+    def _hand_out(self) -> LeaseRecord | None:
+        """Take a scan whose file still holds what it is known for."""
+        while True:
+            with self.studies.store.write() as transaction:
+                lease = leases.take(
+                    transaction, current_actor(), self.name, self._order, self.studies.settings.annotation
+                )
+            if lease is None:
+                return None
+            if self.studies.is_unchanged(lease.scan):
+                return lease
+            with self.studies.store.read() as transaction:
+                now = leases.get(transaction, lease.id)
+                if now == lease and scans.get(transaction, now.scan).missing_since is None:
+                    return lease  # only touched: the content is the same

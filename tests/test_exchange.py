@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from segqc import cli
+from segqc.commands.common import CommandError
 from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
-from segqc.exchange.dataset import Count, ExchangeError, dataset_of, make_studies
+from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
 from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
@@ -104,7 +105,9 @@ def test_a_local_datastore_is_taken_over_in_place(folder: Path) -> None:
     opened = plain(folder)
     with opened.write() as transaction:
         scans.update_info(transaction, "scan_0", {"ts": 6})  # what the store knows is newer
-    assert local_datastore.take_notes(opened, local_datastore.read_datastore(folder)) == Count(2, 2)
+    found = local_datastore.take_notes(opened, local_datastore.read_datastore(folder))
+    assert (found.scans, found.labels) == (2, 2)
+    assert [(item.file, "not there" in item.reason) for item in found.left_aside] == [("gone.nii.gz", True)]
     with opened.read() as transaction:
         assert scans.get(transaction, "scan_0").info == {"ts": 6, "name": "scan_0.nii.gz", "client": None}
         final, second = labels.tags(transaction, "scan_0")["final"], labels.tags(transaction, "scan_1")["second"]
@@ -139,12 +142,32 @@ def test_monai_label_opens_an_exported_datastore(folder: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "scan_0.nii.gz").samefile(folder / "scan_0.nii.gz")
 
     again = plain(tmp_path / "out")
-    assert local_datastore.take_notes(again, local_datastore.read_datastore(tmp_path / "out")) == Count(4, 3)
+    assert local_datastore.take_notes(again, local_datastore.read_datastore(tmp_path / "out")) == Imported(4, 3)
     assert states(again) == states(opened)
     with pytest.raises(ExchangeError, match="exists already"):
         local_datastore.write_datastore(opened, tmp_path / "out")
     opened.close()
     again.close()
+
+
+def test_all_that_an_import_in_place_does_not_use_is_named(folder: Path) -> None:
+    (folder / "labels" / "final" / "scan_1.nii.gz").write_bytes(b"x")
+    (folder / "broken.nii").write_bytes(b"x")
+    label(folder / "labels" / "final" / "nobody.nii.gz", 1)
+    (folder / "notes.xyz").write_text("x", encoding="utf-8")
+    ends = {"scan_0": ".nii.gz", "scan_1": ".nii.gz", "gone": ".nrrd", "broken": ".nii"}
+    objects = {
+        name: {"image": {"ext": end}, "labels": {"final": {"ext": ".nii.gz"}, "second": {"ext": ".nii.gz"}}}
+        for name, end in ends.items()
+    }
+    write(folder / "datastore_v2.json", {"objects": objects})
+    output = run("import", "local", folder)
+    assert "2 scans and 1 labels taken, " in output
+    named = {line.strip().split(":")[0] for line in output.splitlines() if line.startswith("  ")}
+    assert named >= {
+        "labels/final/scan_1.nii.gz", "broken.nii", "labels/final/nobody.nii.gz", "gone.nrrd",
+        "labels/second/scan_0.nii.gz", "labels/second/scan_1.nii.gz",
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- Decathlon
@@ -176,7 +199,7 @@ def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -
     reports: list[tuple[int, int, str]] = []
     dataset = decathlon.read_task(task)
     assert dataset.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
-    assert make_studies(dataset, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Count(3, 2)
+    assert make_studies(dataset, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Imported(3, 2)
     assert reports[-1] == (3, 3, "scans")
     assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
     assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
@@ -187,38 +210,89 @@ def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -
     opened.close()
 
 
-def test_an_unusable_decathlon_task_leaves_nothing(task: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"modality": {"0": "T1", "1": "T2"}}, "T1, T2"),
+        ({"labels": {"0": "background"}}, "1 to 255"),
+        ({"labels": {"1": "liver", "2": "liver"}}, "same name"),
+        ({"training": 3}, r"dataset\.json: is no file"),
+    ],
+)
+def test_an_unusable_decathlon_list_is_refused(task: Path, entries: dict[str, object], match: str) -> None:
+    changed(task / "dataset.json", **entries)
+    with pytest.raises(ExchangeError, match=match):
+        decathlon.read_task(task)
+
+
+def four_dimensional(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 2), np.int16), np.eye(4)), path)
+
+
+def foreign_value(path: Path) -> None:
+    label(path, 1, 7)
+
+
+def other_grid(path: Path) -> None:
+    write_labels(Volume(np.ones((4, 4, 4), np.uint8), np.eye(4)), path)
+
+
+BAD_FILES = [
+    ("imagesTr/a.nii.gz", four_dimensional, "4-D", (2, 1)),
+    ("imagesTr/a.nii.gz", Path.unlink, "not there", (2, 1)),
+    ("imagesTs/c.nii.gz", lambda path: path.write_bytes(b"x"), "readable", (2, 2)),
+    ("labelsTr/a.nii.gz", foreign_value, "label value 7", (3, 1)),
+    ("labelsTr/a.nii.gz", other_grid, "scan", (3, 1)),
+    ("labelsTr/a.nii.gz", Path.unlink, "not there", (3, 1)),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "reason", "counts"), BAD_FILES)
+def test_one_bad_file_of_a_task_is_left_aside_and_the_rest_is_taken(
+    task: Path, tmp_path: Path, file: str, damage: Callable[[Path], object], reason: str, counts: tuple[int, int]
+) -> None:
+    damage(task / file)
+    found = make_studies(decathlon.read_task(task), tmp_path / "s")
+    assert (found.scans, found.labels) == counts
+    (item,) = found.left_aside
+    assert file in item.file
+    assert item.reason.removeprefix("./").startswith(f"{file}: ")
+    assert reason in item.reason
+    assert str(tmp_path) not in item.reason
+    opened = plain(tmp_path / "s")
+    assert len(states(opened)) == counts[0]
+    assert sum(state == "submitted" for state in states(opened).values()) == counts[1]
+    opened.close()
+
+
+def test_files_that_a_task_may_not_list_are_left_aside(task: Path, tmp_path: Path) -> None:
+    wrong = ["../outside.nii.gz", "./imagesTr/a.nii.gz", "./dataset.json", "a\0b.nii.gz", "/etc/passwd", "x" * 5000]
+    changed(task / "dataset.json", test=wrong)
+    found = make_studies(decathlon.read_task(task), tmp_path / "s")
+    assert (found.scans, found.labels, len(found.left_aside)) == (2, 2, len(wrong))
+
+
+def test_where_no_scan_can_be_taken_nothing_is_written(task: Path, tmp_path: Path) -> None:
+    for path in task.glob("images*/*.gz"):
+        four_dimensional(path)
+    result = CliRunner().invoke(cli.app, ["import", "decathlon", str(task), str(tmp_path / "s")])
+    assert isinstance(result.exception, CommandError)
+    assert "0 scans taken, 3 left aside" in result.output
+    assert all(f"images{part}: " in result.output for part in ("Tr/a.nii.gz", "Tr/b.nii.gz", "Ts/c.nii.gz"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Task99_Liver"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_list_is_read_in_the_encodings_of_other_systems(task: Path, encoding: str) -> None:
     path = task / "dataset.json"
-    whole = path.read_text()
-
-    def refused(match: str, error: type[Exception] = ExchangeError) -> None:
-        with pytest.raises(error, match=match):
-            make_studies(decathlon.read_task(task), tmp_path / "s")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["Task99_Liver"]
-        path.write_text(whole)
-
-    changed(path, modality={"0": "T1", "1": "T2"})
-    refused("T1, T2")
-    changed(path, labels={"0": "background"})
-    refused("1 to 255")
-    changed(path, labels={"1": "liver", "2": "liver"})
-    refused("same name")
-    changed(path, test=["../outside.nii.gz"])
-    refused("not in its folder")
-    changed(path, test=["./imagesTs/d.nii.gz"])
-    refused(r"d\.nii\.gz: is listed")
-    changed(path, test=["./imagesTr/a.nii.gz"])
-    refused("same name")
-    changed(path, labels={"1": "liver"})
-    refused(r"labelsTr/a\.nii\.gz: holds the label value 2", VolumeError)
-    changed(path, training=3)
-    refused("dataset.json: is no file")
-    path.rename(task / "away.json")
-    refused(r"dataset\.json: cannot be read")
-    path.write_text(whole)
-    (task / "away.json").unlink()
-    nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 2), np.int16), np.eye(4)), task / "imagesTs" / "c.nii.gz")
-    refused(r"c\.nii\.gz: is 4-D", VolumeError)
+    changed(path, labels={"1": "Größe", "2": "肝臓"})
+    text = json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False, indent=1).replace("\n", "\r\n")
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    path.write_bytes((mark + text).encode(encoding))
+    assert [s.name for s in decathlon.read_task(task).structures] == ["Größe", "肝臓"]
+    path.write_bytes(text.replace("肝臓", "x").encode("cp1252"))
+    with pytest.raises(ExchangeError, match=r"dataset\.json: byte \d+ \(0xF6\) is not UTF-8; save the file as UTF-8"):
+        decathlon.read_task(task)
 
 
 @pytest.mark.parametrize("only_approved", [False, True])
@@ -269,7 +343,7 @@ def raw(tmp_path: Path) -> Path:
 def test_an_nnunet_folder_becomes_a_studies_folder_and_one_again(raw: Path, tmp_path: Path) -> None:
     dataset = nnunet.read_raw(raw)
     assert dataset.structures == (Structure("organs", (1, 2, 3)), Structure("liver", (3,)))
-    assert make_studies(dataset, tmp_path / "s") == Count(2, 1)
+    assert make_studies(dataset, tmp_path / "s") == Imported(2, 1)
     opened = plain(tmp_path / "s")
     assert states(opened) == {"a_1": "submitted", "b": "unlabelled"}
     nnunet.write_raw(dataset_of(opened, dataset.structures), tmp_path / "again")
@@ -318,13 +392,26 @@ def test_unusable_nnunet_folders_are_refused(raw: Path, entries: dict[str, objec
         nnunet.read_raw(raw)
 
 
-def test_missing_labels_and_further_channels_are_named(raw: Path) -> None:
+def test_files_of_no_case_are_left_aside(raw: Path, tmp_path: Path) -> None:
     image(raw / "imagesTs" / "b_0001.nii.gz")
-    with pytest.raises(ExchangeError, match="b_0001"):
-        nnunet.read_raw(raw)
-    (raw / "labelsTr" / "a_1.nii.gz").unlink()
-    with pytest.raises(ExchangeError, match=r"a_1\.nii\.gz: no such label map"):
-        nnunet.read_raw(raw)
+    image(raw / "imagesTr" / "plain.nii.gz")
+    image(raw / "imagesTr" / "c_0000.nii.gz")
+    (raw / "imagesTr" / "notes.txt").write_text("x", encoding="utf-8")
+    label(raw / "labelsTr" / "nobody.nii.gz", 1)
+    found = make_studies(nnunet.read_raw(raw), tmp_path / "s")
+    assert (found.scans, found.labels) == (3, 1)
+    assert sorted(item.file for item in found.left_aside) == [
+        "imagesTr/c_0000.nii.gz", "imagesTr/notes.txt", "imagesTr/plain.nii.gz", "imagesTs/b_0001.nii.gz",
+        "labelsTr/nobody.nii.gz",
+    ]  # fmt: skip
+    assert all(item.reason.startswith(f"{item.file}: ") for item in found.left_aside)
+
+
+def test_suffixes_in_capitals_are_the_same(raw: Path, tmp_path: Path) -> None:
+    for path in list(raw.glob("*/[!.]*.nii.gz")):
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    assert make_studies(nnunet.read_raw(raw), tmp_path / "s") == Imported(2, 1)
+    assert (tmp_path / "s" / "labels" / "final" / "a_1.nii.gz").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ tables and archives
@@ -389,6 +476,17 @@ def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path)
     assert read["events"][0]["at"] == "2026-01-01T12:00:00+00:00"
 
 
+@pytest.mark.parametrize("start", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_text_that_begins_a_formula_is_quoted_in_tables(folder: Path, tmp_path: Path, start: str) -> None:
+    opened = plain(folder)
+    opened.review("scan_0", "approved", replace(ANNA, name=f"{start} anna"))
+    tables.write_tables(opened, tmp_path / "t", "csv")
+    opened.close()
+    with (tmp_path / "t" / "events.csv").open(encoding="utf-8", newline="") as file:
+        found = [row["who"] for row in csv.DictReader(file) if "anna" in row["who"]]
+    assert found == [f"'{start} anna".replace("\r", "\n")]
+
+
 def test_tables_as_parquet_say_the_same(store: Store, folder: Path, clock: Clock, tmp_path: Path) -> None:
     from pyarrow import parquet
 
@@ -423,6 +521,8 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final = fill(store, folder, clock)
+    (folder / "left_aside.mha").touch()
+    take_in(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
     assert all(written[table] for table in written), "the test wants a row in every table"
 
@@ -488,12 +588,12 @@ def run(*arguments: str | Path) -> str:
 
 def test_the_commands(task: Path, tmp_path: Path) -> None:
     studies = tmp_path / "studies"
-    assert "3 scans, 2 of them with a final label" in run("import", "decathlon", task, studies, "--link")
+    assert "3 scans and 2 labels taken, 0 left aside" in run("import", "decathlon", task, studies, "--link")
     assert "3 scans, 2 of them" in run("export", "nnunet", studies, tmp_path / "raw")
-    assert "3 scans, 2 of them" in run("import", "nnunet", tmp_path / "raw", tmp_path / "second")
+    assert "3 scans and 2 labels taken, 0 left aside" in run("import", "nnunet", tmp_path / "raw", tmp_path / "second")
     assert "3 scans, 0 of them" in run("export", "decathlon", studies, tmp_path / "task", "--only-approved")
     assert "3 scans, 2 labels" in run("export", "local", studies, tmp_path / "local")
-    assert "notes of 3 scans and 2 labels" in run("import", "local", tmp_path / "local")
+    assert "3 scans and 2 labels taken, 0 left aside" in run("import", "local", tmp_path / "local")
     assert "2 label_versions" in run("export", "tables", studies, tmp_path / "tables")
     assert "3 scan" in run("export", "archive", studies, tmp_path / "archive")
     (tmp_path / "third").mkdir()

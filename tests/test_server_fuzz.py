@@ -306,10 +306,45 @@ def dicom_slice(index: int) -> bytes:
     return file.getvalue()
 
 
+def segments(nrrd: bytes) -> bytes:
+    """A label map as 3D Slicer writes it, with the names of its segments."""
+    lines = b"".join(
+        b"Segment%d_Name:=%s\nSegment%d_LabelValue:=%d\nSegment%d_Layer:=0\n" % (i, name, i, value, i)
+        for i, (name, value) in enumerate([(b"liver", 1), (b"spleen", 4)])
+    )
+    return nrrd.replace(b"\n\n", b"\n" + lines + b"\n", 1)
+
+
+def metaimage() -> bytes:
+    labels = draw_case(0)[1]
+    spacing = " ".join(map(str, np.diag(labels.affine)[:3]))
+    head = (
+        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
+        f"TransformMatrix = -1 0 0 0 -1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = {spacing}\n"
+        f"DimSize = {' '.join(map(str, labels.shape))}\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+    )
+    return head.encode() + labels.array.tobytes(order="F")
+
+
 SLICES = [dicom_slice(i) for i in range(3)]
 SCAN = {suffix: scan_bytes(suffix) for suffix in (".nii", ".nii.gz", ".nrrd")}
 LABEL = {suffix: label_bytes(suffix) for suffix in (".nii", ".nii.gz", ".nrrd")}
 NIFTI_FIELDS = [(name, *nib.Nifti1Header.template_dtype.fields[name]) for name in nib.Nifti1Header.template_dtype.names]
+LABEL |= {".seg.nrrd": segments(LABEL[".nrrd"]), ".mha": metaimage()}
+META_LINES = st.sampled_from([
+    "NDims = 99999999", "NDims = -1", "DimSize = 99999 99999 99999", "DimSize = 0 0 0", "DimSize = nan 1", "DimSize =",
+    "ElementType = MET_NONSENSE", "ElementType = MET_DOUBLE", "CompressedData = True", "CompressedDataSize = -1",
+    "CompressedDataSize = 99999999999999999999", "HeaderSize = -1", "HeaderSize = 99999999999", "HeaderSize = x",
+    "TransformMatrix = nan nan nan nan nan nan nan nan nan", "TransformMatrix = 1", "Offset = 1e999 x",
+    "BinaryData = x",
+    "ElementSpacing = 0 0 0", "ElementSpacing = -1 nan inf", "ElementNumberOfChannels = 99999999", "=", "x",
+    "ElementDataFile = /etc/passwd", "ElementDataFile = LIST", "ElementDataFile = x%d.raw 1 99999999 1",
+])  # fmt: skip
+# where readers compute with what they find, more often than the rest
+NIFTI_FIELDS += 6 * [found for found in NIFTI_FIELDS if found[0] in (
+    "sizeof_hdr", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope", "scl_inter", "qform_code",
+    "sform_code", "quatern_b", "srow_x", "magic", "xyzt_units",
+)]  # fmt: skip
 NRRD_LINES = st.sampled_from([
     "line skip: 99999999999", "line skip: -1", "byte skip: -1", "byte skip: 999999999999", "sizes: 99999 99999 99999",
     "sizes: 0 0 0", "sizes: -1 2 3", "sizes: a b c", "dimension: 0", "dimension: 4", "dimension: x", "type: double",
@@ -331,19 +366,19 @@ def changed(draw: st.DrawFn, content: bytes, suffix: str) -> bytes:
     kind = draw(st.sampled_from(["none", "field", "bytes", "cut", "longer", "field"]))
     if kind == "field" and suffix.startswith(".nii"):
         _, dtype, offset = draw(st.sampled_from(NIFTI_FIELDS))
-        bits = draw(st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])) * dtype.itemsize
+        size, count = dtype.base.itemsize, dtype.itemsize // dtype.base.itemsize
+        bits = draw(st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"\x01"])) * size
         if dtype.base.kind == "f":
-            number = draw(st.sampled_from([math.nan, math.inf, -1.0, 0.0, 1e38, 1e-38, 352.5]))
-            bits = struct.pack("<f", number) * (dtype.itemsize // 4)
-        data[offset : offset + dtype.itemsize] = bits[: dtype.itemsize]
-    elif kind == "field" and suffix == ".nrrd":
-        head, _, rest = bytes(data).partition(b"\n\n")
-        lines = head.split(b"\n")
-        line = draw(NRRD_LINES).encode("utf-8", "replace")
-        place = draw(st.integers(1, len(lines)))
-        name = line.split(b":")[0]
-        kept = [old for old in lines if old.split(b":")[0] != name]
-        data = bytearray(b"\n".join([*kept[:place], line, *kept[place:]]) + b"\n\n" + rest)
+            bits = struct.pack("<f", draw(st.sampled_from([math.nan, math.inf, -1.0, 0.0, 1e38, 1e-38, 352.5])))
+        for index in [draw(st.integers(0, count - 1))] if draw(st.booleans()) else range(count):
+            data[offset + size * index : offset + size * (index + 1)] = bits
+    elif kind == "field" and suffix != ".dcm":
+        end, sign, nasty = (b"LOCAL\n", b"=", META_LINES) if suffix == ".mha" else (b"\n\n", b":", NRRD_LINES)
+        head, _, rest = bytes(data).partition(end)
+        line = draw(nasty).encode("utf-8", "replace")
+        kept = [old for old in head.split(b"\n") if old.split(sign)[0].strip() != line.split(sign)[0].strip()]
+        place = draw(st.integers(1, len(kept) - 1))
+        data = bytearray(b"\n".join([*kept[:place], line, *kept[place:]]) + end + rest)
     elif kind == "field" and suffix == ".dcm":
         item = pydicom.dcmread(io.BytesIO(content))
         tag = draw(st.sampled_from(sorted(item.keys())))
@@ -383,9 +418,9 @@ FILE_NAMES = st.sampled_from([
 
 @st.composite
 def uploads(draw: st.DrawFn, of: dict[str, bytes]) -> tuple[str, bytes]:
-    suffix = draw(st.sampled_from([*of, ".dcm"]))
+    suffix = draw(st.sampled_from([*of, *of, ".dcm"]))
     content = draw(changed(SLICES[0] if suffix == ".dcm" else of[suffix], suffix))
-    name = draw(st.one_of(st.just(f"x{suffix}"), st.just(f"x{suffix}"), FILE_NAMES))
+    name = draw(FILE_NAMES) if draw(st.integers(0, 5)) == 0 else f"x{suffix}"
     return name, content
 
 
@@ -487,7 +522,7 @@ def submitted(draw: st.DrawFn) -> Sent:
     """A scan or a label map with something wrong in the file, to every way in."""
     method, target, name, of = draw(st.sampled_from([
         ("PUT", "/datastore/label?image=scan_0&tag=final", "label", LABEL),
-        ("PUT", "/datastore/image?image=new", "file", SCAN),
+        ("PUT", "/datastore/image?image=new_{}", "file", SCAN),
         ("PUT", "/session/", "files", SCAN),
         ("POST", "/infer/segmentation?output=json", "file", SCAN),
         ("POST", "/infer/segqc?output=json&image=scan_1", "label", LABEL),
@@ -496,7 +531,8 @@ def submitted(draw: st.DrawFn) -> Sent:
     if name == "files" and draw(st.booleans()):
         files = [(name, f"{i}.dcm", draw(changed(content, ".dcm"))) for i, content in enumerate(SLICES)]
     body = multipart([("params", json.dumps(draw(PARAMS)) if draw(st.booleans()) else "{}")], files)
-    return Sent(method, target, [("content-type", f"multipart/form-data; boundary={BOUNDARY}")], body)
+    headers = [("content-type", f"multipart/form-data; boundary={BOUNDARY}")]
+    return Sent(method, target.format(draw(st.integers(0, 10**6))), headers, body)
 
 
 def by_schema(schema: dict[str, Any]) -> st.SearchStrategy[Sent]:

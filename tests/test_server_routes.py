@@ -112,7 +112,7 @@ BAD_REQUESTS = [
             ("epochs", -1),
             ("epochs", 0),
             ("max_epochs", 100_001),
-            ("epochs", 10**30),
+            ("epochs", 2**60),
             ("batch", 0),
             ("batch", 10**6),
             ("learning_rate", 0),
@@ -127,6 +127,7 @@ BAD_REQUESTS = [
             ("fold_epochs", 2),
         )
     ],
+    ("POST", "/train/segmentation", {"json": {"epochs": 10**30}}, 422),
     ("POST", "/train/segmentation", {"json": {"epochs": 3, "max_epochs": 3}}, 400),
     ("POST", "/train/", {"json": {"segmentatoin": {}}}, 400),
     ("POST", "/segqc/round", {"json": {"segqc": {"learning_rat": 1}}}, 400),

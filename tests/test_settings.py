@@ -119,3 +119,29 @@ def test_written_settings_come_back_whatever_the_names(tmp_path: Path) -> None:
     assert settings.structures == structures
     assert settings.patient_of(Path("P 1_ES.nii.gz")) == "P 1"
     assert settings.patient_of(Path("other.nrrd")) == "other"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_settings_are_read_in_the_encodings_that_other_systems_write(tmp_path: Path, encoding: str, end: str) -> None:
+    text = end.join(["[structures]", '"Größe" = [1]', "[server]", "port = 1001", ""])
+    (tmp_path / "segqc.toml").write_bytes(text.encode(encoding))
+    settings = load_settings(tmp_path)
+    assert (settings.structures, settings.server.port) == ({"Größe": (1,)}, 1001)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[structures]\n"Größe" = [1]'.encode("cp1252"), "byte 16 (0xF6) is not UTF-8"),
+        (b"\xff\xfea", "byte 2 (0x61) is not UTF-16"),
+        (b"a\0b\0", "byte 1 is zero"),
+    ],
+)
+def test_settings_in_another_encoding_are_named_with_the_byte(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "segqc.toml").write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path)
+    message = str(caught.value)
+    assert all(part in message for part in ["segqc.toml", said, "save the file as UTF-8"]), message
+    assert "\n" not in message

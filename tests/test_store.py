@@ -291,7 +291,7 @@ def test_a_label_that_another_process_saves_meanwhile_is_not_taken_for_a_persons
     real = store.files.views  # looked at between the rows and the files
     saved = []
 
-    def files(place: Path) -> Iterator[os.DirEntry[str]]:
+    def files(place: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         if place.name == "original" and not saved:
             saved.append(save_mask(other, folder.parent, "scan_1", 6, segmenter="seg2"))
             saved.append(save_mask(other, folder.parent, "scan_3", 7, segmenter="seg2"))
@@ -320,10 +320,10 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
     dying = Store(folder, url)
     real_put, real_show = dying.files.put, dying.files._show
 
-    def put(arrival: object) -> object:
+    def put(*arguments: object) -> object:
         if when == "before the files":
             os._exit(9)
-        state = real_put(arrival)  # type: ignore[arg-type]
+        state = real_put(*arguments)  # type: ignore[arg-type]
         if when == "before the commit":
             os._exit(9)
         return state

@@ -28,8 +28,13 @@ from tests.store_kit import PLACING
 ARRAY = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
 
 
+def without_sidecar(scan: Path) -> Path:
+    write_scan(Volume(ARRAY, np.eye(4)), scan)
+    return scan
+
+
 def with_sidecar(scan: Path, **values: object) -> Path:
-    scan.touch()
+    without_sidecar(scan)
     scan.with_name(scan.name.split(".")[0] + ".json").write_text(json.dumps(values))
     return scan
 
@@ -135,8 +140,8 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
     settings._tell_of_untagged.cache_clear()
     for name in ("p1_a", "p1_b", "p2_c"):
         with_sidecar(tmp_path / f"{name}.nii.gz", PatientID="seven")
-    (tmp_path / "p3_d.nii.gz").touch()
-    (tmp_path / "odd.nii.gz").touch()
+    without_sidecar(tmp_path / "p3_d.nii.gz")
+    without_sidecar(tmp_path / "odd.nii.gz")
     (tmp_path / "segqc.toml").write_text(
         'patient_tag = "PatientID"\npatient_pattern = "^(p[0-9])_"\n[patients]\n"eight" = ["p1_b"]\n'
     )
@@ -147,7 +152,7 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
 
 
 def test_without_the_setting_no_side_car_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.nii").touch()
+    without_sidecar(tmp_path / "a.nii")
     (tmp_path / "a.json").write_text("{")
     assert patients(Studies(tmp_path)) == {"a": "a"}
 
@@ -161,11 +166,13 @@ def test_a_scan_waits_until_its_side_car_can_be_read(tmp_path: Path, caplog: pyt
         studies = Studies(tmp_path)
         assert patients(studies) == {"b": "seven"}
         studies.refresh()
-    assert sum("a.nii is not taken in" in m and "a.json" in m for m in caplog.messages) == 1
+    assert sum("not taken in" in m and "a.nii" in m and "a.json" in m for m in caplog.messages) == 1
+    assert [finding.file for finding in studies.findings()] == ["a.nii"]
     assert any("a.nii" in finding.what for finding in check(studies.store))
     (tmp_path / "a.json").write_text('{"PatientID": "seven"}')  # in place: the folder itself shows no change
     studies.refresh()
     assert patients(studies) == {"a": "seven", "b": "seven"}
+    assert studies.findings() == []
 
 
 def test_known_scans_are_not_looked_at_again(tmp_path: Path) -> None:
@@ -219,9 +226,24 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path: Path) -> None:
         dicom.make_studies(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ExchangeError, match="no such folder"):
         dicom.make_studies(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_volumes_of_one_name_are_numbered(tmp_path: Path) -> None:
     series(tmp_path / "in" / "a_b", "P7")
     (tmp_path / "in" / "a").mkdir()
     series(tmp_path / "in" / "a" / "b", "P8")
-    with pytest.raises(ExchangeError, match="another series would have the name a_b"):
-        dicom.make_studies(tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert dicom.make_studies(tmp_path / "in", tmp_path / "out").scans == 2
+    assert set(patients(Studies(tmp_path / "out")).values()) == {"P7", "P8"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_side_car_is_read_in_the_encodings_of_other_systems(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_bytes('{\r\n"PatientID": "Jürgen 7"\r\n}'.encode(encoding))
+    assert read_tag(tmp_path / "a.nii.gz", "PatientID") == "Jürgen 7"
+
+
+def test_a_side_car_in_another_encoding_is_named_with_the_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('{"PatientID": "Jürgen 7"}'.encode("latin-1"))
+    with pytest.raises(VolumeError, match=r"a\.json.*byte 16 \(0xFC\) is not UTF-8; save the file as UTF-8"):
+        read_tag(tmp_path / "a.nii.gz", "PatientID")

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from segqc import cli
 from segqc.metrics import METRIC_NAMES
-from segqc.store import assessments, labels, upkeep
-from segqc.store.database import StoreError
+from segqc.store import assessments, labels, scans, upkeep
+from segqc.store.database import StoreError, Transaction
+from segqc.store.files import sha256_of
 from segqc.store.folder import Taken, take_in
 from segqc.store.store import Store
 from segqc.store.values import LabelRecord
@@ -265,13 +266,45 @@ def test_a_damaged_database_is_found(store: Store) -> None:
 
 def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str | None) -> None:
     unopened = Store(folder, url)
-    assert upkeep.upgrade(unopened) == (None, "0002")
-    assert upkeep.upgrade(unopened) == ("0002", "0002")
+    assert upkeep.upgrade(unopened) == (None, "0003")
+    assert upkeep.upgrade(unopened) == ("0003", "0003")
     with unopened.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="newer version of segqc"):
         upkeep.upgrade(unopened)
     unopened.close()
+
+
+def forget_contents(transaction: Transaction) -> None:
+    """Take back what revision 0003 brought."""
+    for statement in (
+        "DROP TABLE finding",
+        "CREATE TABLE keeping (key VARCHAR NOT NULL PRIMARY KEY, value VARCHAR NOT NULL)",
+        "DROP INDEX ix_scan_former_name",
+        "DROP INDEX ix_label_version_source_sha256",
+        *(f"ALTER TABLE scan DROP COLUMN {name}" for name in ("sha256", "signature", "former_name")),
+        *(f"ALTER TABLE label_version DROP COLUMN {name}" for name in ("source_sha256", "source_suffix")),
+    ):
+        transaction.execute(text(statement))
+
+
+def test_the_contents_of_scans_that_were_there_before_are_read_after_an_upgrade(
+    folder: Path, url: str | None, clock: Clock
+) -> None:
+    opened = Store.open(folder, url, clock=clock)
+    take_in_scans(opened)
+    kept = save_final(opened, folder.parent, "scan_1", 3)
+    with opened.write() as transaction:
+        forget_contents(transaction)
+        transaction.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    opened.close()
+    assert upkeep.upgrade(Store(folder, url)) == ("0002", "0003")
+    again = Store.open(folder, url, clock=clock)
+    assert take_in(again, scan_id, PLACING) == Taken()
+    with again.read() as transaction:
+        assert all(scan.sha256 == sha256_of(folder / scan.file) for scan in scans.listing(transaction))
+        assert labels.current(transaction, "scan_1", "final") == kept
+    again.close()
 
 
 def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: str | None, clock: Clock) -> None:
@@ -283,11 +316,12 @@ def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: s
         number = assessments.write(transaction, written, mask.id)
         for name in ("interval_level", *(f"{m}_{e}" for m in METRIC_NAMES for e in ("low", "high"))):
             transaction.execute(text(f"ALTER TABLE assessment_structure DROP COLUMN {name}"))
+        forget_contents(transaction)
         transaction.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     opened.close()
     with pytest.raises(StoreError, match="segqc db upgrade"):
         Store.open(folder, url)
-    assert upkeep.upgrade(Store(folder, url)) == ("0001", "0002")
+    assert upkeep.upgrade(Store(folder, url)) == ("0001", "0003")
     again = Store.open(folder, url, clock=clock)
     with again.read() as transaction:
         assert assessments.read(transaction, number) == written
@@ -304,7 +338,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
-    assert "revision 0002, was empty" in run("upgrade", folder)
+    assert "revision 0003, was empty" in run("upgrade", folder)
     opened = Store.open(folder)
     take_in_scans(opened)
     label = save_final(opened, tmp_path, "scan_0", 3)

@@ -19,6 +19,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
+from segqc.loop.studies import expecting
 from segqc.server.checks import known
 from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
@@ -27,6 +28,8 @@ from segqc.store import labels
 from segqc.store.labels import NewLabel
 from segqc.store.values import LabelRecord, Who
 from strategies import STRATEGIES, PoolScoring, Sampling
+
+_MOST_FINDINGS = 100
 
 
 class SegqcApp(MONAILabelApp):
@@ -70,8 +73,12 @@ class SegqcApp(MONAILabelApp):
         return {method: PoolScoring(method, self.desk.studies) for method in ("segqc", "tta", "entropy")}
 
     def info(self) -> dict[str, Any]:
-        """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it."""
-        return {**super().info(), "labels": list(self.desk.labels())}
+        """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
+
+        ``findings`` are the files of the folder that were not taken in, the first ones where there are many.
+        """
+        aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MOST_FINDINGS]]
+        return {**super().info(), "labels": list(self.desk.labels()), "findings": aside}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.
@@ -90,6 +97,7 @@ class SegqcApp(MONAILabelApp):
             task_request["image"] = request["image_file"]
         else:
             image = known("image", request.get("image", ""), store.list_images())
+            content = self.desk.studies.verify_scan(image).sha256
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 judged = self._mask_to_judge(image, request.get("label_tag"))
@@ -103,7 +111,7 @@ class SegqcApp(MONAILabelApp):
             tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
             if tag == "final":
                 raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
-            saved = self._save(image, Path(path), tag, name, params, judged)
+            saved = self._save(image, Path(path), tag, name, params, judged, content)
         return {"label": saved or path, "tag": "original", "file": path, "params": params}
 
     def _mask_to_judge(self, image: str, tag: str | None) -> LabelRecord | None:
@@ -123,14 +131,21 @@ class SegqcApp(MONAILabelApp):
         return found[tag]
 
     def _save(
-        self, image: str, path: Path, tag: str, name: str, params: dict[str, Any], parent: LabelRecord | None
+        self,
+        image: str,
+        path: Path,
+        tag: str,
+        name: str,
+        params: dict[str, Any],
+        parent: LabelRecord | None,
+        content: str | None,
     ) -> str:
-        """Keep a network's label map of a scan; it is the network's, not that of whoever asked for it."""
+        """Keep a network's label map of a scan's content; it is the network's, not that of whoever asked for it."""
         version = params["model_version"]
         with self.desk.studies.store.write() as transaction:
             pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
         maker, info = Who("network", version, "program"), {"model": name, "params": params}
         above = parent.id if parent is not None else None
         label = NewLabel(image, tag, "network", maker, parent=above, bundle=pair.id, info=info)
-        self.desk.studies.store.save_label(label, path)
+        self.desk.studies.store.save_label(label, path, first=expecting(image, content))
         return image

@@ -35,8 +35,11 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 
 @app.command()
 def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait."""
-    from segqc.store import assessments
+    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait.
+
+    Below them, the files that were not taken in, and why.
+    """
+    from segqc.store import assessments, findings
     from segqc.store import leases as leased
     from segqc.store import scans as stored
 
@@ -46,8 +49,11 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
         found = stored.listing(transaction)
         handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
         intervals = assessments.ranking_intervals(transaction)
+        aside = findings.listing(transaction)
 
     def state(scan: ScanRecord) -> str:
+        if scan.former_name is not None:
+            return "replaced"
         if scan.missing_since is not None:
             return "missing"
         return "in progress" if scan.name in handed_out else scan.state
@@ -60,12 +66,23 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
             "role": s.role,
             "state": state(s),
             "reason": s.reason,
-            **estimate("estimated Dice", s.ranking_dice, intervals.get(s.name), as_json=as_json, as_csv=as_csv),
+            **estimate(
+                "estimated Dice",
+                s.ranking_dice if s.former_name is None else None,
+                intervals.get(s.name),
+                as_json=as_json,
+                as_csv=as_csv,
+            ),
         }
         for s in found
     ]
     title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans")
+    told = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": told})
+    if aside and not as_json:
+        typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
+        for finding in aside:
+            typer.echo(finding.sentence, err=as_csv)
 
 
 @app.command()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from segqc.text import spreadsheet_cell
+
 if TYPE_CHECKING:
     from segqc.loop.studies import Studies
     from segqc.settings import Settings
@@ -63,7 +65,8 @@ def kept_store(folder: Path) -> Store:
     """The store of a studies folder as it was left: what lies in the folder by now is not taken in."""
     from segqc.store.store import Store
 
-    return Store.open(folder, settings_of(folder).store.url)
+    settings = settings_of(folder)
+    return Store.open(folder, settings.store.url, intake=settings.intake_checks())
 
 
 def open_store(folder: Path) -> Store:
@@ -188,9 +191,9 @@ def emit(
         return
     names = list(rows[0]) if rows else []
     if as_csv:
-        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(map(spreadsheet_cell, names))
+        writer.writerows([spreadsheet_cell(row[name]) for name in names] for row in rows)
         return
     from rich import box
     from rich.console import Console

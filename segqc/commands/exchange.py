@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.commands.common import StudiesFolder, kept_store, open_store, progress, settings_of
+from segqc.commands.common import CommandError, StudiesFolder, kept_store, open_store, progress, settings_of
 
 if TYPE_CHECKING:
-    from segqc.exchange.dataset import Dataset
+    from segqc.exchange.dataset import Dataset, Imported
 
 import_app = typer.Typer(no_args_is_help=True, help="Make a studies folder out of another program's folder.")
 export_app = typer.Typer(no_args_is_help=True, help="Write a studies folder for other programs.")
@@ -47,8 +47,7 @@ def import_local(folder: StudiesFolder) -> None:
 
     settings_of(folder)
     datastore = read_datastore(folder)
-    count = take_notes(open_store(folder), datastore)
-    typer.echo(f"{folder}: notes of {count.scans} scans and {count.labels} labels")
+    _print_imported(folder, take_notes(open_store(folder), datastore))
 
 
 @import_app.command("decathlon")
@@ -75,22 +74,45 @@ def import_dicom(
         str, typer.Option("--patient-tag", metavar="TAG", help="Tag that names the patient: a keyword, or 0010,0020.")
     ] = "PatientID",
 ) -> None:
-    """Make a studies folder of DICOM series, one in a folder each; of the tags, only the patient's and series' stay."""
+    """Make a studies folder of DICOM series, as a scanner or an archive exports them.
+
+    Localizers, reports and series with missing slices are left aside and named. Of the tags, only the patient's and the
+    series' own stay.
+    """
     from segqc.exchange.dicom import make_studies
 
     with progress() as report:
-        count = make_studies(source, folder, patient_tag=patient_tag, report=report)
-    open_store(folder)
-    typer.echo(f"{folder}: {count.scans} scans")
+        found = make_studies(source, folder, patient_tag=patient_tag, report=report)
+    _finish(folder, found)
 
 
 def _import(dataset: Dataset, folder: Path, *, link: bool) -> None:
     from segqc.exchange.dataset import make_studies
 
     with progress() as report:
-        count = make_studies(dataset, folder, link=link, report=report)
-    open_store(folder)
-    typer.echo(f"{folder}: {count.scans} scans, {count.labels} of them with a final label")
+        found = make_studies(dataset, folder, link=link, report=report)
+    _finish(folder, found)
+
+
+def _finish(folder: Path, found: Imported) -> None:
+    """Take a new studies folder into its store, and print what was taken and what was not."""
+    if found.scans:
+        open_store(folder)
+    _print_imported(folder, found)
+
+
+def _print_imported(folder: Path, found: Imported) -> None:
+    """Print what was taken, and each file that was not with the reason.
+
+    Raises:
+        CommandError: if there is something, and nothing of it could be taken.
+    """
+    labels = f" and {found.labels} labels" if found.labels else ""
+    typer.echo(f"{folder}: {found.scans} scans{labels} taken, {len(found.left_aside)} left aside")
+    for item in found.left_aside:
+        typer.echo(f"  {item.reason}")
+    if found.left_aside and not found.scans:
+        raise CommandError(f"{folder}: no scan could be taken; mend one of the files above and import again")
 
 
 @import_app.command("archive")

@@ -10,11 +10,11 @@ import numpy as np
 from scipy import stats
 
 from segqc.loop.scoring import Method
-from segqc.loop.studies import LABEL_SUFFIXES, Studies
+from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
 from segqc.ranking import order_scans
 from segqc.types import LabelArray, PredictionInterval, Structure
-from segqc.volumes import read_labels, read_scan
+from segqc.volumes import LABEL_SUFFIXES, read_labels, read_scan
 
 LEAST_FOR_CORRELATION = 3
 

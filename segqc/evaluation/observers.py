@@ -25,8 +25,9 @@ from scipy import ndimage
 
 from segqc.error_maps import PLAIN_EXTRACTION, Box, ExtractionSettings, bounding_box, difference, extract_errors
 from segqc.regions import BoxSettings, find_boxes
+from segqc.text import TextError, decode_text
 from segqc.types import BoolArray, ErrorBox, Structure
-from segqc.volumes import FILE_SUFFIXES, atomic_write, read_labels, scan_id, through_plane_axis
+from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
 ErrorKind: TypeAlias = Literal["missing slice", "leak", "cut"]
 Curve: TypeAlias = tuple["Point", ...]
@@ -231,7 +232,7 @@ def find_double_readings(folder: Path, first: str, second: str) -> tuple[DoubleR
     Raises:
         ValueError: if there is none.
     """
-    files = {scan_id(path): path for path in sorted(folder.iterdir()) if path.name.endswith(FILE_SUFFIXES)}
+    files = {label_id(path): path for path in sorted(folder.iterdir()) if label_suffix(path.name)}
     suffix = f"_{first}"
     found = []
     for name, path in files.items():
@@ -250,7 +251,7 @@ def find_experts(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: if the files are not of exactly two experts.
     """
-    names = {scan_id(path) for path in folder.iterdir() if path.name.endswith(FILE_SUFFIXES)}
+    names = {label_id(path) for path in folder.iterdir() if label_suffix(path.name)}
     experts = sorted({name.rpartition("_")[2] for name in names if "_" in name})
     if len(experts) != 2:
         raise ValueError(
@@ -268,7 +269,11 @@ def read_structures(folder: Path) -> tuple[Structure, ...]:
     path = folder / "labels.txt"
     if not path.is_file():
         raise ValueError(f"{path}: is missing; write a label value and a structure's name in each of its lines")
-    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = decode_text(path.read_bytes())
+    except TextError as error:
+        raise ValueError(f"{path}: {error}") from error
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     wrong = [" ".join(line) for line in lines if len(line) != 2 or not line[0].isdecimal()]
     if wrong:
         raise ValueError(f"{path}: the line {wrong[0]!r} is not a label value and a name")

@@ -135,9 +135,10 @@ def _contents(folder: Path) -> set[tuple[str, str]]:
     rows = _lines(_table_file(folder, Base.metadata.tables[LabelVersion.__tablename__]))
     found = set()
     for row in rows:
-        sha256, suffix = row["sha256"], row["suffix"]
-        if isinstance(sha256, str) and isinstance(suffix, str):
-            found.add((sha256, suffix))
+        for address, end in (("sha256", "suffix"), ("source_sha256", "source_suffix")):
+            sha256, suffix = row[address], row[end]
+            if isinstance(sha256, str) and isinstance(suffix, str):
+                found.add((sha256, suffix))
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,10 +17,22 @@ from pydantic import TypeAdapter, ValidationError
 from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
-from segqc.store.store import Store, suffix_of
+from segqc.store.store import Store
 from segqc.store.upkeep import Report, silent
-from segqc.types import Structure
-from segqc.volumes import FILE_SUFFIXES, Volume, atomic_write, read_labels, read_scan, write_labels, write_scan
+from segqc.text import TextError, decode_text
+from segqc.types import Structure, label_names
+from segqc.volumes import (
+    Volume,
+    VolumeError,
+    atomic_write,
+    label_suffix,
+    read_labels,
+    read_scan,
+    scan_suffix,
+    write_labels,
+    write_scan,
+)
+from segqc.volumes.intake import check_labels, check_scan
 
 T = TypeVar("T")
 NIFTI = ".nii.gz"
@@ -39,12 +52,26 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftAside:
+    """A file or a folder that is not imported.
+
+    Attributes:
+        file: its path as the user knows it, relative to what is imported.
+        reason: what is wrong with it and what to do; one sentence that names the file.
+    """
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
-    """The cases of a folder and the structures that their label maps show."""
+    """The cases of a folder, the structures that their label maps show, and what cannot be used."""
 
     folder: Path
     cases: tuple[Case, ...]
     structures: tuple[Structure, ...]
+    left_aside: tuple[LeftAside, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +82,25 @@ class Count:
     labels: int
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import has taken, and what it has left aside."""
+
+    scans: int
+    labels: int
+    left_aside: tuple[LeftAside, ...] = ()
+
+
 def read_json(path: Path, kind: TypeAdapter[T], program: str) -> T:
-    """Read a JSON file of a known form.
+    """Read a JSON file of a known form, in any encoding that `decode_text` knows.
 
     Raises:
         ExchangeError: if it is missing or of another form.
     """
     try:
-        return kind.validate_json(path.read_bytes())
+        return kind.validate_json(decode_text(path.read_bytes()))
+    except TextError as error:
+        raise ExchangeError(f"{path}: {error}") from error
     except OSError as error:
         raise ExchangeError(f"{path}: cannot be read ({error.strerror}); wanted a folder of {program}") from error
     except ValidationError as error:
@@ -107,10 +145,11 @@ def place(source: Path, target: Path, *, link: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ import
 
 
-def make_studies(dataset: Dataset, folder: Path, *, link: bool = False, report: Report = silent) -> Count:
+def make_studies(dataset: Dataset, folder: Path, *, link: bool = False, report: Report = silent) -> Imported:
     """Make a studies folder out of a data set; its label maps become final labels.
 
-    Every file is read and checked first; nothing is left where one cannot be used.
+    Every file is checked first. A scan that cannot be used is left aside with its label; a label map that cannot be
+    used is left aside, and its scan is taken. Where no scan can be taken, nothing is written.
 
     Args:
         dataset: what to put into it.
@@ -119,37 +158,85 @@ def make_studies(dataset: Dataset, folder: Path, *, link: bool = False, report: 
         report: told about each case.
 
     Raises:
-        ExchangeError: if the folder is not empty, or two scans have the same name.
-        VolumeError: if a file is no 3-D scan, or no label map of its scan's grid with the structures' values only.
+        ExchangeError: if the folder is not empty, or a link cannot be made.
     """
     refuse_existing(folder)
-    values = {value for structure in dataset.structures for value in structure.values}
-    with atomic_write(folder) as temporary:
-        temporary.mkdir()
+    left_aside = list(dataset.left_aside)
+    taken: set[str] = set()
+    labelled = 0
+    with new_folder(folder) as temporary:
         for done, case in enumerate(dataset.cases, 1):
-            image = temporary / f"{case.name}{suffix_of(case.image)}"
-            if image.exists():
-                raise ExchangeError(f"{case.image}: another scan of the data set has the same name; rename one")
-            scan = read_scan(case.image)
-            place(case.image, image, link=link)
-            if case.label is not None:
-                read_labels(case.label, scan=scan, values=values)
-                kept = temporary / "labels" / FINAL / f"{case.name}{suffix_of(case.label)}"
-                place(case.label, kept, link=False)
+            try:
+                _place_scan(case, dataset.folder, temporary, taken, link=link)
+                if case.label is not None:
+                    _place_label(case, case.label, dataset, temporary)
+                    labelled += 1
+            except _NotUsable as found:
+                left_aside.append(found.item)
             report(done, len(dataset.cases), "scans")
-        write_settings(temporary, {s.name: s.values for s in dataset.structures})
-    return Count(len(dataset.cases), sum(case.label is not None for case in dataset.cases))
+        if taken:
+            write_settings(temporary, {s.name: s.values for s in dataset.structures})
+    return Imported(len(taken), labelled, tuple(left_aside))
 
 
-def checked_suffix(path: Path) -> Path:
-    """Return a path whose suffix scans may have.
+class _NotUsable(Exception):  # noqa: N818 - not an error
+    """A file that is left aside."""
 
-    Raises:
-        ExchangeError: for another.
-    """
-    if not path.name.endswith(FILE_SUFFIXES):
-        raise ExchangeError(f"{path}: is of no known format; convert it to {' or '.join(FILE_SUFFIXES)}")
-    return path
+    def __init__(self, file: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.item = LeftAside(file, sentence)
+
+
+def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link: bool) -> None:
+    shown = relative_name(case.image, source)
+    if case.name.casefold() in taken:
+        raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
+    try:
+        check_scan(case.image, shown=shown)
+    except VolumeError as error:
+        raise _NotUsable(shown, sentence_of(error, case.image, shown)) from error
+    place(case.image, target / f"{case.name}{scan_suffix(case.image.name)}", link=link)
+    taken.add(case.name.casefold())
+
+
+def _place_label(case: Case, label: Path, dataset: Dataset, target: Path) -> None:
+    shown = relative_name(label, dataset.folder)
+    names = label_names(dataset.structures)
+    try:
+        check_labels(label, read_scan(case.image), list(names.values()), names, shown=shown)
+    except VolumeError as error:
+        raise _NotUsable(shown, sentence_of(error, label, shown)) from error
+    place(label, target / "labels" / FINAL / f"{case.name}{label_suffix(label.name)}", link=False)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `folder` on success if there is something in it, and nothing otherwise."""
+    with contextlib.suppress(_Empty), atomic_write(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if not any(temporary.iterdir()):
+            raise _Empty
+
+
+class _Empty(Exception):  # noqa: N818 - not an error
+    """Nothing was put into a new folder."""
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """How messages of an import name a file: by its path relative to what is imported, as printable text."""
+    return printable(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be printed and stored, whatever bytes it has on the disk."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def sentence_of(error: VolumeError, path: Path, shown: str) -> str:
+    """The message of an error, with the file named as the user knows it."""
+    message = printable(str(error)).replace(printable(str(path)), shown)
+    return message if message.startswith(shown) else f"{shown}: {message}"
 
 
 # ------------------------------------------------------------------------------------------------------------ export
@@ -188,7 +275,7 @@ def _value_structures(cases: Iterable[Case]) -> tuple[Structure, ...]:
 
 def write_image(source: Path, target: Path, *, link: bool) -> None:
     """Write a scan as compressed NIfTI: the same bytes where it is that already."""
-    if source.name.endswith(NIFTI):
+    if source.name.lower().endswith(NIFTI):
         place(source, target, link=link)
     else:
         write_scan(read_scan(source), target)
@@ -202,7 +289,7 @@ def write_label(source: Path, target: Path, renumbered: npt.NDArray[np.uint8], v
     """
     volume = read_labels(source, values=values)
     changed = renumbered[volume.array]
-    if source.name.endswith(NIFTI) and np.array_equal(changed, volume.array):
+    if source.name.lower().endswith(NIFTI) and np.array_equal(changed, volume.array):
         place(source, target, link=False)
     else:
         write_labels(Volume(changed, volume.affine, volume.acquisition_axis), target)

@@ -15,7 +15,7 @@ from segqc.exchange.dataset import (
     Count,
     Dataset,
     ExchangeError,
-    checked_suffix,
+    LeftAside,
     read_json,
     refuse_existing,
     write_image,
@@ -24,7 +24,7 @@ from segqc.exchange.dataset import (
 )
 from segqc.store.upkeep import Report, silent
 from segqc.types import Structure
-from segqc.volumes import atomic_write, scan_id
+from segqc.volumes import SCAN_SUFFIXES, atomic_write, scan_id, scan_suffix
 
 _PROGRAM: Final = "the Medical Segmentation Decathlon"
 _FILE: Final = "dataset.json"
@@ -58,10 +58,10 @@ _JSON: Final = TypeAdapter(dict[str, JsonValue])
 def read_task(folder: Path) -> Dataset:
     """Read a task folder: training scans with their label maps, test scans without.
 
-    Every label value but the background is a structure.
+    Every label value but the background is a structure. Files that are listed and cannot be used are left aside.
 
     Raises:
-        ExchangeError: if it is no such folder, a file that it lists is missing, or its scans have several channels.
+        ExchangeError: if it is no such folder, its scans have several channels, or its labels are not named.
     """
     path = folder / _FILE
     task = read_json(path, _TASK, _PROGRAM)
@@ -71,27 +71,44 @@ def read_task(folder: Path) -> Dataset:
             f"{path}: its scans are 4-D, with the channels {channels}; write one channel as 3-D files and drop the "
             "others from 'modality'"
         )
-    cases = [_case(folder, pair.image, pair.label) for pair in task.training]
-    cases += [_case(folder, test if isinstance(test, str) else test.image, None) for test in task.test]
     structures = tuple(Structure(name, (value,)) for value, name in sorted(task.labels.items()) if value != 0)
     if not structures or any(not 0 <= value <= 255 for value in task.labels):
         raise ExchangeError(f"{path}: 'labels' must name label values from 1 to 255")
     if len({s.name for s in structures}) < len(structures):
         raise ExchangeError(f"{path}: two label values have the same name; rename one")
-    return Dataset(folder, tuple(cases), structures)
-
-
-def _case(folder: Path, image: str, label: str | None) -> Case:
-    scan = _listed(folder, image)
-    return Case(scan_id(scan), checked_suffix(scan), _listed(folder, label) if label is not None else None)
+    listed: list[tuple[str, str | None]] = [(pair.image, pair.label) for pair in task.training]
+    listed += [(test if isinstance(test, str) else test.image, None) for test in task.test]
+    cases, left_aside = [], []
+    for image, label in listed:
+        try:
+            scan = _listed(folder, image)
+            if scan_suffix(scan.name) is None:
+                raise ExchangeError(f"{image}: is of no known format; convert it to {' or '.join(SCAN_SUFFIXES)}.")
+        except ExchangeError as error:
+            left_aside.append(LeftAside(image, str(error)))
+            continue
+        mask = None
+        if label is not None:
+            try:
+                mask = _listed(folder, label)
+            except ExchangeError as error:
+                left_aside.append(LeftAside(label, str(error)))
+        cases.append(Case(scan_id(scan), scan, mask))
+    return Dataset(folder, tuple(cases), structures, tuple(left_aside))
 
 
 def _listed(folder: Path, file: str) -> Path:
-    path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ExchangeError(f"{folder / _FILE}: lists {file!r}, which is not in its folder")
-    if not path.is_file():
-        raise ExchangeError(f"{path}: is listed in {_FILE}, but not there; download the task again")
+    try:
+        path = folder / file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ExchangeError(f"{file}: is listed in {_FILE}, but is not in its folder; copy it there.")
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        if isinstance(error, ExchangeError):
+            raise
+        raise ExchangeError(f"{file}: is listed in {_FILE}, but is no name of a file; repair the list.") from error
+    if not found:
+        raise ExchangeError(f"{file}: is listed in {_FILE}, but not there; download the task again.")
     return path
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.exchange.dataset import Count, ExchangeError, place, read_json, refuse_existing, write_json
-from segqc.store import labels, scans
+from segqc.exchange.dataset import (
+    Count,
+    ExchangeError,
+    Imported,
+    LeftAside,
+    place,
+    printable,
+    read_json,
+    refuse_existing,
+    write_json,
+)
+from segqc.store import findings, labels, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.upkeep import Report, silent
 from segqc.store.values import JsonObject
@@ -61,30 +72,43 @@ def read_datastore(folder: Path) -> Datastore:
     return found
 
 
-def take_notes(store: Store, datastore: Datastore) -> Count:
+def take_notes(store: Store, datastore: Datastore) -> Imported:
     """Add what clients noted of scans and labels to a store that has taken in the folder.
 
-    What the store knows already stays as it is; objects whose files are gone are left out, as MONAI Label does.
-    Returns how many scans and labels were found.
+    What the store knows already stays as it is. Objects and labels whose files are gone are left aside, and so is
+    what the store has not taken in of the folder.
     """
-    count = [0, 0]
+    scans_found = labels_found = 0
     with store.write() as transaction:
-        by_file = {scan.file: scan for scan in scans.listing(transaction)}
+        left_aside = {f.file: LeftAside(f.file, f.sentence) for f in findings.listing(transaction)}
+        by_file = {scan.file: scan for scan in scans.listing(transaction) if scan.missing_since is None}
         tags = {tag for entry in datastore.objects.values() for tag in entry.labels}
         current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
         for name, entry in datastore.objects.items():
-            scan = by_file.get(f"{name}{entry.image.ext}")
+            file = f"{name}{entry.image.ext}"
+            scan = by_file.get(file)
             if scan is None:
+                left_aside.setdefault(file, _unused(store.studies, file))
                 continue
-            count[0] += 1
+            scans_found += 1
             scans.update_info(transaction, scan.name, {**entry.image.info, **scan.info})
             for tag, data in entry.labels.items():
                 label = current[tag].get(scan.name)
-                if label is not None:
-                    count[1] += 1
-                    known = labels.info(transaction, label.id)
-                    labels.update_info(transaction, label.id, {**data.info, **known})
-    return Count(*count)
+                if label is None:
+                    file = f"labels/{tag}/{name}{data.ext}"
+                    left_aside.setdefault(file, _unused(store.studies, file))
+                    continue
+                labels_found += 1
+                known = labels.info(transaction, label.id)
+                labels.update_info(transaction, label.id, {**data.info, **known})
+    return Imported(scans_found, labels_found, tuple(left_aside[file] for file in sorted(left_aside)))
+
+
+def _unused(folder: Path, file: str) -> LeftAside:
+    shown = printable(file)
+    if os.path.lexists(folder / file):
+        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not taken in; see segqc scans.")
+    return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 
 
 def write_datastore(store: Store, folder: Path, *, link: bool = False, report: Report = silent) -> Count:

@@ -17,15 +17,17 @@ from segqc.exchange.dataset import (
     Count,
     Dataset,
     ExchangeError,
+    LeftAside,
     read_json,
     refuse_existing,
+    relative_name,
     write_image,
     write_json,
     write_label,
 )
 from segqc.store.upkeep import Report, silent
 from segqc.types import Structure
-from segqc.volumes import FILE_SUFFIXES, atomic_write
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, atomic_write, label_id, label_suffix
 
 _PROGRAM: Final = "nnU-Net v2"
 _FILE: Final = "dataset.json"
@@ -49,18 +51,19 @@ _JSON: Final = TypeAdapter(dict[str, JsonValue])
 def read_raw(folder: Path) -> Dataset:
     """Read a raw data folder: training scans with their label maps, test scans without.
 
-    A region (a list of label values) is one structure.
+    A region (a list of label values) is one structure. Files are matched whatever the case of their suffix; those that
+    belong to no case are left aside, and so is a training scan's missing label.
 
     Raises:
-        ExchangeError: if it is no such folder, a scan has no label map, or scans have several channels.
+        ExchangeError: if it is no such folder, or its scans have several channels.
     """
     path = folder / _FILE
     raw = read_json(path, _RAW, _PROGRAM)
     if len(raw.channel_names) != 1:
         channels = ", ".join(raw.channel_names.values())
         raise ExchangeError(f"{path}: its scans have the channels {channels}; make a data set of one of them")
-    if raw.file_ending not in FILE_SUFFIXES:
-        known = ", ".join(FILE_SUFFIXES)
+    if raw.file_ending.lower() not in SCAN_SUFFIXES:
+        known = ", ".join(SCAN_SUFFIXES)
         raise ExchangeError(f"{path}: its files end in {raw.file_ending}; convert them to one of {known}")
     if raw.dataset is not None:
         raise ExchangeError(f"{path}: lists its files under 'dataset'; move them to imagesTr and labelsTr")
@@ -75,28 +78,57 @@ def read_raw(folder: Path) -> Dataset:
         raise ExchangeError(f"{path}: 'labels' must name label values from 1 to 255")
     if not (folder / "imagesTr").is_dir():
         raise ExchangeError(f"{folder / 'imagesTr'}: no such folder; wanted a folder of {_PROGRAM}")
-    training = [Case(name, image, folder / "labelsTr" / f"{name}{raw.file_ending}")
-                for name, image in _images(folder / "imagesTr", raw.file_ending)]  # fmt: skip
-    for case in training:
-        if case.label is None or not case.label.is_file():
-            raise ExchangeError(f"{case.label}: no such label map, and {case.image} is a training scan; add it")
-    test = [Case(name, image, None) for name, image in _images(folder / "imagesTs", raw.file_ending)]
-    return Dataset(folder, tuple(training + test), structures)
-
-
-def _images(folder: Path, ending: str) -> Iterator[tuple[str, Path]]:
-    """Names and files of the scans; hidden files (macOS leaves such) are none."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(ending):
-            continue
-        named = _CHANNEL.fullmatch(path.name.removesuffix(ending))
-        if named is None or named["channel"] != "0000":
-            raise ExchangeError(
-                f"{path}: wanted scans named <case>_0000{ending}, one channel each; rename or remove it"
+    left_aside: list[LeftAside] = []
+    masks = _masks(folder / "labelsTr", left_aside)
+    cases = []
+    for name, image in _images(folder, "imagesTr", raw.file_ending, left_aside):
+        mask = masks.pop(name, None)
+        if mask is None:
+            shown = relative_name(image, folder)
+            left_aside.append(
+                LeftAside(shown, f"{shown}: has no label map in labelsTr; the scan is taken without one.")
             )
-        yield named["case"], path
+        cases.append(Case(name, image, mask))
+    for path in masks.values():
+        shown = relative_name(path, folder)
+        left_aside.append(LeftAside(shown, f"{shown}: no scan in imagesTr has this name; add the scan or rename it."))
+    cases += [Case(name, image, None) for name, image in _images(folder, "imagesTs", raw.file_ending, left_aside)]
+    return Dataset(folder, tuple(cases), structures, tuple(left_aside))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files of a folder; hidden ones (macOS leaves such) are none."""
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+
+
+def _masks(folder: Path, left_aside: list[LeftAside]) -> dict[str, Path]:
+    """Label maps by the case's name."""
+    found: dict[str, Path] = {}
+    for path in _visible(folder):
+        shown, name = relative_name(path, folder.parent), label_id(path)
+        if label_suffix(path.name) is None:
+            reason = f"{shown}: is no label map of a known format; convert it to one of {', '.join(LABEL_SUFFIXES)}."
+            left_aside.append(LeftAside(shown, reason))
+        elif name in found:
+            left_aside.append(LeftAside(shown, f"{shown}: {found[name].name} is of the same case; remove one."))
+        else:
+            found[name] = path
+    return found
+
+
+def _images(folder: Path, part: str, ending: str, left_aside: list[LeftAside]) -> Iterator[tuple[str, Path]]:
+    """Names and files of the scans."""
+    for path in _visible(folder / part):
+        is_scan = path.name.lower().endswith(ending.lower())
+        named = _CHANNEL.fullmatch(path.name[: -len(ending)]) if is_scan else None
+        if named is not None and named["channel"] == "0000":
+            yield named["case"], path
+            continue
+        shown = relative_name(path, folder)
+        reason = f"{shown}: is not named <case>_0000{ending}, as scans of one channel are; rename or remove it."
+        left_aside.append(LeftAside(shown, reason))
 
 
 def write_raw(dataset: Dataset, folder: Path, *, link: bool = False, report: Report = silent) -> Count:

@@ -1,6 +1,7 @@
 """What the store knows as flat tables, CSV or Parquet: one row can be read without knowing the others.
 
-Times are UTC. Unknown values are empty in CSV and null in Parquet. Lists and objects are JSON.
+Times are UTC. Unknown values are empty in CSV and null in Parquet. Lists and objects are JSON. CSV is UTF-8 without a
+byte order mark, and text that a spreadsheet would run as a formula has an apostrophe in front.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from segqc.store.schema import (
     UtcDateTime,
 )
 from segqc.store.store import Store
+from segqc.text import spreadsheet_cell
 from segqc.volumes import atomic_write
 
 Form: TypeAlias = Literal["csv", "parquet"]
@@ -115,7 +117,7 @@ def _write_csv(path: Path, kinds: Mapping[str, Kind], rows: Rows) -> int:
 def _cell(value: Value) -> str | int | float | None:
     if isinstance(value, bool):
         return str(value).lower()
-    return value.isoformat() if isinstance(value, dt.datetime) else value
+    return value.isoformat() if isinstance(value, dt.datetime) else spreadsheet_cell(value)
 
 
 def _write_parquet(path: Path, kinds: Mapping[str, Kind], rows: Rows) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from segqc.loop.readings import inter_rater, readings
-from segqc.loop.studies import Studies
+from segqc.loop.studies import Studies, expecting
 from segqc.metrics import true_metrics, true_slice_metrics
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
+from segqc.store.scans import ScanReplaced
 from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, StructureChange, Who
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
@@ -98,16 +99,37 @@ def submit_label(
     info: JsonObject | None = None,
     opened: Opened = ALL,
     simulated: bool = False,
+    content: str | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
     Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
 
+    Args:
+        studies: the folder.
+        scan: the scan's name.
+        end: the label map, on the scan's grid.
+        tag: the label's tag.
+        who: the annotator.
+        info: what the client notes of it.
+        opened: what was looked at.
+        simulated: whether no person has made it.
+        content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
+
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
         UnknownScan: if there is no such scan.
+        ScanReplaced: if the scan's file was replaced since it was handed out to the annotator, or since the label map
+            was checked.
         OSError: if it can't be written; nothing has changed then.
     """
+    now = studies.verify_scan(scan).sha256
+    with studies.store.read() as transaction:
+        handed_out_before = leases.of_replaced(transaction, scan, who)
+    if handed_out_before or content not in (None, now):
+        raise ScanReplaced(
+            f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
+        )
     lease, start = _handed_out(studies, scan, who) if tag == FINAL else (None, None)
     if lease is not None and studies.settings.annotation.readers > 1:
         with studies.store.read() as transaction:
@@ -124,7 +146,7 @@ def submit_label(
 
     label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
     with temporary_labels(end) as path:
-        kept = studies.store.save_label(label, path, then)
+        kept = studies.store.save_label(label, path, then, first=expecting(scan, now))
     if tag.startswith(READER):
         _compare_readers(studies, scan)
     return Submission(kept, number[0] if number else None)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final, Literal, TypeAlias
 
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
-from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.studies import Studies, StudiesError, expecting
 from segqc.loop.train import publish, publish_staged, train
 from segqc.networks import DeviceMemoryError, ModelError
 from segqc.settings import Network, SettingsError, build
@@ -17,9 +17,10 @@ from segqc.store import jobs
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL, NewLabel
+from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.values import JobRecord, JsonObject, Who
 from segqc.training import Progress, TooFewCases, TrainingSettings
-from segqc.volumes import VolumeError, read_labels, read_scan, temporary_labels
+from segqc.volumes import VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
 
@@ -118,21 +119,22 @@ def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonOb
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"inference: {entry.id}")
         try:
-            scan = read_scan(entry.image)
+            scan = studies.read_scan(entry)
             if network == "segmentation" or assessor is None:
-                keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter, tag)
+                keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter, tag, content=entry.sha256)
                 continue
             mask = mask_to_assess(studies, entry, segmenter)
             if mask is None:
-                mask = keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter)
+                made = segmenter.predict(scan).labels
+                mask = keep_mask(studies, entry.id, made, segmenter, content=entry.sha256)
             labels = read_labels(studies.store.label_file(mask), scan=scan, values=assessor.values)
             result = assessor.assess(scan, labels, scan_id=entry.id)
             errors = assessor.likely_errors(result, scan)
             maker = Who("network", assessor.version, "program")
             label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", maker, parent=mask.id, bundle=pair)
             with temporary_labels(errors) as path:
-                studies.store.save_label(label, path)
-        except (VolumeError, OSError) as error:
+                studies.store.save_label(label, path, first=expecting(entry.id, entry.sha256))
+        except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from their masks
             logger.warning("%s is left out: %s", entry.id, error)
             failed[entry.id] = str(error)

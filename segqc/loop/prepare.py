@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from segqc.loop.studies import LABEL_SUFFIXES, StudiesError
+from segqc.loop.studies import StudiesError
 from segqc.settings import write_settings
-from segqc.volumes import atomic_write, is_scan_path, scan_id
+from segqc.text import TextError, decode_text
+from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix, scan_id
 
 _SPLITS: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 
@@ -92,7 +93,7 @@ def labelled_pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
     images, labels = dataset / "images", dataset / "labels"
     if not images.is_dir() or not labels.is_dir():
         raise StudiesError(f"{dataset}: wanted a folder with images/ and labels/")
-    by_id = {scan_id(path): path for path in sorted(labels.iterdir()) if path.name.endswith(LABEL_SUFFIXES)}
+    by_id = {label_id(path): path for path in sorted(labels.iterdir()) if label_suffix(path.name) is not None}
     scans = {scan_id(path): path for path in sorted(images.iterdir()) if path.is_file() and is_scan_path(path)}
     pairs = {name: (path, by_id[name]) for name, path in scans.items() if name in by_id}
     if not pairs:
@@ -110,7 +111,9 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
         return {name: [name] for name in names}
     path = dataset / "splits.json"
     try:
-        splits = _SPLITS.validate_json(path.read_bytes())
+        splits = _SPLITS.validate_json(decode_text(path.read_bytes()))
+    except TextError as error:
+        raise StudiesError(f"{path}: {error}") from error
     except (OSError, ValidationError) as error:
         raise StudiesError(f"{path}: no readable splits file; leave --split away to draw from all scans") from error
     entry = splits.get(split, splits.get(f"{split}_patients"))

@@ -13,9 +13,10 @@ from segqc.networks import ModelError
 from segqc.segmenter import Segmenter
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
+from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.values import LabelRecord
 from segqc.training import Progress
-from segqc.volumes import Volume, VolumeError, read_labels, read_scan, temporary_labels
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
                 fresh = known.get(entry.id) != segmenter.version
                 if fresh:
                     _score_tta(studies, entry, segmenter)
-        except (VolumeError, OSError) as error:
+        except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
             failed[entry.id] = str(error)
@@ -105,29 +106,43 @@ def _score_segqc(studies: Studies, entry: ScanEntry, segmenter: Segmenter, asses
 
 
 def assess_scan(studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor) -> AssessmentResult:
-    """Assess a scan's mask, made now where there is none of the current network; keep mask and assessment."""
-    scan = read_scan(entry.image)
+    """Assess a scan's mask, made now where there is none of the current network; keep mask and assessment.
+
+    Raises:
+        VolumeError: if scan or mask can't be used.
+        ScanReplaced: if the scan's file holds another content by now.
+    """
+    scan = studies.read_scan(entry)
     mask = mask_to_assess(studies, entry, segmenter)
     if mask is None:
         labels = segmenter.predict(scan).labels
-        mask = keep_mask(studies, entry.id, labels, segmenter)
+        mask = keep_mask(studies, entry.id, labels, segmenter, content=entry.sha256)
     else:
         labels = read_labels(studies.store.label_file(mask), scan=scan, values=segmenter.values)
     maker = mask.bundle.segmenter_version if mask.bundle is not None else None
     result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=maker)
-    studies.write_assessment(result.assessment, mask)
+    studies.write_assessment(result.assessment, mask, content=entry.sha256)
     return result
 
 
-def keep_mask(studies: Studies, name: str, labels: Volume, segmenter: Segmenter, tag: str = ORIGINAL) -> LabelRecord:
-    """Store a network's mask of a scan."""
+def keep_mask(
+    studies: Studies,
+    name: str,
+    labels: Volume,
+    segmenter: Segmenter,
+    tag: str = ORIGINAL,
+    *,
+    content: str | None = None,
+) -> LabelRecord:
+    """Store a network's mask of a scan, of the content that it was made of; see `Studies.save_mask`."""
     with temporary_labels(labels) as path:
-        return studies.save_mask(name, path, segmenter, tag=tag)
+        return studies.save_mask(name, path, segmenter, tag=tag, content=content)
 
 
 def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> None:
     settings = studies.settings.training_settings("segmentation")
-    prediction = segmenter.predict_tta(read_scan(entry.image), contrasts=settings.contrasts)
+    prediction = segmenter.predict_tta(studies.read_scan(entry), contrasts=settings.contrasts)
     # one run of the group gives both baselines
-    studies.write_score("tta", entry.id, tta_dice(prediction, segmenter.structures), segmenter.version)
-    studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version)
+    dice = tta_dice(prediction, segmenter.structures)
+    studies.write_score("tta", entry.id, dice, segmenter.version, entry.sha256)
+    studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version, entry.sha256)

@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,19 +23,18 @@ from segqc.networks import Kind
 from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.settings import Settings, load_settings
-from segqc.store import assessments, labels, scans
-from segqc.store.database import PATIENCE_SECONDS
-from segqc.store.folder import take_in
+from segqc.store import assessments, findings, labels, scans
+from segqc.store.database import PATIENCE_SECONDS, Transaction
+from segqc.store.folder import Added, add_scan, take_in, verify_scan
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
-from segqc.store.scans import UnknownScan
+from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
-from segqc.store.store import Store
-from segqc.store.values import JsonObject, LabelRecord, ScanRecord, Who
+from segqc.store.store import First, Store
+from segqc.store.values import FindingRecord, JsonObject, LabelRecord, ScanRecord, Who
 from segqc.training import Case
-from segqc.types import Assessment, Structure
-from segqc.volumes import read_labels
+from segqc.types import Assessment, Structure, label_names
+from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
 
-LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
 
 
@@ -46,22 +46,36 @@ class StudiesError(ValueError):
 class ScanEntry:
     """A scan of the folder and its current labels, where there are any.
 
-    ``final`` and ``original`` are the kept files of these versions, which nobody changes.
+    ``final`` and ``original`` are the kept files of these versions, which nobody changes. ``sha256`` is the scan's
+    content: what is made for it is kept for this content only.
     """
 
     id: str
     image: Path
     final: Path | None
     original: Path | None
+    sha256: str | None
 
 
 class Studies:
     """One studies folder. Holds its path, its settings and its store: what is on disk is the state."""
 
     def __init__(
-        self, folder: Path, settings: Settings | None = None, *, patience_seconds: float = PATIENCE_SECONDS
+        self,
+        folder: Path,
+        settings: Settings | None = None,
+        *,
+        watched: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
-        """Open a folder; ``patience_seconds`` is how long to wait for a database that is locked.
+        """Open a folder.
+
+        Args:
+            folder: the folder.
+            settings: its settings; by default those of its ``segqc.toml``.
+            watched: whether somebody else calls `take_in` all the time: then nothing else does, and scans and labels
+                are those that were taken in so far.
+            patience_seconds: how long to wait for a database that is locked.
 
         Raises:
             StudiesError: if it is no folder.
@@ -72,6 +86,7 @@ class Studies:
         self.folder = folder.resolve()
         self.settings = settings or load_settings(self.folder)
         self._patience_seconds = patience_seconds
+        self.watched = watched
 
     @property
     def own(self) -> Path:
@@ -85,13 +100,83 @@ class Studies:
         Raises:
             StoreError: if its database can't be reached, or is of another version of this program.
         """
-        store = Store.open(self.folder, self.settings.store.url, patience_seconds=self._patience_seconds)
-        take_in(store, self.settings.patient_of, self.settings.placing())
+        intake = self.settings.intake_checks()
+        store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
+        if not self.watched:
+            take_in(store, self.settings.patient_of, self.settings.placing())
         return store
 
+    def take_in(self, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Take in what has been put into the folder, changed in it, or taken out of it.
+
+        Args:
+            stop: asked from time to time whether to leave the rest for the next time.
+        """
+        take_in(self.store, self.settings.patient_of, self.settings.placing(), stop=stop)
+
     def refresh(self) -> None:
-        """Take in what has been put into the folder, or taken out of it, meanwhile."""
-        take_in(self.store, self.settings.patient_of, self.settings.placing())
+        """Take in what has changed in the folder meanwhile, unless somebody else does so."""
+        if not self.watched:
+            self.take_in()
+
+    def findings(self) -> list[FindingRecord]:
+        """The files of the folder that were not taken in, each with a sentence that says why."""
+        with self.store.read() as transaction:
+            return findings.listing(transaction)
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call.
+
+        Raises:
+            UnknownScan: if there is none of this name.
+        """
+        return verify_scan(self.store, name, self.settings.patient_of, self.settings.placing())
+
+    def verify_scan(self, name: str) -> ScanRecord:
+        """A scan, whose file was just seen to hold its content; a file that was changed is taken in first.
+
+        Raises:
+            UnknownScan: if there is none of this name, or its file is gone.
+        """
+        self.is_unchanged(name)
+        with self.store.read() as transaction:
+            scan = scans.get(transaction, name)
+        if scan.missing_since is not None:
+            raise UnknownScan(f"the file of the scan {name!r} is gone, or holds no scan any more; see 'segqc scans'")
+        return scan
+
+    def add_scan(self, path: Path, name: str) -> Added:
+        """Put a new scan into the folder; a file that is there is never replaced.
+
+        Args:
+            path: the scan's file; it is copied.
+            name: the name that it should have.
+
+        Returns:
+            Its name, and whether it is new: the same content under the same name is not.
+
+        Raises:
+            ScanExists: if there is another scan of this name, or a file that would be one.
+            VolumeError: if the file is no scan that can be used.
+        """
+        suffix = scan_suffix(path.name) or path.suffix
+        return add_scan(self.store, path, name, suffix, self.settings.patient_of, self.settings.placing())
+
+    def read_scan(self, entry: ScanEntry) -> Volume:
+        """Read a scan's file, which must hold the entry's content.
+
+        Raises:
+            VolumeError: if it can't be used.
+            ScanReplaced: if it holds another content by now.
+        """
+        scan = read_scan(entry.image, limits=self.settings.intake)
+        try:
+            now = self.verify_scan(entry.id)
+        except UnknownScan as error:
+            raise ScanReplaced(str(error)) from error
+        if entry.sha256 is not None and now.sha256 != entry.sha256:
+            raise ScanReplaced(f"{entry.image.name}: another scan has taken its place meanwhile; do this again")
+        return scan
 
     def scans(self) -> list[ScanEntry]:
         """All scans whose files are there, in the order of their names."""
@@ -131,6 +216,7 @@ class Studies:
             self.folder / scan.file,
             self.store.label_file(final) if final is not None else None,
             self.store.label_file(original) if original is not None else None,
+            scan.sha256,
         )
 
     @functools.cached_property
@@ -159,11 +245,18 @@ class Studies:
         with self.store.read() as transaction:
             records = scans.listing(transaction, states=LABELLED)
             finals = labels.current_of_all(transaction, FINAL)
-        return [
-            Case(s.name, s.patient, self.folder / s.file, self.store.label_file(finals[s.name]))
-            for s in records
-            if s.name in finals and s.missing_since is None
-        ]
+        found = []
+        for scan in records:
+            final, path = finals.get(scan.name), self.folder / scan.file
+            if final is None or scan.missing_since is not None:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # removed this moment
+                status = path.stat()
+                shown = str(self.store.view_file(final).relative_to(self.folder))
+                kept = self.store.label_file(final)
+                seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+                found.append(Case(scan.name, scan.patient, path, kept, shown, seen))
+        return found
 
     def placements(self) -> Mapping[str, Placement]:
         """Fold and role of each patient, given once and stored."""
@@ -207,9 +300,14 @@ class Studies:
             found = assessments.latest_of_all(transaction)
         return {name: found[name] for name in there if name in found}
 
-    def write_assessment(self, assessment: Assessment, mask: LabelRecord) -> None:
-        """Keep an assessment of a stored mask."""
+    def write_assessment(self, assessment: Assessment, mask: LabelRecord, *, content: str | None = None) -> None:
+        """Keep an assessment of a stored mask.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now than the one that was assessed.
+        """
         with self.store.write() as transaction:
+            scans.expect(transaction, assessment.scan, content)
             assessments.write(transaction, assessment, mask.id)
 
     def mask(self, name: str) -> LabelRecord | None:
@@ -217,8 +315,21 @@ class Studies:
         with self.store.read() as transaction:
             return labels.current(transaction, name, ORIGINAL)
 
-    def save_mask(self, name: str, source: Path, segmenter: Segmenter, *, tag: str = ORIGINAL) -> LabelRecord:
-        """Keep a network's mask of a scan."""
+    def save_mask(
+        self, name: str, source: Path, segmenter: Segmenter, *, tag: str = ORIGINAL, content: str | None = None
+    ) -> LabelRecord:
+        """Keep a network's mask of a scan.
+
+        Args:
+            name: the scan's name.
+            source: the mask's file.
+            segmenter: the network.
+            tag: the label's tag.
+            content: the scan's content (sha256) that the mask was made of; None where nobody knows.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now.
+        """
         with self.store.write() as transaction:
             pair = labels.bundle(transaction, segmenter.version)
         # what clients of MONAI Label look for: which value is which structure
@@ -227,7 +338,8 @@ class Studies:
             "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
         }
         network = Who("network", segmenter.version, "program")
-        return self.store.save_label(NewLabel(name, tag, "network", network, bundle=pair.id, info=info), source)
+        label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info)
+        return self.store.save_label(label, source, first=expecting(name, content))
 
     def score_versions(self, method: str) -> dict[str, str]:
         """The version of the network that a baseline's score speaks of, of all scans that have one."""
@@ -239,21 +351,21 @@ class Studies:
         with self.store.read() as transaction:
             return {name: value for name, (value, _) in assessments.scores(transaction, method).items()}
 
-    def write_score(self, method: str, name: str, value: float, version: str) -> None:
-        """Keep a baseline's score of a scan."""
+    def write_score(self, method: str, name: str, value: float, version: str, content: str | None = None) -> None:
+        """Keep a baseline's score of a scan.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now than the one that the score is of.
+        """
         with self.store.write() as transaction:
+            scans.expect(transaction, name, content)
             assessments.write_score(transaction, name, method, value, version)
 
 
-def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
-    """Names of the label map's values, as annotation clients show them: ``{name: value}``, values ascending.
+def expecting(name: str, content: str | None) -> First:
+    """What refuses a change, in its transaction, if a scan has another content than the one that the change is for."""
 
-    A structure of one value gives it its name. A value that is only part of a union is named after the union and
-    itself.
-    """
-    names: dict[int, str] = {}
-    for structure in sorted(structures, key=lambda s: len(s.values)):
-        for value in structure.values:
-            plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
-            names.setdefault(value, plain)
-    return {names[value]: value for value in sorted(names)}
+    def check(transaction: Transaction) -> None:
+        scans.expect(transaction, name, content)
+
+    return check

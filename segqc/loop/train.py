@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from segqc.assessor import Assessor
@@ -15,7 +17,16 @@ from segqc.networks import Kind, ModelCard
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
 from segqc.store import labels
-from segqc.training import Progress, TrainingSettings, train_assessor, train_segmentation
+from segqc.training import (
+    CaseError,
+    Progress,
+    TooFewCases,
+    TrainingSettings,
+    train_assessor,
+    train_segmentation,
+)
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 1.0
 
@@ -36,6 +47,8 @@ def train(
 ) -> ModelCard:
     """Train a network on all final labels of a studies folder, draw its learning curve, publish the model.
 
+    A scan that can't be used, or whose label can't, is left out with a warning.
+
     The file of the model is replaced in one step when the training is done; until then the old model serves. One
     process at a time trains a network of a folder: its checkpoints are one training's.
 
@@ -52,16 +65,11 @@ def train(
         TrainingBusy: if another process trains this network, unless told to wait.
         TooFewCases: if too few scans are labelled.
         StudiesError: if nothing says what the structures are.
-        VolumeError: if a scan or a label file can't be used.
     """
     settings = settings or studies.settings.training_settings(network)
     folder = studies.training_folder(network)
     with _alone(studies, network, progress, purpose, wait=wait):
-        placements = dict(studies.placements())
-        learn = train_segmentation if network == "segmentation" else train_assessor
-        trained: Segmenter | Assessor = learn(
-            studies.cases(), studies.structures, placements, settings, folder, progress
-        )
+        trained = _learn(studies, network, progress, settings, folder)
         if (folder / "curve.json").is_file():
             draw_curve(folder / "curve.json", folder / "curve.png")
         path = studies.staged_path(network) if stage else studies.model_path(network)
@@ -70,6 +78,27 @@ def train(
     if not stage:
         publish(studies)
     return trained.card
+
+
+def _learn(
+    studies: Studies, network: Kind, progress: Progress, settings: TrainingSettings, folder: Path
+) -> Segmenter | Assessor:
+    """Train on the cases that can be used."""
+    learn = train_segmentation if network == "segmentation" else train_assessor
+    placements, structures, cases = dict(studies.placements()), studies.structures, studies.cases()
+    left_out: list[str] = []
+    while True:
+        try:
+            trained: Segmenter | Assessor = learn(cases, structures, placements, settings, folder, progress)
+            return trained
+        except CaseError as error:
+            logger.warning("left out of the training: %s", error)
+            left_out.append(str(error))
+            cases = [case for case in cases if case.id != error.case]
+        except TooFewCases as error:
+            if not left_out:
+                raise
+            raise TooFewCases(f"{error}; left out: {'; '.join(left_out)}") from error
 
 
 @contextlib.contextmanager

@@ -42,10 +42,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
 from segqc.loop.jobs import NETWORKS, put_scoring
-from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.studies import StudiesError
 from segqc.networks import DeviceMemoryError, ModelError
 from segqc.server import routes
 from segqc.server.actors import signed_in_user
+from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
 from segqc.settings import ServerSettings, load_settings
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 # Of the files of a form, up to so much of each is kept in memory: a session may have thousands.
 SPOOLED_BYTES: Final = 64_000
 WATCH_SECONDS = 5.0
+FIRST_LOOK_SECONDS = 10.0
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
@@ -183,11 +185,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance.on_init_complete()
     app.state.inference_slots = anyio.CapacityLimiter(int(conf.get("inference_slots", 1)))
     threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
+    ended, looked = threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(instance.datastore(), ended, looked), name="watch", daemon=True).start()
+    # a folder of usual size is there from the first answer on; a large one is taken in while others are answered
+    await anyio.to_thread.run_sync(looked.wait, FIRST_LOOK_SECONDS)
     bootstrap = str(conf.get("bootstrap", instance.desk.settings.server.bootstrap)).lower() == "true"
     if bootstrap:
-        threading.Thread(target=_bootstrap, args=(instance,), name="bootstrap", daemon=True).start()
-    ended = threading.Event()
-    threading.Thread(target=_watch, args=(instance.desk.studies, ended), name="watch", daemon=True).start()
+        threading.Thread(target=_bootstrap, args=(instance, looked), name="bootstrap", daemon=True).start()
     try:
         yield
     finally:
@@ -195,15 +199,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         instance.desk.studies.store.close()
 
 
-def _watch(studies: Studies, ended: threading.Event) -> None:
+def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.Event) -> None:
     """Take in what people put into the folder, every few seconds; a large folder that changes often, less often."""
-    pause = WATCH_SECONDS
+    pause = 0.0
     while not ended.wait(pause):
         started = time.monotonic()
         try:
-            studies.refresh()
+            datastore.refresh(ended.is_set)
         except (StoreError, OSError) as error:
             logger.warning("the folder could not be looked through: %s", error)
+        except Exception:
+            logger.exception("the folder could not be looked through")  # the next look may do better
+        looked.set()
         pause = max(WATCH_SECONDS, 20 * (time.monotonic() - started))
 
 
@@ -216,8 +223,9 @@ def _preload(desk: Any) -> None:
             logger.warning("%s", error)
 
 
-def _bootstrap(instance: Any) -> None:
+def _bootstrap(instance: Any, looked: threading.Event) -> None:
     """Put the trainings of the first networks where there are none and enough scans are labelled."""
+    looked.wait()
     desk = instance.desk
     store: Store = desk.studies.store
     missing = [network for network in NETWORKS if not desk.has(network)]

@@ -13,7 +13,7 @@ from fastapi import Body
 from pydantic import AfterValidator, JsonValue
 
 from segqc.server.errors import RequestError
-from segqc.volumes import FILE_SUFFIXES
+from segqc.volumes import SCAN_SUFFIXES
 
 JsonObject: TypeAlias = dict[str, JsonValue]
 
@@ -139,10 +139,10 @@ def file_suffix(name: str | None, what: str) -> str:
         RequestError: 415 if it is no format that scans and label maps are read from.
     """
     base = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
-    for suffix in FILE_SUFFIXES:
+    for suffix in SCAN_SUFFIXES:
         if base.lower().endswith(suffix):
             return suffix
-    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(FILE_SUFFIXES)}.")
+    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(SCAN_SUFFIXES)}.")
 
 
 def json_object(text: str | None, field: str) -> JsonObject:

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -18,13 +18,14 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
 from segqc.server.checks import check_image_id, check_tag
+from segqc.server.errors import RequestError
 from segqc.store import labels, scans
-from segqc.store.folder import take_in_scan
+from segqc.store.folder import ScanExists
 from segqc.store.labels import FINAL, NewLabel
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
-from segqc.store.values import LabelRecord, ScanRecord, ScanState
-from segqc.volumes import FILE_SUFFIXES, atomic_write
+from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState
+from segqc.volumes import scan_id
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -41,6 +42,7 @@ class StoreDatastore(Datastore):
     def __init__(self, studies: Studies) -> None:
         self._studies = studies
         self._store = studies.store
+        self._findings: list[FindingRecord] = []
         self._name = studies.folder.name
         self._description = "Scans of a studies folder"
 
@@ -87,14 +89,19 @@ class StoreDatastore(Datastore):
 
     def datalist(self) -> list[dict[str, Any]]:
         """Paths of the labelled scans and of their final labels."""
-        folder = self._studies.folder
+        store = self._store
+        return [
+            # what was read from a file of another form is handed out as everybody reads it
+            {"image": str(image), "label": str((store.label_file if final.source_sha256 else store.view_file)(final))}
+            for image, final in self._final_labels()
+        ]
+
+    def _final_labels(self) -> list[tuple[Path, LabelRecord]]:
+        """Files and final labels of the labelled scans, in the order of their names."""
         with self._store.read() as transaction:
             files = {s.name: s.file for s in scans.listing(transaction, states=("submitted", "approved"))}
-        return [
-            {"image": str(folder / files[name]), "label": str(self._store.view_file(label))}
-            for name, label in sorted(self._labelled(None).items())
-            if name in files
-        ]
+        labelled = sorted(self._labelled(None).items())
+        return [(self._studies.folder / files[name], label) for name, label in labelled if name in files]
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -128,7 +135,15 @@ class StoreDatastore(Datastore):
         """What is noted of a scan."""
         scan = self._scan(image_id)
         noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
-        return {**noted, **scan.info, "state": scan.state, **({"reason": scan.reason} if scan.reason else {})}
+        # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
+        checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
+        return {
+            **noted,
+            **scan.info,
+            **checksum,
+            "state": scan.state,
+            **({"reason": scan.reason} if scan.reason else {}),
+        }
 
     def update_image_info(self, image_id: str, info: Info) -> None:
         """Add to what is noted of a scan."""
@@ -139,21 +154,21 @@ class StoreDatastore(Datastore):
                 raise ImageNotFoundException(f"Image {image_id} not found") from error
 
     def add_image(self, image_id: str, image_filename: str, image_info: Info | None) -> str:
-        """Put a scan into the folder under an id.
+        """Put a scan into the folder under an id; a file that is there is never replaced.
 
         Raises:
-            RequestError: 400 if the id is no plain name.
+            RequestError: 400 if the id is no plain name, 409 if it is another scan's.
+            VolumeError: if the file is no scan that can be used.
         """
         source = Path(image_filename)
-        suffix = next((s for s in FILE_SUFFIXES if source.name.endswith(s)), source.suffix)
-        name = check_image_id(image_id or source.name.removesuffix(suffix))
-        with atomic_write(self._studies.folder / f"{name}{suffix}") as temporary:
-            temporary.write_bytes(source.read_bytes())
-        settings = self._studies.settings
-        take_in_scan(self._store, f"{name}{suffix}", settings.patient_of, settings.placing())
+        name = check_image_id(image_id or scan_id(source))
+        try:
+            added = self._studies.add_scan(source, name)
+        except ScanExists as error:
+            raise RequestError(409, f"{error}.") from error
         if image_info:
-            self.update_image_info(name, image_info)
-        return name
+            self.update_image_info(added.name, image_info)
+        return added.name
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""
@@ -184,9 +199,9 @@ class StoreDatastore(Datastore):
         return image_id if self._label(image_id, tag) is not None else ""
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
-        """The path of a current label; empty where there is none."""
+        """The path of a current label's kept content, which nobody edits; empty where there is none."""
         label = self._label(label_id, label_tag)
-        return str(self._store.view_file(label)) if label is not None else ""
+        return str(self._store.label_file(label)) if label is not None else ""
 
     def get_label(self, label_id: str, label_tag: str, params: object = None) -> io.BytesIO:
         """The file of a current label."""
@@ -229,9 +244,14 @@ class StoreDatastore(Datastore):
 
     # ---------------------------------------------------------------------------------------------------------- others
 
-    def refresh(self) -> None:
+    def refresh(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Take in what has changed in the folder."""
-        self._studies.refresh()
+        self._studies.take_in(stop=stop)
+        self._findings = self._studies.findings()
+
+    def findings(self) -> list[FindingRecord]:
+        """What was not taken in, as of the last `refresh`; does not wait for the database."""
+        return self._findings
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Pack scans with final labels into a ZIP file; the caller removes it.
@@ -242,10 +262,9 @@ class StoreDatastore(Datastore):
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for pair in self.datalist()[:limit_cases]:
-                image, label = Path(pair["image"]), Path(pair["label"])
+            for image, final in self._final_labels()[:limit_cases]:
                 archive.write(image, image.name)
-                archive.write(label, f"labels/final/{label.name}")
+                archive.write(self._store.label_file(final), f"labels/final/{final.scan}{final.suffix}")
         return path
 
     def status(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -121,6 +122,10 @@ class OpenRequest:
     started: float
     received: int = 0
 
+    def log_cut(self) -> None:
+        """Note that it will not be answered."""
+        logger.warning("cut off after %.0f s: %s", time.monotonic() - self.started, self.label)
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -201,6 +206,11 @@ class Guard:
         with self._traffic.request(f"{scope['method']} {scope['path']}") as request:
             try:
                 await self._app(scope, self._counted(scope, receive, request), watched_send)
+            except asyncio.CancelledError:  # the server ends, and does not wait any longer
+                request.log_cut()
+                if started:
+                    raise
+                await _answer(HTTPException(503, "the server ends; send it again later."), scope, receive, send)
             except Exception:
                 number = uuid.uuid4().hex[:8]
                 logger.exception("error %s: %s could not be answered", number, request.label)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from segqc.assessor import AssessmentSettings, Assessor
-from segqc.loop.studies import Studies, StudiesError, label_names
+from segqc.loop.studies import Studies, StudiesError
 from segqc.networks import ModelError, TrainedNetwork
 from segqc.segmenter import Segmenter
 from segqc.server.errors import RequestError
 from segqc.settings import Network, Settings
-from segqc.types import Structure
+from segqc.types import Structure, label_names
 from segqc.volumes import VolumeError
 
 M = TypeVar("M", bound=TrainedNetwork)
@@ -62,7 +62,7 @@ class Desk:
     """A studies folder with its settings and models."""
 
     def __init__(self, folder: Path) -> None:
-        self.studies = Studies(folder, patience_seconds=_PATIENCE_SECONDS)
+        self.studies = Studies(folder, watched=True, patience_seconds=_PATIENCE_SECONDS)
         self.settings: Settings = self.studies.settings
         judging = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
         self.segmenters: ModelShelf[Segmenter] = ModelShelf(self.studies.model_path("segmentation"), Segmenter.load)

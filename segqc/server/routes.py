@@ -53,10 +53,11 @@ from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, submit
 from segqc.server.waiting import JobsDone
 from segqc.store import events, labels, leases, scans
-from segqc.store.store import Store
+from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
-from segqc.volumes import VolumeError, atomic_write, read_scan
+from segqc.volumes import VolumeError, atomic_write
+from segqc.volumes.intake import check_scan
 
 router = APIRouter()
 
@@ -113,14 +114,15 @@ def _receive(upload: UploadFile, folder: Path, stem: str, what: str) -> Path:
 
 
 def _check_received(path: Path, what: str) -> None:
-    """Read an uploaded scan once before it is kept or used.
+    """Check an uploaded scan before it is kept or used, within the limits of the settings.
 
     Raises:
-        RequestError: 422 if it can't be read; the sentence names what it was sent as, not where it lies here.
+        RequestError: 422 if it can't be used; the sentence names what it was sent as, not where it lies here.
     """
     try:
-        read_scan(path)
+        check_scan(path, app_instance().desk.settings.intake, shown=what)
     except VolumeError as error:
+        # what is wrong with one file of a DICOM series names that file
         raise RequestError(422, str(error).replace(str(path), what)) from error
 
 
@@ -457,10 +459,11 @@ def save_label(
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = _receive(label, Path(folder), "submitted", "the label map")
-        scan = Path(app.datastore().get_image_uri(image))
+        verified = app.desk.studies.verify_scan(image)
+        scan = app.desk.studies.folder / verified.file
         named = bool(app.desk.settings.structures)
         submitted = read_submission(received, scan, app.desk.labels(), info, configured=named)
-    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info)
+    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info, verified.sha256)
     return {**(app.on_save_label(image, image) or {}), **told, "image": image, "label": image}
 
 
@@ -509,6 +512,15 @@ def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
     with acting(asker.who()):
         app_instance().datastore().remove_label(_known_label(id, tag), tag)
     return {}
+
+
+@router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
+def download_label(label: str, tag: str, check_only: bool = False) -> Response:
+    """Send the current label map of a scan, as it was kept."""
+    path = Path(app_instance().datastore().get_label_uri(_known_image(label), tag) or _known_label(label, tag))
+    if check_only:
+        return JSONResponse({})
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{label}{suffix_of(path)}")
 
 
 @router.get("/datastore/label/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a label map")

@@ -98,7 +98,7 @@ def serve(
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
-    folder = Studies(studies)
+    folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
     _refuse_read_only(folder)
     folder.own.mkdir(parents=True, exist_ok=True)
     _allow_files()
@@ -118,7 +118,8 @@ def serve(
     }
     _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
     _set_logging(log_file)
-    logger.info("SegQC serves %s (%d scans); starting ...", folder.folder, len(folder.scans()))
+    folder.store.close()  # a database that cannot be used shows at once
+    logger.info("SegQC serves %s; starting ...", folder.folder)
     shown = host if ":" not in host else f"[{host}]"
     ending = Ending()
     with listener, _temporary_files() as temporary:
@@ -126,8 +127,7 @@ def serve(
         beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
         _answer(listener, f"http://{shown}:{port}/", beside, ending)
     alone.release()
-    logger.info("SegQC has ended.")
-    logging.shutdown()
+    ending.report()
 
 
 class Ending:
@@ -141,6 +141,7 @@ class Ending:
         self.begun = threading.Event()
         self.files: Path | None = None
         self.traffic: Traffic | None = None
+        self._reported = False
 
     def begin(self) -> None:
         """Let the deadline run; called again, as by a second Ctrl-C, end at once."""
@@ -153,13 +154,18 @@ class Ending:
         time.sleep(_DEADLINE_SECONDS)
         self.cut()
 
+    def report(self) -> None:
+        """Log that the server has ended; a thread that still computes may keep the process until the deadline."""
+        if not self._reported:
+            logger.info("SegQC has ended.")
+        self._reported = True
+        logging.shutdown()
+
     def cut(self) -> None:
         """End the process here and now, and say whose requests are cut off."""
-        requests = list(self.traffic.open.values()) if self.traffic is not None else []
-        for request in requests:
-            logger.warning("cut off after %.0f s: %s", time.monotonic() - request.started, request.label)
-        logger.info("SegQC has ended.")
-        logging.shutdown()
+        for request in list(self.traffic.open.values()) if self.traffic is not None else ():
+            request.log_cut()
+        self.report()
         if self.files is not None:
             shutil.rmtree(self.files, ignore_errors=True)
         os._exit(0)

@@ -66,7 +66,9 @@ def read_submission(
     return labels
 
 
-def submit(studies: Studies, scan: str, labels: Volume, tag: str, who: Who, params: JsonObject) -> JsonObject:
+def submit(
+    studies: Studies, scan: str, labels: Volume, tag: str, who: Who, params: JsonObject, content: str | None = None
+) -> JsonObject:
     """Keep a checked label map; a final one made of what was handed out is a correction.
 
     Args:
@@ -77,6 +79,7 @@ def submit(studies: Studies, scan: str, labels: Volume, tag: str, who: Who, para
         who: who submits it.
         params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
             where it was not all.
+        content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
 
     Returns:
         What the client is told of it.
@@ -86,8 +89,9 @@ def submit(studies: Studies, scan: str, labels: Volume, tag: str, who: Who, para
     """
     opened = _opened(params)
     try:
+        simulated = params.get("simulated") is True
         done = submit_label(
-            studies, scan, labels, tag, who, info=params, opened=opened, simulated=params.get("simulated") is True
+            studies, scan, labels, tag, who, info=params, opened=opened, simulated=simulated, content=content
         )
     except OpenedError as error:
         raise RequestError(400, f"{error}.") from error

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Clock: TypeAlias = Callable[[], dt.datetime]
 
 DATABASE_FILE: Final = "store.sqlite"
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 PATIENCE_SECONDS: Final = 60.0
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own

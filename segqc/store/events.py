@@ -12,6 +12,8 @@ from segqc.store.schema import Actor, Event
 from segqc.store.values import EventRecord, JsonObject, Who
 
 SERVER = Who("system", "server", "program")
+FOLDER = Who("system", "folder", "folder")
+"""Whoever puts files into the studies folder, changes or removes them."""
 
 # built once: building a query takes longer than running it
 _ACTOR: Final = select(Actor).where(

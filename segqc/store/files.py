@@ -2,7 +2,8 @@
 
 Files and rows change together, whenever the process dies: new files wait in a folder of their own with a plan and a
 lock; with the pen in hand they are renamed into place, then the rows are committed, then the folder goes. A folder
-whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked after.
+whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked after. Files that people
+put below ``labels/`` stay as they are, and nothing is written over one that no version holds.
 """
 
 from __future__ import annotations
@@ -14,25 +15,41 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pydantic import TypeAdapter
 
+from segqc.volumes import LABEL_SUFFIXES
+
 _CHUNK: Final = 1 << 20
+_CLOCK_TICK_NS: Final = 50_000_000
+_PAST_NS: Final = 1_000_000_000
 _SURELY_OVER_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is about to change: a scan's label under a tag, and the address of the new content."""
+    """What is about to change: a scan's label under a tag, and the addresses of the new contents.
+
+    ``source_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is the
+    file, relative to ``labels/``, that a person put there and that stays as it is; None where the label's file is
+    written by us.
+    """
 
     scan: str
     tag: str
     sha256: str | None
     suffix: str | None
+    source_sha256: str | None = None
+    source_suffix: str | None = None
+    found: str | None = None
+
+    def contents(self) -> list[tuple[str, str]]:
+        """Address and suffix of each new content."""
+        return contents_of(self.sha256, self.suffix, self.source_sha256, self.source_suffix)
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -44,6 +61,23 @@ class FileState:
 
     size: int
     modified_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLabel:
+    """A label file that a person put below ``labels/``, as it was when it was read.
+
+    Attributes:
+        file: its path relative to ``labels/``.
+        state: its size and time before it was read.
+        source: a copy of it, where the label map had to be read from it into another file.
+        source_suffix: the end of its name, in its own spelling, in that case.
+    """
+
+    file: str
+    state: FileState
+    source: Path | None = None
+    source_suffix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +106,19 @@ class LabelFiles:
         return f"{tag}/{scan}{suffix}"
 
     @contextlib.contextmanager
-    def arriving(self, source: Path | None, scan: str, tag: str, suffix: str | None) -> Iterator[Arrival]:
+    def arriving(
+        self, source: Path | None, scan: str, tag: str, suffix: str | None, found: FoundLabel | None = None
+    ) -> Iterator[Arrival]:
         """Copy content (None for a removal) to the disk and hold its place until the block ends.
 
         The folder stays if the block fails: whoever recovers finds it.
+
+        Args:
+            source: the file with the content.
+            scan: the scan's name.
+            tag: the label's tag.
+            suffix: the suffix that the content is kept under.
+            found: the file below ``labels/`` that shows the label already; without it one will be written.
 
         Raises:
             OSError: if the disk is full or read-only; nothing is left then.
@@ -86,8 +129,24 @@ class LabelFiles:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                sha256 = _copy_twice(source, folder / "object", folder / "view") if source is not None else None
-                plan = Plan(scan, tag, sha256, suffix)
+                sha256 = original = None
+                if source is not None:
+                    copies = [folder / "object"] + ([folder / "view"] if found is None else [])
+                    sha256 = _copy_to(source, copies)
+                if found is not None and found.source is not None:
+                    original = _copy_to(found.source, [folder / "source"])
+                for kept in ("object", "source"):
+                    with contextlib.suppress(FileNotFoundError):
+                        (folder / kept).chmod(0o444)  # kept content is never written again
+                plan = Plan(
+                    scan,
+                    tag,
+                    sha256,
+                    suffix,
+                    original,
+                    found.source_suffix if found is not None and original is not None else None,
+                    found.file if found is not None else None,
+                )
                 _write(folder / "plan.json", _PLAN.dump_json(plan))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -97,41 +156,56 @@ class LabelFiles:
         finally:
             os.close(lock)
 
-    def put(self, arrival: Arrival) -> FileState | None:
-        """Rename the new files into place; the caller holds the pen and commits right after."""
-        plan = arrival.plan
-        if plan.sha256 is None or plan.suffix is None:
-            self.clear_view(plan.scan, plan.tag)
-            return None
-        kept = self.object_path(plan.sha256, plan.suffix)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(arrival.folder / "object", kept)
-        _sync_folder(kept.parent)
-        return self._show(arrival.folder / "view", plan.scan, plan.tag, plan.suffix)
+    def put(self, arrival: Arrival, others: Collection[Path] = ()) -> FileState | None:
+        """Move the new files into place; the caller holds the pen and commits right after.
 
-    def show(self, scan: str, tag: str, sha256: str, suffix: str) -> FileState:
-        """Make ``labels/<tag>/<scan>`` the content of this address again."""
+        Args:
+            arrival: what waits.
+            others: the files that showed the label until now.
+
+        Returns:
+            How the label's file was left; None for a removal, and for a file that a person put there.
+        """
+        plan = arrival.plan
+        for name, (sha256, suffix) in zip(("object", "source"), plan.contents(), strict=False):
+            kept = self.object_path(sha256, suffix)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(arrival.folder / name, kept)
+            _sync_folder(kept.parent)
+        written = plan.found
+        state = None
+        if plan.suffix is not None and plan.found is None:
+            written = self.view_name(plan.scan, plan.tag, plan.suffix)
+            state = self._show(arrival.folder / "view", written)
+        for path in others:
+            if written is None or path != self.views / written:
+                path.unlink(missing_ok=True)
+        return state
+
+    def show(self, file: str, content: Path) -> FileState:
+        """Make a file below ``labels/`` a copy of another one."""
         self._incoming.mkdir(parents=True, exist_ok=True)
         temporary = self._incoming / f"{uuid.uuid4().hex}.view"
         try:
-            shutil.copyfile(self.object_path(sha256, suffix), temporary)
-            return self._show(temporary, scan, tag, suffix)
+            _copy_to(content, [temporary])
+            return self._show(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _show(self, ready: Path, scan: str, tag: str, suffix: str) -> FileState:
-        target = self.views / self.view_name(scan, tag, suffix)
+    def _show(self, ready: Path, file: str) -> FileState:
+        target = self.views / file
         target.parent.mkdir(parents=True, exist_ok=True)
+        # a time in the past: whatever is written into the file from now on gives it another one
+        before = time.time_ns() - _PAST_NS
+        os.utime(ready, ns=(before, before))
         os.replace(ready, target)
-        self.clear_view(scan, tag, but=suffix)
         _sync_folder(target.parent)
         return state_of(target)
 
-    def clear_view(self, scan: str, tag: str, *, but: str | None = None) -> None:
-        """Remove what ``labels/<tag>/`` shows of a scan, in any format but one."""
-        for suffix in VIEW_SUFFIXES:
-            if suffix != but:
-                (self.views / self.view_name(scan, tag, suffix)).unlink(missing_ok=True)
+    def lying(self, scan: str, tag: str, *also: str) -> list[str]:
+        """The files below ``labels/`` that show, or may show, a scan's label under a tag, in any format."""
+        names = dict.fromkeys([*(self.view_name(scan, tag, suffix) for suffix in LABEL_SUFFIXES), *also])
+        return [name for name in names if (self.views / name).is_file()]
 
     def abandoned(self) -> list[Arrival]:
         """Arrivals whose process died, each with its plan; those without a whole plan never began and are removed."""
@@ -147,7 +221,8 @@ class LabelFiles:
                 found.append(Arrival(folder, _PLAN.validate_json((folder / "plan.json").read_bytes())))
             except (OSError, ValueError):
                 shutil.rmtree(folder, ignore_errors=True)
-        return found
+        # what people put there comes back after what we wrote over it is undone
+        return sorted(found, key=lambda arrival: arrival.plan.found is not None)
 
     def leftovers(self) -> list[Path]:
         """What dead processes left among the arrivals, untouched: unlocked folders, and old ones without a lock."""
@@ -162,11 +237,19 @@ class LabelFiles:
                     found.append(path)
         return found
 
-    def discard(self, arrival: Arrival, *, keep_object: bool) -> None:
-        """Clean up after an abandoned arrival; its object goes, too, unless a row speaks of it."""
+    def original(self, arrival: Arrival) -> Path | None:
+        """The content of the file that a person put below ``labels/``, wherever an interrupted change has left it."""
         plan = arrival.plan
-        if not keep_object and plan.sha256 is not None and plan.suffix is not None:
-            self.object_path(plan.sha256, plan.suffix).unlink(missing_ok=True)
+        if plan.found is None or not plan.contents():
+            return None
+        name = "object" if plan.source_sha256 is None else "source"
+        return next((p for p in (self.object_path(*plan.contents()[-1]), arrival.folder / name) if p.is_file()), None)
+
+    def discard(self, arrival: Arrival, *, keep: Collection[str]) -> None:
+        """Clean up after an abandoned arrival; its contents go, too, but those that rows speak of."""
+        for sha256, suffix in arrival.plan.contents():
+            if sha256 not in keep:
+                self.object_path(sha256, suffix).unlink(missing_ok=True)
         shutil.rmtree(arrival.folder, ignore_errors=True)
 
     def all_objects(self) -> Iterator[Path]:
@@ -175,7 +258,25 @@ class LabelFiles:
             yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
 
 
-VIEW_SUFFIXES: Final = (".nii.gz", ".nii", ".nrrd")
+def contents_of(
+    sha256: str | None, suffix: str | None, source_sha256: str | None, source_suffix: str | None
+) -> list[tuple[str, str]]:
+    """Address and suffix of a label version's content, and of the file that it was read from."""
+    pairs = ((sha256, suffix), (source_sha256, source_suffix))
+    return [(address, end) for address, end in pairs if address is not None and end is not None]
+
+
+def signature_of(status: os.stat_result) -> str:
+    """What tells quickly that a file still holds what it held; empty if it was written a moment ago.
+
+    A further change within the clock's tick would go unseen then.
+    """
+    return "" if abs(time.time_ns() - status.st_mtime_ns) <= _CLOCK_TICK_NS else raw_signature(status)
+
+
+def raw_signature(status: os.stat_result) -> str:
+    """The signature that a file has once it was written long enough ago."""
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 
 def state_of(path: Path) -> FileState:
@@ -200,17 +301,19 @@ def copy_with_sha256(source: Path, target: Path) -> str:
     return digest.hexdigest()
 
 
-def _copy_twice(source: Path, first: Path, second: Path) -> str:
+def _copy_to(source: Path, targets: Sequence[Path]) -> str:
+    """Copy a file to several places, on the disk when this returns, and return the address of its content."""
     digest = hashlib.sha256()
-    with source.open("rb") as content, first.open("wb") as one, second.open("wb") as two:
+    with contextlib.ExitStack() as stack:
+        content = stack.enter_context(source.open("rb"))
+        copies = [stack.enter_context(target.open("wb")) for target in targets]
         while chunk := content.read(_CHUNK):
             digest.update(chunk)
-            one.write(chunk)
-            two.write(chunk)
-        for file in (one, two):
-            file.flush()
-            os.fsync(file.fileno())
-    first.chmod(0o444)  # kept content is never written again
+            for copy in copies:
+                copy.write(chunk)
+        for copy in copies:
+            copy.flush()
+            os.fsync(copy.fileno())
     return digest.hexdigest()
 
 

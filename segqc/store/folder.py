@@ -1,188 +1,631 @@
-"""Taking in what lies in the studies folder: new scans, and labels that people put there, changed or removed."""
+"""Taking in what lies in the studies folder: scans, and labels that people put there, changed or removed.
+
+Every file passes the store's intake once for each content; what does not is kept aside as a finding (`findings`). A
+file's signature (size, time, inode) tells whether it has to be read again, and its hash decides. Large folders are
+taken in batch by batch: what is committed stays, whenever the process dies.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
+import shutil
+import stat
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from segqc.placement import Placing
-from segqc.store import labels, scans
-from segqc.store.database import Transaction
-from segqc.store.files import VIEW_SUFFIXES, sha256_of
-from segqc.store.labels import NewLabel
-from segqc.store.scans import FoundScan
-from segqc.store.schema import Keeping
+from segqc.store import findings, labels, leases, scans
+from segqc.store.database import StoreError, Transaction
+from segqc.store.events import FOLDER
+from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of, state_of
+from segqc.store.findings import Finding
+from segqc.store.labels import NewLabel, ViewState
+from segqc.store.scans import FoundScan, Known
 from segqc.store.store import LabelChange, Store
-from segqc.store.values import Who
-from segqc.volumes import VolumeError, is_scan_path, scan_id
+from segqc.store.values import LabelRecord, ScanRecord
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
 
 logger = logging.getLogger(__name__)
 
-FOLDER: Final = Who("system", "folder", "folder")
-_CLOCK_TICK_NS: Final = 50_000_000
-_AT_ONCE: Final = 100
+T = TypeVar("T")
+
+_BATCH: Final = 500
+_BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
+_LABEL_BATCH: Final = 50
+# Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
+_OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
 
 PatientOf: TypeAlias = Callable[[Path], str]
+Stop: TypeAlias = Callable[[], bool]
+
+
+class ScanExists(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """There is a scan of this name already, or a file that would be one.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is a scan {name!r} already; choose another id, or remove its file first")
+        self.name = name
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What was found: new scans, scans whose file is gone, labels that were new, changed or removed."""
+    """What was found: scans and labels that were new, replaced, or gone."""
 
     new_scans: int = 0
     missing_scans: int = 0
     new_labels: int = 0
     removed_labels: int = 0
+    replaced_scans: int = 0
 
 
-def take_in(store: Store, patient_of: PatientOf, placing: Placing) -> Taken:
-    """Bring the store in line with its folder; costs a few system calls where nothing has changed.
+@dataclass(frozen=True, slots=True)
+class Added:
+    """The name of an uploaded scan, and whether it is new: the same content under the same name is not."""
 
-    Files are never moved nor changed. A scan whose file is gone keeps its history and waits for the file to return. A
-    label file that a person put below ``labels/<tag>/`` becomes a version; one that a person removed becomes a removal.
+    name: str
+    new: bool
+
+
+def _never() -> bool:
+    return False
+
+
+def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop = _never) -> Taken:
+    """Bring the store in line with its folder; costs a system call for each file where nothing has changed.
+
+    Scans are never moved nor changed. A scan whose file is gone keeps its history and waits for the file to return. A
+    file that holds another content is another scan: the old one is retired with all that was made for it, under
+    another name, until its content returns. A label file that a person put below ``labels/<tag>/`` becomes a version;
+    one that a person removed becomes a removal. Files that do not pass the intake are kept aside, each with a reason.
 
     Args:
         store: the store.
-        patient_of: the patient that a scan file is of. A new scan for which it raises a VolumeError is left alone, with
-            a warning, until it does so no more: fold and role are given once, and a wrong patient would share neither.
+        patient_of: the patient that a scan file is of. A new scan for which it raises a VolumeError is kept aside until
+            it does so no more: fold and role are given once, and a wrong patient would share neither.
         placing: how new patients get their fold and role.
+        stop: asked after each batch of files whether to leave the rest for the next time.
     """
-    new, missing = _take_in_scans(store, patient_of, placing)
+    with store.read() as transaction:
+        noted = findings.noted(transaction, store.intake.version)
+        outdated = findings.files(transaction) - noted.keys()
+    if outdated:  # by the settings of before: these files are looked at again
+        with store.write() as transaction:
+            findings.clear(transaction, outdated)
+    new, missing, replaced, changed = _take_in_scans(store, patient_of, placing, noted, stop)
+    noted = {file: finding for file, finding in noted.items() if finding.scan not in changed}
     added = removed = 0
-    for folder in _tag_folders(store):
-        more, fewer = _take_in_labels(store, folder)
-        added, removed = added + more, removed + fewer
-    return Taken(new, missing, added, removed)
+    folders = _tag_folders(store)
+    for folder in folders:
+        if not stop():
+            more, fewer = _take_in_labels(store, folder, noted, stop)
+            added, removed = added + more, removed + fewer
+    tags = {f"labels/{folder.name}" for folder in folders}
+    gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags}
+    if gone:
+        with store.write() as transaction:
+            findings.clear(transaction, gone)
+    return Taken(new, missing, added, removed, replaced)
 
 
-def take_in_scan(store: Store, file: str, patient_of: PatientOf, placing: Placing) -> None:
-    """Take in one scan file of the folder, named relative to it, without looking at the others.
+def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> bool:
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
 
     Raises:
-        VolumeError: if its patient can't be told.
+        UnknownScan: if there is none of this name.
     """
-    path = store.studies / file
-    found = [FoundScan(scan_id(path), file, patient_of(path))]
-    with store.write() as transaction:
-        scans.take_in(transaction, found, placing, FOLDER)
-        scans.mark_returned(transaction, {file}, FOLDER)
-
-
-def _take_in_scans(store: Store, patient_of: PatientOf, placing: Placing) -> tuple[int, int]:
     with store.read() as transaction:
-        if _unchanged(transaction, store.studies, "scans"):
-            return 0, 0
-        # before the folder is looked through: a scan that is uploaded meanwhile is not missing
-        present, known = scans.files(transaction), scans.files(transaction, missing=True)
-    mark = _mark(store.studies)
-    files = {entry.name for entry in _files(store.studies) if is_scan_path(Path(entry.path))}
-    unknown = sorted(files - present - known)
-    found = [scan for file in unknown if (scan := _found(store.studies / file, patient_of)) is not None]
-    final = store.files.views / labels.FINAL
-    labelled = {_stem(entry.name) for entry in _files(final)} if final.is_dir() else set()
-    with store.write() as transaction:
-        new = scans.take_in(transaction, found, placing, FOLDER, labelled=labelled)
-        scans.mark_returned(transaction, files, FOLDER)
-        missing = scans.mark_missing(transaction, present - files, FOLDER)
-        _remember(transaction, "scans", mark if len(found) == len(unknown) else "")
-    return new, missing
-
-
-def _found(path: Path, patient_of: PatientOf) -> FoundScan | None:
+        file = scans.get(transaction, name).file
+        known = scans.known_files(transaction, [file]).get(file)
     try:
-        return FoundScan(scan_id(path), path.name, patient_of(path))
-    except VolumeError as error:
-        _warn_once(f"{path.name} is not taken in, as its patient cannot be told: {error}")
+        signature = signature_of((store.studies / file).stat())
+    except FileNotFoundError:
+        with store.write() as transaction:
+            scans.mark_missing(transaction, [file], FOLDER)
+        return False
+    if known is not None and not known.missing and signature and known.signature == signature:
+        return True
+    _take_in_files(store, [file], {} if known is None else {file: known}, set(), patient_of, placing, _never)
+    return False
+
+
+def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, placing: Placing) -> Added:
+    """Put a new scan into the folder under a name; a file that is there already is never replaced.
+
+    Args:
+        store: the store.
+        source: the file; it is copied.
+        name: the name that the scan should have.
+        suffix: of the file.
+        patient_of: see `take_in`.
+        placing: see `take_in`.
+
+    Raises:
+        ScanExists: if the name is taken, by whatever the store knows or by a file that it has not seen yet.
+        VolumeError: if it is no scan that can be used.
+        OSError: if it can't be written; nothing has changed then.
+    """
+    content = store.intake.scan(source, "the scan")
+    target = store.studies / f"{name}{suffix}"
+    hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=store.studies))
+    linked = False
+    try:
+        copy = hidden / target.name
+        with source.open("rb") as read, copy.open("wb") as written:
+            shutil.copyfileobj(read, written)
+            written.flush()
+            os.fsync(written.fileno())
+        with store.write() as transaction:  # alone: nobody else adds a file of this name, with whatever suffix
+            for scan in _named_alike(transaction, name):
+                usable = scan.missing_since is None and scan.state != "excluded"
+                if usable and (scan.name, scan.sha256) == (name, content.sha256):
+                    return Added(name, new=False)
+                raise ScanExists(scan.name)
+            for found_name in os.listdir(store.studies):
+                if scan_suffix(found_name) is not None and _alike(scan_id(found_name), name):
+                    raise ScanExists(scan_id(found_name))
+            try:
+                _link(copy, target)
+            except FileExistsError as error:
+                raise ScanExists(name) from error
+            linked = True
+            found = FoundScan(name, target.name, patient_of(target), content.sha256, signature_of(target.stat()))
+            scans.take_in(transaction, [found], placing, FOLDER)
+            findings.clear(transaction, [target.name])
+            findings.clear_labels_of(transaction, [name])
+    except BaseException:
+        if linked:
+            target.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return Added(name, new=True)
+
+
+def _link(ready: Path, target: Path) -> None:
+    """Give a file its name, unless the name is taken (FileExistsError)."""
+    try:
+        os.link(ready, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(ready, target)
+
+
+def _named_alike(transaction: Transaction, name: str) -> list[ScanRecord]:
+    """Scans whose names differ from another one in case or in the form of an accent at most, the very name first."""
+    alike = [found for found in scans.names(transaction, missing=True) if _alike(found, name)]
+    return sorted(scans.listing(transaction, names=alike), key=lambda scan: scan.name != name) if alike else []
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names would be one on some file systems."""
+    return _folded(one) == _folded(other)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+# ------------------------------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What came of reading a scan's file; ``patient`` is None where the content is the known one."""
+
+    file: str
+    signature: str
+    sha256: str = ""
+    patient: str | None = None
+    finding: Finding | None = None
+
+
+def _take_in_scans(
+    store: Store, patient_of: PatientOf, placing: Placing, noted: Mapping[str, Finding], stop: Stop
+) -> tuple[int, int, int, set[str]]:
+    """How many scans are new, missing and replaced, and the names of all whose content is another one now."""
+    with store.read() as transaction:
+        marks = scans.marks(transaction)
+    unsettled: set[str] = set()
+    present: set[str] = set()
+    misplaced: dict[str, Finding] = {}
+    settled = 0
+    for entry, status in _files(store.studies):
+        name = entry.name
+        present.add(name)
+        if scans.mark(name, raw_signature(status)) in marks:
+            settled += 1
+        elif scan_suffix(name) is not None:
+            if not _still(noted, name, signature_of(status)):
+                unsettled.add(name)
+        elif (finding := _misplaced(name)) is not None:
+            misplaced[name] = finding
+    gone: list[str] = []
+    known: dict[str, Known] = {}
+    if unsettled or settled < len(marks):
+        with store.read() as transaction:
+            known = scans.known_files(transaction)
+        # whoever has uploaded a scan since has put its file there
+        absent = (file for file, scan in known.items() if not scan.missing and file not in present)
+        gone = [file for file in absent if not (store.studies / file).is_file()]
+    labelled = _labelled(store) if unsettled - known.keys() else set()
+    new, lost, replaced, changed = _take_in_files(store, unsettled, known, labelled, patient_of, placing, stop)
+    over = {file for file in noted if "/" not in file and file not in present}
+    fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
+    missing = 0
+    if gone or over or fresh:
+        with store.write() as transaction:
+            missing = scans.mark_missing(transaction, gone, FOLDER)
+            findings.clear(transaction, over)
+            findings.record(transaction, fresh, store.intake.version)
+    return new, missing + lost, replaced, changed
+
+
+def _labelled(store: Store) -> set[str]:
+    """Names of scans that have a file among the final labels."""
+    final = store.files.views / labels.FINAL
+    return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
+
+
+def _misplaced(name: str) -> Finding | None:
+    """What is wrong with a file beside the scans that looks like one; settings, side-cars and the like do not."""
+    if name.lower().endswith(".seg.nrrd"):
+        sentence = f"{name}: is a segmentation, not a scan; move it to labels/final/ if it is the final label"
+    elif name.lower().endswith(_OTHER_FORMATS):
+        sentence = f"{name}: is of no format that scans are read from; convert it to {' or '.join(SCAN_SUFFIXES)}"
+    else:
+        return None
+    return Finding(name, "other", sentence, "")
+
+
+def _still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
+    """Whether the file is the one that was found to be unusable."""
+    return signature != "" and file in noted and noted[file].signature == signature
+
+
+def _take_in_files(
+    store: Store,
+    files: Collection[str],
+    known: Mapping[str, Known],
+    labelled: Collection[str],
+    patient_of: PatientOf,
+    placing: Placing,
+    stop: Stop,
+) -> tuple[int, int, int, set[str]]:
+    """Look at scan files that are new, changed or back; see `_take_in_scans` for what is returned."""
+    # patients of labelled scans are placed first, so that the few of the start are spread over both roles
+    work = sorted(files, key=lambda file: (scan_id(file) not in labelled, scans.natural_key(file)))
+    new = lost = replaced = done = 0
+    changed: set[str] = set()
+    while done < len(work) and not stop():
+        batch: list[str] = []
+        looked: list[_Looked] = []
+        until = time.monotonic() + _BATCH_SECONDS
+        while done + len(batch) < len(work) and len(batch) < _BATCH and time.monotonic() < until:
+            batch.append(work[done + len(batch)])
+            if (look := _look(store, batch[-1], known.get(batch[-1]), patient_of)) is not None:
+                looked.append(look)
+        for look in looked:
+            before = known.get(look.file)
+            if look.patient is not None and before is not None and before.sha256 is not None:
+                _part_from_labels(store, before.name)
+        with store.write() as transaction:
+            counts = _note(transaction, store, looked, set(batch), labelled, placing)
+        new, lost, replaced, changed = new + counts[0], lost + counts[1], replaced + counts[2], changed | counts[3]
+        done += len(batch)
+        if done < len(work) or len(work) > _BATCH:
+            logger.info("taking in scans: %d of %d", done, len(work))
+    return new, lost, replaced, changed
+
+
+def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -> _Looked | None:
+    """Read a scan's file; None if it is gone, or is being written this moment."""
+    path = store.studies / file
+    try:
+        before = path.stat()
+        signature = signature_of(before)
+        try:
+            if known is not None and known.sha256 is not None and sha256_of(path) == known.sha256:
+                looked = _Looked(file, signature, known.sha256)
+            else:
+                try:
+                    patient = patient_of(path)
+                except VolumeError as error:  # of a side-car, perhaps: looked at again each time
+                    return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
+                content = store.intake.scan(path, file)
+                looked = _Looked(file, signature, content.sha256, patient)
+                for warning in content.warnings:
+                    logger.warning("%s", warning)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # one file must not keep all others out, whatever is wrong with it
+            looked = _Looked(file, signature, finding=Finding(file, "scan", _sentence(path, file, error), signature))
+        after = path.stat()
+    except FileNotFoundError:
+        return None
+    same = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
+    return looked if same else None
+
+
+def _sentence(path: Path, file: str, error: Exception) -> str:
+    """What is wrong with a file, by the name that the user knows."""
+    if isinstance(error, MemoryError):
+        return f"{file}: needs more memory to be read than there is; make it smaller"
+    if isinstance(error, OSError):
+        return f"{file}: cannot be read ({error.strerror or error})"
+    if not isinstance(error, VolumeError):
+        logger.error("%s", file, exc_info=error)
+        return f"{file}: cannot be read ({type(error).__name__}: {error})"
+    told = str(error).replace(str(path), file)
+    return told if file in told else f"{file}: {told}"
+
+
+def _note(
+    transaction: Transaction,
+    store: Store,
+    looked: Sequence[_Looked],
+    files: Collection[str],
+    labelled: Collection[str],
+    placing: Placing,
+) -> tuple[int, int, int, set[str]]:
+    """Write down what came of a batch of files, as the rows are now."""
+    known = scans.known_files(transaction, files)
+    unusable = [look.finding for look in looked if look.finding is not None]
+    findings.record(transaction, unusable, store.intake.version)
+    # the file of a known scan holds something that is no scan: its own content is gone, like a removed file's
+    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, FOLDER)
+    new: list[FoundScan] = []
+    changed: set[str] = set()
+    replaced = 0
+    for look in looked:
+        scan = known.get(look.file)
+        if look.finding is not None:
+            continue
+        if scan is not None and scan.sha256 in (None, look.sha256):
+            if scan.missing:
+                changed.add(scan.name)
+            if scan.missing or (scan.sha256, scan.signature) != (look.sha256, look.signature):
+                scans.note_content(transaction, scan.id, look.sha256, look.signature, FOLDER)
+        elif look.patient is not None:
+            name = scan.name if scan is not None else scan_id(look.file)
+            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature)
+            changed.add(name)
+            if scan is None:
+                new.append(found)
+            else:
+                replaced += 1
+                _replace(transaction, store, scan, found, placing)
+    count = scans.take_in(transaction, new, placing, FOLDER, labelled=labelled)
+    findings.clear(transaction, {look.file for look in looked if look.finding is None})
+    findings.clear_labels_of(transaction, changed)
+    return count, lost, replaced, changed
+
+
+def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundScan, placing: Placing) -> None:
+    """Retire a scan whose file holds another content now, with its labels, and add or bring back the other scan."""
+    for file, view in labels.forget_views(transaction, scan.id):
+        label = labels.get(transaction, view.version)
+        with contextlib.suppress(FileNotFoundError):
+            # what is neither as it was left nor kept is a label that was put there for the new content
+            if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in _addresses(label):
+                (store.files.views / file).unlink()
+    leases.release(transaction, scan.name, FOLDER)
+    retired = scans.retire(transaction, scan.id, FOLDER)
+    logger.warning(
+        "%s holds another scan now; what was made for the one before is kept with it, under the name %s",
+        found.file,
+        retired,
+    )
+    if scans.revive(transaction, found, FOLDER) is None:
+        scans.take_in(transaction, [found], placing, FOLDER)
+        return
+    for label in labels.tags(transaction, found.name).values():
+        if not store.files.lying(label.scan, label.tag):
+            store.show(transaction, label)
+
+
+def _addresses(label: LabelRecord) -> set[str]:
+    return {sha256 for sha256, _ in contents_of(label.sha256, label.suffix, label.source_sha256, label.source_suffix)}
+
+
+def _is_as_left(store: Store, file: str, view: ViewState) -> bool:
+    return state_of(store.files.views / file) == FileState(view.size, view.modified_ns)
+
+
+def _part_from_labels(store: Store, name: str) -> None:
+    """Before a scan is retired, make versions of its label files that were edited and do not fit the new content.
+
+    An edited file that fits belongs to the new content.
+    """
+    with store.read() as transaction:
+        scan = scans.get(transaction, name)
+        shown = labels.views_of(transaction, scan.id)
+        kept = {view.version: _addresses(labels.get(transaction, view.version)) for _, view in shown}
+    with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+        for file, view in shown:
+            tag, base = os.path.split(file)
+            with contextlib.suppress(FileNotFoundError):
+                if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in kept[view.version]:
+                    continue
+                try:
+                    store.label_from_file(scan, tag, base, Path(work))
+                except VolumeError as error:
+                    change = store.unchecked_label(name, tag, base, str(error), Path(work))
+                    store.change_labels([change])
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop: Stop) -> tuple[int, int]:
+    """How many labels of a tag are new, and how many were removed."""
+    tag = folder.name
+    with store.read() as transaction:
+        marks = labels.view_marks(transaction, tag)
+    states: dict[str, FileState] = {}
+    signatures: dict[str, str] = {}
+    unsettled: set[str] = set()
+    settled = 0
+    for entry, status in _files(folder):
+        name = entry.name
+        states[name] = FileState(status.st_size, status.st_mtime_ns)
+        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
+            settled += 1
+            continue
+        signatures[name] = signature_of(status)
+        if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
+            unsettled.add(name)
+    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
+    passed = {file for file in own if os.path.basename(file) not in states}
+    found: list[Finding] = []
+    added = removed = 0
+    if unsettled or settled < len(marks):
+        pass_ = _LabelPass(store, tag, states, signatures)
+        added, removed, found = pass_.run(unsettled, stop)
+        passed |= {f"labels/{tag}/{name}" for name in unsettled} & own
+    passed -= {finding.file for finding in found}
+    fresh = [finding for finding in found if noted.get(finding.file) != finding]
+    if passed or fresh:
+        with store.write() as transaction:
+            findings.clear(transaction, passed)
+            findings.record(transaction, fresh, store.intake.version)
+    return added, removed
+
+
+class _LabelPass:
+    """One look through the labels of a tag, as the folder and the rows were when it began."""
+
+    def __init__(self, store: Store, tag: str, states: Mapping[str, FileState], signatures: Mapping[str, str]) -> None:
+        self.store, self.tag, self.states, self.signatures = store, tag, states, signatures
+        with store.read() as transaction:
+            self.left = labels.views(transaction, tag)
+            self.scans = {scan.name: scan for scan in scans.listing(transaction) if scan.missing_since is None}
+        self.versions = {label_id(file): state.version for file, state in self.left.items()}
+        self.findings: list[Finding] = []
+
+    def run(self, unsettled: Collection[str], stop: Stop) -> tuple[int, int, list[Finding]]:
+        """Take in files that are new or were changed, and note removed ones."""
+        by_scan: dict[str, list[str]] = {}
+        for name in sorted(unsettled, key=lambda name: -self.states[name].modified_ns):
+            if self._has_scan(name) and not self._only_touched(name):
+                by_scan.setdefault(label_id(name), []).append(name)
+        added = done = 0
+        for batch in _batches(list(by_scan.items())):
+            if stop():
+                break
+            with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+                # of several files for one scan the newest counts; the others become versions before it
+                read = (self._read(names, Path(work)) for _, names in batch)
+                added += len(self._commit([change for change in read if change is not None]))
+            done += len(batch)
+            if len(by_scan) > _LABEL_BATCH:
+                logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
+        gone = [
+            label_id(file)
+            for file in self.left
+            if os.path.basename(file) not in self.states
+            and label_id(file) not in by_scan
+            and not (self.store.files.views / file).is_file()
+        ]
+        removals = [
+            LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
+        ]
+        removed = sum(len(self._commit(batch)) for batch in _batches(removals))
+        return added, removed, self.findings
+
+    def _find(self, name: str, sentence: str, scan: str | None = None) -> None:
+        file = f"labels/{self.tag}/{name}"
+        self.findings.append(Finding(file, "label", sentence, self.signatures[name], scan))
+
+    def _has_scan(self, name: str) -> bool:
+        file, scan = f"labels/{self.tag}/{name}", label_id(name)
+        if label_suffix(name) is None:
+            self._find(name, f"{file}: is of no format that labels are read from; use {', '.join(LABEL_SUFFIXES)}")
+        elif scan not in self.scans:
+            self._find(name, f"{file}: there is no scan {scan!r} that can be used; add it, or rename the label", scan)
+        else:
+            return True
+        return False
+
+    def _only_touched(self, name: str) -> bool:
+        """Whether a file that has another time still shows the current version, as a copy of the folder does."""
+        file = f"{self.tag}/{name}"
+        if file not in self.left:
+            return False
+        try:
+            sha256 = sha256_of(self.store.files.views / file)
+        except OSError:
+            return False
+        with self.store.write() as transaction:
+            label = labels.current(transaction, label_id(name), self.tag)
+            if label is None or sha256 not in (label.sha256, label.source_sha256):
+                return False
+            state = self.states[name]
+            labels.note_view(transaction, label, file, state.size, state.modified_ns)
+        return True
+
+    def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
+        """The first of a scan's files that passes, as a change; the others before it are noted as findings."""
+        for name in names:
+            scan = self.scans[label_id(name)]
+            try:
+                return self.store.label_from_file(scan, self.tag, name, work)
+            except FileNotFoundError:
+                continue  # gone again before it could be read
+            except Exception as error:  # one file must not keep all others out, whatever is wrong with it
+                path = self.store.files.views / self.tag / name
+                self._find(name, _sentence(path, f"labels/{self.tag}/{name}", error), scan.name)
         return None
 
+    def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:
+        """Make the changes, but those of scans whose label or content is not the one any more that the look showed.
 
-@functools.lru_cache(maxsize=1000)  # a server looks every few seconds
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+        A file that another process has just saved looks like a person's edit to whoever read the rows before.
+        """
+        left = list(changes)
 
+        def check(transaction: Transaction) -> None:
+            overtaken = set()
+            names = {change.label.scan for change in left}
+            rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
+            for name in names:
+                last = labels.current(transaction, name, self.tag)
+                same = (last.id if last is not None else None) == self.versions.get(name)
+                if not same or rows.get(name) != self.scans[name].id:
+                    overtaken.add(name)
+            if overtaken:
+                raise _Overtaken(overtaken)
 
-def _take_in_labels(store: Store, folder: Path) -> tuple[int, int]:
-    tag, key = folder.name, f"labels/{folder.name}"
-    with store.read() as transaction:
-        if _unchanged(transaction, folder, key):
-            return 0, 0
-        left = labels.views(transaction, tag)
-        known = set(scans.names(transaction))
-    mark = _mark(folder)
-    changed: list[LabelChange] = []
-    seen: set[str] = set()
-    for entry in _files(folder):
-        file, scan = f"{tag}/{entry.name}", _stem(entry.name)
-        seen.add(file)
-        status = entry.stat()
-        if file in left and (left[file].size, left[file].modified_ns) == (status.st_size, status.st_mtime_ns):
-            continue
-        if scan not in known or not entry.name.endswith(VIEW_SUFFIXES):
-            continue
-        if file not in left or not _only_touched(store, tag, entry):
-            changed.append(LabelChange(NewLabel(scan, tag, "import", FOLDER), Path(entry.path)))
-    gone = [_stem(Path(file).name) for file in left.keys() - seen]
-    changed += [LabelChange(NewLabel(scan, tag, "removal", FOLDER), None) for scan in gone]
-    versions = {_stem(Path(file).name): state.version for file, state in left.items()}
-    done = [c for start in range(0, len(changed), _AT_ONCE)
-            for c in _take_in_batch(store, changed[start : start + _AT_ONCE], versions)]  # fmt: skip
-    with store.write() as transaction:
-        # what was overtaken is looked at again next time
-        _remember(transaction, key, mark if len(done) == len(changed) else "")
-    removed = sum(change.source is None for change in done)
-    return len(done) - removed, removed
+        while left:
+            try:
+                self.store.change_labels(left, first=check)
+            except _Overtaken as found:
+                left = [change for change in left if change.label.scan not in found.scans]
+            except FileNotFoundError:
+                return []  # gone again before it could be taken in
+            else:
+                break
+        return left
 
 
 class _Overtaken(Exception):  # noqa: N818 - not an error
-    """Other processes have changed labels of these scans since the folder was looked through."""
+    """Other processes have changed these scans or their labels since the folder was looked through."""
 
     def __init__(self, scans_: set[str]) -> None:
         super().__init__()
         self.scans = scans_
-
-
-def _take_in_batch(store: Store, changes: list[LabelChange], versions: Mapping[str, int]) -> list[LabelChange]:
-    """Take in label files, but those of scans whose label is not the version any more that the folder showed.
-
-    A file that another process has just saved looks like a person's edit to whoever read the rows before.
-    """
-
-    def check(transaction: Transaction) -> None:
-        overtaken = set()
-        for change in changes:
-            last = labels.current(transaction, change.label.scan, change.label.tag)
-            if (last.id if last is not None else None) != versions.get(change.label.scan):
-                overtaken.add(change.label.scan)
-        if overtaken:
-            raise _Overtaken(overtaken)
-
-    while changes:
-        try:
-            store.change_labels(changes, first=check)
-        except _Overtaken as found:
-            changes = [change for change in changes if change.label.scan not in found.scans]
-        except FileNotFoundError:
-            return []  # gone again before it could be read
-        else:
-            break
-    return changes
-
-
-def _only_touched(store: Store, tag: str, entry: os.DirEntry[str]) -> bool:
-    """Whether a file that has another time still shows the current version, as a copy of the folder does."""
-    status, sha256 = entry.stat(), sha256_of(Path(entry.path))
-    with store.write() as transaction:
-        label = labels.current(transaction, _stem(entry.name), tag)
-        if label is None or label.sha256 != sha256:
-            return False
-        labels.note_view(transaction, label, f"{tag}/{entry.name}", status.st_size, status.st_mtime_ns)
-    return True
 
 
 def _tag_folders(store: Store) -> list[Path]:
@@ -192,30 +635,17 @@ def _tag_folders(store: Store) -> list[Path]:
         return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The visible files of a folder, links to files among them, with their status."""
     with os.scandir(folder) as found:
         for entry in found:
-            if not entry.name.startswith(".") and entry.is_file():
-                yield entry
+            if entry.name.startswith("."):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield entry, status
 
 
-def _stem(file: str) -> str:
-    for suffix in VIEW_SUFFIXES:
-        if file.endswith(suffix):
-            return file.removesuffix(suffix)
-    return file
-
-
-def _mark(folder: Path) -> str:
-    """What the folder's own entry says now; empty if it changed so lately that a further change could go unseen."""
-    modified = folder.stat().st_mtime_ns
-    return str(modified) if time.time_ns() - modified > _CLOCK_TICK_NS else ""
-
-
-def _unchanged(transaction: Transaction, folder: Path, key: str) -> bool:
-    row = transaction.get(Keeping, key)
-    return row is not None and row.value != "" and row.value == str(folder.stat().st_mtime_ns)
-
-
-def _remember(transaction: Transaction, key: str, mark: str) -> None:
-    transaction.merge(Keeping(key=key, value=mark))
+def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (items[start : start + _LABEL_BATCH] for start in range(0, len(items), _LABEL_BATCH))

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Row, Select, bindparam, delete, func, select
+from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
-from segqc.store.database import StoreError, Transaction
+from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.schema import Actor, Bundle, LabelInfo, LabelVersion, LabelView, Scan
 from segqc.store.values import BundleRecord, JsonObject, LabelRecord, Maker, Who
 
@@ -25,6 +25,7 @@ class NewLabel:
     """What is known of a label version before it is one.
 
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
+    ``source_sha256`` and ``source_suffix`` are those of the file that the label map was read from, if it is another.
     """
 
     scan: str
@@ -36,6 +37,8 @@ class NewLabel:
     parent: int | None = None
     bundle: int | None = None
     info: JsonObject | None = None
+    source_sha256: str | None = None
+    source_suffix: str | None = None
 
 
 def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
@@ -61,6 +64,8 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
         bundle_id=label.bundle,
         actor_id=events.actor_id(transaction, label.who),
         made_at=transaction.now,
+        source_sha256=label.source_sha256,
+        source_suffix=label.source_suffix,
     )
     transaction.add(version)
     transaction.flush()
@@ -196,6 +201,23 @@ def note_view(transaction: Transaction, version: LabelRecord, file: str, size: i
     ))  # fmt: skip
 
 
+def views_of(transaction: Transaction, scan_id: int) -> list[tuple[str, ViewState]]:
+    """The files below ``labels/`` that show a scan's labels, as they were left."""
+    rows = transaction.execute(
+        select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id).where(
+            LabelView.scan_id == scan_id
+        )
+    ).all()
+    return [(row.file, ViewState(row.size, row.modified_ns, row.label_version_id)) for row in rows]
+
+
+def forget_views(transaction: Transaction, scan_id: int) -> list[tuple[str, ViewState]]:
+    """Remember that nothing is shown of a scan; returns what was."""
+    shown = views_of(transaction, scan_id)
+    transaction.execute(delete(LabelView).where(LabelView.scan_id == scan_id))
+    return shown
+
+
 def forget_view(transaction: Transaction, scan: str, tag: str) -> None:
     """Remember that a tag shows nothing of a scan."""
     row = scans.find(transaction, scan)
@@ -211,6 +233,27 @@ class ViewState:
     version: int
 
 
+def view_of(transaction: Transaction, scan: str, tag: str) -> tuple[str, ViewState] | None:
+    """The file below ``labels/`` that shows a scan's label under a tag, as it was left."""
+    row = transaction.execute(
+        select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id)
+        .join(Scan, Scan.id == LabelView.scan_id)
+        .where(Scan.name == scan, LabelView.tag == tag)
+    ).first()
+    return None if row is None else (row.file, ViewState(row.size, row.modified_ns, row.label_version_id))
+
+
+def view_marks(transaction: Transaction, tag: str) -> set[str]:
+    """The files below a tag as they were left, each as one text; see `view_mark`."""
+    text = LabelView.file + "/" + cast(LabelView.size, String) + "/" + cast(LabelView.modified_ns, String)
+    return set(transaction.scalar(select(json_array(text)).where(LabelView.tag == tag)) or [])
+
+
+def view_mark(file: str, size: int, modified_ns: int) -> str:
+    """A file of `view_marks`."""
+    return f"{file}/{size}/{modified_ns}"
+
+
 def views(transaction: Transaction, tag: str) -> dict[str, ViewState]:
     """The files below a tag as they were left, by file."""
     rows = transaction.execute(
@@ -222,14 +265,28 @@ def views(transaction: Transaction, tag: str) -> dict[str, ViewState]:
 
 
 def known_content(transaction: Transaction, sha256: str) -> bool:
-    """Whether any version has this content."""
-    return transaction.scalar(select(LabelVersion.id).where(LabelVersion.sha256 == sha256).limit(1)) is not None
+    """Whether any version has this content, or was read from it."""
+    for address in (LabelVersion.sha256, LabelVersion.source_sha256):
+        if transaction.scalar(select(LabelVersion.id).where(address == sha256).limit(1)) is not None:
+            return True
+    return False
+
+
+def has_content(transaction: Transaction, scan: str, tag: str, sha256: str) -> bool:
+    """Whether some version of a scan's label under a tag has this content."""
+    query = select(LabelVersion.id).join(Scan, Scan.id == LabelVersion.scan_id)
+    query = query.where(Scan.name == scan, LabelVersion.tag == tag, LabelVersion.sha256 == sha256)
+    return transaction.scalar(query.limit(1)) is not None
 
 
 def contents(transaction: Transaction) -> Iterator[tuple[str, str]]:
-    """Address and suffix of all content that versions speak of."""
-    query = select(LabelVersion.sha256, LabelVersion.suffix).where(LabelVersion.sha256.is_not(None)).distinct()
-    yield from ((sha256, suffix) for sha256, suffix in transaction.execute(query) if sha256 and suffix)
+    """Address and suffix of all content that versions speak of, also of the files that they were read from."""
+    for address, end in (
+        (LabelVersion.sha256, LabelVersion.suffix),
+        (LabelVersion.source_sha256, LabelVersion.source_suffix),
+    ):
+        query = select(address, end).where(address.is_not(None)).distinct()
+        yield from ((sha256, suffix) for sha256, suffix in transaction.execute(query) if sha256 and suffix)
 
 
 def info(transaction: Transaction, version: int) -> JsonObject:
@@ -308,4 +365,6 @@ def _record(row: Row[LabelVersion, str, Bundle, Actor]) -> LabelRecord:
         made_by,
         events.who_is(actor),
         version.made_at,
+        version.source_sha256,
+        version.source_suffix,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, String, and_, bindparam, exists, func, literal_column, select
+from sqlalchemy import ColumnElement, Select, String, and_, bindparam, exists, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders
@@ -204,6 +204,20 @@ def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None
     asked = {"scan": scan, "kind": who.kind, "name": who.name, "identified_by": who.identified_by}
     row = transaction.execute(_LAST_OF, asked).first()
     return None if row is None or row[0].state == "submitted" else _record(*row)
+
+
+def of_replaced(transaction: Transaction, scan: str, who: Who) -> bool:
+    """Whether the last hand-out of a scan to an annotator was of another content than it has now, and not answered."""
+    row = transaction.execute(
+        select(Assignment.state, Scan.former_name)
+        .join(Scan, Assignment.scan_id == Scan.id)
+        .join(Actor, Assignment.actor_id == Actor.id)
+        .where(or_(Scan.name == scan, Scan.former_name == scan), Actor.kind == who.kind, Actor.name == who.name)
+        .where(Actor.identified_by == who.identified_by)
+        .order_by(Assignment.id.desc())
+        .limit(1)
+    ).first()
+    return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
 
 
 def release(transaction: Transaction, scan: str, who: Who) -> int:

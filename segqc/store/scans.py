@@ -6,7 +6,7 @@ import datetime as dt
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sqlalchemy import bindparam, func, insert, select, update
@@ -40,6 +40,8 @@ _RECORD: Final = (
     Scan.info,
     Scan.added_at,
     Scan.missing_since,
+    Scan.sha256,
+    Scan.former_name,
 )
 
 # built once: building a query takes longer than running it
@@ -51,16 +53,23 @@ class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, i
     """There is no scan of this name."""
 
 
+class ScanReplaced(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """Another content has taken the place of the one that something was made for."""
+
+
 @dataclass(frozen=True, slots=True)
 class FoundScan:
     """A scan file found in the folder: its path relative to it, the id it should have, and its patient.
 
     Where two files would have the same id (``a.nii`` and ``a.nrrd``), the later one's id is its whole file name.
+    ``sha256`` and ``signature`` are of its content, where that is known (see `files.signature_of`).
     """
 
     name: str
     file: str
     patient: str
+    sha256: str | None = None
+    signature: str | None = None
 
 
 def find(transaction: Transaction, name: str) -> Scan:
@@ -98,24 +107,67 @@ def listing(
     return list(itertools.starmap(ScanRecord, transaction.execute(query)))
 
 
-def names(transaction: Transaction, *, states: Collection[ScanState] | None = None) -> list[str]:
-    """The names of the scans whose files are there, in no particular order."""
+def names(transaction: Transaction, *, states: Collection[ScanState] | None = None, missing: bool = False) -> list[str]:
+    """The names of the scans whose files are there, or of all, in no particular order."""
     # one JSON array: a row for each of 100,000 scans takes five times as long
-    query = select(json_array(Scan.name)).where(Scan.missing_since.is_(None))
+    query = select(json_array(Scan.name))
+    if not missing:
+        query = query.where(Scan.missing_since.is_(None))
     if states is not None:
         query = query.where(Scan.state.in_(states))
     return transaction.scalar(query) or []
 
 
-def files(transaction: Transaction, *, missing: bool = False) -> set[str]:
-    """The files of all scans that are there, or of all that are missing, relative to the folder."""
-    gone = Scan.missing_since.is_not(None) if missing else Scan.missing_since.is_(None)
-    return set(transaction.scalars(select(Scan.file).where(gone)))
+def marks(transaction: Transaction) -> set[str]:
+    """The files of all scans that are there, each with its signature as one text; see `mark`."""
+    query = select(json_array(Scan.file + "/" + func.coalesce(Scan.signature, ""))).where(Scan.missing_since.is_(None))
+    return set(transaction.scalar(query) or [])
+
+
+def mark(file: str, signature: str) -> str:
+    """A file of `marks`."""
+    return f"{file}/{signature}"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of the content of a scan's file."""
+
+    id: int
+    name: str
+    sha256: str | None
+    signature: str | None
+    missing: bool
+
+
+def known_files(transaction: Transaction, only: Collection[str] | None = None) -> dict[str, Known]:
+    """What is known of the content of all scans' files, or of some files, by file."""
+    query = select(Scan.file, Scan.id, Scan.name, Scan.sha256, Scan.signature, Scan.missing_since)
+    if only is not None and len(only) <= _IN_ONE_QUERY:
+        query = query.where(Scan.file.in_(only))
+    return {
+        row.file: Known(row.id, row.name, row.sha256, row.signature, row.missing_since is not None)
+        for row in transaction.execute(query)
+    }
+
+
+def expect(transaction: Transaction, name: str, sha256: str | None) -> Scan:
+    """The row of a scan, if its content is still the one that something was made for; None expects nothing.
+
+    Raises:
+        UnknownScan: if there is none of this name.
+        ScanReplaced: if it has another content.
+    """
+    scan = find(transaction, name)
+    if sha256 is not None and scan.sha256 is not None and scan.sha256 != sha256:
+        raise ScanReplaced(f"the file of the scan {name!r} was replaced meanwhile")
+    return scan
 
 
 def counts(transaction: Transaction) -> dict[ScanState, int]:
-    """How many scans are in each state."""
-    rows = transaction.execute(select(Scan.state, func.count()).group_by(Scan.state))
+    """How many scans are in each state; retired ones are none of them."""
+    query = select(Scan.state, func.count()).where(Scan.former_name.is_(None)).group_by(Scan.state)
+    rows = transaction.execute(query)
     return {state: count for state, count in rows}
 
 
@@ -154,6 +206,8 @@ def take_in(
                 "readings": 0,
                 "info": {},
                 "added_at": transaction.now,
+                "sha256": f.sha256,
+                "signature": f.signature,
             }
             for f in new
         ],
@@ -172,7 +226,7 @@ def _named_apart(transaction: Transaction, new: Sequence[FoundScan]) -> list[Fou
     for f in sorted(new, key=lambda f: f.file):
         name = f.file if f.name in taken else f.name
         taken.add(name)
-        apart.append(FoundScan(name, f.file, f.patient))
+        apart.append(replace(f, name=name))
     return apart
 
 
@@ -215,19 +269,55 @@ def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int
 
 def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> int:
     """Note that scan files are gone from the folder: their history stays, they are not handed out any more."""
-    rows = transaction.execute(select(Scan.id, Scan.file).where(Scan.missing_since.is_(None)))
-    gone = [i for i, file in rows if file in files]
-    for i in gone:
-        _set_missing(transaction, i, True, who)
+    gone = [known for file, known in known_files(transaction, files).items() if file in files and not known.missing]
+    for known in gone:
+        _set_missing(transaction, known.id, True, who)
     return len(gone)
 
 
-def mark_returned(transaction: Transaction, files: Collection[str], who: Who) -> None:
-    """Note which scan files that were gone are in the folder again."""
-    rows = transaction.execute(select(Scan.id, Scan.file).where(Scan.missing_since.is_not(None))).all()
-    for i, file in rows:
-        if file in files:
-            _set_missing(transaction, i, False, who)
+def note_content(transaction: Transaction, scan_id: int, sha256: str, signature: str, who: Who) -> None:
+    """Note what a scan's file holds; a scan whose file was gone is there again."""
+    scan = transaction.get_one(Scan, scan_id)
+    scan.sha256, scan.signature = sha256, signature
+    if scan.missing_since is not None:
+        scan.former_name = None  # put back under the name that it got when it was retired
+        _set_missing(transaction, scan_id, False, who)
+
+
+def retire(transaction: Transaction, scan_id: int, who: Who) -> str:
+    """Set a scan's row aside, as its file holds another content now; returns the name that it has from now on.
+
+    What belongs to the old content (labels, assessments, leases, corrections) stays with the row.
+    """
+    scan = transaction.get_one(Scan, scan_id)
+    name, length = scan.name, 8
+    end = scan.file.removeprefix(name)
+    while transaction.scalar(select(Scan.id).where(Scan.name == f"{name}@{(scan.sha256 or '')[:length]}")) is not None:
+        length += 1
+    scan.name = f"{name}@{(scan.sha256 or '')[:length]}"
+    scan.file, scan.sort_key, scan.former_name = f"{scan.name}{end}", natural_key(scan.name), name
+    if scan.missing_since is None:
+        scan.missing_since, scan.queue = transaction.now, None
+    events.record(transaction, who, "replaced", "scan", scan_id, {"name": name, "now": scan.name})
+    transaction.flush()
+    return scan.name
+
+
+def revive(transaction: Transaction, found: FoundScan, who: Who) -> str | None:
+    """Bring back the retired row of a content that has returned to its file; None if there is none.
+
+    Returns:
+        The name that the row had until now.
+    """
+    scan = transaction.scalar(select(Scan).where(Scan.former_name == found.name, Scan.sha256 == found.sha256))
+    if scan is None:
+        return None
+    before = scan.name
+    scan.name, scan.file, scan.former_name, scan.signature = found.name, found.file, None, found.signature
+    scan.sort_key = natural_key(scan.name)
+    _set_missing(transaction, scan.id, False, who)
+    transaction.flush()
+    return before
 
 
 def _set_missing(transaction: Transaction, scan_id: int, missing: bool, who: Who) -> None:

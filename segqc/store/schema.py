@@ -30,6 +30,7 @@ from segqc.placement import Role
 from segqc.store.values import (
     ActorKind,
     Draw,
+    FindingKind,
     Identification,
     JobState,
     JsonObject,
@@ -82,14 +83,6 @@ class Base(DeclarativeBase):
     type_annotation_map = {dt.datetime: UtcDateTime(), str: String()}  # noqa: RUF012 - SQLAlchemy's own form
 
 
-class Keeping(Base):
-    """What holds for the whole store: its id, and what a folder looked like when it was last read."""
-
-    __tablename__ = "keeping"
-    key: Mapped[str] = mapped_column(primary_key=True)
-    value: Mapped[str]
-
-
 class Actor(Base):
     """Who does things, and how that was known."""
 
@@ -138,6 +131,10 @@ class Scan(Base):
     those of the assessment of the mask that would be handed out, NULL where there is none. ``readings`` counts the
     annotators who have labelled it since it was opened at ``opened_at``. ``sort_key`` orders names with their numbers
     as numbers.
+
+    A row is one content, ``sha256`` (NULL until its file was read); ``signature`` tells quickly that the file still
+    holds it. When another content takes its file's place, the row is retired: it gets another name, ``former_name`` is
+    the one that it had, and it counts as missing until its content returns.
     """
 
     __tablename__ = "scan"
@@ -156,6 +153,9 @@ class Scan(Base):
     info: Mapped[JsonObject] = mapped_column(Json)
     added_at: Mapped[dt.datetime]
     missing_since: Mapped[dt.datetime | None]
+    sha256: Mapped[str | None]
+    signature: Mapped[str | None]
+    former_name: Mapped[str | None] = mapped_column(index=True)
     __table_args__ = (
         ForeignKeyConstraint(["patient_id", "queue"], ["patient.id", "patient.role"], name="fk_scan_queue"),
         CheckConstraint(_one_of("state", get_args(ScanState)), name="state"),
@@ -169,6 +169,24 @@ class Scan(Base):
         Index("ix_scan_state", "state", "id"),
         {"sqlite_autoincrement": True},
     )
+
+
+class FindingRow(Base):
+    """A file of the folder that was not taken in, and why.
+
+    ``scan`` is the name of the scan that a label file would be of. ``signature`` and ``checks`` tell whether the file
+    would be looked at in another way now: it changed, or the settings did.
+    """
+
+    __tablename__ = "finding"
+    file: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[FindingKind] = mapped_column(String)
+    scan: Mapped[str | None] = mapped_column(index=True)
+    sentence: Mapped[str]
+    signature: Mapped[str]
+    checks: Mapped[str]
+    found_at: Mapped[dt.datetime]
+    __table_args__ = (CheckConstraint(_one_of("kind", get_args(FindingKind)), name="kind"),)
 
 
 class Bundle(Base):
@@ -189,6 +207,8 @@ class LabelVersion(Base):
     """One version of a scan's label map under a tag; rows are never changed (a trigger sees to it).
 
     The current label under a tag is the last row; a removal is a row without content. ``sha256`` is the file's address.
+    Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``source_sha256`` is
+    the address of that file as it came, and ``source_suffix`` the end of its name.
     """
 
     __tablename__ = "label_version"
@@ -202,6 +222,8 @@ class LabelVersion(Base):
     bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     made_at: Mapped[dt.datetime]
+    source_sha256: Mapped[str | None] = mapped_column(index=True)
+    source_suffix: Mapped[str | None]
     __table_args__ = (
         Index("ix_label_version_current", "scan_id", "tag", "id"),
         CheckConstraint(_one_of("maker", get_args(Maker)), name="maker"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -23,22 +26,42 @@ from segqc.store.database import (
     sqlite_url,
     utc_now,
 )
-from segqc.store.files import Arrival, LabelFiles
-from segqc.store.labels import FINAL, RETURNED, NewLabel
+from segqc.store.events import FOLDER
+from segqc.store.files import Arrival, FileState, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
+from segqc.store.intake import AnyContent, Intake
+from segqc.store.labels import FINAL, RETURNED, NewLabel, ViewState
 from segqc.store.schema import OPEN_STATES
-from segqc.store.values import LabelRecord, ScanState, Who
+from segqc.store.values import LabelRecord, ScanRecord, ScanState, Who
+from segqc.volumes import VolumeError, label_id, label_suffix, write_labels
 
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
+_ANY: Final = AnyContent()
+_AS_THEY_ARE: Final = (".nii.gz", ".nii", ".nrrd")  # what everybody reads by its values
+_NOT_TAKEN_IN: Final = "not_taken_in"  # in the notes of a version that keeps a file which is no label map
+_TRIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class LabelChange:
-    """A new label version and the file that holds its content; None for a removal."""
+    """A new label version and the file that holds its content; None for a removal.
+
+    ``found`` is the file below ``labels/`` that a person put there, where the version is made of such a one: it stays
+    as it is, and nothing else is written there.
+    """
 
     label: NewLabel
     source: Path | None
+    found: FoundLabel | None = None
+
+
+class _Unseen(Exception):  # noqa: N818 - not an error
+    """Files lie where labels are about to be written that no version holds."""
+
+    def __init__(self, files: dict[str, tuple[str, str]]) -> None:
+        super().__init__()
+        self.files = files
 
 
 First: TypeAlias = Callable[[Transaction], None]
@@ -55,6 +78,7 @@ class Store:
         *,
         clock: Clock = utc_now,
         patience_seconds: float = PATIENCE_SECONDS,
+        intake: Intake = _ANY,
     ) -> None:
         """Prepare a store; `open` makes it ready.
 
@@ -63,6 +87,7 @@ class Store:
             url: the database; by default an SQLite file in the folder.
             clock: gives the time, in UTC.
             patience_seconds: how long to wait for a database that is locked or does not answer.
+            intake: what files that people put into the folder have to pass; by default their names alone.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
@@ -71,6 +96,7 @@ class Store:
         self.own = self.studies / OWN_FOLDER
         self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock, patience_seconds)
         self.files = LabelFiles(self.studies, self.own)
+        self.intake = intake
 
     @classmethod
     def open(
@@ -80,13 +106,14 @@ class Store:
         *,
         clock: Clock = utc_now,
         patience_seconds: float = PATIENCE_SECONDS,
+        intake: Intake = _ANY,
     ) -> Store:
         """Open the store of a folder: make it where there is none, and clean up after processes that died.
 
         Raises:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
-        store = cls(studies, url, clock=clock, patience_seconds=patience_seconds)
+        store = cls(studies, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
         store.own.mkdir(parents=True, exist_ok=True)
         store._check_revision()
         store.recover()
@@ -120,19 +147,22 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- label files
 
-    def save_label(self, label: NewLabel, source: Path, then: Then | None = None) -> LabelRecord:
+    def save_label(
+        self, label: NewLabel, source: Path, then: Then | None = None, *, first: First | None = None
+    ) -> LabelRecord:
         """Keep a label map: its content for ever, its version in the history, its file under ``labels/<tag>/``.
 
         Args:
             label: what is known of it; ``sha256`` and ``suffix`` are filled in.
             source: the file; it is copied.
             then: what else belongs to the same transaction, called with the new version.
+            first: the same, called before.
 
         Raises:
             UnknownScan: if there is no such scan.
             OSError: if the disk is full or read-only; nothing has changed then.
         """
-        return self.change_labels([LabelChange(label, source)], then)[0]
+        return self.change_labels([LabelChange(label, source)], then, first=first)[0]
 
     def remove_label(self, scan: str, tag: str, who: Who) -> None:
         """Take a label away; its history and content stay.
@@ -154,8 +184,11 @@ class Store:
         """
         with self.read() as transaction:
             old = labels.get(transaction, version)
+            noted = labels.info(transaction, version)
         if old.sha256 is None or old.suffix is None:
             raise StoreError(f"the label version {version} is a removal: there is nothing to restore")
+        if _NOT_TAKEN_IN in noted:
+            raise StoreError(f"the label version {version} cannot be a label again: {noted[_NOT_TAKEN_IN]}")
         label = NewLabel(old.scan, tag or old.tag, "restored", who, parent=old.id)
         return self.save_label(label, self.files.object_path(old.sha256, old.suffix))
 
@@ -171,49 +204,187 @@ class Store:
 
     def view_file(self, label: LabelRecord) -> Path:
         """The file ``labels/<tag>/<scan>`` that shows a current version."""
-        return self.files.views / self.files.view_name(label.scan, label.tag, label.suffix or "")
+        return self.files.views / self.files.view_name(label.scan, label.tag, label.source_suffix or label.suffix or "")
 
     def change_labels(
         self, changes: Sequence[LabelChange], then: Then | None = None, *, first: First | None = None
     ) -> list[LabelRecord]:
         """Change several labels in one transaction, files and rows together; see `save_label`.
 
-        ``first`` and ``then`` are what else belongs to the transaction, before and after the new versions.
+        A file that somebody has edited since it was written becomes a version first, in the same transaction, if it is
+        about to be replaced or removed.
+
+        Args:
+            changes: the new versions.
+            then: what else belongs to the transaction, called after the new versions with them.
+            first: the same, called before.
+
+        Raises:
+            StoreError: if somebody writes the same files all the time.
         """
+        edits: list[LabelChange] = []
+        with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+            for _ in range(_TRIES):
+                try:
+                    return self._change([*edits, *changes], then, first, len(edits))
+                except _Unseen as unseen:
+                    edits = []
+                    for file, (scan, tag) in unseen.files.items():
+                        with contextlib.suppress(FileNotFoundError):  # removed since
+                            edits.append(self._edit(scan, tag, Path(file).name, Path(work)))
+        names = ", ".join(sorted({f"labels/{edit.found.file}" for edit in edits if edit.found is not None}))
+        raise StoreError(f"{names}: somebody is writing this file; try again when it is done")
+
+    def _change(
+        self, changes: Sequence[LabelChange], then: Then | None, first: First | None, edits: int
+    ) -> list[LabelRecord]:
+        """Make the changes, of which the first few are somebody's edits that ``then`` does not ask for."""
         arrivals: list[Arrival] = []
         with contextlib.ExitStack() as stack:
             for change in changes:
                 suffix = suffix_of(change.source) if change.source is not None else None
-                held = self.files.arriving(change.source, change.label.scan, change.label.tag, suffix)
+                held = self.files.arriving(change.source, change.label.scan, change.label.tag, suffix, change.found)
                 arrivals.append(stack.enter_context(held))
             try:
                 with self.write() as transaction:
+                    lying = self._lying(transaction, changes)
                     if first is not None:
                         first(transaction)
                     versions = [
-                        labels.add(transaction, replace(c.label, sha256=a.plan.sha256, suffix=a.plan.suffix))[0]
+                        labels.add(transaction, _complete(c.label, a))[0]
                         for c, a in zip(changes, arrivals, strict=True)
                     ]
                     if then is not None:
-                        then(transaction, versions)
+                        then(transaction, versions[edits:])
                     transaction.flush()  # what the constraints refuse is refused before files move
-                    for version, arrival in zip(versions, arrivals, strict=True):
-                        self._put(transaction, version, arrival)
+                    for change, version, arrival in zip(changes, versions, arrivals, strict=True):
+                        self._put(transaction, change, version, arrival, lying)
             except BaseException:
-                for arrival in arrivals:
+                for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
                     with contextlib.suppress(OSError, StoreError):
                         self._settle(arrival)
                 raise
-        return versions
+        return versions[edits:]
 
-    def _put(self, transaction: Transaction, version: LabelRecord, arrival: Arrival) -> None:
-        state = self.files.put(arrival)
-        if state is None or version.suffix is None:
-            labels.forget_view(transaction, version.scan, version.tag)
-        else:
+    def _lying(self, transaction: Transaction, changes: Sequence[LabelChange]) -> dict[tuple[str, str], list[Path]]:
+        """The files that show the labels which are about to change, by scan and tag.
+
+        Raises:
+            _Unseen: if some of them are nobody's version yet, nor about to become one.
+        """
+        taken_in = {change.found.file: change.found.state for change in changes if change.found is not None}
+        found: dict[tuple[str, str], list[Path]] = {}
+        unseen: dict[str, tuple[str, str]] = {}
+        for key in dict.fromkeys((change.label.scan, change.label.tag) for change in changes):
+            view = labels.view_of(transaction, *key)
+            files = self.files.lying(*key, *([view[0]] if view is not None else []))
+            found[key] = [self.files.views / file for file in files]
+            for file, path in zip(files, found[key], strict=True):
+                with contextlib.suppress(FileNotFoundError):  # removed this moment
+                    if file in taken_in:
+                        known = taken_in[file] == state_of(path)
+                    else:
+                        known = self._is_known(transaction, key, file, view)
+                    if not known:
+                        unseen[file] = key
+        if unseen:
+            raise _Unseen(unseen)
+        return found
+
+    def _is_known(
+        self, transaction: Transaction, key: tuple[str, str], file: str, view: tuple[str, ViewState] | None
+    ) -> bool:
+        """Whether a file holds what the current version of its label does."""
+        path = self.files.views / file
+        if view is not None and view[0] == file and state_of(path) == FileState(view[1].size, view[1].modified_ns):
+            return True
+        label = labels.current(transaction, *key)
+        return label is not None and sha256_of(path) in (label.sha256, label.source_sha256)
+
+    def _edit(self, scan: str, tag: str, name: str, work: Path) -> LabelChange:
+        """Make a version of a file that is about to be replaced, also where it is no label map."""
+        try:
+            with self.read() as transaction:
+                return self.label_from_file(scans.get(transaction, scan), tag, name, work)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever is wrong with the file, it must not be lost
+            logger.warning("labels/%s/%s is kept as a version of its own, but it is no label: %s", tag, name, error)
+            return self.unchecked_label(scan, tag, name, str(error), work)
+
+    def label_from_file(self, scan: ScanRecord, tag: str, name: str, work: Path) -> LabelChange:
+        """Read a file that a person put below ``labels/<tag>/``, as the change that makes a version of it.
+
+        Args:
+            scan: its scan.
+            tag: the tag.
+            name: the file's name.
+            work: a folder for what the change needs, as long as it is not made.
+
+        Raises:
+            VolumeError: if it is no label map of the scan.
+            OSError: if it can't be read.
+        """
+        copy, found = self._copied(tag, name, work)
+        content = self.intake.labels(copy, self.studies / scan.file, f"labels/{tag}/{name}")
+        label = NewLabel(scan.name, tag, "import", FOLDER)
+        end = name[len(label_id(name)) :]
+        if content.is_plain and end in _AS_THEY_ARE:
+            return LabelChange(label, copy, found)
+        read = copy.with_name(f"{uuid.uuid4().hex}.nii.gz")
+        write_labels(content.labels, read)
+        return LabelChange(label, read, replace(found, source=copy, source_suffix=end))
+
+    def unchecked_label(self, scan: str, tag: str, name: str, why: str, work: Path) -> LabelChange:
+        """A change that keeps a file below ``labels/<tag>/`` which is no label map of its scan; the version notes why.
+
+        Such a version is never the last: another one takes its place in the same transaction, or its scan is retired.
+        """
+        copy, found = self._copied(tag, name, work)
+        return LabelChange(NewLabel(scan, tag, "import", FOLDER, info={_NOT_TAKEN_IN: why}), copy, found)
+
+    def _copied(self, tag: str, name: str, work: Path) -> tuple[Path, FoundLabel]:
+        path = self.files.views / tag / name
+        found = FoundLabel(f"{tag}/{name}", state_of(path))
+        copy = work / f"{uuid.uuid4().hex}{label_suffix(name) or path.suffix}"
+        shutil.copyfile(path, copy)
+        return copy, found
+
+    def _put(
+        self,
+        transaction: Transaction,
+        change: LabelChange,
+        version: LabelRecord,
+        arrival: Arrival,
+        lying: Mapping[tuple[str, str], Sequence[Path]],
+    ) -> None:
+        state = self.files.put(arrival, lying[change.label.scan, change.label.tag])
+        if change.found is not None:
+            left = change.found.state
+            labels.note_view(transaction, version, change.found.file, left.size, left.modified_ns)
+        elif state is not None and version.suffix is not None:
             name = self.files.view_name(version.scan, version.tag, version.suffix)
             labels.note_view(transaction, version, name, state.size, state.modified_ns)
+        else:
+            labels.forget_view(transaction, version.scan, version.tag)
+
+    def take_in_edits(self, scan: str, tags: Collection[str]) -> None:
+        """Make versions of a scan's label files that somebody has edited; what is no label map is left as it is."""
+        with self.read() as transaction:
+            record = scans.get(transaction, scan)
+            try:
+                self._lying(transaction, [LabelChange(NewLabel(scan, tag, "import", FOLDER), None) for tag in tags])
+            except _Unseen as unseen:
+                files = unseen.files
+            else:
+                return
+        with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+            for file, (_, tag) in files.items():
+                try:
+                    self.change_labels([self.label_from_file(record, tag, Path(file).name, Path(work))])
+                except (VolumeError, OSError) as error:
+                    logger.warning("labels/%s is left as it is: %s", file, error)
 
     def recover(self) -> int:
         """Bring files in line with the rows where a process died in between; returns how many changes it left."""
@@ -228,20 +399,50 @@ class Store:
         """After an interrupted change: content without a row goes, and the file shows what the rows say."""
         plan = arrival.plan
         with self.write() as transaction:
-            keep = plan.sha256 is not None and labels.known_content(transaction, plan.sha256)
-            self._show(transaction, plan.scan, plan.tag)
-            self.files.discard(arrival, keep_object=keep)
+            keep = {sha256 for sha256, _ in plan.contents() if labels.known_content(transaction, sha256)}
+            if plan.found is None:
+                self._undo(transaction, plan)
+            elif plan.sha256 is not None and not labels.has_content(transaction, plan.scan, plan.tag, plan.sha256):
+                self._give_back(transaction, arrival, plan.found)
+            self.files.discard(arrival, keep=keep)
 
-    def _show(self, transaction: Transaction, scan: str, tag: str) -> None:
-        label = labels.current(transaction, scan, tag)
-        if label is None or label.sha256 is None or label.suffix is None:
-            self.files.clear_view(scan, tag)
+    def _undo(self, transaction: Transaction, plan: Plan) -> None:
+        """Show the current version where an interrupted change has shown its own or nothing; edits stay."""
+        label = labels.current(transaction, plan.scan, plan.tag)
+        view = labels.view_of(transaction, plan.scan, plan.tag)
+        target = self.view_file(label) if label is not None else None
+        for file in self.files.lying(plan.scan, plan.tag, *([view[0]] if view is not None else [])):
+            path = self.files.views / file
+            if path != target and sha256_of(path) == plan.sha256:
+                path.unlink(missing_ok=True)
+        if label is None or target is None:
             with contextlib.suppress(scans.UnknownScan):
-                labels.forget_view(transaction, scan, tag)
+                labels.forget_view(transaction, plan.scan, plan.tag)
             return
-        state = self.files.show(scan, tag, label.sha256, label.suffix)
-        name = self.files.view_name(scan, tag, label.suffix)
-        labels.note_view(transaction, label, name, state.size, state.modified_ns)
+        file = str(target.relative_to(self.files.views))
+        if target.is_file():
+            state, sha256 = state_of(target), sha256_of(target)
+            if sha256 in (label.sha256, label.source_sha256):
+                labels.note_view(transaction, label, file, state.size, state.modified_ns)
+                return
+            if sha256 != plan.sha256:
+                return  # somebody's edit
+        self.show(transaction, label)
+
+    def _give_back(self, transaction: Transaction, arrival: Arrival, file: str) -> None:
+        """Put a person's file back that an interrupted change has taken away."""
+        path, original = self.files.views / file, self.files.original(arrival)
+        key = (arrival.plan.scan, arrival.plan.tag)
+        view = labels.view_of(transaction, *key)
+        if original is not None and (not path.is_file() or self._is_known(transaction, key, file, view)):
+            self.files.show(file, original)
+
+    def show(self, transaction: Transaction, label: LabelRecord) -> None:
+        """Write the file below ``labels/`` that shows a version, as it came from where it came."""
+        content = contents_of(label.sha256, label.suffix, label.source_sha256, label.source_suffix)[-1]
+        file = str(self.view_file(label).relative_to(self.files.views))
+        state = self.files.show(file, self.files.object_path(*content))
+        labels.note_view(transaction, label, file, state.size, state.modified_ns)
 
     # --------------------------------------------------------------------------------------------------------- review
 
@@ -262,6 +463,9 @@ class Store:
                 leases.release(transaction, scan, who)
 
         with self.read() as transaction:
+            read = labels.readings(transaction, scan)
+        self.take_in_edits(scan, [FINAL, *(reading.tag for reading in read)])
+        with self.read() as transaction:
             final = labels.current(transaction, scan, FINAL)
             read = labels.readings(transaction, scan)
         changes = []
@@ -275,5 +479,16 @@ class Store:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that label files keep; ``.nii.gz`` is one."""
-    return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
+    """The suffix that files of scans and labels are kept under, in lower case; ``.nii.gz`` is one."""
+    return label_suffix(path.name) or path.suffix
+
+
+def _complete(label: NewLabel, arrival: Arrival) -> NewLabel:
+    plan = arrival.plan
+    return replace(
+        label,
+        sha256=plan.sha256,
+        suffix=plan.suffix,
+        source_sha256=plan.source_sha256,
+        source_suffix=plan.source_suffix,
+    )

@@ -17,17 +17,18 @@ from typing import Final, TypeAlias
 
 from sqlalchemy import func, select, text
 
-from segqc.store import labels
+from segqc.store import findings, labels
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreError, Transaction, sqlite_url
-from segqc.store.files import VIEW_SUFFIXES, LabelFiles, copy_with_sha256, sha256_of, state_of
+from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import OWN_FOLDER, Store
-from segqc.volumes import atomic_write, is_scan_path
+from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 Report: TypeAlias = Callable[[int, int, str], None]
 """Told how far a long piece of work is: done, of how many, and what it is."""
 
 _LABELLED: Final = ("submitted", "approved")
+_ASIDE: Final = "until then it is not taken in"
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
 
 
@@ -170,7 +171,11 @@ def _database_findings(store: Store) -> Iterator[Finding]:
             for table, row, parent, _ in transaction.execute(text("PRAGMA foreign_key_check")):
                 what = f"the row {row} of {table} refers to a row of {parent} that is not there"
                 yield Finding(f"{store.database.shown}: {what}", remedy)
-        finals = {row.scan_id for row in _currents(transaction) if row.tag == labels.FINAL}
+        finals = set(
+            transaction.scalars(
+                select(LabelVersion.scan_id).where(LabelVersion.id.in_(labels.current_versions((labels.FINAL,))))
+            )
+        )
         for scan, name, state in transaction.execute(select(Scan.id, Scan.name, Scan.state)):
             if state in _LABELLED and scan not in finals:
                 yield Finding(
@@ -206,9 +211,12 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
         files = {e.name for e in entries if e.is_file() and is_scan_path(Path(e.path))}
     with store.read() as transaction:
         missing = dict(transaction.execute(select(Scan.file, Scan.missing_since.is_not(None))).all())
+        kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     for file in sorted(missing.keys() | files):
         path = store.studies / file
-        if file not in missing:
+        if file in kept_aside:
+            yield Finding(kept_aside[file], _ASIDE)
+        elif file not in missing:
             yield Finding(f"{path}: this scan is not in the store yet", _TAKE_IN)
         elif not missing[file] and file not in files:
             yield Finding(f"{path}: this scan's file is gone", "put it back; its labels and their history are kept")
@@ -221,7 +229,7 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Current:
-    """The current version of a scan's label under a tag."""
+    """The current version of a scan's label under a tag; address and suffix are of the file that shows it."""
 
     scan_id: int
     scan: str
@@ -244,9 +252,16 @@ class _View:
 def _currents(transaction: Transaction) -> list[_Current]:
     last = select(func.max(LabelVersion.id)).group_by(LabelVersion.scan_id, LabelVersion.tag)
     query = (
-        select(Scan.id, Scan.name, LabelVersion.tag, LabelVersion.id, LabelVersion.sha256, LabelVersion.suffix)
+        select(
+            Scan.id,
+            Scan.name,
+            LabelVersion.tag,
+            LabelVersion.id,
+            func.coalesce(LabelVersion.source_sha256, LabelVersion.sha256),
+            func.coalesce(LabelVersion.source_suffix, LabelVersion.suffix),
+        )
         .join(Scan, LabelVersion.scan_id == Scan.id)
-        .where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None))
+        .where(LabelVersion.id.in_(last), LabelVersion.sha256.is_not(None), Scan.former_name.is_(None))
         .order_by(LabelVersion.tag, LabelVersion.id)
     )
     rows = transaction.execute(query)
@@ -286,10 +301,12 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
         ]
         strangers &= _files_without_row(store, views.values())
         names = set(transaction.scalars(select(Scan.name)))
+        kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     yield from found
     for path in sorted(strangers):
-        scan = next((path.name.removesuffix(s) for s in VIEW_SUFFIXES if path.name.endswith(s)), None)
-        if scan in names:
+        if (file := str(path.relative_to(store.studies))) in kept_aside:
+            yield Finding(kept_aside[file], _ASIDE)
+        elif label_suffix(path.name) is not None and label_id(path) in names:
             yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN)
         else:
             yield Finding(f"{path}: no scan of the folder has this label", "add its scan, or remove it")

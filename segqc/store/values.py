@@ -20,6 +20,7 @@ ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved"
 Maker: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
 Draw: TypeAlias = Literal["strategy", "audit", "validation"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
+FindingKind: TypeAlias = Literal["scan", "label", "other"]
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "stopped"]
 
 
@@ -34,7 +35,11 @@ class Who:
 
 @dataclass(frozen=True, slots=True)
 class ScanRecord:
-    """A scan of the folder; ``file`` is relative to it."""
+    """A scan of the folder; ``file`` is relative to it.
+
+    ``sha256`` is its content, None until the file was read. ``former_name`` is the name that it had until another
+    content took the place of its file.
+    """
 
     id: int
     name: str
@@ -48,6 +53,18 @@ class ScanRecord:
     info: JsonObject
     added_at: dt.datetime
     missing_since: dt.datetime | None
+    sha256: str | None
+    former_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FindingRecord:
+    """A file of the folder that was not taken in: its path relative to the folder, and a sentence that says why."""
+
+    file: str
+    kind: FindingKind
+    sentence: str
+    found_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +78,11 @@ class BundleRecord:
 
 @dataclass(frozen=True, slots=True)
 class LabelRecord:
-    """One version of a scan's label map; ``sha256`` is None for a removal."""
+    """One version of a scan's label map; ``sha256`` is None for a removal.
+
+    ``source_sha256`` and ``source_suffix`` are those of the file that a person put into the folder, where the label map
+    had to be read from it into another file.
+    """
 
     id: int
     scan: str
@@ -73,6 +94,8 @@ class LabelRecord:
     bundle: BundleRecord | None
     who: Who
     made_at: dt.datetime
+    source_sha256: str | None = None
+    source_suffix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from segqc.placement import Placement
 from segqc.training.assessor import train_assessor, train_on_masks
-from segqc.training.cases import Case, TooFewCases
+from segqc.training.cases import Case, CaseError, TooFewCases
 from segqc.training.progress import LineProgress, NoProgress, Progress
 from segqc.training.segmentation import train_segmentation
 from segqc.training.settings import TrainingSettings
 
 __all__ = [
     "Case",
+    "CaseError",
     "LineProgress",
     "NoProgress",
     "Placement",

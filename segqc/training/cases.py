@@ -11,21 +11,41 @@ import numpy as np
 
 from segqc.networks import NetworkPlan, Spacing, Triple, canonical_scan
 from segqc.types import FloatArray, LabelArray, Structure
-from segqc.volumes import Volume, canonical_frame, read_labels, read_scan, to_canonical
+from segqc.volumes import Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
 
 
 class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
     """There are not enough labelled cases to train on."""
 
 
+class CaseError(VolumeError):
+    """A case can't be used; names the scan and its files as the user knows them.
+
+    Attributes:
+        case: the case's id.
+    """
+
+    def __init__(self, case: Case, finding: object) -> None:
+        files = f"{case.scan.name}, {case.labels_shown or case.labels}"
+        text = str(finding).replace(str(case.labels), case.labels_shown or str(case.labels))
+        super().__init__(f"the scan {case.id!r} ({files}) cannot be used: {text}")
+        self.case = case.id
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One annotated scan. Several cases may be of one patient; folds and roles are the patient's."""
+    """One annotated scan. Several cases may be of one patient; folds and roles are the patient's.
+
+    ``labels_shown`` is how the user knows the label file, where that is another one. ``status`` are size, time and
+    inode of the scan's file that the labels are of; a file that was replaced since is no part of the case.
+    """
 
     id: str
     patient: str
     scan: Path
     labels: Path
+    labels_shown: str | None = None
+    status: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +70,39 @@ def label_values(structures: Sequence[Structure]) -> tuple[int, ...]:
 
 
 def typical_geometry(cases: Sequence[Case]) -> tuple[Spacing, Triple]:
-    """Median spacing and shape of the cases, in the canonical frame."""
-    frames = [canonical_frame(read_scan(case.scan)) for case in cases]
+    """Median spacing and shape of the cases, in the canonical frame.
+
+    Raises:
+        CaseError: if a scan can't be used.
+    """
+    frames = [canonical_frame(_read_scan(case)) for case in cases]
     spacing = np.median([f.canonical_spacing_mm for f in frames], axis=0)
     shape = np.ceil(np.median([f.canonical_shape for f in frames], axis=0)).astype(int)
     return (float(spacing[0]), float(spacing[1]), float(spacing[2])), (int(shape[0]), int(shape[1]), int(shape[2]))
 
 
 def read_case(case: Case, values: Sequence[int]) -> tuple[Volume, Volume]:
-    """Read a case's scan and its labels, checked against each other."""
-    scan = read_scan(case.scan)
-    return scan, read_labels(case.labels, scan=scan, values=values)
+    """Read a case's scan and its labels, checked against each other.
+
+    Raises:
+        CaseError: if one of them can't be used.
+    """
+    scan = _read_scan(case)
+    try:
+        return scan, read_labels(case.labels, scan=scan, values=values)
+    except (VolumeError, OSError) as error:
+        raise CaseError(case, error) from error
+
+
+def _read_scan(case: Case) -> Volume:
+    try:
+        scan = read_scan(case.scan)
+        status = case.scan.stat()
+    except (VolumeError, OSError) as error:
+        raise CaseError(case, error) from error
+    if case.status is not None and case.status != (status.st_size, status.st_mtime_ns, status.st_ino):
+        raise CaseError(case, "the scan's file was replaced meanwhile")
+    return scan
 
 
 def load_example(case: Case, plan: NetworkPlan, values: Sequence[int]) -> Example:

@@ -170,14 +170,16 @@ def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
         members: the folders of the trainings.
         folder: gets the file.
     """
-    curves = [[EpochRecord(**point) for point in json.loads((m / "curve.json").read_text())] for m in members]
+    curves = [
+        [EpochRecord(**point) for point in json.loads((m / "curve.json").read_text(encoding="utf-8"))] for m in members
+    ]
     mean = []
     for points in zip(*curves, strict=False):
         measured = [p.validation_loss for p in points if p.validation_loss is not None]
         loss = sum(p.train_loss for p in points) / len(points)
         mean.append(EpochRecord(points[0].epoch, loss, sum(measured) / len(measured) if measured else None))
     with atomic_write(folder / "curve.json") as temporary:
-        temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1))
+        temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1), encoding="utf-8")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -276,7 +278,7 @@ class _Training:
                 temporary,
             )
         with atomic_write(folder / "curve.json") as temporary:
-            temporary.write_text(json.dumps(history, indent=1))
+            temporary.write_text(json.dumps(history, indent=1), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Continue from the folder's checkpoint, if there is one of this fingerprint."""

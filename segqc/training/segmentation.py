@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.training.cases import (
     Case,
+    CaseError,
     Example,
     TooFewCases,
     label_values,
@@ -29,6 +31,8 @@ from segqc.training.patches import Patch
 from segqc.training.progress import Progress
 from segqc.training.settings import TrainingSettings
 from segqc.types import Structure
+
+logger = logging.getLogger(__name__)
 
 
 def check_enough(cases: Sequence[Case], settings: TrainingSettings, network: str) -> None:
@@ -136,10 +140,16 @@ def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[in
         return segmenter
     rows = []
     for case in cases:
-        scan, truth = read_case(case, values)
+        try:
+            scan, truth = read_case(case, values)
+        except CaseError as error:  # replaced during the training, which has cost more than this score is worth
+            logger.warning("not measured: %s", error)
+            continue
         predicted = segmenter.predict(scan).labels
         dice = [true_metrics(s.mask(predicted.array), s.mask(truth.array)).dice for s in segmenter.structures]
         rows.append([np.nan if d is None else d for d in dice])
+    if not rows:
+        return segmenter
     means = np.nanmean(np.array(rows, float), axis=0)
     scores = {f"dice {s.name}": round(float(m), 4) for s, m in zip(segmenter.structures, means, strict=True)}
     scores["dice"] = round(float(np.nanmean(means)), 4)

@@ -10,8 +10,16 @@ World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and 
 from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
-from segqc.volumes.dicom import dicom_files
-from segqc.volumes.files import read_labels, read_scan, temporary_labels, write_labels, write_scan
+from segqc.volumes.dicom import read_dicom_volume
+from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
+from segqc.volumes.dicom_series import (
+    DicomContents,
+    DicomVolume,
+    dicom_files,
+    sort_into_volumes,
+    visible_files,
+)
+from segqc.volumes.files import read_grid, read_labels, read_scan, temporary_labels, write_labels, write_scan
 from segqc.volumes.frame import (
     SMOOTHING_RATIO,
     THROUGH_PLANE_RATIO,
@@ -21,33 +29,59 @@ from segqc.volumes.frame import (
     to_canonical,
     to_native,
 )
+from segqc.volumes.labelmaps import NO_STRUCTURES
+from segqc.volumes.limits import ReadLimits
 from segqc.volumes.nrrd import read_nrrd_header
-from segqc.volumes.suffixes import FILE_SUFFIXES, NIFTI_SUFFIXES, NRRD_SUFFIXES, is_scan_path, scan_id
+from segqc.volumes.suffixes import (
+    LABEL_SUFFIXES,
+    NIFTI_SUFFIXES,
+    NRRD_SUFFIXES,
+    SCAN_SUFFIXES,
+    is_scan_path,
+    label_id,
+    label_suffix,
+    scan_id,
+    scan_suffix,
+)
 from segqc.volumes.volume import AffineArray, Array, Volume, VolumeError
 
 __all__ = [
-    "FILE_SUFFIXES",
+    "LABEL_SUFFIXES",
     "NIFTI_SUFFIXES",
+    "NO_STRUCTURES",
     "NRRD_SUFFIXES",
+    "SCAN_SUFFIXES",
     "SMOOTHING_RATIO",
     "THROUGH_PLANE_RATIO",
     "AffineArray",
     "Array",
     "CanonicalFrame",
+    "DicomContents",
+    "DicomVolume",
+    "ReadLimits",
     "Volume",
     "VolumeError",
     "atomic_write",
     "canonical_frame",
     "dicom_files",
+    "is_dicom_image",
     "is_scan_path",
+    "label_id",
+    "label_suffix",
+    "read_dataset",
+    "read_dicom_volume",
+    "read_grid",
     "read_labels",
     "read_nrrd_header",
     "read_scan",
     "scan_id",
+    "scan_suffix",
+    "sort_into_volumes",
     "temporary_labels",
     "through_plane_axis",
     "to_canonical",
     "to_native",
+    "visible_files",
     "write_labels",
     "write_scan",
 ]

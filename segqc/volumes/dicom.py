@@ -1,173 +1,163 @@
-"""Folders of one DICOM series."""
+"""Folders of DICOM series: their pixels, and a volume written as one."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
-import pydicom
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
-from segqc.volumes.volume import (
-    LPS_TO_RAS,
-    Array,
-    Source,
-    Volume,
-    VolumeError,
-    checked_affine,
-    checked_shape,
-    spacing_of,
-)
+from segqc.volumes.dicom_headers import first_line, read_dataset
+from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, spacing_of
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED: Final = 5
+_MAX_RLE_RATIO: Final = 64  # two bytes stand for 128 of the same at most
+_MAX_OTHER_BYTES: Final = 1 << 28  # of a file, beside its pixels
 
 
-def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files of a folder, sorted by name; a DICOMDIR and hidden files are left out."""
-    return [file for file in _visible_files(folder) if has_dicom_magic(file)]
+def open_dicom(file: InputFile) -> Source:
+    """Open the one volume of a folder; what else lies there is named in a warning.
+
+    Raises:
+        VolumeError: if there is none, or there are several.
+    """
+    contents = sort_into_volumes(visible_files(file.path), tick=file.check_time)
+    if len(contents.volumes) > 1:
+        titles = [volume.title for volume in contents.volumes]
+        shown = "; ".join(titles[:_MAX_NAMED]) + (" and more" if len(titles) > _MAX_NAMED else "")
+        raise file.error(f"holds {len(titles)} volumes ({shown}); give one volume a folder.")
+    if not contents.volumes:
+        # images that are no volume tell more than a report beside them
+        found = sorted(contents.left_out, key=lambda entry: not entry.are_images)
+        raise file.error(found[0].reason if found else "holds no DICOM images; give a folder of one DICOM series.")
+    for entry in contents.left_out:
+        logger.warning(
+            "%s: %d files beside the series are not used, first %s: %s",
+            file.shown,
+            len(entry.files),
+            entry.files[0].name,
+            entry.reason,
+        )
+    return _source(contents.volumes[0], file)
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
-    return [file for file in files if file.name.upper() != "DICOMDIR"]
+def read_dicom_volume(volume: DicomVolume, file: InputFile) -> Volume:
+    """Read a volume that `sort_into_volumes` has found, as `read_scan` does.
+
+    Args:
+        volume: the volume.
+        file: the folder that it lies in, with the limits and what messages name it.
+
+    Raises:
+        VolumeError: as `read_scan`.
+    """
+    source = _source(volume, file)
+    return Volume(source.voxels(), source.affine, source.acquisition_axis)
 
 
-def has_dicom_magic(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def open_dicom(path: Path) -> Source:
-    slices = _read_series(path)
-    orientation = _common_orientation(path, slices)
-    positions = np.array([_numbers(path, s, "ImagePositionPatient", 3) for s in slices])
-    row_direction, column_direction = orientation
-    heights = positions @ np.cross(row_direction, column_direction)
-    order = np.argsort(heights, kind="stable")
-    slices = [slices[int(i)] for i in order]
-    step = _slice_step(path, slices, positions[order], heights[order], np.cross(row_direction, column_direction))
-
-    first = slices[0]
-    spacing = _numbers(path, first, "PixelSpacing", 2)
-    affine = np.eye(4)
-    # PixelSpacing is (between rows, between columns); moving along a row goes from column to column.
-    affine[:3, 0] = row_direction * spacing[1]
-    affine[:3, 1] = column_direction * spacing[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[order[0]]
-    shape = checked_shape(path, (int(first.Columns), int(first.Rows), len(slices)))
+def _source(volume: DicomVolume, file: InputFile) -> Source:
+    columns, rows, _ = volume.shape
+    file.check_size(volume.shape)
 
     def voxels() -> Array:
-        array = np.empty(shape, dtype=np.float32)
-        for index, item in enumerate(slices):
-            array[:, :, index] = _slice_pixels(path, item).T
+        array = np.empty(volume.shape, dtype=np.float32)
+        for index, path in enumerate(volume.files):
+            file.check_time()
+            try:
+                array[:, :, index] = _slice_pixels(path, rows, columns).T
+            except VolumeError as error:
+                raise file.error(str(error)) from error
         return array
 
-    return Source(shape, checked_affine(path, LPS_TO_RAS @ affine), 2, voxels)
+    return Source(volume.shape, volume.affine, 2, voxels)
 
 
-def _read_series(path: Path) -> list[FileDataset]:
-    """Read all DICOM images of a folder and check that they are slices of one series and one size."""
-    slices = []
-    for file in _visible_files(path):
-        if not has_dicom_magic(file):
-            if file.suffix.lower() in {".dcm", ".dicom", ".ima"}:
-                raise VolumeError(f"{file}: is no DICOM file, or truncated; copy the series again.")
-            continue
-        try:
-            dataset = pydicom.dcmread(file)
-        except Exception as error:  # pydicom raises many kinds on damaged files, none with a common base
-            raise VolumeError(f"{file}: is truncated or damaged ({error}); copy the series again.") from error
-        slices.append(dataset)
-    if not slices:
-        raise VolumeError(f"{path}: holds no DICOM images; give a folder of one DICOM series.")
-    for name, what in (("SeriesInstanceUID", "series"), ("Rows", "numbers of rows"), ("Columns", "numbers of columns")):
-        found = {str(s.get(name)) for s in slices}
-        if len(found) > 1:
-            raise VolumeError(f"{path}: holds {len(found)} different {what}; give a folder of one DICOM series.")
-        if found == {"None"}:
-            raise VolumeError(f"{path}: its DICOM files have no {name}; give a folder of one DICOM image series.")
-    if any(int(s.get("NumberOfFrames") or 1) > 1 for s in slices):
-        raise VolumeError(f"{path}: holds a multi-frame DICOM file; convert it to NIfTI, or to one file a slice.")
-    if any(int(s.get("SamplesPerPixel") or 1) != 1 for s in slices):
-        raise VolumeError(f"{path}: holds colour images; give a series of one value a pixel.")
-    return slices
-
-
-def _numbers(path: Path, item: Dataset, name: str, count: int) -> npt.NDArray[np.float64]:
-    try:
-        numbers = np.array([float(value) for value in item[name].value], dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise VolumeError(f"{path}: a slice has no usable {name}; give a series with its geometry.") from error
-    if numbers.shape != (count,) or not np.isfinite(numbers).all():
-        raise VolumeError(f"{path}: a slice has no usable {name}; give a series with its geometry.")
-    return numbers
-
-
-def _common_orientation(path: Path, slices: Sequence[FileDataset]) -> npt.NDArray[np.float64]:
-    """Return the row and the column direction, ``(2, 3)`` unit vectors in LPS, that all slices share."""
-    orientations = np.array([_numbers(path, s, "ImageOrientationPatient", 6) for s in slices])
-    if np.abs(orientations - orientations[0]).max() > 1e-3:
-        raise VolumeError(f"{path}: its slices differ in orientation (a localizer?); give one parallel stack.")
-    spacings = np.array([_numbers(path, s, "PixelSpacing", 2) for s in slices])
-    if np.abs(spacings - spacings[0]).max() > 1e-3 * spacings[0].min():
-        raise VolumeError(f"{path}: its slices differ in pixel spacing; give one stack of like slices.")
-    directions = orientations[0].reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1)
-    if np.abs(lengths - 1).max() > 1e-2 or abs(directions[0] @ directions[1]) > 1e-2:
-        raise VolumeError(f"{path}: its ImageOrientationPatient is not two orthogonal unit vectors; repair the header.")
-    return cast("npt.NDArray[np.float64]", directions / lengths[:, None])
-
-
-def _slice_step(
-    path: Path,
-    slices: Sequence[FileDataset],
-    positions: npt.NDArray[np.float64],
-    heights: npt.NDArray[np.float64],
-    normal: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
-    """Return the vector from one slice to the next (LPS mm), from the sorted positions; refuse uneven stacks."""
-    if len(slices) == 1:
-        thickness = float(slices[0].get("SpacingBetweenSlices") or slices[0].get("SliceThickness") or 0)
-        if thickness <= 0:
-            raise VolumeError(f"{path}: holds one slice of unknown thickness; give the whole series.")
-        return normal * thickness
-    gaps = np.diff(heights)
-    typical = float(np.median(gaps))
-    if gaps.min() < 1e-3 or gaps.min() < 0.01 * typical:
-        raise VolumeError(
-            f"{path}: several slices lie at the same position (time points or echoes?); give one volume a folder."
-        )
-    step = cast("npt.NDArray[np.float64]", (positions[-1] - positions[0]) / (len(slices) - 1))
-    expected = positions[0] + np.arange(len(slices))[:, None] * step
-    tolerance = max(0.02, 0.02 * typical)
-    if np.abs(gaps - typical).max() > tolerance or np.linalg.norm(positions - expected, axis=1).max() > tolerance:
-        raise VolumeError(
-            f"{path}: its {len(slices)} slices are unevenly spaced or not in line, "
-            f"{gaps.min():.3f} to {gaps.max():.3f} mm apart; slices may be missing, copy the series again."
-        )
-    return step
-
-
-def _slice_pixels(path: Path, item: FileDataset) -> npt.NDArray[np.float32]:
+def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32]:
     """Return one slice, ``(rows, columns)``, rescaled."""
-    name = Path(str(item.filename)).name
+    if file.stat().st_size > 16 * rows * columns + _MAX_OTHER_BYTES:
+        raise VolumeError(f"{file.name} is far larger than its pixels need; export the series again.")
+    item = read_dataset(file)
     try:
-        pixels = item.pixel_array
+        _check_pixel_bytes(item, file)
+        pixels = _stored_values(item)
+        # an empty slope or one of zero means nothing, to other readers as well
+        slope, intercept = float(item.get("RescaleSlope") or 1) or 1.0, float(item.get("RescaleIntercept") or 0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = (pixels.astype(np.float64) * slope + intercept).astype(np.float32)
+    except VolumeError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:  # no decoder, or none for so many bits
+        syntax = item.file_meta.TransferSyntaxUID.name
+        raise VolumeError(
+            f"the pixels of {file.name} cannot be decoded here ({syntax}); decompress the series, for instance with "
+            "gdcmconv --raw."
+        ) from error
     except Exception as error:  # pydicom and its decoders raise many kinds, none with a common base
-        raise VolumeError(f"{path / name}: its pixels cannot be read ({error}); copy or decompress it.") from error
-    slope, intercept = float(item.get("RescaleSlope", 1) or 1), float(item.get("RescaleIntercept", 0) or 0)
-    return (pixels.astype(np.float64) * slope + intercept).astype(np.float32)
+        raise VolumeError(
+            f"the pixels of {file.name} cannot be read ({first_line(error)}); copy or decompress it."
+        ) from error
+    if scaled.shape != (rows, columns):
+        raise VolumeError(
+            f"{file.name} holds pixels of the shape {scaled.shape}, not {(rows, columns)}; copy it again."
+        )
+    if not np.isfinite(scaled).all():
+        raise VolumeError(f"{file.name} has a rescale slope or intercept beyond all numbers; repair the header.")
+    return scaled
+
+
+def _check_pixel_bytes(item: FileDataset, file: Path) -> None:
+    """Refuse a header that promises other pixels than the file can hold, before there is memory taken for them."""
+    if "PixelData" not in item:
+        raise VolumeError(f"{file.name} holds no pixels; copy the series again.")
+    promised = int(item.Rows) * int(item.Columns) * int(item.BitsAllocated) // 8
+    there = len(item.PixelData)
+    syntax = item.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed:
+        if there < promised:
+            raise VolumeError(
+                f"{file.name} is truncated, {there} of {promised} bytes of pixels are there; copy it again."
+            )
+        if there >= 2 * promised + 2:
+            raise VolumeError(f"{file.name} holds {there} bytes of pixels for {promised}; export the series again.")
+    elif syntax == RLELossless and promised > _MAX_RLE_RATIO * there:
+        raise VolumeError(
+            f"{file.name} is truncated or damaged, its pixels cannot expand to {promised} bytes; copy it again."
+        )
+
+
+def _stored_values(item: FileDataset) -> Array:
+    """Return the stored values: of each word the bits that count, with their sign (DICOM PS3.5, 8.1.1)."""
+    words = item.pixel_array
+    syntax = item.file_meta.TransferSyntaxUID
+    if syntax.is_compressed and syntax != RLELossless:
+        return words  # JPEG and its kin compress values; there are no other bits
+    allocated = int(item.BitsAllocated)
+    stored = int(item.get("BitsStored") or allocated)
+    high = int(item.HighBit) if item.get("HighBit") is not None else stored - 1
+    if not (0 < stored <= allocated and stored - 1 <= high < allocated) or words.dtype.itemsize * 8 != allocated:
+        raise ValueError(f"HighBit {high}, BitsStored {stored} and BitsAllocated {allocated} contradict each other")
+    unsigned = words.astype(words.dtype.newbyteorder("=")).view(f"u{words.dtype.itemsize}")
+    shifted = unsigned << (allocated - 1 - high)  # drops what lies above the high bit
+    kind = "i" if int(item.get("PixelRepresentation") or 0) else "u"
+    return cast(Array, shifted.view(f"{kind}{words.dtype.itemsize}") >> (allocated - stored))
 
 
 def write_dicom(volume: Volume, folder: Path, name: str) -> None:
+    """Write a volume to a new folder of one MR series.
+
+    Raises:
+        VolumeError: if its in-plane axes are sheared.
+    """
     affine = LPS_TO_RAS @ volume.affine
     spacing = spacing_of(affine)
     directions = affine[:3, :3] / np.array(spacing)

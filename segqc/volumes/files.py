@@ -5,97 +5,187 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from segqc.volumes.atomic import atomic_write
 from segqc.volumes.dicom import open_dicom, write_dicom
-from segqc.volumes.grid import check_grid
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.labelmaps import load_labels
+from segqc.volumes.limits import ReadLimits
+from segqc.volumes.metaimage import open_metaimage
 from segqc.volumes.nifti import open_nifti, write_nifti
 from segqc.volumes.nrrd import open_nrrd, write_nrrd
-from segqc.volumes.suffixes import NIFTI_SUFFIXES, file_suffix
-from segqc.volumes.volume import Source, Volume, VolumeError
+from segqc.volumes.suffixes import (
+    LABEL_SUFFIXES,
+    NIFTI_SUFFIXES,
+    SCAN_SUFFIXES,
+    label_suffix,
+    scan_suffix,
+)
+from segqc.volumes.volume import (
+    Source,
+    Volume,
+    VolumeError,
+    distance_of_grids,
+    grid_tolerance,
+    nearest_orthogonal,
+    spacing_of,
+)
+
+MIN_SPACING_MM: Final = 0.005
+MAX_SPACING_MM: Final = 100.0
+"""A voxel edge outside of these means that a header's spacing or unit is wrong."""
+MAX_EXTENT_MM: Final = 3000.0
+MAX_CONTENT_MM3: Final = 1e9
+"""A scan of more than 3 m or a cubic metre cannot be meant, and no grid of usual spacing over it fits in memory."""
 
 
-def read_scan(path: str | os.PathLike[str]) -> Volume:
+def read_scan(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Volume:
     """Read a scan: a ``.nii``, ``.nii.gz`` or ``.nrrd`` file, or a folder of one DICOM series.
 
-    Intensity scaling of the file (NIfTI scl_slope, DICOM rescale) is applied.
+    Intensity scaling of the file (NIfTI scl_slope, DICOM rescale) is applied. Files are placed in the world as ITK
+    places them.
+
+    Args:
+        path: the file or folder.
+        limits: bounds on its size and on the time that reading it takes; None for the defaults.
 
     Returns:
         The scan as float32, in the file's voxel order. A DICOM series has columns first, rows second, and slices
         last, ascending along the normal ``row x column`` of its image orientation.
 
     Raises:
-        VolumeError: if there is no such file, it is truncated or damaged, not 3-D, without usable geometry, or has
-            NaN or infinite voxels; for a DICOM folder also if it holds several series, or slices that are missing,
-            doubled, unevenly spaced or of mixed orientation.
+        VolumeError: if there is no such file, it is truncated or damaged, not 3-D, without usable geometry, larger
+            than the limits, or has NaN or infinite voxels; for a DICOM folder also if it holds several series, or
+            slices that are missing, doubled, unevenly spaced or of mixed orientation.
     """
-    path = Path(path)
-    source = _open(path)
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(source.voxels(), dtype=np.float32)
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    file = InputFile(Path(path), limits)
+    return load_scan(file, open_scan(file))
+
+
+def read_grid(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Volume:
+    """Read a scan's geometry only: its voxels are all 0, and take no memory.
+
+    Raises:
+        VolumeError: as `read_scan`, but for what is wrong with the voxels.
+    """
+    source = open_scan(InputFile(Path(path), limits))
+    zeros = np.broadcast_to(np.float32(0), source.shape)
+    return Volume(zeros, source.affine, source.acquisition_axis, source.alternative_affines)
+
+
+def open_scan(file: InputFile) -> Source:
+    """Open a scan and check its geometry.
+
+    Raises:
+        VolumeError: as `read_grid`.
+    """
+    if file.path.is_dir():
+        source = open_dicom(file)
+    else:
+        suffix = _known_suffix(file, scan_suffix(file.path.name), SCAN_SUFFIXES, "a folder of one DICOM series")
+        source = open_nifti(file) if suffix in NIFTI_SUFFIXES else open_nrrd(file)
+    if source.segments is not None:
+        raise file.error("is a segmentation by its header, and no scan; put it among the labels, as .seg.nrrd.")
+    file.check_size(source.shape)
+    edges = spacing_of(source.affine)
+    extents = [n * edge for n, edge in zip(source.shape, edges, strict=True)]
+    if min(edges) < MIN_SPACING_MM or max(edges) > MAX_SPACING_MM:
+        raise file.error(
+            f"has voxels of {_product(edges)} mm, which cannot be meant; repair the header's spacing or its unit."
+        )
+    if max(extents) > MAX_EXTENT_MM or prod(extents) > MAX_CONTENT_MM3:
+        raise file.error(
+            f"covers {_product(extents)} mm, which cannot be meant; repair the header's spacing or its unit."
+        )
+    sheared = distance_of_grids(source.affine, nearest_orthogonal(source.affine), source.shape)
+    if sheared > grid_tolerance(source.affine, source.shape):
+        raise file.error(
+            f"has sheared axes (up to {sheared:.3g} mm), which masks for 3D Slicer cannot have; resample it to "
+            "orthogonal axes."
+        )
+    return source
+
+
+def load_scan(file: InputFile, source: Source) -> Volume:
+    """Read an opened scan's voxels.
+
+    Raises:
+        VolumeError: as `read_scan`.
+    """
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.ascontiguousarray(source.voxels(), dtype=np.float32)
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    except MemoryError as error:
+        raise file.error("is too large for this machine's memory; give a smaller scan.") from error
     if bad:
-        raise VolumeError(f"{path}: {bad} of {array.size} voxels are NaN or infinite; replace them by numbers first.")
-    return Volume(array, source.affine, source.acquisition_axis)
+        raise file.error(f"{bad} of {array.size} voxels are NaN or infinite; replace them by numbers first.")
+    return Volume(array, source.affine, source.acquisition_axis, source.alternative_affines)
 
 
 def read_labels(
-    path: str | os.PathLike[str], *, scan: Volume | None = None, values: Collection[int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    scan: Volume | None = None,
+    values: Collection[int] | None = None,
+    names: Mapping[str, int] | None = None,
+    limits: ReadLimits | None = None,
 ) -> Volume:
-    """Read a label map: a ``.nii``, ``.nii.gz`` or ``.nrrd`` file of whole numbers from 0 to 255.
+    """Read a label map: a NIfTI, NRRD or MetaImage file of whole numbers from 0 to 255.
+
+    Numbers that went through floats or a scaling of the file are rounded, where they lie as near to whole numbers as
+    that way of storing them allows.
 
     Args:
         path: the file.
-        scan: the scan the labels belong to. They must lie on its grid: same shape, and every corner within
-            1e-3 mm, or 1 % of the smallest voxel edge where that is more (what rounding in file headers costs).
+        scan: the scan the labels belong to. They must lie on its voxels, by any of the grids that the scan's file
+            states and in whatever voxel order, within the formats' precision (see `grid_tolerance`).
         values: the label values allowed besides 0 (background); None allows all.
+        names: the structures' names and label values. In a file that names its segments (3D Slicer's ``.seg.nrrd``)
+            they are matched by name, in any case; such a file may also be cropped. None for the file's own values.
+        limits: bounds on its size and on the time that reading it takes; None for the defaults.
 
     Returns:
-        The label map as uint8, with the scan's own affine and acquisition axis where a scan is given.
+        The label map as uint8, on the scan's own grid where a scan is given.
 
     Raises:
         VolumeError: as `read_scan`, and for a DICOM folder, labels that are not whole numbers from 0 to 255, values
-            outside `values`, or a grid that is not the scan's.
+            outside `values`, segments that are no structure or overlap, or a grid that is not the scan's.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise VolumeError(f"{path}: is a folder; labels are read from a .nii, .nii.gz or .nrrd file.")
-    source = _open(path)
-    if scan is not None:
-        check_grid(path, source, scan)
-    raw = source.voxels()
-    if not np.issubdtype(raw.dtype, np.integer) and not (np.isfinite(raw).all() and (raw == np.rint(raw)).all()):
-        raise VolumeError(f"{path}: holds voxels that are not whole numbers; give a label map, not a scan or a map.")
-    low, high = raw.min(), raw.max()
-    if low < 0 or high > 255:
-        raise VolumeError(f"{path}: holds label values from {low:g} to {high:g}; use values from 0 to 255.")
-    labels = np.ascontiguousarray(raw, dtype=np.uint8)
-    if values is not None:
-        foreign = sorted(set(np.unique(labels).tolist()) - {0, *values})
-        if foreign:
-            allowed = ", ".join(map(str, sorted(set(values) - {0}))) or "none"
-            raise VolumeError(
-                f"{path}: holds the label value{'s' if len(foreign) > 1 else ''} {', '.join(map(str, foreign))}, "
-                f"and the structures' values are {allowed}; relabel the file or add the structure to the settings."
-            )
-    if scan is not None:
-        return Volume(labels, scan.affine, scan.acquisition_axis)
-    return Volume(labels, source.affine, source.acquisition_axis)
+    file = InputFile(Path(path), limits)
+    return load_labels(file, open_labels(file), scan, values, names).volume
 
 
-def _open(path: Path) -> Source:
-    if path.is_dir():
-        return open_dicom(path)
-    if not path.is_file():
-        raise VolumeError(f"{path}: there is no such file; check the path.")
-    suffix = file_suffix(path)
+def open_labels(file: InputFile) -> Source:
+    """Open a label map.
+
+    Raises:
+        VolumeError: if its header cannot be used.
+    """
+    if file.path.is_dir():
+        raise file.error(f"is a folder; labels are read from files, {', '.join(LABEL_SUFFIXES)}.")
+    suffix = _known_suffix(file, label_suffix(file.path.name), LABEL_SUFFIXES)
+    if suffix in NIFTI_SUFFIXES:
+        return open_nifti(file, is_label=True)
+    return open_metaimage(file) if suffix == ".mha" else open_nrrd(file)
+
+
+def _known_suffix(file: InputFile, suffix: str | None, known: tuple[str, ...], *others: str) -> str:
+    if not file.path.is_file():
+        raise file.error("there is no such file; check the path.")
     if suffix is None:
-        raise VolumeError(f"{path}: is of no known format; give .nii, .nii.gz, .nrrd or a folder of one DICOM series.")
-    return open_nifti(path) if suffix in NIFTI_SUFFIXES else open_nrrd(path)
+        raise file.error(f"is of no known format; give {', '.join((*known, *others))}.")
+    return suffix
+
+
+def _product(lengths: Iterable[float]) -> str:
+    return " x ".join(f"{length:.4g}" for length in lengths)
 
 
 def write_scan(volume: Volume, path: str | os.PathLike[str]) -> None:
@@ -126,7 +216,7 @@ def write_labels(volume: Volume, path: str | os.PathLike[str]) -> None:
         VolumeError: if the suffix is another, or the array holds anything but whole numbers from 0 to 255.
     """
     path = Path(path)
-    if file_suffix(path) is None:
+    if scan_suffix(path.name) is None:
         raise VolumeError(f"{path}: labels are written to .nii, .nii.gz or .nrrd; choose one of these suffixes.")
     with np.errstate(invalid="ignore"):
         labels = volume.array.astype(np.uint8)
@@ -145,7 +235,7 @@ def temporary_labels(volume: Volume) -> Iterator[Path]:
 
 
 def _write(volume: Volume, path: Path) -> None:
-    suffix = file_suffix(path)
+    suffix = scan_suffix(path.name)
     if suffix is None and path.suffix:
         raise VolumeError(f"{path}: is of no known format; write .nii, .nii.gz, .nrrd or, without suffix, DICOM.")
     if suffix is None and path.exists() and (not path.is_dir() or any(path.iterdir())):

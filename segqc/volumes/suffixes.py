@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
-from segqc.volumes.dicom import has_dicom_magic
+from segqc.volumes.dicom_headers import is_dicom
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-NRRD_SUFFIXES = (".nrrd",)
-FILE_SUFFIXES = NIFTI_SUFFIXES + NRRD_SUFFIXES
+NIFTI_SUFFIXES: Final = (".nii.gz", ".nii")
+NRRD_SUFFIXES: Final = (".nrrd",)
+SCAN_SUFFIXES: Final = NIFTI_SUFFIXES + NRRD_SUFFIXES
+"""What scan files may end in, in any case; a ``.seg.nrrd`` is a segmentation and never a scan."""
+LABEL_SUFFIXES: Final = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
+"""What label maps may end in, in any case."""
+
+
+def scan_suffix(name: str) -> str | None:
+    """Return the suffix of a scan's file name, in lower case, or None where no scan ends so."""
+    return None if name.lower().endswith(".seg.nrrd") else _suffix(name, SCAN_SUFFIXES)
+
+
+def label_suffix(name: str) -> str | None:
+    """Return the suffix of a label map's file name, in lower case, or None where no label map ends so."""
+    return _suffix(name, LABEL_SUFFIXES)
+
+
+def _suffix(name: str, suffixes: tuple[str, ...]) -> str | None:
+    """Return the longest of the suffixes that the name ends in, with something before it."""
+    lower = name.lower()
+    return max((s for s in suffixes if lower.endswith(s) and lower != s), key=len, default=None)
 
 
 def is_scan_path(path: str | os.PathLike[str]) -> bool:
@@ -21,20 +41,22 @@ def is_scan_path(path: str | os.PathLike[str]) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        return any(has_dicom_magic(file) for file in path.iterdir() if file.is_file())
-    return file_suffix(path) is not None
+        return any(is_dicom(file) for file in path.iterdir() if file.is_file())
+    return scan_suffix(path.name) is not None
 
 
 def scan_id(path: str | os.PathLike[str]) -> str:
-    """Return the file's name without its ``.nii``, ``.nii.gz`` or ``.nrrd`` suffix, and nothing else taken off.
+    """Return a scan's name without its suffix, and nothing else taken off.
 
     ``scan.v1.2.nii.gz`` is ``scan.v1.2``; a DICOM folder's id is its name.
     """
     path = Path(path)
-    suffix = None if path.is_dir() else file_suffix(path)
+    suffix = None if path.is_dir() else scan_suffix(path.name)
     return path.name[: -len(suffix)] if suffix else path.name
 
 
-def file_suffix(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((suffix for suffix in FILE_SUFFIXES if name.endswith(suffix) and name != suffix), None)
+def label_id(path: str | os.PathLike[str]) -> str:
+    """Return a label map's name without its suffix: the id of the scan that it belongs to."""
+    name = Path(path).name
+    suffix = label_suffix(name)
+    return name[: -len(suffix)] if suffix else name

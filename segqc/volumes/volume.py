@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class Volume:
         array: voxels, shape ``(n0, n1, n2)``, in the file's voxel order.
         affine: ``(4, 4)`` float64, voxel index to RAS millimetres.
         acquisition_axis: the array axis that slices were acquired along, where the file says it.
+        alternative_affines: what other programs may take for the affine, where the file states several.
 
     Raises:
         VolumeError: if the array is not 3-D or empty, or if the affine is not an invertible ``(4, 4)`` map.
@@ -37,6 +38,7 @@ class Volume:
     array: Array
     affine: AffineArray
     acquisition_axis: int | None = None
+    alternative_affines: tuple[AffineArray, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the array and the affine, and take a float64 copy of the affine."""
@@ -65,13 +67,37 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A segment that a file names: voxels of a value in a layer."""
+
+    name: str
+    value: int
+    layer: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """A file's geometry, known before its voxels are loaded, so that a wrong grid is refused cheaply."""
+    """A file's geometry, known before its voxels are loaded, so that a wrong grid is refused cheaply.
+
+    Attributes:
+        shape: voxels along each array axis.
+        affine: voxel index to RAS millimetres, as ITK reads it.
+        acquisition_axis: the array axis that slices were acquired along, where the file says it.
+        voxels: loads the voxels, of the shape, or ``(layers, *shape)`` where the file names its segments.
+        alternative_affines: what other programs may take for the affine.
+        step: the step that stored whole numbers stand for, where they are scaled.
+        segments: those that the file names; None where it names none.
+        warnings: sentences about what was decided where the file contradicts itself.
+    """
 
     shape: tuple[int, int, int]
     affine: AffineArray
     acquisition_axis: int | None
     voxels: Callable[[], Array]
+    alternative_affines: tuple[AffineArray, ...] = ()
+    step: float = 0.0
+    segments: tuple[Segment, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def affine_finding(affine: Array) -> str | None:
@@ -88,22 +114,65 @@ def affine_finding(affine: Array) -> str | None:
     return None
 
 
-def checked_affine(path: Path, affine: Array) -> AffineArray:
+def checked_affine(shown: Path | str, affine: Array) -> AffineArray:
+    """Return a usable affine as float64.
+
+    Raises:
+        VolumeError: if it is not usable; the message begins with what the file is shown as.
+    """
     finding = affine_finding(affine)
     if finding:
-        raise VolumeError(f"{path}: the file's affine {finding}; repair the header's orientation and spacing.")
+        raise VolumeError(f"{shown}: the file's affine {finding}; repair the header's orientation and spacing.")
     return np.array(affine, dtype=np.float64)
 
 
-def checked_shape(path: Path, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return three positive sizes, allowing further axes of length one at the end."""
+def checked_shape(shown: Path | str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return three positive sizes, allowing further axes of length one at the end.
+
+    Raises:
+        VolumeError: for other shapes; the message begins with what the file is shown as.
+    """
     if len(shape) < 3 or any(size != 1 for size in shape[3:]):
-        raise VolumeError(f"{path}: is {len(shape)}-D, of shape {tuple(shape)}; give one 3-D volume a file.")
+        raise VolumeError(f"{shown}: is {len(shape)}-D, of shape {tuple(shape)}; give one 3-D volume a file.")
     if min(shape) < 1:
-        raise VolumeError(f"{path}: has the empty or negative shape {tuple(shape)}; the header is damaged.")
+        raise VolumeError(f"{shown}: has the empty or negative shape {tuple(shape)}; the header is damaged.")
     return (int(shape[0]), int(shape[1]), int(shape[2]))
 
 
 def spacing_of(affine: AffineArray) -> tuple[float, float, float]:
+    """Distance between neighbouring voxel centres along each array axis, in millimetres."""
     s0, s1, s2 = np.linalg.norm(affine[:3, :3], axis=0)
     return (float(s0), float(s1), float(s2))
+
+
+def corners(affine: AffineArray, shape: tuple[int, int, int]) -> AffineArray:
+    """Centres of a grid's eight corner voxels, ``(3, 8)``, in millimetres."""
+    last = np.array(shape, dtype=np.float64) - 1
+    index = np.array(np.meshgrid(*[(0.0, end) for end in last], indexing="ij")).reshape(3, -1)
+    return cast(AffineArray, affine[:3, :3] @ index + affine[:3, 3:])
+
+
+def grid_tolerance(affine: AffineArray, shape: tuple[int, int, int]) -> float:
+    """How far apart corners may lie, in millimetres, for two grids to be the same one.
+
+    It covers what rounding in headers costs: 1 % of the smallest voxel edge, and, near half a turn, where a quaternion
+    of single precision is least precise, 7e-4 rad over the field of view; half the smallest edge at most.
+    """
+    smallest = min(spacing_of(affine))
+    found = corners(affine, shape)
+    field_of_view = float(np.linalg.norm(found.max(axis=1) - found.min(axis=1)))
+    return max(1e-3, 0.01 * smallest, min(7e-4 * field_of_view, 0.5 * smallest))
+
+
+def distance_of_grids(one: AffineArray, other: AffineArray, shape: tuple[int, int, int]) -> float:
+    """The largest distance between corresponding corners of two grids of a shape, in millimetres."""
+    return float(np.linalg.norm(corners(one, shape) - corners(other, shape), axis=0).max())
+
+
+def nearest_orthogonal(affine: AffineArray) -> AffineArray:
+    """The affine with its axes turned to the nearest orthogonal ones; spacing and origin stay."""
+    spacing = np.array(spacing_of(affine))
+    u, _, v = np.linalg.svd(affine[:3, :3] / spacing)
+    orthogonal = affine.copy()
+    orthogonal[:3, :3] = (u @ v) * spacing
+    return orthogonal

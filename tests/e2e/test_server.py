@@ -54,8 +54,9 @@ contrasts = []
 START = """
 import sys
 from pathlib import Path
-from segqc.server.serve import serve
-serve(Path(sys.argv[1]), app_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
+from segqc.server import serve as module
+module._REQUEST_GRACE_SECONDS, module._DEADLINE_SECONDS = 1, 8.0
+module.serve(Path(sys.argv[1]), app_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
 """
 
 
@@ -279,11 +280,23 @@ def test_a_training_is_stopped(server: Server) -> None:
     assert server.client.train_status()["id"] == started["id"]
 
 
-def test_the_end_leaves_no_process_behind(server: Server) -> None:
+def test_the_end_waits_for_no_request_and_leaves_no_process_behind(server: Server) -> None:
+    answers: list[int] = []
+
+    def infer_for_hours() -> None:
+        answer = server.post("/infer/slow", params={"image": "scan_7"}, data={"params": '{"seconds": 10000}'})
+        answers.append(answer.status_code)
+
+    stuck = threading.Thread(target=infer_for_hours)
+    stuck.start()
     server.client.train_start("segmentation", {"max_epochs": 500})
     server.wait(lambda: bool(psutil.Process(server.process.pid).children()))
     children = psutil.Process(server.process.pid).children(recursive=True)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    assert server.process.wait(timeout=30) == 0
+    stuck.join()
+    assert answers == [503]
+    assert "cut off" in server.log.read_text()
+    assert "POST /infer/slow" in server.log.read_text()
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert "Traceback" not in server.log.read_text()

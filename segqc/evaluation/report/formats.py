@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pydantic import TypeAdapter
 
 from segqc.evaluation.report.document import MINUS, UNDEFINED, Cell, Figure, Report, Section, Table
+from segqc.text import spreadsheet_cell
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~$&])")
 # where a line starts with these, Markdown sees a list
@@ -41,11 +42,14 @@ _LATEX = {
 
 
 def to_csv(table: Table) -> str:
-    """A table as CSV: numbers unrounded, undefined ones empty, UTF-8, a line feed after each row."""
+    """A table as CSV: numbers unrounded, undefined ones empty, UTF-8, a line feed after each row.
+
+    Text that a spreadsheet would run as a formula has an apostrophe in front.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    writer.writerow(map(spreadsheet_cell, table.columns))
+    writer.writerows(["" if cell is None else spreadsheet_cell(cell) for cell in row] for row in table.rows)
     return stream.getvalue()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import nrrd
 
 from segqc.server.errors import RequestError
-from segqc.volumes import FILE_SUFFIXES, Volume, write_labels
+from segqc.volumes import SCAN_SUFFIXES, Volume, write_labels
 
 REQUEST_KEYS = ("result_extension", "result_dtype", "result_compress")
 
@@ -23,8 +23,8 @@ def write_result(labels: Volume, request: Mapping[str, Any]) -> str:
         RequestError: 400 for a format that cannot be written.
     """
     suffix = str(request.get("result_extension") or ".nii.gz")
-    if suffix not in FILE_SUFFIXES:
-        raise RequestError(400, f"result_extension {suffix!r} is not one of {', '.join(FILE_SUFFIXES)}.")
+    if suffix not in SCAN_SUFFIXES:
+        raise RequestError(400, f"result_extension {suffix!r} is not one of {', '.join(SCAN_SUFFIXES)}.")
     handle, name = tempfile.mkstemp(prefix="segqc-", suffix=suffix)
     os.close(handle)
     write_labels(labels, Path(name))

@@ -9,8 +9,8 @@ from typing import Any
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.infers.output import REQUEST_KEYS, write_result
-from segqc.loop.studies import label_names
 from segqc.server.models import Desk
+from segqc.types import label_names
 from segqc.volumes import read_scan
 
 
@@ -45,7 +45,7 @@ class Segmentation(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment the scan at ``request["image"]``."""
         segmenter = self.desk.segmenter()
-        labels = segmenter.predict(read_scan(Path(request["image"]))).labels
+        labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.desk.settings.intake)).labels
         return write_result(labels, request), {
             "label_names": label_names(segmenter.structures),
             "model_version": segmenter.version,

@@ -49,10 +49,11 @@ class LikelyErrors(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
         assessor = self.desk.assessor()
-        scan = read_scan(Path(request["image"]))
+        limits = self.desk.settings.intake
+        scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
         if request.get("label"):
-            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values)
+            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
             segmenter = self.desk.segmenter()

@@ -1,0 +1,56 @@
+"""Text in the encodings that other systems write, and cells that spreadsheets do not take for formulas."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+# UTF-32's mark of little-endian order begins with UTF-16's
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+class TextError(ValueError):
+    """Bytes that are no text in a known encoding; the message says at which byte, and what to do."""
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a text file: UTF-8, or UTF-16 and UTF-32 that begin with a byte order mark, as Windows writes them.
+
+    Returns:
+        The text without its mark; ends of lines stay as they are.
+
+    Raises:
+        TextError: if it is in another encoding.
+    """
+    mark, encoding = next((found for found in _MARKS if content.startswith(found[0])), (b"", "utf-8"))
+    try:
+        text = content[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        place = len(mark) + error.start
+        raise TextError(
+            f"byte {place} (0x{content[place]:02X}) is not {encoding[:6].upper().rstrip('-')}; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise TextError(f"byte {content.index(0)} is zero, as in a file without text; save the file as UTF-8")
+    return text
+
+
+def spreadsheet_cell(value: T) -> T | str:
+    """A cell for a CSV table: text that a spreadsheet would run as a formula has an apostrophe in front.
+
+    Spreadsheets run what begins with ``=``, ``+``, ``-``, ``@``, a tabulator or an end of line (OWASP, CSV injection).
+    Numbers stay numbers. Ends of lines become line feeds, as `csv` puts no quotes around a lone carriage return.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
