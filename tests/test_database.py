@@ -49,9 +49,9 @@ def test_a_damaged_database_is_named(
 def test_a_missing_table_is_damage(tmp_path: Path) -> None:
     opened = Store.open(tmp_path)
     with opened.write() as transaction:
-        transaction.execute(text("DROP TABLE keeping"))
+        transaction.execute(text("DROP TABLE job"))
     with pytest.raises(StoreDamaged, match="no such table"), opened.read() as transaction:
-        transaction.execute(text("SELECT * FROM keeping"))
+        transaction.execute(text("SELECT * FROM job"))
     opened.close()
 
 

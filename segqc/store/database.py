@@ -135,7 +135,7 @@ class Database:
         """What an error of the driver means, in one sentence."""
         reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
         if _is_damage(error):
-            remedy = "restore a backup" if self.is_sqlite else "restore a dump of it"
+            remedy = "restore a backup (segqc db restore BACKUP FOLDER)" if self.is_sqlite else "restore a dump of it"
             return StoreDamaged(f"{self.shown}: the database is damaged ({reason}); stop segqc and {remedy}")
         return StoreUnavailable(f"{self.shown}: the database cannot be used ({reason})")
 

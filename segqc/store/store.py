@@ -37,6 +37,7 @@ from segqc.volumes import VolumeError, label_id, label_suffix, write_labels
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
+RESTORING_FILE: Final = "restoring"  # is there while a restore puts the store into place
 _ANY: Final = AnyContent()
 _AS_THEY_ARE: Final = (".nii.gz", ".nii", ".nrrd")  # what everybody reads by its values
 _NOT_TAKEN_IN: Final = "not_taken_in"  # in the notes of a version that keeps a file which is no label map
@@ -115,6 +116,8 @@ class Store:
         """
         store = cls(studies, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
         store.own.mkdir(parents=True, exist_ok=True)
+        if (store.own / RESTORING_FILE).exists():
+            raise StoreError(f"{store.studies}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()
         store.recover()
         return store

@@ -58,8 +58,7 @@ class Restored:
 def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Report = silent) -> int:
     """Copy a store's database and label contents while others work on it.
 
-    The copy holds ``segqc/`` as it is in a studies folder. To restore it, copy what it holds into a folder with the
-    scans and run ``segqc db restore-views``.
+    The copy holds ``segqc/`` as it is in a studies folder; `restore.restore` brings it back.
 
     Args:
         store: the store, on SQLite.
@@ -162,7 +161,7 @@ def repair(store: Store, report: Report = silent) -> Restored:
 
 
 def _database_findings(store: Store) -> Iterator[Finding]:
-    remedy = "stop all of segqc, keep the file, and restore a backup"
+    remedy = "stop all of segqc, then restore a backup: segqc db restore BACKUP FOLDER"
     with store.read() as transaction:
         if store.database.is_sqlite:
             for (line,) in transaction.execute(text("PRAGMA integrity_check")):
@@ -345,8 +344,7 @@ def _files_without_row(store: Store, views: Iterable[_View]) -> set[Path]:
 def rebuild_views(store: Store, *, overwrite: bool = False, report: Report = silent) -> Restored:
     """Show every current label below ``labels/`` again where its file is missing or damaged.
 
-    A file that somebody edited is left as it is unless ``overwrite``. After copying a backup into a folder, this comes
-    before anything that takes the folder in: a missing file would count as removed by a person.
+    A file that somebody edited is left as it is unless ``overwrite``.
 
     Raises:
         StoreError: if a content is missing or damaged.
