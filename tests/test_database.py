@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
-from segqc.store.database import StoreDamaged, StoreUnavailable
+from segqc.store import scans
+from segqc.store.database import StoreDamaged, StoreReadOnly, StoreUnavailable
 from segqc.store.store import Store
+from tests.store_kit import make_scans, take_in_scans
 
 
 def _noise(path: Path) -> None:
@@ -63,3 +66,43 @@ def test_a_locked_database_is_given_up_after_the_patience(tmp_path: Path) -> Non
         pass  # it can be had again
     holder.close()
     waiting.close()
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that says it cannot be written; the rights of files would not keep root from it."""
+
+    def access(path: str | Path, mode: int) -> bool:
+        return not (mode & os.W_OK and Path(path).is_relative_to(tmp_path)) and Path(path).exists()
+
+    monkeypatch.setattr(os, "access", access)
+    return tmp_path
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_read_only_folder_is_read_and_left_as_it_is(
+    tmp_path: Path, is_open: bool, request: pytest.FixtureRequest
+) -> None:
+    writer = Store.open(tmp_path)
+    make_scans(tmp_path, 2)
+    take_in_scans(writer)
+    if not is_open:
+        writer.close()  # else its last changes are in the write-ahead log only
+    before = {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()}
+    request.getfixturevalue("read_only")
+    make_scans(tmp_path, 3)
+    reader = Store.open(tmp_path)
+    take_in_scans(reader)
+    with reader.read() as transaction:
+        assert [scan.name for scan in scans.listing(transaction)] == ["scan_0", "scan_1"]
+    with pytest.raises(StoreReadOnly, match="is read-only"), reader.write():
+        raise AssertionError("nothing may be written")
+    reader.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()} == before
+    writer.close()
+
+
+def test_a_read_only_folder_without_a_store_is_named(read_only: Path) -> None:
+    with pytest.raises(StoreReadOnly, match="has no store yet"):
+        Store.open(read_only)
+    assert list(read_only.iterdir()) == []

@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
+import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -57,6 +60,10 @@ class StoreDamaged(StoreUnavailable):
     """The database is no database, or not whole: only a backup helps."""
 
 
+class StoreReadOnly(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The database lies in a folder that cannot be written."""
+
+
 class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
@@ -98,7 +105,8 @@ class Database:
         self.url = _checked_url(url)
         self.clock = clock
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.engine = _engine(self.url, patience_seconds)
+        self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
+        self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -108,7 +116,11 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
-        """A transaction alone with the pen: committed at the end, taken back on any error."""
+        """A transaction alone with the pen: committed at the end, taken back on any error.
+
+        Raises:
+            StoreReadOnly: if the database's folder cannot be written.
+        """
         with self._connection(write=True) as connection, self._session(connection) as transaction:
             yield transaction
             transaction.flush()
@@ -116,6 +128,10 @@ class Database:
 
     @contextlib.contextmanager
     def _connection(self, *, write: bool) -> Iterator[Connection]:
+        if write and not self.is_writable:
+            raise StoreReadOnly(
+                f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
+            )
         try:
             with self.engine.connect().execution_options(**self._options(write=write)) as connection:
                 if write:
@@ -156,6 +172,8 @@ class Database:
 
     def revision(self) -> str | None:
         """The schema's revision; None for an empty database."""
+        if not self.is_writable and not Path(str(self.url.database)).exists():
+            return None
         with self._connection(write=False) as connection:
             if not self.engine.dialect.has_table(connection, "alembic_version"):
                 return None
@@ -246,6 +264,38 @@ def _engine(url: URL, patience_seconds: float) -> Engine:
         # a reader that turns writer can meet "database is locked" whatever the timeout: say at once who writes
         write = connection.get_execution_options().get("segqc_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _is_writable(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+
+
+def _read_only_engine(url: URL) -> Engine:
+    """Connections to an SQLite file beside which nothing can be written, not even the index of its write-ahead log."""
+    path = Path(str(url.database)).absolute()
+
+    def connect() -> sqlite3.Connection:
+        wal = path.with_name(f"{path.name}-wal")
+        if not (wal.is_file() and wal.stat().st_size):
+            return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, check_same_thread=False)
+        # what was committed last is in the log only: it is read where SQLite can write its index
+        with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+            for source in (path, wal):
+                shutil.copyfile(source, Path(folder) / source.name)
+            connection = sqlite3.connect(":memory:", check_same_thread=False)
+            with contextlib.closing(sqlite3.connect(Path(folder) / path.name)) as copy:
+                copy.backup(connection)
+        return connection
+
+    engine = create_engine(url, creator=connect)
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA query_only=ON").close()
 
     return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import uuid
@@ -22,6 +23,7 @@ from segqc.store.database import (
     Clock,
     Database,
     StoreError,
+    StoreReadOnly,
     Transaction,
     sqlite_url,
     utc_now,
@@ -115,15 +117,26 @@ class Store:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
         store = cls(studies, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
-        store.own.mkdir(parents=True, exist_ok=True)
+        if store.is_writable:
+            store.own.mkdir(parents=True, exist_ok=True)
         if (store.own / RESTORING_FILE).exists():
             raise StoreError(f"{store.studies}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()
-        store.recover()
+        if store.is_writable:
+            store.recover()
+        else:
+            logger.warning("%s: is read-only; what changed in it since is not taken in", store.studies)
         return store
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether both the database and the folder can be written."""
+        return self.database.is_writable and os.access(self.studies, os.W_OK)
 
     def _check_revision(self) -> None:
         found = self.database.revision()
+        if found is None and not self.is_writable:
+            raise StoreReadOnly(f"{self.studies}: is read-only and has no store yet; make it writable, or copy it")
         if found is None:
             with FileLock(self.own / "store.lock"):  # only one of several processes makes the tables
                 if self.database.revision() is None:

@@ -160,6 +160,11 @@ def repair(store: Store, report: Report = silent) -> Restored:
     return rebuild_views(store, report=report)
 
 
+def _settled(store: Store) -> contextlib.AbstractContextManager[Transaction]:
+    """A transaction to look again in: whoever was just saving has done so."""
+    return store.write() if store.is_writable else store.read()
+
+
 def _database_findings(store: Store) -> Iterator[Finding]:
     remedy = "stop all of segqc, then restore a backup: segqc db restore BACKUP FOLDER"
     with store.read() as transaction:
@@ -198,7 +203,7 @@ def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
     strangers = [path for path in store.files.all_objects() if path not in known]
     if not strangers:
         return
-    with store.write() as transaction:  # whoever was just saving has done so
+    with _settled(store) as transaction:
         known = {store.files.object_path(*content) for content in labels.contents(transaction)}
         strangers = [path for path in strangers if path.exists() and path not in known]
     for path in strangers:
@@ -285,7 +290,7 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
     strangers = _files_without_row(store, views.values())
     if not suspects and not strangers and len(views) == len(currents):
         return
-    with store.write() as transaction:  # whoever was just saving has done so
+    with _settled(store) as transaction:
         currents, views = _currents(transaction), _views(transaction)
         found = [
             finding
