@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from segqc.store import scans
-from segqc.store.database import StoreDamaged, StoreReadOnly, StoreUnavailable
+from segqc.store.database import FairLock, StoreDamaged, StoreReadOnly, StoreUnavailable
 from segqc.store.store import Store
 from tests.store_kit import make_scans, take_in_scans
 
@@ -106,3 +107,25 @@ def test_a_read_only_folder_without_a_store_is_named(read_only: Path) -> None:
     with pytest.raises(StoreReadOnly, match="has no store yet"):
         Store.open(read_only)
     assert list(read_only.iterdir()) == []
+
+
+def test_the_lock_is_given_in_the_order_of_asking() -> None:
+    lock, order = FairLock(), list[int]()
+    assert lock.acquire(0)
+    assert not lock.acquire(0)
+
+    def take(number: int) -> None:
+        assert lock.acquire(60)
+        order.append(number)
+        lock.release()
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(10)]
+    for asked, thread in enumerate(threads, 1):
+        thread.start()
+        while len(lock._waiting) < asked:
+            threading.Event().wait(0.001)
+    lock.release()
+    for thread in threads:
+        thread.join()
+    assert order == list(range(10))
+    assert lock.acquire(0)  # nobody holds it any more

@@ -14,6 +14,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -88,6 +90,42 @@ def utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
+class FairLock:
+    """A lock that is given in the order in which it was asked for.
+
+    SQLite's own waiting polls with growing pauses, so that under load some writers are never lucky.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._held = False
+
+    def acquire(self, timeout: float) -> bool:
+        """Wait for the lock, at most so many seconds; returns whether it is held now."""
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return True
+            turn = threading.Event()
+            self._waiting.append(turn)
+        if turn.wait(timeout):
+            return True
+        with self._mutex:
+            if turn.is_set():  # handed over in this very moment
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def release(self) -> None:
+        """Hand the lock to whoever waits longest."""
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._held = False
+
+
 class Database:
     """Connections to one store's database."""
 
@@ -105,6 +143,8 @@ class Database:
         self.url = _checked_url(url)
         self.clock = clock
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._patience_seconds = patience_seconds
+        self._pen = FairLock()
         self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
         self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
@@ -121,10 +161,20 @@ class Database:
         Raises:
             StoreReadOnly: if the database's folder cannot be written.
         """
-        with self._connection(write=True) as connection, self._session(connection) as transaction:
+        with self._turn(), self._connection(write=True) as connection, self._session(connection) as transaction:
             yield transaction
             transaction.flush()
             connection.commit()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The turn of this thread among the process's writers; who waits for it holds no connection."""
+        if not self._pen.acquire(self._patience_seconds):
+            raise StoreUnavailable(f"{self.shown}: the database is locked or too busy; try again")
+        try:
+            yield
+        finally:
+            self._pen.release()
 
     @contextlib.contextmanager
     def _connection(self, *, write: bool) -> Iterator[Connection]:
