@@ -106,8 +106,15 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
-        typer.echo(f"segqc: {error}", err=True)
+        typer.echo(f"segqc: {_sentence(error)}", err=True)
         sys.exit(1)
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell of an error; the operating system's number means nothing to users."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 def _set_up_text() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import DynUNet
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.main import IncEx
 from torch import nn
 
@@ -376,6 +374,8 @@ class TrainedNetwork:
 
     @staticmethod
     def _read(path: Path) -> tuple[ModelCard, nn.Module]:
+        if path.is_dir():
+            raise ModelError(f"{path}: is a folder, not a model file; remove it and train the network again")
         if not path.is_file():
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
@@ -391,10 +391,7 @@ class TrainedNetwork:
             network.load_state_dict(content["weights"])
         except ModelError:
             raise
-        except (
-            RuntimeError, KeyError, TypeError, EOFError, OSError, ValidationError, pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:  # fmt: skip
+        except Exception as error:  # torch.load raises many kinds on foreign and damaged files, without a common base
             raise ModelError(
                 f"{path}: not a readable SegQC model file ({type(error).__name__}); train it again or restore a copy"
             ) from error

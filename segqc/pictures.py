@@ -227,6 +227,15 @@ def _legend(figure: Figure, assessment: Assessment) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
 
 
+def read_curve(path: Path) -> tuple[CurvePoint, ...]:
+    """Read the file ``curve.json`` of a training.
+
+    Raises:
+        ValueError: if the file is no learning curve.
+    """
+    return _CURVE.validate_json(path.read_bytes())
+
+
 def draw_curve(curve: Path, path: Path) -> None:
     """Draw a learning curve: the loss on training batches and, where measured, on the validation cases.
 
@@ -237,7 +246,7 @@ def draw_curve(curve: Path, path: Path) -> None:
     Raises:
         ValueError: if the file is no learning curve.
     """
-    history = _CURVE.validate_json(curve.read_bytes())
+    history = read_curve(curve)
     figure = Figure(figsize=(6, 3.6), layout="constrained", facecolor="white")
     ax = figure.subplots()
     ax.plot([p.epoch for p in history], [p.train_loss for p in history], color=COLOURS[4], label="training")

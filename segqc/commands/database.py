@@ -21,8 +21,7 @@ def backup(
 ) -> None:
     """Copy the database, every label version and the settings, also while the server runs.
 
-    To restore it, copy what is in BACKUP into a folder with the scans and run [bold]segqc db restore-views[/bold]
-    there first. Scans and networks are not part of it.
+    [bold]segqc db restore[/bold] brings it back. Scans and networks are not part of it.
     """
     from segqc.settings import SETTINGS_FILE
     from segqc.store import upkeep
@@ -32,6 +31,38 @@ def backup(
     typer.echo(f"{target}: the database and {count} label contents")
     if settings_of(folder).store.url is not None:
         typer.echo(f"the settings name the database by its url; where the backup is restored, it is {DATABASE_PLACE}")
+
+
+@app.command()
+def restore(
+    backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder of the backup.", show_default=False)],
+    folder: StudiesFolder,
+) -> None:
+    """Bring a backup back: database and labels become those of BACKUP; what is there is set aside, not deleted.
+
+    Scans and networks stay, and the folder's settings, too. End the server and workers first.
+    """
+    from segqc.settings import SETTINGS_FILE
+    from segqc.store import upkeep
+    from segqc.store.restore import restore as bring_back
+
+    url = settings_of(folder).store.url
+    if url is not None:
+        where = "its own tools, or 'segqc import archive' into an empty one" if "postgres" in url else "a copy of it"
+        raise CommandError(
+            f"{folder}/{SETTINGS_FILE}: names a database outside the folder, which is restored by {where}; "
+            f"without [store] url, it is {DATABASE_PLACE}"
+        )
+    with progress() as report:
+        done = bring_back(backup, folder, settings_file=SETTINGS_FILE, report=report)
+        findings = upkeep.check(kept_store(folder), report)
+    if done.upgraded_from is not None:
+        typer.echo(f"{folder}: the tables were of revision {done.upgraded_from} and were upgraded")
+    for finding in findings:
+        typer.echo(f"{finding.what}; {finding.remedy}")
+    if done.aside is not None:
+        typer.echo(f"{done.aside}: what was there before; remove it when it is not needed any more")
+    typer.echo(f"{folder}: restored from {backup}: {done.contents} label contents, {done.shown} label files")
 
 
 @app.command()
@@ -77,10 +108,7 @@ def restore_views(
         bool, typer.Option("--overwrite", help="Also where somebody changed the file: the change is lost.")
     ] = False,
 ) -> None:
-    """Write the label files below labels/ again where they are missing or damaged.
-
-    After a backup was copied into a folder, run this before anything else: a missing label file counts as removed.
-    """
+    """Write the label files below labels/ again where they are missing or damaged."""
     from segqc.store import upkeep
 
     with progress() as report:

@@ -24,7 +24,7 @@ from segqc.placement import Placement
 from segqc.segmenter import Segmenter
 from segqc.settings import Settings, load_settings
 from segqc.store import assessments, findings, labels, scans
-from segqc.store.database import Transaction
+from segqc.store.database import PATIENCE_SECONDS, Transaction
 from segqc.store.folder import Added, add_scan, take_in, verify_scan
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import ScanReplaced, UnknownScan
@@ -60,7 +60,14 @@ class ScanEntry:
 class Studies:
     """One studies folder. Holds its path, its settings and its store: what is on disk is the state."""
 
-    def __init__(self, folder: Path, settings: Settings | None = None, *, watched: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings | None = None,
+        *,
+        watched: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         """Open a folder.
 
         Args:
@@ -68,6 +75,7 @@ class Studies:
             settings: its settings; by default those of its ``segqc.toml``.
             watched: whether somebody else calls `take_in` all the time: then nothing else does, and scans and labels
                 are those that were taken in so far.
+            patience_seconds: how long to wait for a database that is locked.
 
         Raises:
             StudiesError: if it is no folder.
@@ -77,6 +85,7 @@ class Studies:
             raise StudiesError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
         self.folder = folder.resolve()
         self.settings = settings or load_settings(self.folder)
+        self._patience_seconds = patience_seconds
         self.watched = watched
 
     @property
@@ -91,7 +100,8 @@ class Studies:
         Raises:
             StoreError: if its database can't be reached, or is of another version of this program.
         """
-        store = Store.open(self.folder, self.settings.store.url, intake=self.settings.intake_checks())
+        intake = self.settings.intake_checks()
+        store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
         if not self.watched:
             take_in(store, self.settings.patient_of, self.settings.placing())
         return store

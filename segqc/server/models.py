@@ -21,6 +21,7 @@ M = TypeVar("M", bound=TrainedNetwork)
 
 LIKELY_ERROR = "likely error"
 LIKELY_ERROR_VALUE = 1
+_PATIENCE_SECONDS = 4.0  # annotators are told that the database is locked rather than left waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Desk:
     """A studies folder with its settings and models."""
 
     def __init__(self, folder: Path) -> None:
-        self.studies = Studies(folder, watched=True)
+        self.studies = Studies(folder, watched=True, patience_seconds=_PATIENCE_SECONDS)
         self.settings: Settings = self.studies.settings
         judging = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
         self.segmenters: ModelShelf[Segmenter] = ModelShelf(self.studies.model_path("segmentation"), Segmenter.load)

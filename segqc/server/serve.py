@@ -99,6 +99,7 @@ def serve(
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
     folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
+    _refuse_read_only(folder)
     folder.own.mkdir(parents=True, exist_ok=True)
     _allow_files()
     alone = _lock(folder)  # held until the process ends
@@ -242,6 +243,15 @@ def _working(studies: Studies, ended: threading.Event) -> Iterator[None]:
     finally:
         ended.set()
         keeper.join()
+
+
+def _refuse_read_only(studies: Studies) -> None:
+    for folder in (studies.folder, studies.own):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise ServeError(
+                f"{folder}: is read-only; the server writes its database, log and labels below {studies.folder}: "
+                "make the folder writable, or serve a copy"
+            )
 
 
 def _lock(studies: Studies) -> BaseFileLock:

@@ -10,7 +10,12 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
+import os
+import shutil
 import sqlite3
+import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -18,7 +23,16 @@ from typing import Final, TypeAlias
 from alembic.config import Config
 from sqlalchemy import JSON, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NotSupportedError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -31,7 +45,8 @@ Clock: TypeAlias = Callable[[], dt.datetime]
 
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0003"
-_BUSY_SECONDS: Final = 60
+PATIENCE_SECONDS: Final = 60.0
+_CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
@@ -41,6 +56,14 @@ class StoreError(RuntimeError):
 
 class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """The database does not answer, or cannot write: not the caller's fault."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The database is no database, or not whole: only a backup helps."""
+
+
+class StoreReadOnly(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """The database lies in a folder that cannot be written."""
 
 
 class Transaction(Session):
@@ -67,11 +90,52 @@ def utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
+class FairLock:
+    """A lock that is given in the order in which it was asked for.
+
+    SQLite's own waiting polls with growing pauses, so that under load some writers are never lucky.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._held = False
+
+    def acquire(self, timeout: float) -> bool:
+        """Wait for the lock, at most so many seconds; returns whether it is held now."""
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return True
+            turn = threading.Event()
+            self._waiting.append(turn)
+        if turn.wait(timeout):
+            return True
+        with self._mutex:
+            if turn.is_set():  # handed over in this very moment
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def release(self) -> None:
+        """Hand the lock to whoever waits longest."""
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._held = False
+
+
 class Database:
     """Connections to one store's database."""
 
-    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+    def __init__(self, url: str, clock: Clock = utc_now, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Prepare connections; the first transaction opens one.
+
+        Args:
+            url: where the database is.
+            clock: gives the time, in UTC.
+            patience_seconds: how long to wait for a database that is locked or does not answer.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
@@ -79,7 +143,10 @@ class Database:
         self.url = _checked_url(url)
         self.clock = clock
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.engine = _engine(self.url)
+        self._patience_seconds = patience_seconds
+        self._pen = FairLock()
+        self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
+        self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -89,14 +156,32 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
-        """A transaction alone with the pen: committed at the end, taken back on any error."""
-        with self._connection(write=True) as connection, self._session(connection) as transaction:
+        """A transaction alone with the pen: committed at the end, taken back on any error.
+
+        Raises:
+            StoreReadOnly: if the database's folder cannot be written.
+        """
+        with self._turn(), self._connection(write=True) as connection, self._session(connection) as transaction:
             yield transaction
             transaction.flush()
             connection.commit()
 
     @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The turn of this thread among the process's writers; who waits for it holds no connection."""
+        if not self._pen.acquire(self._patience_seconds):
+            raise StoreUnavailable(f"{self.shown}: the database is locked or too busy; try again")
+        try:
+            yield
+        finally:
+            self._pen.release()
+
+    @contextlib.contextmanager
     def _connection(self, *, write: bool) -> Iterator[Connection]:
+        if write and not self.is_writable:
+            raise StoreReadOnly(
+                f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
+            )
         try:
             with self.engine.connect().execution_options(**self._options(write=write)) as connection:
                 if write:
@@ -105,8 +190,20 @@ class Database:
                 if write and not self.is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
                 yield connection
-        except OperationalError as error:
-            raise StoreUnavailable(f"{self.shown}: {_reason(error)}") from error
+        except PoolTimeoutError as error:
+            raise StoreUnavailable(f"{self.shown}: the database is too busy; try again") from error
+        except (IntegrityError, DataError, NotSupportedError):
+            raise  # what was to be written is wrong, not the database
+        except (DatabaseError, InterfaceError) as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: DBAPIError) -> StoreUnavailable:
+        """What an error of the driver means, in one sentence."""
+        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+        if _is_damage(error):
+            remedy = "restore a backup (segqc db restore BACKUP FOLDER)" if self.is_sqlite else "restore a dump of it"
+            return StoreDamaged(f"{self.shown}: the database is damaged ({reason}); stop segqc and {remedy}")
+        return StoreUnavailable(f"{self.shown}: the database cannot be used ({reason})")
 
     def _options(self, *, write: bool) -> dict[str, bool | str]:
         # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
@@ -125,6 +222,8 @@ class Database:
 
     def revision(self) -> str | None:
         """The schema's revision; None for an empty database."""
+        if not self.is_writable and not Path(str(self.url.database)).exists():
+            return None
         with self._connection(write=False) as connection:
             if not self.engine.dialect.has_table(connection, "alembic_version"):
                 return None
@@ -185,13 +284,24 @@ def _checked_url(url: str) -> URL:
     raise StoreError(f"a store is kept on SQLite or PostgreSQL, not on {parsed.render_as_string(hide_password=True)}")
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, patience_seconds: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return create_engine(url, pool_pre_ping=True)
+            waits = {
+                "connect_timeout": max(2, int(patience_seconds)),
+                "options": f"-c lock_timeout={int(patience_seconds * 1000)}",
+            }
+            return create_engine(
+                url, pool_pre_ping=True, connect_args=waits, pool_timeout=patience_seconds, **_CONNECTIONS
+            )
         except ModuleNotFoundError as error:
             raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False})
+    engine = create_engine(
+        url,
+        connect_args={"timeout": patience_seconds, "check_same_thread": False},
+        pool_timeout=patience_seconds,
+        **_CONNECTIONS,
+    )
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
@@ -208,6 +318,45 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
-def _reason(error: DBAPIError) -> str:
-    reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-    return f"the database cannot be used ({reason})"
+def _is_writable(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+
+
+def _read_only_engine(url: URL) -> Engine:
+    """Connections to an SQLite file beside which nothing can be written, not even the index of its write-ahead log."""
+    path = Path(str(url.database)).absolute()
+
+    def connect() -> sqlite3.Connection:
+        wal = path.with_name(f"{path.name}-wal")
+        if not (wal.is_file() and wal.stat().st_size):
+            return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, check_same_thread=False)
+        # what was committed last is in the log only: it is read where SQLite can write its index
+        with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+            for source in (path, wal):
+                shutil.copyfile(source, Path(folder) / source.name)
+            connection = sqlite3.connect(":memory:", check_same_thread=False)
+            with contextlib.closing(sqlite3.connect(Path(folder) / path.name)) as copy:
+                copy.backup(connection)
+        return connection
+
+    engine = create_engine(url, creator=connect)
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA query_only=ON").close()
+
+    return engine
+
+
+_DAMAGE_SQLITE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DAMAGE_POSTGRESQL: Final = ("XX001", "XX002", "42P01", "42703")  # corrupted data or index; no such table or column
+
+
+def _is_damage(error: DBAPIError) -> bool:
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        missing = str(error.orig).startswith(("no such table", "no such column", "Could not decode"))
+        return missing or (code is not None and code & 0xFF in _DAMAGE_SQLITE)
+    return getattr(error.orig, "sqlstate", None) in _DAMAGE_POSTGRESQL

@@ -215,7 +215,7 @@ class LabelFiles:
         for folder in sorted(self._incoming.iterdir()):
             if not folder.is_dir():
                 continue
-            if _is_locked(folder / "lock"):
+            if is_locked(folder / "lock"):
                 continue
             try:
                 found.append(Arrival(folder, _PLAN.validate_json((folder / "plan.json").read_bytes())))
@@ -233,7 +233,7 @@ class LabelFiles:
         for path in sorted(self._incoming.iterdir()):
             lock = path / "lock"
             with contextlib.suppress(FileNotFoundError):  # its process has just ended orderly
-                if not _is_locked(lock) if lock.exists() else path.stat().st_mtime < old:
+                if not is_locked(lock) if lock.exists() else path.stat().st_mtime < old:
                     found.append(path)
         return found
 
@@ -333,7 +333,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a file."""
     try:
         handle = os.open(path, os.O_RDWR)
     except FileNotFoundError:

@@ -96,7 +96,11 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
             it does so no more: fold and role are given once, and a wrong patient would share neither.
         placing: how new patients get their fold and role.
         stop: asked after each batch of files whether to leave the rest for the next time.
+
+    Nothing is taken in where the folder is read-only.
     """
+    if not store.is_writable:
+        return Taken()
     with store.read() as transaction:
         noted = findings.noted(transaction, store.intake.version)
         outdated = findings.files(transaction) - noted.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import uuid
@@ -17,10 +18,12 @@ from filelock import FileLock
 from segqc.store import labels, leases, scans
 from segqc.store.database import (
     DATABASE_FILE,
+    PATIENCE_SECONDS,
     REVISION,
     Clock,
     Database,
     StoreError,
+    StoreReadOnly,
     Transaction,
     sqlite_url,
     utc_now,
@@ -36,6 +39,7 @@ from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_id, label_suffix, wr
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
+RESTORING_FILE: Final = "restoring"  # is there while a restore puts the store into place
 _ANY: Final = AnyContent()
 _NOT_TAKEN_IN: Final = "not_taken_in"  # in the notes of a version that keeps a file which is no label map
 _TRIES: Final = 5
@@ -69,13 +73,22 @@ Then: TypeAlias = Callable[[Transaction, list[LabelRecord]], None]
 class Store:
     """Rows and files of one studies folder. Safe for threads and for many processes."""
 
-    def __init__(self, studies: Path, url: str | None = None, *, clock: Clock = utc_now, intake: Intake = _ANY) -> None:
+    def __init__(
+        self,
+        studies: Path,
+        url: str | None = None,
+        *,
+        clock: Clock = utc_now,
+        patience_seconds: float = PATIENCE_SECONDS,
+        intake: Intake = _ANY,
+    ) -> None:
         """Prepare a store; `open` makes it ready.
 
         Args:
             studies: the studies folder; label files are kept in it.
             url: the database; by default an SQLite file in the folder.
             clock: gives the time, in UTC.
+            patience_seconds: how long to wait for a database that is locked or does not answer.
             intake: what files that people put into the folder have to pass; by default their names alone.
 
         Raises:
@@ -83,25 +96,46 @@ class Store:
         """
         self.studies = studies.resolve()
         self.own = self.studies / OWN_FOLDER
-        self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock)
+        self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock, patience_seconds)
         self.files = LabelFiles(self.studies, self.own)
         self.intake = intake
 
     @classmethod
-    def open(cls, studies: Path, url: str | None = None, *, clock: Clock = utc_now, intake: Intake = _ANY) -> Store:
+    def open(
+        cls,
+        studies: Path,
+        url: str | None = None,
+        *,
+        clock: Clock = utc_now,
+        patience_seconds: float = PATIENCE_SECONDS,
+        intake: Intake = _ANY,
+    ) -> Store:
         """Open the store of a folder: make it where there is none, and clean up after processes that died.
 
         Raises:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
-        store = cls(studies, url, clock=clock, intake=intake)
-        store.own.mkdir(parents=True, exist_ok=True)
+        store = cls(studies, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
+        if store.is_writable:
+            store.own.mkdir(parents=True, exist_ok=True)
+        if (store.own / RESTORING_FILE).exists():
+            raise StoreError(f"{store.studies}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()
-        store.recover()
+        if store.is_writable:
+            store.recover()
+        else:
+            logger.warning("%s: is read-only; what changed in it since is not taken in", store.studies)
         return store
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether both the database and the folder can be written."""
+        return self.database.is_writable and os.access(self.studies, os.W_OK)
 
     def _check_revision(self) -> None:
         found = self.database.revision()
+        if found is None and not self.is_writable:
+            raise StoreReadOnly(f"{self.studies}: is read-only and has no store yet; make it writable, or copy it")
         if found is None:
             with FileLock(self.own / "store.lock"):  # only one of several processes makes the tables
                 if self.database.revision() is None:

@@ -58,8 +58,7 @@ class Restored:
 def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Report = silent) -> int:
     """Copy a store's database and label contents while others work on it.
 
-    The copy holds ``segqc/`` as it is in a studies folder. To restore it, copy what it holds into a folder with the
-    scans and run ``segqc db restore-views``.
+    The copy holds ``segqc/`` as it is in a studies folder; `restore.restore` brings it back.
 
     Args:
         store: the store, on SQLite.
@@ -161,8 +160,13 @@ def repair(store: Store, report: Report = silent) -> Restored:
     return rebuild_views(store, report=report)
 
 
+def _settled(store: Store) -> contextlib.AbstractContextManager[Transaction]:
+    """A transaction to look again in: whoever was just saving has done so."""
+    return store.write() if store.is_writable else store.read()
+
+
 def _database_findings(store: Store) -> Iterator[Finding]:
-    remedy = "stop all of segqc, keep the file, and restore a backup"
+    remedy = "stop all of segqc, then restore a backup: segqc db restore BACKUP FOLDER"
     with store.read() as transaction:
         if store.database.is_sqlite:
             for (line,) in transaction.execute(text("PRAGMA integrity_check")):
@@ -199,7 +203,7 @@ def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
     strangers = [path for path in store.files.all_objects() if path not in known]
     if not strangers:
         return
-    with store.write() as transaction:  # whoever was just saving has done so
+    with _settled(store) as transaction:
         known = {store.files.object_path(*content) for content in labels.contents(transaction)}
         strangers = [path for path in strangers if path.exists() and path not in known]
     for path in strangers:
@@ -286,7 +290,7 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
     strangers = _files_without_row(store, views.values())
     if not suspects and not strangers and len(views) == len(currents):
         return
-    with store.write() as transaction:  # whoever was just saving has done so
+    with _settled(store) as transaction:
         currents, views = _currents(transaction), _views(transaction)
         found = [
             finding
@@ -345,8 +349,7 @@ def _files_without_row(store: Store, views: Iterable[_View]) -> set[Path]:
 def rebuild_views(store: Store, *, overwrite: bool = False, report: Report = silent) -> Restored:
     """Show every current label below ``labels/`` again where its file is missing or damaged.
 
-    A file that somebody edited is left as it is unless ``overwrite``. After copying a backup into a folder, this comes
-    before anything that takes the folder in: a missing file would count as removed by a person.
+    A file that somebody edited is left as it is unless ``overwrite``.
 
     Raises:
         StoreError: if a content is missing or damaged.

@@ -287,7 +287,7 @@ class _Training:
             return
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # torch.load raises many kinds on damaged files, without a common base
             logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
             return
         if content["fingerprint"] != self.fingerprint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +12,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from segqc.loop.jobs import chosen_settings
 from segqc.loop.train import train
 from segqc.networks import ModelCard, ModelError
+from segqc.pictures import read_curve
 from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
@@ -102,8 +103,13 @@ class NetworkTraining(TrainTask):
             told["best_metric"] = accuracy
         curve = self.desk.studies.training_folder(self.network) / "curve.json"
         if curve.is_file():
-            told["curve"] = json.loads(curve.read_bytes())
-            told["epoch"] = len(told["curve"])
+            try:
+                points = read_curve(curve)
+            except (OSError, ValueError):
+                told["problem"] = f"{curve}: not a readable learning curve; the next training writes it anew"
+            else:
+                told["curve"] = [dataclasses.asdict(point) for point in points]
+                told["epoch"] = len(points)
         return told
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""The way back: a studies folder's store as a backup holds it.
+
+The whole store is made anew beside the one that is there and checked; only then both change places by renames. What was
+there is moved to a folder of its own, and nothing is deleted. While they change places a file marks the folder: a
+restore that dies there is found by `Store.open`, and run again.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from filelock import FileLock, Timeout
+from sqlalchemy import text
+
+from segqc.store import labels, upkeep
+from segqc.store.database import DATABASE_FILE, REVISION, StoreError
+from segqc.store.files import LabelFiles, is_locked
+from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
+from segqc.store.upkeep import Report, silent
+from segqc.volumes import atomic_write
+
+_STAGING: Final = ".segqc-restoring"
+_ASIDE: Final = "segqc-before-restore-{:%Y%m%dT%H%M%S}"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredBackup:
+    """What a restore did.
+
+    Attributes:
+        contents: how many label contents the backup holds.
+        shown: how many label files were written below ``labels/``.
+        aside: the folder that holds what was there before; None where nothing was.
+        upgraded_from: the revision of the backup's tables where it was an earlier one.
+    """
+
+    contents: int
+    shown: int
+    aside: Path | None
+    upgraded_from: str | None
+
+
+def restore(backup: Path, studies: Path, *, settings_file: str, report: Report = silent) -> RestoredBackup:
+    """Put a backup's database and labels in the place of those of a studies folder, which stay in a folder aside.
+
+    Scans and networks stay as they are, and so do the settings where the folder has some.
+
+    Args:
+        backup: a folder that `upkeep.backup` made; it is only read.
+        studies: the studies folder, whose store lies in it.
+        settings_file: the name of the settings file, copied where the folder has none.
+        report: told about each copied file.
+
+    Raises:
+        StoreError: if the backup is none or is damaged, or somebody works on the folder. Nothing has changed then.
+    """
+    studies = studies.resolve()
+    own = studies / OWN_FOLDER
+    if not (backup / OWN_FOLDER / DATABASE_FILE).is_file():
+        raise StoreError(f"{backup}: no backup ({OWN_FOLDER}/{DATABASE_FILE} is missing); 'segqc db backup' makes one")
+    if backup.resolve() == studies:
+        raise StoreError(f"{backup}: is the studies folder itself; name the backup's folder first")
+    own.mkdir(parents=True, exist_ok=True)
+    _refuse_live(own)
+    lock = FileLock(own / "server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StoreError(f"{studies}: a server serves this folder; end it first") from error
+    with lock:
+        staging = studies / _STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            contents, shown, before = _prepare(backup, staging, report)
+            aside = _change_places(staging, studies)
+            if not (studies / settings_file).exists() and (backup / settings_file).is_file():
+                shutil.copy2(backup / settings_file, studies / settings_file)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return RestoredBackup(contents, shown, aside, before if before != REVISION else None)
+
+
+def _refuse_live(own: Path) -> None:
+    for path in sorted(own.rglob("*.lock")):
+        if path.is_file() and is_locked(path):
+            raise StoreError(
+                f"{own.parent}: a process works on this folder (it holds {path.relative_to(own.parent)}); "
+                "end the server, workers and trainings first"
+            )
+
+
+def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str]:
+    """Make the whole store in a folder of its own; returns its contents, its shown labels, and the revision before."""
+    own = staging / OWN_FOLDER
+    own.mkdir(parents=True)
+    for path in _database_files(backup / OWN_FOLDER):
+        shutil.copyfile(path, own / path.name)
+    store = Store(staging)
+    try:
+        before = store.database.revision()
+        if before is None:
+            raise StoreError(f"{backup}: its database is none of SegQC's")
+        with store.read() as transaction:
+            damage = [line for (line,) in transaction.execute(text("PRAGMA integrity_check")) if line != "ok"]
+        if damage:
+            raise StoreError(f"its database is damaged ({damage[0]}); take an earlier backup")
+        upkeep.upgrade(store)
+        with store.read() as transaction:
+            contents = sorted(labels.contents(transaction))
+        upkeep.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
+        shown = upkeep.rebuild_views(store, report=report).written
+    except StoreError as error:
+        raise StoreError(f"{backup}: this backup cannot be restored: {error}; nothing was changed") from error
+    finally:
+        store.close()  # the write-ahead log goes with the last connection
+    return len(contents), shown, before
+
+
+def _database_files(own: Path) -> Iterator[Path]:
+    """The database, and its write-ahead log; its index of the log is made anew."""
+    for name in (DATABASE_FILE, f"{DATABASE_FILE}-wal"):
+        if (own / name).is_file():
+            yield own / name
+
+
+def _change_places(staging: Path, studies: Path) -> Path | None:
+    """Set aside what is there and put the new store into its place; returns the folder aside, if anything is in it."""
+    own = studies / OWN_FOLDER
+    marker = own / RESTORING_FILE
+    # what a restore that died has set aside belongs with the rest: a database and its log above all
+    aside = studies / marker.read_text(encoding="utf-8") if marker.exists() else _unused(studies)
+    with atomic_write(marker) as temporary:
+        temporary.write_text(aside.name, encoding="utf-8")
+    database = [own / DATABASE_FILE, *sorted(own.glob(f"{DATABASE_FILE}-*"))]
+    for path in [*database, own / "labels", own / "incoming", studies / "labels"]:
+        if path.exists():
+            target = aside / path.relative_to(studies)
+            if target.exists():  # what is there is of the restore that died
+                target = _unused(studies) / path.relative_to(studies)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    for name in ("labels", f"{OWN_FOLDER}/labels", f"{OWN_FOLDER}/{DATABASE_FILE}"):
+        if (staging / name).exists():
+            (staging / name).rename(studies / name)
+    marker.unlink()
+    return aside if aside.exists() else None
+
+
+def _unused(studies: Path) -> Path:
+    wanted = studies / _ASIDE.format(dt.datetime.now(dt.UTC))
+    names = (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(1))
+    return next(path for path in names if not path.exists())

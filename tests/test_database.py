@@ -1,0 +1,131 @@
+"""Databases that are damaged or no database at all: one sentence, whatever lies in their place."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from segqc.store import scans
+from segqc.store.database import FairLock, StoreDamaged, StoreReadOnly, StoreUnavailable
+from segqc.store.store import Store
+from tests.store_kit import make_scans, take_in_scans
+
+
+def _noise(path: Path) -> None:
+    path.write_bytes(b"no database " * 800)
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _overwritten(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [(_noise, StoreDamaged), (_truncated, StoreDamaged), (_overwritten, StoreDamaged), (_folder, StoreUnavailable)],
+)
+def test_a_damaged_database_is_named(
+    tmp_path: Path, damage: Callable[[Path], None], error: type[StoreUnavailable]
+) -> None:
+    Store.open(tmp_path).close()
+    path = tmp_path / "segqc" / "store.sqlite"
+    damage(path)
+    with pytest.raises(error, match=r"store\.sqlite: the database"):
+        opened = Store.open(tmp_path)
+        with opened.read() as transaction:
+            transaction.execute(text("SELECT * FROM scan")).all()
+
+
+def test_a_missing_table_is_damage(tmp_path: Path) -> None:
+    opened = Store.open(tmp_path)
+    with opened.write() as transaction:
+        transaction.execute(text("DROP TABLE job"))
+    with pytest.raises(StoreDamaged, match="no such table"), opened.read() as transaction:
+        transaction.execute(text("SELECT * FROM job"))
+    opened.close()
+
+
+def test_a_locked_database_is_given_up_after_the_patience(tmp_path: Path) -> None:
+    holder, waiting = Store.open(tmp_path), Store.open(tmp_path, patience_seconds=0.1)
+    with holder.write(), pytest.raises(StoreUnavailable, match="locked"), waiting.write():
+        raise AssertionError("two may not write at once")
+    with waiting.write():
+        pass  # it can be had again
+    holder.close()
+    waiting.close()
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that says it cannot be written; the rights of files would not keep root from it."""
+
+    def access(path: str | Path, mode: int) -> bool:
+        return not (mode & os.W_OK and Path(path).is_relative_to(tmp_path)) and Path(path).exists()
+
+    monkeypatch.setattr(os, "access", access)
+    return tmp_path
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_read_only_folder_is_read_and_left_as_it_is(
+    tmp_path: Path, is_open: bool, request: pytest.FixtureRequest
+) -> None:
+    writer = Store.open(tmp_path)
+    make_scans(tmp_path, 2)
+    take_in_scans(writer)
+    if not is_open:
+        writer.close()  # else its last changes are in the write-ahead log only
+    before = {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()}
+    request.getfixturevalue("read_only")
+    make_scans(tmp_path, 3)
+    reader = Store.open(tmp_path)
+    take_in_scans(reader)
+    with reader.read() as transaction:
+        assert [scan.name for scan in scans.listing(transaction)] == ["scan_0", "scan_1"]
+    with pytest.raises(StoreReadOnly, match="is read-only"), reader.write():
+        raise AssertionError("nothing may be written")
+    reader.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()} == before
+    writer.close()
+
+
+def test_a_read_only_folder_without_a_store_is_named(read_only: Path) -> None:
+    with pytest.raises(StoreReadOnly, match="has no store yet"):
+        Store.open(read_only)
+    assert list(read_only.iterdir()) == []
+
+
+def test_the_lock_is_given_in_the_order_of_asking() -> None:
+    lock, order = FairLock(), list[int]()
+    assert lock.acquire(0)
+    assert not lock.acquire(0)
+
+    def take(number: int) -> None:
+        assert lock.acquire(60)
+        order.append(number)
+        lock.release()
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(10)]
+    for asked, thread in enumerate(threads, 1):
+        thread.start()
+        while len(lock._waiting) < asked:
+            threading.Event().wait(0.001)
+    lock.release()
+    for thread in threads:
+        thread.join()
+    assert order == list(range(10))
+    assert lock.acquire(0)  # nobody holds it any more
