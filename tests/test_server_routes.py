@@ -205,7 +205,7 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert info["labels"] == ["liver", "spleen"]
     assert list(info["models"]) == ["segmentation", "segqc"]
     assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 4}
-    assert info["models"]["segqc"]["labels"] == {"likely error": 1}
+    assert info["models"]["segqc"]["labels"] == {"likely error (scribbles)": 1}
     assert next(iter(info["strategies"])) == "segqc"
     assert {"tta", "foreground-random", "sequential", "uniform-random", "random"} <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
