@@ -17,7 +17,7 @@ from monailabel.interfaces.utils.app import clear_cache
 
 from segqc.loop.studies import Studies
 from segqc.server.serve import default_app_dir
-from segqc.volumes import Volume, read_labels, write_labels
+from segqc.volumes import Volume, read_labels, write_labels, write_scan
 from tests.server_kit import CONFIG, draw_case, make_studies
 
 pytestmark = pytest.mark.server
@@ -119,3 +119,23 @@ def test_the_same_volume_may_be_sent_again(client: TestClient, base: Path) -> No
         assert (answer.status_code, answer.json()) == (200, {"image": "scan_1"})
     other = (base / "scan_0.nii.gz").read_bytes()
     assert client.put("/datastore/?image=scan_1", files={"file": ("tmp1x.nii.gz", other)}).status_code == 409
+
+
+def test_a_volumes_name_in_slicer_is_accepted_after_its_upload(client: TestClient, base: Path, tmp_path: Path) -> None:
+    name, (scan, labels) = "2: AX T2", draw_case(5)
+    write_scan(scan, tmp_path / "new.nii.gz")
+    content = (tmp_path / "new.nii.gz").read_bytes()
+    for _ in range(2):
+        answer = client.put("/datastore/", params={"image": name}, files={"file": ("tmp1x.nii.gz", content)})
+        assert (answer.status_code, answer.json()) == (200, {"image": "2_ AX T2"})
+    write_labels(Volume(np.where(labels.array == 4, 1, 0).astype(np.uint8), labels.affine), tmp_path / "mask.nrrd")
+    params = json.dumps({"label_info": [{"name": "spleen", "idx": 2}], "client_id": "user-xyz"})
+    mask = ("mask.nrrd", (tmp_path / "mask.nrrd").read_bytes())
+    saved = client.put("/datastore/label", params={"image": name}, data={"params": params}, files={"label": mask})
+    assert saved.status_code == 200, saved.text
+    stored = read_labels(base / "labels" / "final" / "2_ AX T2.nii.gz").array
+    assert np.array_equal(stored == 7, labels.array == 4)
+    for query in ("/datastore/image", "/datastore/image/info"):
+        assert client.get(query, params={"image": name}).status_code == 200
+    for query in ("/datastore/label", "/datastore/label/info"):
+        assert client.get(query, params={"label": name, "tag": "final"}).status_code == 200

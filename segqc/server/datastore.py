@@ -19,7 +19,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.studies import Studies
 from segqc.server.actors import current_actor
-from segqc.server.checks import check_image_id, check_tag
+from segqc.server.checks import check_image_id, check_tag, usable_image_id
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.store import labels, scans
@@ -120,13 +120,22 @@ class StoreDatastore(Datastore):
 
     def _scan(self, image_id: str) -> ScanRecord:
         with self._store.read() as transaction:
-            try:
-                scan = scans.get(transaction, image_id)
-            except UnknownScan as error:
-                raise ImageNotFoundException(f"Image {image_id} not found") from error
+            # a client may go on calling a scan as it did when it uploaded it
+            found = scans.listing(transaction, names=[image_id, usable_image_id(image_id)])
+        scan = next((s for s in found if s.name == image_id), found[0] if found else None)
+        if scan is None:
+            raise ImageNotFoundException(f"Image {image_id} not found")
         if scan.state == "excluded" or scan.missing_since is not None:
             raise ImageNotFoundException(f"Image {image_id} not found")
         return scan
+
+    def image_id(self, name: str) -> str:
+        """The id of the scan that a client calls so.
+
+        Raises:
+            ImageNotFoundException: if there is none, or it is excluded.
+        """
+        return self._scan(name).name
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""

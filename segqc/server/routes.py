@@ -48,6 +48,7 @@ from segqc.server.checks import (
     json_object,
     known,
     refuse_unknown,
+    usable_image_id,
 )
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
@@ -171,7 +172,7 @@ def _infer(
         elif session_id:
             wanted["image_file"] = _session_image(session_id)
         elif image:
-            wanted["image"] = known("image", image, app.datastore().list_images())
+            wanted["image"] = known("image", _scan_of(image), app.datastore().list_images())
         else:
             raise RequestError(400, "name a scan: image=<id>, session_id=<id>, or upload one as 'file'.")
         if label is not None:
@@ -410,13 +411,20 @@ def batch_stop(asker: AskedBy) -> JsonObject | None:
 # -------------------------------------------------------------------------------------------------------- datastore
 
 
+def _scan_of(name: str) -> str:
+    """The id of the scan that a client calls so; the name itself where there is none."""
+    store = app_instance().datastore()
+    return str(store.image_id(name)) if store.has_image(name) else name
+
+
 def _known_image(image: str) -> str:
     if not app_instance().datastore().has_image(image):
         raise RequestError(404, f"there is no image {image!r}.")
-    return image
+    return _scan_of(image)
 
 
 def _known_label(label: str, tag: str) -> str:
+    label = _scan_of(label)
     if not app_instance().datastore().get_label_uri(label, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return label
@@ -455,7 +463,7 @@ def save_label(
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
     app = app_instance()
-    _known_image(image)
+    sent, image = image, _known_image(image)
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
@@ -470,7 +478,7 @@ def save_label(
     told = submit(app.desk.studies, image, submitted, tag, who, info, verified.sha256)
     if "segmentationMeta" in info:
         app.datastore().review_label(image, tag, info, who)
-    return {**(app.on_save_label(image, image) or {}), **told, "image": image, "label": image}
+    return {**(app.on_save_label(image, image) or {}), **told, "image": sent, "label": image}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
@@ -480,7 +488,7 @@ def add_image(file: Annotated[UploadFile, File()], image: str | None = None, par
     store = app_instance().datastore()
     suffix = file_suffix(file.filename, "the scan")
     base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-    name = check_image_id(image or base[: -len(suffix)])
+    name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = _receive(file, Path(folder), "scan", "the scan")
@@ -524,7 +532,7 @@ def download_label(label: str, tag: str, check_only: bool = False) -> Response:
     path = Path(app_instance().datastore().get_label_uri(_known_image(label), tag) or _known_label(label, tag))
     if check_only:
         return JSONResponse({})
-    name = f"{label}{suffix_of(path)}"
+    name = f"{_scan_of(label)}{suffix_of(path)}"
     names = app_instance().desk.labels()
     if tag == LIKELY_ERRORS_TAG or same_values(names):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
@@ -555,7 +563,7 @@ def update_label_info_before(asker: AskedBy, label: str, tag: str, params: FormT
 
 def _note_label(asker: Asker, label: str, tag: str, info: JsonObject) -> None:
     app = app_instance()
-    _known_label(label, tag)
+    label = _known_label(label, tag)
     noted = stored_info(info, app.desk.labels()) if app.desk.settings.structures else info
     app.datastore().update_label_info(label, tag, noted)
     app.datastore().review_label(label, tag, noted, asker.who(info))
