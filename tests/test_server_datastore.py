@@ -112,4 +112,6 @@ def test_monai_labels_own_datastore_can_read_the_folder(store: StoreDatastore, f
 def test_everything_is_told_in_monai_labels_form(store: StoreDatastore) -> None:
     told = json.loads(json.dumps(store.json()))
     assert told["objects"]["scan_0"]["labels"]["final"]["ext"] == ".nii.gz"
-    assert told["objects"]["scan_1"] == {"image": {"info": {}, "ext": ".nii.gz"}, "labels": {}}
+    other = told["objects"]["scan_1"]
+    assert (other["image"]["info"]["name"], other["image"]["ext"], other["labels"]) == ("scan_1.nii.gz", ".nii.gz", {})
+    assert other["image"]["info"]["ts"] > 0

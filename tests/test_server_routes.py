@@ -154,7 +154,7 @@ BAD_REQUESTS = [
     ("PUT", "/datastore/image?image=../out", {"files": {"file": ("x.nii.gz", b"x")}}, 400),
     ("PUT", "/datastore/image", {"files": {"file": ("x.py", b"x")}}, 415),
     ("PUT", "/datastore/image?image=new", {"files": {"file": ("x.nii.gz", b"x")}}, 422),
-    ("PUT", "/datastore/image?image=scan_1", {"files": {"file": ("x.nii.gz", b"x")}}, 409),
+    ("PUT", "/datastore/image?image=scan_1", {"files": {"file": ("x.nii.gz", b"x")}}, 422),
     ("PUT", "/datastore/?image=../out", {"files": {"file": ("x.nii.gz", b"x")}}, 400),
     ("DELETE", "/datastore/image?id=unknown", {}, 404),
     ("DELETE", "/datastore/image?id=..", {}, 404),
@@ -205,8 +205,8 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     info = client.get("/info/").json()
     assert info["labels"] == ["liver", "spleen"]
     assert list(info["models"]) == ["segmentation", "segqc"]
-    assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 4}
-    assert info["models"]["segqc"]["labels"] == {"likely error": 1}
+    assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 2}
+    assert info["models"]["segqc"]["labels"] == {"likely error (scribbles)": 1}
     assert next(iter(info["strategies"])) == "segqc"
     assert {"tta", "foreground-random", "sequential", "uniform-random", "random"} <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
@@ -306,7 +306,7 @@ def test_segmentation_answers_in_the_format_asked_for(client: TestClient, base: 
         assert response.status_code == 200, response.text
         path = tmp_path / f"answer{suffix}"
         path.write_bytes(response.content)
-        assert read_labels(path, scan=scan, values=(1, 4)).shape == scan.shape
+        assert read_labels(path, scan=scan, values=(1, 2)).shape == scan.shape
         if suffix == ".nrrd":
             assert b"encoding: raw" in response.content[:2000]
     response = client.post("/infer/segmentation?image=scan_1", data={"params": '{"result_extension": ".exe"}'})
@@ -388,9 +388,11 @@ def test_another_model_file_is_another_model(client: TestClient, base: Path) -> 
 def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, tmp_path: Path) -> None:
     labels = draw_case(2)[1]
     shown = np.where(labels.array == 1, 2, np.where(labels.array == 4, 3, 0)).astype(np.uint8)
-    shown[0, 0, 0] = 1  # the segment of likely errors, exported first
     content = volume_bytes(tmp_path, Volume(shown, labels.affine), ".nrrd")
-    params = {"label_info": [{"name": "likely error"}, {"name": "liver"}, {"name": "spleen"}], "client_id": "me"}
+    params = {
+        "label_info": [{"name": "likely error (scribbles)"}, {"name": "liver"}, {"name": "spleen"}],
+        "client_id": "me",
+    }
     response = client.put(
         "/datastore/label?image=scan_2", data={"params": json.dumps(params)}, files={"label": ("/x/y.nrrd", content)}
     )

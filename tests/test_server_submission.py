@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nrrd
 import numpy as np
 import pytest
 
+from segqc.server.client_labels import client_names, from_client, to_client
 from segqc.server.errors import RequestError
 from segqc.server.models import label_names
-from segqc.server.submission import read_submission
+from segqc.server.submission import read_submission, stored_info
 from segqc.types import Structure
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import AFFINE, SHAPE, make_studies
@@ -33,13 +35,88 @@ def info(*names: str) -> dict[str, object]:
     return {"label_info": [{"name": name, "idx": 7 + i} for i, name in enumerate(names)]}
 
 
-def test_segments_count_in_their_order_and_likely_errors_are_stripped(tmp_path: Path, scan: Path) -> None:
-    path = submit(tmp_path / "m.nrrd", {1: 3, 2: 5, 3: 8})
-    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error", "liver"))  # type: ignore[arg-type]
+def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_path: Path, scan: Path) -> None:
+    path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
+    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver"))  # type: ignore[arg-type]
     assert (labels.array[3] == 4).all()
-    assert (labels.array[5] == 0).all()
     assert (labels.array[8] == 1).all()
     assert np.allclose(labels.affine, AFFINE)
+
+
+@pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])
+def test_likely_errors_that_hide_structures_are_refused(tmp_path: Path, scan: Path, name: str) -> None:
+    path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
+    with pytest.raises(RequestError, match="remove or hide the segment first") as caught:
+        read_submission(path, scan, NAMES, info("liver", "spleen", name))  # type: ignore[arg-type]
+    assert caught.value.status == 422
+
+
+SETTINGS = [
+    {"body": 2, "placenta": 4, "brain": 7},
+    {"brain": 3, "body": 1, "placenta": 2},
+    {"a": 1, "b": 2, "c": 3},
+    {"a": 2, "b": 1},
+    {"only": 255},
+    {"kidneys 2": 2, "kidneys 3": 3, "liver": 9},
+]
+
+
+@pytest.mark.parametrize("names", SETTINGS)
+@pytest.mark.parametrize("way", ["label_info", "reordered", "label_names", "seg.nrrd"])
+def test_an_unedited_label_map_comes_back_as_it_was_stored(
+    tmp_path: Path, scan: Path, names: dict[str, int], way: str
+) -> None:
+    stored = np.zeros(SHAPE, np.uint8)
+    for index, value in enumerate(names.values()):
+        stored[2 * index + 1] = value
+    delivered = to_client(Volume(stored, AFFINE), names)
+    told = client_names(names)
+    params: dict[str, object] = {"label_names": told}
+    path = tmp_path / "m.nrrd"
+    if way == "label_info":
+        params = {"label_info": [{"name": name, "idx": 9 + i} for i, name in enumerate(told)]}
+    elif way == "reordered":
+        order = list(reversed(told))
+        table = np.zeros(256, np.uint8)
+        for position, name in enumerate(order, start=1):
+            table[told[name]] = position
+        delivered = Volume(table[delivered.array], AFFINE)
+        params = {"label_info": [{"name": name} for name in order]}
+    write_labels(delivered, path)
+    if way == "seg.nrrd":
+        params = {}
+        voxels, header = nrrd.read(str(path))
+        for number, (name, value) in enumerate(reversed(told.items())):
+            header |= {f"Segment{number}_Name": name, f"Segment{number}_LabelValue": str(value),
+                       f"Segment{number}_Layer": "0", f"Segment{number}_ID": f"Segment_{number}"}  # fmt: skip
+        path = tmp_path / "m.seg.nrrd"
+        nrrd.write(str(path), voxels, header)
+    assert np.array_equal(read_submission(path, scan, names, params).array, stored)  # type: ignore[arg-type]
+    assert np.array_equal(from_client(to_client(Volume(stored, AFFINE), names), names).array, stored)
+
+
+def test_values_that_could_be_read_either_way_are_refused(tmp_path: Path, scan: Path) -> None:
+    names = {"body": 2, "placenta": 3, "brain": 7}
+    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).array)) == {0, 7}
+    with pytest.raises(RequestError, match="send label_info") as caught:
+        read_submission(submit(tmp_path / "b.nrrd", {2: 3, 3: 5}), scan, names, {})
+    assert caught.value.status == 422
+
+
+def test_what_is_noted_fits_what_clients_get_back() -> None:
+    names = {"body": 2, "placenta": 4, "brain": 7}
+    sent = {"label_info": [{"name": "brain", "idx": 1, "color": [1, 0, 0]}, {"name": "body", "idx": 5}], "by": "me"}
+    noted = stored_info(sent, names)  # type: ignore[arg-type]
+    assert noted == {
+        "label_info": [
+            {"name": "body", "idx": 1},
+            {"name": "placenta", "idx": 2},
+            {"name": "brain", "idx": 3, "color": [1, 0, 0]},
+        ],
+        "by": "me",
+    }
+    assert stored_info(noted, names) == noted
+    assert stored_info({"by": "me"}, names) == {"by": "me"}
 
 
 def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> None:

@@ -21,12 +21,15 @@ import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.studies import expecting
 from segqc.server.checks import known
+from segqc.server.client_labels import from_client
 from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk
 from segqc.store import labels
 from segqc.store.labels import NewLabel
 from segqc.store.values import LabelRecord, Who
+from segqc.types import label_names
+from segqc.volumes import read_labels, temporary_labels
 from strategies import STRATEGIES, PoolScoring, Sampling
 
 _MOST_FINDINGS = 100
@@ -147,5 +150,9 @@ class SegqcApp(MONAILabelApp):
         maker, info = Who("network", version, "program"), {"model": name, "params": params}
         above = parent.id if parent is not None else None
         label = NewLabel(image, tag, "network", maker, parent=above, bundle=pair.id, info=info)
-        self.desk.studies.store.save_label(label, path, first=expecting(image, content))
+        kept = read_labels(path)
+        if name == "segmentation":
+            kept = from_client(kept, label_names(self.desk.segmenter().structures))
+        with temporary_labels(kept) as stored:
+            self.desk.studies.store.save_label(label, stored, first=expecting(image, content))
         return image

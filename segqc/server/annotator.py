@@ -17,7 +17,8 @@ from monailabel.client.client import MONAILabelClientException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segqc.evaluation.agreement import dice_by_structure, find_labels, worst_dice
-from segqc.types import PredictionInterval, Structure
+from segqc.server.client_labels import from_client
+from segqc.types import PredictionInterval, Structure, label_names
 from segqc.volumes import VolumeError, read_labels
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,9 @@ def _correct(
     try:
         shown = _mask(client, scan)
         true = read_labels(truth)
-        dice = dice_by_structure(read_labels(shown).array, true.array, structures)
-        client.save_label(scan, str(truth), tag="final", params={"simulated": True})
+        names = label_names(structures)
+        dice = dice_by_structure(from_client(read_labels(shown), names).array, true.array, structures)
+        client.save_label(scan, str(truth), tag="final", params={"simulated": True, "label_names": names})
     except (MONAILabelClientException, OSError, VolumeError) as error:
         raise AnnotatorError(f"{scan}: {getattr(error, 'msg', error)}") from error
     return Correction(

@@ -19,6 +19,8 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 # Letters of any script, digits and what file names of scans commonly hold. No separators, no leading dot or hyphen.
 _ID = re.compile(r"\w[\w .,+=@()\[\]-]{0,199}")
 _LONGEST_TEXT = 500
+# What a file's name should not hold, but the name of a volume in 3D Slicer may: "2: AX T2".
+_UNUSABLE = re.compile(r"[^\w .,+=@()\[\]/\\\x00-\x1f\x7f\ud800-\udfff-]")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SESSION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]+")
@@ -46,6 +48,14 @@ FOREIGN_TRAINING_PARAMS = frozenset({
     "dataset_limit", "dataset_randomize", "amp", "n_saved", "train_random_seed", "val_interval", "client_id",
 })  # fmt: skip
 IGNORED_REASON = "MONAI Label's parameters that this server has no use for; see [training] in its settings"
+
+
+def usable_image_id(name: str) -> str:
+    """Return the id of a scan that a client calls so: 3D Slicer goes on using its own name of a volume.
+
+    Path separators and control characters stay, to be refused.
+    """
+    return _UNUSABLE.sub("_", name)
 
 
 def check_image_id(image: str) -> str:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
+from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.studies import Studies, expecting
 from segqc.server.actors import current_actor
-from segqc.server.checks import check_image_id, check_tag
+from segqc.server.checks import check_image_id, check_tag, usable_image_id
+from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.store import labels, scans
 from segqc.store.folder import ScanExists
-from segqc.store.labels import FINAL, NewLabel
+from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
-from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState
-from segqc.volumes import scan_id, scan_suffix, temporary_labels
+from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState, Who
+from segqc.types import label_names
+from segqc.volumes import read_labels, scan_id, scan_suffix, temporary_labels
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
+REVIEW_FIELDS: Final = ("status", "level", "approvedBy", "comment", "editTime")
 SHOWN_STATES: Final[tuple[ScanState, ...]] = ("unlabelled", "rejected", "submitted", "approved")
 
 
@@ -115,13 +120,22 @@ class StoreDatastore(Datastore):
 
     def _scan(self, image_id: str) -> ScanRecord:
         with self._store.read() as transaction:
-            try:
-                scan = scans.get(transaction, image_id)
-            except UnknownScan as error:
-                raise ImageNotFoundException(f"Image {image_id} not found") from error
+            # a client may go on calling a scan as it did when it uploaded it
+            found = scans.listing(transaction, names=[image_id, usable_image_id(image_id)])
+        scan = next((s for s in found if s.name == image_id), found[0] if found else None)
+        if scan is None:
+            raise ImageNotFoundException(f"Image {image_id} not found")
         if scan.state == "excluded" or scan.missing_since is not None:
             raise ImageNotFoundException(f"Image {image_id} not found")
         return scan
+
+    def image_id(self, name: str) -> str:
+        """The id of the scan that a client calls so.
+
+        Raises:
+            ImageNotFoundException: if there is none, or it is excluded.
+        """
+        return self._scan(name).name
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
@@ -133,7 +147,9 @@ class StoreDatastore(Datastore):
 
     def get_image_info(self, image_id: str) -> Info:
         """What is noted of a scan."""
-        scan = self._scan(image_id)
+        return self._image_info(self._scan(image_id))
+
+    def _image_info(self, scan: ScanRecord) -> Info:
         noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
         # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
         checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
@@ -214,8 +230,53 @@ class StoreDatastore(Datastore):
             return {}
         with self._store.read() as transaction:
             noted = labels.info(transaction, label.id)
-        made = {"ts": int(label.made_at.timestamp()), "name": self._store.view_file(label).name}
-        return {**made, **noted, "version": label.id, "maker": label.maker, "who": label.who.name}
+        return self._label_info(label, noted)
+
+    def _label_info(self, label: LabelRecord, noted: Info) -> Info:
+        made = {
+            "ts": int(label.made_at.timestamp()),
+            "name": self._store.view_file(label).name,
+            "client_id": label.who.name,
+        }
+        told = {**made, **noted, "version": label.id, "maker": label.maker, "who": label.who.name}
+        if label.tag != LIKELY_ERRORS_TAG and self._studies.settings.structures:
+            # 3D Slicer names the values of a mask by these, in their order
+            names = client_names(label_names(self._studies.settings.structure_list()))
+            params = told.get("params")
+            told["params"] = {**(params if isinstance(params, dict) else {}), "label_names": names}
+            told.setdefault("label_info", [{"name": name, "idx": value} for name, value in names.items()])
+        meta = told.get("segmentationMeta")
+        if isinstance(meta, dict):  # the Reviewer wants every field
+            told["segmentationMeta"] = {**dict.fromkeys(REVIEW_FIELDS, ""), **meta}
+        elif meta is not None:
+            del told["segmentationMeta"]
+        return told
+
+    def review_label(self, image_id: str, label_tag: str, info: Info, who: Who) -> None:
+        """Make the Reviewer's decision on a label (``segmentationMeta``) the scan's review; twice is once.
+
+        An approved version becomes the final label first, where the settings say so.
+        """
+        meta = info.get("segmentationMeta")
+        status = meta.get("status") if isinstance(meta, dict) else None
+        label = self._label(image_id, label_tag)
+        if status not in ("approved", "flagged") or label is None:
+            return
+        state = self._scan(image_id).state
+        if status == "flagged":
+            if label_tag == FINAL and state in ("submitted", "approved"):
+                comment = str(meta.get("comment") or "").strip() if isinstance(meta, dict) else ""
+                self._store.review(image_id, "rejected", who, comment or "flagged in the Reviewer")
+            return
+        final = self._label(image_id, FINAL)
+        if label_tag.startswith("version_") and self._studies.settings.annotation.approved_version_is_final:
+            if final is None or final.sha256 != label.sha256:
+                self._store.restore_label(label.id, who, FINAL)
+            state = self._scan(image_id).state
+        elif label_tag != FINAL:
+            return
+        if state == "submitted":
+            self._store.review(image_id, "approved", who)
 
     def update_label_info(self, label_id: str, label_tag: str, info: Info) -> None:
         """Add to what is noted of a label."""
@@ -264,12 +325,19 @@ class StoreDatastore(Datastore):
         Args:
             limit_cases: at most so many scans.
         """
+        structures = self._studies.settings.structure_list()
+        names = label_names(structures) if structures else None
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for image, final in self._final_labels()[:limit_cases]:
                 archive.write(image, image.name)
-                archive.write(self._store.label_file(final), f"labels/final/{final.scan}{final.suffix}")
+                name, kept = f"labels/final/{final.scan}{final.suffix}", self._store.label_file(final)
+                if names is None or same_values(names):
+                    archive.write(kept, name)
+                    continue
+                with temporary_labels(to_client(read_labels(kept), names)) as delivered:
+                    archive.write(delivered, f"labels/final/{final.scan}.nii.gz")
         return path
 
     def status(self) -> dict[str, Any]:
@@ -289,16 +357,31 @@ class StoreDatastore(Datastore):
             noted = labels.infos(transaction)
         found = {
             s.name: {
-                "image": {"info": s.info, "ext": s.file.removeprefix(s.name)},
+                "image": {"info": self._image_info(s), "ext": s.file.removeprefix(s.name)},
                 "labels": {
-                    tag: {"info": noted.get(by_scan[s.name].id, {}), "ext": by_scan[s.name].suffix}
-                    for tag, by_scan in current.items()
-                    if s.name in by_scan
+                    label.tag: {"info": self._label_info(label, noted.get(label.id, {})), "ext": label.suffix}
+                    for label in _in_order(by_scan[s.name] for by_scan in current.values() if s.name in by_scan)
                 },
             }
             for s in records
         }
         return json.loads(json.dumps({"name": self._name, "description": self._description, "objects": found}))  # type: ignore[no-any-return]
+
+
+def _in_order(found: Iterable[LabelRecord]) -> list[LabelRecord]:
+    """Labels by their time, the network's mask first: the Reviewer counts its versions on from the last one.
+
+    A tag keeps the place of its first version where several are of one series (``version_9``, ``version_10``).
+    """
+
+    def place(label: LabelRecord) -> tuple[int, int, int]:
+        number = re.fullmatch(r"version_(\d{1,9})", label.tag)
+        if number is not None:
+            return 2, int(number.group(1)), label.id
+        return (0 if label.tag == ORIGINAL else 1), 0, label.id
+
+    # the Reviewer reads the number of the last tag, so that the final label comes last before the versions
+    return sorted(found, key=lambda label: (*place(label)[:1], label.tag == FINAL, *place(label)[1:]))
 
 
 def _tag(tag: str | DefaultLabelTag | None) -> str:

@@ -77,10 +77,18 @@ def status(store: Store, kind: JobKind, *, every: bool, only_running: bool) -> J
     with store.read() as transaction:
         if only_running:
             running = jobs.open_jobs(transaction, kind)
+            if kind == "train":
+                running = [*running, *jobs.open_jobs(transaction, "round")]
+            running = sorted(running, key=lambda job: job.state != "running")
             if not running:
                 raise RequestError(404, f"no {kind} job is running.")
-            return to_json(running[0])
+            return _as_running(running[0])
         found: Sequence[JobRecord] = jobs.listing(transaction, kind)
+        # a training that waits is one in progress to 3D Slicer and OHIF, which would stop watching it otherwise
+        open_jobs = jobs.open_jobs(transaction, kind) if kind == "train" else []
+        rounds = jobs.open_jobs(transaction, "round") if kind == "train" else []
+    if not every and (going := [*open_jobs, *rounds]):
+        return _as_running(min(going, key=lambda job: job.state != "running"))
     if not found:
         raise RequestError(404, f"no {kind} job was ever started.")
     return [to_json(job) for job in found] if every else to_json(found[-1])
@@ -101,6 +109,10 @@ def stop(store: Store, who: Who, kind: JobKind) -> JsonObject | None:
     return to_json(job)
 
 
+def _as_running(job: JobRecord) -> JsonObject:
+    return {**to_json(job), "status": "RUNNING"} if job.kind in ("train", "round") else to_json(job)
+
+
 def to_json(job: JobRecord) -> JsonObject:
     """The fields of MONAI Label's task, and what the store knows beside them."""
     told: JsonObject = {
@@ -108,7 +120,11 @@ def to_json(job: JobRecord) -> JsonObject:
         "status": _STATUS[job.state],
         "request": job.request,
         "start_ts": _local(job.started_at or job.put_at),
-        "details": list(job.said),
+        # clients show the last line, and fail where there is none
+        "details": list(job.said) or [f"{title(job.kind, job.request)}: {job.state}"],
+        "model": job.request.get("model"),
+        "epoch": job.done_steps,
+        "total_epochs": job.all_steps,
         "progress": [job.done_steps, job.all_steps],
         "attempts": job.attempts,
         "put_by": job.who.name,

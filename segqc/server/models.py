@@ -19,7 +19,8 @@ from segqc.volumes import VolumeError
 
 M = TypeVar("M", bound=TrainedNetwork)
 
-LIKELY_ERROR = "likely error"
+# MONAI Label's extension of 3D Slicer empties segments with "scribbles" in their name before it exports the others
+LIKELY_ERROR = "likely error (scribbles)"
 LIKELY_ERROR_VALUE = 1
 _PATIENCE_SECONDS = 4.0  # annotators are told that the database is locked rather than left waiting
 

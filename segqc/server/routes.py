@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import JobKind
+from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind
 from segqc.loop.review import STATE_OF
 from segqc.networks import ModelError
 from segqc.server import jobs
@@ -49,15 +49,17 @@ from segqc.server.checks import (
     known,
     refuse_unknown,
     text_param,
+    usable_image_id,
 )
+from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
-from segqc.server.submission import read_submission, submit
+from segqc.server.submission import read_submission, stored_info, submit
 from segqc.server.waiting import JobsDone
 from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
-from segqc.volumes import VolumeError, atomic_write
+from segqc.volumes import VolumeError, atomic_write, read_labels, write_labels
 from segqc.volumes.intake import check_scan
 
 router = APIRouter()
@@ -171,7 +173,7 @@ def _infer(
         elif session_id:
             wanted["image_file"] = _session_image(session_id)
         elif image:
-            wanted["image"] = known("image", image, app.datastore().list_images())
+            wanted["image"] = known("image", _scan_of(image), app.datastore().list_images())
         else:
             raise RequestError(400, "name a scan: image=<id>, session_id=<id>, or upload one as 'file'.")
         if label is not None:
@@ -410,13 +412,20 @@ def batch_stop(asker: AskedBy) -> JsonObject | None:
 # -------------------------------------------------------------------------------------------------------- datastore
 
 
+def _scan_of(name: str) -> str:
+    """The id of the scan that a client calls so; the name itself where there is none."""
+    store = app_instance().datastore()
+    return str(store.image_id(name)) if store.has_image(name) else name
+
+
 def _known_image(image: str) -> str:
     if not app_instance().datastore().has_image(image):
         raise RequestError(404, f"there is no image {image!r}.")
-    return image
+    return _scan_of(image)
 
 
 def _known_label(label: str, tag: str) -> str:
+    label = _scan_of(label)
     if not app_instance().datastore().get_label_uri(label, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return label
@@ -455,7 +464,7 @@ def save_label(
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
     app = app_instance()
-    _known_image(image)
+    sent, image = image, _known_image(image)
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
@@ -463,9 +472,14 @@ def save_label(
         verified = app.desk.studies.verify_scan(image)
         scan = app.desk.studies.folder / verified.file
         named = bool(app.desk.settings.structures)
-        submitted = read_submission(received, scan, app.desk.labels(), info, configured=named)
-    told = submit(app.desk.studies, image, submitted, tag, asker.who(info), info, verified.sha256)
-    return {**(app.on_save_label(image, image) or {}), **told, "image": image, "label": image}
+        names = app.desk.labels()
+        limits = app.desk.settings.intake
+        submitted = read_submission(received, scan, names, info, configured=named, limits=limits)
+    who, info = asker.who(info), stored_info(info, names) if named else info
+    told = submit(app.desk.studies, image, submitted, tag, who, info, verified.sha256)
+    if "segmentationMeta" in info:
+        app.datastore().review_label(image, tag, info, who)
+    return {**(app.on_save_label(image, image) or {}), **told, "image": sent, "label": image}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
@@ -475,9 +489,7 @@ def add_image(file: Annotated[UploadFile, File()], image: str | None = None, par
     store = app_instance().datastore()
     suffix = file_suffix(file.filename, "the scan")
     base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-    name = check_image_id(image or base[: -len(suffix)])
-    if store.has_image(name):
-        raise RequestError(409, f"there is an image {name!r} already; remove it first or choose another id.")
+    name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = _receive(file, Path(folder), "scan", "the scan")
@@ -521,7 +533,14 @@ def download_label(label: str, tag: str, check_only: bool = False) -> Response:
     path = Path(app_instance().datastore().get_label_uri(_known_image(label), tag) or _known_label(label, tag))
     if check_only:
         return JSONResponse({})
-    return FileResponse(path, media_type="application/octet-stream", filename=f"{label}{suffix_of(path)}")
+    name = f"{_scan_of(label)}{suffix_of(path)}"
+    names = app_instance().desk.labels()
+    if tag == LIKELY_ERRORS_TAG or same_values(names):
+        return FileResponse(path, media_type="application/octet-stream", filename=name)
+    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
+    os.close(handle)
+    write_labels(to_client(read_labels(path), names), Path(delivered))
+    return _SentOnce(delivered, media_type="application/octet-stream", filename=name)
 
 
 @router.get("/datastore/label/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a label map")
@@ -532,15 +551,23 @@ def label_info(label: str, tag: str) -> JsonObject:
 
 
 @router.put("/datastore/label/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a label")
-def update_label_info(label: str, tag: str, info: FormText = "{}") -> None:
-    """Add to what is noted of a label map."""
-    app_instance().datastore().update_label_info(_known_label(label, tag), tag, json_object(info, "info"))
+def update_label_info(asker: AskedBy, label: str, tag: str, info: FormText = "{}") -> None:
+    """Add to what is noted of a label map; the Reviewer's decision on it is a review of the scan."""
+    _note_label(asker, label, tag, json_object(info, "info"))
 
 
 @router.put("/datastore/updatelabelinfo", dependencies=[ANNOTATOR], include_in_schema=False)
-def update_label_info_before(label: str, tag: str, params: FormText = "{}") -> None:
+def update_label_info_before(asker: AskedBy, label: str, tag: str, params: FormText = "{}") -> None:
     """Add to what is noted of a label map, by the older name that 3D Slicer's reviewer uses."""
-    app_instance().datastore().update_label_info(_known_label(label, tag), tag, json_object(params, "params"))
+    _note_label(asker, label, tag, json_object(params, "params"))
+
+
+def _note_label(asker: Asker, label: str, tag: str, info: JsonObject) -> None:
+    app = app_instance()
+    label = _known_label(label, tag)
+    noted = stored_info(info, app.desk.labels()) if app.desk.settings.structures else info
+    app.datastore().update_label_info(label, tag, noted)
+    app.datastore().review_label(label, tag, noted, asker.who(info))
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")

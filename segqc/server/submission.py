@@ -2,68 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+from pydantic import JsonValue
 
 from segqc.loop.corrections import Opened, OpenedError, submit_label
 from segqc.loop.studies import Studies
 from segqc.server.checks import JsonObject
+from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
-from segqc.server.models import LIKELY_ERROR
 from segqc.store.values import Who
 from segqc.types import LabelArray
-from segqc.volumes import Volume, VolumeError, read_labels, read_scan
+from segqc.volumes import Volume, VolumeError, read_scan
+from segqc.volumes.files import open_labels
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, load_labels
+from segqc.volumes.limits import ReadLimits
+from segqc.volumes.volume import Array, Segment
 
-# Segments that clients show beside the structures; they are never part of a label map.
-NO_STRUCTURES = frozenset({LIKELY_ERROR, "background", "foreground_scribbles", "background_scribbles"})
+_UNNAMED = re.compile(r"segment_?\d+", re.IGNORECASE)
 
 
 def read_submission(
-    path: Path, scan_path: Path, names: Mapping[str, int], params: JsonObject, *, configured: bool = True
+    path: Path,
+    scan_path: Path,
+    names: Mapping[str, int],
+    params: JsonObject,
+    *,
+    configured: bool = True,
+    limits: ReadLimits | None = None,
 ) -> Volume:
-    """Read a submitted label map onto its scan's grid, with the configured label values.
+    """Read a submitted label map onto its scan's grid, with the stored label values.
 
-    3D Slicer numbers the exported segments 1, 2, ... in the order of ``params["label_info"]``, whatever their names
-    stand for in the settings, and skips some; so values are read by that order where names are given, and the segment
-    of likely errors is dropped. Without names, values are taken as they are.
+    A file that names its segments (``.seg.nrrd``) is read by these names. Otherwise 3D Slicer numbers the exported
+    segments 1, 2, ... in the order of ``params["label_info"]`` and skips some; so values are read by that order where
+    names are given, or as ``params["label_names"]`` says. Without names they are the stored values, if they can't be
+    anything else.
 
     Args:
         path: the submitted file.
         scan_path: its scan.
-        names: the structures' names and values.
+        names: the structures' names and stored values.
         params: what the client sent with it.
         configured: whether the settings name the structures; otherwise a submission may bring new ones.
+        limits: bounds on the files.
 
     Raises:
         RequestError: 422 if it is no label map of this scan.
     """
+    file = InputFile(path, limits, "the submitted label map")
     try:
-        labels = read_labels(path, scan=read_scan(scan_path))
+        source = open_labels(file)
+        own = [s for s in source.segments or () if s.name.strip().casefold() not in NO_STRUCTURES]
+        # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
+        named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
+        if source.segments is not None:
+            _check_no_likely_errors(source.voxels(), source.segments)
+        scan = read_scan(scan_path, limits=limits)
+        by_name = names if named and configured else None
+        labels = load_labels(file, source, scan, names=by_name).volume
     except VolumeError as error:
-        # the file's temporary name says nothing to the client
-        raise RequestError(422, str(error).replace(str(path), "the submitted label map")) from error
-    segments = _segment_names(params)
-    if segments is not None:
-        table = _value_table(segments, names, configured)
-        largest = int(labels.array.max())
-        if largest > len(segments):
-            raise RequestError(
-                422,
-                f"the submitted label map holds the value {largest}, but label_info names {len(segments)} segments; "
-                "values count the segments in the order of label_info, from 1.",
-            )
-        return Volume(table[labels.array], labels.affine, labels.acquisition_axis)
+        raise RequestError(422, str(error)) from error
+    if named:
+        return labels
+    values = _values_by_name(params)
+    if values is not None:
+        return _by_names(labels, values, names, configured)
     if configured:
-        foreign = sorted(set(np.unique(labels.array).tolist()) - {0, *names.values()})
-        if foreign:
+        _check_plain(labels, names)
+    return labels
+
+
+def _check_no_likely_errors(layers: Array, segments: Sequence[Segment]) -> None:
+    for segment in segments:
+        is_error = segment.name.strip().casefold() in LIKELY_ERROR_NAMES
+        if is_error and segment.layer < len(layers) and (layers[segment.layer] == segment.value).any():
+            raise _likely_errors_refused(segment.name)
+
+
+def _likely_errors_refused(name: str) -> RequestError:
+    return RequestError(
+        422,
+        f"the segment {name!r} is part of the submitted label map, where it hides the structures below it: "
+        "remove or hide the segment first (MONAI Label's extension exports hidden segments, too: remove it there).",
+    )
+
+
+def _by_names(labels: Volume, values: Mapping[str, int], names: Mapping[str, int], configured: bool) -> Volume:
+    found = set(np.unique(labels.array).tolist()) - {0}
+    unnamed = sorted(found - set(values.values()))
+    if unnamed:
+        raise RequestError(
+            422,
+            f"the submitted label map holds the value {unnamed[0]}, but label_info names {len(values)} segments; "
+            "values count the segments in the order of label_info, from 1.",
+        )
+    known = {name.strip().casefold(): value for name, value in names.items()}
+    table: LabelArray = np.zeros(256, np.uint8)
+    for segment, value in values.items():
+        key = segment.strip().casefold()
+        if key in LIKELY_ERROR_NAMES and value in found:
+            raise _likely_errors_refused(segment)
+        if key in NO_STRUCTURES:
+            continue
+        if configured and key not in known:
             raise RequestError(
                 422,
-                f"the submitted label map holds the values {foreign}; this server knows "
-                f"{', '.join(f'{value} ({name})' for name, value in names.items())}.",
+                f"the segment {segment!r} is none of the structures {', '.join(names)}; rename or remove it.",
             )
-    return labels
+        table[value] = known.get(key, value)
+    return Volume(table[labels.array], labels.affine, labels.acquisition_axis)
+
+
+def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
+    """Refuse values without names that are no stored ones, or that could as well be those that clients get."""
+    found = set(np.unique(labels.array).tolist()) - {0}
+    foreign = sorted(found - set(names.values()))
+    if foreign:
+        raise RequestError(
+            422,
+            f"the submitted label map holds the values {foreign}; this server knows "
+            f"{', '.join(f'{value} ({name})' for name, value in names.items())}.",
+        )
+    delivered = client_names(names)
+    stored = {value: name for name, value in names.items()}
+    numbered = {value: name for name, value in delivered.items()}
+    if found <= numbered.keys() and any(numbered[value] != stored[value] for value in found):
+        raise RequestError(
+            422,
+            f"the submitted label map's values {sorted(found)} could be the settings' or those that this server gave "
+            "out; send label_info, the names of the segments in the order of their values.",
+        )
 
 
 def submit(
@@ -113,31 +186,39 @@ def _opened(params: JsonObject) -> Opened:
     )
 
 
-def _segment_names(params: JsonObject) -> list[str] | None:
-    """Names of the segments in the order of their values; None where the client gave none."""
+def stored_info(params: JsonObject, names: Mapping[str, int]) -> JsonObject:
+    """What is noted of a kept label map: the client's params, with ``label_info`` as clients get the label map back."""
+    if _values_by_name(params) is None:
+        return params
+    sent = {
+        str(entry.get("name")).strip().casefold(): entry
+        for entry in cast(list[JsonValue], params.get("label_info") or [])
+        if isinstance(entry, dict)
+    }
+    told: list[JsonValue] = [
+        {**sent.get(name.strip().casefold(), {}), "name": name, "idx": value}
+        for name, value in client_names(names).items()
+    ]
+    return {**params, "label_info": told}
+
+
+def _values_by_name(params: JsonObject) -> dict[str, int] | None:
+    """Names of the segments and their values in the file; None where the client gave none."""
     info = params.get("label_info")
-    if not isinstance(info, list) or not info:
-        return None
-    names = [entry.get("name") if isinstance(entry, dict) else None for entry in info]
-    if not any(names):
-        return None
-    if not all(isinstance(name, str) and name for name in names):
-        raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
-    return [str(name) for name in names]
-
-
-def _value_table(segments: list[str], names: Mapping[str, int], configured: bool) -> LabelArray:
-    """The configured value of each submitted value, uint8, 256 entries."""
-    known = {name.strip().casefold(): value for name, value in names.items()}
-    table = np.zeros(256, np.uint8)
-    for position, segment in enumerate(segments, start=1):
-        key = segment.strip().casefold()
-        if key in NO_STRUCTURES:
-            continue
-        if configured and key not in known:
-            raise RequestError(
-                422,
-                f"the segment {segment!r} is none of the structures {', '.join(names)}; rename or remove it.",
-            )
-        table[position] = known.get(key, position)
-    return table
+    if isinstance(info, list) and info:
+        names = [entry.get("name") if isinstance(entry, dict) else None for entry in info]
+        if any(names):
+            if not all(isinstance(name, str) and name for name in names):
+                raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
+            if len({str(name).strip().casefold() for name in names}) < len(names):
+                raise RequestError(422, "label_info names a segment twice; give each segment a name of its own.")
+            if len(names) > 255:
+                raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")
+            return {str(name): value for value, name in enumerate(names, start=1)}
+    told = params.get("label_names")
+    if isinstance(told, dict) and told:
+        values = {name: value for name, value in told.items() if type(value) is int and 0 < value < 256}
+        if len(values) < len(told) or len(set(values.values())) < len(values):
+            raise RequestError(422, "label_names gives each name a value of its own, from 1 to 255.")
+        return values
+    return None

@@ -35,6 +35,8 @@ class LeaseRules:
         validation_share: share of the suggestions that are scans of validating patients, drawn likewise.
         readers: how many annotators label each scan.
         seed: of the random draws.
+        approved_version_is_final: whether a version that a reviewer approves in MONAI Label's Reviewer
+            (``version_1``, ...) becomes the final label.
     """
 
     lease_minutes: float = 240.0
@@ -45,6 +47,7 @@ class LeaseRules:
     validation_share: float = 0.15
     readers: int = 1
     seed: int = 0
+    approved_version_is_final: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""

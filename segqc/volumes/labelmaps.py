@@ -13,7 +13,8 @@ from segqc.volumes.grid import Placement, place_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Segment, Source, Volume
 
-NO_STRUCTURES: Final = frozenset({"background", "likely error", "foreground_scribbles", "background_scribbles"})
+LIKELY_ERROR_NAMES: Final = frozenset({"likely error", "likely error (scribbles)"})
+NO_STRUCTURES: Final = LIKELY_ERROR_NAMES | {"background", "foreground_scribbles", "background_scribbles"}
 """Segments that clients show beside the structures, in lower case; they are never part of a label map."""
 
 _ROUNDING: Final = 1e-3  # what single precision and interpolation at the same place cost a whole number

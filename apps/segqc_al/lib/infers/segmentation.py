@@ -9,6 +9,7 @@ from typing import Any
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.infers.output import REQUEST_KEYS, write_result
+from segqc.server.client_labels import client_names, to_client
 from segqc.server.models import Desk
 from segqc.types import label_names
 from segqc.volumes import read_scan
@@ -22,7 +23,7 @@ class Segmentation(InferTask):
     def __init__(self, desk: Desk) -> None:
         super().__init__(
             type=InferType.SEGMENTATION,
-            labels=desk.labels(),
+            labels=client_names(desk.labels()),
             dimension=3,
             description="Segments a scan with the current segmentation network",
         )
@@ -30,7 +31,7 @@ class Segmentation(InferTask):
 
     def info(self) -> dict[str, Any]:
         """What clients are told; the labels are those of now."""
-        self.labels = self.desk.labels()
+        self.labels = client_names(self.desk.labels())
         return {**super().info(), "trained": self.desk.has("segmentation")}
 
     def is_valid(self) -> bool:
@@ -46,7 +47,8 @@ class Segmentation(InferTask):
         """Segment the scan at ``request["image"]``."""
         segmenter = self.desk.segmenter()
         labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.desk.settings.intake)).labels
-        return write_result(labels, request), {
-            "label_names": label_names(segmenter.structures),
+        names = label_names(segmenter.structures)
+        return write_result(to_client(labels, names), request), {
+            "label_names": client_names(names),
             "model_version": segmenter.version,
         }

@@ -26,7 +26,7 @@ class LikelyErrors(InferTask):
 
     def __init__(self, desk: Desk) -> None:
         super().__init__(
-            type=InferType.OTHERS,
+            type=InferType.SEGMENTATION,  # the only type that both 3D Slicer and OHIF list
             labels={LIKELY_ERROR: LIKELY_ERROR_VALUE},
             dimension=3,
             description="Shows where a scan's mask is likely to be wrong, and estimates how good it is",

@@ -1,0 +1,141 @@
+"""What 3D Slicer's module, its Reviewer and MONAI Label's OHIF panel send and read, call by call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+
+from fastapi.testclient import TestClient
+from monailabel.config import settings
+from monailabel.interfaces.utils.app import clear_cache
+
+from segqc.loop.studies import Studies
+from segqc.server.serve import default_app_dir
+from segqc.volumes import Volume, read_labels, write_labels, write_scan
+from tests.server_kit import CONFIG, draw_case, make_studies
+
+pytestmark = pytest.mark.server
+
+GAPS = CONFIG.replace("liver = [1]", "liver = [2]").replace("spleen = [4]", "spleen = [7]")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[Path]:
+    folder = make_studies(tmp_path / "studies", scans=2, finals=0, config=GAPS)
+    labels = draw_case(0)[1]
+    array = np.select([labels.array == 1, labels.array == 4], [2, 7], 0).astype(np.uint8)
+    write_labels(Volume(array, labels.affine), folder / "labels" / "final" / "scan_0.nii.gz")
+    saved = settings.model_dump()
+    clear_cache()
+    settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
+    settings.MONAI_LABEL_STUDIES = str(folder)
+    settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
+    yield folder
+    clear_cache()
+    for name, value in saved.items():
+        setattr(settings, name, value)
+
+
+@pytest.fixture
+def client(base: Path) -> Iterator[TestClient]:
+    from segqc.server.application import create_app
+
+    with TestClient(create_app(), raise_server_exceptions=False) as made:
+        yield made
+
+
+def save(client: TestClient, content: bytes, params: dict[str, object], tag: str) -> None:
+    answer = client.put(
+        f"/datastore/label?image=scan_0&tag={tag}",
+        data={"params": json.dumps(params)},
+        files={"label": ("scan_0.nrrd", content)},
+    )
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_reviewer_saves_versions_and_its_decisions_count(client: TestClient, base: Path, tmp_path: Path) -> None:
+    truth = read_labels(base / "labels" / "final" / "scan_0.nii.gz").array
+    path = tmp_path / "opened.nii.gz"
+    path.write_bytes(client.get("/datastore/label?label=scan_0&tag=final").content)
+    opened = read_labels(path)
+    assert np.array_equal(opened.array, np.select([truth == 2, truth == 7], [1, 2], 0))
+    write_labels(opened, tmp_path / "saved.nrrd")
+    content = (tmp_path / "saved.nrrd").read_bytes()
+    for number in range(1, 12):
+        stored = client.get("/datastore/?output=all").json()["objects"]["scan_0"]
+        info = stored["labels"]["final"]["info"]
+        assert stored["image"]["info"]["name"] == info["name"] == "scan_0.nii.gz"
+        assert {"ts", "client_id"} <= info.keys()
+        last = list(stored["labels"])[-1]
+        assert (0 if last == "final" else int(last.split("_")[1])) + 1 == number
+        save(client, content, {"label_info": info["label_info"]}, f"version_{number}")
+        kept = client.get(f"/datastore/label?label=scan_0&tag=version_{number}")
+        path.write_bytes(kept.content)
+        assert np.array_equal(read_labels(path).array, opened.array)
+    meta = {"status": "approved", "level": "easy", "approvedBy": "rita", "comment": "", "editTime": 1}
+    for _ in range(2):
+        answer = client.put(
+            "/datastore/updatelabelinfo?label=scan_0&tag=version_11",
+            data={"params": json.dumps({"segmentationMeta": meta})},
+        )
+        assert answer.status_code == 200, answer.text
+    assert client.get("/datastore/image/info?image=scan_0").json()["state"] == "approved"
+    told = client.get("/datastore/label/info?label=scan_0&tag=version_11").json()
+    assert told["segmentationMeta"] == meta
+    flagged = json.dumps({"segmentationMeta": {"status": "flagged", "comment": "spleen cut off"}})
+    assert client.put("/datastore/updatelabelinfo?label=scan_0&tag=final", data={"params": flagged}).status_code == 200
+    scan = client.get("/datastore/image/info?image=scan_0").json()
+    assert (scan["state"], scan["reason"]) == ("rejected", "spleen cut off")
+    assert np.array_equal(read_labels(next((base / "labels" / "returned").iterdir())).array, truth)
+
+
+def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: TestClient, base: Path) -> None:
+    models = client.get("/info/").json()["models"]
+    assert {name: model["type"] for name, model in models.items()} == dict.fromkeys(models, "segmentation")
+    assert client.get("/train/?check_if_running=true").status_code == 404
+    from segqc.store import jobs
+    from segqc.store.events import SERVER
+
+    with Studies(base).store.write() as transaction:
+        jobs.put(transaction, "train", {"model": "segqc"}, SERVER)
+    for query in ("", "?check_if_running=true"):
+        told = client.get(f"/train/{query}").json()
+        assert (told["status"], told["model"]) == ("RUNNING", "segqc")
+        assert told["details"]
+        assert {"epoch", "total_epochs"} <= told.keys()
+
+
+def test_the_same_volume_may_be_sent_again(client: TestClient, base: Path) -> None:
+    content = (base / "scan_1.nii.gz").read_bytes()
+    for _ in range(2):
+        answer = client.put("/datastore/?image=scan_1", files={"file": ("tmp1x.nii.gz", content)})
+        assert (answer.status_code, answer.json()) == (200, {"image": "scan_1"})
+    other = (base / "scan_0.nii.gz").read_bytes()
+    assert client.put("/datastore/?image=scan_1", files={"file": ("tmp1x.nii.gz", other)}).status_code == 409
+
+
+def test_a_volumes_name_in_slicer_is_accepted_after_its_upload(client: TestClient, base: Path, tmp_path: Path) -> None:
+    name, (scan, labels) = "2: AX T2", draw_case(5)
+    write_scan(scan, tmp_path / "new.nii.gz")
+    content = (tmp_path / "new.nii.gz").read_bytes()
+    for _ in range(2):
+        answer = client.put("/datastore/", params={"image": name}, files={"file": ("tmp1x.nii.gz", content)})
+        assert (answer.status_code, answer.json()) == (200, {"image": "2_ AX T2"})
+    write_labels(Volume(np.where(labels.array == 4, 1, 0).astype(np.uint8), labels.affine), tmp_path / "mask.nrrd")
+    params = json.dumps({"label_info": [{"name": "spleen", "idx": 2}], "client_id": "user-xyz"})
+    mask = ("mask.nrrd", (tmp_path / "mask.nrrd").read_bytes())
+    saved = client.put("/datastore/label", params={"image": name}, data={"params": params}, files={"label": mask})
+    assert saved.status_code == 200, saved.text
+    stored = read_labels(base / "labels" / "final" / "2_ AX T2.nii.gz").array
+    assert np.array_equal(stored == 7, labels.array == 4)
+    for query in ("/datastore/image", "/datastore/image/info"):
+        assert client.get(query, params={"image": name}).status_code == 200
+    for query in ("/datastore/label", "/datastore/label/info"):
+        assert client.get(query, params={"label": name, "tag": "final"}).status_code == 200
