@@ -2,10 +2,10 @@
 
     python benchmarks/load.py --work /tmp/load-benchmark
 
-Each client asks for the next scan, submits a label for it, pauses, and asks again, over HTTP and from another process,
-on the same machine. Meanwhile one more client runs one inference after the other. Printed are the times of each request
-and the server's memory; the run fails if a scan was handed out twice, or if a submission that was acknowledged is not in
-the store.
+Each client asks for the next scan, submits a label for it, pauses, and asks again, over HTTP and from another
+process, on the same machine. Meanwhile one more client runs one inference after the other. Printed are the times of
+each request and the server's memory; the run fails if a scan was handed out twice, or if a submission that was
+acknowledged is not in the store.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
+ANNOTATION_SLOTS: Final = 4  # some wait for the disk while others compute
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
@@ -184,6 +185,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance.server_mode(True)
     instance.on_init_complete()
     app.state.inference_slots = anyio.CapacityLimiter(int(conf.get("inference_slots", 1)))
+    app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
     threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
     ended, looked = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(instance.datastore(), ended, looked), name="watch", daemon=True).start()

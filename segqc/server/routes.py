@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -214,8 +214,20 @@ def _reply(path: Path, params: Mapping[str, Any], output: Output | None) -> Resp
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], dependencies=[USER], summary="Get the next sample")
-def next_sample(strategy: str, asker: AskedBy, params: Params = None) -> JsonObject:
+async def next_sample(request: Request, strategy: str, asker: AskedBy, params: Params = None) -> JsonObject:
     """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
+    return await _in_turn(request, functools.partial(_next_sample, strategy, asker, params))
+
+
+async def _in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObject:
+    """Do what annotators wait for, a few at a time and in the order of asking.
+
+    More threads than cores only take each other's time: the last one of a crowd would wait many times as long.
+    """
+    return await anyio.to_thread.run_sync(work, limiter=request.app.state.annotation_slots)
+
+
+def _next_sample(strategy: str, asker: Asker, params: Params) -> JsonObject:
     app = app_instance()
     known("strategy", strategy, app._strategies)
     chosen = choose_params(params or {}, SAMPLE_PARAMS)
@@ -452,7 +464,8 @@ def check_label(tag: str, image: str = "", label: str = "") -> Response:
 
 
 @router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
-def save_label(
+async def save_label(
+    request: Request,
     asker: AskedBy,
     image: str,
     label: Annotated[UploadFile, File()],
@@ -463,6 +476,10 @@ def save_label(
 
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
+    return await _in_turn(request, functools.partial(_save_label, asker, image, label, params, tag))
+
+
+def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
     app = app_instance()
     sent, image = image, _known_image(image)
     tag = check_tag(tag or "final")
@@ -661,7 +678,7 @@ def skip_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
 @router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
 def resume_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
     """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
-    return next_sample("random", asker, {**(params or {}), "resume": scan})
+    return _next_sample("random", asker, {**(params or {}), "resume": scan})
 
 
 # ----------------------------------------------------------------------------------------------- sessions and others
