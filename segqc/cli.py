@@ -100,6 +100,8 @@ ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help=
 def main() -> None:
     """Run the command; an error that the user can mend is one sentence, not a traceback."""
     _set_up_text()
+    # NumPy's matrices are of 4 x 4 here: its threads would double the cost of a request (PyTorch has its own)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()

@@ -207,6 +207,10 @@ class Settings(BaseSettings):
 
     def placing(self) -> Placing:
         """How new patients get their fold and role: by the settings ``[training]``."""
+        return self._placing
+
+    @functools.cached_property
+    def _placing(self) -> Placing:
         # not by way of `training_settings`: that imports PyTorch, and commands on the store need none
         names = {field.name for field in dataclasses.fields(Placing)}
         return build(Placing, {name: value for name, value in self.training.items() if name in names}, "training")

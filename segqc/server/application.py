@@ -11,9 +11,11 @@ import errno
 import functools
 import inspect
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +65,7 @@ logger = logging.getLogger(__name__)
 SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
+INFERENCE_NICENESS: Final = 10
 ANNOTATION_SLOTS: Final = 4  # some wait for the disk while others compute
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
@@ -184,7 +187,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance = app_instance()
     instance.server_mode(True)
     instance.on_init_complete()
-    app.state.inference_slots = anyio.CapacityLimiter(int(conf.get("inference_slots", 1)))
+    app.state.inference = ThreadPoolExecutor(int(conf.get("inference_slots", 1)), "inference", _step_back)
     app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
     threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
     ended, looked = threading.Event(), threading.Event()
@@ -198,7 +201,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         ended.set()
+        app.state.inference.shutdown(wait=False, cancel_futures=True)
         instance.desk.studies.store.close()
+
+
+def _step_back() -> None:
+    """Let this thread, and those of PyTorch that it starts, compute when no other request wants a core."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), INFERENCE_NICENESS)
 
 
 def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.Event) -> None:

@@ -6,6 +6,7 @@ inferences cannot take all threads.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -145,7 +146,7 @@ async def infer(
 ) -> Response:
     """Run an inference task on a scan of the datastore, of a session, or of the request itself."""
     work = functools.partial(_infer, model, image, session_id, params, file, label, output)
-    return await anyio.to_thread.run_sync(work, limiter=request.app.state.inference_slots)
+    return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
 def _infer(

@@ -17,7 +17,7 @@ from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
 from segqc.store.values import Who
 from segqc.types import LabelArray
-from segqc.volumes import Volume, VolumeError, read_scan
+from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, load_labels
@@ -62,7 +62,7 @@ def read_submission(
         named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
         if source.segments is not None:
             _check_no_likely_errors(source.voxels(), source.segments)
-        scan = read_scan(scan_path, limits=limits)
+        scan = read_grid(scan_path, limits=limits)
         by_name = names if named and configured else None
         labels = load_labels(file, source, scan, names=by_name).volume
     except VolumeError as error:
