@@ -24,9 +24,10 @@ from segqc.assessor import Assessor
 from segqc.evaluation.agreement import agreement
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
+from segqc.server.client_labels import to_client
 from segqc.training.calibration import fit_structure
-from segqc.types import Assessment, Metrics
-from segqc.volumes import Volume, read_labels, read_scan, write_labels
+from segqc.types import Assessment, Metrics, label_names
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_studies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -429,15 +430,16 @@ def test_score_continues_where_it_stopped(run: Run, studies: Path) -> None:
     assert json.loads(run("score", studies, "--json", "--force").out)["rows"][0]["scored"] == 2
 
 
-def test_a_scan_that_cannot_be_scored_makes_the_exit_code_1(run: Run, studies: Path) -> None:
-    broken = studies / "zz_broken.nii.gz"
-    broken.write_bytes(b"no scan")
-    try:
-        said = run("score", studies)
-    finally:
-        broken.unlink()
+def test_a_scan_that_cannot_be_scored_makes_the_exit_code_1(
+    run: Run, studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bool:
+        raise VolumeError("scan_3.nii.gz: is gone")
+
+    monkeypatch.setattr("segqc.loop.scoring._score_segqc", fail)
+    said = run("score", studies)
     assert said.code == 1
-    assert "zz_broken" in said.err
+    assert "scan_3.nii.gz: is gone" in said.err
 
 
 # ---- the simulated annotator ----------------------------------------------------------------------------------------
@@ -463,7 +465,10 @@ class FakeServer:
         return {"id": left[0], "strategy": strategy, **told} if left else {}
 
     def download_label(self, scan: str, tag: str) -> str:
-        return str(self.folder / "labels" / tag / f"{scan}.nii.gz")
+        stored = read_labels(self.folder / "labels" / tag / f"{scan}.nii.gz")
+        path = self.folder / f".{scan}-{tag}.nii.gz"
+        write_labels(to_client(stored, label_names(Studies(self.folder).structures)), path)
+        return str(path)
 
     def save_label(self, scan: str, path: str, tag: str, params: dict[str, str]) -> None:
         self.submitted[scan] = (Path(path).read_bytes(), tag)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from segqc.types import LabelArray
-from segqc.volumes import Volume
+from segqc.volumes import Volume, VolumeError
 
 
 def client_names(names: Mapping[str, int]) -> dict[str, int]:
@@ -29,7 +29,17 @@ def same_values(names: Mapping[str, int]) -> bool:
 
 
 def to_client(labels: Volume, names: Mapping[str, int]) -> Volume:
-    """Return a stored label map with the values that clients get; values without a name become background."""
+    """Return a stored label map with the values that clients get.
+
+    Raises:
+        VolumeError: if it holds a value that has no name.
+    """
+    foreign = sorted(set(np.unique(labels.array).tolist()) - {0, *names.values()})
+    if foreign:
+        raise VolumeError(
+            f"the label map holds the value {foreign[0]}, which the settings do not name any more; add it to "
+            "[structures] in segqc.toml, or restore another version."
+        )
     return _translated(labels, {names[name]: value for name, value in client_names(names).items()})
 
 
