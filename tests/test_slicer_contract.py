@@ -112,6 +112,28 @@ def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: Te
         assert {"epoch", "total_epochs"} <= told.keys()
 
 
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+def test_the_trained_network_comes_first_in_the_statistics(client: TestClient, base: Path, network: str) -> None:
+    from segqc.store import jobs
+    from segqc.store.events import SERVER
+
+    studies = Studies(base)
+    with studies.store.write() as transaction:
+        jobs.put(transaction, "train", {"model": network, "epochs": 7}, SERVER)
+    stats = client.get("/info/").json()["train_stats"]
+    assert next(iter(stats)) == network
+    assert {(name == network, told["epoch"], told["total_epochs"]) for name, told in stats.items()} == {
+        (True, 0, 7),
+        (False, 0, 2),
+    }
+    curve = studies.training_folder(network) / "curve.json"
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    curve.write_text("{damaged")
+    told = client.get("/info/").json()["train_stats"][network]
+    assert (told["epoch"], told["total_epochs"]) == (0, 7)
+    assert "curve.json" in told["problem"]
+
+
 def test_the_same_volume_may_be_sent_again(client: TestClient, base: Path) -> None:
     content = (base / "scan_1.nii.gz").read_bytes()
     for _ in range(2):

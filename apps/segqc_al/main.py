@@ -25,7 +25,8 @@ from segqc.server.client_labels import from_client
 from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk
-from segqc.store import labels
+from segqc.store import jobs, labels
+from segqc.store.database import StoreError
 from segqc.store.labels import NewLabel
 from segqc.store.values import LabelRecord, Who
 from segqc.types import label_names
@@ -81,7 +82,21 @@ class SegqcApp(MONAILabelApp):
         ``findings`` are the files of the folder that were not taken in, the first ones where there are many.
         """
         aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MOST_FINDINGS]]
-        return {**super().info(), "labels": list(self.desk.labels()), "findings": aside}
+        told = super().info()
+        running, stats = self._running(), told["train_stats"]
+        # 3D Slicer and OHIF show the first one only
+        told["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
+        return {**told, "labels": list(self.desk.labels()), "findings": aside}
+
+    def _running(self) -> str | None:
+        """The network that is trained now, or first of those that wait; None where there is none, or nobody knows."""
+        try:
+            with self.desk.studies.store.read() as transaction:
+                waiting = jobs.open_jobs(transaction, "train")
+        except StoreError:
+            return None
+        first = min(waiting, key=lambda job: job.state != "running", default=None)
+        return str(first.request.get("model")) if first is not None else None
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.

@@ -17,6 +17,8 @@ from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_u
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
 from segqc.settings import Network, SettingsError
+from segqc.store import jobs
+from segqc.store.database import StoreError
 from segqc.training import LineProgress, TrainingSettings
 
 # What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
@@ -91,26 +93,45 @@ class NetworkTraining(TrainTask):
 
     def stats(self) -> dict[str, Any]:
         """What is known of the current model; clients show ``best_metric`` as its accuracy, 0 to 1."""
+        progress = self._progress()
         try:
             model = self.shelf.get()
         except ModelError as error:
-            return {"problem": str(error)}
+            return {**progress, "problem": str(error)}
         if model is None:
-            return {}
+            return progress
         told: dict[str, Any] = {"version": model.version, "scores": model.card.scores, "patients": len(model.card.seen)}
         accuracy = self.accuracy(model.card)
         if accuracy is not None:
             told["best_metric"] = accuracy
+        return {**told, **progress}
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the last training came; 3D Slicer's bar shows ``epoch`` of ``total_epochs``."""
+        wanted = self._wanted_epochs()
         curve = self.desk.studies.training_folder(self.network) / "curve.json"
-        if curve.is_file():
-            try:
-                points = read_curve(curve)
-            except (OSError, ValueError):
-                told["problem"] = f"{curve}: not a readable learning curve; the next training writes it anew"
-            else:
-                told["curve"] = [dataclasses.asdict(point) for point in points]
-                told["epoch"] = len(points)
-        return told
+        try:
+            points = read_curve(curve)
+        except FileNotFoundError:
+            return {"epoch": 0, "total_epochs": wanted}
+        except (OSError, ValueError):
+            problem = f"{curve}: not a readable learning curve; the next training writes it anew"
+            return {"epoch": 0, "total_epochs": wanted, "problem": problem}
+        epoch = len(points)
+        told = [dataclasses.asdict(point) for point in points]
+        return {"epoch": epoch, "total_epochs": max(epoch, wanted), "curve": told}
+
+    def _wanted_epochs(self) -> int:
+        """The epochs of the last training that was asked for; by default those of the settings."""
+        default: int = self.desk.settings.training_settings(self.network).epochs
+        try:
+            with self.desk.studies.store.read() as transaction:
+                asked = [job.request for job in jobs.listing(transaction, "train")]
+        except StoreError:
+            return default  # the database is away: clients are answered all the same
+        own = next((request for request in reversed(asked) if request.get("model") == self.network), {})
+        epochs = own.get("epochs")
+        return epochs if isinstance(epochs, int) else default
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train and publish at once; the server's routes leave it to a worker."""
