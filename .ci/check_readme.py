@@ -1,13 +1,15 @@
-"""Run the README's shell blocks that are marked as checked, on few scans and steps, and fail where one fails.
+"""Run the README's blocks that are marked as checked, on few scans and steps, and fail where one fails.
 
-A marked block follows a line ``<!-- checked -->``. Its commands run one after the other in an empty folder, on the
-real data that SEGQC_DATA names. ``segqc serve`` runs beside the commands after it until the end.
+A marked block follows a line ``<!-- checked -->``. Python blocks run one by one, in a folder that holds a copy of the
+sample scans. The commands of shell blocks run one after the other in an empty folder, on the real data that SEGQC_DATA
+names. ``segqc serve`` runs beside the commands after it until the end.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,15 +26,31 @@ SHORT = {
 }
 FEW_SCANS = {"--labelled 30": "--labelled 8", "--unlabelled 50": "--unlabelled 6"}
 PATIENCE_SECONDS = 60.0
+SAMPLES = Path(__file__).parents[1] / "sample-datastore"
+
+
+def checked_blocks(text: str, language: str) -> list[str]:
+    """All marked blocks of a language, in order."""
+    return re.findall(rf"<!-- checked -->\n```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def checked_commands(text: str) -> list[str]:
-    """The commands of all marked blocks, in order; lines continued by a backslash are joined."""
-    text = "\n".join(re.findall(r"<!-- checked -->\n```sh\n(.*?)```", text, flags=re.DOTALL))
+    """The commands of all marked shell blocks, in order; lines continued by a backslash are joined."""
+    text = "\n".join(checked_blocks(text, "sh"))
     for many, few in FEW_SCANS.items():
         text = text.replace(many, few)
     lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def run_python(block: str) -> None:
+    """Run a Python block beside a copy of the sample scans; end the check where it fails."""
+    print("$ python: " + block.strip().splitlines()[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(SAMPLES, Path(folder) / SAMPLES.name)
+        code = subprocess.run([sys.executable, "-c", block], cwd=folder, check=False).returncode
+    if code:
+        sys.exit(f"check_readme: exit code {code} from this block:\n{block}")
 
 
 def free_port() -> int:
@@ -55,12 +73,15 @@ def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Run the marked commands of the README given as argument."""
-    commands = checked_commands(Path(sys.argv[1]).read_text())
-    if not commands:
-        sys.exit("check_readme: no block is marked as checked")
+    """Run the marked blocks of the README given as argument."""
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    scripts, commands = checked_blocks(text, "python"), checked_commands(text)
+    if not (scripts and commands):
+        sys.exit("check_readme: no Python block, or no shell block, is marked as checked")
+    for script in scripts:
+        run_python(script)
     if not os.environ.get("SEGQC_DATA"):
-        print("check_readme: skipped, SEGQC_DATA names no folder of real data sets")
+        print("check_readme: shell blocks are skipped, SEGQC_DATA names no folder of real data sets")
         return
     port = str(free_port())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

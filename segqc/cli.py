@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -86,6 +86,20 @@ class Size(StrEnum):
     MEDIUM = "medium"
     PAPER = "paper"
 
+
+_METRIC_TERMS: Final = (
+    "Estimates, made without a true mask. Dice, IoU: overlap with the true mask, 1 is best. ARVD: voxels that differ, "
+    "in parts of the true volume, 0 is best. RVD: mask too large (+) or too small (-), in the same parts."
+)
+_SLICE_TERMS: Final = (
+    "error sum: error probabilities of the slice's voxels added up, about the number of wrong voxels. "
+    "boxes: likely errors, as voxels along the two axes of the slice."
+)
+_RANK_TERMS: Final = {
+    Scorer.SEGQC: "estimated Dice: of the worst structure, without a true mask. worst slices: largest error sum first.",
+    Scorer.TTA: "estimated Dice: agreement of the network's masks of one scan under flips and other contrasts.",
+    Scorer.ENTROPY: "score: minus the mean entropy of the network's answers; 0 is the surest.",
+}
 
 Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
 ModelsOf = Annotated[
@@ -367,7 +381,8 @@ def rank(
     title = f"{folder}: worst first, by {method.value}"
     if method is Scorer.SEGQC:
         title += brackets(scan.interval for scan in ranked)
-    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans")
+    terms = _RANK_TERMS[method]
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=terms)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
 
@@ -517,8 +532,8 @@ def assess(
         emit(_assessment_lines(result.assessment), "", as_csv=True)
     else:
         in_brackets = brackets(q.intervals.dice for q in result.assessment.structures)
-        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}")
-        emit(_slice_rows(result.assessment, slices), "slices to look at first")
+        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}", terms=_METRIC_TERMS)
+        emit(_slice_rows(result.assessment, slices), "slices to look at first", terms=_SLICE_TERMS)
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
 

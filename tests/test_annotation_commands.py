@@ -85,6 +85,8 @@ def test_readers_are_compared_and_united(folder: Path, tmp_path: Path) -> None:
         write_labels(draw_case(case)[1], tmp_path / reader / "scan_2.nii.gz")
         said = run("readings", folder, "--add", tmp_path / reader, "--reader", reader)
     assert "berta" in said
+    assert "dice: overlap of the two readers' labels" in run("readings", folder)
+    assert "overlap" not in run("readings", folder, "--csv")
     told = json.loads(run("readings", folder, "scan_2", "--json"))
     assert [(p["first"], p["second"]) for p in told["pairs"]] == [("berta", "cleo")] * 2
     assert {s["structure"] for s in told["structures"]} == {"liver", "spleen"}
@@ -111,3 +113,22 @@ def test_scans_tells_what_is_not_taken_in_and_what_was_replaced(folder: Path) ->
     done = CliRunner().invoke(cli.app, ["scans", str(folder), "--csv"])
     assert "nobody" not in done.stdout
     assert "nobody" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "terms"),
+    [
+        (["labels", "scan_0"], ("tags: original", "final =", "returned =", "reader-1", "version_1")),
+        (["leases"], ("draw: strategy", "probability:")),
+        (["costs"], ("draw: strategy", "hours:")),
+    ],
+)
+def test_tables_tell_what_their_columns_mean_and_data_do_not(
+    folder: Path, words: list[str], terms: tuple[str, ...]
+) -> None:
+    command, *scan = words
+    table = run(command, folder, *scan)
+    assert all(term in table for term in terms)
+    as_json, as_csv = run(command, folder, *scan, "--json"), run(command, folder, *scan, "--csv")
+    assert json.loads(as_json)
+    assert not any(term in text for term in terms for text in (as_json, as_csv))

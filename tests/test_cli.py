@@ -292,7 +292,9 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert rows[0]["worst slices"].split()[0] == "2"
     assert [rows[0][f"estimated Dice {what}"] for what in ("low", "high", "level")] == ["0.4", "0.6", "0.9"]
     assert rows[1]["estimated Dice low"] == ""
+    assert "of the worst structure" not in said.out
     table = run("rank", ranked).out
+    assert "estimated Dice: of the worst structure" in table
     assert "in brackets the 90% interval" in table
     assert "0.50 (0.40-0.60)" in table
     assert table.count("(not enough data)") == 3
@@ -395,6 +397,7 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, studi
     scan, mask = studies / "scan_0.nii.gz", studies / "labels/final/scan_0.nii.gz"
     said = run("assess", scan, mask, "--no-picture").out
     assert "in brackets the interval" in said
+    assert all(term in said for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
     assert said.count("(not enough data)") == 8  # four metrics of two structures
     path = Studies(studies).model_path("segqc")
     model = Assessor.load(path)

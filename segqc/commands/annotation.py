@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -29,6 +29,25 @@ if TYPE_CHECKING:
     from segqc.store.values import LabelRecord, ScanRecord
 
 app = typer.Typer()
+
+_VERSION_TERMS: Final = (
+    "tags: original = by the segmentation network; final = what trains; returned = rejected or reopened, to be "
+    "corrected again; reader-1, reader-2, ... = one annotator's each; others, such as version_1, = as a client named "
+    "them. Dice before: of the structure that was corrected most, start against result."
+)
+_READING_TERMS: Final = (
+    "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
+    "reader-1, reader-2, ..."
+)
+_LEASE_TERMS: Final = (
+    "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
+    "patients. probability: of such a draw; - for the strategy's choice. estimated Dice: at "
+    "hand-out, without a true mask."
+)
+_COST_TERMS: Final = (
+    "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
+    "patients. hours: from hand-out to submission, summed over the submitted scans."
+)
 
 Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
 
@@ -141,7 +160,14 @@ def labels(
                 "sha256": version.sha256[:12] if version.sha256 else None,
             }
         )
-    emit(rows, f"{scan}: {len(rows)} label versions", as_json=as_json, as_csv=as_csv, key="versions")
+    emit(
+        rows,
+        f"{scan}: {len(rows)} label versions",
+        as_json=as_json,
+        as_csv=as_csv,
+        key="versions",
+        terms=_VERSION_TERMS,
+    )
 
 
 def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
@@ -230,7 +256,7 @@ def readings(
     if as_json:
         emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
         return
-    emit(rows, f"{folder}: readers against each other", as_csv=as_csv)
+    emit(rows, f"{folder}: readers against each other", as_csv=as_csv, terms=_READING_TERMS)
     if not as_csv:
         emit(means, "by structure")
 
@@ -290,7 +316,7 @@ def leases(
         for lease in found
     ]
     title = f"{folder}: {len(rows)} scans handed out{brackets(intervals.values())}"
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases")
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases", terms=_LEASE_TERMS)
 
 
 @app.command()
@@ -303,4 +329,4 @@ def costs(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
         found = stored.costs(transaction)
     rows: list[Row] = [dataclasses.asdict(cost) for cost in found]
     total = sum(cost.submitted for cost in found)
-    emit(rows, f"{folder}: {total} scans submitted", as_json=as_json, as_csv=as_csv, key="costs")
+    emit(rows, f"{folder}: {total} scans submitted", as_json=as_json, as_csv=as_csv, key="costs", terms=_COST_TERMS)

@@ -182,8 +182,12 @@ def emit(
     as_csv: bool = False,
     extra: Mapping[str, object] | None = None,
     key: str = "rows",
+    terms: str = "",
 ) -> None:
-    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV."""
+    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV.
+
+    ``terms``, what the columns mean, is printed below a table only.
+    """
     if as_json and as_csv:
         raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
     if as_json:
@@ -209,6 +213,8 @@ def emit(
     for row in rows:
         table.add_row(*(shown(row[name]) for name in names))
     console.print(table)
+    if terms and rows:
+        typer.echo(f"{terms}\n")
     for name, value in (extra or {}).items():
         if isinstance(value, str):
             typer.echo(f"{name}: {value}")
