@@ -143,6 +143,35 @@ def test_the_same_volume_may_be_sent_again(client: TestClient, base: Path) -> No
     assert client.put("/datastore/?image=scan_1", files={"file": ("tmp1x.nii.gz", other)}).status_code == 409
 
 
+def test_the_same_volume_in_another_format_is_the_same_scan(client: TestClient, base: Path, tmp_path: Path) -> None:
+    scan = draw_case(1)[0]
+    for suffix in (".nrrd", ".nii"):
+        write_scan(scan, tmp_path / f"again{suffix}")
+        sent = (f"again{suffix}", (tmp_path / f"again{suffix}").read_bytes())
+        answer = client.put("/datastore/?image=scan_1", files={"file": sent})
+        assert (answer.status_code, answer.json()) == (200, {"image": "scan_1"})
+    changed = scan.array.copy()
+    changed[0, 0, 0] += 1
+    write_scan(Volume(changed, scan.affine), tmp_path / "other.nii")
+    other = ("other.nii", (tmp_path / "other.nii").read_bytes())
+    assert client.put("/datastore/?image=scan_1", files={"file": other}).status_code == 409
+    client.delete("/datastore/?id=scan_1")
+    assert client.put("/datastore/?image=scan_1", files={"file": sent}).status_code == 409
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".seg.nrrd", ".NRRD", ".nii"])
+def test_label_maps_are_received_under_their_own_suffix(client: TestClient, suffix: str) -> None:
+    damaged = (f"mask{suffix}", b"damaged")
+    for answer in (
+        client.put("/datastore/label?image=scan_0", files={"label": damaged}),
+        client.post("/infer/segqc?image=scan_0", files={"label": damaged}),
+    ):
+        assert answer.status_code == 422, answer.text
+    assert (client.put("/datastore/?image=x", files={"file": damaged}).status_code == 415) == (
+        suffix in (".mha", ".seg.nrrd")
+    )
+
+
 def test_a_volumes_name_in_slicer_is_accepted_after_its_upload(client: TestClient, base: Path, tmp_path: Path) -> None:
     name, (scan, labels) = "2: AX T2", draw_case(5)
     write_scan(scan, tmp_path / "new.nii.gz")

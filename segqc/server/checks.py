@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
 
 from fastapi import Body
 from pydantic import AfterValidator, JsonValue
 
 from segqc.server.errors import RequestError
-from segqc.volumes import SCAN_SUFFIXES
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES
 
 JsonObject: TypeAlias = dict[str, JsonValue]
 
@@ -126,17 +126,17 @@ def known(kind: str, name: str, names: Collection[str]) -> str:
     return name
 
 
-def file_suffix(name: str | None, what: str) -> str:
+def file_suffix(name: str | None, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> str:
     """The suffix of an uploaded file's name.
 
     Raises:
-        RequestError: 415 if it is no format that scans and label maps are read from.
+        RequestError: 415 if it is none of the formats that are read.
     """
     base = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
-    for suffix in SCAN_SUFFIXES:
-        if base.lower().endswith(suffix):
-            return suffix
-    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(SCAN_SUFFIXES)}.")
+    found = max((s for s in LABEL_SUFFIXES if base.lower().endswith(s)), key=len, default=None)
+    if found in suffixes:
+        return found
+    raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(suffixes)}.")
 
 
 def json_object(text: str | None, field: str) -> JsonObject:

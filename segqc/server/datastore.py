@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
@@ -29,7 +30,7 @@ from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.values import FindingRecord, LabelRecord, ScanRecord, ScanState, Who
 from segqc.types import label_names
-from segqc.volumes import read_labels, scan_id, scan_suffix, temporary_labels
+from segqc.volumes import VolumeError, read_labels, read_scan, scan_id, scan_suffix, temporary_labels
 
 Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a client sent
 
@@ -181,10 +182,27 @@ class StoreDatastore(Datastore):
         try:
             added = self._studies.add_scan(source, name)
         except ScanExists as error:
+            if self._is_same_scan(error.name, name, source):
+                return name
             raise RequestError(409, f"{error}.") from error
         if image_info:
             self.update_image_info(added.name, image_info)
         return added.name
+
+    def _is_same_scan(self, there: str, name: str, source: Path) -> bool:
+        """Whether a scan that is there has the voxels and the grid of an uploaded one, in whatever format."""
+        if there != name:
+            return False
+        try:
+            kept = self._studies.verify_scan(name)
+            if kept.state == "excluded":
+                return False
+            limits = self._studies.settings.intake
+            one, other = (read_scan(path, limits=limits) for path in (self._studies.folder / kept.file, source))
+        except (VolumeError, UnknownScan):
+            return False
+        same_grid = one.shape == other.shape and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
+        return bool(same_grid and np.array_equal(one.array, other.array))
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""

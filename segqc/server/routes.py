@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,7 +60,7 @@ from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
-from segqc.volumes import VolumeError, atomic_write, read_labels, write_labels
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, atomic_write, read_labels, write_labels
 from segqc.volumes.intake import check_scan
 
 router = APIRouter()
@@ -109,9 +109,9 @@ class _SentOnce(FileResponse):
             Path(self.path).unlink(missing_ok=True)
 
 
-def _receive(upload: UploadFile, folder: Path, stem: str, what: str) -> Path:
+def _receive(upload: UploadFile, folder: Path, stem: str, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> Path:
     """Write an uploaded scan or label map into a folder; its name is ours, but for the suffix."""
-    path = folder / f"{stem}{file_suffix(upload.filename, what)}"
+    path = folder / f"{stem}{file_suffix(upload.filename, what, suffixes)}"
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file)
     return path
@@ -178,13 +178,27 @@ def _infer(
         else:
             raise RequestError(400, "name a scan: image=<id>, session_id=<id>, or upload one as 'file'.")
         if label is not None:
-            wanted["label"] = str(_receive(label, Path(name), "label", "the label map"))
+            received = _receive(label, Path(name), "label", "the label map", LABEL_SUFFIXES)
+            scan = Path(
+                wanted["image_file"] if "image" not in wanted else app.datastore().get_image_uri(wanted["image"])
+            )
+            wanted["label"] = str(_read_uploaded(received, scan, json_object(params, "params")))
         try:
             result = app.infer(wanted)
         except VolumeError as error:
             sentence = str(error).replace(str(wanted.get("label")), "the label map")
             raise RequestError(422, sentence) from error
     return _reply(Path(result["file"]), result["params"], output)
+
+
+def _read_uploaded(received: Path, scan: Path, params: JsonObject) -> Path:
+    """Write an uploaded label map anew with the stored values, read as a submission is."""
+    desk = app_instance().desk
+    configured, limits = bool(desk.settings.structures), desk.settings.intake
+    labels = read_submission(received, scan, desk.labels(), params, configured=configured, limits=limits)
+    path = received.with_name("stored.nii.gz")
+    write_labels(labels, path)
+    return path
 
 
 def _session_image(session_id: str) -> str:
@@ -486,7 +500,7 @@ def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: s
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
-        received = _receive(label, Path(folder), "submitted", "the label map")
+        received = _receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
         verified = app.desk.studies.verify_scan(image)
         scan = app.desk.studies.folder / verified.file
         named = bool(app.desk.settings.structures)
