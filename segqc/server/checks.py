@@ -134,7 +134,7 @@ def file_suffix(name: str | None, what: str, suffixes: Sequence[str] = SCAN_SUFF
     """
     base = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     found = max((s for s in LABEL_SUFFIXES if base.lower().endswith(s)), key=len, default=None)
-    if found in suffixes:
+    if found is not None and found in suffixes:
         return found
     raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(suffixes)}.")
 
