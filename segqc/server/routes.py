@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
@@ -64,6 +65,8 @@ from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, atomic_wri
 from segqc.volumes.intake import check_scan
 
 router = APIRouter()
+
+TURN_SECONDS: Final = 6.0
 
 AskedBy = Annotated[Asker, Depends()]
 
@@ -238,8 +241,21 @@ async def _in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObje
     """Do what annotators wait for, a few at a time and in the order of asking.
 
     More threads than cores only take each other's time: the last one of a crowd would wait many times as long.
+
+    Raises:
+        RequestError: 503 if the turn does not come within seconds: the database is locked, or the crowd too large.
     """
-    return await anyio.to_thread.run_sync(work, limiter=request.app.state.annotation_slots)
+    slots: anyio.CapacityLimiter = request.app.state.annotation_slots
+    turn = object()
+    try:
+        with anyio.fail_after(TURN_SECONDS):
+            await slots.acquire_on_behalf_of(turn)
+    except TimeoutError as error:
+        raise RequestError(503, "the server is too busy, or its database is locked; try again.") from error
+    try:
+        return await anyio.to_thread.run_sync(work)
+    finally:
+        slots.release_on_behalf_of(turn)
 
 
 def _next_sample(strategy: str, asker: Asker, params: Params) -> JsonObject:
