@@ -130,6 +130,9 @@ class Studies:
         Raises:
             UnknownScan: if there is none of this name.
         """
+        return self._as_it_was(name) is not None
+
+    def _as_it_was(self, name: str) -> ScanRecord | None:
         return verify_scan(self.store, name, self.settings.patient_of, self.settings.placing())
 
     def verify_scan(self, name: str) -> ScanRecord:
@@ -138,9 +141,10 @@ class Studies:
         Raises:
             UnknownScan: if there is none of this name, or its file is gone.
         """
-        self.is_unchanged(name)
-        with self.store.read() as transaction:
-            scan = scans.get(transaction, name)
+        scan = self._as_it_was(name)
+        if scan is None:
+            with self.store.read() as transaction:
+                scan = scans.get(transaction, name)
         if scan.missing_since is not None:
             raise UnknownScan(f"the file of the scan {name!r} is gone, or holds no scan any more; see 'segqc scans'")
         return scan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -259,7 +260,7 @@ class StoreDatastore(Datastore):
         told = {**made, **noted, "version": label.id, "maker": label.maker, "who": label.who.name}
         if label.tag != LIKELY_ERRORS_TAG and self._studies.settings.structures:
             # 3D Slicer names the values of a mask by these, in their order
-            names = client_names(label_names(self._studies.settings.structure_list()))
+            names = self._client_names
             params = told.get("params")
             told["params"] = {**(params if isinstance(params, dict) else {}), "label_names": names}
             told.setdefault("label_info", [{"name": name, "idx": value} for name, value in names.items()])
@@ -269,6 +270,10 @@ class StoreDatastore(Datastore):
         elif meta is not None:
             del told["segmentationMeta"]
         return told
+
+    @functools.cached_property
+    def _client_names(self) -> Mapping[str, int]:
+        return client_names(label_names(self._studies.settings.structure_list()))
 
     def review_label(self, image_id: str, label_tag: str, info: Info, who: Who) -> None:
         """Make the Reviewer's decision on a label (``segmentationMeta``) the scan's review; twice is once.
@@ -347,15 +352,19 @@ class StoreDatastore(Datastore):
         names = label_names(structures) if structures else None
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for image, final in self._final_labels()[:limit_cases]:
-                archive.write(image, image.name)
-                name, kept = f"labels/final/{final.scan}{final.suffix}", self._store.label_file(final)
-                if names is None or same_values(names):
-                    archive.write(kept, name)
-                    continue
-                with temporary_labels(to_client(read_labels(kept), names)) as delivered:
-                    archive.write(delivered, f"labels/final/{final.scan}.nii.gz")
+        try:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+                for image, final in self._final_labels()[:limit_cases]:
+                    archive.write(image, image.name)
+                    kept = self._store.label_file(final)
+                    if names is None or same_values(names):
+                        archive.write(kept, f"labels/final/{final.scan}{final.suffix}")
+                        continue
+                    with temporary_labels(to_client(read_labels(kept), names)) as delivered:
+                        archive.write(delivered, f"labels/final/{final.scan}.nii.gz")
+        except BaseException:
+            os.unlink(path)
+            raise
         return path
 
     def status(self) -> dict[str, Any]:
@@ -387,19 +396,18 @@ class StoreDatastore(Datastore):
 
 
 def _in_order(found: Iterable[LabelRecord]) -> list[LabelRecord]:
-    """Labels by their time, the network's mask first: the Reviewer counts its versions on from the last one.
+    """The network's mask, other labels by their time, the final one, and the Reviewer's versions by their number.
 
-    A tag keeps the place of its first version where several are of one series (``version_9``, ``version_10``).
+    The Reviewer counts on from the last tag, and begins with ``version_1`` after ``final``.
     """
 
-    def place(label: LabelRecord) -> tuple[int, int, int]:
+    def place(label: LabelRecord) -> tuple[int, int]:
         number = re.fullmatch(r"version_(\d{1,9})", label.tag)
         if number is not None:
-            return 2, int(number.group(1)), label.id
-        return (0 if label.tag == ORIGINAL else 1), 0, label.id
+            return 3, int(number.group(1))
+        return {ORIGINAL: 0, FINAL: 2}.get(label.tag, 1), label.id
 
-    # the Reviewer reads the number of the last tag, so that the final label comes last before the versions
-    return sorted(found, key=lambda label: (*place(label)[:1], label.tag == FINAL, *place(label)[1:]))
+    return sorted(found, key=place)
 
 
 def _tag(tag: str | DefaultLabelTag | None) -> str:

@@ -75,19 +75,14 @@ def status(store: Store, kind: JobKind, *, every: bool, only_running: bool) -> J
         RequestError: 404 if there is none.
     """
     with store.read() as transaction:
-        if only_running:
-            running = jobs.open_jobs(transaction, kind)
-            if kind == "train":
-                running = [*running, *jobs.open_jobs(transaction, "round")]
-            running = sorted(running, key=lambda job: job.state != "running")
-            if not running:
-                raise RequestError(404, f"no {kind} job is running.")
-            return _as_running(running[0])
         found: Sequence[JobRecord] = jobs.listing(transaction, kind)
-        # a training that waits is one in progress to 3D Slicer and OHIF, which would stop watching it otherwise
-        open_jobs = jobs.open_jobs(transaction, kind) if kind == "train" else []
-        rounds = jobs.open_jobs(transaction, "round") if kind == "train" else []
-    if not every and (going := [*open_jobs, *rounds]):
+        going = jobs.open_jobs(transaction, kind)
+        if kind == "train":  # a round trains, too
+            going += jobs.open_jobs(transaction, "round")
+    if only_running and not going:
+        raise RequestError(404, f"no {kind} job is running.")
+    # a training that waits is one in progress to 3D Slicer and OHIF, which would stop watching it otherwise
+    if going and (only_running or (kind == "train" and not every)):
         return _as_running(min(going, key=lambda job: job.state != "running"))
     if not found:
         raise RequestError(404, f"no {kind} job was ever started.")

@@ -25,6 +25,7 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, Up
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
+from monailabel.interfaces.exception import ImageNotFoundException
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.others.generic import file_checksum
 from pydantic import TypeAdapter
@@ -66,7 +67,8 @@ from segqc.volumes.intake import check_scan
 
 router = APIRouter()
 
-TURN_SECONDS: Final = 6.0
+# With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
+TURN_SECONDS: Final = 10.0
 
 AskedBy = Annotated[Asker, Depends()]
 
@@ -177,7 +179,7 @@ def _infer(
         elif session_id:
             wanted["image_file"] = _session_image(session_id)
         elif image:
-            wanted["image"] = known("image", _scan_of(image), app.datastore().list_images())
+            wanted["image"] = _known_image(image)
         else:
             raise RequestError(400, "name a scan: image=<id>, session_id=<id>, or upload one as 'file'.")
         if label is not None:
@@ -455,23 +457,19 @@ def batch_stop(asker: AskedBy) -> JsonObject | None:
 # -------------------------------------------------------------------------------------------------------- datastore
 
 
-def _scan_of(name: str) -> str:
-    """The id of the scan that a client calls so; the name itself where there is none."""
-    store = app_instance().datastore()
-    return str(store.image_id(name)) if store.has_image(name) else name
-
-
 def _known_image(image: str) -> str:
-    if not app_instance().datastore().has_image(image):
-        raise RequestError(404, f"there is no image {image!r}.")
-    return _scan_of(image)
+    """The id of the scan that a client calls so."""
+    try:
+        return str(app_instance().datastore().image_id(image))
+    except ImageNotFoundException as error:
+        raise RequestError(404, f"there is no image {image!r}.") from error
 
 
 def _known_label(label: str, tag: str) -> str:
-    label = _scan_of(label)
-    if not app_instance().datastore().get_label_uri(label, tag):
+    image = _known_image(label)
+    if not app_instance().datastore().get_label_uri(image, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
-    return label
+    return image
 
 
 @router.head("/datastore/image", tags=["Datastore"], dependencies=[USER], summary="Whether there is a scan")
@@ -577,17 +575,18 @@ def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
 
 @router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
 def download_label(label: str, tag: str, check_only: bool = False) -> Response:
-    """Send the current label map of a scan, as it was kept."""
-    path = Path(app_instance().datastore().get_label_uri(_known_image(label), tag) or _known_label(label, tag))
+    """Send the current label map of a scan, with the values that clients count by."""
+    image, desk = _known_label(label, tag), app_instance().desk
+    path = Path(app_instance().datastore().get_label_uri(image, tag))
     if check_only:
         return JSONResponse({})
-    name = f"{_scan_of(label)}{suffix_of(path)}"
-    names = app_instance().desk.labels()
+    name, names = f"{image}{suffix_of(path)}", desk.labels()
     if tag == LIKELY_ERRORS_TAG or same_values(names):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
+    labels = to_client(read_labels(path), names)
     handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
     os.close(handle)
-    write_labels(to_client(read_labels(path), names), Path(delivered))
+    write_labels(labels, Path(delivered))
     return _SentOnce(delivered, media_type="application/octet-stream", filename=name)
 
 

@@ -123,25 +123,29 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
     return Taken(new, missing, added, removed, replaced)
 
 
-def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> bool:
+def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> ScanRecord | None:
     """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
+
+    Returns:
+        The scan; None where its file was taken in.
 
     Raises:
         UnknownScan: if there is none of this name.
     """
     with store.read() as transaction:
-        file = scans.get(transaction, name).file
+        scan = scans.get(transaction, name)
+        file = scan.file
         known = scans.known_files(transaction, [file]).get(file)
     try:
         signature = signature_of((store.studies / file).stat())
     except FileNotFoundError:
         with store.write() as transaction:
             scans.mark_missing(transaction, [file], FOLDER)
-        return False
+        return None
     if known is not None and not known.missing and signature and known.signature == signature:
-        return True
+        return scan
     _take_in_files(store, [file], {} if known is None else {file: known}, set(), patient_of, placing, _never)
-    return False
+    return None
 
 
 def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, placing: Placing) -> Added:
