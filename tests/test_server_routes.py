@@ -201,6 +201,26 @@ def test_inference_without_a_model_says_what_to_do(client: TestClient, network: 
     assert f"POST /train/{network}" in response.json()["detail"]
 
 
+def test_whose_turn_does_not_come_is_told_so_while_others_are_answered(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segqc.server.application import ANNOTATION_SLOTS
+
+    monkeypatch.setattr("segqc.server.routes.TURN_SECONDS", 0.01)
+    slots, others = client.app.state.annotation_slots, [object() for _ in range(ANNOTATION_SLOTS)]  # type: ignore[attr-defined]
+    for other in others:
+        client.portal.call(slots.acquire_on_behalf_of_nowait, other)  # type: ignore[union-attr]
+    try:
+        answer = client.post("/activelearning/sequential", json={"client_id": "late"})
+        assert answer.status_code == 503
+        assert "too busy" in answer.json()["detail"]
+        assert client.get("/info/").status_code == 200
+    finally:
+        for other in others:
+            client.portal.call(slots.release_on_behalf_of, other)  # type: ignore[union-attr]
+    assert client.post("/activelearning/sequential", json={"client_id": "late"}).json()["id"]
+
+
 def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: TestClient) -> None:
     info = client.get("/info/").json()
     assert info["labels"] == ["liver", "spleen"]
