@@ -69,10 +69,10 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     known = known.where(_counts(transaction)).order_by(AssessmentRow.made_at, AssessmentRow.id)
     rows = transaction.execute(known).all()  # of a pair that has served before
     starts = set(labels.starts(transaction).values()) if rows else set()
-    for scan_id, version, dice in rows:
-        if version in starts:
-            transaction.get_one(Scan, scan_id, populate_existing=True).ranking_dice = dice
-    transaction.flush()
+    last = {scan_id: dice for scan_id, version, dice in rows if version in starts}
+    if last:
+        transaction.execute(update(Scan), [{"id": scan_id, "ranking_dice": dice} for scan_id, dice in last.items()])
+    transaction.expire_all()  # what was read before is not what these rows hold now
 
 
 def _serving(transaction: Transaction) -> int | None:
