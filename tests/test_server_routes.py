@@ -218,7 +218,7 @@ def test_whose_turn_does_not_come_is_told_so_while_others_are_answered(
     finally:
         for other in others:
             client.portal.call(slots.release_on_behalf_of, other)  # type: ignore[union-attr]
-    assert client.post("/activelearning/sequential", json={"client_id": "late"}).json()["id"]
+    assert client.post("/activelearning/unknown", json={"client_id": "late"}).status_code == 404, "its turn has come"
 
 
 def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: TestClient) -> None:

@@ -195,6 +195,8 @@ class Database:
         except (IntegrityError, DataError, NotSupportedError):
             raise  # what was to be written is wrong, not the database
         except (DatabaseError, InterfaceError) as error:
+            if getattr(error.orig, "sqlstate", None) == _REFUSED_BY_TRIGGER:
+                raise  # as an IntegrityError, which it is on SQLite
             raise self._problem(error) from error
 
     def _problem(self, error: DBAPIError) -> StoreUnavailable:
@@ -350,6 +352,7 @@ def _read_only_engine(url: URL) -> Engine:
     return engine
 
 
+_REFUSED_BY_TRIGGER: Final = "P0001"
 _DAMAGE_SQLITE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DAMAGE_POSTGRESQL: Final = ("XX001", "XX002", "42P01", "42703")  # corrupted data or index; no such table or column
 
