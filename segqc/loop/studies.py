@@ -32,7 +32,7 @@ from segqc.store.schema import OPEN_STATES
 from segqc.store.store import First, Store
 from segqc.store.values import FindingRecord, JsonObject, LabelRecord, ScanRecord, Who
 from segqc.training import Case
-from segqc.types import Assessment, Structure, label_names
+from segqc.types import Assessment, Structure, label_names, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
 
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
@@ -235,7 +235,7 @@ class Studies:
         values: set[int] = set()
         for entry in self.scans():
             if entry.final is not None:
-                values |= {int(v) for v in set(read_labels(entry.final).array.ravel().tolist()) if v}
+                values |= values_in(read_labels(entry.final).array)
         if not values:
             raise StudiesError(
                 f"{self.folder}: no structures are named in segqc.toml and no final label shows any; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -232,6 +233,8 @@ def _preload(desk: Any) -> None:
             shelf.get()
         except ModelError as error:
             logger.warning("%s", error)
+    # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
+    gc.freeze()
 
 
 def _bootstrap(instance: Any, looked: threading.Event) -> None:

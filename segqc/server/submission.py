@@ -16,7 +16,7 @@ from segqc.server.checks import JsonObject
 from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
 from segqc.store.values import Who
-from segqc.types import LabelArray
+from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
 from segqc.volumes.inputs import InputFile
@@ -93,7 +93,7 @@ def _likely_errors_refused(name: str) -> RequestError:
 
 
 def _by_names(labels: Volume, values: Mapping[str, int], names: Mapping[str, int], configured: bool) -> Volume:
-    found = set(np.unique(labels.array).tolist()) - {0}
+    found = values_in(labels.array)
     unnamed = sorted(found - set(values.values()))
     if unnamed:
         raise RequestError(
@@ -120,7 +120,7 @@ def _by_names(labels: Volume, values: Mapping[str, int], names: Mapping[str, int
 
 def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
     """Refuse values without names that are no stored ones, or that could as well be those that clients get."""
-    found = set(np.unique(labels.array).tolist()) - {0}
+    found = values_in(labels.array)
     foreign = sorted(found - set(names.values()))
     if foreign:
         raise RequestError(
