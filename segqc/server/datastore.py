@@ -121,15 +121,17 @@ class StoreDatastore(Datastore):
     # ---------------------------------------------------------------------------------------------------------- scans
 
     def _scan(self, image_id: str) -> ScanRecord:
-        with self._store.read() as transaction:
-            # a client may go on calling a scan as it did when it uploaded it
-            found = scans.listing(transaction, names=[image_id, usable_image_id(image_id)])
-        scan = next((s for s in found if s.name == image_id), found[0] if found else None)
-        if scan is None:
-            raise ImageNotFoundException(f"Image {image_id} not found")
-        if scan.state == "excluded" or scan.missing_since is not None:
-            raise ImageNotFoundException(f"Image {image_id} not found")
-        return scan
+        # a client may go on calling a scan as it did when it uploaded it
+        for name in dict.fromkeys([image_id, usable_image_id(image_id)]):
+            try:
+                with self._store.read() as transaction:
+                    scan = scans.get(transaction, name)
+            except UnknownScan:
+                continue
+            if scan.state != "excluded" and scan.missing_since is None:
+                return scan
+            break
+        raise ImageNotFoundException(f"Image {image_id} not found")
 
     def image_id(self, name: str) -> str:
         """The id of the scan that a client calls so.
