@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +29,9 @@ from segqc.types import (
     StructureQuality,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 SHAPE = (32, 28, 10)
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
@@ -121,3 +127,29 @@ def assess(
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = studies.store.save_label(label, path)
     studies.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[TestClient]:
+    """The application in this process, on a folder."""
+    from fastapi.testclient import TestClient
+    from monailabel.config import settings
+    from monailabel.interfaces.utils.app import clear_cache
+
+    from segqc.server.serve import default_app_dir
+
+    saved = settings.model_dump()
+    clear_cache()
+    settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
+    settings.MONAI_LABEL_STUDIES = str(folder)
+    settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
+    try:
+        from segqc.server.application import create_app
+
+        with TestClient(create_app(), raise_server_exceptions=False) as client:
+            yield client
+    finally:
+        clear_cache()
+        for name, value in saved.items():
+            setattr(settings, name, value)

@@ -14,15 +14,12 @@ import pytest
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
 from fastapi.testclient import TestClient
-from monailabel.config import settings
-from monailabel.interfaces.utils.app import clear_cache
 
 from segqc.loop.studies import Studies
-from segqc.server.serve import default_app_dir
 from segqc.server.uploads import MAX_REMEMBERED, REMEMBERED_SECONDS, Uploads
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
-from tests.server_kit import CONFIG, draw_case, make_studies
+from tests.server_kit import CONFIG, draw_case, make_studies, serving
 
 pytestmark = pytest.mark.server
 
@@ -30,28 +27,17 @@ GAPS = CONFIG.replace("liver = [1]", "liver = [2]").replace("spleen = [4]", "spl
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Iterator[Path]:
+def base(tmp_path: Path) -> Path:
     folder = make_studies(tmp_path / "studies", scans=2, finals=0, config=GAPS)
     labels = draw_case(0)[1]
     array = np.select([labels.array == 1, labels.array == 4], [2, 7], 0).astype(np.uint8)
     write_labels(Volume(array, labels.affine), folder / "labels" / "final" / "scan_0.nii.gz")
-    saved = settings.model_dump()
-    clear_cache()
-    settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
-    settings.MONAI_LABEL_STUDIES = str(folder)
-    settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
-    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
-    yield folder
-    clear_cache()
-    for name, value in saved.items():
-        setattr(settings, name, value)
+    return folder
 
 
 @pytest.fixture
 def client(base: Path) -> Iterator[TestClient]:
-    from segqc.server.application import create_app
-
-    with TestClient(create_app(), raise_server_exceptions=False) as made:
+    with serving(base) as made:
         yield made
 
 
@@ -253,10 +239,8 @@ def test_a_slice_that_is_none_is_refused_and_changes_nothing(client: TestClient,
 def test_the_settings_say_by_what_a_slice_tells_the_patient(
     base: Path, dicom_slice: Path, config: str, patient: str
 ) -> None:
-    from segqc.server.application import create_app
-
     (base / "segqc.toml").write_text(config + GAPS)
-    with TestClient(create_app(), raise_server_exceptions=False) as client:
+    with serving(base) as client:
         upload(client, "scan_1", base / "scan_1.nii.gz")
         assert upload(client, "IMG0001", edited(dicom_slice, "s9.dcm", StudyID="S9")).status_code == 200
     assert Studies(base).verify_scan("scan_1").patient == patient
