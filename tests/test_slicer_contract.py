@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import nrrd
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
@@ -17,9 +19,10 @@ from fastapi.testclient import TestClient
 
 from segqc.loop.studies import Studies
 from segqc.server.uploads import MAX_REMEMBERED, REMEMBERED_SECONDS, Uploads
+from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
-from tests.server_kit import CONFIG, draw_case, make_studies, serving
+from tests.server_kit import CONFIG, add_models, draw_case, make_studies, serving
 
 pytestmark = pytest.mark.server
 
@@ -280,6 +283,84 @@ def test_names_that_become_one_id_are_still_two_scans(client: TestClient, base: 
     assert (answer.status_code, answer.json()["image"]) == (409, told["image"]), "one name on some file systems"
     assert np.array_equal(read_scan(base / "2_ AX.nii.gz").array, read_scan(files[0]).array)
     assert len(list(base.glob("2*"))) == 1
+
+
+def write_segmentation(
+    path: Path, layers: np.ndarray, segments: list[tuple[str, int, int]], affine: np.ndarray
+) -> None:
+    """A ``.seg.nrrd``: layers first, and name, layer and value of each segment."""
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.vstack([np.full(3, np.nan), (np.diag([-1, -1, 1]) @ affine[:3, :3]).T]),
+        "space origin": np.diag([-1, -1, 1]) @ affine[:3, 3],
+        "kinds": ["list", "domain", "domain", "domain"],
+    }
+    for number, (name, layer, value) in enumerate(segments):
+        own = {"ID": f"Segment_{number}", "Name": name, "Layer": layer, "LabelValue": value}
+        header |= {f"Segment{number}_{key}": str(told) for key, told in own.items()}
+    nrrd.write(str(path), layers, header, index_order="F")
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nii", ".nii.gz", ".nrrd", ".seg.nrrd"])
+def test_a_label_map_of_each_format_is_stored_by_its_names(
+    client: TestClient, base: Path, tmp_path: Path, suffix: str
+) -> None:
+    labels = draw_case(1)[1]
+    spleen, liver = labels.array == 4, labels.array == 1
+    path = tmp_path / f"sent{suffix}"
+    params: dict[str, object] = {"client_id": "user-1"}
+    if suffix == ".seg.nrrd":
+        layers = np.stack([spleen, np.where(liver, 9, 0)]).astype(np.uint8)
+        write_segmentation(path, layers, [("Spleen", 0, 1), ("liver", 1, 9)], labels.affine)
+    else:
+        image = SimpleITK.GetImageFromArray(np.select([spleen, liver], [1, 2], 0).astype(np.uint8).T)
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ labels.affine
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+        SimpleITK.WriteImage(image, str(path), suffix != ".nii")
+        params["label_info"] = [{"name": "spleen", "idx": 1}, {"name": "liver", "idx": 2}]
+    answer = client.put(
+        "/datastore/label?image=scan_1",
+        data={"params": json.dumps(params)},
+        files={"label": (str(path), path.read_bytes())},
+    )
+    assert answer.status_code == 200, answer.text
+    stored = read_labels(base / "labels" / "final" / "scan_1.nii.gz").array
+    assert np.array_equal(stored, np.select([liver, spleen], [2, 7], 0))
+
+
+def test_what_a_network_answers_may_be_sent_back_as_it_is(client: TestClient, base: Path, tmp_path: Path) -> None:
+    add_models(base, (Structure("liver", (2,)), Structure("spleen", (7,))))
+    data = {"params": json.dumps({"result_extension": ".nrrd", "result_dtype": "uint8"})}
+    names = client.post("/infer/segmentation?image=scan_1&output=json", data=data).json()["label_names"]
+    assert names == {"liver": 1, "spleen": 2}
+    answer = client.post("/infer/segmentation?image=scan_1&output=image", data=data)
+    (tmp_path / "answer.nrrd").write_bytes(answer.content)
+    mask = read_labels(tmp_path / "answer.nrrd").array
+    assert set(np.unique(mask).tolist()) == {0, 1, 2}
+    info = [{"name": name, "idx": value} for name, value in names.items()]
+    for params in ({"label_info": info}, {"label_names": names}):
+        save(client, answer.content, params, "again")
+        stored = read_labels(base / "labels" / "again" / "scan_0.nii.gz").array
+        assert np.array_equal(stored, np.select([mask == 1, mask == 2], [2, 7], 0))
+        told = client.get("/datastore/label/info?label=scan_0&tag=again").json()
+        assert told["label_info"] == info
+        assert told["params"]["label_names"] == names
+    volumes = []
+    for order in (info, info[::-1]):
+        values = {entry["name"]: value for value, entry in enumerate(order, 1)}
+        sent = np.select([mask == 1, mask == 2], [values["liver"], values["spleen"]], 0).astype(np.uint8)
+        write_labels(Volume(sent, draw_case(1)[1].affine), tmp_path / "sent.nii.gz")
+        told = client.post(
+            "/infer/segqc?image=scan_1&output=json",
+            data={"params": json.dumps({"label_info": order})},
+            files={"label": ("sent.nii.gz", (tmp_path / "sent.nii.gz").read_bytes())},
+        ).json()
+        volumes.append([(s["name"], s["mask_volume_ml"]) for s in told["assessment"]["structures"]])
+    assert volumes[0] == volumes[1]
+    assert volumes[0][0][1] != volumes[0][1][1]
 
 
 def test_a_volumes_name_in_slicer_is_accepted_after_its_upload(client: TestClient, base: Path, tmp_path: Path) -> None:
