@@ -218,6 +218,7 @@ def test_a_slice_that_is_none_is_refused_and_changes_nothing(client: TestClient,
     wrong = [b"", b"damaged", content[:100], content[:300], content[:-100], content[:132] + b"\xff" * 500,
              report.read_bytes(), edited(dicom_slice, "lone.dcm", SeriesInstanceUID=None).read_bytes(),
              edited(dicom_slice, "bare.dcm", PixelData=None).read_bytes(),
+             edited(dicom_slice, "long.dcm", PatientID="P" * 300).read_bytes(),
              (base / "scan_1.nii.gz").read_bytes()]  # fmt: skip
     for number, damaged in enumerate(wrong):
         file = dicom_slice.with_name("wrong.dcm")

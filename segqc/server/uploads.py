@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_SECONDS: Final = 600.0
 MAX_REMEMBERED: Final = 1000
+MAX_VALUE: Final = 200  # characters of a tag; DICOM itself allows 64
 DICOM_SUFFIXES: Final = (".dcm", ".dicom", ".ima")
 
 _DEFAULT_TAG: Final = "PatientID"
@@ -95,6 +96,9 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
         told = {name: read_dicom_tag(path, name) for name in (tag, _SERIES)}
     except VolumeError as error:
         raise RequestError(422, str(error).replace(str(path), path.name)) from error
+    too_long = [name for name, value in told.items() if value is not None and len(value) > MAX_VALUE]
+    if too_long:
+        raise RequestError(422, f"{path.name} has a {too_long[0]} of more than {MAX_VALUE} characters; repair it.")
     if image is None:
         raise RequestError(
             409, "a single DICOM file is taken after the scan that it belongs to; upload the scan first, as one file."
