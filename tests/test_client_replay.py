@@ -16,7 +16,9 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
+from segqc.loop.studies import Studies
 from segqc.volumes import read_labels, write_labels, write_scan
+from segqc.volumes.dicom import write_dicom
 from tests.server_kit import add_models, draw_case, listening, make_studies
 
 pytestmark = pytest.mark.server
@@ -118,6 +120,24 @@ def test_every_method_of_the_client_is_answered(url: str, folder: Path, tmp_path
     client.update_auth({"token_type": "bearer", "access_token": "none is needed"})
     assert client.info()["name"] == "SegQC"
     assert client.called == METHODS, "a method of the client that is not replayed"
+
+
+@pytest.mark.parametrize("client_id", [None, "user-2"])
+def test_dicom_files_are_included_whether_or_not_the_client_has_a_name(
+    url: str, folder: Path, tmp_path: Path, client_id: str | None
+) -> None:
+    name, patient = f"scan of {client_id}", f"patient of {client_id}"
+    scan = draw_case(20 if client_id is None else 21)[0]
+    write_scan(scan, tmp_path / "tmp1x.nii.gz")
+    write_dicom(scan, tmp_path / "series", patient)
+    slice_ = next((tmp_path / "series").iterdir())
+    assert MONAILabelClient(url, str(tmp_path), client_id).upload_image(str(tmp_path / "tmp1x.nii.gz"), name)
+    # 3D Slicer makes a client for each request
+    told = MONAILabelClient(url, str(tmp_path), client_id).upload_image(str(slice_), "IMG0001")
+    assert told == {"image": name}
+    assert Studies(folder).verify_scan(name).patient == patient
+    other = MONAILabelClient(url, str(tmp_path), "another")
+    assert refused(lambda: other.upload_image(str(slice_), "IMG0001")) == 409
 
 
 def test_what_the_client_cannot_have_is_a_4xx(url: str, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Asker:
 
         That is who makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
         """
-        if who.identified_by != "cookie" or who.name.endswith(self._request.cookies.get(COOKIE, " ")):
+        if who.identified_by != "cookie" or who.name == f"browser {self._request.cookies.get(COOKIE)}":
             return f"{who.identified_by} {who.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
 
