@@ -228,6 +228,32 @@ def test_the_same_submission_twice_is_one_version(store: Store, folder: Path) ->
     assert save_final(store, folder.parent, "scan_0", 3, BERT).id != first.id
 
 
+def test_a_patient_that_is_told_later_brings_its_role_and_fold(store: Store, folder: Path) -> None:
+    save_final(store, folder.parent, "scan_11", 3)
+    for of in (in_queue(store)[0], in_queue(store, "validation")[0]):
+        with store.read() as transaction:
+            known = scans.get(transaction, of)
+        for name in ("scan_5", "scan_6", "scan_11"):
+            for _ in range(2):
+                with store.write() as transaction:
+                    scans.assign_patient(transaction, name, known.patient, PLACING, ANNA)
+            with store.read() as transaction:
+                scan = scans.get(transaction, name)
+                (told,) = [
+                    event.detail
+                    for event in events.history(transaction, "scan", scan.id)
+                    if event.verb == "patient assigned" and event.detail == {"patient": known.patient}
+                ] or [None]
+            assert (scan.patient, scan.fold, scan.role) == (known.patient, known.fold, known.role)
+            assert told is not None or scan.name == of
+            assert (name in in_queue(store, known.role)) == (name != "scan_11")
+    with store.write() as transaction:
+        scans.assign_patient(transaction, "scan_5", "nobody before", PLACING, ANNA)
+        assert scans.get(transaction, "scan_5").patient == "nobody before"
+        with pytest.raises(UnknownScan):
+            scans.assign_patient(transaction, "unknown", "P1", PLACING, ANNA)
+
+
 def test_another_final_label_of_a_submitted_scan_keeps_it_out_of_the_queue(store: Store, folder: Path) -> None:
     for value in (1, 2, 3):
         save_final(store, folder.parent, "scan_0", value)

@@ -76,6 +76,15 @@ class Asker:
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
         return Who("person", f"browser {known}", "cookie")
 
+    def client(self, who: Who) -> str:
+        """What the next request of the same program has in common with this one.
+
+        That is who makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
+        """
+        if who.identified_by != "cookie" or who.name == f"browser {self._request.cookies.get(COOKIE)}":
+            return f"{who.identified_by} {who.name}"
+        return f"address {self._request.client.host if self._request.client is not None else ''}"
+
 
 @contextlib.contextmanager
 def acting(who: Who) -> Iterator[None]:
