@@ -76,11 +76,26 @@ ALL = dict(commands(typer.main.get_command(cli.app)))
 # ---- help and usage ------------------------------------------------------------------------------------------------
 
 
-def test_help_names_all_commands_and_needs_no_torch() -> None:
-    probe = "import sys, segqc.cli; assert not {'torch', 'monai', 'numpy'} & set(sys.modules); segqc.cli.main()"
+PROBE = """
+import sys
+from segqc import cli
+
+def imported(*names):
+    return set(names) & set(sys.modules)
+
+for arguments in sys.argv[1:]:
+    assert not imported("torch", "monai", "numpy" if arguments == "--help" else "matplotlib")
+    cli.app(arguments.split(), standalone_mode=False)
+assert not imported("torch", "monai", "matplotlib")
+"""
+
+
+def test_help_names_all_commands_and_neither_it_nor_listings_need_torch(tmp_path: Path) -> None:
+    listings = [f"{command} {tmp_path}" for command in ("scans", "leases", "costs")]
     done = subprocess.run(
-        [sys.executable, "-c", probe, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
-    )
+        [sys.executable, "-c", PROBE, "--help", *listings],
+        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in {path[0] for path in ALL}:
         assert name in done.stdout
