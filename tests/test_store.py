@@ -112,6 +112,7 @@ def test_an_unreachable_server_is_one_sentence(folder: Path) -> None:
         Store.open(folder, "postgresql://segqc:secret@127.0.0.1:1/store")
 
 
+@pytest.mark.migrates
 def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | None) -> None:
     with ThreadPoolExecutor(8) as pool:
         stores = list(pool.map(lambda _: Store.open(folder, url), range(8)))
