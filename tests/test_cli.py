@@ -24,6 +24,7 @@ from segqc.assessor import Assessor
 from segqc.evaluation.agreement import agreement
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
+from segqc.phantom import draw_phantom
 from segqc.server.client_labels import to_client
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
@@ -277,7 +278,9 @@ def test_prepare_keeps_a_patient_s_scans_on_one_side(run: Run, tmp_path: Path) -
     assert "both sides" in run("prepare", source, tmp_path / "t", "--labelled", 5, *options).err
 
 
-def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path) -> None:
+def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_phantom(0, 0.5)
+    monkeypatch.setattr("segqc.phantom.draw_phantom", lambda *_: drawn)  # drawing takes a second
     assert run("phantom", tmp_path / "s", "--scans", 2, "--labelled", 1).code == 0
     entries = Studies(tmp_path / "s").scans()
     assert [e.final is not None for e in entries].count(True) == 1
