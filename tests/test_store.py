@@ -112,6 +112,7 @@ def test_an_unreachable_server_is_one_sentence(folder: Path) -> None:
         Store.open(folder, "postgresql://segqc:secret@127.0.0.1:1/store")
 
 
+@pytest.mark.migrates
 def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | None) -> None:
     with ThreadPoolExecutor(8) as pool:
         stores = list(pool.map(lambda _: Store.open(folder, url), range(8)))
@@ -566,13 +567,13 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
 def test_audit_draws_are_uniform_among_all_waiting_scans(store: Store, clock: Clock) -> None:
     rules = LeaseRules(audit_share=1.0, validation_share=0.0, repeat_seconds=0, skip_hours=0)
     drawn = Counter()
-    for _ in range(240):
+    for _ in range(120):
         lease = take(store, ANNA, rules)
         assert (lease.draw, lease.probability, lease.pool) == ("audit", 1.0, COUNT)
         drawn[lease.scan] += 1
         clock.pass_(seconds=1)
     assert len(drawn) == COUNT
-    expected = 240 / COUNT
+    expected = 120 / COUNT
     # chi-square with 11 degrees of freedom: above 31.3 once in a thousand; the draws are seeded
     assert sum((n - expected) ** 2 / expected for n in drawn.values()) < 31.3
 
