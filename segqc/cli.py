@@ -147,37 +147,30 @@ def _set_up_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+# By module: slow to import, or an extra. An error can only have been raised where its module was imported.
+_USER_ERRORS: Final[Mapping[str, tuple[str, ...]]] = {
+    "segqc.evaluation.cohort": ("CohortError",),
+    "segqc.exchange.dataset": ("ExchangeError",),
+    "segqc.loop.studies": ("StudiesError",),
+    "segqc.networks": ("DeviceMemoryError", "ModelError"),
+    "segqc.server.annotator": ("AnnotatorError",),
+    "segqc.server.serve": ("ServeError",),
+    "segqc.settings": ("SettingsError",),
+    "segqc.store.database": ("StoreError",),
+    "segqc.training.cases": ("TooFewCases",),
+    "segqc.volumes": ("VolumeError",),
+}
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
-    from segqc.exchange.dataset import ExchangeError
-    from segqc.loop.studies import StudiesError
-    from segqc.networks import DeviceMemoryError, ModelError
-    from segqc.settings import SettingsError
-    from segqc.store.database import StoreError
-    from segqc.training import TooFewCases
-    from segqc.volumes import VolumeError
-
-    found: list[type[Exception]] = [
-        CommandError,
-        DeviceMemoryError,
-        ExchangeError,
-        StudiesError,
-        ModelError,
-        SettingsError,
-        StoreError,
-        TooFewCases,
-        VolumeError,
-        OSError,
+    found = [
+        getattr(sys.modules[module], name)
+        for module, names in _USER_ERRORS.items()
+        if module in sys.modules
+        for name in names
     ]
-    # slow to import, or an extra: their errors can only have been raised where they were imported
-    for module, name in (
-        ("segqc.evaluation.cohort", "CohortError"),
-        ("segqc.server.annotator", "AnnotatorError"),
-        ("segqc.server.serve", "ServeError"),
-    ):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
+    return (CommandError, OSError, *found)
 
 
 def _version(wanted: bool) -> None:

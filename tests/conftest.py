@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from segqc.store.store import Store
 from tests.store_kit import Clock, new_database, running_postgresql
 
 
@@ -17,6 +20,40 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SEGQC_") and name != "SEGQC_DATA":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files_go_with_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that tests let die cannot clean up after themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database, made by the migrations."""
+    store = Store.open(tmp_path_factory.mktemp("migrated"))
+    store.close()
+    return Path(str(store.database.url.database))
+
+
+@pytest.fixture(autouse=True)
+def _stores_begin_as_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new store on SQLite is a copy of one that was migrated: hundreds of tests make one."""
+    if request.node.get_closest_marker("migrates"):
+        return
+    template: Path = request.getfixturevalue("migrated")
+    check = Store._check_revision
+
+    def copied_first(store: Store) -> None:
+        if store.database.is_sqlite and store.is_writable:
+            target = Path(str(store.database.url.database))
+            if not target.exists():
+                shutil.copyfile(template, target)
+        check(store)
+
+    monkeypatch.setattr(Store, "_check_revision", copied_first)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +31,10 @@ from segqc.types import (
     StructureQuality,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
 
 SHAPE = (32, 28, 10)
 AFFINE = np.diag([1.5, 1.5, 4.0, 1.0])
@@ -68,16 +77,16 @@ def make_studies(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
     return folder
 
 
-def add_models(folder: Path) -> None:
+def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> None:
     """Untrained networks, saved where the server finds them."""
     studies = Studies(folder)
-    values = (1, 4)
+    values = tuple(value for structure in structures for value in structure.values)
     for kind, channels, outputs in (
         ("segmentation", 1, 1 + len(values)),
-        ("segqc", 1 + len(STRUCTURES), len(STRUCTURES)),
+        ("segqc", 1 + len(structures), len(structures)),
     ):
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
-        card = ModelCard(kind, plan, STRUCTURES, values, seen=("scan_0",), scores={"dice": 0.5})  # type: ignore[arg-type]
+        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})  # type: ignore[arg-type]
         network = build_network(plan, seed=1)
         path = studies.model_path(kind)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,3 +130,55 @@ def assess(
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = studies.store.save_label(label, path)
     studies.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)
+
+
+@contextlib.contextmanager
+def application(folder: Path) -> Iterator[FastAPI]:
+    """The application of a folder; MONAI Label's settings are as they were afterwards."""
+    from monailabel.config import settings
+    from monailabel.interfaces.utils.app import clear_cache
+
+    from segqc.server.serve import default_app_dir
+
+    saved = settings.model_dump()
+    clear_cache()
+    settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
+    settings.MONAI_LABEL_STUDIES = str(folder)
+    settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
+    try:
+        from segqc.server.application import create_app
+
+        yield create_app()
+    finally:
+        clear_cache()
+        for name, value in saved.items():
+            setattr(settings, name, value)
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[TestClient]:
+    """A client of the application of a folder, in this process."""
+    from fastapi.testclient import TestClient
+
+    with application(folder) as app, TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(folder: Path) -> Iterator[str]:
+    """The address of a server in a thread of this process, for clients that open connections of their own."""
+    import uvicorn
+
+    from segqc.server.connection import Connection
+
+    with application(folder) as app, socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", log_config=None))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            # the kernel keeps connections until the application is ready to answer them
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

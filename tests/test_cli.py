@@ -24,6 +24,7 @@ from segqc.assessor import Assessor
 from segqc.evaluation.agreement import agreement
 from segqc.loop.studies import Studies
 from segqc.metrics import true_metrics
+from segqc.phantom import draw_phantom
 from segqc.server.client_labels import to_client
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
@@ -76,11 +77,26 @@ ALL = dict(commands(typer.main.get_command(cli.app)))
 # ---- help and usage ------------------------------------------------------------------------------------------------
 
 
-def test_help_names_all_commands_and_needs_no_torch() -> None:
-    probe = "import sys, segqc.cli; assert not {'torch', 'monai', 'numpy'} & set(sys.modules); segqc.cli.main()"
+PROBE = """
+import sys
+from segqc import cli
+
+def imported(*names):
+    return set(names) & set(sys.modules)
+
+for arguments in sys.argv[1:]:
+    assert not imported("torch", "monai", "numpy" if arguments == "--help" else "matplotlib")
+    cli.app(arguments.split(), standalone_mode=False)
+assert not imported("torch", "monai", "matplotlib")
+"""
+
+
+def test_help_names_all_commands_and_neither_it_nor_listings_need_torch(tmp_path: Path) -> None:
+    listings = [f"{command} {tmp_path}" for command in ("scans", "leases", "costs")]
     done = subprocess.run(
-        [sys.executable, "-c", probe, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
-    )
+        [sys.executable, "-c", PROBE, "--help", *listings],
+        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in {path[0] for path in ALL}:
         assert name in done.stdout
@@ -262,7 +278,9 @@ def test_prepare_keeps_a_patient_s_scans_on_one_side(run: Run, tmp_path: Path) -
     assert "both sides" in run("prepare", source, tmp_path / "t", "--labelled", 5, *options).err
 
 
-def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path) -> None:
+def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_phantom(0, 0.5)
+    monkeypatch.setattr("segqc.phantom.draw_phantom", lambda *_: drawn)  # drawing takes a second
     assert run("phantom", tmp_path / "s", "--scans", 2, "--labelled", 1).code == 0
     entries = Studies(tmp_path / "s").scans()
     assert [e.final is not None for e in entries].count(True) == 1

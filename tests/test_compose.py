@@ -16,6 +16,7 @@ from segqc.evaluation.compose import compose, write
 from segqc.evaluation.judging import KnownMask, find_truths, judge, load_judgements, load_truths, save
 from segqc.evaluation.makers import MANIFESTS, Manifest, TestMask
 from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, calibrated_on
+from segqc.evaluation.report.document import Report
 from segqc.evaluation.report.formats import NUMBERS
 from segqc.evaluation.run import Run
 from segqc.evaluation.settings import EvaluationSettings
@@ -94,6 +95,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult
     return run, structure_result(run, "served", list(NOISE), 0)
 
 
+@pytest.fixture(scope="module")
+def report(finished: tuple[Run, StudyResult]) -> Report:
+    """The report of that run."""
+    run, result = finished
+    return compose(run, [result])
+
+
 def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResult]) -> None:
     _, result = finished
     assert STUDIES.validate_json(STUDIES.dump_json(result)) == result
@@ -117,24 +125,25 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
     assert extracted.chosen == 0.1, "the errors of these masks are smaller than a box"
 
 
-def test_a_report_says_where_masks_were_fixed_after_the_trainings(finished: tuple[Run, StudyResult]) -> None:
+def test_a_report_says_where_masks_were_fixed_after_the_trainings(
+    finished: tuple[Run, StudyResult], report: Report
+) -> None:
     run, result = finished
 
-    def said() -> str:
-        report = compose(run, [result])
+    def said(report: Report) -> str:
         return " ".join([*report.sections[1].text, *(p.title for p in report.sections[-1].points)])
 
-    assert "before any method was trained." in said() and "fixed late" not in said()
+    assert "before any method was trained." in said(report) and "fixed late" not in said(report)
     path = run.folder / "test-masks" / "served.json"
     before = path.read_bytes()
     path.write_bytes(MANIFESTS.dump_json(replace(MANIFESTS.validate_json(before), after_training=True)))
-    assert "but for those of studies that were asked for later." in said() and "Some masks were fixed late" in said()
+    late = said(compose(run, [result]))
     path.write_bytes(before)
+    assert "but for those of studies that were asked for later." in late and "Some masks were fixed late" in late
 
 
-def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], report: Report) -> None:
     run, result = finished
-    report = compose(run, [result])
     summary = " ".join(item for point in report.sections[0].points for item in point.items)
     assert "can't be told apart from scan only" in summary
     assert "more exact than" in summary and TTA in summary
@@ -151,7 +160,7 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     assert "ball" in path.read_text()
 
 
-def test_a_report_says_where_looking_at_the_mask_does_harm(finished: tuple[Run, StudyResult]) -> None:
+def test_a_report_says_where_looking_at_the_mask_does_harm(finished: tuple[Run, StudyResult], report: Report) -> None:
     run, result = finished
     compared = tuple(
         replace(c, judgements=tuple(
@@ -162,18 +171,14 @@ def test_a_report_says_where_looking_at_the_mask_does_harm(finished: tuple[Run, 
     )  # fmt: skip
     harm = "does harm"
     said = [
-        " ".join(item for point in compose(run, [r]).sections[0].points for item in point.items)
-        for r in (result, replace(result, compared=compared))
+        " ".join(item for point in composed.sections[0].points for item in point.items)
+        for composed in (report, compose(run, [replace(result, compared=compared)]))
     ]
     assert harm not in said[0]
     assert "More exact than SegQC: scan only." in said[1] and harm in said[1]
 
 
-def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_all(
-    finished: tuple[Run, StudyResult],
-) -> None:
-    run, result = finished
-    report = compose(run, [result])
+def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_all(report: Report) -> None:
     tables = {table.name: table for table in report.tables}
     assert len({row[2] for row in tables["coverage-served"].rows}) > 1
     others = tables["coverage-metrics-served"].rows
@@ -184,16 +189,17 @@ def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_al
     ]
 
 
-def test_tables_are_drawn_again_from_the_results_alone(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+def test_tables_are_drawn_again_from_the_results_alone(
+    finished: tuple[Run, StudyResult], report: Report, tmp_path: Path
+) -> None:
     run, result = finished
-    bare = Run(tmp_path / "bare", replace(run.description, dataset=str(tmp_path / "gone")))
-    report = compose(bare, [result])
-    full = {table.name: table.rows for table in compose(run, [result]).tables}
-    again = {table.name: table.rows for table in report.tables}
+    bare = compose(Run(tmp_path / "bare", replace(run.description, dataset=str(tmp_path / "gone"))), [result])
+    full = {table.name: table.rows for table in report.tables}
+    again = {table.name: table.rows for table in bare.tables}
     assert set(full) - set(again) == {"masks"}
     drawn_alike = set(again) - {"setup", "evaluated-sets"}  # these two tell of the data set and the manifest as well
     assert all(again[name] == full[name] for name in drawn_alike)
-    assert not [figure.name for figure in report.figures if figure.name.startswith(("scatter", "risk", "example"))]
+    assert not [figure.name for figure in bare.figures if figure.name.startswith(("scatter", "risk", "example"))]
 
 
 def test_what_a_method_does_not_say_is_left_out(finished: tuple[Run, StudyResult]) -> None:
@@ -253,15 +259,17 @@ def test_all_methods_are_scored_on_the_slices_that_all_of_them_speak_of(
     assert counts(result, "all") == {m: n - 3 * (m == TTA) for m, n in counts(before, "all").items()}
 
 
-def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(finished: tuple[Run, StudyResult]) -> None:
-    run, result = finished
+def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(
+    finished: tuple[Run, StudyResult], report: Report
+) -> None:
+    _, result = finished
     families = {(c.family, c.others): c for c in result.compared if (c.dimension, c.metric) == ("3D", "dice")}
     compared = {family for family, _ in families}
     assert compared == {"methods", "bad masks", "good masks"}, "no variants, no family of them"
     true = [r.calibrated.n for r in result.rows if (r.dimension, r.metric, r.method) == ("3D", "dice", SEGQC)]
     bad, good = (families[name, (SCAN_ONLY, CROSS_FITTED)] for name in ("bad masks", "good masks"))
     assert [b.comparison.n + g.comparison.n for b, g in zip(bad.judgements, good.judgements, strict=True)] == true * 2
-    table = next(t for t in compose(run, [result]).tables if t.name == "bad-masks-served-ball")
+    table = next(t for t in report.tables if t.name == "bad-masks-served-ball")
     assert {row[1] for row in table.rows} == {SCAN_ONLY, CROSS_FITTED}
 
 

@@ -141,7 +141,10 @@ def test_datastore_is_the_same_twice_byte_for_byte(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-def test_datastore_labels_some_scans_and_keeps_the_truth_of_the_rest_apart(tmp_path: Path) -> None:
+def test_datastore_labels_some_scans_and_keeps_the_truth_of_the_rest_apart(
+    tmp_path: Path, easy: list[Phantom], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segqc.phantom.draw_phantom", lambda *_: easy[0])  # drawing takes a second
     write_datastore(tmp_path, scans=2, labelled=1, seed=5)
     scans = {path.name for path in tmp_path.glob("*.nii.gz")}
     final = {path.name for path in (tmp_path / "labels" / "final").iterdir()}

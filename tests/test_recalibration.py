@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +35,10 @@ AUDIT, WORST = LeaseRules(audit_share=1.0, validation_share=0.0), LeaseRules(aud
 WIDE = MetricIntervals(dice=PredictionInterval(0.0, 1.0, 0.9))
 
 
-@pytest.fixture
-def studies(tmp_path: Path) -> Studies:
-    folder = make_studies(tmp_path / "s", scans=12, finals=0)
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of scans that all have a mask and an assessment."""
+    folder = make_studies(tmp_path_factory.mktemp("judged"), scans=12, finals=0)
     add_models(folder)
     made = Studies(folder)
     assessor = made.assessor()
@@ -48,7 +50,14 @@ def studies(tmp_path: Path) -> Studies:
     assert segmenter is not None
     for i in range(12):
         judge(made, f"scan_{i}", 0.5 + i / 50, segmenter, judging)
-    return made
+    made.store.close()
+    return folder
+
+
+@pytest.fixture
+def studies(judged: Path, tmp_path: Path) -> Studies:
+    """A copy of it to write into."""
+    return Studies(shutil.copytree(judged, tmp_path / "s"))
 
 
 def judge(studies: Studies, scan: str, dice: float, segmenter: Segmenter, assessor: Assessor) -> None:

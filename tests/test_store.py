@@ -113,6 +113,7 @@ def test_an_unreachable_server_is_one_sentence(folder: Path) -> None:
         Store.open(folder, "postgresql://segqc:secret@127.0.0.1:1/store")
 
 
+@pytest.mark.migrates
 def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | None) -> None:
     with ThreadPoolExecutor(8) as pool:
         stores = list(pool.map(lambda _: Store.open(folder, url), range(8)))
@@ -227,6 +228,32 @@ def test_the_same_submission_twice_is_one_version(store: Store, folder: Path) ->
     first = save_final(store, folder.parent, "scan_0", 3)
     assert save_final(store, folder.parent, "scan_0", 3) == first
     assert save_final(store, folder.parent, "scan_0", 3, BERT).id != first.id
+
+
+def test_a_patient_that_is_told_later_brings_its_role_and_fold(store: Store, folder: Path) -> None:
+    save_final(store, folder.parent, "scan_11", 3)
+    for of in (in_queue(store)[0], in_queue(store, "validation")[0]):
+        with store.read() as transaction:
+            known = scans.get(transaction, of)
+        for name in ("scan_5", "scan_6", "scan_11"):
+            for _ in range(2):
+                with store.write() as transaction:
+                    scans.assign_patient(transaction, name, known.patient, PLACING, ANNA)
+            with store.read() as transaction:
+                scan = scans.get(transaction, name)
+                (told,) = [
+                    event.detail
+                    for event in events.history(transaction, "scan", scan.id)
+                    if event.verb == "patient assigned" and event.detail == {"patient": known.patient}
+                ] or [None]
+            assert (scan.patient, scan.fold, scan.role) == (known.patient, known.fold, known.role)
+            assert told is not None or scan.name == of
+            assert (name in in_queue(store, known.role)) == (name != "scan_11")
+    with store.write() as transaction:
+        scans.assign_patient(transaction, "scan_5", "nobody before", PLACING, ANNA)
+        assert scans.get(transaction, "scan_5").patient == "nobody before"
+        with pytest.raises(UnknownScan):
+            scans.assign_patient(transaction, "unknown", "P1", PLACING, ANNA)
 
 
 def test_another_final_label_of_a_submitted_scan_keeps_it_out_of_the_queue(store: Store, folder: Path) -> None:
@@ -555,13 +582,13 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
 def test_audit_draws_are_uniform_among_all_waiting_scans(store: Store, clock: Clock) -> None:
     rules = LeaseRules(audit_share=1.0, validation_share=0.0, repeat_seconds=0, skip_hours=0)
     drawn = Counter()
-    for _ in range(240):
+    for _ in range(120):
         lease = take(store, ANNA, rules)
         assert (lease.draw, lease.probability, lease.pool) == ("audit", 1.0, COUNT)
         drawn[lease.scan] += 1
         clock.pass_(seconds=1)
     assert len(drawn) == COUNT
-    expected = 240 / COUNT
+    expected = 120 / COUNT
     # chi-square with 11 degrees of freedom: above 31.3 once in a thousand; the draws are seeded
     assert sum((n - expected) ** 2 / expected for n in drawn.values()) < 31.3
 

@@ -25,6 +25,7 @@ from segqc.server.client_labels import from_client
 from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
 from segqc.server.models import Desk
+from segqc.server.uploads import Uploads
 from segqc.store import jobs, labels
 from segqc.store.database import StoreError
 from segqc.store.labels import NewLabel
@@ -41,6 +42,7 @@ class SegqcApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.desk = Desk(Path(studies))
+        self.uploads = Uploads()
         super().__init__(
             app_dir=app_dir,
             studies=studies,

@@ -16,12 +16,9 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from segqc.assessor import AssessmentSettings, Assessor
-from segqc.networks import Kind
 from segqc.placement import Placement
-from segqc.segmenter import Segmenter
 from segqc.settings import Settings, load_settings
 from segqc.store import assessments, findings, labels, scans
 from segqc.store.database import PATIENCE_SECONDS, Transaction
@@ -31,9 +28,14 @@ from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.store import First, Store
 from segqc.store.values import FindingRecord, JsonObject, LabelRecord, ScanRecord, Who
-from segqc.training import Case
 from segqc.types import Assessment, Structure, label_names, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
+
+if TYPE_CHECKING:  # these import PyTorch, and most commands need none
+    from segqc.assessor import Assessor
+    from segqc.networks import Kind
+    from segqc.segmenter import Segmenter
+    from segqc.training.cases import Case
 
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
 
@@ -245,6 +247,8 @@ class Studies:
 
     def cases(self) -> list[Case]:
         """The scans with a final label that nobody rejected, ready to train on."""
+        from segqc.training.cases import Case
+
         self.refresh()
         with self.store.read() as transaction:
             records = scans.listing(transaction, states=LABELLED)
@@ -281,11 +285,15 @@ class Studies:
 
     def segmenter(self) -> Segmenter | None:
         """The current segmentation network; ``None`` before the first training."""
+        from segqc.segmenter import Segmenter
+
         path = self.model_path("segmentation")
         return Segmenter.load(path) if path.is_file() else None
 
     def assessor(self) -> Assessor | None:
         """The current SegQC-Net with this folder's settings; ``None`` before the first training."""
+        from segqc.assessor import AssessmentSettings, Assessor
+
         path = self.model_path("segqc")
         settings = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
         return Assessor.load(path, settings) if path.is_file() else None

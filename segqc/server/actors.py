@@ -43,14 +43,9 @@ def signed_in_user(token: Annotated[str, Depends(oauth2_scheme)]) -> User:
 
 
 class Asker:
-    """Who makes a request: a dependency of the routes."""
+    """Who makes a request."""
 
-    def __init__(
-        self,
-        request: Request,
-        response: Response,
-        user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
-    ) -> None:
+    def __init__(self, request: Request, response: Response, user: User) -> None:
         self._request, self._response, self._user = request, response, user
 
     def who(self, params: Mapping[str, JsonValue] | None = None) -> Who:
@@ -75,6 +70,24 @@ class Asker:
             known = uuid.uuid4().hex
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
         return Who("person", f"browser {known}", "cookie")
+
+    def client(self, who: Who) -> str:
+        """What the next request of the same program has in common with this one.
+
+        That is who makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
+        """
+        if who.identified_by != "cookie" or who.name == f"browser {self._request.cookies.get(COOKIE)}":
+            return f"{who.identified_by} {who.name}"
+        return f"address {self._request.client.host if self._request.client is not None else ''}"
+
+
+async def asking(
+    request: Request,
+    response: Response,
+    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+) -> Asker:
+    """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
+    return Asker(request, response, user)
 
 
 @contextlib.contextmanager

@@ -276,10 +276,13 @@ def is_full(error: OSError) -> bool:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def refuse(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def refuse(
+        status: int, message: str, headers: Mapping[str, str] | None = None, *, image: str | None = None
+    ) -> JSONResponse:
         # what a client sent may be no text that can be sent back, or very long
         shown = message if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
-        return JSONResponse({"detail": shown.encode("utf-8", "backslashreplace").decode()}, status, headers)
+        told = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
+        return JSONResponse(told if image is None else {**told, "image": image}, status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -289,7 +292,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def on_request_error(_: Request, error: RequestError) -> JSONResponse:
-        return refuse(error.status, error.message)
+        return refuse(error.status, error.message, image=error.image)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -187,7 +187,7 @@ class StoreDatastore(Datastore):
         except ScanExists as error:
             if self._is_same_scan(error.name, name, source):
                 return name
-            raise RequestError(409, f"{error}.") from error
+            raise RequestError(409, f"{error}.", image=error.name) from error
         if image_info:
             self.update_image_info(added.name, image_info)
         return added.name

@@ -36,7 +36,7 @@ from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind
 from segqc.loop.review import STATE_OF
 from segqc.networks import ModelError
 from segqc.server import jobs
-from segqc.server.actors import Asker, acting
+from segqc.server.actors import Asker, acting, asking
 from segqc.server.checks import (
     FOREIGN_TRAINING_PARAMS,
     IGNORED_REASON,
@@ -57,6 +57,7 @@ from segqc.server.checks import (
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.submission import read_submission, stored_info, submit
+from segqc.server.uploads import is_dicom_name, take_slice
 from segqc.server.waiting import JobsDone
 from segqc.store import events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
@@ -70,7 +71,7 @@ router = APIRouter()
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
 
-AskedBy = Annotated[Asker, Depends()]
+AskedBy = Annotated[Asker, Depends(asking)]
 
 USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
@@ -530,17 +531,31 @@ def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: s
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
 @router.put("/datastore/image", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Upload a scan")
-def add_image(file: Annotated[UploadFile, File()], image: str | None = None, params: FormText = "{}") -> JsonObject:
-    """Store a new scan."""
-    store = app_instance().datastore()
-    suffix = file_suffix(file.filename, "the scan")
-    base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-    name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
+def add_image(
+    asker: AskedBy,
+    file: Annotated[UploadFile, File()],
+    image: str | None = None,
+    params: FormText = "{}",
+) -> JsonObject:
+    """Store a new scan. A DICOM file that the same client sends after it tells the scan's patient."""
+    app = app_instance()
     info = json_object(params, "params")
+    who = asker.who(info)
+    client = asker.client(who)
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+        if is_dicom_name(file.filename):
+            path = Path(folder) / "the DICOM file"
+            with path.open("wb") as target:
+                shutil.copyfileobj(file.file, target)
+            return {"image": take_slice(app.desk.studies, app.uploads.last(client), path, who)}
+        suffix = file_suffix(file.filename, "the scan")
+        base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+        name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
         path = _receive(file, Path(folder), "scan", "the scan")
         _check_received(path, "the scan")
-        return {"image": store.add_image(name, str(path), info)}
+        added = app.datastore().add_image(name, str(path), info)
+    app.uploads.note(client, added)
+    return {"image": added}
 
 
 @router.delete("/datastore/", tags=["Datastore"], dependencies=[ADMIN], include_in_schema=False)

@@ -272,6 +272,22 @@ def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int
     return {name: (i, role) for name, i, role in transaction.execute(query)}
 
 
+def assign_patient(transaction: Transaction, name: str, patient: str, placing: Placing, who: Who) -> None:
+    """Note whose scan it is, where that was told after the scan came; a patient seen for the first time is placed.
+
+    Raises:
+        UnknownScan: if there is none of this name.
+    """
+    scan = find(transaction, name)
+    row, role = _placed(transaction, [FoundScan(scan.name, scan.file, patient)], placing, set())[patient]
+    if scan.patient_id == row:
+        return
+    # in one statement: the queue refers to the patient's role
+    scan.patient_id, scan.queue = row, role if scan.queue is not None else None
+    transaction.flush()
+    events.record(transaction, who, "patient assigned", "scan", scan.id, {"patient": patient})
+
+
 def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> int:
     """Note that scan files are gone from the folder: their history stays, they are not handed out any more."""
     gone = [known for file, known in known_files(transaction, files).items() if file in files and not known.missing]

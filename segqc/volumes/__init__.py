@@ -12,7 +12,7 @@ World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and 
 from __future__ import annotations
 
 from segqc.volumes.atomic import atomic_write
-from segqc.volumes.dicom import read_dicom_volume
+from segqc.volumes.dicom import check_dicom_image, read_dicom_volume
 from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
 from segqc.volumes.dicom_series import (
     DicomContents,
@@ -65,6 +65,7 @@ __all__ = [
     "VolumeError",
     "atomic_write",
     "canonical_frame",
+    "check_dicom_image",
     "dicom_files",
     "is_dicom_image",
     "is_scan_path",

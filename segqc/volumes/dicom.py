@@ -13,7 +13,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
-from segqc.volumes.dicom_headers import first_line, read_dataset
+from segqc.volumes.dicom_headers import first_line, read_dataset, read_header
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, spacing_of
@@ -80,6 +80,25 @@ def _source(volume: DicomVolume, file: InputFile) -> Source:
         return array
 
     return Source(volume.shape, volume.affine, 2, voxels)
+
+
+def check_dicom_image(path: Path) -> None:
+    """Check that a file is one DICOM image of a series, whole.
+
+    Raises:
+        VolumeError: if it is not. The message does not name the file's folder.
+    """
+    header = read_header(path)
+    if not header.is_image or not header.key.series:
+        reason = f"is no image ({header.sop_class})" if header.key.series else "names no series"
+        raise VolumeError(f"{path.name} {reason}; send a DICOM slice of the scan.")
+    item = read_dataset(path)
+    try:
+        _check_pixel_bytes(item, path)
+    except VolumeError:
+        raise
+    except Exception as error:  # values are converted when they are asked for, with errors of many kinds
+        raise VolumeError(f"{path.name} is truncated or damaged ({first_line(error)}); copy it again.") from error
 
 
 def _slice_pixels(file: Path, rows: int, columns: int) -> npt.NDArray[np.float32]:

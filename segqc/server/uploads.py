@@ -1,0 +1,126 @@
+"""DICOM slices that a client sends after a scan: 3D Slicer's option "Include DICOM files".
+
+The extension uploads the scan as one file, then the first slice of its series under a name of the exporter's
+(``IMG0001.dcm``). Nothing in the second request says which scan it belongs to, so the last upload of each client is
+remembered for some minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from segqc.loop.studies import Studies
+from segqc.server.errors import RequestError
+from segqc.settings import Settings
+from segqc.store import scans
+from segqc.store.values import Who
+from segqc.tags import read_dicom_tag, read_tag
+from segqc.volumes import VolumeError, atomic_write, check_dicom_image, scan_id
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_SECONDS: Final = 600.0
+MAX_REMEMBERED: Final = 1000
+MAX_VALUE: Final = 200  # characters of a tag; DICOM itself allows 64
+DICOM_SUFFIXES: Final = (".dcm", ".dicom", ".ima")
+
+_DEFAULT_TAG: Final = "PatientID"
+_SERIES: Final = "SeriesInstanceUID"
+_SIDECAR: Final[TypeAdapter[dict[str, str]]] = TypeAdapter(dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    scan: str
+    at: float
+
+
+class Uploads:
+    """The scan that each client uploaded last, for some minutes and a bounded number of clients."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: dict[str, _Upload] = {}
+        self._lock = threading.Lock()
+
+    def note(self, client: str, scan: str) -> None:
+        """Remember a client's upload; the longest ago is forgotten where there are too many."""
+        with self._lock:
+            self._last.pop(client, None)
+            self._last[client] = _Upload(scan, self._clock())
+            if len(self._last) > MAX_REMEMBERED:
+                del self._last[next(iter(self._last))]
+
+    def last(self, client: str) -> str | None:
+        """The scan that a client uploaded last; None where there is none, or it was too long ago."""
+        with self._lock:
+            found = self._last.get(client)
+        return found.scan if found is not None and self._clock() - found.at < REMEMBERED_SECONDS else None
+
+
+def is_dicom_name(name: str | None) -> bool:
+    """Whether an uploaded file is called a DICOM file."""
+    return (name or "").lower().endswith(DICOM_SUFFIXES)
+
+
+def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str:
+    """Take a scan's patient from a DICOM slice of it; the slice itself is not kept.
+
+    The patient's and the series' tag are written to a JSON file beside the scan, unless there is one already: what the
+    first slice said stays. Where the settings say otherwise whose scan it is, that counts; and the patient of a scan
+    that was worked on stays, as its fold and role do.
+
+    Args:
+        studies: the studies folder.
+        image: the scan's id; None where the client has uploaded none.
+        path: the slice.
+        who: who sent it.
+
+    Returns:
+        The scan's id.
+
+    Raises:
+        RequestError: 422 if it is no usable DICOM image, 409 if there is no scan that it belongs to.
+    """
+    tag = studies.settings.patient_tag or _DEFAULT_TAG
+    try:
+        check_dicom_image(path)
+        told = {name: read_dicom_tag(path, name) for name in (tag, _SERIES)}
+    except VolumeError as error:
+        raise RequestError(422, str(error).replace(str(path), path.name)) from error
+    too_long = [name for name, value in told.items() if value is not None and len(value) > MAX_VALUE]
+    if too_long:
+        raise RequestError(422, f"{path.name} has a {too_long[0]} of more than {MAX_VALUE} characters; repair it.")
+    if image is None:
+        raise RequestError(
+            409, "a single DICOM file is taken after the scan that it belongs to; upload the scan first, as one file."
+        )
+    scan = studies.folder / studies.verify_scan(image).file
+    sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    with studies.store.write() as transaction:
+        if not sidecar.exists():
+            with atomic_write(sidecar) as temporary:
+                kept = {name: value for name, value in told.items() if value is not None}
+                temporary.write_bytes(_SIDECAR.dump_json(kept, indent=1) + b"\n")
+        known, patient = scans.get(transaction, image), _patient(studies.settings, scan, tag)
+        if known.patient == patient:
+            return image
+        if known.state == "unlabelled":
+            scans.assign_patient(transaction, image, patient, studies.settings.placing(), who)
+        else:
+            logger.warning("%s: is %s, so its patient stays %r", image, known.state, known.patient)
+    return image
+
+
+def _patient(settings: Settings, scan: Path, tag: str) -> str:
+    """Whose scan it is by the settings; by its side-car, where they leave that open."""
+    named = settings.patient_of(scan)
+    return (read_tag(scan, tag) or named) if named == scan_id(scan) else named
