@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, inspect, text
 
-from segqc.store import scans
-from segqc.store.database import FairLock, StoreDamaged, StoreReadOnly, StoreUnavailable
+from segqc.store import scans, upkeep
+from segqc.store.database import REVISION, FairLock, StoreDamaged, StoreError, StoreReadOnly, StoreUnavailable
 from segqc.store.store import Store
-from tests.store_kit import make_scans, take_in_scans
+from tests.store_kit import make_scans, new_database, save_final, take_in_scans
 
 
 def _noise(path: Path) -> None:
@@ -67,6 +69,111 @@ def test_a_locked_database_is_given_up_after_the_patience(tmp_path: Path) -> Non
         pass  # it can be had again
     holder.close()
     waiting.close()
+
+
+def _other_tables(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE bookmark (url TEXT)")
+
+
+def _other_migrations(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+    _other_tables(connection)
+
+
+def _other_scans(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("INSERT INTO alembic_version VALUES ('3f2a99c0de11')")
+    connection.execute("CREATE TABLE scan (id INTEGER)")
+
+
+def _no_migration(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("CREATE TABLE scan (id INTEGER)")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder; the index of a write-ahead log is nobody's data."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-shm"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "store.lock"}
+
+
+@pytest.mark.parametrize("fill", [_other_tables, _other_migrations, _other_scans, _no_migration])
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_the_database_of_another_program_is_left_as_it_is(
+    tmp_path: Path, fill: Callable[[sqlite3.Connection], None], journal: str, is_open: bool
+) -> None:
+    path = tmp_path / "segqc" / "store.sqlite"
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        fill(connection)
+        connection.commit()
+        if not is_open:
+            connection.close()
+        before = _contents(tmp_path)
+        with pytest.raises(StoreError, match=r"store\.sqlite: holds the tables of another program.*move this file"):
+            Store.open(tmp_path)
+        with pytest.raises(StoreError, match="another program"):
+            upkeep.upgrade(Store(tmp_path))
+        assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_log_without_its_database_is_kept(tmp_path: Path, is_there: bool) -> None:
+    opened = Store.open(tmp_path)
+    make_scans(tmp_path, 1)
+    take_in_scans(opened)
+    path = tmp_path / "segqc" / "store.sqlite"
+    log = path.with_name("store.sqlite-wal").read_bytes()
+    opened.close()
+    path.unlink()
+    path.with_name("store.sqlite-wal").write_bytes(log)
+    if is_there:
+        path.touch()
+    before = _contents(tmp_path)
+    with pytest.raises(StoreDamaged, match=r"its log store\.sqlite-wal is not; .*segqc db restore"):
+        Store.open(tmp_path)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_lost_database_is_not_made_anew(tmp_path: Path, is_there: bool) -> None:
+    opened = Store.open(tmp_path)
+    make_scans(tmp_path, 1)
+    take_in_scans(opened)
+    save_final(opened, tmp_path, "scan_0", 3)
+    opened.close()
+    path = tmp_path / "segqc" / "store.sqlite"
+    path.unlink()
+    if is_there:
+        path.touch()
+    before = _contents(tmp_path)
+    for way_in in (Store.open, lambda folder: upkeep.upgrade(Store(folder))):
+        with pytest.raises(StoreDamaged, match=r"store\.sqlite: the database is missing .*segqc db restore"):
+            way_in(tmp_path)
+    assert _contents(tmp_path) == before
+
+
+def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
+    (tmp_path / "segqc").mkdir()
+    (tmp_path / "segqc" / "store.sqlite").touch()
+    opened = Store.open(tmp_path)
+    assert opened.revision() == REVISION
+    opened.close()
+
+
+@pytest.mark.server
+def test_a_postgresql_database_of_another_program_is_left_as_it_is(tmp_path: Path, postgresql: str) -> None:
+    url = new_database(postgresql)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE bookmark (url TEXT)"))
+    with pytest.raises(StoreError, match=r"another program.*name an empty database"):
+        Store.open(tmp_path, url)
+    assert inspect(engine).get_table_names() == ["bookmark"]
+    engine.dispose()
 
 
 @pytest.fixture
