@@ -7,15 +7,24 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
 from segqc.store import scans, upkeep
-from segqc.store.database import REVISION, FairLock, StoreDamaged, StoreError, StoreReadOnly, StoreUnavailable
+from segqc.store.database import (
+    REVISION,
+    CircuitBreaker,
+    FairLock,
+    StoreDamaged,
+    StoreError,
+    StoreReadOnly,
+    StoreUnavailable,
+)
 from segqc.store.store import Store
-from tests.store_kit import make_scans, new_database, save_final, take_in_scans
+from tests.store_kit import hanging, make_scans, new_database, save_final, take_in_scans
 
 
 def _noise(path: Path) -> None:
@@ -174,6 +183,66 @@ def test_a_postgresql_database_of_another_program_is_left_as_it_is(tmp_path: Pat
         Store.open(tmp_path, url)
     assert inspect(engine).get_table_names() == ["bookmark"]
     engine.dispose()
+
+
+def test_a_circuit_breaker_lets_one_try_at_a_time() -> None:
+    now = 0.0
+    breaker = CircuitBreaker(1.0, 5.0, lambda: now)
+    assert breaker.lets_through()
+    assert breaker.lets_through()
+    breaker.trip()
+    assert not breaker.lets_through()
+    now = 1.0
+    assert [breaker.lets_through() for _ in range(3)] == [True, False, False]
+    now = 6.0  # the one that tries says nothing
+    assert [breaker.lets_through() for _ in range(3)] == [True, False, False]
+    breaker.trip()
+    now = 7.0
+    assert breaker.lets_through()
+    breaker.reset()
+    assert breaker.lets_through()
+    assert breaker.lets_through()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("write", [False, True])
+def test_a_postgresql_that_hangs_is_given_up_and_comes_back(tmp_path: Path, postgresql: str, write: bool) -> None:
+    opened = Store.open(tmp_path, new_database(postgresql), patience_seconds=0.1)
+    way_in = opened.write if write else opened.read
+
+    def ask() -> str | None:
+        """What a request is told; None if it is answered."""
+        try:
+            with way_in() as transaction:
+                transaction.execute(text("SELECT count(*) FROM scan"))
+        except StoreUnavailable as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [found.result() for found in [pool.submit(ask) for _ in range(8)]] == [None] * 8
+        with hanging(postgresql):
+            told = [found.result() for found in [pool.submit(ask) for _ in range(40)]]
+            assert all(told)
+            with pytest.raises(StoreUnavailable, match="does not answer"), way_in():
+                raise AssertionError("nobody is let through")
+        while ask() is not None:  # until the server is tried again
+            threading.Event().wait(0.05)
+        assert [found.result() for found in [pool.submit(ask) for _ in range(8)]] == [None] * 8
+    opened.close()
+
+
+@pytest.mark.server
+def test_a_postgresql_that_hangs_within_a_transaction(tmp_path: Path, postgresql: str) -> None:
+    opened = Store.open(tmp_path, new_database(postgresql), patience_seconds=0.1)
+    make_scans(tmp_path, 1)
+    with pytest.raises(StoreUnavailable, match="does not answer"), opened.write() as transaction:
+        with hanging(postgresql):
+            transaction.execute(text("SELECT count(*) FROM scan"))
+    opened.close()
+    again = Store.open(tmp_path, opened.database.url.render_as_string(hide_password=False))
+    take_in_scans(again)  # the pen was given back
+    again.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ Clock: TypeAlias = Callable[[], dt.datetime]
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0003"
 PATIENCE_SECONDS: Final = 60.0
+_PAUSE_SECONDS: Final = 1.0  # between tries to reach a server that did not answer
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _OWN_TABLES: Final = frozenset({"scan", "label_version"})  # what tells our tables from those of other programs
 _OWN_REVISION: Final = re.compile(r"\d{4}")
@@ -129,6 +131,42 @@ class FairLock:
                 self._held = False
 
 
+class CircuitBreaker:
+    """Spares callers the wait for a server that has just not answered: until it does, one at a time tries."""
+
+    def __init__(self, pause_seconds: float, try_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Let everybody through.
+
+        Args:
+            pause_seconds: how long nobody tries after a failure.
+            try_seconds: how long a try may take before the next one is let through.
+            clock: gives the time, in seconds.
+        """
+        self._pause, self._try, self._clock = pause_seconds, try_seconds, clock
+        self._mutex = threading.Lock()
+        self._open_until: float | None = None
+
+    def lets_through(self) -> bool:
+        """Whether the caller may try; then it says how that went, by `trip` or `reset`."""
+        with self._mutex:
+            if self._open_until is None:
+                return True
+            if self._clock() < self._open_until:
+                return False
+            self._open_until = self._clock() + self._try
+            return True
+
+    def trip(self) -> None:
+        """The server did not answer."""
+        with self._mutex:
+            self._open_until = self._clock() + self._pause
+
+    def reset(self) -> None:
+        """The server answered."""
+        with self._mutex:
+            self._open_until = None
+
+
 class Database:
     """Connections to one store's database."""
 
@@ -148,6 +186,7 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._patience_seconds = patience_seconds
         self._pen = FairLock()
+        self._breaker = CircuitBreaker(_PAUSE_SECONDS, 2 * patience_seconds)
         self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
         self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
@@ -186,6 +225,7 @@ class Database:
                 f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
             )
         with self._told(), self.engine.connect().execution_options(**self._options(write=write)) as connection:
+            self._breaker.reset()
             if write:
                 # the pen first, and only then the time: times in the store are in the order of the commits
                 connection.begin()
@@ -195,7 +235,9 @@ class Database:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Tell of the driver's errors as `StoreUnavailable`."""
+        """Tell of the driver's errors as `StoreUnavailable`; at once where the server has just not answered."""
+        if not self._breaker.lets_through():
+            raise StoreUnavailable(f"{self.shown}: the database does not answer; try again")
         try:
             yield
         except PoolTimeoutError as error:
@@ -205,6 +247,8 @@ class Database:
         except (DatabaseError, InterfaceError) as error:
             if getattr(error.orig, "sqlstate", None) == _REFUSED_BY_TRIGGER:
                 raise  # as an IntegrityError, which it is on SQLite
+            if not self.is_sqlite and getattr(error.orig, "sqlstate", None) is None:  # not the server says so
+                self._breaker.trip()
             raise self._problem(error) from error
 
     def _problem(self, error: DBAPIError) -> StoreUnavailable:
@@ -317,15 +361,10 @@ def _checked_url(url: str) -> URL:
 def _engine(url: URL, patience_seconds: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            waits = {
-                "connect_timeout": max(2, int(patience_seconds)),
-                "options": f"-c lock_timeout={int(patience_seconds * 1000)}",
-            }
-            return create_engine(
-                url, pool_pre_ping=True, connect_args=waits, pool_timeout=patience_seconds, **_CONNECTIONS
-            )
+            from segqc.store.postgresql import postgresql_engine
         except ModuleNotFoundError as error:
             raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
+        return postgresql_engine(url, patience_seconds, **_CONNECTIONS)
     engine = create_engine(
         url,
         connect_args={"timeout": patience_seconds, "check_same_thread": False},
