@@ -69,7 +69,7 @@ def running_postgresql() -> Iterator[str]:
 
 @contextlib.contextmanager
 def hanging(server: str) -> Iterator[None]:
-    """Stop all processes of a PostgreSQL of `running_postgresql`: its connections stay open, and nothing is answered."""
+    """Stop all processes of a PostgreSQL of `running_postgresql`: connections stay open, and nothing is answered."""
     folder = Path(server.partition("host=")[2])
     main = int((folder / "data" / "postmaster.pid").read_text().split()[0])
     stopped = [main]

@@ -236,9 +236,8 @@ def test_a_postgresql_that_hangs_is_given_up_and_comes_back(tmp_path: Path, post
 def test_a_postgresql_that_hangs_within_a_transaction(tmp_path: Path, postgresql: str) -> None:
     opened = Store.open(tmp_path, new_database(postgresql), patience_seconds=0.1)
     make_scans(tmp_path, 1)
-    with pytest.raises(StoreUnavailable, match="does not answer"), opened.write() as transaction:
-        with hanging(postgresql):
-            transaction.execute(text("SELECT count(*) FROM scan"))
+    with pytest.raises(StoreUnavailable, match="does not answer"), opened.write() as transaction, hanging(postgresql):
+        transaction.execute(text("SELECT count(*) FROM scan"))
     opened.close()
     again = Store.open(tmp_path, opened.database.url.render_as_string(hide_password=False))
     take_in_scans(again)  # the pen was given back
