@@ -11,9 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from sqlalchemy import create_engine, inspect, text
+from typer.testing import CliRunner
 
-from segqc.store import scans, upkeep
+from segqc import cli
+from segqc.loop.studies import Studies
+from segqc.store import labels, scans, upkeep
 from segqc.store.database import (
     REVISION,
     CircuitBreaker,
@@ -24,6 +28,7 @@ from segqc.store.database import (
     StoreUnavailable,
 )
 from segqc.store.store import Store
+from tests.server_kit import make_studies
 from tests.store_kit import hanging, make_scans, new_database, save_final, take_in_scans
 
 
@@ -276,6 +281,39 @@ def test_a_read_only_folder_is_read_and_left_as_it_is(
     reader.close()
     assert {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()} == before
     writer.close()
+
+
+def test_commands_on_a_read_only_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> None:
+    folder, out = make_studies(tmp_path / "studies", scans=3, finals=2), tmp_path_factory.mktemp("out")
+    opened = Studies(folder).store
+    with opened.read() as transaction:
+        version = str(labels.history(transaction, "scan_0")[0].id)
+    opened.close()
+    before = _contents(folder)
+    request.getfixturevalue("read_only")
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli.app, [*map(str, arguments)])
+
+    for command in (
+        ("scans", folder), ("labels", folder, "scan_0"),
+        ("labels", folder, "scan_0", "--export", version, "-o", out / "label.nii.gz"),
+        ("leases", folder), ("costs", folder), ("db", "check", folder), ("db", "backup", folder, out / "backup"),
+        *(("export", form, folder, out / form) for form in ("archive", "local", "decathlon", "nnunet", "tables")),
+    ):  # fmt: skip
+        done = run(*command)
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    for command in (
+        ("review", folder, "scan_0", "approve"), ("db", "restore-views", folder), ("db", "upgrade", folder),
+        ("db", "check", folder, "--repair"), ("db", "restore", out / "backup", folder),
+        ("labels", folder, "scan_0", "--restore", version),
+    ):  # fmt: skip
+        refused = run(*command)
+        assert isinstance(refused.exception, StoreReadOnly), (command, refused.output, refused.exception)
+        assert "is read-only" in str(refused.exception)
+    assert _contents(folder) == before
 
 
 def test_a_read_only_folder_without_a_store_is_named(read_only: Path) -> None:

@@ -252,8 +252,11 @@ class Store:
             first: the same, called before.
 
         Raises:
+            StoreReadOnly: if the folder cannot be written.
             StoreError: if somebody writes the same files all the time.
         """
+        if not self.is_writable:
+            raise StoreReadOnly(f"{self.studies}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
         with tempfile.TemporaryDirectory(prefix="segqc-") as work:
             for _ in range(_TRIES):
