@@ -284,19 +284,29 @@ class Studies:
         return self.own / "training" / network
 
     def segmenter(self) -> Segmenter | None:
-        """The current segmentation network; ``None`` before the first training."""
+        """The current segmentation network; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
+        from segqc.networks import model_status
         from segqc.segmenter import Segmenter
 
         path = self.model_path("segmentation")
-        return Segmenter.load(path) if path.is_file() else None
+        return Segmenter.load(path) if model_status(path) is not None else None
 
     def assessor(self) -> Assessor | None:
-        """The current SegQC-Net with this folder's settings; ``None`` before the first training."""
+        """The current SegQC-Net with this folder's settings; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
         from segqc.assessor import AssessmentSettings, Assessor
+        from segqc.networks import model_status
 
         path = self.model_path("segqc")
         settings = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
-        return Assessor.load(path, settings) if path.is_file() else None
+        return Assessor.load(path, settings) if model_status(path) is not None else None
 
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""

@@ -32,9 +32,9 @@ from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind
+from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, put_scoring
 from segqc.loop.review import STATE_OF
-from segqc.networks import ModelError
+from segqc.networks import Kind, ModelError, TrainedNetwork
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting
 from segqc.server.checks import (
@@ -56,10 +56,11 @@ from segqc.server.checks import (
 )
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.models import Desk
 from segqc.server.submission import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
 from segqc.server.waiting import JobsDone
-from segqc.store import events, labels, leases, scans
+from segqc.store import assessments, events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
 from segqc.store.values import EventRecord, LabelRecord
 from segqc.types import PredictionInterval
@@ -780,7 +781,10 @@ def remove_session(session_id: str) -> JsonObject:
 
 @router.put("/model/{model}", tags=["Model"], dependencies=[ADMIN], summary="Replace a model file")
 def update_model(model: str, file: UploadFile) -> JsonObject:
-    """Put an uploaded model in the place of the current one, if it can be loaded and is of the same kind."""
+    """Put an uploaded model in the place of the current one, if it can be loaded and is of the same kind.
+
+    From then on only the new pair's estimates count, and the scans that wait are scored by it.
+    """
     desk = app_instance().desk
     shelves = {"segmentation": desk.segmenters, "segqc": desk.assessors}
     shelf = shelves[known("model", model, shelves)]
@@ -788,11 +792,25 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
         with atomic_write(shelf.path) as temporary:
             with temporary.open("wb") as target:
                 shutil.copyfileobj(file.file, target)
-            shelf.load(temporary)
+            _let_serve(desk, shelf.load(temporary))
     except ModelError as error:
         message = str(error).removeprefix(str(temporary)).removeprefix(": ")
         raise RequestError(422, f"the uploaded file is no {model} model: {message}.") from error
     return {"checksum": file_checksum(shelf.path), "modified_time": int(shelf.path.stat().st_mtime)}
+
+
+def _let_serve(desk: Desk, uploaded: TrainedNetwork) -> None:
+    """Let the pair of networks serve that an uploaded one makes with the other one, where that is there."""
+    versions: dict[Kind, str] = {uploaded.kind: uploaded.version}
+    if uploaded.kind == "segmentation" and desk.has("segqc"):
+        versions["segqc"] = desk.assessor().version
+    elif uploaded.kind == "segqc" and desk.has("segmentation"):
+        versions["segmentation"] = desk.segmenter().version
+    if len(versions) < 2:
+        return
+    with desk.studies.store.write() as transaction:
+        assessments.serve(transaction, versions["segmentation"], versions["segqc"])
+        put_scoring(transaction)
 
 
 @router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")
