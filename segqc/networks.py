@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,6 +345,29 @@ def in_device_memory(patch: Triple) -> Iterator[None]:
         ) from error
 
 
+def model_status(path: Path) -> os.stat_result | None:
+    """What the file system knows of a model file; None where there is none.
+
+    Raises:
+        ModelError: if something else lies there, or nobody can see what.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ModelError(
+                f"{path}: is a link to a file that is not there; mend it, or remove it and train the network again"
+            ) from None
+        return None
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise ModelError(f"{path}: cannot be read ({reason}); let SegQC read this file and its folder") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "something else"
+        raise ModelError(f"{path}: is {what}, not a model file; remove it and train the network again")
+    return status
+
+
 class TrainedNetwork:
     """A network with its card: what `Segmenter` and `Assessor` share."""
 
@@ -372,11 +397,9 @@ class TrainedNetwork:
         with atomic_write(path) as temporary:
             torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
 
-    @staticmethod
-    def _read(path: Path) -> tuple[ModelCard, nn.Module]:
-        if path.is_dir():
-            raise ModelError(f"{path}: is a folder, not a model file; remove it and train the network again")
-        if not path.is_file():
+    @classmethod
+    def _read(cls, path: Path) -> tuple[ModelCard, nn.Module]:
+        if model_status(path) is None:
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
             # weights_only: a model file from elsewhere must not run code
@@ -386,11 +409,15 @@ class TrainedNetwork:
                     f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}: train it again"
                 )
             card = _CARDS.validate_json(content["card"])
+            if card.kind != cls.kind:
+                raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted")
             members = [StemUNet(card.plan) for _ in range(card.members)]
             network = members[0] if card.members == 1 else MeanOfNetworks(members)
             network.load_state_dict(content["weights"])
         except ModelError:
             raise
+        except PermissionError as error:
+            raise ModelError(f"{path}: cannot be read (permission denied); let SegQC read this file") from error
         except Exception as error:  # torch.load raises many kinds on foreign and damaged files, without a common base
             raise ModelError(
                 f"{path}: not a readable SegQC model file ({type(error).__name__}); train it again or restore a copy"

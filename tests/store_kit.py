@@ -7,6 +7,7 @@ import datetime as dt
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -64,6 +65,26 @@ def running_postgresql() -> Iterator[str]:
     finally:
         subprocess.run([tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hanging(server: str) -> Iterator[None]:
+    """Stop all processes of a PostgreSQL of `running_postgresql`: connections stay open, and nothing is answered."""
+    folder = Path(server.partition("host=")[2])
+    main = int((folder / "data" / "postmaster.pid").read_text().split()[0])
+    stopped = [main]
+    os.kill(main, signal.SIGSTOP)  # first, so that it starts no others
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == main:
+                stopped.append(int(status.parent.name))
+                os.kill(stopped[-1], signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in reversed(stopped):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 def new_database(server: str) -> str:

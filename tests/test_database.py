@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from click.testing import Result
+from sqlalchemy import create_engine, inspect, text
+from typer.testing import CliRunner
 
-from segqc.store import scans
-from segqc.store.database import FairLock, StoreDamaged, StoreReadOnly, StoreUnavailable
+from segqc import cli
+from segqc.loop.studies import Studies
+from segqc.store import labels, scans, upkeep
+from segqc.store.database import (
+    REVISION,
+    CircuitBreaker,
+    FairLock,
+    StoreDamaged,
+    StoreError,
+    StoreReadOnly,
+    StoreUnavailable,
+)
 from segqc.store.store import Store
-from tests.store_kit import make_scans, take_in_scans
+from tests.server_kit import make_studies
+from tests.store_kit import hanging, make_scans, new_database, save_final, take_in_scans
 
 
 def _noise(path: Path) -> None:
@@ -69,6 +85,170 @@ def test_a_locked_database_is_given_up_after_the_patience(tmp_path: Path) -> Non
     waiting.close()
 
 
+def _other_tables(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE bookmark (url TEXT)")
+
+
+def _other_migrations(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+    _other_tables(connection)
+
+
+def _other_scans(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("INSERT INTO alembic_version VALUES ('3f2a99c0de11')")
+    connection.execute("CREATE TABLE scan (id INTEGER)")
+
+
+def _no_migration(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    connection.execute("CREATE TABLE scan (id INTEGER)")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder; the index of a write-ahead log is nobody's data."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-shm"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "store.lock"}
+
+
+@pytest.mark.parametrize("fill", [_other_tables, _other_migrations, _other_scans, _no_migration])
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_the_database_of_another_program_is_left_as_it_is(
+    tmp_path: Path, fill: Callable[[sqlite3.Connection], None], journal: str, is_open: bool
+) -> None:
+    path = tmp_path / "segqc" / "store.sqlite"
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        fill(connection)
+        connection.commit()
+        if not is_open:
+            connection.close()
+        before = _contents(tmp_path)
+        with pytest.raises(StoreError, match=r"store\.sqlite: holds the tables of another program.*move this file"):
+            Store.open(tmp_path)
+        with pytest.raises(StoreError, match="another program"):
+            upkeep.upgrade(Store(tmp_path))
+        assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_log_without_its_database_is_kept(tmp_path: Path, is_there: bool) -> None:
+    opened = Store.open(tmp_path)
+    make_scans(tmp_path, 1)
+    take_in_scans(opened)
+    path = tmp_path / "segqc" / "store.sqlite"
+    log = path.with_name("store.sqlite-wal").read_bytes()
+    opened.close()
+    path.unlink()
+    path.with_name("store.sqlite-wal").write_bytes(log)
+    if is_there:
+        path.touch()
+    before = _contents(tmp_path)
+    with pytest.raises(StoreDamaged, match=r"its log store\.sqlite-wal is not; .*segqc db restore"):
+        Store.open(tmp_path)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_lost_database_is_not_made_anew(tmp_path: Path, is_there: bool) -> None:
+    opened = Store.open(tmp_path)
+    make_scans(tmp_path, 1)
+    take_in_scans(opened)
+    save_final(opened, tmp_path, "scan_0", 3)
+    opened.close()
+    path = tmp_path / "segqc" / "store.sqlite"
+    path.unlink()
+    if is_there:
+        path.touch()
+    before = _contents(tmp_path)
+    for way_in in (Store.open, lambda folder: upkeep.upgrade(Store(folder))):
+        with pytest.raises(StoreDamaged, match=r"store\.sqlite: the database is missing .*segqc db restore"):
+            way_in(tmp_path)
+    assert _contents(tmp_path) == before
+
+
+def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
+    (tmp_path / "segqc").mkdir()
+    (tmp_path / "segqc" / "store.sqlite").touch()
+    opened = Store.open(tmp_path)
+    assert opened.revision() == REVISION
+    opened.close()
+
+
+@pytest.mark.server
+def test_a_postgresql_database_of_another_program_is_left_as_it_is(tmp_path: Path, postgresql: str) -> None:
+    url = new_database(postgresql)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE bookmark (url TEXT)"))
+    with pytest.raises(StoreError, match=r"another program.*name an empty database"):
+        Store.open(tmp_path, url)
+    assert inspect(engine).get_table_names() == ["bookmark"]
+    engine.dispose()
+
+
+def test_a_circuit_breaker_lets_one_try_at_a_time() -> None:
+    now = 0.0
+    breaker = CircuitBreaker(1.0, 5.0, lambda: now)
+    assert breaker.lets_through()
+    assert breaker.lets_through()
+    breaker.trip()
+    assert not breaker.lets_through()
+    now = 1.0
+    assert [breaker.lets_through() for _ in range(3)] == [True, False, False]
+    now = 6.0  # the one that tries says nothing
+    assert [breaker.lets_through() for _ in range(3)] == [True, False, False]
+    breaker.trip()
+    now = 7.0
+    assert breaker.lets_through()
+    breaker.reset()
+    assert breaker.lets_through()
+    assert breaker.lets_through()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("write", [False, True])
+def test_a_postgresql_that_hangs_is_given_up_and_comes_back(tmp_path: Path, postgresql: str, write: bool) -> None:
+    opened = Store.open(tmp_path, new_database(postgresql), patience_seconds=0.1)
+    way_in = opened.write if write else opened.read
+
+    def ask() -> str | None:
+        """What a request is told; None if it is answered."""
+        try:
+            with way_in() as transaction:
+                transaction.execute(text("SELECT count(*) FROM scan"))
+        except StoreUnavailable as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [found.result() for found in [pool.submit(ask) for _ in range(8)]] == [None] * 8
+        with hanging(postgresql):
+            told = [found.result() for found in [pool.submit(ask) for _ in range(40)]]
+            assert all(told)
+            with pytest.raises(StoreUnavailable, match="does not answer"), way_in():
+                raise AssertionError("nobody is let through")
+        while ask() is not None:  # until the server is tried again
+            threading.Event().wait(0.05)
+        assert [found.result() for found in [pool.submit(ask) for _ in range(8)]] == [None] * 8
+    opened.close()
+
+
+@pytest.mark.server
+def test_a_postgresql_that_hangs_within_a_transaction(tmp_path: Path, postgresql: str) -> None:
+    opened = Store.open(tmp_path, new_database(postgresql), patience_seconds=0.1)
+    make_scans(tmp_path, 1)
+    with pytest.raises(StoreUnavailable, match="does not answer"), opened.write() as transaction, hanging(postgresql):
+        transaction.execute(text("SELECT count(*) FROM scan"))
+    opened.close()
+    again = Store.open(tmp_path, opened.database.url.render_as_string(hide_password=False))
+    take_in_scans(again)  # the pen was given back
+    again.close()
+
+
 @pytest.fixture
 def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that says it cannot be written; the rights of files would not keep root from it."""
@@ -101,6 +281,39 @@ def test_a_read_only_folder_is_read_and_left_as_it_is(
     reader.close()
     assert {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()} == before
     writer.close()
+
+
+def test_commands_on_a_read_only_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> None:
+    folder, out = make_studies(tmp_path / "studies", scans=3, finals=2), tmp_path_factory.mktemp("out")
+    opened = Studies(folder).store
+    with opened.read() as transaction:
+        version = str(labels.history(transaction, "scan_0")[0].id)
+    opened.close()
+    before = _contents(folder)
+    request.getfixturevalue("read_only")
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli.app, [*map(str, arguments)])
+
+    for command in (
+        ("scans", folder), ("labels", folder, "scan_0"),
+        ("labels", folder, "scan_0", "--export", version, "-o", out / "label.nii.gz"),
+        ("leases", folder), ("costs", folder), ("db", "check", folder), ("db", "backup", folder, out / "backup"),
+        *(("export", form, folder, out / form) for form in ("archive", "local", "decathlon", "nnunet", "tables")),
+    ):  # fmt: skip
+        done = run(*command)
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    for command in (
+        ("review", folder, "scan_0", "approve"), ("db", "restore-views", folder), ("db", "upgrade", folder),
+        ("db", "check", folder, "--repair"), ("db", "restore", out / "backup", folder),
+        ("labels", folder, "scan_0", "--restore", version),
+    ):  # fmt: skip
+        refused = run(*command)
+        assert isinstance(refused.exception, StoreReadOnly), (command, refused.output, refused.exception)
+        assert "is read-only" in str(refused.exception)
+    assert _contents(folder) == before
 
 
 def test_a_read_only_folder_without_a_store_is_named(read_only: Path) -> None:

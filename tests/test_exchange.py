@@ -607,3 +607,35 @@ def test_the_commands(task: Path, tmp_path: Path) -> None:
         shutil.copy(studies / f"{name}.nii.gz", tmp_path / "third")
     assert "3 scan" in run("import", "archive", tmp_path / "archive", tmp_path / "third")
     assert "nothing is wrong" in run("db", "check", tmp_path / "third")
+
+
+@pytest.mark.server
+def test_the_archive_commands_lead_from_one_database_to_the_other_and_back(
+    folder: Path, tmp_path: Path, postgresql: str
+) -> None:
+    url = new_database(postgresql)
+    for name, settings in (
+        ("there", f'[store]\nurl = "{url}"\n'),
+        ("back", ""),
+        ("other", f'[store]\nurl = "{url}"\n'),
+    ):
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("segqc", "labels"))
+        (tmp_path / name / "segqc.toml").write_text(settings)
+    run("export", "archive", folder, tmp_path / "first")
+    run("import", "archive", tmp_path / "first", tmp_path / "there")
+    assert not (tmp_path / "there" / "segqc" / "store.sqlite").exists()
+    assert "nothing is wrong" in run("db", "check", tmp_path / "there")
+    run("export", "archive", tmp_path / "there", tmp_path / "second")
+    run("import", "archive", tmp_path / "second", tmp_path / "back")
+    assert "nothing is wrong" in run("db", "check", tmp_path / "back")
+    found = [Store.open(tmp_path / name, url) for name, url in (("studies", None), ("there", url), ("back", None))]
+    histories = []
+    for opened in found:
+        with opened.read() as transaction:
+            histories.append(labels.history(transaction, "scan_0"))
+        opened.close()
+    assert histories[0]
+    assert histories[1:] == histories[:1] * 2
+    refused = CliRunner().invoke(cli.app, ["import", "archive", str(tmp_path / "first"), str(tmp_path / "other")])
+    assert isinstance(refused.exception, ExchangeError)
+    assert "holds rows already; import into an empty database" in str(refused.exception)

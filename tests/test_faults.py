@@ -12,6 +12,7 @@ import itertools
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -157,6 +158,25 @@ def test_a_kill_at_any_instant_loses_nothing_that_was_acknowledged(
     assert len(told.read_text().splitlines()) >= KILLS
 
 
+def started(folder: Path, log_file: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """A server of a folder that answers, and its address."""
+    import requests
+
+    from tests.e2e.test_server import free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
+    with log_file.open("ab") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while True:
+        with contextlib.suppress(requests.ConnectionError):
+            if requests.get(f"{url}/info/", timeout=30).ok:
+                return server, url
+        assert time.monotonic() < deadline, log_file.read_text()[-3000:]
+        time.sleep(0.2)
+
+
 def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: Path) -> None:
     pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
     import psutil
@@ -164,7 +184,6 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
 
     from segqc.loop.studies import Studies
     from segqc.volumes import temporary_labels
-    from tests.e2e.test_server import free_port
     from tests.server_kit import draw_case, make_studies
 
     folder = make_studies(tmp_path / "studies", scans=6, finals=0)
@@ -172,17 +191,7 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
     chance = random.Random(1)
     acknowledged: dict[int, tuple[str, np.ndarray]] = {}
     for kill in range(max(1, KILLS // 20)):
-        port = free_port()
-        command = [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
-        with (tmp_path / "log").open("ab") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log)
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            with contextlib.suppress(requests.ConnectionError):
-                if requests.get(f"{url}/info/", timeout=30).ok:
-                    break
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.2)
+        server, url = started(folder, tmp_path / "log")
         children = psutil.Process(server.pid).children(recursive=True)
         threading.Timer(chance.uniform(0.5, 3), server.kill).start()
         with contextlib.suppress(requests.RequestException):
@@ -216,6 +225,74 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
                 assert np.array_equal(read_labels(studies.store.label_file(label)).array, array)
         studies.store.close()
     assert acknowledged
+
+
+def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_path: Path) -> None:
+    pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+    import psutil
+    import requests
+
+    from segqc.volumes import temporary_labels
+    from tests.server_kit import draw_case, make_studies
+
+    folder, backup = make_studies(tmp_path / "studies", scans=4, finals=0), tmp_path / "backup"
+    contents = []
+    for case in range(2):
+        with temporary_labels(draw_case(case)[1]) as path:
+            contents.append(path.read_bytes())
+    server, url = started(folder, tmp_path / "log")
+
+    def load(client: int) -> None:
+        with contextlib.suppress(requests.RequestException):  # until the server is killed
+            for label in itertools.cycle(contents):  # the same once more would be no new version
+                answer = requests.put(
+                    f"{url}/datastore/label?image=scan_{client}&tag=load",
+                    data={"params": f'{{"client_id": "{client}"}}'},
+                    files={"label": ("l.nii.gz", label)},
+                    timeout=30,
+                )
+                assert answer.status_code == 200, answer.text
+
+    def segqc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "segqc.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def count(studies: Path) -> int:
+        with contextlib.closing(sqlite3.connect(studies / "segqc" / "store.sqlite")) as connection:
+            found: int = connection.execute("SELECT count(*) FROM label_version").fetchone()[0]
+            return found
+
+    children = psutil.Process(server.pid).children(recursive=True)
+    crowd = [threading.Thread(target=load, args=(client,)) for client in range(4)]
+    for thread in crowd:
+        thread.start()
+    made = segqc("db", "backup", folder, backup)
+    assert made.returncode == 0, made.stderr
+    live = segqc("db", "restore", backup, folder)
+    assert live.returncode == 1
+    assert "end the server" in live.stderr
+    kept = count(backup)
+    while count(folder) <= kept + 4:
+        assert any(thread.is_alive() for thread in crowd)
+        time.sleep(0.1)
+    server.kill()
+    for thread in crowd:
+        thread.join()
+    assert server.wait(timeout=30) == -signal.SIGKILL
+    psutil.wait_procs(children, timeout=30)
+
+    make_studies(tmp_path / "empty", scans=4, finals=0)
+    for target in (folder, folder, tmp_path / "empty"):  # as the kill left it, as a restore did, and without a store
+        done = segqc("db", "restore", backup, target)
+        assert done.returncode == 0, done.stderr
+        assert "restored from" in done.stdout
+        assert not (target / "segqc" / "store.sqlite-wal").exists()
+        assert count(target) == kept
+        assert "nothing is wrong" in segqc("db", "check", target).stdout
+    server, url = started(folder, tmp_path / "log")
+    assert requests.get(f"{url}/datastore/", timeout=30).json()["total"] == 4
+    server.terminate()
+    server.wait(timeout=60)
 
 
 # -------------------------------------------------------------------------------------------------------------- crowd

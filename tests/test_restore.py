@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from segqc.store import labels, upkeep
-from segqc.store.database import StoreError
+from segqc.store.database import StoreError, StoreReadOnly
 from segqc.store.restore import RestoredBackup, restore
 from segqc.store.store import Store
 from tests.store_kit import make_scans, save_final, take_in_scans
@@ -120,6 +121,14 @@ def test_a_folder_in_use_is_refused(folder: Path, backup: Path) -> None:
     with FileLock(folder / "segqc" / "server.lock"), pytest.raises(StoreError, match="end the server"):
         bring_back(backup, folder)
     assert not list(folder.glob("segqc-before-restore-*"))
+
+
+def test_a_read_only_folder_is_refused(folder: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the rights of files would not keep root from it
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(folder)))
+    with pytest.raises(StoreReadOnly, match="studies: is read-only"):
+        bring_back(backup, folder)
+    assert not list(folder.glob("*segqc-*"))
 
 
 def _no_database(backup: Path) -> None:

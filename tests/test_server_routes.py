@@ -6,8 +6,12 @@ import errno
 import io
 import json
 import os
+import pickle
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -22,9 +26,10 @@ from monailabel.interfaces.utils.app import app_instance, clear_cache
 from monailabel.utils.others.generic import file_checksum
 
 from segqc.loop.studies import Studies
+from segqc.networks import Kind, ModelError
 from segqc.server.serve import default_app_dir
-from segqc.store import corrections, jobs, leases
-from segqc.store.database import StoreUnavailable
+from segqc.store import assessments, corrections, jobs, labels, leases
+from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Transaction
 from segqc.store.events import SERVER
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
@@ -403,6 +408,142 @@ def test_another_model_file_is_another_model(client: TestClient, base: Path) -> 
     response = client.post("/infer/segmentation?image=scan_1")
     assert response.status_code == 409
     assert "segmentation.pt" in response.json()["detail"]
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+def test_an_uploaded_model_serves_and_the_pool_is_scored_anew(client: TestClient, base: Path, network: Kind) -> None:
+    desk, store = app_instance().desk, studies_of(client).store
+    with store.write() as transaction:
+        assessments.serve(transaction, "other", "pair")
+        for job in jobs.open_jobs(transaction, "scoring"):
+            jobs.stop(transaction, job.id, SERVER)
+    content = desk.studies.model_path(network).read_bytes()
+    assert client.put(f"/model/{network}", files={"file": ("m.pt", content)}).status_code == 200
+    with store.read() as transaction:
+        pair = labels.bundle(transaction, desk.segmenter().version, desk.assessor().version)
+        assert assessments._serving(transaction) == pair.id
+        assert [job.request for job in jobs.open_jobs(transaction, "scoring")] == [{"method": "segqc"}]
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _pickle(path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {}}, path)
+
+
+def _arbitrary_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(SystemExit("run")))
+
+
+def _dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.pt")
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _other_kind(path: Path) -> None:
+    other = {"segmentation.pt": "segqc.pt", "segqc.pt": "segmentation.pt"}[path.name]
+    path.write_bytes(path.with_name(other).read_bytes())
+
+
+JUNK = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("to be trained"),
+    "folder": _folder,
+    "truncated": _truncate,
+    "another program's": _pickle,
+    "any pickle": _arbitrary_pickle,
+    "dangling link": _dangle,
+    "link to itself": _loop,
+    "pipe": _pipe,
+    "other kind": _other_kind,
+}
+
+
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+@pytest.mark.parametrize("junk", list(JUNK))
+def test_whatever_lies_in_the_place_of_a_model_is_named(
+    client: TestClient, base: Path, network: Any, junk: str
+) -> None:
+    add_models(base)
+    path = Studies(base).model_path(network)
+    try:
+        JUNK[junk](path)
+        answer = client.get("/info/")
+        assert answer.status_code == 200
+        assert str(path) in answer.json()["train_stats"][network]["problem"]
+        assert not answer.json()["models"][network]["trained"]
+        answer = client.post(f"/infer/{network}?image=scan_1")
+        assert answer.status_code == 409
+        assert str(path) in answer.json()["detail"]
+        studies = Studies(base)
+        with pytest.raises(ModelError, match=re.escape(str(path))):
+            studies.segmenter() if network == "segmentation" else studies.assessor()
+        assert client.get(f"/model/{network}").status_code in (200, 404)
+    finally:
+        shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
+def test_a_model_that_cannot_be_seen_is_named(
+    client: TestClient, base: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Studies(base).model_path("segqc").parent
+    stat = Path.stat
+
+    def refuse(self: Path, **options: Any) -> os.stat_result:
+        if self.parent == folder:
+            raise error
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    answer = client.get("/info/")
+    assert answer.status_code == 200
+    for network, stats in answer.json()["train_stats"].items():
+        assert f"{network}.pt: cannot be read ({str(error.strerror).lower()})" in stats["problem"]
+    assert client.post("/infer/segqc?image=scan_1").status_code == 409
+    with pytest.raises(ModelError, match="cannot be read"):
+        Studies(base).segmenter()
+
+
+@pytest.mark.parametrize("lost", [StoreUnavailable, StoreDamaged])
+def test_info_is_told_without_the_database(
+    client: TestClient, lost: type[StoreUnavailable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = client.get("/info/").json()
+
+    def refuse(*_: object) -> Transaction:
+        raise lost("the database is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Database, "read", refuse)
+        patched.setattr(Database, "write", refuse)
+        answer = client.get("/info/")
+        assert answer.status_code == 200
+        told = answer.json()
+        assert told.pop("problem").startswith("the database is away")
+        assert told == before
+        monkeypatch.setattr(app_instance(), "_told", {"name": "SegQC"})  # what the very first client would be told
+        assert client.get("/info/").json()["name"] == "SegQC"
+        assert client.get("/datastore/").status_code == 503
+    assert "problem" not in client.get("/info/").json()
 
 
 def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, tmp_path: Path) -> None:

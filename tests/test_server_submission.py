@@ -91,7 +91,7 @@ def test_an_unedited_label_map_comes_back_as_it_was_stored(
                        f"Segment{number}_Layer": "0", f"Segment{number}_ID": f"Segment_{number}"}  # fmt: skip
         path = tmp_path / "m.seg.nrrd"
         nrrd.write(str(path), voxels, header)
-    assert np.array_equal(read_submission(path, scan, names, params).array, stored)  # type: ignore[arg-type]
+    assert np.array_equal(read_submission(path, scan, names, params).volume.array, stored)  # type: ignore[arg-type]
     assert np.array_equal(from_client(to_client(Volume(stored, AFFINE), names), names).array, stored)
 
 
@@ -122,7 +122,7 @@ def test_what_is_noted_fits_what_clients_get_back() -> None:
 def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 4: 5})
     for params in ({}, {"label_info": [{"color": [1, 0, 0]}]}):
-        assert set(np.unique(read_submission(path, scan, NAMES, params).array)) == {0, 1, 4}
+        assert set(np.unique(read_submission(path, scan, NAMES, params).volume.array)) == {0, 1, 4}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -665,6 +667,21 @@ def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path, error):
         (temporary / "slice").touch()
         raise error
     assert names_in(tmp_path) == ["a.nii.gz"]
+
+
+def test_atomic_write_names_the_wanted_file_in_errors(tmp_path, monkeypatch):
+    for work in (Path.read_bytes, Path.rmdir):  # as met by whoever writes
+        with pytest.raises(FileNotFoundError) as met, atomic_write(tmp_path / "a.txt") as temporary:
+            work(temporary)
+        assert met.value.filename == str(tmp_path / "a.txt")
+
+    def refuse(prefix: str, dir: Path) -> str:
+        raise OSError(errno.EACCES, "Permission denied", f"{dir}/{prefix}1")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(PermissionError) as met, atomic_write(tmp_path / "a.txt"):
+        raise AssertionError("nothing can be written there")
+    assert met.value.filename == str(tmp_path / "a.txt")
 
 
 def test_atomic_write_reports_that_nothing_was_written(tmp_path):

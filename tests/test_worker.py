@@ -251,6 +251,27 @@ def test_a_database_that_is_away_at_a_job_s_end_does_not_lose_the_result(
     assert (state(studies, job).state, state(studies, job).result) == ("done", {"dice": 0.5})
 
 
+@pytest.mark.parametrize(("failures", "left"), [(0, "queued"), (3, "queued"), (1000, "running")])
+def test_a_worker_that_ends_gives_its_job_back_though_the_database_is_away_for_a_while(
+    studies: Studies, monkeypatch: pytest.MonkeyPatch, failures: int, left: str
+) -> None:
+    give_back, to_come = jobs.give_back, iter(range(failures))
+
+    def away(*arguments: object) -> None:
+        if next(to_come, None) is not None:
+            raise StoreUnavailable("away")
+        give_back(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("segqc.store.jobs.give_back", away)
+    monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("segqc.loop.worker._GRACE_SECONDS", 0.5)
+    job = put(studies, code="import time; time.sleep(600)")
+    with working(studies):
+        wait_for(lambda: state(studies, job).state == "running")
+    assert state(studies, job).state == left
+    assert state(studies, job).attempts == (0 if left == "queued" else 1)
+
+
 def test_a_round_that_another_process_does_is_waited_for_and_taken_over(studies: Studies) -> None:
     job = put(studies, "round", code="print('again')")
     lock = studies.own / "workers" / "dead.lock"

@@ -27,7 +27,7 @@ from segqc.server.errors import RequestError
 from segqc.server.models import Desk
 from segqc.server.uploads import Uploads
 from segqc.store import jobs, labels
-from segqc.store.database import StoreError
+from segqc.store.database import StoreUnavailable
 from segqc.store.labels import NewLabel
 from segqc.store.values import LabelRecord, Who
 from segqc.types import label_names
@@ -53,6 +53,10 @@ class SegqcApp(MONAILabelApp):
         )
         # MONAI Label would queue all methods at each request for a sample; here a training queues what follows it
         self._auto_update_scoring = False
+        self._told: dict[str, Any] = {
+            **{"name": self.name, "description": self.description, "version": self.version, "labels": []},
+            **{part: {} for part in ("models", "trainers", "strategies", "scoring", "train_stats", "datastore")},
+        }
 
     def init_datastore(self) -> Datastore:
         """The studies folder's store; other kinds of datastore are not served."""
@@ -81,8 +85,16 @@ class SegqcApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
-        ``findings`` are the files of the folder that were not taken in, the first ones where there are many.
+        ``findings`` are the files of the folder that were not taken in, the first ones where there are many. While the
+        database is away, clients are told what they were told last, and ``problem`` says so.
         """
+        try:
+            self._told = self._info()
+        except StoreUnavailable as error:
+            return {**self._told, "problem": f"{error}; what is told here may be out of date"}
+        return self._told
+
+    def _info(self) -> dict[str, Any]:
         aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MOST_FINDINGS]]
         told = super().info()
         running, stats = self._running(), told["train_stats"]
@@ -91,12 +103,9 @@ class SegqcApp(MONAILabelApp):
         return {**told, "labels": list(self.desk.labels()), "findings": aside}
 
     def _running(self) -> str | None:
-        """The network that is trained now, or first of those that wait; None where there is none, or nobody knows."""
-        try:
-            with self.desk.studies.store.read() as transaction:
-                waiting = jobs.open_jobs(transaction, "train")
-        except StoreError:
-            return None
+        """The network that is trained now, or first of those that wait; None where there is none."""
+        with self.desk.studies.store.read() as transaction:
+            waiting = jobs.open_jobs(transaction, "train")
         first = min(waiting, key=lambda job: job.state != "running", default=None)
         return str(first.request.get("model")) if first is not None else None
 

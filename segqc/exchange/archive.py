@@ -118,8 +118,8 @@ def _refuse_rows(store: Store) -> None:
         for table in Base.metadata.sorted_tables:
             if transaction.scalar(select(func.count()).select_from(table)):
                 raise ExchangeError(
-                    f"{store.database.shown}: the store holds rows already; import into a new studies folder, "
-                    "before any other command has opened it"
+                    f"{store.database.shown}: the store holds rows already; import into an empty database, and a "
+                    "studies folder that no other command has opened yet"
                 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -111,6 +113,7 @@ def submit_label(
     opened: Opened = ALL,
     simulated: bool = False,
     content: str | None = None,
+    file: Path | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -126,6 +129,7 @@ def submit_label(
         opened: what was looked at.
         simulated: whether no person has made it.
         content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
+        file: a file that holds the label map as it is to be kept; None for a new one.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
@@ -155,7 +159,7 @@ def submit_label(
             )
 
     label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
-    with temporary_labels(end) as path:
+    with contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path:
         kept = studies.store.save_label(label, path, then, first=expecting(scan, content))
     if tag.startswith(READER):
         _compare_readers(studies, scan)

@@ -22,7 +22,7 @@ from segqc.placement import Placement
 from segqc.settings import Settings, load_settings
 from segqc.store import assessments, findings, labels, scans
 from segqc.store.database import PATIENCE_SECONDS, Transaction
-from segqc.store.folder import Added, add_scan, take_in, verify_scan
+from segqc.store.folder import Added, add_scan, is_unchanged, take_in
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
@@ -126,16 +126,9 @@ class Studies:
         with self.store.read() as transaction:
             return findings.listing(transaction)
 
-    def is_unchanged(self, name: str) -> bool:
-        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call.
-
-        Raises:
-            UnknownScan: if there is none of this name.
-        """
-        return self._as_it_was(name) is not None
-
-    def _as_it_was(self, name: str) -> ScanRecord | None:
-        return verify_scan(self.store, name, self.settings.patient_of, self.settings.placing())
+    def is_unchanged(self, scan: ScanRecord) -> bool:
+        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""
+        return is_unchanged(self.store, scan, self.settings.patient_of, self.settings.placing())
 
     def verify_scan(self, name: str) -> ScanRecord:
         """A scan, whose file was just seen to hold its content; a file that was changed is taken in first.
@@ -143,12 +136,19 @@ class Studies:
         Raises:
             UnknownScan: if there is none of this name, or its file is gone.
         """
-        scan = self._as_it_was(name)
-        if scan is None:
+        with self.store.read() as transaction:
+            scan = scans.get(transaction, name)
+        return self.verify(scan)
+
+    def verify(self, scan: ScanRecord) -> ScanRecord:
+        """The same for a scan that was just looked up."""
+        if not self.is_unchanged(scan):
             with self.store.read() as transaction:
-                scan = scans.get(transaction, name)
+                scan = scans.get(transaction, scan.name)
         if scan.missing_since is not None:
-            raise UnknownScan(f"the file of the scan {name!r} is gone, or holds no scan any more; see 'segqc scans'")
+            raise UnknownScan(
+                f"the file of the scan {scan.name!r} is gone, or holds no scan any more; see 'segqc scans'"
+            )
         return scan
 
     def add_scan(self, path: Path, name: str) -> Added:
@@ -284,19 +284,29 @@ class Studies:
         return self.own / "training" / network
 
     def segmenter(self) -> Segmenter | None:
-        """The current segmentation network; ``None`` before the first training."""
+        """The current segmentation network; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
+        from segqc.networks import model_status
         from segqc.segmenter import Segmenter
 
         path = self.model_path("segmentation")
-        return Segmenter.load(path) if path.is_file() else None
+        return Segmenter.load(path) if model_status(path) is not None else None
 
     def assessor(self) -> Assessor | None:
-        """The current SegQC-Net with this folder's settings; ``None`` before the first training."""
+        """The current SegQC-Net with this folder's settings; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
         from segqc.assessor import AssessmentSettings, Assessor
+        from segqc.networks import model_status
 
         path = self.model_path("segqc")
         settings = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
-        return Assessor.load(path, settings) if path.is_file() else None
+        return Assessor.load(path, settings) if model_status(path) is not None else None
 
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import secrets
@@ -289,15 +290,20 @@ class Worker:
         logger.warning("%s, attempt %d of %d: %s%s", job.kind, job.attempts, jobs.MOST_ATTEMPTS, reason, again)
 
     def _write(self, change: Callable[[Transaction], T]) -> T | None:
-        """Change the store; while its database is away, try again until this worker ends (None then)."""
+        """Change the store, as soon as its database is there; None where this worker ends and it stays away."""
+        tries_at_end = math.ceil(_GRACE_SECONDS / POLL_SECONDS)
         while True:
             try:
                 with self.studies.store.write() as transaction:
                     return change(transaction)
             except StoreUnavailable as error:
                 logger.warning("%s", error)
-                if self._ending.wait(POLL_SECONDS):
+                if not self._ending.wait(POLL_SECONDS):
+                    continue
+                if tries_at_end == 0:
                     return None
+                tries_at_end -= 1
+                time.sleep(POLL_SECONDS)
 
 
 class _Heard:

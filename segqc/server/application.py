@@ -190,7 +190,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance.on_init_complete()
     app.state.inference = ThreadPoolExecutor(int(conf.get("inference_slots", 1)), "inference", _step_back)
     app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
-    threading.Thread(target=_preload, args=(instance.desk,), name="preload", daemon=True).start()
+    threading.Thread(target=_preload, args=(instance,), name="preload", daemon=True).start()
     ended, looked = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(instance.datastore(), ended, looked), name="watch", daemon=True).start()
     # a folder of usual size is there from the first answer on; a large one is taken in while others are answered
@@ -226,13 +226,17 @@ def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.
         pause = max(WATCH_SECONDS, 20 * (time.monotonic() - started))
 
 
-def _preload(desk: Any) -> None:
-    """Load the models before the first annotator waits for them."""
-    for shelf in (desk.segmenters, desk.assessors):
+def _preload(instance: Any) -> None:
+    """Load the models before the first annotator waits for them, and find out what clients are told at first."""
+    for shelf in (instance.desk.segmenters, instance.desk.assessors):
         try:
             shelf.get()
         except ModelError as error:
             logger.warning("%s", error)
+    try:
+        instance.info()
+    except (StoreError, StudiesError, OSError) as error:
+        logger.warning("%s", error)
     # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
     gc.freeze()
 

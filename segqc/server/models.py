@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from segqc.assessor import AssessmentSettings, Assessor
 from segqc.loop.studies import Studies, StudiesError
-from segqc.networks import ModelError, TrainedNetwork
+from segqc.networks import ModelError, TrainedNetwork, model_status
 from segqc.segmenter import Segmenter
 from segqc.server.errors import RequestError
 from segqc.settings import Network, Settings
@@ -44,12 +44,11 @@ class ModelShelf(Generic[M]):
         """The current model, or None where none is trained yet.
 
         Raises:
-            ModelError: if the file is foreign or damaged.
+            ModelError: if what lies there is foreign, damaged, or cannot be read.
         """
         with self._lock:
-            try:
-                status = self.path.stat()
-            except FileNotFoundError:
+            status = model_status(self.path)
+            if status is None:
                 self._loaded = None
                 return None
             # model files appear by rename only: another content is another inode

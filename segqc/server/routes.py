@@ -32,9 +32,9 @@ from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind
+from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, put_scoring
 from segqc.loop.review import STATE_OF
-from segqc.networks import ModelError
+from segqc.networks import Kind, ModelError, TrainedNetwork
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting, asking
 from segqc.server.checks import (
@@ -56,12 +56,13 @@ from segqc.server.checks import (
 )
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.models import Desk
 from segqc.server.submission import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
 from segqc.server.waiting import JobsDone
-from segqc.store import events, labels, leases, scans
+from segqc.store import assessments, events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
-from segqc.store.values import EventRecord, LabelRecord
+from segqc.store.values import EventRecord, LabelRecord, ScanRecord
 from segqc.types import PredictionInterval
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, atomic_write, read_labels, write_labels
 from segqc.volumes.intake import check_scan
@@ -203,7 +204,7 @@ def _read_uploaded(received: Path, scan: Path, params: JsonObject) -> Path:
     configured, limits = bool(desk.settings.structures), desk.settings.intake
     labels = read_submission(received, scan, desk.labels(), params, configured=configured, limits=limits)
     path = received.with_name("stored.nii.gz")
-    write_labels(labels, path)
+    write_labels(labels.volume, path)
     return path
 
 
@@ -269,12 +270,12 @@ def _next_sample(strategy: str, asker: Asker, params: Params) -> JsonObject:
         answer = app.next_sample({**chosen, "strategy": strategy})
     if not answer:
         return {}
-    scan = answer["id"]
+    scan = app.datastore().scan(answer["id"])
     # the strategy's own words win over what happens to be noted of the scan
-    told: JsonObject = {**app.datastore().get_image_info(scan), **answer, "requested_strategy": strategy}
+    told: JsonObject = {**app.datastore().scan_info(scan), **answer, "requested_strategy": strategy}
     interval = answer.get("estimated_dice_interval")
     told["name"] = _title(
-        scan,
+        scan.name,
         Path(answer["path"]).name,
         answer.get("estimated_dice"),
         PredictionInterval(**interval) if interval is not None else None,
@@ -458,12 +459,18 @@ def batch_stop(asker: AskedBy) -> JsonObject | None:
 # -------------------------------------------------------------------------------------------------------- datastore
 
 
-def _known_image(image: str) -> str:
-    """The id of the scan that a client calls so."""
+def _known_scan(image: str) -> ScanRecord:
+    """The scan that a client calls so."""
     try:
-        return str(app_instance().datastore().image_id(image))
+        scan: ScanRecord = app_instance().datastore().scan(image)
     except ImageNotFoundException as error:
         raise RequestError(404, f"there is no image {image!r}.") from error
+    return scan
+
+
+def _known_image(image: str) -> str:
+    """The id of the scan that a client calls so."""
+    return _known_scan(image).name
 
 
 def _known_label(label: str, tag: str) -> str:
@@ -511,22 +518,19 @@ async def save_label(
 
 def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
     app = app_instance()
-    sent, image = image, _known_image(image)
+    studies = app.desk.studies
+    scan = studies.verify(_known_scan(image))
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
+    named, names, limits = bool(app.desk.settings.structures), app.desk.labels(), app.desk.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = _receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        verified = app.desk.studies.verify_scan(image)
-        scan = app.desk.studies.folder / verified.file
-        named = bool(app.desk.settings.structures)
-        names = app.desk.labels()
-        limits = app.desk.settings.intake
-        submitted = read_submission(received, scan, names, info, configured=named, limits=limits)
-    who, info = asker.who(info), stored_info(info, names) if named else info
-    told = submit(app.desk.studies, image, submitted, tag, who, info, verified.sha256)
+        submitted = read_submission(received, studies.folder / scan.file, names, info, configured=named, limits=limits)
+        who, info = asker.who(info), stored_info(info, names) if named else info
+        told = submit(studies, scan.name, submitted, received, tag, who, info, scan.sha256)
     if "segmentationMeta" in info:
-        app.datastore().review_label(image, tag, info, who)
-    return {**(app.on_save_label(image, image) or {}), **told, "image": sent, "label": image}
+        app.datastore().review_label(scan.name, tag, info, who)
+    return {**(app.on_save_label(scan.name, scan.name) or {}), **told, "image": image, "label": scan.name}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
@@ -780,7 +784,10 @@ def remove_session(session_id: str) -> JsonObject:
 
 @router.put("/model/{model}", tags=["Model"], dependencies=[ADMIN], summary="Replace a model file")
 def update_model(model: str, file: UploadFile) -> JsonObject:
-    """Put an uploaded model in the place of the current one, if it can be loaded and is of the same kind."""
+    """Put an uploaded model in the place of the current one, if it can be loaded and is of the same kind.
+
+    From then on only the new pair's estimates count, and the scans that wait are scored by it.
+    """
     desk = app_instance().desk
     shelves = {"segmentation": desk.segmenters, "segqc": desk.assessors}
     shelf = shelves[known("model", model, shelves)]
@@ -788,11 +795,25 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
         with atomic_write(shelf.path) as temporary:
             with temporary.open("wb") as target:
                 shutil.copyfileobj(file.file, target)
-            shelf.load(temporary)
+            _let_serve(desk, shelf.load(temporary))
     except ModelError as error:
         message = str(error).removeprefix(str(temporary)).removeprefix(": ")
         raise RequestError(422, f"the uploaded file is no {model} model: {message}.") from error
     return {"checksum": file_checksum(shelf.path), "modified_time": int(shelf.path.stat().st_mtime)}
+
+
+def _let_serve(desk: Desk, uploaded: TrainedNetwork) -> None:
+    """Let the pair of networks serve that an uploaded one makes with the other one, where that is there."""
+    versions: dict[Kind, str] = {uploaded.kind: uploaded.version}
+    if uploaded.kind == "segmentation" and desk.has("segqc"):
+        versions["segqc"] = desk.assessor().version
+    elif uploaded.kind == "segqc" and desk.has("segmentation"):
+        versions["segmentation"] = desk.segmenter().version
+    if len(versions) < 2:
+        return
+    with desk.studies.store.write() as transaction:
+        assessments.serve(transaction, versions["segmentation"], versions["segqc"])
+        put_scoring(transaction)
 
 
 @router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")

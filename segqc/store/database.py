@@ -11,17 +11,19 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias, cast
 
 from alembic.config import Config
-from sqlalchemy import JSON, Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy import JSON, Connection, Engine, Table, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
@@ -35,7 +37,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -46,7 +48,10 @@ Clock: TypeAlias = Callable[[], dt.datetime]
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0003"
 PATIENCE_SECONDS: Final = 60.0
+_PAUSE_SECONDS: Final = 1.0  # between tries to reach a server that did not answer
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
+_OWN_TABLES: Final = frozenset({"scan", "label_version"})  # what tells our tables from those of other programs
+_OWN_REVISION: Final = re.compile(r"\d{4}")
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
@@ -131,6 +136,42 @@ class FairLock:
                 self._held = False
 
 
+class CircuitBreaker:
+    """Spares callers the wait for a server that has just not answered: until it does, one at a time tries."""
+
+    def __init__(self, pause_seconds: float, try_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Let everybody through.
+
+        Args:
+            pause_seconds: how long nobody tries after a failure.
+            try_seconds: how long a try may take before the next one is let through.
+            clock: gives the time, in seconds.
+        """
+        self._pause, self._try, self._clock = pause_seconds, try_seconds, clock
+        self._mutex = threading.Lock()
+        self._open_until: float | None = None
+
+    def lets_through(self) -> bool:
+        """Whether the caller may try; then it says how that went, by `trip` or `reset`."""
+        with self._mutex:
+            if self._open_until is None:
+                return True
+            if self._clock() < self._open_until:
+                return False
+            self._open_until = self._clock() + self._try
+            return True
+
+    def trip(self) -> None:
+        """The server did not answer."""
+        with self._mutex:
+            self._open_until = self._clock() + self._pause
+
+    def reset(self) -> None:
+        """The server answered."""
+        with self._mutex:
+            self._open_until = None
+
+
 class Database:
     """Connections to one store's database."""
 
@@ -150,6 +191,7 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._patience_seconds = patience_seconds
         self._pen = FairLock()
+        self._breaker = CircuitBreaker(_PAUSE_SECONDS, 2 * patience_seconds)
         self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
         self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
 
@@ -187,14 +229,22 @@ class Database:
             raise StoreReadOnly(
                 f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
             )
+        with self._told(), self.engine.connect().execution_options(**self._options(write=write)) as connection:
+            self._breaker.reset()
+            if write:
+                # the pen first, and only then the time: times in the store are in the order of the commits
+                connection.begin()
+            if write and not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
+            yield connection
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell of the driver's errors as `StoreUnavailable`; at once where the server has just not answered."""
+        if not self._breaker.lets_through():
+            raise StoreUnavailable(f"{self.shown}: the database does not answer; try again")
         try:
-            with self.engine.connect().execution_options(**self._options(write=write)) as connection:
-                if write:
-                    # the pen first, and only then the time: times in the store are in the order of the commits
-                    connection.begin()
-                if write and not self.is_sqlite:
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
-                yield connection
+            yield
         except PoolTimeoutError as error:
             raise StoreUnavailable(f"{self.shown}: the database is too busy; try again") from error
         except (IntegrityError, DataError, NotSupportedError):
@@ -202,6 +252,8 @@ class Database:
         except (DatabaseError, InterfaceError) as error:
             if getattr(error.orig, "sqlstate", None) == _REFUSED_BY_TRIGGER:
                 raise  # as an IntegrityError, which it is on SQLite
+            if not self.is_sqlite and getattr(error.orig, "sqlstate", None) is None:  # not the server says so
+                self._breaker.trip()
             raise self._problem(error) from error
 
     def _problem(self, error: DBAPIError) -> StoreUnavailable:
@@ -228,14 +280,34 @@ class Database:
         return str(self.url.database) if self.is_sqlite else self.url.render_as_string(hide_password=True)
 
     def revision(self) -> str | None:
-        """The schema's revision; None for an empty database."""
-        if not self.is_writable and not Path(str(self.url.database)).exists():
-            return None
-        with self._connection(write=False) as connection:
-            if not self.engine.dialect.has_table(connection, "alembic_version"):
+        """The schema's revision; None for an empty database, or none. Nothing is written.
+
+        Raises:
+            StoreError: if the database is another program's.
+            StoreDamaged: if it is empty, but its write-ahead log is not.
+        """
+        engine = self.engine
+        if self.is_sqlite:
+            path = Path(str(self.url.database)).absolute()
+            if not _is_file_with_content(path) and _is_file_with_content(_log_of(path)):
+                raise StoreDamaged(  # SQLite would remove the log
+                    f"{self.shown}: the database is missing or empty, but its log {_log_of(path).name} is not; "
+                    "stop segqc and restore a backup (segqc db restore BACKUP FOLDER)"
+                )
+            if not path.exists():
                 return None
-            found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-            return found
+            if self.is_writable:
+                engine = _looking_engine(path, self._patience_seconds)
+        with self._told(), engine.connect() as connection:
+            tables = set(inspect(connection).get_table_names())
+            if "alembic_version" in tables and tables & _OWN_TABLES:
+                found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+                if found is not None and _OWN_REVISION.fullmatch(found):
+                    return found
+            elif not tables:
+                return None
+        remedy = "move this file away, or restore a backup" if self.is_sqlite else "name an empty database"
+        raise StoreError(f"{self.shown}: holds the tables of another program, not SegQC's; {remedy}")
 
     def upgrade(self) -> None:
         """Bring the schema to this program's revision; two processes may do so at once."""
@@ -294,15 +366,10 @@ def _checked_url(url: str) -> URL:
 def _engine(url: URL, patience_seconds: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            waits = {
-                "connect_timeout": max(2, int(patience_seconds)),
-                "options": f"-c lock_timeout={int(patience_seconds * 1000)}",
-            }
-            return create_engine(
-                url, pool_pre_ping=True, connect_args=waits, pool_timeout=patience_seconds, **_CONNECTIONS
-            )
+            from segqc.store.postgresql import postgresql_engine
         except ModuleNotFoundError as error:
             raise StoreError("PostgreSQL's driver is not installed; pip install 'segqc[postgresql]'") from error
+        return postgresql_engine(url, patience_seconds, **_CONNECTIONS)
     engine = create_engine(
         url,
         connect_args={"timeout": patience_seconds, "check_same_thread": False},
@@ -330,13 +397,31 @@ def _is_writable(path: Path) -> bool:
     return os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
 
 
+def _log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def _is_file_with_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _looking_engine(path: Path, patience_seconds: float) -> Engine:
+    """Connections that leave an SQLite file as it is, whosever it is; `_engine` would set its journal's mode."""
+    mode = "mode=ro" if _log_of(path).exists() else "immutable=1"
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=patience_seconds, check_same_thread=False)
+
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
+
+
 def _read_only_engine(url: URL) -> Engine:
     """Connections to an SQLite file beside which nothing can be written, not even the index of its write-ahead log."""
     path = Path(str(url.database)).absolute()
 
     def connect() -> sqlite3.Connection:
-        wal = path.with_name(f"{path.name}-wal")
-        if not (wal.is_file() and wal.stat().st_size):
+        wal = _log_of(path)
+        if not _is_file_with_content(wal):
             return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, check_same_thread=False)
         # what was committed last is in the log only: it is read where SQLite can write its index
         with tempfile.TemporaryDirectory(prefix="segqc-") as folder:

@@ -123,29 +123,20 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
     return Taken(new, missing, added, removed, replaced)
 
 
-def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> ScanRecord | None:
-    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
-
-    Returns:
-        The scan; None where its file was taken in.
-
-    Raises:
-        UnknownScan: if there is none of this name.
-    """
-    with store.read() as transaction:
-        scan = scans.get(transaction, name)
+def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, placing: Placing) -> bool:
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not."""
     try:
         signature = signature_of((store.studies / scan.file).stat())
     except FileNotFoundError:
         with store.write() as transaction:
             scans.mark_missing(transaction, [scan.file], FOLDER)
-        return None
+        return False
     missing = scan.missing_since is not None
     if not missing and signature and scan.signature == signature:
-        return scan
+        return True
     known = Known(scan.id, scan.name, scan.sha256, scan.signature, missing)
     _take_in_files(store, [scan.file], {scan.file: known}, set(), patient_of, placing, _never)
-    return None
+    return False
 
 
 def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, placing: Placing) -> Added:

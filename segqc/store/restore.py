@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import text
 
 from segqc.store import labels, upkeep
-from segqc.store.database import DATABASE_FILE, REVISION, StoreError
+from segqc.store.database import DATABASE_FILE, REVISION, StoreError, StoreReadOnly
 from segqc.store.files import LabelFiles, is_locked
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
 from segqc.store.upkeep import Report, silent
@@ -66,6 +67,8 @@ def restore(backup: Path, studies: Path, *, settings_file: str, report: Report =
         raise StoreError(f"{backup}: no backup ({OWN_FOLDER}/{DATABASE_FILE} is missing); 'segqc db backup' makes one")
     if backup.resolve() == studies:
         raise StoreError(f"{backup}: is the studies folder itself; name the backup's folder first")
+    if any(path.exists() and not os.access(path, os.W_OK) for path in (studies, own)):
+        raise StoreReadOnly(f"{studies}: is read-only, and a restore has to write; make it writable, or name a copy")
     own.mkdir(parents=True, exist_ok=True)
     _refuse_live(own)
     lock = FileLock(own / "server.lock")

@@ -22,6 +22,7 @@ from segqc.store.database import (
     REVISION,
     Clock,
     Database,
+    StoreDamaged,
     StoreError,
     StoreReadOnly,
     Transaction,
@@ -132,13 +133,29 @@ class Store:
         """Whether both the database and the folder can be written."""
         return self.database.is_writable and os.access(self.studies, os.W_OK)
 
-    def _check_revision(self) -> None:
+    def revision(self) -> str | None:
+        """The revision of the database's tables; None where there are none, and nothing else of a store.
+
+        Raises:
+            StoreError: if the database is another program's.
+            StoreDamaged: if the database is lost, but label contents are there.
+        """
         found = self.database.revision()
+        if found is None and any(self.files.all_objects()):
+            remedy = "a backup (segqc db restore BACKUP FOLDER)" if self.database.is_sqlite else "a dump of it"
+            raise StoreDamaged(
+                f"{self.database.shown}: the database is missing or empty, but {self.files.objects} holds label "
+                f"versions; restore {remedy}, or move that folder away to begin anew"
+            )
+        return found
+
+    def _check_revision(self) -> None:
+        found = self.revision()
         if found is None and not self.is_writable:
             raise StoreReadOnly(f"{self.studies}: is read-only and has no store yet; make it writable, or copy it")
         if found is None:
             with FileLock(self.own / "store.lock"):  # only one of several processes makes the tables
-                if self.database.revision() is None:
+                if self.revision() is None:
                     self.database.upgrade()
             return
         if found != REVISION:
@@ -235,8 +252,11 @@ class Store:
             first: the same, called before.
 
         Raises:
+            StoreReadOnly: if the folder cannot be written.
             StoreError: if somebody writes the same files all the time.
         """
+        if not self.is_writable:
+            raise StoreReadOnly(f"{self.studies}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
         with tempfile.TemporaryDirectory(prefix="segqc-") as work:
             for _ in range(_TRIES):

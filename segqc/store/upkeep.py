@@ -123,7 +123,7 @@ def upgrade(store: Store) -> tuple[str | None, str]:
         StoreError: if the tables are of a later revision.
     """
     store.own.mkdir(parents=True, exist_ok=True)
-    before = store.database.revision()
+    before = store.revision()
     if before is not None and before > REVISION:
         raise StoreError(
             f"{store.database.shown}: the store's tables are of revision {before}, later than {REVISION}; "

@@ -17,10 +17,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary path has the same name, in a hidden folder beside `path`, so that whoever lists the folder never
     sees a half-written file. Missing parent folders are made. An existing file is replaced; an existing folder only
     if it is empty (OSError otherwise).
+
+    Raises:
+        OSError: if it cannot be written; names `path`, not the temporary one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    except OSError as error:
+        raise _naming(path, error) from error
     try:
         temporary = hidden / path.name
         yield temporary
@@ -28,5 +34,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if Path(str(error.filename)).is_relative_to(hidden):
+            raise _naming(path, error) from error
+        raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _naming(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror, str(path))

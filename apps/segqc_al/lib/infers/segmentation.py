@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Segmentation(InferTask):
     def get_path(self, validate: bool = True) -> str | None:
         """The model file, or None where there is none (unless ``validate`` is False)."""
         path = self.desk.segmenters.path
-        return str(path) if path.exists() or not validate else None
+        return str(path) if os.path.isfile(path) or not validate else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment the scan at ``request["image"]``."""

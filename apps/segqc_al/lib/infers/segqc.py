@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class LikelyErrors(InferTask):
     def get_path(self, validate: bool = True) -> str | None:
         """The model file, or None where there is none (unless ``validate`` is False)."""
         path = self.desk.assessors.path
-        return str(path) if path.exists() or not validate else None
+        return str(path) if os.path.isfile(path) or not validate else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""

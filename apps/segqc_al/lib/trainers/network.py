@@ -18,7 +18,6 @@ from segqc.server.errors import RequestError
 from segqc.server.models import Desk, ModelShelf
 from segqc.settings import Network, SettingsError
 from segqc.store import jobs
-from segqc.store.database import StoreError
 from segqc.training import LineProgress, TrainingSettings
 
 # What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
@@ -124,11 +123,8 @@ class NetworkTraining(TrainTask):
     def _wanted_epochs(self) -> int:
         """The epochs of the last training that was asked for; by default those of the settings."""
         default: int = self.desk.settings.training_settings(self.network).epochs
-        try:
-            with self.desk.studies.store.read() as transaction:
-                asked = [job.request for job in jobs.listing(transaction, "train")]
-        except StoreError:
-            return default  # the database is away: clients are answered all the same
+        with self.desk.studies.store.read() as transaction:
+            asked = [job.request for job in jobs.listing(transaction, "train")]
         own = next((request for request in reversed(asked) if request.get("model") == self.network), {})
         epochs = own.get("epochs")
         return epochs if isinstance(epochs, int) else default
