@@ -334,6 +334,25 @@ def test_a_label_that_was_edited_in_place_is_a_version_before_anything_overwrite
 
 
 @pytest.mark.parametrize("act", OVERWRITING)
+def test_an_edit_that_keeps_size_and_time_is_a_version_before_anything_overwrites_it(
+    studies: Studies, folder: Path, tmp_path: Path, act: Callable[[Studies, Path], None]
+) -> None:
+    submit(studies, "scan_0")
+    path = final(folder, "scan_0")
+    before, edit = (label_bytes(tmp_path, index).ljust(4000, b"\0") for index in (4, 5))
+    in_place(path, before)
+    studies.refresh()
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    in_place(path, edit)
+    os.utime(path, ns=times)
+    assert len(before) == len(edit)
+    address = sha256_of(path)
+    act(studies, folder)
+    assert address in {sha256_of(kept_file) for kept_file in studies.store.files.all_objects()}
+    assert check(studies.store) == []
+
+
+@pytest.mark.parametrize("act", OVERWRITING)
 def test_an_edit_that_is_no_label_is_kept_all_the_same(
     studies: Studies, folder: Path, act: Callable[[Studies, Path], None]
 ) -> None:
@@ -410,6 +429,21 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
 
 
 # ---------------------------------------------------------------------------------------------------------- contents
+
+
+def test_another_content_of_the_same_size_and_time_is_another_scan(studies: Studies, folder: Path) -> None:
+    path = folder / "q.nii"
+    size = len(another_scan(path, 4))
+    studies.refresh()
+    before = record(studies, "q").sha256
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    content = another_scan(folder.parent / "other.nii", 5)
+    in_place(path, content)
+    os.utime(path, ns=times)
+    assert len(content) == size
+    studies.refresh()
+    assert record(studies, "q").sha256 not in (None, before)
+    assert record(studies, f"q@{str(before)[:8]}").missing_since is not None
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (30, 28, 10)])

@@ -1,7 +1,7 @@
 """Taking in what lies in the studies folder: scans, and labels that people put there, changed or removed.
 
 Every file passes the store's intake once for each content; what does not is kept aside as a finding (`findings`). A
-file's signature (size, time, inode) tells whether it has to be read again, and its hash decides. Large folders are
+file's signature (size, times, inode) tells whether it has to be read again, and its hash decides. Large folders are
 taken in batch by batch: what is committed stays, whenever the process dies.
 """
 
@@ -24,9 +24,9 @@ from segqc.placement import Placing
 from segqc.store import findings, labels, leases, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import FOLDER
-from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of, state_of
+from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
 from segqc.store.findings import Finding
-from segqc.store.labels import NewLabel, ViewState
+from segqc.store.labels import NewLabel
 from segqc.store.scans import FoundScan, Known
 from segqc.store.store import LabelChange, Store
 from segqc.store.values import LabelRecord, ScanRecord
@@ -366,8 +366,7 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
         after = path.stat()
     except FileNotFoundError:
         return None
-    same = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
-    return looked if same else None
+    return looked if raw_signature(before) == raw_signature(after) else None
 
 
 def _sentence(path: Path, file: str, error: Exception) -> str:
@@ -429,8 +428,8 @@ def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundSc
     for file, view in labels.forget_views(transaction, scan.id):
         label = labels.get(transaction, view.version)
         with contextlib.suppress(FileNotFoundError):
-            # what is neither as it was left nor kept is a label that was put there for the new content
-            if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in _addresses(label):
+            # what is not kept is a label that was put there for the new content
+            if sha256_of(store.files.views / file) in _addresses(label):
                 (store.files.views / file).unlink()
     leases.release(transaction, scan.name, FOLDER)
     retired = scans.retire(transaction, scan.id, FOLDER)
@@ -451,10 +450,6 @@ def _addresses(label: LabelRecord) -> set[str]:
     return {sha256 for sha256, _ in contents_of(label.sha256, label.suffix, label.source_sha256, label.source_suffix)}
 
 
-def _is_as_left(store: Store, file: str, view: ViewState) -> bool:
-    return state_of(store.files.views / file) == FileState(view.size, view.modified_ns)
-
-
 def _part_from_labels(store: Store, name: str) -> None:
     """Before a scan is retired, make versions of its label files that were edited and do not fit the new content.
 
@@ -468,7 +463,7 @@ def _part_from_labels(store: Store, name: str) -> None:
         for file, view in shown:
             tag, base = os.path.split(file)
             with contextlib.suppress(FileNotFoundError):
-                if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in kept[view.version]:
+                if sha256_of(store.files.views / file) in kept[view.version]:
                     continue
                 try:
                     store.label_from_file(scan, tag, base, Path(work))

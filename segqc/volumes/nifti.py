@@ -126,7 +126,7 @@ def _read_header(file: InputFile, compression: Compression) -> _Header:
     offset = float(fields["vox_offset"])
     if not 0 <= offset <= MAX_HEADER_BYTES:
         raise file.error(
-            f"has the vox_offset {offset:g}, more than the {MAX_HEADER_BYTES} bytes that a header may take; repair it."
+            f"has the vox_offset {offset:g}, and its header may take from 0 to {MAX_HEADER_BYTES} bytes; repair it."
         )
     slope, intercept = _scaling(file, fields)
     slice_axis = int(fields["dim_info"]) >> 4 & 3
@@ -202,6 +202,8 @@ class _Forms:
         Raises:
             VolumeError: if ITK finds none, but for a sheared sform where that is allowed.
         """
+        if self.sform is not None and np.isnan(self.sform).any():  # ITK passes them on
+            raise file.error("has NaN in its sform; repair the header.")
         matrix = self.chosen()
         if matrix is None and self.sform is not None:
             sheared = checked_affine(file.shown, self.sform)
