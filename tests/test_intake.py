@@ -108,6 +108,7 @@ BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
     "labels/final/scan_1.nii.gz": lambda path, work: path.write_bytes(b"no label"),
     "labels/final/nobody.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
     "labels/final/scan_2.png": lambda path, work: path.touch(),
+    "labels/scan_0.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
     "labels/original/scan_2.nii": lambda path, work: write_labels(Volume(np.full(SHAPE, 9, np.uint8), AFFINE), path),
 }
 
@@ -132,6 +133,55 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     path.unlink()
     studies.refresh()
     assert studies.findings() == []
+
+
+@pytest.mark.parametrize("target", ["nowhere.nii.gz", "self"])
+@pytest.mark.parametrize("name", ["bad.nii.gz", "labels/final/scan_0.nii.gz"])
+def test_a_link_that_leads_nowhere_keeps_nothing_else_out(
+    studies: Studies, folder: Path, tmp_path: Path, name: str, target: str
+) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(path.name if target == "self" else target)
+    another_scan(folder / "zz.nii.gz", 8)
+    assert states(studies) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
+    (found,) = studies.findings()
+    assert found.file == name
+    assert "is a link that leads nowhere" in found.sentence
+    studies.refresh()
+    assert studies.findings() == [found], "told once"
+    path.unlink()
+    studies.refresh()
+    assert studies.findings() == []
+
+
+def test_a_label_that_cannot_be_read_for_a_while_is_not_removed(studies: Studies, folder: Path) -> None:
+    submit(studies, "scan_0")
+    path = final(folder, "scan_0")
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)
+    assert states(studies)["scan_0"] == "submitted"
+    assert [f.file for f in studies.findings()] == ["labels/final/scan_0.nii.gz"]
+    path.unlink()
+    path.write_bytes(content)
+    assert states(studies)["scan_0"] == "submitted"
+    assert studies.findings() == []
+    assert len(history(studies, "scan_0")) == 1
+
+
+@pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])
+def test_a_name_that_cannot_be_printed_is_kept_aside(
+    studies: Studies, folder: Path, tmp_path: Path, name: bytes
+) -> None:
+    path = folder / os.fsdecode(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(another_scan(tmp_path / "x.nii.gz", 1))
+    studies.refresh()
+    (found,) = studies.findings()
+    assert found.sentence.isprintable()
+    assert "rename the file" in found.sentence
+    assert sorted(states(studies)) == ["scan_0", "scan_1", "scan_2"]
 
 
 def test_a_file_that_passes_after_all_is_no_finding_any_more(studies: Studies, folder: Path, tmp_path: Path) -> None:
