@@ -326,8 +326,8 @@ def _is_orthogonal(matrix: AffineArray) -> bool:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def write_nifti(volume: Volume, path: Path) -> None:
-    """Write a volume so that ITK and nibabel read it at the same place.
+def write_nifti(volume: Volume, path: Path, target: Path) -> None:
+    """Write a volume, on its way to `target`, so that ITK and nibabel read it at the same place.
 
     Both forms are written: ITK takes the sform where its axes are orthogonal but for single precision, else the qform.
 
@@ -336,7 +336,7 @@ def write_nifti(volume: Volume, path: Path) -> None:
     """
     sheared = distance_of_grids(volume.affine, nearest_orthogonal(volume.affine), volume.shape)
     if sheared > grid_tolerance(volume.affine, volume.shape):
-        raise VolumeError(f"{path}: ITK reads no NIfTI file whose axes are sheared; resample it to orthogonal axes.")
+        raise VolumeError(f"{target}: ITK reads no NIfTI file whose axes are sheared; resample it to orthogonal axes.")
     image = nib.Nifti1Image(volume.array, volume.affine)
     image.set_sform(volume.affine, code=1)
     image.set_qform(volume.affine, code=1, strip_shears=True)
