@@ -26,9 +26,9 @@ from segqc.regions import BoxSettings
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.tags import read_tag
-from segqc.text import TextError, decode_text
+from segqc.text import decode_text
 from segqc.types import Structure, label_names
-from segqc.volumes import ReadLimits, atomic_write, scan_id
+from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
 
 if TYPE_CHECKING:
     from segqc.training.settings import TrainingSettings
@@ -139,6 +139,15 @@ class Settings(BaseSettings):
         for name, values in value.items():
             if not values or not all(1 <= v <= 255 for v in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
+        # files and clients name structures: whatever the case, and beside segments that are none
+        folded = [name.strip().casefold() for name in value]
+        for name, key in zip(value, folded, strict=True):
+            if not key or not name.isprintable():
+                raise ValueError(f"{name!r} is no name of a structure; give it one line of text")
+            if key in NO_STRUCTURES:
+                raise ValueError(f"{name!r} is what clients call a segment that is no structure; choose another name")
+            if folded.count(key) > 1:
+                raise ValueError(f"{name!r} is there twice, as names are the same in any case; rename one")
         return value
 
     @field_validator("extraction", "boxes", "annotation", "intake", mode="before")
@@ -280,7 +289,7 @@ def load_settings(
     path = config or (studies / SETTINGS_FILE if studies is not None else None)
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
-    table = _read_toml(path) if path is not None and path.is_file() else {}
+    table = _read_toml(path) if path is not None and os.path.lexists(path) else {}
 
     class _FromFile(Settings):
         @classmethod
@@ -305,7 +314,9 @@ def _read_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(decode_text(path.read_bytes()))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (TextError, tomllib.TOMLDecodeError) as error:
+    except RecursionError as error:
+        raise SettingsError(f"{path}: not a TOML file: it is nested too deep") from error
+    except ValueError as error:  # no text, no TOML, or an integer of thousands of digits
         raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 

@@ -16,6 +16,10 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# C0, delete and C1, and what else ends a line
+_CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    code: f"\\u{code:04x}" for code in (0x2028, 0x2029)
+}
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -46,8 +50,9 @@ def decode_text(content: bytes) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be printed and stored, whatever bytes it has on the disk."""
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name as text that can be printed on one line and stored, whatever bytes it has on the disk."""
+    text = name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else text.translate(_CONTROLS)
 
 
 def spreadsheet_cell(value: T) -> T | str:

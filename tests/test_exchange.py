@@ -118,7 +118,7 @@ def test_a_local_datastore_is_taken_over_in_place(folder: Path) -> None:
         assert final.maker == "import"
     opened.close()
     assert sorted(p.name for p in folder.iterdir() if p.name != "segqc") == before
-    for damaged in ("{", '{"objects": {"a": 1}}', '{"objects": {}, "images_dir": "images"}'):
+    for damaged in ("{", '{"objects": 1}', '{"objects": {}, "images_dir": "images"}'):
         path.write_text(damaged)
         with pytest.raises(ExchangeError, match=r"datastore_v2\.json"):
             local_datastore.read_datastore(folder)
@@ -160,13 +160,13 @@ def test_all_that_an_import_in_place_does_not_use_is_named(folder: Path) -> None
         name: {"image": {"ext": end}, "labels": {"final": {"ext": ".nii.gz"}, "second": {"ext": ".nii.gz"}}}
         for name, end in ends.items()
     }
-    write(folder / "datastore_v2.json", {"objects": objects})
+    write(folder / "datastore_v2.json", {"objects": {**objects, "odd": {"image": 5}}})
     output = run("import", "local", folder)
     assert "2 scans and 1 labels taken, " in output
     named = {line.strip().split(":")[0] for line in output.splitlines() if line.startswith("  ")}
     assert named >= {
         "labels/final/scan_1.nii.gz", "broken.nii", "labels/final/nobody.nii.gz", "gone.nrrd",
-        "labels/second/scan_0.nii.gz", "labels/second/scan_1.nii.gz",
+        "labels/second/scan_0.nii.gz", "labels/second/scan_1.nii.gz", "odd",
     }  # fmt: skip
 
 
@@ -265,11 +265,21 @@ def test_one_bad_file_of_a_task_is_left_aside_and_the_rest_is_taken(
     opened.close()
 
 
+def test_files_that_a_task_does_not_list_are_named(task: Path, tmp_path: Path) -> None:
+    image(task / "imagesTr" / "more.nii.gz", 5)
+    label(task / "labelsTr" / "more.nii.gz", 1)
+    found = decathlon.read_task(task)
+    assert [case.name for case in found.cases] == ["a", "b", "c"]
+    assert [item.file for item in found.left_aside] == ["imagesTr/more.nii.gz", "labelsTr/more.nii.gz"]
+
+
 def test_files_that_a_task_may_not_list_are_left_aside(task: Path, tmp_path: Path) -> None:
     wrong = ["../outside.nii.gz", "./imagesTr/a.nii.gz", "./dataset.json", "a\0b.nii.gz", "/etc/passwd", "x" * 5000]
     changed(task / "dataset.json", test=wrong)
     found = make_studies(decathlon.read_task(task), tmp_path / "s")
-    assert (found.scans, found.labels, len(found.left_aside)) == (2, 2, len(wrong))
+    assert (found.scans, found.labels, len(found.left_aside)) == (2, 2, len(wrong) + 1)
+    assert found.left_aside[-2].file == "imagesTs/c.nii.gz", "listed no more"
+    assert all(item.reason.isprintable() for item in found.left_aside)
 
 
 def test_where_no_scan_can_be_taken_nothing_is_written(task: Path, tmp_path: Path) -> None:

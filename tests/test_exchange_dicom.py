@@ -178,6 +178,21 @@ def test_a_volume_that_the_intake_refuses_is_left_aside(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.nii.gz", "segqc.toml"]
 
 
+def tilted(index: int, item: Dataset) -> None:
+    item.ImagePositionPatient = [0, 1.5 * index, 3 * index]
+
+
+def test_a_tilted_gantry_is_left_aside_by_the_series_name(session: Path, tmp_path: Path) -> None:
+    series(session / "a", "1.2", change=tilted)
+    series(session / "b", "1.3")
+    found = dicom.make_studies(session, tmp_path / "out")
+    (item,) = found.left_aside
+    assert (found.scans, item.file) == (1, "a")
+    assert item.reason.startswith("a (series 2 'T2 1.2'): ")
+    assert "sheared" in item.reason
+    assert str(tmp_path) not in item.reason
+
+
 def test_a_folder_that_cannot_be_read_is_named(session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     series(session / "a", "1.2")
     series(session / "b", "1.3", stack(1))

@@ -108,6 +108,7 @@ BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
     "labels/final/scan_1.nii.gz": lambda path, work: path.write_bytes(b"no label"),
     "labels/final/nobody.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
     "labels/final/scan_2.png": lambda path, work: path.touch(),
+    "labels/scan_0.nii.gz": lambda path, work: path.write_bytes(label_bytes(work)),
     "labels/original/scan_2.nii": lambda path, work: write_labels(Volume(np.full(SHAPE, 9, np.uint8), AFFINE), path),
 }
 
@@ -132,6 +133,55 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     path.unlink()
     studies.refresh()
     assert studies.findings() == []
+
+
+@pytest.mark.parametrize("target", ["nowhere.nii.gz", "self"])
+@pytest.mark.parametrize("name", ["bad.nii.gz", "labels/final/scan_0.nii.gz"])
+def test_a_link_that_leads_nowhere_keeps_nothing_else_out(
+    studies: Studies, folder: Path, tmp_path: Path, name: str, target: str
+) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(path.name if target == "self" else target)
+    another_scan(folder / "zz.nii.gz", 8)
+    assert states(studies) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
+    (found,) = studies.findings()
+    assert found.file == name
+    assert "is a link that leads nowhere" in found.sentence
+    studies.refresh()
+    assert studies.findings() == [found], "told once"
+    path.unlink()
+    studies.refresh()
+    assert studies.findings() == []
+
+
+def test_a_label_that_cannot_be_read_for_a_while_is_not_removed(studies: Studies, folder: Path) -> None:
+    submit(studies, "scan_0")
+    path = final(folder, "scan_0")
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)
+    assert states(studies)["scan_0"] == "submitted"
+    assert [f.file for f in studies.findings()] == ["labels/final/scan_0.nii.gz"]
+    path.unlink()
+    path.write_bytes(content)
+    assert states(studies)["scan_0"] == "submitted"
+    assert studies.findings() == []
+    assert len(history(studies, "scan_0")) == 1
+
+
+@pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])
+def test_a_name_that_cannot_be_printed_is_kept_aside(
+    studies: Studies, folder: Path, tmp_path: Path, name: bytes
+) -> None:
+    path = folder / os.fsdecode(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(another_scan(tmp_path / "x.nii.gz", 1))
+    studies.refresh()
+    (found,) = studies.findings()
+    assert found.sentence.isprintable()
+    assert "rename the file" in found.sentence
+    assert sorted(states(studies)) == ["scan_0", "scan_1", "scan_2"]
 
 
 def test_a_file_that_passes_after_all_is_no_finding_any_more(studies: Studies, folder: Path, tmp_path: Path) -> None:
@@ -334,6 +384,25 @@ def test_a_label_that_was_edited_in_place_is_a_version_before_anything_overwrite
 
 
 @pytest.mark.parametrize("act", OVERWRITING)
+def test_an_edit_that_keeps_size_and_time_is_a_version_before_anything_overwrites_it(
+    studies: Studies, folder: Path, tmp_path: Path, act: Callable[[Studies, Path], None]
+) -> None:
+    submit(studies, "scan_0")
+    path = final(folder, "scan_0")
+    before, edit = (label_bytes(tmp_path, index).ljust(4000, b"\0") for index in (4, 5))
+    in_place(path, before)
+    studies.refresh()
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    in_place(path, edit)
+    os.utime(path, ns=times)
+    assert len(before) == len(edit)
+    address = sha256_of(path)
+    act(studies, folder)
+    assert address in {sha256_of(kept_file) for kept_file in studies.store.files.all_objects()}
+    assert check(studies.store) == []
+
+
+@pytest.mark.parametrize("act", OVERWRITING)
 def test_an_edit_that_is_no_label_is_kept_all_the_same(
     studies: Studies, folder: Path, act: Callable[[Studies, Path], None]
 ) -> None:
@@ -410,6 +479,21 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
 
 
 # ---------------------------------------------------------------------------------------------------------- contents
+
+
+def test_another_content_of_the_same_size_and_time_is_another_scan(studies: Studies, folder: Path) -> None:
+    path = folder / "q.nii"
+    size = len(another_scan(path, 4))
+    studies.refresh()
+    before = record(studies, "q").sha256
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    content = another_scan(folder.parent / "other.nii", 5)
+    in_place(path, content)
+    os.utime(path, ns=times)
+    assert len(content) == size
+    studies.refresh()
+    assert record(studies, "q").sha256 not in (None, before)
+    assert record(studies, f"q@{str(before)[:8]}").missing_since is not None
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (30, 28, 10)])

@@ -15,6 +15,7 @@ from segqc.server.checks import (
     file_suffix,
     json_object,
     known,
+    usable_image_id,
 )
 from segqc.server.errors import RequestError
 
@@ -93,6 +94,13 @@ def test_what_no_file_can_be_called_is_refused(name: str | None) -> None:
     with pytest.raises(RequestError) as caught:
         check_file_name(name)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "usable"), [("e\u0301", "\u00e9"), ("2: AX T2", "2_ AX T2"), ("a/b", "a/b"), ("a\u200bb", "a_b")]
+)
+def test_ids_are_made_usable_in_the_same_way_on_every_system(name: str, usable: str) -> None:
+    assert usable_image_id(name) == usable
 
 
 def nested(depth: int) -> object:

@@ -79,6 +79,13 @@ def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
         ("[structures]\na = [0]", ["structures", "1 to 255", "[0]"]),
         ("[structures]\na = [1, 1]", ["different", "[1, 1]"]),
         ("[structures]\na = [300]", ["300"]),
+        ('[structures]\n"likely error" = [1]', ["'likely error'", "no structure"]),
+        ("[structures]\nBackground = [1]", ["'Background'", "no structure"]),
+        ("[structures]\nliver = [1]\nLiver = [2]", ["twice", "any case"]),
+        ('[structures]\n"" = [1]', ["no name"]),
+        ('[structures]\n"a\\nb" = [1]', ["no name", "one line"]),
+        (f"[structures]\na = [{'9' * 5000}]", ["not a TOML file", "digits"]),
+        (f"a = {'[' * 5000}{']' * 5000}", ["not a TOML file", "nested"]),
         ("sturctures = 1", ["sturctures"]),
         ("[server\nport = 1", ["not a TOML file"]),
     ],
@@ -104,6 +111,16 @@ def test_a_wrong_training_setting_is_named_with_those_there_are(tmp_path: Path) 
 def test_a_wrong_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGQC_SERVER__PORT", "none")
     with pytest.raises(SettingsError, match="SEGQC_SERVER__PORT"):
+        load_settings(tmp_path)
+
+
+def test_settings_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "segqc.toml").symlink_to("nowhere.toml")
+    with pytest.raises(SettingsError, match=r"segqc\.toml: cannot be read"):
+        load_settings(tmp_path)
+    (tmp_path / "segqc.toml").unlink()
+    (tmp_path / "segqc.toml").mkdir()
+    with pytest.raises(SettingsError, match=r"segqc\.toml: cannot be read"):
         load_settings(tmp_path)
 
 

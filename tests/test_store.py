@@ -319,12 +319,12 @@ def test_a_label_that_another_process_saves_meanwhile_is_not_taken_for_a_persons
     real = store.files.views  # looked at between the rows and the files
     saved = []
 
-    def files(place: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    def files(place: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         if place.name == "original" and not saved:
             saved.append(save_mask(other, folder.parent, "scan_1", 6, segmenter="seg2"))
             saved.append(save_mask(other, folder.parent, "scan_3", 7, segmenter="seg2"))
             other.remove_label("scan_2", "original", BERT)
-        return listed(place)
+        return listed(place, unreadable)
 
     listed = folder_module._files
     monkeypatch.setattr(folder_module, "_files", files)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from segqc import cli
 from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_csv
-from segqc.text import TextError, decode_text, spreadsheet_cell
+from segqc.text import TextError, decode_text, printable, spreadsheet_cell
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
 FORMULAS = ["=1+1", "+1", "-1", "@A1", "\t=1", "\r=1", "\n=1", "=cmd|'/c calc'!A0"]
@@ -95,6 +95,14 @@ def test_names_are_kept_where_the_locale_knows_ascii_only(tmp_path: Path) -> Non
     assert "größe 肝" in found.stdout.decode()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a\nb\x1b[0m", "a\\x0ab\\x1b[0m"), ("\udcff", "\\xff"), ("\u2028\x9b", "\\u2028\\x9b"), ("größe", "größe")],
+)
+def test_names_are_shown_on_one_line_and_move_no_cursor(name: str, shown: str) -> None:
+    assert printable(name) == shown
+
+
 def test_a_file_whose_name_is_no_text_is_named_and_stops_nothing(tmp_path: Path) -> None:
     scan(tmp_path, "good")
     (tmp_path / "labels" / "final").mkdir(parents=True)
@@ -103,4 +111,6 @@ def test_a_file_whose_name_is_no_text_is_named_and_stops_nothing(tmp_path: Path)
     result = CliRunner().invoke(cli.app, ["scans", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "1 scans" in result.output
-    assert "\\xff.nii.gz: has a name that is not UTF-8; rename the file" in result.output
+    sentence = "\\xff.nii.gz: has a name that is not UTF-8 or holds control characters; rename the file"
+    assert f"\n{sentence}" in result.output
+    assert f"labels/final/{sentence}" in result.output

@@ -160,12 +160,14 @@ def test_sheared_grid_is_refused(tmp_path, name):
     if name.endswith(".nrrd"):
         write_scan(scan, tmp_path / name)
     else:
-        with pytest.raises(VolumeError, match="sheared"):
+        with pytest.raises(VolumeError, match="sheared") as caught:
             write_scan(scan, tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: "), "and no temporary path"
         save_nifti(tmp_path / name, scan.array, affine)
     refused(tmp_path / name, "sheared")
-    with pytest.raises(VolumeError, match="sheared"):
+    with pytest.raises(VolumeError, match="sheared") as caught:
         write_scan(scan, tmp_path / "series")
+    assert str(caught.value).startswith(f"{tmp_path / 'series'}: "), "and no temporary path"
     assert names_in(tmp_path) == [name]
 
 

@@ -210,6 +210,13 @@ def test_offset_that_no_header_has_is_refused_at_once(tmp_path, offset):
         read_scan(path)
 
 
+@pytest.mark.parametrize("q_code", [0, 1])
+def test_form_that_holds_nan_is_refused_whatever_the_other_says(tmp_path, q_code):
+    path = save(tmp_path / "scan.nii", np.eye(4), q_code, np.eye(4), 2, srow_x=[np.nan, 0, 0, 0])
+    with pytest.raises(VolumeError, match="NaN in its sform"):
+        read_scan(path)
+
+
 def test_file_named_as_compressed_need_not_be(tmp_path):
     path = save(tmp_path / "scan.nii", np.eye(4), 1, np.eye(4), 1)
     plain = path.rename(tmp_path / "scan.NII.GZ")

@@ -129,6 +129,8 @@ def test_skip_beyond_the_end_is_refused_at_once(tmp_path, skip, count, encoding)
         ("(1,0,0)", "(1e400,0,0)", "one 3-D volume"),
         ("(1,0,0)", "(0,1,0)", "singular"),
         ("space origin: (3,4,5)", "space origin: (3,4,inf)", "infinite"),
+        ("space origin: (3,4,5)", "space origin: (inf,4,5)", "infinite"),
+        ("space origin: (3,4,5)", "space origin: (nan,4,5)", "NaN"),
         ("space origin: (3,4,5)", "spacings: 1 1 1", "both spacings and a space"),
         ("space: left-posterior-superior", "space: scanner-xyz", "space 'scanner-xyz'"),
         ("encoding: raw", "encoding: zip", "encoding"),

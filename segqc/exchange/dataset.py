@@ -104,10 +104,14 @@ def read_json(path: Path, kind: TypeAdapter[T], program: str) -> T:
     except OSError as error:
         raise ExchangeError(f"{path}: cannot be read ({error.strerror}); wanted a folder of {program}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        finding = f"{place}: {first['msg']}" if place else first["msg"]
-        raise ExchangeError(f"{path}: is no file of {program} ({finding}); repair it") from error
+        raise ExchangeError(f"{path}: is no file of {program} ({first_finding(error)}); repair it") from error
+
+
+def first_finding(error: ValidationError) -> str:
+    """The first thing that is wrong with a file of JSON, and where."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def write_json(path: Path, kind: TypeAdapter[T], value: T) -> None:
@@ -190,7 +194,7 @@ class _NotUsable(Exception):  # noqa: N818 - not an error
 def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link: bool) -> None:
     shown = relative_name(case.image, source)
     if printable(case.name) != case.name:
-        raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8; rename the file.")
+        raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8 or holds control characters; rename the file.")
     if case.name.casefold() in taken:
         raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,13 +20,15 @@ from segqc.exchange.dataset import (
     LeftAside,
     read_json,
     refuse_existing,
+    relative_name,
     write_image,
     write_json,
     write_label,
 )
 from segqc.store.upkeep import Report, silent
+from segqc.text import printable
 from segqc.types import Structure
-from segqc.volumes import SCAN_SUFFIXES, atomic_write, scan_id, scan_suffix
+from segqc.volumes import SCAN_SUFFIXES, atomic_write, label_suffix, scan_id, scan_suffix
 
 _PROGRAM: Final = "the Medical Segmentation Decathlon"
 _FILE: Final = "dataset.json"
@@ -83,32 +87,48 @@ def read_task(folder: Path) -> Dataset:
         try:
             scan = _listed(folder, image)
             if scan_suffix(scan.name) is None:
-                raise ExchangeError(f"{image}: is of no known format; convert it to {' or '.join(SCAN_SUFFIXES)}.")
+                raise ExchangeError(
+                    f"{printable(image)}: is of no known format; convert it to {' or '.join(SCAN_SUFFIXES)}."
+                )
         except ExchangeError as error:
-            left_aside.append(LeftAside(image, str(error)))
+            left_aside.append(LeftAside(printable(image), str(error)))
             continue
         mask = None
         if label is not None:
             try:
                 mask = _listed(folder, label)
             except ExchangeError as error:
-                left_aside.append(LeftAside(label, str(error)))
+                left_aside.append(LeftAside(printable(label), str(error)))
         cases.append(Case(scan_id(scan), scan, mask))
+    used = {os.path.normpath(folder / file) for files in listed for file in files if file is not None}
+    for path in _lying(folder):
+        if str(path) not in used:
+            shown = relative_name(path, folder)
+            left_aside.append(LeftAside(shown, f"{shown}: is not listed in {_FILE}; add it to the list or remove it."))
     return Dataset(folder, tuple(cases), structures, tuple(left_aside))
 
 
+def _lying(folder: Path) -> Iterator[Path]:
+    """The files of scans and label maps in a task's folders."""
+    for sub in ("imagesTr", "labelsTr", "imagesTs"):
+        if (folder / sub).is_dir():
+            files = sorted(Path(os.path.normpath(folder / sub)).iterdir())
+            yield from (path for path in files if label_suffix(path.name) and not path.name.startswith("."))
+
+
 def _listed(folder: Path, file: str) -> Path:
+    shown = printable(file)
     try:
         path = folder / file
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ExchangeError(f"{file}: is listed in {_FILE}, but is not in its folder; copy it there.")
+            raise ExchangeError(f"{shown}: is listed in {_FILE}, but is not in its folder; copy it there.")
         found = path.is_file()
     except (OSError, ValueError) as error:  # a name that no file can have
         if isinstance(error, ExchangeError):
             raise
-        raise ExchangeError(f"{file}: is listed in {_FILE}, but is no name of a file; repair the list.") from error
+        raise ExchangeError(f"{shown}: is listed in {_FILE}, but is no name of a file; repair the list.") from error
     if not found:
-        raise ExchangeError(f"{file}: is listed in {_FILE}, but not there; download the task again.")
+        raise ExchangeError(f"{shown}: is listed in {_FILE}, but not there; download the task again.")
     return path
 
 

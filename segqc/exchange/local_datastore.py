@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from segqc.exchange.dataset import (
     Count,
     ExchangeError,
     Imported,
     LeftAside,
+    first_finding,
     place,
     read_json,
     refuse_existing,
@@ -43,21 +45,33 @@ class _Object:
 
 
 @dataclass(frozen=True, slots=True)
-class Datastore:
-    """What ``datastore_v2.json`` says: scans by id, with their files' suffixes and what clients noted."""
+class _File:
+    """``datastore_v2.json``; each of its objects is a file's entry of its own."""
 
-    objects: dict[str, _Object]
+    objects: dict[str, JsonValue]
     name: str = ""
     description: str = ""
     images_dir: str = "."
     labels_dir: str = "labels"
 
 
-_DATASTORE: Final = TypeAdapter(Datastore)
+@dataclass(frozen=True, slots=True)
+class Datastore:
+    """What ``datastore_v2.json`` says: scans by id, with their files' suffixes and what clients noted.
+
+    ``left_aside`` are entries that cannot be read.
+    """
+
+    objects: Mapping[str, _Object]
+    left_aside: tuple[LeftAside, ...] = ()
+
+
+_DATASTORE: Final = TypeAdapter(_File)
+_OBJECT: Final = TypeAdapter(_Object)
 
 
 def read_datastore(folder: Path) -> Datastore:
-    """Read what a folder's ``datastore_v2.json`` says.
+    """Read what a folder's ``datastore_v2.json`` says; entries that cannot be read are left aside.
 
     Raises:
         ExchangeError: if it is missing or damaged, or its scans and labels do not lie where a studies folder has them.
@@ -69,7 +83,15 @@ def read_datastore(folder: Path) -> Datastore:
             f"{path}: its scans lie in {found.images_dir!r} and its labels in {found.labels_dir!r}; move them to the "
             "folder itself and to 'labels'"
         )
-    return found
+    objects, left_aside = {}, []
+    for name, entry in found.objects.items():
+        try:
+            objects[name] = _OBJECT.validate_python(entry)
+        except ValidationError as error:
+            shown = printable(name)
+            reason = f"{shown}: its entry in {_FILE} cannot be read ({first_finding(error)}); repair it."
+            left_aside.append(LeftAside(shown, reason))
+    return Datastore(objects, tuple(left_aside))
 
 
 def take_notes(store: Store, datastore: Datastore) -> Imported:
@@ -101,7 +123,8 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
                 labels_found += 1
                 known = labels.info(transaction, label.id)
                 labels.update_info(transaction, label.id, {**data.info, **known})
-    return Imported(scans_found, labels_found, tuple(left_aside[file] for file in sorted(left_aside)))
+    named = (left_aside[file] for file in sorted(left_aside))
+    return Imported(scans_found, labels_found, (*datastore.left_aside, *named))
 
 
 def _unused(folder: Path, file: str) -> LeftAside:
@@ -123,7 +146,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, report: R
         tags = labels.all_tags(transaction)
         current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
         infos = labels.infos(transaction)
-    objects = {}
+    objects: dict[str, JsonValue] = {}
     count = 0
     with atomic_write(folder) as temporary:
         temporary.mkdir()
@@ -139,8 +162,8 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, report: R
                     )
                     own[tag] = _Data(label.suffix, infos.get(label.id, {}))
                     count += 1
-            objects[scan.name] = _Object(_Data(ext, scan.info), own)
+            objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
             report(done, len(found), "scans")
         name = store.studies.name
-        write_json(temporary / _FILE, _DATASTORE, Datastore(objects, name, f"exported from {name}"))
+        write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
     return Count(len(found), count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Final, TypeAlias
 
@@ -53,9 +54,10 @@ IGNORED_REASON = "MONAI Label's parameters that this server has no use for; see 
 def usable_image_id(name: str) -> str:
     """Return the id of a scan that a client calls so: 3D Slicer goes on using its own name of a volume.
 
-    Path separators and control characters stay, to be refused.
+    Letters and their accents become one, as some systems write them apart. Path separators and control characters
+    stay, to be refused.
     """
-    return _UNUSABLE.sub("_", name)
+    return _UNUSABLE.sub("_", unicodedata.normalize("NFC", name))
 
 
 def check_image_id(image: str) -> str:

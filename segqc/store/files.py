@@ -295,12 +295,17 @@ def signature_of(status: os.stat_result) -> str:
 
     A further change within the clock's tick would go unseen then.
     """
-    return "" if abs(time.time_ns() - status.st_mtime_ns) <= _CLOCK_TICK_NS else raw_signature(status)
+    now = time.time_ns()
+    recent = any(abs(now - at) <= _CLOCK_TICK_NS for at in (status.st_mtime_ns, status.st_ctime_ns))
+    return "" if recent else raw_signature(status)
 
 
 def raw_signature(status: os.stat_result) -> str:
-    """The signature that a file has once it was written long enough ago."""
-    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+    """The signature that a file has once it was written long enough ago.
+
+    Programs may set the time of the last modification back, but not that of the last change.
+    """
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
 
 
 def state_of(path: Path) -> FileState:

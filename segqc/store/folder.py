@@ -1,7 +1,7 @@
 """Taking in what lies in the studies folder: scans, and labels that people put there, changed or removed.
 
 Every file passes the store's intake once for each content; what does not is kept aside as a finding (`findings`). A
-file's signature (size, time, inode) tells whether it has to be read again, and its hash decides. Large folders are
+file's signature (size, times, inode) tells whether it has to be read again, and its hash decides. Large folders are
 taken in batch by batch: what is committed stays, whenever the process dies.
 """
 
@@ -24,9 +24,9 @@ from segqc.placement import Placing
 from segqc.store import findings, labels, leases, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import FOLDER
-from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of, state_of
+from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
 from segqc.store.findings import Finding
-from segqc.store.labels import NewLabel, ViewState
+from segqc.store.labels import NewLabel
 from segqc.store.scans import FoundScan, Known
 from segqc.store.store import LabelChange, Store
 from segqc.store.values import LabelRecord, ScanRecord
@@ -40,6 +40,7 @@ T = TypeVar("T")
 _BATCH: Final = 500
 _BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
 _LABEL_BATCH: Final = 50
+_UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
 
@@ -116,10 +117,13 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
             more, fewer = _take_in_labels(store, folder, noted, stop)
             added, removed = added + more, removed + fewer
     tags = {f"labels/{folder.name}" for folder in folders}
-    gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags}
-    if gone:
+    astray = _without_tag(store)
+    gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags} - astray.keys()
+    fresh = [finding for file, finding in astray.items() if noted.get(file) != finding]
+    if gone or fresh:
         with store.write() as transaction:
             findings.clear(transaction, gone)
+            findings.record(transaction, fresh, store.intake.version)
     return Taken(new, missing, added, removed, replaced)
 
 
@@ -241,12 +245,13 @@ def _take_in_scans(
     unsettled: set[str] = set()
     present: set[str] = set()
     misplaced: dict[str, Finding] = {}
+    unreadable: dict[str, str] = {}
     settled = 0
-    for entry, status in _files(store.studies):
+    for entry, status in _files(store.studies, unreadable):
         name = printable(entry.name)
         present.add(name)
         if name != entry.name:
-            misplaced[name] = Finding(name, "other", f"{name}: has a name that is not UTF-8; rename the file", "")
+            misplaced[name] = Finding(name, "other", f"{name}: {_UNPRINTABLE}", "")
         elif scans.mark(name, raw_signature(status)) in marks:
             settled += 1
         elif scan_suffix(name) is not None:
@@ -254,6 +259,9 @@ def _take_in_scans(
                 unsettled.add(name)
         elif (finding := _misplaced(name)) is not None:
             misplaced[name] = finding
+    for name, why in unreadable.items():
+        if scan_suffix(name) is not None:
+            misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
     gone: list[str] = []
     known: dict[str, Known] = {}
     if unsettled or settled < len(marks):
@@ -261,10 +269,10 @@ def _take_in_scans(
             known = scans.known_files(transaction)
         # whoever has uploaded a scan since has put its file there
         absent = (file for file, scan in known.items() if not scan.missing and file not in present)
-        gone = [file for file in absent if not (store.studies / file).is_file()]
+        gone = [file for file in absent if not os.path.isfile(store.studies / file)]
     labelled = _labelled(store) if unsettled - known.keys() else set()
     new, lost, replaced, changed = _take_in_files(store, unsettled, known, labelled, patient_of, placing, stop)
-    over = {file for file in noted if "/" not in file and file not in present}
+    over = {file for file in noted if "/" not in file and file not in present and file not in misplaced}
     fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
     missing = 0
     if gone or over or fresh:
@@ -357,8 +365,7 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
         after = path.stat()
     except FileNotFoundError:
         return None
-    same = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
-    return looked if same else None
+    return looked if raw_signature(before) == raw_signature(after) else None
 
 
 def _sentence(path: Path, file: str, error: Exception) -> str:
@@ -422,8 +429,8 @@ def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundSc
     for file, view in labels.forget_views(transaction, scan.id):
         label = labels.get(transaction, view.version)
         with contextlib.suppress(FileNotFoundError):
-            # what is neither as it was left nor kept is a label that was put there for the new content
-            if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in _addresses(label):
+            # what is not kept is a label that was put there for the new content
+            if sha256_of(store.files.views / file) in _addresses(label):
                 (store.files.views / file).unlink()
     leases.release(transaction, scan.name, FOLDER)
     retired = scans.retire(transaction, scan.id, FOLDER)
@@ -444,10 +451,6 @@ def _addresses(label: LabelRecord) -> set[str]:
     return {sha256 for sha256, _ in contents_of(label.sha256, label.suffix, label.source_sha256, label.source_suffix)}
 
 
-def _is_as_left(store: Store, file: str, view: ViewState) -> bool:
-    return state_of(store.files.views / file) == FileState(view.size, view.modified_ns)
-
-
 def _part_from_labels(store: Store, name: str) -> None:
     """Before a scan is retired, make versions of its label files that were edited and do not fit the new content.
 
@@ -461,7 +464,7 @@ def _part_from_labels(store: Store, name: str) -> None:
         for file, view in shown:
             tag, base = os.path.split(file)
             with contextlib.suppress(FileNotFoundError):
-                if _is_as_left(store, file, view) or sha256_of(store.files.views / file) in kept[view.version]:
+                if sha256_of(store.files.views / file) in kept[view.version]:
                     continue
                 try:
                     store.label_from_file(scan, tag, base, Path(work))
@@ -483,11 +486,12 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
     own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
     passed: set[str] = set()
     unsettled: set[str] = set()
+    unreadable: dict[str, str] = {}
     settled = 0
-    for entry, status in _files(folder):
+    for entry, status in _files(folder, unreadable):
         name = entry.name
         if name != printable(name):
-            findings.tell(f"labels/{tag}/{printable(name)}: has a name that is not UTF-8; rename the file")
+            unreadable[printable(name)] = _UNPRINTABLE
             continue
         states[name] = FileState(status.st_size, status.st_mtime_ns)
         if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
@@ -499,11 +503,13 @@ def _take_in_labels(store: Store, folder: Path, noted: Mapping[str, Finding], st
         if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
             unsettled.add(name)
     passed |= {file for file in own if os.path.basename(file) not in states}
-    found: list[Finding] = []
+    files = {name: f"labels/{tag}/{name}" for name in unreadable}
+    found = [Finding(file, "label", f"{file}: {unreadable[name]}", "") for name, file in files.items()]
     added = removed = 0
     if unsettled or settled < len(marks):
         pass_ = _LabelPass(store, tag, states, signatures)
-        added, removed, found = pass_.run(unsettled, stop)
+        added, removed, unusable = pass_.run(unsettled, unreadable, stop)
+        found += unusable
         passed |= {f"labels/{tag}/{name}" for name in unsettled} & own
     passed -= {finding.file for finding in found}
     fresh = [finding for finding in found if noted.get(finding.file) != finding]
@@ -525,8 +531,10 @@ class _LabelPass:
         self.versions = {label_id(file): state.version for file, state in self.left.items()}
         self.findings: list[Finding] = []
 
-    def run(self, unsettled: Collection[str], stop: Stop) -> tuple[int, int, list[Finding]]:
-        """Take in files that are new or were changed, and note removed ones."""
+    def run(
+        self, unsettled: Collection[str], unreadable: Collection[str], stop: Stop
+    ) -> tuple[int, int, list[Finding]]:
+        """Take in files that are new or were changed, and note removed ones; what cannot be read now is not removed."""
         by_scan: dict[str, list[str]] = {}
         known = [name for name in unsettled if self._has_scan(name)]
         left = set(known) - self._only_touched([name for name in known if f"{self.tag}/{name}" in self.left])
@@ -547,8 +555,9 @@ class _LabelPass:
             label_id(file)
             for file in self.left
             if os.path.basename(file) not in self.states
+            and os.path.basename(file) not in unreadable
             and label_id(file) not in by_scan
-            and not (self.store.files.views / file).is_file()
+            and not os.path.isfile(self.store.files.views / file)
         ]
         removals = [
             LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
@@ -646,14 +655,37 @@ def _tag_folders(store: Store) -> list[Path]:
         return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-    """The visible files of a folder, links to files among them, with their status."""
+def _without_tag(store: Store) -> dict[str, Finding]:
+    """Label files that lie beside the tags' folders, and not in one."""
+    found = {}
+    if store.files.views.is_dir():
+        for entry, _ in _files(store.files.views, {}):
+            if label_suffix(entry.name) is not None:
+                file = f"labels/{printable(entry.name)}"
+                sentence = f"{file}: lies in no tag's folder; move it to labels/{labels.FINAL}/ if it is a final label"
+                found[file] = Finding(file, "label", sentence, "")
+    return found
+
+
+def _files(folder: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The visible files of a folder, links to files among them, with their status.
+
+    Args:
+        folder: the folder.
+        unreadable: gets the names of those whose status is not to be had, each with the reason.
+    """
     with os.scandir(folder) as found:
         for entry in found:
             if entry.name.startswith("."):
                 continue
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 status = entry.stat()
+            except OSError as error:
+                if entry.is_symlink():
+                    unreadable[printable(entry.name)] = f"is a link that leads nowhere ({error.strerror}); mend it"
+                elif not isinstance(error, FileNotFoundError):  # not removed this moment
+                    unreadable[printable(entry.name)] = f"cannot be read ({error.strerror})"
+            else:
                 if stat.S_ISREG(status.st_mode):
                     yield entry, status
 

@@ -30,9 +30,9 @@ from segqc.store.database import (
     utc_now,
 )
 from segqc.store.events import FOLDER
-from segqc.store.files import Arrival, FileState, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
+from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
-from segqc.store.labels import FINAL, RETURNED, NewLabel, ViewState
+from segqc.store.labels import FINAL, RETURNED, NewLabel
 from segqc.store.schema import OPEN_STATES
 from segqc.store.values import LabelRecord, ScanRecord, ScanState, Who
 from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_id, label_suffix, write_labels
@@ -323,22 +323,20 @@ class Store:
                     if file in taken_in:
                         known = taken_in[file] == state_of(path)
                     else:
-                        known = self._is_known(transaction, key, file, view)
+                        known = self._is_known(transaction, key, file)
                     if not known:
                         unseen[file] = key
         if unseen:
             raise _Unseen(unseen)
         return found
 
-    def _is_known(
-        self, transaction: Transaction, key: tuple[str, str], file: str, view: tuple[str, ViewState] | None
-    ) -> bool:
-        """Whether a file holds what the current version of its label does."""
-        path = self.files.views / file
-        if view is not None and view[0] == file and state_of(path) == FileState(view[1].size, view[1].modified_ns):
-            return True
+    def _is_known(self, transaction: Transaction, key: tuple[str, str], file: str) -> bool:
+        """Whether a file holds what the current version of its label does.
+
+        Its content tells: an edit may keep size and time.
+        """
         label = labels.current(transaction, *key)
-        return label is not None and sha256_of(path) in (label.sha256, label.source_sha256)
+        return label is not None and sha256_of(self.files.views / file) in (label.sha256, label.source_sha256)
 
     def _edit(self, scan: str, tag: str, name: str, work: Path) -> LabelChange:
         """Make a version of a file that is about to be replaced, also where it is no label map."""
@@ -472,8 +470,7 @@ class Store:
         """Put a person's file back that an interrupted change has taken away."""
         path, original = self.files.views / file, self.files.original(arrival)
         key = (arrival.plan.scan, arrival.plan.tag)
-        view = labels.view_of(transaction, *key)
-        if original is not None and (not path.is_file() or self._is_known(transaction, key, file, view)):
+        if original is not None and (not path.is_file() or self._is_known(transaction, key, file)):
             self.files.show(file, original)
 
     def show(self, transaction: Transaction, label: LabelRecord) -> None:

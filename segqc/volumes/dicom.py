@@ -171,8 +171,8 @@ def _stored_values(item: FileDataset) -> Array:
     return cast(Array, shifted.view(f"{kind}{words.dtype.itemsize}") >> (allocated - stored))
 
 
-def write_dicom(volume: Volume, folder: Path, name: str) -> None:
-    """Write a volume to a new folder of one MR series.
+def write_dicom(volume: Volume, folder: Path, target: Path) -> None:
+    """Write a volume to a new folder of one MR series, on its way to `target`, after which the series is named.
 
     Raises:
         VolumeError: if its in-plane axes are sheared.
@@ -180,8 +180,9 @@ def write_dicom(volume: Volume, folder: Path, name: str) -> None:
     affine = LPS_TO_RAS @ volume.affine
     spacing = spacing_of(affine)
     directions = affine[:3, :3] / np.array(spacing)
+    name = target.name
     if abs(directions[:, 0] @ directions[:, 1]) > 1e-4:
-        raise VolumeError(f"{folder}: DICOM cannot hold a volume whose in-plane axes are sheared; write .nii.gz.")
+        raise VolumeError(f"{target}: DICOM cannot hold a volume whose in-plane axes are sheared; write .nii.gz.")
     normal = np.cross(directions[:, 0], directions[:, 1])
     stored, slope, intercept = _quantise(volume.array)
     # UIDs follow from the content: the same volume is the same series, however often it is written.

@@ -157,7 +157,8 @@ def read_dataset(path: Path, *, pixels: bool = True) -> FileDataset:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, as a part of a sentence."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    said = next(iter(str(error).strip().splitlines()), "")
+    return type(error).__name__ if not said or " object at 0x" in said else said
 
 
 def _read(path: Path, tags: list[str] | None, *, pixels: bool = False) -> FileDataset:

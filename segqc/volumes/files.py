@@ -245,8 +245,8 @@ def _write(volume: Volume, path: Path) -> None:
         raise VolumeError(f"{path}: exists already; give a new or empty folder for a DICOM series.")
     with atomic_write(path) as temporary:
         if suffix is None:
-            write_dicom(volume, temporary, path.name)
+            write_dicom(volume, temporary, path)
         elif suffix in NIFTI_SUFFIXES:
-            write_nifti(volume, temporary)
+            write_nifti(volume, temporary, path)
         else:
             write_nrrd(volume, temporary)

@@ -127,7 +127,7 @@ def _read_header(file: InputFile, compression: Compression) -> _Header:
     offset = float(fields["vox_offset"])
     if not 0 <= offset <= MAX_HEADER_BYTES:
         raise file.error(
-            f"has the vox_offset {offset:g}, more than the {MAX_HEADER_BYTES} bytes that a header may take; repair it."
+            f"has the vox_offset {offset:g}, and its header may take from 0 to {MAX_HEADER_BYTES} bytes; repair it."
         )
     slope, intercept = _scaling(file, fields)
     slice_axis = int(fields["dim_info"]) >> 4 & 3
@@ -203,6 +203,8 @@ class _Forms:
         Raises:
             VolumeError: if ITK finds none, but for a sheared sform where that is allowed.
         """
+        if self.sform is not None and np.isnan(self.sform).any():  # ITK passes them on
+            raise file.error("has NaN in its sform; repair the header.")
         matrix = self.chosen()
         if matrix is None and self.sform is not None:
             sheared = checked_affine(file.shown, self.sform)
@@ -325,8 +327,8 @@ def _is_orthogonal(matrix: AffineArray) -> bool:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def write_nifti(volume: Volume, path: Path) -> None:
-    """Write a volume so that ITK and nibabel read it at the same place.
+def write_nifti(volume: Volume, path: Path, target: Path) -> None:
+    """Write a volume, on its way to `target`, so that ITK and nibabel read it at the same place.
 
     Both forms are written: ITK takes the sform where its axes are orthogonal but for single precision, else the qform.
 
@@ -335,7 +337,7 @@ def write_nifti(volume: Volume, path: Path) -> None:
     """
     sheared = distance_of_grids(volume.affine, nearest_orthogonal(volume.affine), volume.shape)
     if sheared > grid_tolerance(volume.affine, volume.shape):
-        raise VolumeError(f"{path}: ITK reads no NIfTI file whose axes are sheared; resample it to orthogonal axes.")
+        raise VolumeError(f"{target}: ITK reads no NIfTI file whose axes are sheared; resample it to orthogonal axes.")
     image = nib.Nifti1Image(volume.array, volume.affine)
     image.set_sform(volume.affine, code=1)
     image.set_qform(volume.affine, code=1, strip_shears=True)

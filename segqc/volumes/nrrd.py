@@ -212,7 +212,7 @@ def _affine(file: InputFile, fields: Mapping[str, str], axes: _Axes) -> AffineAr
         affine[:3, :3] = axes.directions[list(axes.spatial)].T
         if "spaceorigin" in fields:
             origin = np.array(_numbers(fields["spaceorigin"].strip("() "), ",", 3))
-            affine[:3, 3] = np.where(np.isfinite(origin[0]), origin, 0.0)
+            affine[:3, 3] = 0.0 if np.isnan(origin).all() else origin
     elif spacings is not None and not any(name in fields for name in ("space", "spacedimension", "spacedirections")):
         edges = np.array(_numbers(spacings, None, len(fields["sizes"].split())))[list(axes.spatial)]
         affine[:3, :3] = np.diag(edges)
