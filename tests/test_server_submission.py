@@ -37,7 +37,7 @@ def info(*names: str) -> dict[str, object]:
 
 def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
-    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver"))  # type: ignore[arg-type]
+    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver")).volume  # type: ignore[arg-type]
     assert (labels.array[3] == 4).all()
     assert (labels.array[8] == 1).all()
     assert np.allclose(labels.affine, AFFINE)
@@ -97,7 +97,7 @@ def test_an_unedited_label_map_comes_back_as_it_was_stored(
 
 def test_values_that_could_be_read_either_way_are_refused(tmp_path: Path, scan: Path) -> None:
     names = {"body": 2, "placenta": 3, "brain": 7}
-    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).array)) == {0, 7}
+    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).volume.array)) == {0, 7}
     with pytest.raises(RequestError, match="send label_info") as caught:
         read_submission(submit(tmp_path / "b.nrrd", {2: 3, 3: 5}), scan, names, {})
     assert caught.value.status == 422
@@ -158,7 +158,7 @@ def test_another_grid_or_no_volume_is_refused_without_telling_server_paths(tmp_p
 def test_unconfigured_structures_may_be_new(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 2: 5})
     params = info("label 1", "something new")
-    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False)  # type: ignore[arg-type]
+    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False).volume  # type: ignore[arg-type]
     assert set(np.unique(labels.array)) == {0, 1, 2}
 
 

@@ -66,8 +66,8 @@ logger = logging.getLogger(__name__)
 SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
-INFERENCE_NICENESS: Final = int(os.environ.get("NICE", "10"))
-ANNOTATION_SLOTS: Final = int(os.environ.get("SLOTS", "4"))  # some wait for the disk while others compute
+INFERENCE_NICENESS: Final = 10
+ANNOTATION_SLOTS: Final = 2  # one waits for the disk while the other computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 

@@ -233,7 +233,7 @@ def temporary_labels(volume: Volume) -> Iterator[Path]:
     """A label map as a compressed NIfTI file, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = Path(folder) / "labels.nii.gz"
-        write_nifti(_as_labels(volume, path), path)  # not atomically: nobody else looks here
+        write_nifti(_as_labels(volume, path), path, path)  # not atomically: nobody else looks here
         yield path
 
 
