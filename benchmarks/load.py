@@ -328,6 +328,7 @@ def main() -> None:
         folder = arguments.work / "studies"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(template, folder)
+        Studies(folder).store.close()  # the copies are new files: they are looked at before anybody waits
         runs.append(measure(folder, arguments.clients, arguments.seconds, think, arguments.scans))
     show(runs)
     if arguments.name:

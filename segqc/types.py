@@ -32,7 +32,16 @@ class Structure:
 
     def mask(self, labels: npt.NDArray[np.generic]) -> BoolArray:
         """Return the structure's mask, of the label map's shape."""
-        return np.isin(labels, self.values)
+        mask: BoolArray = labels == self.values[0]
+        for value in self.values[1:]:  # a hundred times as fast as np.isin
+            mask |= labels == value
+        return mask
+
+
+def values_in(labels: LabelArray) -> set[int]:
+    """The values that occur in a label map, but for 0 (background)."""
+    counts = np.bincount(labels.ravel(order="K"), minlength=1)  # np.unique would sort all voxels
+    return {*np.flatnonzero(counts).tolist()} - {0}
 
 
 def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:

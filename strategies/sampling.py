@@ -105,13 +105,9 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
             StoreError: if the scan cannot be had back.
         """
         reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
-        lease, skipped = self._hand_out(reason, wanted)
+        lease, skipped, shown = self._hand_out(reason, wanted)
         if lease is None:
             return None
-        shown = None
-        if lease.assessment is not None:
-            with self.studies.store.read() as transaction:
-                shown = assessments.read(transaction, lease.assessment)
         said: Answer = {
             "id": lease.scan,
             "strategy": lease.strategy,
@@ -133,8 +129,10 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
             said["note"] = " ".join(notes)
         return said
 
-    def _hand_out(self, reason: str | None, wanted: str | None) -> tuple[LeaseRecord | None, LeaseRecord | None]:
-        """Take a scan whose file still holds what it is known for; and what was put aside for it."""
+    def _hand_out(
+        self, reason: str | None, wanted: str | None
+    ) -> tuple[LeaseRecord | None, LeaseRecord | None, Assessment | None]:
+        """Take a scan whose file still holds what it is known for; what was put aside for it; and its assessment."""
         rules, who = self.studies.settings.annotation, current_actor()
         while True:
             with self.studies.store.write() as transaction:
@@ -142,13 +140,18 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
                     lease: LeaseRecord | None = leases.resume(transaction, wanted, who, rules)
                 else:
                     lease = leases.take(transaction, who, self.name, self._order, rules, skip_reason=reason)
-                skipped = leases.skipped_for(transaction, lease) if lease is not None and wanted is None else None
-            if lease is None or self.studies.is_unchanged(lease.scan):
-                return lease, skipped
+                if lease is None:
+                    return None, None, None
+                skipped = leases.skipped_for(transaction, lease) if wanted is None else None
+            with self.studies.store.read() as transaction:
+                scan = scans.get(transaction, lease.scan)
+                shown = assessments.read(transaction, lease.assessment) if lease.assessment is not None else None
+            if self.studies.is_unchanged(scan):
+                return lease, skipped, shown
             with self.studies.store.read() as transaction:
                 now = leases.get(transaction, lease.id)
                 if now == lease and scans.get(transaction, now.scan).missing_since is None:
-                    return lease, skipped  # only touched: the content is the same
+                    return lease, skipped, shown  # only touched: the content is the same
 
 
 def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:

@@ -37,7 +37,7 @@ def info(*names: str) -> dict[str, object]:
 
 def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
-    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver"))  # type: ignore[arg-type]
+    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver")).volume  # type: ignore[arg-type]
     assert (labels.array[3] == 4).all()
     assert (labels.array[8] == 1).all()
     assert np.allclose(labels.affine, AFFINE)
@@ -91,13 +91,13 @@ def test_an_unedited_label_map_comes_back_as_it_was_stored(
                        f"Segment{number}_Layer": "0", f"Segment{number}_ID": f"Segment_{number}"}  # fmt: skip
         path = tmp_path / "m.seg.nrrd"
         nrrd.write(str(path), voxels, header)
-    assert np.array_equal(read_submission(path, scan, names, params).array, stored)  # type: ignore[arg-type]
+    assert np.array_equal(read_submission(path, scan, names, params).volume.array, stored)  # type: ignore[arg-type]
     assert np.array_equal(from_client(to_client(Volume(stored, AFFINE), names), names).array, stored)
 
 
 def test_values_that_could_be_read_either_way_are_refused(tmp_path: Path, scan: Path) -> None:
     names = {"body": 2, "placenta": 3, "brain": 7}
-    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).array)) == {0, 7}
+    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).volume.array)) == {0, 7}
     with pytest.raises(RequestError, match="send label_info") as caught:
         read_submission(submit(tmp_path / "b.nrrd", {2: 3, 3: 5}), scan, names, {})
     assert caught.value.status == 422
@@ -122,7 +122,7 @@ def test_what_is_noted_fits_what_clients_get_back() -> None:
 def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 4: 5})
     for params in ({}, {"label_info": [{"color": [1, 0, 0]}]}):
-        assert set(np.unique(read_submission(path, scan, NAMES, params).array)) == {0, 1, 4}
+        assert set(np.unique(read_submission(path, scan, NAMES, params).volume.array)) == {0, 1, 4}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_another_grid_or_no_volume_is_refused_without_telling_server_paths(tmp_p
 def test_unconfigured_structures_may_be_new(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 2: 5})
     params = info("label 1", "something new")
-    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False)  # type: ignore[arg-type]
+    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False).volume  # type: ignore[arg-type]
     assert set(np.unique(labels.array)) == {0, 1, 2}
 
 

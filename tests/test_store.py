@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -382,6 +383,20 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
     assert again.view_file(now).read_bytes() == again.label_file(now).read_bytes()
     assert {p.name.split(".")[0] for p in again.files.all_objects()} == kept
     assert not list((again.own / "incoming").iterdir())
+    again.close()
+
+
+def test_content_whose_move_a_power_failure_undid_is_put_back(store: Store, folder: Path, url: str | None) -> None:
+    source = label_map(folder.parent / "next.nii.gz", 4)
+    with store.files.arriving(source, "scan_0", "final", ".nii.gz") as arrival:
+        left = shutil.copytree(arrival.folder, arrival.folder.with_name("left"))  # of a process that is gone
+    saved = store.save_label(NewLabel("scan_0", "final", "annotator", BERT), source)
+    store.label_file(saved).unlink()
+    store.view_file(saved).unlink()
+    store.close()
+    again = Store.open(folder, url)
+    assert again.label_file(saved).read_bytes() == source.read_bytes() == again.view_file(saved).read_bytes()
+    assert not left.exists()
     again.close()
 
 

@@ -20,7 +20,7 @@ from segqc.store.labels import FINAL
 from segqc.store.store import Store
 from segqc.store.upkeep import Report, silent
 from segqc.text import TextError, decode_text, printable
-from segqc.types import Structure, label_names
+from segqc.types import Structure, label_names, values_in
 from segqc.volumes import (
     Volume,
     VolumeError,
@@ -270,7 +270,7 @@ def _value_structures(cases: Iterable[Case]) -> tuple[Structure, ...]:
     values: set[int] = set()
     for case in cases:
         if case.label is not None:
-            values |= set(np.unique(read_labels(case.label).array).tolist()) - {0}
+            values |= values_in(read_labels(case.label).array)
     return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
 
 

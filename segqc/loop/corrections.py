@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
 from segqc.store.scans import ScanReplaced
 from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, StructureChange, Who
-from segqc.types import Structure
+from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
 
 
@@ -65,6 +67,7 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
         raise OpenedError(f"there is no structure {unknown[0]!r} to be opened; there are {', '.join(sorted(names))}")
     looked_at = [s for s in structures if opened.structures is None or s.name in opened.structures]
     before, after = (np.take(volume.array, slices, axis=axis) for volume in (start, end))
+    before, after = _in_use(before, after, axis)
     parts, changed = [], np.zeros(before.shape, bool)
     for structure in looked_at:
         mask, truth = structure.mask(before), structure.mask(after)
@@ -89,6 +92,16 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
     )
 
 
+def _in_use(before: LabelArray, after: LabelArray, axis: int) -> tuple[LabelArray, LabelArray]:
+    """Cut both label maps, in all slices, to what one of them covers: most of a scan is neither's."""
+    covered = (before | after) != 0
+    box = [slice(None)] * 3
+    for own in {0, 1, 2} - {axis}:
+        found = np.flatnonzero(covered.any(axis=tuple(a for a in range(3) if a != own)))
+        box[own] = slice(found[0], found[-1] + 1) if found.size else slice(0, 1)
+    return before[tuple(box)], after[tuple(box)]
+
+
 def submit_label(
     studies: Studies,
     scan: str,
@@ -100,6 +113,7 @@ def submit_label(
     opened: Opened = ALL,
     simulated: bool = False,
     content: str | None = None,
+    file: Path | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -115,6 +129,7 @@ def submit_label(
         opened: what was looked at.
         simulated: whether no person has made it.
         content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
+        file: a file that holds the label map as it is to be kept; None for a new one.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
@@ -123,14 +138,13 @@ def submit_label(
             was checked.
         OSError: if it can't be written; nothing has changed then.
     """
-    now = studies.verify_scan(scan).sha256
+    content = content or studies.verify_scan(scan).sha256
     with studies.store.read() as transaction:
-        handed_out_before = leases.of_replaced(transaction, scan, who)
-    if handed_out_before or content not in (None, now):
-        raise ScanReplaced(
-            f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
-        )
-    lease, start = _handed_out(studies, scan, who) if tag == FINAL else (None, None)
+        if leases.of_replaced(transaction, scan, who):
+            raise ScanReplaced(
+                f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
+            )
+        lease, start = _handed_out(transaction, scan, who) if tag == FINAL else (None, None)
     if lease is not None and studies.settings.annotation.readers > 1:
         with studies.store.read() as transaction:
             tag = labels.reader_tag(transaction, scan, who)
@@ -145,8 +159,8 @@ def submit_label(
             )
 
     label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
-    with temporary_labels(end) as path:
-        kept = studies.store.save_label(label, path, then, first=expecting(scan, now))
+    with contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path:
+        kept = studies.store.save_label(label, path, then, first=expecting(scan, content))
     if tag.startswith(READER):
         _compare_readers(studies, scan)
     return Submission(kept, number[0] if number else None)
@@ -162,13 +176,12 @@ def _compare_readers(studies: Studies, scan: str) -> None:
         events.record(transaction, events.SERVER, "readers compared", "scan", scans.find(transaction, scan).id, detail)
 
 
-def _handed_out(studies: Studies, scan: str, who: Who) -> tuple[LeaseRecord | None, LabelRecord | None]:
+def _handed_out(transaction: Transaction, scan: str, who: Who) -> tuple[LeaseRecord | None, LabelRecord | None]:
     """The lease that a submission answers, and the label that was handed out with it."""
-    with studies.store.read() as transaction:
-        lease = leases.last_of(transaction, scan, who)
-        if lease is None or lease.label_version is None:
-            return lease, None
-        return lease, labels.get(transaction, lease.label_version)
+    lease = leases.last_of(transaction, scan, who)
+    if lease is None or lease.label_version is None:
+        return lease, None
+    return lease, labels.get(transaction, lease.label_version)
 
 
 def _change(studies: Studies, start: LabelRecord, end: Volume, opened: Opened) -> Change | None:

@@ -22,13 +22,13 @@ from segqc.placement import Placement
 from segqc.settings import Settings, load_settings
 from segqc.store import assessments, findings, labels, scans
 from segqc.store.database import PATIENCE_SECONDS, Transaction
-from segqc.store.folder import Added, add_scan, take_in, verify_scan
+from segqc.store.folder import Added, add_scan, is_unchanged, take_in
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.store import First, Store
 from segqc.store.values import FindingRecord, JsonObject, LabelRecord, ScanRecord, Who
-from segqc.types import Assessment, Structure, label_names
+from segqc.types import Assessment, Structure, label_names, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
 
 if TYPE_CHECKING:  # these import PyTorch, and most commands need none
@@ -126,16 +126,9 @@ class Studies:
         with self.store.read() as transaction:
             return findings.listing(transaction)
 
-    def is_unchanged(self, name: str) -> bool:
-        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call.
-
-        Raises:
-            UnknownScan: if there is none of this name.
-        """
-        return self._as_it_was(name) is not None
-
-    def _as_it_was(self, name: str) -> ScanRecord | None:
-        return verify_scan(self.store, name, self.settings.patient_of, self.settings.placing())
+    def is_unchanged(self, scan: ScanRecord) -> bool:
+        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""
+        return is_unchanged(self.store, scan, self.settings.patient_of, self.settings.placing())
 
     def verify_scan(self, name: str) -> ScanRecord:
         """A scan, whose file was just seen to hold its content; a file that was changed is taken in first.
@@ -143,12 +136,19 @@ class Studies:
         Raises:
             UnknownScan: if there is none of this name, or its file is gone.
         """
-        scan = self._as_it_was(name)
-        if scan is None:
+        with self.store.read() as transaction:
+            scan = scans.get(transaction, name)
+        return self.verify(scan)
+
+    def verify(self, scan: ScanRecord) -> ScanRecord:
+        """The same for a scan that was just looked up."""
+        if not self.is_unchanged(scan):
             with self.store.read() as transaction:
-                scan = scans.get(transaction, name)
+                scan = scans.get(transaction, scan.name)
         if scan.missing_since is not None:
-            raise UnknownScan(f"the file of the scan {name!r} is gone, or holds no scan any more; see 'segqc scans'")
+            raise UnknownScan(
+                f"the file of the scan {scan.name!r} is gone, or holds no scan any more; see 'segqc scans'"
+            )
         return scan
 
     def add_scan(self, path: Path, name: str) -> Added:
@@ -237,7 +237,7 @@ class Studies:
         values: set[int] = set()
         for entry in self.scans():
             if entry.final is not None:
-                values |= {int(v) for v in set(read_labels(entry.final).array.ravel().tolist()) if v}
+                values |= values_in(read_labels(entry.final).array)
         if not values:
             raise StudiesError(
                 f"{self.folder}: no structures are named in segqc.toml and no final label shows any; "

@@ -43,14 +43,9 @@ def signed_in_user(token: Annotated[str, Depends(oauth2_scheme)]) -> User:
 
 
 class Asker:
-    """Who makes a request: a dependency of the routes."""
+    """Who makes a request."""
 
-    def __init__(
-        self,
-        request: Request,
-        response: Response,
-        user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
-    ) -> None:
+    def __init__(self, request: Request, response: Response, user: User) -> None:
         self._request, self._response, self._user = request, response, user
 
     def who(self, params: Mapping[str, JsonValue] | None = None) -> Who:
@@ -84,6 +79,15 @@ class Asker:
         if who.identified_by != "cookie" or who.name == f"browser {self._request.cookies.get(COOKIE)}":
             return f"{who.identified_by} {who.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
+
+
+async def asking(
+    request: Request,
+    response: Response,
+    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+) -> Asker:
+    """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
+    return Asker(request, response, user)
 
 
 @contextlib.contextmanager

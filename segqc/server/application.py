@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -66,7 +67,7 @@ SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 INFERENCE_NICENESS: Final = 10
-ANNOTATION_SLOTS: Final = 4  # some wait for the disk while others compute
+ANNOTATION_SLOTS: Final = 2  # one waits for the disk while the other computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
@@ -236,6 +237,8 @@ def _preload(instance: Any) -> None:
         instance.info()
     except (StoreError, StudiesError, OSError) as error:
         logger.warning("%s", error)
+    # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
+    gc.freeze()
 
 
 def _bootstrap(instance: Any, looked: threading.Event) -> None:

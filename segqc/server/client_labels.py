@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from segqc.types import LabelArray
+from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError
 
 
@@ -34,7 +34,7 @@ def to_client(labels: Volume, names: Mapping[str, int]) -> Volume:
     Raises:
         VolumeError: if it holds a value that has no name.
     """
-    foreign = sorted(set(np.unique(labels.array).tolist()) - {0, *names.values()})
+    foreign = sorted(values_in(labels.array) - set(names.values()))
     if foreign:
         raise VolumeError(
             f"the label map holds the value {foreign[0]}, which the settings do not name any more; add it to "

@@ -113,35 +113,34 @@ class StoreDatastore(Datastore):
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
         try:
-            self._scan(image_id)
+            self.scan(image_id)
         except ImageNotFoundException:
             return False
         return True
 
     # ---------------------------------------------------------------------------------------------------------- scans
 
-    def _scan(self, image_id: str) -> ScanRecord:
-        with self._store.read() as transaction:
-            # a client may go on calling a scan as it did when it uploaded it
-            found = scans.listing(transaction, names=[image_id, usable_image_id(image_id)])
-        scan = next((s for s in found if s.name == image_id), found[0] if found else None)
-        if scan is None:
-            raise ImageNotFoundException(f"Image {image_id} not found")
-        if scan.state == "excluded" or scan.missing_since is not None:
-            raise ImageNotFoundException(f"Image {image_id} not found")
-        return scan
-
-    def image_id(self, name: str) -> str:
-        """The id of the scan that a client calls so.
+    def scan(self, image_id: str) -> ScanRecord:
+        """The scan that a client calls so.
 
         Raises:
             ImageNotFoundException: if there is none, or it is excluded.
         """
-        return self._scan(name).name
+        # a client may go on calling a scan as it did when it uploaded it
+        for name in dict.fromkeys([image_id, usable_image_id(image_id)]):
+            try:
+                with self._store.read() as transaction:
+                    scan = scans.get(transaction, name)
+            except UnknownScan:
+                continue
+            if scan.state != "excluded" and scan.missing_since is None:
+                return scan
+            break
+        raise ImageNotFoundException(f"Image {image_id} not found")
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
-        return str(self._studies.folder / self._scan(image_id).file)
+        return str(self._studies.folder / self.scan(image_id).file)
 
     def get_image(self, image_id: str, params: object = None) -> io.BytesIO:
         """A scan's file."""
@@ -149,9 +148,10 @@ class StoreDatastore(Datastore):
 
     def get_image_info(self, image_id: str) -> Info:
         """What is noted of a scan."""
-        return self._image_info(self._scan(image_id))
+        return self.scan_info(self.scan(image_id))
 
-    def _image_info(self, scan: ScanRecord) -> Info:
+    def scan_info(self, scan: ScanRecord) -> Info:
+        """What is noted of a scan that was just looked up."""
         noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
         # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
         checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
@@ -207,7 +207,7 @@ class StoreDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""
-        self._scan(image_id)
+        self.scan(image_id)
         self._store.review(image_id, "excluded", current_actor(), "removed through MONAI Label")
 
     # --------------------------------------------------------------------------------------------------------- labels
@@ -224,13 +224,13 @@ class StoreDatastore(Datastore):
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """The current labels of a scan: their ids (the scan's own) by tag."""
-        self._scan(image_id)
+        self.scan(image_id)
         with self._store.read() as transaction:
             return {tag: image_id for tag in labels.tags(transaction, image_id)}
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
         """The id of a scan's label under a tag; empty where there is none."""
-        self._scan(image_id)
+        self.scan(image_id)
         return image_id if self._label(image_id, tag) is not None else ""
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
@@ -285,7 +285,7 @@ class StoreDatastore(Datastore):
         label = self._label(image_id, label_tag)
         if status not in ("approved", "flagged") or label is None:
             return
-        state = self._scan(image_id).state
+        state = self.scan(image_id).state
         if status == "flagged":
             if label_tag == FINAL and state in ("submitted", "approved"):
                 comment = str(meta.get("comment") or "").strip() if isinstance(meta, dict) else ""
@@ -295,7 +295,7 @@ class StoreDatastore(Datastore):
         if label_tag.startswith("version_") and self._studies.settings.annotation.approved_version_is_final:
             if final is None or final.sha256 != label.sha256:
                 self._store.restore_label(label.id, who, FINAL)
-            state = self._scan(image_id).state
+            state = self.scan(image_id).state
         elif label_tag != FINAL:
             return
         if state == "submitted":
@@ -314,7 +314,7 @@ class StoreDatastore(Datastore):
             RequestError: 400 if the tag is no plain name.
             VolumeError: if the file is no label map of the scan.
         """
-        scan = self._scan(image_id)
+        scan = self.scan(image_id)
         tag = check_tag(_tag(label_tag))
         who = current_actor()
         maker = "annotator" if who.kind == "person" else "import"
@@ -384,7 +384,7 @@ class StoreDatastore(Datastore):
             noted = labels.infos(transaction)
         found = {
             s.name: {
-                "image": {"info": self._image_info(s), "ext": s.file.removeprefix(s.name)},
+                "image": {"info": self.scan_info(s), "ext": s.file.removeprefix(s.name)},
                 "labels": {
                     label.tag: {"info": self._label_info(label, noted.get(label.id, {})), "ext": label.suffix}
                     for label in _in_order(by_scan[s.name] for by_scan in current.values() if s.name in by_scan)

@@ -36,7 +36,7 @@ from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, put_scoring
 from segqc.loop.review import STATE_OF
 from segqc.networks import Kind, ModelError, TrainedNetwork
 from segqc.server import jobs
-from segqc.server.actors import Asker, acting
+from segqc.server.actors import Asker, acting, asking
 from segqc.server.checks import (
     FOREIGN_TRAINING_PARAMS,
     IGNORED_REASON,
@@ -62,7 +62,7 @@ from segqc.server.uploads import is_dicom_name, take_slice
 from segqc.server.waiting import JobsDone
 from segqc.store import assessments, events, labels, leases, scans
 from segqc.store.store import Store, suffix_of
-from segqc.store.values import EventRecord, LabelRecord
+from segqc.store.values import EventRecord, LabelRecord, ScanRecord
 from segqc.types import PredictionInterval
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, atomic_write, read_labels, write_labels
 from segqc.volumes.intake import check_scan
@@ -72,7 +72,7 @@ router = APIRouter()
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
 
-AskedBy = Annotated[Asker, Depends()]
+AskedBy = Annotated[Asker, Depends(asking)]
 
 USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
@@ -204,7 +204,7 @@ def _read_uploaded(received: Path, scan: Path, params: JsonObject) -> Path:
     configured, limits = bool(desk.settings.structures), desk.settings.intake
     labels = read_submission(received, scan, desk.labels(), params, configured=configured, limits=limits)
     path = received.with_name("stored.nii.gz")
-    write_labels(labels, path)
+    write_labels(labels.volume, path)
     return path
 
 
@@ -270,12 +270,12 @@ def _next_sample(strategy: str, asker: Asker, params: Params) -> JsonObject:
         answer = app.next_sample({**chosen, "strategy": strategy})
     if not answer:
         return {}
-    scan = answer["id"]
+    scan = app.datastore().scan(answer["id"])
     # the strategy's own words win over what happens to be noted of the scan
-    told: JsonObject = {**app.datastore().get_image_info(scan), **answer, "requested_strategy": strategy}
+    told: JsonObject = {**app.datastore().scan_info(scan), **answer, "requested_strategy": strategy}
     interval = answer.get("estimated_dice_interval")
     told["name"] = _title(
-        scan,
+        scan.name,
         Path(answer["path"]).name,
         answer.get("estimated_dice"),
         PredictionInterval(**interval) if interval is not None else None,
@@ -459,12 +459,18 @@ def batch_stop(asker: AskedBy) -> JsonObject | None:
 # -------------------------------------------------------------------------------------------------------- datastore
 
 
-def _known_image(image: str) -> str:
-    """The id of the scan that a client calls so."""
+def _known_scan(image: str) -> ScanRecord:
+    """The scan that a client calls so."""
     try:
-        return str(app_instance().datastore().image_id(image))
+        scan: ScanRecord = app_instance().datastore().scan(image)
     except ImageNotFoundException as error:
         raise RequestError(404, f"there is no image {image!r}.") from error
+    return scan
+
+
+def _known_image(image: str) -> str:
+    """The id of the scan that a client calls so."""
+    return _known_scan(image).name
 
 
 def _known_label(label: str, tag: str) -> str:
@@ -512,22 +518,19 @@ async def save_label(
 
 def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
     app = app_instance()
-    sent, image = image, _known_image(image)
+    studies = app.desk.studies
+    scan = studies.verify(_known_scan(image))
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
+    named, names, limits = bool(app.desk.settings.structures), app.desk.labels(), app.desk.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = _receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        verified = app.desk.studies.verify_scan(image)
-        scan = app.desk.studies.folder / verified.file
-        named = bool(app.desk.settings.structures)
-        names = app.desk.labels()
-        limits = app.desk.settings.intake
-        submitted = read_submission(received, scan, names, info, configured=named, limits=limits)
-    who, info = asker.who(info), stored_info(info, names) if named else info
-    told = submit(app.desk.studies, image, submitted, tag, who, info, verified.sha256)
+        submitted = read_submission(received, studies.folder / scan.file, names, info, configured=named, limits=limits)
+        who, info = asker.who(info), stored_info(info, names) if named else info
+        told = submit(studies, scan.name, submitted, received, tag, who, info, scan.sha256)
     if "segmentationMeta" in info:
-        app.datastore().review_label(image, tag, info, who)
-    return {**(app.on_save_label(image, image) or {}), **told, "image": sent, "label": image}
+        app.datastore().review_label(scan.name, tag, info, who)
+    return {**(app.on_save_label(scan.name, scan.name) or {}), **told, "image": image, "label": scan.name}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)

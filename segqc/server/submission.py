@@ -15,12 +15,13 @@ from segqc.loop.studies import Studies
 from segqc.server.checks import JsonObject
 from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
+from segqc.store.store import suffix_of
 from segqc.store.values import Who
-from segqc.types import LabelArray
+from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
 from segqc.volumes.inputs import InputFile
-from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, load_labels
+from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, LabelMap, load_labels
 from segqc.volumes.limits import ReadLimits
 from segqc.volumes.volume import Array, Segment
 
@@ -35,7 +36,7 @@ def read_submission(
     *,
     configured: bool = True,
     limits: ReadLimits | None = None,
-) -> Volume:
+) -> LabelMap:
     """Read a submitted label map onto its scan's grid, with the stored label values.
 
     A file that names its segments (``.seg.nrrd``) is read by these names. Otherwise 3D Slicer numbers the exported
@@ -51,6 +52,9 @@ def read_submission(
         configured: whether the settings name the structures; otherwise a submission may bring new ones.
         limits: bounds on the files.
 
+    Returns:
+        The label map, and whether whoever reads the file's numbers plainly gets the same.
+
     Raises:
         RequestError: 422 if it is no label map of this scan.
     """
@@ -64,7 +68,7 @@ def read_submission(
             _check_no_likely_errors(source.voxels(), source.segments)
         scan = read_grid(scan_path, limits=limits)
         by_name = names if named and configured else None
-        labels = load_labels(file, source, scan, names=by_name).volume
+        labels = load_labels(file, source, scan, names=by_name)
     except VolumeError as error:
         raise RequestError(422, str(error)) from error
     if named:
@@ -73,7 +77,7 @@ def read_submission(
     if values is not None:
         return _by_names(labels, values, names, configured)
     if configured:
-        _check_plain(labels, names)
+        _check_plain(labels.volume, names)
     return labels
 
 
@@ -92,8 +96,8 @@ def _likely_errors_refused(name: str) -> RequestError:
     )
 
 
-def _by_names(labels: Volume, values: Mapping[str, int], names: Mapping[str, int], configured: bool) -> Volume:
-    found = set(np.unique(labels.array).tolist()) - {0}
+def _by_names(labels: LabelMap, values: Mapping[str, int], names: Mapping[str, int], configured: bool) -> LabelMap:
+    found = values_in(labels.volume.array)
     unnamed = sorted(found - set(values.values()))
     if unnamed:
         raise RequestError(
@@ -115,12 +119,15 @@ def _by_names(labels: Volume, values: Mapping[str, int], names: Mapping[str, int
                 f"the segment {segment!r} is none of the structures {', '.join(names)}; rename or remove it.",
             )
         table[value] = known.get(key, value)
-    return Volume(table[labels.array], labels.affine, labels.acquisition_axis)
+    if all(table[value] == value for value in found):
+        return labels
+    read = labels.volume
+    return LabelMap(Volume(table[read.array], read.affine, read.acquisition_axis), is_plain=False)
 
 
 def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
     """Refuse values without names that are no stored ones, or that could as well be those that clients get."""
-    found = set(np.unique(labels.array).tolist()) - {0}
+    found = values_in(labels.array)
     foreign = sorted(found - set(names.values()))
     if foreign:
         raise RequestError(
@@ -140,7 +147,14 @@ def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
 
 
 def submit(
-    studies: Studies, scan: str, labels: Volume, tag: str, who: Who, params: JsonObject, content: str | None = None
+    studies: Studies,
+    scan: str,
+    labels: LabelMap,
+    file: Path,
+    tag: str,
+    who: Who,
+    params: JsonObject,
+    content: str | None = None,
 ) -> JsonObject:
     """Keep a checked label map; a final one made of what was handed out is a correction.
 
@@ -148,6 +162,7 @@ def submit(
         studies: the studies folder.
         scan: the scan's id.
         labels: the label map, on the scan's grid.
+        file: the file that it was read from; it is kept as it came where it is a plain ``.nii.gz``.
         tag: the tag.
         who: who submits it.
         params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
@@ -164,7 +179,16 @@ def submit(
     try:
         simulated = params.get("simulated") is True
         done = submit_label(
-            studies, scan, labels, tag, who, info=params, opened=opened, simulated=simulated, content=content
+            studies,
+            scan,
+            labels.volume,
+            tag,
+            who,
+            info=params,
+            opened=opened,
+            simulated=simulated,
+            content=content,
+            file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
         )
     except OpenedError as error:
         raise RequestError(400, f"{error}.") from error

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, func, or_, select, true, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy.orm import aliased
 
 from segqc.store import events, labels, scans
 from segqc.store.database import StoreError, Transaction
@@ -55,7 +56,7 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     estimates count.
     """
     pair = labels.bundle(transaction, segmenter, assessor)
-    if _serving(transaction) == pair.id:
+    if transaction.scalar(_SERVING) == pair.id:
         return
     events.record(transaction, events.SERVER, _SERVES, "bundle", pair.id)
     transaction.flush()
@@ -66,7 +67,7 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
         .execution_options(synchronize_session=False)
     )
     known = select(AssessmentRow.scan_id, AssessmentRow.label_version_id, AssessmentRow.dice)
-    known = known.where(_counts(transaction)).order_by(AssessmentRow.made_at, AssessmentRow.id)
+    known = known.where(_COUNTS).order_by(AssessmentRow.made_at, AssessmentRow.id)
     rows = transaction.execute(known).all()  # of a pair that has served before
     starts = set(labels.starts(transaction).values()) if rows else set()
     last = {scan_id: dice for scan_id, version, dice in rows if version in starts}
@@ -75,22 +76,27 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     transaction.expire_all()  # what was read before is not what these rows hold now
 
 
-def _serving(transaction: Transaction) -> int | None:
-    """The bundle whose estimates count; None where all do."""
-    last = select(Event.object_id).where(Event.object_kind == "bundle", Event.verb == _SERVES)
-    return transaction.scalar(last.order_by(Event.id.desc()).limit(1))
-
-
-def _counts(transaction: Transaction) -> ColumnElement[bool]:
+def _counts() -> ColumnElement[bool]:
     """Whether an assessment is one of the serving pair: of its own masks, or of those that no network made."""
-    serving = _serving(transaction)
-    if serving is None:
-        return true()
-    pair = transaction.get_one(Bundle, serving)
-    counting = select(Bundle.id).where(
-        Bundle.assessor_version == pair.assessor_version, Bundle.segmenter_version.in_(("", pair.segmenter_version))
+    serving, pair = _SERVING.scalar_subquery(), aliased(Bundle)
+    counting = (
+        select(Bundle.id)
+        .join(pair, pair.assessor_version == Bundle.assessor_version)
+        .where(
+            pair.id == serving, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
+        )
     )
-    return AssessmentRow.bundle_id.in_(counting)
+    return or_(serving.is_(None), AssessmentRow.bundle_id.in_(counting))
+
+
+# The bundle whose estimates count; none where all do.
+_SERVING: Final = (
+    select(Event.object_id)
+    .where(Event.object_kind == "bundle", Event.verb == _SERVES)
+    .order_by(Event.id.desc())
+    .limit(1)
+)
+_COUNTS: Final = _counts()
 
 
 def write(transaction: Transaction, assessment: Assessment, label_version: int) -> int:
@@ -124,7 +130,7 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int) 
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
     transaction.add_all(_structure(row.id, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
     start = labels.start_of(transaction, assessment.scan)
-    counts = transaction.scalar(select(AssessmentRow.id).where(AssessmentRow.id == row.id, _counts(transaction)))
+    counts = transaction.scalar(select(AssessmentRow.id).where(AssessmentRow.id == row.id, _COUNTS))
     if start is not None and start.id == label_version and counts is not None:
         scan.ranking_dice = assessment.dice
         scan.foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
@@ -192,8 +198,7 @@ def _interval(low: float | None, high: float | None, level: float | None) -> Pre
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
     """Rows of structures by name, added where they are new."""
-    query = select(StructureName.name, StructureName.id).where(StructureName.name.in_(wanted))
-    known = {name: i for name, i in transaction.execute(query)}
+    known = {name: i for name, i in transaction.execute(_STRUCTURES, {"names": list(wanted)})}
     for name in wanted:
         if name not in known:
             row = StructureName(name=name)
@@ -242,6 +247,15 @@ _HEAD: Final = (
     .join(Scan, AssessmentRow.scan_id == Scan.id)
     .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
     .where(AssessmentRow.id == bindparam("assessment"))
+)
+_LATEST_ID: Final = (
+    select(AssessmentRow.id)
+    .where(AssessmentRow.label_version_id == bindparam("label_version"), _COUNTS)
+    .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
+    .limit(1)
+)
+_STRUCTURES: Final = select(StructureName.name, StructureName.id).where(
+    StructureName.name.in_(bindparam("names", expanding=True))
 )
 _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
 
@@ -293,7 +307,7 @@ def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
         select(AssessmentRow, Scan.name, Bundle)
         .join(Scan, AssessmentRow.scan_id == Scan.id)
         .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-        .where(candidates, _counts(transaction))
+        .where(candidates, _COUNTS)
         .order_by(AssessmentRow.made_at, AssessmentRow.id)
     )
     rows = transaction.execute(query)
@@ -317,12 +331,7 @@ def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assess
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
     """The number of the serving pair's last assessment of a label version."""
-    return transaction.scalar(
-        select(AssessmentRow.id)
-        .where(AssessmentRow.label_version_id == label_version, _counts(transaction))
-        .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
-        .limit(1)
-    )
+    return transaction.scalar(_LATEST_ID, {"label_version": label_version})
 
 
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:

@@ -23,7 +23,16 @@ from segqc.store.schema import (
     Scan,
     StructureName,
 )
-from segqc.store.values import Change, CheckedEstimate, CorrectionRecord, LabelRecord, LeaseRecord, StructureChange, Who
+from segqc.store.values import (
+    Change,
+    CheckedEstimate,
+    CorrectionRecord,
+    JsonObject,
+    LabelRecord,
+    LeaseRecord,
+    StructureChange,
+    Who,
+)
 from segqc.types import Metrics
 
 _SLICES: Final = TypeAdapter(tuple[Metrics, ...])
@@ -44,7 +53,8 @@ def add(
     With a lease, the assessment is the one that was shown at hand-out (method, "Leaks"), never a later one.
     """
     scan = scans.find(transaction, end.scan)
-    row = Correction(
+    number = transaction.insert(
+        Correction,
         scan_id=scan.id,
         from_version_id=start.id,
         to_version_id=end.id,
@@ -60,17 +70,19 @@ def add(
         slices_changed=change.slices_changed,
         simulated=simulated,
     )
-    transaction.add(row)
-    transaction.flush()
     ids = structure_ids(transaction, [s.name for s in change.structures])
-    transaction.add_all(_structure(row.id, ids[s.name], i, s) for i, s in enumerate(change.structures))
-    detail = {"from": start.id, "to": end.id, "correction": row.id}
-    events.record(transaction, who, "corrected", "scan", scan.id, {**detail})
-    return row.id
+    for position, part in enumerate(change.structures):
+        _add_structure(transaction, number, ids[part.name], position, part)
+    detail: JsonObject = {"from": start.id, "to": end.id, "correction": number}
+    events.record(transaction, who, "corrected", "scan", scan.id, detail)
+    return number
 
 
-def _structure(correction_id: int, structure_id: int, position: int, part: StructureChange) -> CorrectionStructure:
-    return CorrectionStructure(
+def _add_structure(
+    transaction: Transaction, correction_id: int, structure_id: int, position: int, part: StructureChange
+) -> None:
+    transaction.insert(
+        CorrectionStructure,
         correction_id=correction_id,
         structure_id=structure_id,
         position=position,

@@ -20,10 +20,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 from alembic.config import Config
-from sqlalchemy import JSON, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import JSON, Connection, Engine, Table, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
@@ -36,7 +36,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -75,6 +75,11 @@ class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
     now: dt.datetime
+
+    def insert(self, table: type[DeclarativeBase], **values: object) -> int:
+        """Add a row at once and return its number; for what is added all the time a tenth of an object's cost."""
+        made = self.connection().execute(cast(Table, table.__table__).insert(), values)
+        return 0 if made.inserted_primary_key is None else int(made.inserted_primary_key[0])
 
 
 class json_array(FunctionElement[list[str]]):  # noqa: N801 - called like SQL's own functions

@@ -50,15 +50,14 @@ def record(
     detail: JsonObject | None = None,
 ) -> None:
     """Add to the log, in the transaction that does it."""
-    transaction.add(
-        Event(
-            at=transaction.now,
-            actor_id=actor_id(transaction, who),
-            verb=verb,
-            object_kind=object_kind,
-            object_id=object_id,
-            detail=detail,
-        )
+    transaction.insert(
+        Event,
+        at=transaction.now,
+        actor_id=actor_id(transaction, who),
+        verb=verb,
+        object_kind=object_kind,
+        object_id=object_id,
+        detail=detail,
     )
 
 

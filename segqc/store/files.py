@@ -1,9 +1,9 @@
 """The files of label versions: kept for ever under their sha256, and shown as ``labels/<tag>/<scan>.nii.gz``.
 
 Files and rows change together, whenever the process dies: new files wait in a folder of their own with a plan and a
-lock; with the pen in hand they are renamed into place, then the rows are committed, then the folder goes. A folder
-whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked after. Files that people
-put below ``labels/`` stay as they are, and nothing is written over one that no version holds.
+lock; with the pen in hand they are renamed into place, then the rows are committed, and when all is on the disk the
+folder goes. A folder whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked
+after. Files that people put below ``labels/`` stay as they are, and nothing is written over one that no version holds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
 _PAST_NS: Final = 1_000_000_000
 _SURELY_OVER_SECONDS: Final = 3600.0
+_WAITING: Final = ("object", "source")  # the names of new contents, in the order of `Plan.contents`
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class LabelFiles:
                     sha256 = _copy_to(source, copies)
                 if found is not None and found.source is not None:
                     original = _copy_to(found.source, [folder / "source"])
-                for kept in ("object", "source"):
+                for kept in _WAITING:
                     with contextlib.suppress(FileNotFoundError):
                         (folder / kept).chmod(0o444)  # kept content is never written again
                 plan = Plan(
@@ -167,11 +168,9 @@ class LabelFiles:
             How the label's file was left; None for a removal, and for a file that a person put there.
         """
         plan = arrival.plan
-        for name, (sha256, suffix) in zip(("object", "source"), plan.contents(), strict=False):
-            kept = self.object_path(sha256, suffix)
+        for waiting, kept in self._contents(arrival):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(arrival.folder / name, kept)
-            _sync_folder(kept.parent)
+            os.replace(waiting, kept)
         written = plan.found
         state = None
         if plan.suffix is not None and plan.found is None:
@@ -182,13 +181,39 @@ class LabelFiles:
                 path.unlink(missing_ok=True)
         return state
 
+    def sync(self, arrivals: Collection[Arrival]) -> None:
+        """Make what was put into place outlast a power failure; the pen is not needed for it.
+
+        Until then the arrivals stay, and `keep` mends what a failure undid.
+        """
+        folders = {kept.parent for arrival in arrivals for _, kept in self._contents(arrival)}
+        folders |= {self.views / arrival.plan.tag for arrival in arrivals if arrival.plan.found is None}
+        for folder in sorted(folders):
+            with contextlib.suppress(FileNotFoundError):  # no label is shown under the tag
+                _sync_folder(folder)
+
+    def keep(self, arrival: Arrival, known: Collection[str]) -> None:
+        """Put the contents of an abandoned arrival into place that rows speak of, where they are not."""
+        for (sha256, _), (waiting, kept) in zip(arrival.plan.contents(), self._contents(arrival), strict=True):
+            if sha256 in known and waiting.is_file() and not kept.is_file():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(waiting, kept)
+                _sync_folder(kept.parent)
+
+    def _contents(self, arrival: Arrival) -> list[tuple[Path, Path]]:
+        """Where each new content waits, and where it is kept."""
+        contents = arrival.plan.contents()
+        return [(arrival.folder / name, self.object_path(*c)) for name, c in zip(_WAITING, contents, strict=False)]
+
     def show(self, file: str, content: Path) -> FileState:
         """Make a file below ``labels/`` a copy of another one."""
         self._incoming.mkdir(parents=True, exist_ok=True)
         temporary = self._incoming / f"{uuid.uuid4().hex}.view"
         try:
             _copy_to(content, [temporary])
-            return self._show(temporary, file)
+            state = self._show(temporary, file)
+            _sync_folder((self.views / file).parent)
+            return state
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -199,7 +224,6 @@ class LabelFiles:
         before = time.time_ns() - _PAST_NS
         os.utime(ready, ns=(before, before))
         os.replace(ready, target)
-        _sync_folder(target.parent)
         return state_of(target)
 
     def lying(self, scan: str, tag: str, *also: str) -> list[str]:

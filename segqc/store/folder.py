@@ -127,29 +127,20 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
     return Taken(new, missing, added, removed, replaced)
 
 
-def verify_scan(store: Store, name: str, patient_of: PatientOf, placing: Placing) -> ScanRecord | None:
-    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
-
-    Returns:
-        The scan; None where its file was taken in.
-
-    Raises:
-        UnknownScan: if there is none of this name.
-    """
-    with store.read() as transaction:
-        scan = scans.get(transaction, name)
-        file = scan.file
-        known = scans.known_files(transaction, [file]).get(file)
+def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, placing: Placing) -> bool:
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not."""
     try:
-        signature = signature_of((store.studies / file).stat())
+        signature = signature_of((store.studies / scan.file).stat())
     except FileNotFoundError:
         with store.write() as transaction:
-            scans.mark_missing(transaction, [file], FOLDER)
-        return None
-    if known is not None and not known.missing and signature and known.signature == signature:
-        return scan
-    _take_in_files(store, [file], {} if known is None else {file: known}, set(), patient_of, placing, _never)
-    return None
+            scans.mark_missing(transaction, [scan.file], FOLDER)
+        return False
+    missing = scan.missing_since is not None
+    if not missing and signature and scan.signature == signature:
+        return True
+    known = Known(scan.id, scan.name, scan.sha256, scan.signature, missing)
+    _take_in_files(store, [scan.file], {scan.file: known}, set(), patient_of, placing, _never)
+    return False
 
 
 def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, placing: Placing) -> Added:
@@ -405,6 +396,7 @@ def _note(
     # the file of a known scan holds something that is no scan: its own content is gone, like a removed file's
     lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, FOLDER)
     new: list[FoundScan] = []
+    touched: list[tuple[Known, str, str]] = []
     changed: set[str] = set()
     replaced = 0
     for look in looked:
@@ -415,7 +407,7 @@ def _note(
             if scan.missing:
                 changed.add(scan.name)
             if scan.missing or (scan.sha256, scan.signature) != (look.sha256, look.signature):
-                scans.note_content(transaction, scan.id, look.sha256, look.signature, FOLDER)
+                touched.append((scan, look.sha256, look.signature))
         elif look.patient is not None:
             name = scan.name if scan is not None else scan_id(look.file)
             found = FoundScan(name, look.file, look.patient, look.sha256, look.signature)
@@ -425,6 +417,7 @@ def _note(
             else:
                 replaced += 1
                 _replace(transaction, store, scan, found, placing)
+    scans.note_contents(transaction, touched, FOLDER)
     count = scans.take_in(transaction, new, placing, FOLDER, labelled=labelled)
     findings.clear(transaction, {look.file for look in looked if look.finding is None})
     findings.clear_labels_of(transaction, changed)
@@ -543,9 +536,10 @@ class _LabelPass:
     ) -> tuple[int, int, list[Finding]]:
         """Take in files that are new or were changed, and note removed ones; what cannot be read now is not removed."""
         by_scan: dict[str, list[str]] = {}
-        for name in sorted(unsettled, key=lambda name: -self.states[name].modified_ns):
-            if self._has_scan(name) and not self._only_touched(name):
-                by_scan.setdefault(label_id(name), []).append(name)
+        known = [name for name in unsettled if self._has_scan(name)]
+        left = set(known) - self._only_touched([name for name in known if f"{self.tag}/{name}" in self.left])
+        for name in sorted(left, key=lambda name: -self.states[name].modified_ns):
+            by_scan.setdefault(label_id(name), []).append(name)
         added = done = 0
         for batch in _batches(list(by_scan.items())):
             if stop():
@@ -585,22 +579,22 @@ class _LabelPass:
             return True
         return False
 
-    def _only_touched(self, name: str) -> bool:
-        """Whether a file that has another time still shows the current version, as a copy of the folder does."""
-        file = f"{self.tag}/{name}"
-        if file not in self.left:
-            return False
-        try:
-            sha256 = sha256_of(self.store.files.views / file)
-        except OSError:
-            return False
-        with self.store.write() as transaction:
-            label = labels.current(transaction, label_id(name), self.tag)
-            if label is None or sha256 not in (label.sha256, label.source_sha256):
-                return False
-            state = self.states[name]
-            labels.note_view(transaction, label, file, state.size, state.modified_ns)
-        return True
+    def _only_touched(self, names: Sequence[str]) -> set[str]:
+        """Which files have another time and still show the current version, as in a copy of the folder; noted so."""
+        touched: set[str] = set()
+        for batch in _batches(names):
+            held: dict[str, str] = {}
+            for name in batch:
+                with contextlib.suppress(OSError):
+                    held[name] = sha256_of(self.store.files.views / self.tag / name)
+            with self.store.write() as transaction:
+                for name, sha256 in held.items():
+                    label = labels.current(transaction, label_id(name), self.tag)
+                    if label is not None and sha256 in (label.sha256, label.source_sha256):
+                        state = self.states[name]
+                        labels.note_view(transaction, label, f"{self.tag}/{name}", state.size, state.modified_ns)
+                        touched.add(name)
+        return touched
 
     def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
         """The first of a scan's files that passes, as a change; the others before it are noted as findings."""

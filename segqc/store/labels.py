@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select
+from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select, update
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
@@ -54,7 +54,8 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     last = current(transaction, label.scan, label.tag)
     if last is not None and last.sha256 == label.sha256 and last.who == label.who and label.maker == last.maker:
         return last, False
-    version = LabelVersion(
+    number = transaction.insert(
+        LabelVersion,
         scan_id=scan.id,
         tag=label.tag,
         maker=label.maker,
@@ -67,15 +68,27 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
         source_sha256=label.source_sha256,
         source_suffix=label.source_suffix,
     )
-    transaction.add(version)
-    transaction.flush()
     if label.info:
-        transaction.add(LabelInfo(label_version_id=version.id, info=label.info))
+        transaction.insert(LabelInfo, label_version_id=number, info=label.info)
     verb = "label removed" if label.maker == "removal" else "label saved"
-    detail: JsonObject = {"tag": label.tag, "version": version.id, "maker": label.maker}
+    detail: JsonObject = {"tag": label.tag, "version": number, "maker": label.maker}
     events.record(transaction, label.who, verb, "scan", scan.id, detail)
     _tell_scan(transaction, scan, label)
-    return get(transaction, version.id), True
+    kept = LabelRecord(
+        number,
+        label.scan,
+        label.tag,
+        label.maker,
+        label.sha256,
+        label.suffix,
+        label.parent,
+        _bundle(transaction.get_one(Bundle, label.bundle)) if label.bundle is not None else None,
+        label.who,
+        transaction.now,
+        label.source_sha256,
+        label.source_suffix,
+    )
+    return kept, True
 
 
 def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
@@ -196,9 +209,12 @@ def counts(transaction: Transaction) -> dict[str, int]:
 def note_view(transaction: Transaction, version: LabelRecord, file: str, size: int, modified_ns: int) -> None:
     """Remember how the file that shows a version was left."""
     scan = scans.find(transaction, version.scan)
-    transaction.merge(LabelView(
-        scan_id=scan.id, tag=version.tag, label_version_id=version.id, file=file, size=size, modified_ns=modified_ns
-    ))  # fmt: skip
+    left = {"label_version_id": version.id, "file": file, "size": size, "modified_ns": modified_ns}
+    if transaction.scalar(_IS_SHOWN, {"scan_id": scan.id, "tag": version.tag}) is None:
+        transaction.insert(LabelView, scan_id=scan.id, tag=version.tag, **left)
+    else:
+        own = LabelView.scan_id == scan.id, LabelView.tag == version.tag
+        transaction.execute(update(LabelView).where(*own).values(left).execution_options(synchronize_session=False))
 
 
 def views_of(transaction: Transaction, scan_id: int) -> list[tuple[str, ViewState]]:
@@ -235,11 +251,7 @@ class ViewState:
 
 def view_of(transaction: Transaction, scan: str, tag: str) -> tuple[str, ViewState] | None:
     """The file below ``labels/`` that shows a scan's label under a tag, as it was left."""
-    row = transaction.execute(
-        select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id)
-        .join(Scan, Scan.id == LabelView.scan_id)
-        .where(Scan.name == scan, LabelView.tag == tag)
-    ).first()
+    row = transaction.execute(_VIEW_OF, {"scan": scan, "tag": tag}).first()
     return None if row is None else (row.file, ViewState(row.size, row.modified_ns, row.label_version_id))
 
 
@@ -315,6 +327,10 @@ def bundle(transaction: Transaction, segmenter: str, assessor: str | None = None
         transaction.add(row)
         transaction.flush()
         events.record(transaction, events.SERVER, "published", "bundle", row.id)
+    return _bundle(row)
+
+
+def _bundle(row: Bundle) -> BundleRecord:
     return BundleRecord(row.id, row.segmenter_version, row.assessor_version or None)
 
 
@@ -343,6 +359,14 @@ _CURRENT: Final = (
     .order_by(LabelVersion.id.desc())
     .limit(1)
 )
+_IS_SHOWN: Final = select(LabelView.tag).where(
+    LabelView.scan_id == bindparam("scan_id"), LabelView.tag == bindparam("tag")
+)
+_VIEW_OF: Final = (
+    select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id)
+    .join(Scan, Scan.id == LabelView.scan_id)
+    .where(Scan.name == bindparam("scan"), LabelView.tag == bindparam("tag"))
+)
 _VERSION: Final = _records().where(LabelVersion.id == bindparam("version"))
 _TAGS: Final = _records().where(LabelVersion.id.in_(_last_of_each_tag()), LabelVersion.sha256.is_not(None))
 _SOME_TAGS: Final = _records().where(
@@ -353,7 +377,7 @@ _SOME_TAGS: Final = _records().where(
 
 def _record(row: Row[LabelVersion, str, Bundle, Actor]) -> LabelRecord:
     version, scan, pair, actor = row
-    made_by = BundleRecord(pair.id, pair.segmenter_version, pair.assessor_version or None) if pair else None
+    made_by = _bundle(pair) if pair else None
     return LabelRecord(
         version.id,
         scan,

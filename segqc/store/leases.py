@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, String, and_, bindparam, exists, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Row, Select, String, and_, bindparam, exists, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders, scans
@@ -167,7 +167,7 @@ def _open(
     transaction.add(row)
     transaction.flush()
     events.record(transaction, who, "handed out", "scan", scan.id, {"lease": row.id})
-    return get(transaction, row.id)
+    return _record(row, scan.name, who)
 
 
 def _hand_out(transaction: Transaction, row: Assignment, scan: Scan, who: Who, rules: LeaseRules) -> None:
@@ -184,13 +184,8 @@ def _hand_out(transaction: Transaction, row: Assignment, scan: Scan, who: Who, r
 
 def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
     """The lease that was put aside as skipped when this one was handed out, if there was one."""
-    row = transaction.execute(
-        _leases()
-        .where(_is(lease.who), Assignment.state == "skipped", Assignment.closed_at == lease.handed_out_at)
-        .order_by(Assignment.id.desc())
-        .limit(1)
-    ).first()
-    return _record(*row) if row is not None else None
+    row = transaction.execute(_SKIPPED_AT, {"closed_at": lease.handed_out_at, **_named(lease.who)}).first()
+    return _lease(row) if row is not None else None
 
 
 def skip(transaction: Transaction, scan: str, who: Who, reason: str) -> LeaseRecord:
@@ -274,39 +269,35 @@ def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | No
     A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
     None where the scan was never handed out to this annotator, or that hand-out was answered before.
     """
-    last = last_of(transaction, scan, who)
-    if last is None:
+    row = _unanswered(transaction, scan, who)
+    if row is None:
         return None
-    row = transaction.get_one(Assignment, last.id)
     row.state, row.closed_at = "submitted", transaction.now
     transaction.get_one(Scan, row.scan_id).readings += 1
     transaction.flush()
-    return get(transaction, row.id)
+    return _record(row, scan, who)
 
 
 def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
     """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
-    asked = {"scan": scan, "kind": who.kind, "name": who.name, "identified_by": who.identified_by}
-    row = transaction.execute(_LAST_OF, asked).first()
-    return None if row is None or row[0].state == "submitted" else _record(*row)
+    row = _unanswered(transaction, scan, who)
+    return None if row is None else _record(row, scan, who)
+
+
+def _unanswered(transaction: Transaction, scan: str, who: Who) -> Assignment | None:
+    row = transaction.scalar(_LAST_OF, {"scan": scan, **_named(who)})
+    return None if row is None or row.state == "submitted" else row
 
 
 def of_replaced(transaction: Transaction, scan: str, who: Who) -> bool:
     """Whether the last hand-out of a scan to an annotator was of another content than it has now, and not answered."""
-    row = transaction.execute(
-        select(Assignment.state, Scan.former_name)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .join(Actor, Assignment.actor_id == Actor.id)
-        .where(or_(Scan.name == scan, Scan.former_name == scan), Actor.kind == who.kind, Actor.name == who.name)
-        .where(Actor.identified_by == who.identified_by)
-        .order_by(Assignment.id.desc())
-        .limit(1)
-    ).first()
+    row = transaction.execute(_LAST_OF_NAMED, {"scan": scan, **_named(who)}).first()
     return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
 
 
-def _is(who: Who) -> ColumnElement[bool]:
-    return and_(Actor.kind == who.kind, Actor.name == who.name, Actor.identified_by == who.identified_by)
+def _named(who: Who) -> dict[str, str]:
+    """The parameters of `_IS`."""
+    return {"kind": who.kind, "name": who.name, "identified_by": who.identified_by}
 
 
 def release(transaction: Transaction, scan: str, who: Who) -> int:
@@ -321,7 +312,7 @@ def release(transaction: Transaction, scan: str, who: Who) -> int:
 
 def get(transaction: Transaction, lease: int) -> LeaseRecord:
     """A lease by its number."""
-    return _record(*transaction.execute(_LEASE, {"lease": lease}).one())
+    return _lease(transaction.execute(_LEASE, {"lease": lease}).one())
 
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
@@ -335,7 +326,7 @@ def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: 
         )  # whose time is over is taken back at the next take
     if scan is not None:
         query = query.where(Scan.name == scan)
-    return [_record(*row) for row in transaction.execute(query)]
+    return [_lease(row) for row in transaction.execute(query)]
 
 
 def costs(transaction: Transaction) -> list[Cost]:
@@ -368,20 +359,45 @@ _OVER: Final = select(Assignment).where(
     Assignment.state == _OPEN, Assignment.expires_at <= bindparam("now", type_=UtcDateTime())
 )
 _LEASE: Final = _leases().where(Assignment.id == bindparam("lease"))
-_LAST_OF: Final = (
+_IS: Final = and_(
+    Actor.kind == bindparam("kind"),
+    Actor.name == bindparam("name"),
+    Actor.identified_by == bindparam("identified_by"),
+)
+_SKIPPED_AT: Final = (
     _leases()
-    .where(Scan.name == bindparam("scan"), Actor.kind == bindparam("kind"), Actor.name == bindparam("name"))
-    .where(Actor.identified_by == bindparam("identified_by"))
+    .where(_IS, Assignment.state == "skipped", Assignment.closed_at == bindparam("closed_at", type_=UtcDateTime()))
+    .order_by(Assignment.id.desc())
+    .limit(1)
+)
+_LAST_OF: Final = (
+    select(Assignment)
+    .join(Scan, Assignment.scan_id == Scan.id)
+    .join(Actor, Assignment.actor_id == Actor.id)
+    .where(Scan.name == bindparam("scan"), _IS)
+    .order_by(Assignment.id.desc())
+    .limit(1)
+)
+_LAST_OF_NAMED: Final = (
+    select(Assignment.state, Scan.former_name)
+    .join(Scan, Assignment.scan_id == Scan.id)
+    .join(Actor, Assignment.actor_id == Actor.id)
+    .where(or_(Scan.name == bindparam("scan"), Scan.former_name == bindparam("scan")), _IS)
     .order_by(Assignment.id.desc())
     .limit(1)
 )
 
 
-def _record(row: Assignment, scan: str, actor: Actor) -> LeaseRecord:
+def _lease(row: Row[Assignment, str, Actor]) -> LeaseRecord:
+    lease, scan, actor = row
+    return _record(lease, scan, events.who_is(actor))
+
+
+def _record(row: Assignment, scan: str, who: Who) -> LeaseRecord:
     return LeaseRecord(
         row.id,
         scan,
-        events.who_is(actor),
+        who,
         row.slot,
         row.state,
         row.handed_out_at,

@@ -41,6 +41,7 @@ _RECORD: Final = (
     Scan.added_at,
     Scan.missing_since,
     Scan.sha256,
+    Scan.signature,
     Scan.former_name,
 )
 
@@ -78,9 +79,13 @@ def find(transaction: Transaction, name: str) -> Scan:
     Raises:
         UnknownScan: if there is none.
     """
-    scan = transaction.scalar(_SCAN, {"name": name})
-    if scan is None:
-        raise UnknownScan(f"there is no scan {name!r}")
+    found: dict[str, Scan] = transaction.info.setdefault("scans", {})
+    scan = found.get(name)
+    if scan is None or scan.name != name:  # it may have been renamed since
+        scan = transaction.scalar(_SCAN, {"name": name})
+        if scan is None:
+            raise UnknownScan(f"there is no scan {name!r}")
+        found[name] = scan
     return scan
 
 
@@ -291,13 +296,16 @@ def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> 
     return len(gone)
 
 
-def note_content(transaction: Transaction, scan_id: int, sha256: str, signature: str, who: Who) -> None:
-    """Note what a scan's file holds; a scan whose file was gone is there again."""
-    scan = transaction.get_one(Scan, scan_id)
-    scan.sha256, scan.signature = sha256, signature
-    if scan.missing_since is not None:
-        scan.former_name = None  # put back under the name that it got when it was retired
-        _set_missing(transaction, scan_id, False, who)
+def note_contents(transaction: Transaction, found: Sequence[tuple[Known, str, str]], who: Who) -> None:
+    """Note what scans' files hold, each by its sha256 and signature; a scan whose file was gone is there again."""
+    if found:
+        rows = [{"id": scan.id, "sha256": sha256, "signature": signature} for scan, sha256, signature in found]
+        transaction.execute(update(Scan), rows)
+    for scan, _, _ in found:
+        if scan.missing:
+            # put back under the name that it got when it was retired
+            transaction.get_one(Scan, scan.id).former_name = None
+            _set_missing(transaction, scan.id, False, who)
 
 
 def retire(transaction: Transaction, scan_id: int, who: Who) -> str:

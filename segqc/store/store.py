@@ -302,6 +302,7 @@ class Store:
                     with contextlib.suppress(OSError, StoreError):
                         self._settle(arrival)
                 raise
+            self.files.sync(arrivals)
         return versions[edits:]
 
     def _lying(self, transaction: Transaction, changes: Sequence[LabelChange]) -> dict[tuple[str, str], list[Path]]:
@@ -435,6 +436,7 @@ class Store:
         plan = arrival.plan
         with self.write() as transaction:
             keep = {sha256 for sha256, _ in plan.contents() if labels.known_content(transaction, sha256)}
+            self.files.keep(arrival, keep)
             if plan.found is None:
                 self._undo(transaction, plan)
             elif plan.sha256 is not None and not labels.has_content(transaction, plan.scan, plan.tag, plan.sha256):

@@ -37,8 +37,9 @@ class Who:
 class ScanRecord:
     """A scan of the folder; ``file`` is relative to it.
 
-    ``sha256`` is its content, None until the file was read. ``former_name`` is the name that it had until another
-    content took the place of its file.
+    ``sha256`` is its content, None until the file was read, and ``signature`` tells quickly whether the file still
+    holds it (see `files.signature_of`). ``former_name`` is the name that it had until another content took the place of
+    its file.
     """
 
     id: int
@@ -54,6 +55,7 @@ class ScanRecord:
     added_at: dt.datetime
     missing_since: dt.datetime | None
     sha256: str | None
+    signature: str | None
     former_name: str | None
 
 

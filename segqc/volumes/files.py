@@ -76,7 +76,7 @@ def read_grid(path: str | os.PathLike[str], *, limits: ReadLimits | None = None)
     """
     source = open_scan(InputFile(Path(path), limits))
     zeros = np.broadcast_to(np.float32(0), source.shape)
-    return Volume(zeros, source.affine, source.acquisition_axis, source.alternative_affines)
+    return Volume(zeros, source.affine, source.acquisition_axis, source.find_alternatives())
 
 
 def open_scan(file: InputFile) -> Source:
@@ -123,7 +123,7 @@ def load_scan(file: InputFile, source: Source) -> Volume:
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise file.error(f"{bad} of {array.size} voxels are NaN or infinite; replace them by numbers first.")
-    return Volume(array, source.affine, source.acquisition_axis, source.alternative_affines)
+    return Volume(array, source.affine, source.acquisition_axis, source.find_alternatives())
 
 
 def read_labels(
@@ -215,11 +215,17 @@ def write_labels(volume: Volume, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if scan_suffix(path.name) is None:
         raise VolumeError(f"{path}: labels are written to .nii, .nii.gz or .nrrd; choose one of these suffixes.")
+    _write(_as_labels(volume, path), path)
+
+
+def _as_labels(volume: Volume, path: Path) -> Volume:
+    if volume.array.dtype == np.uint8:
+        return volume
     with np.errstate(invalid="ignore"):
         labels = volume.array.astype(np.uint8)
     if not (labels == volume.array).all():
         raise VolumeError(f"{path}: the labels to write are not whole numbers from 0 to 255; convert them first.")
-    _write(Volume(labels, volume.affine, volume.acquisition_axis), path)
+    return Volume(labels, volume.affine, volume.acquisition_axis)
 
 
 @contextlib.contextmanager
@@ -227,7 +233,7 @@ def temporary_labels(volume: Volume) -> Iterator[Path]:
     """A label map as a compressed NIfTI file, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         path = Path(folder) / "labels.nii.gz"
-        write_labels(volume, path)
+        write_nifti(_as_labels(volume, path), path, path)  # not atomically: nobody else looks here
         yield path
 
 

@@ -25,6 +25,7 @@ _MAX_REST_BYTES: Final = 1 << 20  # what may follow the voxels
 _MAX_DEFLATE_RATIO: Final = 1040  # deflate reaches 1032
 _FILE_CHUNK: Final = 1 << 16
 _CHUNK: Final = 1 << 20
+_FIRST_CHUNK: Final = 1 << 12
 _MAX_FINDING: Final = 500
 _MAX_WORD_BYTES: Final = 1 << 10
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -240,6 +241,7 @@ class ByteStream:
 def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Expand gzip members, one after the other, or a zlib stream; what follows them is passed over."""
     member = zlib.decompressobj(32 | zlib.MAX_WBITS)
+    most = _FIRST_CHUNK  # whoever wants the header only does not wait for more
     for chunk in chunks:
         data = chunk
         while data:
@@ -247,8 +249,9 @@ def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
                 if not data.startswith(_GZIP_MAGIC[: len(data)]):
                     return
                 member = zlib.decompressobj(32 | zlib.MAX_WBITS)
-            if expanded := member.decompress(data, _CHUNK):
+            if expanded := member.decompress(data, most):
                 yield expanded
+            most = _CHUNK
             data = member.unused_data if member.eof else member.unconsumed_tail
     while not member.eof:
         expanded = member.decompress(b"", _CHUNK)

@@ -65,7 +65,7 @@ def check_scan(
     file = InputFile(Path(path), limits, shown)
     source = open_scan(file)
     load_scan(file, source)
-    return ScanContent(_sha256(file), source.shape, source.warnings)
+    return ScanContent(_sha256(file), source.shape, source.find_warnings())
 
 
 def scan_grid(path: str | os.PathLike[str], limits: ReadLimits | None = None) -> Volume:
@@ -76,7 +76,7 @@ def scan_grid(path: str | os.PathLike[str], limits: ReadLimits | None = None) ->
     """
     source = open_scan(InputFile(Path(path), limits, None))
     zeros = np.broadcast_to(np.float32(0), source.shape)
-    return Volume(zeros, source.affine, source.acquisition_axis, source.alternative_affines)
+    return Volume(zeros, source.affine, source.acquisition_axis, source.find_alternatives())
 
 
 def check_labels(

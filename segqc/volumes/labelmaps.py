@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from segqc.types import values_in
 from segqc.volumes.grid import Placement, place_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Segment, Source, Volume
@@ -115,7 +116,7 @@ def _merge_segments(
                     )
                 owners[segment.value] = segment
                 table[segment.value] = value
-        unnamed = sorted(set(np.unique(layer.ravel(order="K")).tolist()) - {0, *owners})
+        unnamed = sorted(values_in(layer) - owners.keys())
         if unnamed:
             raise file.error(
                 f"holds the value {unnamed[0]}, which none of its segments has; save the segmentation again."
@@ -159,7 +160,7 @@ def _name_of(value: int, segments: Sequence[Segment], values: Sequence[int]) -> 
 
 
 def _check_values(file: InputFile, labels: npt.NDArray[np.uint8], values: Collection[int]) -> None:
-    foreign = sorted(set(np.unique(labels.ravel(order="K")).tolist()) - {0, *values})
+    foreign = sorted(values_in(labels) - set(values))
     if foreign:
         allowed = ", ".join(map(str, sorted(set(values) - {0}))) or "none"
         raise file.error(

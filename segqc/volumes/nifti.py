@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -74,9 +75,9 @@ def open_nifti(file: InputFile, *, is_label: bool = False) -> Source:
         affine,
         header.acquisition_axis,
         voxels,
-        forms.alternatives(affine),
+        lambda: forms.alternatives(affine),
         step=abs(slope) if is_scaled else 0.0,
-        warnings=forms.warnings(affine, header.shape),
+        find_warnings=lambda: forms.warnings(affine, header.shape),
     )
 
 
@@ -175,14 +176,14 @@ class _Forms:
         sform: the matrix of the srow fields, where its code says that there is one.
         sform_is_scanner: whether its code says that these are the scanner's coordinates.
         spacing: of the pixdim field; a negative number turns an axis round.
-        nibabel: what nibabel takes the file's affine and its qform for.
+        find_nibabel: what nibabel takes the file's affine and its qform for.
     """
 
     qform: AffineArray | None
     sform: AffineArray | None
     sform_is_scanner: bool
     spacing: npt.NDArray[np.float64]
-    nibabel: tuple[AffineArray, ...]
+    find_nibabel: Callable[[], tuple[AffineArray, ...]]
 
     def chosen(self) -> AffineArray | None:
         """The matrix that ITK takes directions and origin from; None where it finds none.
@@ -237,7 +238,7 @@ class _Forms:
     def alternatives(self, affine: AffineArray) -> tuple[AffineArray, ...]:
         """The other usable matrices that programs may take for the affine."""
         stated = [matrix for matrix in (self.sform, self.qform) if matrix is not None]
-        usable = [matrix for matrix in (*stated, *self.nibabel) if affine_finding(matrix) is None]
+        usable = [matrix for matrix in (*stated, *self.find_nibabel()) if affine_finding(matrix) is None]
         return tuple(matrix for matrix in usable if not np.array_equal(matrix, affine))
 
     def warnings(self, affine: AffineArray, shape: tuple[int, int, int]) -> tuple[str, ...]:
@@ -274,7 +275,7 @@ def _read_forms(fields: npt.NDArray[np.void]) -> _Forms:
         sform=unit * sform if fields["sform_code"] > 0 else None,
         sform_is_scanner=bool(fields["sform_code"] == _SCANNER_CODE),
         spacing=spacing * unit[0],
-        nibabel=tuple(unit * matrix for matrix in _nibabel_matrices(fields)),
+        find_nibabel=lambda: tuple(unit * matrix for matrix in _nibabel_matrices(fields)),
     )
 
 

@@ -15,6 +15,7 @@ AffineArray: TypeAlias = npt.NDArray[np.float64]
 
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_CORNERS = np.indices((2, 2, 2)).reshape(3, 8)
 
 
 class VolumeError(ValueError):
@@ -84,20 +85,20 @@ class Source:
         affine: voxel index to RAS millimetres, as ITK reads it.
         acquisition_axis: the array axis that slices were acquired along, where the file says it.
         voxels: loads the voxels, of the shape, or ``(layers, *shape)`` where the file names its segments.
-        alternative_affines: what other programs may take for the affine.
+        find_alternatives: what other programs may take for the affine.
         step: the step that stored whole numbers stand for, where they are scaled.
         segments: those that the file names; None where it names none.
-        warnings: sentences about what was decided where the file contradicts itself.
+        find_warnings: sentences about what was decided where the file contradicts itself.
     """
 
     shape: tuple[int, int, int]
     affine: AffineArray
     acquisition_axis: int | None
     voxels: Callable[[], Array]
-    alternative_affines: tuple[AffineArray, ...] = ()
+    find_alternatives: Callable[[], tuple[AffineArray, ...]] = tuple
     step: float = 0.0
     segments: tuple[Segment, ...] | None = None
-    warnings: tuple[str, ...] = ()
+    find_warnings: Callable[[], tuple[str, ...]] = tuple
 
 
 def affine_finding(affine: Array) -> str | None:
@@ -147,8 +148,7 @@ def spacing_of(affine: AffineArray) -> tuple[float, float, float]:
 
 def corners(affine: AffineArray, shape: tuple[int, int, int]) -> AffineArray:
     """Centres of a grid's eight corner voxels, ``(3, 8)``, in millimetres."""
-    last = np.array(shape, dtype=np.float64) - 1
-    index = np.array(np.meshgrid(*[(0.0, end) for end in last], indexing="ij")).reshape(3, -1)
+    index = _CORNERS * (np.array(shape, dtype=np.float64)[:, None] - 1)
     return cast(AffineArray, affine[:3, :3] @ index + affine[:3, 3:])
 
 
