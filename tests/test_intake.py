@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -476,6 +477,13 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     assert edit in kept(folder)
     again.close()
     store.close()
+
+
+def test_a_submission_whose_file_says_it_all_is_kept_as_it_came(studies: Studies, folder: Path) -> None:
+    file = folder.parent / "sent.nii.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(label_bytes(folder.parent, 1)), 9, mtime=0))
+    label = submit_label(studies, "scan_0", draw_case(1)[1], "final", ANNA, file=file).label
+    assert studies.store.label_file(label).read_bytes() == file.read_bytes() == final(folder, "scan_0").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- contents
