@@ -136,6 +136,26 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     assert studies.findings() == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.nii.gz", b"x"), ("b.NRRD", b"x"), ("c.dcm", b"x"), ("000001", bytes(128) + b"DICM"), ("series.ima", b"")],
+)
+def test_a_folder_of_images_is_told_and_not_looked_into(
+    studies: Studies, folder: Path, name: str, content: bytes
+) -> None:
+    (folder / "notes").mkdir()
+    (folder / "notes" / "README").write_text("no images")
+    (folder / "more").mkdir()
+    (folder / "more" / name).write_bytes(content)
+    assert len(states(studies)) == 3
+    (found,) = studies.findings()
+    assert (found.file, found.kind) == ("more", "other")
+    assert found.sentence.startswith("more: is a folder with images")
+    (folder / "more" / name).unlink()
+    studies.refresh()
+    assert studies.findings() == []
+
+
 @pytest.mark.parametrize("target", ["nowhere.nii.gz", "self"])
 @pytest.mark.parametrize("name", ["bad.nii.gz", "labels/final/scan_0.nii.gz"])
 def test_a_link_that_leads_nowhere_keeps_nothing_else_out(
