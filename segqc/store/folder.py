@@ -269,7 +269,7 @@ def _take_in_scans(
     for name, why in unreadable.items():
         if scan_suffix(name) is not None:
             misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
-    for name in _folders_of_images(store.studies):
+    for name in _folders_of_images(store.studies, {scan_id(name) for name in present}):
         misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
     gone: list[str] = []
     known: dict[str, Known] = {}
@@ -298,24 +298,29 @@ def _labelled(store: Store) -> set[str]:
     return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
 
 
-def _folders_of_images(studies: Path) -> list[str]:
-    """The folders beside the scans that hold images among their first files."""
+def _folders_of_images(studies: Path, names: Collection[str]) -> list[str]:
+    """The folders beside the scans that hold images among their first files, but for what is named like a scan.
+
+    Those are masks, maps and the like of the scans.
+    """
     with os.scandir(studies) as found:
-        folders = [entry for entry in found if not entry.name.startswith(".") and entry.is_dir()]
+        folders = [entry for entry in found if not entry.name.startswith(".") and os.path.isdir(entry)]
     images = []
     for folder in folders:
         if folder.name not in ("labels", OWN_FOLDER) and folder.name == printable(folder.name):
             with contextlib.suppress(OSError), os.scandir(folder) as files:
-                if any(_is_image(file) for file in itertools.islice(files, _FIRST_FILES)):
+                if any(_is_image(file, names) for file in itertools.islice(files, _FIRST_FILES)):
                     images.append(folder.name)
     return images
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    if not entry.is_file():
+def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
+    if not os.path.isfile(entry):
         return False
+    if label_suffix(entry.name) is not None:
+        return label_id(entry.name) not in names
     if "." in entry.name:
-        return scan_suffix(entry.name) is not None or entry.name.lower().endswith(_OTHER_FORMATS)
+        return entry.name.lower().endswith(_OTHER_FORMATS)
     with open(entry.path, "rb") as file:
         return file.read(_DICOM_MAGIC_END).endswith(b"DICM")
 
