@@ -53,6 +53,15 @@ def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
     assert costs["strategy"]["hours"] > 0
 
 
+def test_leases_that_are_over_say_why_a_scan_was_skipped(folder: Path) -> None:
+    with Studies(folder).store.write() as transaction:
+        leases.skip(transaction, "scan_0", ANNA, "blurred")
+        leases.skip(transaction, "scan_0", ANNA, "moved")
+    (lease,) = json.loads(run("leases", folder, "--all", "--json"))["leases"]
+    assert (lease["state"], lease["skipped because"]) == ("skipped", "moved")
+    assert "skipped because" not in run("leases", folder, "--json")
+
+
 def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:
     states = {s["scan"]: s["state"] for s in json.loads(run("scans", folder, "--json"))["scans"]}
     assert states == {"scan_0": "in progress", "scan_1": "unlabelled", "scan_2": "unlabelled"}

@@ -129,7 +129,7 @@ def test_dicom_files_are_included_whether_or_not_the_client_has_a_name(
     name, patient = f"scan of {client_id}", f"patient of {client_id}"
     scan = draw_case(20 if client_id is None else 21)[0]
     write_scan(scan, tmp_path / "tmp1x.nii.gz")
-    write_dicom(scan, tmp_path / "series", patient)
+    write_dicom(scan, tmp_path / "series", Path(patient))
     slice_ = next((tmp_path / "series").iterdir())
     assert MONAILabelClient(url, str(tmp_path), client_id).upload_image(str(tmp_path / "tmp1x.nii.gz"), name)
     # 3D Slicer makes a client for each request

@@ -134,6 +134,7 @@ def test_the_database_of_another_program_is_left_as_it_is(
         assert _contents(tmp_path) == before
 
 
+@pytest.mark.migrates
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_log_without_its_database_is_kept(tmp_path: Path, is_there: bool) -> None:
     opened = Store.open(tmp_path)
@@ -152,6 +153,7 @@ def test_a_log_without_its_database_is_kept(tmp_path: Path, is_there: bool) -> N
     assert _contents(tmp_path) == before
 
 
+@pytest.mark.migrates
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_lost_database_is_not_made_anew(tmp_path: Path, is_there: bool) -> None:
     opened = Store.open(tmp_path)

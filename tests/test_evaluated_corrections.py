@@ -22,6 +22,7 @@ from segqc.volumes import Volume, read_labels, write_labels
 from tests.server_kit import draw_case
 from tests.test_evaluation import make_folders, write_dataset
 from tests.test_recalibration import ANNA, AUDIT, WORST, correct
+from tests.test_recalibration import judged as judged
 from tests.test_recalibration import studies as studies
 
 

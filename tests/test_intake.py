@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from segqc.loop.corrections import submit_label
 from segqc.loop.studies import Studies, StudiesError
-from segqc.store import assessments, labels, leases, orders, scans
+from segqc.store import assessments, files, labels, leases, orders, scans
 from segqc.store import folder as folder_module
 from segqc.store.files import sha256_of
 from segqc.store.folder import ScanExists, take_in
@@ -135,6 +136,29 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     assert studies.findings() == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.nii.gz", b"x"), ("b.NRRD", b"x"), ("c.dcm", b"x"), ("000001", bytes(128) + b"DICM"), ("series.ima", b"")],
+)
+def test_a_folder_of_images_is_told_and_not_looked_into(
+    studies: Studies, folder: Path, name: str, content: bytes
+) -> None:
+    (folder / "notes").mkdir()
+    (folder / "notes" / "README").write_text("no images")
+    (folder / "truth").mkdir()
+    for file in ("scan_0.nii.gz", "scan_1.seg.nrrd"):
+        (folder / "truth" / file).touch()
+    (folder / "more").mkdir()
+    (folder / "more" / name).write_bytes(content)
+    assert len(states(studies)) == 3
+    (found,) = studies.findings()
+    assert (found.file, found.kind) == ("more", "other")
+    assert found.sentence.startswith("more: is a folder with images")
+    (folder / "more" / name).unlink()
+    studies.refresh()
+    assert studies.findings() == []
+
+
 @pytest.mark.parametrize("target", ["nowhere.nii.gz", "self"])
 @pytest.mark.parametrize("name", ["bad.nii.gz", "labels/final/scan_0.nii.gz"])
 def test_a_link_that_leads_nowhere_keeps_nothing_else_out(
@@ -237,6 +261,7 @@ def test_each_content_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
         return real(self, path, shown)
 
     monkeypatch.setattr(FileChecks, "scan", counting)
+    monkeypatch.setattr(files, "_CLOCK_TICK_NS", 0)  # a file just written would be read again
     studies = Studies(folder)
     (folder / "bad.nii").write_bytes(b"bad")
     os.utime(folder / "bad.nii", (1, 1))
@@ -478,6 +503,13 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     store.close()
 
 
+def test_a_submission_whose_file_says_it_all_is_kept_as_it_came(studies: Studies, folder: Path) -> None:
+    file = folder.parent / "sent.nii.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(label_bytes(folder.parent, 1)), 9, mtime=0))
+    label = submit_label(studies, "scan_0", draw_case(1)[1], "final", ANNA, file=file).label
+    assert studies.store.label_file(label).read_bytes() == file.read_bytes() == final(folder, "scan_0").read_bytes()
+
+
 # ---------------------------------------------------------------------------------------------------------- contents
 
 
@@ -587,10 +619,10 @@ def test_what_was_handed_out_for_the_old_content_is_never_the_new_ones(studies: 
 
 
 def test_a_submission_that_was_checked_against_the_old_content_is_refused(studies: Studies, folder: Path) -> None:
-    content = studies.verify_scan("scan_0").sha256
+    checked = studies.verify_scan("scan_0")
     another_scan(folder / "scan_0.nii.gz", 9)
     with pytest.raises(ScanReplaced):
-        submit_label(studies, "scan_0", draw_case(0)[1], "final", ANNA, content=content)
+        submit_label(studies, "scan_0", draw_case(0)[1], "final", ANNA, checked=checked)
 
 
 def test_an_estimate_is_of_the_content_that_was_read(studies: Studies, folder: Path, tmp_path: Path) -> None:

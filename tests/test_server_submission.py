@@ -11,7 +11,7 @@ from segqc.server.errors import RequestError
 from segqc.server.models import label_names
 from segqc.server.submission import read_submission, stored_info
 from segqc.types import Structure
-from segqc.volumes import Volume, write_labels
+from segqc.volumes import Volume, read_labels, write_labels
 from tests.server_kit import AFFINE, SHAPE, make_studies
 
 NAMES = {"liver": 1, "spleen": 4}
@@ -41,6 +41,20 @@ def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_p
     assert (labels.array[3] == 4).all()
     assert (labels.array[8] == 1).all()
     assert np.allclose(labels.affine, AFFINE)
+
+
+def test_whether_the_file_itself_says_the_same_plainly(tmp_path: Path, scan: Path) -> None:
+    same = submit(tmp_path / "same.nii.gz", {1: 3, 4: 8})
+    assert read_submission(same, scan, NAMES, {}).is_plain
+    renumbered = submit(tmp_path / "renumbered.nii.gz", {1: 3, 2: 8})
+    assert not read_submission(renumbered, scan, NAMES, info("liver", "spleen")).is_plain  # type: ignore[arg-type]
+    numbered = {"label_names": {"liver": 1, "spleen": 4}}
+    assert read_submission(same, scan, NAMES, numbered).is_plain  # type: ignore[arg-type]
+    turn = np.diag([-1.0, 1.0, 1.0, 1.0])
+    turn[0, 3] = SHAPE[0] - 1
+    turned = read_labels(same)
+    write_labels(Volume(turned.array[::-1], turned.affine @ turn), tmp_path / "turned.nii.gz")
+    assert not read_submission(tmp_path / "turned.nii.gz", scan, NAMES, {}).is_plain
 
 
 @pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])

@@ -167,7 +167,7 @@ def test_label_maps_are_received_under_their_own_suffix(client: TestClient, suff
 
 @pytest.fixture
 def dicom_slice(tmp_path: Path) -> Path:
-    write_dicom(draw_case(1)[0], tmp_path / "series", "P7")
+    write_dicom(draw_case(1)[0], tmp_path / "series", Path("P7"))
     return sorted((tmp_path / "series").iterdir())[0]
 
 

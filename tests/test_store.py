@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -398,6 +399,24 @@ def test_content_whose_move_a_power_failure_undid_is_put_back(store: Store, fold
     assert again.label_file(saved).read_bytes() == source.read_bytes() == again.view_file(saved).read_bytes()
     assert not left.exists()
     again.close()
+
+
+def test_labels_may_lie_on_another_disk(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace_on_one_disk(source: Path, target: Path) -> None:
+        if (store.files.views in Path(target).parents) != (store.files.views in Path(source).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_on_one_disk)
+    for value in (3, 4):
+        saved = save_final(store, folder.parent, "scan_0", value)
+        assert store.view_file(saved).read_bytes() == store.label_file(saved).read_bytes()
+    take_in_scans(store)
+    with store.read() as transaction:
+        assert labels.current(transaction, "scan_0", "final") == saved
+    assert {path.name for path in (store.files.views / "final").iterdir()} == {"scan_0.nii.gz"}
 
 
 def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder: Path, url: str | None) -> None:

@@ -294,6 +294,7 @@ def leases(
         found = stored.listing(transaction, state=None if every else "open")
         judged = {lease.id: lease.assessment for lease in found if lease.assessment is not None}
         intervals = assessments.dice_intervals(transaction, list(judged.values()))
+        reasons = stored.skip_reasons(transaction) if every else {}
     rows: list[Row] = [
         {
             "scan": lease.scan,
@@ -312,6 +313,7 @@ def leases(
                 as_json=as_json,
                 as_csv=as_csv,
             ),
+            **({"skipped because": reasons.get(lease.id)} if every else {}),
         }
         for lease in found
     ]

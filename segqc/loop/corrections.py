@@ -15,7 +15,7 @@ from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
 from segqc.store.scans import ScanReplaced
-from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, StructureChange, Who
+from segqc.store.values import Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange, Who
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
 
@@ -112,7 +112,7 @@ def submit_label(
     info: JsonObject | None = None,
     opened: Opened = ALL,
     simulated: bool = False,
-    content: str | None = None,
+    checked: ScanRecord | None = None,
     file: Path | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
@@ -128,7 +128,7 @@ def submit_label(
         info: what the client notes of it.
         opened: what was looked at.
         simulated: whether no person has made it.
-        content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
+        checked: the scan as it was when the label map was checked against it; None where nobody knows.
         file: a file that holds the label map as it is to be kept; None for a new one.
 
     Raises:
@@ -138,9 +138,10 @@ def submit_label(
             was checked.
         OSError: if it can't be written; nothing has changed then.
     """
-    content = content or studies.verify_scan(scan).sha256
+    now = studies.verify_scan(scan) if checked is None else studies.verify(checked)
     with studies.store.read() as transaction:
-        if leases.of_replaced(transaction, scan, who):
+        handed_out_before = leases.of_replaced(transaction, scan, who)
+        if handed_out_before or (checked is not None and checked.sha256 != now.sha256):
             raise ScanReplaced(
                 f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
             )
@@ -160,7 +161,7 @@ def submit_label(
 
     label = NewLabel(scan, tag, "annotator", who, parent=start.id if start is not None else None, info=info)
     with contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path:
-        kept = studies.store.save_label(label, path, then, first=expecting(scan, content))
+        kept = studies.store.save_label(label, path, then, first=expecting(scan, now.sha256))
     if tag.startswith(READER):
         _compare_readers(studies, scan)
     return Submission(kept, number[0] if number else None)

@@ -527,7 +527,7 @@ def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: s
         received = _receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
         submitted = read_submission(received, studies.folder / scan.file, names, info, configured=named, limits=limits)
         who, info = asker.who(info), stored_info(info, names) if named else info
-        told = submit(studies, scan.name, submitted, received, tag, who, info, scan.sha256)
+        told = submit(studies, scan, submitted, received, tag, who, info)
     if "segmentationMeta" in info:
         app.datastore().review_label(scan.name, tag, info, who)
     return {**(app.on_save_label(scan.name, scan.name) or {}), **told, "image": image, "label": scan.name}

@@ -16,7 +16,7 @@ from segqc.server.checks import JsonObject
 from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
 from segqc.store.store import suffix_of
-from segqc.store.values import Who
+from segqc.store.values import ScanRecord, Who
 from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
@@ -148,26 +148,24 @@ def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
 
 def submit(
     studies: Studies,
-    scan: str,
+    scan: ScanRecord,
     labels: LabelMap,
     file: Path,
     tag: str,
     who: Who,
     params: JsonObject,
-    content: str | None = None,
 ) -> JsonObject:
     """Keep a checked label map; a final one made of what was handed out is a correction.
 
     Args:
         studies: the studies folder.
-        scan: the scan's id.
+        scan: the scan, as it was when the label map was checked.
         labels: the label map, on the scan's grid.
         file: the file that it was read from; it is kept as it came where it is a plain ``.nii.gz``.
         tag: the tag.
         who: who submits it.
         params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
             where it was not all.
-        content: the scan's content (sha256) that the label map was checked against; None where nobody knows.
 
     Returns:
         What the client is told of it.
@@ -180,14 +178,14 @@ def submit(
         simulated = params.get("simulated") is True
         done = submit_label(
             studies,
-            scan,
+            scan.name,
             labels.volume,
             tag,
             who,
             info=params,
             opened=opened,
             simulated=simulated,
-            content=content,
+            checked=scan,
             file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
         )
     except OpenedError as error:

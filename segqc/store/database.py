@@ -52,6 +52,7 @@ _PAUSE_SECONDS: Final = 1.0  # between tries to reach a server that did not answ
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
 _OWN_TABLES: Final = frozenset({"scan", "label_version"})  # what tells our tables from those of other programs
 _OWN_REVISION: Final = re.compile(r"\d{4}")
+_ALEMBIC: Final = threading.Lock()  # what it works on is global to the process
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
@@ -316,7 +317,7 @@ class Database:
         logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration would be told to the user
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self._connection(write=True) as connection:
+        with _ALEMBIC, self._connection(write=True) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()

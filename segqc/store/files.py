@@ -9,6 +9,7 @@ after. Files that people put below ``labels/`` stay as they are, and nothing is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,7 +23,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.volumes import LABEL_SUFFIXES
+from segqc.volumes import LABEL_SUFFIXES, atomic_write
 
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
@@ -223,7 +224,13 @@ class LabelFiles:
         # a time in the past: whatever is written into the file from now on gives it another one
         before = time.time_ns() - _PAST_NS
         os.utime(ready, ns=(before, before))
-        os.replace(ready, target)
+        try:
+            os.replace(ready, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            with atomic_write(target) as beside:  # labels/ lies on another disk
+                shutil.copy2(ready, beside)
         return state_of(target)
 
     def lying(self, scan: str, tag: str, *also: str) -> list[str]:

@@ -8,6 +8,7 @@ taken in batch by batch: what is committed stays, whenever the process dies.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, 
 from segqc.store.findings import Finding
 from segqc.store.labels import NewLabel
 from segqc.store.scans import FoundScan, Known
-from segqc.store.store import LabelChange, Store
+from segqc.store.store import OWN_FOLDER, LabelChange, Store
 from segqc.store.values import LabelRecord, ScanRecord
 from segqc.text import printable
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
@@ -43,6 +44,12 @@ _LABEL_BATCH: Final = 50
 _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
+
+_NOT_LOOKED_INTO: Final = (
+    "is a folder with images, and scans are files beside it; move them up, or import the folder (segqc import)"
+)
+_FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seconds
+_DICOM_MAGIC_END: Final = 132
 
 PatientOf: TypeAlias = Callable[[Path], str]
 Stop: TypeAlias = Callable[[], bool]
@@ -262,6 +269,8 @@ def _take_in_scans(
     for name, why in unreadable.items():
         if scan_suffix(name) is not None:
             misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
+    for name in _folders_of_images(store.studies, {scan_id(name) for name in present}):
+        misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
     gone: list[str] = []
     known: dict[str, Known] = {}
     if unsettled or settled < len(marks):
@@ -287,6 +296,33 @@ def _labelled(store: Store) -> set[str]:
     """Names of scans that have a file among the final labels."""
     final = store.files.views / labels.FINAL
     return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
+
+
+def _folders_of_images(studies: Path, names: Collection[str]) -> list[str]:
+    """The folders beside the scans that hold images among their first files, but for what is named like a scan.
+
+    Those are masks, maps and the like of the scans.
+    """
+    with os.scandir(studies) as found:
+        folders = [entry for entry in found if not entry.name.startswith(".") and os.path.isdir(entry)]
+    images = []
+    for folder in folders:
+        if folder.name not in ("labels", OWN_FOLDER) and folder.name == printable(folder.name):
+            with contextlib.suppress(OSError), os.scandir(folder) as files:
+                if any(_is_image(file, names) for file in itertools.islice(files, _FIRST_FILES)):
+                    images.append(folder.name)
+    return images
+
+
+def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
+    if not os.path.isfile(entry):
+        return False
+    if label_suffix(entry.name) is not None:
+        return label_id(entry.name) not in names
+    if "." in entry.name:
+        return entry.name.lower().endswith(_OTHER_FORMATS)
+    with open(entry.path, "rb") as file:
+        return file.read(_DICOM_MAGIC_END).endswith(b"DICM")
 
 
 def _misplaced(name: str) -> Finding | None:

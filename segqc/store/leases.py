@@ -14,11 +14,12 @@ from sqlalchemy.orm import aliased
 from segqc.store import assessments, events, labels, orders, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.orders import Choice, Order, Parameters, Waiting
-from segqc.store.schema import Actor, Assignment, Scan, UtcDateTime
+from segqc.store.schema import Actor, Assignment, Event, Scan, UtcDateTime
 from segqc.store.values import Cost, Draw, JsonObject, LeaseRecord, LeaseState, Who
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
+_EXPLAINED: Final = "skip explained"  # the event of a reason that is given later
 _MOST_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
 
 
@@ -199,7 +200,7 @@ def skip(transaction: Transaction, scan: str, who: Who, reason: str) -> LeaseRec
     if row.state == "open":
         _close(transaction, row, "skipped", who, reason)
     elif row.state == "skipped":
-        events.record(transaction, who, "skip explained", "scan", row.scan_id, {"lease": row.id, "reason": reason})
+        events.record(transaction, who, _EXPLAINED, "scan", row.scan_id, {"lease": row.id, "reason": reason})
     else:
         raise StoreError(f"the scan {scan!r} was not skipped by {who.name!r}: its lease is {row.state}")
     transaction.flush()
@@ -327,6 +328,16 @@ def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: 
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_lease(row) for row in transaction.execute(query)]
+
+
+def skip_reasons(transaction: Transaction) -> dict[int, str]:
+    """Why scans were put aside, by lease, the last word of each annotator who gave one."""
+    query = select(Event.detail).where(Event.object_kind == "scan", Event.verb.in_(("skipped", _EXPLAINED)))
+    told: dict[int, str] = {}
+    for detail in transaction.scalars(query.order_by(Event.id)):
+        if detail is not None and isinstance(lease := detail.get("lease"), int) and "reason" in detail:
+            told[lease] = str(detail["reason"])
+    return told
 
 
 def costs(transaction: Transaction) -> list[Cost]:
