@@ -198,7 +198,7 @@ def _interval(low: float | None, high: float | None, level: float | None) -> Pre
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
     """Rows of structures by name, added where they are new."""
-    known = {name: i for name, i in transaction.execute(_STRUCTURES, {"names": list(wanted)})}
+    known = {name: i for name, i in transaction.rows(_STRUCTURES, {"names": list(wanted)})}
     for name in wanted:
         if name not in known:
             row = StructureName(name=name)
@@ -331,7 +331,7 @@ def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assess
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
     """The number of the serving pair's last assessment of a label version."""
-    return transaction.scalar(_LATEST_ID, {"label_version": label_version})
+    return transaction.rows(_LATEST_ID, {"label_version": label_version}).scalar()
 
 
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:

@@ -18,12 +18,25 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeAlias, cast
+from types import MappingProxyType
+from typing import Final, TypeAlias, TypeVarTuple, cast
 
 from alembic.config import Config
-from sqlalchemy import JSON, Connection, Engine, Table, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    JSON,
+    Connection,
+    CursorResult,
+    Engine,
+    Select,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
@@ -44,6 +57,8 @@ from sqlalchemy.sql.functions import FunctionElement
 logger = logging.getLogger(__name__)
 
 Clock: TypeAlias = Callable[[], dt.datetime]
+Parameters: TypeAlias = Mapping[str, object]
+Ts = TypeVarTuple("Ts")
 
 DATABASE_FILE: Final = "store.sqlite"
 REVISION: Final = "0003"
@@ -76,6 +91,11 @@ class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
     now: dt.datetime
+
+    def rows(self, query: Select[*Ts], parameters: Parameters = MappingProxyType({})) -> CursorResult[*Ts]:
+        """Read columns; a third of the cost of `execute`, which also makes objects of tables' rows."""
+        self.flush()
+        return self.connection().execute(query, parameters)
 
     def insert(self, table: type[DeclarativeBase], **values: object) -> int:
         """Add a row at once and return its number; for what is added all the time a tenth of an object's cost."""
