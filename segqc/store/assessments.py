@@ -56,7 +56,7 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     estimates count.
     """
     pair = labels.bundle(transaction, segmenter, assessor)
-    if transaction.scalar(_SERVING) == pair.id:
+    if serving(transaction) == pair.id:
         return
     events.record(transaction, events.SERVER, _SERVES, "bundle", pair.id)
     transaction.flush()
@@ -76,20 +76,24 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     transaction.expire_all()  # what was read before is not what these rows hold now
 
 
+def serving(transaction: Transaction) -> int | None:
+    """The bundle whose estimates count; None where all do."""
+    return transaction.rows(_SERVING).scalar()
+
+
 def _counts() -> ColumnElement[bool]:
     """Whether an assessment is one of the serving pair: of its own masks, or of those that no network made."""
-    serving, pair = _SERVING.scalar_subquery(), aliased(Bundle)
+    serves, pair = _SERVING.scalar_subquery(), aliased(Bundle)
     counting = (
         select(Bundle.id)
         .join(pair, pair.assessor_version == Bundle.assessor_version)
         .where(
-            pair.id == serving, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
+            pair.id == serves, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
         )
     )
-    return or_(serving.is_(None), AssessmentRow.bundle_id.in_(counting))
+    return or_(serves.is_(None), AssessmentRow.bundle_id.in_(counting))
 
 
-# The bundle whose estimates count; none where all do.
 _SERVING: Final = (
     select(Event.object_id)
     .where(Event.object_kind == "bundle", Event.verb == _SERVES)
