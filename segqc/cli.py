@@ -40,6 +40,7 @@ from segqc.commands.common import (
     structure_flag,
     studies_at,
 )
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -129,8 +130,8 @@ def main() -> None:
 def _sentence(error: Exception) -> str:
     """What to tell of an error; the operating system's number means nothing to users."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error)
+        return visible(f"{error.filename}: {error.strerror.lower()}")
+    return visible(str(error))
 
 
 def _set_up_text() -> None:

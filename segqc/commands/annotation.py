@@ -23,6 +23,7 @@ from segqc.commands.common import (
     shown_progress,
     studies_at,
 )
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.loop.studies import Studies
@@ -101,7 +102,7 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
     if aside and not as_json:
         typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
         for finding in aside:
-            typer.echo(finding.sentence, err=as_csv)
+            typer.echo(visible(finding.sentence), err=as_csv)
 
 
 @app.command()
@@ -203,7 +204,7 @@ def review(
 
     studies = studies_at(folder, config)
     studies.store.review(scan, STATE_OF[decision.value], me(), reason)
-    typer.echo(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}")
+    typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
 
 @app.command()

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from filelock import FileLock, Timeout
-from sqlalchemy import text
 
 from segqc.store import labels, upkeep
-from segqc.store.database import DATABASE_FILE, REVISION, StoreError, StoreReadOnly
+from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreError, StoreReadOnly
 from segqc.store.files import LabelFiles, is_locked
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
 from segqc.store.upkeep import Report, silent
@@ -110,14 +109,19 @@ def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str
         if before is None:
             raise StoreError(f"{backup}: its database is none of SegQC's")
         with store.read() as transaction:
-            damage = [line for (line,) in transaction.execute(text("PRAGMA integrity_check")) if line != "ok"]
-        if damage:
-            raise StoreError(f"its database is damaged ({damage[0]}); take an earlier backup")
+            damage = next(upkeep.damages(transaction), None)
+        if damage is not None:
+            raise StoreError(f"its database is damaged ({damage}); take an earlier backup")
         upkeep.upgrade(store)
         with store.read() as transaction:
             contents = sorted(labels.contents(transaction))
         upkeep.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
         shown = upkeep.rebuild_views(store, report=report).written
+    except StoreDamaged as error:
+        raise StoreError(
+            f"{backup}: this backup cannot be restored: its database is damaged; take an earlier one; "
+            "nothing was changed"
+        ) from error
     except StoreError as error:
         raise StoreError(f"{backup}: this backup cannot be restored: {error}; nothing was changed") from error
     finally:
