@@ -82,6 +82,8 @@ def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:
     run("review", folder, "scan_0", "approve")
     run("labels", folder, "scan_0", "--export", first["version"], "--out", tmp_path / "old.nii.gz")
     assert np.array_equal(read_labels(tmp_path / "old.nii.gz").array, draw_case(0)[1].array)
+    with pytest.raises(CommandError, match=r"old\.nii\.gz: exists already"):
+        run("labels", folder, "scan_0", "--export", second["version"], "--out", tmp_path / "old.nii.gz")
     with pytest.raises(CommandError, match=f"no label version 99; it has {first['version']}, "):
         run("labels", folder, "scan_0", "--restore", 99)
     with pytest.raises(StoreError, match="no scan 'nobody'"):

@@ -20,6 +20,7 @@ from segqc.commands.common import (
     emit,
     estimate,
     me,
+    refuse_overwriting,
     shown_progress,
     studies_at,
 )
@@ -177,6 +178,7 @@ def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
     source = studies.store.label_file(version)
     if not out.name.endswith(version.suffix or ""):
         raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
+    refuse_overwriting(out)
     with atomic_write(out) as temporary:
         temporary.write_bytes(source.read_bytes())
     typer.echo(f"{out}: version {version.id} of {version.scan}")

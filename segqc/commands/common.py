@@ -248,3 +248,13 @@ def me() -> Who:
     from segqc.store.values import Who
 
     return Who("person", getpass.getuser(), "command")
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Refuse to write over a file: it may be the scan itself, or a mask that somebody has corrected.
+
+    Raises:
+        CommandError: if there is something of this name.
+    """
+    if out.exists():
+        raise CommandError(f"{out}: exists already; name a new file, or remove it first")

@@ -23,7 +23,7 @@ from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreErr
 from segqc.store.files import LabelFiles, is_locked
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
 from segqc.store.upkeep import Report, silent
-from segqc.volumes import atomic_write
+from segqc.volumes import atomic_write, scan_suffix
 
 _STAGING: Final = ".segqc-restoring"
 _ASIDE: Final = "segqc-before-restore-{:%Y%m%dT%H%M%S}"
@@ -64,6 +64,8 @@ def restore(backup: Path, studies: Path, *, settings_file: str, report: Report =
     own = studies / OWN_FOLDER
     if not (backup / OWN_FOLDER / DATABASE_FILE).is_file():
         raise StoreError(f"{backup}: no backup ({OWN_FOLDER}/{DATABASE_FILE} is missing); 'segqc db backup' makes one")
+    if any(scan_suffix(name) is not None for name in os.listdir(backup)):
+        raise StoreError(f"{backup}: holds scans, so it is a studies folder and no backup; name the backup first")
     if backup.resolve() == studies:
         raise StoreError(f"{backup}: is the studies folder itself; name the backup's folder first")
     if any(path.exists() and not os.access(path, os.W_OK) for path in (studies, own)):
