@@ -35,11 +35,13 @@ from segqc.commands.common import (
     emit,
     estimate,
     me,
+    refuse_overwriting,
     shown,
     shown_progress,
     structure_flag,
     studies_at,
 )
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -54,7 +56,7 @@ EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong
 A *studies folder* holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people have drawn.
 The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] learns from it,
 [bold]score[/bold] judges all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
-scans to 3D Slicer or OHIF, worst first.
+scans to 3D Slicer, worst first.
 
 Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage.
 """
@@ -129,8 +131,8 @@ def main() -> None:
 def _sentence(error: Exception) -> str:
     """What to tell of an error; the operating system's number means nothing to users."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error)
+        return visible(f"{error.filename}: {error.strerror.lower()}")
+    return visible(str(error))
 
 
 def _set_up_text() -> None:
@@ -453,22 +455,26 @@ def predict(
     model: ModelFile = None,
 ) -> None:
     """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
-    from segqc.volumes import VolumeError, read_scan, scan_id, scan_suffix, write_labels
+    from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_suffix, read_scan, scan_id, scan_suffix, write_labels
 
     to_file = scan_suffix(out.name) is not None
     if to_file and len(scans) > 1:
         raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
+    if not to_file and label_suffix(out.name) is not None:
+        raise CommandError(f"{out}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
     twice = sorted(name for name, count in Counter(map(scan_id, scans)).items() if count > 1)
     if twice:
         raise CommandError(
             f"several scans are named {twice[0]}: their masks would be one file; segment them separately"
         )
+    targets = [out if to_file else out / f"{scan_id(path)}.nii.gz" for path in scans]
+    for target in targets:
+        refuse_overwriting(target)
     segmenter = _segmenter(_models_folder(studies, scans[0]), model)
     failed: list[str] = []
     with shown_progress() as progress:
-        for i, path in enumerate(scans):
+        for i, (path, target) in enumerate(zip(scans, targets, strict=True)):
             progress.step(i, len(scans), f"segmenting: {path.name}")
-            target = out if to_file else out / f"{scan_id(path)}.nii.gz"
             try:
                 write_labels(segmenter.predict(read_scan(path)).labels, target)
             except VolumeError as error:
@@ -611,7 +617,7 @@ def serve(
         bool, typer.Option("--worker/--no-worker", help="Start a worker beside the server; without, run segqc worker.")
     ] = True,
 ) -> None:
-    """Serve a studies folder to annotation clients (3D Slicer, OHIF): worst estimated mask first."""
+    """Serve a studies folder to annotation clients (3D Slicer): worst estimated mask first."""
     try:
         from segqc.server.serve import serve as run
     except ImportError as error:

@@ -7,10 +7,11 @@ import hashlib
 import math
 import os
 import stat
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -402,8 +403,7 @@ class TrainedNetwork:
         if model_status(path) is None:
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
-            # weights_only: a model file from elsewhere must not run code
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_content(path)
             if content["segqc"] != _FORMAT:
                 raise ModelError(
                     f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}: train it again"
@@ -414,6 +414,8 @@ class TrainedNetwork:
             members = [StemUNet(card.plan) for _ in range(card.members)]
             network = members[0] if card.members == 1 else MeanOfNetworks(members)
             network.load_state_dict(content["weights"])
+            if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+                raise ModelError(f"{path}: holds weights that are no finite numbers; train it again or restore a copy")
         except ModelError:
             raise
         except PermissionError as error:
@@ -431,6 +433,23 @@ class TrainedNetwork:
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of a batch (N, C, a, b, c), see `sliding_window`."""
         return sliding_window(self.network, x, self.card.plan.patch, self.device)
+
+
+def load_content(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote into a file as a dictionary; code in it is never run, and its checksums must be right.
+
+    Raises:
+        Exception: of many kinds, on foreign and damaged files.
+    """
+    with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("PyTorch compresses nothing")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise TypeError(f"a dictionary was wanted, not {type(content).__name__}")
+    return content
 
 
 def windows_at_once(patch: Triple) -> int:

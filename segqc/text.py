@@ -20,6 +20,10 @@ _MARKS: Final = (
 _CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     code: f"\\u{code:04x}" for code in (0x2028, 0x2029)
 }
+# what a terminal acts on, without what ends a line or indents it; and marks that turn the direction of what follows
+_TERMINAL_CONTROLS: Final = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"} | {
+    code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -53,6 +57,11 @@ def printable(name: str) -> str:
     """A file's name as text that can be printed on one line and stored, whatever bytes it has on the disk."""
     text = name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
     return text if text.isprintable() else text.translate(_CONTROLS)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what would move its cursor, change its colours or turn its text around is shown escaped."""
+    return text.translate(_TERMINAL_CONTROLS)
 
 
 def spreadsheet_cell(value: T) -> T | str:

@@ -16,6 +16,7 @@ from segqc.loop.corrections import submit_label
 from segqc.loop.studies import Studies
 from segqc.store import leases, orders
 from segqc.store.database import StoreError
+from segqc.text import visible
 from segqc.volumes import read_labels, write_labels, write_scan
 from tests.server_kit import CONFIG, assess, draw_case, make_studies
 from tests.store_kit import ANNA
@@ -81,6 +82,8 @@ def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:
     run("review", folder, "scan_0", "approve")
     run("labels", folder, "scan_0", "--export", first["version"], "--out", tmp_path / "old.nii.gz")
     assert np.array_equal(read_labels(tmp_path / "old.nii.gz").array, draw_case(0)[1].array)
+    with pytest.raises(CommandError, match=r"old\.nii\.gz: exists already"):
+        run("labels", folder, "scan_0", "--export", second["version"], "--out", tmp_path / "old.nii.gz")
     with pytest.raises(CommandError, match=f"no label version 99; it has {first['version']}, "):
         run("labels", folder, "scan_0", "--restore", 99)
     with pytest.raises(StoreError, match="no scan 'nobody'"):
@@ -141,3 +144,16 @@ def test_tables_tell_what_their_columns_mean_and_data_do_not(
     as_json, as_csv = run(command, folder, *scan, "--json"), run(command, folder, *scan, "--csv")
     assert json.loads(as_json)
     assert not any(term in text for term in terms for text in (as_json, as_csv))
+
+
+@pytest.mark.parametrize(
+    "name", ["[/b]", "[bold]x[/bold]", "\x1b[31mred", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202egnp.exe", "=1+1"]
+)
+def test_a_name_is_shown_as_it_is_and_reaches_no_terminal_s_controls(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "read").mkdir()
+    write_labels(draw_case(1)[1], tmp_path / "read" / "scan_0.nii.gz")
+    told = run("readings", folder, "scan_0", "--add", tmp_path / "read", "--reader", name)
+    told += run("labels", folder, "scan_0") + run("labels", folder, "scan_0", "--csv")
+    told += run("review", folder, "scan_1", "exclude", "--reason", name) + run("scans", folder)
+    assert visible(name) in told
+    assert not set(told) & set("\x1b\x07\r\x9b\u202e")

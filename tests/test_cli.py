@@ -383,6 +383,16 @@ def test_predict_writes_masks_on_the_scans_grids(run: Run, studies: Path, tmp_pa
         assert labels.array.dtype == np.uint8
     model = Studies(studies).model_path("segmentation")
     assert run("predict", scans[0], "-o", tmp_path / "one.nrrd", "--model", model).code == 0
+    before = scans[0].read_bytes()
+    for taken in (scans[0], tmp_path / "one.nrrd", tmp_path / "masks"):
+        said = run("predict", scans[0], "-o", taken, "--model", model)
+        assert said.code != 0
+        assert "exists already; name a new file" in said.err
+    assert scans[0].read_bytes() == before
+    said = run("predict", scans[0], "-o", tmp_path / "mask.mha", "--model", model)
+    assert said.code != 0
+    assert "masks are written as" in said.err
+    assert not (tmp_path / "mask.mha").exists()
     assert np.array_equal(
         read_labels(tmp_path / "one.nrrd").array, read_labels(tmp_path / "masks" / scans[0].name).array
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -17,7 +18,7 @@ from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
 from segqc.loop.studies import Studies
-from segqc.volumes import read_labels, write_labels, write_scan
+from segqc.volumes import Volume, read_labels, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
 from tests.server_kit import add_models, draw_case, listening, make_studies
 
@@ -136,6 +137,13 @@ def test_dicom_files_are_included_whether_or_not_the_client_has_a_name(
     told = MONAILabelClient(url, str(tmp_path), client_id).upload_image(str(slice_), "IMG0001")
     assert told == {"image": name}
     assert Studies(folder).verify_scan(name).patient == patient
+    write_dicom(draw_case(22)[0], tmp_path / "another series", Path("another patient"))
+    smaller = Volume(scan.array[:-2], scan.affine)
+    write_dicom(smaller, tmp_path / "smaller", Path(patient))
+    again = MONAILabelClient(url, str(tmp_path), client_id)
+    for wrong in ("another series", "smaller"):
+        sent = str(next((tmp_path / wrong).iterdir()))
+        assert refused(functools.partial(again.upload_image, sent, "IMG0001")) == 409
     other = MONAILabelClient(url, str(tmp_path), "another")
     assert refused(lambda: other.upload_image(str(slice_), "IMG0001")) == 409
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from segqc import cli
 from segqc.loop.studies import Studies
-from segqc.store import labels, scans, upkeep
+from segqc.store import jobs, labels, scans, upkeep
 from segqc.store.database import (
     REVISION,
     CircuitBreaker,
@@ -29,7 +29,7 @@ from segqc.store.database import (
 )
 from segqc.store.store import Store
 from tests.server_kit import make_studies
-from tests.store_kit import hanging, make_scans, new_database, save_final, take_in_scans
+from tests.store_kit import ANNA, hanging, make_scans, new_database, save_final, take_in_scans
 
 
 def _noise(path: Path) -> None:
@@ -52,7 +52,7 @@ def _folder(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "error"),
-    [(_noise, StoreDamaged), (_truncated, StoreDamaged), (_overwritten, StoreDamaged), (_folder, StoreUnavailable)],
+    [(_noise, StoreDamaged), (_truncated, StoreDamaged), (_overwritten, StoreDamaged), (_folder, StoreDamaged)],
 )
 def test_a_damaged_database_is_named(
     tmp_path: Path, damage: Callable[[Path], None], error: type[StoreUnavailable]
@@ -344,3 +344,26 @@ def test_the_lock_is_given_in_the_order_of_asking() -> None:
         thread.join()
     assert order == list(range(10))
     assert lock.acquire(0)  # nobody holds it any more
+
+
+def test_json_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+    opened = Store.open(tmp_path)
+    with opened.write() as transaction:
+        jobs.put(transaction, "train", {"model": "segqc"}, ANNA)
+        transaction.execute(text("UPDATE job SET request = '{\"model\":'"))
+    with (
+        pytest.raises(StoreDamaged, match=r"JSON in it cannot be read.*segqc db restore"),
+        opened.read() as transaction,
+    ):
+        jobs.open_jobs(transaction, "train")
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["store.sqlite", "store.sqlite-wal"])
+def test_a_folder_in_the_place_of_the_database_is_named(tmp_path: Path, name: str) -> None:
+    Store.open(tmp_path).close()
+    path = tmp_path / "segqc" / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(StoreDamaged, match=r"a folder lies at the place.*segqc db restore"):
+        Store.open(tmp_path)

@@ -20,6 +20,7 @@ from segqc.commands.common import CommandError
 from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
 from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
+from segqc.store.files import sha256_of
 from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -558,6 +559,25 @@ def test_an_archive_gives_the_same_rows_and_files(
     shutil.rmtree(tmp_path / "fresh" / "labels")
     with pytest.raises(ExchangeError, match="holds rows already"):
         archive.import_archive(tmp_path / "archive", fresh)
+    fresh.close()
+
+
+@pytest.mark.parametrize("file", ["../../elsewhere.nii.gz", "/tmp/elsewhere.nii.gz", "folder/scan.nii.gz"])
+def test_an_archive_whose_scans_lie_elsewhere_is_refused(folder: Path, tmp_path: Path, file: str) -> None:
+    opened = plain(folder)
+    archive.export_archive(opened, tmp_path / "archive")
+    opened.close()
+    table = tmp_path / "archive" / "tables" / "scan.jsonl"
+    first, *others = table.read_text().splitlines()
+    table.write_text("\n".join([json.dumps({**json.loads(first), "file": file}), *others]) + "\n")
+    told = json.loads((tmp_path / "archive" / "archive.json").read_text())
+    told["tables"]["scan"]["sha256"] = sha256_of(table)
+    (tmp_path / "archive" / "archive.json").write_text(json.dumps(told))
+    (tmp_path / "fresh").mkdir()
+    fresh = Store.open(tmp_path / "fresh")
+    with pytest.raises(ExchangeError, match="outside of a studies folder"):
+        archive.import_archive(tmp_path / "archive", fresh)
+    assert not any(rows(fresh).values())
     fresh.close()
 
 

@@ -150,6 +150,25 @@ def test_foreign_and_damaged_files_are_refused_by_name(tmp_path: Path, content: 
         Segmenter.load(tmp_path / "missing.pt")
 
 
+def test_a_flipped_bit_in_a_model_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "flipped.pt"
+    small_segmenter().save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"flipped\.pt: not a readable SegQC model"):
+        Segmenter.load(path)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = small_segmenter()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    model.save(tmp_path / "nan.pt")
+    with pytest.raises(ModelError, match=r"nan\.pt: holds weights that are no finite numbers"):
+        Segmenter.load(tmp_path / "nan.pt")
+
+
 def test_a_model_of_the_other_kind_is_refused() -> None:
     with pytest.raises(ModelError, match="a segmentation model was wanted"):
         small_segmenter(kind="segqc")

@@ -90,6 +90,14 @@ def test_what_was_set_aside_is_whole(folder: Path, backup: Path, tmp_path: Path)
     assert versions(aside) == [2, 1, 0]
 
 
+def test_a_studies_folder_is_no_backup(folder: Path, backup: Path) -> None:
+    before = versions(folder)
+    with pytest.raises(StoreError, match="holds scans, so it is a studies folder and no backup"):
+        bring_back(folder, backup)
+    assert versions(folder) == before
+    assert not list(backup.glob("segqc-before-restore-*"))
+
+
 @pytest.mark.parametrize("renames", range(8))
 def test_a_restore_that_dies_is_run_again(
     folder: Path, backup: Path, renames: int, monkeypatch: pytest.MonkeyPatch

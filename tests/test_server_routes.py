@@ -422,7 +422,7 @@ def test_an_uploaded_model_serves_and_the_pool_is_scored_anew(client: TestClient
     assert client.put(f"/model/{network}", files={"file": ("m.pt", content)}).status_code == 200
     with store.read() as transaction:
         pair = labels.bundle(transaction, desk.segmenter().version, desk.assessor().version)
-        assert assessments._serving(transaction) == pair.id
+        assert assessments.serving(transaction) == pair.id
         assert [job.request for job in jobs.open_jobs(transaction, "scoring")] == [{"method": "segqc"}]
 
 

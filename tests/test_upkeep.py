@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ from typer.testing import CliRunner
 from segqc import cli
 from segqc.metrics import METRIC_NAMES
 from segqc.store import assessments, labels, scans, upkeep
-from segqc.store.database import StoreError, Transaction
+from segqc.store.database import StoreDamaged, StoreError, Transaction
 from segqc.store.files import sha256_of
 from segqc.store.folder import Taken, take_in
 from segqc.store.store import Store
@@ -124,6 +127,21 @@ def test_a_backup_made_while_others_work_is_consistent(folder: Path, tmp_path: P
         assert upkeep.check(again) == []
         again.close()
     busy.close()
+
+
+def test_a_damaged_database_is_not_backed_up(store: Store, folder: Path, final: LabelRecord, tmp_path: Path) -> None:
+    sqlite_only(store)
+    path = Path(store.database.shown)
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'job'").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * page_size)
+        file.write(b"\xff" * page_size)
+    with pytest.raises(StoreDamaged, match=rf"{re.escape(str(path))}: the database is damaged .*segqc db restore"):
+        upkeep.backup(Store.open(folder), tmp_path / "backup")
+    assert not (tmp_path / "backup").exists()
 
 
 def test_a_backup_is_whole_or_not_there(store: Store, folder: Path, final: LabelRecord, tmp_path: Path) -> None:

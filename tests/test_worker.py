@@ -15,20 +15,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from segqc.loop.locks import hold
 from segqc.loop.studies import Studies
 from segqc.loop.worker import Worker, run_job
 from segqc.store import events, jobs
-from segqc.store.database import StoreError, StoreUnavailable
+from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable
 from segqc.store.events import SERVER
 from segqc.store.values import JobRecord
 from tests.server_kit import make_studies
 from tests.store_kit import ANNA
 
+RESULT = '{"result": {}}'
+
 
 def python(job: JobRecord) -> list[str]:
-    return [sys.executable, "-u", "-c", str(job.request["code"])]
+    code = str(job.request["code"])
+    result = "" if "result" in code else f"\nprint({RESULT!r})"
+    return [sys.executable, "-u", "-c", code + result]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -163,6 +168,7 @@ def test_a_job_that_is_killed_while_it_shall_stop_is_stopped(studies: Studies) -
         ("import os; print('disk quota', flush=True); os._exit(1)", "disk quota"),
         ("raise TypeError('of ours')", "TypeError: of ours"),
         ("import sys; sys.exit(137)", "killed by SIGKILL"),
+        ("import os; print('half done', flush=True); os._exit(0)", "ended before its work was done"),
     ],
 )  # fmt: skip
 def test_the_last_line_of_a_failed_job_is_the_reason(studies: Studies, code: str, last: str) -> None:
@@ -170,6 +176,13 @@ def test_the_last_line_of_a_failed_job_is_the_reason(studies: Studies, code: str
     Worker(studies, ("train",), command=python).serve(until_idle=True)
     assert state(studies, job).state == "failed"
     assert last in state(studies, job).said[-1]
+
+
+def test_a_worker_ends_where_the_database_is_damaged(studies: Studies) -> None:
+    with studies.store.write() as transaction:
+        transaction.execute(text("DROP TABLE job"))
+    with pytest.raises(StoreDamaged, match="segqc db restore"):
+        Worker(studies).serve()
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from segqc.commands.common import (
     emit,
     estimate,
     me,
+    refuse_overwriting,
     shown_progress,
     studies_at,
 )
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.loop.studies import Studies
@@ -101,7 +103,7 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
     if aside and not as_json:
         typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
         for finding in aside:
-            typer.echo(finding.sentence, err=as_csv)
+            typer.echo(visible(finding.sentence), err=as_csv)
 
 
 @app.command()
@@ -176,6 +178,7 @@ def _export_label(studies: Studies, version: LabelRecord, out: Path) -> None:
     source = studies.store.label_file(version)
     if not out.name.endswith(version.suffix or ""):
         raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
+    refuse_overwriting(out)
     with atomic_write(out) as temporary:
         temporary.write_bytes(source.read_bytes())
     typer.echo(f"{out}: version {version.id} of {version.scan}")
@@ -203,7 +206,7 @@ def review(
 
     studies = studies_at(folder, config)
     studies.store.review(scan, STATE_OF[decision.value], me(), reason)
-    typer.echo(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}")
+    typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
 
 @app.command()

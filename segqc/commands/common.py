@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from segqc.text import spreadsheet_cell
+from segqc.text import spreadsheet_cell, visible
 
 if TYPE_CHECKING:
     from segqc.loop.studies import Studies
@@ -87,7 +87,7 @@ def progress() -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, int] = {}
 
@@ -124,7 +124,7 @@ def shown_progress() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
@@ -149,7 +149,7 @@ def shown(value: Cell) -> str:
     """A cell as tables show it."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else visible(str(value))
 
 
 def estimate(
@@ -197,27 +197,33 @@ def emit(
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(map(spreadsheet_cell, names))
-        writer.writerows([spreadsheet_cell(row[name]) for name in names] for row in rows)
+        writer.writerows([_csv_cell(row[name]) for name in names] for row in rows)
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: nothing is to be cut off
-    typer.secho(title, bold=True)
+    typer.secho(visible(title), bold=True)
     table = Table(box=box.SIMPLE_HEAD)
     for name in names:
-        table.add_column(name, justify="left" if rows and isinstance(rows[0][name], str) else "right")
+        table.add_column(Text(visible(name)), justify="left" if rows and isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(shown(row[name]) for name in names))
+        table.add_row(*(Text(shown(row[name])) for name in names))  # text is no markup
     console.print(table)
     if terms and rows:
         typer.echo(f"{terms}\n")
     for name, value in (extra or {}).items():
         if isinstance(value, str):
-            typer.echo(f"{name}: {value}")
+            typer.echo(visible(f"{name}: {value}"))
+
+
+def _csv_cell(value: Cell) -> Cell:
+    cell = spreadsheet_cell(value)
+    return visible(cell) if isinstance(cell, str) else cell
 
 
 def structure_flag(text: str) -> tuple[str, tuple[int, ...]]:
@@ -242,3 +248,13 @@ def me() -> Who:
     from segqc.store.values import Who
 
     return Who("person", getpass.getuser(), "command")
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Refuse to write over a file: it may be the scan itself, or a mask that somebody has corrected.
+
+    Raises:
+        CommandError: if there is something of this name.
+    """
+    if out.exists():
+        raise CommandError(f"{out}: exists already; name a new file, or remove it first")

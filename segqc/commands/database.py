@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from segqc.commands.common import CommandError, StudiesFolder, kept_store, progress, settings_of
+from segqc.text import visible
 
 DATABASE_PLACE: Final = "segqc/store.sqlite"
 
@@ -59,7 +60,7 @@ def restore(
     if done.upgraded_from is not None:
         typer.echo(f"{folder}: the tables were of revision {done.upgraded_from} and were upgraded")
     for finding in findings:
-        typer.echo(f"{finding.what}; {finding.remedy}")
+        typer.echo(visible(f"{finding.what}; {finding.remedy}"))
     if done.aside is not None:
         typer.echo(f"{done.aside}: what was there before; remove it when it is not needed any more")
     typer.echo(f"{folder}: restored from {backup}: {done.contents} label contents, {done.shown} label files")
@@ -85,7 +86,7 @@ def check(
             typer.echo(f"{folder}: {restored.written} label files written again")
         findings = upkeep.check(store, report)
     for finding in findings:
-        typer.echo(f"{finding.what}; {finding.remedy}")
+        typer.echo(visible(f"{finding.what}; {finding.remedy}"))
     if findings:
         raise CommandError(f"{folder}: {len(findings)} findings")
     typer.echo(f"{folder}: nothing is wrong")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from segqc.exchange.dataset import ExchangeError, read_json, refuse_existing, wr
 from segqc.store import labels
 from segqc.store.database import REVISION, Transaction
 from segqc.store.files import LabelFiles, sha256_of
-from segqc.store.schema import Base, LabelVersion, UtcDateTime
+from segqc.store.schema import Base, LabelVersion, Scan, UtcDateTime
 from segqc.store.store import Store
 from segqc.store.upkeep import Report, copy_contents, rebuild_views, silent
 from segqc.volumes import atomic_write
@@ -101,6 +102,11 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
             raise ExchangeError(f"{path}: is missing or damaged; copy the archive again")
     if found := sorted(path for path in store.files.views.glob("[!.]*/[!.]*") if path.is_file()):
         raise ExchangeError(f"{found[0]}: labels lie in the folder already; move them away first")
+    for row in _lines(_table_file(folder, Base.metadata.tables[Scan.__tablename__])):
+        if row["file"] != os.path.basename(str(row["file"])):
+            raise ExchangeError(
+                f"{folder}: names the scan file {row['file']!r}, which lies outside of a studies folder; do not use it"
+            )
     _refuse_rows(store)
     copy_contents(_files(folder), sorted(_contents(folder)), store.files, report)
     counts = {}

@@ -33,7 +33,7 @@ from segqc.loop.lifetime import death_by_signal
 from segqc.loop.locks import hold, is_abandoned
 from segqc.loop.studies import Studies
 from segqc.store import jobs
-from segqc.store.database import StoreError, StoreUnavailable, Transaction
+from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
 from segqc.store.values import JobRecord, JobState, JsonObject
 from segqc.training.progress import LineProgress, step_line
@@ -182,7 +182,9 @@ class Worker:
         try:
             with self.studies.store.write() as transaction:
                 return jobs.take(transaction, self.name, self.kinds, self._is_dead)
-        except StoreError as error:
+        except StoreDamaged:
+            raise  # it does not mend by itself
+        except StoreUnavailable as error:
             # a database that is away for a while must not end the worker
             logger.warning("%s", error)
             return None
@@ -221,9 +223,12 @@ class Worker:
         if death is not None:
             self._retry(job, f"the job's process was {death}", heard)
             return
-        if code != 0 and not heard.has_reason:
+        done = code == 0 and heard.result is not None
+        if code == 0 and not done:
+            heard.take("the job's process ended before its work was done; put the job again", job)
+        elif code != 0 and not heard.has_reason:
             heard.take(f"the job's process ended with exit status {code} and no message", job)
-        self._finish(job, "done" if code == 0 else "failed", heard)
+        self._finish(job, "done" if done else "failed", heard)
 
     def _start(self, job: JobRecord) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -296,6 +301,8 @@ class Worker:
             try:
                 with self.studies.store.write() as transaction:
                     return change(transaction)
+            except StoreDamaged:
+                raise
             except StoreUnavailable as error:
                 logger.warning("%s", error)
                 if not self._ending.wait(POLL_SECONDS):

@@ -23,7 +23,7 @@ from segqc.settings import Settings
 from segqc.store import scans
 from segqc.store.values import Who
 from segqc.tags import read_dicom_tag, read_tag
-from segqc.volumes import VolumeError, atomic_write, check_dicom_image, scan_id
+from segqc.volumes import VolumeError, atomic_write, check_dicom_image, read_grid, scan_id
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
         )
     scan = studies.folder / studies.verify_scan(image).file
     sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    _check_slice(path, scan, read_tag(scan, _SERIES), told[_SERIES], image)
     with studies.store.write() as transaction:
         if not sidecar.exists():
             with atomic_write(sidecar) as temporary:
@@ -118,6 +119,23 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
         else:
             logger.warning("%s: is %s, so its patient stays %r", image, known.state, known.patient)
     return image
+
+
+def _check_slice(path: Path, scan: Path, series: str | None, own: str | None, image: str) -> None:
+    """Refuse a slice of another scan than the last upload: of another series, or of another size.
+
+    Raises:
+        RequestError: 409 if it is none of the scan's.
+    """
+    sizes = [read_dicom_tag(path, name) for name in ("Rows", "Columns")]
+    shape = [str(size) for size in read_grid(scan).shape]
+    of_its_size = all(size in shape for size in sizes) and (sizes[0] != sizes[1] or shape.count(str(sizes[0])) > 1)
+    if not of_its_size or series not in (None, own):
+        raise RequestError(
+            409,
+            f"the DICOM file is no slice of {image!r}, the scan that was uploaded before it; upload its scan first.",
+            image=image,
+        )
 
 
 def _patient(settings: Settings, scan: Path, tag: str) -> str:

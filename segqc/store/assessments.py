@@ -56,7 +56,7 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     estimates count.
     """
     pair = labels.bundle(transaction, segmenter, assessor)
-    if transaction.scalar(_SERVING) == pair.id:
+    if serving(transaction) == pair.id:
         return
     events.record(transaction, events.SERVER, _SERVES, "bundle", pair.id)
     transaction.flush()
@@ -76,20 +76,24 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
     transaction.expire_all()  # what was read before is not what these rows hold now
 
 
+def serving(transaction: Transaction) -> int | None:
+    """The bundle whose estimates count; None where all do."""
+    return transaction.rows(_SERVING).scalar()
+
+
 def _counts() -> ColumnElement[bool]:
     """Whether an assessment is one of the serving pair: of its own masks, or of those that no network made."""
-    serving, pair = _SERVING.scalar_subquery(), aliased(Bundle)
+    serves, pair = _SERVING.scalar_subquery(), aliased(Bundle)
     counting = (
         select(Bundle.id)
         .join(pair, pair.assessor_version == Bundle.assessor_version)
         .where(
-            pair.id == serving, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
+            pair.id == serves, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
         )
     )
-    return or_(serving.is_(None), AssessmentRow.bundle_id.in_(counting))
+    return or_(serves.is_(None), AssessmentRow.bundle_id.in_(counting))
 
 
-# The bundle whose estimates count; none where all do.
 _SERVING: Final = (
     select(Event.object_id)
     .where(Event.object_kind == "bundle", Event.verb == _SERVES)
@@ -198,7 +202,7 @@ def _interval(low: float | None, high: float | None, level: float | None) -> Pre
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
     """Rows of structures by name, added where they are new."""
-    known = {name: i for name, i in transaction.execute(_STRUCTURES, {"names": list(wanted)})}
+    known = {name: i for name, i in transaction.rows(_STRUCTURES, {"names": list(wanted)})}
     for name in wanted:
         if name not in known:
             row = StructureName(name=name)
@@ -331,7 +335,7 @@ def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assess
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
     """The number of the serving pair's last assessment of a label version."""
-    return transaction.scalar(_LATEST_ID, {"label_version": label_version})
+    return transaction.rows(_LATEST_ID, {"label_version": label_version}).scalar()
 
 
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:

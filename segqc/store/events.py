@@ -16,7 +16,7 @@ FOLDER = Who("system", "folder", "folder")
 """Whoever puts files into the studies folder, changes or removes them."""
 
 # built once: building a query takes longer than running it
-_ACTOR: Final = select(Actor).where(
+_ACTOR: Final = select(Actor.id).where(
     Actor.kind == bindparam("kind"),
     Actor.name == bindparam("name"),
     Actor.identified_by == bindparam("identified_by"),
@@ -27,12 +27,9 @@ def actor_id(transaction: Transaction, who: Who) -> int:
     """The row of an actor, added when it acts for the first time."""
     known: dict[Who, int] = transaction.info.setdefault("actors", {})
     if who not in known:
-        row = transaction.scalar(_ACTOR, {"kind": who.kind, "name": who.name, "identified_by": who.identified_by})
-        if row is None:
-            row = Actor(kind=who.kind, name=who.name, identified_by=who.identified_by, added_at=transaction.now)
-            transaction.add(row)
-            transaction.flush()
-        known[who] = row.id
+        named = {"kind": who.kind, "name": who.name, "identified_by": who.identified_by}
+        found = transaction.rows(_ACTOR, named).scalar()
+        known[who] = found if found is not None else transaction.insert(Actor, **named, added_at=transaction.now)
     return known[who]
 
 

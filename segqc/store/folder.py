@@ -46,7 +46,7 @@ _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters;
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
 
 _NOT_LOOKED_INTO: Final = (
-    "is a folder with images, and scans are files beside it; move them up, or import the folder (segqc import)"
+    "is a folder with images, and scans are files beside it; move files up, and import DICOM (segqc import dicom)"
 )
 _FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seconds
 _DICOM_MAGIC_END: Final = 132
@@ -168,6 +168,8 @@ def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: Pat
     """
     content = store.intake.scan(source, "the scan")
     target = store.studies / f"{name}{suffix}"
+    for warning in content.warnings:
+        logger.warning("%s: %s", target.name, warning)
     hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=store.studies))
     linked = False
     try:
@@ -393,7 +395,7 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
                 content = store.intake.scan(path, file)
                 looked = _Looked(file, signature, content.sha256, patient)
                 for warning in content.warnings:
-                    logger.warning("%s", warning)
+                    logger.warning("%s: %s", file, warning)
         except FileNotFoundError:
             raise
         except Exception as error:  # one file must not keep all others out, whatever is wrong with it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select, update
 from sqlalchemy.orm import aliased
@@ -103,8 +103,8 @@ def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
 
 def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None:
     """The current label of a scan under a tag; None where there is none or it was removed."""
-    row = transaction.execute(_CURRENT, {"scan": scan, "tag": tag}).first()
-    return None if row is None or row[0].sha256 is None else _record(row)
+    row = transaction.rows(_CURRENT, {"scan": scan, "tag": tag}).first()
+    return None if row is None or row.sha256 is None else _record(row)
 
 
 def start_of(transaction: Transaction, scan: str) -> LabelRecord | None:
@@ -137,7 +137,7 @@ def get(transaction: Transaction, version: int) -> LabelRecord:
     Raises:
         StoreError: if there is none.
     """
-    row = transaction.execute(_VERSION, {"version": version}).first()
+    row = transaction.rows(_VERSION, {"version": version}).first()
     if row is None:
         raise StoreError(f"there is no label version {version}")
     return _record(row)
@@ -173,15 +173,15 @@ def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
         UnknownScan: if there is no such scan.
     """
     scans.find(transaction, scan)
-    return [_record(row) for row in transaction.execute(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
+    return [_record(row) for row in transaction.rows(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
 
 
 def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
     """The current label of each tag that a scan has, or of some tags."""
     if only is None:
-        rows = transaction.execute(_TAGS, {"scan": scan})
+        rows = transaction.rows(_TAGS, {"scan": scan})
     else:
-        rows = transaction.execute(_SOME_TAGS, {"scan": scan, "tags": list(only)})
+        rows = transaction.rows(_SOME_TAGS, {"scan": scan, "tags": list(only)})
     return {record.tag: record for record in map(_record, rows)}
 
 
@@ -197,7 +197,7 @@ def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]
         later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
     )
     query = _records().where(LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
-    return {record.scan: record for record in map(_record, transaction.execute(query))}
+    return {record.scan: record for record in map(_record, transaction.rows(query))}
 
 
 def counts(transaction: Transaction) -> dict[str, int]:
@@ -210,7 +210,7 @@ def note_view(transaction: Transaction, version: LabelRecord, file: str, size: i
     """Remember how the file that shows a version was left."""
     scan = scans.find(transaction, version.scan)
     left = {"label_version_id": version.id, "file": file, "size": size, "modified_ns": modified_ns}
-    if transaction.scalar(_IS_SHOWN, {"scan_id": scan.id, "tag": version.tag}) is None:
+    if transaction.rows(_IS_SHOWN, {"scan_id": scan.id, "tag": version.tag}).scalar() is None:
         transaction.insert(LabelView, scan_id=scan.id, tag=version.tag, **left)
     else:
         own = LabelView.scan_id == scan.id, LabelView.tag == version.tag
@@ -251,7 +251,7 @@ class ViewState:
 
 def view_of(transaction: Transaction, scan: str, tag: str) -> tuple[str, ViewState] | None:
     """The file below ``labels/`` that shows a scan's label under a tag, as it was left."""
-    row = transaction.execute(_VIEW_OF, {"scan": scan, "tag": tag}).first()
+    row = transaction.rows(_VIEW_OF, {"scan": scan, "tag": tag}).first()
     return None if row is None else (row.file, ViewState(row.size, row.modified_ns, row.label_version_id))
 
 
@@ -334,13 +334,20 @@ def _bundle(row: Bundle) -> BundleRecord:
     return BundleRecord(row.id, row.segmenter_version, row.assessor_version or None)
 
 
-def _records() -> Select[LabelVersion, str, Bundle, Actor]:
+def _records() -> Select[*tuple[Any, ...]]:
+    """The fields of a LabelRecord."""
+    version = LabelVersion
     return (
-        select(LabelVersion, Scan.name, Bundle, Actor)
-        .join(Scan, LabelVersion.scan_id == Scan.id)
-        .join(Actor, LabelVersion.actor_id == Actor.id)
-        .outerjoin(Bundle, LabelVersion.bundle_id == Bundle.id)
-    )
+        select(
+            version.id, Scan.name.label("scan"), version.tag, version.maker, version.sha256, version.suffix,
+            version.parent_id, version.made_at, version.source_sha256, version.source_suffix,
+            Bundle.id.label("bundle_id"), Bundle.segmenter_version, Bundle.assessor_version,
+            Actor.kind, Actor.name.label("actor"), Actor.identified_by,
+        )
+        .join(Scan, version.scan_id == Scan.id)
+        .join(Actor, version.actor_id == Actor.id)
+        .outerjoin(Bundle, version.bundle_id == Bundle.id)
+    )  # fmt: skip
 
 
 def _last_of_each_tag() -> Select[int | None]:
@@ -375,20 +382,21 @@ _SOME_TAGS: Final = _records().where(
 )
 
 
-def _record(row: Row[LabelVersion, str, Bundle, Actor]) -> LabelRecord:
-    version, scan, pair, actor = row
-    made_by = _bundle(pair) if pair else None
+def _record(row: Row[*tuple[Any, ...]]) -> LabelRecord:
+    made_by = None
+    if row.bundle_id is not None:
+        made_by = BundleRecord(row.bundle_id, row.segmenter_version, row.assessor_version or None)
     return LabelRecord(
-        version.id,
-        scan,
-        version.tag,
-        version.maker,
-        version.sha256,
-        version.suffix,
-        version.parent_id,
+        row.id,
+        row.scan,
+        row.tag,
+        row.maker,
+        row.sha256,
+        row.suffix,
+        row.parent_id,
         made_by,
-        events.who_is(actor),
-        version.made_at,
-        version.source_sha256,
-        version.source_suffix,
+        Who(row.kind, row.actor, row.identified_by),
+        row.made_at,
+        row.source_sha256,
+        row.source_suffix,
     )

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
-from sqlalchemy import ColumnElement, Row, Select, String, and_, bindparam, exists, func, literal_column, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    String,
+    and_,
+    bindparam,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, events, labels, orders, scans
-from segqc.store.database import StoreError, Transaction
-from segqc.store.orders import Choice, Order, Parameters, Waiting
+from segqc.store.database import Parameters, StoreError, Transaction
+from segqc.store.orders import Choice, Order, Waiting
 from segqc.store.schema import Actor, Assignment, Event, Scan, UtcDateTime
 from segqc.store.values import Cost, Draw, JsonObject, LeaseRecord, LeaseState, Who
 
@@ -81,8 +94,9 @@ def take(
     """
     expire(transaction)
     actor = events.actor_id(transaction, who)
-    mine = transaction.scalar(_OPEN_OF, {"actor": actor})
-    if mine is not None:
+    held = transaction.rows(_OPEN_OF, {"actor": actor}).scalar()
+    if held is not None:
+        mine = transaction.get_one(Assignment, held)
         scan = transaction.get_one(Scan, mine.scan_id)
         if scan.queue is None:
             _close(transaction, mine, "released", who)  # labelled or excluded by another way meanwhile
@@ -91,7 +105,7 @@ def take(
         else:
             _close(transaction, mine, "skipped", who, skip_reason)
         transaction.flush()
-    rng = np.random.default_rng((rules.seed, transaction.scalar(_LAST) or 0))
+    rng = np.random.default_rng((rules.seed, transaction.rows(_LAST).scalar() or 0))
     chosen = _choose(transaction, actor, order, rules, rng)
     if chosen is None:
         return None
@@ -154,39 +168,42 @@ def _open(
     choice: Choice,
     rules: LeaseRules,
 ) -> LeaseRecord:
-    scan = transaction.get_one(Scan, choice.scan_id)
-    row = Assignment(
-        scan_id=scan.id,
-        actor_id=actor,
-        strategy=choice.order or strategy,
-        score=choice.score if draw == "strategy" else scan.ranking_dice,
-        draw=draw,
-        probability=probability,
-        pool=choice.pool,
-    )
-    _hand_out(transaction, row, scan, who, rules)
-    transaction.add(row)
-    transaction.flush()
-    events.record(transaction, who, "handed out", "scan", scan.id, {"lease": row.id})
-    return _record(row, scan.name, who)
+    name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
+    values = {
+        "scan_id": choice.scan_id,
+        "actor_id": actor,
+        "strategy": choice.order or strategy,
+        "score": choice.score if draw == "strategy" else ranking_dice,
+        "draw": draw,
+        "probability": probability,
+        "pool": choice.pool,
+        **_begun(transaction, choice.scan_id, name, who, rules),
+    }
+    number = transaction.insert(Assignment, **values)
+    events.record(transaction, who, "handed out", "scan", choice.scan_id, {"lease": number})
+    return get(transaction, number)
 
 
-def _hand_out(transaction: Transaction, row: Assignment, scan: Scan, who: Who, rules: LeaseRules) -> None:
-    """Let a lease begin now, in a free place, with the mask that is current and its estimate."""
-    taken = set(transaction.scalars(_SLOTS, {"scan": scan.id}))
-    start = labels.start_of(transaction, scan.name)
+def _begun(transaction: Transaction, scan_id: int, scan: str, who: Who, rules: LeaseRules) -> dict[str, object]:
+    """What is noted of a lease that begins now, in a free place, with the mask that is current and its estimate."""
+    taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars())
+    start = labels.start_of(transaction, scan)
     minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
-    row.slot = next(i for i in range(len(taken) + 1) if i not in taken)
-    row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
-    row.expires_at = transaction.now + dt.timedelta(minutes=minutes)
-    row.label_version_id = start.id if start is not None else None
-    row.assessment_id = assessments.latest_id(transaction, start.id) if start is not None else None
+    return {
+        "slot": next(i for i in range(len(taken) + 1) if i not in taken),
+        "state": "open",
+        "handed_out_at": transaction.now,
+        "expires_at": transaction.now + dt.timedelta(minutes=minutes),
+        "closed_at": None,
+        "label_version_id": start.id if start is not None else None,
+        "assessment_id": assessments.latest_id(transaction, start.id) if start is not None else None,
+    }
 
 
 def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
     """The lease that was put aside as skipped when this one was handed out, if there was one."""
-    row = transaction.execute(_SKIPPED_AT, {"closed_at": lease.handed_out_at, **_named(lease.who)}).first()
-    return _lease(row) if row is not None else None
+    row = transaction.rows(_SKIPPED_AT, {"closed_at": lease.handed_out_at, **_named(lease.who)}).first()
+    return _record(row) if row is not None else None
 
 
 def skip(transaction: Transaction, scan: str, who: Who, reason: str) -> LeaseRecord:
@@ -232,7 +249,8 @@ def resume(transaction: Transaction, scan: str, who: Who, rules: LeaseRules) -> 
     for other in transaction.scalars(select(Assignment).where(*mine)).all():
         _close(transaction, other, "released", who)
     transaction.flush()
-    _hand_out(transaction, row, transaction.get_one(Scan, row.scan_id), who, rules)
+    for name, value in _begun(transaction, row.scan_id, scan, who, rules).items():
+        setattr(row, name, value)
     transaction.flush()
     events.record(transaction, who, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)
@@ -250,9 +268,9 @@ def _last(transaction: Transaction, scan: str, who: Who) -> Assignment:
 
 def expire(transaction: Transaction) -> int:
     """Take back all leases whose time is over; returns how many."""
-    over = transaction.scalars(_OVER, {"now": transaction.now}).all()
-    for row in over:
-        _close(transaction, row, "expired", events.SERVER)
+    over = transaction.rows(_OVER, {"now": transaction.now}).scalars().all()
+    for number in over:
+        _close(transaction, transaction.get_one(Assignment, number), "expired", events.SERVER)
     if over:
         transaction.flush()
     return len(over)
@@ -270,29 +288,24 @@ def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | No
     A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
     None where the scan was never handed out to this annotator, or that hand-out was answered before.
     """
-    row = _unanswered(transaction, scan, who)
-    if row is None:
+    last = last_of(transaction, scan, who)
+    if last is None:
         return None
-    row.state, row.closed_at = "submitted", transaction.now
-    transaction.get_one(Scan, row.scan_id).readings += 1
-    transaction.flush()
-    return _record(row, scan, who)
+    closed = {"lease": last.id, "closed_at": transaction.now}
+    transaction.connection().execute(_SUBMITTED, closed)
+    scans.find(transaction, scan).readings += 1
+    return replace(last, state="submitted", closed_at=transaction.now)
 
 
 def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
     """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
-    row = _unanswered(transaction, scan, who)
-    return None if row is None else _record(row, scan, who)
-
-
-def _unanswered(transaction: Transaction, scan: str, who: Who) -> Assignment | None:
-    row = transaction.scalar(_LAST_OF, {"scan": scan, **_named(who)})
-    return None if row is None or row.state == "submitted" else row
+    row = transaction.rows(_LAST_OF, {"scan": scan, **_named(who)}).first()
+    return None if row is None or row.state == "submitted" else _record(row)
 
 
 def of_replaced(transaction: Transaction, scan: str, who: Who) -> bool:
     """Whether the last hand-out of a scan to an annotator was of another content than it has now, and not answered."""
-    row = transaction.execute(_LAST_OF_NAMED, {"scan": scan, **_named(who)}).first()
+    row = transaction.rows(_LAST_OF_NAMED, {"scan": scan, **_named(who)}).first()
     return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
 
 
@@ -313,7 +326,7 @@ def release(transaction: Transaction, scan: str, who: Who) -> int:
 
 def get(transaction: Transaction, lease: int) -> LeaseRecord:
     """A lease by its number."""
-    return _lease(transaction.execute(_LEASE, {"lease": lease}).one())
+    return _record(transaction.rows(_LEASE, {"lease": lease}).one())
 
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
@@ -327,7 +340,7 @@ def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: 
         )  # whose time is over is taken back at the next take
     if scan is not None:
         query = query.where(Scan.name == scan)
-    return [_lease(row) for row in transaction.execute(query)]
+    return [_record(row) for row in transaction.rows(query)]
 
 
 def skip_reasons(transaction: Transaction) -> dict[int, str]:
@@ -354,19 +367,31 @@ def costs(transaction: Transaction) -> list[Cost]:
     return found
 
 
-def _leases() -> Select[Assignment, str, Actor]:
+def _leases() -> Select[*tuple[Any, ...]]:
+    """The fields of a LeaseRecord."""
+    lease = Assignment
     return (
-        select(Assignment, Scan.name, Actor)
-        .join(Scan, Assignment.scan_id == Scan.id)
-        .join(Actor, Assignment.actor_id == Actor.id)
-    )
+        select(
+            lease.id, Scan.name.label("scan"), Actor.kind, Actor.name.label("actor"), Actor.identified_by, lease.slot,
+            lease.state, lease.handed_out_at, lease.expires_at, lease.closed_at, lease.strategy, lease.score,
+            lease.draw, lease.probability, lease.pool, lease.label_version_id, lease.assessment_id,
+        )
+        .join(Scan, lease.scan_id == Scan.id)
+        .join(Actor, lease.actor_id == Actor.id)
+    )  # fmt: skip
 
 
 # built once: building a query takes longer than running it
-_OPEN_OF: Final = select(Assignment).where(Assignment.actor_id == bindparam("actor"), Assignment.state == _OPEN)
+_OPEN_OF: Final = select(Assignment.id).where(Assignment.actor_id == bindparam("actor"), Assignment.state == _OPEN)
 _LAST: Final = select(func.max(Assignment.id))
+_CHOSEN: Final = select(Scan.name, Scan.ranking_dice).where(Scan.id == bindparam("scan"))
+_SUBMITTED: Final = (
+    update(Assignment)
+    .where(Assignment.id == bindparam("lease"))
+    .values(state="submitted", closed_at=bindparam("closed_at"))
+)
 _SLOTS: Final = select(Assignment.slot).where(Assignment.scan_id == bindparam("scan"), Assignment.state == _OPEN)
-_OVER: Final = select(Assignment).where(
+_OVER: Final = select(Assignment.id).where(
     Assignment.state == _OPEN, Assignment.expires_at <= bindparam("now", type_=UtcDateTime())
 )
 _LEASE: Final = _leases().where(Assignment.id == bindparam("lease"))
@@ -381,14 +406,7 @@ _SKIPPED_AT: Final = (
     .order_by(Assignment.id.desc())
     .limit(1)
 )
-_LAST_OF: Final = (
-    select(Assignment)
-    .join(Scan, Assignment.scan_id == Scan.id)
-    .join(Actor, Assignment.actor_id == Actor.id)
-    .where(Scan.name == bindparam("scan"), _IS)
-    .order_by(Assignment.id.desc())
-    .limit(1)
-)
+_LAST_OF: Final = _leases().where(Scan.name == bindparam("scan"), _IS).order_by(Assignment.id.desc()).limit(1)
 _LAST_OF_NAMED: Final = (
     select(Assignment.state, Scan.former_name)
     .join(Scan, Assignment.scan_id == Scan.id)
@@ -399,16 +417,11 @@ _LAST_OF_NAMED: Final = (
 )
 
 
-def _lease(row: Row[Assignment, str, Actor]) -> LeaseRecord:
-    lease, scan, actor = row
-    return _record(lease, scan, events.who_is(actor))
-
-
-def _record(row: Assignment, scan: str, who: Who) -> LeaseRecord:
+def _record(row: Row[*tuple[Any, ...]]) -> LeaseRecord:
     return LeaseRecord(
         row.id,
-        scan,
-        who,
+        row.scan,
+        Who(row.kind, row.actor, row.identified_by),
         row.slot,
         row.state,
         row.handed_out_at,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, select
 
-from segqc.store.database import Transaction
+from segqc.store.database import Parameters, Transaction
 from segqc.store.schema import Scan, Score
-
-Parameters: TypeAlias = Mapping[str, object]
 
 _MOST_TRIES: Final = 50
 
@@ -50,7 +48,7 @@ def worst_estimate(
     transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
 ) -> Choice | None:
     """The lowest estimated Dice; while nothing is assessed, a uniform draw."""
-    row = transaction.execute(_worst_estimate(waiting), parameters).first()
+    row = transaction.rows(_worst_estimate(waiting), parameters).first()
     return Choice(row[0], row[1]) if row is not None else _otherwise_uniform(transaction, waiting, parameters, rng)
 
 
@@ -70,7 +68,7 @@ def worst_score(method: str) -> Order:
     def order(
         transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
     ) -> Choice | None:
-        row = transaction.execute(_worst_score(waiting), {**parameters, "method": method}).first()
+        row = transaction.rows(_worst_score(waiting), {**parameters, "method": method}).first()
         return Choice(row[0], row[1]) if row is not None else _otherwise_uniform(transaction, waiting, parameters, rng)
 
     return order
@@ -96,12 +94,12 @@ def uniform(
     looking at the leases of every scan. Where almost none is free, the free ones are listed.
     """
     queries = _uniform(waiting)
-    count = transaction.scalar(queries.count, parameters) or 0
+    count = transaction.rows(queries.count, parameters).scalar() or 0
     for _ in range(min(count, _MOST_TRIES)):
         found = transaction.scalar(queries.drawn, {**parameters, "place": int(rng.integers(count))})
         if found is not None:
             return Choice(found, pool=count)
-    left = transaction.scalars(queries.all, parameters).all()
+    left = transaction.rows(queries.all, parameters).scalars().all()
     return Choice(left[int(rng.integers(len(left)))], pool=count) if left else None
 
 
@@ -142,7 +140,7 @@ def by_name(
     transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
 ) -> Choice | None:
     """The first by name."""
-    found = transaction.scalar(_by_name(waiting), parameters)
+    found = transaction.rows(_by_name(waiting), parameters).scalar()
     return None if found is None else Choice(found)
 
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from filelock import FileLock, Timeout
-from sqlalchemy import text
 
 from segqc.store import labels, upkeep
-from segqc.store.database import DATABASE_FILE, REVISION, StoreError, StoreReadOnly
+from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreError, StoreReadOnly
 from segqc.store.files import LabelFiles, is_locked
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
 from segqc.store.upkeep import Report, silent
-from segqc.volumes import atomic_write
+from segqc.volumes import atomic_write, scan_suffix
 
 _STAGING: Final = ".segqc-restoring"
 _ASIDE: Final = "segqc-before-restore-{:%Y%m%dT%H%M%S}"
@@ -65,6 +64,8 @@ def restore(backup: Path, studies: Path, *, settings_file: str, report: Report =
     own = studies / OWN_FOLDER
     if not (backup / OWN_FOLDER / DATABASE_FILE).is_file():
         raise StoreError(f"{backup}: no backup ({OWN_FOLDER}/{DATABASE_FILE} is missing); 'segqc db backup' makes one")
+    if any(scan_suffix(name) is not None for name in os.listdir(backup)):
+        raise StoreError(f"{backup}: holds scans, so it is a studies folder and no backup; name the backup first")
     if backup.resolve() == studies:
         raise StoreError(f"{backup}: is the studies folder itself; name the backup's folder first")
     if any(path.exists() and not os.access(path, os.W_OK) for path in (studies, own)):
@@ -110,14 +111,19 @@ def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str
         if before is None:
             raise StoreError(f"{backup}: its database is none of SegQC's")
         with store.read() as transaction:
-            damage = [line for (line,) in transaction.execute(text("PRAGMA integrity_check")) if line != "ok"]
-        if damage:
-            raise StoreError(f"its database is damaged ({damage[0]}); take an earlier backup")
+            damage = next(upkeep.damages(transaction), None)
+        if damage is not None:
+            raise StoreError(f"its database is damaged ({damage}); take an earlier backup")
         upkeep.upgrade(store)
         with store.read() as transaction:
             contents = sorted(labels.contents(transaction))
         upkeep.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
         shown = upkeep.rebuild_views(store, report=report).written
+    except StoreDamaged as error:
+        raise StoreError(
+            f"{backup}: this backup cannot be restored: its database is damaged; take an earlier one; "
+            "nothing was changed"
+        ) from error
     except StoreError as error:
         raise StoreError(f"{backup}: this backup cannot be restored: {error}; nothing was changed") from error
     finally:

@@ -95,7 +95,7 @@ def get(transaction: Transaction, name: str) -> ScanRecord:
     Raises:
         UnknownScan: if there is none.
     """
-    for record in itertools.starmap(ScanRecord, transaction.execute(_RECORD_OF, {"name": name})):
+    for record in itertools.starmap(ScanRecord, transaction.rows(_RECORD_OF, {"name": name})):
         return record
     raise UnknownScan(f"there is no scan {name!r}")
 

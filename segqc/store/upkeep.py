@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 from sqlalchemy import func, select, text
 
 from segqc.store import findings, labels
-from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreError, Transaction, sqlite_url
+from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import OWN_FOLDER, Store
@@ -70,8 +70,8 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
         The number of copied label contents.
 
     Raises:
-        StoreError: if the target exists, the database is on PostgreSQL, or a content is missing or damaged. Nothing
-            is left at the target then.
+        StoreError: if the target exists, the database is on PostgreSQL or damaged, or a content is missing or
+            damaged. Nothing is left at the target then.
     """
     if target.exists():
         raise StoreError(f"{target}: exists already; name a new folder for the backup")
@@ -79,10 +79,17 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
         own = temporary / OWN_FOLDER
         own.mkdir(parents=True)
         store.database.backup(own / DATABASE_FILE)
-        copy = Database(sqlite_url(own / DATABASE_FILE))
-        with copy.read() as transaction:
-            contents = sorted(labels.contents(transaction))
-        copy.close()
+        copy = Database(sqlite_url(own / DATABASE_FILE), shown=store.database.shown)
+        try:
+            with copy.read() as transaction:
+                if damage := next(damages(transaction), None):
+                    raise StoreDamaged(
+                        f"{store.database.shown}: the database is damaged ({damage}); stop segqc and restore an "
+                        "earlier backup (segqc db restore BACKUP FOLDER)"
+                    )
+                contents = sorted(labels.contents(transaction))
+        finally:
+            copy.close()
         copy_contents(store.files, contents, LabelFiles(temporary, own), report)
         for name in also:
             if (store.studies / name).is_file():
@@ -160,6 +167,11 @@ def repair(store: Store, report: Report = silent) -> Restored:
     return rebuild_views(store, report=report)
 
 
+def damages(transaction: Transaction) -> Iterator[str]:
+    """What SQLite finds wrong in the pages and indices of its own file."""
+    return (line for (line,) in transaction.execute(text("PRAGMA integrity_check")) if line != "ok")
+
+
 def _settled(store: Store) -> contextlib.AbstractContextManager[Transaction]:
     """A transaction to look again in: whoever was just saving has done so."""
     return store.write() if store.is_writable else store.read()
@@ -169,9 +181,8 @@ def _database_findings(store: Store) -> Iterator[Finding]:
     remedy = "stop all of segqc, then restore a backup: segqc db restore BACKUP FOLDER"
     with store.read() as transaction:
         if store.database.is_sqlite:
-            for (line,) in transaction.execute(text("PRAGMA integrity_check")):
-                if line != "ok":
-                    yield Finding(f"{store.database.shown}: the database is damaged: {line}", remedy)
+            for line in damages(transaction):
+                yield Finding(f"{store.database.shown}: the database is damaged: {line}", remedy)
             for table, row, parent, _ in transaction.execute(text("PRAGMA foreign_key_check")):
                 what = f"the row {row} of {table} refers to a row of {parent} that is not there"
                 yield Finding(f"{store.database.shown}: {what}", remedy)

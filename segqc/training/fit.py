@@ -24,7 +24,14 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segqc.networks import NetworkPlan, build_network, device_of_choice, in_device_memory, windows_at_once
+from segqc.networks import (
+    NetworkPlan,
+    build_network,
+    device_of_choice,
+    in_device_memory,
+    load_content,
+    windows_at_once,
+)
 from segqc.training.cases import Example
 from segqc.training.patches import Draws, Patch, PatchDataset, centred
 from segqc.training.progress import Progress
@@ -286,11 +293,12 @@ class _Training:
         if not path.is_file():
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_content(path)
+            of_this = content["fingerprint"] == self.fingerprint
         except Exception as error:  # torch.load raises many kinds on damaged files, without a common base
             logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
             return
-        if content["fingerprint"] != self.fingerprint:
+        if not of_this:
             logger.info("%s: of other data or settings, training anew", path)
             return
         self.network.load_state_dict(content["network"])
