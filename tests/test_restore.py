@@ -90,6 +90,16 @@ def test_what_was_set_aside_is_whole(folder: Path, backup: Path, tmp_path: Path)
     assert versions(aside) == [2, 1, 0]
 
 
+def test_label_files_that_the_backup_does_not_know_are_named(folder: Path, backup: Path) -> None:
+    for file in ("labels/final/nobody.nii.gz", "labels/stray.nii.gz"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(b"anything")
+    done = bring_back(backup, folder)
+    assert {"labels/final/nobody.nii.gz", "labels/stray.nii.gz"} <= set(done.not_in_backup)
+    assert done.aside is not None
+    assert all((done.aside / file).is_file() and not (folder / file).exists() for file in done.not_in_backup)
+
+
 def test_a_studies_folder_is_no_backup(folder: Path, backup: Path) -> None:
     before = versions(folder)
     with pytest.raises(StoreError, match="holds scans, so it is a studies folder and no backup"):

@@ -11,6 +11,7 @@ from segqc.commands.common import CommandError, StudiesFolder, kept_store, progr
 from segqc.text import visible
 
 DATABASE_PLACE: Final = "segqc/store.sqlite"
+_MOST_NAMED: Final = 20
 
 app = typer.Typer(no_args_is_help=True, help="Back up, check and upgrade the store of a studies folder.")
 
@@ -63,6 +64,10 @@ def restore(
         typer.echo(visible(f"{finding.what}; {finding.remedy}"))
     if done.aside is not None:
         typer.echo(f"{done.aside}: what was there before; remove it when it is not needed any more")
+    for file in done.not_in_backup[:_MOST_NAMED]:
+        typer.echo(visible(f"{file}: is not in the backup; it lies in the folder above"))
+    if len(done.not_in_backup) > _MOST_NAMED:
+        typer.echo(f"and {len(done.not_in_backup) - _MOST_NAMED} more label files that are not in the backup")
     typer.echo(f"{folder}: restored from {backup}: {done.contents} label contents, {done.shown} label files")
 
 

@@ -38,12 +38,14 @@ class RestoredBackup:
         shown: how many label files were written below ``labels/``.
         aside: the folder that holds what was there before; None where nothing was.
         upgraded_from: the revision of the backup's tables where it was an earlier one.
+        not_in_backup: label files of before that the backup knows nothing of, relative to the folder aside.
     """
 
     contents: int
     shown: int
     aside: Path | None
     upgraded_from: str | None
+    not_in_backup: tuple[str, ...] = ()
 
 
 def restore(backup: Path, studies: Path, *, settings_file: str, report: Report = silent) -> RestoredBackup:
@@ -87,7 +89,16 @@ def restore(backup: Path, studies: Path, *, settings_file: str, report: Report =
                 shutil.copy2(backup / settings_file, studies / settings_file)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return RestoredBackup(contents, shown, aside, before if before != REVISION else None)
+    earlier = before if before != REVISION else None
+    return RestoredBackup(contents, shown, aside, earlier, _not_in_backup(studies, aside))
+
+
+def _not_in_backup(studies: Path, aside: Path | None) -> tuple[str, ...]:
+    """The label files that were set aside and have no successor."""
+    if aside is None:
+        return ()
+    files = (path.relative_to(aside) for path in sorted(aside.glob("labels/**/*")) if path.is_file())
+    return tuple(str(file) for file in files if not (studies / file).exists())
 
 
 def _refuse_live(own: Path) -> None:
