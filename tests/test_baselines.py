@@ -494,6 +494,7 @@ def test_the_autoencoders_regressor_is_kept_for_the_same_masks_only(tmp_path: Pa
     assert other.seen == counted.seen
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("train", [train_regression, train_map_and_score, train_autoencoder])
 def test_losses_fall(train: Train, tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)

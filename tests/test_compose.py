@@ -27,6 +27,8 @@ from segqc.types import Structure
 from segqc.volumes import Volume, write_labels
 from tests.test_evaluation import make_folders, write_dataset
 
+pytestmark = pytest.mark.server
+
 BALL = Structure("ball", (1,))
 # how far from the true error map each method's is
 NOISE = {SEGQC: 0.0, SCAN_ONLY: 0.0, CROSS_FITTED: 0.2, TTA: 0.45}

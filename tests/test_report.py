@@ -300,6 +300,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.parametrize("kind", FIGURES)
+@pytest.mark.server
 def test_figures_are_sound_small_and_the_same_every_time(kind: str) -> None:
     image = FIGURES[kind]().image
     assert isinstance(image, str)
