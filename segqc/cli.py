@@ -516,6 +516,9 @@ def assess(
     from segqc.pictures import draw_assessment
     from segqc.volumes import read_labels, read_scan, scan_id, write_labels
 
+    for named in (picture, errors):
+        if named is not None:
+            refuse_overwriting(named)
     assessor = _assessor(_models_folder(studies, scan), model)
     volume = read_scan(scan)
     labels = read_labels(mask, scan=volume)

@@ -411,6 +411,12 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, studies: Pat
     assert picture.read_bytes().startswith(b"\x89PNG")
     written = read_labels(errors, scan=read_scan(scan)).array
     assert np.array_equal(written > 0, (result.errors >= 0.5).any(axis=0))
+    before = scan.read_bytes(), mask.read_bytes()
+    for option, taken in (("--errors", scan), ("--errors", mask), ("--picture", mask)):
+        said = run("assess", scan, mask, option, taken)
+        assert said.code != 0
+        assert "exists already; name a new file" in said.err
+    assert (scan.read_bytes(), mask.read_bytes()) == before
 
 
 def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, studies: Path) -> None:
