@@ -313,6 +313,39 @@ def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
     assert str(by_id["c1"].labels) not in str(raised.value)
 
 
+@pytest.mark.parametrize("at", ["masks of fold 2/2", "calibration"])
+def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    studies = make_studies(tmp_path / "s", 5, 1)
+    validating = {p for p, placement in studies.placements().items() if placement.role == "validation"}
+    named = next(case.id for case in studies.cases() if case.patient not in validating)
+
+    class Replacing:
+        done = False
+
+        def step(self, done: int, total: int, message: str) -> None:
+            if message.startswith(at) and not self.done:
+                self.done = True
+                shutil.copyfile(studies.folder / "c5.nii.gz", studies.folder / f"{named}.nii.gz")
+
+    replacing = Replacing()
+    card = train(studies, "segqc", replacing)
+    assert replacing.done
+    assert sum(f"left out of the training: the scan '{named}'" in message for message in caplog.messages) == 1
+    assert set(card.seen) == {case.patient for case in studies.cases()}, "the new content has no label"
+
+
+def test_a_scan_whose_file_is_written_again_as_it_was_stays_in_the_training(studies: Studies) -> None:
+    cases = studies.cases()
+    path = cases[0].scan
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    scan, labels = read_case(cases[0], (1,))
+    assert scan.shape == labels.shape
+
+
 def test_a_scan_that_was_replaced_gets_a_mask_and_an_estimate_of_its_own(studies: Studies) -> None:
     score(studies, "segqc", NoProgress())
     score(studies, "tta", NoProgress())

@@ -28,6 +28,7 @@ from segqc.training.pairs import (
     early_epochs,
     makers_of_masks,
     masks_of,
+    stored_masks,
     stratified_weights,
     thinned,
     train_makers,
@@ -232,6 +233,37 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
         masks_of(makers, cases[1], QUICK)
     assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in makers)
+
+
+def test_masks_are_kept_for_one_content_of_scan_and_label(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 4)
+    plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
+    makers = train_makers("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    case, folder = cases[3], tmp_path / "masks"
+    first = stored_masks(makers, case, QUICK, folder)
+    (kept,) = folder.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert np.array_equal(stored_masks(makers, case, QUICK, folder).masks, first.masks)
+    assert kept.stat().st_mtime_ns == before
+    # another scan with the same label, as after a change of intensities
+    write_scan(Volume(-read_scan(case.scan).array, read_scan(case.scan).affine), case.scan)
+    again = stored_masks(makers, case, QUICK, folder)
+    assert np.array_equal(again.masks, masks_of(makers, case, QUICK).masks)
+    assert not np.array_equal(again.masks, first.masks)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4 no archive", None])
+def test_kept_masks_that_are_damaged_are_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes | None
+) -> None:
+    cases = make_cases(tmp_path, 2)
+    plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
+    makers = train_makers("m", cases[:1], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    first = stored_masks(makers, cases[1], QUICK, tmp_path / "masks")
+    (kept,) = (tmp_path / "masks").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-200] if damage is None else damage)
+    assert np.array_equal(stored_masks(makers, cases[1], QUICK, tmp_path / "masks").masks, first.masks)
+    assert any(str(kept) in message and "made anew" in message for message in caplog.messages)
 
 
 def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -258,12 +257,8 @@ class Studies:
             final, path = finals.get(scan.name), self.folder / scan.file
             if final is None or scan.missing_since is not None:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # removed this moment
-                status = path.stat()
-                shown = str(self.store.view_file(final).relative_to(self.folder))
-                kept = self.store.label_file(final)
-                seen = (status.st_size, status.st_mtime_ns, status.st_ino)
-                found.append(Case(scan.name, scan.patient, path, kept, shown, seen))
+            shown = str(self.store.view_file(final).relative_to(self.folder))
+            found.append(Case(scan.name, scan.patient, path, self.store.label_file(final), shown, scan.sha256))
         return found
 
     def placements(self) -> Mapping[str, Placement]:

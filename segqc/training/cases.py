@@ -12,6 +12,7 @@ import numpy as np
 from segqc.networks import NetworkPlan, Spacing, Triple, canonical_scan
 from segqc.types import FloatArray, LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
+from segqc.volumes.intake import content_sha256
 
 
 class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -36,8 +37,9 @@ class CaseError(VolumeError):
 class Case:
     """One annotated scan. Several cases may be of one patient; folds and roles are the patient's.
 
-    ``labels_shown`` is how the user knows the label file, where that is another one. ``status`` are size, time and
-    inode of the scan's file that the labels are of; a file that was replaced since is no part of the case.
+    ``labels_shown`` is how the user knows the label file, where that is another one. ``content`` is the SHA-256 of the
+    scan that the labels are of; a file that holds something else by now is no part of the case. None takes what is
+    there.
     """
 
     id: str
@@ -45,7 +47,7 @@ class Case:
     scan: Path
     labels: Path
     labels_shown: str | None = None
-    status: tuple[int, int, int] | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,10 @@ def read_case(case: Case, values: Sequence[int]) -> tuple[Volume, Volume]:
 def _read_scan(case: Case) -> Volume:
     try:
         scan = read_scan(case.scan)
-        status = case.scan.stat()
+        replaced = case.content is not None and case.content != content_sha256(case.scan)
     except (VolumeError, OSError) as error:
         raise CaseError(case, error) from error
-    if case.status is not None and case.status != (status.st_size, status.st_mtime_ns, status.st_ino):
+    if replaced:
         raise CaseError(case, "the scan's file was replaced meanwhile")
     return scan
 

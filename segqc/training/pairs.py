@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from segqc.training.segmentation import segmentation_job, segmenter_of
 from segqc.training.settings import TrainingSettings
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, atomic_write
+from segqc.volumes.intake import content_sha256
+
+logger = logging.getLogger(__name__)
 
 BIN_WIDTH = 0.1  # of Dice, for stratified sampling
 MOST_EARLY_EPOCHS = 5
@@ -181,12 +185,16 @@ def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
 
 def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
     """The masks of a case, from an earlier run with the same networks where there is one."""
-    versions = " ".join(n.version for n in networks) + repr(settings.contrasts)
-    key = hashlib.sha256(versions.encode() + case.labels.read_bytes()).hexdigest()[:16]
+    content = case.content or content_sha256(case.scan)
+    made_with = " ".join([*(n.version for n in networks), repr(settings.contrasts), content])
+    key = hashlib.sha256(made_with.encode() + case.labels.read_bytes()).hexdigest()[:16]
     path = folder / f"{case.id}-{key}.npz"
     if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
-            return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]))
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]))
+        except Exception as error:  # of many kinds on damaged files, without a common base
+            logger.warning("%s: unreadable masks (%s), made anew", path, error)
     made = masks_of(networks, case, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
