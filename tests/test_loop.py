@@ -101,6 +101,26 @@ def test_a_training_publishes_model_curve_and_picture(trained: Studies) -> None:
     assert assessor.settings.boxes.min_area_mm2 == 4.0
 
 
+def test_a_folder_in_the_place_of_a_model_is_named_before_the_training(studies: Studies) -> None:
+    path = studies.model_path("segmentation")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ModelError, match=r"segmentation\.pt: is a folder"):
+        train(studies, "segmentation", Count(die_at=0))
+
+
+def test_a_damaged_model_does_not_spoil_the_training_of_the_other_nor_its_own(
+    studies: Studies, caplog: pytest.LogCaptureFixture
+) -> None:
+    for network in ("segmentation", "segqc"):
+        studies.model_path(network).write_bytes(b"damaged")
+    card = train(studies, "segmentation", NoProgress())
+    assert any("segqc.pt: not a readable SegQC model" in message for message in caplog.messages)
+    segmenter = studies.segmenter()
+    assert segmenter is not None
+    assert segmenter.card == card
+
+
 def test_all_scans_without_a_final_label_are_assessed(studies: Studies) -> None:
     summary = score(studies, "segqc", NoProgress())
     assert (summary.scored, summary.skipped, summary.failed) == (3, 0, {})

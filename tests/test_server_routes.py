@@ -484,6 +484,7 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
 ) -> None:
     add_models(base)
     path = Studies(base).model_path(network)
+    content = path.read_bytes()
     try:
         JUNK[junk](path)
         answer = client.get("/info/")
@@ -497,6 +498,13 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
         with pytest.raises(ModelError, match=re.escape(str(path))):
             studies.segmenter() if network == "segmentation" else studies.assessor()
         assert client.get(f"/model/{network}").status_code in (200, 404)
+        answer = client.put(f"/model/{network}", files={"file": ("m.pt", content)})
+        if path.is_file() and not path.is_symlink():  # an upload mends a damaged file
+            assert answer.status_code == 200
+            assert "problem" not in client.get("/info/").json()["train_stats"][network]
+        else:
+            assert answer.status_code == 409
+            assert str(path) in answer.json()["detail"]
     finally:
         shutil.rmtree(path.parent)
 

@@ -6,14 +6,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from segqc.assessor import Assessor
 from segqc.loop.locks import Holder, LockHeld, hold
 from segqc.loop.studies import Studies, StudiesError
-from segqc.networks import Kind, ModelCard
+from segqc.networks import Kind, ModelCard, ModelError, model_status
 from segqc.pictures import draw_curve
 from segqc.segmenter import Segmenter
 from segqc.store import labels
@@ -65,14 +65,16 @@ def train(
         TrainingBusy: if another process trains this network, unless told to wait.
         TooFewCases: if too few scans are labelled.
         StudiesError: if nothing says what the structures are.
+        ModelError: if something else than a model file lies where the model belongs.
     """
     settings = settings or studies.settings.training_settings(network)
     folder = studies.training_folder(network)
+    path = studies.staged_path(network) if stage else studies.model_path(network)
+    model_status(path)  # what no model file can take the place of shows before the training
     with _alone(studies, network, progress, purpose, wait=wait):
         trained = _learn(studies, network, progress, settings, folder)
         if (folder / "curve.json").is_file():
             draw_curve(folder / "curve.json", folder / "curve.png")
-        path = studies.staged_path(network) if stage else studies.model_path(network)
         path.parent.mkdir(parents=True, exist_ok=True)
         trained.save(path)
     if not stage:
@@ -125,15 +127,23 @@ def _alone(studies: Studies, network: Kind, progress: Progress, purpose: str, *,
 
 
 def publish(studies: Studies) -> int:
-    """Note which pair of networks is in use from now on; returns its number."""
-    segmenter, assessor = studies.segmenter(), studies.assessor()
+    """Note which pair of networks is in use from now on; returns its number.
+
+    A model file that can't be read is none, with a warning: the training of the other network is not in vain.
+    """
+    segmenter, assessor = _version(studies.segmenter), _version(studies.assessor)
     with studies.store.write() as transaction:
-        pair = labels.bundle(
-            transaction,
-            segmenter.version if segmenter is not None else "",
-            assessor.version if assessor is not None else None,
-        )
+        pair = labels.bundle(transaction, segmenter or "", assessor)
     return pair.id
+
+
+def _version(load: Callable[[], Segmenter | Assessor | None]) -> str | None:
+    try:
+        model = load()
+    except ModelError as error:
+        logger.warning("%s", error)
+        return None
+    return model.version if model is not None else None
 
 
 def publish_staged(studies: Studies) -> int:

@@ -34,7 +34,7 @@ from starlette.types import Receive, Scope, Send
 
 from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, put_scoring
 from segqc.loop.review import STATE_OF
-from segqc.networks import Kind, ModelError, TrainedNetwork
+from segqc.networks import Kind, ModelError, TrainedNetwork, model_status
 from segqc.server import jobs
 from segqc.server.actors import Asker, acting, asking
 from segqc.server.checks import (
@@ -791,6 +791,7 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
     desk = app_instance().desk
     shelves = {"segmentation": desk.segmenters, "segqc": desk.assessors}
     shelf = shelves[known("model", model, shelves)]
+    model_status(shelf.path)  # a folder in its place is nothing that an upload could replace
     try:
         with atomic_write(shelf.path) as temporary:
             with temporary.open("wb") as target:
