@@ -41,7 +41,7 @@ from segqc.commands.common import (
     structure_flag,
     studies_at,
 )
-from segqc.text import visible
+from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
     from segqc.assessor import Assessor
@@ -118,7 +118,7 @@ def main() -> None:
     _set_up_text()
     # NumPy's matrices are of 4 x 4 here: its threads would double the cost of a request (PyTorch has its own)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    _log_to_stderr(logging.WARNING, LineFormatter("%(levelname)s: %(message)s"))
     try:
         app()
     except Exception as error:
@@ -126,6 +126,19 @@ def main() -> None:
             raise
         typer.echo(f"segqc: {_sentence(error)}", err=True)
         sys.exit(1)
+
+
+def _log_to_stderr(level: int, formatter: logging.Formatter) -> None:
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[terminal], force=True)
+
+
+def _log_jobs() -> None:
+    """Tell what a worker does, with the time."""
+    _log_to_stderr(logging.INFO, LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for noisy in ("alembic", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _sentence(error: Exception) -> str:
@@ -669,9 +682,7 @@ def worker(
 
     if unknown := sorted(set(kind or ()) - set(KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for noisy in ("alembic", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log_jobs()
     taker = Worker(studies_at(folder, config), kind or KINDS)
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)
@@ -705,9 +716,7 @@ def run_round(
         "segmentation, train segqc, publish both, score all scans that wait",
         err=True,
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for noisy in ("alembic", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log_jobs()
     taker = Worker(studies, ("round",))
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, taker.end)

@@ -7,13 +7,14 @@ that a name, its unit and its default are written in one place only.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import logging
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "segqc.toml"
+_PREFIX = "SEGQC_"
+_ALIKE = 0.75  # from 0 to 1, see difflib
 
 Network: TypeAlias = Literal["segmentation", "segqc"]
 Scalar: TypeAlias = bool | int | float | str | None
@@ -112,7 +115,7 @@ class StoreSettings(BaseModel):
 class Settings(BaseSettings):
     """All settings of a studies folder; read with `load_settings`."""
 
-    model_config = SettingsConfigDict(env_prefix="SEGQC_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
     structures: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     patients: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -324,6 +327,45 @@ def _origin(path: Path | None) -> str:
     named = str(path) if path is not None and path.is_file() else "settings"
     variables = sorted(name for name in os.environ if name.upper().startswith("SEGQC_") and name != "SEGQC_DATA")
     return f"{named} and {', '.join(variables)}" if variables else named
+
+
+def ignored_variables() -> list[str]:
+    """A sentence for each environment variable that looks like a setting's, but is none."""
+    found = {
+        name: _meant(name.upper().removeprefix(_PREFIX)) for name in os.environ if name.upper().startswith(_PREFIX)
+    }
+    return [
+        f"the environment variable {name} is no setting and changes nothing; "
+        f"{f'was {_PREFIX}{meant} meant?' if meant else 'docs/settings.md lists all settings'}"
+        for name, meant in sorted(found.items())
+        if meant is not None
+    ]
+
+
+def _meant(name: str) -> str | None:
+    """The setting that a variable, without its prefix, is probably meant to be.
+
+    None where it is one, or looks like none; empty where nobody can tell which.
+    """
+    known = [field.upper() for field in Settings.model_fields]
+    table, _, rest = name.partition("__")
+    if table in known:
+        return None
+    if close := difflib.get_close_matches(table, known, 1, _ALIKE):
+        return f"{close[0]}__{rest}" if rest else close[0]
+    if rest:
+        return ""
+    first, _, rest = name.partition("_")  # one underscore for two
+    close = difflib.get_close_matches(first, known, 1, _ALIKE)
+    if close and rest:
+        return f"{close[0]}__{rest}"
+    tables: dict[str, Iterable[str]] = {
+        **{table: [field.name for field in dataclasses.fields(kind)] for table, kind in _TABLES.items()},
+        "server": ServerSettings.model_fields,
+        "store": StoreSettings.model_fields,
+        "training": [field.name for field in dataclasses.fields(Placing)],  # the others are beside PyTorch
+    }
+    return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)
 
 
 def _sentence(error: ValidationError, origin: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
-from typing import Final, TypeVar
+from types import TracebackType
+from typing import Final, TypeAlias, TypeVar
 
 T = TypeVar("T")
+ExceptionInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 # UTF-32's mark of little-endian order begins with UTF-16's
 _MARKS: Final = (
@@ -25,6 +28,26 @@ _TERMINAL_CONTROLS: Final = {code: text for code, text in _CONTROLS.items() if c
     code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+class LineFormatter(logging.Formatter):
+    """Makes one line of each log record, and indents the lines of its traceback.
+
+    Names of files and what clients send may hold ends of lines, or what a terminal acts on: shown escaped, they look
+    like no further record.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+        """The record's line."""
+        return _one_line(super().formatMessage(record))
+
+    def formatException(self, ei: ExceptionInfo) -> str:  # noqa: N802 - the base class's name
+        """The traceback."""
+        return "\n".join(f"  {_one_line(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _one_line(text: str) -> str:
+    return visible(text).replace("\n", "\\x0a")
 
 
 class TextError(ValueError):

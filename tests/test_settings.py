@@ -8,7 +8,7 @@ import pytest
 
 from segqc.error_maps import ExtractionSettings
 from segqc.regions import BoxSettings
-from segqc.settings import SettingsError, load_settings, write_settings
+from segqc.settings import SettingsError, ignored_variables, load_settings, write_settings
 from segqc.training import TrainingSettings
 from segqc.types import Structure
 
@@ -162,3 +162,33 @@ def test_settings_in_another_encoding_are_named_with_the_byte(tmp_path: Path, co
     message = str(caught.value)
     assert all(part in message for part in ["segqc.toml", said, "save the file as UTF-8"]), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SEGQC_SERVER_PORT", "SEGQC_SERVER__PORT"),
+        ("segqc_store_url", "SEGQC_STORE__URL"),
+        ("SEGQC_TRAINNG__EPOCHS", "SEGQC_TRAINING__EPOCHS"),
+        ("SEGQC_TRAINING_EPOCHS", "SEGQC_TRAINING__EPOCHS"),
+        ("SEGQC_STRUCTURE", "SEGQC_STRUCTURES"),
+        ("SEGQC_PATIENT_TGA", "SEGQC_PATIENT_TAG"),
+        ("SEGQC_PORT", "SEGQC_SERVER__PORT"),
+        ("SEGQC_LEARNER__EPOCHS", "docs/settings.md"),
+    ],
+)
+def test_a_variable_that_looks_like_a_setting_is_named(
+    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    (sentence,) = ignored_variables()
+    assert f"{variable} is no setting" in sentence
+    assert meant in sentence
+
+
+@pytest.mark.parametrize(
+    "variable", ["SEGQC_SERVER__PORT", "SEGQC_PATIENT_TAG", "segqc_training__epochs", "SEGQC_DATA", "MY_SEGQC_PORT"]
+)
+def test_settings_and_other_programs_variables_are_not_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert ignored_variables() == []

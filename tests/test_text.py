@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from segqc import cli
 from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_csv
-from segqc.text import TextError, decode_text, printable, spreadsheet_cell
+from segqc.text import LineFormatter, TextError, decode_text, printable, spreadsheet_cell
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
 FORMULAS = ["=1+1", "+1", "-1", "@A1", "\t=1", "\r=1", "\n=1", "=cmd|'/c calc'!A0"]
@@ -114,3 +115,23 @@ def test_a_file_whose_name_is_no_text_is_named_and_stops_nothing(tmp_path: Path)
     sentence = "\\xff.nii.gz: has a name that is not UTF-8 or holds control characters; rename the file"
     assert f"\n{sentence}" in result.output
     assert f"labels/final/{sentence}" in result.output
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x0b", "\x1b[2K\x1b[G", "\x85", "\u2028", "\u202e"])
+def test_what_a_log_record_is_about_forges_no_other_record(end: str) -> None:
+    forged = f"scan{end}12:00:00 SegQC has ended."
+    formatter = LineFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+    record = logging.LogRecord("segqc", logging.WARNING, __file__, 1, "%s is left out", (forged,), None)
+    shown = formatter.format(record)
+    assert len(shown.splitlines()) == 1
+    assert end not in shown
+    assert shown.endswith("12:00:00 SegQC has ended. is left out")
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    first, *traceback = formatter.format(record).splitlines()
+    assert first == shown
+    assert traceback
+    assert all(line.startswith("  ") for line in traceback)
+    assert not any(mark in line for line in traceback for mark in "\r\x0b\x1b\x85\u2028\u202e")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from segqc.store.values import Who
     from segqc.training import Progress
     from segqc.types import PredictionInterval
+
+logger = logging.getLogger(__name__)
 
 StudiesFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Studies folder: scans, and labels/final.", show_default=False)
@@ -58,7 +61,16 @@ def settings_of(folder: Path) -> Settings:
 
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
+    _warn_of_variables()
     return load_settings(folder)
+
+
+@functools.cache  # once in a process
+def _warn_of_variables() -> None:
+    from segqc.settings import ignored_variables
+
+    for sentence in ignored_variables():
+        logger.warning("%s", sentence)
 
 
 def kept_store(folder: Path) -> Store:
@@ -103,6 +115,7 @@ def studies_at(folder: Path, config: Path | None, overrides: Mapping[str, object
     from segqc.loop.studies import Studies
     from segqc.settings import load_settings
 
+    _warn_of_variables()
     return Studies(folder, load_settings(folder, config, overrides))
 
 

@@ -13,8 +13,11 @@ if __name__ == "__main__":
     # before the slow imports: a worker that dies meanwhile would leave an orphan
     die_with_parent(signal.SIGKILL, int(sys.argv[3]))
     from segqc.loop.worker import run_job
+    from segqc.text import LineFormatter
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     for noisy in ("ignite", "monai", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2])))

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from segqc.loop.studies import Studies
+from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -45,6 +46,7 @@ _REQUEST_GRACE_SECONDS = 8
 _WORKER_GRACE_SECONDS = 13.0
 _DEADLINE_SECONDS = 16.0
 _WORKER_PAUSE_SECONDS = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ServeError(ValueError):
@@ -98,6 +100,10 @@ def serve(
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
+    ending = Ending()
+    # also where they are ignored by inheritance, as SIGINT is in a script's background
+    for sign in _SIGNALS:
+        signal.signal(sign, lambda *_: ending.cut())
     folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
     _refuse_read_only(folder)
     folder.own.mkdir(parents=True, exist_ok=True)
@@ -121,7 +127,6 @@ def serve(
     folder.store.close()  # a database that cannot be used shows at once
     logger.info("SegQC serves %s; starting ...", folder.folder)
     shown = host if ":" not in host else f"[{host}]"
-    ending = Ending()
     with listener, _temporary_files() as temporary:
         ending.files = temporary
         beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
@@ -198,10 +203,6 @@ def _answer(
             ending.begin()
 
     ending.traffic = app.state.traffic
-    logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
-    # uvicorn raises the signal again that ended it: by default that would end us before the worker is ended
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: None)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -210,8 +211,18 @@ def _answer(
         access_log=False,
         timeout_graceful_shutdown=_REQUEST_GRACE_SECONDS,
     )
+    server = Server(config)
+
+    def end(sign: int, frame: FrameType | None) -> None:
+        # a signal that comes before uvicorn listens to it; afterwards it raises the one again that ended it
+        if not server.should_exit:
+            server.handle_exit(sign, frame)
+
+    for sign in _SIGNALS:
+        signal.signal(sign, end)
+    logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     with beside:
-        Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -309,9 +320,9 @@ def _set_environment(studies: Studies, app_dir: Path, port: int, conf: dict[str,
 def _set_logging(log_file: Path) -> None:
     """Short lines on the terminal, all lines with their time in a file."""
     terminal = logging.StreamHandler()
-    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     kept = logging.handlers.RotatingFileHandler(log_file, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
-    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    kept.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, kept], force=True)
     for noisy in ("monailabel", "uvicorn", "watchdog", "filelock", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
