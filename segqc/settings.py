@@ -15,6 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
@@ -276,6 +277,25 @@ def _refuse_unknown(name: str, table: Mapping[str, object], kind: type) -> None:
         raise ValueError(f"[{name}] has no setting {unknown[0]!r}; it has {', '.join(known)}")
 
 
+# a variable of its own for each thread and task, so that the class is built once: that takes longer than all reading
+_file_table: ContextVar[Mapping[str, object]] = ContextVar("_file_table")
+
+
+class _FromFile(Settings):
+    """Settings that read the table in `_file_table`, too."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, dict(_file_table.get())))
+
+
 def load_settings(
     studies: Path | None = None, config: Path | None = None, overrides: Mapping[str, object] | None = None
 ) -> Settings:
@@ -294,22 +314,13 @@ def load_settings(
         raise SettingsError(f"{config}: no such settings file")
     table = _read_toml(path) if path is not None and os.path.lexists(path) else {}
 
-    class _FromFile(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return (init_settings, env_settings, InitSettingsSource(settings_cls, table))
-
+    token = _file_table.set(table)
     try:
         return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(_sentence(error, _origin(path))) from error
+    finally:
+        _file_table.reset(token)
 
 
 def _read_toml(path: Path) -> dict[str, object]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.util import LRUCache
 
 from segqc.store.store import Store
 from tests.store_kit import Clock, new_database, running_postgresql
@@ -54,6 +56,40 @@ def _stores_begin_as_copies(request: pytest.FixtureRequest, monkeypatch: pytest.
         check(store)
 
     monkeypatch.setattr(Store, "_check_revision", copied_first)
+
+
+class _Statements(LRUCache[tuple[object, ...], object]):
+    """Compiled statements of all engines of one kind of database: SQLAlchemy itself keeps each engine's apart."""
+
+    @staticmethod
+    def _of_kind(key: tuple[object, ...]) -> tuple[object, ...]:
+        dialect, *statement = key
+        return type(dialect), getattr(dialect, "_json_deserializer", None), *statement
+
+    def get(self, key: tuple[object, ...], default: object = None) -> object:
+        return super().get(self._of_kind(key), default)
+
+    def __setitem__(self, key: tuple[object, ...], compiled: object) -> None:
+        super().__setitem__(self._of_kind(key), compiled)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _statements_are_compiled_once() -> Iterator[None]:
+    """Each test has an engine of its own, and to compile its statements takes longer than to run them."""
+    statements = _Statements(2000)
+
+    def share(connection: Connection) -> None:
+        connection.execution_options(compiled_cache=statements)
+
+    event.listen(Engine, "engine_connect", share)
+    yield
+    event.remove(Engine, "engine_connect", share)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes die in the tests, and the machine does not: what was written is there without it."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="session")
