@@ -214,6 +214,25 @@ class Settings(BaseSettings):
             return name
         return (found.group(1) if found.re.groups else found.group()) or name
 
+    def patient_now(self, scan: Path, patient: str) -> str:
+        """The patient that a scan file should be of which was taken in as one of `patient`.
+
+        The table ``[patients]`` counts for every scan, the other rules for those that are their own patients as nothing
+        named another one. What was told since, by DICOM tags that came later, stays.
+
+        Raises:
+            VolumeError: if the file that should have the tag can't be read.
+        """
+        named = self._patients_by_scan.get(scan_id(scan))
+        if named is not None or patient != scan_id(scan):
+            return named or patient
+        return self.patient_of(scan)
+
+    @property
+    def names_patients(self) -> bool:
+        """Whether any rule says whose scans are."""
+        return bool(self.patients or self.patient_tag or self.patient_pattern)
+
     @functools.cached_property
     def _patients_by_scan(self) -> dict[str, str]:
         return {scan: patient for patient, scans in self.patients.items() for scan in scans}
@@ -325,7 +344,8 @@ def load_settings(
 
 def _read_toml(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(decode_text(path.read_bytes()))
+        text = decode_text(path.read_bytes())
+        return tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))  # TOML knows no lone carriage returns
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -134,42 +135,48 @@ def test_the_database_of_another_program_is_left_as_it_is(
         assert _contents(tmp_path) == before
 
 
-@pytest.mark.migrates
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_log_without_its_database_is_kept(tmp_path: Path, is_there: bool) -> None:
-    opened = Store.open(tmp_path)
-    make_scans(tmp_path, 1)
-    take_in_scans(opened)
-    path = tmp_path / "segqc" / "store.sqlite"
-    log = path.with_name("store.sqlite-wal").read_bytes()
-    opened.close()
-    path.unlink()
-    path.with_name("store.sqlite-wal").write_bytes(log)
-    if is_there:
-        path.touch()
-    before = _contents(tmp_path)
-    with pytest.raises(StoreDamaged, match=r"its log store\.sqlite-wal is not; .*segqc db restore"):
-        Store.open(tmp_path)
-    assert _contents(tmp_path) == before
-
-
-@pytest.mark.migrates
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_lost_database_is_not_made_anew(tmp_path: Path, is_there: bool) -> None:
+@pytest.fixture
+def filled(tmp_path: Path) -> Iterator[Store]:
+    """An open store with a scan and its final label."""
     opened = Store.open(tmp_path)
     make_scans(tmp_path, 1)
     take_in_scans(opened)
     save_final(opened, tmp_path, "scan_0", 3)
+    yield opened
     opened.close()
-    path = tmp_path / "segqc" / "store.sqlite"
+
+
+def _lose(opened: Store, is_there: bool) -> Path:
+    """Close a store and lose its database, or all that is in it."""
+    opened.close()
+    path = opened.own / "store.sqlite"
     path.unlink()
     if is_there:
         path.touch()
-    before = _contents(tmp_path)
+    return path
+
+
+@pytest.mark.migrates
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_log_without_its_database_is_kept(filled: Store, is_there: bool) -> None:
+    log = (filled.own / "store.sqlite-wal").read_bytes()
+    path = _lose(filled, is_there)
+    path.with_name("store.sqlite-wal").write_bytes(log)
+    before = _contents(filled.studies)
+    with pytest.raises(StoreDamaged, match=r"its log store\.sqlite-wal is not; .*segqc db restore"):
+        Store.open(filled.studies)
+    assert _contents(filled.studies) == before
+
+
+@pytest.mark.migrates
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_lost_database_is_not_made_anew(filled: Store, is_there: bool) -> None:
+    _lose(filled, is_there)
+    before = _contents(filled.studies)
     for way_in in (Store.open, lambda folder: upkeep.upgrade(Store(folder))):
         with pytest.raises(StoreDamaged, match=r"store\.sqlite: the database is missing .*segqc db restore"):
-            way_in(tmp_path)
-    assert _contents(tmp_path) == before
+            way_in(filled.studies)
+    assert _contents(filled.studies) == before
 
 
 def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
@@ -190,6 +197,42 @@ def test_a_postgresql_database_of_another_program_is_left_as_it_is(tmp_path: Pat
         Store.open(tmp_path, url)
     assert inspect(engine).get_table_names() == ["bookmark"]
     engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
+def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database outside of the studies folder."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/elsewhere.sqlite"
+    return new_database(request.getfixturevalue("postgresql"))
+
+
+def test_a_database_is_of_one_folder_only(tmp_path: Path, elsewhere: str) -> None:
+    for name in ("one", "other"):
+        make_scans(tmp_path / name, 2)
+        (tmp_path / name / "segqc.toml").write_text(f'[store]\nurl = "{elsewhere}"\n')
+    for _ in range(2):
+        opened = Store.open(tmp_path / "one", elsewhere)
+        take_in_scans(opened)
+        opened.close()
+    refused = r"is the database of the studies folder /.*/one; name another one for /.*/{}"
+    with pytest.raises(StoreError, match=refused.format("other")) as caught:
+        Store.open(tmp_path / "other", elsewhere)
+    assert "\n" not in str(caught.value)
+    for command in (["scans"], ["db", "check"], ["export", "tables"]):
+        target = [str(tmp_path / "tables")] if command[0] == "export" else []
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / "other"), *target])
+        assert isinstance(result.exception, StoreError)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    with pytest.raises(StoreError, match=refused.format("copy")):
+        Store.open(tmp_path / "copy", elsewhere)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = Store.open(tmp_path / "moved", elsewhere)
+    with moved.read() as transaction:
+        assert [scan.missing_since for scan in scans.listing(transaction)] == [None, None]
+    moved.close()
+    with pytest.raises(StoreError, match=r"folder /.*/moved; "):
+        Store.open(tmp_path / "copy", elsewhere)
 
 
 def test_a_circuit_breaker_lets_one_try_at_a_time() -> None:

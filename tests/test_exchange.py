@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import math
+import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +24,7 @@ from segqc.commands.common import CommandError
 from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
 from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
+from segqc.store.database import StoreError
 from segqc.store.files import sha256_of
 from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
@@ -525,6 +530,12 @@ def test_without_pyarrow_parquet_is_one_sentence(store: Store, tmp_path: Path, m
     assert not (tmp_path / "t").exists()
 
 
+def kept(store: Store) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of a store, without when the files below ``labels/`` were written."""
+    found = rows(store)
+    return {**found, "label_view": [row[:-1] for row in found["label_view"]]}
+
+
 def rows(store: Store) -> dict[str, list[tuple[object, ...]]]:
     with store.read() as transaction:
         return {
@@ -547,7 +558,7 @@ def test_an_archive_gives_the_same_rows_and_files(
     url = None if into == "sqlite" else new_database(request.getfixturevalue("postgresql"))
     fresh = Store.open(tmp_path / "fresh", url, clock=clock)
     assert archive.import_archive(tmp_path / "archive", fresh) == written
-    assert rows(fresh) == rows(store)
+    assert kept(fresh) == kept(store)
     assert fresh.view_file(final).read_bytes() == store.view_file(final).read_bytes()
     assert take_in(fresh, scan_id, PLACING) == Taken()
     assert upkeep.check(fresh) == []
@@ -562,42 +573,177 @@ def test_an_archive_gives_the_same_rows_and_files(
     fresh.close()
 
 
-@pytest.mark.parametrize("file", ["../../elsewhere.nii.gz", "/tmp/elsewhere.nii.gz", "folder/scan.nii.gz"])
-def test_an_archive_whose_scans_lie_elsewhere_is_refused(folder: Path, tmp_path: Path, file: str) -> None:
-    opened = plain(folder)
+@pytest.fixture
+def archived(folder: Path, clock: Clock, tmp_path: Path) -> Path:
+    """An archive with rows in every table."""
+    opened = Store.open(folder, clock=clock)
+    take_in_scans(opened)
+    fill(opened, folder, clock)
     archive.export_archive(opened, tmp_path / "archive")
     opened.close()
-    table = tmp_path / "archive" / "tables" / "scan.jsonl"
-    first, *others = table.read_text().splitlines()
-    table.write_text("\n".join([json.dumps({**json.loads(first), "file": file}), *others]) + "\n")
-    told = json.loads((tmp_path / "archive" / "archive.json").read_text())
-    told["tables"]["scan"]["sha256"] = sha256_of(table)
-    (tmp_path / "archive" / "archive.json").write_text(json.dumps(told))
+    return tmp_path / "archive"
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Store]:
     (tmp_path / "fresh").mkdir()
-    fresh = Store.open(tmp_path / "fresh")
-    with pytest.raises(ExchangeError, match="outside of a studies folder"):
-        archive.import_archive(tmp_path / "archive", fresh)
-    assert not any(rows(fresh).values())
-    fresh.close()
-
-
-def test_a_damaged_archive_changes_nothing(folder: Path, clock: Clock, tmp_path: Path) -> None:
-    opened = plain(folder)
-    archive.export_archive(opened, tmp_path / "archive")
+    opened = Store.open(tmp_path / "fresh")
+    yield opened
     opened.close()
-    (tmp_path / "fresh").mkdir()
-    fresh = Store.open(tmp_path / "fresh")
-    events_file = tmp_path / "archive" / "tables" / "event.jsonl"
-    whole = events_file.read_bytes()
-    events_file.write_bytes(whole[:-9])
-    with pytest.raises(ExchangeError, match=r"event\.jsonl: is missing or damaged"):
-        archive.import_archive(tmp_path / "archive", fresh)
-    events_file.write_bytes(whole)
-    changed(tmp_path / "archive" / "archive.json", revision="0000")
-    with pytest.raises(ExchangeError, match="revision 0000"):
-        archive.import_archive(tmp_path / "archive", fresh)
-    assert not any(rows(fresh).values())
-    fresh.close()
+
+
+def rewritten(folder: Path, table: str, change: Callable[[list[str]], list[str]]) -> None:
+    """Change the lines of a table in an archive whose list of files fits them again."""
+    path = folder / "tables" / f"{table}.jsonl"
+    lines = change(path.read_text().splitlines())
+    path.write_text("".join(f"{line}\n" for line in lines))
+    told = json.loads((folder / "archive.json").read_text())
+    told["tables"][table] = {"rows": len(lines), "sha256": sha256_of(path)}
+    (folder / "archive.json").write_text(json.dumps(told))
+
+
+def refused_archive(folder: Path, store: Store) -> str:
+    """The sentence by which an archive is refused; nothing of it stays."""
+    with pytest.raises((ExchangeError, StoreError)) as caught:
+        archive.import_archive(folder, store)
+    assert not any(rows(store).values())
+    assert not [*store.files.all_objects(), *store.files.views.rglob("*")]
+    assert not (store.studies.parent / "elsewhere").exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def bomb(size: int) -> str:
+    return base64.b64encode(zlib.compress(bytes(size))).decode()
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "said"),
+    [
+        *(
+            ("scan", "file", name, "outside of the studies")
+            for name in ("../x.nii.gz", "/tmp/x.nii.gz", "a/x.nii", "..")
+        ),
+        *(("scan", "name", name, "outside of the studies") for name in ("../../x", ".hidden", "", "a\0")),
+        *(("label_version", "tag", tag, "outside of the studies") for tag in ("../elsewhere", "..", "a/b", "/tmp")),
+        *(("label_version", "suffix", suffix, "outside of the studies") for suffix in ("/../../x.nii.gz", "\0")),
+        ("label_version", "source_suffix", "/../../x.nii.gz", "outside of the studies"),
+        *(("label_version", "sha256", sha256, "no SHA-256") for sha256 in ("../../../elsewhere", "A" * 64, "a" * 63)),
+        ("label_version", "source_sha256", "../x", "no SHA-256"),
+        ("label_version", "sha256", "a" * 64, "this label content is missing"),
+        ("label_version", "scan_id", 99, "contradict each other"),
+        ("label_version", "maker", "nobody", "contradict each other"),
+        ("label_version", "made_at", "2026-01-01", "no time with its zone"),
+        ("label_version", "made_at", 7, "no time with its zone"),
+        ("scan", "id", "1", "not of the type int"),
+        ("scan", "id", True, "not of the type int"),
+        ("scan", "id", 1 << 63, "too large"),
+        ("scan", "id", None, "is missing"),
+        ("scan", "name", "\ud800", "surrogates not allowed"),
+        ("score", "value", math.inf, "no JSON"),
+        ("score", "method", 1, "not of the type str"),
+        ("assessment_structure", "detail", bomb(1 << 28), "expands to more than"),
+        ("assessment_structure", "detail", bomb(99)[:8], "truncated"),
+        ("assessment_structure", "detail", "AAAA", "damaged"),
+        ("assessment_structure", "detail", "a-b", "base64"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_refused(
+    archived: Path, fresh: Store, table: str, column: str, value: object, said: str
+) -> None:
+    def change(lines: list[str]) -> list[str]:
+        return [json.dumps({**json.loads(lines[0]), column: value}), *lines[1:]]
+
+    rewritten(archived, table, change)
+    assert said in refused_archive(archived, fresh)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "does not hold the columns"),
+        ("{}", "does not hold the columns"),
+        ("[" * 100_000, "nested too deep"),
+        ("", "no JSON"),
+        (" " * ((1 << 26) + 1), "longer than"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused(archived: Path, fresh: Store, line: str, said: str) -> None:
+    rewritten(archived, "event", lambda lines: [*lines, line])
+    message = refused_archive(archived, fresh)
+    assert said in message
+    assert "event.jsonl: line " in message
+
+
+@pytest.mark.parametrize("table", ["scan", "label_version", "event", "score"])
+def test_rows_that_are_there_twice_are_refused(archived: Path, fresh: Store, table: str) -> None:
+    rewritten(archived, table, lambda lines: [*lines, lines[0]])
+    assert "contradict each other (UNIQUE constraint failed" in refused_archive(archived, fresh)
+
+
+def damaged_content(folder: Path) -> None:
+    path = next((folder / "labels").rglob("*.nii.gz"))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def pipe_for_content(folder: Path) -> None:
+    path = next((folder / "labels").rglob("*.nii.gz"))
+    path.unlink()
+    os.mkfifo(path)
+
+
+def fewer_rows(folder: Path) -> None:
+    told = json.loads((folder / "archive.json").read_text())
+    told["tables"]["event"]["rows"] += 1
+    (folder / "archive.json").write_text(json.dumps(told))
+
+
+def cut(folder: Path, file: str) -> None:
+    (folder / file).write_bytes((folder / file).read_bytes()[:-9])
+
+
+def pipe(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damaged_content, "this label content is damaged"),
+        (pipe_for_content, "this label content is missing"),
+        (lambda folder: shutil.rmtree(folder / "labels"), "this label content is missing"),
+        (fewer_rows, "export the archive again"),
+        (lambda folder: cut(folder, "tables/event.jsonl"), "event.jsonl: is missing or damaged"),
+        (lambda folder: (folder / "tables" / "scan.jsonl").unlink(), "scan.jsonl: is missing or damaged"),
+        (lambda folder: pipe(folder, "tables/scan.jsonl"), "scan.jsonl: is missing or damaged"),
+        (lambda folder: cut(folder, "archive.json"), "archive.json: is no file of an archive of segqc"),
+        (lambda folder: (folder / "archive.json").unlink(), "archive.json: cannot be read"),
+        (lambda folder: pipe(folder, "archive.json"), "archive.json: is no file"),
+        (lambda folder: changed(folder / "archive.json", revision="0000"), "revision 0000"),
+        (lambda folder: changed(folder / "archive.json", tables={}), "is missing or damaged"),
+    ],
+)
+def test_a_damaged_archive_changes_nothing(
+    archived: Path, fresh: Store, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(archived)
+    assert said in refused_archive(archived, fresh)
+
+
+def test_label_files_that_cannot_be_written_are_named_with_the_remedy(archived: Path, fresh: Store) -> None:
+    (fresh.studies / "labels").touch()  # a file in the folder's place
+    with pytest.raises(ExchangeError, match=r"the archive is imported, but .*'segqc db restore-views' writes"):
+        archive.import_archive(archived, fresh)
+    (fresh.studies / "labels").unlink()
+    for path in archived.parent.joinpath("studies").glob("*.n*"):
+        shutil.copy(path, fresh.studies)
+    assert take_in(fresh, scan_id, PLACING).removed_labels == 0, "a file that was never written was not removed"
+    upkeep.rebuild_views(fresh)
+    assert upkeep.check(fresh) == []
 
 
 def test_more_rows_than_fit_into_one_batch(folder: Path, tmp_path: Path) -> None:
@@ -608,7 +754,7 @@ def test_more_rows_than_fit_into_one_batch(folder: Path, tmp_path: Path) -> None
     (tmp_path / "fresh").mkdir()
     fresh = Store.open(tmp_path / "fresh")
     archive.import_archive(tmp_path / "archive", fresh)
-    assert rows(fresh) == rows(opened)
+    assert kept(fresh) == kept(opened)
     opened.close()
     fresh.close()
 
@@ -667,5 +813,5 @@ def test_the_archive_commands_lead_from_one_database_to_the_other_and_back(
     assert histories[0]
     assert histories[1:] == histories[:1] * 2
     refused = CliRunner().invoke(cli.app, ["import", "archive", str(tmp_path / "first"), str(tmp_path / "other")])
-    assert isinstance(refused.exception, ExchangeError)
-    assert "holds rows already; import into an empty database" in str(refused.exception)
+    assert isinstance(refused.exception, StoreError)
+    assert "is the database of the studies folder" in str(refused.exception)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +268,36 @@ def test_experts_and_structures_are_found_or_missed(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ValueError, match=r"of two experts, found \['a'\]"):
         find_experts(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("between", [" ", "\t", ";", ", ", " ; "])
+def test_structures_are_read_as_other_programs_write_them(
+    tmp_path: Path, encoding: str, end: str, between: str
+) -> None:
+    lines = [" 1", "Herz"], ["", ""], ["2 ", '"große Leber"'], ["1", "Herz "]
+    text = end.join(between.join(line) if any(line) else "" for line in lines)
+    (tmp_path / "labels.txt").write_bytes(text.encode(encoding))
+    assert read_structures(tmp_path) == (Structure("Herz", (1,)), Structure("große Leber", (2,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("value;name\n1;a", "'value;name' is not a label value and a name"),
+        ("1;a\n2;a", "'a' has two label values, 1 and 2"),
+        ("1;a\n1;b", "a label value has two names"),
+        ("1,5;a", "'1,5;a'"),
+        ("1;", "'1;'"),
+        ("1", "'1'"),
+    ],
+)
+def test_structures_of_two_meanings_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_structures(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_too_few_scans_are_refused(tmp_path: Path) -> None:

@@ -743,6 +743,17 @@ def test_info_tells_what_was_not_taken_in(client: TestClient, base: Path) -> Non
     assert client.get("/info/").json()["findings"] == []
 
 
+def test_info_tells_of_copies_of_an_image(client: TestClient, base: Path) -> None:
+    first = studies_of(client).scans()[0].image
+    shutil.copy(first, base / "copy.nii.gz")
+    app_instance().datastore().refresh()
+    (remark,) = client.get("/info/").json()["remarks"]
+    assert remark.startswith(f"copy.nii.gz, {first.name}: hold the same image")
+    (base / "copy.nii.gz").unlink()
+    app_instance().datastore().refresh()
+    assert client.get("/info/").json()["remarks"] == []
+
+
 def test_a_scan_that_is_replaced_while_it_is_handed_out(client: TestClient, base: Path, tmp_path: Path) -> None:
     write_scan(draw_case(5)[0], base / "turns.nii.gz")
     app_instance().datastore().refresh()

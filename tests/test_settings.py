@@ -139,7 +139,7 @@ def test_written_settings_come_back_whatever_the_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_settings_are_read_in_the_encodings_that_other_systems_write(tmp_path: Path, encoding: str, end: str) -> None:
     text = end.join(["[structures]", '"Größe" = [1]', "[server]", "port = 1001", ""])
     (tmp_path / "segqc.toml").write_bytes(text.encode(encoding))

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from segqc import cli
 from segqc.metrics import METRIC_NAMES
 from segqc.store import assessments, labels, scans, upkeep
-from segqc.store.database import StoreDamaged, StoreError, Transaction
+from segqc.store.database import REVISION, StoreDamaged, StoreError, Transaction
 from segqc.store.files import sha256_of
 from segqc.store.folder import Taken, take_in
 from segqc.store.store import Store
@@ -284,8 +284,8 @@ def test_a_damaged_database_is_found(store: Store) -> None:
 
 def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str | None) -> None:
     unopened = Store(folder, url)
-    assert upkeep.upgrade(unopened) == (None, "0003")
-    assert upkeep.upgrade(unopened) == ("0003", "0003")
+    assert upkeep.upgrade(unopened) == (None, REVISION)
+    assert upkeep.upgrade(unopened) == (REVISION, REVISION)
     with unopened.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="newer version of segqc"):
@@ -294,8 +294,11 @@ def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str 
 
 
 def forget_contents(transaction: Transaction) -> None:
-    """Take back what revision 0003 brought."""
+    """Take back what the revisions from 0003 on brought."""
     for statement in (
+        "DROP TABLE folder",
+        "DROP INDEX ix_scan_sha256",
+        "ALTER TABLE scan DROP COLUMN remarks",
         "DROP TABLE finding",
         "CREATE TABLE keeping (key VARCHAR NOT NULL PRIMARY KEY, value VARCHAR NOT NULL)",
         "DROP INDEX ix_scan_former_name",
@@ -316,7 +319,7 @@ def test_the_contents_of_scans_that_were_there_before_are_read_after_an_upgrade(
         forget_contents(transaction)
         transaction.execute(text("UPDATE alembic_version SET version_num = '0002'"))
     opened.close()
-    assert upkeep.upgrade(Store(folder, url)) == ("0002", "0003")
+    assert upkeep.upgrade(Store(folder, url)) == ("0002", REVISION)
     again = Store.open(folder, url, clock=clock)
     assert take_in(again, scan_id, PLACING) == Taken()
     with again.read() as transaction:
@@ -339,7 +342,7 @@ def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: s
     opened.close()
     with pytest.raises(StoreError, match="segqc db upgrade"):
         Store.open(folder, url)
-    assert upkeep.upgrade(Store(folder, url)) == ("0001", "0003")
+    assert upkeep.upgrade(Store(folder, url)) == ("0001", REVISION)
     again = Store.open(folder, url, clock=clock)
     with again.read() as transaction:
         assert assessments.read(transaction, number) == written
@@ -356,7 +359,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
-    assert "revision 0003, was empty" in run("upgrade", folder)
+    assert f"revision {REVISION}, was empty" in run("upgrade", folder)
     opened = Store.open(folder)
     take_in_scans(opened)
     label = save_final(opened, tmp_path, "scan_0", 3)
@@ -366,11 +369,27 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     opened.view_file(label).unlink()
     result = CliRunner().invoke(cli.app, ["db", "check", str(folder)])
     assert "label file is missing" in result.output
-    assert "1 findings" in str(result.exception)
+    assert "1 of 1 findings are damage" in str(result.exception)
     assert "1 label files" in run("restore-views", folder)
     opened.view_file(label).unlink()
     assert "nothing is wrong" in run("check", folder, "--repair")
     opened.close()
+
+
+def test_files_that_harm_nothing_are_told_and_are_no_failure(store: Store, folder: Path, final: LabelRecord) -> None:
+    (folder / "late.nii.gz").touch()
+    label_map(folder / "labels" / "final" / "nobody.nii.gz", 1)
+    label_map(store.view_file(final), 11)
+    stray = store.files.objects / "ab" / "stray.nii.gz"
+    stray.parent.mkdir(exist_ok=True)
+    stray.touch()
+    assert {finding.is_damage for finding in upkeep.check(store)} == {False}
+    if store.database.is_sqlite:
+        said = run("check", folder)
+        assert "nothing is damaged" in said
+        assert all(name in said for name in ("late.nii.gz", "nobody.nii.gz", "scan_1.nii.gz: was changed", "stray"))
+    store.label_file(final).unlink()
+    assert sum(finding.is_damage for finding in upkeep.check(store)) == 1
 
 
 def test_the_commands_use_the_database_of_the_settings(folder: Path, tmp_path: Path) -> None:

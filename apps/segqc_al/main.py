@@ -85,7 +85,8 @@ class SegqcApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
-        ``findings`` are the files of the folder that were not taken in, the first ones where there are many. While the
+        ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that
+        were, the first ones where there are many. While the
         database is away, clients are told what they were told last, and ``problem`` says so.
         """
         try:
@@ -100,7 +101,8 @@ class SegqcApp(MONAILabelApp):
         running, stats = self._running(), told["train_stats"]
         # 3D Slicer and OHIF show the first one only
         told["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
-        return {**told, "labels": list(self.desk.labels()), "findings": aside}
+        remarks = self.datastore().remarks()[:_MOST_FINDINGS]
+        return {**told, "labels": list(self.desk.labels()), "findings": aside, "remarks": remarks}
 
     def _running(self) -> str | None:
         """The network that is trained now, or first of those that wait; None where there is none."""

@@ -58,7 +58,7 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the scans with patient, fold, role, state, and the estimated Dice of those that wait.
 
-    Below them, the files that were not taken in, and why.
+    Below them, the files that were not taken in, and why, and remarks on those that were.
     """
     from segqc.store import assessments, findings
     from segqc.store import leases as leased
@@ -66,6 +66,7 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
 
     studies = studies_at(folder, config)
     studies.refresh()
+    remarks = studies.remarks()
     with studies.store.read() as transaction:
         found = stored.listing(transaction)
         handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
@@ -99,11 +100,15 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
     ]
     title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
     told = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": told})
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": told, "remarks": remarks})
     if aside and not as_json:
         typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
         for finding in aside:
             typer.echo(visible(finding.sentence), err=as_csv)
+    if remarks and not as_json:
+        typer.secho(f"{folder}: {len(remarks)} remarks", bold=True, err=as_csv)
+        for remark in remarks:
+            typer.echo(visible(remark), err=as_csv)
 
 
 @app.command()

@@ -83,11 +83,7 @@ def kept_store(folder: Path) -> Store:
 
 def open_store(folder: Path) -> Store:
     """The store of a studies folder, with all in it that lies in the folder now."""
-    from segqc.store.folder import take_in
-
-    store, settings = kept_store(folder), settings_of(folder)
-    take_in(store, settings.patient_of, settings.placing())
-    return store
+    return studies_at(folder, None).store
 
 
 @contextmanager

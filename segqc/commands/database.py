@@ -80,7 +80,7 @@ def check(
 ) -> None:
     """Compare every row with its file and every file with its row; each content is read and hashed.
 
-    The exit code is 1 if something is wrong.
+    The exit code is 1 if something is damaged or missing; files that are not taken in harm nothing.
     """
     from segqc.store import upkeep
 
@@ -92,9 +92,10 @@ def check(
         findings = upkeep.check(store, report)
     for finding in findings:
         typer.echo(visible(f"{finding.what}; {finding.remedy}"))
-    if findings:
-        raise CommandError(f"{folder}: {len(findings)} findings")
-    typer.echo(f"{folder}: nothing is wrong")
+    damaged = sum(finding.is_damage for finding in findings)
+    if damaged:
+        raise CommandError(f"{folder}: {damaged} of {len(findings)} findings are damage")
+    typer.echo(f"{folder}: nothing is {'damaged' if findings else 'wrong'}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ should go; against the first expert's own, before something was implanted, it is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ Report: TypeAlias = Callable[[str], None]
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 EVERY_BOX = BoxSettings(min_distance_voxels=0.0, min_area_mm2=0.0, max_slice_share=1.0)
 RESAMPLES = 1000
+_LABEL_LINE = re.compile(r'\s*(?P<value>[0-9]+)[\s,;]+(?:"(?P<quoted>[^"]+)"|(?P<name>[^\s,;"][^;"]*?))\s*')
 _KIND_COLOURS: Mapping[str, str] = {"missing slice": "#009E73", "leak": "#D55E00", "cut": "#CC79A7"}
 
 
@@ -263,8 +265,11 @@ def find_experts(folder: Path) -> tuple[str, str]:
 def read_structures(folder: Path) -> tuple[Structure, ...]:
     """The structures of a folder's ``labels.txt``: a label value and a name per line.
 
+    Blanks, a tabulator, a comma or a semicolon stand between both, the name may be in double quotes, and lines that are
+    empty or there twice count for nothing.
+
     Raises:
-        ValueError: if the file is missing, or a line is none of these.
+        ValueError: if the file is missing, a line is none of these, or a value or a name has two meanings.
     """
     path = folder / "labels.txt"
     if not path.is_file():
@@ -273,11 +278,17 @@ def read_structures(folder: Path) -> tuple[Structure, ...]:
         text = decode_text(path.read_bytes())
     except TextError as error:
         raise ValueError(f"{path}: {error}") from error
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    wrong = [" ".join(line) for line in lines if len(line) != 2 or not line[0].isdecimal()]
-    if wrong:
-        raise ValueError(f"{path}: the line {wrong[0]!r} is not a label value and a name")
-    return tuple(Structure(name.strip(), (int(value),)) for value, name in lines)
+    values: dict[str, int] = {}
+    for line in filter(str.strip, text.splitlines()):
+        found = _LABEL_LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{path}: the line {' '.join(line.split())!r} is not a label value and a name")
+        value, name = int(found["value"]), found["quoted"] or found["name"]
+        if values.setdefault(name, value) != value:
+            raise ValueError(f"{path}: the name {name!r} has two label values, {values[name]} and {value}; rename one")
+    if len(set(values.values())) < len(values):
+        raise ValueError(f"{path}: a label value has two names ({', '.join(values)}); remove one")
+    return tuple(Structure(name, (value,)) for name, value in values.items())
 
 
 def read_cases(

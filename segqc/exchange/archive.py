@@ -6,34 +6,47 @@
     <folder>/tables/<table>.jsonl   a row a line, in the order in which rows refer to each other
     <folder>/labels/                the content of every label version, as in a studies folder's own part
 
-Scans, settings and networks are not part of it.
+Scans, settings and networks are not part of it, nor is how the files below ``labels/`` were left: they are made anew.
+An archive is trusted no more than any other file: every row is checked before the first one is written, and what names
+files of the folder must name files in it.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from pydantic import JsonValue, TypeAdapter
-from sqlalchemy import LargeBinary, Table, func, insert, select, text
+from sqlalchemy import JSON, Column, LargeBinary, Table, func, insert, select, text
+from sqlalchemy.exc import StatementError
 
 from segqc.exchange.dataset import ExchangeError, read_json, refuse_existing, write_json
 from segqc.store import labels
-from segqc.store.database import REVISION, Transaction
+from segqc.store.database import REVISION, StoreError, Transaction
 from segqc.store.files import LabelFiles, sha256_of
-from segqc.store.schema import Base, LabelVersion, Scan, UtcDateTime
+from segqc.store.schema import Base, Folder, LabelVersion, LabelView, Scan, UtcDateTime
 from segqc.store.store import Store
 from segqc.store.upkeep import Report, copy_contents, rebuild_views, silent
 from segqc.volumes import atomic_write
 
 _FILE: Final = "archive.json"
 _AT_ONCE: Final = 1000
+_LONGEST_LINE: Final = 1 << 26  # bytes
+_LARGEST_VALUE: Final = 1 << 26  # bytes of a compressed value, once expanded
+_LARGEST_INTEGER: Final = 1 << 63  # of both databases
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_OF_THE_FOLDER: Final = (LabelView.__tablename__, Folder.__tablename__)
+_TABLES: Final = tuple(table for table in Base.metadata.sorted_tables if table.name not in _OF_THE_FOLDER)
 
 Value: TypeAlias = "JsonValue | dt.datetime | bytes"
 
@@ -68,7 +81,7 @@ def export_archive(store: Store, folder: Path, report: Report = silent) -> dict[
         (temporary / "tables").mkdir(parents=True)
         tables = {}
         with store.read() as transaction:
-            for table in Base.metadata.sorted_tables:
+            for table in _TABLES:
                 path = temporary / "tables" / f"{table.name}.jsonl"
                 rows = _write_rows(transaction, table, path)
                 tables[table.name] = _TableFile(rows, sha256_of(path))
@@ -79,7 +92,7 @@ def export_archive(store: Store, folder: Path, report: Report = silent) -> dict[
 
 
 def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[str, int]:
-    """Put an archive into a store that holds nothing yet: the same rows with the same ids, contents, and views.
+    """Put an archive into a store that holds nothing yet: the same rows with the same ids, contents, and label files.
 
     The scans have to be in the studies folder by themselves; one that is not counts as missing until it is.
 
@@ -87,8 +100,9 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
         The number of rows by table.
 
     Raises:
-        ExchangeError: if the archive is damaged or of another revision, or the store holds something already.
-        StoreError: if a label content is missing or damaged.
+        ExchangeError: if the archive is damaged or of another revision, or the store holds something already. Nothing
+            has changed then.
+        StoreError: if a label content is missing or damaged. Nothing has changed then.
     """
     archive = read_json(folder / _FILE, _ARCHIVE, "an archive of segqc")
     if archive.revision != REVISION:
@@ -96,32 +110,57 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
             f"{folder / _FILE}: its tables are of revision {archive.revision}, and this segqc has {REVISION}; import "
             "it with the version that wrote it, and upgrade the store then"
         )
-    for table in Base.metadata.sorted_tables:
+    contents: set[tuple[str, str]] = set()
+    for table in _TABLES:
         path, said = _table_file(folder, table), archive.tables.get(table.name)
         if said is None or not path.is_file() or sha256_of(path) != said.sha256:
             raise ExchangeError(f"{path}: is missing or damaged; copy the archive again")
+        count = 0
+        for row in _rows(table, path):
+            count += 1
+            if table.name == LabelVersion.__tablename__:
+                contents |= _contents(row)
+        if count != said.rows:
+            raise ExchangeError(f"{path}: holds {count} rows and not the {said.rows} told; export the archive again")
     if found := sorted(path for path in store.files.views.glob("[!.]*/[!.]*") if path.is_file()):
         raise ExchangeError(f"{found[0]}: labels lie in the folder already; move them away first")
-    for row in _lines(_table_file(folder, Base.metadata.tables[Scan.__tablename__])):
-        if row["file"] != os.path.basename(str(row["file"])):
-            raise ExchangeError(
-                f"{folder}: names the scan file {row['file']!r}, which lies outside of a studies folder; do not use it"
-            )
     _refuse_rows(store)
-    copy_contents(_files(folder), sorted(_contents(folder)), store.files, report)
-    counts = {}
-    with store.write() as transaction:
-        for table in Base.metadata.sorted_tables:
-            counts[table.name] = _read_rows(transaction, table, _table_file(folder, table))
-        if not store.database.is_sqlite:
-            _continue_numbers(transaction)
-    rebuild_views(store, report=report)
-    return counts
+    with _taken_back_on_error(store.files):
+        copy_contents(_files(folder), sorted(contents), store.files, report)
+        try:
+            with store.write() as transaction:
+                for table in _TABLES:
+                    _insert_rows(transaction, table, _table_file(folder, table))
+                if not store.database.is_sqlite:
+                    _continue_numbers(transaction)
+        except StatementError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            raise ExchangeError(f"{folder}: its rows contradict each other ({reason}); export it again") from error
+    try:
+        rebuild_views(store, report=report)
+    except (OSError, StoreError) as error:
+        raise ExchangeError(
+            f"{store.studies}: the archive is imported, but not all files below labels/ could be written ({error}); "
+            "'segqc db restore-views' writes the others"
+        ) from error
+    return {table.name: archive.tables[table.name].rows for table in _TABLES}
+
+
+@contextlib.contextmanager
+def _taken_back_on_error(files: LabelFiles) -> Iterator[None]:
+    """Remove the label contents that were copied in a block which fails."""
+    before = set(files.all_objects())
+    try:
+        yield
+    except BaseException:
+        for path in set(files.all_objects()) - before:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_rows(store: Store) -> None:
     with store.read() as transaction:
-        for table in Base.metadata.sorted_tables:
+        for table in _TABLES:
             if transaction.scalar(select(func.count()).select_from(table)):
                 raise ExchangeError(
                     f"{store.database.shown}: the store holds rows already; import into an empty database, and a "
@@ -137,15 +176,10 @@ def _table_file(folder: Path, table: Table) -> Path:
     return folder / "tables" / f"{table.name}.jsonl"
 
 
-def _contents(folder: Path) -> set[tuple[str, str]]:
-    rows = _lines(_table_file(folder, Base.metadata.tables[LabelVersion.__tablename__]))
-    found = set()
-    for row in rows:
-        for address, end in (("sha256", "suffix"), ("source_sha256", "source_suffix")):
-            sha256, suffix = row[address], row[end]
-            if isinstance(sha256, str) and isinstance(suffix, str):
-                found.add((sha256, suffix))
-    return found
+def _contents(row: dict[str, Value]) -> set[tuple[str, str]]:
+    """Address and suffix of the contents of a label version."""
+    pairs = ((row["sha256"], row["suffix"]), (row["source_sha256"], row["source_suffix"]))
+    return {(sha256, suffix) for sha256, suffix in pairs if isinstance(sha256, str) and isinstance(suffix, str)}
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -163,23 +197,75 @@ def _write_rows(transaction: Transaction, table: Table, path: Path) -> int:
     return count
 
 
-def _read_rows(transaction: Transaction, table: Table, path: Path) -> int:
-    decode = _decoders(table)
-    count = 0
+def _insert_rows(transaction: Transaction, table: Table, path: Path) -> None:
     batch: list[dict[str, Value]] = []
-    for row in _lines(path):
-        batch.append({name: decode[name](value) if name in decode else value for name, value in row.items()})
+    for row in _rows(table, path):
+        batch.append(row)
         if len(batch) == _AT_ONCE:
             transaction.execute(insert(table), batch)
-            count, batch = count + len(batch), []
+            batch = []
     if batch:
         transaction.execute(insert(table), batch)
-    return count + len(batch)
 
 
-def _lines(path: Path) -> Iterator[dict[str, JsonValue]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def _rows(table: Table, path: Path) -> Iterator[dict[str, Value]]:
+    """The rows of a table's file.
+
+    Raises:
+        ExchangeError: if a line is none of them.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
+            try:
+                yield _row(table, line)
+            except (ValueError, RecursionError) as error:
+                reason = "is nested too deep" if isinstance(error, RecursionError) else error
+                raise ExchangeError(f"{path}: line {number}: {reason}; export the archive again") from error
+
+
+def _row(table: Table, line: bytes) -> dict[str, Value]:
+    """A line of a table's file as a row.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if len(line) > _LONGEST_LINE:
+        raise ValueError(f"is longer than {_LONGEST_LINE} bytes")
+    try:
+        found = json.loads(line.decode("utf-8"), parse_constant=_no_number)
+    except ValueError as error:
+        raise ValueError("is no JSON") from error
+    if not isinstance(found, dict) or found.keys() != set(table.columns.keys()):
+        raise ValueError(f"does not hold the columns of {table.name}")
+    row = {}
+    for name, column in table.columns.items():
+        try:
+            row[name] = _decoded(column, found[name])
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+    if table.name == Scan.__tablename__:
+        _check_names(row, ("name", "file"))
+    elif table.name == LabelVersion.__tablename__:
+        _check_names(row, ("tag",))
+        _check_names({end: f"x{row[end] or ''}" for end in ("suffix", "source_suffix")}, ("suffix", "source_suffix"))
+        for name in ("sha256", "source_sha256"):
+            if row[name] is not None and not _SHA256.fullmatch(str(row[name])):
+                raise ValueError(f"{name} is no SHA-256")
+    return row
+
+
+def _no_number(text: str) -> JsonValue:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _check_names(row: Mapping[str, Value], columns: Sequence[str]) -> None:
+    """Refuse what would name a file outside of its folder, or a hidden one."""
+    for column in columns:
+        name = str(row[column])
+        if name != os.path.basename(name) or name.startswith(".") or not name or "\0" in name:
+            raise ValueError(f"{column} {name!r} is no plain name of a file: it may lie outside of the studies folder")
 
 
 def _encoded(value: Value) -> JsonValue:
@@ -188,22 +274,51 @@ def _encoded(value: Value) -> JsonValue:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
-def _decoders(table: Table) -> Mapping[str, Callable[[JsonValue], Value]]:
-    found: dict[str, Callable[[JsonValue], Value]] = {}
-    for column in table.columns:
-        if isinstance(column.type, UtcDateTime):
-            found[column.name] = _time
-        elif isinstance(column.type, LargeBinary):
-            found[column.name] = _bytes
-    return found
+def _decoded(column: Column[Any], value: JsonValue) -> Value:
+    """The value of a column, of its type.
+
+    Raises:
+        ValueError: if it is of another one.
+    """
+    if value is None:
+        if not column.nullable:
+            raise ValueError("is missing")
+        return None
+    if isinstance(column.type, JSON):
+        return value
+    if isinstance(column.type, UtcDateTime):
+        time = dt.datetime.fromisoformat(value) if isinstance(value, str) else None
+        if time is None or time.tzinfo is None:
+            raise ValueError("is no time with its zone")
+        return time
+    if isinstance(column.type, LargeBinary):
+        return _compressed(value)
+    kind = column.type.python_type
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"is not of the type {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("is no finite number")
+    if isinstance(value, int) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:
+        raise ValueError("is too large")
+    if isinstance(value, str):
+        value.encode()
+    return value
 
 
-def _time(value: JsonValue) -> dt.datetime | None:
-    return None if value is None else dt.datetime.fromisoformat(str(value))
-
-
-def _bytes(value: JsonValue) -> bytes | None:
-    return None if value is None else base64.b64decode(str(value))
+def _compressed(value: JsonValue) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("is not base64")
+    content = base64.b64decode(value, validate=True)
+    expanding = zlib.decompressobj()
+    try:
+        expanding.decompress(content, _LARGEST_VALUE)
+    except zlib.error as error:
+        raise ValueError("is damaged") from error
+    if not expanding.eof:
+        raise ValueError(f"is truncated, or expands to more than {_LARGEST_VALUE} bytes")
+    return content
 
 
 def _continue_numbers(transaction: Transaction) -> None:

@@ -97,6 +97,8 @@ def read_json(path: Path, kind: TypeAdapter[T], program: str) -> T:
     Raises:
         ExchangeError: if it is missing or of another form.
     """
+    if path.exists() and not path.is_file():
+        raise ExchangeError(f"{path}: is no file; wanted a folder of {program}")
     try:
         return kind.validate_json(decode_text(path.read_bytes()))
     except TextError as error:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 from segqc.placement import Placement
 from segqc.settings import Settings, load_settings
-from segqc.store import assessments, findings, labels, scans
+from segqc.store import assessments, findings, labels, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS, Transaction
-from segqc.store.folder import Added, add_scan, is_unchanged, take_in
+from segqc.store.folder import Added, add_scan, is_unchanged, regroup, take_in
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
@@ -88,6 +88,7 @@ class Studies:
         self.settings = settings or load_settings(self.folder)
         self._patience_seconds = patience_seconds
         self.watched = watched
+        self._misplaced: list[str] = []
 
     @property
     def own(self) -> Path:
@@ -105,6 +106,8 @@ class Studies:
         store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
         if not self.watched:
             take_in(store, self.settings.patient_of, self.settings.placing())
+        if self.settings.names_patients:
+            self._misplaced = regroup(store, self.settings.patient_now, self.settings.placing())
         return store
 
     def take_in(self, *, stop: Callable[[], bool] = lambda: False) -> None:
@@ -124,6 +127,11 @@ class Studies:
         """The files of the folder that were not taken in, each with a sentence that says why."""
         with self.store.read() as transaction:
             return findings.listing(transaction)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of scans that were taken in, a sentence each."""
+        with self.store.read() as transaction:
+            return [*self._misplaced, *remarks.listing(transaction)]
 
     def is_unchanged(self, scan: ScanRecord) -> bool:
         """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""

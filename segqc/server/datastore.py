@@ -50,6 +50,7 @@ class StoreDatastore(Datastore):
         self._studies = studies
         self._store = studies.store
         self._findings: list[FindingRecord] = []
+        self._remarks: list[str] = []
         self._name = studies.folder.name
         self._description = "Scans of a studies folder"
 
@@ -336,11 +337,15 @@ class StoreDatastore(Datastore):
     def refresh(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Take in what has changed in the folder."""
         self._studies.take_in(stop=stop)
-        self._findings = self._studies.findings()
+        self._findings, self._remarks = self._studies.findings(), self._studies.remarks()
 
     def findings(self) -> list[FindingRecord]:
         """What was not taken in, as of the last `refresh`; does not wait for the database."""
         return self._findings
+
+    def remarks(self) -> list[str]:
+        """What a user should know of scans that were taken in, as of the last `refresh`."""
+        return self._remarks
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Pack scans with final labels into a ZIP file; the caller removes it.

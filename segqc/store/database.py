@@ -62,7 +62,7 @@ Parameters: TypeAlias = Mapping[str, object]
 Ts = TypeVarTuple("Ts")
 
 DATABASE_FILE: Final = "store.sqlite"
-REVISION: Final = "0003"
+REVISION: Final = "0004"
 PATIENCE_SECONDS: Final = 60.0
 _PAUSE_SECONDS: Final = 1.0  # between tries to reach a server that did not answer
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads

@@ -52,6 +52,7 @@ _FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seco
 _DICOM_MAGIC_END: Final = 132
 
 PatientOf: TypeAlias = Callable[[Path], str]
+PatientNow: TypeAlias = Callable[[Path, str], str]
 Stop: TypeAlias = Callable[[], bool]
 
 
@@ -134,6 +135,52 @@ def take_in(store: Store, patient_of: PatientOf, placing: Placing, *, stop: Stop
     return Taken(new, missing, added, removed, replaced)
 
 
+def regroup(store: Store, patient_now: PatientNow, placing: Placing) -> list[str]:
+    """Give scans the patients that the settings name by now, where these were written after the scans came.
+
+    A scan that is handed out stays where it is, and so does one that networks were trained with, if it would change its
+    fold or role: what they were judged by would be among what they have learnt.
+
+    Args:
+        store: the store.
+        patient_now: the patient that a scan file should be of, given the one that it is of.
+        placing: how new patients get their fold and role.
+
+    Returns:
+        A sentence for each scan that stays with another patient.
+    """
+    with store.read() as transaction:
+        found = [scan for scan in scans.listing(transaction) if scan.former_name is None]
+        handed_out = {lease.scan for lease in leases.listing(transaction, state="open")}
+    moving: list[tuple[ScanRecord, str]] = []
+    for scan in found:
+        with contextlib.suppress(VolumeError, OSError):  # its side-car cannot be read: nothing new is known
+            if (patient := patient_now(store.studies / scan.file, scan.patient)) != scan.patient:
+                moving.append((scan, patient))
+    if not moving:
+        return []
+    places = {scan.patient: (scan.fold, scan.role) for scan in found}
+    trained = any((store.own / name).is_dir() for name in ("models", "training"))
+    told: list[str] = []
+    free: list[tuple[ScanRecord, str]] = []
+    for scan, patient in moving:
+        stays = f"{scan.file}: stays with the patient {scan.patient!r}, and not {patient!r} as the settings say"
+        if scan.name in handed_out:
+            told.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
+        elif trained and scan.state != "unlabelled" and places.get(patient) != places[scan.patient]:
+            told.append(
+                f"{stays}, as networks were trained with it; move segqc/models and segqc/training away to begin anew"
+            )
+        elif store.is_writable:
+            free.append((scan, patient))
+    if free:
+        with store.write() as transaction:
+            for scan, patient in free:
+                scans.assign_patient(transaction, scan.name, patient, placing, FOLDER)
+        logger.warning("%d scans are of other patients now, as the settings say", len(free))
+    return told
+
+
 def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, placing: Placing) -> bool:
     """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not."""
     try:
@@ -192,7 +239,8 @@ def add_scan(store: Store, source: Path, name: str, suffix: str, patient_of: Pat
             except FileExistsError as error:
                 raise ScanExists(name) from error
             linked = True
-            found = FoundScan(name, target.name, patient_of(target), content.sha256, signature_of(target.stat()))
+            signature = signature_of(target.stat())
+            found = FoundScan(name, target.name, patient_of(target), content.sha256, signature, content.warnings)
             scans.take_in(transaction, [found], placing, FOLDER)
             findings.clear(transaction, [target.name])
             findings.clear_labels_of(transaction, [name])
@@ -242,6 +290,7 @@ class _Looked:
     signature: str
     sha256: str = ""
     patient: str | None = None
+    remarks: tuple[str, ...] = ()
     finding: Finding | None = None
 
 
@@ -393,7 +442,7 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
                 except VolumeError as error:  # of a side-car, perhaps: looked at again each time
                     return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
                 content = store.intake.scan(path, file)
-                looked = _Looked(file, signature, content.sha256, patient)
+                looked = _Looked(file, signature, content.sha256, patient, content.warnings)
                 for warning in content.warnings:
                     logger.warning("%s: %s", file, warning)
         except FileNotFoundError:
@@ -448,7 +497,7 @@ def _note(
                 touched.append((scan, look.sha256, look.signature))
         elif look.patient is not None:
             name = scan.name if scan is not None else scan_id(look.file)
-            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature)
+            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature, look.remarks)
             changed.add(name)
             if scan is None:
                 new.append(found)

@@ -169,35 +169,47 @@ def _open(
     rules: LeaseRules,
 ) -> LeaseRecord:
     name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
-    values = {
-        "scan_id": choice.scan_id,
-        "actor_id": actor,
-        "strategy": choice.order or strategy,
-        "score": choice.score if draw == "strategy" else ranking_dice,
-        "draw": draw,
-        "probability": probability,
-        "pool": choice.pool,
-        **_begun(transaction, choice.scan_id, name, who, rules),
-    }
-    number = transaction.insert(Assignment, **values)
+    begun = _begin(transaction, choice.scan_id, name, who, rules)
+    number = transaction.insert(
+        Assignment,
+        scan_id=choice.scan_id,
+        actor_id=actor,
+        state="open",
+        slot=begun.slot,
+        handed_out_at=transaction.now,
+        expires_at=begun.expires_at,
+        strategy=choice.order or strategy,
+        score=choice.score if draw == "strategy" else ranking_dice,
+        draw=draw,
+        probability=probability,
+        pool=choice.pool,
+        label_version_id=begun.label_version_id,
+        assessment_id=begun.assessment_id,
+    )
     events.record(transaction, who, "handed out", "scan", choice.scan_id, {"lease": number})
     return get(transaction, number)
 
 
-def _begun(transaction: Transaction, scan_id: int, scan: str, who: Who, rules: LeaseRules) -> dict[str, object]:
-    """What is noted of a lease that begins now, in a free place, with the mask that is current and its estimate."""
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A lease that begins: its place among the scan's readers, its end, and the current mask with its estimate."""
+
+    slot: int
+    expires_at: dt.datetime
+    label_version_id: int | None
+    assessment_id: int | None
+
+
+def _begin(transaction: Transaction, scan_id: int, scan: str, who: Who, rules: LeaseRules) -> _Begun:
     taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars())
     start = labels.start_of(transaction, scan)
     minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
-    return {
-        "slot": next(i for i in range(len(taken) + 1) if i not in taken),
-        "state": "open",
-        "handed_out_at": transaction.now,
-        "expires_at": transaction.now + dt.timedelta(minutes=minutes),
-        "closed_at": None,
-        "label_version_id": start.id if start is not None else None,
-        "assessment_id": assessments.latest_id(transaction, start.id) if start is not None else None,
-    }
+    return _Begun(
+        next(i for i in range(len(taken) + 1) if i not in taken),
+        transaction.now + dt.timedelta(minutes=minutes),
+        start.id if start is not None else None,
+        assessments.latest_id(transaction, start.id) if start is not None else None,
+    )
 
 
 def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
@@ -249,8 +261,10 @@ def resume(transaction: Transaction, scan: str, who: Who, rules: LeaseRules) -> 
     for other in transaction.scalars(select(Assignment).where(*mine)).all():
         _close(transaction, other, "released", who)
     transaction.flush()
-    for name, value in _begun(transaction, row.scan_id, scan, who, rules).items():
-        setattr(row, name, value)
+    begun = _begin(transaction, row.scan_id, scan, who, rules)
+    row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
+    row.slot, row.expires_at = begun.slot, begun.expires_at
+    row.label_version_id, row.assessment_id = begun.label_version_id, begun.assessment_id
     transaction.flush()
     events.record(transaction, who, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)

@@ -63,7 +63,8 @@ class FoundScan:
     """A scan file found in the folder: its path relative to it, the id it should have, and its patient.
 
     Where two files would have the same id (``a.nii`` and ``a.nrrd``), the later one's id is its whole file name.
-    ``sha256`` and ``signature`` are of its content, where that is known (see `files.signature_of`).
+    ``sha256`` and ``signature`` are of its content, where that is known (see `files.signature_of`), and ``remarks``
+    what the intake said of it.
     """
 
     name: str
@@ -71,6 +72,7 @@ class FoundScan:
     patient: str
     sha256: str | None = None
     signature: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def find(transaction: Transaction, name: str) -> Scan:
@@ -213,6 +215,7 @@ def take_in(
                 "added_at": transaction.now,
                 "sha256": f.sha256,
                 "signature": f.signature,
+                "remarks": list(f.remarks) or None,
             }
             for f in new
         ],

@@ -134,7 +134,8 @@ class Scan(Base):
 
     A row is one content, ``sha256`` (NULL until its file was read); ``signature`` tells quickly that the file still
     holds it. When another content takes its file's place, the row is retired: it gets another name, ``former_name`` is
-    the one that it had, and it counts as missing until its content returns.
+    the one that it had, and it counts as missing until its content returns. ``remarks`` are the sentences of the intake
+    about what was decided where the file contradicts itself.
     """
 
     __tablename__ = "scan"
@@ -153,9 +154,10 @@ class Scan(Base):
     info: Mapped[JsonObject] = mapped_column(Json)
     added_at: Mapped[dt.datetime]
     missing_since: Mapped[dt.datetime | None]
-    sha256: Mapped[str | None]
+    sha256: Mapped[str | None] = mapped_column(index=True)
     signature: Mapped[str | None]
     former_name: Mapped[str | None] = mapped_column(index=True)
+    remarks: Mapped[list[str] | None] = mapped_column(Json)
     __table_args__ = (
         ForeignKeyConstraint(["patient_id", "queue"], ["patient.id", "patient.role"], name="fk_scan_queue"),
         CheckConstraint(_one_of("state", get_args(ScanState)), name="state"),
@@ -169,6 +171,17 @@ class Scan(Base):
         Index("ix_scan_state", "state", "id"),
         {"sqlite_autoincrement": True},
     )
+
+
+class Folder(Base):
+    """The studies folder that the database belongs to, in one row; a folder's own database needs none.
+
+    ``id`` lies in a file of the folder, too; ``path`` is where the folder was when it was last opened.
+    """
+
+    __tablename__ = "folder"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    path: Mapped[str]
 
 
 class FindingRow(Base):

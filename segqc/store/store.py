@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from filelock import FileLock
+from sqlalchemy import select
 
 from segqc.store import labels, leases, scans
 from segqc.store.database import (
@@ -33,13 +34,14 @@ from segqc.store.events import FOLDER
 from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
 from segqc.store.labels import FINAL, RETURNED, NewLabel
-from segqc.store.schema import OPEN_STATES
+from segqc.store.schema import OPEN_STATES, Folder
 from segqc.store.values import LabelRecord, ScanRecord, ScanState, Who
-from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_id, label_suffix, write_labels
+from segqc.volumes import SCAN_SUFFIXES, VolumeError, atomic_write, label_id, label_suffix, write_labels
 
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
+_FOLDER_ID: Final = "folder-id"  # the file that tells a database outside of the folder whose it is
 RESTORING_FILE: Final = "restoring"  # is there while a restore puts the store into place
 _ANY: Final = AnyContent()
 _NOT_TAKEN_IN: Final = "not_taken_in"  # in the notes of a version that keeps a file which is no label map
@@ -122,6 +124,8 @@ class Store:
         if (store.own / RESTORING_FILE).exists():
             raise StoreError(f"{store.studies}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()
+        if url is not None:
+            store._claim_database()
         if store.is_writable:
             store.recover()
         else:
@@ -164,6 +168,32 @@ class Store:
             raise StoreError(
                 f"{self.database.shown}: the store's tables are of revision {found}, wanted {REVISION}; {remedy}"
             )
+
+    def _claim_database(self) -> None:
+        """Make a database outside of the folder this folder's.
+
+        Raises:
+            StoreError: if it is another folder's: each would take the other's scans for missing.
+        """
+        marker = self.own / _FOLDER_ID
+        mine = marker.read_text(encoding="utf-8") if marker.is_file() else None
+        with self.read() as transaction:
+            owner = transaction.scalar(select(Folder))
+        if owner is not None and (owner.id != mine or _is_another(owner, self.studies)):
+            raise StoreError(
+                f"{self.database.shown}: is the database of the studies folder {owner.path}; name another one for "
+                f"{self.studies} ([store] url), or, if that folder was moved here, bring its segqc/{_FOLDER_ID} along"
+            )
+        if not self.is_writable or (owner is not None and owner.path == str(self.studies)):
+            return
+        with self.write() as transaction:
+            row = transaction.scalar(select(Folder))
+            if row is None:
+                row = Folder(id=mine or uuid.uuid4().hex, path="")
+                transaction.add(row)
+                with atomic_write(marker) as temporary:
+                    temporary.write_text(row.id, encoding="utf-8")
+            row.path = str(self.studies)
 
     def read(self) -> contextlib.AbstractContextManager[Transaction]:
         """A transaction that reads one state and changes nothing."""
@@ -512,6 +542,13 @@ class Store:
             over = [*([final] if final is not None else []), *read]
             changes += [LabelChange(NewLabel(scan, f.tag, "removal", who, parent=f.id), None) for f in over]
         self.change_labels(changes, first=decide)
+
+
+def _is_another(owner: Folder, studies: Path) -> bool:
+    """Whether the folder that a database belongs to is there, and is not this one: this one is a copy of it then."""
+    path = Path(owner.path)
+    marker = path / OWN_FOLDER / _FOLDER_ID
+    return marker.is_file() and marker.read_text(encoding="utf-8") == owner.id and not path.samefile(studies)
 
 
 def suffix_of(path: Path) -> str:

@@ -38,10 +38,14 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong in a store: what, and what to do about it."""
+    """Something about a store: what, and what to do about it.
+
+    ``is_damage`` is false for what harms nothing: files that are not taken in, or not yet, and leftovers.
+    """
 
     what: str
     remedy: str
+    is_damage: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +119,9 @@ def copy_contents(
 
 
 def _copy_checked(kept: Path, sha256: str, target: Path) -> None:
-    try:
-        found = copy_with_sha256(kept, target)
-    except FileNotFoundError as error:
-        raise StoreError(f"{kept}: this label content is missing; copy it from a backup") from error
+    if not kept.is_file():  # nor a pipe, which would be waited for
+        raise StoreError(f"{kept}: this label content is missing; copy it from a backup")
+    found = copy_with_sha256(kept, target)
     if found != sha256:
         raise StoreError(f"{kept}: this label content is damaged; replace it by the one of a backup")
 
@@ -153,7 +156,11 @@ def check(store: Store, report: Report = silent) -> list[Finding]:
     found += _view_findings(store, report)
     found += _scan_findings(store)
     found += [
-        Finding(f"{path}: left over from a label change whose process died", "'segqc db check --repair' cleans it up")
+        Finding(
+            f"{path}: left over from a label change whose process died",
+            "'segqc db check --repair' cleans it up",
+            is_damage=False,
+        )
         for path in store.files.leftovers()
     ]
     return found
@@ -218,7 +225,7 @@ def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
         known = {store.files.object_path(*content) for content in labels.contents(transaction)}
         strangers = [path for path in strangers if path.exists() and path not in known]
     for path in strangers:
-        yield Finding(f"{path}: no label version speaks of this file", "it may be removed")
+        yield Finding(f"{path}: no label version speaks of this file", "it may be removed", is_damage=False)
 
 
 def _scan_findings(store: Store) -> Iterator[Finding]:
@@ -230,13 +237,13 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
     for file in sorted(missing.keys() | files):
         path = store.studies / file
         if file in kept_aside:
-            yield Finding(kept_aside[file], _ASIDE)
+            yield Finding(kept_aside[file], _ASIDE, is_damage=False)
         elif file not in missing:
-            yield Finding(f"{path}: this scan is not in the store yet", _TAKE_IN)
+            yield Finding(f"{path}: this scan is not in the store yet", _TAKE_IN, is_damage=False)
         elif not missing[file] and file not in files:
             yield Finding(f"{path}: this scan's file is gone", "put it back; its labels and their history are kept")
         elif missing[file] and file in files:
-            yield Finding(f"{path}: this scan's file has come back", _TAKE_IN)
+            yield Finding(f"{path}: this scan's file has come back", _TAKE_IN, is_damage=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- views
@@ -320,11 +327,13 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
     yield from found
     for path in sorted(strangers):
         if (file := str(path.relative_to(store.studies))) in kept_aside:
-            yield Finding(kept_aside[file], _ASIDE)
+            yield Finding(kept_aside[file], _ASIDE, is_damage=False)
         elif label_suffix(path.name) is not None and label_id(path) in names:
-            yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN)
+            yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN, is_damage=False)
         else:
-            yield Finding(f"{path}: no scan of the folder has this label", "add its scan, or remove it")
+            yield Finding(
+                f"{path}: no scan of the folder has this label", "add its scan, or remove it", is_damage=False
+            )
 
 
 _RESTORE: Final = "'segqc db restore-views' shows the kept label again"
@@ -340,7 +349,7 @@ def _view_finding(store: Store, current: _Current, view: _View | None) -> Findin
         return None
     if _is_as_left(path, view):
         return Finding(f"{path}: this label file is damaged", _RESTORE)
-    return Finding(f"{path}: was changed after the store wrote it", f"{_TAKE_IN}, as a new version")
+    return Finding(f"{path}: was changed after the store wrote it", f"{_TAKE_IN}, as a new version", is_damage=False)
 
 
 def _is_as_left(path: Path, view: _View) -> bool:
