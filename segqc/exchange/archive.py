@@ -249,7 +249,7 @@ def _row(table: Table, line: bytes) -> dict[str, Value]:
         _check_names(row, ("name", "file"))
     elif table.name == LabelVersion.__tablename__:
         _check_names(row, ("tag",))
-        _check_names({end: f"x{row[end] or ''}" for end in ("suffix", "source_suffix")}, ("suffix", "source_suffix"))
+        _check_names({end: "x" + str(row[end] or "") for end in ("suffix", "source_suffix")}, ("suffix", "source_suffix"))
         for name in ("sha256", "source_sha256"):
             if row[name] is not None and not _SHA256.fullmatch(str(row[name])):
                 raise ValueError(f"{name} is no SHA-256")
