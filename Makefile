@@ -1,7 +1,7 @@
 # make serve: install, then serve the sample data    make test: install, then all tests    make lint: style, types, imports
 PYTHON ?= python3
 VENV ?= .venv
-STUDIES ?= sample-datastore
+DATASET ?= sample-datastore
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	@touch $@
 
 serve: install
-	$(BIN)/segqc serve $(STUDIES)
+	$(BIN)/segqc serve $(DATASET)
 
 test: test-fast test-server
 

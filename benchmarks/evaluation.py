@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from segqc.evaluation.methods import CONSTANT, SEGQC, TTA
+from segqc.evaluation.methods.registry import CONSTANT, SEGQC, TTA
 from segqc.evaluation.report import figures
 from segqc.evaluation.report.document import UNDEFINED, Cell, Figure, Table
 from segqc.evaluation.report.formats import NUMBERS, Numbers, to_markdown
-from segqc.evaluation.result_figures import CONSTANT_LEGEND
+from segqc.evaluation.report.result_figures import CONSTANT_LEGEND
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = ("MAE", "Pearson", "Spearman")
@@ -195,9 +195,9 @@ def draw(name: str, study: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    keeping = commands.add_parser("keep")
-    keeping.add_argument("run", type=Path)
-    keeping.add_argument("name", help="<data set>-<seed>")
+    retention = commands.add_parser("keep")
+    retention.add_argument("run", type=Path)
+    retention.add_argument("name", help="<data set>-<seed>")
     drawing = commands.add_parser("draw")
     drawing.add_argument("name", help="<data set>")
     drawing.add_argument("--study", default="stratified")

@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import pearsonr, spearmanr
 
-from segqc.assessor import Assessor
-from segqc.metrics import true_metrics, true_slice_metrics
-from segqc.networks import name_of_device
-from segqc.placement import Placing, place
-from segqc.segmenter import Segmenter
+from segqc.networks.assessor import Assessor
+from segqc.networks.device import name_of_device
+from segqc.networks.segmenter import Segmenter
+from segqc.quality.metrics import true_metrics, true_slice_metrics
+from segqc.split import SplitConfig, place
 from segqc.training import (
     Case,
     LineProgress,
@@ -47,7 +47,7 @@ from segqc.training import (
 )
 from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
-from segqc.training.pairs import crossfit_masks, stored_masks, train_makers
+from segqc.training.crossfit import crossfit_masks, stored_masks, train_makers
 from segqc.training.segmentation import plan_for
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
@@ -94,7 +94,7 @@ def cases_of(data: Path, names: Sequence[str]) -> list[Case]:
     return [Case(n, n, data / "images" / f"{n}.nii.gz", data / "labels" / f"{n}.nii.gz") for n in names]
 
 
-def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> list[tuple[Case, Path, float]]:
+def stratified_test_masks(trained: list[Case], test: list[Case], work: Path) -> list[tuple[Case, Path, float]]:
     """Masks of the test scans by two networks of their own, early and at their end, equally many per Dice bin."""
     folder = work / "test-masks"
     manifest = folder / "manifest.json"
@@ -103,7 +103,7 @@ def stratified_test_masks(learnt: list[Case], test: list[Case], work: Path) -> l
         candidates: list[tuple[Case, Path, float]] = []
         for k in range(2):
             rng = np.random.default_rng((100, k))
-            subset = [learnt[int(i)] for i in rng.permutation(len(learnt))[: 12 + 8 * k]]
+            subset = [trained[int(i)] for i in rng.permutation(len(trained))[: 12 + 8 * k]]
             settings = replace(SEGMENTER, seed=100 + k, fold_epochs=TEST_MAKER_EPOCHS)
             plan = plan_for(subset, settings, in_channels=1, out_channels=3)
             name, training = f"test maker {k + 1}", work / f"maker-{k}"
@@ -142,7 +142,9 @@ def train_single(taught: list[Case], judged: list[Case], segmenter: Segmenter, w
     makers = single_makers(taught, work)
     with timed("make masks", work):
         sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
-    placed = place([c.patient for c in judged], placing=Placing(folds=2, validation_share=SINGLE.validation_share))
+    placed = place(
+        [c.patient for c in judged], split_config=SplitConfig(folds=2, validation_share=SINGLE.validation_share)
+    )
     with timed("train SegQC-Net, calibrate", work):
         return train_on_masks(sets, STRUCTURES, placed, SINGLE, work / "segqc-single", progress)
 
@@ -150,7 +152,7 @@ def train_single(taught: list[Case], judged: list[Case], segmenter: Segmenter, w
 def train_crossfit(cases: list[Case], only: str | None, work: Path) -> Assessor | None:
     """The product's way: a network per fold that makes masks, and one that judges; None where only a part was asked."""
     # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
-    placed = place([c.patient for c in cases], placing=Placing(folds=CROSSFIT.folds, validation_share=0.0))
+    placed = place([c.patient for c in cases], split_config=SplitConfig(folds=CROSSFIT.folds, validation_share=0.0))
     plan, folder = plan_for(cases, CROSSFIT, in_channels=1, out_channels=3), work / "segqc-crossfit"
     makers = replace(CROSSFIT, steps_per_epoch=SEGMENTER.steps_per_epoch)
     sets = []
@@ -250,7 +252,7 @@ def main() -> None:
             fixed = stratified_test_masks(taught, test, work)
     if only in ("segmentation", None):
         with timed("train segmentation", work):
-            placed = place([c.patient for c in taught], placing=Placing(folds=2, validation_share=0.15))
+            placed = place([c.patient for c in taught], split_config=SplitConfig(folds=2, validation_share=0.15))
             segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
     if only == "maker":
         single_makers(taught, work)

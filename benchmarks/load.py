@@ -37,14 +37,16 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from segqc.assessor import Assessor
-from segqc.loop.studies import Studies
-from segqc.networks import ModelCard, build_network, plan_network
-from segqc.segmenter import Segmenter
+from segqc.loop.dataset import Dataset
+from segqc.networks.assessor import Assessor
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import plan_network
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
 from segqc.store import assessments, labels
 from segqc.store.labels import NewLabel
+from segqc.store.records import Actor
 from segqc.store.store import LabelChange
-from segqc.store.values import Who
 from segqc.types import Assessment, ErrorBox, ErrorView, Metrics, SliceQuality, Structure, StructureQuality
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 
@@ -100,11 +102,11 @@ def make_folder(folder: Path, count: int) -> None:
     (folder / "segqc.toml").write_text(SETTINGS, encoding="utf-8")
     for i in range(count):
         write_scan(draw(i)[0], folder / f"scan_{i:05d}.nii.gz")
-    studies = Studies(folder)
-    store, rng = studies.store, np.random.default_rng(0)
+    dataset = Dataset(folder)
+    store, rng = dataset.store, np.random.default_rng(0)
     with store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    network = Who("network", "seg", "program")
+    network = Actor("network", "seg", "program")
     with temporary_labels(draw(0)[1]) as mask:
         for start in range(0, count, BATCH):
             names = [f"scan_{i:05d}" for i in range(start, min(start + BATCH, count))]
@@ -119,7 +121,7 @@ def make_folder(folder: Path, count: int) -> None:
     for kind, channels, outputs in (("segmentation", 1, 3), ("segqc", 3, 2)):
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
         card = ModelCard(kind, plan, STRUCTURES, values, seen=("scan_00000",), scores={"dice": 0.5})  # type: ignore[arg-type]
-        path = studies.model_path(kind)  # type: ignore[arg-type]
+        path = dataset.model_path(kind)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
         built = build_network(plan, seed=1)
         (Segmenter(card, built) if kind == "segmentation" else Assessor(card, built)).save(path)
@@ -217,7 +219,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port)]
     log = (folder / "load.log").open("wb")
     process = subprocess.Popen([*command, "--no-bootstrap", "--no-worker"], stdout=log, stderr=subprocess.STDOUT)
     wait_for(lambda: answers(port), process)
@@ -286,10 +288,10 @@ def check(folder: Path, measured: Measured) -> None:
     doubled = [scan for scan, times in Counter(measured.saved).items() if times > 1]
     if doubled:
         raise RuntimeError(f"handed out twice: {doubled[:5]}")
-    studies = Studies(folder)
-    with studies.store.read() as transaction:
+    dataset = Dataset(folder)
+    with dataset.store.read() as transaction:
         finals = labels.current_of_all(transaction, "final")
-    studies.store.close()
+    dataset.store.close()
     if lost := set(measured.saved) - set(finals):
         raise RuntimeError(f"acknowledged and not in the store: {sorted(lost)[:5]}")
 
@@ -328,7 +330,7 @@ def main() -> None:
         folder = arguments.work / "studies"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(template, folder)
-        Studies(folder).store.close()  # the copies are new files: they are looked at before anybody waits
+        Dataset(folder).store.close()  # the copies are new files: they are looked at before anybody waits
         runs.append(measure(folder, arguments.clients, arguments.seconds, think, arguments.scans))
     show(runs)
     if arguments.name:

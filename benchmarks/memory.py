@@ -19,9 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from segqc.assessor import Assessor
-from segqc.networks import ModelCard, NetworkSize, Spacing, Triple, build_network, name_of_device, plan_network
-from segqc.segmenter import Segmenter
+from segqc.networks.assessor import Assessor
+from segqc.networks.card import ModelCard
+from segqc.networks.device import name_of_device
+from segqc.networks.plan import NetworkSize, Spacing, Triple, plan_network
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
 from segqc.types import Structure
 from segqc.volumes import Volume
 

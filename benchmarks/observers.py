@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from segqc.evaluation.observers import (
+from segqc.evaluation.experiments.observers import (
     Curve,
     ObserverStudy,
     Outcome,

@@ -31,15 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import bindparam, event, text
 
-from segqc.placement import Placing
+from segqc.split import SplitConfig
 from segqc.store import assessments, events, labels, leases, orders, scans
 from segqc.store.database import DATABASE_FILE
-from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.records import Actor
 from segqc.store.schema import UtcDateTime
 from segqc.store.store import Store
-from segqc.store.values import Who
+from segqc.store.sync import sync
 from segqc.types import Assessment, ErrorBox, ErrorView, Metrics, SliceQuality, StructureQuality
 from segqc.volumes import scan_id
 
@@ -83,12 +83,12 @@ def fill(store: Store) -> None:
     with store.write() as transaction:
         values = {
             "bundle": labels.bundle(transaction, "seg", "qc").id,
-            "actor": events.actor_id(transaction, Who("network", "seg", "program")),
+            "actor": events.actor_id(transaction, Actor("network", "seg", "program")),
             "at": transaction.now,
         }
         transaction.execute(
             text(
-                "INSERT INTO label_version (scan_id, tag, maker, sha256, suffix, bundle_id, actor_id, made_at) "
+                "INSERT INTO label_version (scan_id, tag, source, sha256, suffix, bundle_id, actor_id, made_at) "
                 "SELECT id, 'original', 'network', 'content ' || id, '.nii.gz', :bundle, :actor, :at FROM scan"
             ).bindparams(bindparam("at", type_=UtcDateTime())),
             values,
@@ -106,20 +106,20 @@ class Ours:
 
     def open(self) -> Store:
         store = Store.open(self.folder, self.url)
-        take_in(store, scan_id, Placing())
+        sync(store, scan_id, SplitConfig())
         return store
 
     def any_scan(self) -> str:
         return f"scan_{int(self.rng.integers(self.count)):06d}"
 
     def next_sample(self, i: int) -> None:
-        who = Who("person", f"annotator {i % 8}", "client-id")
+        actor = Actor("person", f"annotator {i % 8}", "client-id")
         with self.store.write() as transaction:
-            leases.take(transaction, who, "segqc", orders.worst_estimate, RULES)
+            leases.acquire(transaction, actor, "segqc", orders.worst_estimate, RULES)
 
     def save_label(self, i: int) -> None:
         source = new_label(self.work, i)
-        label = NewLabel(self.any_scan(), "final", "annotator", Who("person", "annotator", "client-id"))
+        label = NewLabel(self.any_scan(), "final", "annotator", Actor("person", "annotator", "client-id"))
         self.store.save_label(label, source)
 
     def write_assessment(self, i: int) -> None:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from segqc.networks import Spacing, Triple, build_network, plan_network
+from segqc.networks.plan import Spacing, Triple, plan_network
+from segqc.networks.unet import build_network
 
 SCANS: dict[str, tuple[Triple, Spacing]] = {
     "36 x 50 x 36, 1 mm": ((36, 50, 36), (1.0, 1.0, 1.0)),

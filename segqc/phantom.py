@@ -209,7 +209,7 @@ def draw_phantom(seed: int, difficulty: float) -> Phantom:
 
 
 def write_datastore(folder: Path, *, scans: int = 24, labelled: int = 8, seed: int = 0) -> None:
-    """Write a studies folder of phantoms, easy ones and hard ones mixed.
+    """Write a dataset folder of phantoms, easy ones and hard ones mixed.
 
     Scans lie in the folder itself, the final labels of ``labelled`` of them in ``labels/final``, the truth of the
     others in ``truth``: MONAI Label's datastore lists the files of the folder and of each ``labels/<tag>``, not deeper
@@ -742,7 +742,7 @@ def _write_text(text: str, path: Path) -> None:
 
 
 _SETTINGS = """\
-# Settings of this studies folder. A structure is the union of one or more values of the label maps.
+# Settings of this dataset folder. A structure is the union of one or more values of the label maps.
 [structures]
 placenta = [1]
 body = [2]    # the fetus without its brain, skull included

@@ -1,4 +1,4 @@
-"""Settings of a studies folder: flags over environment variables over one TOML file over defaults.
+"""Settings of a dataset folder: flags over environment variables over one TOML file over defaults.
 
 The tables ``[extraction]``, ``[boxes]`` and ``[training]`` hold the fields of the library's own settings classes, so
 that a name, its unit and its default are written in one place only.
@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from segqc.error_maps import ExtractionSettings
-from segqc.placement import Placing
-from segqc.regions import BoxSettings
+from segqc.quality.boxes import BoxSettings
+from segqc.quality.error_maps import ExtractionSettings
+from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.tags import read_tag
 from segqc.text import decode_text
 from segqc.types import Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
+from segqc.volumes.tags import read_tag
 
 if TYPE_CHECKING:
-    from segqc.training.settings import TrainingSettings
+    from segqc.training.spec import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ SETTINGS_FILE = "segqc.toml"
 _PREFIX = "SEGQC_"
 _ALIKE = 0.75  # from 0 to 1, see difflib
 
-Network: TypeAlias = Literal["segmentation", "segqc"]
+NetworkName: TypeAlias = Literal["segmentation", "segqc"]
 Scalar: TypeAlias = bool | int | float | str | None
 Value: TypeAlias = Scalar | tuple[Scalar, ...] | list[Scalar]
 Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
@@ -105,7 +105,7 @@ class StoreSettings(BaseModel):
     """The table ``[store]``.
 
     Attributes:
-        url: the database, ``postgresql://user@host/name``; by default an SQLite file in the studies folder.
+        url: the database, ``postgresql://user@host/name``; by default an SQLite file in the dataset folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,7 +114,7 @@ class StoreSettings(BaseModel):
 
 
 class Settings(BaseSettings):
-    """All settings of a studies folder; read with `load_settings`."""
+    """All settings of a dataset folder; read with `load_settings`."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
@@ -237,23 +237,23 @@ class Settings(BaseSettings):
     def _patients_by_scan(self) -> dict[str, str]:
         return {scan: patient for patient, scans in self.patients.items() for scan in scans}
 
-    def placing(self) -> Placing:
+    def split_config(self) -> SplitConfig:
         """How new patients get their fold and role: by the settings ``[training]``."""
-        return self._placing
+        return self._split_config
 
     @functools.cached_property
-    def _placing(self) -> Placing:
+    def _split_config(self) -> SplitConfig:
         # not by way of `training_settings`: that imports PyTorch, and commands on the store need none
-        names = {field.name for field in dataclasses.fields(Placing)}
-        return build(Placing, {name: value for name, value in self.training.items() if name in names}, "training")
+        names = {field.name for field in dataclasses.fields(SplitConfig)}
+        return build(SplitConfig, {name: value for name, value in self.training.items() if name in names}, "training")
 
-    def training_settings(self, network: Network) -> TrainingSettings:
+    def training_settings(self, network: NetworkName) -> TrainingSettings:
         """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``.
 
         Raises:
             SettingsError: if a key is unknown or a value cannot be used.
         """
-        from segqc.training.settings import TrainingSettings  # imports torch
+        from segqc.training.spec import TrainingSettings  # imports torch
 
         both = {key: value for key, value in self.training.items() if not isinstance(value, dict)}
         own = self.training.get(network, {})
@@ -316,19 +316,19 @@ class _FromFile(Settings):
 
 
 def load_settings(
-    studies: Path | None = None, config: Path | None = None, overrides: Mapping[str, object] | None = None
+    dataset: Path | None = None, config: Path | None = None, overrides: Mapping[str, object] | None = None
 ) -> Settings:
     """Read the settings.
 
     Args:
-        studies: a studies folder, whose ``segqc.toml`` is read where it exists.
+        dataset: a dataset folder, whose ``segqc.toml`` is read where it exists.
         config: a TOML file to read instead.
         overrides: what was given as flags: ``{"structures": {"cord": (3,)}, "server": {"port": 8010}}``.
 
     Raises:
         SettingsError: if a file is missing or not TOML, or a setting is unknown or cannot be used.
     """
-    path = config or (studies / SETTINGS_FILE if studies is not None else None)
+    path = config or (dataset / SETTINGS_FILE if dataset is not None else None)
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
     table = _read_toml(path) if path is not None and os.path.lexists(path) else {}
@@ -394,7 +394,7 @@ def _meant(name: str) -> str | None:
         **{table: [field.name for field in dataclasses.fields(kind)] for table, kind in _TABLES.items()},
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
-        "training": [field.name for field in dataclasses.fields(Placing)],  # the others are beside PyTorch
+        "training": [field.name for field in dataclasses.fields(SplitConfig)],  # the others are beside PyTorch
     }
     return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)
 
@@ -414,10 +414,10 @@ def write_settings(
     *,
     patient_tag: str | None = None,
 ) -> Path:
-    """Write a studies folder's ``segqc.toml``.
+    """Write a dataset folder's ``segqc.toml``.
 
     Args:
-        folder: the studies folder.
+        folder: the dataset folder.
         structures: names and the label values that belong to them.
         patients: names and their scans, where a patient has several scans.
         patient_tag: the DICOM tag that names the patients.
@@ -427,7 +427,7 @@ def write_settings(
     """
     path = folder / SETTINGS_FILE
     lines = [
-        "# Settings of this studies folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
+        "# Settings of this dataset folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
     ]
     if patient_tag:
         lines += ["", "# the DICOM tag that names a scan's patient", f"patient_tag = {_text(patient_tag)}"]

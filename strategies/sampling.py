@@ -9,12 +9,12 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.server.actors import current_actor
 from segqc.server.checks import text_param
 from segqc.store import assessments, leases, orders, scans
 from segqc.store.orders import Order
-from segqc.store.values import LeaseRecord
+from segqc.store.records import LeaseRecord
 from segqc.types import Assessment, PredictionInterval
 
 Answer = dict[str, Any]  # MONAI Label's form: JSON
@@ -85,11 +85,11 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
     otherwise.
     """
 
-    def __init__(self, name: str, studies: Studies) -> None:
+    def __init__(self, name: str, dataset: Dataset) -> None:
         description, order = STRATEGIES[name]
         super().__init__(description)
         self.name = name
-        self.studies = studies
+        self.dataset = dataset
         self._order = order()
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
@@ -133,22 +133,22 @@ class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
         self, reason: str | None, wanted: str | None
     ) -> tuple[LeaseRecord | None, LeaseRecord | None, Assessment | None]:
         """Take a scan whose file still holds what it is known for; what was put aside for it; and its assessment."""
-        rules, who = self.studies.settings.annotation, current_actor()
+        rules, actor = self.dataset.settings.annotation, current_actor()
         while True:
-            with self.studies.store.write() as transaction:
+            with self.dataset.store.write() as transaction:
                 if wanted is not None:
-                    lease: LeaseRecord | None = leases.resume(transaction, wanted, who, rules)
+                    lease: LeaseRecord | None = leases.resume(transaction, wanted, actor, rules)
                 else:
-                    lease = leases.take(transaction, who, self.name, self._order, rules, skip_reason=reason)
+                    lease = leases.acquire(transaction, actor, self.name, self._order, rules, skip_reason=reason)
                 if lease is None:
                     return None, None, None
                 skipped = leases.skipped_for(transaction, lease) if wanted is None else None
-            with self.studies.store.read() as transaction:
+            with self.dataset.store.read() as transaction:
                 scan = scans.get(transaction, lease.scan)
                 shown = assessments.read(transaction, lease.assessment) if lease.assessment is not None else None
-            if self.studies.is_unchanged(scan):
+            if self.dataset.is_unchanged(scan):
                 return lease, skipped, shown
-            with self.studies.store.read() as transaction:
+            with self.dataset.store.read() as transaction:
                 now = leases.get(transaction, lease.id)
                 if now == lease and scans.get(transaction, now.scan).missing_since is None:
                     return lease, skipped, shown  # only touched: the content is the same

@@ -9,8 +9,8 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import Method, score
-from segqc.loop.studies import Studies
 from segqc.training import LineProgress
 
 DESCRIPTIONS: dict[Method, str] = {
@@ -23,12 +23,12 @@ DESCRIPTIONS: dict[Method, str] = {
 class PoolScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label has no types
     """One method over all scans that wait for a label; what the current models have scored is left as it is."""
 
-    def __init__(self, method: Method, studies: Studies) -> None:
+    def __init__(self, method: Method, dataset: Dataset) -> None:
         super().__init__(DESCRIPTIONS[method])
         self.method = method
-        self.studies = studies
+        self.dataset = dataset
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, object]:
         """Score at once; the server's routes leave it to a worker."""
-        summary = score(self.studies, self.method, LineProgress(), force=bool(request.get("force", False)))
+        summary = score(self.dataset, self.method, LineProgress(), force=bool(request.get("force", False)))
         return {"method": self.method, **dataclasses.asdict(summary)}

@@ -1,4 +1,4 @@
-"""Small studies folders, assessments and untrained networks for the tests of server and strategies."""
+"""Small dataset folders, assessments and untrained networks for the tests of server and strategies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segqc.assessor import Assessor
-from segqc.loop.studies import Studies
-from segqc.networks import ModelCard, build_network, plan_network
-from segqc.segmenter import Segmenter
+from segqc.loop.dataset import Dataset
+from segqc.networks.assessor import Assessor
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import plan_network
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
 from segqc.store import labels
 from segqc.store.labels import NewLabel
-from segqc.store.values import Who
+from segqc.store.records import Actor
 from segqc.types import (
     Assessment,
     ErrorBox,
@@ -66,7 +68,7 @@ def draw_case(index: int) -> tuple[Volume, Volume]:
 
 
 def make_studies(folder: Path, scans: int = 4, finals: int = 1, config: str = CONFIG) -> Path:
-    """A studies folder of ``scans`` scans named scan_0, scan_1, ..., the first ones with final labels."""
+    """A dataset folder of ``scans`` scans named scan_0, scan_1, ..., the first ones with final labels."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "segqc.toml").write_text(config)
     for i in range(scans):
@@ -79,7 +81,7 @@ def make_studies(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
 
 def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> None:
     """Untrained networks, saved where the server finds them."""
-    studies = Studies(folder)
+    dataset = Dataset(folder)
     values = tuple(value for structure in structures for value in structure.values)
     for kind, channels, outputs in (
         ("segmentation", 1, 1 + len(values)),
@@ -88,7 +90,7 @@ def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> 
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
         card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})  # type: ignore[arg-type]
         network = build_network(plan, seed=1)
-        path = studies.model_path(kind)  # type: ignore[arg-type]
+        path = dataset.model_path(kind)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
         (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(path)
 
@@ -115,7 +117,7 @@ def make_assessment(
 
 
 def assess(
-    studies: Studies,
+    dataset: Dataset,
     scan: str,
     dice: float,
     worst: int = 2,
@@ -124,12 +126,12 @@ def assess(
     half_width: float | None = None,
 ) -> None:
     """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
-    with studies.store.write() as transaction:
+    with dataset.store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    label = NewLabel(scan, "original", "network", Who("network", "seg", "program"), bundle=pair.id)
+    label = NewLabel(scan, "original", "network", Actor("network", "seg", "program"), bundle=pair.id)
     with temporary_labels(mask or draw_case(0)[1]) as path:
-        kept = studies.store.save_label(label, path)
-    studies.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)
+        kept = dataset.store.save_label(label, path)
+    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)
 
 
 @contextlib.contextmanager
@@ -147,7 +149,7 @@ def application(folder: Path) -> Iterator[FastAPI]:
     settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
     settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
     try:
-        from segqc.server.application import create_app
+        from segqc.server.app import create_app
 
         yield create_app()
     finally:

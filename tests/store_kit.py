@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import create_engine, text
 
-from segqc.placement import Placing
-from segqc.store.folder import take_in
+from segqc.split import SplitConfig
 from segqc.store.labels import NewLabel
+from segqc.store.records import Actor, BundleRecord, LabelRecord
 from segqc.store.store import Store
-from segqc.store.values import BundleRecord, LabelRecord, Who
+from segqc.store.sync import sync
 from segqc.volumes import Volume, scan_id, write_labels
 
-ANNA = Who("person", "anna", "client-id")
-BERT = Who("person", "bert", "client-id")
-PLACING = Placing(folds=3, validation_share=0.25)
+ANNA = Actor("person", "anna", "client-id")
+BERT = Actor("person", "bert", "client-id")
+PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
 class Clock:
@@ -113,8 +113,8 @@ def label_map(path: Path, value: int) -> Path:
     return path
 
 
-def take_in_scans(store: Store) -> None:
-    take_in(store, scan_id, PLACING)
+def sync_scans(store: Store) -> None:
+    sync(store, scan_id, PLACING)
 
 
 def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") -> BundleRecord:
@@ -127,12 +127,12 @@ def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") 
 def save_mask(store: Store, folder: Path, scan: str, value: int, segmenter: str = "seg1") -> LabelRecord:
     """A network's mask of a scan."""
     pair = bundle(store, segmenter)
-    network = Who("network", segmenter, "program")
+    network = Actor("network", segmenter, "program")
     label = NewLabel(scan, "original", "network", network, bundle=pair.id)
     return store.save_label(label, label_map(folder / "incoming.nii.gz", value))
 
 
-def save_final(store: Store, folder: Path, scan: str, value: int, who: Who = ANNA) -> LabelRecord:
+def save_final(store: Store, folder: Path, scan: str, value: int, actor: Actor = ANNA) -> LabelRecord:
     """A person's label of a scan."""
-    label = NewLabel(scan, "final", "annotator", who)
+    label = NewLabel(scan, "final", "annotator", actor)
     return store.save_label(label, label_map(folder / "incoming.nii.gz", value))

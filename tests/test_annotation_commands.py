@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.commands.common import CommandError
-from segqc.loop.corrections import submit_label
-from segqc.loop.studies import Studies
+from segqc.cli import main
+from segqc.cli.common import CommandError
+from segqc.loop.dataset import Dataset
+from segqc.loop.submission import submit_label
 from segqc.store import leases, orders
 from segqc.store.database import StoreError
 from segqc.text import visible
@@ -25,7 +25,7 @@ PLAIN = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_sha
 
 
 def run(*words: object) -> str:
-    done = CliRunner().invoke(cli.app, [str(w) for w in words])
+    done = CliRunner().invoke(main.app, [str(w) for w in words])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     assert done.exit_code == 0, done.output
@@ -35,19 +35,19 @@ def run(*words: object) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = make_studies(tmp_path / "s", scans=3, finals=0, config=CONFIG + PLAIN)
-    studies = Studies(made)
+    dataset = Dataset(made)
     for i in range(3):
-        assess(studies, f"scan_{i}", 0.5 + i / 10)
-    with studies.store.write() as transaction:
-        leases.take(transaction, ANNA, "segqc", orders.worst_estimate, studies.settings.annotation)
+        assess(dataset, f"scan_{i}", 0.5 + i / 10)
+    with dataset.store.write() as transaction:
+        leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, dataset.settings.annotation)
     return made
 
 
 def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
-    submit_label(Studies(folder), "scan_0", draw_case(1)[1], "final", ANNA)
-    rules = replace(Studies(folder).settings.annotation, audit_share=1.0)
-    with Studies(folder).store.write() as transaction:
-        leases.take(transaction, ANNA, "segqc", orders.worst_estimate, rules)
+    submit_label(Dataset(folder), "scan_0", draw_case(1)[1], "final", ANNA)
+    rules = replace(Dataset(folder).settings.annotation, audit_share=1.0)
+    with Dataset(folder).store.write() as transaction:
+        leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, rules)
     costs = {row.pop("draw"): row for row in json.loads(run("costs", folder, "--json"))["costs"]}
     assert {draw: row["handed_out"] for draw, row in costs.items()} == {"strategy": 1, "audit": 1, "validation": 0}
     assert (costs["strategy"]["submitted"], costs["audit"]["submitted"]) == (1, 0)
@@ -55,7 +55,7 @@ def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
 
 
 def test_leases_that_are_over_say_why_a_scan_was_skipped(folder: Path) -> None:
-    with Studies(folder).store.write() as transaction:
+    with Dataset(folder).store.write() as transaction:
         leases.skip(transaction, "scan_0", ANNA, "blurred")
         leases.skip(transaction, "scan_0", ANNA, "moved")
     (lease,) = json.loads(run("leases", folder, "--all", "--json"))["leases"]
@@ -68,7 +68,7 @@ def test_who_changed_this_mask(folder: Path, tmp_path: Path) -> None:
     assert states == {"scan_0": "in progress", "scan_1": "unlabelled", "scan_2": "unlabelled"}
     (lease,) = json.loads(run("leases", folder, "--json"))["leases"]
     assert (lease["scan"], lease["to"], lease["draw"]) == ("scan_0", "anna", "strategy")
-    submit_label(Studies(folder), "scan_0", draw_case(1)[1], "final", ANNA)
+    submit_label(Dataset(folder), "scan_0", draw_case(1)[1], "final", ANNA)
     first, second = json.loads(run("labels", folder, "scan_0", "--json"))["versions"]
     assert (second["made by"], second["as"], second["known by"], second["from"]) == (
         "anna", "annotator", "client-id", first["version"],
@@ -103,7 +103,7 @@ def test_readers_are_compared_and_united(folder: Path, tmp_path: Path) -> None:
     assert [(p["first"], p["second"]) for p in told["pairs"]] == [("berta", "cleo")] * 2
     assert {s["structure"] for s in told["structures"]} == {"liver", "spleen"}
     assert "by cleo" in run("consensus", folder, "scan_2", "--by", "cleo")
-    assert [c.id for c in Studies(folder).cases()] == ["scan_2"]
+    assert [c.id for c in Dataset(folder).cases()] == ["scan_2"]
     with pytest.raises(CommandError, match="named as a scan"):
         run("readings", folder, "--add", tmp_path, "--reader", "dora")
 
@@ -111,7 +111,7 @@ def test_readers_are_compared_and_united(folder: Path, tmp_path: Path) -> None:
 def test_scans_tells_what_is_not_taken_in_and_what_was_replaced(folder: Path) -> None:
     write_labels(draw_case(0)[1], folder / "labels" / "final" / "nobody.nii.gz")
     (folder / "bad.nii.gz").write_bytes(b"no scan")
-    before = Studies(folder).scan("scan_1").sha256 or ""
+    before = Dataset(folder).scan("scan_1").sha256 or ""
     write_scan(draw_case(7)[0], folder / "scan_1.nii.gz")
     told = json.loads(run("scans", folder, "--json"))
     assert [f["file"] for f in told["findings"]] == ["bad.nii.gz", "labels/final/nobody.nii.gz"]
@@ -122,7 +122,7 @@ def test_scans_tells_what_is_not_taken_in_and_what_was_replaced(folder: Path) ->
     table = run("scans", folder)
     assert "2 files are not taken in" in table
     assert table.index("scan_0") < table.index("labels/final/nobody.nii.gz")
-    done = CliRunner().invoke(cli.app, ["scans", str(folder), "--csv"])
+    done = CliRunner().invoke(main.app, ["scans", str(folder), "--csv"])
     assert "nobody" not in done.stdout
     assert "nobody" in done.stderr
 

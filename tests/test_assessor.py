@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from segqc.assessor import AssessmentSettings, Assessor, mask_sha256
-from segqc.last_result import LastResult
-from segqc.metrics import METRIC_NAMES, LinearCalibration, true_metrics
-from segqc.networks import ModelCard, ModelError, NetworkPlan, StructureCalibration, build_network
-from segqc.regions import BoxSettings
+from segqc.networks.assessor import AssessmentSettings, Assessor, mask_sha256
+from segqc.networks.cache import LatestCache
+from segqc.networks.card import ModelCard
+from segqc.networks.model import ModelError
+from segqc.networks.plan import NetworkPlan
+from segqc.networks.unet import build_network
+from segqc.quality.boxes import BoxSettings
+from segqc.quality.calibration import StructureCalibration
+from segqc.quality.metrics import METRIC_NAMES, LinearCalibration, true_metrics
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, MetricIntervals, Metrics, Structure
 from segqc.volumes import Volume, VolumeError
@@ -128,7 +132,7 @@ def test_of_masks_of_one_scan_the_looks_without_the_mask_are_taken_once() -> Non
 
 def test_what_was_computed_of_a_scan_is_forgotten_with_it() -> None:
     scan, _, _ = world()
-    last, big = LastResult[np.ndarray](), np.zeros(3)
+    last, big = LatestCache[np.ndarray](), np.zeros(3)
     assert last.get(scan) is None
     assert last.keep(big, scan, "v1") is big
     assert last.get(scan, "v1") is big and last.get(scan) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from segqc.augmentation import Member, tta_group
+from segqc.networks.augmentation import Member, tta_group
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_inverting_gives_the_image_back_exactly(shape: tuple[int, ...]) -> None:
 
 def test_a_map_of_an_augmented_image_comes_back_to_the_image_s_frame() -> None:
     x = image(2, 4, 5, 3)
-    for member in tta_group(contrasts=(0.7,)):
+    for member in tta_group(gammas=(0.7,)):
         made = (member.apply(x) > 0.5).float().sum(dim=0, keepdim=True)  # a network: two channels in, one out
         spatial = Member("", member.flips, member.transpose)
         contrast = Member("", gamma=member.gamma)
@@ -53,7 +53,7 @@ def test_the_group_is_closed(transposes: bool, size: int) -> None:
 
 
 def test_members_are_distinct_and_the_identity_is_first() -> None:
-    group = tta_group(contrasts=(0.7, 1.5))
+    group = tta_group(gammas=(0.7, 1.5))
     assert len(group) == 24
     assert group[0] == Member("identity")
     assert len({member.name for member in group}) == 24
@@ -93,6 +93,6 @@ def test_contrast_leaves_masks_constants_and_its_argument_alone() -> None:
 
 
 @pytest.mark.parametrize("contrasts", [(0.0,), (-1.0,), (1.0,), (0.7, 0.7)])
-def test_contrasts_that_make_no_new_member_are_refused(contrasts: tuple[float, ...]) -> None:
+def test_contrasts_that_make_no_new_member_are_refused(gammas: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="contrasts"):
-        tta_group(contrasts=contrasts)
+        tta_group(gammas=gammas)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from segqc.baselines.autoencoder import LATENT, AutoencoderFeatures, ShapeAutoencoder, train_autoencoder
-from segqc.baselines.averages import average_slices
-from segqc.baselines.ensembles import EnsemblePairs
-from segqc.baselines.estimates import SILENT, Estimator, MaskToJudge, estimate_from_error_map
-from segqc.baselines.features import ALL_MISSED, fit_features, fit_line
-from segqc.baselines.learned import around_masks, batch_metrics, cut_window
-from segqc.baselines.map_and_score import MapAndScore, train_map_and_score
-from segqc.baselines.maps import (
+from segqc.evaluation.methods.autoencoder import LATENT, AutoencoderFeatures, ShapeAutoencoder, train_autoencoder
+from segqc.evaluation.methods.averages import average_slices
+from segqc.evaluation.methods.ensembles import EnsemblePairs
+from segqc.evaluation.methods.estimates import SILENT, Estimator, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.methods.features import ALL_MISSED, fit_features, fit_line
+from segqc.evaluation.methods.learned import around_masks, batch_metrics, cut_window
+from segqc.evaluation.methods.map_and_score import MapAndScore, train_map_and_score
+from segqc.evaluation.methods.maps import (
     CrossFittedMean,
     MapEstimator,
     ScanOnly,
@@ -27,22 +27,24 @@ from segqc.baselines.maps import (
     structure_probabilities,
     train_scan_only,
 )
-from segqc.baselines.regression import Regression, train_regression
-from segqc.baselines.simple import (
+from segqc.evaluation.methods.regression import Regression, train_regression
+from segqc.evaluation.methods.simple import (
     fit_constant,
     fit_size_regression,
     judged_masks,
     size_features,
     surface_mm2,
 )
-from segqc.baselines.soft_input import MadeMasks, train_soft_input
-from segqc.baselines.tta import SoftmaxEntropy, Tta, entropy, entropy_map, tta_dice
-from segqc.metrics import EmptyRule, true_metrics, true_slice_metrics
-from segqc.networks import ModelCard, NetworkPlan, build_network
-from segqc.segmenter import Segmenter
+from segqc.evaluation.methods.soft_input import MadeMasks, train_soft_input
+from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta, entropy, entropy_map, tta_dice
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import NetworkPlan
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
+from segqc.quality.metrics import EmptyRule, true_metrics, true_slice_metrics
 from segqc.training import NoProgress
 from segqc.training.cases import read_case
-from segqc.training.pairs import MaskSet, mean_dice
+from segqc.training.crossfit import MaskSet, mean_dice
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, VolumeError
 from tests.test_assessor import AFFINE, PLAN, STRUCTURES, assessor, world
@@ -111,8 +113,8 @@ def test_an_error_map_gives_metrics_slices_and_orders() -> None:
     assert estimate.metrics == true_metrics(m, t)
     assert estimate.slices is not None
     np.testing.assert_array_equal(estimate.slices.dice, true_slice_metrics(m, t, 2).dice)
-    np.testing.assert_array_equal(estimate.slice_badness, (m != t).sum(axis=(0, 1)))  # type: ignore[arg-type]
-    assert estimate.scan_badness == (m != t).sum()
+    np.testing.assert_array_equal(estimate.slice_error_score, (m != t).sum(axis=(0, 1)))  # type: ignore[arg-type]
+    assert estimate.scan_error_score == (m != t).sum()
 
 
 @pytest.mark.parametrize("form", ["truth", "direct"])
@@ -123,7 +125,7 @@ def test_segqc_reads_the_assessors_map(form: str) -> None:
     expected = model.assess(mask.scan, mask.labels, scan_id="s")
     for k, quality in enumerate(expected.assessment.structures):
         assert one[k].metrics == quality.raw.metrics
-        np.testing.assert_array_equal(one[k].slice_badness, [s.error_sum for s in quality.raw.slices])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(one[k].slice_error_score, [s.error_sum for s in quality.raw.slices])  # type: ignore[arg-type]
         np.testing.assert_array_equal(one[k].error, expected.errors[k])  # type: ignore[arg-type]
     extracted = MapEstimator([model], extraction=model.settings.extraction)
     assert extracted.name == "SegQC-EE"
@@ -260,9 +262,9 @@ def test_the_group_runs_once_for_two_masks_and_again_for_another_scan_or_maker()
     class Counting(Segmenter):
         runs = 0
 
-        def predict_tta(self, scan, contrasts=()):  # type: ignore[no-untyped-def]
+        def predict_tta(self, scan, gammas=()):  # type: ignore[no-untyped-def]
             type(self).runs += 1
-            return super().predict_tta(scan, contrasts)
+            return super().predict_tta(scan, gammas)
 
     maker = Counting(segmenter().card, Classes())
     other = Counting(segmenter().card, Classes(20.0))
@@ -290,8 +292,8 @@ def test_entropy_is_that_of_a_coin_and_orders_only() -> None:
     assert (by_softmax.slices, by_softmax.error) == (None, None)
     soft = maker.predict(mask.scan).probabilities[1:].sum(axis=0)
     sums = entropy_map(soft).sum(axis=(0, 1))
-    np.testing.assert_allclose(by_softmax.slice_badness, sums, rtol=1e-5)  # type: ignore[arg-type]
-    assert by_softmax.scan_badness == pytest.approx(sums.sum() / (mask.labels.array > 0).sum(), rel=1e-5)
+    np.testing.assert_allclose(by_softmax.slice_error_score, sums, rtol=1e-5)  # type: ignore[arg-type]
+    assert by_softmax.scan_error_score == pytest.approx(sums.sum() / (mask.labels.array > 0).sum(), rel=1e-5)
 
 
 def test_with_one_class_the_scans_entropy_is_the_softmaxs() -> None:
@@ -301,7 +303,7 @@ def test_with_one_class_the_scans_entropy_is_the_softmaxs() -> None:
     maker = Segmenter(card, build_network(plan_with_levels(plan), seed=0))
     mask, _ = judged(maker)
     (estimate,) = Tta(single).estimate(mask)
-    assert estimate.scan_badness == pytest.approx(entropy(maker.predict_tta(mask.scan)), rel=1e-3)
+    assert estimate.scan_error_score == pytest.approx(entropy(maker.predict_tta(mask.scan)), rel=1e-3)
 
 
 def plan_with_levels(plan: NetworkPlan) -> NetworkPlan:
@@ -324,7 +326,7 @@ def test_an_ensembles_pairs_against_the_mask_and_against_each_other() -> None:
             each_other = np.mean([getattr(true_metrics(a, b), name), getattr(true_metrics(b, a), name)])
             assert getattr(between[k].metrics, name) == pytest.approx(each_other)
         np.testing.assert_allclose(against[k].error, ((m != a).astype(float) + (m != b)) / 2)  # type: ignore[arg-type]
-        np.testing.assert_allclose(between[k].slice_badness, (a != b).sum(axis=(0, 1)))  # type: ignore[arg-type]
+        np.testing.assert_allclose(between[k].slice_error_score, (a != b).sum(axis=(0, 1)))  # type: ignore[arg-type]
         assert between[k].error is None
     with pytest.raises(ValueError, match="ensemble"):
         EnsemblePairs(members[:1], against="members")
@@ -452,8 +454,8 @@ Train = Callable[..., Regression | MapAndScore | AutoencoderFeatures]
 @pytest.mark.parametrize("train", [train_regression, train_map_and_score, train_autoencoder])
 def test_trainings_resume_are_not_repeated_and_judge_any_mask(train: Train, tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets])
-    arguments = (sets, SINGLE, placements, replace(QUICK, average_flips=True))
+    patient_splits = placed([s.case for s in sets])
+    arguments = (sets, SINGLE, patient_splits, replace(QUICK, average_flips=True))
     work = {train_regression: "regression", train_map_and_score: "map-and-score", train_autoencoder: "autoencoder"}
     straight = train(*arguments, tmp_path / "a", NoProgress())
     with pytest.raises(KilledError):
@@ -514,11 +516,13 @@ def test_losses_fall(train: Train, tmp_path: Path) -> None:
 def test_two_structures_get_their_own_numbers(tmp_path: Path) -> None:
     structures = (Structure("ball", (1,)), Structure("none", (2,)))
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets])
+    patient_splits = placed([s.case for s in sets])
     scan, truth = read_case(sets[0].case, (1, 2))
     mask = MaskToJudge(scan, truth, None)
     for train in (train_regression, train_map_and_score, train_autoencoder):
-        method = train(sets, structures, placements, replace(QUICK, epochs=1), tmp_path / train.__name__, NoProgress())
+        method = train(
+            sets, structures, patient_splits, replace(QUICK, epochs=1), tmp_path / train.__name__, NoProgress()
+        )
         one, two = method.estimate(mask)
         assert one.metrics != two.metrics
     # the last is the autoencoder: the absent structure was absent in all masks and truths, and that is perfect
@@ -570,9 +574,9 @@ def test_soft_input_looks_at_the_makers_soft_output_of_each_mask(tmp_path: Path)
 
 def test_scan_only_trains_without_masks(tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)
-    placements = placed([s.case for s in sets])
-    model = train_scan_only(sets, SINGLE, placements, QUICK, tmp_path / "t", NoProgress())
+    patient_splits = placed([s.case for s in sets])
+    model = train_scan_only(sets, SINGLE, patient_splits, QUICK, tmp_path / "t", NoProgress())
     assert model.card.output_form == "truth"
     other = [MaskSet(s.case, 1 - s.masks, s.dice) for s in sets]
-    again = train_scan_only(other, SINGLE, placements, QUICK, tmp_path / "u", NoProgress())
+    again = train_scan_only(other, SINGLE, patient_splits, QUICK, tmp_path / "u", NoProgress())
     assert again.version == model.version, "the masks have no say"

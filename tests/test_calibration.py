@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from segqc.assessor import sigmoid
-from segqc.metrics import EmptyRule, estimated_metrics
-from segqc.networks import MapCalibration
+from segqc.networks.assessor import sigmoid
+from segqc.quality.calibration import MapCalibration
+from segqc.quality.metrics import EmptyRule, estimated_metrics
 from segqc.training.assessor import with_maps
 from segqc.training.calibration import KnownMap, fit_map, known_map
 from segqc.types import BoolArray, FloatArray

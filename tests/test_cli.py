@@ -19,12 +19,12 @@ import pytest
 import typer
 from scipy import stats
 
-from segqc import cli
-from segqc.assessor import Assessor
-from segqc.evaluation.agreement import agreement
-from segqc.loop.studies import Studies
-from segqc.metrics import true_metrics
+from segqc.cli import main
+from segqc.loop.agreement import agreement
+from segqc.loop.dataset import Dataset
+from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
+from segqc.quality.metrics import true_metrics
 from segqc.server.client_labels import to_client
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         out, err = capsys.readouterr()
@@ -71,7 +71,7 @@ def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple
         yield from commands(child, (*path, name))
 
 
-ALL = dict(commands(typer.main.get_command(cli.app)))
+ALL = dict(commands(typer.main.get_command(main.app)))
 
 
 # ---- help and usage ------------------------------------------------------------------------------------------------
@@ -129,9 +129,9 @@ def test_each_command_and_each_option_explains_itself(path: tuple[str, ...], run
     ],
 )
 def test_wrong_usage_ends_with_2(run: Run, arguments: list[str]) -> None:
-    said = run(*arguments)
-    assert said.code == 2
-    assert "Traceback" not in said.err
+    messages = run(*arguments)
+    assert messages.code == 2
+    assert "Traceback" not in messages.err
 
 
 def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
         (["prepare", empty, tmp_path / "new"], "images/"),
         (["simulate", empty], "truth"),
     ]:
-        said = run(*arguments)
-        assert said.code == 1, arguments
-        assert said.err.startswith("segqc: "), said.err
-        assert len(said.err.strip().splitlines()) == 1, said.err
-        assert said_of in said.err, said.err
+        messages = run(*arguments)
+        assert messages.code == 1, arguments
+        assert messages.err.startswith("segqc: "), messages.err
+        assert len(messages.err.strip().splitlines()) == 1, messages.err
+        assert said_of in messages.err, messages.err
 
 
 def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None
     damaged = folder / "damaged.nii.gz"
     damaged.write_bytes(b"no scan")
     names = [f"case{i}" for i in range(9)]
-    source = dataset(tmp_path / "d", names, {"train": names, "test": names[6:]})
+    source = labelled_data(tmp_path / "d", names, {"train": names, "test": names[6:]})
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out"
     for arguments in (
-        ["predict", damaged, "--studies", folder, "-o", out],
-        ["predict", folder / "scan_0.nii.gz", folder / "scan_0.nii.gz", "--studies", folder, "-o", out],
+        ["predict", damaged, "--dataset", folder, "-o", out],
+        ["predict", folder / "scan_0.nii.gz", folder / "scan_0.nii.gz", "--dataset", folder, "-o", out],
         ["predict", folder / "scan_0.nii.gz", "--model", damaged, "-o", out],
         ["prepare", source, out, "--labelled", 2, "--unlabelled", 20],
         ["prepare", source, out, "--split", "validation"],
@@ -183,10 +183,10 @@ def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None
         ["import", "nnunet", tmp_path / "none", out],
         ["train", "segmentation", tmp_path / "none"],
     ):
-        said = run(*arguments)
-        assert said.code == 1, (arguments, said)
-        assert len(said.err.strip().splitlines()) >= 1
-        assert "Traceback" not in said.err
+        messages = run(*arguments)
+        assert messages.code == 1, (arguments, messages)
+        assert len(messages.err.strip().splitlines()) >= 1
+        assert "Traceback" not in messages.err
         assert outside_of_the_store(sorted(tmp_path.rglob("*"))) == outside_of_the_store(before), arguments
 
 
@@ -199,11 +199,13 @@ def test_one_scan_that_cannot_be_read_does_not_keep_the_others_from_their_masks(
     folder = make_studies(tmp_path / "s", scans=3, finals=0)
     add_models(folder)
     (folder / "scan_1.nii.gz").write_bytes(b"no scan")
-    said = run("predict", *(folder / f"scan_{i}.nii.gz" for i in range(3)), "--studies", folder, "-o", tmp_path / "o")
-    assert said.code == 1
+    messages = run(
+        "predict", *(folder / f"scan_{i}.nii.gz" for i in range(3)), "--dataset", folder, "-o", tmp_path / "o"
+    )
+    assert messages.code == 1
     assert names_in(tmp_path / "o") == {"scan_0.nii.gz", "scan_2.nii.gz"}
-    assert "scan_1.nii.gz" in said.err
-    assert "1 of 3 scans" in said.err
+    assert "scan_1.nii.gz" in messages.err
+    assert "1 of 3 scans" in messages.err
 
 
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_user_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +217,7 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_the_user_s(run: Run, monkeypatch
 # ---- make a folder -------------------------------------------------------------------------------------------------
 
 
-def dataset(folder: Path, names: list[str], splits: dict[str, list[str]] | None = None) -> Path:
+def labelled_data(folder: Path, names: list[str], splits: dict[str, list[str]] | None = None) -> Path:
     for i, name in enumerate(names):
         scan, labels = draw_case(i)
         write_labels(labels, folder / "labels" / f"{name}.nii.gz")
@@ -233,7 +235,7 @@ def names_in(folder: Path) -> set[str]:
 
 def test_prepare_hides_the_truth_of_the_unlabelled_scans(run: Run, tmp_path: Path) -> None:
     names = [f"case.{i}" for i in range(9)]
-    source = dataset(tmp_path / "d", names, {"train": names[:6], "test": names[6:]})
+    source = labelled_data(tmp_path / "d", names, {"train": names[:6], "test": names[6:]})
     options = [
         "--labelled",
         2,
@@ -246,15 +248,15 @@ def test_prepare_hides_the_truth_of_the_unlabelled_scans(run: Run, tmp_path: Pat
         "--structure",
         "other=2,4",
     ]
-    said = run("prepare", source, tmp_path / "s", *options, "--seed", 5)
-    assert said.code == 0, said.err
-    studies = Studies(tmp_path / "s")
-    final = {e.id for e in studies.scans() if e.final is not None}
+    messages = run("prepare", source, tmp_path / "s", *options, "--seed", 5)
+    assert messages.code == 0, messages.err
+    dataset = Dataset(tmp_path / "s")
+    final = {e.id for e in dataset.scans() if e.final is not None}
     hidden = {name.removesuffix(".nii.gz") for name in names_in(tmp_path / "s" / "truth")}
-    assert (len(final), len(hidden), len(studies.scans())) == (2, 3, 5)
+    assert (len(final), len(hidden), len(dataset.scans())) == (2, 3, 5)
     assert not final & hidden
     assert final | hidden <= set(names[:6])
-    assert studies.settings.structures == {"liver": (1,), "other": (2, 4)}
+    assert dataset.settings.structures == {"liver": (1,), "other": (2, 4)}
     for name in hidden:
         assert (tmp_path / "s/truth" / f"{name}.nii.gz").read_bytes() == (
             source / "labels" / f"{name}.nii.gz"
@@ -268,13 +270,13 @@ def test_prepare_hides_the_truth_of_the_unlabelled_scans(run: Run, tmp_path: Pat
 def test_prepare_keeps_a_patient_s_scans_on_one_side(run: Run, tmp_path: Path) -> None:
     patients = [f"P-{i}" for i in range(1, 12)]
     scans = [f"{p}_{phase}" for p in patients for phase in ("ED", "ES")]
-    source = dataset(tmp_path / "d", scans, {"train_patients": patients})
+    source = labelled_data(tmp_path / "d", scans, {"train_patients": patients})
     options = ["--unlabelled", 8, "--split", "train"]
     assert run("prepare", source, tmp_path / "s", "--labelled", 6, *options).code == 0
-    studies = Studies(tmp_path / "s")
-    sides = [{e.id.split("_")[0] for e in studies.scans() if (e.final is None) is side} for side in (True, False)]
+    dataset = Dataset(tmp_path / "s")
+    sides = [{e.id.split("_")[0] for e in dataset.scans() if (e.final is None) is side} for side in (True, False)]
     assert not sides[0] & sides[1]
-    assert all(studies.settings.patient_of(e.image) == e.id.split("_")[0] for e in studies.scans())
+    assert all(dataset.settings.patient_of(e.image) == e.id.split("_")[0] for e in dataset.scans())
     assert "both sides" in run("prepare", source, tmp_path / "t", "--labelled", 5, *options).err
 
 
@@ -282,7 +284,7 @@ def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path, monkeypatch: p
     drawn = draw_phantom(0, 0.5)
     monkeypatch.setattr("segqc.phantom.draw_phantom", lambda *_: drawn)  # drawing takes a second
     assert run("phantom", tmp_path / "s", "--scans", 2, "--labelled", 1).code == 0
-    entries = Studies(tmp_path / "s").scans()
+    entries = Dataset(tmp_path / "s").scans()
     assert [e.final is not None for e in entries].count(True) == 1
 
 
@@ -293,24 +295,24 @@ def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path, monkeypatch: p
 def ranked(tmp_path: Path) -> Path:
     """Four scans with masks of falling quality, estimates that order them but for one pair, and truths."""
     folder = make_studies(tmp_path / "s", scans=5, finals=1)
-    studies = Studies(folder)
+    dataset = Dataset(folder)
     for i, (estimate, shift) in enumerate([(0.9, 0), (0.5, 3), (0.6, 2), (0.55, 1)], start=1):
         _, labels = draw_case(i)
         write_labels(labels, folder / "truth" / f"scan_{i}.nii.gz")
         shifted = Volume(np.roll(labels.array, shift, axis=0), labels.affine)
-        assess(studies, f"scan_{i}", estimate, worst=i, mask=shifted, half_width=0.1 if i == 2 else None)
+        assess(dataset, f"scan_{i}", estimate, worst=i, mask=shifted, half_width=0.1 if i == 2 else None)
     return folder
 
 
 def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
-    said = run("rank", ranked, "--csv")
-    rows = list(csv.DictReader(io.StringIO(said.out)))
+    messages = run("rank", ranked, "--csv")
+    rows = list(csv.DictReader(io.StringIO(messages.out)))
     assert [row["scan"] for row in rows] == ["scan_2", "scan_4", "scan_3", "scan_1"]
     assert [float(row["estimated Dice"]) for row in rows] == [0.5, 0.55, 0.6, 0.9]
     assert rows[0]["worst slices"].split()[0] == "2"
     assert [rows[0][f"estimated Dice {what}"] for what in ("low", "high", "level")] == ["0.4", "0.6", "0.9"]
     assert rows[1]["estimated Dice low"] == ""
-    assert "of the worst structure" not in said.out
+    assert "of the worst structure" not in messages.out
     table = run("rank", ranked).out
     assert "estimated Dice: of the worst structure" in table
     assert "in brackets the 90% interval" in table
@@ -325,8 +327,8 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
 
 
 def test_rank_with_truths_tells_how_well_both_agree(run: Run, ranked: Path) -> None:
-    said = run("rank", ranked, "--truth", ranked / "truth", "--json")
-    told = json.loads(said.out)
+    messages = run("rank", ranked, "--truth", ranked / "truth", "--json")
+    told = json.loads(messages.out)
     true = {}
     for i in (1, 2, 3, 4):
         mask = read_labels(ranked / "labels/original" / f"scan_{i}.nii.gz").array
@@ -369,42 +371,42 @@ def test_the_constant_is_the_best_that_a_constant_can_do() -> None:
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_studies(tmp_path_factory.mktemp("cli") / "s", scans=3, finals=1, config=CONFIG)
     add_models(folder)
     return folder
 
 
-def test_predict_writes_masks_on_the_scans_grids(run: Run, studies: Path, tmp_path: Path) -> None:
-    scans = [studies / "scan_1.nii.gz", studies / "scan_2.nii.gz"]
+def test_predict_writes_masks_on_the_scans_grids(run: Run, dataset: Path, tmp_path: Path) -> None:
+    scans = [dataset / "scan_1.nii.gz", dataset / "scan_2.nii.gz"]
     assert run("predict", *scans, "-o", tmp_path / "masks").code == 0
     for path in scans:
         labels = read_labels(tmp_path / "masks" / path.name, scan=read_scan(path), values=(1, 4))
         assert labels.array.dtype == np.uint8
-    model = Studies(studies).model_path("segmentation")
+    model = Dataset(dataset).model_path("segmentation")
     assert run("predict", scans[0], "-o", tmp_path / "one.nrrd", "--model", model).code == 0
     before = scans[0].read_bytes()
     for taken in (scans[0], tmp_path / "one.nrrd", tmp_path / "masks"):
-        said = run("predict", scans[0], "-o", taken, "--model", model)
-        assert said.code != 0
-        assert "exists already; name a new file" in said.err
+        messages = run("predict", scans[0], "-o", taken, "--model", model)
+        assert messages.code != 0
+        assert "exists already; name a new file" in messages.err
     assert scans[0].read_bytes() == before
-    said = run("predict", scans[0], "-o", tmp_path / "mask.mha", "--model", model)
-    assert said.code != 0
-    assert "masks are written as" in said.err
+    messages = run("predict", scans[0], "-o", tmp_path / "mask.mha", "--model", model)
+    assert messages.code != 0
+    assert "masks are written as" in messages.err
     assert not (tmp_path / "mask.mha").exists()
     assert np.array_equal(
         read_labels(tmp_path / "one.nrrd").array, read_labels(tmp_path / "masks" / scans[0].name).array
     )
 
 
-def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, studies: Path, tmp_path: Path) -> None:
-    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
+def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Path, tmp_path: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
     picture, errors = tmp_path / "a.png", tmp_path / "e.nii.gz"
-    said = run("assess", scan, mask, "--json", "--picture", picture, "--errors", errors)
-    assert said.code == 0, said.err
-    told = Assessment.from_json(said.out)
-    expected = Studies(studies).assessor()
+    messages = run("assess", scan, mask, "--json", "--picture", picture, "--errors", errors)
+    assert messages.code == 0, messages.err
+    told = Assessment.from_json(messages.out)
+    expected = Dataset(dataset).assessor()
     assert expected is not None
     result = expected.assess(read_scan(scan), read_labels(mask), scan_id="scan_0")
     assert told == result.assessment
@@ -413,70 +415,70 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, studies: Pat
     assert np.array_equal(written > 0, (result.errors >= 0.5).any(axis=0))
     before = scan.read_bytes(), mask.read_bytes()
     for option, taken in (("--errors", scan), ("--errors", mask), ("--picture", mask)):
-        said = run("assess", scan, mask, option, taken)
-        assert said.code != 0
-        assert "exists already; name a new file" in said.err
+        messages = run("assess", scan, mask, option, taken)
+        assert messages.code != 0
+        assert "exists already; name a new file" in messages.err
     assert (scan.read_bytes(), mask.read_bytes()) == before
 
 
-def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, studies: Path) -> None:
-    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
+def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, dataset: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
     rows = list(csv.DictReader(io.StringIO(run("assess", scan, mask, "--csv", "--no-picture").out)))
     slices = read_scan(scan).shape[2]
     assert len(rows) == len(STRUCTURES) * (1 + slices)
     assert [row["slice"] for row in rows if row["structure"] == "liver"] == ["", *map(str, range(slices))]
 
 
-def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, studies: Path) -> None:
-    scan, mask = studies / "scan_0.nii.gz", studies / "labels/final/scan_0.nii.gz"
-    said = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the interval" in said
-    assert all(term in said for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
-    assert said.count("(not enough data)") == 8  # four metrics of two structures
-    path = Studies(studies).model_path("segqc")
+def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, dataset: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels/final/scan_0.nii.gz"
+    messages = run("assess", scan, mask, "--no-picture").out
+    assert "in brackets the interval" in messages
+    assert all(term in messages for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
+    assert messages.count("(not enough data)") == 8  # four metrics of two structures
+    path = Dataset(dataset).model_path("segqc")
     model = Assessor.load(path)
     known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
     calibration = fit_structure(known, known[::-1], [f"p{i}" for i in range(9)])
     Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(path)
     expected = Assessor.load(path).assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
-    said = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the 90% interval" in said
-    assert "not enough data" not in said
+    messages = run("assess", scan, mask, "--no-picture").out
+    assert "in brackets the 90% interval" in messages
+    assert "not enough data" not in messages
     lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
     whole = [line for line in lines if not line["slice"]]
     for quality, row in zip(expected.structures, whole, strict=True):
         interval = quality.intervals.dice
         assert interval is not None
-        assert f"{quality.estimated.dice:.2f} ({interval.low:.2f}-{interval.high:.2f})" in said
+        assert f"{quality.estimated.dice:.2f} ({interval.low:.2f}-{interval.high:.2f})" in messages
         assert (float(row["dice_low"]), float(row["dice_high"])) == pytest.approx((interval.low, interval.high))
         assert row["interval_level"] == "0.9"
 
 
-def test_assess_lists_as_many_worst_slices_as_asked(run: Run, studies: Path) -> None:
-    scan, mask = studies / "scan_0.nii.gz", studies / "labels" / "final" / "scan_0.nii.gz"
-    said = run("assess", scan, mask, "--no-picture", "--slices", 2)
-    worst = said.out.split("slices to look at first")[1]
+def test_assess_lists_as_many_worst_slices_as_asked(run: Run, dataset: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
+    messages = run("assess", scan, mask, "--no-picture", "--slices", 2)
+    worst = messages.out.split("slices to look at first")[1]
     assert len(re.findall(r"\bspleen\b", worst)) == 2
 
 
-def test_score_continues_where_it_stopped(run: Run, studies: Path) -> None:
-    first = json.loads(run("score", studies, "--json").out)
+def test_score_continues_where_it_stopped(run: Run, dataset: Path) -> None:
+    first = json.loads(run("score", dataset, "--json").out)
     assert first["rows"] == [{"scored": 2, "had a current score": 0, "failed": 0}]
-    again = json.loads(run("score", studies, "--json").out)
+    again = json.loads(run("score", dataset, "--json").out)
     assert again["rows"] == [{"scored": 0, "had a current score": 2, "failed": 0}]
-    assert json.loads(run("score", studies, "--json", "--force").out)["rows"][0]["scored"] == 2
+    assert json.loads(run("score", dataset, "--json", "--force").out)["rows"][0]["scored"] == 2
 
 
 def test_a_scan_that_cannot_be_scored_makes_the_exit_code_1(
-    run: Run, studies: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> bool:
         raise VolumeError("scan_3.nii.gz: is gone")
 
     monkeypatch.setattr("segqc.loop.scoring._score_segqc", fail)
-    said = run("score", studies)
-    assert said.code == 1
-    assert "scan_3.nii.gz: is gone" in said.err
+    messages = run("score", dataset)
+    assert messages.code == 1
+    assert "scan_3.nii.gz: is gone" in messages.err
 
 
 # ---- the simulated annotator ----------------------------------------------------------------------------------------
@@ -504,7 +506,7 @@ class FakeServer:
     def download_label(self, scan: str, tag: str) -> str:
         stored = read_labels(self.folder / "labels" / tag / f"{scan}.nii.gz")
         path = self.folder / f".{scan}-{tag}.nii.gz"
-        write_labels(to_client(stored, label_names(Studies(self.folder).structures)), path)
+        write_labels(to_client(stored, label_names(Dataset(self.folder).structures)), path)
         return str(path)
 
     def save_label(self, scan: str, path: str, tag: str, params: dict[str, str]) -> None:
@@ -533,9 +535,9 @@ def test_simulate_submits_the_truth_and_compares_the_estimate_shown(
 
 def test_simulate_says_when_no_server_answers(run: Run, ranked: Path) -> None:
     pytest.importorskip("monailabel", reason="MONAI Label is not installed")
-    said = run("simulate", ranked, "--server", "http://127.0.0.1:9")
-    assert said.code == 1
-    assert "is the server running?" in said.err
+    messages = run("simulate", ranked, "--server", "http://127.0.0.1:9")
+    assert messages.code == 1
+    assert "is the server running?" in messages.err
 
 
 # ---- the README ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.volumes import Volume, read_labels, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
 from tests.server_kit import add_models, draw_case, listening, make_studies
@@ -136,7 +136,7 @@ def test_dicom_files_are_included_whether_or_not_the_client_has_a_name(
     # 3D Slicer makes a client for each request
     told = MONAILabelClient(url, str(tmp_path), client_id).upload_image(str(slice_), "IMG0001")
     assert told == {"image": name}
-    assert Studies(folder).verify_scan(name).patient == patient
+    assert Dataset(folder).verify_scan(name).patient == patient
     write_dicom(draw_case(22)[0], tmp_path / "another series", Path("another patient"))
     smaller = Volume(scan.array[:-2], scan.affine)
     write_dicom(smaller, tmp_path / "smaller", Path(patient))

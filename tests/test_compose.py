@@ -10,18 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.assessor import mask_sha256
-from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
-from segqc.evaluation.compose import compose, write
-from segqc.evaluation.judging import KnownMask, find_truths, judge, load_judgements, load_truths, save
-from segqc.evaluation.makers import MANIFESTS, Manifest, TestMask
-from segqc.evaluation.methods import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, calibrated_on
+from segqc.evaluation.data.mask_sources import MANIFESTS, Manifest, TestMask
+from segqc.evaluation.data.predictions import KnownMask, find_truths, judge, load_judgements, load_truths, save
+from segqc.evaluation.data.run import Run
+from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.experiments.comparison import (
+    STUDIES,
+    StudyResult,
+    judgement_path,
+    structure_result,
+    study_masks,
+    truth_path,
+)
+from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.methods.registry import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, calibrated_on
+from segqc.evaluation.report.compose import compose, write
 from segqc.evaluation.report.document import Report
 from segqc.evaluation.report.formats import NUMBERS
-from segqc.evaluation.run import Run
-from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import STUDIES, StudyResult, judgement_path, structure_result, study_masks, truth_path
-from segqc.metrics import METRIC_NAMES, EmptyRule
+from segqc.networks.assessor import mask_sha256
+from segqc.quality.metrics import METRIC_NAMES, EmptyRule
 from segqc.training.cases import read_case
 from segqc.types import Structure
 from segqc.volumes import Volume, write_labels
@@ -224,8 +231,8 @@ def test_variants_have_a_table_of_their_own(finished: tuple[Run, StudyResult]) -
 
 
 def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
-    from segqc.evaluation.cohort import CohortError
-    from segqc.evaluation.makers import check_masks
+    from segqc.evaluation.data.cohort import CohortError
+    from segqc.evaluation.data.mask_sources import check_masks
 
     run, _ = finished
     manifest = MANIFESTS.validate_json((run.folder / "test-masks" / "served.json").read_bytes())

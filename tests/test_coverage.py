@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segqc.evaluation.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
-from segqc.intervals import jackknife_plus
+from segqc.evaluation.statistics.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
+from segqc.quality.intervals import jackknife_plus
 
 
 def draw(

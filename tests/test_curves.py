@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from segqc.evaluation.curves import (
+from segqc.evaluation.statistics.curves import (
     OPTIMAL,
     RANDOM,
     RANDOM_NONEMPTY,
@@ -78,9 +78,9 @@ def greedy(units: Units) -> list[int]:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_curve_is_what_correcting_slice_by_slice_gives(seed: int) -> None:
     units = random_slices(seed)
-    badness = rng(seed + 100).random(len(units))
-    order = by_scores(units, badness, generator=rng())
-    expected = simulate(units, np.argsort(-badness).tolist())
+    error_score = rng(seed + 100).random(len(units))
+    order = by_scores(units, error_score, generator=rng())
+    expected = simulate(units, np.argsort(-error_score).tolist())
     np.testing.assert_allclose(order.mean_dice, expected, atol=1e-12)
     assert order.area() == pytest.approx(area(expected))
 
@@ -111,13 +111,13 @@ def test_the_area_at_random_is_exact_where_the_order_within_masks_does_not_matte
 
 def test_ties_within_an_order_are_the_mean_over_their_orders() -> None:
     units = slices([0, 0, 1, 1, 1], [10] * 5, [10] * 5, [4, 4, 7, 7, 7])
-    badness = [1.0, 0.0, 1.0, 0.0, 0.0]
+    error_score = [1.0, 0.0, 1.0, 0.0, 0.0]
     curves = [
         simulate(units, [*head, *tail])
         for head in itertools.permutations([0, 2])
         for tail in itertools.permutations([1, 3, 4])
     ]
-    order = by_scores(units, badness, generator=rng(), shuffles=2000)
+    order = by_scores(units, error_score, generator=rng(), shuffles=2000)
     np.testing.assert_allclose(order.mean_dice, np.mean(curves, axis=0), atol=0.01)
     assert order.area() == pytest.approx(np.mean([area(c) for c in curves]))
 
@@ -145,8 +145,8 @@ def test_sequential_is_the_order_of_the_list() -> None:
 @given(dice_lists, st.integers(0, 10**6))
 def test_no_order_of_scans_is_above_the_optimal_one_anywhere(dice: list[float], seed: int) -> None:
     units = scans(dice)
-    badness = rng(seed).integers(0, 5, len(dice)).astype(float)
-    other, best = by_scores(units, badness, generator=rng()), optimal(units)
+    error_score = rng(seed).integers(0, 5, len(dice)).astype(float)
+    other, best = by_scores(units, error_score, generator=rng()), optimal(units)
     assert (other.mean_dice <= best.mean_dice + 1e-12).all()
     by_truth = by_scores(units, -np.array(dice), generator=rng())
     np.testing.assert_allclose(by_truth.mean_dice, best.mean_dice, atol=1e-12)
@@ -156,8 +156,8 @@ def test_no_order_of_scans_is_above_the_optimal_one_anywhere(dice: list[float], 
 @given(st.integers(0, 10**6))
 def test_curves_rise_from_the_mean_dice_to_one(seed: int) -> None:
     units = random_slices(seed)
-    badness = rng(seed).integers(0, 3, len(units)).astype(float)
-    for order in (by_scores(units, badness, generator=rng(), shuffles=8), optimal(units), sequential(units)):
+    error_score = rng(seed).integers(0, 3, len(units)).astype(float)
+    for order in (by_scores(units, error_score, generator=rng(), shuffles=8), optimal(units), sequential(units)):
         assert order.mean_dice[0] == pytest.approx(simulate(units, [])[0])
         assert order.mean_dice[-1] == 1.0
         assert (np.diff(order.mean_dice) >= -1e-12).all()
@@ -168,9 +168,9 @@ def test_curves_rise_from_the_mean_dice_to_one(seed: int) -> None:
 @given(st.integers(0, 10**6))
 def test_the_order_of_the_list_does_not_matter(seed: int) -> None:
     units, draw = random_slices(seed), rng(seed)
-    badness, mixed, names = draw.random(len(units)), draw.permutation(len(units)), draw.permutation(units.masks)
+    error_score, mixed, names = draw.random(len(units)), draw.permutation(len(units)), draw.permutation(units.masks)
     moved = Units(names[units.mask][mixed], *(x[mixed] for x in (units.in_mask, units.in_truth, units.in_both)))
-    a, b = by_scores(units, badness, generator=rng()), by_scores(moved, badness[mixed], generator=rng())
+    a, b = by_scores(units, error_score, generator=rng()), by_scores(moved, error_score[mixed], generator=rng())
     np.testing.assert_allclose(a.mean_dice, b.mean_dice, atol=1e-12)
     assert a.area() == pytest.approx(b.area())
 
@@ -178,9 +178,9 @@ def test_the_order_of_the_list_does_not_matter(seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(dice_lists, st.integers(0, 10**6))
 def test_the_order_of_the_scans_does_not_matter_even_with_ties(dice: list[float], seed: int) -> None:
-    badness, mixed = rng(seed).integers(0, 3, len(dice)).astype(float), rng(seed).permutation(len(dice))
-    a = by_scores(scans(dice), badness, generator=rng())
-    b = by_scores(scans(np.array(dice)[mixed]), badness[mixed], generator=rng())
+    error_score, mixed = rng(seed).integers(0, 3, len(dice)).astype(float), rng(seed).permutation(len(dice))
+    a = by_scores(scans(dice), error_score, generator=rng())
+    b = by_scores(scans(np.array(dice)[mixed]), error_score[mixed], generator=rng())
     np.testing.assert_allclose(a.mean_dice, b.mean_dice, atol=1e-12)
 
 
@@ -223,11 +223,11 @@ def test_greedy_is_no_bound_where_slices_gain_only_together() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_of_masks_follow_each_other(seed: int) -> None:
     units = random_slices(seed)
-    badness = rng(seed + 50).random(len(units))
+    error_score = rng(seed + 50).random(len(units))
     copies = rng(seed).integers(0, 4, (3, units.masks))
     copies[:, 0] = 1
     for order, sequence in (
-        (by_scores(units, badness, generator=rng()), np.argsort(-badness).tolist()),
+        (by_scores(units, error_score, generator=rng()), np.argsort(-error_score).tolist()),
         (optimal(units), greedy(units)),
     ):
         for times, found in zip(copies, order.areas(copies), strict=True):
@@ -245,9 +245,9 @@ def test_copies_of_masks_follow_each_other(seed: int) -> None:
 
 
 def test_copies_of_tied_scans_tie() -> None:
-    dice, badness, copies = [0.2, 0.5, 0.9, 0.6], [1.0, 1.0, 0.0, 0.0], [2, 1, 3, 0]
-    many = by_scores(scans(np.repeat(dice, copies)), np.repeat(badness, copies), generator=rng())
-    found = by_scores(scans(dice), badness, generator=rng()).areas(np.array([copies]))
+    dice, error_score, copies = [0.2, 0.5, 0.9, 0.6], [1.0, 1.0, 0.0, 0.0], [2, 1, 3, 0]
+    many = by_scores(scans(np.repeat(dice, copies)), np.repeat(error_score, copies), generator=rng())
+    found = by_scores(scans(dice), error_score, generator=rng()).areas(np.array([copies]))
     assert found[0] == pytest.approx(many.area())
 
 
@@ -259,8 +259,8 @@ def test_a_study_of_slices() -> None:
     units = slices(of, in_mask, in_truth, (np.minimum(in_mask, in_truth) * draw.random(n)).round())
     wrong = units.in_mask + units.in_truth - 2 * units.in_both
     patients = [f"p{i // 2}" for i in range(masks)]
-    badness = {"error": wrong, "noise": draw.random(n), "same": wrong * 2}
-    found = study(units, badness, patients, generator=rng(), chosen="error", draws=200)
+    error_score = {"error": wrong, "noise": draw.random(n), "same": wrong * 2}
+    found = study(units, error_score, patients, generator=rng(), chosen="error", draws=200)
     results = {o.name: o for o in found.orders}
     assert list(results) == ["error", "noise", "same", OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL]
     assert (found.masks, found.units) == (20, 200)
@@ -271,7 +271,7 @@ def test_a_study_of_slices() -> None:
     assert got.value is not None and got.low < got.value < got.high and got.value > 0.9
     assert results[OPTIMAL].captured.value == 1 and results[RANDOM].captured.value == 0
     assert [(d.second, d.verdict) for d in found.differences] == [("noise", "better"), ("same", "tie")]
-    turned = study(units, badness, patients, generator=rng(), chosen="noise", draws=200)
+    turned = study(units, error_score, patients, generator=rng(), chosen="noise", draws=200)
     assert [(d.second, d.verdict) for d in turned.differences] == [("error", "worse"), ("same", "worse")]
     adapter = TypeAdapter(CurveStudy)
     assert adapter.validate_json(adapter.dump_json(found)) == found

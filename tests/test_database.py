@@ -16,9 +16,9 @@ from click.testing import Result
 from sqlalchemy import create_engine, inspect, text
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.loop.studies import Studies
-from segqc.store import jobs, labels, scans, upkeep
+from segqc.cli import main
+from segqc.loop.dataset import Dataset
+from segqc.store import jobs, labels, maintenance, scans
 from segqc.store.database import (
     REVISION,
     CircuitBreaker,
@@ -30,7 +30,7 @@ from segqc.store.database import (
 )
 from segqc.store.store import Store
 from tests.server_kit import make_studies
-from tests.store_kit import ANNA, hanging, make_scans, new_database, save_final, take_in_scans
+from tests.store_kit import ANNA, hanging, make_scans, new_database, save_final, sync_scans
 
 
 def _noise(path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_database_of_another_program_is_left_as_it_is(
         with pytest.raises(StoreError, match=r"store\.sqlite: holds the tables of another program.*move this file"):
             Store.open(tmp_path)
         with pytest.raises(StoreError, match="another program"):
-            upkeep.upgrade(Store(tmp_path))
+            maintenance.upgrade(Store(tmp_path))
         assert _contents(tmp_path) == before
 
 
@@ -140,7 +140,7 @@ def filled(tmp_path: Path) -> Iterator[Store]:
     """An open store with a scan and its final label."""
     opened = Store.open(tmp_path)
     make_scans(tmp_path, 1)
-    take_in_scans(opened)
+    sync_scans(opened)
     save_final(opened, tmp_path, "scan_0", 3)
     yield opened
     opened.close()
@@ -162,21 +162,21 @@ def test_a_log_without_its_database_is_kept(filled: Store, is_there: bool) -> No
     log = (filled.own / "store.sqlite-wal").read_bytes()
     path = _lose(filled, is_there)
     path.with_name("store.sqlite-wal").write_bytes(log)
-    before = _contents(filled.studies)
+    before = _contents(filled.dataset)
     with pytest.raises(StoreDamaged, match=r"its log store\.sqlite-wal is not; .*segqc db restore"):
-        Store.open(filled.studies)
-    assert _contents(filled.studies) == before
+        Store.open(filled.dataset)
+    assert _contents(filled.dataset) == before
 
 
 @pytest.mark.migrates
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_lost_database_is_not_made_anew(filled: Store, is_there: bool) -> None:
     _lose(filled, is_there)
-    before = _contents(filled.studies)
-    for way_in in (Store.open, lambda folder: upkeep.upgrade(Store(folder))):
+    before = _contents(filled.dataset)
+    for way_in in (Store.open, lambda folder: maintenance.upgrade(Store(folder))):
         with pytest.raises(StoreDamaged, match=r"store\.sqlite: the database is missing .*segqc db restore"):
-            way_in(filled.studies)
-    assert _contents(filled.studies) == before
+            way_in(filled.dataset)
+    assert _contents(filled.dataset) == before
 
 
 def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_postgresql_database_of_another_program_is_left_as_it_is(tmp_path: Pat
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
 def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a database outside of the studies folder."""
+    """The URL of a database outside of the dataset folder."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/elsewhere.sqlite"
     return new_database(request.getfixturevalue("postgresql"))
@@ -213,15 +213,15 @@ def test_a_database_is_of_one_folder_only(tmp_path: Path, elsewhere: str) -> Non
         (tmp_path / name / "segqc.toml").write_text(f'[store]\nurl = "{elsewhere}"\n')
     for _ in range(2):
         opened = Store.open(tmp_path / "one", elsewhere)
-        take_in_scans(opened)
+        sync_scans(opened)
         opened.close()
-    refused = r"is the database of the studies folder /.*/one; name another one for /.*/{}"
+    refused = r"is the database of the dataset folder /.*/one; name another one for /.*/{}"
     with pytest.raises(StoreError, match=refused.format("other")) as caught:
         Store.open(tmp_path / "other", elsewhere)
     assert "\n" not in str(caught.value)
     for command in (["scans"], ["db", "check"], ["export", "tables"]):
         target = [str(tmp_path / "tables")] if command[0] == "export" else []
-        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / "other"), *target])
+        result = CliRunner().invoke(main.app, [*command, str(tmp_path / "other"), *target])
         assert isinstance(result.exception, StoreError)
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     with pytest.raises(StoreError, match=refused.format("copy")):
@@ -290,7 +290,7 @@ def test_a_postgresql_that_hangs_within_a_transaction(tmp_path: Path, postgresql
         transaction.execute(text("SELECT count(*) FROM scan"))
     opened.close()
     again = Store.open(tmp_path, opened.database.url.render_as_string(hide_password=False))
-    take_in_scans(again)  # the pen was given back
+    sync_scans(again)  # the write lock was given back
     again.close()
 
 
@@ -311,14 +311,14 @@ def test_a_read_only_folder_is_read_and_left_as_it_is(
 ) -> None:
     writer = Store.open(tmp_path)
     make_scans(tmp_path, 2)
-    take_in_scans(writer)
+    sync_scans(writer)
     if not is_open:
         writer.close()  # else its last changes are in the write-ahead log only
     before = {path.name: path.read_bytes() for path in (tmp_path / "segqc").iterdir() if path.is_file()}
     request.getfixturevalue("read_only")
     make_scans(tmp_path, 3)
     reader = Store.open(tmp_path)
-    take_in_scans(reader)
+    sync_scans(reader)
     with reader.read() as transaction:
         assert [scan.name for scan in scans.listing(transaction)] == ["scan_0", "scan_1"]
     with pytest.raises(StoreReadOnly, match="is read-only"), reader.write():
@@ -332,7 +332,7 @@ def test_commands_on_a_read_only_folder(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> None:
     folder, out = make_studies(tmp_path / "studies", scans=3, finals=2), tmp_path_factory.mktemp("out")
-    opened = Studies(folder).store
+    opened = Dataset(folder).store
     with opened.read() as transaction:
         version = str(labels.history(transaction, "scan_0")[0].id)
     opened.close()
@@ -340,7 +340,7 @@ def test_commands_on_a_read_only_folder(
     request.getfixturevalue("read_only")
 
     def run(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(cli.app, [*map(str, arguments)])
+        return CliRunner().invoke(main.app, [*map(str, arguments)])
 
     for command in (
         ("scans", folder), ("labels", folder, "scan_0"),
@@ -392,7 +392,7 @@ def test_the_lock_is_given_in_the_order_of_asking() -> None:
 def test_json_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
     opened = Store.open(tmp_path)
     with opened.write() as transaction:
-        jobs.put(transaction, "train", {"model": "segqc"}, ANNA)
+        jobs.enqueue(transaction, "train", {"model": "segqc"}, ANNA)
         transaction.execute(text("UPDATE job SET request = '{\"model\":'"))
     with (
         pytest.raises(StoreDamaged, match=r"JSON in it cannot be read.*segqc db restore"),

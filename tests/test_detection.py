@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from segqc.evaluation.detection import (
+from segqc.evaluation.statistics.detection import (
     MIN_IOUS,
     STEPS,
     DetectionScores,
@@ -19,8 +19,8 @@ from segqc.evaluation.detection import (
     detection_scores,
     error_map_scores,
 )
-from segqc.evaluation.statistics import patient_index, resample
-from segqc.regions import match_boxes
+from segqc.evaluation.statistics.estimation import patient_index, resample
+from segqc.quality.boxes import match_boxes
 from segqc.types import ErrorBox
 
 SHAPE = (6, 7, 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import measure
 
-from segqc.error_maps import (
+from segqc.quality.error_maps import (
     PLAIN_EXTRACTION,
     ExtractionSettings,
     bounding_box,

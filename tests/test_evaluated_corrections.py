@@ -1,4 +1,4 @@
-"""The corrections study: masks that people corrected, of a studies folder or of two folders, and simulated ones."""
+"""The corrections study: masks that people corrected, of a dataset folder or of two folders, and simulated ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.evaluation import makers
-from segqc.evaluation.cohort import CohortError
-from segqc.evaluation.makers import Manifest, check_masks, correction_masks
-from segqc.evaluation.run import NETWORKS, Run
-from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import study_masks
-from segqc.loop.corrections import submit_label
-from segqc.loop.studies import Studies
+from segqc.evaluation.data import mask_sources
+from segqc.evaluation.data.cohort import CohortError
+from segqc.evaluation.data.mask_sources import Manifest, check_masks, correction_masks
+from segqc.evaluation.data.run import NETWORKS, Run
+from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.experiments.comparison import study_masks
+from segqc.loop.dataset import Dataset
+from segqc.loop.submission import submit_label
 from segqc.store.leases import LeaseRules
 from segqc.training import NoProgress
 from segqc.volumes import Volume, read_labels, write_labels
 from tests.server_kit import draw_case
 from tests.test_evaluation import make_folders, write_dataset
 from tests.test_recalibration import ANNA, AUDIT, WORST, correct
+from tests.test_recalibration import dataset as dataset
 from tests.test_recalibration import judged as judged
-from tests.test_recalibration import studies as studies
 
 
 def corrected(run: Run) -> Manifest:
@@ -34,10 +34,10 @@ def corrected(run: Run) -> Manifest:
 
 @pytest.mark.parametrize(("rules", "selection"), [(WORST, "worst-first"), (AUDIT, "random")])
 def test_corrections_of_people_are_found_and_how_they_were_chosen(
-    studies: Studies, tmp_path: Path, rules: LeaseRules, selection: str
+    dataset: Dataset, tmp_path: Path, rules: LeaseRules, selection: str
 ) -> None:
-    done = correct(studies, rules, 12)
-    run = Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings())
+    done = correct(dataset, rules, 12)
+    run = Run.open(tmp_path / "run", dataset.folder, {}, EvaluationSettings())
     tested = {c.id for c in run.cohort.test}
     manifest = corrected(run)
     assert (manifest.corrections, manifest.selection) == ("real", selection)
@@ -49,16 +49,16 @@ def test_corrections_of_people_are_found_and_how_they_were_chosen(
         assert known.judged.maker is None
 
 
-def test_a_final_label_that_was_drawn_anew_since_is_no_correction(studies: Studies, tmp_path: Path) -> None:
-    correct(studies, AUDIT, 12)
-    run = Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings())
+def test_a_final_label_that_was_drawn_anew_since_is_no_correction(dataset: Dataset, tmp_path: Path) -> None:
+    correct(dataset, AUDIT, 12)
+    run = Run.open(tmp_path / "run", dataset.folder, {}, EvaluationSettings())
     first, *others = sorted(c.id for c in run.cohort.test)
     truth = draw_case(int(first.removeprefix("scan_")))[1]
-    submit_label(studies, first, Volume(np.roll(truth.array, 1, axis=1), truth.affine), "final", ANNA)
-    manifest = corrected(Run.open(tmp_path / "other", studies.folder, {}, EvaluationSettings()))
+    submit_label(dataset, first, Volume(np.roll(truth.array, 1, axis=1), truth.affine), "final", ANNA)
+    manifest = corrected(Run.open(tmp_path / "other", dataset.folder, {}, EvaluationSettings()))
     assert {m.case for m in manifest.masks} == set(others)
     with pytest.raises(CohortError, match=f"the label of scan {first} has changed"):
-        Run.open(tmp_path / "run", studies.folder, {}, EvaluationSettings()).cohort  # noqa: B018 a property
+        Run.open(tmp_path / "run", dataset.folder, {}, EvaluationSettings()).cohort  # noqa: B018 a property
 
 
 def test_masks_of_another_folder_are_the_start_of_corrections(tmp_path: Path) -> None:
@@ -77,6 +77,6 @@ def test_masks_of_another_folder_are_the_start_of_corrections(tmp_path: Path) ->
     late = Run.open(tmp_path / "late", data, {"ball": (1,)}, EvaluationSettings(), masks)
     (late.folder / NETWORKS / "segqc" / "fold-0").mkdir(parents=True)
     assert corrected(late) == replace(manifest, after_training=True)
-    write_labels(truth, makers.test_mask_path(run, manifest.masks[0]))
+    write_labels(truth, mask_sources.test_mask_path(run, manifest.masks[0]))
     with pytest.raises(CohortError, match="is not the mask of the manifest"):
         check_masks(run, manifest)

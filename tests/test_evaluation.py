@@ -14,23 +14,24 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.baselines.estimates import Estimate, MaskToJudge, estimate_from_error_map
-from segqc.error_maps import ExtractionSettings, difference, extract_errors
-from segqc.evaluation import judging
-from segqc.evaluation.cohort import CohortError, read_labelled, split
+from segqc.cli import main
+from segqc.evaluation.data import predictions
+from segqc.evaluation.data.cohort import CohortError, read_labelled, split
+from segqc.evaluation.data.mask_sources import calibrating_makers, simulated_correction, with_other_pooling
+from segqc.evaluation.data.predictions import KnownMask, boxes_of, find_truths, judge, map_counts
+from segqc.evaluation.data.run import Run
+from segqc.evaluation.data.settings import EvaluationSettings
 from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_study
-from segqc.evaluation.judging import KnownMask, boxes_of, find_truths, judge, map_counts
-from segqc.evaluation.makers import calibrating_makers, simulated_correction, with_other_pooling
-from segqc.evaluation.methods import SCAN_ONLY, SEGQC, TTA, methods, slug, trainings
-from segqc.evaluation.observers import StudySettings
-from segqc.evaluation.run import Run
-from segqc.evaluation.settings import EvaluationSettings
-from segqc.evaluation.studies import STUDIES, badness_of_scans, badness_of_slices, manifest_of
-from segqc.loop.studies import StudiesError
-from segqc.metrics import METRIC_NAMES, EmptyRule, true_metrics
-from segqc.networks import build_network, plan_network
-from segqc.regions import BoxSettings
+from segqc.evaluation.experiments.comparison import STUDIES, error_scores_of_scans, error_scores_of_slices, manifest_of
+from segqc.evaluation.experiments.observers import StudySettings
+from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.methods.registry import SCAN_ONLY, SEGQC, TTA, methods, slug, trainings
+from segqc.loop.dataset import DatasetError
+from segqc.networks.plan import plan_network
+from segqc.networks.unet import build_network
+from segqc.quality.boxes import BoxSettings
+from segqc.quality.error_maps import ExtractionSettings, difference, extract_errors
+from segqc.quality.metrics import METRIC_NAMES, EmptyRule, true_metrics
 from segqc.training import NoProgress
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels, write_scan
@@ -69,8 +70,8 @@ def test_a_cohort_keeps_the_patients_apart_and_is_a_function_of_the_seed(tmp_pat
     assert {c.patient for c in cohort.train} == set(train)
     assert {c.patient for c in cohort.test} == set(test)
     for fold in range(3):
-        held, learnt = ({c.patient for c in side(fold)} for side in (cohort.held, cohort.learnt))
-        assert held and not held & learnt and held | learnt == set(train)
+        held, trained = ({c.patient for c in side(fold)} for side in (cohort.held, cohort.trained))
+        assert held and not held & trained and held | trained == set(train)
     assert cohort == split(read_labelled(data, {"ball": (1,)}), folds=3, seed=4, test_share=0.3)
     assert cohort.fold != split(read_labelled(data, {"ball": (1,)}), folds=3, seed=5, test_share=0.3).fold
 
@@ -81,7 +82,7 @@ def test_a_cohort_without_a_split_is_split_by_patient_and_finds_its_structures(t
     assert len(cohort.test) == 3
     assert not {c.patient for c in cohort.test} & {c.patient for c in cohort.train}
     assert cohort.structures == (Structure("label 1", (1,)),)
-    fewer = split(read_labelled(data, {}), folds=2, seed=0, test_share=0.3, most_cases=6)
+    fewer = split(read_labelled(data, {}), folds=2, seed=0, test_share=0.3, max_cases=6)
     assert {c.id for c in fewer.train} < {c.id for c in cohort.train}
 
 
@@ -91,7 +92,7 @@ def test_too_few_patients_or_one_on_both_sides_are_refused(tmp_path: Path) -> No
         split(read_labelled(few, {}), folds=2, seed=0, test_share=0.5)
     names = [f"s{i}" for i in range(8)]
     both = write_dataset(make_folders(tmp_path / "both"), names, {"train": names, "test": names[:2]})
-    with pytest.raises(StudiesError, match="patient s0 is in train and in test"):
+    with pytest.raises(DatasetError, match="patient s0 is in train and in test"):
         split(read_labelled(both, {}), folds=2, seed=0, test_share=0.5)
 
 
@@ -120,7 +121,7 @@ def test_a_run_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
         (data, {}, EvaluationSettings(group_pattern="("), None),
         (data, {}, EvaluationSettings(), tmp_path / "missing"),
     ):
-        with pytest.raises((CohortError, StudiesError)):
+        with pytest.raises((CohortError, DatasetError)):
             Run.open(tmp_path / "run" / "deep", folder, structures, settings, masks)
         assert not (tmp_path / "run").exists()
     Run.open(tmp_path / "run" / "deep", data, {"ball": (1,)}, EvaluationSettings())
@@ -223,17 +224,20 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     expected = true_metrics(BALL[0].mask(masks[2].judged.labels.array), BALL[0].mask(masks[2].truth.array))
     assert truths.metrics[2, 0].tolist() == [getattr(expected, name) for name in METRIC_NAMES]
     # boxes: two slices of the two masks that are wrong
-    for kind in (judging.RAW, judging.EXTRACTED):
+    for kind in (predictions.RAW, predictions.EXTRACTED):
         predicted, true = (boxes_of(x.boxes, 3, 0, kind) for x in (said, truths))
         assert predicted == true
         assert [len(boxes) for boxes in true] == [0, 2, 2]
     assert [c.both.dice(0.5) for c in map_counts(said.counts, 0)][1:] == [1.0, 1.0]
     np.testing.assert_allclose(
-        said.slice_badness[:, 0], (truths.voxels[:, 0, :2].sum(axis=1) - 2 * truths.voxels[:, 0, 2])
+        said.slice_error_score[:, 0], (truths.voxels[:, 0, :2].sum(axis=1) - 2 * truths.voxels[:, 0, 2])
     )
-    judging.save(tmp_path / "said.npz", said)
-    judging.save(tmp_path / "truths.npz", truths)
-    again, truths_again = judging.load_judgements(tmp_path / "said.npz"), judging.load_truths(tmp_path / "truths.npz")
+    predictions.save(tmp_path / "said.npz", said)
+    predictions.save(tmp_path / "truths.npz", truths)
+    again, truths_again = (
+        predictions.load_judgements(tmp_path / "said.npz"),
+        predictions.load_truths(tmp_path / "truths.npz"),
+    )
     assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
     assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
 
@@ -245,24 +249,24 @@ def test_slices_are_ordered_by_shares_of_their_scan_and_scans_by_their_dice() ->
     # without a map and an estimated truth, as softmax entropy is
     blind = replace(oracle, slice_truth=np.full_like(oracle.slice_truth, np.nan), counts=oracle.counts[:0])
     said = {SEGQC: oracle, SCAN_ONLY: oracle, TTA: blind}
-    scans, slices = badness_of_scans(said, 0), badness_of_slices(said, truths, 0)
+    scans, slices = error_scores_of_scans(said, 0), error_scores_of_slices(said, truths, 0)
     assert set(scans) == {SEGQC, f"{SEGQC}, error sum", SCAN_ONLY, f"{SCAN_ONLY}, error sum", TTA, f"{TTA} entropy"}
     assert set(slices) == {*scans, f"{SCAN_ONLY}-EE"}
     np.testing.assert_allclose(scans[SEGQC], -truths.metrics[:, 0, 0])
-    errors = oracle.slice_badness[:, 0]
+    errors = oracle.slice_error_score[:, 0]
     in_mask, in_truth, _ = truths.voxels[:, 0].T
     whole = np.array([np.sum((in_mask + in_truth)[truths.mask_of == m]) for m in truths.mask_of])
     mask_twice = np.array([2 * np.sum(in_mask[truths.mask_of == m]) for m in truths.mask_of])
     assert len(set(whole)) == 3 and not np.array_equal(whole, mask_twice)
     np.testing.assert_allclose(slices[SEGQC], errors / whole)
     np.testing.assert_allclose(slices[TTA], errors / mask_twice)
-    np.testing.assert_allclose(slices[f"{SCAN_ONLY}-EE"], oracle.slice_badness_extracted[:, 0] / whole)
+    np.testing.assert_allclose(slices[f"{SCAN_ONLY}-EE"], oracle.slice_error_score_extracted[:, 0] / whole)
     for plain in (f"{SEGQC}, error sum", f"{TTA} entropy"):
         np.testing.assert_array_equal(slices[plain], errors)
 
 
 def tiny(workers: int = 1) -> EvaluationSettings:
-    """Networks that have hardly learnt, masks by one training: every step of an evaluation, in seconds."""
+    """Networks that have hardly trained, masks by one training: every step of an evaluation, in seconds."""
     quick = EvaluationSettings().quick()
     short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(16, 16, 8))
     assessor = replace(short, scan_only_share=0.5, average_flips=True, hide_mask=True)
@@ -321,21 +325,25 @@ def test_all_networks_can_look_through_a_smaller_window() -> None:
     cropped = usual.through((64, 80, 10))
     assert cropped.segmenter.patch == cropped.assessor.patch == (64, 80, 10)
     assert cropped.segmenter.patch != usual.segmenter.patch
-    assert cropped.quick().segmenter.patch == cropped.lasting(0.5).assessor.patch == (64, 80, 10)
+    assert cropped.quick().segmenter.patch == cropped.with_length(0.5).assessor.patch == (64, 80, 10)
 
 
 def test_a_senseless_window_is_refused_and_nothing_is_begun(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["evaluate", "stratified", str(tmp_path), "--patch", "64", "0", "10", "--out", str(out)]
-    done = CliRunner().invoke(cli.app, words)
+    done = CliRunner().invoke(main.app, words)
     assert done.exit_code != 0
     assert "three numbers of voxels, at least 1 each, got (64, 0, 10)" in done.output + str(done.exception)
     assert not out.exists()
 
 
 def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
-    whole, half, least = EvaluationSettings(), EvaluationSettings().lasting(0.5), EvaluationSettings().lasting(0.01)
-    assert whole.lasting(1.0) == whole
+    whole, half, least = (
+        EvaluationSettings(),
+        EvaluationSettings().with_length(0.5),
+        EvaluationSettings().with_length(0.01),
+    )
+    assert whole.with_length(1.0) == whole
     assert half.assessor.epochs == whole.assessor.epochs // 2 and half.segmenter.epochs == whole.segmenter.epochs // 2
     assert half.maker_epochs == whole.maker_epochs // 2
     assert least.segmenter.fold_epochs == least.maker_epochs == 2

@@ -19,23 +19,23 @@ import pytest
 from sqlalchemy import select
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.commands.common import CommandError
-from segqc.exchange import archive, decathlon, local_datastore, nnunet, tables
-from segqc.exchange.dataset import Count, ExchangeError, Imported, dataset_of, make_studies
-from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans, upkeep
+from segqc.cli import main
+from segqc.cli.common import CommandError
+from segqc.io import archive, decathlon, local_datastore, nnunet, tables
+from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, make_dataset
+from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, orders, scans
 from segqc.store.database import StoreError
 from segqc.store.files import sha256_of
-from segqc.store.folder import Taken, take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.records import Change, LabelRecord, StructureChange
 from segqc.store.schema import Base
 from segqc.store.store import Store
-from segqc.store.values import Change, LabelRecord, StructureChange
+from segqc.store.sync import SyncResult, sync
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, BERT, PLACING, Clock, label_map, new_database, save_final, save_mask, take_in_scans
+from tests.store_kit import ANNA, BERT, PLACING, Clock, label_map, new_database, save_final, save_mask, sync_scans
 
 SHAPE = (8, 8, 4)
 LIVER = Structure("liver", (1,))
@@ -60,7 +60,7 @@ def label(path: Path, *values: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A studies folder: three compressed scans, one NRRD file, and final labels of two of them."""
+    """A dataset folder: three compressed scans, one NRRD file, and final labels of two of them."""
     for i in range(3):
         image(tmp_path / "studies" / f"scan_{i}.nii.gz", i)
     image(tmp_path / "studies" / "other.nrrd", 3)
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
     opened = Store.open(folder, url, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     yield opened
     opened.close()
 
@@ -80,7 +80,7 @@ def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
 def plain(folder: Path) -> Store:
     """A store on SQLite, with all in it that lies in the folder."""
     opened = Store.open(folder)
-    take_in_scans(opened)
+    sync_scans(opened)
     return opened
 
 
@@ -121,7 +121,7 @@ def test_a_local_datastore_is_taken_over_in_place(folder: Path) -> None:
             {"by": "slicer"},
             {"ts": 7},
         )
-        assert final.maker == "import"
+        assert final.source == "import"
     opened.close()
     assert sorted(p.name for p in folder.iterdir() if p.name != "segqc") == before
     for damaged in ("{", '{"objects": 1}', '{"objects": {}, "images_dir": "images"}'):
@@ -203,16 +203,16 @@ def changed(path: Path, **entries: object) -> None:
 
 def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -> None:
     reports: list[tuple[int, int, str]] = []
-    dataset = decathlon.read_task(task)
-    assert dataset.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
-    assert make_studies(dataset, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Imported(3, 2)
+    case_list = decathlon.read_task(task)
+    assert case_list.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
+    assert make_dataset(case_list, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Imported(3, 2)
     assert reports[-1] == (3, 3, "scans")
     assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
     assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
     opened = plain(tmp_path / "s")
     assert states(opened) == {"a": "submitted", "b": "submitted", "c": "unlabelled"}
     with opened.read() as transaction:
-        assert labels.tags(transaction, "a")["final"].maker == "import"
+        assert labels.tags(transaction, "a")["final"].source == "import"
     opened.close()
 
 
@@ -258,7 +258,7 @@ def test_one_bad_file_of_a_task_is_left_aside_and_the_rest_is_taken(
     task: Path, tmp_path: Path, file: str, damage: Callable[[Path], object], reason: str, counts: tuple[int, int]
 ) -> None:
     damage(task / file)
-    found = make_studies(decathlon.read_task(task), tmp_path / "s")
+    found = make_dataset(decathlon.read_task(task), tmp_path / "s")
     assert (found.scans, found.labels) == counts
     (item,) = found.left_aside
     assert file in item.file
@@ -282,7 +282,7 @@ def test_files_that_a_task_does_not_list_are_named(task: Path, tmp_path: Path) -
 def test_files_that_a_task_may_not_list_are_left_aside(task: Path, tmp_path: Path) -> None:
     wrong = ["../outside.nii.gz", "./imagesTr/a.nii.gz", "./dataset.json", "a\0b.nii.gz", "/etc/passwd", "x" * 5000]
     changed(task / "dataset.json", test=wrong)
-    found = make_studies(decathlon.read_task(task), tmp_path / "s")
+    found = make_dataset(decathlon.read_task(task), tmp_path / "s")
     assert (found.scans, found.labels, len(found.left_aside)) == (2, 2, len(wrong) + 1)
     assert found.left_aside[-2].file == "imagesTs/c.nii.gz", "listed no more"
     assert all(item.reason.isprintable() for item in found.left_aside)
@@ -291,7 +291,7 @@ def test_files_that_a_task_may_not_list_are_left_aside(task: Path, tmp_path: Pat
 def test_where_no_scan_can_be_taken_nothing_is_written(task: Path, tmp_path: Path) -> None:
     for path in task.glob("images*/*.gz"):
         four_dimensional(path)
-    result = CliRunner().invoke(cli.app, ["import", "decathlon", str(task), str(tmp_path / "s")])
+    result = CliRunner().invoke(main.app, ["import", "decathlon", str(task), str(tmp_path / "s")])
     assert isinstance(result.exception, CommandError)
     assert "0 scans taken, 3 left aside" in result.output
     assert all(f"images{part}: " in result.output for part in ("Tr/a.nii.gz", "Tr/b.nii.gz", "Ts/c.nii.gz"))
@@ -316,9 +316,9 @@ def test_labels_that_count_are_exported_for_training(folder: Path, tmp_path: Pat
     opened = plain(folder)
     opened.review("scan_0", "approved", ANNA)
     opened.review("scan_2", "excluded", ANNA, "artefacts")
-    dataset = dataset_of(opened, (LIVER, KIDNEYS), only_approved=only_approved)
+    case_list = case_list_of(opened, (LIVER, KIDNEYS), only_approved=only_approved)
     labelled = ["scan_0"] if only_approved else ["other", "scan_0"]
-    assert decathlon.write_task(dataset, tmp_path / "task") == Count(3, len(labelled))
+    assert decathlon.write_task(case_list, tmp_path / "task") == Count(3, len(labelled))
     back = decathlon.read_task(tmp_path / "task")
     assert [case.name for case in back.cases if case.label is not None] == labelled
     assert {case.name for case in back.cases} == {"other", "scan_0", "scan_1"}
@@ -335,7 +335,7 @@ def test_labels_that_count_are_exported_for_training(folder: Path, tmp_path: Pat
 
 def test_without_named_structures_every_value_is_one(folder: Path) -> None:
     opened = plain(folder)
-    assert [s.name for s in dataset_of(opened, ()).structures] == ["label 1", "label 2", "label 3"]
+    assert [s.name for s in case_list_of(opened, ()).structures] == ["label 1", "label 2", "label 3"]
     opened.close()
 
 
@@ -357,17 +357,17 @@ def raw(tmp_path: Path) -> Path:
 
 
 def test_an_nnunet_folder_becomes_a_studies_folder_and_one_again(raw: Path, tmp_path: Path) -> None:
-    dataset = nnunet.read_raw(raw)
-    assert dataset.structures == (Structure("organs", (1, 2, 3)), Structure("liver", (3,)))
-    assert make_studies(dataset, tmp_path / "s") == Imported(2, 1)
+    case_list = nnunet.read_raw(raw)
+    assert case_list.structures == (Structure("organs", (1, 2, 3)), Structure("liver", (3,)))
+    assert make_dataset(case_list, tmp_path / "s") == Imported(2, 1)
     opened = plain(tmp_path / "s")
     assert states(opened) == {"a_1": "submitted", "b": "unlabelled"}
-    nnunet.write_raw(dataset_of(opened, dataset.structures), tmp_path / "again")
+    nnunet.write_raw(case_list_of(opened, case_list.structures), tmp_path / "again")
     opened.close()
     again = nnunet.read_raw(tmp_path / "again")
-    assert again.structures == dataset.structures
+    assert again.structures == case_list.structures
     assert json.loads((tmp_path / "again" / "dataset.json").read_text())["regions_class_order"] == [1, 3]
-    for before, after in zip(dataset.cases, again.cases, strict=True):
+    for before, after in zip(case_list.cases, again.cases, strict=True):
         assert after.image.relative_to(again.folder) == before.image.relative_to(raw)
         assert after.image.read_bytes() == before.image.read_bytes()
         assert (after.label is None) == (before.label is None)
@@ -378,14 +378,14 @@ def test_gaps_between_label_values_are_closed_for_nnunet(folder: Path, tmp_path:
     (folder / "labels" / "final" / "other.nrrd").unlink()
     opened = plain(folder)
     structures = (Structure("left", (9,)), Structure("right", (5,)))
-    assert nnunet.write_raw(dataset_of(opened, structures), tmp_path / "raw") == Count(4, 1)
+    assert nnunet.write_raw(case_list_of(opened, structures), tmp_path / "raw") == Count(4, 1)
     back = nnunet.read_raw(tmp_path / "raw")
     assert back.structures == (Structure("left", (2,)), Structure("right", (1,)))
     written = read_labels(tmp_path / "raw" / "labelsTr" / "scan_0.nii.gz").array
     assert (written[0] == 1).all()
     assert (written[1] == 2).all()
     with pytest.raises(VolumeError, match="label value 9"):
-        nnunet.write_raw(dataset_of(opened, structures[1:]), tmp_path / "other")
+        nnunet.write_raw(case_list_of(opened, structures[1:]), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     opened.close()
 
@@ -414,7 +414,7 @@ def test_files_of_no_case_are_left_aside(raw: Path, tmp_path: Path) -> None:
     image(raw / "imagesTr" / "c_0000.nii.gz")
     (raw / "imagesTr" / "notes.txt").write_text("x", encoding="utf-8")
     label(raw / "labelsTr" / "nobody.nii.gz", 1)
-    found = make_studies(nnunet.read_raw(raw), tmp_path / "s")
+    found = make_dataset(nnunet.read_raw(raw), tmp_path / "s")
     assert (found.scans, found.labels) == (3, 1)
     assert sorted(item.file for item in found.left_aside) == [
         "imagesTr/c_0000.nii.gz", "imagesTr/notes.txt", "imagesTr/plain.nii.gz", "imagesTs/b_0001.nii.gz",
@@ -425,14 +425,14 @@ def test_files_of_no_case_are_left_aside(raw: Path, tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_text_is_left_aside(raw: Path, tmp_path: Path) -> None:
     (raw / "imagesTs" / "b_0000.nii.gz").rename(raw / "imagesTs" / "\udcff_0000.nii.gz")
-    found = make_studies(nnunet.read_raw(raw), tmp_path / "s")
+    found = make_dataset(nnunet.read_raw(raw), tmp_path / "s")
     assert (found.scans, [item.file for item in found.left_aside]) == (1, ["imagesTs/\\xff_0000.nii.gz"])
 
 
 def test_suffixes_in_capitals_are_the_same(raw: Path, tmp_path: Path) -> None:
     for path in list(raw.glob("*/[!.]*.nii.gz")):
         path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
-    assert make_studies(nnunet.read_raw(raw), tmp_path / "s") == Imported(2, 1)
+    assert make_dataset(nnunet.read_raw(raw), tmp_path / "s") == Imported(2, 1)
     assert (tmp_path / "s" / "labels" / "final" / "a_1.nii.gz").is_file()
 
 
@@ -446,9 +446,9 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
         assessments.write(transaction, written, mask.id)
         assessments.write_score(transaction, "scan_1", "tta", 0.25, "seg1")
-        lease = leases.take(transaction, ANNA, "segqc", orders.worst_estimate, LeaseRules(0.1, validation_share=0))
+        lease = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, LeaseRules(0.1, validation_share=0))
         assert lease is not None
-        job = jobs.put(transaction, "round", {"epochs": 3}, BERT)
+        job = jobs.enqueue(transaction, "round", {"epochs": 3}, BERT)
         number, _ = jobs.begin_round(transaction, job.id, 2)
         jobs.finish_step(transaction, number, "train", {"dice": 0.5})
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
@@ -485,8 +485,8 @@ def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path)
     assert (*ends, float(assessment["interval_level"])) == pytest.approx((0.6, 0.8, 0.9))
     assert assessment["estimated_rvd_low"] == ""
     (correction,) = read["corrections"]
-    assert {k: correction[k] for k in ("who", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")} == {
-        "who": "anna", "identified_by": "client-id", "draw": correction["draw"], "simulated": "false",
+    assert {k: correction[k] for k in ("actor", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")} == {
+        "actor": "anna", "identified_by": "client-id", "draw": correction["draw"], "simulated": "false",
         "opened_slices": "[0, 1]", "true_arvd": "",
     }  # fmt: skip
     assert (float(correction["true_dice"]), float(correction["seconds"])) == (0.65, 120.000005)
@@ -505,7 +505,7 @@ def test_text_that_begins_a_formula_is_quoted_in_tables(folder: Path, tmp_path: 
     tables.write_tables(opened, tmp_path / "t", "csv")
     opened.close()
     with (tmp_path / "t" / "events.csv").open(encoding="utf-8", newline="") as file:
-        found = [row["who"] for row in csv.DictReader(file) if "anna" in row["who"]]
+        found = [row["actor"] for row in csv.DictReader(file) if "anna" in row["actor"]]
     assert found == [f"'{start} anna".replace("\r", "\n")]
 
 
@@ -550,7 +550,7 @@ def test_an_archive_gives_the_same_rows_and_files(
 ) -> None:
     final = fill(store, folder, clock)
     (folder / "left_aside.mha").touch()
-    take_in(store, scan_id, PLACING)
+    sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
     assert all(written[table] for table in written), "the test wants a row in every table"
 
@@ -560,8 +560,8 @@ def test_an_archive_gives_the_same_rows_and_files(
     assert archive.import_archive(tmp_path / "archive", fresh) == written
     assert kept(fresh) == kept(store)
     assert fresh.view_file(final).read_bytes() == store.view_file(final).read_bytes()
-    assert take_in(fresh, scan_id, PLACING) == Taken()
-    assert upkeep.check(fresh) == []
+    assert sync(fresh, scan_id, PLACING) == SyncResult()
+    assert maintenance.check(fresh) == []
     before = max(row[0] for row in rows(fresh)["event"])
     save_final(fresh, tmp_path, "scan_2", 9)  # new rows are numbered on
     assert all(row[0] > before for row in rows(fresh)["event"][before:])
@@ -577,7 +577,7 @@ def test_an_archive_gives_the_same_rows_and_files(
 def archived(folder: Path, clock: Clock, tmp_path: Path) -> Path:
     """An archive with rows in every table."""
     opened = Store.open(folder, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     fill(opened, folder, clock)
     archive.export_archive(opened, tmp_path / "archive")
     opened.close()
@@ -608,7 +608,7 @@ def refused_archive(folder: Path, store: Store) -> str:
         archive.import_archive(folder, store)
     assert not any(rows(store).values())
     assert not [*store.files.all_objects(), *store.files.views.rglob("*")]
-    assert not (store.studies.parent / "elsewhere").exists()
+    assert not (store.dataset.parent / "elsewhere").exists()
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -628,12 +628,12 @@ def bomb(size: int) -> str:
         *(("scan", "name", name, "outside of the studies") for name in ("../../x", ".hidden", "", "a\0")),
         *(("label_version", "tag", tag, "outside of the studies") for tag in ("../elsewhere", "..", "a/b", "/tmp")),
         *(("label_version", "suffix", suffix, "outside of the studies") for suffix in ("/../../x.nii.gz", "\0")),
-        ("label_version", "source_suffix", "/../../x.nii.gz", "outside of the studies"),
+        ("label_version", "submitted_suffix", "/../../x.nii.gz", "outside of the studies"),
         *(("label_version", "sha256", sha256, "no SHA-256") for sha256 in ("../../../elsewhere", "A" * 64, "a" * 63)),
-        ("label_version", "source_sha256", "../x", "no SHA-256"),
+        ("label_version", "submitted_sha256", "../x", "no SHA-256"),
         ("label_version", "sha256", "a" * 64, "this label content is missing"),
         ("label_version", "scan_id", 99, "contradict each other"),
-        ("label_version", "maker", "nobody", "contradict each other"),
+        ("label_version", "source", "nobody", "contradict each other"),
         ("label_version", "made_at", "2026-01-01", "no time with its zone"),
         ("label_version", "made_at", 7, "no time with its zone"),
         ("scan", "id", "1", "not of the type int"),
@@ -735,15 +735,15 @@ def test_a_damaged_archive_changes_nothing(
 
 
 def test_label_files_that_cannot_be_written_are_named_with_the_remedy(archived: Path, fresh: Store) -> None:
-    (fresh.studies / "labels").touch()  # a file in the folder's place
+    (fresh.dataset / "labels").touch()  # a file in the folder's place
     with pytest.raises(ExchangeError, match=r"the archive is imported, but .*'segqc db restore-views' writes"):
         archive.import_archive(archived, fresh)
-    (fresh.studies / "labels").unlink()
+    (fresh.dataset / "labels").unlink()
     for path in archived.parent.joinpath("studies").glob("*.n*"):
-        shutil.copy(path, fresh.studies)
-    assert take_in(fresh, scan_id, PLACING).removed_labels == 0, "a file that was never written was not removed"
-    upkeep.rebuild_views(fresh)
-    assert upkeep.check(fresh) == []
+        shutil.copy(path, fresh.dataset)
+    assert sync(fresh, scan_id, PLACING).removed_labels == 0, "a file that was never written was not removed"
+    maintenance.rebuild_views(fresh)
+    assert maintenance.check(fresh) == []
 
 
 def test_more_rows_than_fit_into_one_batch(folder: Path, tmp_path: Path) -> None:
@@ -763,24 +763,24 @@ def test_more_rows_than_fit_into_one_batch(folder: Path, tmp_path: Path) -> None
 
 
 def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    result = CliRunner().invoke(main.app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output + str(result.exception)
     return result.output
 
 
 def test_the_commands(task: Path, tmp_path: Path) -> None:
-    studies = tmp_path / "studies"
-    assert "3 scans and 2 labels taken, 0 left aside" in run("import", "decathlon", task, studies, "--link")
-    assert "3 scans, 2 of them" in run("export", "nnunet", studies, tmp_path / "raw")
+    dataset = tmp_path / "studies"
+    assert "3 scans and 2 labels taken, 0 left aside" in run("import", "decathlon", task, dataset, "--link")
+    assert "3 scans, 2 of them" in run("export", "nnunet", dataset, tmp_path / "raw")
     assert "3 scans and 2 labels taken, 0 left aside" in run("import", "nnunet", tmp_path / "raw", tmp_path / "second")
-    assert "3 scans, 0 of them" in run("export", "decathlon", studies, tmp_path / "task", "--only-approved")
-    assert "3 scans, 2 labels" in run("export", "local", studies, tmp_path / "local")
+    assert "3 scans, 0 of them" in run("export", "decathlon", dataset, tmp_path / "task", "--only-approved")
+    assert "3 scans, 2 labels" in run("export", "local", dataset, tmp_path / "local")
     assert "3 scans and 2 labels taken, 0 left aside" in run("import", "local", tmp_path / "local")
-    assert "2 label_versions" in run("export", "tables", studies, tmp_path / "tables")
-    assert "3 scan" in run("export", "archive", studies, tmp_path / "archive")
+    assert "2 label_versions" in run("export", "tables", dataset, tmp_path / "tables")
+    assert "3 scan" in run("export", "archive", dataset, tmp_path / "archive")
     (tmp_path / "third").mkdir()
     for name in "abc":
-        shutil.copy(studies / f"{name}.nii.gz", tmp_path / "third")
+        shutil.copy(dataset / f"{name}.nii.gz", tmp_path / "third")
     assert "3 scan" in run("import", "archive", tmp_path / "archive", tmp_path / "third")
     assert "nothing is wrong" in run("db", "check", tmp_path / "third")
 
@@ -812,6 +812,6 @@ def test_the_archive_commands_lead_from_one_database_to_the_other_and_back(
         opened.close()
     assert histories[0]
     assert histories[1:] == histories[:1] * 2
-    refused = CliRunner().invoke(cli.app, ["import", "archive", str(tmp_path / "first"), str(tmp_path / "other")])
+    refused = CliRunner().invoke(main.app, ["import", "archive", str(tmp_path / "first"), str(tmp_path / "other")])
     assert isinstance(refused.exception, StoreError)
-    assert "is the database of the studies folder" in str(refused.exception)
+    assert "is the database of the dataset folder" in str(refused.exception)

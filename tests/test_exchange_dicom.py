@@ -1,4 +1,4 @@
-"""Sessions of DICOM series, as archives export them, made into a studies folder."""
+"""Sessions of DICOM series, as archives export them, made into a dataset folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset
+from pydicom.case_list import CaseList
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.exchange import dicom
+from segqc.cli import main
+from segqc.io import dicom
 from segqc.volumes import Volume, VolumeError, read_scan, write_scan
 
-Change = Callable[[int, Dataset], object]
+Change = Callable[[int, CaseList], object]
 
 
 def stack(seed: int = 0) -> np.ndarray:
@@ -41,17 +41,17 @@ def series(folder: Path, uid: str, array: np.ndarray | None = None, change: Chan
     return folder
 
 
-def report(_: int, item: Dataset) -> None:
+def report(_: int, item: CaseList) -> None:
     item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
     item.Modality = "SR"
     del item.Rows, item.Columns, item.PixelData, item.PixelSpacing
 
 
-def turned(index: int, item: Dataset) -> None:
+def turned(index: int, item: CaseList) -> None:
     item.ImageOrientationPatient = [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1]][index % 2]
 
 
-def echoes(index: int, item: Dataset) -> None:
+def echoes(index: int, item: CaseList) -> None:
     """Every second image is a second echo at the place of the first."""
     item.EchoTime = [30, 90][index % 2]
     item.ImagePositionPatient = [0, 0, 3 * (index // 2)]
@@ -62,7 +62,7 @@ def scans(folder: Path) -> list[str]:
 
 
 def run(source: Path, target: Path) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, ["import", "dicom", str(source), str(target)])
+    result = CliRunner().invoke(main.app, ["import", "dicom", str(source), str(target)])
     assert result.exception is None or isinstance(result.exception, (SystemExit, ValueError)), result.exception
     return result.exit_code, result.output
 
@@ -116,25 +116,25 @@ def test_where_nothing_is_a_volume_nothing_is_written(session: Path, tmp_path: P
 def test_series_of_one_folder_are_named_by_their_numbers(session: Path, tmp_path: Path) -> None:
     for uid, seed in (("1.3", 3), ("1.11", 4)):
         series(session / "all", uid, stack(seed))
-    assert dicom.make_studies(session, tmp_path / "out").scans == 2
+    assert dicom.make_dataset(session, tmp_path / "out").scans == 2
     assert scans(tmp_path / "out") == ["all_11", "all_3"]
     assert np.array_equal(read_scan(tmp_path / "out" / "all_3.nii.gz").array, stack(3))
 
 
 def test_echoes_of_one_series_are_scans_of_their_own(session: Path, tmp_path: Path) -> None:
     series(session / "all", "1.3", None, echoes)
-    assert dicom.make_studies(session, tmp_path / "out").scans == 2
+    assert dicom.make_dataset(session, tmp_path / "out").scans == 2
     assert scans(tmp_path / "out") == ["all_echo 1", "all_echo 2"]
 
 
 @pytest.mark.parametrize("number", ["", None, "7"])
 def test_volumes_that_nothing_tells_apart_are_numbered(session: Path, tmp_path: Path, number: str | None) -> None:
-    def alike(_: int, item: Dataset) -> None:
+    def alike(_: int, item: CaseList) -> None:
         item.SeriesNumber, item.SeriesDescription = number, "../a/b: \u00e4 *"
 
     for uid in ("1.3", "1.4"):
         series(session / "x", uid, stack(), alike)
-    assert dicom.make_studies(session, tmp_path / "out").scans == 2
+    assert dicom.make_dataset(session, tmp_path / "out").scans == 2
     names = scans(tmp_path / "out")
     assert len(names) == 2
     assert all("/" not in name and name.startswith("x") for name in names)
@@ -146,7 +146,7 @@ def test_whatever_the_folder_is_called_the_scan_has_a_usable_name(session: Path,
     series(session / "s", "1.3")
     (session / "s").rename(session / name)
     if name.startswith("\udcff"):
-        assert dicom.make_studies(session, tmp_path / "out").scans == 1
+        assert dicom.make_dataset(session, tmp_path / "out").scans == 1
     else:
         assert run(session, tmp_path / "out")[0] == 0
     (found,) = scans(tmp_path / "out")
@@ -173,19 +173,19 @@ def test_a_volume_that_the_intake_refuses_is_left_aside(
             raise VolumeError(f"{shown}: is too large.")
 
     monkeypatch.setattr(dicom, "check_scan", refuse)
-    found = dicom.make_studies(session, tmp_path / "out")
+    found = dicom.make_dataset(session, tmp_path / "out")
     assert (found.scans, [item.file for item in found.left_aside]) == (1, ["a"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.nii.gz", "segqc.toml"]
 
 
-def tilted(index: int, item: Dataset) -> None:
+def tilted(index: int, item: CaseList) -> None:
     item.ImagePositionPatient = [0, 1.5 * index, 3 * index]
 
 
 def test_a_tilted_gantry_is_left_aside_by_the_series_name(session: Path, tmp_path: Path) -> None:
     series(session / "a", "1.2", change=tilted)
     series(session / "b", "1.3")
-    found = dicom.make_studies(session, tmp_path / "out")
+    found = dicom.make_dataset(session, tmp_path / "out")
     (item,) = found.left_aside
     assert (found.scans, item.file) == (1, "a")
     assert item.reason.startswith("a (series 2 'T2 1.2'): ")
@@ -204,5 +204,5 @@ def test_a_folder_that_cannot_be_read_is_named(session: Path, tmp_path: Path, mo
         return whole(folder)
 
     monkeypatch.setattr(dicom, "visible_files", visible_files)
-    found = dicom.make_studies(session, tmp_path / "out")
+    found = dicom.make_dataset(session, tmp_path / "out")
     assert (found.scans, [item.file for item in found.left_aside]) == (1, ["b"])

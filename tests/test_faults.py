@@ -32,13 +32,13 @@ from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.maintenance import check
+from segqc.store.records import Actor, Change, LabelRecord, StructureChange
 from segqc.store.store import Store
-from segqc.store.upkeep import check
-from segqc.store.values import Change, LabelRecord, StructureChange, Who
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, bundle, make_scans, save_final, take_in_scans
+from tests.store_kit import ANNA, bundle, make_scans, save_final, sync_scans
 
 KILLS = int(os.environ.get("SEGQC_KILLS", "20"))
 CROWD_SECONDS = float(os.environ.get("SEGQC_CROWD_SECONDS", "10"))
@@ -75,30 +75,30 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def take(store: Store, who: Who) -> str:
+def take(store: Store, actor: Actor) -> str:
     with store.write() as transaction:
-        lease = leases.take(transaction, who, "segqc", orders.worst_estimate, RULES)
+        lease = leases.acquire(transaction, actor, "segqc", orders.worst_estimate, RULES)
     assert lease is not None
     return lease.scan
 
 
-def submit(store: Store, scan: str, source: Path, who: Who, tag: str = "final") -> LabelRecord:
+def submit(store: Store, scan: str, source: Path, actor: Actor, tag: str = "final") -> LabelRecord:
     """What a submission does: version, lease and correction in one transaction."""
 
     def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
-        lease = leases.submitted(transaction, scan, who)
+        lease = leases.submitted(transaction, scan, actor)
         if lease is not None and lease.label_version is not None:
             none = Metrics(None, None, None, None)
             change = Change(2, 1, 1, (StructureChange("liver", none, 1, (none,)),))
             start = labels.get(transaction, lease.label_version)
-            corrections.add(transaction, start, versions[0], change, who, lease=lease)
+            corrections.add(transaction, start, versions[0], change, actor, lease=lease)
 
-    return store.save_label(NewLabel(scan, tag, "annotator", who), source, then)
+    return store.save_label(NewLabel(scan, tag, "annotator", actor), source, then)
 
 
 def score(store: Store, scan: str, source: Path, pair: int) -> None:
     """What scoring does with a scan: a mask, then its assessment."""
-    network = Who("network", "seg1", "program")
+    network = Actor("network", "seg1", "program")
     mask = store.save_label(NewLabel(scan, "original", "network", network, bundle=pair), source)
     with store.write() as transaction:
         assessments.write(
@@ -113,7 +113,7 @@ def test_a_kill_at_any_instant_loses_nothing_that_was_acknowledged(
     folder: Path, url: str | None, tmp_path: Path
 ) -> None:
     store = Store.open(folder, url)
-    take_in_scans(store)
+    sync_scans(store)
     pair = bundle(store).id
     store.close()
     chance = random.Random(0)
@@ -125,11 +125,11 @@ def test_a_kill_at_any_instant_loses_nothing_that_was_acknowledged(
         rng = random.Random(start)
         with told.open("a") as acknowledged:
             for i in range(10_000):
-                who, seed = Who("person", f"annotator {start}", "client-id"), start * 10_000 + i
+                actor, seed = Actor("person", f"annotator {start}", "client-id"), start * 10_000 + i
                 score(own, f"scan_{rng.randrange(SCANS)}", content(tmp_path / "mask.nii.gz", -seed % 2**31), pair)
-                scan = take(own, who) if i % 2 else f"scan_{rng.randrange(SCANS)}"
+                scan = take(own, actor) if i % 2 else f"scan_{rng.randrange(SCANS)}"
                 source = content(tmp_path / "label.nii.gz", seed)
-                version = submit(own, scan, source, who, tag=f"kept-{start}-{i}")
+                version = submit(own, scan, source, actor, tag=f"kept-{start}-{i}")
                 acknowledged.write(f"{version.id} {scan} {sha256_of(source)}\n")
                 acknowledged.flush()
 
@@ -143,7 +143,7 @@ def test_a_kill_at_any_instant_loses_nothing_that_was_acknowledged(
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         again = Store.open(folder, url)
-        take_in_scans(again)
+        sync_scans(again)
         assert check(again) == [], f"after kill {kill}"
         with again.read() as transaction:
             for line in told.read_text()[size:].splitlines():
@@ -165,7 +165,7 @@ def started(folder: Path, log_file: Path) -> tuple[subprocess.Popen[bytes], str]
     from tests.e2e.test_server import free_port
 
     port = free_port()
-    command = [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
+    command = [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
     with log_file.open("ab") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -182,7 +182,7 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
     import psutil
     import requests
 
-    from segqc.loop.studies import Studies
+    from segqc.loop.dataset import Dataset
     from segqc.volumes import temporary_labels
     from tests.server_kit import draw_case, make_studies
 
@@ -214,16 +214,16 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
         assert server.wait(timeout=30) == -signal.SIGKILL
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive, "the worker ends with its server"
-        studies = Studies(folder)
-        assert check(studies.store) == []
+        dataset = Dataset(folder)
+        assert check(dataset.store) == []
         from segqc.volumes import read_labels
 
-        with studies.store.read() as transaction:
+        with dataset.store.read() as transaction:
             for version, (scan, array) in acknowledged.items():
                 label = labels.get(transaction, version)
                 assert label.scan == scan
-                assert np.array_equal(read_labels(studies.store.label_file(label)).array, array)
-        studies.store.close()
+                assert np.array_equal(read_labels(dataset.store.label_file(label)).array, array)
+        dataset.store.close()
     assert acknowledged
 
 
@@ -254,11 +254,11 @@ def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_pa
                 assert answer.status_code == 200, answer.text
 
     def segqc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "segqc.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "segqc.cli.main", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    def count(studies: Path) -> int:
-        with contextlib.closing(sqlite3.connect(studies / "segqc" / "store.sqlite")) as connection:
+    def count(dataset: Path) -> int:
+        with contextlib.closing(sqlite3.connect(dataset / "segqc" / "store.sqlite")) as connection:
             found: int = connection.execute("SELECT count(*) FROM label_version").fetchone()[0]
             return found
 
@@ -300,21 +300,21 @@ def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_pa
 
 def test_a_crowd_loses_no_update_and_gets_no_scan_twice(folder: Path, url: str | None, tmp_path: Path) -> None:
     store = Store.open(folder, url)
-    take_in_scans(store)
+    sync_scans(store)
     pair = bundle(store).id
     store.close()
     until = time.monotonic() + CROWD_SECONDS
 
     def annotate(number: int) -> None:
         own = Store.open(folder, url)
-        who = Who("person", f"annotator {number}", "client-id")
+        actor = Actor("person", f"annotator {number}", "client-id")
         done = 0
         while time.monotonic() < until:
-            scan = take(own, who)
-            submit(own, scan, content(tmp_path / f"{number}.nii.gz", number * 100_000 + done), who)
+            scan = take(own, actor)
+            submit(own, scan, content(tmp_path / f"{number}.nii.gz", number * 100_000 + done), actor)
             with own.write() as transaction:
                 scans.update_info(transaction, scan, {f"by_{number}_{done}": True})
-            own.review(scan, "unlabelled", who)
+            own.review(scan, "unlabelled", actor)
             done += 1
         (tmp_path / f"done_{number}").write_text(str(done))
 
@@ -334,7 +334,7 @@ def test_a_crowd_loses_no_update_and_gets_no_scan_twice(folder: Path, url: str |
         made = leases.listing(transaction)
         for number in range(CLIENTS):
             done = int((tmp_path / f"done_{number}").read_text())
-            own = [lease for lease in made if lease.who.name == f"annotator {number}"]
+            own = [lease for lease in made if lease.actor.name == f"annotator {number}"]
             assert Counter(lease.state for lease in own)["submitted"] == done
         noted = {key for s in scans.listing(transaction) for key in s.info}
         assert len(noted) == sum(int((tmp_path / f"done_{n}").read_text()) for n in range(CLIENTS))
@@ -371,7 +371,7 @@ def test_a_full_disk_changes_nothing_and_service_goes_on_after_it(small_disk: Pa
     folder = small_disk / "studies"
     make_scans(folder, 3)
     store = Store.open(folder)
-    take_in_scans(store)
+    sync_scans(store)
     kept = save_final(store, tmp_path, "scan_0", 3)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -394,7 +394,7 @@ def test_a_full_disk_changes_nothing_and_service_goes_on_after_it(small_disk: Pa
 
 def test_a_label_folder_that_cannot_be_written_is_an_error_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     store = Store.open(folder)
-    take_in_scans(store)
+    sync_scans(store)
     kept = save_final(store, tmp_path, "scan_0", 3)
     place = folder / "labels" / "final"
     done = subprocess.run(["mount", "--bind", "-o", "ro", str(place), str(place)], capture_output=True, check=False)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from segqc import networks
-from segqc.assessor import Assessor
-from segqc.baselines.autoencoder import train_autoencoder
-from segqc.baselines.map_and_score import train_map_and_score
-from segqc.baselines.maps import train_scan_only
-from segqc.baselines.regression import train_regression
-from segqc.segmenter import Segmenter
+from segqc.evaluation.methods.autoencoder import train_autoencoder
+from segqc.evaluation.methods.map_and_score import train_map_and_score
+from segqc.evaluation.methods.maps import train_scan_only
+from segqc.evaluation.methods.regression import train_regression
+from segqc.networks import core
+from segqc.networks.assessor import Assessor
+from segqc.networks.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TrainingSettings, train_assessor
-from segqc.training import fit as training_fit
+from segqc.training import engine as training_fit
 from segqc.training.cases import read_case
-from segqc.training.pairs import MaskSet, mean_dice
+from segqc.training.crossfit import MaskSet, mean_dice
 from segqc.training.segmentation import train_segmentation
 from segqc.types import Structure
 from segqc.volumes import Volume, read_scan, write_labels, write_scan
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 STRUCTURES = (Structure("inner", (1,)), Structure("outer", (2,)))
 SHORT = TrainingSettings(
-    epochs=3, fold_epochs=2, steps_per_epoch=4, folds=2, patch=(48, 40, 16), ensemble=False, least_cases=3
+    epochs=3, fold_epochs=2, steps_per_epoch=4, folds=2, patch=(48, 40, 16), ensemble=False, min_cases=3
 )
 
 
@@ -134,7 +134,7 @@ def test_a_model_answers_as_on_a_cpu(cases: list[Case], tmp_path: Path, monkeypa
     scan = read_scan(cases[0].scan)
     answers = []
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(networks, "device_of_choice", lambda device=device: torch.device(device))
+        monkeypatch.setattr(core, "device_of_choice", lambda device=device: torch.device(device))
         segmenter, model = Segmenter.load(tmp_path / "s.pt"), Assessor.load(tmp_path / "a.pt")
         assert segmenter.device.type == model.device.type == device
         if not answers:

@@ -1,4 +1,4 @@
-"""What comes into a studies folder: read once, kept aside with a reason, or kept for ever."""
+"""What comes into a dataset folder: read once, kept aside with a reason, or kept for ever."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import nrrd
 import numpy as np
 import pytest
 
-from segqc.loop.corrections import submit_label
-from segqc.loop.studies import Studies, StudiesError
+from segqc.loop.dataset import Dataset, DatasetError
+from segqc.loop.submission import submit_label
 from segqc.store import assessments, files, labels, leases, orders, scans
-from segqc.store import folder as folder_module
+from segqc.store import sync as folder_module
 from segqc.store.files import sha256_of
-from segqc.store.folder import ScanExists, take_in
 from segqc.store.intake import AnyContent, FileChecks
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.maintenance import check
+from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import Store
-from segqc.store.upkeep import check
-from segqc.store.values import LabelRecord, ScanRecord, Who
+from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_studies
-from tests.store_kit import ANNA, BERT, PLACING, label_map, make_scans, save_final, save_mask, take_in_scans
+from tests.store_kit import ANNA, BERT, PLACING, label_map, make_scans, save_final, save_mask, sync_scans
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
 
@@ -39,25 +39,25 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def studies(folder: Path) -> Iterator[Studies]:
-    opened = Studies(folder)
+def dataset(folder: Path) -> Iterator[Dataset]:
+    opened = Dataset(folder)
     yield opened
     opened.store.close()
 
 
-def states(studies: Studies) -> dict[str, str]:
-    studies.refresh()
-    with studies.store.read() as transaction:
+def states(dataset: Dataset) -> dict[str, str]:
+    dataset.refresh()
+    with dataset.store.read() as transaction:
         return {s.name: "missing" if s.missing_since else s.state for s in scans.listing(transaction)}
 
 
-def record(studies: Studies, name: str) -> ScanRecord:
-    with studies.store.read() as transaction:
+def record(dataset: Dataset, name: str) -> ScanRecord:
+    with dataset.store.read() as transaction:
         return scans.get(transaction, name)
 
 
-def history(studies: Studies, name: str) -> list[LabelRecord]:
-    with studies.store.read() as transaction:
+def history(dataset: Dataset, name: str) -> list[LabelRecord]:
+    with dataset.store.read() as transaction:
         return labels.history(transaction, name)
 
 
@@ -92,8 +92,8 @@ def another_scan(path: Path, index: int, *, shape: tuple[int, int, int] = SHAPE)
     return path.read_bytes()
 
 
-def submit(studies: Studies, name: str, index: int = 0, who: Who = ANNA) -> LabelRecord:
-    return submit_label(studies, name, draw_case(index)[1], "final", who).label
+def submit(dataset: Dataset, name: str, index: int = 0, actor: Actor = ANNA) -> LabelRecord:
+    return submit_label(dataset, name, draw_case(index)[1], "final", actor).label
 
 
 # ---------------------------------------------------------------------------------------------------------- findings
@@ -116,24 +116,24 @@ BAD_FILES: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
-    studies: Studies, folder: Path, tmp_path: Path, name: str
+    dataset: Dataset, folder: Path, tmp_path: Path, name: str
 ) -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     BAD_FILES[name](path, tmp_path)
     content = path.read_bytes()
     another_scan(folder / "zz.nii.gz", 8)
-    assert states(studies) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
-    (found,) = studies.findings()
+    assert states(dataset) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
+    (found,) = dataset.findings()
     assert found.file == name
     assert name in found.sentence
     assert str(folder) not in found.sentence
     assert path.read_bytes() == content, "it stays where it is"
-    studies.refresh()
-    assert studies.findings() == [found], "told once"
+    dataset.refresh()
+    assert dataset.findings() == [found], "told once"
     path.unlink()
-    studies.refresh()
-    assert studies.findings() == []
+    dataset.refresh()
+    assert dataset.findings() == []
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_does_not_pass_is_kept_aside_and_the_rest_goes_on(
     [("a.nii.gz", b"x"), ("b.NRRD", b"x"), ("c.dcm", b"x"), ("000001", bytes(128) + b"DICM"), ("series.ima", b"")],
 )
 def test_a_folder_of_images_is_told_and_not_looked_into(
-    studies: Studies, folder: Path, name: str, content: bytes
+    dataset: Dataset, folder: Path, name: str, content: bytes
 ) -> None:
     (folder / "notes").mkdir()
     (folder / "notes" / "README").write_text("no images")
@@ -150,91 +150,91 @@ def test_a_folder_of_images_is_told_and_not_looked_into(
         (folder / "truth" / file).touch()
     (folder / "more").mkdir()
     (folder / "more" / name).write_bytes(content)
-    assert len(states(studies)) == 3
-    (found,) = studies.findings()
+    assert len(states(dataset)) == 3
+    (found,) = dataset.findings()
     assert (found.file, found.kind) == ("more", "other")
     assert found.sentence.startswith("more: is a folder with images")
     (folder / "more" / name).unlink()
-    studies.refresh()
-    assert studies.findings() == []
+    dataset.refresh()
+    assert dataset.findings() == []
 
 
 @pytest.mark.parametrize("target", ["nowhere.nii.gz", "self"])
 @pytest.mark.parametrize("name", ["bad.nii.gz", "labels/final/scan_0.nii.gz"])
 def test_a_link_that_leads_nowhere_keeps_nothing_else_out(
-    studies: Studies, folder: Path, tmp_path: Path, name: str, target: str
+    dataset: Dataset, folder: Path, tmp_path: Path, name: str, target: str
 ) -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(path.name if target == "self" else target)
     another_scan(folder / "zz.nii.gz", 8)
-    assert states(studies) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
-    (found,) = studies.findings()
+    assert states(dataset) == dict.fromkeys(("scan_0", "scan_1", "scan_2", "zz"), "unlabelled")
+    (found,) = dataset.findings()
     assert found.file == name
     assert "is a link that leads nowhere" in found.sentence
-    studies.refresh()
-    assert studies.findings() == [found], "told once"
+    dataset.refresh()
+    assert dataset.findings() == [found], "told once"
     path.unlink()
-    studies.refresh()
-    assert studies.findings() == []
+    dataset.refresh()
+    assert dataset.findings() == []
 
 
-def test_a_label_that_cannot_be_read_for_a_while_is_not_removed(studies: Studies, folder: Path) -> None:
-    submit(studies, "scan_0")
+def test_a_label_that_cannot_be_read_for_a_while_is_not_removed(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0")
     path = final(folder, "scan_0")
     content = path.read_bytes()
     path.unlink()
     path.symlink_to(path.name)
-    assert states(studies)["scan_0"] == "submitted"
-    assert [f.file for f in studies.findings()] == ["labels/final/scan_0.nii.gz"]
+    assert states(dataset)["scan_0"] == "submitted"
+    assert [f.file for f in dataset.findings()] == ["labels/final/scan_0.nii.gz"]
     path.unlink()
     path.write_bytes(content)
-    assert states(studies)["scan_0"] == "submitted"
-    assert studies.findings() == []
-    assert len(history(studies, "scan_0")) == 1
+    assert states(dataset)["scan_0"] == "submitted"
+    assert dataset.findings() == []
+    assert len(history(dataset, "scan_0")) == 1
 
 
 @pytest.mark.parametrize("name", [b"a\nb.nii.gz", b"a\x1b[31m.nii.gz", b"labels/final/\xff.nii.gz"])
 def test_a_name_that_cannot_be_printed_is_kept_aside(
-    studies: Studies, folder: Path, tmp_path: Path, name: bytes
+    dataset: Dataset, folder: Path, tmp_path: Path, name: bytes
 ) -> None:
     path = folder / os.fsdecode(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(another_scan(tmp_path / "x.nii.gz", 1))
-    studies.refresh()
-    (found,) = studies.findings()
+    dataset.refresh()
+    (found,) = dataset.findings()
     assert found.sentence.isprintable()
     assert "rename the file" in found.sentence
-    assert sorted(states(studies)) == ["scan_0", "scan_1", "scan_2"]
+    assert sorted(states(dataset)) == ["scan_0", "scan_1", "scan_2"]
 
 
-def test_a_file_that_passes_after_all_is_no_finding_any_more(studies: Studies, folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_passes_after_all_is_no_finding_any_more(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
     (folder / "late.nii.gz").write_bytes(b"not yet")
     final(folder, "late").write_bytes(label_bytes(tmp_path))
-    studies.refresh()
-    assert {f.file for f in studies.findings()} == {"late.nii.gz", "labels/final/late.nii.gz"}
+    dataset.refresh()
+    assert {f.file for f in dataset.findings()} == {"late.nii.gz", "labels/final/late.nii.gz"}
     another_scan(folder / "late.nii.gz", 4)
-    assert states(studies)["late"] == "submitted"
-    assert studies.findings() == []
+    assert states(dataset)["late"] == "submitted"
+    assert dataset.findings() == []
 
 
-def test_a_label_is_looked_at_again_when_the_settings_change(studies: Studies, folder: Path) -> None:
+def test_a_label_is_looked_at_again_when_the_settings_change(dataset: Dataset, folder: Path) -> None:
     write_labels(Volume(np.full(SHAPE, 9, np.uint8), AFFINE), final(folder, "scan_1"))
-    assert states(studies)["scan_1"] == "unlabelled"
+    assert states(dataset)["scan_1"] == "unlabelled"
     (folder / "segqc.toml").write_text(CONFIG.replace("liver = [1]", "liver = [1]\nkidney = [9]"))
-    assert states(Studies(folder))["scan_1"] == "submitted"
-    assert studies.findings() == []
+    assert states(Dataset(folder))["scan_1"] == "submitted"
+    assert dataset.findings() == []
 
 
 def test_limits_are_those_of_the_settings(folder: Path) -> None:
     (folder / "segqc.toml").write_text(f"{CONFIG}[intake]\nmax_voxels = {SHAPE[0] * SHAPE[1] * SHAPE[2] - 1}\n")
-    studies = Studies(folder)
-    assert states(studies) == {}
-    assert len(studies.findings()) == 3
+    dataset = Dataset(folder)
+    assert states(dataset) == {}
+    assert len(dataset.findings()) == 3
 
 
 def test_an_error_in_a_reader_is_that_files_problem(
-    studies: Studies, folder: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = FileChecks.scan
 
@@ -248,8 +248,8 @@ def test_an_error_in_a_reader_is_that_files_problem(
     monkeypatch.setattr(FileChecks, "scan", failing)
     for name in "abc":
         another_scan(folder / f"{name}.nii.gz", 5)
-    assert "c" in states(studies)
-    assert [f.file for f in studies.findings()] == ["a.nii.gz", "b.nii.gz"]
+    assert "c" in states(dataset)
+    assert [f.file for f in dataset.findings()] == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_each_content_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,13 +262,13 @@ def test_each_content_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(FileChecks, "scan", counting)
     monkeypatch.setattr(files, "_CLOCK_TICK_NS", 0)  # a file just written would be read again
-    studies = Studies(folder)
+    dataset = Dataset(folder)
     (folder / "bad.nii").write_bytes(b"bad")
     os.utime(folder / "bad.nii", (1, 1))
     for _ in range(3):
-        studies.refresh()
+        dataset.refresh()
     os.utime(folder / "scan_0.nii.gz", (5, 5))  # only touched
-    studies.refresh()
+    dataset.refresh()
     assert sorted(read) == ["bad.nii", "scan_0.nii.gz", "scan_1.nii.gz", "scan_2.nii.gz"]
 
 
@@ -277,10 +277,10 @@ def test_a_large_folder_is_taken_in_batch_by_batch(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(folder_module, "_BATCH", 2)
     store = Store.open(tmp_path / "s")
     asked = iter([False, False, True, True, True])
-    assert take_in(store, scan_id, PLACING, stop=lambda: next(asked)).new_scans == 4
+    assert sync(store, scan_id, PLACING, stop=lambda: next(asked)).new_scans == 4
     with store.read() as transaction:
         assert len(scans.names(transaction)) == 4
-    assert take_in(store, scan_id, PLACING).new_scans == 3
+    assert sync(store, scan_id, PLACING).new_scans == 3
     store.close()
 
 
@@ -300,88 +300,88 @@ def write_segmentation(path: Path, order: tuple[str, ...] = ("spleen", "liver"))
     nrrd.write(str(path), array, header)
 
 
-def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(studies: Studies, folder: Path) -> None:
+def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(dataset: Dataset, folder: Path) -> None:
     path = final(folder, "scan_0", ".seg.nrrd")
     write_segmentation(path)
     content = path.read_bytes()
-    assert states(studies)["scan_0"] == "submitted"
-    (version,) = history(studies, "scan_0")
-    assert (version.source_suffix, version.source_sha256) == (".seg.nrrd", sha256_of(path))
-    assert np.array_equal(read_labels(studies.store.label_file(version)).array, draw_case(0)[1].array)
+    assert states(dataset)["scan_0"] == "submitted"
+    (version,) = history(dataset, "scan_0")
+    assert (version.submitted_suffix, version.submitted_sha256) == (".seg.nrrd", sha256_of(path))
+    assert np.array_equal(read_labels(dataset.store.label_file(version)).array, draw_case(0)[1].array)
     assert path.read_bytes() == content
-    assert sha256_of(path) in {sha256_of(p) for p in studies.store.files.all_objects()}
-    assert check(studies.store) == []
-    studies.refresh()
-    assert len(history(studies, "scan_0")) == 1
-    assert submit(studies, "scan_0", 1).parent is None
+    assert sha256_of(path) in {sha256_of(p) for p in dataset.store.files.all_objects()}
+    assert check(dataset.store) == []
+    dataset.refresh()
+    assert len(history(dataset, "scan_0")) == 1
+    assert submit(dataset, "scan_0", 1).parent is None
     assert [p.name for p in path.parent.iterdir()] == ["scan_0.nii.gz"]
-    studies.store.restore_label(version.id, BERT)
+    dataset.store.restore_label(version.id, BERT)
     assert np.array_equal(read_labels(final(folder, "scan_0")).array, draw_case(0)[1].array)
-    assert check(studies.store) == []
+    assert check(dataset.store) == []
 
 
 @pytest.mark.parametrize("suffix", [".NII.GZ", ".Nii", ".NRRD", ".nii"])
-def test_suffixes_are_known_in_any_case(studies: Studies, folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_suffixes_are_known_in_any_case(dataset: Dataset, folder: Path, tmp_path: Path, suffix: str) -> None:
     another_scan(tmp_path / f"B{suffix.lower()}", 3)
     (tmp_path / f"B{suffix.lower()}").rename(folder / f"B{suffix}")
     write_labels(draw_case(3)[1], tmp_path / f"L{suffix.lower()}")
     (tmp_path / f"L{suffix.lower()}").rename(final(folder, "B", suffix))
-    assert states(studies)["B"] == "submitted"
-    assert studies.findings() == []
-    (version,) = history(studies, "B")
-    assert np.array_equal(read_labels(studies.store.label_file(version)).array, draw_case(3)[1].array)
-    assert check(studies.store) == []
+    assert states(dataset)["B"] == "submitted"
+    assert dataset.findings() == []
+    (version,) = history(dataset, "B")
+    assert np.array_equal(read_labels(dataset.store.label_file(version)).array, draw_case(3)[1].array)
+    assert check(dataset.store) == []
     in_place(final(folder, "B", suffix), b"broken")
-    submit(studies, "B", 1)
-    assert len(history(studies, "B")) == 3
-    assert check(studies.store) == []
+    submit(dataset, "B", 1)
+    assert len(history(dataset, "B")) == 3
+    assert check(dataset.store) == []
 
 
 def test_of_two_files_for_a_label_the_newest_counts_and_both_are_kept(
-    studies: Studies, folder: Path, tmp_path: Path
+    dataset: Dataset, folder: Path, tmp_path: Path
 ) -> None:
     final(folder, "scan_0").write_bytes(label_bytes(tmp_path, 1))
     os.utime(final(folder, "scan_0"), (100, 100))
     write_segmentation(final(folder, "scan_0", ".seg.nrrd"))
     older = sha256_of(final(folder, "scan_0"))
-    assert states(studies)["scan_0"] == "submitted"
-    versions = history(studies, "scan_0")
+    assert states(dataset)["scan_0"] == "submitted"
+    versions = history(dataset, "scan_0")
     assert [v.sha256 == older for v in versions] == [True, False]
     assert [p.name for p in final(folder, "x").parent.iterdir()] == ["scan_0.seg.nrrd"]
-    assert check(studies.store) == []
+    assert check(dataset.store) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- edits
 
 
-def submitting(studies: Studies, folder: Path) -> None:
-    submit(studies, "scan_0", 2, BERT)
+def submitting(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0", 2, BERT)
 
 
-def removing(studies: Studies, folder: Path) -> None:
-    studies.store.remove_label("scan_0", "final", BERT)
+def removing(dataset: Dataset, folder: Path) -> None:
+    dataset.store.remove_label("scan_0", "final", BERT)
 
 
-def restoring(studies: Studies, folder: Path) -> None:
-    studies.store.restore_label(history(studies, "scan_0")[0].id, BERT)
+def restoring(dataset: Dataset, folder: Path) -> None:
+    dataset.store.restore_label(history(dataset, "scan_0")[0].id, BERT)
 
 
-def rejecting(studies: Studies, folder: Path) -> None:
-    studies.store.review("scan_0", "rejected", BERT, "a gap")
+def rejecting(dataset: Dataset, folder: Path) -> None:
+    dataset.store.review("scan_0", "rejected", BERT, "a gap")
 
 
-def looking(studies: Studies, folder: Path) -> None:
-    studies.refresh()
+def looking(dataset: Dataset, folder: Path) -> None:
+    dataset.refresh()
 
 
-def another_format(studies: Studies, folder: Path) -> None:
+def another_format(dataset: Dataset, folder: Path) -> None:
     write_labels(draw_case(2)[1], folder.parent / "l.nrrd")
-    studies.store.save_label(NewLabel("scan_0", "final", "annotator", BERT), folder.parent / "l.nrrd")
+    dataset.store.save_label(NewLabel("scan_0", "final", "annotator", BERT), folder.parent / "l.nrrd")
 
 
-def replacing_the_scan(studies: Studies, folder: Path) -> None:
+def replacing_the_scan(dataset: Dataset, folder: Path) -> None:
     another_scan(folder / "scan_0.nii.gz", 9, shape=(30, 28, 10))
-    studies.refresh()
+    dataset.refresh()
 
 
 OVERWRITING = [submitting, removing, restoring, rejecting, another_format, replacing_the_scan]
@@ -389,14 +389,14 @@ OVERWRITING = [submitting, removing, restoring, rejecting, another_format, repla
 
 @pytest.mark.parametrize("act", [looking, *OVERWRITING])
 def test_a_label_that_was_edited_in_place_is_a_version_before_anything_overwrites_it(
-    studies: Studies, folder: Path, tmp_path: Path, act: Callable[[Studies, Path], None]
+    dataset: Dataset, folder: Path, tmp_path: Path, act: Callable[[Dataset, Path], None]
 ) -> None:
-    first = submit(studies, "scan_0")
+    first = submit(dataset, "scan_0")
     in_place(final(folder, "scan_0"), label_bytes(tmp_path, 5))
     edit = sha256_of(final(folder, "scan_0"))
-    act(studies, folder)
+    act(dataset, folder)
     assert edit in kept(folder)
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         rows = [
             version
             for scan in scans.listing(transaction)
@@ -404,60 +404,60 @@ def test_a_label_that_was_edited_in_place_is_a_version_before_anything_overwrite
             for version in labels.history(transaction, scan.name)
         ]
     assert [v.sha256 for v in rows][:2] == [first.sha256, edit]
-    assert (rows[1].maker, rows[1].who.identified_by) == ("import", "folder")
-    assert check(studies.store) == []
+    assert (rows[1].source, rows[1].actor.identified_by) == ("import", "folder")
+    assert check(dataset.store) == []
 
 
 @pytest.mark.parametrize("act", OVERWRITING)
 def test_an_edit_that_keeps_size_and_time_is_a_version_before_anything_overwrites_it(
-    studies: Studies, folder: Path, tmp_path: Path, act: Callable[[Studies, Path], None]
+    dataset: Dataset, folder: Path, tmp_path: Path, act: Callable[[Dataset, Path], None]
 ) -> None:
-    submit(studies, "scan_0")
+    submit(dataset, "scan_0")
     path = final(folder, "scan_0")
     before, edit = (label_bytes(tmp_path, index).ljust(4000, b"\0") for index in (4, 5))
     in_place(path, before)
-    studies.refresh()
+    dataset.refresh()
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     in_place(path, edit)
     os.utime(path, ns=times)
     assert len(before) == len(edit)
     address = sha256_of(path)
-    act(studies, folder)
-    assert address in {sha256_of(kept_file) for kept_file in studies.store.files.all_objects()}
-    assert check(studies.store) == []
+    act(dataset, folder)
+    assert address in {sha256_of(kept_file) for kept_file in dataset.store.files.all_objects()}
+    assert check(dataset.store) == []
 
 
 @pytest.mark.parametrize("act", OVERWRITING)
 def test_an_edit_that_is_no_label_is_kept_all_the_same(
-    studies: Studies, folder: Path, act: Callable[[Studies, Path], None]
+    dataset: Dataset, folder: Path, act: Callable[[Dataset, Path], None]
 ) -> None:
-    submit(studies, "scan_0")
+    submit(dataset, "scan_0")
     in_place(final(folder, "scan_0"), b"whatever somebody wrote")
     edit = sha256_of(final(folder, "scan_0"))
-    studies.refresh()
-    assert [f.file for f in studies.findings()] == ["labels/final/scan_0.nii.gz"]
-    act(studies, folder)
-    assert edit in {sha256_of(path) for path in studies.store.files.all_objects()}
-    studies.refresh()
-    assert studies.findings() == []
-    assert check(studies.store) == []
+    dataset.refresh()
+    assert [f.file for f in dataset.findings()] == ["labels/final/scan_0.nii.gz"]
+    act(dataset, folder)
+    assert edit in {sha256_of(path) for path in dataset.store.files.all_objects()}
+    dataset.refresh()
+    assert dataset.findings() == []
+    assert check(dataset.store) == []
 
 
-def test_an_edit_that_was_no_label_is_never_a_label_again(studies: Studies, folder: Path) -> None:
-    submit(studies, "scan_0")
+def test_an_edit_that_was_no_label_is_never_a_label_again(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0")
     in_place(final(folder, "scan_0"), b"whatever somebody wrote")
-    submit(studies, "scan_0", 2)
+    submit(dataset, "scan_0", 2)
     with pytest.raises(Exception, match="cannot be a label again"):
-        studies.store.restore_label(history(studies, "scan_0")[1].id, BERT)
+        dataset.store.restore_label(history(dataset, "scan_0")[1].id, BERT)
 
 
-def test_a_persons_mask_is_kept_when_a_network_writes_its_own(studies: Studies, folder: Path, tmp_path: Path) -> None:
-    save_mask(studies.store, tmp_path, "scan_0", 3)
+def test_a_persons_mask_is_kept_when_a_network_writes_its_own(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+    save_mask(dataset.store, tmp_path, "scan_0", 3)
     path = folder / "labels" / "original" / "scan_0.nii.gz"
     in_place(path, label_bytes(tmp_path, 6))
     edit = sha256_of(path)
-    save_mask(studies.store, tmp_path, "scan_0", 4, segmenter="seg2")
-    assert [v.maker for v in history(studies, "scan_0")] == ["network", "import", "network"]
+    save_mask(dataset.store, tmp_path, "scan_0", 4, segmenter="seg2")
+    assert [v.source for v in history(dataset, "scan_0")] == ["network", "import", "network"]
     assert edit in kept(folder)
 
 
@@ -466,8 +466,8 @@ def test_a_persons_mask_is_kept_when_a_network_writes_its_own(studies: Studies, 
 def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     folder: Path, tmp_path: Path, url: str | None, when: str, content: str
 ) -> None:
-    store = Store.open(folder, url, intake=Studies(folder).settings.intake_checks())
-    take_in_scans(store)
+    store = Store.open(folder, url, intake=Dataset(folder).settings.intake_checks())
+    sync_scans(store)
     save_final(store, tmp_path, "scan_0", 3)
     in_place(final(folder, "scan_0"), label_bytes(tmp_path, 5) if content == "label" else b"no label")
     edit = sha256_of(final(folder, "scan_0"))
@@ -494,7 +494,7 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     again = Store.open(folder, url, intake=store.intake)
     assert sha256_of(final(folder, "scan_0")) == edit
-    take_in_scans(again)
+    sync_scans(again)
     with again.read() as transaction:
         versions = labels.history(transaction, "scan_0")
     assert len(versions) == (2 if content == "label" else 1)
@@ -503,143 +503,143 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     store.close()
 
 
-def test_a_submission_whose_file_says_it_all_is_kept_as_it_came(studies: Studies, folder: Path) -> None:
+def test_a_submission_whose_file_says_it_all_is_kept_as_it_came(dataset: Dataset, folder: Path) -> None:
     file = folder.parent / "sent.nii.gz"
     file.write_bytes(gzip.compress(gzip.decompress(label_bytes(folder.parent, 1)), 9, mtime=0))
-    label = submit_label(studies, "scan_0", draw_case(1)[1], "final", ANNA, file=file).label
-    assert studies.store.label_file(label).read_bytes() == file.read_bytes() == final(folder, "scan_0").read_bytes()
+    label = submit_label(dataset, "scan_0", draw_case(1)[1], "final", ANNA, file=file).label
+    assert dataset.store.label_file(label).read_bytes() == file.read_bytes() == final(folder, "scan_0").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- contents
 
 
-def test_another_content_of_the_same_size_and_time_is_another_scan(studies: Studies, folder: Path) -> None:
+def test_another_content_of_the_same_size_and_time_is_another_scan(dataset: Dataset, folder: Path) -> None:
     path = folder / "q.nii"
     size = len(another_scan(path, 4))
-    studies.refresh()
-    before = record(studies, "q").sha256
+    dataset.refresh()
+    before = record(dataset, "q").sha256
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     content = another_scan(folder.parent / "other.nii", 5)
     in_place(path, content)
     os.utime(path, ns=times)
     assert len(content) == size
-    studies.refresh()
-    assert record(studies, "q").sha256 not in (None, before)
-    assert record(studies, f"q@{str(before)[:8]}").missing_since is not None
+    dataset.refresh()
+    assert record(dataset, "q").sha256 not in (None, before)
+    assert record(dataset, f"q@{str(before)[:8]}").missing_since is not None
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (30, 28, 10)])
 def test_another_content_under_the_same_name_is_another_scan(
-    studies: Studies, folder: Path, shape: tuple[int, int, int]
+    dataset: Dataset, folder: Path, shape: tuple[int, int, int]
 ) -> None:
-    label = submit(studies, "scan_0")
-    before, old = record(studies, "scan_0"), (folder / "scan_0.nii.gz").read_bytes()
+    label = submit(dataset, "scan_0")
+    before, old = record(dataset, "scan_0"), (folder / "scan_0.nii.gz").read_bytes()
     another_scan(folder / "scan_0.nii.gz", 9, shape=shape)
     retired = f"scan_0@{(before.sha256 or '')[:8]}"
-    assert states(studies) == {
+    assert states(dataset) == {
         "scan_0": "unlabelled", "scan_1": "unlabelled", "scan_2": "unlabelled", retired: "missing"
     }  # fmt: skip
-    now = record(studies, "scan_0")
-    assert (now.patient, now.fold, now.role) == (before.patient, before.fold, before.role)
+    now = record(dataset, "scan_0")
+    assert (now.patient, now.fold, now.split) == (before.patient, before.fold, before.split)
     assert now.sha256 == sha256_of(folder / "scan_0.nii.gz")
-    assert record(studies, retired).former_name == "scan_0"
+    assert record(dataset, retired).former_name == "scan_0"
     assert not final(folder, "scan_0").exists()
-    assert [v.id for v in history(studies, retired)] == [label.id]
-    assert history(studies, "scan_0") == []
-    assert studies.cases() == []
-    assert check(studies.store) == []
+    assert [v.id for v in history(dataset, retired)] == [label.id]
+    assert history(dataset, "scan_0") == []
+    assert dataset.cases() == []
+    assert check(dataset.store) == []
     (folder / "scan_0.nii.gz").write_bytes(old)
-    assert states(studies)["scan_0"] == "submitted"
-    assert record(studies, "scan_0").id == before.id
+    assert states(dataset)["scan_0"] == "submitted"
+    assert record(dataset, "scan_0").id == before.id
     assert final(folder, "scan_0").is_file()
-    assert [case.id for case in studies.cases()] == ["scan_0"]
-    assert check(studies.store) == []
+    assert [case.id for case in dataset.cases()] == ["scan_0"]
+    assert check(dataset.store) == []
 
 
-def test_contents_that_take_turns_keep_their_own(studies: Studies, folder: Path) -> None:
+def test_contents_that_take_turns_keep_their_own(dataset: Dataset, folder: Path) -> None:
     contents = [(folder / "scan_0.nii.gz").read_bytes(), *(another_scan(folder / "x.nii.gz", i) for i in (7, 8))]
     (folder / "x.nii.gz").unlink()
     for turn in range(2):
         for index, content in enumerate(contents):
             (folder / "scan_0.nii.gz").write_bytes(content)
-            assert states(studies)["scan_0"] == ("unlabelled" if turn == 0 else "submitted")
+            assert states(dataset)["scan_0"] == ("unlabelled" if turn == 0 else "submitted")
             if turn == 0:
-                submit(studies, "scan_0", index)
-            current = history(studies, "scan_0")[-1]
-            assert np.array_equal(read_labels(studies.store.label_file(current)).array, draw_case(index)[1].array)
-            assert check(studies.store) == []
-    with studies.store.read() as transaction:
+                submit(dataset, "scan_0", index)
+            current = history(dataset, "scan_0")[-1]
+            assert np.array_equal(read_labels(dataset.store.label_file(current)).array, draw_case(index)[1].array)
+            assert check(dataset.store) == []
+    with dataset.store.read() as transaction:
         assert len(scans.listing(transaction)) == 5
 
 
 def test_a_label_that_came_with_the_new_content_is_the_new_contents(
-    studies: Studies, folder: Path, tmp_path: Path
+    dataset: Dataset, folder: Path, tmp_path: Path
 ) -> None:
-    old = submit(studies, "scan_0")
+    old = submit(dataset, "scan_0")
     shape = (30, 28, 10)
     another_scan(folder / "scan_0.nii.gz", 9, shape=shape)
     in_place(final(folder, "scan_0"), label_bytes(tmp_path, 9, shape=shape))
-    assert states(studies)["scan_0"] == "submitted"
-    (version,) = history(studies, "scan_0")
+    assert states(dataset)["scan_0"] == "submitted"
+    (version,) = history(dataset, "scan_0")
     assert version.sha256 == sha256_of(final(folder, "scan_0")) != old.sha256
 
 
-def test_a_scan_that_becomes_unreadable_waits_for_its_content(studies: Studies, folder: Path) -> None:
-    submit(studies, "scan_0")
+def test_a_scan_that_becomes_unreadable_waits_for_its_content(dataset: Dataset, folder: Path) -> None:
+    submit(dataset, "scan_0")
     old = (folder / "scan_0.nii.gz").read_bytes()
     in_place(folder / "scan_0.nii.gz", old[: len(old) // 2])
-    assert states(studies)["scan_0"] == "missing"
-    assert [f.file for f in studies.findings()] == ["scan_0.nii.gz"]
+    assert states(dataset)["scan_0"] == "missing"
+    assert [f.file for f in dataset.findings()] == ["scan_0.nii.gz"]
     in_place(folder / "scan_0.nii.gz", old)
-    assert states(studies)["scan_0"] == "submitted"
-    assert studies.findings() == []
+    assert states(dataset)["scan_0"] == "submitted"
+    assert dataset.findings() == []
 
 
-def hand_out(studies: Studies, who: Who = ANNA) -> str:
-    with studies.store.write() as transaction:
-        lease = leases.take(transaction, who, "segqc", orders.by_name, RULES)
+def hand_out(dataset: Dataset, actor: Actor = ANNA) -> str:
+    with dataset.store.write() as transaction:
+        lease = leases.acquire(transaction, actor, "segqc", orders.by_name, RULES)
     assert lease is not None
     return lease.scan
 
 
-def test_what_was_handed_out_for_the_old_content_is_never_the_new_ones(studies: Studies, folder: Path) -> None:
-    name = hand_out(studies)
+def test_what_was_handed_out_for_the_old_content_is_never_the_new_ones(dataset: Dataset, folder: Path) -> None:
+    name = hand_out(dataset)
     old = (folder / f"{name}.nii.gz").read_bytes()
     another_scan(folder / f"{name}.nii.gz", 9)  # of the same shape, and not looked at yet
     with pytest.raises(ScanReplaced, match="ask for the next sample again"):
-        submit(studies, name)
-    assert states(studies)[name] == "unlabelled"
-    assert history(studies, name) == []
-    with studies.store.read() as transaction:
+        submit(dataset, name)
+    assert states(dataset)[name] == "unlabelled"
+    assert history(dataset, name) == []
+    with dataset.store.read() as transaction:
         assert leases.listing(transaction, state="open") == []
-    submit(studies, name, who=BERT)  # was never shown the old one
+    submit(dataset, name, actor=BERT)  # was never shown the old one
     (folder / f"{name}.nii.gz").write_bytes(old)
-    submit(studies, name)
-    assert states(studies)[name] == "submitted"
+    submit(dataset, name)
+    assert states(dataset)[name] == "submitted"
 
 
-def test_a_submission_that_was_checked_against_the_old_content_is_refused(studies: Studies, folder: Path) -> None:
-    checked = studies.verify_scan("scan_0")
+def test_a_submission_that_was_checked_against_the_old_content_is_refused(dataset: Dataset, folder: Path) -> None:
+    checked = dataset.verify_scan("scan_0")
     another_scan(folder / "scan_0.nii.gz", 9)
     with pytest.raises(ScanReplaced):
-        submit_label(studies, "scan_0", draw_case(0)[1], "final", ANNA, checked=checked)
+        submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA, checked=checked)
 
 
-def test_an_estimate_is_of_the_content_that_was_read(studies: Studies, folder: Path, tmp_path: Path) -> None:
-    entry = studies.scan("scan_0")
-    mask = save_mask(studies.store, tmp_path, "scan_0", 3)
+def test_an_estimate_is_of_the_content_that_was_read(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
+    entry = dataset.scan("scan_0")
+    mask = save_mask(dataset.store, tmp_path, "scan_0", 3)
     another_scan(folder / "scan_0.nii.gz", 9)
     with pytest.raises(ScanReplaced):
-        studies.read_scan(entry)
+        dataset.read_scan(entry)
     made = make_assessment("scan_0", 0.7)
     with pytest.raises(ScanReplaced):
-        studies.write_assessment(made, mask, content=entry.sha256)
+        dataset.write_assessment(made, mask, content=entry.sha256)
     with pytest.raises(ScanReplaced):
-        studies.write_score("tta", "scan_0", 0.5, "seg", entry.sha256)
-    with studies.store.read() as transaction:
+        dataset.write_score("tta", "scan_0", 0.5, "seg", entry.sha256)
+    with dataset.store.read() as transaction:
         assert assessments.latest(transaction, "scan_0") is None
-    assert record(studies, "scan_0").ranking_dice is None
-    assert studies.scores("tta") == {}
+    assert record(dataset, "scan_0").ranking_dice is None
+    assert dataset.scores("tta") == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- uploads
@@ -648,24 +648,24 @@ def test_an_estimate_is_of_the_content_that_was_read(studies: Studies, folder: P
 UPLOAD_NAMES = ["scan_0", "SCAN_0"]
 
 
-def excluded(studies: Studies, folder: Path) -> None:
-    studies.store.review("scan_0", "excluded", ANNA, "wrong")
+def excluded(dataset: Dataset, folder: Path) -> None:
+    dataset.store.review("scan_0", "excluded", ANNA, "wrong")
 
 
-def missing(studies: Studies, folder: Path) -> None:
+def missing(dataset: Dataset, folder: Path) -> None:
     (folder / "scan_0.nii.gz").unlink()
-    studies.refresh()
+    dataset.refresh()
 
 
-def unseen(studies: Studies, folder: Path) -> None:
-    missing(studies, folder)
-    with studies.store.write() as transaction:
+def unseen(dataset: Dataset, folder: Path) -> None:
+    missing(dataset, folder)
+    with dataset.store.write() as transaction:
         scans.retire(transaction, scans.get(transaction, "scan_0").id, ANNA)
     another_scan(folder / "scan_0.nrrd", 6)
 
 
-def unreadable(studies: Studies, folder: Path) -> None:
-    unseen(studies, folder)
+def unreadable(dataset: Dataset, folder: Path) -> None:
+    unseen(dataset, folder)
     (folder / "scan_0.nrrd").write_bytes(b"not yet")
 
 
@@ -673,41 +673,41 @@ def unreadable(studies: Studies, folder: Path) -> None:
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".NII"])
 @pytest.mark.parametrize("state", [looking, excluded, missing, unseen, unreadable])
 def test_an_upload_never_replaces_a_file(
-    studies: Studies, folder: Path, tmp_path: Path, state: Callable[[Studies, Path], None], name: str, suffix: str
+    dataset: Dataset, folder: Path, tmp_path: Path, state: Callable[[Dataset, Path], None], name: str, suffix: str
 ) -> None:
-    studies.refresh()
-    state(studies, folder)
+    dataset.refresh()
+    state(dataset, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     another_scan(tmp_path / f"up{suffix.lower()}", 7)
     (tmp_path / f"up{suffix.lower()}").rename(tmp_path / f"up{suffix}")
     with pytest.raises(ScanExists) as raised:
-        studies.add_scan(tmp_path / f"up{suffix}", name)
+        dataset.add_scan(tmp_path / f"up{suffix}", name)
     assert raised.value.name == "scan_0"
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_the_same_upload_again_is_the_scan_that_is_there(studies: Studies, tmp_path: Path) -> None:
+def test_the_same_upload_again_is_the_scan_that_is_there(dataset: Dataset, tmp_path: Path) -> None:
     another_scan(tmp_path / "up.nii.gz", 7)
-    assert [studies.add_scan(tmp_path / "up.nii.gz", "new").new for _ in range(2)] == [True, False]
+    assert [dataset.add_scan(tmp_path / "up.nii.gz", "new").new for _ in range(2)] == [True, False]
     another_scan(tmp_path / "up.nii.gz", 8)
     with pytest.raises(ScanExists):
-        studies.add_scan(tmp_path / "up.nii.gz", "new")
+        dataset.add_scan(tmp_path / "up.nii.gz", "new")
 
 
-def test_an_upload_that_is_no_scan_leaves_nothing(studies: Studies, folder: Path, tmp_path: Path) -> None:
+def test_an_upload_that_is_no_scan_leaves_nothing(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "up.nii.gz").write_bytes(b"no scan")
-    studies.refresh()
+    dataset.refresh()
     before = sorted(folder.iterdir())
     with pytest.raises(VolumeError):
-        studies.add_scan(tmp_path / "up.nii.gz", "new")
+        dataset.add_scan(tmp_path / "up.nii.gz", "new")
     assert sorted(folder.iterdir()) == before
-    with pytest.raises(StudiesError):
-        studies.scan("new")
+    with pytest.raises(DatasetError):
+        dataset.scan("new")
 
 
 def test_of_uploads_in_the_same_moment_one_wins(folder: Path, tmp_path: Path, url: str | None) -> None:
     store = Store.open(folder, url, intake=AnyContent())
-    take_in_scans(store)
+    sync_scans(store)
     suffixes = (".nii.gz", ".nii", ".nrrd", ".NII.GZ")
     sources = [another_scan(tmp_path / f"{i}.nii.gz", i) and tmp_path / f"{i}.nii.gz" for i in range(4)]
     start = threading.Barrier(len(suffixes))
@@ -732,15 +732,15 @@ def test_of_uploads_in_the_same_moment_one_wins(folder: Path, tmp_path: Path, ur
 
 @pytest.mark.parametrize("how", ["removed", "edited", "replaced scan"])
 def test_no_estimate_is_shown_of_a_mask_that_is_not_there_any_more(
-    studies: Studies, folder: Path, tmp_path: Path, how: str
+    dataset: Dataset, folder: Path, tmp_path: Path, how: str
 ) -> None:
     write_labels(draw_case(0)[1], tmp_path / "m.nii.gz")
-    with studies.store.write() as transaction:
+    with dataset.store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    label = NewLabel("scan_0", "original", "network", Who("network", "seg", "program"), bundle=pair.id)
-    mask = studies.store.save_label(label, tmp_path / "m.nii.gz")
-    studies.write_assessment(make_assessment("scan_0", 0.7), mask)
-    assert record(studies, "scan_0").ranking_dice == 0.7
+    label = NewLabel("scan_0", "original", "network", Actor("network", "seg", "program"), bundle=pair.id)
+    mask = dataset.store.save_label(label, tmp_path / "m.nii.gz")
+    dataset.write_assessment(make_assessment("scan_0", 0.7), mask)
+    assert record(dataset, "scan_0").ranking_dice == 0.7
     path = folder / "labels" / "original" / "scan_0.nii.gz"
     if how == "removed":
         path.unlink()
@@ -748,6 +748,6 @@ def test_no_estimate_is_shown_of_a_mask_that_is_not_there_any_more(
         in_place(path, label_bytes(tmp_path, 5))
     else:
         another_scan(folder / "scan_0.nii.gz", 9)
-    studies.refresh()
-    assert record(studies, "scan_0").ranking_dice is None
-    assert studies.assessments() == {}
+    dataset.refresh()
+    assert record(dataset, "scan_0").ranking_dice is None
+    assert dataset.assessments() == {}

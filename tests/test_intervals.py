@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 from scipy import stats
 
-from segqc.intervals import (
+from segqc.quality.intervals import (
     DEFAULT_FLOOR,
     LEVEL,
     PERFECT,
@@ -21,7 +21,7 @@ from segqc.intervals import (
     patients_needed,
     split_conformal,
 )
-from segqc.metrics import METRIC_NAMES, METRIC_RANGES, LinearCalibration, MetricName, fit_calibration
+from segqc.quality.metrics import METRIC_NAMES, METRIC_RANGES, LinearCalibration, MetricName, fit_calibration
 from segqc.types import PredictionInterval
 
 RESAMPLES = 60

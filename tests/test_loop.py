@@ -1,4 +1,4 @@
-"""A studies folder: train, score, continue."""
+"""A dataset folder: train, score, continue."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from segqc.loop import jobs as work
+from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import hold
 from segqc.loop.scoring import assess_scan, score
-from segqc.loop.studies import Studies, StudiesError
-from segqc.loop.train import TrainingBusy, train
-from segqc.networks import ModelError, TrainedNetwork
-from segqc.segmenter import Segmenter
+from segqc.loop.training import TrainingBusy, train
+from segqc.networks.model import ModelError, TrainedNetwork
+from segqc.networks.segmenter import Segmenter
 from segqc.store import assessments, jobs, scans
 from segqc.store.events import SERVER
-from segqc.store.values import ScanRecord
+from segqc.store.records import ScanRecord
 from segqc.training import Case, NoProgress, TooFewCases
 from segqc.training.cases import label_values, read_case
 from segqc.types import Structure
@@ -44,30 +44,30 @@ patch = [16, 16, 4]
 """
 
 
-def make_studies(folder: Path, labelled: int, unlabelled: int) -> Studies:
+def make_studies(folder: Path, labelled: int, unlabelled: int) -> Dataset:
     """A folder in MONAI Label's layout."""
     (folder / "labels" / "final").mkdir(parents=True)
     for i, case in enumerate(make_cases(folder, labelled + unlabelled)):
         target = folder / "labels" / "final" / f"{case.id}.nii.gz"
         shutil.move(case.labels, target) if i < labelled else case.labels.unlink()
     (folder / "segqc.toml").write_text(SETTINGS)
-    return Studies(folder)
+    return Dataset(folder)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Studies:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A folder with both networks, trained for seconds."""
-    studies = make_studies(tmp_path_factory.mktemp("studies"), 5, 3)
+    dataset = make_studies(tmp_path_factory.mktemp("studies"), 5, 3)
     for network in ("segmentation", "segqc"):
-        train(studies, network, NoProgress())  # type: ignore[arg-type]
-    return studies
+        train(dataset, network, NoProgress())  # type: ignore[arg-type]
+    return dataset
 
 
 @pytest.fixture
-def studies(trained: Studies, tmp_path: Path) -> Studies:
+def dataset(trained: Dataset, tmp_path: Path) -> Dataset:
     """A copy of it to write into."""
     shutil.copytree(trained.folder, tmp_path / "s")
-    return Studies(tmp_path / "s")
+    return Dataset(tmp_path / "s")
 
 
 class Count:
@@ -81,17 +81,17 @@ class Count:
             raise KeyboardInterrupt
 
 
-def test_scans_and_labels_are_found_by_name(trained: Studies) -> None:
+def test_scans_and_labels_are_found_by_name(trained: Dataset) -> None:
     entries = trained.scans()
     assert [e.id for e in entries] == [f"c{i}" for i in range(8)]
     assert [e.final is not None for e in entries] == [True] * 5 + [False] * 3
-    with pytest.raises(StudiesError, match="no scan named nope"):
+    with pytest.raises(DatasetError, match="no scan named nope"):
         trained.scan("nope")
-    with pytest.raises(StudiesError, match="no such folder"):
-        Studies(trained.folder / "nope")
+    with pytest.raises(DatasetError, match="no such folder"):
+        Dataset(trained.folder / "nope")
 
 
-def test_a_training_publishes_model_curve_and_picture(trained: Studies) -> None:
+def test_a_training_publishes_model_curve_and_picture(trained: Dataset) -> None:
     for network in ("segmentation", "segqc"):
         assert trained.model_path(network).is_file()  # type: ignore[arg-type]
         assert (trained.training_folder(network) / "curve.png").stat().st_size > 1000  # type: ignore[arg-type]
@@ -101,96 +101,96 @@ def test_a_training_publishes_model_curve_and_picture(trained: Studies) -> None:
     assert assessor.settings.boxes.min_area_mm2 == 4.0
 
 
-def test_a_folder_in_the_place_of_a_model_is_named_before_the_training(studies: Studies) -> None:
-    path = studies.model_path("segmentation")
+def test_a_folder_in_the_place_of_a_model_is_named_before_the_training(dataset: Dataset) -> None:
+    path = dataset.model_path("segmentation")
     path.unlink()
     path.mkdir()
     with pytest.raises(ModelError, match=r"segmentation\.pt: is a folder"):
-        train(studies, "segmentation", Count(die_at=0))
+        train(dataset, "segmentation", Count(die_at=0))
 
 
 def test_a_damaged_model_does_not_spoil_the_training_of_the_other_nor_its_own(
-    studies: Studies, caplog: pytest.LogCaptureFixture
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     for network in ("segmentation", "segqc"):
-        studies.model_path(network).write_bytes(b"damaged")
-    card = train(studies, "segmentation", NoProgress())
+        dataset.model_path(network).write_bytes(b"damaged")
+    card = train(dataset, "segmentation", NoProgress())
     assert any("segqc.pt: not a readable SegQC model" in message for message in caplog.messages)
-    segmenter = studies.segmenter()
+    segmenter = dataset.segmenter()
     assert segmenter is not None
     assert segmenter.card == card
 
 
-def test_all_scans_without_a_final_label_are_assessed(studies: Studies) -> None:
-    summary = score(studies, "segqc", NoProgress())
+def test_all_scans_without_a_final_label_are_assessed(dataset: Dataset) -> None:
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, summary.skipped, summary.failed) == (3, 0, {})
-    assert set(studies.assessments()) == {"c5", "c6", "c7"}
-    for entry in studies.scans()[5:]:
+    assert set(dataset.assessments()) == {"c5", "c6", "c7"}
+    for entry in dataset.scans()[5:]:
         assert entry.original is not None
         assert read_labels(entry.original).shape == read_scan(entry.image).shape
 
 
-def test_an_interrupted_scoring_goes_on_and_a_finished_one_does_nothing(studies: Studies) -> None:
+def test_an_interrupted_scoring_goes_on_and_a_finished_one_does_nothing(dataset: Dataset) -> None:
     with pytest.raises(KeyboardInterrupt):
-        score(studies, "segqc", Count(die_at=2))
-    assert len(studies.assessments()) == 2
-    summary = score(studies, "segqc", NoProgress())
+        score(dataset, "segqc", Count(die_at=2))
+    assert len(dataset.assessments()) == 2
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, summary.skipped) == (1, 2)
-    assert score(studies, "segqc", NoProgress()).skipped == 3
-    assert score(studies, "segqc", NoProgress(), force=True).scored == 3
+    assert score(dataset, "segqc", NoProgress()).skipped == 3
+    assert score(dataset, "segqc", NoProgress(), force=True).scored == 3
 
 
-def test_a_mask_that_changed_is_assessed_again(studies: Studies) -> None:
-    score(studies, "segqc", NoProgress())
-    entry = studies.scan("c6")
+def test_a_mask_that_changed_is_assessed_again(dataset: Dataset) -> None:
+    score(dataset, "segqc", NoProgress())
+    entry = dataset.scan("c6")
     assert entry.original is not None
     labels = read_labels(entry.original)
-    before = studies.assessment("c6")
+    before = dataset.assessment("c6")
     changed = labels.array.copy()
     changed[2:9, 2:9, 1:3] ^= 1
-    view = studies.folder / "labels" / "original" / "c6.nii.gz"
+    view = dataset.folder / "labels" / "original" / "c6.nii.gz"
     write_labels(type(labels)(changed, labels.affine), view)
-    summary = score(studies, "segqc", NoProgress())
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, summary.skipped) == (1, 2)
-    after = studies.assessment("c6")
+    after = dataset.assessment("c6")
     assert before is not None
     assert after is not None
     assert after.segmenter_version is None, "a person made it"
     assert before.mask_sha256 != after.mask_sha256
 
 
-def test_one_bad_scan_does_not_keep_the_others_from_being_scored(studies: Studies) -> None:
-    (studies.folder / "c5.nii.gz").write_bytes(b"broken")
-    summary = score(studies, "segqc", NoProgress())
+def test_one_bad_scan_does_not_keep_the_others_from_being_scored(dataset: Dataset) -> None:
+    (dataset.folder / "c5.nii.gz").write_bytes(b"broken")
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, summary.failed) == (2, {})
-    assert [finding.file for finding in studies.findings()] == ["c5.nii.gz"]
+    assert [finding.file for finding in dataset.findings()] == ["c5.nii.gz"]
 
 
-def test_the_baselines_score_every_scan_once(studies: Studies) -> None:
-    assert score(studies, "tta", NoProgress()).scored == 3
-    assert score(studies, "entropy", NoProgress()).skipped == 3, "one run of the group gives both"
-    assert all(0 <= v <= 1 for v in studies.scores("tta").values())
-    assert all(np.isfinite(v) and v < 0 for v in studies.scores("entropy").values())
+def test_the_baselines_score_every_scan_once(dataset: Dataset) -> None:
+    assert score(dataset, "tta", NoProgress()).scored == 3
+    assert score(dataset, "entropy", NoProgress()).skipped == 3, "one run of the group gives both"
+    assert all(0 <= v <= 1 for v in dataset.scores("tta").values())
+    assert all(np.isfinite(v) and v < 0 for v in dataset.scores("entropy").values())
 
 
 def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) -> None:
-    studies = make_studies(tmp_path / "s", 2, 1)
+    dataset = make_studies(tmp_path / "s", 2, 1)
     with pytest.raises(ModelError, match="train one first"):
-        score(studies, "segqc", NoProgress())
+        score(dataset, "segqc", NoProgress())
     with pytest.raises(TooFewCases, match="at least 4 patients, found 2"):
-        train(studies, "segqc", NoProgress())
+        train(dataset, "segqc", NoProgress())
     (tmp_path / "new").mkdir()
-    with pytest.raises(StudiesError, match=r"write a table such as \[structures\]"):
-        _ = Studies(tmp_path / "new").structures
+    with pytest.raises(DatasetError, match=r"write a table such as \[structures\]"):
+        _ = Dataset(tmp_path / "new").structures
 
 
 def test_scans_of_one_patient_share_fold_and_role(tmp_path: Path) -> None:
-    studies = make_studies(tmp_path / "s", 6, 0)
-    with (studies.folder / "segqc.toml").open("a") as settings:
+    dataset = make_studies(tmp_path / "s", 6, 0)
+    with (dataset.folder / "segqc.toml").open("a") as settings:
         settings.write('[patients]\nanna = ["c0", "c3"]\n')
-    studies = Studies(studies.folder)
-    assert [c.patient for c in studies.cases()] == ["anna", "c1", "c2", "anna", "c4", "c5"]
-    assert set(studies.placements()) == {"anna", "c1", "c2", "c4", "c5"}
+    dataset = Dataset(dataset.folder)
+    assert [c.patient for c in dataset.cases()] == ["anna", "c1", "c2", "anna", "c4", "c5"]
+    assert set(dataset.patient_splits()) == {"anna", "c1", "c2", "c4", "c5"}
 
 
 # ---- one training at a time, and rounds ----------------------------------------------------------------------------
@@ -217,37 +217,37 @@ def perturbed(network: TrainedNetwork) -> Any:
 
 
 @pytest.fixture
-def quick_trainings(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_trainings(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of the copied folder give a new version at once."""
-    monkeypatch.setattr("segqc.loop.train.train_segmentation", lambda *_: perturbed(studies.segmenter()))  # type: ignore[arg-type]
-    monkeypatch.setattr("segqc.loop.train.train_assessor", lambda *_: perturbed(studies.assessor()))  # type: ignore[arg-type]
+    monkeypatch.setattr("segqc.loop.training.train_segmentation", lambda *_: perturbed(dataset.segmenter()))  # type: ignore[arg-type]
+    monkeypatch.setattr("segqc.loop.training.train_assessor", lambda *_: perturbed(dataset.assessor()))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("quick_trainings")
 @pytest.mark.parametrize("network", ["segmentation", "segqc"])
-def test_a_network_is_trained_by_one_process_at_a_time(studies: Studies, network: Any) -> None:
+def test_a_network_is_trained_by_one_process_at_a_time(dataset: Dataset, network: Any) -> None:
     other: Any = "segqc" if network == "segmentation" else "segmentation"
-    lock = studies.training_folder(network) / "training.lock"
-    before = studies.model_path(network).read_bytes()
+    lock = dataset.training_folder(network) / "training.lock"
+    before = dataset.model_path(network).read_bytes()
     with hold(lock, "segqc train"):
         with pytest.raises(TrainingBusy, match=rf"{network} .* segqc train \(process {os.getpid()} on .*, since"):
-            train(studies, network, NoProgress())
-        assert studies.model_path(network).read_bytes() == before
-        train(studies, other, NoProgress())
-    train(studies, network, NoProgress())
-    assert studies.model_path(network).read_bytes() != before
+            train(dataset, network, NoProgress())
+        assert dataset.model_path(network).read_bytes() == before
+        train(dataset, other, NoProgress())
+    train(dataset, network, NoProgress())
+    assert dataset.model_path(network).read_bytes() != before
 
 
 @pytest.mark.usefixtures("quick_trainings")
-def test_a_job_waits_for_another_training_and_says_so(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_waits_for_another_training_and_says_so(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Lines()
     with ExitStack() as held:
-        held.enter_context(hold(studies.training_folder("segqc") / "training.lock", "segqc train"))
+        held.enter_context(hold(dataset.training_folder("segqc") / "training.lock", "segqc train"))
         waits = iter(range(3))
         monkeypatch.setattr("time.sleep", lambda _: next(waits, None) is None and held.close())
-        train(studies, "segqc", lines, wait=True)
-    (said,) = lines.messages
-    assert said.startswith("waits for the training of segqc by segqc train (process")
+        train(dataset, "segqc", lines, wait=True)
+    (messages,) = lines.messages
+    assert messages.startswith("waits for the training of segqc by segqc train (process")
 
 
 @pytest.mark.usefixtures("quick_trainings")
@@ -255,16 +255,16 @@ def test_a_job_waits_for_another_training_and_says_so(studies: Studies, monkeypa
     "die_at",
     ["round: train segmentation", "round: train segqc", "round: publish", "round: score", "scoring by segqc: c6"],
 )
-def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(studies: Studies, die_at: str) -> None:
-    score(studies, "segqc", NoProgress())
-    with studies.store.write() as transaction:
-        job = jobs.put(transaction, "round", {}, SERVER)
+def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(dataset: Dataset, die_at: str) -> None:
+    score(dataset, "segqc", NoProgress())
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "round", {}, SERVER)
 
     def told() -> set[tuple[str | None, str]]:
-        return {(a.segmenter_version, a.assessor_version) for a in studies.assessments().values()}
+        return {(a.segmenter_version, a.assessor_version) for a in dataset.assessments().values()}
 
     def in_use() -> tuple[str, str]:
-        segmenter, assessor = studies.segmenter(), studies.assessor()
+        segmenter, assessor = dataset.segmenter(), dataset.assessor()
         assert segmenter is not None
         assert assessor is not None
         return segmenter.version, assessor.version
@@ -272,60 +272,60 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(studie
     before = in_use()
     assert told() == {before}
     with pytest.raises(KeyboardInterrupt):
-        work.run(studies, job, Lines(die_at))
+        work.run(dataset, job, Lines(die_at))
     during = in_use()
     assert (during == before) is ("score" not in die_at and "scoring" not in die_at)
     assert during == before or not {*during} & {*before}, "both networks are replaced together"
     assert len(told()) == 1
-    ranked = {s.name for s in stored_scans(studies) if s.ranking_dice is not None}
-    assert ranked == set(studies.assessments()), "ranked by what is told"
-    result = work.run(studies, job, Lines())
+    ranked = {s.name for s in stored_scans(dataset) if s.ranking_dice is not None}
+    assert ranked == set(dataset.assessments()), "ranked by what is told"
+    result = work.run(dataset, job, Lines())
     assert set(result) == {"round", "train segmentation", "train segqc", "publish", "score"}
     assert told() == {in_use()}
-    assert len(studies.assessments()) == 3
-    assert not any(studies.staged_path(network).exists() for network in work.NETWORKS)
+    assert len(dataset.assessments()) == 3
+    assert not any(dataset.staged_path(network).exists() for network in work.NETWORKS)
 
 
-def stored_scans(studies: Studies) -> list[ScanRecord]:
-    with studies.store.read() as transaction:
+def stored_scans(dataset: Dataset) -> list[ScanRecord]:
+    with dataset.store.read() as transaction:
         return scans.listing(transaction)
 
 
-def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(studies: Studies) -> None:
-    score(studies, "segqc", NoProgress())
-    with studies.store.write() as transaction:
+def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(dataset: Dataset) -> None:
+    score(dataset, "segqc", NoProgress())
+    with dataset.store.write() as transaction:
         assessments.serve(transaction, "newer", "newer")
-    assert studies.assessments() == {}
-    segmenter, assessor = studies.segmenter(), studies.assessor()
+    assert dataset.assessments() == {}
+    segmenter, assessor = dataset.segmenter(), dataset.assessor()
     assert segmenter is not None
     assert assessor is not None
-    assess_scan(studies, studies.scan("c5"), segmenter, assessor)
-    assert all(scan.ranking_dice is None for scan in stored_scans(studies))
-    score(studies, "segqc", NoProgress())  # by the models in use: they serve again
-    assert set(studies.assessments()) == {"c5", "c6", "c7"}
-    assert sum(scan.ranking_dice is not None for scan in stored_scans(studies)) == 3
+    assess_scan(dataset, dataset.scan("c5"), segmenter, assessor)
+    assert all(scan.ranking_dice is None for scan in stored_scans(dataset))
+    score(dataset, "segqc", NoProgress())  # by the models in use: they serve again
+    assert set(dataset.assessments()) == {"c5", "c6", "c7"}
+    assert sum(scan.ranking_dice is not None for scan in stored_scans(dataset)) == 3
 
 
 def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    studies = make_studies(tmp_path / "s", 4, 0)
-    by_id = {case.id: case for case in studies.cases()}
+    dataset = make_studies(tmp_path / "s", 4, 0)
+    by_id = {case.id: case for case in dataset.cases()}
     by_id["c1"].labels.chmod(0o644)
     by_id["c1"].labels.write_bytes(b"damaged")
     used: list[str] = []
 
     def learn(cases: list[Case], structures: tuple[Structure, ...], *_: object) -> None:
         if by_id["c3"] in cases:  # replaced by a scan of the same shape after the cases were listed
-            shutil.copyfile(studies.folder / "c0.nii.gz", studies.folder / "c3.nii.gz")
+            shutil.copyfile(dataset.folder / "c0.nii.gz", dataset.folder / "c3.nii.gz")
         for case in cases:
             read_case(case, label_values(structures))
         used.extend(case.id for case in cases)
         raise TooFewCases("wanted more")
 
-    monkeypatch.setattr("segqc.loop.train.train_segmentation", learn)
+    monkeypatch.setattr("segqc.loop.training.train_segmentation", learn)
     with pytest.raises(TooFewCases) as raised:
-        train(studies, "segmentation", NoProgress())
+        train(dataset, "segmentation", NoProgress())
     assert used == ["c0", "c2"]
     for name in ("c1", "c3"):
         assert f"the scan '{name}' ({name}.nii.gz, labels/final/{name}.nii.gz)" in str(raised.value)
@@ -337,9 +337,9 @@ def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
 def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
 ) -> None:
-    studies = make_studies(tmp_path / "s", 5, 1)
-    validating = {p for p, placement in studies.placements().items() if placement.role == "validation"}
-    named = next(case.id for case in studies.cases() if case.patient not in validating)
+    dataset = make_studies(tmp_path / "s", 5, 1)
+    validating = {p for p, placement in dataset.patient_splits().items() if placement.split == "validation"}
+    named = next(case.id for case in dataset.cases() if case.patient not in validating)
 
     class Replacing:
         done = False
@@ -347,17 +347,17 @@ def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
         def step(self, done: int, total: int, message: str) -> None:
             if message.startswith(at) and not self.done:
                 self.done = True
-                shutil.copyfile(studies.folder / "c5.nii.gz", studies.folder / f"{named}.nii.gz")
+                shutil.copyfile(dataset.folder / "c5.nii.gz", dataset.folder / f"{named}.nii.gz")
 
     replacing = Replacing()
-    card = train(studies, "segqc", replacing)
+    card = train(dataset, "segqc", replacing)
     assert replacing.done
     assert sum(f"left out of the training: the scan '{named}'" in message for message in caplog.messages) == 1
-    assert set(card.seen) == {case.patient for case in studies.cases()}, "the new content has no label"
+    assert set(card.seen) == {case.patient for case in dataset.cases()}, "the new content has no label"
 
 
-def test_a_scan_whose_file_is_written_again_as_it_was_stays_in_the_training(studies: Studies) -> None:
-    cases = studies.cases()
+def test_a_scan_whose_file_is_written_again_as_it_was_stays_in_the_training(dataset: Dataset) -> None:
+    cases = dataset.cases()
     path = cases[0].scan
     content = path.read_bytes()
     path.unlink()
@@ -366,38 +366,38 @@ def test_a_scan_whose_file_is_written_again_as_it_was_stays_in_the_training(stud
     assert scan.shape == labels.shape
 
 
-def test_a_scan_that_was_replaced_gets_a_mask_and_an_estimate_of_its_own(studies: Studies) -> None:
-    score(studies, "segqc", NoProgress())
-    score(studies, "tta", NoProgress())
-    before = read_scan(studies.folder / "c6.nii.gz")
+def test_a_scan_that_was_replaced_gets_a_mask_and_an_estimate_of_its_own(dataset: Dataset) -> None:
+    score(dataset, "segqc", NoProgress())
+    score(dataset, "tta", NoProgress())
+    before = read_scan(dataset.folder / "c6.nii.gz")
     half = before.array[: before.shape[0] // 2]
-    write_scan(Volume(half, before.affine), studies.folder / "c6.nii.gz")
-    assert "c6" not in studies.assessments()
-    assert "c6" not in studies.scores("tta")
-    summary = score(studies, "segqc", NoProgress())
+    write_scan(Volume(half, before.affine), dataset.folder / "c6.nii.gz")
+    assert "c6" not in dataset.assessments()
+    assert "c6" not in dataset.scores("tta")
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, summary.skipped, summary.failed) == (1, 2, {})
-    assert score(studies, "tta", NoProgress()).scored == 1
-    made = studies.assessment("c6")
+    assert score(dataset, "tta", NoProgress()).scored == 1
+    made = dataset.assessment("c6")
     assert made is not None
     assert made.shape == half.shape
-    assert read_labels(studies.folder / "labels" / "original" / "c6.nii.gz").shape == half.shape
+    assert read_labels(dataset.folder / "labels" / "original" / "c6.nii.gz").shape == half.shape
 
 
 def test_what_is_made_while_a_scan_is_replaced_is_not_the_new_ones(
-    studies: Studies, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segmenter = studies.segmenter()
+    segmenter = dataset.segmenter()
     assert segmenter is not None
     real = type(segmenter).predict
 
     def replacing(self: Segmenter, scan: Volume) -> object:
-        if (studies.folder / "c5.nii.gz").read_bytes() != (studies.folder / "c0.nii.gz").read_bytes():
-            shutil.copyfile(studies.folder / "c0.nii.gz", studies.folder / "c5.nii.gz")
-            studies.refresh()
+        if (dataset.folder / "c5.nii.gz").read_bytes() != (dataset.folder / "c0.nii.gz").read_bytes():
+            shutil.copyfile(dataset.folder / "c0.nii.gz", dataset.folder / "c5.nii.gz")
+            dataset.refresh()
         return real(self, scan)
 
     monkeypatch.setattr(Segmenter, "predict", replacing)
-    summary = score(studies, "segqc", NoProgress())
+    summary = score(dataset, "segqc", NoProgress())
     assert (summary.scored, set(summary.failed)) == (2, {"c5"})
-    assert studies.mask("c5") is None
-    assert set(studies.assessments()) == {"c6", "c7"}
+    assert dataset.mask("c5") is None
+    assert set(dataset.assessments()) == {"c6", "c7"}

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 from monai.metrics import compute_dice, compute_iou
 from scipy import optimize
 
-from segqc.metrics import (
-    LEAST_SLOPE,
+from segqc.quality.metrics import (
     METRIC_NAMES,
+    MIN_SLOPE,
     EmptyRule,
     LinearCalibration,
     estimated_metrics,
@@ -299,9 +299,9 @@ def test_too_little_to_fit_gives_the_identity(estimated: list[float | None], tru
 
 def test_calibration_keeps_the_order_of_scans() -> None:
     line = fit_calibration([0.1, 0.5, 0.9], [0.9, 0.6, 0.3])  # falls
-    assert (line.slope, line.intercept) == (LEAST_SLOPE, pytest.approx(0.6 - 0.5 * LEAST_SLOPE))
+    assert (line.slope, line.intercept) == (MIN_SLOPE, pytest.approx(0.6 - 0.5 * MIN_SLOPE))
     mostly_right = np.array([1.0] * 7 + [0.0, 0.2])  # flat
-    assert fit_calibration(np.linspace(1, 0, 9), mostly_right).slope == LEAST_SLOPE
+    assert fit_calibration(np.linspace(1, 0, 9), mostly_right).slope == MIN_SLOPE
 
 
 def test_undefined_pairs_are_left_out_and_lengths_must_agree() -> None:

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from segqc.networks import (
-    ModelCard,
-    ModelError,
-    NetworkPlan,
-    build_network,
-    depth_to_space,
-    normalise,
-    plan_network,
-    space_to_depth,
-)
-from segqc.segmenter import Segmenter
+from segqc.networks.card import ModelCard
+from segqc.networks.inference import normalise
+from segqc.networks.model import ModelError
+from segqc.networks.plan import NetworkPlan, plan_network
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network, depth_to_space, space_to_depth
 from segqc.types import Structure
 
 SMALL = NetworkPlan(

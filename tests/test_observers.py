@@ -9,8 +9,7 @@ import pytest
 from matplotlib import image
 from pydantic import TypeAdapter
 
-from segqc.error_maps import PLAIN_EXTRACTION, ExtractionSettings
-from segqc.evaluation.observers import (
+from segqc.evaluation.experiments.observers import (
     ERROR_KINDS,
     RELATIVE_CURVE,
     ChoiceRule,
@@ -30,6 +29,7 @@ from segqc.evaluation.observers import (
     split_scans,
     study_observers,
 )
+from segqc.quality.error_maps import PLAIN_EXTRACTION, ExtractionSettings
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, write_labels
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from segqc.assessor import AssessmentResult
-from segqc.pictures import View, draw_assessment, draw_curve
+from segqc.networks.assessor import AssessmentResult
+from segqc.plots import View, draw_assessment, draw_curve
 from segqc.types import (
     Assessment,
     ErrorBox,

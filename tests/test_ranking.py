@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from segqc.metrics import MetricName
-from segqc.ranking import order_scans, order_slices
+from segqc.quality.metrics import MetricName
+from segqc.quality.ranking import order_scans, order_slices
 
 
 def test_the_lowest_dice_comes_first_and_ties_go_by_id() -> None:

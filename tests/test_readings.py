@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.loop.corrections import Opened, OpenedError, measure_change, submit_label
-from segqc.loop.readings import add_reading, inter_rater, majority, make_consensus, readings, staple
-from segqc.loop.studies import Studies
-from segqc.metrics import true_metrics, true_slice_metrics
+from segqc.loop.dataset import Dataset
+from segqc.loop.readers import add_reading, inter_rater, majority, make_consensus, readings, staple
+from segqc.loop.submission import Opened, OpenedError, measure_change, submit_label
+from segqc.quality.metrics import true_metrics, true_slice_metrics
 from segqc.store import corrections, events, labels, leases, orders, scans
 from segqc.store.database import StoreError
-from segqc.store.values import Who
+from segqc.store.records import Actor
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, write_labels
 from tests.server_kit import AFFINE, SHAPE, assess, draw_case, make_studies
@@ -34,16 +34,16 @@ readers = 2
 
 
 @pytest.fixture
-def studies(tmp_path: Path) -> Studies:
-    made = Studies(make_studies(tmp_path / "studies", scans=2, finals=0, config=CONFIG))
+def dataset(tmp_path: Path) -> Dataset:
+    made = Dataset(make_studies(tmp_path / "studies", scans=2, finals=0, config=CONFIG))
     for i in range(2):
         assess(made, f"scan_{i}", 0.4 + i / 10)
     return made
 
 
-def hand_out(studies: Studies, who: Who) -> str:
-    with studies.store.write() as transaction:
-        lease = leases.take(transaction, who, "segqc", orders.worst_estimate, studies.settings.annotation)
+def hand_out(dataset: Dataset, actor: Actor) -> str:
+    with dataset.store.write() as transaction:
+        lease = leases.acquire(transaction, actor, "segqc", orders.worst_estimate, dataset.settings.annotation)
     assert lease is not None
     return lease.scan
 
@@ -53,47 +53,47 @@ def shifted(index: int, by: int) -> Volume:
     return Volume(np.roll(truth.array, by, axis=0), truth.affine)
 
 
-def test_two_readers_of_a_scan_are_compared_and_a_consensus_is_the_final_label(studies: Studies) -> None:
-    assert hand_out(studies, ANNA) == hand_out(studies, BERT) == "scan_0"
-    first = submit_label(studies, "scan_0", shifted(0, 0), "final", ANNA)
-    assert hand_out(studies, ANNA) == "scan_1", "a reader gets a scan once"
-    second = submit_label(studies, "scan_0", shifted(0, 1), "final", BERT)
+def test_two_readers_of_a_scan_are_compared_and_a_consensus_is_the_final_label(dataset: Dataset) -> None:
+    assert hand_out(dataset, ANNA) == hand_out(dataset, BERT) == "scan_0"
+    first = submit_label(dataset, "scan_0", shifted(0, 0), "final", ANNA)
+    assert hand_out(dataset, ANNA) == "scan_1", "a reader gets a scan once"
+    second = submit_label(dataset, "scan_0", shifted(0, 1), "final", BERT)
     assert [first.label.tag, second.label.tag] == ["reader-1", "reader-2"]
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         assert labels.current(transaction, "scan_0", "final") is None
         assert len(corrections.listing(transaction, "scan_0")) == 2
         log = events.history(transaction, "scan", scans.get(transaction, "scan_0").id)
     compared = next(e.detail for e in log if e.verb == "readers compared")
-    expected = [true_metrics(s.mask(shifted(0, 0).array), s.mask(shifted(0, 1).array)).dice for s in studies.structures]
+    expected = [true_metrics(s.mask(shifted(0, 0).array), s.mask(shifted(0, 1).array)).dice for s in dataset.structures]
     assert compared == {
-        "pairs": [["anna", "bert", s.name, d] for s, d in zip(studies.structures, expected, strict=True)]
+        "pairs": [["anna", "bert", s.name, d] for s, d in zip(dataset.structures, expected, strict=True)]
     }
-    assert hand_out(studies, Who("person", "cleo", "client-id")) == "scan_1", "two readers are enough"
-    made = make_consensus(studies, "scan_0", "staple", ANNA)
+    assert hand_out(dataset, Actor("person", "cleo", "client-id")) == "scan_1", "two readers are enough"
+    made = make_consensus(dataset, "scan_0", "staple", ANNA)
     assert (made.tag, made.maker) == ("final", "consensus")
-    assert [c.id for c in studies.cases()] == ["scan_0"]
-    studies.store.review("scan_0", "rejected", ANNA, "neither of them")
-    assert readings(studies, "scan_0") == []
-    with studies.store.read() as transaction:
+    assert [c.id for c in dataset.cases()] == ["scan_0"]
+    dataset.store.review("scan_0", "rejected", ANNA, "neither of them")
+    assert readings(dataset, "scan_0") == []
+    with dataset.store.read() as transaction:
         assert scans.get(transaction, "scan_0").state == "rejected"
         assert len(labels.history(transaction, "scan_0")) == 8, "nothing is forgotten"
 
 
-def test_a_readers_own_label_can_be_chosen(studies: Studies, tmp_path: Path) -> None:
-    for who, by in ((ANNA, 0), (BERT, 2), (BERT, 1)):
+def test_a_readers_own_label_can_be_chosen(dataset: Dataset, tmp_path: Path) -> None:
+    for actor, by in ((ANNA, 0), (BERT, 2), (BERT, 1)):
         write_labels(shifted(0, by), tmp_path / "reading.nii.gz")
-        add_reading(studies, "scan_0", tmp_path / "reading.nii.gz", who)
-    assert [r.who for r in readings(studies, "scan_0")] == [ANNA, BERT]
-    chosen = make_consensus(studies, "scan_0", "bert", ANNA)
-    assert np.array_equal(read_labels(studies.store.label_file(chosen)).array, shifted(0, 1).array)
+        add_reading(dataset, "scan_0", tmp_path / "reading.nii.gz", actor)
+    assert [r.actor for r in readings(dataset, "scan_0")] == [ANNA, BERT]
+    chosen = make_consensus(dataset, "scan_0", "bert", ANNA)
+    assert np.array_equal(read_labels(dataset.store.label_file(chosen)).array, shifted(0, 1).array)
     with pytest.raises(StoreError, match="anna, bert"):
-        make_consensus(studies, "scan_0", "nobody", ANNA)
+        make_consensus(dataset, "scan_0", "nobody", ANNA)
     with pytest.raises(StoreError, match="two readings"):
-        make_consensus(studies, "scan_1", "majority", ANNA)
-    assert {p.structure for p in inter_rater(studies, "scan_0")} == {"liver", "spleen"}
+        make_consensus(dataset, "scan_1", "majority", ANNA)
+    assert {p.structure for p in inter_rater(dataset, "scan_0")} == {"liver", "spleen"}
     write_labels(Volume(np.full(SHAPE, 7, np.uint8), AFFINE), tmp_path / "foreign.nii.gz")
     with pytest.raises(VolumeError):
-        add_reading(studies, "scan_0", tmp_path / "foreign.nii.gz", ANNA)
+        add_reading(dataset, "scan_0", tmp_path / "foreign.nii.gz", ANNA)
 
 
 def test_majority_and_staple_of_three() -> None:

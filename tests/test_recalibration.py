@@ -12,24 +12,25 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.assessor import Assessor
-from segqc.intervals import StructureIntervals, split_conformal
-from segqc.loop.corrections import Opened, submit_label
+from segqc.cli import main
+from segqc.loop.dataset import Dataset
 from segqc.loop.recalibration import audit, use
 from segqc.loop.scoring import keep_mask
-from segqc.loop.studies import Studies
-from segqc.metrics import LinearCalibration
-from segqc.networks import ModelError, StructureCalibration
-from segqc.segmenter import Segmenter
+from segqc.loop.submission import Opened, submit_label
+from segqc.networks.assessor import Assessor
+from segqc.networks.model import ModelError
+from segqc.networks.segmenter import Segmenter
+from segqc.quality.calibration import StructureCalibration
+from segqc.quality.intervals import StructureIntervals, split_conformal
+from segqc.quality.metrics import LinearCalibration
 from segqc.store import assessments, corrections, leases, orders
 from segqc.store.leases import LeaseRules
-from segqc.store.values import Who
+from segqc.store.records import Actor
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
 from segqc.volumes import Volume
 from tests.server_kit import add_models, draw_case, make_assessment, make_studies
 
-ANNA = Who("person", "anna", "client-id")
+ANNA = Actor("person", "anna", "client-id")
 LINE = LinearCalibration(0.8, 0.1, 0.0, 1.0)
 AUDIT, WORST = LeaseRules(audit_share=1.0, validation_share=0.0), LeaseRules(audit_share=0.0, validation_share=0.0)
 WIDE = MetricIntervals(dice=PredictionInterval(0.0, 1.0, 0.9))
@@ -40,7 +41,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of scans that all have a mask and an assessment."""
     folder = make_studies(tmp_path_factory.mktemp("judged"), scans=12, finals=0)
     add_models(folder)
-    made = Studies(folder)
+    made = Dataset(folder)
     assessor = made.assessor()
     assert assessor is not None
     known = StructureCalibration(LINE, LinearCalibration(), LinearCalibration(), LinearCalibration(), None)
@@ -55,54 +56,54 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def studies(judged: Path, tmp_path: Path) -> Studies:
+def dataset(judged: Path, tmp_path: Path) -> Dataset:
     """A copy of it to write into."""
-    return Studies(shutil.copytree(judged, tmp_path / "s"))
+    return Dataset(shutil.copytree(judged, tmp_path / "s"))
 
 
-def judge(studies: Studies, scan: str, dice: float, segmenter: Segmenter, assessor: Assessor) -> None:
+def judge(dataset: Dataset, scan: str, dice: float, segmenter: Segmenter, assessor: Assessor) -> None:
     """A mask of the segmentation network, and an assessment of it that SegQC-Net might have made."""
     truth = draw_case(int(scan.removeprefix("scan_")))[1]
-    mask = keep_mask(studies, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), segmenter)
+    mask = keep_mask(dataset, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), segmenter)
     told = replace(make_assessment(scan, dice), segmenter_version=segmenter.version, assessor_version=assessor.version)
     raw = Metrics((dice - 0.1) / 0.8, 0.5, 0.1, 0.0)
     quality = replace(told.structures[0], raw=replace(told.structures[0].raw, metrics=raw), intervals=WIDE)
-    studies.write_assessment(replace(told, structures=(quality, replace(quality, name="spleen"))), mask)
+    dataset.write_assessment(replace(told, structures=(quality, replace(quality, name="spleen"))), mask)
 
 
-def correct(studies: Studies, rules: LeaseRules, count: int, opened: Opened | None = None) -> list[str]:
+def correct(dataset: Dataset, rules: LeaseRules, count: int, opened: Opened | None = None) -> list[str]:
     """Take scans and submit their truths."""
     done = []
     for _ in range(count):
-        with studies.store.write() as transaction:
-            lease = leases.take(transaction, ANNA, "segqc", orders.worst_estimate, rules)
+        with dataset.store.write() as transaction:
+            lease = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, rules)
         assert lease is not None
         truth = draw_case(int(lease.scan.removeprefix("scan_")))[1]
-        submit_label(studies, lease.scan, truth, "final", ANNA, opened=opened or Opened())
+        submit_label(dataset, lease.scan, truth, "final", ANNA, opened=opened or Opened())
         done.append(lease.scan)
     return done
 
 
-def model(studies: Studies) -> Assessor:
-    found = studies.assessor()
+def model(dataset: Dataset) -> Assessor:
+    found = dataset.assessor()
     assert found is not None
     return found
 
 
-def estimates(studies: Studies, scans: Sequence[str]) -> list[float]:
+def estimates(dataset: Dataset, scans: Sequence[str]) -> list[float]:
     return [0.5 + int(scan.removeprefix("scan_")) / 50 for scan in scans]
 
 
-def test_residuals_are_of_audit_draws_and_of_the_estimate_that_was_shown(studies: Studies) -> None:
-    worst = correct(studies, WORST, 2)
-    audited = correct(studies, AUDIT, 9)
+def test_residuals_are_of_audit_draws_and_of_the_estimate_that_was_shown(dataset: Dataset) -> None:
+    worst = correct(dataset, WORST, 2)
+    audited = correct(dataset, AUDIT, 9)
     assert len({*worst, *audited}) == 11
-    liver, spleen = audit(studies, model(studies))
+    liver, spleen = audit(dataset, model(dataset))
     assert (liver.structure, liver.patients, liver.estimates) == ("liver", 9, 9)
     assert (spleen.patients, spleen.told, spleen.covered) == (9, 9, 9)
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         truths = {c.scan: c.change.structures[0].metrics.dice for c in corrections.listing(transaction)}
-    said = estimates(studies, audited)
+    said = estimates(dataset, audited)
     true = [truths[scan] for scan in audited]
     assert liver.mean_error == pytest.approx(np.mean([abs(e - t) for e, t in zip(said, true, strict=True)]))  # type: ignore[operator]
     wanted = split_conformal(said, true, audited, "dice", LINE)
@@ -111,42 +112,42 @@ def test_residuals_are_of_audit_draws_and_of_the_estimate_that_was_shown(studies
     assert sorted(liver.intervals.dice.patients, key=str) == sorted(wanted.patients, key=str)
 
 
-def test_what_says_nothing_of_the_current_estimates_is_left_out(studies: Studies) -> None:
-    first = correct(studies, AUDIT, 5)
-    correct(studies, AUDIT, 1, Opened((3, 4)))  # a part of a scan only
-    studies.store.review(first[0], "rejected", ANNA, "not good")
-    studies.store.review(first[1], "excluded", ANNA, "moved")
-    assert audit(studies, model(studies))[0].patients == 3
-    assert audit(studies, model(studies), simulated=True)[0].patients == 0
-    known = model(studies)
-    learnt = Assessor(replace(known.card, seen=(first[2],)), known.network)
-    assert audit(studies, learnt)[0].patients == 0, "another network's estimates"
-    learnt.version = known.version
-    assert audit(studies, learnt)[0].patients == 2, "its patient has trained the network"
+def test_what_says_nothing_of_the_current_estimates_is_left_out(dataset: Dataset) -> None:
+    first = correct(dataset, AUDIT, 5)
+    correct(dataset, AUDIT, 1, Opened((3, 4)))  # a part of a scan only
+    dataset.store.review(first[0], "rejected", ANNA, "not good")
+    dataset.store.review(first[1], "excluded", ANNA, "moved")
+    assert audit(dataset, model(dataset))[0].patients == 3
+    assert audit(dataset, model(dataset), simulated=True)[0].patients == 0
+    known = model(dataset)
+    trained = Assessor(replace(known.card, seen=(first[2],)), known.network)
+    assert audit(dataset, trained)[0].patients == 0, "another network's estimates"
+    trained.version = known.version
+    assert audit(dataset, trained)[0].patients == 2, "its patient has trained the network"
 
 
-def test_with_too_few_audited_patients_the_training_s_intervals_stay(studies: Studies) -> None:
-    correct(studies, AUDIT, 8)
-    found = audit(studies, model(studies))
+def test_with_too_few_audited_patients_the_training_s_intervals_stay(dataset: Dataset) -> None:
+    correct(dataset, AUDIT, 8)
+    found = audit(dataset, model(dataset))
     assert [(a.patients, a.intervals) for a in found] == [(8, None)] * 2
-    before = studies.model_path("segqc").read_bytes()
+    before = dataset.model_path("segqc").read_bytes()
     with pytest.raises(ModelError, match="enough patients"):
-        use(studies, model(studies), found)
-    assert studies.model_path("segqc").read_bytes() == before
+        use(dataset, model(dataset), found)
+    assert dataset.model_path("segqc").read_bytes() == before
 
 
-def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_shown(studies: Studies) -> None:
-    audited = correct(studies, AUDIT, 9)
-    with studies.store.write() as transaction:
-        held = leases.take(transaction, ANNA, "segqc", orders.worst_estimate, WORST)
+def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_shown(dataset: Dataset) -> None:
+    audited = correct(dataset, AUDIT, 9)
+    with dataset.store.write() as transaction:
+        held = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, WORST)
     assert held is not None
-    old = model(studies)
-    assert use(studies, old, audit(studies, old)) == 2
-    new = model(studies)
+    old = model(dataset)
+    assert use(dataset, old, audit(dataset, old)) == 2
+    new = model(dataset)
     assert new.version == old.version
     made = new.card.calibration[0].intervals
     assert isinstance(made, StructureIntervals)
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         told = {
             f"scan_{i}": assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited
         }
@@ -163,18 +164,18 @@ def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_sh
             assert quality.intervals.dice.low <= quality.estimated.dice <= quality.intervals.dice.high  # type: ignore[operator]
 
 
-def test_the_command(studies: Studies) -> None:
+def test_the_command(dataset: Dataset) -> None:
     def run(*flags: str) -> str:
-        result = CliRunner().invoke(cli.app, ["intervals", str(studies.folder), *flags])
+        result = CliRunner().invoke(main.app, ["intervals", str(dataset.folder), *flags])
         assert result.exit_code == 0, result.output
         return result.output
 
-    correct(studies, AUDIT, 4)
+    correct(dataset, AUDIT, 4)
     assert "not enough data" in run()
-    correct(studies, AUDIT, 5)
+    correct(dataset, AUDIT, 5)
     told = json.loads(run("--json"))["structures"][0]
     assert {k: told[k] for k in ("audited patients", "wanted", "with interval", "covered", "new intervals")} == {
         "audited patients": 9, "wanted": 9, "with interval": 9, "covered": 9, "new intervals": "ready",
     }  # fmt: skip
     assert "3 waiting scans" in run("--use")
-    assert model(studies).card.calibration[0].intervals is not None
+    assert model(dataset).card.calibration[0].intervals is not None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import measure
 
-from segqc.regions import (
+from segqc.quality.boxes import (
     BoxSettings,
     Detection,
     box_iou,

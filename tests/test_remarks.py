@@ -10,9 +10,9 @@ import nibabel as nib
 import pytest
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.loop.corrections import submit_label
-from segqc.loop.studies import Studies
+from segqc.cli import main
+from segqc.loop.dataset import Dataset
+from segqc.loop.submission import submit_label
 from segqc.store import leases, orders, scans
 from segqc.store.leases import LeaseRules
 from tests.server_kit import AFFINE, CONFIG, draw_case, make_studies
@@ -27,17 +27,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def remarks(folder: Path) -> list[str]:
-    studies = Studies(folder)
-    found = studies.remarks()
-    studies.store.close()
+    dataset = Dataset(folder)
+    found = dataset.remarks()
+    dataset.store.close()
     return found
 
 
 def patients(folder: Path) -> dict[str, str]:
-    studies = Studies(folder)
-    with studies.store.read() as transaction:
+    dataset = Dataset(folder)
+    with dataset.store.read() as transaction:
         found = {scan.name: scan.patient for scan in scans.listing(transaction)}
-    studies.store.close()
+    dataset.store.close()
     return found
 
 
@@ -51,7 +51,7 @@ def contradicting(path: Path) -> None:
 
 
 def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    result = CliRunner().invoke(main.app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output + str(result.exception)
     return result.output
 
@@ -70,11 +70,11 @@ def test_remarks_are_shown_whenever_somebody_asks(folder: Path) -> None:
 
 def test_an_uploaded_scan_has_its_remarks(folder: Path, tmp_path: Path) -> None:
     contradicting(tmp_path / "odd.nii.gz")
-    studies = Studies(folder)
-    studies.add_scan(tmp_path / "odd.nii.gz", "odd")
-    (remark,) = studies.remarks()
+    dataset = Dataset(folder)
+    dataset.add_scan(tmp_path / "odd.nii.gz", "odd")
+    (remark,) = dataset.remarks()
     assert remark.startswith("odd.nii.gz: ")
-    studies.store.close()
+    dataset.store.close()
 
 
 def test_copies_of_an_image_are_named_and_told_to_be_of_one_patient(folder: Path) -> None:
@@ -99,11 +99,11 @@ def test_patients_that_are_named_later_count(folder: Path, rules: str, expected:
     (folder / "segqc.toml").write_text(f"{CONFIG}{rules}")
     assert [patients(folder)[f"scan_{i}"] for i in range(4)] == expected
     assert remarks(folder) == []
-    studies = Studies(folder)
-    with studies.store.read() as transaction:
+    dataset = Dataset(folder)
+    with dataset.store.read() as transaction:
         found = scans.listing(transaction)
-    assert len({(scan.fold, scan.role) for scan in found if scan.patient == "P"}) <= 1
-    studies.store.close()
+    assert len({(scan.fold, scan.split) for scan in found if scan.patient == "P"}) <= 1
+    dataset.store.close()
 
 
 def test_a_pattern_that_is_written_later_counts_where_no_patient_was_named(folder: Path) -> None:
@@ -114,23 +114,23 @@ def test_a_pattern_that_is_written_later_counts_where_no_patient_was_named(folde
 
 
 def test_a_scan_that_is_handed_out_stays_until_it_is_back(folder: Path) -> None:
-    studies = Studies(folder)
-    with studies.store.write() as transaction:
-        lease = leases.take(transaction, ANNA, "first", orders.by_name, RULES)
+    dataset = Dataset(folder)
+    with dataset.store.write() as transaction:
+        lease = leases.acquire(transaction, ANNA, "first", orders.by_name, RULES)
     assert lease is not None
     (folder / "segqc.toml").write_text(f'{CONFIG}[patients]\nP = ["{lease.scan}"]\n')
     (remark,) = remarks(folder)
     assert f"stays with the patient '{lease.scan}', and not 'P' as the settings say, while it is handed out" in remark
     assert remark in " ".join(run("scans", folder).split("\n"))
-    submit_label(studies, lease.scan, draw_case(0)[1], "final", ANNA)
+    submit_label(dataset, lease.scan, draw_case(0)[1], "final", ANNA)
     assert patients(folder)[lease.scan] == "P"
-    studies.store.close()
+    dataset.store.close()
 
 
 def test_a_scan_that_networks_were_trained_with_keeps_its_split(folder: Path) -> None:
-    studies = Studies(folder)
-    submit_label(studies, "scan_0", draw_case(0)[1], "final", ANNA)
-    studies.store.close()
+    dataset = Dataset(folder)
+    submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA)
+    dataset.store.close()
     (folder / "segqc" / "models").mkdir()
     (folder / "segqc.toml").write_text(f'{CONFIG}[patients]\nP = ["scan_0", "scan_1"]\n')
     (remark,) = remarks(folder)

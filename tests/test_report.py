@@ -16,7 +16,6 @@ import pytest
 from matplotlib.image import imread
 from scipy import stats
 
-from segqc.evaluation.report.cautions import EvaluatedSet, cautions
 from segqc.evaluation.report.document import Cell, Figure, Point, Report, Section, Table
 from segqc.evaluation.report.examples import Example, draw_example, pick_examples
 from segqc.evaluation.report.figures import (
@@ -36,6 +35,7 @@ from segqc.evaluation.report.figures import (
 )
 from segqc.evaluation.report.formats import NUMBERS, to_csv, to_latex, to_markdown
 from segqc.evaluation.report.html import to_html, write_report
+from segqc.evaluation.report.limitations import EvaluatedSet, cautions
 from segqc.types import BoolArray, ErrorBox, FloatArray
 from segqc.volumes import Volume
 

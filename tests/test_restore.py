@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from segqc.store import labels, upkeep
+from segqc.store import labels, maintenance
 from segqc.store.database import StoreError, StoreReadOnly
 from segqc.store.restore import RestoredBackup, restore
 from segqc.store.store import Store
-from tests.store_kit import make_scans, save_final, take_in_scans
+from tests.store_kit import make_scans, save_final, sync_scans
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def folder(tmp_path: Path) -> Path:
 def backup(folder: Path, tmp_path: Path) -> Iterator[Path]:
     """A backup with one label; the folder's store goes on and is left with its write-ahead log, as by a kill."""
     store = Store.open(folder)
-    take_in_scans(store)
+    sync_scans(store)
     save_final(store, tmp_path, "scan_0", 3)
-    upkeep.backup(store, tmp_path / "backup")
+    maintenance.backup(store, tmp_path / "backup")
     save_final(store, tmp_path, "scan_0", 4)
     save_final(store, tmp_path, "scan_1", 5)
     assert (folder / "segqc" / "store.sqlite-wal").stat().st_size > 0
@@ -43,7 +43,7 @@ def bring_back(backup: Path, folder: Path) -> RestoredBackup:
 def versions(folder: Path) -> list[int]:
     """How many versions each scan has; everything in the folder fits together."""
     store = Store.open(folder)
-    assert upkeep.check(store) == []
+    assert maintenance.check(store) == []
     with store.read() as transaction:
         found = [len(labels.history(transaction, f"scan_{i}")) for i in range(3)]
     store.close()
@@ -102,7 +102,7 @@ def test_label_files_that_the_backup_does_not_know_are_named(folder: Path, backu
 
 def test_a_studies_folder_is_no_backup(folder: Path, backup: Path) -> None:
     before = versions(folder)
-    with pytest.raises(StoreError, match="holds scans, so it is a studies folder and no backup"):
+    with pytest.raises(StoreError, match="holds scans, so it is a dataset folder and no backup"):
         bring_back(folder, backup)
     assert versions(folder) == before
     assert not list(backup.glob("segqc-before-restore-*"))

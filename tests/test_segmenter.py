@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segqc.segmenter import Segmenter
+from segqc.networks.segmenter import Segmenter
 from segqc.volumes import Volume
 from tests.test_networks import small_segmenter
 
@@ -32,7 +32,7 @@ def test_label_values_need_not_be_consecutive() -> None:
 def test_the_group_gives_each_member_in_the_scans_own_frame() -> None:
     """An untrained network commutes with nothing: the first member alone must be the plain prediction."""
     model = small_segmenter(transposes=True)
-    tta = model.predict_tta(scan(), contrasts=(0.7,))
+    tta = model.predict_tta(scan(), gammas=(0.7,))
     assert len(tta.members) == 16
     assert all(m.shape == (18, 14, 6) for m in tta.members)
     plain = model.predict(scan()).labels.array

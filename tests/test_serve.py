@@ -33,7 +33,7 @@ def test_a_server_in_the_background_of_a_script_ends_by(sign: signal.Signals, mo
         port = free.getsockname()[1]
     (tmp_path / "temporary").mkdir()
     server = subprocess.Popen(
-        [sys.executable, "-m", "segqc.cli", "serve", str(folder), "--port", str(port), "--no-bootstrap"],
+        [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port), "--no-bootstrap"],
         env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -21,8 +21,8 @@ from segqc.loop.jobs import KINDS
 from segqc.server import waiting
 from segqc.server.serve import default_app_dir
 from segqc.store import jobs
+from segqc.store.records import JobState
 from segqc.store.store import Store
-from segqc.store.values import JobState
 from tests.server_kit import add_models, make_studies
 
 pytestmark = pytest.mark.server
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
-    from segqc.server.application import create_app
+    from segqc.server.app import create_app
 
     with TestClient(create_app(), raise_server_exceptions=False, follow_redirects=False) as made:
         yield made
@@ -111,7 +111,7 @@ def test_head_tells_whether_a_label_is_there(client: TestClient, name: str) -> N
 
 
 def store() -> Store:
-    found: Store = app_instance().desk.studies.store
+    found: Store = app_instance().context.dataset.store
     return found
 
 
@@ -124,7 +124,7 @@ def worker(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobS
     def work() -> None:
         while not ended.wait(0.01):
             with store().write() as transaction:
-                job = jobs.take(transaction, "test", KINDS)
+                job = jobs.claim(transaction, "test", KINDS)
             if job is not None:
                 with store().write() as transaction:
                     jobs.finish(transaction, job.id, "test", "done", {"scores": {"dice": 0.5}})
@@ -179,7 +179,7 @@ def test_a_sign_in_server_that_is_away_is_named(
     monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
     monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_REALM_URI", "http://keycloak.example/realms/segqc")
     monkeypatch.setattr(auth, "get_public_key", away)
-    from segqc.server.application import create_app
+    from segqc.server.app import create_app
 
     guarded = TestClient(create_app(), raise_server_exceptions=False)
     assert guarded.get(path).status_code == 401

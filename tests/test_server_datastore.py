@@ -11,15 +11,15 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.server.actors import acting
-from segqc.server.datastore import StoreDatastore
 from segqc.server.errors import RequestError
-from segqc.store.values import Who
+from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.store.records import Actor
 from segqc.volumes import write_labels, write_scan
 from tests.server_kit import draw_case, make_studies
 
-ANNA = Who("person", "anna", "client-id")
+ANNA = Actor("person", "anna", "client-id")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(folder: Path) -> StoreDatastore:
-    return StoreDatastore(Studies(folder))
+    return StoreDatastore(Dataset(folder))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_label_is_the_actors(store: StoreDatastore, label: Path) -> None:
     with acting(ANNA):
         assert store.save_label("scan_1", str(label), DefaultLabelTag.FINAL, {"by": "hand"}) == "scan_1"
     info = store.get_label_info("scan_1", "final")
-    assert (info["by"], info["who"], info["maker"], info["name"]) == ("hand", "anna", "annotator", "scan_1.nii.gz")
+    assert (info["by"], info["actor"], info["source"], info["name"]) == ("hand", "anna", "annotator", "scan_1.nii.gz")
     store.update_label_info("scan_1", "final", {"seen": True})
     assert store.get_label_info("scan_1", "final")["seen"] is True
     assert Path(store.get_label_uri("scan_1", "final")).read_bytes() == label.read_bytes()

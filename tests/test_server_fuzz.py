@@ -125,11 +125,11 @@ class Server:
     def restore(self) -> None:
         """Bring back what requests were allowed to take away."""
         add_models(self.folder)
-        studies = app_instance().desk.studies
-        with studies.store.read() as transaction:
+        dataset = app_instance().context.dataset
+        with dataset.store.read() as transaction:
             gone = scans.names(transaction, states=("excluded",))
         for name in set(gone) & set(SCANS):
-            studies.store.review(name, "unlabelled", SERVER)
+            dataset.store.review(name, "unlabelled", SERVER)
 
     def schema(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.send(Sent("GET", "/openapi.json")).body)
@@ -153,14 +153,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log.write_text("a line\n" * 1000)
     monailabel_settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "log_file": str(log), "upload_limit_mb": "50"}
     from segqc.server import waiting
-    from segqc.server.application import create_app
+    from segqc.server.app import create_app
 
     with pytest.MonkeyPatch.context() as patch, TestClient(create_app(), raise_server_exceptions=False) as client:
         patch.setattr(waiting, "NO_WORKER_SECONDS", 0.0)
         patch.setattr(waiting, "POLL_SECONDS", 0.0)
-        studies = app_instance().desk.studies
+        dataset = app_instance().context.dataset
         for name in SCANS[1:3]:
-            assess(studies, name, 0.5)
+            assess(dataset, name, 0.5)
         yield Server(client, folder, temporary)
     tempfile.tempdir = saved_folder
     clear_cache()

@@ -25,8 +25,9 @@ from monailabel.config import settings
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 from monailabel.utils.others.generic import file_checksum
 
-from segqc.loop.studies import Studies
-from segqc.networks import Kind, ModelError
+from segqc.loop.dataset import Dataset
+from segqc.networks.card import NetworkName
+from segqc.networks.model import ModelError
 from segqc.server.serve import default_app_dir
 from segqc.store import assessments, corrections, jobs, labels, leases
 from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Transaction
@@ -58,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def client(base: Path) -> Iterator[TestClient]:
-    from segqc.server.application import create_app
+    from segqc.server.app import create_app
 
     with TestClient(create_app(), raise_server_exceptions=False) as made:
         yield made
@@ -69,16 +70,16 @@ def models(base: Path) -> Iterator[None]:
     add_models(base)
     yield
     for network in ("segmentation", "segqc"):
-        Studies(base).model_path(network).unlink()  # type: ignore[arg-type]
+        Dataset(base).model_path(network).unlink()  # type: ignore[arg-type]
 
 
-def studies_of(client: TestClient) -> Studies:
-    studies: Studies = app_instance().desk.studies
-    return studies
+def studies_of(client: TestClient) -> Dataset:
+    dataset: Dataset = app_instance().context.dataset
+    return dataset
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Everything at and beside the studies folder; the list of who was handed what may change."""
+    """Everything at and beside the dataset folder; the list of who was handed what may change."""
     kept = (p for p in folder.parent.rglob("*") if p.is_file() and "store.sqlite" not in p.name)
     return {str(p): p.read_bytes() for p in sorted(kept)}
 
@@ -209,7 +210,7 @@ def test_inference_without_a_model_says_what_to_do(client: TestClient, network: 
 def test_whose_turn_does_not_come_is_told_so_while_others_are_answered(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segqc.server.application import ANNOTATION_SLOTS
+    from segqc.server.app import ANNOTATION_SLOTS
 
     monkeypatch.setattr("segqc.server.routes.TURN_SECONDS", 0.01)
     slots, others = client.app.state.annotation_slots, [object() for _ in range(ANNOTATION_SLOTS)]  # type: ignore[attr-defined]
@@ -242,9 +243,9 @@ def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -
     first = client.post("/activelearning/segqc", json={"client_id": "first"}).json()
     assert first["strategy"] == "uniform-random"
     assert "uniformly at random" in first["note"]
-    studies = Studies(base)
+    dataset = Dataset(base)
     for name, dice in (("scan_0", 0.1), ("scan_1", 0.8), ("scan_2", 0.4), ("scan_3", 0.6)):
-        assess(studies, name, dice, half_width=0.1 if name == "scan_2" else None)
+        assess(dataset, name, dice, half_width=0.1 if name == "scan_2" else None)
     by_dice = [name for name in ("scan_2", "scan_3", "scan_1") if name != first["id"]]  # scan_0 has a final label
     for strategy, name in zip(("segqc", "random"), by_dice, strict=True):
         answer = client.post(f"/activelearning/{strategy}", json={"client_id": f"me, for {strategy}"}).json()
@@ -258,7 +259,7 @@ def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -
     assert client.post("/activelearning/segqc", json={"client_id": "one too many"}).json() == {}
     assert {lease["to"] for lease in client.get("/segqc/leases").json()} == {"first", "me, for segqc", "me, for random"}
     events = client.get(f"/segqc/events/{by_dice[0]}").json()
-    assert ("handed out", "me, for segqc") in [(e["verb"], e["who"]["name"]) for e in events]
+    assert ("handed out", "me, for segqc") in [(e["verb"], e["actor"]["name"]) for e in events]
 
 
 def test_a_browser_is_known_again_by_its_cookie(client: TestClient) -> None:
@@ -275,8 +276,8 @@ def test_a_browser_is_known_again_by_its_cookie(client: TestClient) -> None:
 def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     client: TestClient, base: Path, tmp_path: Path
 ) -> None:
-    studies = studies_of(client)
-    with studies.store.write() as transaction:
+    dataset = studies_of(client)
+    with dataset.store.write() as transaction:
         for i in range(4):
             leases.release(transaction, f"scan_{i}", SERVER)
     sample = client.post("/activelearning/segqc", json={"client_id": "anna"}).json()
@@ -294,7 +295,7 @@ def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     assert submit(opened_slices=[99]).status_code == 400
     assert submit(opened_structures=["kidney"]).status_code == 400
     told = submit(opened_slices=[2, 3]).json()
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         (correction,) = corrections.listing(transaction, scan)
     assert told["correction"] == correction.id
     assert correction.lease is not None
@@ -314,8 +315,8 @@ def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     assert client.post(f"/segqc/labels/{scan}/restore?version=999").status_code == 404
     assert client.get("/segqc/labels/nobody").status_code == 404
     assert client.post(review, json={"decision": "approve", "client_id": "berta"}).json()["state"] == "approved"
-    who = {e["verb"]: e["who"]["name"] for e in client.get(f"/segqc/events/{scan}").json()}
-    assert (who["corrected"], who["rejected"], who["approved"]) == ("anna", "berta", "berta")
+    actor = {e["verb"]: e["actor"]["name"] for e in client.get(f"/segqc/events/{scan}").json()}
+    assert (actor["corrected"], actor["rejected"], actor["approved"]) == ("anna", "berta", "berta")
     assert client.post(review, json={"decision": "reopen"}).json()["state"] == "unlabelled"
     for i in range(4):
         for tag in ("original", "returned"):
@@ -343,7 +344,7 @@ def test_a_full_gpu_is_told_and_is_no_fault_of_the_request(client: TestClient, m
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("segqc.networks.sliding_window_inference", full)
+    monkeypatch.setattr("segqc.networks.inference.sliding_window_inference", full)
     for network in ("segmentation", "segqc"):
         answer = client.post(f"/infer/{network}?image=scan_1", data={"params": "{}"})
         assert answer.status_code == 503
@@ -394,13 +395,13 @@ def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path
 
 @pytest.mark.usefixtures("models")
 def test_another_model_file_is_another_model(client: TestClient, base: Path) -> None:
-    desk = app_instance().desk
-    first = desk.segmenter()
-    assert desk.segmenter() is first
-    path = desk.segmenters.path
+    context = app_instance().context
+    first = context.segmenter()
+    assert context.segmenter() is first
+    path = context.segmenters.path
     content = path.read_bytes()
     assert client.put("/model/segmentation", files={"file": ("m.pt", content)}).status_code == 200
-    again = desk.segmenter()
+    again = context.segmenter()
     assert again is not first
     assert again.version == first.version
     assert client.put("/model/segqc", files={"file": ("m.pt", content)}).status_code == 422  # another kind
@@ -412,16 +413,18 @@ def test_another_model_file_is_another_model(client: TestClient, base: Path) -> 
 
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("network", ["segmentation", "segqc"])
-def test_an_uploaded_model_serves_and_the_pool_is_scored_anew(client: TestClient, base: Path, network: Kind) -> None:
-    desk, store = app_instance().desk, studies_of(client).store
+def test_an_uploaded_model_serves_and_the_pool_is_scored_anew(
+    client: TestClient, base: Path, network: NetworkName
+) -> None:
+    context, store = app_instance().context, studies_of(client).store
     with store.write() as transaction:
         assessments.serve(transaction, "other", "pair")
         for job in jobs.open_jobs(transaction, "scoring"):
             jobs.stop(transaction, job.id, SERVER)
-    content = desk.studies.model_path(network).read_bytes()
+    content = context.dataset.model_path(network).read_bytes()
     assert client.put(f"/model/{network}", files={"file": ("m.pt", content)}).status_code == 200
     with store.read() as transaction:
-        pair = labels.bundle(transaction, desk.segmenter().version, desk.assessor().version)
+        pair = labels.bundle(transaction, context.segmenter().version, context.assessor().version)
         assert assessments.serving(transaction) == pair.id
         assert [job.request for job in jobs.open_jobs(transaction, "scoring")] == [{"method": "segqc"}]
 
@@ -483,7 +486,7 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
     client: TestClient, base: Path, network: Any, junk: str
 ) -> None:
     add_models(base)
-    path = Studies(base).model_path(network)
+    path = Dataset(base).model_path(network)
     content = path.read_bytes()
     try:
         JUNK[junk](path)
@@ -494,9 +497,9 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
         answer = client.post(f"/infer/{network}?image=scan_1")
         assert answer.status_code == 409
         assert str(path) in answer.json()["detail"]
-        studies = Studies(base)
+        dataset = Dataset(base)
         with pytest.raises(ModelError, match=re.escape(str(path))):
-            studies.segmenter() if network == "segmentation" else studies.assessor()
+            dataset.segmenter() if network == "segmentation" else dataset.assessor()
         assert client.get(f"/model/{network}").status_code in (200, 404)
         answer = client.put(f"/model/{network}", files={"file": ("m.pt", content)})
         if path.is_file() and not path.is_symlink():  # an upload mends a damaged file
@@ -513,7 +516,7 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
 def test_a_model_that_cannot_be_seen_is_named(
     client: TestClient, base: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Studies(base).model_path("segqc").parent
+    folder = Dataset(base).model_path("segqc").parent
     stat = Path.stat
 
     def refuse(self: Path, **options: Any) -> os.stat_result:
@@ -528,7 +531,7 @@ def test_a_model_that_cannot_be_seen_is_named(
         assert f"{network}.pt: cannot be read ({str(error.strerror).lower()})" in stats["problem"]
     assert client.post("/infer/segqc?image=scan_1").status_code == 409
     with pytest.raises(ModelError, match="cannot be read"):
-        Studies(base).segmenter()
+        Dataset(base).segmenter()
 
 
 @pytest.mark.parametrize("lost", [StoreUnavailable, StoreDamaged])
@@ -567,7 +570,7 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
     )
     assert (response.json()["image"], response.json()["label"]) == ("scan_2", "scan_2")
     version = client.get("/segqc/labels/scan_2").json()[-1]
-    assert (version["id"], version["who"]["name"]) == (response.json()["version"], "me")
+    assert (version["id"], version["actor"]["name"]) == (response.json()["version"], "me")
     stored = read_labels(base / "labels" / "final" / "scan_2.nii.gz")
     assert np.array_equal(stored.array, labels.array)
     assert client.get("/datastore/label/info?label=scan_2&tag=final").json()["client_id"] == "me"
@@ -589,7 +592,7 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
 )
 def test_what_the_server_cannot_do_is_its_own_fault_and_changes_nothing(
     client: TestClient, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    problem: Exception, status: int, said: str,
+    problem: Exception, status: int, messages: str,
 ) -> None:  # fmt: skip
     before = files_below(base)
 
@@ -600,7 +603,7 @@ def test_what_the_server_cannot_do_is_its_own_fault_and_changes_nothing(
     content = volume_bytes(tmp_path, draw_case(1)[1])
     response = client.put("/datastore/label?image=scan_1", files={"label": ("m.nii.gz", content)})
     assert response.status_code == status
-    assert said in response.json()["detail"]
+    assert messages in response.json()["detail"]
     assert files_below(base) == before
 
 
@@ -609,7 +612,7 @@ def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
     assert client.post("/segqc/round", json={"segmentation": {"epochs": -1}}).status_code == 400
     assert client.post("/segqc/round", json={}).status_code == 409, "one label is too few"
     with studies_of(client).store.write() as transaction:
-        number = jobs.put(transaction, "round", {}, SERVER).id
+        number = jobs.enqueue(transaction, "round", {}, SERVER).id
     assert client.get("/segqc/round").json()["status"] == "SUBMITTED"
     with studies_of(client).store.write() as transaction:
         jobs.stop(transaction, number, SERVER)
@@ -620,31 +623,31 @@ def test_a_skipped_scan_is_explained_and_had_back(client: TestClient) -> None:
     with studies_of(client).store.write() as transaction:
         for i in range(4):
             leases.release(transaction, f"scan_{i}", SERVER)
-    who = {"client_id": "carla"}
-    first = client.post("/activelearning/sequential", json=who).json()
-    second = client.post("/activelearning/sequential", json={**who, "skip_reason": "blurred"}).json()
+    actor = {"client_id": "carla"}
+    first = client.post("/activelearning/sequential", json=actor).json()
+    second = client.post("/activelearning/sequential", json={**actor, "skip_reason": "blurred"}).json()
     assert second["skipped"]["scan"] == first["id"] != second["id"]
     route = f"/segqc/leases/{first['id']}"
-    assert client.post(f"{route}/skip", json=who).status_code == 400
-    assert client.post(f"{route}/skip", json={**who, "reason": "motion"}).json()["state"] == "skipped"
+    assert client.post(f"{route}/skip", json=actor).status_code == 400
+    assert client.post(f"{route}/skip", json={**actor, "reason": "motion"}).json()["state"] == "skipped"
     told = client.get(f"/segqc/events/{first['id']}").json()
     assert [e["detail"]["reason"] for e in told if "reason" in (e["detail"] or {})][-2:] == ["blurred", "motion"]
-    back = client.post(f"{route}/resume", json=who).json()
+    back = client.post(f"{route}/resume", json=actor).json()
     assert (back["id"], back["lease"]) == (first["id"], first["lease"])
     assert client.post(f"{route}/resume", json={"client_id": "nobody"}).status_code == 409
-    assert client.post("/segqc/leases/unknown/resume", json=who).status_code == 404
-    assert client.post("/activelearning/sequential", json={**who, "resume": ["scan_1"]}).status_code == 400
+    assert client.post("/segqc/leases/unknown/resume", json=actor).status_code == 404
+    assert client.post("/activelearning/sequential", json={**actor, "resume": ["scan_1"]}).status_code == 400
 
 
 @pytest.fixture
 def four_labelled(client: TestClient) -> Iterator[None]:
     """Enough labels to train; afterwards all jobs are stopped."""
-    studies = studies_of(client)
-    cases = studies.cases()
+    dataset = studies_of(client)
+    cases = dataset.cases()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Studies, "cases", lambda _: cases * 4)
+        patch.setattr(Dataset, "cases", lambda _: cases * 4)
         yield
-    with studies.store.write() as transaction:
+    with dataset.store.write() as transaction:
         for kind in ("train", "scoring", "round"):
             for job in jobs.open_jobs(transaction, kind):
                 jobs.stop(transaction, job.id, SERVER)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from segqc.server.client_labels import client_names, from_client, to_client
+from segqc.server.context import label_names
 from segqc.server.errors import RequestError
-from segqc.server.models import label_names
-from segqc.server.submission import read_submission, stored_info
+from segqc.server.submitted_labels import read_submission, stored_info
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels
 from tests.server_kit import AFFINE, SHAPE, make_studies
@@ -149,10 +149,10 @@ def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> Non
     ],
 )
 def test_what_is_no_structure_is_refused(
-    tmp_path: Path, scan: Path, blocks: dict[int, int], params: dict[str, object], said: str
+    tmp_path: Path, scan: Path, blocks: dict[int, int], params: dict[str, object], messages: str
 ) -> None:
     path = submit(tmp_path / "m.nii.gz", blocks)
-    with pytest.raises(RequestError, match=said) as caught:
+    with pytest.raises(RequestError, match=messages) as caught:
         read_submission(path, scan, NAMES, params)  # type: ignore[arg-type]
     assert caught.value.status == 422
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from segqc.error_maps import ExtractionSettings
-from segqc.regions import BoxSettings
+from segqc.quality.boxes import BoxSettings
+from segqc.quality.error_maps import ExtractionSettings
 from segqc.settings import SettingsError, ignored_variables, load_settings, write_settings
 from segqc.training import TrainingSettings
 from segqc.types import Structure

@@ -17,7 +17,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 
 from fastapi.testclient import TestClient
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.server.uploads import MAX_REMEMBERED, REMEMBERED_SECONDS, Uploads
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
@@ -96,8 +96,8 @@ def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: Te
     from segqc.store import jobs
     from segqc.store.events import SERVER
 
-    with Studies(base).store.write() as transaction:
-        jobs.put(transaction, "train", {"model": "segqc"}, SERVER)
+    with Dataset(base).store.write() as transaction:
+        jobs.enqueue(transaction, "train", {"model": "segqc"}, SERVER)
     for query in ("", "?check_if_running=true"):
         told = client.get(f"/train/{query}").json()
         assert (told["status"], told["model"]) == ("RUNNING", "segqc")
@@ -110,16 +110,16 @@ def test_the_trained_network_comes_first_in_the_statistics(client: TestClient, b
     from segqc.store import jobs
     from segqc.store.events import SERVER
 
-    studies = Studies(base)
-    with studies.store.write() as transaction:
-        jobs.put(transaction, "train", {"model": network, "epochs": 7}, SERVER)
+    dataset = Dataset(base)
+    with dataset.store.write() as transaction:
+        jobs.enqueue(transaction, "train", {"model": network, "epochs": 7}, SERVER)
     stats = client.get("/info/").json()["train_stats"]
     assert next(iter(stats)) == network
     assert {(name == network, told["epoch"], told["total_epochs"]) for name, told in stats.items()} == {
         (True, 0, 7),
         (False, 0, 2),
     }
-    curve = studies.training_folder(network) / "curve.json"
+    curve = dataset.training_folder(network) / "curve.json"
     curve.parent.mkdir(parents=True, exist_ok=True)
     curve.write_text("{damaged")
     told = client.get("/info/").json()["train_stats"][network]
@@ -171,12 +171,12 @@ def dicom_slice(tmp_path: Path) -> Path:
     return sorted((tmp_path / "series").iterdir())[0]
 
 
-def upload(client: TestClient, name: str, file: Path, who: str = "user-1") -> httpx.Response:
+def upload(client: TestClient, name: str, file: Path, actor: str = "user-1") -> httpx.Response:
     """As MONAI Label's client uploads: the file's whole path is its name."""
     return client.put(
         "/datastore/",
         params={"image": name},
-        data={"params": json.dumps({"client_id": who})},
+        data={"params": json.dumps({"client_id": actor})},
         files={"file": (str(file), file.read_bytes())},
     )
 
@@ -197,16 +197,16 @@ def test_a_slice_after_its_volume_tells_the_patient(client: TestClient, base: Pa
     assert upload(client, "IMG0001", dicom_slice).status_code == 409
     assert upload(client, "scan_1", base / "scan_1.nii.gz").status_code == 200
     assert upload(client, "IMG0001", dicom_slice, "user-2").status_code == 409
-    before = Studies(base).verify_scan("scan_1")
+    before = Dataset(base).verify_scan("scan_1")
     assert before.patient == "scan_1"
     for _ in range(2):
         answer = upload(client, "IMG0001", dicom_slice)
         assert (answer.status_code, answer.json()) == (200, {"image": "scan_1"})
     series = str(pydicom.dcmread(dicom_slice).SeriesInstanceUID)
     assert json.loads((base / "scan_1.json").read_text()) == {"PatientID": "P7", "SeriesInstanceUID": series}
-    assert Studies(base).verify_scan("scan_1").patient == "P7"
+    assert Dataset(base).verify_scan("scan_1").patient == "P7"
     assert upload(client, "IMG0002", edited(dicom_slice, "later.dcm", PatientID="P8")).status_code == 200
-    assert Studies(base).verify_scan("scan_1").patient == "P7", "what the first slice said stays"
+    assert Dataset(base).verify_scan("scan_1").patient == "P7", "what the first slice said stays"
     assert not list(base.rglob("*.dcm"))
     assert [e["verb"] for e in client.get("/segqc/events/scan_1").json()].count("patient assigned") == 1
 
@@ -228,7 +228,7 @@ def test_a_slice_that_is_none_is_refused_and_changes_nothing(client: TestClient,
         assert answer.json()["detail"].startswith("the DICOM file "), answer.text
         assert "/" not in answer.json()["detail"]
     assert not (base / "scan_1.json").exists()
-    assert Studies(base).verify_scan("scan_1").patient == "scan_1"
+    assert Dataset(base).verify_scan("scan_1").patient == "scan_1"
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_the_settings_say_by_what_a_slice_tells_the_patient(
     with serving(base) as client:
         upload(client, "scan_1", base / "scan_1.nii.gz")
         assert upload(client, "IMG0001", edited(dicom_slice, "s9.dcm", StudyID="S9")).status_code == 200
-    assert Studies(base).verify_scan("scan_1").patient == patient
+    assert Dataset(base).verify_scan("scan_1").patient == patient
 
 
 def test_the_patient_of_a_scan_that_was_worked_on_stays(client: TestClient, base: Path, dicom_slice: Path) -> None:
     assert upload(client, "scan_0", base / "scan_0.nii.gz").status_code == 200
     assert upload(client, "IMG0001", dicom_slice).status_code == 200
-    assert Studies(base).verify_scan("scan_0").patient == "scan_0"
+    assert Dataset(base).verify_scan("scan_0").patient == "scan_0"
 
 
 def test_the_memory_of_uploads_is_bounded() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy import stats
 
-from segqc.evaluation.statistics import (
+from segqc.evaluation.statistics.estimation import (
     Comparison,
     Interval,
     Judgement,

@@ -16,17 +16,17 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from segqc.placement import Placing, place
+from segqc.split import SplitConfig, place
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
-from segqc.store import folder as folder_module
+from segqc.store import sync as folder_module
 from segqc.store.database import StoreError
-from segqc.store.folder import take_in
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
 from segqc.store.scans import UnknownScan
-from segqc.store.schema import OPEN_STATES, Assignment
+from segqc.store.schema import OPEN_STATES, LeaseRow
 from segqc.store.store import Store
-from segqc.store.values import Change, LeaseRecord, StructureChange, Who
+from segqc.store.sync import sync
 from segqc.types import Metrics
 from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
@@ -40,7 +40,7 @@ from tests.store_kit import (
     make_scans,
     save_final,
     save_mask,
-    take_in_scans,
+    sync_scans,
 )
 
 COUNT = 12
@@ -56,21 +56,23 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
     opened = Store.open(folder, url, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     yield opened
     opened.close()
 
 
-def take(store: Store, who: Who, rules: LeaseRules = PLAIN, order: orders.Order = orders.worst_estimate) -> LeaseRecord:
+def take(
+    store: Store, actor: Actor, rules: LeaseRules = PLAIN, order: orders.Order = orders.worst_estimate
+) -> LeaseRecord:
     with store.write() as transaction:
-        lease = leases.take(transaction, who, "segqc", order, rules)
+        lease = leases.acquire(transaction, actor, "segqc", order, rules)
     assert lease is not None
     return lease
 
 
-def in_queue(store: Store, role: str = "train") -> list[str]:
+def in_queue(store: Store, split: str = "train") -> list[str]:
     with store.read() as transaction:
-        return [s.name for s in scans.listing(transaction, states=OPEN_STATES) if s.role == role]
+        return [s.name for s in scans.listing(transaction, states=OPEN_STATES) if s.split == split]
 
 
 # ------------------------------------------------------------------------------------------------- schema and folder
@@ -119,16 +121,16 @@ def test_many_processes_may_open_a_new_store_at_once(folder: Path, url: str | No
     with ThreadPoolExecutor(8) as pool:
         stores = list(pool.map(lambda _: Store.open(folder, url), range(8)))
     for opened in stores:
-        take_in_scans(opened)
+        sync_scans(opened)
         with opened.read() as transaction:
             assert len(scans.names(transaction)) == COUNT
         opened.close()
 
 
 def test_scans_are_found_once(store: Store, folder: Path) -> None:
-    assert take_in(store, scan_id, PLACING).new_scans == 0
+    assert sync(store, scan_id, PLACING).new_scans == 0
     (folder / "late.nrrd").touch()
-    assert take_in(store, scan_id, PLACING).new_scans == 1
+    assert sync(store, scan_id, PLACING).new_scans == 1
     with store.read() as transaction:
         found = scans.listing(transaction)
     assert [s.name for s in found] == ["late", *(f"scan_{i}" for i in range(COUNT))]
@@ -138,7 +140,7 @@ def test_scans_are_found_once(store: Store, folder: Path) -> None:
 def test_ids_do_not_collide(store: Store, folder: Path) -> None:
     for name in ("scan.nii.gz", "scan.v1.2.nii.gz", "scan.nrrd"):
         (folder / name).touch()
-    take_in_scans(store)
+    sync_scans(store)
     with store.read() as transaction:
         assert {s.name for s in scans.listing(transaction)} >= {"scan", "scan.v1.2", "scan.nrrd"}
 
@@ -146,24 +148,24 @@ def test_ids_do_not_collide(store: Store, folder: Path) -> None:
 def test_a_scan_whose_file_is_gone_keeps_its_history_and_comes_back(store: Store, folder: Path) -> None:
     save_mask(store, folder.parent, "scan_3", 1)
     (folder / "scan_3.nii.gz").rename(folder.parent / "away.nii.gz")
-    assert take_in(store, scan_id, PLACING).missing_scans == 1
+    assert sync(store, scan_id, PLACING).missing_scans == 1
     with store.read() as transaction:
         assert scans.get(transaction, "scan_3").missing_since is not None
         assert len(labels.history(transaction, "scan_3")) == 1
     (folder.parent / "away.nii.gz").rename(folder / "scan_3.nii.gz")
-    take_in_scans(store)
+    sync_scans(store)
     with store.read() as transaction:
         assert scans.get(transaction, "scan_3").missing_since is None
 
 
 def test_patients_are_placed_once(store: Store, folder: Path) -> None:
     with store.read() as transaction:
-        before = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
-    assert Counter(role for _, role in before.values()) == {"train": 9, "validation": 3}
+        before = {s.name: (s.fold, s.split) for s in scans.listing(transaction)}
+    assert Counter(split for _, split in before.values()) == {"train": 9, "validation": 3}
     (folder / "more.nii").touch()
-    take_in(store, scan_id, Placing(folds=2, validation_share=0.9, seed=5))
+    sync(store, scan_id, SplitConfig(folds=2, validation_share=0.9, seed=5))
     with store.read() as transaction:
-        after = {s.name: (s.fold, s.role) for s in scans.listing(transaction)}
+        after = {s.name: (s.fold, s.split) for s in scans.listing(transaction)}
     assert {k: v for k, v in after.items() if k != "more"} == before
 
 
@@ -171,8 +173,8 @@ def test_scans_of_a_patient_share_fold_and_role(tmp_path: Path, url: str | None)
     make_scans(tmp_path / "s", 12)
     with Store.open(tmp_path / "s", url).write() as transaction:
         found = [scans.FoundScan(f"scan_{i}", f"scan_{i}.nii.gz", f"patient {i // 3}") for i in range(12)]
-        scans.take_in(transaction, found, PLACING, ANNA)
-        groups = {(s.patient, s.fold, s.role) for s in scans.listing(transaction)}
+        scans.sync(transaction, found, PLACING, ANNA)
+        groups = {(s.patient, s.fold, s.split) for s in scans.listing(transaction)}
     assert len(groups) == 4
 
 
@@ -185,9 +187,9 @@ def test_a_queue_that_is_not_the_patients_role_is_refused_by_the_database(store:
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
 def test_the_validating_share_is_kept_from_the_start(share: float) -> None:
-    placed = list(place([f"p{i}" for i in range(40)], placing=Placing(3, share)).values())
+    placed = list(place([f"p{i}" for i in range(40)], split_config=SplitConfig(3, share)).values())
     for count in range(1, 41):
-        validating = sum(p.role == "validation" for p in placed[:count])
+        validating = sum(p.split == "validation" for p in placed[:count])
         assert abs(validating - count * share) <= 0.5
     assert Counter(p.fold for p in placed) == {0: 14, 1: 13, 2: 13}
 
@@ -216,7 +218,7 @@ def test_every_version_stays(store: Store, folder: Path) -> None:
         assert labels.current(transaction, "scan_0", "final") is None
         assert scans.get(transaction, "scan_0").state == "unlabelled"
     assert [h.id for h in history[:-1]] == [v.id for v in versions]
-    assert (history[-1].maker, history[-1].who, history[-1].parent) == ("removal", BERT, versions[-1].id)
+    assert (history[-1].source, history[-1].actor, history[-1].parent) == ("removal", BERT, versions[-1].id)
     assert not (folder / "labels" / "final" / "scan_0.nii.gz").exists()
     restored = store.restore_label(versions[1].id, ANNA)
     assert (restored.parent, restored.sha256) == (versions[1].id, versions[1].sha256)
@@ -247,9 +249,9 @@ def test_a_patient_that_is_told_later_brings_its_role_and_fold(store: Store, fol
                     for event in events.history(transaction, "scan", scan.id)
                     if event.verb == "patient assigned" and event.detail == {"patient": known.patient}
                 ] or [None]
-            assert (scan.patient, scan.fold, scan.role) == (known.patient, known.fold, known.role)
+            assert (scan.patient, scan.fold, scan.split) == (known.patient, known.fold, known.split)
             assert told is not None or scan.name == of
-            assert (name in in_queue(store, known.role)) == (name != "scan_11")
+            assert (name in in_queue(store, known.split)) == (name != "scan_11")
     with store.write() as transaction:
         scans.assign_patient(transaction, "scan_5", "nobody before", PLACING, ANNA)
         assert scans.get(transaction, "scan_5").patient == "nobody before"
@@ -290,14 +292,14 @@ def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, fol
 def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) -> None:
     label_map(folder / "labels" / "final" / "scan_2.nii.gz", 7)
     label_map(folder / "labels" / "final" / "foreign.nii.gz", 7)
-    assert take_in(store, scan_id, PLACING).new_labels == 1
-    assert take_in(store, scan_id, PLACING).new_labels == 0
+    assert sync(store, scan_id, PLACING).new_labels == 1
+    assert sync(store, scan_id, PLACING).new_labels == 0
     label_map(folder / "labels" / "final" / "scan_2.nii.gz", 8)
-    assert take_in(store, scan_id, PLACING).new_labels == 1
+    assert sync(store, scan_id, PLACING).new_labels == 1
     (folder / "labels" / "final" / "scan_2.nii.gz").unlink()
-    assert take_in(store, scan_id, PLACING).removed_labels == 1
+    assert sync(store, scan_id, PLACING).removed_labels == 1
     with store.read() as transaction:
-        assert [v.maker for v in labels.history(transaction, "scan_2")] == ["import", "import", "removal"]
+        assert [v.source for v in labels.history(transaction, "scan_2")] == ["import", "import", "removal"]
         assert scans.get(transaction, "scan_2").state == "unlabelled"
 
 
@@ -305,7 +307,7 @@ def test_a_label_file_that_was_only_touched_is_no_new_version(store: Store, fold
     label = save_final(store, folder.parent, "scan_2", 7)
     store.review("scan_2", "approved", BERT)
     os.utime(store.view_file(label), (0, 0))  # as a copy of the folder does
-    assert take_in(store, scan_id, PLACING).new_labels == 0
+    assert sync(store, scan_id, PLACING).new_labels == 0
     with store.read() as transaction:
         assert labels.history(transaction, "scan_2") == [label]
         assert scans.get(transaction, "scan_2").state == "approved"
@@ -330,13 +332,13 @@ def test_a_label_that_another_process_saves_meanwhile_is_not_taken_for_a_persons
     listed = folder_module._files
     monkeypatch.setattr(folder_module, "_files", files)
     (real / "original" / "x").touch()
-    take_in_scans(store)
+    sync_scans(store)
     (real / "original" / "x").unlink()
-    take_in_scans(store)
+    sync_scans(store)
     with store.read() as transaction:
         assert [v.id for v in labels.history(transaction, "scan_1")] == [first.id, saved[0].id]
         assert labels.history(transaction, "scan_3") == [saved[1]]
-        assert [v.maker for v in labels.history(transaction, "scan_2")] == ["network", "removal"]
+        assert [v.source for v in labels.history(transaction, "scan_2")] == ["network", "removal"]
     other.close()
 
 
@@ -374,7 +376,7 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     store.close()
     again = Store.open(folder, url)
-    take_in_scans(again)
+    sync_scans(again)
     with again.read() as transaction:
         now = labels.current(transaction, "scan_0", "final")
         assert now is not None
@@ -413,7 +415,7 @@ def test_labels_may_lie_on_another_disk(store: Store, folder: Path, monkeypatch:
     for value in (3, 4):
         saved = save_final(store, folder.parent, "scan_0", value)
         assert store.view_file(saved).read_bytes() == store.label_file(saved).read_bytes()
-    take_in_scans(store)
+    sync_scans(store)
     with store.read() as transaction:
         assert labels.current(transaction, "scan_0", "final") == saved
     assert {path.name for path in (store.files.views / "final").iterdir()} == {"scan_0.nii.gz"}
@@ -554,7 +556,7 @@ def test_an_expired_lease_goes_back(store: Store, clock: Clock) -> None:
     first = take(store, ANNA, order=orders.by_name)
     clock.pass_(minutes=PLAIN.lease_minutes + 1)
     assert take(store, BERT, order=orders.by_name).scan == first.scan
-    cookie = Who("person", "browser 1", "cookie")
+    cookie = Actor("person", "browser 1", "cookie")
     short = take(store, cookie, order=orders.by_name)
     assert (short.expires_at - short.handed_out_at).total_seconds() == PLAIN.cookie_lease_minutes * 60
 
@@ -563,16 +565,16 @@ def test_with_nothing_left_there_is_no_lease(store: Store, folder: Path) -> None
     for i in range(COUNT):
         save_final(store, folder.parent, f"scan_{i}", i + 1)
     with store.write() as transaction:
-        assert leases.take(transaction, ANNA, "segqc", orders.worst_estimate, PLAIN) is None
+        assert leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, PLAIN) is None
 
 
 def test_many_at_once_never_share_a_scan(store: Store) -> None:
-    people = [Who("person", f"annotator {i}", "client-id") for i in range(8)]
+    people = [Actor("person", f"annotator {i}", "client-id") for i in range(8)]
     start = threading.Barrier(8)
 
-    def ask(who: Who) -> str:
+    def ask(actor: Actor) -> str:
         start.wait()
-        return take(store, who).scan
+        return take(store, actor).scan
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(ask, people))) == 8
@@ -581,9 +583,9 @@ def test_many_at_once_never_share_a_scan(store: Store) -> None:
 def test_two_open_leases_of_one_place_are_refused_by_the_database(store: Store) -> None:
     lease = take(store, ANNA)
     with pytest.raises(IntegrityError), store.write() as transaction:
-        first = transaction.get_one(Assignment, lease.id)
-        values = {c.key: getattr(first, c.key) for c in Assignment.__table__.columns if c.key != "id"}
-        transaction.add(Assignment(**{**values, "actor_id": events.actor_id(transaction, BERT)}))
+        first = transaction.get_one(LeaseRow, lease.id)
+        values = {c.key: getattr(first, c.key) for c in LeaseRow.__table__.columns if c.key != "id"}
+        transaction.add(LeaseRow(**{**values, "actor_id": events.actor_id(transaction, BERT)}))
         transaction.flush()
 
 
@@ -591,7 +593,7 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
     rules = replace(PLAIN, readers=2)
     a, b = take(store, ANNA, rules, orders.by_name), take(store, BERT, rules, orders.by_name)
     assert (a.scan, a.slot, b.slot) == (b.scan, 0, 1)
-    third = Who("person", "cleo", "client-id")
+    third = Actor("person", "cleo", "client-id")
     assert take(store, third, rules, orders.by_name).scan != a.scan
     with store.write() as transaction:
         assert leases.submitted(transaction, a.scan, ANNA) is not None
@@ -631,7 +633,7 @@ def test_draws_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
         make_scans(tmp_path / name, COUNT)
         clock = Clock()
         opened = Store.open(tmp_path / name, clock=clock)
-        take_in_scans(opened)
+        sync_scans(opened)
         rules = LeaseRules(audit_share=0.5, validation_share=0.3, repeat_seconds=0, seed=seed)
         seen = []
         for _ in range(COUNT):
@@ -660,17 +662,17 @@ def change(dice: float) -> Change:
 PART = change(0.8)
 
 
-def submit(store: Store, folder: Path, scan: str, who: Who, value: int, change: Change = PART) -> int:
+def submit(store: Store, folder: Path, scan: str, actor: Actor, value: int, change: Change = PART) -> int:
     number = []
 
     def then(transaction: object, versions: list[object]) -> None:
-        lease = leases.submitted(transaction, scan, who)  # type: ignore[arg-type]
+        lease = leases.submitted(transaction, scan, actor)  # type: ignore[arg-type]
         assert lease is not None
         start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
-        number.append(corrections.add(transaction, start, versions[0], change, who, lease=lease))  # type: ignore[arg-type]
+        number.append(corrections.add(transaction, start, versions[0], change, actor, lease=lease))  # type: ignore[arg-type]
 
     source = label_map(folder.parent / "submitted.nii.gz", value)
-    store.save_label(NewLabel(scan, "final", "annotator", who), source, then)
+    store.save_label(NewLabel(scan, "final", "annotator", actor), source, then)
     return number[0]
 
 
@@ -718,7 +720,7 @@ def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder:
         end = labels.current(transaction, lease.scan, "final")
     assert end is not None
     assert (found.scan, found.from_version, found.to_version) == (lease.scan, lease.label_version, end.id)
-    assert (found.assessment, found.seconds, found.who) == (lease.assessment, 720.0, ANNA)
+    assert (found.assessment, found.seconds, found.actor) == (lease.assessment, 720.0, ANNA)
     assert found.change == change(0.8)
     assert found.lease is not None
     assert found.lease.state == "submitted"
@@ -765,7 +767,7 @@ def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
     verbs = [e.verb for e in history]
     decisions = [v for v in verbs if v in ("submitted", "rejected", "approved", "corrected")]
     assert decisions == ["submitted", "corrected", "rejected", "submitted", "corrected", "approved"]
-    assert next(e.who for e in history if e.verb == "rejected") == BERT
+    assert next(e.actor for e in history if e.verb == "rejected") == BERT
 
 
 def test_an_excluded_scan_is_not_handed_out_and_can_be_reopened(store: Store) -> None:
@@ -790,12 +792,12 @@ def test_reviews_that_do_not_fit_are_refused(store: Store) -> None:
 
 def put(store: Store, kind: str = "train") -> int:
     with store.write() as transaction:
-        return jobs.put(transaction, kind, {"model": "segqc"}, ANNA).id
+        return jobs.enqueue(transaction, kind, {"model": "segqc"}, ANNA).id
 
 
-def take_job(store: Store, worker: str, kinds: tuple[str, ...] = ("train", "scoring")) -> int | None:
+def claim_job(store: Store, worker: str, kinds: tuple[str, ...] = ("train", "scoring")) -> int | None:
     with store.write() as transaction:
-        job = jobs.take(transaction, worker, kinds)
+        job = jobs.claim(transaction, worker, kinds)
     return None if job is None else job.id
 
 
@@ -806,26 +808,26 @@ def on_job(store: Store, function: Callable[..., object], *arguments: object, **
 
 def test_one_job_of_a_kind_runs_at_a_time(store: Store) -> None:
     first, second, other = put(store), put(store), put(store, "scoring")
-    assert take_job(store, "w1") == first
-    assert take_job(store, "w2") == other
-    assert take_job(store, "w3") is None
+    assert claim_job(store, "w1") == first
+    assert claim_job(store, "w2") == other
+    assert claim_job(store, "w3") is None
     on_job(store, jobs.finish, first, "w1", "done", {"dice": 0.9})
-    assert take_job(store, "w3") == second
+    assert claim_job(store, "w3") == second
     with store.read() as transaction:
         assert jobs.get(transaction, first).result == {"dice": 0.9}
 
 
 def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> None:
     job = put(store)
-    assert take_job(store, "w1") == job
+    assert claim_job(store, "w1") == job
     clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
     on_job(store, jobs.beat, job, "w1", said=["epoch 1"], steps=(1, 10))
     clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
-    assert take_job(store, "w2") is None
+    assert claim_job(store, "w2") is None
     clock.pass_(seconds=2)
-    assert take_job(store, "w2") == job
+    assert claim_job(store, "w2") == job
     with pytest.raises(jobs.JobLost), store.write() as transaction:
-        jobs.beat(transaction, job, "w1")
+        jobs.heartbeat(transaction, job, "w1")
     on_job(store, jobs.finish, job, "w1", "failed")  # the dead one's last word does not count
     with store.read() as transaction:
         found = jobs.get(transaction, job)
@@ -840,21 +842,21 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
 
 def test_a_job_that_kills_its_workers_is_given_up(store: Store, clock: Clock) -> None:
     job = put(store)
-    for i in range(jobs.MOST_ATTEMPTS):
-        assert take_job(store, f"w{i}") == job
+    for i in range(jobs.MAX_ATTEMPTS):
+        assert claim_job(store, f"w{i}") == job
         clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS + 1)
-    assert take_job(store, "last") is None
+    assert claim_job(store, "last") is None
     with store.read() as transaction:
         assert jobs.get(transaction, job).state == "failed"
 
 
 def test_a_waiting_job_stops_at_once_and_a_running_one_at_its_heartbeat(store: Store) -> None:
     running, waiting = put(store), put(store)
-    take_job(store, "w1")
+    claim_job(store, "w1")
     on_job(store, jobs.stop, waiting, ANNA)
     on_job(store, jobs.stop, running, ANNA)
     with pytest.raises(jobs.JobLost, match="stop"), store.write() as transaction:
-        jobs.beat(transaction, running, "w1")
+        jobs.heartbeat(transaction, running, "w1")
     on_job(store, jobs.finish, running, "w1", "failed")
     with store.read() as transaction:
         assert [jobs.get(transaction, i).state for i in (running, waiting)] == ["stopped", "stopped"]
@@ -862,9 +864,9 @@ def test_a_waiting_job_stops_at_once_and_a_running_one_at_its_heartbeat(store: S
 
 def test_a_worker_that_ends_orderly_gives_its_job_back(store: Store) -> None:
     job = put(store)
-    take_job(store, "w1")
+    claim_job(store, "w1")
     on_job(store, jobs.give_back, "w1")
-    assert take_job(store, "w2") == job
+    assert claim_job(store, "w2") == job
     with store.read() as transaction:
         assert jobs.get(transaction, job).attempts == 1
 

@@ -14,16 +14,17 @@ import pytest
 import SimpleITK
 from typer.testing import CliRunner
 
-from segqc import cli, settings
-from segqc.exchange import dicom
-from segqc.exchange.dataset import ExchangeError
-from segqc.loop.studies import Studies
+from segqc import settings
+from segqc.cli import main
+from segqc.io import dicom
+from segqc.io.case_list import ExchangeError
+from segqc.loop.dataset import Dataset
 from segqc.store import scans
-from segqc.store.folder import take_in
+from segqc.store.maintenance import check
 from segqc.store.store import Store
-from segqc.store.upkeep import check
-from segqc.tags import read_tag
+from segqc.store.sync import sync
 from segqc.volumes import Volume, VolumeError, read_scan, write_scan
+from segqc.volumes.tags import read_tag
 from tests.store_kit import PLACING
 
 ARRAY = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
@@ -57,8 +58,8 @@ def series(folder: Path, patient: str | None) -> Path:
     return folder
 
 
-def patients(studies: Studies) -> dict[str, str]:
-    with studies.store.read() as transaction:
+def patients(dataset: Dataset) -> dict[str, str]:
+    with dataset.store.read() as transaction:
         return {s.name: s.patient for s in scans.listing(transaction)}
 
 
@@ -152,7 +153,7 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
         'patient_tag = "PatientID"\npatient_pattern = "^(p[0-9])_"\n[patients]\n"eight" = ["p1_b"]\n'
     )
     with caplog.at_level(logging.WARNING):
-        found = patients(Studies(tmp_path))
+        found = patients(Dataset(tmp_path))
     assert found == {"p1_a": "seven", "p1_b": "eight", "p2_c": "seven", "p3_d": "p3", "odd": "odd"}
     assert sum("carry no PatientID" in message for message in caplog.messages) == 1
 
@@ -160,7 +161,7 @@ def test_table_tag_pattern_and_own_id_come_in_this_order(tmp_path: Path, caplog:
 def test_without_the_setting_no_side_car_is_read(tmp_path: Path) -> None:
     without_sidecar(tmp_path / "a.nii")
     (tmp_path / "a.json").write_text("{")
-    assert patients(Studies(tmp_path)) == {"a": "a"}
+    assert patients(Dataset(tmp_path)) == {"a": "a"}
 
 
 def test_a_scan_waits_until_its_side_car_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,16 +170,16 @@ def test_a_scan_waits_until_its_side_car_can_be_read(tmp_path: Path, caplog: pyt
     (tmp_path / "a.json").write_text('{"PatientID": "sev')
     (tmp_path / "segqc.toml").write_text('patient_tag = "PatientID"\n')
     with caplog.at_level(logging.WARNING):
-        studies = Studies(tmp_path)
-        assert patients(studies) == {"b": "seven"}
-        studies.refresh()
+        dataset = Dataset(tmp_path)
+        assert patients(dataset) == {"b": "seven"}
+        dataset.refresh()
     assert sum("not taken in" in m and "a.nii" in m and "a.json" in m for m in caplog.messages) == 1
-    assert [finding.file for finding in studies.findings()] == ["a.nii"]
-    assert any("a.nii" in finding.what for finding in check(studies.store))
+    assert [finding.file for finding in dataset.findings()] == ["a.nii"]
+    assert any("a.nii" in finding.what for finding in check(dataset.store))
     (tmp_path / "a.json").write_text('{"PatientID": "seven"}')  # in place: the folder itself shows no change
-    studies.refresh()
-    assert patients(studies) == {"a": "seven", "b": "seven"}
-    assert studies.findings() == []
+    dataset.refresh()
+    assert patients(dataset) == {"a": "seven", "b": "seven"}
+    assert dataset.findings() == []
 
 
 def test_known_scans_are_not_looked_at_again(tmp_path: Path) -> None:
@@ -191,9 +192,9 @@ def test_known_scans_are_not_looked_at_again(tmp_path: Path) -> None:
         return "one"
 
     for name in ("b.nii", "c.nii"):
-        take_in(store, patient_of, PLACING)
+        sync(store, patient_of, PLACING)
         (tmp_path / name).touch()
-    take_in(store, patient_of, PLACING)
+    sync(store, patient_of, PLACING)
     assert asked == ["a.nii", "b.nii", "c.nii"]
     store.close()
 
@@ -206,10 +207,10 @@ def test_dicom_series_become_a_studies_folder_with_their_patients(tmp_path: Path
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         series(tmp_path / "in" / name, patient)
     (tmp_path / "in" / "readme.txt").write_text("not a scan")
-    result = CliRunner().invoke(cli.app, ["import", "dicom", str(tmp_path / "in"), str(tmp_path / "out")])
+    result = CliRunner().invoke(main.app, ["import", "dicom", str(tmp_path / "in"), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "4 scans" in result.output
-    assert patients(Studies(tmp_path / "out")) == {"7_axial": "P7", "7_coronal": "P7", "8_axial": "P8", "9": "9"}
+    assert patients(Dataset(tmp_path / "out")) == {"7_axial": "P7", "7_coronal": "P7", "8_axial": "P8", "9": "9"}
     read, kept = read_scan(tmp_path / "in" / "7" / "axial"), read_scan(tmp_path / "out" / "7_axial.nii.gz")
     assert np.array_equal(read.array, kept.array)
     assert np.allclose(read.affine, kept.affine)
@@ -222,7 +223,7 @@ def test_another_tag_names_the_patient_and_the_rest_is_left_behind(tmp_path: Pat
         item.StudyID = "study 1"
         item.save_as(file)
     dicom.make_studies(tmp_path / "in", tmp_path / "out", patient_tag="0020,0010")
-    assert patients(Studies(tmp_path / "out")) == {"a": "study 1"}
+    assert patients(Dataset(tmp_path / "out")) == {"a": "study 1"}
     assert b"secret" not in (tmp_path / "out" / "a.json").read_bytes()
 
 
@@ -240,7 +241,7 @@ def test_volumes_of_one_name_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir()
     series(tmp_path / "in" / "a" / "b", "P8")
     assert dicom.make_studies(tmp_path / "in", tmp_path / "out").scans == 2
-    assert set(patients(Studies(tmp_path / "out")).values()) == {"P7", "P8"}
+    assert set(patients(Dataset(tmp_path / "out")).values()) == {"P7", "P8"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

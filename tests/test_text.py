@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from segqc import cli
+from segqc.cli import main
 from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_csv
 from segqc.text import LineFormatter, TextError, decode_text, printable, spreadsheet_cell
@@ -78,7 +78,7 @@ def scan(folder: Path, name: str) -> None:
 
 def test_csv_of_a_command_quotes_formulas(tmp_path: Path) -> None:
     scan(tmp_path, "=1+1")
-    result = CliRunner().invoke(cli.app, ["scans", str(tmp_path), "--csv"])
+    result = CliRunner().invoke(main.app, ["scans", str(tmp_path), "--csv"])
     assert result.exit_code == 0, result.output
     (row,) = csv.DictReader(io.StringIO(result.output))
     assert (row["scan"], row["fold"].lstrip("012")) == ("'=1+1", "")
@@ -89,9 +89,12 @@ def test_names_are_kept_where_the_locale_knows_ascii_only(tmp_path: Path) -> Non
     folder.mkdir()
     scan(folder, "größe 肝")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment["PYTHONPATH"] = str(Path(cli.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(main.__file__).parents[1])
     found = subprocess.run(
-        [sys.executable, "-m", "segqc.cli", "scans", folder, "--csv"], env=environment, capture_output=True, check=True
+        [sys.executable, "-m", "segqc.cli.main", "scans", folder, "--csv"],
+        env=environment,
+        capture_output=True,
+        check=True,
     )
     assert "größe 肝" in found.stdout.decode()
 
@@ -109,7 +112,7 @@ def test_a_file_whose_name_is_no_text_is_named_and_stops_nothing(tmp_path: Path)
     (tmp_path / "labels" / "final").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "labels" / "final"):
         os.link(tmp_path / "good.nii.gz", folder / "\udcff.nii.gz")
-    result = CliRunner().invoke(cli.app, ["scans", str(tmp_path)])
+    result = CliRunner().invoke(main.app, ["scans", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "1 scans" in result.output
     sentence = "\\xff.nii.gz: has a name that is not UTF-8 or holds control characters; rename the file"

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from segqc.assessor import Assessor
-from segqc.networks import DeviceMemoryError, device_of_choice
-from segqc.placement import Placement, Placing, place
-from segqc.segmenter import Segmenter
+from segqc.networks.assessor import Assessor
+from segqc.networks.device import DeviceMemoryError, device_of_choice
+from segqc.networks.segmenter import Segmenter
 from segqc.settings import SettingsError, build
+from segqc.split import PatientSplit, SplitConfig, place
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
-from segqc.training import fit as training_fit
+from segqc.training import engine as training_fit
 from segqc.training.assessor import VALIDATION_MASKS
 from segqc.training.cases import make_example, read_case
-from segqc.training.deformation import deformed, sampling_grid
-from segqc.training.fit import EpochRecord, _Ahead, has_bfloat16, moving_validation
-from segqc.training.pairs import (
+from segqc.training.corruptions import deformed, sampling_grid
+from segqc.training.crossfit import (
     LeakError,
     MaskSet,
     early_epochs,
@@ -33,6 +32,7 @@ from segqc.training.pairs import (
     thinned,
     train_makers,
 )
+from segqc.training.engine import EpochRecord, _Ahead, has_bfloat16, moving_validation
 from segqc.training.patches import Patch, PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
@@ -44,7 +44,7 @@ QUICK = TrainingSettings(
     fold_epochs=2,
     steps_per_epoch=2,
     folds=2,
-    contrasts=(),
+    gammas=(),
     average_flips=False,
     patch=(16, 16, 4),
     ensemble=False,
@@ -67,8 +67,8 @@ def make_cases(folder: Path, count: int) -> list[Case]:
     return cases
 
 
-def placed(cases: Sequence[Case], share: float = 0.25) -> dict[str, Placement]:
-    return place([c.patient for c in cases], placing=Placing(folds=2, validation_share=share))
+def placed(cases: Sequence[Case], share: float = 0.25) -> dict[str, PatientSplit]:
+    return place([c.patient for c in cases], split_config=SplitConfig(folds=2, validation_share=share))
 
 
 class KilledError(Exception):
@@ -165,7 +165,7 @@ def test_a_gpu_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
     cases = make_cases(tmp_path, 5)
     segmenter = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "t", NoProgress())
-    monkeypatch.setattr("segqc.networks.StemUNet.forward", full)
+    monkeypatch.setattr("segqc.networks.unet.StemUNet.forward", full)
     with pytest.raises(DeviceMemoryError, match=r"does not hold patches of 16 x 16 x 4 voxels.*smaller batch"):
         train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "u", NoProgress())
     with pytest.raises(DeviceMemoryError, match="CUDA_VISIBLE_DEVICES"):
@@ -176,12 +176,14 @@ def test_validating_patches_together_gives_the_loss_of_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases, losses = make_cases(tmp_path, 8), []
-    placements = placed(cases, share=0.5)
-    assert sum(p.role == "validation" for p in placements.values()) > 2
-    for at_once in (1, 2, 100):
-        monkeypatch.setattr(training_fit, "windows_at_once", lambda _patch, n=at_once: n)
-        folder = tmp_path / str(at_once)
-        train_segmentation(cases, STRUCTURES, placements, replace(QUICK, mixed_precision=False), folder, NoProgress())
+    patient_splits = placed(cases, share=0.5)
+    assert sum(p.split == "validation" for p in patient_splits.values()) > 2
+    for batch_size in (1, 2, 100):
+        monkeypatch.setattr(training_fit, "windows_at_once", lambda _patch, n=batch_size: n)
+        folder = tmp_path / str(batch_size)
+        train_segmentation(
+            cases, STRUCTURES, patient_splits, replace(QUICK, mixed_precision=False), folder, NoProgress()
+        )
         losses.append([point["validation_loss"] for point in json.loads((folder / "curve.json").read_text())])
     np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-4)
 
@@ -212,13 +214,13 @@ def test_too_few_cases_are_named(tmp_path: Path) -> None:
 
 def test_patients_are_spread_over_folds_and_roles_however_they_come() -> None:
     names = [f"p{i}" for i in range(40)]
-    placing = Placing(folds=3, validation_share=0.2, seed=5)
-    first = place(names[:12], placing=placing)
-    both = {**first, **place(names[12:], already=12, placing=placing)}
-    assert sum(p.role == "validation" for p in both.values()) == 8
+    split_config = SplitConfig(folds=3, validation_share=0.2, seed=5)
+    first = place(names[:12], split_config=split_config)
+    both = {**first, **place(names[12:], already=12, split_config=split_config)}
+    assert sum(p.split == "validation" for p in both.values()) == 8
     counts = [sum(p.fold == k for p in both.values()) for k in range(3)]
     assert max(counts) - min(counts) <= 1
-    assert place(names[:12], placing=placing) == first
+    assert place(names[:12], split_config=split_config) == first
 
 
 def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Path) -> None:
@@ -268,21 +270,21 @@ def test_kept_masks_that_are_damaged_are_made_anew(
 
 def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    placements = placed(cases)
-    model = train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", NoProgress())
+    patient_splits = placed(cases)
+    model = train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", NoProgress())
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
     assert len(model.card.map_calibration) == 1
     intervals = model.card.calibration[0].intervals
     assert intervals is not None
-    validating = {c.patient for c in cases if placements[c.patient].role == "validation"}
+    validating = {c.patient for c in cases if patient_splits[c.patient].split == "validation"}
     assert len(intervals.dice.patients) == len(validating)
     assert {len(p.scores) for p in intervals.dice.patients} == {VALIDATION_MASKS}
     assert "dice error ball" in model.card.scores
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
     again = KillAt(-1, "fold")
-    assert train_assessor(cases, STRUCTURES, placements, QUICK, tmp_path / "t", again).version == model.version
+    assert train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", again).version == model.version
     assert again.seen == 0, "finished folds are not trained again"
 
 

@@ -17,17 +17,17 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from segqc import cli
-from segqc.metrics import METRIC_NAMES
-from segqc.store import assessments, labels, scans, upkeep
+from segqc.cli import main
+from segqc.quality.metrics import METRIC_NAMES
+from segqc.store import assessments, labels, maintenance, scans
 from segqc.store.database import REVISION, StoreDamaged, StoreError, Transaction
 from segqc.store.files import sha256_of
-from segqc.store.folder import Taken, take_in
+from segqc.store.records import LabelRecord
 from segqc.store.store import Store
-from segqc.store.values import LabelRecord
+from segqc.store.sync import SyncResult, sync
 from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, take_in_scans
+from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, sync_scans
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
     opened = Store.open(folder, url, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     yield opened
     opened.close()
 
@@ -59,11 +59,11 @@ def history(store: Store) -> list[LabelRecord]:
 
 
 def whats(store: Store) -> list[str]:
-    return [finding.what for finding in upkeep.check(store)]
+    return [finding.what for finding in maintenance.check(store)]
 
 
-def only(store: Store) -> upkeep.Finding:
-    found = upkeep.check(store)
+def only(store: Store) -> maintenance.Finding:
+    found = maintenance.check(store)
     assert len(found) == 1, found
     return found[0]
 
@@ -74,8 +74,8 @@ def only(store: Store) -> upkeep.Finding:
 def sqlite_only(store: Store) -> None:
     if not store.database.is_sqlite:
         with pytest.raises(StoreError, match="pg_dump"):
-            upkeep.backup(store, store.studies.parent / "backup")
-        assert not (store.studies.parent / "backup").exists()
+            maintenance.backup(store, store.dataset.parent / "backup")
+        assert not (store.dataset.parent / "backup").exists()
         pytest.skip("PostgreSQL brings its own backup")
 
 
@@ -83,7 +83,7 @@ def test_a_backup_can_be_restored(store: Store, folder: Path, final: LabelRecord
     sqlite_only(store)
     reports: list[tuple[int, int, str]] = []
     backup = tmp_path / "backups" / "monday"
-    assert upkeep.backup(store, backup, also=["segqc.toml"], report=lambda *r: reports.append(r)) == 3
+    assert maintenance.backup(store, backup, also=["segqc.toml"], report=lambda *r: reports.append(r)) == 3
     assert reports[-1][:2] == (3, 3)
     save_final(store, tmp_path, "scan_1", 9)  # after the backup: not in it
     assert sorted(p.name for p in backup.iterdir()) == ["segqc", "segqc.toml"]
@@ -92,17 +92,17 @@ def test_a_backup_can_be_restored(store: Store, folder: Path, final: LabelRecord
     make_scans(tmp_path / "again", 4)
     shutil.copytree(backup, tmp_path / "again", dirs_exist_ok=True)
     again = Store.open(tmp_path / "again")
-    assert upkeep.rebuild_views(again) == upkeep.Restored(2, ())
-    assert take_in(again, scan_id, PLACING) == Taken()
+    assert maintenance.rebuild_views(again) == maintenance.Restored(2, ())
+    assert sync(again, scan_id, PLACING) == SyncResult()
     assert history(again) == history(store)[:-1]
-    assert upkeep.check(again) == []
+    assert maintenance.check(again) == []
     assert again.view_file(final).read_bytes() == again.label_file(final).read_bytes()
     again.close()
 
 
 def test_a_backup_made_while_others_work_is_consistent(folder: Path, tmp_path: Path) -> None:
     busy = Store.open(folder)
-    take_in_scans(busy)
+    sync_scans(busy)
     save_final(busy, tmp_path, "scan_1", 1)
     stop = threading.Event()
 
@@ -116,15 +116,15 @@ def test_a_backup_made_while_others_work_is_consistent(folder: Path, tmp_path: P
         working = pool.submit(work)
         try:
             for i in range(3):
-                assert upkeep.backup(busy, tmp_path / f"backup_{i}") > 0
+                assert maintenance.backup(busy, tmp_path / f"backup_{i}") > 0
         finally:
             stop.set()
         working.result()
     for i in range(3):
         make_scans(tmp_path / f"backup_{i}", 4)
         again = Store.open(tmp_path / f"backup_{i}")
-        upkeep.rebuild_views(again)
-        assert upkeep.check(again) == []
+        maintenance.rebuild_views(again)
+        assert maintenance.check(again) == []
         again.close()
     busy.close()
 
@@ -140,7 +140,7 @@ def test_a_damaged_database_is_not_backed_up(store: Store, folder: Path, final: 
         file.seek((page - 1) * page_size)
         file.write(b"\xff" * page_size)
     with pytest.raises(StoreDamaged, match=rf"{re.escape(str(path))}: the database is damaged .*segqc db restore"):
-        upkeep.backup(Store.open(folder), tmp_path / "backup")
+        maintenance.backup(Store.open(folder), tmp_path / "backup")
     assert not (tmp_path / "backup").exists()
 
 
@@ -148,13 +148,13 @@ def test_a_backup_is_whole_or_not_there(store: Store, folder: Path, final: Label
     sqlite_only(store)
     (tmp_path / "there").mkdir()
     with pytest.raises(StoreError, match="there: exists already"):
-        upkeep.backup(store, tmp_path / "there")
+        maintenance.backup(store, tmp_path / "there")
     damage(store.label_file(final))
     with pytest.raises(StoreError, match="damaged"):
-        upkeep.backup(store, tmp_path / "backup")
+        maintenance.backup(store, tmp_path / "backup")
     store.label_file(final).unlink()
     with pytest.raises(StoreError, match="missing"):
-        upkeep.backup(store, tmp_path / "backup")
+        maintenance.backup(store, tmp_path / "backup")
     assert sorted(p.name for p in tmp_path.iterdir() if "backup" in p.name or p.name.startswith(".")) == []
 
 
@@ -172,7 +172,7 @@ def damage(path: Path) -> None:
 
 def test_a_store_in_order_has_no_findings(store: Store, final: LabelRecord) -> None:
     store.remove_label("scan_1", "original", ANNA)
-    assert upkeep.check(store) == []
+    assert maintenance.check(store) == []
 
 
 def test_contents_are_looked_at(store: Store, final: LabelRecord) -> None:
@@ -192,30 +192,30 @@ def test_a_view_that_is_gone_or_damaged_is_repaired(store: Store, final: LabelRe
     before = view.stat().st_mtime_ns
     damage(view)
     assert "damaged" in only(store).what
-    assert upkeep.repair(store) == upkeep.Restored(1, ())
+    assert maintenance.repair(store) == maintenance.Restored(1, ())
     view.unlink()
     assert "missing" in only(store).what
-    upkeep.repair(store)
-    assert upkeep.check(store) == []
+    maintenance.repair(store)
+    assert maintenance.check(store) == []
     assert view.stat().st_mtime_ns == before
-    assert take_in(store, scan_id, PLACING) == Taken()
+    assert sync(store, scan_id, PLACING) == SyncResult()
     assert history(store)[-1] == final
 
 
 def test_an_edited_view_is_left_to_its_editor(store: Store, final: LabelRecord) -> None:
     view = label_map(store.view_file(final), 11)
     assert "was changed" in only(store).what
-    assert upkeep.repair(store) == upkeep.Restored(0, (view,))
+    assert maintenance.repair(store) == maintenance.Restored(0, (view,))
     assert view.read_bytes() != store.label_file(final).read_bytes()
-    assert upkeep.rebuild_views(store, overwrite=True) == upkeep.Restored(1, ())
-    assert upkeep.check(store) == []
+    assert maintenance.rebuild_views(store, overwrite=True) == maintenance.Restored(1, ())
+    assert maintenance.check(store) == []
 
 
 def test_label_files_without_a_row_are_found(store: Store, folder: Path, final: LabelRecord) -> None:
     label_map(folder / "labels" / "final" / "scan_2.nii.gz", 1)
     assert "not in the store yet" in only(store).what
-    take_in_scans(store)
-    assert upkeep.check(store) == []
+    sync_scans(store)
+    assert maintenance.check(store) == []
     label_map(folder / "labels" / "final" / "nobody.nii.gz", 1)
     assert "no scan" in only(store).what
 
@@ -224,9 +224,9 @@ def test_a_view_whose_row_is_gone_is_noted_again(store: Store, final: LabelRecor
     with store.write() as transaction:
         labels.forget_view(transaction, "scan_1", "final")
     assert any("did not note" in what for what in whats(store))
-    upkeep.repair(store)
-    assert upkeep.check(store) == []
-    assert take_in(store, scan_id, PLACING) == Taken()
+    maintenance.repair(store)
+    assert maintenance.check(store) == []
+    assert sync(store, scan_id, PLACING) == SyncResult()
 
 
 def test_scans_are_compared_with_their_files(store: Store, folder: Path) -> None:
@@ -235,7 +235,7 @@ def test_scans_are_compared_with_their_files(store: Store, folder: Path) -> None
         "other.nii.gz: this scan is not in the store yet",
         "scan_0.nii.gz: this scan's file is gone",
     ]
-    take_in_scans(store)
+    sync_scans(store)
     assert whats(store) == []
     (folder / "other.nii.gz").rename(folder / "scan_0.nii.gz")
     assert "has come back" in whats(store)[1]
@@ -245,7 +245,7 @@ def test_states_are_compared_with_labels(store: Store, final: LabelRecord) -> No
     with store.write() as transaction:
         transaction.execute(text("UPDATE scan SET state = 'submitted', queue = NULL WHERE name = 'scan_2'"))
         transaction.execute(text(
-            "UPDATE scan SET state = 'unlabelled', queue = (SELECT role FROM patient WHERE patient.id = patient_id) "
+            "UPDATE scan SET state = 'unlabelled', queue = (SELECT split FROM patient WHERE patient.id = patient_id) "
             "WHERE name = 'scan_1'"
         ))  # fmt: skip
     assert sorted(whats(store)) == [
@@ -257,14 +257,14 @@ def test_states_are_compared_with_labels(store: Store, final: LabelRecord) -> No
 def test_leftovers_of_dead_processes_are_found_and_cleaned_up(store: Store, folder: Path, final: LabelRecord) -> None:
     source = label_map(folder.parent / "next.nii.gz", 4)
     with pytest.raises(KeyboardInterrupt), store.files.arriving(source, "scan_1", "final", ".nii.gz"):
-        assert upkeep.check(store) == []  # still at work
+        assert maintenance.check(store) == []  # still at work
         raise KeyboardInterrupt
     early = store.own / "incoming" / "died-before-its-lock"
     early.mkdir()
     os.utime(early, (0, 0))
     assert len(whats(store)) == 2
-    upkeep.repair(store)
-    assert upkeep.check(store) == []
+    maintenance.repair(store)
+    assert maintenance.check(store) == []
 
 
 def test_a_damaged_database_is_found(store: Store) -> None:
@@ -284,12 +284,12 @@ def test_a_damaged_database_is_found(store: Store) -> None:
 
 def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str | None) -> None:
     unopened = Store(folder, url)
-    assert upkeep.upgrade(unopened) == (None, REVISION)
-    assert upkeep.upgrade(unopened) == (REVISION, REVISION)
+    assert maintenance.upgrade(unopened) == (None, REVISION)
+    assert maintenance.upgrade(unopened) == (REVISION, REVISION)
     with unopened.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreError, match="newer version of segqc"):
-        upkeep.upgrade(unopened)
+        maintenance.upgrade(unopened)
     unopened.close()
 
 
@@ -304,7 +304,7 @@ def forget_contents(transaction: Transaction) -> None:
         "DROP INDEX ix_scan_former_name",
         "DROP INDEX ix_label_version_source_sha256",
         *(f"ALTER TABLE scan DROP COLUMN {name}" for name in ("sha256", "signature", "former_name")),
-        *(f"ALTER TABLE label_version DROP COLUMN {name}" for name in ("source_sha256", "source_suffix")),
+        *(f"ALTER TABLE label_version DROP COLUMN {name}" for name in ("submitted_sha256", "submitted_suffix")),
     ):
         transaction.execute(text(statement))
 
@@ -313,15 +313,15 @@ def test_the_contents_of_scans_that_were_there_before_are_read_after_an_upgrade(
     folder: Path, url: str | None, clock: Clock
 ) -> None:
     opened = Store.open(folder, url, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     kept = save_final(opened, folder.parent, "scan_1", 3)
     with opened.write() as transaction:
         forget_contents(transaction)
         transaction.execute(text("UPDATE alembic_version SET version_num = '0002'"))
     opened.close()
-    assert upkeep.upgrade(Store(folder, url)) == ("0002", REVISION)
+    assert maintenance.upgrade(Store(folder, url)) == ("0002", REVISION)
     again = Store.open(folder, url, clock=clock)
-    assert take_in(again, scan_id, PLACING) == Taken()
+    assert sync(again, scan_id, PLACING) == SyncResult()
     with again.read() as transaction:
         assert all(scan.sha256 == sha256_of(folder / scan.file) for scan in scans.listing(transaction))
         assert labels.current(transaction, "scan_1", "final") == kept
@@ -330,7 +330,7 @@ def test_the_contents_of_scans_that_were_there_before_are_read_after_an_upgrade(
 
 def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: str | None, clock: Clock) -> None:
     opened = Store.open(folder, url, clock=clock)
-    take_in_scans(opened)
+    sync_scans(opened)
     mask = save_mask(opened, folder.parent, "scan_1", 5)
     written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
     with opened.write() as transaction:
@@ -342,7 +342,7 @@ def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: s
     opened.close()
     with pytest.raises(StoreError, match="segqc db upgrade"):
         Store.open(folder, url)
-    assert upkeep.upgrade(Store(folder, url)) == ("0001", REVISION)
+    assert maintenance.upgrade(Store(folder, url)) == ("0001", REVISION)
     again = Store.open(folder, url, clock=clock)
     with again.read() as transaction:
         assert assessments.read(transaction, number) == written
@@ -353,7 +353,7 @@ def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: s
 
 
 def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(cli.app, ["db", *map(str, arguments)])
+    result = CliRunner().invoke(main.app, ["db", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -361,13 +361,13 @@ def run(*arguments: str | Path) -> str:
 def test_the_commands(folder: Path, tmp_path: Path) -> None:
     assert f"revision {REVISION}, was empty" in run("upgrade", folder)
     opened = Store.open(folder)
-    take_in_scans(opened)
+    sync_scans(opened)
     label = save_final(opened, tmp_path, "scan_0", 3)
     assert "1 label contents" in run("backup", folder, tmp_path / "backup")
     assert (tmp_path / "backup" / "segqc.toml").is_file()
     assert "nothing is wrong" in run("check", folder)
     opened.view_file(label).unlink()
-    result = CliRunner().invoke(cli.app, ["db", "check", str(folder)])
+    result = CliRunner().invoke(main.app, ["db", "check", str(folder)])
     assert "label file is missing" in result.output
     assert "1 of 1 findings are damage" in str(result.exception)
     assert "1 label files" in run("restore-views", folder)
@@ -383,13 +383,13 @@ def test_files_that_harm_nothing_are_told_and_are_no_failure(store: Store, folde
     stray = store.files.objects / "ab" / "stray.nii.gz"
     stray.parent.mkdir(exist_ok=True)
     stray.touch()
-    assert {finding.is_damage for finding in upkeep.check(store)} == {False}
+    assert {finding.is_damage for finding in maintenance.check(store)} == {False}
     if store.database.is_sqlite:
         said = run("check", folder)
         assert "nothing is damaged" in said
         assert all(name in said for name in ("late.nii.gz", "nobody.nii.gz", "scan_1.nii.gz: was changed", "stray"))
     store.label_file(final).unlink()
-    assert sum(finding.is_damage for finding in upkeep.check(store)) == 1
+    assert sum(finding.is_damage for finding in maintenance.check(store)) == 1
 
 
 def test_the_commands_use_the_database_of_the_settings(folder: Path, tmp_path: Path) -> None:

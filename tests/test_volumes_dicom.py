@@ -25,7 +25,6 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from segqc.tags import read_tag
 from segqc.volumes import (
     ReadLimits,
     Volume,
@@ -38,6 +37,7 @@ from segqc.volumes import (
 )
 from segqc.volumes.dicom import open_dicom
 from segqc.volumes.inputs import InputFile
+from segqc.volumes.tags import read_tag
 
 SHAPE = (6, 5, 4)
 Edit = Callable[[int, Dataset], object]

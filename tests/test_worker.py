@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from segqc.loop.dataset import Dataset
 from segqc.loop.locks import hold
-from segqc.loop.studies import Studies
 from segqc.loop.worker import Worker, run_job
 from segqc.store import events, jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable
 from segqc.store.events import SERVER
-from segqc.store.values import JobRecord
+from segqc.store.records import JobRecord
 from tests.server_kit import make_studies
 from tests.store_kit import ANNA
 
@@ -52,23 +52,23 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def studies(tmp_path: Path) -> Studies:
-    return Studies(make_studies(tmp_path / "studies", scans=5, finals=4))
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(make_studies(tmp_path / "studies", scans=5, finals=4))
 
 
-def put(studies: Studies, kind: str = "train", **request: object) -> int:
-    with studies.store.write() as transaction:
-        return jobs.put(transaction, kind, dict(request), ANNA).id  # type: ignore[arg-type]
+def put(dataset: Dataset, kind: str = "train", **request: object) -> int:
+    with dataset.store.write() as transaction:
+        return jobs.enqueue(transaction, kind, dict(request), ANNA).id  # type: ignore[arg-type]
 
 
-def state(studies: Studies, job: int) -> JobRecord:
-    with studies.store.read() as transaction:
+def state(dataset: Dataset, job: int) -> JobRecord:
+    with dataset.store.read() as transaction:
         return jobs.get(transaction, job)
 
 
 @contextlib.contextmanager
-def working(studies: Studies) -> Iterator[Worker]:
-    worker = Worker(studies, ("train",), command=python, heartbeat_seconds=0.2)
+def working(dataset: Dataset) -> Iterator[Worker]:
+    worker = Worker(dataset, ("train",), command=python, heartbeat_seconds=0.2)
     thread = threading.Thread(target=worker.serve)
     thread.start()
     try:
@@ -79,44 +79,44 @@ def working(studies: Studies) -> Iterator[Worker]:
         assert not thread.is_alive()
 
 
-def test_a_job_keeps_its_last_lines_progress_and_result(studies: Studies) -> None:
-    said = (
+def test_a_job_keeps_its_last_lines_progress_and_result(dataset: Dataset) -> None:
+    messages = (
         "import json; print('\\n'.join(str(i) for i in range(30)));"
         "print(json.dumps({'done': 3, 'total': 4, 'message': 'work: here'}));"
         "print(json.dumps({'result': {'dice': 0.9}}))"
     )
-    good, bad = put(studies, code=said), put(studies, code="raise SystemExit('too few labelled scans')")
-    Worker(studies, command=python).serve(until_idle=True)
-    done = state(studies, good)
+    good, bad = put(dataset, code=messages), put(dataset, code="raise SystemExit('too few labelled scans')")
+    Worker(dataset, command=python).serve(until_idle=True)
+    done = state(dataset, good)
     assert (done.state, done.result, done.done_steps, done.all_steps) == ("done", {"dice": 0.9}, 3, 4)
-    assert done.said[-2:] == ("29", "[###############.....] 3/4 work: here")
-    assert len(done.said) == 20
-    assert (state(studies, bad).state, state(studies, bad).said) == ("failed", ("too few labelled scans",))
+    assert done.messages[-2:] == ("29", "[###############.....] 3/4 work: here")
+    assert len(done.messages) == 20
+    assert (state(dataset, bad).state, state(dataset, bad).messages) == ("failed", ("too few labelled scans",))
 
 
-def test_stop_ends_the_process_and_its_children_and_goes_on_with_the_next(studies: Studies) -> None:
+def test_stop_ends_the_process_and_its_children_and_goes_on_with_the_next(dataset: Dataset) -> None:
     code = (
         "import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
         "print(p.pid, os.getpid()); time.sleep(60)"
     )
-    job, following = put(studies, code=code), put(studies, code="print('next')")
-    with working(studies):
-        wait_for(lambda: bool(state(studies, job).said))
-        pids = [int(p) for p in state(studies, job).said[0].split()]
-        with studies.store.write() as transaction:
+    job, following = put(dataset, code=code), put(dataset, code="print('next')")
+    with working(dataset):
+        wait_for(lambda: bool(state(dataset, job).messages))
+        pids = [int(p) for p in state(dataset, job).messages[0].split()]
+        with dataset.store.write() as transaction:
             jobs.stop(transaction, job, ANNA)
-        wait_for(lambda: state(studies, following).state == "done")
-        assert state(studies, job).state == "stopped"
+        wait_for(lambda: state(dataset, following).state == "done")
+        assert state(dataset, job).state == "stopped"
         wait_for(lambda: not any(map(alive, pids)))
 
 
-def test_a_worker_that_ends_gives_its_job_back(studies: Studies) -> None:
-    job = put(studies, code="import os, time; print(os.getpid()); time.sleep(60)")
-    with working(studies):
-        wait_for(lambda: bool(state(studies, job).said))
-    given = state(studies, job)
+def test_a_worker_that_ends_gives_its_job_back(dataset: Dataset) -> None:
+    job = put(dataset, code="import os, time; print(os.getpid()); time.sleep(60)")
+    with working(dataset):
+        wait_for(lambda: bool(state(dataset, job).messages))
+    given = state(dataset, job)
     assert (given.state, given.worker, given.attempts) == ("queued", None, 0)
-    assert not alive(int(given.said[0]))
+    assert not alive(int(given.messages[0]))
 
 
 STEP = '{"done": 1, "total": 2, "message": "m"}'
@@ -129,35 +129,35 @@ SUICIDE = "import os, signal; print('epoch 1', flush=True); os.kill(os.getpid(),
      ("SIGBUS", "shared memory"), ("SIGUSR1", "")],
 )  # fmt: skip
 def test_a_job_that_is_killed_is_tried_again_and_then_fails_with_the_signal(
-    studies: Studies, sign: str, meaning: str
+    dataset: Dataset, sign: str, meaning: str
 ) -> None:
-    job, following = put(studies, code=SUICIDE.format(sign=sign)), put(studies, code="print('next')")
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    ended = state(studies, job)
-    assert (ended.state, ended.attempts) == ("failed", jobs.MOST_ATTEMPTS)
-    assert [sign in line for line in ended.said] == [False, True] * jobs.MOST_ATTEMPTS
-    assert meaning in ended.said[-1]
-    assert state(studies, following).state == "done"
+    job, following = put(dataset, code=SUICIDE.format(sign=sign)), put(dataset, code="print('next')")
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    ended = state(dataset, job)
+    assert (ended.state, ended.attempts) == ("failed", jobs.MAX_ATTEMPTS)
+    assert [sign in line for line in ended.messages] == [False, True] * jobs.MAX_ATTEMPTS
+    assert meaning in ended.messages[-1]
+    assert state(dataset, following).state == "done"
 
 
-def test_a_job_that_is_killed_once_goes_on(studies: Studies, tmp_path: Path) -> None:
+def test_a_job_that_is_killed_once_goes_on(dataset: Dataset, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     code = (
         f"import os, pathlib, signal; begun = pathlib.Path({str(begun)!r})\n"
         "if not begun.exists(): begun.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    job = put(studies, code=code)
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    assert (state(studies, job).state, state(studies, job).attempts) == ("done", 2)
+    job = put(dataset, code=code)
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    assert (state(dataset, job).state, state(dataset, job).attempts) == ("done", 2)
 
 
-def test_a_job_that_is_killed_while_it_shall_stop_is_stopped(studies: Studies) -> None:
-    job = put(studies, code="")
-    with studies.store.write() as transaction:
-        jobs.take(transaction, "w", ("train",))
+def test_a_job_that_is_killed_while_it_shall_stop_is_stopped(dataset: Dataset) -> None:
+    job = put(dataset, code="")
+    with dataset.store.write() as transaction:
+        jobs.claim(transaction, "w", ("train",))
         jobs.stop(transaction, job, ANNA)
         jobs.retry(transaction, job, "w", "killed by SIGKILL")
-    assert state(studies, job).state == "stopped"
+    assert state(dataset, job).state == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -171,18 +171,18 @@ def test_a_job_that_is_killed_while_it_shall_stop_is_stopped(studies: Studies) -
         ("import os; print('half done', flush=True); os._exit(0)", "ended before its work was done"),
     ],
 )  # fmt: skip
-def test_the_last_line_of_a_failed_job_is_the_reason(studies: Studies, code: str, last: str) -> None:
-    job = put(studies, code=code)
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    assert state(studies, job).state == "failed"
-    assert last in state(studies, job).said[-1]
+def test_the_last_line_of_a_failed_job_is_the_reason(dataset: Dataset, code: str, last: str) -> None:
+    job = put(dataset, code=code)
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    assert state(dataset, job).state == "failed"
+    assert last in state(dataset, job).messages[-1]
 
 
-def test_a_worker_ends_where_the_database_is_damaged(studies: Studies) -> None:
-    with studies.store.write() as transaction:
+def test_a_worker_ends_where_the_database_is_damaged(dataset: Dataset) -> None:
+    with dataset.store.write() as transaction:
         transaction.execute(text("DROP TABLE job"))
     with pytest.raises(StoreDamaged, match="segqc db restore"):
-        Worker(studies).serve()
+        Worker(dataset).serve()
 
 
 @pytest.mark.parametrize(
@@ -194,63 +194,63 @@ def test_a_worker_ends_where_the_database_is_damaged(studies: Studies) -> None:
     ],
 )
 def test_a_job_s_process_ends_with_one_line(
-    studies: Studies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     problem: Exception, status: int, last: str,
 ) -> None:  # fmt: skip
     def fail(*_: object) -> None:
         raise problem
 
     monkeypatch.setattr("segqc.loop.jobs.run", fail)
-    assert run_job(studies.folder, put(studies)) == status
+    assert run_job(dataset.folder, put(dataset)) == status
     assert last in capsys.readouterr().out.splitlines()[-1]
 
 
-def abandoned_worker(studies: Studies, *, host: str | None = None) -> str:
+def abandoned_worker(dataset: Dataset, *, host: str | None = None) -> str:
     """The name of a worker that took the next job and was killed, on this machine or another one."""
     code = (
         "import os, pathlib, signal, sys\n"
         "from segqc.loop.locks import hold\n"
         "with hold(pathlib.Path(sys.argv[1]), 'a worker'): os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    path = studies.own / "workers" / "dead.lock"
+    path = dataset.own / "workers" / "dead.lock"
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     if host is not None:
         path.write_text(path.read_text().replace(socket.gethostname(), host))
-    with studies.store.write() as transaction:
-        assert jobs.take(transaction, "dead", ("train", "round")) is not None
+    with dataset.store.write() as transaction:
+        assert jobs.claim(transaction, "dead", ("train", "round")) is not None
     return "dead"
 
 
-def test_the_job_of_a_worker_that_died_on_this_machine_is_taken_at_once(studies: Studies) -> None:
-    job = put(studies, code="print('again')")
-    dead = abandoned_worker(studies)
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    ended = state(studies, job)
-    assert (ended.state, ended.attempts, ended.said[-1]) == ("done", 2, "again")
-    assert "worker died" in ended.said[0]
-    assert not list((studies.own / "workers").iterdir()), f"{dead} left nothing behind"
+def test_the_job_of_a_worker_that_died_on_this_machine_is_taken_at_once(dataset: Dataset) -> None:
+    job = put(dataset, code="print('again')")
+    dead = abandoned_worker(dataset)
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    ended = state(dataset, job)
+    assert (ended.state, ended.attempts, ended.messages[-1]) == ("done", 2, "again")
+    assert "worker died" in ended.messages[0]
+    assert not list((dataset.own / "workers").iterdir()), f"{dead} left nothing behind"
 
 
 def test_a_worker_that_lives_or_is_on_another_machine_keeps_its_job_until_its_heartbeats_are_missing(
-    studies: Studies,
+    dataset: Dataset,
 ) -> None:
-    job = put(studies, code="print('again')")
-    abandoned_worker(studies, host="elsewhere")
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    assert (state(studies, job).state, state(studies, job).worker) == ("running", "dead")
-    with hold(studies.own / "workers" / "dead.lock", "a worker"):
-        Worker(studies, ("train",), command=python).serve(until_idle=True)
-        assert state(studies, job).worker == "dead"
-        real = studies.store.database.clock
-        studies.store.database.clock = lambda: real() + dt.timedelta(seconds=jobs.DEAD_AFTER_SECONDS + 1)
-        Worker(studies, ("train",), command=python).serve(until_idle=True)
-    assert state(studies, job).state == "done"
+    job = put(dataset, code="print('again')")
+    abandoned_worker(dataset, host="elsewhere")
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    assert (state(dataset, job).state, state(dataset, job).worker) == ("running", "dead")
+    with hold(dataset.own / "workers" / "dead.lock", "a worker"):
+        Worker(dataset, ("train",), command=python).serve(until_idle=True)
+        assert state(dataset, job).worker == "dead"
+        real = dataset.store.database.clock
+        dataset.store.database.clock = lambda: real() + dt.timedelta(seconds=jobs.DEAD_AFTER_SECONDS + 1)
+        Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    assert state(dataset, job).state == "done"
 
 
 def test_a_database_that_is_away_at_a_job_s_end_does_not_lose_the_result(
-    studies: Studies, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = put(studies, code='print(\'{"result": {"dice": 0.5}}\')')
+    job = put(dataset, code='print(\'{"result": {"dice": 0.5}}\')')
     finish, failures = jobs.finish, iter(range(2))
 
     def away(*arguments: object, **more: object) -> None:
@@ -260,13 +260,13 @@ def test_a_database_that_is_away_at_a_job_s_end_does_not_lose_the_result(
 
     monkeypatch.setattr("segqc.store.jobs.finish", away)
     monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.05)
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    assert (state(studies, job).state, state(studies, job).result) == ("done", {"dice": 0.5})
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    assert (state(dataset, job).state, state(dataset, job).result) == ("done", {"dice": 0.5})
 
 
 @pytest.mark.parametrize(("failures", "left"), [(0, "queued"), (3, "queued"), (1000, "running")])
 def test_a_worker_that_ends_gives_its_job_back_though_the_database_is_away_for_a_while(
-    studies: Studies, monkeypatch: pytest.MonkeyPatch, failures: int, left: str
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, failures: int, left: str
 ) -> None:
     give_back, to_come = jobs.give_back, iter(range(failures))
 
@@ -278,32 +278,32 @@ def test_a_worker_that_ends_gives_its_job_back_though_the_database_is_away_for_a
     monkeypatch.setattr("segqc.store.jobs.give_back", away)
     monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.05)
     monkeypatch.setattr("segqc.loop.worker._GRACE_SECONDS", 0.5)
-    job = put(studies, code="import time; time.sleep(600)")
-    with working(studies):
-        wait_for(lambda: state(studies, job).state == "running")
-    assert state(studies, job).state == left
-    assert state(studies, job).attempts == (0 if left == "queued" else 1)
+    job = put(dataset, code="import time; time.sleep(600)")
+    with working(dataset):
+        wait_for(lambda: state(dataset, job).state == "running")
+    assert state(dataset, job).state == left
+    assert state(dataset, job).attempts == (0 if left == "queued" else 1)
 
 
-def test_a_round_that_another_process_does_is_waited_for_and_taken_over(studies: Studies) -> None:
-    job = put(studies, "round", code="print('again')")
-    lock = studies.own / "workers" / "dead.lock"
+def test_a_round_that_another_process_does_is_waited_for_and_taken_over(dataset: Dataset) -> None:
+    job = put(dataset, "round", code="print('again')")
+    lock = dataset.own / "workers" / "dead.lock"
     with hold(lock, "a worker"):
-        with studies.store.write() as transaction:
-            jobs.take(transaction, "dead", ("round",))
-        joined = Worker(studies, ("round",), command=python)
+        with dataset.store.write() as transaction:
+            jobs.claim(transaction, "dead", ("round",))
+        joined = Worker(dataset, ("round",), command=python)
         thread = threading.Thread(target=joined.serve_until_ended, args=(job,))
         thread.start()
         time.sleep(0.5)
         assert thread.is_alive()
-        assert state(studies, job).worker == "dead"
+        assert state(dataset, job).worker == "dead"
     thread.join(timeout=30)
-    assert state(studies, job).state == "done"
+    assert state(dataset, job).state == "done"
 
 
 @pytest.mark.parametrize("wanted", [None, "ACTIVE"])
 def test_a_job_gives_way_to_the_server_and_its_threads_do_not_spin(
-    studies: Studies, monkeypatch: pytest.MonkeyPatch, wanted: str | None
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, wanted: str | None
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if wanted is not None:
@@ -314,45 +314,45 @@ def test_a_job_gives_way_to_the_server_and_its_threads_do_not_spin(
         "while os.getpriority(os.PRIO_PROCESS, 0) <= 0 and time.monotonic() < end: time.sleep(0.01)\n"
         "print(os.getpriority(os.PRIO_PROCESS, 0), os.environ['OMP_WAIT_POLICY'])"
     )
-    job = put(studies, code=code)
-    Worker(studies, ("train",), command=python).serve(until_idle=True)
-    niceness, policy = state(studies, job).said[0].split()
+    job = put(dataset, code=code)
+    Worker(dataset, ("train",), command=python).serve(until_idle=True)
+    niceness, policy = state(dataset, job).messages[0].split()
     assert int(niceness) > 0
     assert policy == (wanted or "PASSIVE"), "who set it knows better"
 
 
-def test_after_the_last_training_the_pool_is_scored(studies: Studies) -> None:
-    put(studies, code=""), put(studies, code="raise SystemExit(1)")
-    third = put(studies, code="")
-    worker = Worker(studies, ("train",), command=python)
+def test_after_the_last_training_the_pool_is_scored(dataset: Dataset) -> None:
+    put(dataset, code=""), put(dataset, code="raise SystemExit(1)")
+    third = put(dataset, code="")
+    worker = Worker(dataset, ("train",), command=python)
     worker.serve(until_idle=True)
-    assert state(studies, third).state == "done"
-    with studies.store.read() as transaction:
+    assert state(dataset, third).state == "done"
+    with dataset.store.read() as transaction:
         (scoring,) = jobs.listing(transaction, "scoring")
-    assert (scoring.request, scoring.who) == ({"method": "segqc"}, SERVER)
+    assert (scoring.request, scoring.actor) == ({"method": "segqc"}, SERVER)
 
 
 @pytest.mark.server
 def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
     folder = make_studies(tmp_path / "studies", scans=7, finals=5)
-    studies = Studies(folder)
-    job = put(studies, "round")
-    command = [sys.executable, "-m", "segqc.cli", "worker", str(folder), "--until-idle"]
+    dataset = Dataset(folder)
+    job = put(dataset, "round")
+    command = [sys.executable, "-m", "segqc.cli.main", "worker", str(folder), "--until-idle"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def trained() -> bool:
-        with studies.store.read() as transaction:
+        with dataset.store.read() as transaction:
             return any(e.verb == "step finished" for e in events.history(transaction, "job", job))
 
     wait_for(trained, 240)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    before = studies.staged_path("segmentation").stat().st_ino
-    assert not studies.model_path("segmentation").exists(), "both networks are published together"
-    Worker(studies).serve(until_idle=True)
-    ended = state(studies, job)
-    assert (ended.state, ended.attempts) == ("done", 2), ended.said
+    before = dataset.staged_path("segmentation").stat().st_ino
+    assert not dataset.model_path("segmentation").exists(), "both networks are published together"
+    Worker(dataset).serve(until_idle=True)
+    ended = state(dataset, job)
+    assert (ended.state, ended.attempts) == ("done", 2), ended.messages
     assert ended.result is not None
     assert set(ended.result) == {"round", "train segmentation", "train segqc", "publish", "score"}
-    assert studies.model_path("segmentation").stat().st_ino == before, "a finished step is not done twice"
-    assert len(studies.assessments()) == 2
+    assert dataset.model_path("segmentation").stat().st_ino == before, "a finished step is not done twice"
+    assert len(dataset.assessments()) == 2

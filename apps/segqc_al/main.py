@@ -1,4 +1,4 @@
-"""The MONAI Label app: wires a studies folder, its networks and the strategies."""
+"""The MONAI Label app: wires a dataset folder, its networks and the strategies."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import segqc
+from segqc.loop.dataset import expecting
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
-from segqc.loop.studies import expecting
 from segqc.server.checks import known
 from segqc.server.client_labels import from_client
-from segqc.server.datastore import StoreDatastore
+from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
-from segqc.server.models import Desk
+from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.uploads import Uploads
 from segqc.store import jobs, labels
 from segqc.store.database import StoreUnavailable
 from segqc.store.labels import NewLabel
-from segqc.store.values import LabelRecord, Who
+from segqc.store.records import Actor, LabelRecord
 from segqc.types import label_names
 from segqc.volumes import read_labels, temporary_labels
 from strategies import STRATEGIES, PoolScoring, Sampling
 
-_MOST_FINDINGS = 100
+_MAX_FINDINGS = 100
 
 
 class SegqcApp(MONAILabelApp):
     """Segmentation, its quality estimate, and the next scan to correct."""
 
-    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self.desk = Desk(Path(studies))
+    def __init__(self, app_dir: str, dataset: str, conf: dict[str, str]) -> None:
+        self.context = AppContext(Path(dataset))
         self.uploads = Uploads()
         super().__init__(
             app_dir=app_dir,
-            studies=studies,
+            dataset=dataset,
             conf=conf,
             name="SegQC",
             description="Segments scans, estimates how good each mask is, and asks for the right correction next",
@@ -59,28 +59,28 @@ class SegqcApp(MONAILabelApp):
         }
 
     def init_datastore(self) -> Datastore:
-        """The studies folder's store; other kinds of datastore are not served."""
-        if self.studies.startswith(("http://", "https://")):
-            raise ValueError(f"{self.studies}: is an address; this app serves a folder of scans.")
-        return StoreDatastore(self.desk.studies)
+        """The dataset folder's store; other kinds of datastore are not served."""
+        if self.dataset.startswith(("http://", "https://")):
+            raise ValueError(f"{self.dataset}: is an address; this app serves a folder of scans.")
+        return StoreDatastore(self.context.dataset)
 
     def init_infers(self) -> dict[str, InferTask]:
         """The mask first: clients run the first model that shares a label."""
-        return {"segmentation": Segmentation(self.desk), "segqc": LikelyErrors(self.desk)}
+        return {"segmentation": Segmentation(self.context), "segqc": LikelyErrors(self.context)}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Both networks."""
-        return {"segmentation": SegmentationTraining(self.desk), "segqc": SegqcTraining(self.desk)}
+        return {"segmentation": SegmentationTraining(self.context), "segqc": SegqcTraining(self.context)}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """The default first. MONAI Label's OHIF panel always asks for "random": that name is the default, too."""
-        default = known("strategy", self.desk.settings.server.strategy, STRATEGIES)
-        made = {name: Sampling(name, self.desk.studies) for name in {default: None, **dict.fromkeys(STRATEGIES)}}
+        default = known("strategy", self.context.settings.server.strategy, STRATEGIES)
+        made = {name: Sampling(name, self.context.dataset) for name in {default: None, **dict.fromkeys(STRATEGIES)}}
         return {**made, "random": made[default]}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """SegQC's and the baselines'."""
-        return {method: PoolScoring(method, self.desk.studies) for method in ("segqc", "tta", "entropy")}
+        return {method: PoolScoring(method, self.context.dataset) for method in ("segqc", "tta", "entropy")}
 
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
@@ -96,17 +96,17 @@ class SegqcApp(MONAILabelApp):
         return self._told
 
     def _info(self) -> dict[str, Any]:
-        aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MOST_FINDINGS]]
+        aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MAX_FINDINGS]]
         told = super().info()
         running, stats = self._running(), told["train_stats"]
         # 3D Slicer and OHIF show the first one only
         told["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
-        remarks = self.datastore().remarks()[:_MOST_FINDINGS]
-        return {**told, "labels": list(self.desk.labels()), "findings": aside, "remarks": remarks}
+        remarks = self.datastore().remarks()[:_MAX_FINDINGS]
+        return {**told, "labels": list(self.context.labels()), "findings": aside, "remarks": remarks}
 
     def _running(self) -> str | None:
         """The network that is trained now, or first of those that wait; None where there is none."""
-        with self.desk.studies.store.read() as transaction:
+        with self.context.dataset.store.read() as transaction:
             waiting = jobs.open_jobs(transaction, "train")
         first = min(waiting, key=lambda job: job.state != "running", default=None)
         return str(first.request.get("model")) if first is not None else None
@@ -128,12 +128,12 @@ class SegqcApp(MONAILabelApp):
             task_request["image"] = request["image_file"]
         else:
             image = known("image", request.get("image", ""), store.list_images())
-            content = self.desk.studies.verify_scan(image).sha256
+            content = self.context.dataset.verify_scan(image).sha256
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 judged = self._mask_to_judge(image, request.get("label_tag"))
         if judged is not None:
-            task_request["label"] = str(self.desk.studies.store.label_file(judged))
+            task_request["label"] = str(self.context.dataset.store.label_file(judged))
         path, params = task(task_request)
         if judged is not None:
             params.update(label_tag=judged.tag, label_version=judged.id, label_sha256=judged.sha256)
@@ -151,7 +151,7 @@ class SegqcApp(MONAILabelApp):
         Raises:
             RequestError: 404 if there is no label with the wanted tag.
         """
-        with self.desk.studies.store.read() as transaction:
+        with self.context.dataset.store.read() as transaction:
             found = labels.tags(transaction, image)
         if tag is None:
             return next((found[own] for own in (labels.FINAL, labels.RETURNED, labels.ORIGINAL) if own in found), None)
@@ -173,14 +173,14 @@ class SegqcApp(MONAILabelApp):
     ) -> str:
         """Keep a network's label map of a scan's content; it is the network's, not that of whoever asked for it."""
         version = params["model_version"]
-        with self.desk.studies.store.write() as transaction:
+        with self.context.dataset.store.write() as transaction:
             pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
-        maker, info = Who("network", version, "program"), {"model": name, "params": params}
+        source, info = Actor("network", version, "program"), {"model": name, "params": params}
         above = parent.id if parent is not None else None
-        label = NewLabel(image, tag, "network", maker, parent=above, bundle=pair.id, info=info)
+        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info)
         kept = read_labels(path)
         if name == "segmentation":
-            kept = from_client(kept, label_names(self.desk.segmenter().structures))
+            kept = from_client(kept, label_names(self.context.segmenter().structures))
         with temporary_labels(kept) as stored:
-            self.desk.studies.store.save_label(label, stored, first=expecting(image, content))
+            self.context.dataset.store.save_label(label, stored, first=expecting(image, content))
         return image

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from segqc.evaluation.cohort import CohortError
-from segqc.evaluation.makers import (
+from segqc.evaluation.data.cohort import CohortError
+from segqc.evaluation.data.mask_sources import (
     Manifest,
     calibration_makers,
     check_masks,
@@ -22,16 +22,16 @@ from segqc.evaluation.makers import (
     train_test_maker,
     training_masks,
 )
-from segqc.evaluation.methods import methods, train, trainings
-from segqc.evaluation.observers import (
+from segqc.evaluation.data.run import Run, parallel_map, timed
+from segqc.evaluation.experiments.comparison import StudyName, StudyResult, find_truths, judge_method, study_result
+from segqc.evaluation.experiments.observers import (
     ObserverStudy,
     find_double_readings,
     find_experts,
     read_structures,
     study_observers,
 )
-from segqc.evaluation.run import Run, side_by_side, timed
-from segqc.evaluation.studies import StudyName, StudyResult, find_truths, judge_method, study_result
+from segqc.evaluation.methods.registry import methods, train, trainings
 from segqc.training import LineProgress, Progress
 
 OBSERVERS = TypeAdapter(ObserverStudy)
@@ -58,29 +58,29 @@ def evaluate(
         ablations: whether to train the variants as well, and to compare them on the stratified masks.
 
     Returns:
-        The studies' results; `segqc.evaluation.studies.kept_results` has those with variants as well.
+        The studies' results; `segqc.evaluation.experiments.comparison.kept_results` has those with variants as well.
     """
     run.cohort  # noqa: B018 read once: it goes to all workers with the run
     folds = range(run.settings.folds)
     makers = [*(test_maker_names(run) if "stratified" in studies else ()), "served"]
     makers += [*(f"fold-{k}" for k in folds), *(f"calibration-{k}" for k in folds)]
     with timed(run, "networks that make masks"):
-        side_by_side(run, train_mask_makers, makers, progress)
+        parallel_map(run, train_mask_makers, makers, progress)
     with timed(run, "masks"):
         for study in studies:
             manifest = MAKE_MASKS[study](run, progress)
             check_masks(run, manifest)
             progress.step(1, 1, f"{study}: {len(manifest.masks)} masks by {len(manifest.makers)} networks are fixed")
-        side_by_side(run, make_masks, [str(k) for k in folds], progress)
+        parallel_map(run, make_masks, [str(k) for k in folds], progress)
     with timed(run, "networks that are compared"):
-        side_by_side(run, train, trainings(run, ablations=ablations), progress)
+        parallel_map(run, train, trainings(run, ablations=ablations), progress)
     results = []
     for study in studies:
         with_variants = ablations and study == VARIED
         with timed(run, f"judging, {study}"):
             find_truths(run, study)
             compared = methods(ablations=with_variants)
-            side_by_side(run, judge_method, [f"{study}/{method}" for method in compared], progress)
+            parallel_map(run, judge_method, [f"{study}/{method}" for method in compared], progress)
         with timed(run, f"statistics, {study}"):
             results.append(study_result(run, study, progress))
             if with_variants:

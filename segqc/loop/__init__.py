@@ -1,1 +1,1 @@
-"""The loop over a studies folder: train, score, and the order in which scans are corrected."""
+"""The loop over a dataset folder: train, score, and the order in which scans are corrected."""

@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, Literal, TypeAlias
 
+from segqc.loop.dataset import Dataset, DatasetError, expecting
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
-from segqc.loop.studies import Studies, StudiesError, expecting
-from segqc.loop.train import publish, publish_staged, train
-from segqc.networks import DeviceMemoryError, ModelError
-from segqc.settings import Network, SettingsError, build
+from segqc.loop.training import publish, publish_staged, train
+from segqc.networks.device import DeviceMemoryError
+from segqc.networks.model import ModelError
+from segqc.settings import NetworkName, SettingsError, build
 from segqc.store import jobs
 from segqc.store.database import StoreError, Transaction
 from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL, NewLabel
+from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.store.scans import ScanReplaced, UnknownScan
-from segqc.store.values import JobRecord, JsonObject, Who
 from segqc.training import Progress, TooFewCases, TrainingSettings
 from segqc.volumes import VolumeError, read_labels, temporary_labels
 
@@ -26,37 +27,37 @@ logger = logging.getLogger(__name__)
 
 JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
-NETWORKS: Final[tuple[Network, ...]] = ("segmentation", "segqc")
+NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 LIKELY_ERRORS_TAG: Final = "likely-errors"
 
 # What a user can mend: said in its own sentence, without the way it took through the code.
 KNOWN_PROBLEMS = (
-    DeviceMemoryError, ModelError, SettingsError, StoreError, StudiesError, TooFewCases, VolumeError, OSError,
+    DeviceMemoryError, ModelError, SettingsError, StoreError, DatasetError, TooFewCases, VolumeError, OSError,
 )  # fmt: skip
 
 
-def run(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
     """Do a job and return its result.
 
     Raises:
-        StudiesError: if its request asks for something that is not there.
+        DatasetError: if its request asks for something that is not there.
     """
-    work: Mapping[str, Callable[[Studies, JobRecord, Progress], JsonObject]] = {
+    work: Mapping[str, Callable[[Dataset, JobRecord, Progress], JsonObject]] = {
         "train": _train,
         "scoring": _score,
         "batch_infer": _batch_infer,
         "round": _round,
     }
-    return work[job.kind](studies, job, progress)
+    return work[job.kind](dataset, job, progress)
 
 
-def chosen_settings(studies: Studies, network: Network, choices: Mapping[str, object]) -> TrainingSettings:
+def chosen_settings(dataset: Dataset, network: NetworkName, choices: Mapping[str, object]) -> TrainingSettings:
     """The folder's settings of a training, with a request's choices over them.
 
     Raises:
         SettingsError: if a choice is unknown or can't be used.
     """
-    own = studies.settings.training_settings(network)
+    own = dataset.settings.training_settings(network)
     checked = build(TrainingSettings, choices, "params")
     try:
         return replace(own, **{name: getattr(checked, name) for name in choices})
@@ -77,31 +78,31 @@ def title(kind: str, request: JsonObject) -> str:
             return f"the {kind}"
 
 
-def _train(studies: Studies, job: JobRecord, progress: Progress, *, stage: bool = False) -> JsonObject:
+def _train(dataset: Dataset, job: JobRecord, progress: Progress, *, stage: bool = False) -> JsonObject:
     request = dict(job.request)
     network = _network(request.pop("model", None))
-    settings = chosen_settings(studies, network, request)
-    card = train(studies, network, progress, settings, purpose=f"a worker's {job.kind} job", wait=True, stage=stage)
+    settings = chosen_settings(dataset, network, request)
+    card = train(dataset, network, progress, settings, purpose=f"a worker's {job.kind} job", wait=True, stage=stage)
     return {"network": network, "scores": dict(card.scores)}
 
 
-def _network(name: object) -> Network:
+def _network(name: object) -> NetworkName:
     for network in NETWORKS:
         if name == network:
             return network
-    raise StudiesError(f"there is no network {name!r}; there are {' and '.join(NETWORKS)}")
+    raise DatasetError(f"there is no network {name!r}; there are {' and '.join(NETWORKS)}")
 
 
-def _score(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+def _score(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
     methods: tuple[Method, ...] = ("segqc", "tta", "entropy")
     for method in methods:
         if job.request.get("method") == method:
-            summary = score(studies, method, progress, force=bool(job.request.get("force", False)))
+            summary = score(dataset, method, progress, force=bool(job.request.get("force", False)))
             return {"method": method, **dataclasses.asdict(summary)}
-    raise StudiesError(f"there is no scoring method {job.request.get('method')!r}; there are {', '.join(methods)}")
+    raise DatasetError(f"there is no scoring method {job.request.get('method')!r}; there are {', '.join(methods)}")
 
 
-def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+def _batch_infer(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
     """Make masks, or label maps of likely errors, of all, all labelled or all unlabelled scans."""
     request = job.request
     network, tag, wanted = (
@@ -109,31 +110,31 @@ def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonOb
         str(request.get("label_tag") or ORIGINAL),
         request.get("images"),
     )
-    segmenter, assessor = studies.segmenter(), studies.assessor()
+    segmenter, assessor = dataset.segmenter(), dataset.assessor()
     if segmenter is None or (network == "segqc" and assessor is None):
         raise ModelError(f"the network {network!r} is not trained yet")
-    entries = [e for e in studies.scans() if wanted == "all" or (e.final is None) == (wanted == "unlabeled")]
+    entries = [e for e in dataset.scans() if wanted == "all" or (e.final is None) == (wanted == "unlabeled")]
     most = request.get("max_batch_size")
     entries = entries[: int(most)] if isinstance(most, int) and most > 0 else entries
-    pair, failed = publish(studies), dict[str, str]()
+    pair, failed = publish(dataset), dict[str, str]()
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"inference: {entry.id}")
         try:
-            scan = studies.read_scan(entry)
+            scan = dataset.read_scan(entry)
             if network == "segmentation" or assessor is None:
-                keep_mask(studies, entry.id, segmenter.predict(scan).labels, segmenter, tag, content=entry.sha256)
+                keep_mask(dataset, entry.id, segmenter.predict(scan).labels, segmenter, tag, content=entry.sha256)
                 continue
-            mask = mask_to_assess(studies, entry, segmenter)
+            mask = mask_to_assess(dataset, entry, segmenter)
             if mask is None:
                 made = segmenter.predict(scan).labels
-                mask = keep_mask(studies, entry.id, made, segmenter, content=entry.sha256)
-            labels = read_labels(studies.store.label_file(mask), scan=scan, values=assessor.values)
+                mask = keep_mask(dataset, entry.id, made, segmenter, content=entry.sha256)
+            labels = read_labels(dataset.store.label_file(mask), scan=scan, values=assessor.values)
             result = assessor.assess(scan, labels, scan_id=entry.id)
             errors = assessor.likely_errors(result, scan)
-            maker = Who("network", assessor.version, "program")
-            label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", maker, parent=mask.id, bundle=pair)
+            source = Actor("network", assessor.version, "program")
+            label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", source, parent=mask.id, bundle=pair)
             with temporary_labels(errors) as path:
-                studies.store.save_label(label, path, first=expecting(entry.id, entry.sha256))
+                dataset.store.save_label(label, path, first=expecting(entry.id, entry.sha256))
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from their masks
             logger.warning("%s is left out: %s", entry.id, error)
@@ -142,36 +143,36 @@ def _batch_infer(studies: Studies, job: JobRecord, progress: Progress) -> JsonOb
     return {"model": network, "done": len(entries) - len(failed), "failed": dict(failed)}
 
 
-def _round(studies: Studies, job: JobRecord, progress: Progress) -> JsonObject:
+def _round(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
     """Train both networks, publish them together, then segment and assess the pool.
 
     Finished steps are not done twice.
     """
-    with studies.store.write() as transaction:
-        number, done = jobs.begin_round(transaction, job.id, len(studies.cases()))
+    with dataset.store.write() as transaction:
+        number, done = jobs.begin_round(transaction, job.id, len(dataset.cases()))
 
-    def train_one(network: Network) -> JsonObject:
-        return _train(studies, _part(job, network), progress, stage=True)
+    def train_one(network: NetworkName) -> JsonObject:
+        return _train(dataset, _part(job, network), progress, stage=True)
 
     steps: list[tuple[str, Callable[[], JsonObject]]] = [
         ("train segmentation", lambda: train_one("segmentation")),
         ("train segqc", lambda: train_one("segqc")),
-        ("publish", lambda: {"bundle": publish_staged(studies)}),
-        ("score", lambda: _score(studies, replace(job, request={"method": "segqc"}), progress)),
+        ("publish", lambda: {"bundle": publish_staged(dataset)}),
+        ("score", lambda: _score(dataset, replace(job, request={"method": "segqc"}), progress)),
     ]
     for name, step in steps:
         if name not in done:
             progress.step(0, 1, f"round: {name}")
             done[name] = step()
-            with studies.store.write() as transaction:
+            with dataset.store.write() as transaction:
                 jobs.finish_step(transaction, number, name, done[name])
-    pair = publish(studies)
-    with studies.store.write() as transaction:
+    pair = publish(dataset)
+    with dataset.store.write() as transaction:
         jobs.finish_round(transaction, number, pair)
     return {"round": number, **done}
 
 
-def _part(job: JobRecord, network: Network) -> JobRecord:
+def _part(job: JobRecord, network: NetworkName) -> JobRecord:
     own = job.request.get(network, {})
     return replace(job, request={"model": network, **(own if isinstance(own, dict) else {})})
 
@@ -179,10 +180,10 @@ def _part(job: JobRecord, network: Network) -> JobRecord:
 def follow_up(transaction: Transaction, job: JobRecord) -> None:
     """What a finished job calls for: after the last waiting training, the pool is scored by the new networks."""
     if job.kind == "train" and not jobs.open_jobs(transaction, "train"):
-        put_scoring(transaction)
+        enqueue_scoring(transaction)
 
 
-def put_scoring(transaction: Transaction) -> None:
+def enqueue_scoring(transaction: Transaction) -> None:
     """Put a scoring of the pool, unless one waits already; what has a current score is left as it is."""
     if not any(job.state == "queued" for job in jobs.open_jobs(transaction, "scoring")):
-        jobs.put(transaction, "scoring", {"method": "segqc"}, SERVER)
+        jobs.enqueue(transaction, "scoring", {"method": "segqc"}, SERVER)

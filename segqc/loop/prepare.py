@@ -1,4 +1,4 @@
-"""A studies folder out of a data set whose labels are known: some scans labelled, the truth of the others set aside."""
+"""A dataset folder out of a data set whose labels are known: some scans labelled, the truth of the others set aside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from segqc.loop.studies import StudiesError
+from segqc.loop.dataset import DatasetError
 from segqc.settings import write_settings
 from segqc.text import TextError, decode_text
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix, scan_id
@@ -36,14 +36,14 @@ def prepare(
     split: str | None = None,
     seed: int = 0,
 ) -> Prepared:
-    """Make a studies folder by drawing scans from a data set at random.
+    """Make a dataset folder by drawing scans from a data set at random.
 
     Labels of the labelled scans become ``labels/final/``, those of the others ``truth/``, which no training and no
     server reads. Scans of one patient (from a split that lists patients) go to the same side.
 
     Args:
         dataset: a folder with ``images/`` and ``labels/``, files of the same names, and perhaps ``splits.json``.
-        folder: the studies folder to make; it must be new or empty.
+        folder: the dataset folder to make; it must be new or empty.
         labelled: number of scans with a final label.
         unlabelled: number of scans without one.
         structures: names and label values, for ``segqc.toml``.
@@ -52,22 +52,22 @@ def prepare(
         seed: of the draw.
 
     Raises:
-        StudiesError: if the data set has no such files or split or too few scans, or the folder is not empty.
+        DatasetError: if the data set has no such files or split or too few scans, or the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudiesError(f"{folder}: exists already; name a new or empty folder")
+        raise DatasetError(f"{folder}: exists already; name a new or empty folder")
     pairs = labelled_pairs(dataset)
     groups = scans_by_patient(dataset, split, list(pairs))
     order = np.random.default_rng(seed).permutation(len(groups))
     names = [scan for i in order for scan in groups[list(groups)[int(i)]]]
     if labelled < 0 or unlabelled < 0 or labelled + unlabelled > len(names):
         wanted = f"{labelled} labelled and {unlabelled} unlabelled scans"
-        raise StudiesError(f"{dataset}: {wanted} wanted, but {len(names)} are there to draw from")
+        raise DatasetError(f"{dataset}: {wanted} wanted, but {len(names)} are there to draw from")
     chosen, cut = names[: labelled + unlabelled], labelled
     patient_of = {scan: patient for patient, scans in groups.items() for scan in scans}
     if 0 < cut < len(chosen) and patient_of[chosen[cut - 1]] == patient_of[chosen[cut]]:
         shared = patient_of[chosen[cut]]
-        raise StudiesError(
+        raise DatasetError(
             f"{dataset}: with {labelled} labelled scans the patient {shared} would be on both sides; "
             f"ask for {labelled + 1} or {labelled - 1} labelled scans"
         )
@@ -90,16 +90,16 @@ def labelled_pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
     """The scan and the label file of each labelled scan of a data set, by id.
 
     Raises:
-        StudiesError: if there are none.
+        DatasetError: if there are none.
     """
     images, labels = dataset / "images", dataset / "labels"
     if not images.is_dir() or not labels.is_dir():
-        raise StudiesError(f"{dataset}: wanted a folder with images/ and labels/")
+        raise DatasetError(f"{dataset}: wanted a folder with images/ and labels/")
     by_id = {label_id(path): path for path in sorted(labels.iterdir()) if label_suffix(path.name) is not None}
     scans = {scan_id(path): path for path in sorted(images.iterdir()) if path.is_file() and is_scan_path(path)}
     pairs = {name: (path, by_id[name]) for name, path in scans.items() if name in by_id}
     if not pairs:
-        raise StudiesError(f"{dataset}: no scan in images/ has a file of the same name in labels/")
+        raise DatasetError(f"{dataset}: no scan in images/ has a file of the same name in labels/")
     return pairs
 
 
@@ -107,7 +107,7 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
     """Scans of a split by patient; without a split all scans, each its own patient.
 
     Raises:
-        StudiesError: if ``splits.json`` can't be read or has no such split.
+        DatasetError: if ``splits.json`` can't be read or has no such split.
     """
     if split is None:
         return {name: [name] for name in names}
@@ -115,12 +115,12 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
     try:
         splits = _SPLITS.validate_json(decode_text(path.read_bytes()))
     except TextError as error:
-        raise StudiesError(f"{path}: {error}") from error
+        raise DatasetError(f"{path}: {error}") from error
     except (OSError, ValidationError) as error:
-        raise StudiesError(f"{path}: no readable splits file; leave --split away to draw from all scans") from error
+        raise DatasetError(f"{path}: no readable splits file; leave --split away to draw from all scans") from error
     entry = splits.get(split, splits.get(f"{split}_patients"))
     if not isinstance(entry, list):
-        raise StudiesError(f"{path}: no split named {split!r}; it has {', '.join(splits)}")
+        raise DatasetError(f"{path}: no split named {split!r}; it has {', '.join(splits)}")
     items = {str(item) for listed in splits.values() if isinstance(listed, list) for item in listed}
     owner = {name: _owner(name, items) for name in names}
     groups = {item: [name for name in names if owner[name] == item] for item in map(str, entry)}

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from segqc.assessor import Assessor
-from segqc.intervals import (
+from segqc.loop.dataset import Dataset
+from segqc.networks.assessor import Assessor
+from segqc.networks.model import ModelError
+from segqc.quality.calibration import StructureCalibration
+from segqc.quality.intervals import (
     DEFAULT_FLOOR,
     LEVEL,
     ConformalCalibration,
@@ -16,11 +19,9 @@ from segqc.intervals import (
     patients_needed,
     split_conformal,
 )
-from segqc.loop.studies import Studies
-from segqc.metrics import MetricName
-from segqc.networks import ModelError, StructureCalibration
+from segqc.quality.metrics import MetricName
 from segqc.store import assessments, corrections
-from segqc.store.values import CheckedEstimate
+from segqc.store.records import CheckedEstimate
 from segqc.types import Assessment, StructureQuality
 
 
@@ -47,15 +48,15 @@ class Audit:
     intervals: StructureIntervals | None
 
 
-def audit(studies: Studies, assessor: Assessor, *, simulated: bool = False, level: float = LEVEL) -> tuple[Audit, ...]:
+def audit(dataset: Dataset, assessor: Assessor, *, simulated: bool = False, level: float = LEVEL) -> tuple[Audit, ...]:
     """Compare the estimates of the current pair of networks, as shown at hand-out, with the corrections of audit draws.
 
     An estimate belongs to its pair: those of earlier networks say nothing of this one's. Patients that SegQC-Net has
-    learnt from are left out, as are all draws that are not uniform at random. The draws are from the scans that waited
+    trained from are left out, as are all draws that are not uniform at random. The draws are from the scans that waited
     at their time, and the intervals are those of such scans.
 
     Args:
-        studies: the folder.
+        dataset: the folder.
         assessor: the current SegQC-Net.
         simulated: take a simulated annotator's corrections instead of people's.
         level: of the intervals that are wanted.
@@ -63,9 +64,9 @@ def audit(studies: Studies, assessor: Assessor, *, simulated: bool = False, leve
     Returns:
         One of each structure, in the model's order.
     """
-    segmenter = studies.segmenter()
+    segmenter = dataset.segmenter()
     pair = (segmenter.version if segmenter is not None else "", assessor.version)
-    with studies.store.read() as transaction:
+    with dataset.store.read() as transaction:
         found = corrections.audited(transaction, simulated=simulated)
     seen = set(assessor.card.seen)
     found = [c for c in found if (c.segmenter_version, c.assessor_version) == pair and c.patient not in seen]
@@ -121,7 +122,7 @@ def _conformal(
     )
 
 
-def use(studies: Studies, assessor: Assessor, found: Sequence[Audit]) -> int:
+def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit]) -> int:
     """Make the intervals of audit draws those of the model, where there are enough; estimates and version stay.
 
     Assessments of waiting scans get the new intervals at once, but for those that an annotator was shown: they stay
@@ -140,10 +141,10 @@ def use(studies: Studies, assessor: Assessor, found: Sequence[Audit]) -> int:
         for old, new in zip(assessor.card.calibration, found, strict=True)
     )
     updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
-    updated.save(studies.model_path("segqc"))
-    waiting = [entry.id for entry in studies.waiting()]
+    updated.save(dataset.model_path("segqc"))
+    waiting = [entry.id for entry in dataset.waiting()]
     count = 0
-    with studies.store.write() as transaction:
+    with dataset.store.write() as transaction:
         for name in waiting:
             latest = assessments.latest(transaction, name)
             if latest is None or latest[1].assessor_version != updated.version:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from segqc.store.values import ScanState
+from segqc.store.records import ScanState
 
 STATE_OF: Final[Mapping[str, ScanState]] = {
     "approve": "approved",

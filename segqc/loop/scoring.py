@@ -1,4 +1,4 @@
-"""Score the scans of a studies folder that no person has labelled yet; continue where an earlier run stopped."""
+"""Score the scans of a dataset folder that no person has labelled yet; continue where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from segqc.assessor import AssessmentResult, Assessor
-from segqc.baselines.tta import entropy, tta_dice
-from segqc.loop.studies import ScanEntry, Studies
-from segqc.networks import ModelError
-from segqc.segmenter import Segmenter
+from segqc.evaluation.methods.tta import entropy, tta_dice
+from segqc.loop.dataset import Dataset, ScanEntry
+from segqc.networks.assessor import AssessmentResult, Assessor
+from segqc.networks.model import ModelError
+from segqc.networks.segmenter import Segmenter
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
+from segqc.store.records import LabelRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
-from segqc.store.values import LabelRecord
 from segqc.training import Progress
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
@@ -32,7 +32,7 @@ class ScoringSummary:
     failed: dict[str, str]
 
 
-def score(studies: Studies, method: Method, progress: Progress, *, force: bool = False) -> ScoringSummary:
+def score(dataset: Dataset, method: Method, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
     "segqc" makes a mask where the current segmentation network has not made one, and assesses it; from its start on
@@ -41,7 +41,7 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
     group's mean prediction over the mask's volume. In all three the lowest score is the worst.
 
     Args:
-        studies: the folder.
+        dataset: the folder.
         method: what to score by.
         progress: told after each scan.
         force: score again what has a current score.
@@ -49,22 +49,22 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
     Raises:
         ModelError: if a network that the method needs is not trained yet.
     """
-    segmenter, assessor = _networks(studies, method)
+    segmenter, assessor = _networks(dataset, method)
     if assessor is not None:
-        with studies.store.write() as transaction:
+        with dataset.store.write() as transaction:
             assessments.serve(transaction, segmenter.version, assessor.version)
-    entries = studies.waiting()
-    known = {} if force or method == "segqc" else studies.score_versions(method)
+    entries = dataset.waiting()
+    known = {} if force or method == "segqc" else dataset.score_versions(method)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
         try:
             if method == "segqc" and assessor is not None:
-                fresh = _score_segqc(studies, entry, segmenter, assessor, force)
+                fresh = _score_segqc(dataset, entry, segmenter, assessor, force)
             else:
                 fresh = known.get(entry.id) != segmenter.version
                 if fresh:
-                    _score_tta(studies, entry, segmenter)
+                    _score_tta(dataset, entry, segmenter)
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
@@ -75,58 +75,58 @@ def score(studies: Studies, method: Method, progress: Progress, *, force: bool =
     return ScoringSummary(scored, skipped, failed)
 
 
-def _networks(studies: Studies, method: Method) -> tuple[Segmenter, Assessor | None]:
-    segmenter = studies.segmenter()
+def _networks(dataset: Dataset, method: Method) -> tuple[Segmenter, Assessor | None]:
+    segmenter = dataset.segmenter()
     if segmenter is None:
         raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")
     if method != "segqc":
         return segmenter, None
-    assessor = studies.assessor()
+    assessor = dataset.assessor()
     if assessor is None:
         raise ModelError("scoring by segqc needs a SegQC network; train one first (segqc train segqc)")
     return segmenter, assessor
 
 
-def mask_to_assess(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> LabelRecord | None:
+def mask_to_assess(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> LabelRecord | None:
     """The scan's mask, unless there is none or another network than the current one made it."""
-    mask = studies.mask(entry.id)
+    mask = dataset.mask(entry.id)
     outdated = mask is not None and mask.bundle is not None and mask.bundle.segmenter_version != segmenter.version
     return None if outdated else mask
 
 
-def _score_segqc(studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, force: bool) -> bool:
-    mask = mask_to_assess(studies, entry, segmenter)
+def _score_segqc(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, force: bool) -> bool:
+    mask = mask_to_assess(dataset, entry, segmenter)
     if mask is not None and not force:
-        with studies.store.read() as transaction:
+        with dataset.store.read() as transaction:
             found = assessments.latest_of(transaction, mask.id)
         if found is not None and found[1].assessor_version == assessor.version:
             return False
-    assess_scan(studies, entry, segmenter, assessor)
+    assess_scan(dataset, entry, segmenter, assessor)
     return True
 
 
-def assess_scan(studies: Studies, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor) -> AssessmentResult:
+def assess_scan(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor) -> AssessmentResult:
     """Assess a scan's mask, made now where there is none of the current network; keep mask and assessment.
 
     Raises:
         VolumeError: if scan or mask can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
-    scan = studies.read_scan(entry)
-    mask = mask_to_assess(studies, entry, segmenter)
+    scan = dataset.read_scan(entry)
+    mask = mask_to_assess(dataset, entry, segmenter)
     if mask is None:
         labels = segmenter.predict(scan).labels
-        mask = keep_mask(studies, entry.id, labels, segmenter, content=entry.sha256)
+        mask = keep_mask(dataset, entry.id, labels, segmenter, content=entry.sha256)
     else:
-        labels = read_labels(studies.store.label_file(mask), scan=scan, values=segmenter.values)
-    maker = mask.bundle.segmenter_version if mask.bundle is not None else None
-    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=maker)
-    studies.write_assessment(result.assessment, mask, content=entry.sha256)
+        labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
+    source = mask.bundle.segmenter_version if mask.bundle is not None else None
+    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=source)
+    dataset.write_assessment(result.assessment, mask, content=entry.sha256)
     return result
 
 
 def keep_mask(
-    studies: Studies,
+    dataset: Dataset,
     name: str,
     labels: Volume,
     segmenter: Segmenter,
@@ -134,15 +134,15 @@ def keep_mask(
     *,
     content: str | None = None,
 ) -> LabelRecord:
-    """Store a network's mask of a scan, of the content that it was made of; see `Studies.save_mask`."""
+    """Store a network's mask of a scan, of the content that it was made of; see `Dataset.save_mask`."""
     with temporary_labels(labels) as path:
-        return studies.save_mask(name, path, segmenter, tag=tag, content=content)
+        return dataset.save_mask(name, path, segmenter, tag=tag, content=content)
 
 
-def _score_tta(studies: Studies, entry: ScanEntry, segmenter: Segmenter) -> None:
-    settings = studies.settings.training_settings("segmentation")
-    prediction = segmenter.predict_tta(studies.read_scan(entry), contrasts=settings.contrasts)
+def _score_tta(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:
+    settings = dataset.settings.training_settings("segmentation")
+    prediction = segmenter.predict_tta(dataset.read_scan(entry), gammas=settings.gammas)
     # one run of the group gives both baselines
     dice = tta_dice(prediction, segmenter.structures)
-    studies.write_score("tta", entry.id, dice, segmenter.version, entry.sha256)
-    studies.write_score("entropy", entry.id, -entropy(prediction), segmenter.version, entry.sha256)
+    dataset.write_score("tta", entry.id, dice, segmenter.version, entry.sha256)
+    dataset.write_score("entropy", entry.id, -entropy(prediction), segmenter.version, entry.sha256)

@@ -29,14 +29,14 @@ from typing import Final, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from segqc.loop import jobs as work
-from segqc.loop.lifetime import death_by_signal
+from segqc.loop.dataset import Dataset
 from segqc.loop.locks import hold, is_abandoned
-from segqc.loop.studies import Studies
+from segqc.loop.processes import death_by_signal
+from segqc.progress import LineProgress, step_line
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
-from segqc.store.values import JobRecord, JobState, JsonObject
-from segqc.training.progress import LineProgress, step_line
+from segqc.store.records import JobRecord, JobState, JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,11 @@ def run_job(folder: Path, number: int) -> int:
 
     A mistake of ours is told with its traceback; the last line is what it was.
     """
-    studies = Studies(folder)
-    with studies.store.read() as transaction:
+    dataset = Dataset(folder)
+    with dataset.store.read() as transaction:
         job = jobs.get(transaction, number)
     try:
-        result = work.run(studies, job, LineProgress(_say_step))
+        result = work.run(dataset, job, LineProgress(_say_step))
     except work.KNOWN_PROBLEMS as error:
         sys.stdout.write(f"{_one_line(error)}\n")
         return 1
@@ -112,13 +112,13 @@ class Worker:
 
     def __init__(
         self,
-        studies: Studies,
+        dataset: Dataset,
         kinds: Collection[str] = work.KINDS,
         *,
         command: Callable[[JobRecord], list[str]] | None = None,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
-        self.studies = studies
+        self.dataset = dataset
         self.kinds = tuple(kinds)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._command = command or self._job_command
@@ -126,8 +126,8 @@ class Worker:
         self._ending = threading.Event()
 
     def _job_command(self, job: JobRecord) -> list[str]:
-        arguments = [str(self.studies.folder), str(job.id), str(os.getpid())]
-        return [sys.executable, "-u", "-m", "segqc.loop.job", *arguments]
+        arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
+        return [sys.executable, "-u", "-m", "segqc.loop.job_process", *arguments]
 
     def end(self, *_: int | FrameType | None) -> None:
         """Take no more; the running job is stopped and put back into the queue. Serves as a signal's handler."""
@@ -156,12 +156,12 @@ class Worker:
         return self._job(job)
 
     def _job(self, job: int) -> JobRecord:
-        with self.studies.store.read() as transaction:
+        with self.dataset.store.read() as transaction:
             return jobs.get(transaction, job)
 
     def _serve(self, enough: Callable[[bool], bool]) -> None:
         """Take jobs until it is enough; that is asked after each, with whether none waited."""
-        logger.info("the worker %s takes jobs of %s", self.name, self.studies.folder)
+        logger.info("the worker %s takes jobs of %s", self.name, self.dataset.folder)
         own = self._lock_file(self.name)
         left_behind = [path for path in own.parent.glob("*.lock") if is_abandoned(path)]
         # successors on this machine see by it at once that this worker has died
@@ -180,8 +180,8 @@ class Worker:
 
     def _take(self) -> JobRecord | None:
         try:
-            with self.studies.store.write() as transaction:
-                return jobs.take(transaction, self.name, self.kinds, self._is_dead)
+            with self.dataset.store.write() as transaction:
+                return jobs.claim(transaction, self.name, self.kinds, self._is_dead)
         except StoreDamaged:
             raise  # it does not mend by itself
         except StoreUnavailable as error:
@@ -190,13 +190,13 @@ class Worker:
             return None
 
     def _lock_file(self, worker: str) -> Path:
-        return self.studies.own / "workers" / f"{worker}.lock"
+        return self.dataset.own / "workers" / f"{worker}.lock"
 
     def _is_dead(self, worker: str) -> bool:
         return is_abandoned(self._lock_file(worker))
 
     def _run(self, job: JobRecord) -> None:
-        logger.info("%s starts (attempt %d of %d): %s", job.kind, job.attempts, jobs.MOST_ATTEMPTS, job.request)
+        logger.info("%s starts (attempt %d of %d): %s", job.kind, job.attempts, jobs.MAX_ATTEMPTS, job.request)
         heard = _Heard()
         try:
             process = self._start(job)
@@ -261,18 +261,18 @@ class Worker:
             if time.monotonic() - last >= min(POLL_SECONDS, self._heartbeat):
                 last = time.monotonic()
                 try:
-                    with self.studies.store.write() as transaction:
-                        jobs.beat(transaction, job.id, self.name, said=heard.told(), steps=heard.steps)
+                    with self.dataset.store.write() as transaction:
+                        jobs.heartbeat(transaction, job.id, self.name, messages=heard.told(), steps=heard.steps)
                 except JobLost:
                     raise
                 except StoreError as error:
                     logger.warning("%s", error)
 
     def _finish(self, job: JobRecord, state: JobState, heard: _Heard) -> None:
-        said = heard.told()
+        messages = heard.told()
 
         def finish(transaction: Transaction) -> JobRecord:
-            jobs.finish(transaction, job.id, self.name, state, heard.result, said=said, steps=heard.steps)
+            jobs.finish(transaction, job.id, self.name, state, heard.result, messages=messages, steps=heard.steps)
             ended = jobs.get(transaction, job.id)
             if ended.state == "done":
                 work.follow_up(transaction, ended)
@@ -280,26 +280,26 @@ class Worker:
 
         ended = self._write(finish)
         if ended is not None:
-            reason = f" ({ended.said[-1]})" if ended.state == "failed" and ended.said else ""
+            reason = f" ({ended.messages[-1]})" if ended.state == "failed" and ended.messages else ""
             logger.info("%s ended: %s%s", job.kind, ended.state, reason)
 
     def _retry(self, job: JobRecord, reason: str, heard: _Heard) -> None:
-        said = heard.told()
+        messages = heard.told()
 
         def retry(transaction: Transaction) -> JobRecord:
-            jobs.retry(transaction, job.id, self.name, reason, said=said, steps=heard.steps)
+            jobs.retry(transaction, job.id, self.name, reason, messages=messages, steps=heard.steps)
             return jobs.get(transaction, job.id)
 
         now = self._write(retry)
         again = "; it is tried again" if now is not None and now.state == "queued" else ""
-        logger.warning("%s, attempt %d of %d: %s%s", job.kind, job.attempts, jobs.MOST_ATTEMPTS, reason, again)
+        logger.warning("%s, attempt %d of %d: %s%s", job.kind, job.attempts, jobs.MAX_ATTEMPTS, reason, again)
 
     def _write(self, change: Callable[[Transaction], T]) -> T | None:
         """Change the store, as soon as its database is there; None where this worker ends and it stays away."""
         tries_at_end = math.ceil(_GRACE_SECONDS / POLL_SECONDS)
         while True:
             try:
-                with self.studies.store.write() as transaction:
+                with self.dataset.store.write() as transaction:
                     return change(transaction)
             except StoreDamaged:
                 raise
@@ -324,17 +324,17 @@ class _Heard:
 
     def take(self, line: str, job: JobRecord) -> None:
         try:
-            said = _LINE.validate_json(line)
+            messages = _LINE.validate_json(line)
         except ValidationError:
             self.has_reason = True
             self._tell(line, job)
             return
         self.has_reason = False
-        if isinstance(said, _Result):
-            self.result = said.result
+        if isinstance(messages, _Result):
+            self.result = messages.result
             return
-        self.steps = (said.done, said.total)
-        self._tell(step_line(said.done, said.total, said.message), job)
+        self.steps = (messages.done, messages.total)
+        self._tell(step_line(messages.done, messages.total, messages.message), job)
 
     def _tell(self, text: str, job: JobRecord) -> None:
         logging.getLogger(f"task_{job.kind}").info("%s", text)

@@ -16,14 +16,14 @@ from monailabel.endpoints.user.auth import RBAC, User, from_token, oauth2_scheme
 from pydantic import JsonValue, ValidationError
 
 from segqc.store.events import SERVER
-from segqc.store.values import Who
+from segqc.store.records import Actor
 
 COOKIE: Final = "segqc_client"
 _COOKIE_SECONDS: Final = 30 * 24 * 3600
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 _COOKIE: Final = re.compile(r"[0-9a-f]{32}")
 
-_current: contextvars.ContextVar[Who] = contextvars.ContextVar("who", default=SERVER)
+_current: contextvars.ContextVar[Actor] = contextvars.ContextVar("actor", default=SERVER)
 
 
 def signed_in_user(token: Annotated[str, Depends(oauth2_scheme)]) -> User:
@@ -42,13 +42,13 @@ def signed_in_user(token: Annotated[str, Depends(oauth2_scheme)]) -> User:
         raise HTTPException(503, f"what answers at {realm} is no sign-in server: it has no public key.") from error
 
 
-class Asker:
+class RequestUser:
     """Who makes a request."""
 
     def __init__(self, request: Request, response: Response, user: User) -> None:
         self._request, self._response, self._user = request, response, user
 
-    def who(self, params: Mapping[str, JsonValue] | None = None) -> Who:
+    def actor(self, params: Mapping[str, JsonValue] | None = None) -> Actor:
         """Tell who it is.
 
         The signed-in user, where users sign in; else whom a trusted proxy's header names, where one is configured;
@@ -58,48 +58,48 @@ class Asker:
             params: the request's parameters.
         """
         if settings.MONAI_LABEL_AUTH_ENABLE:
-            return Who("person", self._user.username, "signed-in")
+            return Actor("person", self._user.username, "signed-in")
         header = self._request.app.state.user_header
         if header and (name := self._request.headers.get(header)) and _NAME.fullmatch(name):
-            return Who("person", name, "trusted-header")
+            return Actor("person", name, "trusted-header")
         client = (params or {}).get("client_id") or self._request.query_params.get("client_id")
         if isinstance(client, str) and _NAME.fullmatch(client):
-            return Who("person", client, "client-id")
+            return Actor("person", client, "client-id")
         known = self._request.cookies.get(COOKIE, "")
         if not _COOKIE.fullmatch(known):
             known = uuid.uuid4().hex
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
-        return Who("person", f"browser {known}", "cookie")
+        return Actor("person", f"browser {known}", "cookie")
 
-    def client(self, who: Who) -> str:
+    def client(self, actor: Actor) -> str:
         """What the next request of the same program has in common with this one.
 
-        That is who makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
+        That is actor makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
         """
-        if who.identified_by != "cookie" or who.name == f"browser {self._request.cookies.get(COOKIE)}":
-            return f"{who.identified_by} {who.name}"
+        if actor.identified_by != "cookie" or actor.name == f"browser {self._request.cookies.get(COOKIE)}":
+            return f"{actor.identified_by} {actor.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
 
 
-async def asking(
+async def request_user(
     request: Request,
     response: Response,
     user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
-) -> Asker:
+) -> RequestUser:
     """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
-    return Asker(request, response, user)
+    return RequestUser(request, response, user)
 
 
 @contextlib.contextmanager
-def acting(who: Who) -> Iterator[None]:
+def acting(actor: Actor) -> Iterator[None]:
     """Have what MONAI Label's interfaces do in this block be done by this actor: they do not pass it on."""
-    token = _current.set(who)
+    token = _current.set(actor)
     try:
         yield
     finally:
         _current.reset(token)
 
 
-def current_actor() -> Who:
+def current_actor() -> Actor:
     """The actor of this block; the server itself outside of any."""
     return _current.get()

@@ -16,7 +16,7 @@ from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segqc.evaluation.agreement import dice_by_structure, find_labels, worst_dice
+from segqc.loop.agreement import dice_by_structure, find_labels, worst_dice
 from segqc.server.client_labels import from_client
 from segqc.types import PredictionInterval, Structure, label_names
 from segqc.volumes import VolumeError, read_labels

@@ -32,11 +32,12 @@ from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, put_scoring
+from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, enqueue_scoring
 from segqc.loop.review import STATE_OF
-from segqc.networks import Kind, ModelError, TrainedNetwork, model_status
-from segqc.server import jobs
-from segqc.server.actors import Asker, acting, asking
+from segqc.networks.card import NetworkName
+from segqc.networks.model import ModelError, TrainedNetwork, model_status
+from segqc.server import job_answers
+from segqc.server.actors import RequestUser, acting, request_user
 from segqc.server.checks import (
     FOREIGN_TRAINING_PARAMS,
     IGNORED_REASON,
@@ -55,14 +56,14 @@ from segqc.server.checks import (
     usable_image_id,
 )
 from segqc.server.client_labels import same_values, to_client
+from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
-from segqc.server.models import Desk
-from segqc.server.submission import read_submission, stored_info, submit
+from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
 from segqc.server.waiting import JobsDone
 from segqc.store import assessments, events, labels, leases, scans
+from segqc.store.records import EventRecord, LabelRecord, ScanRecord
 from segqc.store.store import Store, suffix_of
-from segqc.store.values import EventRecord, LabelRecord, ScanRecord
 from segqc.types import PredictionInterval
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, atomic_write, read_labels, write_labels
 from segqc.volumes.intake import check_scan
@@ -72,7 +73,7 @@ router = APIRouter()
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
 
-AskedBy = Annotated[Asker, Depends(asking)]
+AskingUser = Annotated[RequestUser, Depends(request_user)]
 
 USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
@@ -131,7 +132,7 @@ def _check_received(path: Path, what: str) -> None:
         RequestError: 422 if it can't be used; the sentence names what it was sent as, not where it lies here.
     """
     try:
-        check_scan(path, app_instance().desk.settings.intake, shown=what)
+        check_scan(path, app_instance().context.settings.intake, shown=what)
     except VolumeError as error:
         # what is wrong with one file of a DICOM series names that file
         raise RequestError(422, str(error).replace(str(path), what)) from error
@@ -200,9 +201,9 @@ def _infer(
 
 def _read_uploaded(received: Path, scan: Path, params: JsonObject) -> Path:
     """Write an uploaded label map anew with the stored values, read as a submission is."""
-    desk = app_instance().desk
-    configured, limits = bool(desk.settings.structures), desk.settings.intake
-    labels = read_submission(received, scan, desk.labels(), params, configured=configured, limits=limits)
+    context = app_instance().context
+    configured, limits = bool(context.settings.structures), context.settings.intake
+    labels = read_submission(received, scan, context.labels(), params, configured=configured, limits=limits)
     path = received.with_name("stored.nii.gz")
     write_labels(labels.volume, path)
     return path
@@ -236,9 +237,9 @@ def _reply(path: Path, params: Mapping[str, Any], output: Output | None) -> Resp
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], dependencies=[USER], summary="Get the next sample")
-async def next_sample(request: Request, strategy: str, asker: AskedBy, params: Params = None) -> JsonObject:
+async def next_sample(request: Request, strategy: str, user: AskingUser, params: Params = None) -> JsonObject:
     """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
-    return await _in_turn(request, functools.partial(_next_sample, strategy, asker, params))
+    return await _in_turn(request, functools.partial(_next_sample, strategy, user, params))
 
 
 async def _in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObject:
@@ -262,11 +263,11 @@ async def _in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObje
         slots.release_on_behalf_of(turn)
 
 
-def _next_sample(strategy: str, asker: Asker, params: Params) -> JsonObject:
+def _next_sample(strategy: str, user: RequestUser, params: Params) -> JsonObject:
     app = app_instance()
     known("strategy", strategy, app._strategies)
     chosen = choose_params(params or {}, SAMPLE_PARAMS)
-    with acting(asker.who(chosen)):
+    with acting(user.actor(chosen)):
         answer = app.next_sample({**chosen, "strategy": strategy})
     if not answer:
         return {}
@@ -301,11 +302,11 @@ def to_json(record: LabelRecord | EventRecord) -> JsonObject:
 
 
 def _store() -> Store:
-    store: Store = app_instance().desk.studies.store
+    store: Store = app_instance().context.dataset.store
     return store
 
 
-def _told(job: JsonObject, kind: JobKind, run_sync: bool) -> JsonObject | Response:
+def _described(job: JsonObject, kind: JobKind, run_sync: bool) -> JsonObject | Response:
     """A job as it is now, or, where the client asks for it, when it has ended."""
     return JobsDone(_store(), kind, {"job": str(job["id"])}, single=True) if run_sync else job
 
@@ -325,7 +326,7 @@ class _Training:
     ignored: list[str]
 
     @property
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         return [f"ignored: {', '.join(self.ignored)} ({IGNORED_REASON})"] if self.ignored else []
 
 
@@ -334,7 +335,7 @@ def _trainings(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, _Training]:
     app = app_instance()
     tasks = {model: app._trainers[known("trainer", model, app._trainers)] for model in wanted}
     chosen = {model: task.job(wanted[model]) for model, task in tasks.items()}
-    labelled = len(app.desk.studies.cases())
+    labelled = len(app.context.dataset.cases())
     for model, task in tasks.items():
         task.check(chosen[model][0], labelled)
     return {model: _Training({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()}
@@ -353,88 +354,88 @@ def _all_trainings(params: Params) -> dict[str, _Training]:
     return _trainings(chosen)
 
 
-def _submit_training(asker: Asker, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
-    who, store = asker.who(params), _store()
-    told = jobs.submit(store, who, "train", training.request, enqueue=enqueue, said=training.said)
+def _submit_training(user: RequestUser, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
+    actor, store = user.actor(params), _store()
+    told = job_answers.submit(store, actor, "train", training.request, enqueue=enqueue, messages=training.messages)
     return {**told, "ignored": [*training.ignored]} if training.ignored else told
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
 def train_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the trainings are."""
-    return jobs.status(_store(), "train", every=all, only_running=check_if_running)
+    return job_answers.status(_store(), "train", every=all, only_running=check_if_running)
 
 
 @router.post("/train/", tags=["Train"], dependencies=[ADMIN], summary="Train all networks")
-def train_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> Any:
+def train_all(user: AskingUser, params: Params = None, run_sync: bool = False) -> Any:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
-    put = {model: _submit_training(asker, params, own) for model, own in _all_trainings(params).items()}
+    put = {model: _submit_training(user, params, own) for model, own in _all_trainings(params).items()}
     return _all_told(put, "train", run_sync)
 
 
 @router.post("/train/{model}", tags=["Train"], dependencies=[ADMIN], summary="Train a network")
 def train_start(
-    asker: AskedBy, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    user: AskingUser, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
     """Queue a training; where the same one is open already, tell of that one."""
-    job = _submit_training(asker, params, _trainings({model: params or {}})[model], enqueue=enqueue)
-    return _told(job, "train", run_sync)
+    job = _submit_training(user, params, _trainings({model: params or {}})[model], enqueue=enqueue)
+    return _described(job, "train", run_sync)
 
 
 @router.delete("/train/", tags=["Train"], dependencies=[ADMIN], summary="Stop the running training")
-def train_stop(asker: AskedBy) -> JsonObject | None:
+def train_stop(user: AskingUser) -> JsonObject | None:
     """Stop the training that runs; it continues from its checkpoint when it is started again."""
-    return jobs.stop(_store(), asker.who(), "train")
+    return job_answers.stop(_store(), user.actor(), "train")
 
 
 @router.get("/scoring/", tags=["Scoring"], dependencies=[USER], summary="Status of the last scoring")
 def scoring_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the scorings are."""
-    return jobs.status(_store(), "scoring", every=all, only_running=check_if_running)
+    return job_answers.status(_store(), "scoring", every=all, only_running=check_if_running)
 
 
 @router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
-def scoring_all(asker: AskedBy, params: Params = None, run_sync: bool = False) -> Any:
+def scoring_all(user: AskingUser, params: Params = None, run_sync: bool = False) -> Any:
     """Queue all scoring methods."""
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
-    who = asker.who(params)
-    put = {method: jobs.submit(_store(), who, "scoring", request) for method, request in requests.items()}
+    actor = user.actor(params)
+    put = {method: job_answers.submit(_store(), actor, "scoring", request) for method, request in requests.items()}
     return _all_told(put, "scoring", run_sync)
 
 
 @router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
 def scoring_start(
-    asker: AskedBy, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    user: AskingUser, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
     """Queue a scoring method."""
-    job = jobs.submit(_store(), asker.who(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
-    return _told(job, "scoring", run_sync)
+    job = job_answers.submit(_store(), user.actor(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
+    return _described(job, "scoring", run_sync)
 
 
 def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
     app = app_instance()
     known("scoring method", method, app._scoring_methods)
-    app.desk.segmenter()
+    app.context.segmenter()
     if method == "segqc":
-        app.desk.assessor()
+        app.context.assessor()
     return {"method": method, **choose_params(params, {"force"})}
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")
-def scoring_stop(asker: AskedBy) -> JsonObject | None:
+def scoring_stop(user: AskingUser) -> JsonObject | None:
     """Stop the scoring that runs; started again it goes on with the scans that are left."""
-    return jobs.stop(_store(), asker.who(), "scoring")
+    return job_answers.stop(_store(), user.actor(), "scoring")
 
 
 @router.get("/batch/infer", tags=["Infer"], dependencies=[USER], summary="Status of the last batch inference")
 def batch_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the batch inferences are."""
-    return jobs.status(_store(), "batch_infer", every=all, only_running=check_if_running)
+    return job_answers.status(_store(), "batch_infer", every=all, only_running=check_if_running)
 
 
 @router.post("/batch/infer/{model}", tags=["Infer"], dependencies=[ADMIN], summary="Run inference on many scans")
 def batch_start(
-    asker: AskedBy, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
+    user: AskingUser, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
 ) -> Any:
     """Queue an inference on all, all labelled or all unlabelled scans."""
     app = app_instance()
@@ -443,17 +444,19 @@ def batch_start(
     tag = check_tag(str(chosen.get("label_tag") or "original"))
     if tag == "final" and model != "segqc":
         raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
-    app.desk.segmenter()
+    app.context.segmenter()
     if model == "segqc":
-        app.desk.assessor()
+        app.context.assessor()
     fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag}
-    return _told(jobs.submit(_store(), asker.who(params), "batch_infer", {**chosen, **fixed}), "batch_infer", run_sync)
+    return _described(
+        job_answers.submit(_store(), user.actor(params), "batch_infer", {**chosen, **fixed}), "batch_infer", run_sync
+    )
 
 
 @router.delete("/batch/infer", tags=["Infer"], dependencies=[ADMIN], summary="Stop the running batch inference")
-def batch_stop(asker: AskedBy) -> JsonObject | None:
+def batch_stop(user: AskingUser) -> JsonObject | None:
     """Stop the batch inference that runs."""
-    return jobs.stop(_store(), asker.who(), "batch_infer")
+    return job_answers.stop(_store(), user.actor(), "batch_infer")
 
 
 # -------------------------------------------------------------------------------------------------------- datastore
@@ -503,7 +506,7 @@ def check_label(tag: str, image: str = "", label: str = "") -> Response:
 @router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
 async def save_label(
     request: Request,
-    asker: AskedBy,
+    user: AskingUser,
     image: str,
     label: Annotated[UploadFile, File()],
     params: FormText = "{}",
@@ -513,30 +516,30 @@ async def save_label(
 
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
-    return await _in_turn(request, functools.partial(_save_label, asker, image, label, params, tag))
+    return await _in_turn(request, functools.partial(_save_label, user, image, label, params, tag))
 
 
-def _save_label(asker: Asker, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
+def _save_label(user: RequestUser, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
     app = app_instance()
-    studies = app.desk.studies
-    scan = studies.verify(_known_scan(image))
+    dataset = app.context.dataset
+    scan = dataset.verify(_known_scan(image))
     tag = check_tag(tag or "final")
     info = json_object(params, "params")
-    named, names, limits = bool(app.desk.settings.structures), app.desk.labels(), app.desk.settings.intake
+    named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = _receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        submitted = read_submission(received, studies.folder / scan.file, names, info, configured=named, limits=limits)
-        who, info = asker.who(info), stored_info(info, names) if named else info
-        told = submit(studies, scan, submitted, received, tag, who, info)
+        submitted = read_submission(received, dataset.folder / scan.file, names, info, configured=named, limits=limits)
+        actor, info = user.actor(info), stored_info(info, names) if named else info
+        told = submit(dataset, scan, submitted, received, tag, actor, info)
     if "segmentationMeta" in info:
-        app.datastore().review_label(scan.name, tag, info, who)
+        app.datastore().review_label(scan.name, tag, info, actor)
     return {**(app.on_save_label(scan.name, scan.name) or {}), **told, "image": image, "label": scan.name}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
 @router.put("/datastore/image", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Upload a scan")
 def add_image(
-    asker: AskedBy,
+    user: AskingUser,
     file: Annotated[UploadFile, File()],
     image: str | None = None,
     params: FormText = "{}",
@@ -544,14 +547,14 @@ def add_image(
     """Store a new scan. A DICOM file that the same client sends after it tells the scan's patient."""
     app = app_instance()
     info = json_object(params, "params")
-    who = asker.who(info)
-    client = asker.client(who)
+    actor = user.actor(info)
+    client = user.client(actor)
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         if is_dicom_name(file.filename):
             path = Path(folder) / "the DICOM file"
             with path.open("wb") as target:
                 shutil.copyfileobj(file.file, target)
-            return {"image": take_slice(app.desk.studies, app.uploads.last(client), path, who)}
+            return {"image": take_slice(app.context.dataset, app.uploads.last(client), path, actor)}
         suffix = file_suffix(file.filename, "the scan")
         base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
         name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
@@ -564,9 +567,9 @@ def add_image(
 
 @router.delete("/datastore/", tags=["Datastore"], dependencies=[ADMIN], include_in_schema=False)
 @router.delete("/datastore/image", tags=["Datastore"], dependencies=[ADMIN], summary="Exclude a scan")
-def remove_image(asker: AskedBy, id: str) -> JsonObject:
+def remove_image(user: AskingUser, id: str) -> JsonObject:
     """Exclude a scan; its file and its history stay."""
-    with acting(asker.who()):
+    with acting(user.actor()):
         app_instance().datastore().remove_image(_known_image(id))
     return {}
 
@@ -585,9 +588,9 @@ def update_image_info(image: str, info: FormText = "{}") -> None:
 
 
 @router.delete("/datastore/label", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a label map")
-def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
+def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
     """Take a label map away; it stays in the history."""
-    with acting(asker.who()):
+    with acting(user.actor()):
         app_instance().datastore().remove_label(_known_label(id, tag), tag)
     return {}
 
@@ -595,11 +598,11 @@ def remove_label(asker: AskedBy, id: str, tag: str) -> JsonObject:
 @router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
 def download_label(label: str, tag: str, check_only: bool = False) -> Response:
     """Send the current label map of a scan, with the values that clients count by."""
-    image, desk = _known_label(label, tag), app_instance().desk
+    image, context = _known_label(label, tag), app_instance().context
     path = Path(app_instance().datastore().get_label_uri(image, tag))
     if check_only:
         return JSONResponse({})
-    name, names = f"{image}{suffix_of(path)}", desk.labels()
+    name, names = f"{image}{suffix_of(path)}", context.labels()
     if tag == LIKELY_ERRORS_TAG or same_values(names):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
     labels = to_client(read_labels(path), names)
@@ -617,27 +620,27 @@ def label_info(label: str, tag: str) -> JsonObject:
 
 
 @router.put("/datastore/label/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a label")
-def update_label_info(asker: AskedBy, label: str, tag: str, info: FormText = "{}") -> None:
+def update_label_info(user: AskingUser, label: str, tag: str, info: FormText = "{}") -> None:
     """Add to what is noted of a label map; the Reviewer's decision on it is a review of the scan."""
-    _note_label(asker, label, tag, json_object(info, "info"))
+    _note_label(user, label, tag, json_object(info, "info"))
 
 
 @router.put("/datastore/updatelabelinfo", dependencies=[ANNOTATOR], include_in_schema=False)
-def update_label_info_before(asker: AskedBy, label: str, tag: str, params: FormText = "{}") -> None:
+def update_label_info_before(user: AskingUser, label: str, tag: str, params: FormText = "{}") -> None:
     """Add to what is noted of a label map, by the older name that 3D Slicer's reviewer uses."""
-    _note_label(asker, label, tag, json_object(params, "params"))
+    _note_label(user, label, tag, json_object(params, "params"))
 
 
-def _note_label(asker: Asker, label: str, tag: str, info: JsonObject) -> None:
+def _note_label(user: RequestUser, label: str, tag: str, info: JsonObject) -> None:
     app = app_instance()
     label = _known_label(label, tag)
-    noted = stored_info(info, app.desk.labels()) if app.desk.settings.structures else info
+    noted = stored_info(info, app.context.labels()) if app.context.settings.structures else info
     app.datastore().update_label_info(label, tag, noted)
-    app.datastore().review_label(label, tag, noted, asker.who(info))
+    app.datastore().review_label(label, tag, noted, user.actor(info))
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")
-def dataset(limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None) -> FileResponse:
+def download_labelled(limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None) -> FileResponse:
     """Send a ZIP archive of the scans with final labels."""
     store = app_instance().datastore()
     if not store.get_labeled_images():
@@ -657,23 +660,23 @@ def label_history(scan: str) -> list[JsonObject]:
 
 
 @router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
-def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)], asker: AskedBy) -> JsonObject:
+def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)], user: AskingUser) -> JsonObject:
     """Make an earlier version the current label of its tag again; it becomes a version of its own."""
     store = _store()
     with store.read() as transaction:
         if version not in [v.id for v in labels.history(transaction, scan)]:
             raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
-    return to_json(store.restore_label(version, asker.who()))
+    return to_json(store.restore_label(version, user.actor()))
 
 
 @router.post("/segqc/review/{scan}", tags=["SegQC"], dependencies=[REVIEWER], summary="Review a scan")
-def review_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+def review_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
     """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
     wanted = params or {}
     state = STATE_OF[known("decision", str(wanted.get("decision", "")), STATE_OF)]
     reason = wanted.get("reason")
     store = _store()
-    store.review(scan, state, asker.who(wanted), str(reason) if reason is not None else None)
+    store.review(scan, state, user.actor(wanted), str(reason) if reason is not None else None)
     with store.read() as transaction:
         now = scans.get(transaction, scan)
     return {"scan": now.name, "state": now.state, "reason": now.reason}
@@ -687,21 +690,21 @@ def scan_events(scan: str) -> list[JsonObject]:
 
 
 @router.post("/segqc/round", tags=["SegQC"], dependencies=[ADMIN], summary="Start a round")
-def start_round(asker: AskedBy, params: Params = None) -> JsonObject:
+def start_round(user: AskingUser, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
     trainings = _all_trainings(params)
     request: JsonObject = {
         model: {name: value for name, value in own.request.items() if name != "model"}
         for model, own in trainings.items()
     }
-    said = [f"{model}: {line}" for model, own in trainings.items() for line in own.said]
-    return jobs.submit(_store(), asker.who(params), "round", request, said=said)
+    messages = [f"{model}: {line}" for model, own in trainings.items() for line in own.messages]
+    return job_answers.submit(_store(), user.actor(params), "round", request, messages=messages)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")
 def round_status(all: bool = False, check_if_running: bool = False) -> Any:
     """Tell how the rounds are."""
-    return jobs.status(_store(), "round", every=all, only_running=check_if_running)
+    return job_answers.status(_store(), "round", every=all, only_running=check_if_running)
 
 
 @router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
@@ -709,25 +712,25 @@ def open_leases() -> list[JsonObject]:
     """Tell which scan is handed out to whom, and until when; how it was drawn is not told to annotators."""
     with _store().read() as transaction:
         found = leases.listing(transaction, state="open")
-    return [{"scan": f.scan, "to": f.who.name, "until": f.expires_at.isoformat()} for f in found]
+    return [{"scan": f.scan, "to": f.actor.name, "until": f.expires_at.isoformat()} for f in found]
 
 
 @router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")
-def skip_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+def skip_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
     """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
     wanted = params or {}
     reason = text_param(wanted, "reason")
     if reason is None:
         raise RequestError(400, 'say why: {"reason": "..."}.')
     with _store().write() as transaction:
-        lease = leases.skip(transaction, scan, asker.who(wanted), reason)
+        lease = leases.skip(transaction, scan, user.actor(wanted), reason)
     return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": reason}
 
 
 @router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
-def resume_scan(scan: str, asker: AskedBy, params: Params = None) -> JsonObject:
+def resume_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
     """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
-    return _next_sample("random", asker, {**(params or {}), "resume": scan})
+    return _next_sample("random", user, {**(params or {}), "resume": scan})
 
 
 # ----------------------------------------------------------------------------------------------- sessions and others
@@ -788,33 +791,33 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
 
     From then on only the new pair's estimates count, and the scans that wait are scored by it.
     """
-    desk = app_instance().desk
-    shelves = {"segmentation": desk.segmenters, "segqc": desk.assessors}
-    shelf = shelves[known("model", model, shelves)]
-    model_status(shelf.path)  # a folder in its place is nothing that an upload could replace
+    context = app_instance().context
+    caches = {"segmentation": context.segmenters, "segqc": context.assessors}
+    cache = caches[known("model", model, caches)]
+    model_status(cache.path)  # a folder in its place is nothing that an upload could replace
     try:
-        with atomic_write(shelf.path) as temporary:
+        with atomic_write(cache.path) as temporary:
             with temporary.open("wb") as target:
                 shutil.copyfileobj(file.file, target)
-            _let_serve(desk, shelf.load(temporary))
+            _let_serve(context, cache.load(temporary))
     except ModelError as error:
         message = str(error).removeprefix(str(temporary)).removeprefix(": ")
         raise RequestError(422, f"the uploaded file is no {model} model: {message}.") from error
-    return {"checksum": file_checksum(shelf.path), "modified_time": int(shelf.path.stat().st_mtime)}
+    return {"checksum": file_checksum(cache.path), "modified_time": int(cache.path.stat().st_mtime)}
 
 
-def _let_serve(desk: Desk, uploaded: TrainedNetwork) -> None:
+def _let_serve(context: AppContext, uploaded: TrainedNetwork) -> None:
     """Let the pair of networks serve that an uploaded one makes with the other one, where that is there."""
-    versions: dict[Kind, str] = {uploaded.kind: uploaded.version}
-    if uploaded.kind == "segmentation" and desk.has("segqc"):
-        versions["segqc"] = desk.assessor().version
-    elif uploaded.kind == "segqc" and desk.has("segmentation"):
-        versions["segmentation"] = desk.segmenter().version
+    versions: dict[NetworkName, str] = {uploaded.kind: uploaded.version}
+    if uploaded.kind == "segmentation" and context.has("segqc"):
+        versions["segqc"] = context.assessor().version
+    elif uploaded.kind == "segqc" and context.has("segmentation"):
+        versions["segmentation"] = context.segmenter().version
     if len(versions) < 2:
         return
-    with desk.studies.store.write() as transaction:
+    with context.dataset.store.write() as transaction:
         assessments.serve(transaction, versions["segmentation"], versions["segqc"])
-        put_scoring(transaction)
+        enqueue_scoring(transaction)
 
 
 @router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")

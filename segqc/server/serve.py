@@ -1,4 +1,4 @@
-"""Start the server on one studies folder, with defaults that are safe on a workstation."""
+"""Start the server on one dataset folder, with defaults that are safe on a workstation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def default_app_dir() -> Path:
 
 
 def serve(
-    studies: Path,
+    dataset: Path,
     *,
     app_dir: Path | None = None,
     host: str = "127.0.0.1",
@@ -77,10 +77,10 @@ def serve(
     user_header: str | None = None,
     worker: bool = True,
 ) -> None:
-    """Serve a studies folder until the process is told to end.
+    """Serve a dataset folder until the process is told to end.
 
     Args:
-        studies: a folder of scans (.nii, .nii.gz, .nrrd); labels lie below it, and what the server keeps.
+        dataset: a folder of scans (.nii, .nii.gz, .nrrd); labels lie below it, and what the server keeps.
         app_dir: another MONAI Label app to serve; this project's by default.
         host: the address to listen on; only this machine's own by default.
         port: the port.
@@ -95,7 +95,7 @@ def serve(
 
     Raises:
         ServeError: if MONAI Label or the app is missing, the folder is served already, or the address cannot be used.
-        StudiesError: if the folder does not exist.
+        DatasetError: if the folder does not exist.
         SettingsError: if its ``segqc.toml`` cannot be used.
     """
     if importlib.util.find_spec("monailabel") is None:
@@ -104,7 +104,7 @@ def serve(
     # also where they are ignored by inheritance, as SIGINT is in a script's background
     for sign in _SIGNALS:
         signal.signal(sign, lambda *_: ending.cut())
-    folder = Studies(studies, watched=True)  # the server's own thread takes the folder in
+    folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
     _refuse_read_only(folder)
     folder.own.mkdir(parents=True, exist_ok=True)
     _allow_files()
@@ -194,7 +194,7 @@ def _answer(
     # after the environment: MONAI Label reads its settings when it is imported
     import uvicorn
 
-    from segqc.server.application import app
+    from segqc.server.app import app
     from segqc.server.connection import Connection
 
     class Server(uvicorn.Server):
@@ -226,13 +226,13 @@ def _answer(
 
 
 @contextlib.contextmanager
-def _working(studies: Studies, ended: threading.Event) -> Iterator[None]:
+def _working(dataset: Dataset, ended: threading.Event) -> Iterator[None]:
     """Keep a worker running beside the server until an event: one that dies is started again."""
 
     def keep() -> None:
         while not ended.is_set():
             process = subprocess.Popen(
-                [sys.executable, "-m", "segqc.cli", "worker", str(studies.folder), "--parent", str(os.getpid())],
+                [sys.executable, "-m", "segqc.cli.main", "worker", str(dataset.folder), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches it through us only
             )
@@ -256,24 +256,24 @@ def _working(studies: Studies, ended: threading.Event) -> Iterator[None]:
         keeper.join()
 
 
-def _refuse_read_only(studies: Studies) -> None:
-    for folder in (studies.folder, studies.own):
+def _refuse_read_only(dataset: Dataset) -> None:
+    for folder in (dataset.folder, dataset.own):
         if folder.exists() and not os.access(folder, os.W_OK):
             raise ServeError(
-                f"{folder}: is read-only; the server writes its database, log and labels below {studies.folder}: "
+                f"{folder}: is read-only; the server writes its database, log and labels below {dataset.folder}: "
                 "make the folder writable, or serve a copy"
             )
 
 
-def _lock(studies: Studies) -> BaseFileLock:
+def _lock(dataset: Dataset) -> BaseFileLock:
     """Keep a second server off the folder: each would train and score by itself."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(studies.own / "server.lock")
+    lock = FileLock(dataset.own / "server.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ServeError(f"{studies.folder}: another server serves this folder already; end it first") from error
+        raise ServeError(f"{dataset.folder}: another server serves this folder already; end it first") from error
     return lock
 
 
@@ -298,17 +298,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _set_environment(studies: Studies, app_dir: Path, port: int, conf: dict[str, str]) -> None:
+def _set_environment(dataset: Dataset, app_dir: Path, port: int, conf: dict[str, str]) -> None:
     if not (app_dir / "main.py").is_file():
         raise ServeError(f"{app_dir}: no MONAI Label app there (no main.py)")
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.update(
         MONAI_LABEL_APP_DIR=str(app_dir),
-        MONAI_LABEL_STUDIES=str(studies.folder),
+        MONAI_LABEL_STUDIES=str(dataset.folder),
         MONAI_LABEL_SERVER_PORT=str(port),
         MONAI_LABEL_APP_CONF=json.dumps(conf),
-        MONAI_LABEL_SESSION_PATH=str(studies.own / "sessions"),
+        MONAI_LABEL_SESSION_PATH=str(dataset.own / "sessions"),
     )
     # jobs run this interpreter: its tools and this checkout have to be found there, too
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -17,13 +17,13 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.server.errors import RequestError
 from segqc.settings import Settings
 from segqc.store import scans
-from segqc.store.values import Who
-from segqc.tags import read_dicom_tag, read_tag
+from segqc.store.records import Actor
 from segqc.volumes import VolumeError, atomic_write, check_dicom_image, read_grid, scan_id
+from segqc.volumes.tags import read_dicom_tag, read_tag
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def is_dicom_name(name: str | None) -> bool:
     return (name or "").lower().endswith(DICOM_SUFFIXES)
 
 
-def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str:
+def take_slice(dataset: Dataset, image: str | None, path: Path, actor: Actor) -> str:
     """Take a scan's patient from a DICOM slice of it; the slice itself is not kept.
 
     The patient's and the series' tag are written to a JSON file beside the scan, unless there is one already: what the
@@ -79,10 +79,10 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
     that was worked on stays, as its fold and role do.
 
     Args:
-        studies: the studies folder.
+        dataset: the dataset folder.
         image: the scan's id; None where the client has uploaded none.
         path: the slice.
-        who: who sent it.
+        actor: who sent it.
 
     Returns:
         The scan's id.
@@ -90,7 +90,7 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
     Raises:
         RequestError: 422 if it is no usable DICOM image, 409 if there is no scan that it belongs to.
     """
-    tag = studies.settings.patient_tag or _DEFAULT_TAG
+    tag = dataset.settings.patient_tag or _DEFAULT_TAG
     try:
         check_dicom_image(path)
         told = {name: read_dicom_tag(path, name) for name in (tag, _SERIES)}
@@ -103,19 +103,19 @@ def take_slice(studies: Studies, image: str | None, path: Path, who: Who) -> str
         raise RequestError(
             409, "a single DICOM file is taken after the scan that it belongs to; upload the scan first, as one file."
         )
-    scan = studies.folder / studies.verify_scan(image).file
+    scan = dataset.folder / dataset.verify_scan(image).file
     sidecar = scan.with_name(f"{scan_id(scan)}.json")
     _check_slice(path, scan, read_tag(scan, _SERIES), told[_SERIES], image)
-    with studies.store.write() as transaction:
+    with dataset.store.write() as transaction:
         if not sidecar.exists():
             with atomic_write(sidecar) as temporary:
                 kept = {name: value for name, value in told.items() if value is not None}
                 temporary.write_bytes(_SIDECAR.dump_json(kept, indent=1) + b"\n")
-        known, patient = scans.get(transaction, image), _patient(studies.settings, scan, tag)
+        known, patient = scans.get(transaction, image), _patient(dataset.settings, scan, tag)
         if known.patient == patient:
             return image
         if known.state == "unlabelled":
-            scans.assign_patient(transaction, image, patient, studies.settings.placing(), who)
+            scans.assign_patient(transaction, image, patient, dataset.settings.split_config(), actor)
         else:
             logger.warning("%s: is %s, so its patient stays %r", image, known.state, known.patient)
     return image

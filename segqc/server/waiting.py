@@ -14,11 +14,11 @@ from starlette.types import Receive, Scope, Send
 from segqc.loop.jobs import KINDS, JobKind
 from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
-from segqc.server.jobs import to_json
+from segqc.server.job_answers import to_json
 from segqc.store import jobs
 from segqc.store.database import utc_now
+from segqc.store.records import JobRecord
 from segqc.store.store import Store
-from segqc.store.values import JobRecord
 
 POLL_SECONDS: Final = 1.0
 NO_WORKER_SECONDS: Final = 30.0
@@ -82,4 +82,4 @@ class JobsDone(Response):
 
 def _is_alive(job: JobRecord) -> bool:
     """Whether a running job's worker has shown itself lately."""
-    return job.beat_at is not None and (utc_now() - job.beat_at).total_seconds() < jobs.DEAD_AFTER_SECONDS
+    return job.heartbeat_at is not None and (utc_now() - job.heartbeat_at).total_seconds() < jobs.DEAD_AFTER_SECONDS

@@ -16,11 +16,11 @@ from segqc.store.database import StoreError, Transaction
 from segqc.store.schema import (
     AssessmentRow,
     AssessmentStructure,
-    Assignment,
     Bundle,
     Correction,
     Event,
     LabelVersion,
+    LeaseRow,
     Scan,
     Score,
     StructureName,
@@ -44,7 +44,7 @@ class _Detail:
 
 _GEOMETRY: Final = TypeAdapter(_Geometry)
 _DETAIL: Final = TypeAdapter(_Detail)
-_AT_ONCE: Final = 10_000  # of SQLite's 32,766 values in one statement
+_BATCH_SIZE: Final = 10_000  # of SQLite's 32,766 values in one statement
 _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fifth larger
 _SERVES: Final = "serves"  # the event of a bundle whose estimates count from then on
 
@@ -117,8 +117,8 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int) 
     if label.scan != assessment.scan:
         raise StoreError(f"the label version {label_version} is of the scan {label.scan!r}, not {assessment.scan!r}")
     scan = scans.find(transaction, assessment.scan)
-    maker = assessment.segmenter_version or (label.bundle.segmenter_version if label.bundle else "")
-    pair = labels.bundle(transaction, maker, assessment.assessor_version)
+    source = assessment.segmenter_version or (label.bundle.segmenter_version if label.bundle else "")
+    pair = labels.bundle(transaction, source, assessment.assessor_version)
     geometry = _Geometry(assessment.mask_sha256, assessment.through_plane_axis, assessment.shape, assessment.spacing_mm)
     row = transaction.scalar(
         select(AssessmentRow).where(AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == pair.id)
@@ -167,7 +167,7 @@ def was_shown(transaction: Transaction, assessment_id: int) -> bool:
 
 def _shown() -> ColumnElement[bool]:
     return or_(
-        exists().where(Assignment.assessment_id == AssessmentRow.id),
+        exists().where(LeaseRow.assessment_id == AssessmentRow.id),
         exists().where(Correction.assessment_id == AssessmentRow.id),
     )
 
@@ -347,8 +347,8 @@ def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int,
         .order_by(AssessmentRow.id, part.position.desc())
     )
     found: dict[int, PredictionInterval | None] = {}
-    for start in range(0, len(chosen), _AT_ONCE):
-        rows = transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _AT_ONCE])))
+    for start in range(0, len(chosen), _BATCH_SIZE):
+        rows = transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _BATCH_SIZE])))
         found |= {number: _interval(low, high, level) for number, low, high, level in rows}
     return found
 

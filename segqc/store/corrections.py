@@ -11,19 +11,8 @@ from sqlalchemy import and_, select
 from segqc.store import events, leases, scans
 from segqc.store.assessments import intervals_of, structure_ids
 from segqc.store.database import Transaction
-from segqc.store.schema import (
+from segqc.store.records import (
     Actor,
-    AssessmentRow,
-    AssessmentStructure,
-    Assignment,
-    Bundle,
-    Correction,
-    CorrectionStructure,
-    Patient,
-    Scan,
-    StructureName,
-)
-from segqc.store.values import (
     Change,
     CheckedEstimate,
     CorrectionRecord,
@@ -31,7 +20,18 @@ from segqc.store.values import (
     LabelRecord,
     LeaseRecord,
     StructureChange,
-    Who,
+)
+from segqc.store.schema import (
+    ActorRow,
+    AssessmentRow,
+    AssessmentStructure,
+    Bundle,
+    Correction,
+    CorrectionStructure,
+    LeaseRow,
+    Patient,
+    Scan,
+    StructureName,
 )
 from segqc.types import Metrics
 
@@ -43,7 +43,7 @@ def add(
     start: LabelRecord,
     end: LabelRecord,
     change: Change,
-    who: Who,
+    actor: Actor,
     *,
     lease: LeaseRecord | None = None,
     simulated: bool = False,
@@ -58,9 +58,9 @@ def add(
         scan_id=scan.id,
         from_version_id=start.id,
         to_version_id=end.id,
-        assignment_id=lease.id if lease is not None else None,
+        lease_id=lease.id if lease is not None else None,
         assessment_id=lease.assessment if lease is not None else None,
-        actor_id=events.actor_id(transaction, who),
+        actor_id=events.actor_id(transaction, actor),
         made_at=transaction.now,
         seconds=(transaction.now - lease.handed_out_at).total_seconds() if lease is not None else None,
         opened_slices=list(change.opened_slices) if change.opened_slices is not None else None,
@@ -74,7 +74,7 @@ def add(
     for position, part in enumerate(change.structures):
         _add_structure(transaction, number, ids[part.name], position, part)
     detail: JsonObject = {"from": start.id, "to": end.id, "correction": number}
-    events.record(transaction, who, "corrected", "scan", scan.id, detail)
+    events.record(transaction, actor, "corrected", "scan", scan.id, detail)
     return number
 
 
@@ -98,9 +98,9 @@ def _add_structure(
 def listing(transaction: Transaction, scan: str | None = None) -> list[CorrectionRecord]:
     """All corrections, or one scan's, oldest first."""
     query = (
-        select(Correction, Scan.name, Actor)
+        select(Correction, Scan.name, ActorRow)
         .join(Scan, Correction.scan_id == Scan.id)
-        .join(Actor, Correction.actor_id == Actor.id)
+        .join(ActorRow, Correction.actor_id == ActorRow.id)
         .order_by(Correction.id)
     )
     if scan is not None:
@@ -123,7 +123,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     query = (
         select(Patient.name, Scan.name, StructureName.name, Bundle, shown, true)
         .select_from(Correction)
-        .join(Assignment, Assignment.id == Correction.assignment_id)
+        .join(LeaseRow, LeaseRow.id == Correction.lease_id)
         .join(AssessmentRow, AssessmentRow.id == Correction.assessment_id)
         .join(Bundle, Bundle.id == AssessmentRow.bundle_id)
         .join(Scan, Scan.id == Correction.scan_id)
@@ -132,7 +132,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
         .join(shown, and_(shown.assessment_id == AssessmentRow.id, shown.structure_id == true.structure_id))
         .join(StructureName, StructureName.id == true.structure_id)
         .where(
-            Assignment.draw == "audit",
+            LeaseRow.draw == "audit",
             AssessmentRow.label_version_id == Correction.from_version_id,
             Correction.simulated == simulated,
             Correction.opened_slices.is_(None),
@@ -157,7 +157,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     ]
 
 
-def _record(transaction: Transaction, row: Correction, scan: str, actor: Actor) -> CorrectionRecord:
+def _record(transaction: Transaction, row: Correction, scan: str, actor: ActorRow) -> CorrectionRecord:
     parts = transaction.execute(
         select(CorrectionStructure, StructureName.name)
         .join(StructureName, CorrectionStructure.structure_id == StructureName.id)
@@ -186,9 +186,9 @@ def _record(transaction: Transaction, row: Correction, scan: str, actor: Actor) 
         scan,
         row.from_version_id,
         row.to_version_id,
-        leases.get(transaction, row.assignment_id) if row.assignment_id is not None else None,
+        leases.get(transaction, row.lease_id) if row.lease_id is not None else None,
         row.assessment_id,
-        events.who_is(actor),
+        events.actor_of(actor),
         row.made_at,
         row.seconds,
         row.simulated,

@@ -1,4 +1,4 @@
-"""The database behind the store: SQLite in the studies folder, or PostgreSQL by URL.
+"""The database behind the store: SQLite in the dataset folder, or PostgreSQL by URL.
 
 Both behave alike: a read sees one state, and one transaction writes at a time (SQLite by its own lock, PostgreSQL by an
 advisory one). Writes take milliseconds, so that a queue of them is short; in return no operation has to think about two
@@ -62,7 +62,7 @@ Parameters: TypeAlias = Mapping[str, object]
 Ts = TypeVarTuple("Ts")
 
 DATABASE_FILE: Final = "store.sqlite"
-REVISION: Final = "0004"
+REVISION: Final = "0001"
 PATIENCE_SECONDS: Final = 60.0
 _PAUSE_SECONDS: Final = 1.0  # between tries to reach a server that did not answer
 _CONNECTIONS: Final = {"pool_size": 20, "max_overflow": 40}  # more than a server has threads
@@ -238,7 +238,7 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
-        """A transaction alone with the pen: committed at the end, taken back on any error.
+        """A transaction alone with the write lock: committed at the end, taken back on any error.
 
         Raises:
             StoreReadOnly: if the database's folder cannot be written.
@@ -267,7 +267,7 @@ class Database:
         with self._told(), self.engine.connect().execution_options(**self._options(write=write)) as connection:
             self._breaker.reset()
             if write:
-                # the pen first, and only then the time: times in the store are in the order of the commits
+                # the write lock first, and only then the time: times in the store are in the order of the commits
                 connection.begin()
             if write and not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})

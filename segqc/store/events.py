@@ -8,39 +8,39 @@ from typing import Final
 from sqlalchemy import bindparam, insert, select
 
 from segqc.store.database import Transaction
-from segqc.store.schema import Actor, Event
-from segqc.store.values import EventRecord, JsonObject, Who
+from segqc.store.records import Actor, EventRecord, JsonObject
+from segqc.store.schema import ActorRow, Event
 
-SERVER = Who("system", "server", "program")
-FOLDER = Who("system", "folder", "folder")
-"""Whoever puts files into the studies folder, changes or removes them."""
+SERVER = Actor("system", "server", "program")
+FOLDER = Actor("system", "folder", "folder")
+"""Whoever puts files into the dataset folder, changes or removes them."""
 
 # built once: building a query takes longer than running it
-_ACTOR: Final = select(Actor.id).where(
-    Actor.kind == bindparam("kind"),
-    Actor.name == bindparam("name"),
-    Actor.identified_by == bindparam("identified_by"),
+_ACTOR: Final = select(ActorRow.id).where(
+    ActorRow.kind == bindparam("kind"),
+    ActorRow.name == bindparam("name"),
+    ActorRow.identified_by == bindparam("identified_by"),
 )
 
 
-def actor_id(transaction: Transaction, who: Who) -> int:
+def actor_id(transaction: Transaction, actor: Actor) -> int:
     """The row of an actor, added when it acts for the first time."""
-    known: dict[Who, int] = transaction.info.setdefault("actors", {})
-    if who not in known:
-        named = {"kind": who.kind, "name": who.name, "identified_by": who.identified_by}
+    known: dict[Actor, int] = transaction.info.setdefault("actors", {})
+    if actor not in known:
+        named = {"kind": actor.kind, "name": actor.name, "identified_by": actor.identified_by}
         found = transaction.rows(_ACTOR, named).scalar()
-        known[who] = found if found is not None else transaction.insert(Actor, **named, added_at=transaction.now)
-    return known[who]
+        known[actor] = found if found is not None else transaction.insert(ActorRow, **named, added_at=transaction.now)
+    return known[actor]
 
 
-def who_is(actor: Actor) -> Who:
+def actor_of(actor: ActorRow) -> Actor:
     """The record of an actor's row."""
-    return Who(actor.kind, actor.name, actor.identified_by)
+    return Actor(actor.kind, actor.name, actor.identified_by)
 
 
 def record(
     transaction: Transaction,
-    who: Who,
+    actor: Actor,
     verb: str,
     object_kind: str,
     object_id: int,
@@ -50,7 +50,7 @@ def record(
     transaction.insert(
         Event,
         at=transaction.now,
-        actor_id=actor_id(transaction, who),
+        actor_id=actor_id(transaction, actor),
         verb=verb,
         object_kind=object_kind,
         object_id=object_id,
@@ -58,20 +58,20 @@ def record(
     )
 
 
-def record_all(transaction: Transaction, who: Who, verb: str, object_kind: str, object_ids: Sequence[int]) -> None:
+def record_all(transaction: Transaction, actor: Actor, verb: str, object_kind: str, object_ids: Sequence[int]) -> None:
     """Add the same to the log for many objects."""
     if not object_ids:
         return
-    same = {"at": transaction.now, "actor_id": actor_id(transaction, who), "verb": verb, "object_kind": object_kind}
+    same = {"at": transaction.now, "actor_id": actor_id(transaction, actor), "verb": verb, "object_kind": object_kind}
     transaction.execute(insert(Event), [{**same, "object_id": i} for i in object_ids])
 
 
 def history(transaction: Transaction, object_kind: str, object_id: int) -> list[EventRecord]:
     """What happened to an object, oldest first."""
     rows = transaction.execute(
-        select(Event, Actor)
-        .join(Actor, Event.actor_id == Actor.id)
+        select(Event, ActorRow)
+        .join(ActorRow, Event.actor_id == ActorRow.id)
         .where(Event.object_kind == object_kind, Event.object_id == object_id)
         .order_by(Event.id)
     )
-    return [EventRecord(e.at, who_is(a), e.verb, e.object_kind, e.object_id, e.detail) for e, a in rows]
+    return [EventRecord(e.at, actor_of(a), e.verb, e.object_kind, e.object_id, e.detail) for e, a in rows]

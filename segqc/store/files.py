@@ -1,7 +1,7 @@
 """The files of label versions: kept for ever under their sha256, and shown as ``labels/<tag>/<scan>.nii.gz``.
 
 Files and rows change together, whenever the process dies: new files wait in a folder of their own with a plan and a
-lock; with the pen in hand they are renamed into place, then the rows are committed, and when all is on the disk the
+lock; with the write lock in hand they are renamed into place, then the rows are committed, and when all is on the disk the
 folder goes. A folder whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked
 after. Files that people put below ``labels/`` stay as they are, and nothing is written over one that no version holds.
 """
@@ -36,7 +36,7 @@ _WAITING: Final = ("object", "source")  # the names of new contents, in the orde
 class Plan:
     """What is about to change: a scan's label under a tag, and the addresses of the new contents.
 
-    ``source_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is the
+    ``submitted_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is the
     file, relative to ``labels/``, that a person put there and that stays as it is; None where the label's file is
     written by us.
     """
@@ -45,13 +45,13 @@ class Plan:
     tag: str
     sha256: str | None
     suffix: str | None
-    source_sha256: str | None = None
-    source_suffix: str | None = None
+    submitted_sha256: str | None = None
+    submitted_suffix: str | None = None
     found: str | None = None
 
     def contents(self) -> list[tuple[str, str]]:
         """Address and suffix of each new content."""
-        return contents_of(self.sha256, self.suffix, self.source_sha256, self.source_suffix)
+        return contents_of(self.sha256, self.suffix, self.submitted_sha256, self.submitted_suffix)
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -73,13 +73,13 @@ class FoundLabel:
         file: its path relative to ``labels/``.
         state: its size and time before it was read.
         source: a copy of it, where the label map had to be read from it into another file.
-        source_suffix: the end of its name, in its own spelling, in that case.
+        submitted_suffix: the end of its name, in its own spelling, in that case.
     """
 
     file: str
     state: FileState
     source: Path | None = None
-    source_suffix: str | None = None
+    submitted_suffix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class Arrival:
 
 
 class LabelFiles:
-    """The label files of one studies folder."""
+    """The label files of one dataset folder."""
 
-    def __init__(self, studies: Path, own: Path) -> None:
-        """Take the folders: ``labels/`` lies in the studies folder, all else in SegQC's own."""
-        self.views = studies / "labels"
+    def __init__(self, dataset: Path, own: Path) -> None:
+        """Take the folders: ``labels/`` lies in the dataset folder, all else in SegQC's own."""
+        self.views = dataset / "labels"
         self.objects = own / "labels"
         self._incoming = own / "incoming"
 
@@ -146,7 +146,7 @@ class LabelFiles:
                     sha256,
                     suffix,
                     original,
-                    found.source_suffix if found is not None and original is not None else None,
+                    found.submitted_suffix if found is not None and original is not None else None,
                     found.file if found is not None else None,
                 )
                 _write(folder / "plan.json", _PLAN.dump_json(plan))
@@ -159,7 +159,7 @@ class LabelFiles:
             os.close(lock)
 
     def put(self, arrival: Arrival, others: Collection[Path] = ()) -> FileState | None:
-        """Move the new files into place; the caller holds the pen and commits right after.
+        """Move the new files into place; the caller holds the write lock and commits right after.
 
         Args:
             arrival: what waits.
@@ -183,7 +183,7 @@ class LabelFiles:
         return state
 
     def sync(self, arrivals: Collection[Arrival]) -> None:
-        """Make what was put into place outlast a power failure; the pen is not needed for it.
+        """Make what was put into place outlast a power failure; the write lock is not needed for it.
 
         Until then the arrivals stay, and `keep` mends what a failure undid.
         """
@@ -263,7 +263,7 @@ class LabelFiles:
         found = []
         for path in sorted(self._incoming.iterdir()):
             lock = path / "lock"
-            with contextlib.suppress(FileNotFoundError):  # its process has just ended orderly
+            with contextlib.suppress(FileNotFoundError):  # its process has just ended cleanly
                 if not is_locked(lock) if lock.exists() else path.stat().st_mtime < old:
                     found.append(path)
         return found
@@ -273,7 +273,7 @@ class LabelFiles:
         plan = arrival.plan
         if plan.found is None or not plan.contents():
             return None
-        name = "object" if plan.source_sha256 is None else "source"
+        name = "object" if plan.submitted_sha256 is None else "source"
         return next((p for p in (self.object_path(*plan.contents()[-1]), arrival.folder / name) if p.is_file()), None)
 
     def discard(self, arrival: Arrival, *, keep: Collection[str]) -> None:
@@ -290,10 +290,10 @@ class LabelFiles:
 
 
 def contents_of(
-    sha256: str | None, suffix: str | None, source_sha256: str | None, source_suffix: str | None
+    sha256: str | None, suffix: str | None, submitted_sha256: str | None, submitted_suffix: str | None
 ) -> list[tuple[str, str]]:
     """Address and suffix of a label version's content, and of the file that it was read from."""
-    pairs = ((sha256, suffix), (source_sha256, source_suffix))
+    pairs = ((sha256, suffix), (submitted_sha256, submitted_suffix))
     return [(address, end) for address, end in pairs if address is not None and end is not None]
 
 

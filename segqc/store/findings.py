@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy import delete, select
 
 from segqc.store.database import Transaction
+from segqc.store.records import FindingKind, FindingRecord
 from segqc.store.schema import FindingRow
-from segqc.store.values import FindingKind, FindingRecord
 
 logger = logging.getLogger(__name__)
 

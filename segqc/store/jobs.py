@@ -11,12 +11,12 @@ from sqlalchemy import Select, select, update
 
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction
-from segqc.store.schema import Actor, JobRow, RoundRow, RoundStep
-from segqc.store.values import JobRecord, JobState, JsonObject, Who
+from segqc.store.records import Actor, JobRecord, JobState, JsonObject
+from segqc.store.schema import ActorRow, JobRow, RoundRow, RoundStep
 
 HEARTBEAT_SECONDS: Final = 5.0
 DEAD_AFTER_SECONDS: Final = 60.0
-MOST_ATTEMPTS: Final = 3
+MAX_ATTEMPTS: Final = 3
 _LINES_KEPT: Final = 20
 _OPEN: Final[tuple[JobState, ...]] = ("queued", "running")
 
@@ -25,8 +25,10 @@ class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is wh
     """The job is another worker's by now, or was stopped: this one must not go on."""
 
 
-def put(transaction: Transaction, kind: str, request: JsonObject, who: Who, *, said: Sequence[str] = ()) -> JobRecord:
-    """Put a job at the end of its kind's queue; ``said`` are its first lines, such as what it waits for."""
+def enqueue(
+    transaction: Transaction, kind: str, request: JsonObject, actor: Actor, *, messages: Sequence[str] = ()
+) -> JobRecord:
+    """Put a job at the end of its kind's queue; ``messages`` are its first lines, such as what it waits for."""
     row = JobRow(
         public_id=str(uuid.uuid4()),
         kind=kind,
@@ -35,18 +37,18 @@ def put(transaction: Transaction, kind: str, request: JsonObject, who: Who, *, s
         attempts=0,
         done_steps=0,
         all_steps=0,
-        said=list(said),
+        messages=list(messages),
         stop_wanted=False,
-        actor_id=events.actor_id(transaction, who),
-        put_at=transaction.now,
+        actor_id=events.actor_id(transaction, actor),
+        enqueued_at=transaction.now,
     )
     transaction.add(row)
     transaction.flush()
-    events.record(transaction, who, "put", "job", row.id, {"kind": kind})
+    events.record(transaction, actor, "put", "job", row.id, {"kind": kind})
     return get(transaction, row.id)
 
 
-def take(
+def claim(
     transaction: Transaction,
     worker: str,
     kinds: Collection[str],
@@ -74,17 +76,21 @@ def take(
     if row is None:
         return None
     row.state, row.worker, row.attempts = "running", worker, row.attempts + 1
-    row.beat_at = transaction.now
+    row.heartbeat_at = transaction.now
     row.started_at = row.started_at or transaction.now
     transaction.flush()
-    events.record(transaction, Who("system", worker, "program"), "taken", "job", row.id, {"attempt": row.attempts})
+    events.record(transaction, Actor("system", worker, "program"), "taken", "job", row.id, {"attempt": row.attempts})
     return get(transaction, row.id)
 
 
 def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> None:
     silent_since = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
     for row in transaction.scalars(select(JobRow).where(JobRow.state == "running")).all():
-        if row.beat_at is None or row.beat_at < silent_since or (row.worker is not None and is_dead(row.worker)):
+        if (
+            row.heartbeat_at is None
+            or row.heartbeat_at < silent_since
+            or (row.worker is not None and is_dead(row.worker))
+        ):
             _retry(transaction, row, "its worker died")
     transaction.flush()
 
@@ -93,21 +99,21 @@ def _retry(transaction: Transaction, row: JobRow, reason: str) -> None:
     """Queue a job again whose process or worker has died, a limited number of times."""
     if row.stop_wanted:
         _end(transaction, row, "stopped", None)
-    elif row.attempts >= MOST_ATTEMPTS:
-        row.said = _last([*row.said, f"given up after {row.attempts} attempts: {reason}"])
+    elif row.attempts >= MAX_ATTEMPTS:
+        row.messages = _last([*row.messages, f"given up after {row.attempts} attempts: {reason}"])
         _end(transaction, row, "failed", None)
     else:
-        row.said = _last([*row.said, f"attempt {row.attempts} of {MOST_ATTEMPTS} ended: {reason}"])
+        row.messages = _last([*row.messages, f"attempt {row.attempts} of {MAX_ATTEMPTS} ended: {reason}"])
         row.state, row.worker = "queued", None
         events.record(transaction, events.SERVER, "attempt lost", "job", row.id, {"reason": reason})
 
 
-def beat(
+def heartbeat(
     transaction: Transaction,
     job: int,
     worker: str,
     *,
-    said: Sequence[str] = (),
+    messages: Sequence[str] = (),
     steps: tuple[int, int] | None = None,
 ) -> None:
     """Show that a job's worker is alive, and how far it is.
@@ -116,8 +122,8 @@ def beat(
         JobLost: if the job is not this worker's any more, or shall stop.
     """
     row = _mine(transaction, job, worker)
-    row.beat_at = transaction.now
-    _tell(row, said, steps)
+    row.heartbeat_at = transaction.now
+    _tell(row, messages, steps)
     transaction.flush()
 
 
@@ -137,14 +143,14 @@ def finish(
     state: JobState,
     result: JsonObject | None = None,
     *,
-    said: Sequence[str] = (),
+    messages: Sequence[str] = (),
     steps: tuple[int, int] | None = None,
 ) -> None:
     """End a job: done, failed or stopped; what is not this worker's any more is left alone."""
     row = _if_mine(transaction, job, worker)
     if row is None:
         return
-    _tell(row, said, steps)
+    _tell(row, messages, steps)
     _end(transaction, row, "stopped" if row.stop_wanted and state != "done" else state, result)
 
 
@@ -154,17 +160,17 @@ def retry(
     worker: str,
     reason: str,
     *,
-    said: Sequence[str] = (),
+    messages: Sequence[str] = (),
     steps: tuple[int, int] | None = None,
 ) -> None:
-    """Queue a job again whose process has died, or fail it after `MOST_ATTEMPTS`.
+    """Queue a job again whose process has died, or fail it after `MAX_ATTEMPTS`.
 
     What is not this worker's any more is left alone.
     """
     row = _if_mine(transaction, job, worker)
     if row is None:
         return
-    _tell(row, said, steps)
+    _tell(row, messages, steps)
     _retry(transaction, row, reason)
     transaction.flush()
 
@@ -174,9 +180,9 @@ def _if_mine(transaction: Transaction, job: int, worker: str) -> JobRow | None:
     return row if row is not None and row.state == "running" and row.worker == worker else None
 
 
-def _tell(row: JobRow, said: Sequence[str], steps: tuple[int, int] | None) -> None:
-    if said:
-        row.said = _last([*row.said, *said])
+def _tell(row: JobRow, messages: Sequence[str], steps: tuple[int, int] | None) -> None:
+    if messages:
+        row.messages = _last([*row.messages, *messages])
     if steps is not None:
         row.done_steps, row.all_steps = steps
 
@@ -184,25 +190,25 @@ def _tell(row: JobRow, said: Sequence[str], steps: tuple[int, int] | None) -> No
 def _end(transaction: Transaction, row: JobRow, state: JobState, result: JsonObject | None) -> None:
     row.state, row.result, row.ended_at = state, result, transaction.now
     transaction.flush()
-    who = Who("system", row.worker, "program") if row.worker else events.SERVER
-    events.record(transaction, who, state, "job", row.id)
+    actor = Actor("system", row.worker, "program") if row.worker else events.SERVER
+    events.record(transaction, actor, state, "job", row.id)
 
 
-def stop(transaction: Transaction, job: int, who: Who) -> JobRecord:
+def stop(transaction: Transaction, job: int, actor: Actor) -> JobRecord:
     """Ask for a job's end: at once if it waits, at its worker's next heartbeat if it runs."""
     row = transaction.get(JobRow, job)
     if row is None:
         raise StoreError(f"there is no job {job}")
     if row.state in _OPEN and not row.stop_wanted:
         row.stop_wanted = True
-        events.record(transaction, who, "stop wanted", "job", row.id)
+        events.record(transaction, actor, "stop wanted", "job", row.id)
         if row.state == "queued":
             _end(transaction, row, "stopped", None)
     return get(transaction, job)
 
 
 def give_back(transaction: Transaction, worker: str) -> None:
-    """Put the jobs of a worker that ends orderly back into the queue; the attempt does not count."""
+    """Put the jobs of a worker that ends cleanly back into the queue; the attempt does not count."""
     transaction.execute(
         update(JobRow)
         .where(JobRow.state == "running", JobRow.worker == worker)
@@ -216,7 +222,7 @@ def get(transaction: Transaction, job: int) -> JobRecord:
     Raises:
         StoreError: if there is none.
     """
-    for record in _records(transaction, select(JobRow, Actor).where(JobRow.id == job)):
+    for record in _records(transaction, select(JobRow, ActorRow).where(JobRow.id == job)):
         return record
     raise StoreError(f"there is no job {job}")
 
@@ -225,7 +231,7 @@ def listing(
     transaction: Transaction, kind: str, *, states: Collection[JobState] | None = None, most: int = 200
 ) -> list[JobRecord]:
     """The last jobs of a kind, oldest first."""
-    query = select(JobRow, Actor).where(JobRow.kind == kind).order_by(JobRow.id.desc()).limit(most)
+    query = select(JobRow, ActorRow).where(JobRow.kind == kind).order_by(JobRow.id.desc()).limit(most)
     if states is not None:
         query = query.where(JobRow.state.in_(states))
     return _records(transaction, query)[::-1]
@@ -236,12 +242,12 @@ def open_jobs(transaction: Transaction, kind: str) -> list[JobRecord]:
     return listing(transaction, kind, states=_OPEN)
 
 
-def _records(transaction: Transaction, query: Select[JobRow, Actor]) -> list[JobRecord]:
-    rows = transaction.execute(query.join(Actor, JobRow.actor_id == Actor.id))
+def _records(transaction: Transaction, query: Select[JobRow, ActorRow]) -> list[JobRecord]:
+    rows = transaction.execute(query.join(ActorRow, JobRow.actor_id == ActorRow.id))
     return [
         JobRecord(
             j.id, j.public_id, j.kind, j.request, j.state, j.attempts, j.worker, j.done_steps, j.all_steps,
-            tuple(j.said), j.result, j.stop_wanted, events.who_is(actor), j.put_at, j.started_at, j.beat_at, j.ended_at,
+            tuple(j.messages), j.result, j.stop_wanted, events.actor_of(actor), j.enqueued_at, j.started_at, j.heartbeat_at, j.ended_at,
         )
         for j, actor in rows
     ]  # fmt: skip

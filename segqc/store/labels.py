@@ -11,8 +11,8 @@ from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
-from segqc.store.schema import Actor, Bundle, LabelInfo, LabelVersion, LabelView, Scan
-from segqc.store.values import BundleRecord, JsonObject, LabelRecord, Maker, Who
+from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource
+from segqc.store.schema import ActorRow, Bundle, LabelInfo, LabelVersion, LabelView, Scan
 
 FINAL: Final = "final"
 ORIGINAL: Final = "original"
@@ -25,20 +25,20 @@ class NewLabel:
     """What is known of a label version before it is one.
 
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
-    ``source_sha256`` and ``source_suffix`` are those of the file that the label map was read from, if it is another.
+    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is another.
     """
 
     scan: str
     tag: str
-    maker: Maker
-    who: Who
+    source: LabelSource
+    actor: Actor
     sha256: str | None = None
     suffix: str | None = None
     parent: int | None = None
     bundle: int | None = None
     info: JsonObject | None = None
-    source_sha256: str | None = None
-    source_suffix: str | None = None
+    submitted_sha256: str | None = None
+    submitted_suffix: str | None = None
 
 
 def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
@@ -52,41 +52,41 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     """
     scan = scans.find(transaction, label.scan)
     last = current(transaction, label.scan, label.tag)
-    if last is not None and last.sha256 == label.sha256 and last.who == label.who and label.maker == last.maker:
+    if last is not None and last.sha256 == label.sha256 and last.actor == label.actor and label.source == last.source:
         return last, False
     number = transaction.insert(
         LabelVersion,
         scan_id=scan.id,
         tag=label.tag,
-        maker=label.maker,
+        source=label.source,
         sha256=label.sha256,
         suffix=label.suffix,
         parent_id=label.parent,
         bundle_id=label.bundle,
-        actor_id=events.actor_id(transaction, label.who),
+        actor_id=events.actor_id(transaction, label.actor),
         made_at=transaction.now,
-        source_sha256=label.source_sha256,
-        source_suffix=label.source_suffix,
+        submitted_sha256=label.submitted_sha256,
+        submitted_suffix=label.submitted_suffix,
     )
     if label.info:
         transaction.insert(LabelInfo, label_version_id=number, info=label.info)
-    verb = "label removed" if label.maker == "removal" else "label saved"
-    detail: JsonObject = {"tag": label.tag, "version": number, "maker": label.maker}
-    events.record(transaction, label.who, verb, "scan", scan.id, detail)
+    verb = "label removed" if label.source == "removal" else "label saved"
+    detail: JsonObject = {"tag": label.tag, "version": number, "source": label.source}
+    events.record(transaction, label.actor, verb, "scan", scan.id, detail)
     _tell_scan(transaction, scan, label)
     kept = LabelRecord(
         number,
         label.scan,
         label.tag,
-        label.maker,
+        label.source,
         label.sha256,
         label.suffix,
         label.parent,
         _bundle(transaction.get_one(Bundle, label.bundle)) if label.bundle is not None else None,
-        label.who,
+        label.actor,
         transaction.now,
-        label.source_sha256,
-        label.source_suffix,
+        label.submitted_sha256,
+        label.submitted_suffix,
     )
     return kept, True
 
@@ -94,9 +94,9 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
     """A final label takes the scan out of the queue, its removal puts it back; another mask is not assessed yet."""
     if label.tag == FINAL and label.sha256 is not None and scan.state != "submitted":
-        scans.set_state(transaction, scan, "submitted", label.who)  # also an approved one: to be reviewed again
+        scans.set_state(transaction, scan, "submitted", label.actor)  # also an approved one: to be reviewed again
     elif label.tag == FINAL and label.sha256 is None and scan.state in ("submitted", "approved"):
-        scans.set_state(transaction, scan, "unlabelled", label.who)
+        scans.set_state(transaction, scan, "unlabelled", label.actor)
     elif label.tag in (ORIGINAL, RETURNED):
         scan.ranking_dice = scan.foreground = None
 
@@ -154,10 +154,10 @@ def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:
     return sorted(found, key=lambda record: _reader_number(record.tag) or 0)
 
 
-def reader_tag(transaction: Transaction, scan: str, who: Who) -> str:
+def reader_tag(transaction: Transaction, scan: str, actor: Actor) -> str:
     """The tag of an annotator's reading of a scan: the one it has, else the next number."""
-    taken = {record.tag: record.who for record in readings(transaction, scan)}
-    own = next((tag for tag, reader in taken.items() if reader == who), None)
+    taken = {record.tag: record.actor for record in readings(transaction, scan)}
+    own = next((tag for tag, reader in taken.items() if reader == actor), None)
     return own or f"{READER}{max((_reader_number(tag) or 0 for tag in taken), default=0) + 1}"
 
 
@@ -278,7 +278,7 @@ def views(transaction: Transaction, tag: str) -> dict[str, ViewState]:
 
 def known_content(transaction: Transaction, sha256: str) -> bool:
     """Whether any version has this content, or was read from it."""
-    for address in (LabelVersion.sha256, LabelVersion.source_sha256):
+    for address in (LabelVersion.sha256, LabelVersion.submitted_sha256):
         if transaction.scalar(select(LabelVersion.id).where(address == sha256).limit(1)) is not None:
             return True
     return False
@@ -295,7 +295,7 @@ def contents(transaction: Transaction) -> Iterator[tuple[str, str]]:
     """Address and suffix of all content that versions speak of, also of the files that they were read from."""
     for address, end in (
         (LabelVersion.sha256, LabelVersion.suffix),
-        (LabelVersion.source_sha256, LabelVersion.source_suffix),
+        (LabelVersion.submitted_sha256, LabelVersion.submitted_suffix),
     ):
         query = select(address, end).where(address.is_not(None)).distinct()
         yield from ((sha256, suffix) for sha256, suffix in transaction.execute(query) if sha256 and suffix)
@@ -339,13 +339,13 @@ def _records() -> Select[*tuple[Any, ...]]:
     version = LabelVersion
     return (
         select(
-            version.id, Scan.name.label("scan"), version.tag, version.maker, version.sha256, version.suffix,
-            version.parent_id, version.made_at, version.source_sha256, version.source_suffix,
+            version.id, Scan.name.label("scan"), version.tag, version.source, version.sha256, version.suffix,
+            version.parent_id, version.made_at, version.submitted_sha256, version.submitted_suffix,
             Bundle.id.label("bundle_id"), Bundle.segmenter_version, Bundle.assessor_version,
-            Actor.kind, Actor.name.label("actor"), Actor.identified_by,
+            ActorRow.kind, ActorRow.name.label("actor_name"), ActorRow.identified_by,
         )
         .join(Scan, version.scan_id == Scan.id)
-        .join(Actor, version.actor_id == Actor.id)
+        .join(ActorRow, version.actor_id == ActorRow.id)
         .outerjoin(Bundle, version.bundle_id == Bundle.id)
     )  # fmt: skip
 
@@ -390,13 +390,13 @@ def _record(row: Row[*tuple[Any, ...]]) -> LabelRecord:
         row.id,
         row.scan,
         row.tag,
-        row.maker,
+        row.source,
         row.sha256,
         row.suffix,
         row.parent_id,
         made_by,
-        Who(row.kind, row.actor, row.identified_by),
+        Actor(row.kind, row.actor_name, row.identified_by),
         row.made_at,
-        row.source_sha256,
-        row.source_suffix,
+        row.submitted_sha256,
+        row.submitted_suffix,
     )

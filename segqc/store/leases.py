@@ -27,13 +27,13 @@ from sqlalchemy.orm import aliased
 from segqc.store import assessments, events, labels, orders, scans
 from segqc.store.database import Parameters, StoreError, Transaction
 from segqc.store.orders import Choice, Order, Waiting
-from segqc.store.schema import Actor, Assignment, Event, Scan, UtcDateTime
-from segqc.store.values import Cost, Draw, JsonObject, LeaseRecord, LeaseState, Who
+from segqc.store.records import Actor, Cost, Draw, JsonObject, LeaseRecord, LeaseState
+from segqc.store.schema import ActorRow, Event, LeaseRow, Scan, UtcDateTime
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
 _EXPLAINED: Final = "skip explained"  # the event of a reason that is given later
-_MOST_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
+_MAX_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +68,17 @@ class LeaseRules:
         shares = (self.audit_share, self.validation_share)
         if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
             raise ValueError("audit_share and validation_share must be 0 or more and together 1 at most")
-        if not all(0 < minutes <= _MOST_MINUTES for minutes in (self.lease_minutes, self.cookie_lease_minutes)):
-            raise ValueError(f"lease_minutes and cookie_lease_minutes must be above 0 and at most {_MOST_MINUTES}")
-        if not (0 <= self.repeat_seconds <= 60 * _MOST_MINUTES and 0 <= self.skip_hours <= _MOST_MINUTES / 60):
+        if not all(0 < minutes <= _MAX_MINUTES for minutes in (self.lease_minutes, self.cookie_lease_minutes)):
+            raise ValueError(f"lease_minutes and cookie_lease_minutes must be above 0 and at most {_MAX_MINUTES}")
+        if not (0 <= self.repeat_seconds <= 60 * _MAX_MINUTES and 0 <= self.skip_hours <= _MAX_MINUTES / 60):
             raise ValueError("repeat_seconds and skip_hours must be 0 or more and at most a year")
         if not 1 <= self.readers <= 100 or self.seed < 0:
             raise ValueError("readers must be from 1 to 100, and seed 0 or more")
 
 
-def take(
+def acquire(
     transaction: Transaction,
-    who: Who,
+    actor: Actor,
     strategy: str,
     order: Order,
     rules: LeaseRules,
@@ -93,31 +93,31 @@ def take(
     (method, "Leaks": scans chosen worst-first are a biased sample).
     """
     expire(transaction)
-    actor = events.actor_id(transaction, who)
-    held = transaction.rows(_OPEN_OF, {"actor": actor}).scalar()
+    actor_id = events.actor_id(transaction, actor)
+    held = transaction.rows(_OPEN_OF, {"actor": actor_id}).scalar()
     if held is not None:
-        mine = transaction.get_one(Assignment, held)
+        mine = transaction.get_one(LeaseRow, held)
         scan = transaction.get_one(Scan, mine.scan_id)
         if scan.queue is None:
-            _close(transaction, mine, "released", who)  # labelled or excluded by another way meanwhile
+            _close(transaction, mine, "released", actor)  # labelled or excluded by another way meanwhile
         elif skip_reason is None and (transaction.now - mine.handed_out_at).total_seconds() <= rules.repeat_seconds:
             return get(transaction, mine.id)
         else:
-            _close(transaction, mine, "skipped", who, skip_reason)
+            _close(transaction, mine, "skipped", actor, skip_reason)
         transaction.flush()
     rng = np.random.default_rng((rules.seed, transaction.rows(_LAST).scalar() or 0))
-    chosen = _choose(transaction, actor, order, rules, rng)
+    chosen = _choose(transaction, actor_id, order, rules, rng)
     if chosen is None:
         return None
     draw, probability, choice = chosen
-    return _open(transaction, who, actor, strategy, draw, probability, choice, rules)
+    return _open(transaction, actor, actor_id, strategy, draw, probability, choice, rules)
 
 
 Pool: TypeAlias = Literal["anyone", "train", "validation"]
 
 
 def _choose(
-    transaction: Transaction, actor: int, order: Order, rules: LeaseRules, rng: np.random.Generator
+    transaction: Transaction, actor_id: int, order: Order, rules: LeaseRules, rng: np.random.Generator
 ) -> tuple[Draw, float | None, Choice] | None:
     """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
     lot = rng.random()
@@ -129,7 +129,7 @@ def _choose(
     wanted.append(("strategy", None, order, "train"))
     wanted.append(("validation", 1.0, orders.uniform, "validation"))  # nothing else is left
     skipped_since = transaction.now - dt.timedelta(hours=rules.skip_hours)
-    parameters: Parameters = {"actor": actor, "skipped_since": skipped_since, "readers": rules.readers}
+    parameters: Parameters = {"actor": actor_id, "skipped_since": skipped_since, "readers": rules.readers}
     for lately_skipped in (False, True):
         for draw, probability, pick, pool in wanted:
             waiting = _waiting(pool, several_readers=rules.readers > 1, lately_skipped=lately_skipped)
@@ -142,7 +142,7 @@ def _choose(
 @functools.cache
 def _waiting(pool: Pool, *, several_readers: bool, lately_skipped: bool) -> Waiting:
     """The scans of a pool with a free reader's place, and nothing on them of whoever asks (the parameter "actor")."""
-    lease = aliased(Assignment)
+    lease = aliased(LeaseRow)
     held = and_(lease.scan_id == Scan.id, lease.state == _OPEN)
     own = and_(lease.scan_id == Scan.id, lease.actor_id == bindparam("actor"))
     free: list[ColumnElement[bool]]
@@ -160,8 +160,8 @@ def _waiting(pool: Pool, *, several_readers: bool, lately_skipped: bool) -> Wait
 
 def _open(
     transaction: Transaction,
-    who: Who,
-    actor: int,
+    actor: Actor,
+    actor_id: int,
     strategy: str,
     draw: Draw,
     probability: float | None,
@@ -169,11 +169,11 @@ def _open(
     rules: LeaseRules,
 ) -> LeaseRecord:
     name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
-    begun = _begin(transaction, choice.scan_id, name, who, rules)
+    begun = _begin(transaction, choice.scan_id, name, actor, rules)
     number = transaction.insert(
-        Assignment,
+        LeaseRow,
         scan_id=choice.scan_id,
-        actor_id=actor,
+        actor_id=actor_id,
         state="open",
         slot=begun.slot,
         handed_out_at=transaction.now,
@@ -186,7 +186,7 @@ def _open(
         label_version_id=begun.label_version_id,
         assessment_id=begun.assessment_id,
     )
-    events.record(transaction, who, "handed out", "scan", choice.scan_id, {"lease": number})
+    events.record(transaction, actor, "handed out", "scan", choice.scan_id, {"lease": number})
     return get(transaction, number)
 
 
@@ -200,10 +200,10 @@ class _Begun:
     assessment_id: int | None
 
 
-def _begin(transaction: Transaction, scan_id: int, scan: str, who: Who, rules: LeaseRules) -> _Begun:
+def _begin(transaction: Transaction, scan_id: int, scan: str, actor: Actor, rules: LeaseRules) -> _Begun:
     taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars())
     start = labels.start_of(transaction, scan)
-    minutes = rules.cookie_lease_minutes if who.identified_by == "cookie" else rules.lease_minutes
+    minutes = rules.cookie_lease_minutes if actor.identified_by == "cookie" else rules.lease_minutes
     return _Begun(
         next(i for i in range(len(taken) + 1) if i not in taken),
         transaction.now + dt.timedelta(minutes=minutes),
@@ -214,29 +214,29 @@ def _begin(transaction: Transaction, scan_id: int, scan: str, who: Who, rules: L
 
 def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
     """The lease that was put aside as skipped when this one was handed out, if there was one."""
-    row = transaction.rows(_SKIPPED_AT, {"closed_at": lease.handed_out_at, **_named(lease.who)}).first()
+    row = transaction.rows(_SKIPPED_AT, {"closed_at": lease.handed_out_at, **_named(lease.actor)}).first()
     return _record(row) if row is not None else None
 
 
-def skip(transaction: Transaction, scan: str, who: Who, reason: str) -> LeaseRecord:
+def skip(transaction: Transaction, scan: str, actor: Actor, reason: str) -> LeaseRecord:
     """Put a scan aside for an annotator who says why, or note why it was put aside before.
 
     Raises:
         UnknownScan: if there is no such scan.
         StoreError: if the annotator neither has nor skipped it.
     """
-    row = _last(transaction, scan, who)
+    row = _last(transaction, scan, actor)
     if row.state == "open":
-        _close(transaction, row, "skipped", who, reason)
+        _close(transaction, row, "skipped", actor, reason)
     elif row.state == "skipped":
-        events.record(transaction, who, _EXPLAINED, "scan", row.scan_id, {"lease": row.id, "reason": reason})
+        events.record(transaction, actor, _EXPLAINED, "scan", row.scan_id, {"lease": row.id, "reason": reason})
     else:
-        raise StoreError(f"the scan {scan!r} was not skipped by {who.name!r}: its lease is {row.state}")
+        raise StoreError(f"the scan {scan!r} was not skipped by {actor.name!r}: its lease is {row.state}")
     transaction.flush()
     return get(transaction, row.id)
 
 
-def resume(transaction: Transaction, scan: str, who: Who, rules: LeaseRules) -> LeaseRecord:
+def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules) -> LeaseRecord:
     """Hand a scan out again to an annotator who had it and did not submit it; what this one has instead is released.
 
     It stays the same lease, with the draw that it came by: one draw is one lease.
@@ -246,37 +246,37 @@ def resume(transaction: Transaction, scan: str, who: Who, rules: LeaseRules) -> 
         StoreError: if the annotator never had it, has submitted it, or it is no longer waiting or free.
     """
     expire(transaction)
-    row = _last(transaction, scan, who)
+    row = _last(transaction, scan, actor)
     if row.state == "open":
         return get(transaction, row.id)
     if row.state == "submitted":
-        raise StoreError(f"the scan {scan!r} was submitted by {who.name!r} already")
+        raise StoreError(f"the scan {scan!r} was submitted by {actor.name!r} already")
     if transaction.get_one(Scan, row.scan_id).queue is None:
         raise StoreError(f"the scan {scan!r} does not wait for a label any more")
     waiting = _waiting("anyone", several_readers=rules.readers > 1, lately_skipped=True)
     is_free = select(Scan.id).where(Scan.id == row.scan_id, *waiting.free)
     if transaction.scalar(is_free, {"actor": row.actor_id, "readers": rules.readers}) is None:
         raise StoreError(f"the scan {scan!r} is handed out to another annotator by now")
-    mine = Assignment.actor_id == row.actor_id, Assignment.state == _OPEN
-    for other in transaction.scalars(select(Assignment).where(*mine)).all():
-        _close(transaction, other, "released", who)
+    mine = LeaseRow.actor_id == row.actor_id, LeaseRow.state == _OPEN
+    for other in transaction.scalars(select(LeaseRow).where(*mine)).all():
+        _close(transaction, other, "released", actor)
     transaction.flush()
-    begun = _begin(transaction, row.scan_id, scan, who, rules)
+    begun = _begin(transaction, row.scan_id, scan, actor, rules)
     row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
     row.slot, row.expires_at = begun.slot, begun.expires_at
     row.label_version_id, row.assessment_id = begun.label_version_id, begun.assessment_id
     transaction.flush()
-    events.record(transaction, who, "resumed", "scan", row.scan_id, {"lease": row.id})
+    events.record(transaction, actor, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)
 
 
-def _last(transaction: Transaction, scan: str, who: Who) -> Assignment:
+def _last(transaction: Transaction, scan: str, actor: Actor) -> LeaseRow:
     """The last lease of a scan to an annotator."""
-    wanted = scans.find(transaction, scan).id, events.actor_id(transaction, who)
-    query = select(Assignment).where(Assignment.scan_id == wanted[0], Assignment.actor_id == wanted[1])
-    row = transaction.scalar(query.order_by(Assignment.id.desc()).limit(1))
+    wanted = scans.find(transaction, scan).id, events.actor_id(transaction, actor)
+    query = select(LeaseRow).where(LeaseRow.scan_id == wanted[0], LeaseRow.actor_id == wanted[1])
+    row = transaction.scalar(query.order_by(LeaseRow.id.desc()).limit(1))
     if row is None:
-        raise StoreError(f"the scan {scan!r} was never handed out to {who.name!r}")
+        raise StoreError(f"the scan {scan!r} was never handed out to {actor.name!r}")
     return row
 
 
@@ -284,25 +284,25 @@ def expire(transaction: Transaction) -> int:
     """Take back all leases whose time is over; returns how many."""
     over = transaction.rows(_OVER, {"now": transaction.now}).scalars().all()
     for number in over:
-        _close(transaction, transaction.get_one(Assignment, number), "expired", events.SERVER)
+        _close(transaction, transaction.get_one(LeaseRow, number), "expired", events.SERVER)
     if over:
         transaction.flush()
     return len(over)
 
 
-def _close(transaction: Transaction, row: Assignment, state: LeaseState, who: Who, reason: str | None = None) -> None:
+def _close(transaction: Transaction, row: LeaseRow, state: LeaseState, actor: Actor, reason: str | None = None) -> None:
     row.state, row.closed_at = state, transaction.now
     detail: JsonObject = {"lease": row.id, **({"reason": reason} if reason is not None else {})}
-    events.record(transaction, who, state, "scan", row.scan_id, detail)
+    events.record(transaction, actor, state, "scan", row.scan_id, detail)
 
 
-def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
+def submitted(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
     """Close the lease that an annotator's submission answers, and return it as it was handed out.
 
     A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
     None where the scan was never handed out to this annotator, or that hand-out was answered before.
     """
-    last = last_of(transaction, scan, who)
+    last = last_of(transaction, scan, actor)
     if last is None:
         return None
     closed = {"lease": last.id, "closed_at": transaction.now}
@@ -311,30 +311,30 @@ def submitted(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | No
     return replace(last, state="submitted", closed_at=transaction.now)
 
 
-def last_of(transaction: Transaction, scan: str, who: Who) -> LeaseRecord | None:
+def last_of(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
     """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
-    row = transaction.rows(_LAST_OF, {"scan": scan, **_named(who)}).first()
+    row = transaction.rows(_LAST_OF, {"scan": scan, **_named(actor)}).first()
     return None if row is None or row.state == "submitted" else _record(row)
 
 
-def of_replaced(transaction: Transaction, scan: str, who: Who) -> bool:
+def of_replaced(transaction: Transaction, scan: str, actor: Actor) -> bool:
     """Whether the last hand-out of a scan to an annotator was of another content than it has now, and not answered."""
-    row = transaction.rows(_LAST_OF_NAMED, {"scan": scan, **_named(who)}).first()
+    row = transaction.rows(_LAST_OF_NAMED, {"scan": scan, **_named(actor)}).first()
     return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
 
 
-def _named(who: Who) -> dict[str, str]:
+def _named(actor: Actor) -> dict[str, str]:
     """The parameters of `_IS`."""
-    return {"kind": who.kind, "name": who.name, "identified_by": who.identified_by}
+    return {"kind": actor.kind, "name": actor.name, "identified_by": actor.identified_by}
 
 
-def release(transaction: Transaction, scan: str, who: Who) -> int:
+def release(transaction: Transaction, scan: str, actor: Actor) -> int:
     """Take back all open leases of a scan; returns how many."""
     rows = transaction.scalars(
-        select(Assignment).join(Scan, Assignment.scan_id == Scan.id).where(Scan.name == scan, Assignment.state == _OPEN)
+        select(LeaseRow).join(Scan, LeaseRow.scan_id == Scan.id).where(Scan.name == scan, LeaseRow.state == _OPEN)
     ).all()
     for row in rows:
-        _close(transaction, row, "released", who)
+        _close(transaction, row, "released", actor)
     return len(rows)
 
 
@@ -345,13 +345,11 @@ def get(transaction: Transaction, lease: int) -> LeaseRecord:
 
 def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: str | None = None) -> list[LeaseRecord]:
     """All leases, those in a state (open: and not over), or those of a scan, oldest first."""
-    query = _leases().order_by(Assignment.id)
+    query = _leases().order_by(LeaseRow.id)
     if state is not None:
-        query = query.where(Assignment.state == state)
+        query = query.where(LeaseRow.state == state)
     if state == "open":
-        query = query.where(
-            Assignment.expires_at > transaction.now
-        )  # whose time is over is taken back at the next take
+        query = query.where(LeaseRow.expires_at > transaction.now)  # whose time is over is taken back at the next take
     if scan is not None:
         query = query.where(Scan.name == scan)
     return [_record(row) for row in transaction.rows(query)]
@@ -369,7 +367,7 @@ def skip_reasons(transaction: Transaction) -> dict[int, str]:
 
 def costs(transaction: Transaction) -> list[Cost]:
     """What annotation has cost, by what scans were chosen by: audit draws and validation scans are work, too."""
-    query = select(Assignment.draw, Assignment.state, Assignment.handed_out_at, Assignment.closed_at)
+    query = select(LeaseRow.draw, LeaseRow.state, LeaseRow.handed_out_at, LeaseRow.closed_at)
     rows = transaction.execute(query).all()
     found = []
     for draw in get_args(Draw):
@@ -383,50 +381,50 @@ def costs(transaction: Transaction) -> list[Cost]:
 
 def _leases() -> Select[*tuple[Any, ...]]:
     """The fields of a LeaseRecord."""
-    lease = Assignment
+    lease = LeaseRow
     return (
         select(
-            lease.id, Scan.name.label("scan"), Actor.kind, Actor.name.label("actor"), Actor.identified_by, lease.slot,
+            lease.id, Scan.name.label("scan"), ActorRow.kind, ActorRow.name.label("actor_name"), ActorRow.identified_by, lease.slot,
             lease.state, lease.handed_out_at, lease.expires_at, lease.closed_at, lease.strategy, lease.score,
             lease.draw, lease.probability, lease.pool, lease.label_version_id, lease.assessment_id,
         )
         .join(Scan, lease.scan_id == Scan.id)
-        .join(Actor, lease.actor_id == Actor.id)
+        .join(ActorRow, lease.actor_id == ActorRow.id)
     )  # fmt: skip
 
 
 # built once: building a query takes longer than running it
-_OPEN_OF: Final = select(Assignment.id).where(Assignment.actor_id == bindparam("actor"), Assignment.state == _OPEN)
-_LAST: Final = select(func.max(Assignment.id))
+_OPEN_OF: Final = select(LeaseRow.id).where(LeaseRow.actor_id == bindparam("actor"), LeaseRow.state == _OPEN)
+_LAST: Final = select(func.max(LeaseRow.id))
 _CHOSEN: Final = select(Scan.name, Scan.ranking_dice).where(Scan.id == bindparam("scan"))
 _SUBMITTED: Final = (
-    update(Assignment)
-    .where(Assignment.id == bindparam("lease"))
+    update(LeaseRow)
+    .where(LeaseRow.id == bindparam("lease"))
     .values(state="submitted", closed_at=bindparam("closed_at"))
 )
-_SLOTS: Final = select(Assignment.slot).where(Assignment.scan_id == bindparam("scan"), Assignment.state == _OPEN)
-_OVER: Final = select(Assignment.id).where(
-    Assignment.state == _OPEN, Assignment.expires_at <= bindparam("now", type_=UtcDateTime())
+_SLOTS: Final = select(LeaseRow.slot).where(LeaseRow.scan_id == bindparam("scan"), LeaseRow.state == _OPEN)
+_OVER: Final = select(LeaseRow.id).where(
+    LeaseRow.state == _OPEN, LeaseRow.expires_at <= bindparam("now", type_=UtcDateTime())
 )
-_LEASE: Final = _leases().where(Assignment.id == bindparam("lease"))
+_LEASE: Final = _leases().where(LeaseRow.id == bindparam("lease"))
 _IS: Final = and_(
-    Actor.kind == bindparam("kind"),
-    Actor.name == bindparam("name"),
-    Actor.identified_by == bindparam("identified_by"),
+    ActorRow.kind == bindparam("kind"),
+    ActorRow.name == bindparam("name"),
+    ActorRow.identified_by == bindparam("identified_by"),
 )
 _SKIPPED_AT: Final = (
     _leases()
-    .where(_IS, Assignment.state == "skipped", Assignment.closed_at == bindparam("closed_at", type_=UtcDateTime()))
-    .order_by(Assignment.id.desc())
+    .where(_IS, LeaseRow.state == "skipped", LeaseRow.closed_at == bindparam("closed_at", type_=UtcDateTime()))
+    .order_by(LeaseRow.id.desc())
     .limit(1)
 )
-_LAST_OF: Final = _leases().where(Scan.name == bindparam("scan"), _IS).order_by(Assignment.id.desc()).limit(1)
+_LAST_OF: Final = _leases().where(Scan.name == bindparam("scan"), _IS).order_by(LeaseRow.id.desc()).limit(1)
 _LAST_OF_NAMED: Final = (
-    select(Assignment.state, Scan.former_name)
-    .join(Scan, Assignment.scan_id == Scan.id)
-    .join(Actor, Assignment.actor_id == Actor.id)
+    select(LeaseRow.state, Scan.former_name)
+    .join(Scan, LeaseRow.scan_id == Scan.id)
+    .join(ActorRow, LeaseRow.actor_id == ActorRow.id)
     .where(or_(Scan.name == bindparam("scan"), Scan.former_name == bindparam("scan")), _IS)
-    .order_by(Assignment.id.desc())
+    .order_by(LeaseRow.id.desc())
     .limit(1)
 )
 
@@ -435,7 +433,7 @@ def _record(row: Row[*tuple[Any, ...]]) -> LeaseRecord:
     return LeaseRecord(
         row.id,
         row.scan,
-        Who(row.kind, row.actor, row.identified_by),
+        Actor(row.kind, row.actor_name, row.identified_by),
         row.slot,
         row.state,
         row.handed_out_at,

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, and_, bindparam, func, select
 from segqc.store.database import Parameters, Transaction
 from segqc.store.schema import Scan, Score
 
-_MOST_TRIES: Final = 50
+_MAX_TRIES: Final = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ def uniform(
     """
     queries = _uniform(waiting)
     count = transaction.rows(queries.count, parameters).scalar() or 0
-    for _ in range(min(count, _MOST_TRIES)):
+    for _ in range(min(count, _MAX_TRIES)):
         found = transaction.scalar(queries.drawn, {**parameters, "place": int(rng.integers(count))})
         if found is not None:
             return Choice(found, pool=count)

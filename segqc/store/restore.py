@@ -1,4 +1,4 @@
-"""The way back: a studies folder's store as a backup holds it.
+"""The way back: a dataset folder's store as a backup holds it.
 
 The whole store is made anew beside the one that is there and checked; only then both change places by renames. What was
 there is moved to a folder of its own, and nothing is deleted. While they change places a file marks the folder: a
@@ -18,11 +18,11 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from segqc.store import labels, upkeep
+from segqc.store import labels, maintenance
 from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreError, StoreReadOnly
 from segqc.store.files import LabelFiles, is_locked
+from segqc.store.maintenance import Report, silent
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
-from segqc.store.upkeep import Report, silent
 from segqc.volumes import atomic_write, scan_suffix
 
 _STAGING: Final = ".segqc-restoring"
@@ -48,57 +48,57 @@ class RestoredBackup:
     not_in_backup: tuple[str, ...] = ()
 
 
-def restore(backup: Path, studies: Path, *, settings_file: str, report: Report = silent) -> RestoredBackup:
-    """Put a backup's database and labels in the place of those of a studies folder, which stay in a folder aside.
+def restore(backup: Path, dataset: Path, *, settings_file: str, report: Report = silent) -> RestoredBackup:
+    """Put a backup's database and labels in the place of those of a dataset folder, which stay in a folder aside.
 
     Scans and networks stay as they are, and so do the settings where the folder has some.
 
     Args:
-        backup: a folder that `upkeep.backup` made; it is only read.
-        studies: the studies folder, whose store lies in it.
+        backup: a folder that `maintenance.backup` made; it is only read.
+        dataset: the dataset folder, whose store lies in it.
         settings_file: the name of the settings file, copied where the folder has none.
         report: told about each copied file.
 
     Raises:
         StoreError: if the backup is none or is damaged, or somebody works on the folder. Nothing has changed then.
     """
-    studies = studies.resolve()
-    own = studies / OWN_FOLDER
+    dataset = dataset.resolve()
+    own = dataset / OWN_FOLDER
     if not (backup / OWN_FOLDER / DATABASE_FILE).is_file():
         raise StoreError(f"{backup}: no backup ({OWN_FOLDER}/{DATABASE_FILE} is missing); 'segqc db backup' makes one")
     if any(scan_suffix(name) is not None for name in os.listdir(backup)):
-        raise StoreError(f"{backup}: holds scans, so it is a studies folder and no backup; name the backup first")
-    if backup.resolve() == studies:
-        raise StoreError(f"{backup}: is the studies folder itself; name the backup's folder first")
-    if any(path.exists() and not os.access(path, os.W_OK) for path in (studies, own)):
-        raise StoreReadOnly(f"{studies}: is read-only, and a restore has to write; make it writable, or name a copy")
+        raise StoreError(f"{backup}: holds scans, so it is a dataset folder and no backup; name the backup first")
+    if backup.resolve() == dataset:
+        raise StoreError(f"{backup}: is the dataset folder itself; name the backup's folder first")
+    if any(path.exists() and not os.access(path, os.W_OK) for path in (dataset, own)):
+        raise StoreReadOnly(f"{dataset}: is read-only, and a restore has to write; make it writable, or name a copy")
     own.mkdir(parents=True, exist_ok=True)
     _refuse_live(own)
     lock = FileLock(own / "server.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise StoreError(f"{studies}: a server serves this folder; end it first") from error
+        raise StoreError(f"{dataset}: a server serves this folder; end it first") from error
     with lock:
-        staging = studies / _STAGING
+        staging = dataset / _STAGING
         shutil.rmtree(staging, ignore_errors=True)
         try:
             contents, shown, before = _prepare(backup, staging, report)
-            aside = _change_places(staging, studies)
-            if not (studies / settings_file).exists() and (backup / settings_file).is_file():
-                shutil.copy2(backup / settings_file, studies / settings_file)
+            aside = _change_places(staging, dataset)
+            if not (dataset / settings_file).exists() and (backup / settings_file).is_file():
+                shutil.copy2(backup / settings_file, dataset / settings_file)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     earlier = before if before != REVISION else None
-    return RestoredBackup(contents, shown, aside, earlier, _not_in_backup(studies, aside))
+    return RestoredBackup(contents, shown, aside, earlier, _not_in_backup(dataset, aside))
 
 
-def _not_in_backup(studies: Path, aside: Path | None) -> tuple[str, ...]:
+def _not_in_backup(dataset: Path, aside: Path | None) -> tuple[str, ...]:
     """The label files that were set aside and have no successor."""
     if aside is None:
         return ()
     files = (path.relative_to(aside) for path in sorted(aside.glob("labels/**/*")) if path.is_file())
-    return tuple(str(file) for file in files if not (studies / file).exists())
+    return tuple(str(file) for file in files if not (dataset / file).exists())
 
 
 def _refuse_live(own: Path) -> None:
@@ -122,14 +122,14 @@ def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str
         if before is None:
             raise StoreError(f"{backup}: its database is none of SegQC's")
         with store.read() as transaction:
-            damage = next(upkeep.damages(transaction), None)
+            damage = next(maintenance.damages(transaction), None)
         if damage is not None:
             raise StoreError(f"its database is damaged ({damage}); take an earlier backup")
-        upkeep.upgrade(store)
+        maintenance.upgrade(store)
         with store.read() as transaction:
             contents = sorted(labels.contents(transaction))
-        upkeep.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
-        shown = upkeep.rebuild_views(store, report=report).written
+        maintenance.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
+        shown = maintenance.rebuild_views(store, report=report).written
     except StoreDamaged as error:
         raise StoreError(
             f"{backup}: this backup cannot be restored: its database is damaged; take an earlier one; "
@@ -149,30 +149,30 @@ def _database_files(own: Path) -> Iterator[Path]:
             yield own / name
 
 
-def _change_places(staging: Path, studies: Path) -> Path | None:
+def _change_places(staging: Path, dataset: Path) -> Path | None:
     """Set aside what is there and put the new store into its place; returns the folder aside, if anything is in it."""
-    own = studies / OWN_FOLDER
+    own = dataset / OWN_FOLDER
     marker = own / RESTORING_FILE
     # what a restore that died has set aside belongs with the rest: a database and its log above all
-    aside = studies / marker.read_text(encoding="utf-8") if marker.exists() else _unused(studies)
+    aside = dataset / marker.read_text(encoding="utf-8") if marker.exists() else _unused(dataset)
     with atomic_write(marker) as temporary:
         temporary.write_text(aside.name, encoding="utf-8")
     database = [own / DATABASE_FILE, *sorted(own.glob(f"{DATABASE_FILE}-*"))]
-    for path in [*database, own / "labels", own / "incoming", studies / "labels"]:
+    for path in [*database, own / "labels", own / "incoming", dataset / "labels"]:
         if path.exists():
-            target = aside / path.relative_to(studies)
+            target = aside / path.relative_to(dataset)
             if target.exists():  # what is there is of the restore that died
-                target = _unused(studies) / path.relative_to(studies)
+                target = _unused(dataset) / path.relative_to(dataset)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
     for name in ("labels", f"{OWN_FOLDER}/labels", f"{OWN_FOLDER}/{DATABASE_FILE}"):
         if (staging / name).exists():
-            (staging / name).rename(studies / name)
+            (staging / name).rename(dataset / name)
     marker.unlink()
     return aside if aside.exists() else None
 
 
-def _unused(studies: Path) -> Path:
-    wanted = studies / _ASIDE.format(dt.datetime.now(dt.UTC))
+def _unused(dataset: Path) -> Path:
+    wanted = dataset / _ASIDE.format(dt.datetime.now(dt.UTC))
     names = (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(1))
     return next(path for path in names if not path.exists())

@@ -11,11 +11,11 @@ from typing import Final
 
 from sqlalchemy import bindparam, func, insert, select, update
 
-from segqc.placement import Placing, Role, place
+from segqc.split import Split, SplitConfig, split_patients
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction, json_array
+from segqc.store.records import Actor, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Patient, Scan
-from segqc.store.values import ScanRecord, ScanState, Who
 
 # From which states a scan may come into another by hand; a submission is `labels`' business.
 _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
@@ -33,7 +33,7 @@ _RECORD: Final = (
     Scan.file,
     Patient.name,
     Patient.fold,
-    Patient.role,
+    Patient.split,
     Scan.state,
     Scan.reason,
     Scan.ranking_dice,
@@ -178,17 +178,22 @@ def counts(transaction: Transaction) -> dict[ScanState, int]:
     return {state: count for state, count in rows}
 
 
-def take_in(
-    transaction: Transaction, found: Sequence[FoundScan], placing: Placing, who: Who, *, labelled: Collection[str] = ()
+def sync(
+    transaction: Transaction,
+    found: Sequence[FoundScan],
+    split_config: SplitConfig,
+    actor: Actor,
+    *,
+    labelled: Collection[str] = (),
 ) -> int:
     """Add scans that are not known yet; returns how many are new.
 
     Args:
         transaction: where to write.
         found: the files; those that are known are left as they are.
-        placing: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
+        split_config: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
             labelled at the start are spread over both roles.
-        who: the event's actor.
+        actor: the event's actor.
         labelled: ids of scans that have a final label already.
     """
     files = select(Scan.file)
@@ -198,7 +203,7 @@ def take_in(
     new = _named_apart(transaction, [f for f in found if f.file not in known])
     if not new:
         return 0
-    patients = _placed(transaction, new, placing, set(labelled))
+    patients = _placed(transaction, new, split_config, set(labelled))
     transaction.execute(
         insert(Scan),
         [
@@ -221,7 +226,7 @@ def take_in(
         ],
     )
     ids = _ids(transaction, [f.name for f in new])
-    events.record_all(transaction, who, "found", "scan", list(ids))
+    events.record_all(transaction, actor, "found", "scan", list(ids))
     return len(new)
 
 
@@ -247,8 +252,8 @@ def _ids(transaction: Transaction, wanted: Sequence[str]) -> dict[int, str]:
 
 
 def _placed(
-    transaction: Transaction, new: Sequence[FoundScan], placing: Placing, labelled: set[str]
-) -> dict[str, tuple[int, Role]]:
+    transaction: Transaction, new: Sequence[FoundScan], split_config: SplitConfig, labelled: set[str]
+) -> dict[str, tuple[int, Split]]:
     """Row and role of each patient of the new scans; patients seen for the first time are placed."""
     wanted = {f.patient for f in new}
     known = _patients(transaction, wanted)
@@ -256,11 +261,11 @@ def _placed(
     others = sorted(wanted - known.keys() - set(first))
     if first or others:
         already = transaction.scalar(select(func.count()).select_from(Patient)) or 0
-        placed = place(first, others, already=already, placing=placing)
+        placed = split_patients(first, others, already=already, split_config=split_config)
         transaction.execute(
             insert(Patient),
             [
-                {"name": name, "fold": p.fold, "role": p.role, "placed_at": transaction.now}
+                {"name": name, "fold": p.fold, "split": p.split, "assigned_at": transaction.now}
                 for name, p in placed.items()
             ],
         )
@@ -268,38 +273,38 @@ def _placed(
     return known
 
 
-def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int, Role]]:
-    query = select(Patient.name, Patient.id, Patient.role)
+def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int, Split]]:
+    query = select(Patient.name, Patient.id, Patient.split)
     if len(wanted) <= _IN_ONE_QUERY:
         query = query.where(Patient.name.in_(wanted))
-    return {name: (i, role) for name, i, role in transaction.execute(query)}
+    return {name: (i, split) for name, i, split in transaction.execute(query)}
 
 
-def assign_patient(transaction: Transaction, name: str, patient: str, placing: Placing, who: Who) -> None:
+def assign_patient(transaction: Transaction, name: str, patient: str, split_config: SplitConfig, actor: Actor) -> None:
     """Note whose scan it is, where that was told after the scan came; a patient seen for the first time is placed.
 
     Raises:
         UnknownScan: if there is none of this name.
     """
     scan = find(transaction, name)
-    row, role = _placed(transaction, [FoundScan(scan.name, scan.file, patient)], placing, set())[patient]
+    row, split = _placed(transaction, [FoundScan(scan.name, scan.file, patient)], split_config, set())[patient]
     if scan.patient_id == row:
         return
     # in one statement: the queue refers to the patient's role
-    scan.patient_id, scan.queue = row, role if scan.queue is not None else None
+    scan.patient_id, scan.queue = row, split if scan.queue is not None else None
     transaction.flush()
-    events.record(transaction, who, "patient assigned", "scan", scan.id, {"patient": patient})
+    events.record(transaction, actor, "patient assigned", "scan", scan.id, {"patient": patient})
 
 
-def mark_missing(transaction: Transaction, files: Collection[str], who: Who) -> int:
+def mark_missing(transaction: Transaction, files: Collection[str], actor: Actor) -> int:
     """Note that scan files are gone from the folder: their history stays, they are not handed out any more."""
     gone = [known for file, known in known_files(transaction, files).items() if file in files and not known.missing]
     for known in gone:
-        _set_missing(transaction, known.id, True, who)
+        _set_missing(transaction, known.id, True, actor)
     return len(gone)
 
 
-def note_contents(transaction: Transaction, found: Sequence[tuple[Known, str, str]], who: Who) -> None:
+def note_contents(transaction: Transaction, found: Sequence[tuple[Known, str, str]], actor: Actor) -> None:
     """Note what scans' files hold, each by its sha256 and signature; a scan whose file was gone is there again."""
     if found:
         rows = [{"id": scan.id, "sha256": sha256, "signature": signature} for scan, sha256, signature in found]
@@ -308,10 +313,10 @@ def note_contents(transaction: Transaction, found: Sequence[tuple[Known, str, st
         if scan.missing:
             # put back under the name that it got when it was retired
             transaction.get_one(Scan, scan.id).former_name = None
-            _set_missing(transaction, scan.id, False, who)
+            _set_missing(transaction, scan.id, False, actor)
 
 
-def retire(transaction: Transaction, scan_id: int, who: Who) -> str:
+def retire(transaction: Transaction, scan_id: int, actor: Actor) -> str:
     """Set a scan's row aside, as its file holds another content now; returns the name that it has from now on.
 
     What belongs to the old content (labels, assessments, leases, corrections) stays with the row.
@@ -325,12 +330,12 @@ def retire(transaction: Transaction, scan_id: int, who: Who) -> str:
     scan.file, scan.sort_key, scan.former_name = f"{scan.name}{end}", natural_key(scan.name), name
     if scan.missing_since is None:
         scan.missing_since, scan.queue = transaction.now, None
-    events.record(transaction, who, "replaced", "scan", scan_id, {"name": name, "now": scan.name})
+    events.record(transaction, actor, "replaced", "scan", scan_id, {"name": name, "now": scan.name})
     transaction.flush()
     return scan.name
 
 
-def revive(transaction: Transaction, found: FoundScan, who: Who) -> str | None:
+def revive(transaction: Transaction, found: FoundScan, actor: Actor) -> str | None:
     """Bring back the retired row of a content that has returned to its file; None if there is none.
 
     Returns:
@@ -342,35 +347,35 @@ def revive(transaction: Transaction, found: FoundScan, who: Who) -> str | None:
     before = scan.name
     scan.name, scan.file, scan.former_name, scan.signature = found.name, found.file, None, found.signature
     scan.sort_key = natural_key(scan.name)
-    _set_missing(transaction, scan.id, False, who)
+    _set_missing(transaction, scan.id, False, actor)
     transaction.flush()
     return before
 
 
-def _set_missing(transaction: Transaction, scan_id: int, missing: bool, who: Who) -> None:
+def _set_missing(transaction: Transaction, scan_id: int, missing: bool, actor: Actor) -> None:
     scan = transaction.get_one(Scan, scan_id)
     since = transaction.now if missing else None
     queue = _queue(transaction, scan, scan.state, since)
     scan.missing_since, scan.queue = since, queue
-    events.record(transaction, who, "missing" if missing else "returned", "scan", scan.id)
+    events.record(transaction, actor, "missing" if missing else "returned", "scan", scan.id)
 
 
-def _queue(transaction: Transaction, scan: Scan, state: ScanState, missing: dt.datetime | None) -> Role | None:
+def _queue(transaction: Transaction, scan: Scan, state: ScanState, missing: dt.datetime | None) -> Split | None:
     if state not in OPEN_STATES or missing is not None:
         return None
-    return transaction.get_one(Patient, scan.patient_id).role
+    return transaction.get_one(Patient, scan.patient_id).split
 
 
-def set_state(transaction: Transaction, scan: Scan, state: ScanState, who: Who, reason: str | None = None) -> None:
+def set_state(transaction: Transaction, scan: Scan, state: ScanState, actor: Actor, reason: str | None = None) -> None:
     """Put a scan into a state, and into or out of the queue; an event says who did it."""
     before, queue = scan.state, _queue(transaction, scan, state, scan.missing_since)
     scan.state, scan.reason, scan.queue = state, reason, queue
     if state in OPEN_STATES:
         scan.opened_at, scan.readings = transaction.now, 0
-    events.record(transaction, who, state, "scan", scan.id, {"before": before, "reason": reason})
+    events.record(transaction, actor, state, "scan", scan.id, {"before": before, "reason": reason})
 
 
-def review(transaction: Transaction, name: str, state: ScanState, who: Who, reason: str | None = None) -> Scan:
+def review(transaction: Transaction, name: str, state: ScanState, actor: Actor, reason: str | None = None) -> Scan:
     """Approve, reject, exclude or reopen ("unlabelled") a scan.
 
     Raises:
@@ -383,7 +388,7 @@ def review(transaction: Transaction, name: str, state: ScanState, who: Who, reas
         raise StoreError(f"the scan {name!r} is {scan.state}; only scans that are {' or '.join(before)} can be {state}")
     if state in ("rejected", "excluded") and not (reason and reason.strip()):
         raise StoreError(f"say why the scan {name!r} is {state}: a reason is wanted")
-    set_state(transaction, scan, state, who, reason.strip() if reason else None)
+    set_state(transaction, scan, state, actor, reason.strip() if reason else None)
     return scan
 
 

@@ -26,16 +26,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from segqc.placement import Role
-from segqc.store.values import (
+from segqc.split import Split
+from segqc.store.records import (
     ActorKind,
     Draw,
     FindingKind,
     Identification,
     JobState,
     JsonObject,
+    LabelSource,
     LeaseState,
-    Maker,
     ScanState,
 )
 
@@ -83,7 +83,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {dt.datetime: UtcDateTime(), str: String()}  # noqa: RUF012 - SQLAlchemy's own form
 
 
-class Actor(Base):
+class ActorRow(Base):
     """Who does things, and how that was known."""
 
     __tablename__ = "actor"
@@ -106,11 +106,11 @@ class Patient(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     fold: Mapped[int]
-    role: Mapped[Role] = mapped_column(String)
-    placed_at: Mapped[dt.datetime]
+    split: Mapped[Split] = mapped_column(String)
+    assigned_at: Mapped[dt.datetime]
     __table_args__ = (
-        UniqueConstraint("id", "role"),  # what `scan.queue` refers to
-        CheckConstraint(_one_of("role", get_args(Role)), name="role"),
+        UniqueConstraint("id", "split"),  # what `scan.queue` refers to
+        CheckConstraint(_one_of("split", get_args(Split)), name="split"),
         CheckConstraint("fold >= 0", name="fold"),
     )
 
@@ -159,7 +159,7 @@ class Scan(Base):
     former_name: Mapped[str | None] = mapped_column(index=True)
     remarks: Mapped[list[str] | None] = mapped_column(Json)
     __table_args__ = (
-        ForeignKeyConstraint(["patient_id", "queue"], ["patient.id", "patient.role"], name="fk_scan_queue"),
+        ForeignKeyConstraint(["patient_id", "queue"], ["patient.id", "patient.split"], name="fk_scan_queue"),
         CheckConstraint(_one_of("state", get_args(ScanState)), name="state"),
         CheckConstraint(
             f"(queue IS NOT NULL) = ({_one_of('state', OPEN_STATES)} AND missing_since IS NULL)", name="queue"
@@ -174,7 +174,7 @@ class Scan(Base):
 
 
 class Folder(Base):
-    """The studies folder that the database belongs to, in one row; a folder's own database needs none.
+    """The dataset folder that the database belongs to, in one row; a folder's own database needs none.
 
     ``id`` lies in a file of the folder, too; ``path`` is where the folder was when it was last opened.
     """
@@ -220,29 +220,29 @@ class LabelVersion(Base):
     """One version of a scan's label map under a tag; rows are never changed (a trigger sees to it).
 
     The current label under a tag is the last row; a removal is a row without content. ``sha256`` is the file's address.
-    Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``source_sha256`` is
-    the address of that file as it came, and ``source_suffix`` the end of its name.
+    Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``submitted_sha256`` is
+    the address of that file as it came, and ``submitted_suffix`` the end of its name.
     """
 
     __tablename__ = "label_version"
     id: Mapped[int] = mapped_column(primary_key=True)
     scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"))
     tag: Mapped[str]
-    maker: Mapped[Maker] = mapped_column(String)
+    source: Mapped[LabelSource] = mapped_column(String)
     sha256: Mapped[str | None] = mapped_column(index=True)
     suffix: Mapped[str | None]
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("label_version.id"))
     bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     made_at: Mapped[dt.datetime]
-    source_sha256: Mapped[str | None] = mapped_column(index=True)
-    source_suffix: Mapped[str | None]
+    submitted_sha256: Mapped[str | None] = mapped_column(index=True)
+    submitted_suffix: Mapped[str | None]
     __table_args__ = (
         Index("ix_label_version_current", "scan_id", "tag", "id"),
-        CheckConstraint(_one_of("maker", get_args(Maker)), name="maker"),
-        CheckConstraint("(sha256 IS NULL) = (maker = 'removal')", name="content"),
+        CheckConstraint(_one_of("source", get_args(LabelSource)), name="source"),
+        CheckConstraint("(sha256 IS NULL) = (source = 'removal')", name="content"),
         CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name="suffix"),
-        CheckConstraint("maker != 'network' OR bundle_id IS NOT NULL", name="bundle"),
+        CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name="bundle"),
         {"sqlite_autoincrement": True},
     )
 
@@ -327,14 +327,14 @@ class Score(Base):
     __table_args__ = (Index("ix_score_order", "method", "value", "scan_id"),)
 
 
-class Assignment(Base):
+class LeaseRow(Base):
     """A scan handed out to an annotator: a lease.
 
     ``draw`` says how it came: by the strategy, as an audit draw (uniform at random among ``pool`` waiting scans, taken
     with ``probability`` at this suggestion) or as a validation scan (drawn likewise).
     """
 
-    __tablename__ = "assignment"
+    __tablename__ = "lease"
     id: Mapped[int] = mapped_column(primary_key=True)
     scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"))
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
@@ -351,12 +351,12 @@ class Assignment(Base):
     label_version_id: Mapped[int | None] = mapped_column(ForeignKey("label_version.id"))
     assessment_id: Mapped[int | None] = mapped_column(ForeignKey("assessment.id"), index=True)
     __table_args__ = (
-        Index("uq_assignment_open_slot", "scan_id", "slot", unique=True,
+        Index("uq_lease_open_slot", "scan_id", "slot", unique=True,
               sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
-        Index("uq_assignment_open_actor", "actor_id", unique=True,
+        Index("uq_lease_open_actor", "actor_id", unique=True,
               sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
-        Index("ix_assignment_scan_actor", "scan_id", "actor_id", "state", "closed_at"),
-        Index("ix_assignment_actor_state", "actor_id", "state", "closed_at"),
+        Index("ix_lease_scan_actor", "scan_id", "actor_id", "state", "closed_at"),
+        Index("ix_lease_actor_state", "actor_id", "state", "closed_at"),
         CheckConstraint(_one_of("state", get_args(LeaseState)), name="state"),
         CheckConstraint(_one_of("draw", get_args(Draw)), name="draw"),
         CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
@@ -377,7 +377,7 @@ class Correction(Base):
     scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), index=True)
     from_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), index=True)
     to_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), unique=True)
-    assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignment.id"), unique=True)
+    lease_id: Mapped[int | None] = mapped_column(ForeignKey("lease.id"), unique=True)
     assessment_id: Mapped[int | None] = mapped_column(ForeignKey("assessment.id"), index=True)
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     made_at: Mapped[dt.datetime]
@@ -419,13 +419,13 @@ class JobRow(Base):
     worker: Mapped[str | None]
     done_steps: Mapped[int]
     all_steps: Mapped[int]
-    said: Mapped[list[str]] = mapped_column(Json)
+    messages: Mapped[list[str]] = mapped_column(Json)
     result: Mapped[JsonObject | None] = mapped_column(Json)
     stop_wanted: Mapped[bool]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
-    put_at: Mapped[dt.datetime]
+    enqueued_at: Mapped[dt.datetime]
     started_at: Mapped[dt.datetime | None]
-    beat_at: Mapped[dt.datetime | None]
+    heartbeat_at: Mapped[dt.datetime | None]
     ended_at: Mapped[dt.datetime | None]
     __table_args__ = (
         Index("uq_job_running_kind", "kind", unique=True,
@@ -434,7 +434,7 @@ class JobRow(Base):
         Index("ix_job_kind", "kind", "id"),
         CheckConstraint(_one_of("state", get_args(JobState)), name="state"),
         CheckConstraint("(state IN ('done', 'failed', 'stopped')) = (ended_at IS NOT NULL)", name="ended"),
-        CheckConstraint("state != 'running' OR (worker IS NOT NULL AND beat_at IS NOT NULL)", name="running"),
+        CheckConstraint("state != 'running' OR (worker IS NOT NULL AND heartbeat_at IS NOT NULL)", name="running"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The store of one studies folder: its database and its label files, changed together."""
+"""The store of one dataset folder: its database and its label files, changed together."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from segqc.store.events import FOLDER
 from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
 from segqc.store.labels import FINAL, RETURNED, NewLabel
+from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
-from segqc.store.values import LabelRecord, ScanRecord, ScanState, Who
 from segqc.volumes import SCAN_SUFFIXES, VolumeError, atomic_write, label_id, label_suffix, write_labels
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,11 @@ Then: TypeAlias = Callable[[Transaction, list[LabelRecord]], None]
 
 
 class Store:
-    """Rows and files of one studies folder. Safe for threads and for many processes."""
+    """Rows and files of one dataset folder. Safe for threads and for many processes."""
 
     def __init__(
         self,
-        studies: Path,
+        dataset: Path,
         url: str | None = None,
         *,
         clock: Clock = utc_now,
@@ -88,7 +88,7 @@ class Store:
         """Prepare a store; `open` makes it ready.
 
         Args:
-            studies: the studies folder; label files are kept in it.
+            dataset: the dataset folder; label files are kept in it.
             url: the database; by default an SQLite file in the folder.
             clock: gives the time, in UTC.
             patience_seconds: how long to wait for a database that is locked or does not answer.
@@ -97,16 +97,16 @@ class Store:
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
         """
-        self.studies = studies.resolve()
-        self.own = self.studies / OWN_FOLDER
+        self.dataset = dataset.resolve()
+        self.own = self.dataset / OWN_FOLDER
         self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock, patience_seconds)
-        self.files = LabelFiles(self.studies, self.own)
+        self.files = LabelFiles(self.dataset, self.own)
         self.intake = intake
 
     @classmethod
     def open(
         cls,
-        studies: Path,
+        dataset: Path,
         url: str | None = None,
         *,
         clock: Clock = utc_now,
@@ -118,24 +118,24 @@ class Store:
         Raises:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
-        store = cls(studies, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
+        store = cls(dataset, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
         if store.is_writable:
             store.own.mkdir(parents=True, exist_ok=True)
         if (store.own / RESTORING_FILE).exists():
-            raise StoreError(f"{store.studies}: a restore did not come to its end; run 'segqc db restore' again")
+            raise StoreError(f"{store.dataset}: a restore did not come to its end; run 'segqc db restore' again")
         store._check_revision()
         if url is not None:
             store._claim_database()
         if store.is_writable:
             store.recover()
         else:
-            logger.warning("%s: is read-only; what changed in it since is not taken in", store.studies)
+            logger.warning("%s: is read-only; what changed in it since is not taken in", store.dataset)
         return store
 
     @property
     def is_writable(self) -> bool:
         """Whether both the database and the folder can be written."""
-        return self.database.is_writable and os.access(self.studies, os.W_OK)
+        return self.database.is_writable and os.access(self.dataset, os.W_OK)
 
     def revision(self) -> str | None:
         """The revision of the database's tables; None where there are none, and nothing else of a store.
@@ -156,7 +156,7 @@ class Store:
     def _check_revision(self) -> None:
         found = self.revision()
         if found is None and not self.is_writable:
-            raise StoreReadOnly(f"{self.studies}: is read-only and has no store yet; make it writable, or copy it")
+            raise StoreReadOnly(f"{self.dataset}: is read-only and has no store yet; make it writable, or copy it")
         if found is None:
             with FileLock(self.own / "store.lock"):  # only one of several processes makes the tables
                 if self.revision() is None:
@@ -179,12 +179,12 @@ class Store:
         mine = marker.read_text(encoding="utf-8") if marker.is_file() else None
         with self.read() as transaction:
             owner = transaction.scalar(select(Folder))
-        if owner is not None and (owner.id != mine or _is_another(owner, self.studies)):
+        if owner is not None and (owner.id != mine or _is_another(owner, self.dataset)):
             raise StoreError(
-                f"{self.database.shown}: is the database of the studies folder {owner.path}; name another one for "
-                f"{self.studies} ([store] url), or, if that folder was moved here, bring its segqc/{_FOLDER_ID} along"
+                f"{self.database.shown}: is the database of the dataset folder {owner.path}; name another one for "
+                f"{self.dataset} ([store] url), or, if that folder was moved here, bring its segqc/{_FOLDER_ID} along"
             )
-        if not self.is_writable or (owner is not None and owner.path == str(self.studies)):
+        if not self.is_writable or (owner is not None and owner.path == str(self.dataset)):
             return
         with self.write() as transaction:
             row = transaction.scalar(select(Folder))
@@ -193,14 +193,14 @@ class Store:
                 transaction.add(row)
                 with atomic_write(marker) as temporary:
                     temporary.write_text(row.id, encoding="utf-8")
-            row.path = str(self.studies)
+            row.path = str(self.dataset)
 
     def read(self) -> contextlib.AbstractContextManager[Transaction]:
         """A transaction that reads one state and changes nothing."""
         return self.database.read()
 
     def write(self) -> contextlib.AbstractContextManager[Transaction]:
-        """A transaction alone with the pen: committed at the end, taken back on any error."""
+        """A transaction alone with the write lock: committed at the end, taken back on any error."""
         return self.database.write()
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class Store:
         """
         return self.change_labels([LabelChange(label, source)], then, first=first)[0]
 
-    def remove_label(self, scan: str, tag: str, who: Who) -> None:
+    def remove_label(self, scan: str, tag: str, actor: Actor) -> None:
         """Take a label away; its history and content stay.
 
         Raises:
@@ -236,9 +236,9 @@ class Store:
             last = labels.current(transaction, scan, tag)
         if last is None:
             raise StoreError(f"the scan {scan!r} has no label with the tag {tag!r}")
-        self.change_labels([LabelChange(NewLabel(scan, tag, "removal", who, parent=last.id), None)])
+        self.change_labels([LabelChange(NewLabel(scan, tag, "removal", actor, parent=last.id), None)])
 
-    def restore_label(self, version: int, who: Who, tag: str | None = None) -> LabelRecord:
+    def restore_label(self, version: int, actor: Actor, tag: str | None = None) -> LabelRecord:
         """Make an earlier version the current one of its tag, or of another, again; it becomes a version of its own.
 
         Raises:
@@ -251,7 +251,7 @@ class Store:
             raise StoreError(f"the label version {version} is a removal: there is nothing to restore")
         if _NOT_TAKEN_IN in noted:
             raise StoreError(f"the label version {version} cannot be a label again: {noted[_NOT_TAKEN_IN]}")
-        label = NewLabel(old.scan, tag or old.tag, "restored", who, parent=old.id)
+        label = NewLabel(old.scan, tag or old.tag, "restored", actor, parent=old.id)
         return self.save_label(label, self.files.object_path(old.sha256, old.suffix))
 
     def label_file(self, label: LabelRecord) -> Path:
@@ -266,7 +266,9 @@ class Store:
 
     def view_file(self, label: LabelRecord) -> Path:
         """The file ``labels/<tag>/<scan>`` that shows a current version."""
-        return self.files.views / self.files.view_name(label.scan, label.tag, label.source_suffix or label.suffix or "")
+        return self.files.views / self.files.view_name(
+            label.scan, label.tag, label.submitted_suffix or label.suffix or ""
+        )
 
     def change_labels(
         self, changes: Sequence[LabelChange], then: Then | None = None, *, first: First | None = None
@@ -286,7 +288,7 @@ class Store:
             StoreError: if somebody writes the same files all the time.
         """
         if not self.is_writable:
-            raise StoreReadOnly(f"{self.studies}: is read-only, and this has to write; make it writable, or copy it")
+            raise StoreReadOnly(f"{self.dataset}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
         with tempfile.TemporaryDirectory(prefix="segqc-") as work:
             for _ in range(_TRIES):
@@ -366,7 +368,7 @@ class Store:
         Its content tells: an edit may keep size and time.
         """
         label = labels.current(transaction, *key)
-        return label is not None and sha256_of(self.files.views / file) in (label.sha256, label.source_sha256)
+        return label is not None and sha256_of(self.files.views / file) in (label.sha256, label.submitted_sha256)
 
     def _edit(self, scan: str, tag: str, name: str, work: Path) -> LabelChange:
         """Make a version of a file that is about to be replaced, also where it is no label map."""
@@ -393,14 +395,14 @@ class Store:
             OSError: if it can't be read.
         """
         copy, found = self._copied(tag, name, work)
-        content = self.intake.labels(copy, self.studies / scan.file, f"labels/{tag}/{name}")
+        content = self.intake.labels(copy, self.dataset / scan.file, f"labels/{tag}/{name}")
         label = NewLabel(scan.name, tag, "import", FOLDER)
         end = name[len(label_id(name)) :]
         if content.is_plain and end in SCAN_SUFFIXES:  # what everybody reads by its values
             return LabelChange(label, copy, found)
         read = copy.with_name(f"{uuid.uuid4().hex}.nii.gz")
         write_labels(content.labels, read)
-        return LabelChange(label, read, replace(found, source=copy, source_suffix=end))
+        return LabelChange(label, read, replace(found, source=copy, submitted_suffix=end))
 
     def unchecked_label(self, scan: str, tag: str, name: str, why: str, work: Path) -> LabelChange:
         """A change that keeps a file below ``labels/<tag>/`` which is no label map of its scan; the version notes why.
@@ -435,7 +437,7 @@ class Store:
         else:
             labels.forget_view(transaction, version.scan, version.tag)
 
-    def take_in_edits(self, scan: str, tags: Collection[str]) -> None:
+    def sync_edits(self, scan: str, tags: Collection[str]) -> None:
         """Make versions of a scan's label files that somebody has edited; what is no label map is left as it is."""
         with self.read() as transaction:
             record = scans.get(transaction, scan)
@@ -489,7 +491,7 @@ class Store:
         file = str(target.relative_to(self.files.views))
         if target.is_file():
             state, sha256 = state_of(target), sha256_of(target)
-            if sha256 in (label.sha256, label.source_sha256):
+            if sha256 in (label.sha256, label.submitted_sha256):
                 labels.note_view(transaction, label, file, state.size, state.modified_ns)
                 return
             if sha256 != plan.sha256:
@@ -505,14 +507,14 @@ class Store:
 
     def show(self, transaction: Transaction, label: LabelRecord) -> None:
         """Write the file below ``labels/`` that shows a version, as it came from where it came."""
-        content = contents_of(label.sha256, label.suffix, label.source_sha256, label.source_suffix)[-1]
+        content = contents_of(label.sha256, label.suffix, label.submitted_sha256, label.submitted_suffix)[-1]
         file = str(self.view_file(label).relative_to(self.files.views))
         state = self.files.show(file, self.files.object_path(*content))
         labels.note_view(transaction, label, file, state.size, state.modified_ns)
 
     # --------------------------------------------------------------------------------------------------------- review
 
-    def review(self, scan: str, state: ScanState, who: Who, reason: str | None = None) -> None:
+    def review(self, scan: str, state: ScanState, actor: Actor, reason: str | None = None) -> None:
         """Approve, reject, exclude or reopen a scan (`scans.review`).
 
         The final label of a scan that goes back into the queue is final no more: it stays as ``labels/returned/``,
@@ -524,31 +526,31 @@ class Store:
         """
 
         def decide(transaction: Transaction) -> None:
-            scans.review(transaction, scan, state, who, reason)
+            scans.review(transaction, scan, state, actor, reason)
             if state != "approved":
-                leases.release(transaction, scan, who)
+                leases.release(transaction, scan, actor)
 
         with self.read() as transaction:
             read = labels.readings(transaction, scan)
-        self.take_in_edits(scan, [FINAL, *(reading.tag for reading in read)])
+        self.sync_edits(scan, [FINAL, *(reading.tag for reading in read)])
         with self.read() as transaction:
             final = labels.current(transaction, scan, FINAL)
             read = labels.readings(transaction, scan)
         changes = []
         if state in OPEN_STATES:
             if final is not None:
-                back = NewLabel(scan, RETURNED, "restored", who, parent=final.id)
+                back = NewLabel(scan, RETURNED, "restored", actor, parent=final.id)
                 changes.append(LabelChange(back, self.label_file(final)))
             over = [*([final] if final is not None else []), *read]
-            changes += [LabelChange(NewLabel(scan, f.tag, "removal", who, parent=f.id), None) for f in over]
+            changes += [LabelChange(NewLabel(scan, f.tag, "removal", actor, parent=f.id), None) for f in over]
         self.change_labels(changes, first=decide)
 
 
-def _is_another(owner: Folder, studies: Path) -> bool:
+def _is_another(owner: Folder, dataset: Path) -> bool:
     """Whether the folder that a database belongs to is there, and is not this one: this one is a copy of it then."""
     path = Path(owner.path)
     marker = path / OWN_FOLDER / _FOLDER_ID
-    return marker.is_file() and marker.read_text(encoding="utf-8") == owner.id and not path.samefile(studies)
+    return marker.is_file() and marker.read_text(encoding="utf-8") == owner.id and not path.samefile(dataset)
 
 
 def suffix_of(path: Path) -> str:
@@ -562,6 +564,6 @@ def _complete(label: NewLabel, arrival: Arrival) -> NewLabel:
         label,
         sha256=plan.sha256,
         suffix=plan.suffix,
-        source_sha256=plan.source_sha256,
-        source_suffix=plan.source_suffix,
+        submitted_sha256=plan.submitted_sha256,
+        submitted_suffix=plan.submitted_suffix,
     )

@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from monai.losses import DiceLoss
 
-from segqc.assessor import Assessor
-from segqc.error_maps import difference
-from segqc.metrics import true_metrics
-from segqc.networks import MapCalibration, MeanOfNetworks, ModelCard, NetworkPlan
-from segqc.placement import Placement
-from segqc.regions import largest_box_area_mm2
+from segqc.networks.assessor import Assessor
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import NetworkPlan
+from segqc.networks.unet import MeanOfNetworks
+from segqc.progress import Progress
+from segqc.quality.boxes import largest_box_area_mm2
+from segqc.quality.calibration import MapCalibration
+from segqc.quality.error_maps import difference
+from segqc.quality.metrics import true_metrics
+from segqc.split import PatientSplit
 from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.fit import Job, Loss, PrepareBatch, fit, write_mean_curve
-from segqc.training.pairs import MaskSet, crossfit_masks, stratified_weights, thinned
+from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, thinned
+from segqc.training.engine import Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
-from segqc.training.progress import Progress
 from segqc.training.segmentation import check_enough, plan_for
-from segqc.training.settings import TrainingSettings
+from segqc.training.spec import TrainingSettings
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
@@ -34,7 +37,7 @@ _FIRST_BIAS = -3.0  # of the logit: structures and errors are rare, and tiny pro
 def train_assessor(
     cases: Sequence[Case],
     structures: Sequence[Structure],
-    placements: dict[str, Placement],
+    patient_splits: dict[str, PatientSplit],
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
@@ -44,28 +47,28 @@ def train_assessor(
     Args:
         cases: all labelled cases.
         structures: the structures to assess.
-        placements: fold and role of each patient, as `segqc.placement.place` gives them.
+        patient_splits: fold and role of each patient, as `segqc.split.place` gives them.
         settings: how to train.
         folder: for the folds' networks, the masks, checkpoint and learning curve.
         progress: told after each step.
 
     Raises:
-        TooFewCases: with fewer labelled patients than ``settings.least_cases``, or all of them in one fold.
+        TooFewCases: with fewer labelled patients than ``settings.min_cases``, or all of them in one fold.
         VolumeError: if a scan or a label file can't be used.
     """
     check_enough(cases, settings, "SegQC")
-    if len({placements[c.patient].fold for c in cases if placements[c.patient].role == "train"}) < 2:
+    if len({patient_splits[c.patient].fold for c in cases if patient_splits[c.patient].split == "train"}) < 2:
         raise TooFewCases("the SegQC network needs training patients in at least two folds; label more scans first")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
-    sets = crossfit_masks(cases, structures, placements, plan, settings, folder, progress)
-    return train_on_masks(sets, structures, placements, settings, folder, progress)
+    sets = crossfit_masks(cases, structures, patient_splits, plan, settings, folder, progress)
+    return train_on_masks(sets, structures, patient_splits, settings, folder, progress)
 
 
 def train_on_masks(
     sets: Sequence[MaskSet],
     structures: Sequence[Structure],
-    placements: dict[str, Placement],
+    patient_splits: dict[str, PatientSplit],
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
@@ -76,22 +79,22 @@ def train_on_masks(
     Each calibrates on the patients that it has not seen, so that all labelled scans do, and not only those that
     validate.
     """
-    train = [s for s in sets if placements[s.case.patient].role == "train"]
-    folds = folds_of(sets, placements)
+    train = [s for s in sets if patient_splits[s.case.patient].split == "train"]
+    folds = folds_of(sets, patient_splits)
     if not settings.ensemble or len(folds) < 2:
-        plan, validation = _plan_of(sets, structures, settings), _validation(sets, placements)
+        plan, validation = _plan_of(sets, structures, settings), _validation(sets, patient_splits)
         assessor = fit_assessor("segqc", plan, train, validation, structures, settings, folder, progress)
         return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
-    members = [train_member(k, sets, structures, placements, settings, folder, progress) for k in range(len(folds))]
+    members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
         (member, thinned(s, VALIDATION_MASKS))
         for fold, member in zip(folds, members, strict=True)
         for s in train
-        if placements[s.case.patient].fold == fold
+        if patient_splits[s.case.patient].fold == fold
     ]
     together = ensemble(members)
-    validation = _validation(sets, placements)
+    validation = _validation(sets, patient_splits)
     return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
 
 
@@ -99,7 +102,7 @@ def train_member(
     number: int,
     sets: Sequence[MaskSet],
     structures: Sequence[Structure],
-    placements: dict[str, Placement],
+    patient_splits: dict[str, PatientSplit],
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
@@ -108,17 +111,17 @@ def train_member(
 
     Members may be trained side by side, in processes of their own. Other arguments as of `train_on_masks`.
     """
-    folds = folds_of(sets, placements)
-    learnt = [
+    folds = folds_of(sets, patient_splits)
+    trained = [
         s
         for s in sets
-        if placements[s.case.patient].role == "train" and placements[s.case.patient].fold != folds[number]
+        if patient_splits[s.case.patient].split == "train" and patient_splits[s.case.patient].fold != folds[number]
     ]
     return fit_assessor(
         f"segqc {number + 1}/{len(folds)}",
         _plan_of(sets, structures, settings),
-        learnt,
-        _validation(sets, placements),
+        trained,
+        _validation(sets, patient_splits),
         structures,
         replace(settings, seed=settings.seed + number),
         folder / f"member-{number}",
@@ -126,18 +129,18 @@ def train_member(
     )
 
 
-def folds_of(sets: Sequence[MaskSet], placements: dict[str, Placement]) -> list[int]:
+def folds_of(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[int]:
     """The folds that have patients who train, ascending."""
-    return sorted({p.fold for s in sets if (p := placements[s.case.patient]).role == "train"})
+    return sorted({p.fold for s in sets if (p := patient_splits[s.case.patient]).split == "train"})
 
 
 def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings: TrainingSettings) -> NetworkPlan:
     return plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
 
 
-def _validation(sets: Sequence[MaskSet], placements: dict[str, Placement]) -> list[MaskSet]:
+def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
     """A few masks of each case that validates: more would make validating longer than training, and say little new."""
-    return [thinned(s, VALIDATION_MASKS) for s in sets if placements[s.case.patient].role == "validation"]
+    return [thinned(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -242,7 +245,7 @@ def calibrated(
     Args:
         assessor: what is calibrated.
         train: the masks that it was trained on.
-        unseen: masks, each with the network that estimates it and has not learnt from its patient: a member of the
+        unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
             Their masks are spread over the qualities (`thinned`): the intervals are those of a random mask of such a
             spread.

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import least_squares
 
-from segqc.intervals import StructureIntervals, jackknife_plus
-from segqc.metrics import METRIC_NAMES, MIN_CALIBRATION_CASES, fit_calibration, true_metrics
-from segqc.networks import MapCalibration, OutputForm, StructureCalibration
+from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
+from segqc.quality.intervals import StructureIntervals, jackknife_plus
+from segqc.quality.metrics import METRIC_NAMES, MIN_CALIBRATION_CASES, fit_calibration, true_metrics
 from segqc.types import BoolArray, FloatArray, Metrics
 
 LogitCounts: TypeAlias = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ def known_map(logits: FloatArray, mask: BoolArray, truth: BoolArray) -> KnownMap
 def fit_map(known: Sequence[KnownMap], form: OutputForm) -> MapCalibration:
     """Fit the Platt scaling of a structure's logits, by the squared error of the estimated Dice of known masks.
 
-    The network must not have learnt from their patients. With fewer than three masks it is the identity.
+    The network must not have trained from their patients. With fewer than three masks it is the identity.
 
     Args:
         known: what the network says of masks whose true Dice is known.
@@ -82,9 +82,9 @@ def fit_map(known: Sequence[KnownMap], form: OutputForm) -> MapCalibration:
 def fit_structure(
     estimates: Sequence[Metrics], truths: Sequence[Metrics], patients: Sequence[str]
 ) -> StructureCalibration:
-    """Calibrate one structure's four 3D metrics and their intervals (method, "Calibration"; `segqc.intervals`).
+    """Calibrate one structure's four 3D metrics and their intervals (method, "Calibration"; `segqc.quality.intervals`).
 
-    The network must not have learnt from these patients: they validate, or each estimate is of the fold network that
+    The network must not have trained from these patients: they validate, or each estimate is of the fold network that
     has not seen its patient. The line is fitted on all masks, each patient's residuals are against a line without it;
     the two numbers of the map's scaling before it are of all patients.
 

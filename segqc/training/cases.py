@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segqc.networks import NetworkPlan, Spacing, Triple, canonical_scan
+from segqc.networks.inference import canonical_scan
+from segqc.networks.plan import NetworkPlan, Spacing, Triple
 from segqc.types import FloatArray, LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
 from segqc.volumes.intake import content_sha256

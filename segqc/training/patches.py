@@ -19,10 +19,10 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset, Sampler
 
-from segqc.networks import NetworkPlan, Triple
+from segqc.networks.plan import NetworkPlan, Triple
 from segqc.training.cases import Example
-from segqc.training.deformation import deformed, sampling_grid
-from segqc.training.settings import TrainingSettings
+from segqc.training.corruptions import deformed, sampling_grid
+from segqc.training.spec import TrainingSettings
 from segqc.types import FloatArray, LabelArray
 
 Indices: TypeAlias = npt.NDArray[np.intp]

@@ -12,10 +12,12 @@ import torch
 from monai.losses import DiceCELoss
 from monai.networks import one_hot
 
-from segqc.metrics import true_metrics
-from segqc.networks import ModelCard, NetworkPlan, plan_network
-from segqc.placement import Placement
-from segqc.segmenter import Segmenter
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import NetworkPlan, plan_network
+from segqc.networks.segmenter import Segmenter
+from segqc.progress import Progress
+from segqc.quality.metrics import true_metrics
+from segqc.split import PatientSplit
 from segqc.training.cases import (
     Case,
     CaseError,
@@ -26,10 +28,9 @@ from segqc.training.cases import (
     read_case,
     typical_geometry,
 )
-from segqc.training.fit import Fitted, Job, fit
+from segqc.training.engine import Fitted, Job, fit
 from segqc.training.patches import Patch
-from segqc.training.progress import Progress
-from segqc.training.settings import TrainingSettings
+from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ def check_enough(cases: Sequence[Case], settings: TrainingSettings, network: str
         TooFewCases: with what is there and what is needed.
     """
     patients = len({case.patient for case in cases})
-    if patients < settings.least_cases:
+    if patients < settings.min_cases:
         raise TooFewCases(
-            f"the {network} network needs labelled scans of at least {settings.least_cases} patients, "
+            f"the {network} network needs labelled scans of at least {settings.min_cases} patients, "
             f"found {patients}; label and submit more scans first"
         )
 
@@ -102,7 +103,7 @@ def segmenter_of(
 def train_segmentation(
     cases: Sequence[Case],
     structures: Sequence[Structure],
-    placements: dict[str, Placement],
+    patient_splits: dict[str, PatientSplit],
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
@@ -112,19 +113,19 @@ def train_segmentation(
     Args:
         cases: all labelled cases.
         structures: the structures to learn.
-        placements: fold and role of each patient, as `segqc.placement.place` gives them.
+        patient_splits: fold and role of each patient, as `segqc.split.place` gives them.
         settings: how to train.
         folder: for checkpoint and learning curve.
         progress: told after each step.
 
     Raises:
-        TooFewCases: with fewer labelled patients than ``settings.least_cases``.
+        TooFewCases: with fewer labelled patients than ``settings.min_cases``.
         VolumeError: if a scan or a label file can't be used.
     """
     check_enough(cases, settings, "segmentation")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
-    split = {role: [c for c in cases if placements[c.patient].role == role] for role in ("train", "validation")}
+    split = {split: [c for c in cases if patient_splits[c.patient].split == split] for split in ("train", "validation")}
     train = [load_example(c, plan, values) for c in split["train"]]
     validation = [load_example(c, plan, values) for c in split["validation"]]
     job = segmentation_job("segmentation", plan, values, train, validation, settings, epochs=settings.epochs)

@@ -12,7 +12,7 @@ from segqc.volumes.volume import AffineArray, Array, Source, Volume, distance_of
 
 
 @dataclass(frozen=True)
-class Placement:
+class GridPlacement:
     """How an array goes onto a scan's grid, voxel by voxel.
 
     Attributes:
@@ -43,7 +43,7 @@ class Placement:
         return whole
 
 
-def place_labels(file: InputFile, source: Source, scan: Volume) -> Placement:
+def place_labels(file: InputFile, source: Source, scan: Volume) -> GridPlacement:
     """Find out how labels lie on their scan's grid.
 
     They must lie on whole voxels of it, by any of the affines that the scan's file states, in whatever order and
@@ -67,7 +67,7 @@ def place_labels(file: InputFile, source: Source, scan: Volume) -> Placement:
     )
 
 
-def _place(source: Source, affine: AffineArray, scan: Volume) -> Placement | None:
+def _place(source: Source, affine: AffineArray, scan: Volume) -> GridPlacement | None:
     to_scan = np.linalg.solve(affine, source.affine)
     if not np.abs(to_scan).max() < 1e6:
         return None
@@ -88,4 +88,4 @@ def _place(source: Source, affine: AffineArray, scan: Volume) -> Placement | Non
     is_whole = is_inside and tuple(sizes) == scan.shape
     if not (is_whole or (is_inside and source.segments is not None)):
         return None
-    return Placement(tuple(order), tuple(flips), tuple(start), scan.shape, affine is scan.affine)
+    return GridPlacement(tuple(order), tuple(flips), tuple(start), scan.shape, affine is scan.affine)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segqc.types import values_in
-from segqc.volumes.grid import Placement, place_labels
+from segqc.volumes.grid import GridPlacement, place_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Segment, Source, Volume
 
@@ -18,7 +18,7 @@ LIKELY_ERROR_NAMES: Final = frozenset({"likely error", "likely error (scribbles)
 NO_STRUCTURES: Final = LIKELY_ERROR_NAMES | {"background", "foreground_scribbles", "background_scribbles"}
 """Segments that clients show beside the structures, in lower case; they are never part of a label map."""
 
-_ROUNDING: Final = 1e-3  # what single precision and interpolation at the same place cost a whole number
+_TOLERANCE: Final = 1e-3  # what single precision and interpolation at the same place cost a whole number
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _load(
     file: InputFile,
     source: Source,
     scan: Volume | None,
-    placement: Placement | None,
+    placement: GridPlacement | None,
     values: Collection[int] | None,
     names: Mapping[str, int] | None,
 ) -> LabelMap:
@@ -85,7 +85,7 @@ def _whole_numbers(file: InputFile, stored: Array, step: float) -> npt.NDArray[n
             nearest = np.rint(stored)
             error = float(np.abs(stored - nearest).max())
         # Steps of more than 1 leave whole numbers out: those are intensities.
-        if not error <= (max(_ROUNDING, step / 2 + _ROUNDING) if step <= 1 else _ROUNDING):
+        if not error <= (max(_TOLERANCE, step / 2 + _TOLERANCE) if step <= 1 else _TOLERANCE):
             raise file.error("holds voxels that are not whole numbers; give a label map, not a scan or a map.")
     else:
         nearest = stored

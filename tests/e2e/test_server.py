@@ -1,4 +1,4 @@
-"""A real server on a small studies folder, driven by MONAI Label's own client, as 3D Slicer drives it.
+"""A real server on a small dataset folder, driven by MONAI Label's own client, as 3D Slicer drives it.
 
 The tests follow one story, in order: first start, first networks, corrections, and the end.
 """
@@ -28,7 +28,7 @@ import requests
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
-from segqc.loop.studies import Studies
+from segqc.loop.dataset import Dataset
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 from tests.server_kit import draw_case, make_studies
@@ -175,7 +175,7 @@ def test_first_networks_are_trained_and_the_pool_is_scored(server: Server) -> No
 
 
 def test_the_next_sample_is_the_one_with_the_lowest_estimate(server: Server) -> None:
-    assessments = Studies(server.folder).assessments()
+    assessments = Dataset(server.folder).assessments()
     assert set(assessments) == {"scan_5", "scan_6", "scan_7"}
     worst = min(sorted(assessments), key=lambda scan: assessments[scan].dice)
     fresh = MONAILabelClient(server.url, client_id="somebody else")
@@ -203,7 +203,7 @@ def test_inference_through_the_client(server: Server) -> None:
     read_labels(path, scan=scan, values=(1,))
     assert params["label_names"] == {"likely error (scribbles)": 1}
     assert params["assessed"] == "label"
-    kept = Studies(server.folder).assessment("scan_6")
+    kept = Dataset(server.folder).assessment("scan_6")
     told = Assessment.from_json(requests.compat.json.dumps(params["assessment"]))
     assert kept is not None
     assert told.mask_sha256 == kept.mask_sha256

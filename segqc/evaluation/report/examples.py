@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from segqc.evaluation.report.document import UNDEFINED, Figure
-from segqc.metrics import EmptyRule, SliceMetrics, estimated_slice_metrics, true_slice_metrics
-from segqc.pictures import HEAT, View, contour, window_around
-from segqc.ranking import order_slices
+from segqc.plots import HEAT, View, contour, window_around
+from segqc.quality.metrics import EmptyRule, SliceMetrics, estimated_slice_metrics, true_slice_metrics
+from segqc.quality.ranking import order_slices
 from segqc.types import BoolArray, ErrorBox, FloatArray
 from segqc.volumes import Volume
 

@@ -24,7 +24,7 @@ _ENVIRONMENT = Environment(
 )
 _PIXELS_PER_POINT = 96 / 72
 # a picture shrinks to this share on a narrow screen; then it scrolls, as its text would be too small to read
-_LEAST_SCALE = 0.68
+_MIN_SCALE = 0.68
 _DEFAULT_SIZE = (640, 480)
 _PNG_PIXELS_PER_INCH = 110
 
@@ -53,7 +53,7 @@ class _FigureView:
     source: str
     width: int
     height: int
-    least_width: int
+    min_width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _figure(figure: Figure, number: int) -> _FigureView:
         source = _data_uri("image/png", figure.image)
         pixels = struct.unpack(">II", figure.image[16:24])
         width, height = (round(side * 96 / _PNG_PIXELS_PER_INCH) for side in pixels)
-    return _FigureView(number, figure, source, width, height, round(width * _LEAST_SCALE))
+    return _FigureView(number, figure, source, width, height, round(width * _MIN_SCALE))
 
 
 def _svg_size(svg: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.infers.output import REQUEST_KEYS, write_result
 from segqc.server.client_labels import client_names, to_client
-from segqc.server.models import Desk
+from segqc.server.context import AppContext
 from segqc.types import label_names
 from segqc.volumes import read_scan
 
@@ -21,19 +21,19 @@ class Segmentation(InferTask):
 
     params = frozenset(REQUEST_KEYS)
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, context: AppContext) -> None:
         super().__init__(
             type=InferType.SEGMENTATION,
-            labels=client_names(desk.labels()),
+            labels=client_names(context.labels()),
             dimension=3,
             description="Segments a scan with the current segmentation network",
         )
-        self.desk = desk
+        self.context = context
 
     def info(self) -> dict[str, Any]:
         """What clients are told; the labels are those of now."""
-        self.labels = client_names(self.desk.labels())
-        return {**super().info(), "trained": self.desk.has("segmentation")}
+        self.labels = client_names(self.context.labels())
+        return {**super().info(), "trained": self.context.has("segmentation")}
 
     def is_valid(self) -> bool:
         """Always listed; without a model the call itself says what to do."""
@@ -41,13 +41,13 @@ class Segmentation(InferTask):
 
     def get_path(self, validate: bool = True) -> str | None:
         """The model file, or None where there is none (unless ``validate`` is False)."""
-        path = self.desk.segmenters.path
+        path = self.context.segmenters.path
         return str(path) if os.path.isfile(path) or not validate else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment the scan at ``request["image"]``."""
-        segmenter = self.desk.segmenter()
-        labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.desk.settings.intake)).labels
+        segmenter = self.context.segmenter()
+        labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.context.settings.intake)).labels
         names = label_names(segmenter.structures)
         return write_result(to_client(labels, names), request), {
             "label_names": client_names(names),

@@ -12,7 +12,7 @@ from typing import Any
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.infers.output import REQUEST_KEYS, write_result
-from segqc.server.models import LIKELY_ERROR, LIKELY_ERROR_VALUE, Desk
+from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.volumes import read_labels, read_scan
 
 
@@ -25,18 +25,18 @@ class LikelyErrors(InferTask):
 
     params = frozenset((*REQUEST_KEYS, "label_tag"))
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, context: AppContext) -> None:
         super().__init__(
             type=InferType.SEGMENTATION,  # the only type that both 3D Slicer and OHIF list
             labels={LIKELY_ERROR: LIKELY_ERROR_VALUE},
             dimension=3,
             description="Shows where a scan's mask is likely to be wrong, and estimates how good it is",
         )
-        self.desk = desk
+        self.context = context
 
     def info(self) -> dict[str, Any]:
         """What clients are told."""
-        return {**super().info(), "trained": self.desk.has("segqc")}
+        return {**super().info(), "trained": self.context.has("segqc")}
 
     def is_valid(self) -> bool:
         """Always listed; without a model the call itself says what to do."""
@@ -44,20 +44,20 @@ class LikelyErrors(InferTask):
 
     def get_path(self, validate: bool = True) -> str | None:
         """The model file, or None where there is none (unless ``validate`` is False)."""
-        path = self.desk.assessors.path
+        path = self.context.assessors.path
         return str(path) if os.path.isfile(path) or not validate else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
-        assessor = self.desk.assessor()
-        limits = self.desk.settings.intake
+        assessor = self.context.assessor()
+        limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
         if request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
-            segmenter = self.desk.segmenter()
+            segmenter = self.context.segmenter()
             labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
         name = str(request.get("image_id") or "scan")
         result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)

@@ -10,27 +10,30 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from segqc.loop.jobs import chosen_settings
-from segqc.loop.train import train
-from segqc.networks import ModelCard, ModelError
-from segqc.pictures import read_curve
+from segqc.loop.training import train
+from segqc.networks.card import ModelCard
+from segqc.networks.model import ModelError
+from segqc.plots import read_curve
 from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
+from segqc.server.context import AppContext, ModelCache
 from segqc.server.errors import RequestError
-from segqc.server.models import Desk, ModelShelf
-from segqc.settings import Network, SettingsError
+from segqc.settings import NetworkName, SettingsError
 from segqc.store import jobs
 from segqc.training import LineProgress, TrainingSettings
 
-# What a client may choose, by the library's own names; the rest is in the studies folder's segqc.toml.
+# What a client may choose, by the library's own names; the rest is in the dataset folder's segqc.toml.
 CHOICES = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
 ALIASES = {"max_epochs": "epochs", "train_batch_size": "batch"}
 
 
 class NetworkTraining(TrainTask):
-    """A training on all final labels of the studies folder."""
+    """A training on all final labels of the dataset folder."""
 
-    def __init__(self, desk: Desk, network: Network, description: str, choices: tuple[str, ...] = CHOICES) -> None:
+    def __init__(
+        self, context: AppContext, network: NetworkName, description: str, choices: tuple[str, ...] = CHOICES
+    ) -> None:
         super().__init__(description)
-        self.desk = desk
+        self.context = context
         self.network = network
         self.choices = choices
 
@@ -40,7 +43,7 @@ class NetworkTraining(TrainTask):
         return frozenset((*self.choices, *ALIASES))
 
     @property
-    def shelf(self) -> ModelShelf[Any]:
+    def cache(self) -> ModelCache[Any]:
         """Where the trained network lies."""
         raise NotImplementedError
 
@@ -50,7 +53,7 @@ class NetworkTraining(TrainTask):
 
     def config(self) -> dict[str, Any]:
         """What a client may choose, with the values of now."""
-        settings = self.desk.settings.training_settings(self.network)
+        settings = self.context.settings.training_settings(self.network)
         return {name: getattr(settings, name) for name in self.choices}
 
     def settings(self, choices: Mapping[str, Any]) -> TrainingSettings:
@@ -60,7 +63,7 @@ class NetworkTraining(TrainTask):
             RequestError: 400 if a choice cannot be used.
         """
         try:
-            return chosen_settings(self.desk.studies, self.network, choices)
+            return chosen_settings(self.context.dataset, self.network, choices)
         except SettingsError as error:
             raise RequestError(400, f"{error}.") from error
 
@@ -84,7 +87,7 @@ class NetworkTraining(TrainTask):
         Raises:
             RequestError: 400 for a choice that cannot be used, 409 with too few labelled scans.
         """
-        needed = self.settings(choices).least_cases
+        needed = self.settings(choices).min_cases
         if labelled < needed:
             raise RequestError(
                 409, f"training needs final labels of at least {needed} scans, there are {labelled}: submit more first."
@@ -94,7 +97,7 @@ class NetworkTraining(TrainTask):
         """What is known of the current model; clients show ``best_metric`` as its accuracy, 0 to 1."""
         progress = self._progress()
         try:
-            model = self.shelf.get()
+            model = self.cache.get()
         except ModelError as error:
             return {**progress, "problem": str(error)}
         if model is None:
@@ -108,7 +111,7 @@ class NetworkTraining(TrainTask):
     def _progress(self) -> dict[str, Any]:
         """How far the last training came; 3D Slicer's bar shows ``epoch`` of ``total_epochs``."""
         wanted = self._wanted_epochs()
-        curve = self.desk.studies.training_folder(self.network) / "curve.json"
+        curve = self.context.dataset.training_folder(self.network) / "curve.json"
         try:
             points = read_curve(curve)
         except FileNotFoundError:
@@ -122,8 +125,8 @@ class NetworkTraining(TrainTask):
 
     def _wanted_epochs(self) -> int:
         """The epochs of the last training that was asked for; by default those of the settings."""
-        default: int = self.desk.settings.training_settings(self.network).epochs
-        with self.desk.studies.store.read() as transaction:
+        default: int = self.context.settings.training_settings(self.network).epochs
+        with self.context.dataset.store.read() as transaction:
             asked = [job.request for job in jobs.listing(transaction, "train")]
         own = next((request for request in reversed(asked) if request.get("model") == self.network), {})
         epochs = own.get("epochs")
@@ -132,5 +135,5 @@ class NetworkTraining(TrainTask):
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train and publish at once; the server's routes leave it to a worker."""
         choices, _ = self.job({key: value for key, value in request.items() if key != "model"})
-        card = train(self.desk.studies, self.network, LineProgress(), self.settings(choices))
+        card = train(self.context.dataset, self.network, LineProgress(), self.settings(choices))
         return {"network": self.network, "scores": card.scores}

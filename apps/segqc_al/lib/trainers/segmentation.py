@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from lib.trainers.network import NetworkTraining
-from segqc.networks import ModelCard
-from segqc.segmenter import Segmenter
-from segqc.server.models import Desk, ModelShelf
+from segqc.networks.card import ModelCard
+from segqc.networks.segmenter import Segmenter
+from segqc.server.context import AppContext, ModelCache
 
 
 class SegmentationTraining(NetworkTraining):
     """The segmentation network; its accuracy is the mean Dice on the cases that validate."""
 
-    def __init__(self, desk: Desk) -> None:
-        super().__init__(desk, "segmentation", "Trains the segmentation network on all final labels")
+    def __init__(self, context: AppContext) -> None:
+        super().__init__(context, "segmentation", "Trains the segmentation network on all final labels")
 
     @property
-    def shelf(self) -> ModelShelf[Segmenter]:
+    def cache(self) -> ModelCache[Segmenter]:
         """Where the trained network lies."""
-        return self.desk.segmenters
+        return self.context.segmenters
 
     def accuracy(self, card: ModelCard) -> float | None:
         """The mean Dice over the structures."""

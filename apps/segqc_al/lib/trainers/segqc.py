@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from lib.trainers.network import CHOICES, NetworkTraining
-from segqc.assessor import Assessor
-from segqc.networks import ModelCard
-from segqc.server.models import Desk, ModelShelf
+from segqc.networks.assessor import Assessor
+from segqc.networks.card import ModelCard
+from segqc.server.context import AppContext, ModelCache
 
 
 class SegqcTraining(NetworkTraining):
     """SegQC-Net; its accuracy is one minus the mean error of the estimated Dice on the cases that validate."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, context: AppContext) -> None:
         description = "Trains SegQC-Net on cross-fitted masks of all scans with a final label"
-        super().__init__(desk, "segqc", description, (*CHOICES, "fold_epochs"))
+        super().__init__(context, "segqc", description, (*CHOICES, "fold_epochs"))
 
     @property
-    def shelf(self) -> ModelShelf[Assessor]:
+    def cache(self) -> ModelCache[Assessor]:
         """Where the trained network lies."""
-        return self.desk.assessors
+        return self.context.assessors
 
     def accuracy(self, card: ModelCard) -> float | None:
         """One minus the structures' mean error."""

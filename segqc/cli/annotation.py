@@ -1,0 +1,342 @@
+"""Commands on scans and their labels: who works on what, who changed what, and what a reviewer decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from segqc.cli.common import (
+    AsCsv,
+    AsJson,
+    CommandError,
+    ConfigFile,
+    Row,
+    StudiesFolder,
+    brackets,
+    dataset_at,
+    emit,
+    estimate,
+    me,
+    refuse_overwriting,
+    shown_progress,
+)
+from segqc.text import visible
+
+if TYPE_CHECKING:
+    from segqc.loop.dataset import Dataset
+    from segqc.store.records import LabelRecord, ScanRecord
+
+app = typer.Typer()
+
+_VERSION_TERMS: Final = (
+    "tags: original = by the segmentation network; final = what trains; returned = rejected or reopened, to be "
+    "corrected again; reader-1, reader-2, ... = one annotator's each; others, such as version_1, = as a client named "
+    "them. Dice before: of the structure that was corrected most, start against result."
+)
+_READING_TERMS: Final = (
+    "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
+    "reader-1, reader-2, ..."
+)
+_LEASE_TERMS: Final = (
+    "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
+    "patients. probability: of such a draw; - for the strategy's choice. estimated Dice: at "
+    "hand-out, without a true mask."
+)
+_COST_TERMS: Final = (
+    "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
+    "patients. hours: from hand-out to submission, summed over the submitted scans."
+)
+
+Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
+
+
+@app.command()
+def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait.
+
+    Below them, the files that were not taken in, and why, and remarks on those that were.
+    """
+    from segqc.store import assessments, findings
+    from segqc.store import leases as leased
+    from segqc.store import scans as stored
+
+    dataset = dataset_at(folder, config)
+    dataset.refresh()
+    remarks = dataset.remarks()
+    with dataset.store.read() as transaction:
+        found = stored.listing(transaction)
+        handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
+        intervals = assessments.ranking_intervals(transaction)
+        aside = findings.listing(transaction)
+
+    def state(scan: ScanRecord) -> str:
+        if scan.former_name is not None:
+            return "replaced"
+        if scan.missing_since is not None:
+            return "missing"
+        return "in progress" if scan.name in handed_out else scan.state
+
+    rows: list[Row] = [
+        {
+            "scan": s.name,
+            "patient": s.patient,
+            "fold": s.fold,
+            "split": s.split,
+            "state": state(s),
+            "reason": s.reason,
+            **estimate(
+                "estimated Dice",
+                s.ranking_dice if s.former_name is None else None,
+                intervals.get(s.name),
+                as_json=as_json,
+                as_csv=as_csv,
+            ),
+        }
+        for s in found
+    ]
+    title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
+    told = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": told, "remarks": remarks})
+    if aside and not as_json:
+        typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
+        for finding in aside:
+            typer.echo(visible(finding.sentence), err=as_csv)
+    if remarks and not as_json:
+        typer.secho(f"{folder}: {len(remarks)} remarks", bold=True, err=as_csv)
+        for remark in remarks:
+            typer.echo(visible(remark), err=as_csv)
+
+
+@app.command()
+def labels(
+    folder: StudiesFolder,
+    scan: Scan,
+    restore: Annotated[
+        int | None, typer.Option(metavar="VERSION", help="Make this version the current one of its tag again.")
+    ] = None,
+    export: Annotated[int | None, typer.Option(metavar="VERSION", help="Copy this version to --out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where --export writes to.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show who made which version of a scan's labels and what was changed; restore or export one."""
+    from segqc.store import corrections
+    from segqc.store import labels as stored
+
+    if (export is None) != (out is None):
+        raise typer.BadParameter("--export and --out belong together", param_hint="--export")
+    dataset = dataset_at(folder, config)
+    with dataset.store.read() as transaction:
+        history = {version.id: version for version in stored.history(transaction, scan)}
+        changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
+        current = {label.id for label in stored.tags(transaction, scan).values()}
+    for wanted in (restore, export):
+        if wanted is not None and wanted not in history:
+            raise CommandError(
+                f"the scan {scan!r} has no label version {wanted}; it has {', '.join(map(str, history))}"
+            )
+    if restore is not None:
+        made = dataset.store.restore_label(restore, me())
+        typer.echo(f"{scan}: version {restore} is the current label {made.tag!r} again, as version {made.id}")
+        return
+    if export is not None and out is not None:
+        _export_label(dataset, history[export], out)
+        return
+    rows: list[Row] = []
+    for version in history.values():
+        change = changes.get(version.id)
+        dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
+        rows.append(
+            {
+                "version": version.id,
+                "tag": version.tag,
+                "current": "yes" if version.id in current else "",
+                "made by": version.actor.name,
+                "as": version.source,
+                "known by": version.actor.identified_by,
+                "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                "from": version.parent,
+                "Dice before": min(dice) if dice else None,
+                "voxels changed": change.change.voxels_changed if change else None,
+                "seconds": change.seconds if change else None,
+                "sha256": version.sha256[:12] if version.sha256 else None,
+            }
+        )
+    emit(
+        rows,
+        f"{scan}: {len(rows)} label versions",
+        as_json=as_json,
+        as_csv=as_csv,
+        key="versions",
+        terms=_VERSION_TERMS,
+    )
+
+
+def _export_label(dataset: Dataset, version: LabelRecord, out: Path) -> None:
+    from segqc.volumes import atomic_write
+
+    source = dataset.store.label_file(version)
+    if not out.name.endswith(version.suffix or ""):
+        raise CommandError(f"{out}: the version {version.id} is a {version.suffix} file; give it this suffix")
+    refuse_overwriting(out)
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    typer.echo(f"{out}: version {version.id} of {version.scan}")
+
+
+class Decision(StrEnum):
+    """What a reviewer decides."""
+
+    APPROVE = "approve"
+    REJECT = "reject"
+    EXCLUDE = "exclude"
+    REOPEN = "reopen"
+
+
+@app.command()
+def review(
+    folder: StudiesFolder,
+    scan: Scan,
+    decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
+    reason: Annotated[str | None, typer.Option(help="Why: wanted for reject and exclude.")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
+    from segqc.loop.review import STATE_OF
+
+    dataset = dataset_at(folder, config)
+    dataset.store.review(scan, STATE_OF[decision.value], me(), reason)
+    typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
+
+
+@app.command()
+def readings(
+    folder: StudiesFolder,
+    scan: Annotated[
+        str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all that were read).")
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
+    ] = None,
+    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
+    from segqc.loop.agreement import find_labels
+    from segqc.loop.readers import add_reading, inter_rater
+    from segqc.store.records import Actor
+
+    if (add is None) != (reader is None):
+        raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
+    dataset = dataset_at(folder, config)
+    names = [scan] if scan is not None else [entry.id for entry in dataset.scans()]
+    if add is not None and reader is not None:
+        found = {name: path for name in names if (path := find_labels(add, name)) is not None}
+        if not found:
+            raise CommandError(f"{add}: no label file is named as a scan of {folder}")
+        with shown_progress() as progress:
+            for i, (name, path) in enumerate(found.items(), start=1):
+                add_reading(dataset, name, path, Actor("person", reader, "command"))
+                progress.step(i, len(found), f"readings: {name}")
+    pairs = [pair for name in names for pair in inter_rater(dataset, name)]
+    if not pairs and add is None:
+        raise CommandError(f"{folder}: no scan was read by two annotators yet")
+    if not pairs:
+        typer.echo(f"{folder}: readings kept; nobody else has read these scans yet")
+        return
+    by_structure: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.dice is not None:
+            by_structure.setdefault(pair.structure, []).append(pair.dice)
+    rows: list[Row] = [dataclasses.asdict(pair) for pair in pairs]
+    means: list[Row] = [
+        {"structure": name, "pairs": len(dice), "mean Dice": sum(dice) / len(dice), "lowest": min(dice)}
+        for name, dice in by_structure.items()
+    ]
+    if as_json:
+        emit(rows, "", as_json=True, as_csv=as_csv, key="pairs", extra={"structures": [dict(row) for row in means]})
+        return
+    emit(rows, f"{folder}: readers against each other", as_csv=as_csv, terms=_READING_TERMS)
+    if not as_csv:
+        emit(means, "by structure")
+
+
+@app.command()
+def consensus(
+    folder: StudiesFolder,
+    scan: Scan,
+    by: Annotated[
+        str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
+    ] = "staple",
+    config: ConfigFile = None,
+) -> None:
+    """Make the final label of a scan that several annotators have read."""
+    from segqc.loop.readers import make_consensus
+
+    made = make_consensus(dataset_at(folder, config), scan, by, me())
+    typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
+
+
+@app.command()
+def leases(
+    folder: StudiesFolder,
+    every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """List which scans are handed out to whom, by which strategy or draw."""
+    from segqc.store import assessments
+    from segqc.store import leases as stored
+
+    dataset = dataset_at(folder, config)
+    with dataset.store.read() as transaction:
+        found = stored.listing(transaction, state=None if every else "open")
+        judged = {lease.id: lease.assessment for lease in found if lease.assessment is not None}
+        intervals = assessments.dice_intervals(transaction, list(judged.values()))
+        reasons = stored.skip_reasons(transaction) if every else {}
+    rows: list[Row] = [
+        {
+            "scan": lease.scan,
+            "to": lease.actor.name,
+            "known by": lease.actor.identified_by,
+            "state": lease.state,
+            "handed out": lease.handed_out_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "until": lease.expires_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            "strategy": lease.strategy,
+            "draw": lease.draw,
+            "probability": lease.probability,
+            **estimate(
+                "estimated Dice",
+                lease.score,
+                intervals.get(judged[lease.id]) if lease.id in judged and lease.strategy != "tta" else None,
+                as_json=as_json,
+                as_csv=as_csv,
+            ),
+            **({"skipped because": reasons.get(lease.id)} if every else {}),
+        }
+        for lease in found
+    ]
+    title = f"{folder}: {len(rows)} scans handed out{brackets(intervals.values())}"
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases", terms=_LEASE_TERMS)
+
+
+@app.command()
+def costs(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans."""
+    from segqc.store import leases as stored
+
+    dataset = dataset_at(folder, config)
+    with dataset.store.read() as transaction:
+        found = stored.costs(transaction)
+    rows: list[Row] = [dataclasses.asdict(cost) for cost in found]
+    total = sum(cost.submitted for cost in found)
+    emit(rows, f"{folder}: {total} scans submitted", as_json=as_json, as_csv=as_csv, key="costs", terms=_COST_TERMS)

@@ -1,0 +1,269 @@
+"""What groups of commands share."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from segqc.text import spreadsheet_cell, visible
+
+if TYPE_CHECKING:
+    from segqc.loop.dataset import Dataset
+    from segqc.settings import Settings
+    from segqc.store.maintenance import Report
+    from segqc.store.records import Actor
+    from segqc.store.store import Store
+    from segqc.training import Progress
+    from segqc.types import PredictionInterval
+
+logger = logging.getLogger(__name__)
+
+StudiesFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Dataset folder: scans, and labels/final.", show_default=False)
+]
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file to use instead of FOLDER/segqc.toml."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+
+Cell: TypeAlias = str | int | float | bool | Mapping[str, float] | None
+Row: TypeAlias = Mapping[str, Cell]
+
+NOT_ENOUGH_DATA = "not enough data"  # for an interval: too few patients with a truth
+
+
+class CommandError(ValueError):
+    """A command cannot do what was asked; says why and what to do."""
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of a dataset folder.
+
+    Raises:
+        CommandError: if there is no such folder.
+        SettingsError: if its ``segqc.toml`` can't be used.
+    """
+    from segqc.settings import load_settings
+
+    if not folder.is_dir():
+        raise CommandError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
+    _warn_of_variables()
+    return load_settings(folder)
+
+
+@functools.cache  # once in a process
+def _warn_of_variables() -> None:
+    from segqc.settings import ignored_variables
+
+    for sentence in ignored_variables():
+        logger.warning("%s", sentence)
+
+
+def kept_store(folder: Path) -> Store:
+    """The store of a dataset folder as it was left: what lies in the folder by now is not taken in."""
+    from segqc.store.store import Store
+
+    settings = settings_of(folder)
+    return Store.open(folder, settings.store.url, intake=settings.intake_checks())
+
+
+def open_store(folder: Path) -> Store:
+    """The store of a dataset folder, with all in it that lies in the folder now."""
+    return dataset_at(folder, None).store
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar on the error stream where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total, _what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(done: int, total: int, what: str) -> None:
+            task = tasks[what] if what in tasks else tasks.setdefault(what, bars.add_task(what))
+            bars.update(bars.task_ids[task], completed=done, total=total)
+
+        yield report
+
+
+def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Dataset:
+    """A dataset folder, with its own settings file or another one, and flags over it."""
+    from segqc.loop.dataset import Dataset
+    from segqc.settings import load_settings
+
+    _warn_of_variables()
+    return Dataset(folder, load_settings(folder, config, overrides))
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
+    if not sys.stderr.isatty():
+        from segqc.training import LineProgress
+
+        logging.getLogger("segqc").setLevel(logging.INFO)
+        yield LineProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
+
+
+class _RichProgress:
+    """Progress as bars: one for each piece of work, told apart by its message up to the colon."""
+
+    def __init__(self, add: Callable[[int, str], int], update: Callable[..., None]) -> None:
+        self._add, self._update = add, update
+        self._bars: dict[str, int] = {}
+
+    def step(self, done: int, total: int, message: str) -> None:
+        """Move the bar of this piece of work."""
+        work = message.split(":")[0]
+        if work not in self._bars:
+            self._bars[work] = self._add(total, message)
+        self._update(self._bars[work], completed=done, total=total, description=message)
+
+
+def shown(value: Cell) -> str:
+    """A cell as tables show it."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else visible(str(value))
+
+
+def estimate(
+    name: str, value: float | None, interval: PredictionInterval | None, *, as_json: bool = False, as_csv: bool = False
+) -> dict[str, Cell]:
+    """The cells of an estimate: in tables "0.87 (0.82-0.91)" is one; in CSV the interval's ends have their own columns.
+
+    Where there is no interval, JSON says null and a table "not enough data".
+    """
+    if as_json:
+        told = None if interval is None else dataclasses.asdict(interval)
+        return {name: value, f"{name} interval": told}
+    if as_csv:
+        ends = (interval.low, interval.high, interval.level) if interval is not None else (None, None, None)
+        return {name: value, **dict(zip((f"{name} low", f"{name} high", f"{name} level"), ends, strict=True))}
+    return {name: None if value is None else f"{value:.2f} ({interval or NOT_ENOUGH_DATA})"}
+
+
+def brackets(intervals: Iterable[PredictionInterval | None]) -> str:
+    """What the brackets behind estimates are, for a table's title."""
+    level = next((interval.level for interval in intervals if interval is not None), None)
+    return " (in brackets the interval)" if level is None else f" (in brackets the {level:.0%} interval)"
+
+
+def emit(
+    rows: Sequence[Row],
+    title: str,
+    *,
+    as_json: bool = False,
+    as_csv: bool = False,
+    extra: Mapping[str, object] | None = None,
+    key: str = "rows",
+    terms: str = "",
+) -> None:
+    """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV.
+
+    ``terms``, what the columns mean, is printed below a table only.
+    """
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
+    if as_json:
+        typer.echo(json.dumps({key: [dict(row) for row in rows], **(extra or {})}, indent=1))
+        return
+    names = list(rows[0]) if rows else []
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(map(spreadsheet_cell, names))
+        writer.writerows([_csv_cell(row[name]) for name in names] for row in rows)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width: nothing is to be cut off
+    typer.secho(visible(title), bold=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(Text(visible(name)), justify="left" if rows and isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(Text(shown(row[name])) for name in names))  # text is no markup
+    console.print(table)
+    if terms and rows:
+        typer.echo(f"{terms}\n")
+    for name, value in (extra or {}).items():
+        if isinstance(value, str):
+            typer.echo(visible(f"{name}: {value}"))
+
+
+def _csv_cell(value: Cell) -> Cell:
+    cell = spreadsheet_cell(value)
+    return visible(cell) if isinstance(cell, str) else cell
+
+
+def structure_flag(text: str) -> tuple[str, tuple[int, ...]]:
+    """Name and label values of a structure as flags give them.
+
+    Raises:
+        typer.BadParameter: if it has another form.
+    """
+    name, _, values = text.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+    if not name.strip() or not all(part.isdigit() and 1 <= int(part) <= 255 for part in parts):
+        raise typer.BadParameter(
+            f"wanted NAME=VALUE or NAME=VALUE,VALUE (1 to 255), got {text!r}", param_hint="--structure"
+        )
+    return name.strip(), tuple(int(part) for part in parts)
+
+
+def me() -> Actor:
+    """Whoever runs the command."""
+    import getpass
+
+    from segqc.store.records import Actor
+
+    return Actor("person", getpass.getuser(), "command")
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Refuse to write over a file: it may be the scan itself, or a mask that somebody has corrected.
+
+    Raises:
+        CommandError: if there is something of this name.
+    """
+    if out.exists():
+        raise CommandError(f"{out}: exists already; name a new file, or remove it first")

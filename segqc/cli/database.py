@@ -1,0 +1,125 @@
+"""``segqc db``: copies, checks and repairs of a dataset folder's store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from segqc.cli.common import CommandError, StudiesFolder, kept_store, progress, settings_of
+from segqc.text import visible
+
+DATABASE_PLACE: Final = "segqc/store.sqlite"
+_MAX_NAMED: Final = 20
+
+app = typer.Typer(no_args_is_help=True, help="Back up, check and upgrade the store of a dataset folder.")
+
+
+@app.command()
+def backup(
+    folder: StudiesFolder,
+    target: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder to make.", show_default=False)],
+) -> None:
+    """Copy the database, every label version and the settings, also while the server runs.
+
+    [bold]segqc db restore[/bold] brings it back. Scans and networks are not part of it.
+    """
+    from segqc.settings import SETTINGS_FILE
+    from segqc.store import maintenance
+
+    with progress() as report:
+        count = maintenance.backup(kept_store(folder), target, also=[SETTINGS_FILE], report=report)
+    typer.echo(f"{target}: the database and {count} label contents")
+    if settings_of(folder).store.url is not None:
+        typer.echo(f"the settings name the database by its url; where the backup is restored, it is {DATABASE_PLACE}")
+
+
+@app.command()
+def restore(
+    backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder of the backup.", show_default=False)],
+    folder: StudiesFolder,
+) -> None:
+    """Bring a backup back: database and labels become those of BACKUP; what is there is set aside, not deleted.
+
+    Scans and networks stay, and the folder's settings, too. End the server and workers first.
+    """
+    from segqc.settings import SETTINGS_FILE
+    from segqc.store import maintenance
+    from segqc.store.restore import restore as bring_back
+
+    url = settings_of(folder).store.url
+    if url is not None:
+        where = "its own tools, or 'segqc import archive' into an empty one" if "postgres" in url else "a copy of it"
+        raise CommandError(
+            f"{folder}/{SETTINGS_FILE}: names a database outside the folder, which is restored by {where}; "
+            f"without [store] url, it is {DATABASE_PLACE}"
+        )
+    with progress() as report:
+        done = bring_back(backup, folder, settings_file=SETTINGS_FILE, report=report)
+        findings = maintenance.check(kept_store(folder), report)
+    if done.upgraded_from is not None:
+        typer.echo(f"{folder}: the tables were of revision {done.upgraded_from} and were upgraded")
+    for finding in findings:
+        typer.echo(visible(f"{finding.what}; {finding.remedy}"))
+    if done.aside is not None:
+        typer.echo(f"{done.aside}: what was there before; remove it when it is not needed any more")
+    for file in done.not_in_backup[:_MAX_NAMED]:
+        typer.echo(visible(f"{file}: is not in the backup; it lies in the folder above"))
+    if len(done.not_in_backup) > _MAX_NAMED:
+        typer.echo(f"and {len(done.not_in_backup) - _MAX_NAMED} more label files that are not in the backup")
+    typer.echo(f"{folder}: restored from {backup}: {done.contents} label contents, {done.shown} label files")
+
+
+@app.command()
+def check(
+    folder: StudiesFolder,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair what loses nothing: label files of labels/, leftovers of crashes.")
+    ] = False,
+) -> None:
+    """Compare every row with its file and every file with its row; each content is read and hashed.
+
+    The exit code is 1 if something is damaged or missing; files that are not taken in harm nothing.
+    """
+    from segqc.store import maintenance
+
+    store = kept_store(folder)
+    with progress() as report:
+        if repair:
+            restored = maintenance.repair(store, report)
+            typer.echo(f"{folder}: {restored.written} label files written again")
+        findings = maintenance.check(store, report)
+    for finding in findings:
+        typer.echo(visible(f"{finding.what}; {finding.remedy}"))
+    damaged = sum(finding.is_damage for finding in findings)
+    if damaged:
+        raise CommandError(f"{folder}: {damaged} of {len(findings)} findings are damage")
+    typer.echo(f"{folder}: nothing is {'damaged' if findings else 'wrong'}")
+
+
+@app.command()
+def upgrade(folder: StudiesFolder) -> None:
+    """Bring the database's tables to this version of segqc; back it up first."""
+    from segqc.store import maintenance
+    from segqc.store.store import Store
+
+    before, after = maintenance.upgrade(Store(folder, settings_of(folder).store.url))
+    typer.echo(f"{folder}: revision {after}, was {before or 'empty'} before")
+
+
+@app.command("restore-views")
+def restore_views(
+    folder: StudiesFolder,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also where somebody changed the file: the change is lost.")
+    ] = False,
+) -> None:
+    """Write the label files below labels/ again where they are missing or damaged."""
+    from segqc.store import maintenance
+
+    with progress() as report:
+        restored = maintenance.rebuild_views(kept_store(folder), overwrite=overwrite, report=report)
+    typer.echo(f"{folder}: {restored.written} label files written again")
+    for path in restored.edited:
+        typer.echo(f"{path}: was changed by somebody and is left as it is; --overwrite replaces it")

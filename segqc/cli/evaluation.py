@@ -1,0 +1,181 @@
+"""The command that runs the paper's evaluation on anyone's data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segqc.cli.common import AsJson, CommandError, Row, emit, shown_progress, structure_flag
+
+if TYPE_CHECKING:
+    from segqc.evaluation.experiments.comparison import StudyName, StudyResult
+
+app = typer.Typer()
+
+
+class Study(StrEnum):
+    """What can be evaluated."""
+
+    CORRECTIONS = "corrections"
+    STRATIFIED = "stratified"
+    DETECTION = "detection"
+    ABLATION = "ablation"
+    ALL = "all"
+
+
+SHOWN_THRESHOLD = 0.5
+STUDIES: dict[Study, tuple[StudyName, ...]] = {
+    Study.CORRECTIONS: ("corrections",),
+    Study.STRATIFIED: ("stratified", "served"),
+    Study.DETECTION: ("stratified",),
+    Study.ABLATION: ("stratified",),
+    Study.ALL: ("stratified", "served", "corrections"),
+}
+
+
+@app.command()
+def evaluate(
+    study: Annotated[Study, typer.Argument(help="Which study.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Data set (images/, labels/, perhaps splits.json) or dataset folder with final labels.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Run folder: every result is kept there; continues a run.")
+    ] = Path("evaluation"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few scans and hardly trained networks: minutes, to see that it works.")
+    ] = False,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUES", help="A structure and its label values (head=1, or brain=2,3); repeat."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Masks, named as the scans, that the labels of the test side are corrections of (study corrections).",
+        ),
+    ] = None,
+    observers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Two experts' labels of the same scans (<scan>_<expert>.nii.gz, labels.txt): how much of their "
+            "difference error extraction removes, as a section of the report.",
+        ),
+    ] = None,
+    min_area: Annotated[float, typer.Option(min=0, help="Smallest error box that counts, in mm².")] = 100.0,
+    groups: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Finds a patient's group in its name, for coverage under shift."),
+    ] = None,
+    length: Annotated[
+        float,
+        typer.Option(min=0.05, help="Length of all trainings beside the usual one: less for large scans."),
+    ] = 1.0,
+    patch: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(
+            metavar="X Y Z",
+            help="Patch that networks learn from and look through, in their voxels, Z through the plane: about twice "
+            "the structure makes large scans cheap. By default as much of the scan as the networks' size allows.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side; no number depends on it.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how good the estimates are on your own labelled scans, against every baseline; write a report.
+
+    Trains everything anew on a part of the scans, by patient, and looks at the rest: some hours on two cores, some
+    minutes with --quick. What is interrupted goes on where it was.
+    """
+    from segqc.evaluation.data.run import Run
+    from segqc.evaluation.data.settings import EvaluationSettings
+    from segqc.evaluation.evaluate import evaluate as run_studies
+    from segqc.evaluation.evaluate import observer_study
+    from segqc.evaluation.report.compose import write
+    from segqc.quality.boxes import BoxSettings
+
+    if masks is not None and study not in (Study.CORRECTIONS, Study.ALL):
+        raise CommandError("--masks belongs to the study corrections")
+    settings = EvaluationSettings(
+        seed=seed, boxes=BoxSettings(min_area_mm2=min_area), group_pattern=groups, workers=workers
+    ).with_length(length)
+    if patch is not None:
+        if min(patch) < 1:
+            raise CommandError(f"--patch needs three numbers of voxels, at least 1 each, got {patch}")
+        settings = settings.through(patch)
+    if observers is not None and not observers.is_dir():
+        raise CommandError(f"{observers}: no such folder of two experts' label files")
+    structures = dict(structure_flag(text) for text in structure or ())
+    run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
+    with shown_progress() as progress:
+        if observers is not None:
+            observer_study(run, observers, progress)
+        results = run_studies(run, STUDIES[study], progress, ablations=study in (Study.ABLATION, Study.ALL))
+        report = write(run)
+    _show(study, results, report, as_json=as_json)
+
+
+def _show(study: Study, results: Sequence[StudyResult], report: Path, *, as_json: bool) -> None:
+    made = _boxes if study is Study.DETECTION else _rows
+    if as_json:
+        rows = {result.study: [dict(row) for row in made(result)] for result in results}
+        typer.echo(json.dumps({"studies": rows, "report": str(report)}, indent=1))
+        return
+    for result in results:
+        boxes = f"{result.study}: error boxes at a probability of {SHOWN_THRESHOLD:g}, over all masks"
+        emit(made(result), boxes if study is Study.DETECTION else _title(result))
+    typer.echo(f"report: {report}")
+
+
+def _title(result: StudyResult) -> str:
+    return f"{result.study}: {result.masks} masks of {result.patients} patients, estimated 3D Dice, calibrated"
+
+
+def _rows(result: StudyResult) -> list[Row]:
+    return [
+        {
+            "structure": row.structure,
+            "method": row.method,
+            "MAE": row.calibrated.mae,
+            "95% interval": f"{row.mae.low:.3f}-{row.mae.high:.3f}"
+            if row.mae.low is not None and row.mae.high is not None
+            else "-",
+            "Pearson": row.calibrated.pearson,
+            "Spearman": row.calibrated.spearman,
+            "MAE of the constant": row.calibrated.constant_mae,
+        }
+        for row in result.rows
+        if row.dimension == "3D" and row.metric == "dice"
+    ]
+
+
+def _boxes(result: StudyResult) -> list[Row]:
+    return [
+        {
+            "structure": found.structure,
+            "method": found.method,
+            "predicted": found.predicted,
+            "true": found.true,
+            "IoU": boxes.min_iou,
+            "boxes": boxes.predicted,
+            "true boxes": boxes.true,
+            "precision": boxes.precision.value,
+            "recall": boxes.recall.value,
+        }
+        for found in result.detected
+        for boxes in found.boxes
+        if boxes.threshold == SHOWN_THRESHOLD
+    ]

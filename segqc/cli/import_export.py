@@ -1,0 +1,199 @@
+"""``segqc import`` and ``segqc export``: dataset folders from and for other programs, tables, and archives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segqc.cli.common import CommandError, StudiesFolder, kept_store, open_store, progress, settings_of
+
+if TYPE_CHECKING:
+    from segqc.io.case_list import CaseList, Imported
+
+import_app = typer.Typer(no_args_is_help=True, help="Make a dataset folder out of another program's folder.")
+export_app = typer.Typer(no_args_is_help=True, help="Write a dataset folder for other programs.")
+
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder to read.", show_default=False)]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to make; new or empty.", show_default=False)]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Dataset folder to make; new or empty.", show_default=False)
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Make hard links to the scans instead of copies, where no conversion is needed.")
+]
+OnlyApproved = Annotated[
+    bool, typer.Option("--only-approved", help="Only labels that were approved count, not all that were submitted.")
+]
+
+
+class Form(StrEnum):
+    """What tables can be written as."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+# ------------------------------------------------------------------------------------------------------------ import
+
+
+@import_app.command("local")
+def import_local(folder: StudiesFolder) -> None:
+    """Take over a folder of MONAI Label's LocalDatastore, in place: scans, labels, and the notes in its JSON file."""
+    from segqc.io.local_datastore import read_datastore, take_notes
+
+    settings_of(folder)
+    datastore = read_datastore(folder)
+    _print_imported(folder, take_notes(open_store(folder), datastore))
+
+
+@import_app.command("decathlon")
+def import_decathlon(source: Source, folder: NewFolder, link: Link = False) -> None:
+    """Make a dataset folder of a Medical Segmentation Decathlon task; its training labels become final labels."""
+    from segqc.io.decathlon import read_task
+
+    _import(read_task(source), folder, link=link)
+
+
+@import_app.command("nnunet")
+def import_nnunet(source: Source, folder: NewFolder, link: Link = False) -> None:
+    """Make a dataset folder of an nnU-Net v2 raw data folder; its training labels become final labels."""
+    from segqc.io.nnunet import read_raw
+
+    _import(read_raw(source), folder, link=link)
+
+
+@import_app.command("dicom")
+def import_dicom(
+    source: Source,
+    folder: NewFolder,
+    patient_tag: Annotated[
+        str, typer.Option("--patient-tag", metavar="TAG", help="Tag that names the patient: a keyword, or 0010,0020.")
+    ] = "PatientID",
+) -> None:
+    """Make a dataset folder of DICOM series, as a scanner or an archive exports them.
+
+    Localizers, reports and series with missing slices are left aside and named. Of the tags, only the patient's and the
+    series' own stay.
+    """
+    from segqc.io.dicom import make_dataset
+
+    with progress() as report:
+        found = make_dataset(source, folder, patient_tag=patient_tag, report=report)
+    _finish(folder, found)
+
+
+def _import(case_list: CaseList, folder: Path, *, link: bool) -> None:
+    from segqc.io.case_list import make_dataset
+
+    with progress() as report:
+        found = make_dataset(case_list, folder, link=link, report=report)
+    _finish(folder, found)
+
+
+def _finish(folder: Path, found: Imported) -> None:
+    """Take a new dataset folder into its store, and print what was taken and what was not."""
+    if found.scans:
+        open_store(folder)
+    _print_imported(folder, found)
+
+
+def _print_imported(folder: Path, found: Imported) -> None:
+    """Print what was taken, and each file that was not with the reason.
+
+    Raises:
+        CommandError: if there is something, and nothing of it could be taken.
+    """
+    labels = f" and {found.labels} labels" if found.labels else ""
+    typer.echo(f"{folder}: {found.scans} scans{labels} taken, {len(found.left_aside)} left aside")
+    for item in found.left_aside:
+        typer.echo(f"  {item.reason}")
+    if found.left_aside and not found.scans:
+        raise CommandError(f"{folder}: no scan could be taken; mend one of the files above and import again")
+
+
+@import_app.command("archive")
+def import_archive(
+    source: Source,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder with the scans, and nothing else yet.", show_default=False)
+    ],
+) -> None:
+    """Put what [bold]segqc export archive[/bold] wrote into the new store of a folder with the same scans."""
+    from segqc.io.archive import import_archive as put
+
+    with progress() as report:
+        counts = put(source, kept_store(folder), report)
+    _say(folder, counts)
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+@export_app.command("local")
+def export_local(folder: StudiesFolder, target: Target, link: Link = False) -> None:
+    """Write scans, all current labels and notes as a folder that MONAI Label's LocalDatastore opens."""
+    from segqc.io.local_datastore import write_datastore
+
+    with progress() as report:
+        count = write_datastore(open_store(folder), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} labels")
+
+
+@export_app.command("decathlon")
+def export_decathlon(
+    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+) -> None:
+    """Write a task folder as in the Medical Segmentation Decathlon; scans without a final label are its test scans."""
+    from segqc.io.decathlon import write_task
+
+    with progress() as report:
+        count = write_task(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+
+
+@export_app.command("nnunet")
+def export_nnunet(
+    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+) -> None:
+    """Write an nnU-Net v2 raw data folder; scans without a final label are its test scans."""
+    from segqc.io.nnunet import write_raw
+
+    with progress() as report:
+        count = write_raw(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+
+
+def _dataset(folder: Path, *, only_approved: bool) -> CaseList:
+    from segqc.io.case_list import case_list_of
+
+    return case_list_of(open_store(folder), settings_of(folder).structure_list(), only_approved=only_approved)
+
+
+@export_app.command("tables")
+def export_tables(
+    folder: StudiesFolder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the tables.", show_default=False)],
+    form: Annotated[Form, typer.Option("--format", help="File format.")] = Form.CSV,
+) -> None:
+    """Write assessments, corrections, leases, label versions and events, a file each; older files are replaced."""
+    from segqc.io.tables import write_tables
+
+    _say(target, write_tables(open_store(folder), target, form.value))
+
+
+@export_app.command("archive")
+def export_archive(folder: StudiesFolder, target: Target) -> None:
+    """Write all rows and all label versions, to be imported elsewhere, on SQLite or PostgreSQL alike."""
+    from segqc.io.archive import export_archive as write
+
+    with progress() as report:
+        counts = write(open_store(folder), target, report)
+    _say(target, counts)
+
+
+def _say(folder: Path, counts: Mapping[str, int]) -> None:
+    typer.echo(f"{folder}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -1,0 +1,798 @@
+"""The command `segqc`: reads flags, calls the library, prints what it returns.
+
+Imports of the library are inside the commands: PyTorch takes seconds, and ``segqc --help`` should not wait for it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from segqc import __version__
+from segqc.cli import annotation, database, evaluation, import_export
+from segqc.cli.common import (
+    NOT_ENOUGH_DATA,
+    AsCsv,
+    AsJson,
+    Cell,
+    CommandError,
+    ConfigFile,
+    Row,
+    StudiesFolder,
+    brackets,
+    dataset_at,
+    emit,
+    estimate,
+    me,
+    refuse_overwriting,
+    shown,
+    shown_progress,
+    structure_flag,
+)
+from segqc.text import LineFormatter, visible
+
+if TYPE_CHECKING:
+    from segqc.loop.agreement import Agreement
+    from segqc.networks.assessor import Assessor
+    from segqc.networks.segmenter import Segmenter
+    from segqc.settings import NetworkName
+    from segqc.types import Assessment, MetricIntervals
+
+
+EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
+
+A *dataset folder* holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people have drawn.
+The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] learns from it,
+[bold]score[/bold] judges all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
+scans to 3D Slicer, worst first.
+
+Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage.
+"""
+
+app = typer.Typer(
+    help=EXAMPLES, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a dataset folder's final labels.")
+app.add_typer(train_app, name="train")
+app.add_typer(annotation.app)  # without a name: its commands are the program's own
+app.add_typer(evaluation.app)
+app.add_typer(database.app, name="db")
+app.add_typer(import_export.import_app, name="import")
+app.add_typer(import_export.export_app, name="export")
+
+
+class Scorer(StrEnum):
+    """What scans can be ranked by."""
+
+    SEGQC = "segqc"
+    TTA = "tta"
+    ENTROPY = "entropy"
+
+
+class Size(StrEnum):
+    """Sizes of networks."""
+
+    SMALL = "small"
+    MEDIUM = "medium"
+    PAPER = "paper"
+
+
+_METRIC_TERMS: Final = (
+    "Estimates, made without a true mask. Dice, IoU: overlap with the true mask, 1 is best. ARVD: voxels that differ, "
+    "in parts of the true volume, 0 is best. RVD: mask too large (+) or too small (-), in the same parts."
+)
+_SLICE_TERMS: Final = (
+    "error sum: error probabilities of the slice's voxels added up, about the number of wrong voxels. "
+    "boxes: likely errors, as voxels along the two axes of the slice."
+)
+_RANK_TERMS: Final = {
+    Scorer.SEGQC: "estimated Dice: of the worst structure, without a true mask. worst slices: largest error sum first.",
+    Scorer.TTA: "estimated Dice: agreement of the network's masks of one scan under flips and other contrasts.",
+    Scorer.ENTROPY: "score: minus the mean entropy of the network's answers; 0 is the surest.",
+}
+
+Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
+ModelsOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset", metavar="FOLDER", help="Use the model of this dataset folder (default: the scan's folder)."
+    ),
+]
+ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help="Use this model file (.pt).")]
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one sentence, not a traceback."""
+    _set_up_text()
+    # NumPy's matrices are of 4 x 4 here: its threads would double the cost of a request (PyTorch has its own)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _log_to_stderr(logging.WARNING, LineFormatter("%(levelname)s: %(message)s"))
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        typer.echo(f"segqc: {_sentence(error)}", err=True)
+        sys.exit(1)
+
+
+def _log_to_stderr(level: int, formatter: logging.Formatter) -> None:
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[terminal], force=True)
+
+
+def _log_jobs() -> None:
+    """Tell what a worker does, with the time."""
+    _log_to_stderr(logging.INFO, LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for noisy in ("alembic", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell of an error; the operating system's number means nothing to users."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return visible(f"{error.filename}: {error.strerror.lower()}")
+    return visible(str(error))
+
+
+def _set_up_text() -> None:
+    """Let every name be read and printed, whatever the locale.
+
+    Where it knows ASCII only, as with ``LC_ALL=C`` in a container, Python starts again in its UTF-8 mode: names of
+    files could neither be stored nor printed otherwise. What a terminal cannot show is printed escaped.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# By module: slow to import, or an extra. An error can only have been raised where its module was imported.
+_USER_ERRORS: Final[Mapping[str, tuple[str, ...]]] = {
+    "segqc.evaluation.data.cohort": ("CohortError",),
+    "segqc.io.case_list": ("ExchangeError",),
+    "segqc.loop.dataset": ("StudiesError",),
+    "segqc.networks.device": ("DeviceMemoryError",),
+    "segqc.networks.model": ("ModelError",),
+    "segqc.server.annotator": ("AnnotatorError",),
+    "segqc.server.serve": ("ServeError",),
+    "segqc.settings": ("SettingsError",),
+    "segqc.store.database": ("StoreError",),
+    "segqc.training.cases": ("TooFewCases",),
+    "segqc.volumes": ("VolumeError",),
+}
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
+    found = [
+        getattr(sys.modules[module], name)
+        for module, names in _USER_ERRORS.items()
+        if module in sys.modules
+        for name in names
+    ]
+    return (CommandError, OSError, *found)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segqc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on the error stream.")] = False,
+) -> None:
+    if verbose:
+        logging.getLogger("segqc").setLevel(logging.INFO)
+
+
+# ---- make a folder -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Dataset folder to make.", show_default=False)],
+    scans: Annotated[int, typer.Option(min=1, help="Number of scans.")] = 24,
+    labelled: Annotated[int, typer.Option(min=0, help="How many of them get a final label.")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """Draw a dataset folder of fetal-MRI-like phantoms, to try everything without patient data."""
+    from segqc.phantom import write_datastore
+
+    if labelled > scans:
+        raise typer.BadParameter(f"{labelled} labelled scans of {scans}", param_hint="--labelled")
+    write_datastore(folder, scans=scans, labelled=labelled, seed=seed)
+    typer.echo(f"{folder}: {scans} scans, {labelled} of them with a final label")
+
+
+@app.command()
+def prepare(
+    labelled_data: Annotated[
+        Path, typer.Argument(help="Data set: images/, labels/ and perhaps splits.json.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Dataset folder to make; new or empty.", show_default=False)],
+    labelled: Annotated[int, typer.Option(min=0, help="Number of scans with a final label.")] = 30,
+    unlabelled: Annotated[int, typer.Option(min=0, help="Number of scans without; their truth goes to truth/.")] = 50,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUES", help="A structure and its label values (head=1, or brain=2,3); repeat."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Draw only from this entry of splits.json.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a dataset folder from a data set whose labels are known, and hide the truth of some scans."""
+    from segqc.loop.prepare import prepare as make
+
+    structures = dict(structure_flag(text) for text in structure or ())
+    made = make(
+        labelled_data, folder, labelled=labelled, unlabelled=unlabelled, structures=structures, split=split, seed=seed
+    )
+    typer.echo(f"{folder}: {len(made.labelled)} scans with a final label, {len(made.unlabelled)} without")
+
+
+# ---- train and score -----------------------------------------------------------------------------------------------
+
+Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training (default: from the settings).")]
+TrainingSeed = Annotated[
+    int | None, typer.Option("--seed", help="Decides every random draw (default: from the settings).")
+]
+NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network (default: from the settings).")]
+
+
+@train_app.command("segmentation")
+def train_segmentation(
+    folder: StudiesFolder,
+    epochs: Epochs = None,
+    size: NetworkSize = None,
+    seed: TrainingSeed = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the network that makes the masks."""
+    _train(folder, "segmentation", _given(epochs=epochs, size=size, seed=seed), config, as_json)
+
+
+@train_app.command("segqc")
+def train_segqc(
+    folder: StudiesFolder,
+    epochs: Epochs = None,
+    size: NetworkSize = None,
+    seed: TrainingSeed = None,
+    paper_recipe: Annotated[
+        bool, typer.Option("--paper-recipe", help="The paper's own: error as direct output, Dice loss, rate 5e-4.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train SegQC-Net, which judges masks; trains small segmentation networks on folds of the cases first."""
+    given = _given(epochs=epochs, size=size, seed=seed)
+    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe)
+
+
+def _given(**flags: int | str | None) -> dict[str, int | str]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _train(
+    folder: Path,
+    network: NetworkName,
+    flags: Mapping[str, int | str],
+    config: Path | None,
+    as_json: bool,
+    *,
+    paper_recipe: bool = False,
+) -> None:
+    from segqc.loop.training import train
+
+    dataset = dataset_at(folder, config, {"training": {network: dict(flags)}} if flags else {})
+    settings = dataset.settings.training_settings(network)
+    with shown_progress() as progress:
+        chosen = settings.paper_recipe() if paper_recipe else settings
+        card = train(dataset, network, progress, chosen, purpose="segqc train")
+    path = dataset.model_path(network)
+    rows: list[Row] = [{"measure": name, "value": value} for name, value in card.scores.items()]
+    extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
+    emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+
+
+@app.command()
+def score(
+    folder: StudiesFolder,
+    method: Annotated[
+        Scorer, typer.Option(help="segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.")
+    ] = Scorer.SEGQC,
+    force: Annotated[bool, typer.Option("--force", help="Score again what has a current score.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment and score every scan without a final label; continues where an earlier run stopped."""
+    from segqc.loop.scoring import score as score_all
+
+    dataset = dataset_at(folder, config)
+    with shown_progress() as progress:
+        summary = score_all(dataset, method.value, progress, force=force)
+    rows: list[Row] = [
+        {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
+    ]
+    emit(rows, f"scores by {method.value}", as_json=as_json, extra={"failures": summary.failed})
+    if summary.failed:
+        first, reason = next(iter(summary.failed.items()))
+        raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
+
+
+@app.command()
+def rank(
+    folder: StudiesFolder,
+    method: Annotated[Scorer, typer.Option(help="Whose scores to order by.")] = Scorer.SEGQC,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="True labels, named as the scans: also print the true Dice and how well both agree."
+        ),
+    ] = None,
+    include_final: Annotated[bool, typer.Option("--all", help="Also list scans that have a final label.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Print the scored scans, worst first."""
+    from segqc.loop.agreement import agreement
+    from segqc.loop.agreement import rank as order
+
+    if truth is not None and not truth.is_dir():
+        raise CommandError(f"{truth}: no such folder of true labels")
+    ranked = order(dataset_at(folder, config), method.value, truth=truth, include_final=include_final)
+    if not ranked:
+        raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
+    names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
+    rows: list[Row] = [
+        {
+            "rank": scan.rank,
+            "scan": scan.id,
+            **(
+                estimate("estimated Dice", scan.score, scan.interval, as_json=as_json, as_csv=as_csv)
+                if method is Scorer.SEGQC
+                else {"score" if method is Scorer.ENTROPY else "estimated Dice": scan.score}
+            ),
+            "worst slices": " ".join(map(str, scan.worst_slices)),
+            **({"true Dice": scan.true_dice} if truth is not None else {}),
+            **({f"true {name}": scan.true_by_structure.get(name) for name in names} if len(names) > 1 else {}),
+        }
+        for scan in ranked
+    ]
+    pairs = [(scan.score, scan.true_dice) for scan in ranked if scan.true_dice is not None]
+    if truth is not None and not pairs:
+        raise CommandError(
+            f"{truth}: no ranked scan has both a mask and a true label file here; score by segqc makes masks"
+        )
+    found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
+    extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
+    title = f"{folder}: worst first, by {method.value}"
+    if method is Scorer.SEGQC:
+        title += brackets(scan.interval for scan in ranked)
+    terms = _RANK_TERMS[method]
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=terms)
+    if found is not None and not as_json:
+        typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
+
+
+@app.command()
+def intervals(
+    folder: StudiesFolder,
+    use: Annotated[
+        bool, typer.Option("--use", help="Make intervals of the audit draws from now on, in place of the training's.")
+    ] = False,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Take a simulated annotator's corrections instead of people's.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Check the prediction intervals on audit draws: scans drawn at random, estimated, and then corrected.
+
+    Only audit draws count (the setting audit_share): scans that came worst-first are no fair sample.
+    """
+    from segqc.loop.recalibration import audit
+    from segqc.loop.recalibration import use as use_them
+    from segqc.quality.intervals import LEVEL, patients_needed
+
+    dataset = dataset_at(folder, config)
+    assessor = dataset.assessor()
+    if assessor is None:
+        raise CommandError(f"{folder}: no SegQC network is trained yet, so there are no estimates (segqc train segqc)")
+    found = audit(dataset, assessor, simulated=simulated)
+    rows: list[Row] = [
+        {
+            "structure": a.structure,
+            "audited patients": a.patients,
+            "wanted": patients_needed(),
+            "audited estimates": a.estimates,
+            "mean Dice error": a.mean_error,
+            "with interval": a.told,
+            "covered": a.covered,
+            "new intervals": "ready" if a.intervals is not None else NOT_ENOUGH_DATA,
+        }
+        for a in found
+    ]
+    emit(rows, f"{folder}: {LEVEL:.0%} intervals on audit draws", as_json=as_json, as_csv=as_csv, key="structures")
+    if use:
+        renewed = use_them(dataset, assessor, found)
+        typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
+
+
+def _agreement_text(found: Agreement, *, is_dice: bool) -> str:
+    low, high = found.true_range
+    lines = [
+        f"{found.scans} scans with a truth; true Dice from {low:.3f} to {high:.3f}",
+        f"Spearman {shown(found.spearman)}   Pearson {shown(found.pearson)}",
+    ]
+    if is_dice:
+        lines.append(
+            f"mean absolute error {found.mae:.4f}; of the constant {found.constant:.3f}, the median truth: "
+            f"{found.constant_mae:.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ---- single scans --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Scans to segment.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Mask to write, or, without a suffix, a folder of masks.", show_default=False),
+    ],
+    dataset: ModelsOf = None,
+    model: ModelFile = None,
+) -> None:
+    """Segment scans with the trained segmentation network; the masks lie on the scans' own grids."""
+    from segqc.volumes import SCAN_SUFFIXES, VolumeError, label_suffix, read_scan, scan_id, scan_suffix, write_labels
+
+    to_file = scan_suffix(out.name) is not None
+    if to_file and len(scans) > 1:
+        raise typer.BadParameter("several scans need a folder, not one mask file", param_hint="--out")
+    if not to_file and label_suffix(out.name) is not None:
+        raise CommandError(f"{out}: masks are written as {', '.join(SCAN_SUFFIXES)}; choose one of these suffixes")
+    twice = sorted(name for name, count in Counter(map(scan_id, scans)).items() if count > 1)
+    if twice:
+        raise CommandError(
+            f"several scans are named {twice[0]}: their masks would be one file; segment them separately"
+        )
+    targets = [out if to_file else out / f"{scan_id(path)}.nii.gz" for path in scans]
+    for target in targets:
+        refuse_overwriting(target)
+    segmenter = _segmenter(_models_folder(dataset, scans[0]), model)
+    failed: list[str] = []
+    with shown_progress() as progress:
+        for i, (path, target) in enumerate(zip(scans, targets, strict=True)):
+            progress.step(i, len(scans), f"segmenting: {path.name}")
+            try:
+                write_labels(segmenter.predict(read_scan(path)).labels, target)
+            except VolumeError as error:
+                if len(scans) == 1:
+                    raise
+                failed.append(str(error))
+        progress.step(len(scans), len(scans), "segmenting: done")
+    made = len(scans) - len(failed)
+    if made:
+        typer.echo(f"{out}: {made} mask{'s' if made > 1 else ''}")
+    for reason in failed:
+        typer.echo(reason, err=True)
+    if failed:
+        raise CommandError(f"{len(failed)} of {len(scans)} scans could not be segmented")
+
+
+@app.command()
+def assess(
+    scan: Annotated[Path, typer.Argument(help="The scan.", show_default=False)],
+    mask: Annotated[Path, typer.Argument(help="Its mask: a label file on the scan's grid.", show_default=False)],
+    dataset: ModelsOf = None,
+    model: ModelFile = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The picture to write (default: SCAN_assessment.png).")
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Write no picture.")] = False,
+    errors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the likely errors as a label file (1 = likely wrong)."),
+    ] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Number of worst slices to list and draw.")] = 4,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Estimate a mask's Dice, IoU, ARVD and RVD, list its worst slices, and draw them with the likely errors.
+
+    JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
+    """
+    from segqc.plots import draw_assessment
+    from segqc.volumes import read_labels, read_scan, scan_id, write_labels
+
+    for named in (picture, errors):
+        if named is not None:
+            refuse_overwriting(named)
+    assessor = _assessor(_models_folder(dataset, scan), model)
+    volume = read_scan(scan)
+    labels = read_labels(mask, scan=volume)
+    result = assessor.assess(volume, labels, scan_id=scan_id(scan))
+    if errors is not None:
+        write_labels(assessor.likely_errors(result, volume), errors)
+    target = None if no_picture else picture or Path(f"{scan_id(scan)}_assessment.png")
+    if target is not None:
+        draw_assessment(volume, labels, result, target, slices=slices, structures=assessor.structures)
+    if as_json:
+        typer.echo(result.assessment.to_json())
+    elif as_csv:
+        emit(_assessment_lines(result.assessment), "", as_csv=True)
+    else:
+        in_brackets = brackets(q.intervals.dice for q in result.assessment.structures)
+        emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}", terms=_METRIC_TERMS)
+        emit(_slice_rows(result.assessment, slices), "slices to look at first", terms=_SLICE_TERMS)
+    if target is not None:
+        typer.echo(f"picture: {target}", err=True)
+
+
+def _structure_rows(assessment: Assessment) -> list[Row]:
+    return [
+        {
+            "structure": q.name,
+            **estimate("Dice", q.estimated.dice if q.present else None, q.intervals.dice),
+            **estimate("IoU", q.estimated.iou if q.present else None, q.intervals.iou),
+            **estimate("ARVD", q.estimated.arvd if q.present else None, q.intervals.arvd),
+            **estimate("RVD", q.estimated.rvd if q.present else None, q.intervals.rvd),
+            "volume ml": q.mask_volume_ml,
+            "boxes": len(q.extracted.boxes),
+        }
+        for q in assessment.structures
+    ]
+
+
+def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
+    rows: list[Row] = []
+    for index in assessment.worst_slices(count):
+        for q in assessment.structures:
+            quality = next(s for s in q.raw.slices if s.index == index)
+            boxes = [
+                f"{b.start[0]}:{b.stop[0]},{b.start[1]}:{b.stop[1]}"
+                for b in q.extracted.boxes
+                if b.slice_index == index
+            ]
+            rows.append(
+                {
+                    "slice": index,
+                    "structure": q.name,
+                    "Dice": quality.metrics.dice,
+                    "error sum": quality.error_sum,
+                    "boxes": " ".join(boxes),
+                }
+            )
+    return rows
+
+
+def _assessment_lines(assessment: Assessment) -> list[Row]:
+    lines: list[Row] = []
+    for q in assessment.structures:
+        whole, error_sum = dataclasses.asdict(q.estimated), sum(s.error_sum for s in q.raw.slices)
+        ends = _ends(q.intervals)
+        lines.append({"structure": q.name, "slice": None, **whole, "error_sum": error_sum, **ends})
+        for s in q.raw.slices:
+            metrics = dataclasses.asdict(s.metrics)
+            none = dict.fromkeys(ends)  # intervals are of the 3D metrics
+            lines.append({"structure": q.name, "slice": s.index, **metrics, "error_sum": s.error_sum, **none})
+    return lines
+
+
+def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, interval in ((f.name, getattr(intervals, f.name)) for f in dataclasses.fields(intervals)):
+        cells[f"{name}_low"] = interval.low if interval is not None else None
+        cells[f"{name}_high"] = interval.high if interval is not None else None
+    levels = [i.level for i in (intervals.dice, intervals.iou, intervals.arvd, intervals.rvd) if i is not None]
+    return {**cells, "interval_level": levels[0] if levels else None}
+
+
+# ---- server --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    folder: StudiesFolder,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine only).")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on (default: 8000).")] = None,
+    bootstrap: Annotated[
+        bool | None,
+        typer.Option(
+            "--bootstrap/--no-bootstrap",
+            help="Train first small networks at the start where there are none (default: yes).",
+        ),
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Start a worker beside the server; without, run segqc worker.")
+    ] = True,
+) -> None:
+    """Serve a dataset folder to annotation clients (3D Slicer): worst estimated mask first."""
+    try:
+        from segqc.server.serve import serve as run
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("monailabel"):
+            raise
+        raise CommandError("the server is not installed; pip install 'segqc[server]'") from error
+    flags = _given(host=host, port=port, bootstrap=bootstrap)
+    settings = dataset_at(folder, None, {"server": flags} if flags else {}).settings.server
+    run(
+        folder,
+        host=settings.host,
+        port=settings.port,
+        bootstrap=settings.bootstrap,
+        inference_slots=settings.inference_slots,
+        upload_limit_mb=settings.upload_limit_mb,
+        upload_total_mb=settings.upload_total_mb,
+        upload_pause_seconds=settings.upload_pause_seconds,
+        allowed_hosts=settings.allowed_hosts,
+        user_header=settings.user_header,
+        worker=worker,
+    )
+
+
+@app.command()
+def worker(
+    folder: StudiesFolder,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Take only these jobs: train, scoring, batch_infer, round; repeat.")
+    ] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job waits.")] = False,
+    parent: Annotated[
+        int | None, typer.Option(metavar="PID", help="End when this process, which started it, has ended.")
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Do the jobs that the server's clients put: trainings, scorings, inference on many scans, rounds.
+
+    The server starts one by itself; more may run, also on other machines that see the folder and the database.
+    """
+    from segqc.loop.processes import die_with_parent
+
+    if parent is not None:
+        die_with_parent(signal.SIGTERM, parent)
+    from segqc.loop.jobs import KINDS
+    from segqc.loop.worker import Worker
+
+    if unknown := sorted(set(kind or ()) - set(KINDS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
+    _log_jobs()
+    taker = Worker(dataset_at(folder, config), kind or KINDS)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, taker.end)
+    taker.serve(until_idle=until_idle)
+
+
+@app.command("round")
+def run_round(
+    folder: StudiesFolder,
+    put: Annotated[bool, typer.Option("--put", help="Only put it; a running worker does it.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train both networks on all final labels, then segment and score all other scans.
+
+    The new networks replace the old ones together, when both are trained. Stopped or killed in the middle, the round
+    goes on after its last finished step. A round that another process is doing already is joined: waited for, and taken
+    over if that process dies.
+    """
+    from segqc.loop.worker import Worker
+    from segqc.store import jobs
+
+    dataset = dataset_at(folder, config)
+    with dataset.store.write() as transaction:
+        waiting = jobs.open_jobs(transaction, "round")
+        job = waiting[0] if waiting else jobs.enqueue(transaction, "round", {}, me())
+    if put:
+        typer.echo(f"{folder}: a round {'waits already' if waiting else 'was queued'}, as job {job.public_id}")
+        return
+    typer.echo(
+        f"{folder}: {'goes on with the round' if waiting else 'begins a round'} (job {job.public_id}): train "
+        "segmentation, train segqc, publish both, score all scans that wait",
+        err=True,
+    )
+    _log_jobs()
+    taker = Worker(dataset, ("round",))
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, taker.end)
+    ended = taker.serve_until_ended(job.id)
+    if ended.state != "done":
+        left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
+        raise CommandError(
+            f"{folder}: the round is {ended.state}{': ' + ended.messages[-1] if ended.messages else ''}{left}"
+        )
+    typer.echo(f"{folder}: the round is done")
+
+
+@app.command()
+def simulate(
+    folder: StudiesFolder,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="The running server (default: http://127.0.0.1:8000).")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of scans to correct.")] = 1,
+    truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels (default: FOLDER/truth).")] = None,
+    strategy: Annotated[str, typer.Option(help="The strategy to ask for the next scan.")] = "segqc",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Play an annotator: ask a running server for the next scan, replace its mask by the truth, submit it as final."""
+    try:
+        from segqc.server.annotator import annotate
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("monailabel"):
+            raise
+        raise CommandError("the client is not installed; pip install 'segqc[server]'") from error
+    dataset = dataset_at(folder, None)
+    source = truth or folder / "truth"
+    if not source.is_dir():
+        raise CommandError(f"{source}: no such folder of true labels; name one with --truth")
+    url = server or f"http://{dataset.settings.server.host}:{dataset.settings.server.port}"
+    rows: list[Row] = []
+    with shown_progress() as progress:
+        for done in annotate(url, source, dataset.structures, count=count, strategy=strategy):
+            rows.append(
+                {
+                    "scan": done.scan,
+                    "chosen by": done.strategy,
+                    **estimate("estimated Dice", done.estimated_dice, done.interval, as_json=as_json, as_csv=as_csv),
+                    "true Dice": done.true_dice,
+                    "worst slices": " ".join(map(str, done.worst_slices)),
+                }
+            )
+            progress.step(len(rows), count, f"correcting: {done.scan}")
+    if not rows:
+        raise CommandError(f"{url}: no scan is left to correct")
+    emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
+
+
+def _models_folder(dataset: Path | None, scan: Path) -> Path:
+    return dataset if dataset is not None else scan.resolve().parent
+
+
+def _segmenter(folder: Path, model: Path | None) -> Segmenter:
+    from segqc.networks.segmenter import Segmenter
+
+    found = Segmenter.load(model) if model is not None else dataset_at(folder, None).segmenter()
+    if found is None:
+        raise CommandError(f"{folder}: no segmentation network; name one with --model or --dataset, or train it first")
+    return found
+
+
+def _assessor(folder: Path, model: Path | None) -> Assessor:
+    from segqc.networks.assessor import Assessor
+
+    found = Assessor.load(model) if model is not None else dataset_at(folder, None).assessor()
+    if found is None:
+        raise CommandError(f"{folder}: no SegQC network; name one with --model or --dataset, or train it first")
+    return found
+
+
+if __name__ == "__main__":
+    main()

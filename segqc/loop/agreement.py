@@ -1,0 +1,139 @@
+"""How well the order of a dataset folder's scans agrees with their true quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from segqc.loop.dataset import Dataset
+from segqc.loop.scoring import Method
+from segqc.quality.metrics import true_metrics
+from segqc.quality.ranking import order_scans
+from segqc.types import LabelArray, PredictionInterval, Structure
+from segqc.volumes import LABEL_SUFFIXES, read_labels, read_scan
+
+MIN_FOR_CORRELATION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RankedScan:
+    """One scan of the order: its score, the slices to look at first and, where the truth is known, the true Dice.
+
+    ``score`` is an estimated Dice, but for the method "entropy", where it is the negative mean entropy. Both Dice
+    numbers are the worst structure's; ``true_by_structure`` has all of them. ``interval`` is that of SegQC's estimate.
+    """
+
+    rank: int
+    id: str
+    score: float
+    worst_slices: tuple[int, ...]
+    true_dice: float | None
+    true_by_structure: Mapping[str, float | None]
+    interval: PredictionInterval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Estimates against truths: Spearman, Pearson and mean absolute error (MAE).
+
+    ``constant`` is the median of the true values and ``constant_mae`` the error of always answering it: the least
+    error that a constant can make, knowing the truths. An estimate is of use where it is below. Correlations are
+    ``None`` where one side does not vary or there are fewer than three scans.
+    """
+
+    scans: int
+    spearman: float | None
+    pearson: float | None
+    mae: float
+    constant: float
+    constant_mae: float
+    true_range: tuple[float, float]
+
+
+def dice_by_structure(mask: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> dict[str, float | None]:
+    """The true 3D Dice of each structure of a label map; 1 where both maps lack it.
+
+    Args:
+        mask: the label map, (n0, n1, n2).
+        truth: the true label map, of the same shape.
+        structures: names and values of the structures.
+    """
+    return {s.name: true_metrics(s.mask(mask), s.mask(truth)).dice for s in structures}
+
+
+def worst_dice(dice: Mapping[str, float | None]) -> float:
+    """The worst structure's Dice: what a scan is ranked by; 1 where no structure has one."""
+    return min((value for value in dice.values() if value is not None), default=1.0)
+
+
+def find_labels(folder: Path, scan: str) -> Path | None:
+    """The label file of a scan in a folder of label files, if there is one."""
+    candidates = (folder / f"{scan}{suffix}" for suffix in LABEL_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def rank(
+    dataset: Dataset, method: Method = "segqc", *, truth: Path | None = None, include_final: bool = False
+) -> list[RankedScan]:
+    """Order the scored scans of a dataset folder, worst first.
+
+    Args:
+        dataset: the folder.
+        method: whose scores to order by.
+        truth: a folder of true label files named as the scans; the network's mask of each scan that is found there
+            is compared with it.
+        include_final: also list scans that already have a final label.
+
+    Raises:
+        VolumeError: if a mask or a truth can't be read, or does not lie on its scan's grid.
+    """
+    entries = {e.id: e for e in dataset.scans() if include_final or e.final is None}
+    assessments = {name: a for name, a in dataset.assessments().items() if name in entries}
+    known = {n: a.dice for n, a in assessments.items()} if method == "segqc" else dataset.scores(method)
+    scores = {name: value for name, value in known.items() if name in entries}
+    ranked = []
+    for place, name in enumerate(order_scans(scores), start=1):
+        by_structure: dict[str, float | None] = {}
+        mask, true_path = entries[name].original, find_labels(truth, name) if truth is not None else None
+        if mask is not None and true_path is not None:
+            scan = read_scan(entries[name].image)
+            labels, true = read_labels(mask, scan=scan), read_labels(true_path, scan=scan)
+            by_structure = dice_by_structure(labels.array, true.array, dataset.structures)
+        ranked.append(
+            RankedScan(
+                place,
+                name,
+                scores[name],
+                assessments[name].worst_slices() if name in assessments else (),
+                worst_dice(by_structure) if by_structure else None,
+                by_structure,
+                assessments[name].dice_interval if method == "segqc" else None,
+            )
+        )
+    return ranked
+
+
+def agreement(estimated: Sequence[float], true: Sequence[float]) -> Agreement:
+    """Compare estimates with true values, in the same order.
+
+    Raises:
+        ValueError: if there are none, or not as many of both.
+    """
+    x, y = np.asarray(estimated, np.float64), np.asarray(true, np.float64)
+    if x.shape != y.shape or x.size == 0:
+        raise ValueError(f"an agreement needs as many estimates as true values, got {x.size} and {y.size}")
+    varies = x.size >= MIN_FOR_CORRELATION and np.ptp(x) > 0 and np.ptp(y) > 0
+    constant = float(np.median(y))
+    return Agreement(
+        scans=int(x.size),
+        spearman=float(stats.spearmanr(x, y).statistic) if varies else None,
+        pearson=float(stats.pearsonr(x, y).statistic) if varies else None,
+        mae=float(np.abs(x - y).mean()),
+        constant=constant,
+        constant_mae=float(np.abs(y - constant).mean()),
+        true_range=(float(y.min()), float(y.max())),
+    )

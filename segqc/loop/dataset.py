@@ -1,0 +1,396 @@
+"""A dataset folder: scans, labels in MONAI Label's layout, and what SegQC keeps beside them.
+
+::
+
+    <folder>/<id>.nii.gz                  scans (.nii, .nii.gz, .nrrd)
+    <folder>/labels/final/<id>.nii.gz     labels that a person submitted
+    <folder>/labels/original/<id>.nii.gz  masks that the segmentation network made
+    <folder>/segqc.toml                   settings
+    <folder>/segqc/                       the store, every label version, models, trainings
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from segqc.settings import Settings, load_settings
+from segqc.split import PatientSplit
+from segqc.store import assessments, findings, labels, remarks, scans
+from segqc.store.database import PATIENCE_SECONDS, Transaction
+from segqc.store.labels import FINAL, ORIGINAL, NewLabel
+from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
+from segqc.store.scans import ScanReplaced, UnknownScan
+from segqc.store.schema import OPEN_STATES
+from segqc.store.store import First, Store
+from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
+from segqc.types import Assessment, Structure, label_names, values_in
+from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
+
+if TYPE_CHECKING:  # these import PyTorch, and most commands need none
+    from segqc.networks.assessor import Assessor
+    from segqc.networks.card import NetworkName
+    from segqc.networks.segmenter import Segmenter
+    from segqc.training.cases import Case
+
+LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
+
+
+class DatasetError(ValueError):
+    """A dataset folder can't be used; says what is missing and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanEntry:
+    """A scan of the folder and its current labels, where there are any.
+
+    ``final`` and ``original`` are the kept files of these versions, which nobody changes. ``sha256`` is the scan's
+    content: what is made for it is kept for this content only.
+    """
+
+    id: str
+    image: Path
+    final: Path | None
+    original: Path | None
+    sha256: str | None
+
+
+class Dataset:
+    """One dataset folder. Holds its path, its settings and its store: what is on disk is the state."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings | None = None,
+        *,
+        watched: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        """Open a folder.
+
+        Args:
+            folder: the folder.
+            settings: its settings; by default those of its ``segqc.toml``.
+            watched: whether somebody else calls `sync` all the time: then nothing else does, and scans and labels
+                are those that were taken in so far.
+            patience_seconds: how long to wait for a database that is locked.
+
+        Raises:
+            DatasetError: if it is no folder.
+            SettingsError: if its ``segqc.toml`` can't be used.
+        """
+        if not folder.is_dir():
+            raise DatasetError(f"{folder}: no such folder; name a folder of scans (.nii, .nii.gz or .nrrd)")
+        self.folder = folder.resolve()
+        self.settings = settings or load_settings(self.folder)
+        self._patience_seconds = patience_seconds
+        self.watched = watched
+        self._misplaced: list[str] = []
+
+    @property
+    def own(self) -> Path:
+        """The folder of what SegQC keeps."""
+        return self.folder / "segqc"
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The store of the folder, with all in it that lies in the folder now.
+
+        Raises:
+            StoreError: if its database can't be reached, or is of another version of this program.
+        """
+        intake = self.settings.intake_checks()
+        store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
+        if not self.watched:
+            sync(store, self.settings.patient_of, self.settings.split_config())
+        if self.settings.names_patients:
+            self._misplaced = regroup(store, self.settings.patient_now, self.settings.split_config())
+        return store
+
+    def sync(self, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Take in what has been put into the folder, changed in it, or taken out of it.
+
+        Args:
+            stop: asked from time to time whether to leave the rest for the next time.
+        """
+        sync(self.store, self.settings.patient_of, self.settings.split_config(), stop=stop)
+
+    def refresh(self) -> None:
+        """Take in what has changed in the folder meanwhile, unless somebody else does so."""
+        if not self.watched:
+            self.sync()
+
+    def findings(self) -> list[FindingRecord]:
+        """The files of the folder that were not taken in, each with a sentence that says why."""
+        with self.store.read() as transaction:
+            return findings.listing(transaction)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of scans that were taken in, a sentence each."""
+        with self.store.read() as transaction:
+            return [*self._misplaced, *remarks.listing(transaction)]
+
+    def is_unchanged(self, scan: ScanRecord) -> bool:
+        """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""
+        return is_unchanged(self.store, scan, self.settings.patient_of, self.settings.split_config())
+
+    def verify_scan(self, name: str) -> ScanRecord:
+        """A scan, whose file was just seen to hold its content; a file that was changed is taken in first.
+
+        Raises:
+            UnknownScan: if there is none of this name, or its file is gone.
+        """
+        with self.store.read() as transaction:
+            scan = scans.get(transaction, name)
+        return self.verify(scan)
+
+    def verify(self, scan: ScanRecord) -> ScanRecord:
+        """The same for a scan that was just looked up."""
+        if not self.is_unchanged(scan):
+            with self.store.read() as transaction:
+                scan = scans.get(transaction, scan.name)
+        if scan.missing_since is not None:
+            raise UnknownScan(
+                f"the file of the scan {scan.name!r} is gone, or holds no scan any more; see 'segqc scans'"
+            )
+        return scan
+
+    def add_scan(self, path: Path, name: str) -> Added:
+        """Put a new scan into the folder; a file that is there is never replaced.
+
+        Args:
+            path: the scan's file; it is copied.
+            name: the name that it should have.
+
+        Returns:
+            Its name, and whether it is new: the same content under the same name is not.
+
+        Raises:
+            ScanExists: if there is another scan of this name, or a file that would be one.
+            VolumeError: if the file is no scan that can be used.
+        """
+        suffix = scan_suffix(path.name) or path.suffix
+        return add_scan(self.store, path, name, suffix, self.settings.patient_of, self.settings.split_config())
+
+    def read_scan(self, entry: ScanEntry) -> Volume:
+        """Read a scan's file, which must hold the entry's content.
+
+        Raises:
+            VolumeError: if it can't be used.
+            ScanReplaced: if it holds another content by now.
+        """
+        scan = read_scan(entry.image, limits=self.settings.intake)
+        try:
+            now = self.verify_scan(entry.id)
+        except UnknownScan as error:
+            raise ScanReplaced(str(error)) from error
+        if entry.sha256 is not None and now.sha256 != entry.sha256:
+            raise ScanReplaced(f"{entry.image.name}: another scan has taken its place meanwhile; do this again")
+        return scan
+
+    def scans(self) -> list[ScanEntry]:
+        """All scans whose files are there, in the order of their names."""
+        self.refresh()
+        with self.store.read() as transaction:
+            records = [s for s in scans.listing(transaction) if s.missing_since is None]
+            finals = labels.current_of_all(transaction, FINAL)
+            originals = labels.current_of_all(transaction, ORIGINAL)
+        return [self._entry(s, finals.get(s.name), originals.get(s.name)) for s in records]
+
+    def waiting(self) -> list[ScanEntry]:
+        """The scans that wait for a person's label, in the order of their names."""
+        self.refresh()
+        with self.store.read() as transaction:
+            records = [s for s in scans.listing(transaction, states=OPEN_STATES) if s.missing_since is None]
+            originals = labels.current_of_all(transaction, ORIGINAL)
+        return [self._entry(s, None, originals.get(s.name)) for s in records]
+
+    def scan(self, name: str) -> ScanEntry:
+        """One scan.
+
+        Raises:
+            DatasetError: if the folder has no scan of this name.
+        """
+        self.refresh()
+        with self.store.read() as transaction:
+            try:
+                record = scans.get(transaction, name)
+            except UnknownScan as error:
+                raise DatasetError(f"{self.folder}: no scan named {name}") from error
+            tags = labels.tags(transaction, name)
+        return self._entry(record, tags.get(FINAL), tags.get(ORIGINAL))
+
+    def _entry(self, scan: ScanRecord, final: LabelRecord | None, original: LabelRecord | None) -> ScanEntry:
+        return ScanEntry(
+            scan.name,
+            self.folder / scan.file,
+            self.store.label_file(final) if final is not None else None,
+            self.store.label_file(original) if original is not None else None,
+            scan.sha256,
+        )
+
+    @functools.cached_property
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures: those of the settings, else one per value found in the final labels.
+
+        Raises:
+            DatasetError: if there are neither.
+        """
+        if named := self.settings.structure_list():
+            return named
+        values: set[int] = set()
+        for entry in self.scans():
+            if entry.final is not None:
+                values |= values_in(read_labels(entry.final).array)
+        if not values:
+            raise DatasetError(
+                f"{self.folder}: no structures are named in segqc.toml and no final label shows any; "
+                "write a table such as [structures] liver = [1]"
+            )
+        return tuple(Structure(f"label {v}", (v,)) for v in sorted(values))
+
+    def cases(self) -> list[Case]:
+        """The scans with a final label that nobody rejected, ready to train on."""
+        from segqc.training.cases import Case
+
+        self.refresh()
+        with self.store.read() as transaction:
+            records = scans.listing(transaction, states=LABELLED)
+            finals = labels.current_of_all(transaction, FINAL)
+        found = []
+        for scan in records:
+            final, path = finals.get(scan.name), self.folder / scan.file
+            if final is None or scan.missing_since is not None:
+                continue
+            shown = str(self.store.view_file(final).relative_to(self.folder))
+            found.append(Case(scan.name, scan.patient, path, self.store.label_file(final), shown, scan.sha256))
+        return found
+
+    def patient_splits(self) -> Mapping[str, PatientSplit]:
+        """Fold and role of each patient, given once and stored."""
+        with self.store.read() as transaction:
+            return {s.patient: PatientSplit(s.fold, s.split) for s in scans.listing(transaction)}
+
+    def model_path(self, network: NetworkName) -> Path:
+        """Where the current model of a network lies."""
+        return self.own / "models" / f"{network}.pt"
+
+    def staged_path(self, network: NetworkName) -> Path:
+        """Where a round keeps its model of a network until both are trained."""
+        return self.own / "models" / "next" / f"{network}.pt"
+
+    def training_folder(self, network: NetworkName) -> Path:
+        """Where checkpoints and learning curve of a network lie."""
+        return self.own / "training" / network
+
+    def segmenter(self) -> Segmenter | None:
+        """The current segmentation network; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
+        from segqc.networks.model import model_status
+        from segqc.networks.segmenter import Segmenter
+
+        path = self.model_path("segmentation")
+        return Segmenter.load(path) if model_status(path) is not None else None
+
+    def assessor(self) -> Assessor | None:
+        """The current SegQC-Net with this folder's settings; ``None`` before the first training.
+
+        Raises:
+            ModelError: if what lies in its place is no model file that can be read.
+        """
+        from segqc.networks.assessor import AssessmentSettings, Assessor
+        from segqc.networks.model import model_status
+
+        path = self.model_path("segqc")
+        settings = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
+        return Assessor.load(path, settings) if model_status(path) is not None else None
+
+    def assessment(self, name: str) -> Assessment | None:
+        """The current assessment of the mask that an annotator would start from, if there is one."""
+        with self.store.read() as transaction:
+            found = assessments.latest(transaction, name)
+        return found[1] if found is not None else None
+
+    def assessments(self) -> dict[str, Assessment]:
+        """The current assessments of all scans that have one."""
+        self.refresh()
+        with self.store.read() as transaction:
+            there = scans.names(transaction)
+            found = assessments.latest_of_all(transaction)
+        return {name: found[name] for name in there if name in found}
+
+    def write_assessment(self, assessment: Assessment, mask: LabelRecord, *, content: str | None = None) -> None:
+        """Keep an assessment of a stored mask.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now than the one that was assessed.
+        """
+        with self.store.write() as transaction:
+            scans.expect(transaction, assessment.scan, content)
+            assessments.write(transaction, assessment, mask.id)
+
+    def mask(self, name: str) -> LabelRecord | None:
+        """The current mask of a scan: what a network made, or a person put there as such."""
+        with self.store.read() as transaction:
+            return labels.current(transaction, name, ORIGINAL)
+
+    def save_mask(
+        self, name: str, source: Path, segmenter: Segmenter, *, tag: str = ORIGINAL, content: str | None = None
+    ) -> LabelRecord:
+        """Keep a network's mask of a scan.
+
+        Args:
+            name: the scan's name.
+            source: the mask's file.
+            segmenter: the network.
+            tag: the label's tag.
+            content: the scan's content (sha256) that the mask was made of; None where nobody knows.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now.
+        """
+        with self.store.write() as transaction:
+            pair = labels.bundle(transaction, segmenter.version)
+        # what clients of MONAI Label look for: which value is which structure
+        info: JsonObject = {
+            "model": "segmentation",
+            "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
+        }
+        network = Actor("network", segmenter.version, "program")
+        label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info)
+        return self.store.save_label(label, source, first=expecting(name, content))
+
+    def score_versions(self, method: str) -> dict[str, str]:
+        """The version of the network that a baseline's score speaks of, of all scans that have one."""
+        with self.store.read() as transaction:
+            return {name: version for name, (_, version) in assessments.scores(transaction, method).items()}
+
+    def scores(self, method: str) -> dict[str, float]:
+        """A baseline's scores of all scans that have one; the lowest is the worst."""
+        with self.store.read() as transaction:
+            return {name: value for name, (value, _) in assessments.scores(transaction, method).items()}
+
+    def write_score(self, method: str, name: str, value: float, version: str, content: str | None = None) -> None:
+        """Keep a baseline's score of a scan.
+
+        Raises:
+            ScanReplaced: if the scan has another content by now than the one that the score is of.
+        """
+        with self.store.write() as transaction:
+            scans.expect(transaction, name, content)
+            assessments.write_score(transaction, name, method, value, version)
+
+
+def expecting(name: str, content: str | None) -> First:
+    """What refuses a change, in its transaction, if a scan has another content than the one that the change is for."""
+
+    def check(transaction: Transaction) -> None:
+        scans.expect(transaction, name, content)
+
+    return check

@@ -1,0 +1,23 @@
+"""The process of one job: ``python -m segqc.loop.job_process FOLDER JOB WORKER``, started by the worker of that process id."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from segqc.loop.processes import die_with_parent
+
+if __name__ == "__main__":
+    # before the slow imports: a worker that dies meanwhile would leave an orphan
+    die_with_parent(signal.SIGKILL, int(sys.argv[3]))
+    from segqc.loop.worker import run_job
+    from segqc.text import LineFormatter
+
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
+    for noisy in ("ignite", "monai", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,144 @@
+"""Double reading: labels of the same scan by several annotators, how far they agree, and one label out of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from segqc.loop.dataset import Dataset, expecting
+from segqc.quality.metrics import true_metrics
+from segqc.store import labels
+from segqc.store.database import StoreError
+from segqc.store.labels import FINAL, NewLabel
+from segqc.store.records import Actor, LabelRecord
+from segqc.types import LabelArray
+from segqc.volumes import Volume, read_labels, temporary_labels
+
+Method: TypeAlias = Literal["staple", "majority"]
+STAPLE_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderPair:
+    """Dice of one structure between two readers' labels of a scan; None where both have none of it."""
+
+    scan: str
+    first: str
+    second: str
+    structure: str
+    dice: float | None
+
+
+def readings(dataset: Dataset, scan: str) -> list[LabelRecord]:
+    """The current readings of a scan, in the order of their numbers.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    with dataset.store.read() as transaction:
+        return labels.readings(transaction, scan)
+
+
+def add_reading(dataset: Dataset, scan: str, path: Path, actor: Actor) -> LabelRecord:
+    """Keep a label file as an annotator's reading of a scan; a second one of the same annotator replaces the first.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+        VolumeError: if it is no label map on the scan's grid with the configured values.
+    """
+    entry = dataset.scan(scan)
+    content = dataset.store.intake.labels(path, entry.image, str(path))
+    with dataset.store.read() as transaction:
+        tag = labels.reader_tag(transaction, scan, actor)
+    with temporary_labels(content.labels) as source:
+        label = NewLabel(scan, tag, "annotator", actor)
+        return dataset.store.save_label(label, source, first=expecting(scan, entry.sha256))
+
+
+def inter_rater(dataset: Dataset, scan: str) -> list[ReaderPair]:
+    """Compare the readings of a scan, each pair and structure.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+        VolumeError: if a reading can't be read.
+    """
+    found = readings(dataset, scan)
+    arrays = {record.id: read_labels(dataset.store.label_file(record)).array for record in found}
+    return [
+        ReaderPair(
+            scan,
+            a.actor.name,
+            b.actor.name,
+            structure.name,
+            true_metrics(structure.mask(arrays[a.id]), structure.mask(arrays[b.id])).dice
+            if (structure.mask(arrays[a.id]) | structure.mask(arrays[b.id])).any()
+            else None,
+        )
+        for a, b in itertools.combinations(found, 2)
+        for structure in dataset.structures
+    ]
+
+
+def make_consensus(dataset: Dataset, scan: str, method: Method | str, actor: Actor) -> LabelRecord:
+    """Make the final label of a scan out of its readings.
+
+    "staple" is the estimate of the hidden truth by expectation maximisation (Warfield et al. 2004, as SimpleITK has
+    it), for each label value against the rest; where several values reach one half, the most probable one is taken.
+    "majority" is the value that most readers gave, background where they tie. Any other method is a reader's name.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+        StoreError: with fewer than two readings, or if no reader has this name.
+    """
+    found = readings(dataset, scan)
+    if method not in ("staple", "majority"):
+        chosen = [record for record in found if record.actor.name == method]
+        if not chosen:
+            names = ", ".join(record.actor.name for record in found) or "nobody"
+            raise StoreError(f"{method!r} has not read the scan {scan!r}; {names} has")
+        source = dataset.store.label_file(chosen[0])
+        return dataset.store.save_label(NewLabel(scan, FINAL, "consensus", actor, parent=chosen[0].id), source)
+    if len(found) < 2:
+        raise StoreError(f"a consensus of the scan {scan!r} needs two readings or more, there are {len(found)}")
+    volumes = [read_labels(dataset.store.label_file(record)) for record in found]
+    arrays = np.stack([np.asarray(volume.array, np.uint8) for volume in volumes])
+    merged = staple(arrays) if method == "staple" else majority(arrays)
+    with temporary_labels(Volume(merged, volumes[0].affine, volumes[0].acquisition_axis)) as source:
+        return dataset.store.save_label(NewLabel(scan, FINAL, "consensus", actor, parent=found[-1].id), source)
+
+
+def majority(readers: LabelArray) -> LabelArray:
+    """The value that most readers gave, of label maps (n, a, b, c); background where values tie."""
+    values = np.unique(readers)
+    votes = np.stack([(readers == value).sum(axis=0) for value in values])
+    most = votes.max(axis=0)
+    winner = values[votes.argmax(axis=0)]
+    return np.where((votes == most).sum(axis=0) == 1, winner, 0).astype(np.uint8)
+
+
+def staple(readers: LabelArray) -> LabelArray:
+    """STAPLE of label maps (n, a, b, c), each value against the rest."""
+    try:
+        import SimpleITK as sitk  # noqa: N813 - its users know it by this name. Slow to import
+    except ImportError as error:
+        raise StoreError("STAPLE needs SimpleITK; pip install SimpleITK, or take the majority") from error
+
+    best = np.full(readers.shape[1:], STAPLE_THRESHOLD)
+    merged = np.zeros(readers.shape[1:], np.uint8)
+    for value in np.unique(readers[readers > 0]):
+        masks = (readers == value).astype(np.uint8)
+        if (masks == masks[0]).all():
+            probability = masks[0].astype(float)  # where all agree there is nothing to estimate
+        else:
+            probability = sitk.GetArrayFromImage(
+                sitk.STAPLE(  # type: ignore[no-untyped-call]
+                    [sitk.GetImageFromArray(m) for m in masks], 1.0
+                )
+            )
+        wins = probability > best
+        merged[wins], best[wins] = value, probability[wins]
+    return merged

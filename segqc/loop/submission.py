@@ -1,0 +1,195 @@
+"""A submitted label: what an annotator changed of the mask that was handed out, kept together with it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segqc.loop.dataset import Dataset, expecting
+from segqc.loop.readers import inter_rater, readings
+from segqc.quality.metrics import true_metrics, true_slice_metrics
+from segqc.store import corrections, events, labels, leases, scans
+from segqc.store.database import Transaction
+from segqc.store.labels import FINAL, READER, NewLabel
+from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
+from segqc.store.scans import ScanReplaced
+from segqc.types import LabelArray, Structure
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+
+
+class OpenedError(ValueError):
+    """What is said to have been opened is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The slices and structures that an annotator looked at; None where it was all of them."""
+
+    slices: tuple[int, ...] | None = None
+    structures: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The kept label, and the number of the correction where it is one."""
+
+    label: LabelRecord
+    correction: int | None
+
+
+ALL = Opened()
+
+
+def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...], opened: Opened = ALL) -> Change:
+    """Measure a correction: the true metrics of its start against its end, in 3D and of each slice (paper, D_corr).
+
+    Only what was opened counts: 3D metrics are over the opened slices, and closed structures are left out.
+
+    Args:
+        start: the label map that was handed out.
+        end: what came back, on the same grid.
+        structures: all structures.
+        opened: what was looked at.
+
+    Raises:
+        OpenedError: if a slice or a structure that is said to have been opened does not exist.
+    """
+    axis = through_plane_axis(end)
+    count = end.array.shape[axis]
+    slices = tuple(range(count)) if opened.slices is None else tuple(sorted(set(opened.slices)))
+    if not slices or slices[0] < 0 or slices[-1] >= count:
+        raise OpenedError(f"opened slices are numbers from 0 to {count - 1}, got {list(opened.slices or ())}")
+    names = {s.name for s in structures}
+    if unknown := sorted(set(opened.structures or ()) - names):
+        raise OpenedError(f"there is no structure {unknown[0]!r} to be opened; there are {', '.join(sorted(names))}")
+    looked_at = [s for s in structures if opened.structures is None or s.name in opened.structures]
+    before, after = (np.take(volume.array, slices, axis=axis) for volume in (start, end))
+    before, after = _in_use(before, after, axis)
+    parts, changed = [], np.zeros(before.shape, bool)
+    for structure in looked_at:
+        mask, truth = structure.mask(before), structure.mask(after)
+        changed |= mask != truth
+        by_slice = true_slice_metrics(mask, truth, axis)
+        parts.append(
+            StructureChange(
+                structure.name,
+                true_metrics(mask, truth),
+                int((mask != truth).sum()),
+                tuple(by_slice.at(i) for i in range(len(slices))),
+            )
+        )
+    in_plane = tuple(a for a in range(3) if a != axis)
+    return Change(
+        axis,
+        int(changed.sum()),
+        int(changed.any(axis=in_plane).sum()),
+        tuple(parts),
+        opened.slices if opened.slices is None else slices,
+        opened.structures,
+    )
+
+
+def _in_use(before: LabelArray, after: LabelArray, axis: int) -> tuple[LabelArray, LabelArray]:
+    """Cut both label maps, in all slices, to what one of them covers: most of a scan is neither's."""
+    covered = (before | after) != 0
+    box = [slice(None)] * 3
+    for own in {0, 1, 2} - {axis}:
+        found = np.flatnonzero(covered.any(axis=tuple(a for a in range(3) if a != own)))
+        box[own] = slice(found[0], found[-1] + 1) if found.size else slice(0, 1)
+    return before[tuple(box)], after[tuple(box)]
+
+
+def submit_label(
+    dataset: Dataset,
+    scan: str,
+    end: Volume,
+    tag: str,
+    actor: Actor,
+    *,
+    info: JsonObject | None = None,
+    opened: Opened = ALL,
+    simulated: bool = False,
+    checked: ScanRecord | None = None,
+    file: Path | None = None,
+) -> Submission:
+    """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
+
+    Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
+
+    Args:
+        dataset: the folder.
+        scan: the scan's name.
+        end: the label map, on the scan's grid.
+        tag: the label's tag.
+        actor: the annotator.
+        info: what the client notes of it.
+        opened: what was looked at.
+        simulated: whether no person has made it.
+        checked: the scan as it was when the label map was checked against it; None where nobody knows.
+        file: a file that holds the label map as it is to be kept; None for a new one.
+
+    Raises:
+        OpenedError: if a slice or a structure that is said to have been opened does not exist.
+        UnknownScan: if there is no such scan.
+        ScanReplaced: if the scan's file was replaced since it was handed out to the annotator, or since the label map
+            was checked.
+        OSError: if it can't be written; nothing has changed then.
+    """
+    now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
+    with dataset.store.read() as transaction:
+        handed_out_before = leases.of_replaced(transaction, scan, actor)
+        if handed_out_before or (checked is not None and checked.sha256 != now.sha256):
+            raise ScanReplaced(
+                f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
+            )
+        lease, start = _handed_out(transaction, scan, actor) if tag == FINAL else (None, None)
+    if lease is not None and dataset.settings.annotation.readers > 1:
+        with dataset.store.read() as transaction:
+            tag = labels.reader_tag(transaction, scan, actor)
+    change = _change(dataset, start, end, opened) if start is not None else None
+    number: list[int] = []
+
+    def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
+        answered = leases.submitted(transaction, scan, actor) if lease is not None else None
+        if answered is not None and start is not None and change is not None:
+            number.append(
+                corrections.add(transaction, start, versions[0], change, actor, lease=answered, simulated=simulated)
+            )
+
+    label = NewLabel(scan, tag, "annotator", actor, parent=start.id if start is not None else None, info=info)
+    with contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path:
+        kept = dataset.store.save_label(label, path, then, first=expecting(scan, now.sha256))
+    if tag.startswith(READER):
+        _compare_readers(dataset, scan)
+    return Submission(kept, number[0] if number else None)
+
+
+def _compare_readers(dataset: Dataset, scan: str) -> None:
+    """Note how far the readers agree, once all have read."""
+    pairs = inter_rater(dataset, scan)
+    if len(readings(dataset, scan)) < dataset.settings.annotation.readers:
+        return
+    detail: JsonObject = {"pairs": [[p.first, p.second, p.structure, p.dice] for p in pairs]}
+    with dataset.store.write() as transaction:
+        events.record(transaction, events.SERVER, "readers compared", "scan", scans.find(transaction, scan).id, detail)
+
+
+def _handed_out(transaction: Transaction, scan: str, actor: Actor) -> tuple[LeaseRecord | None, LabelRecord | None]:
+    """The lease that a submission answers, and the label that was handed out with it."""
+    lease = leases.last_of(transaction, scan, actor)
+    if lease is None or lease.label_version is None:
+        return lease, None
+    return lease, labels.get(transaction, lease.label_version)
+
+
+def _change(dataset: Dataset, start: LabelRecord, end: Volume, opened: Opened) -> Change | None:
+    try:
+        before = read_labels(dataset.store.label_file(start))
+    except VolumeError:
+        return None  # a mask that can't be read was of no use to the annotator either
+    if before.shape != end.shape:
+        return None
+    return measure_change(before, end, dataset.structures, opened)

@@ -1,0 +1,42 @@
+"""What a model file says of itself: its plan, structures, calibration and scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from pydantic import TypeAdapter
+
+from segqc.networks.plan import NetworkPlan
+from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
+from segqc.types import Structure
+
+NetworkName: TypeAlias = Literal["segmentation", "segqc"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Everything about a model but its weights; it lies in the model file, so that the file alone is enough.
+
+    ``seen`` names the patients whose labels the network, or a network it was started from, has trained from.
+    ``members`` networks of the plan answer together, with the mean of their logits. With ``average_flips`` the answer
+    is the mean over in-plane flips; with ``hide_mask`` half of these are looked at without the mask.
+    ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
+    """
+
+    kind: NetworkName
+    plan: NetworkPlan
+    structures: tuple[Structure, ...]
+    values: tuple[int, ...]
+    seen: tuple[str, ...]
+    output_form: OutputForm = "truth"
+    average_flips: bool = False
+    hide_mask: bool = False
+    transposes: bool = False
+    calibration: tuple[StructureCalibration, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    members: int = 1
+    map_calibration: tuple[MapCalibration, ...] = ()
+
+
+_CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

@@ -1,0 +1,146 @@
+"""A trained network with its card: loaded, saved and run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic.main import IncEx
+from torch import nn
+
+from segqc.networks.card import _CARDS, ModelCard, NetworkName
+from segqc.networks.device import device_of_choice
+from segqc.networks.inference import sliding_window
+from segqc.networks.unet import MeanOfNetworks, StemUNet
+from segqc.types import Structure
+from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
+
+_FORMAT = 2  # 2: with a smoothing layer behind the stem
+
+
+class ModelError(ValueError):
+    """A model file is missing, foreign or damaged."""
+
+
+def model_status(path: Path) -> os.stat_result | None:
+    """What the file system knows of a model file; None where there is none.
+
+    Raises:
+        ModelError: if something else lies there, or nobody can see what.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ModelError(
+                f"{path}: is a link to a file that is not there; mend it, or remove it and train the network again"
+            ) from None
+        return None
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise ModelError(f"{path}: cannot be read ({reason}); let SegQC read this file and its folder") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "something else"
+        raise ModelError(f"{path}: is {what}, not a model file; remove it and train the network again")
+    return status
+
+
+class TrainedNetwork:
+    """A network with its card: what `Segmenter` and `Assessor` share."""
+
+    kind: NetworkName
+
+    def __init__(self, card: ModelCard, network: nn.Module) -> None:
+        if card.kind != self.kind:
+            raise ModelError(f"this is a {card.kind} model; a {self.kind} model was wanted")
+        self.card = card
+        self.device = device_of_choice()
+        self.network = network.to(self.device).eval()
+        self.version = _version(card, network)
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures it knows."""
+        return self.card.structures
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The label values it knows, background (0) left out."""
+        return self.card.values
+
+    def save(self, path: Path) -> None:
+        """Write card and weights into one file, atomically."""
+        state = {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+        with atomic_write(path) as temporary:
+            torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple[ModelCard, nn.Module]:
+        if model_status(path) is None:
+            raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
+        try:
+            content = load_content(path)
+            if content["segqc"] != _FORMAT:
+                raise ModelError(
+                    f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}: train it again"
+                )
+            card = _CARDS.validate_json(content["card"])
+            if card.kind != cls.kind:
+                raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted")
+            members = [StemUNet(card.plan) for _ in range(card.members)]
+            network = members[0] if card.members == 1 else MeanOfNetworks(members)
+            network.load_state_dict(content["weights"])
+            if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+                raise ModelError(f"{path}: holds weights that are no finite numbers; train it again or restore a copy")
+        except ModelError:
+            raise
+        except PermissionError as error:
+            raise ModelError(f"{path}: cannot be read (permission denied); let SegQC read this file") from error
+        except Exception as error:  # torch.load raises many kinds on foreign and damaged files, without a common base
+            raise ModelError(
+                f"{path}: not a readable SegQC model file ({type(error).__name__}); train it again or restore a copy"
+            ) from error
+        return card, network
+
+    def frame(self, scan: Volume) -> CanonicalFrame:
+        """The canonical frame in which the network sees a scan."""
+        return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch (N, C, a, b, c), see `sliding_window`."""
+        return sliding_window(self.network, x, self.card.plan.patch, self.device)
+
+
+def load_content(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote into a file as a dictionary; code in it is never run, and its checksums must be right.
+
+    Raises:
+        Exception: of many kinds, on foreign and damaged files.
+    """
+    with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("PyTorch compresses nothing")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise TypeError(f"a dictionary was wanted, not {type(content).__name__}")
+    return content
+
+
+def _version(card: ModelCard, network: nn.Module) -> str:
+    # models of before there were intervals, several members, calibrated maps, or hidden masks keep their version
+    left_out: dict[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}}
+    left_out |= {"members": True} if card.members == 1 else {}
+    left_out |= {} if card.map_calibration else {"map_calibration": True}
+    left_out |= {} if card.hide_mask else {"hide_mask": True}
+    digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

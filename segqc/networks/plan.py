@@ -1,0 +1,130 @@
+"""The plan of an anisotropic U-Net: one function for the segmentation network and SegQC-Net."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+NetworkSize: TypeAlias = Literal["small", "medium", "paper"]
+Triple: TypeAlias = tuple[int, int, int]
+Spacing: TypeAlias = tuple[float, float, float]
+_NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
+_MIN_LEVELS = 3  # DynUNet's own minimum
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """What a network looks like, in the canonical frame (through-plane axis last).
+
+    ``stem`` is a space-to-depth factor per axis in front of the U-Net (and its inverse behind it): the cheap way to a
+    large field of view on a CPU. ``(1, 1, 1)`` means none.
+    """
+
+    in_channels: int
+    out_channels: int
+    spacing_mm: Spacing
+    patch: Triple
+    stem: Triple
+    kernels: tuple[Triple, ...]
+    strides: tuple[Triple, ...]
+    filters: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _SizeRule:
+    base_filters: int
+    max_filters: int
+    levels: int
+    stem: bool
+    in_plane_limit: int
+    patch_voxels: int
+
+
+_SIZES: dict[NetworkSize, _SizeRule] = {
+    "small": _SizeRule(24, 96, 3, True, 128, 112_000),
+    "medium": _SizeRule(32, 256, 4, False, 256, 600_000),
+    "paper": _SizeRule(32, 320, 6, False, 256, 256 * 256 * 48),
+}
+
+
+def _pooled_axes(spacing: Sequence[float], shape: Sequence[int]) -> Triple:
+    """Factor 2 along the axes to pool next: the finest ones first, and none that would fall under 4 voxels."""
+    finest = min(s for s, n in zip(spacing, shape, strict=True) if n >= 8) if max(shape) >= 8 else math.inf
+    factors = [2 if n >= 8 and s < _NEAR_ISOTROPIC * finest else 1 for s, n in zip(spacing, shape, strict=True)]
+    return factors[0], factors[1], factors[2]
+
+
+def plan_network(
+    spacing_mm: Spacing,
+    shape: Triple,
+    *,
+    in_channels: int,
+    out_channels: int,
+    size: NetworkSize = "small",
+    patch: Triple | None = None,
+) -> NetworkPlan:
+    """Plan a network for scans of a typical spacing and shape, both in the canonical frame.
+
+    In-plane axes are pooled first, until the voxel is near isotropic; a kernel is 1 along an axis as long as its
+    spacing is at least twice the finest. The ``small`` plan also coarsens the in-plane spacing of large slices.
+
+    Args:
+        spacing_mm: median spacing of the training scans.
+        shape: median shape of the training scans, in voxels.
+        in_channels: scan, or scan and one mask per structure.
+        out_channels: one per class or structure.
+        size: "small" (CPU, minutes), "medium" or "paper" (the paper's blocks, section 4.2).
+        patch: training patch and prediction window; by default as much of the scan as the size allows.
+
+    Raises:
+        ValueError: if a spacing or an extent is not positive.
+    """
+    if min(spacing_mm) <= 0 or min(shape) <= 0:
+        raise ValueError(f"spacing {spacing_mm} and shape {shape} must be positive")
+    rule = _SIZES[size]
+    coarsen = max(1.0, max(shape[:2]) / rule.in_plane_limit)
+    spacing = (spacing_mm[0] * coarsen, spacing_mm[1] * coarsen, spacing_mm[2])
+    extent = (round(shape[0] / coarsen), round(shape[1] / coarsen), shape[2])
+    window = list(patch or extent)
+    while patch is None and math.prod(window) > rule.patch_voxels:
+        longest = int(np.argmax([n * s for n, s in zip(window, spacing, strict=True)]))
+        window[longest] = math.ceil(window[longest] * 0.9) - 1
+
+    stem = _pooled_axes(spacing, window) if rule.stem else (1, 1, 1)
+    current = [s * f for s, f in zip(spacing, stem, strict=True)]
+    extent_now = [max(1, n // f) for n, f in zip(window, stem, strict=True)]
+    strides: list[Triple] = [(1, 1, 1)]
+    kernels: list[Triple] = [_kernel(current)]
+    while len(strides) < rule.levels:
+        stride = _pooled_axes(current, extent_now)
+        if max(stride) == 1:
+            if len(strides) >= _MIN_LEVELS:
+                break
+            stride = (2, 2, 1)  # a tiny scan: the patch grows to fit
+        current = [s * f for s, f in zip(current, stride, strict=True)]
+        extent_now = [max(1, n // f) for n, f in zip(extent_now, stride, strict=True)]
+        strides.append(stride)
+        kernels.append(_kernel(current))
+    total = np.prod([stem, *strides], axis=0)
+    fitted = tuple(int(math.ceil(n / t) * t) for n, t in zip(window, total, strict=True))
+    filters = tuple(min(rule.max_filters, rule.base_filters * 2**level) for level in range(len(strides)))
+    return NetworkPlan(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        spacing_mm=spacing,
+        patch=(fitted[0], fitted[1], fitted[2]),
+        stem=stem,
+        kernels=tuple(kernels),
+        strides=tuple(strides),
+        filters=filters,
+    )
+
+
+def _kernel(spacing: Sequence[float]) -> Triple:
+    finest = min(spacing)
+    k = [3 if s < _NEAR_ISOTROPIC * finest else 1 for s in spacing]
+    return k[0], k[1], k[2]

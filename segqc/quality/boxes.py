@@ -1,0 +1,260 @@
+"""Error boxes: where in a slice to look, and how well predicted boxes meet the true ones (paper, section 3.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, maximum_bipartite_matching
+
+from segqc.quality.error_maps import bounding_box, label_slices, likely_wrong
+from segqc.types import BoolArray, ErrorBox, FloatArray
+
+# rows of (start0, start1, stop0, stop1), half-open, in one slice
+Corners = npt.NDArray[np.int32]
+
+_TOLERANCE = 1e-6
+_PORTION = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BoxSettings:
+    """How the voxels of an error map become boxes; the paper's values.
+
+    Attributes:
+        threshold: error probability from which a voxel counts as wrong.
+        min_distance_voxels: boxes of one slice nearer than this are united.
+        min_area_mm2: boxes with a smaller area are dropped.
+        max_area_mm2: a box is dropped as no help in finding the error if it is larger than ``max_slice_share`` of its
+            slice and larger than this area (the paper: twice the largest true box); None bounds by the slice only.
+        max_slice_share: see ``max_area_mm2``.
+    """
+
+    threshold: float = 0.5
+    min_distance_voxels: float = 5.0
+    min_area_mm2: float = 100.0
+    max_area_mm2: float | None = None
+    max_slice_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"boxes: threshold must lie in (0, 1], got {self.threshold}")
+        if min(self.min_distance_voxels, self.min_area_mm2, self.max_area_mm2 or 0, self.max_slice_share) < 0:
+            raise ValueError("boxes: distances, areas and max_slice_share must not be negative")
+
+
+def find_boxes(
+    error: FloatArray | BoolArray, axis: int, spacing_mm: Sequence[float], settings: BoxSettings
+) -> tuple[ErrorBox, ...]:
+    """Find the boxes of likely errors in every slice (paper, section 3.4).
+
+    Threshold, connected components (8 neighbours), bounding boxes, union of near boxes until none is near another,
+    then the bounds on the area.
+
+    Args:
+        error: error probabilities, or a true error, of shape (n0, n1, n2).
+        axis: the through-plane axis.
+        spacing_mm: the voxel spacing, three numbers.
+        settings: thresholds.
+
+    Returns:
+        Boxes by slice, then by their first corner. A box's area is the rectangle's; mean and peak error are over all
+        its voxels.
+
+    Raises:
+        ValueError: if the array is not 3-D.
+    """
+    if error.ndim != 3:
+        raise ValueError(f"error boxes need a 3-D array, got shape {error.shape}")
+    axis %= 3
+    first, second = (a for a in range(3) if a != axis)
+    voxel_mm2 = spacing_mm[first] * spacing_mm[second]
+    upper = _largest_area(error.shape[first] * error.shape[second] * voxel_mm2, settings)
+    slices, corners = _component_boxes(error, axis, settings.threshold)
+    if not len(slices):
+        return ()
+    # slices side by side in one plane, too far from each other to be united: one call for many slices
+    apart = error.shape[first] + math.ceil(settings.min_distance_voxels)
+    order = np.argsort(slices, kind="stable")
+    slices, corners = slices[order], corners[order]
+    corners[:, [0, 2]] += (slices * apart)[:, None]
+    planes = np.moveaxis(error, axis, 0)
+    boxes = []
+    for part in np.split(corners, _portions(slices)):
+        for a0, a1, b0, b1 in unite_boxes(part, settings.min_distance_voxels).tolist():
+            index, a0 = divmod(a0, apart)
+            b0 -= index * apart
+            area = (b0 - a0) * (b1 - a1) * voxel_mm2
+            if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
+                inside = planes[index, a0:b0, a1:b1]
+                mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
+                boxes.append(ErrorBox(index, (a0, a1), (b0, b1), area, mean, peak))
+    return tuple(boxes)
+
+
+def largest_box_area_mm2(
+    error: FloatArray | BoolArray, axis: int, spacing_mm: Sequence[float], settings: BoxSettings | None = None
+) -> float | None:
+    """Return the area of the largest box in a true error map, however large; None where there is none.
+
+    Twice the largest over all training cases is what `BoxSettings.max_area_mm2` is set to. Arguments as `find_boxes`;
+    the paper's settings by default.
+    """
+    unbounded = replace(settings or BoxSettings(), max_area_mm2=math.inf)
+    return max((box.area_mm2 for box in find_boxes(error, axis, spacing_mm, unbounded)), default=None)
+
+
+def unite_boxes(corners: Corners, min_distance: float) -> Corners:
+    """Unite the boxes of one slice that are nearer than a distance, until none is near another.
+
+    The distance of two boxes is the Euclidean length of the gaps between them in voxels, 0 where they touch or overlap.
+
+    Args:
+        corners: (n, 4) rows of start0, start1, stop0, stop1, half-open.
+        min_distance: boxes at this distance stay apart.
+
+    Returns:
+        (m, 4) rows, sorted. The order of the input does not matter.
+    """
+    united = corners[:0]
+    if min_distance <= 0:
+        united = corners
+    else:
+        # in portions: a noisy map has more components in a slice than fit a matrix of all their distances
+        for begin in range(0, len(corners), _PORTION):
+            united = _united(np.concatenate([united, corners[begin : begin + _PORTION]]), min_distance)
+    return np.asarray(united[np.lexsort((united[:, 3], united[:, 2], united[:, 1], united[:, 0]))])
+
+
+def _portions(slices: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
+    """Where to split components, sorted by slice, into whole slices of about `_PORTION` components together."""
+    starts = np.flatnonzero(np.diff(slices)) + 1
+    return starts[np.diff(starts // _PORTION, prepend=0) > 0]
+
+
+def _united(corners: Corners, min_distance: float) -> Corners:
+    far = math.ceil(min_distance)
+    while True:
+        start, stop = corners[:, :2], corners[:, 2:]
+        squared = np.zeros((len(corners), len(corners)), np.int32)
+        for side in (0, 1):
+            gap = start[:, None, side] - stop[None, :, side]
+            squared += np.clip(np.maximum(gap, gap.T), 0, far) ** 2
+        rows, columns = np.nonzero(squared < min_distance**2)
+        if len(rows) == len(corners):  # each is near itself only
+            return corners
+        near = csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(corners), len(corners)))
+        count, group = connected_components(near, directed=False)
+        united = np.empty((count, 4), np.int32)
+        united[:, :2], united[:, 2:] = np.iinfo(np.int32).max, -1
+        np.minimum.at(united[:, :2], group, start)
+        np.maximum.at(united[:, 2:], group, stop)
+        corners = united
+
+
+def box_iou(a: ErrorBox, b: ErrorBox) -> float:
+    """Intersection over union of two boxes; 0 where they lie in different slices."""
+    return float(_ious([a], [b])[0, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """Counts of a comparison of boxes; add those of several scans to pool them.
+
+    Attributes:
+        predicted: number of predicted boxes.
+        true: number of true boxes.
+        matched: number of pairs.
+    """
+
+    predicted: int = 0
+    true: int = 0
+    matched: int = 0
+
+    @property
+    def precision(self) -> float | None:
+        """Matched share of the predicted boxes; None without any."""
+        return self.matched / self.predicted if self.predicted else None
+
+    @property
+    def recall(self) -> float | None:
+        """Matched share of the true boxes; None without any."""
+        return self.matched / self.true if self.true else None
+
+    def __add__(self, other: Detection) -> Detection:
+        return Detection(self.predicted + other.predicted, self.true + other.true, self.matched + other.matched)
+
+
+def match_boxes(predicted: Sequence[ErrorBox], true: Sequence[ErrorBox], min_iou: float) -> Detection:
+    """Pair predicted and true boxes of one scan, each with one of the other at most, as many as can be.
+
+    Args:
+        predicted: boxes of an error map.
+        true: boxes of the true error.
+        min_iou: a pair's IoU is at least this (the paper: 0.05, 0.10, 0.15, 0.20).
+
+    Raises:
+        ValueError: if ``min_iou`` is not in (0, 1].
+    """
+    return match_boxes_at(predicted, true, (min_iou,))[0]
+
+
+def match_boxes_at(
+    predicted: Sequence[ErrorBox], true: Sequence[ErrorBox], min_ious: Sequence[float]
+) -> tuple[Detection, ...]:
+    """Pair boxes as `match_boxes` does, at several IoUs: one result for each.
+
+    Raises:
+        ValueError: if one of ``min_ious`` is not in (0, 1].
+    """
+    for min_iou in min_ious:
+        if not 0 < min_iou <= 1:
+            raise ValueError(f"boxes are matched at an IoU in (0, 1], got {min_iou}")
+    if not predicted or not true:
+        return tuple(Detection(len(predicted), len(true)) for _ in min_ious)
+    ious = _ious(predicted, true)
+    found = []
+    for min_iou in min_ious:
+        pairs = maximum_bipartite_matching(csr_array(ious >= min_iou), perm_type="column")
+        found.append(Detection(len(predicted), len(true), int(np.count_nonzero(pairs >= 0))))
+    return tuple(found)
+
+
+def _component_boxes(
+    error: FloatArray | BoolArray, axis: int, threshold: float
+) -> tuple[npt.NDArray[np.int32], Corners]:
+    """Slice index (n,) and in-plane corners (n, 4) of every component of the thresholded map."""
+    wrong = likely_wrong(error, threshold)
+    around = bounding_box(wrong)
+    if around is None:
+        return np.empty(0, np.int32), np.empty((0, 4), np.int32)
+    labels, _ = label_slices(wrong[around], axis)
+    voxels = np.stack(np.nonzero(labels), axis=1).astype(np.int32)
+    component = labels[tuple(voxels.T)]
+    order = np.argsort(component, kind="stable")
+    voxels, starts = voxels[order], np.flatnonzero(np.diff(component[order], prepend=0))
+    offset = np.array([part.start for part in around], np.int32)
+    first = np.minimum.reduceat(voxels, starts) + offset
+    last = np.maximum.reduceat(voxels, starts) + offset
+    in_plane = [a for a in range(3) if a != axis]
+    return first[:, axis], np.concatenate([first[:, in_plane], last[:, in_plane] + 1], axis=1)
+
+
+def _largest_area(slice_mm2: float, settings: BoxSettings) -> float:
+    """The area up to which boxes are kept: those dropped exceed both bounds."""
+    by_slice = settings.max_slice_share * slice_mm2
+    return by_slice if settings.max_area_mm2 is None else max(by_slice, settings.max_area_mm2)
+
+
+def _ious(first: Sequence[ErrorBox], second: Sequence[ErrorBox]) -> npt.NDArray[np.float64]:
+    """IoU of every pair: (len(first), len(second))."""
+    a, b = (np.array([(x.slice_index, *x.start, *x.stop) for x in boxes]) for boxes in (first, second))
+    a, b = a[:, None], b[None, :]
+    sides = np.minimum(a[..., 3:], b[..., 3:]) - np.maximum(a[..., 1:3], b[..., 1:3])
+    shared = np.maximum(sides, 0).prod(axis=-1) * (a[..., 0] == b[..., 0])
+    areas = [(box[..., 3:] - box[..., 1:3]).prod(axis=-1) for box in (a, b)]
+    return np.asarray(shared / (areas[0] + areas[1] - shared), np.float64)

@@ -1,0 +1,368 @@
+"""The ASGI application: MONAI Label's interface on one dataset folder.
+
+MONAI Label's own settings, in the environment, say which (`segqc.server.serve` sets them); ``segqc serve`` and
+``monailabel start_server --uvicorn_app segqc.server.app:app`` start it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import gc
+import inspect
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import monailabel
+import requests
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from monailabel.config import settings
+from monailabel.endpoints import datastore, info, login, model
+from monailabel.endpoints.user.auth import get_current_user
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
+from monailabel.interfaces.utils.app import app_instance
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from segqc import __version__
+from segqc.loop.dataset import DatasetError
+from segqc.loop.jobs import NETWORKS, enqueue_scoring
+from segqc.networks.device import DeviceMemoryError
+from segqc.networks.model import ModelError
+from segqc.server import routes
+from segqc.server.actors import signed_in_user
+from segqc.server.errors import RequestError
+from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
+from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.settings import ServerSettings, load_settings
+from segqc.store import jobs
+from segqc.store.database import StoreError, StoreUnavailable
+from segqc.store.events import SERVER
+from segqc.store.scans import UnknownScan
+from segqc.store.store import Store
+from segqc.volumes import VolumeError
+
+logger = logging.getLogger(__name__)
+
+# Of the files of a form, up to so much of each is kept in memory: a session may have thousands.
+SPOOLED_BYTES: Final = 16_000
+WATCH_SECONDS = 5.0
+FIRST_LOOK_SECONDS = 10.0
+INFERENCE_NICENESS: Final = 10
+ANNOTATION_SLOTS: Final = 2  # one waits for the disk while the other computes
+# The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
+FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
+
+
+def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function for the thread pool of one of MONAI Label's coroutine endpoints, which block all the same."""
+    if not inspect.iscoroutinefunction(endpoint):
+        return endpoint
+
+    @functools.wraps(endpoint)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return asyncio.run(endpoint(*args, **kwargs))
+
+    run.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
+    del run.__wrapped__  # FastAPI would look through it and see the coroutine
+    return run
+
+
+def include_stock(app: FastAPI, stock: APIRouter) -> None:
+    """Add those of MONAI Label's routes that have no better one here, run in the thread pool."""
+    existing = [route for route in routes.router.routes if isinstance(route, APIRoute)]
+    ours = {(route.path, method) for route in existing for method in route.methods or ()}
+    for route in stock.routes:
+        if not isinstance(route, APIRoute):
+            continue
+        methods = sorted(method for method in route.methods or () if (route.path, method) not in ours)
+        if methods:
+            app.add_api_route(
+                route.path,
+                in_thread(route.endpoint),
+                methods=methods,
+                tags=route.tags,
+                summary=route.summary,
+                include_in_schema=route.include_in_schema,
+                operation_id=f"{route.name}_{'_'.join(methods).lower()}",
+            )
+
+
+class OtherSlash:
+    """ASGI application for what no route answers: the address with, or without, a slash at its end; else 404.
+
+    MONAI Label's addresses end with a slash or not, people type either, and its clients do not follow redirections.
+    """
+
+    def __init__(self, router: ASGIApp) -> None:
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the other address's route."""
+        path: str = scope["path"]
+        asked = scope.setdefault("segqc.asked", path)
+        if asked != path or path == "/":
+            raise HTTPException(404, f"there is nothing at {asked[:200]!r}.")
+        scope["path"] = path.removesuffix("/") if path.endswith("/") else f"{path}/"
+        await self._router(scope, receive, send)
+
+
+def create_app() -> FastAPI:
+    """Build the application that MONAI Label's settings describe."""
+    conf = settings.MONAI_LABEL_APP_CONF
+    limits = _limits(conf)
+    app = FastAPI(
+        title="SegQC",
+        version=__version__,
+        docs_url="/",
+        redoc_url=None,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        form_limits={"max_files": 4096, "max_fields": 16, "max_part_size": 1_000_000},
+    )
+    app.router.default = OtherSlash(app.router.app)
+    MultiPartParser.spool_max_size = SPOOLED_BYTES
+    origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
+    if origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.state.traffic = Traffic()
+    hosts = AllowedHosts([*_allowed_hosts(conf), *machine_names()])
+    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
+    app.state.user_header = conf.get("user_header") or None
+    app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
+    app.include_router(routes.router)
+    stock = [info.router, datastore.router, model.router]
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        stock.append(login.router)
+        app.dependency_overrides[get_current_user] = signed_in_user
+    for router in stock:
+        include_stock(app, router)
+    static = Path(monailabel.__file__).parent / "endpoints" / "static"
+    if static.is_dir():
+        app.mount("/static", StaticFiles(directory=static), name="static")
+    _add_error_handlers(app)
+    return app
+
+
+def _limits(conf: Mapping[str, str]) -> BodyLimits:
+    default = ServerSettings()
+    most = float(conf.get("upload_limit_mb", default.upload_limit_mb))
+    total = float(conf.get("upload_total_mb", default.upload_total_mb))
+    pause = float(conf.get("upload_pause_seconds", default.upload_pause_seconds))
+    return BodyLimits(int(most * 1e6), int(max(most, total) * 1e6), pause)
+
+
+def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
+    """Names by which the server is asked: as `serve` was told, else as the dataset folder's settings say."""
+    if "allowed_hosts" in conf:
+        return conf["allowed_hosts"].split()
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return load_settings(folder).server.allowed_hosts if settings.MONAI_LABEL_STUDIES and folder.is_dir() else ()
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    conf = settings.MONAI_LABEL_APP_CONF
+    instance = app_instance()
+    instance.server_mode(True)
+    instance.on_init_complete()
+    app.state.inference = ThreadPoolExecutor(int(conf.get("inference_slots", 1)), "inference", _step_back)
+    app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
+    threading.Thread(target=_preload, args=(instance,), name="preload", daemon=True).start()
+    ended, looked = threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(instance.datastore(), ended, looked), name="watch", daemon=True).start()
+    # a folder of usual size is there from the first answer on; a large one is taken in while others are answered
+    await anyio.to_thread.run_sync(looked.wait, FIRST_LOOK_SECONDS)
+    bootstrap = str(conf.get("bootstrap", instance.context.settings.server.bootstrap)).lower() == "true"
+    if bootstrap:
+        threading.Thread(target=_bootstrap, args=(instance, looked), name="bootstrap", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        app.state.inference.shutdown(wait=False, cancel_futures=True)
+        instance.context.dataset.store.close()
+
+
+def _step_back() -> None:
+    """Let this thread, and those of PyTorch that it starts, compute when no other request wants a core."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), INFERENCE_NICENESS)
+
+
+def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.Event) -> None:
+    """Take in what people put into the folder, every few seconds; a large folder that changes often, less often."""
+    pause = 0.0
+    while not ended.wait(pause):
+        started = time.monotonic()
+        try:
+            datastore.refresh(ended.is_set)
+        except (StoreError, OSError) as error:
+            logger.warning("the folder could not be looked through: %s", error)
+        except Exception:
+            logger.exception("the folder could not be looked through")  # the next look may do better
+        looked.set()
+        pause = max(WATCH_SECONDS, 20 * (time.monotonic() - started))
+
+
+def _preload(instance: Any) -> None:
+    """Load the models before the first annotator waits for them, and find out what clients are told at first."""
+    for cache in (instance.context.segmenters, instance.context.assessors):
+        try:
+            cache.get()
+        except ModelError as error:
+            logger.warning("%s", error)
+    try:
+        instance.info()
+    except (StoreError, DatasetError, OSError) as error:
+        logger.warning("%s", error)
+    # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
+    gc.freeze()
+
+
+def _bootstrap(instance: Any, looked: threading.Event) -> None:
+    """Put the trainings of the first networks where there are none and enough scans are labelled."""
+    looked.wait()
+    context = instance.context
+    store: Store = context.dataset.store
+    missing = [network for network in NETWORKS if not context.has(network)]
+    if not missing:
+        with store.write() as transaction:
+            enqueue_scoring(transaction)
+        return
+    labelled = len(context.dataset.cases())
+    needed = max(context.settings.training_settings(network).min_cases for network in missing)
+    if labelled < needed:
+        logger.info(
+            "No trained networks yet, and %d scans with final labels; with %d they can be trained (POST /train/).",
+            labelled,
+            needed,
+        )
+        return
+    logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
+    with store.write() as transaction:
+        waiting = {str(job.request.get("model")) for job in jobs.open_jobs(transaction, "train")}
+        for network in missing:
+            config = instance._trainers[network].config()
+            few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
+            if network not in waiting:
+                jobs.enqueue(transaction, "train", {"model": network, **few}, SERVER)
+
+
+_MAX_DETAIL: Final = 1000
+_NO_ROOM: Final = (507, "the server's disk is full; nothing was changed. Tell whoever runs the server.")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room on a disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def refuse(
+        status: int, message: str, headers: Mapping[str, str] | None = None, *, image: str | None = None
+    ) -> JSONResponse:
+        # what a client sent may be no text that can be sent back, or very long
+        shown = message if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
+        told = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
+        return JSONResponse(told if image is None else {**told, "image": image}, status, headers)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, OSError):
+            return await on_os_error(request, error.__cause__)  # met while a form was received
+        return refuse(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(_: Request, error: RequestError) -> JSONResponse:
+        return refuse(error.status, error.message, image=error.image)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = " ".join(str(part) for part in first["loc"])[:200]
+        return refuse(422, f"{place}: {first['msg'].removeprefix('Value error, ')}.")
+
+    @app.exception_handler(MONAILabelException)
+    async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
+        if isinstance(error, ImageNotFoundException | LabelNotFoundException):
+            return refuse(404, f"{error.msg}.")
+        asked = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
+        return refuse(400 if asked else 500, str(error.msg))
+
+    @app.exception_handler(VolumeError)
+    async def on_volume_error(_: Request, error: VolumeError) -> JSONResponse:
+        return refuse(422, str(error))
+
+    @app.exception_handler(ModelError)
+    async def on_model_error(_: Request, error: ModelError) -> JSONResponse:
+        return refuse(409, str(error))
+
+    @app.exception_handler(DeviceMemoryError)
+    async def on_device_memory_error(_: Request, error: DeviceMemoryError) -> JSONResponse:
+        logger.error("%s", error)
+        return refuse(503, f"{error}.")
+
+    @app.exception_handler(UnknownScan)
+    async def on_unknown_scan(_: Request, error: UnknownScan) -> JSONResponse:
+        return refuse(404, f"{error}.")
+
+    @app.exception_handler(StoreError)
+    async def on_store_error(_: Request, error: StoreError) -> JSONResponse:
+        return refuse(409, f"{error}.")
+
+    @app.exception_handler(StoreUnavailable)
+    async def on_unavailable(_: Request, error: StoreUnavailable) -> JSONResponse:
+        return refuse(503, f"{error}.")
+
+    @app.exception_handler(OSError)
+    async def on_os_error(_: Request, error: OSError) -> JSONResponse:
+        logger.error("%s", error)
+        if is_full(error):
+            return refuse(*_NO_ROOM)
+        return refuse(
+            503,
+            f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
+            "whoever runs the server.",
+        )
+
+    @app.exception_handler(requests.RequestException)
+    async def on_sign_in_error(_: Request, error: requests.RequestException) -> JSONResponse:
+        logger.error("sign-in: %s", error)
+        if error.response is not None and 400 <= error.response.status_code < 500:
+            return refuse(401, "the sign-in server refuses this name and password.")
+        return refuse(503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later.")
+
+    @app.exception_handler(MemoryError)
+    async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:
+        logger.error("out of memory: %s", error)
+        return refuse(503, "the server has not enough memory for this request now; try a smaller one, or later.")
+
+    @app.exception_handler(DatasetError)
+    async def on_studies_error(_: Request, error: DatasetError) -> JSONResponse:
+        return refuse(409, str(error))
+
+
+app = create_app()

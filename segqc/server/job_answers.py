@@ -1,0 +1,141 @@
+"""Jobs as MONAI Label's clients see them; a worker does them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final
+
+from segqc.loop.jobs import JobKind, title
+from segqc.server.checks import JsonObject
+from segqc.server.errors import RequestError
+from segqc.store import jobs
+from segqc.store.records import Actor, JobRecord, JobState
+from segqc.store.store import Store
+
+_STATUS: Final[dict[JobState, str]] = {
+    "queued": "SUBMITTED",
+    "running": "RUNNING",
+    "done": "DONE",
+    "failed": "ERROR",
+    "stopped": "STOPPED",
+}
+_STOP_SECONDS: Final = 15.0
+
+
+def submit(
+    store: Store,
+    actor: Actor,
+    kind: JobKind,
+    request: JsonObject,
+    *,
+    enqueue: bool = False,
+    messages: Sequence[str] = (),
+) -> JsonObject:
+    """Put a job into the store, or join one that is open and does the same.
+
+    Args:
+        store: the store.
+        actor: who asks for it.
+        kind: its kind.
+        request: what a worker is asked for.
+        enqueue: put it in any case.
+        messages: what the job says at once, such as which parameters were ignored.
+
+    Raises:
+        RequestError: 429 if a training of the same network, or a round, is open with other parameters, unless
+            ``enqueue`` says that this one may wait.
+    """
+    with store.write() as transaction:
+        ahead = [job for job in jobs.open_jobs(transaction, kind) if not job.stop_wanted]
+        same = [job for job in ahead if _same_work(job, kind, request)]
+        if same and not enqueue:
+            if same[-1].request != request:
+                raise RequestError(
+                    429,
+                    f"{title(kind, request)} is {_open_state(same[-1])} already, with other parameters "
+                    f"(job {same[-1].public_id}); stop it, wait for it, or ask with enqueue=true.",
+                )
+            joined = to_json(same[-1])
+            return {**joined, "note": f"{title(kind, request)} is {_open_state(same[-1])} already: this is that job."}
+        waits = [f"waits for {title(job.kind, job.request)}" for job in ahead[-1:]]
+        return to_json(jobs.enqueue(transaction, kind, request, actor, messages=[*messages, *waits]))
+
+
+def _same_work(job: JobRecord, kind: JobKind, request: JsonObject) -> bool:
+    """Whether two jobs of a kind should not wait side by side: a network is trained, and a round done, once."""
+    if kind == "train":
+        return job.request.get("model") == request.get("model")
+    return kind == "round" or job.request == request
+
+
+def _open_state(job: JobRecord) -> str:
+    return "running" if job.state == "running" else "queued"
+
+
+def status(store: Store, kind: JobKind, *, every: bool, only_running: bool) -> JsonObject | list[JsonObject]:
+    """Tell how the last job of a kind is, the one that is open, or all.
+
+    Raises:
+        RequestError: 404 if there is none.
+    """
+    with store.read() as transaction:
+        found: Sequence[JobRecord] = jobs.listing(transaction, kind)
+        going = jobs.open_jobs(transaction, kind)
+        if kind == "train":  # a round trains, too
+            going += jobs.open_jobs(transaction, "round")
+    if only_running and not going:
+        raise RequestError(404, f"no {kind} job is running.")
+    # a training that waits is one in progress to 3D Slicer and OHIF, which would stop watching it otherwise
+    if going and (only_running or (kind == "train" and not every)):
+        return _as_running(min(going, key=lambda job: job.state != "running"))
+    if not found:
+        raise RequestError(404, f"no {kind} job was ever started.")
+    return [to_json(job) for job in found] if every else to_json(found[-1])
+
+
+def stop(store: Store, actor: Actor, kind: JobKind) -> JsonObject | None:
+    """Stop the open job of a kind, wait a little for its end, and tell how it is; None if there is none."""
+    with store.write() as transaction:
+        found = jobs.open_jobs(transaction, kind)
+        if not found:
+            return None
+        job = jobs.stop(transaction, found[0].id, actor)
+    until = time.monotonic() + _STOP_SECONDS
+    while job.state == "running" and time.monotonic() < until:
+        time.sleep(0.2)
+        with store.read() as transaction:
+            job = jobs.get(transaction, job.id)
+    return to_json(job)
+
+
+def _as_running(job: JobRecord) -> JsonObject:
+    return {**to_json(job), "status": "RUNNING"} if job.kind in ("train", "round") else to_json(job)
+
+
+def to_json(job: JobRecord) -> JsonObject:
+    """The fields of MONAI Label's task, and what the store knows beside them."""
+    told: JsonObject = {
+        "id": job.public_id,
+        "status": _STATUS[job.state],
+        "request": job.request,
+        "start_ts": _local(job.started_at or job.enqueued_at),
+        # clients show the last line, and fail where there is none
+        "details": list(job.messages) or [f"{title(job.kind, job.request)}: {job.state}"],
+        "model": job.request.get("model"),
+        "epoch": job.done_steps,
+        "total_epochs": job.all_steps,
+        "progress": [job.done_steps, job.all_steps],
+        "attempts": job.attempts,
+        "put_by": job.actor.name,
+    }
+    if job.result is not None:
+        told["result"] = job.result
+    if job.ended_at is not None:
+        told["end_ts"] = _local(job.ended_at)
+    return told
+
+
+def _local(at: datetime) -> str:
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")

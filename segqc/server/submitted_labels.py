@@ -1,0 +1,246 @@
+"""Label maps that annotators submit: brought to the configured values, freed of what is no structure, and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from pydantic import JsonValue
+
+from segqc.loop.dataset import Dataset
+from segqc.loop.submission import Opened, OpenedError, submit_label
+from segqc.server.checks import JsonObject
+from segqc.server.client_labels import client_names
+from segqc.server.errors import RequestError
+from segqc.store.records import Actor, ScanRecord
+from segqc.store.store import suffix_of
+from segqc.types import LabelArray, values_in
+from segqc.volumes import Volume, VolumeError, read_grid
+from segqc.volumes.files import open_labels
+from segqc.volumes.inputs import InputFile
+from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, LabelMap, load_labels
+from segqc.volumes.limits import ReadLimits
+from segqc.volumes.volume import Array, Segment
+
+_UNNAMED = re.compile(r"segment_?\d+", re.IGNORECASE)
+
+
+def read_submission(
+    path: Path,
+    scan_path: Path,
+    names: Mapping[str, int],
+    params: JsonObject,
+    *,
+    configured: bool = True,
+    limits: ReadLimits | None = None,
+) -> LabelMap:
+    """Read a submitted label map onto its scan's grid, with the stored label values.
+
+    A file that names its segments (``.seg.nrrd``) is read by these names. Otherwise 3D Slicer numbers the exported
+    segments 1, 2, ... in the order of ``params["label_info"]`` and skips some; so values are read by that order where
+    names are given, or as ``params["label_names"]`` says. Without names they are the stored values, if they can't be
+    anything else.
+
+    Args:
+        path: the submitted file.
+        scan_path: its scan.
+        names: the structures' names and stored values.
+        params: what the client sent with it.
+        configured: whether the settings name the structures; otherwise a submission may bring new ones.
+        limits: bounds on the files.
+
+    Returns:
+        The label map, and whether whoever reads the file's numbers plainly gets the same.
+
+    Raises:
+        RequestError: 422 if it is no label map of this scan.
+    """
+    file = InputFile(path, limits, "the submitted label map")
+    try:
+        source = open_labels(file)
+        own = [s for s in source.segments or () if s.name.strip().casefold() not in NO_STRUCTURES]
+        # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
+        named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
+        if source.segments is not None:
+            _check_no_likely_errors(source.voxels(), source.segments)
+        scan = read_grid(scan_path, limits=limits)
+        by_name = names if named and configured else None
+        labels = load_labels(file, source, scan, names=by_name)
+    except VolumeError as error:
+        raise RequestError(422, str(error)) from error
+    if named:
+        return labels
+    values = _values_by_name(params)
+    if values is not None:
+        return _by_names(labels, values, names, configured)
+    if configured:
+        _check_plain(labels.volume, names)
+    return labels
+
+
+def _check_no_likely_errors(layers: Array, segments: Sequence[Segment]) -> None:
+    for segment in segments:
+        is_error = segment.name.strip().casefold() in LIKELY_ERROR_NAMES
+        if is_error and segment.layer < len(layers) and (layers[segment.layer] == segment.value).any():
+            raise _likely_errors_refused(segment.name)
+
+
+def _likely_errors_refused(name: str) -> RequestError:
+    return RequestError(
+        422,
+        f"the segment {name!r} is part of the submitted label map, where it hides the structures below it: "
+        "remove or hide the segment first (MONAI Label's extension exports hidden segments, too: remove it there).",
+    )
+
+
+def _by_names(labels: LabelMap, values: Mapping[str, int], names: Mapping[str, int], configured: bool) -> LabelMap:
+    found = values_in(labels.volume.array)
+    unnamed = sorted(found - set(values.values()))
+    if unnamed:
+        raise RequestError(
+            422,
+            f"the submitted label map holds the value {unnamed[0]}, but label_info names {len(values)} segments; "
+            "values count the segments in the order of label_info, from 1.",
+        )
+    known = {name.strip().casefold(): value for name, value in names.items()}
+    table: LabelArray = np.zeros(256, np.uint8)
+    for segment, value in values.items():
+        key = segment.strip().casefold()
+        if key in LIKELY_ERROR_NAMES and value in found:
+            raise _likely_errors_refused(segment)
+        if key in NO_STRUCTURES:
+            continue
+        if configured and key not in known:
+            raise RequestError(
+                422,
+                f"the segment {segment!r} is none of the structures {', '.join(names)}; rename or remove it.",
+            )
+        table[value] = known.get(key, value)
+    if all(table[value] == value for value in found):
+        return labels
+    read = labels.volume
+    return LabelMap(Volume(table[read.array], read.affine, read.acquisition_axis), is_plain=False)
+
+
+def _check_plain(labels: Volume, names: Mapping[str, int]) -> None:
+    """Refuse values without names that are no stored ones, or that could as well be those that clients get."""
+    found = values_in(labels.array)
+    foreign = sorted(found - set(names.values()))
+    if foreign:
+        raise RequestError(
+            422,
+            f"the submitted label map holds the values {foreign}; this server knows "
+            f"{', '.join(f'{value} ({name})' for name, value in names.items())}.",
+        )
+    delivered = client_names(names)
+    stored = {value: name for name, value in names.items()}
+    numbered = {value: name for name, value in delivered.items()}
+    if found <= numbered.keys() and any(numbered[value] != stored[value] for value in found):
+        raise RequestError(
+            422,
+            f"the submitted label map's values {sorted(found)} could be the settings' or those that this server gave "
+            "out; send label_info, the names of the segments in the order of their values.",
+        )
+
+
+def submit(
+    dataset: Dataset,
+    scan: ScanRecord,
+    labels: LabelMap,
+    file: Path,
+    tag: str,
+    actor: Actor,
+    params: JsonObject,
+) -> JsonObject:
+    """Keep a checked label map; a final one made of what was handed out is a correction.
+
+    Args:
+        dataset: the dataset folder.
+        scan: the scan, as it was when the label map was checked.
+        labels: the label map, on the scan's grid.
+        file: the file that it was read from; it is kept as it came where it is a plain ``.nii.gz``.
+        tag: the tag.
+        actor: who submits it.
+        params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
+            where it was not all.
+
+    Returns:
+        What the client is told of it.
+
+    Raises:
+        RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be used.
+    """
+    opened = _opened(params)
+    try:
+        simulated = params.get("simulated") is True
+        done = submit_label(
+            dataset,
+            scan.name,
+            labels.volume,
+            tag,
+            actor,
+            info=params,
+            opened=opened,
+            simulated=simulated,
+            checked=scan,
+            file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
+        )
+    except OpenedError as error:
+        raise RequestError(400, f"{error}.") from error
+    told: JsonObject = {"version": done.label.id}
+    if done.correction is not None:
+        told["correction"] = done.correction
+    return told
+
+
+def _opened(params: JsonObject) -> Opened:
+    slices, structures = params.get("opened_slices"), params.get("opened_structures")
+    if slices is not None and not (isinstance(slices, list) and all(type(i) is int for i in slices)):
+        raise RequestError(400, "opened_slices is not a list of slice numbers.")
+    if structures is not None and not (isinstance(structures, list) and all(isinstance(n, str) for n in structures)):
+        raise RequestError(400, "opened_structures is not a list of structures' names.")
+    return Opened(
+        tuple(int(str(i)) for i in slices) if slices is not None else None,
+        tuple(str(n) for n in structures) if structures is not None else None,
+    )
+
+
+def stored_info(params: JsonObject, names: Mapping[str, int]) -> JsonObject:
+    """What is noted of a kept label map: the client's params, with ``label_info`` as clients get the label map back."""
+    if _values_by_name(params) is None:
+        return params
+    sent = {
+        str(entry.get("name")).strip().casefold(): entry
+        for entry in cast(list[JsonValue], params.get("label_info") or [])
+        if isinstance(entry, dict)
+    }
+    told: list[JsonValue] = [
+        {**sent.get(name.strip().casefold(), {}), "name": name, "idx": value}
+        for name, value in client_names(names).items()
+    ]
+    return {**params, "label_info": told}
+
+
+def _values_by_name(params: JsonObject) -> dict[str, int] | None:
+    """Names of the segments and their values in the file; None where the client gave none."""
+    info = params.get("label_info")
+    if isinstance(info, list) and info:
+        names = [entry.get("name") if isinstance(entry, dict) else None for entry in info]
+        if any(names):
+            if not all(isinstance(name, str) and name for name in names):
+                raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
+            if len({str(name).strip().casefold() for name in names}) < len(names):
+                raise RequestError(422, "label_info names a segment twice; give each segment a name of its own.")
+            if len(names) > 255:
+                raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")
+            return {str(name): value for value, name in enumerate(names, start=1)}
+    told = params.get("label_names")
+    if isinstance(told, dict) and told:
+        values = {name: value for name, value in told.items() if type(value) is int and 0 < value < 256}
+        if len(values) < len(told) or len(set(values.values())) < len(values):
+            raise RequestError(422, "label_names gives each name a value of its own, from 1 to 255.")
+        return values
+    return None

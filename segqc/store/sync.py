@@ -1,0 +1,785 @@
+"""Taking in what lies in the dataset folder: scans, and labels that people put there, changed or removed.
+
+Every file passes the store's intake once for each content; what does not is kept aside as a finding (`findings`). A
+file's signature (size, times, inode) tells whether it has to be read again, and its hash decides. Large folders are
+taken in batch by batch: what is committed stays, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+from segqc.split import SplitConfig
+from segqc.store import findings, labels, leases, scans
+from segqc.store.database import StoreError, Transaction
+from segqc.store.events import FOLDER
+from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
+from segqc.store.findings import Finding
+from segqc.store.labels import NewLabel
+from segqc.store.records import LabelRecord, ScanRecord
+from segqc.store.scans import FoundScan, Known
+from segqc.store.store import OWN_FOLDER, LabelChange, Store
+from segqc.text import printable
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BATCH: Final = 500
+_BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
+_LABEL_BATCH: Final = 50
+_UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
+# Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
+_OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
+
+_NOT_LOOKED_INTO: Final = (
+    "is a folder with images, and scans are files beside it; move files up, and import DICOM (segqc import dicom)"
+)
+_FIRST_FILES: Final = 100  # of a folder that may hold thousands, every few seconds
+_DICOM_MAGIC_END: Final = 132
+
+PatientOf: TypeAlias = Callable[[Path], str]
+PatientNow: TypeAlias = Callable[[Path, str], str]
+Stop: TypeAlias = Callable[[], bool]
+
+
+class ScanExists(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """There is a scan of this name already, or a file that would be one.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is a scan {name!r} already; choose another id, or remove its file first")
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What was found: scans and labels that were new, replaced, or gone."""
+
+    new_scans: int = 0
+    missing_scans: int = 0
+    new_labels: int = 0
+    removed_labels: int = 0
+    replaced_scans: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """The name of an uploaded scan, and whether it is new: the same content under the same name is not."""
+
+    name: str
+    new: bool
+
+
+def _never() -> bool:
+    return False
+
+
+def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop: Stop = _never) -> SyncResult:
+    """Bring the store in line with its folder; costs a system call for each file where nothing has changed.
+
+    Scans are never moved nor changed. A scan whose file is gone keeps its history and waits for the file to return. A
+    file that holds another content is another scan: the old one is retired with all that was made for it, under
+    another name, until its content returns. A label file that a person put below ``labels/<tag>/`` becomes a version;
+    one that a person removed becomes a removal. Files that do not pass the intake are kept aside, each with a reason.
+
+    Args:
+        store: the store.
+        patient_of: the patient that a scan file is of. A new scan for which it raises a VolumeError is kept aside until
+            it does so no more: fold and role are given once, and a wrong patient would share neither.
+        split_config: how new patients get their fold and role.
+        stop: asked after each batch of files whether to leave the rest for the next time.
+
+    Nothing is taken in where the folder is read-only.
+    """
+    if not store.is_writable:
+        return SyncResult()
+    with store.read() as transaction:
+        noted = findings.noted(transaction, store.intake.version)
+        outdated = findings.files(transaction) - noted.keys()
+    if outdated:  # by the settings of before: these files are looked at again
+        with store.write() as transaction:
+            findings.clear(transaction, outdated)
+    new, missing, replaced, changed = _sync_scans(store, patient_of, split_config, noted, stop)
+    noted = {file: finding for file, finding in noted.items() if finding.scan not in changed}
+    added = removed = 0
+    folders = _tag_folders(store)
+    for folder in folders:
+        if not stop():
+            more, fewer = _sync_labels(store, folder, noted, stop)
+            added, removed = added + more, removed + fewer
+    tags = {f"labels/{folder.name}" for folder in folders}
+    astray = _without_tag(store)
+    gone = {file for file in noted if "/" in file and os.path.dirname(file) not in tags} - astray.keys()
+    fresh = [finding for file, finding in astray.items() if noted.get(file) != finding]
+    if gone or fresh:
+        with store.write() as transaction:
+            findings.clear(transaction, gone)
+            findings.record(transaction, fresh, store.intake.version)
+    return SyncResult(new, missing, added, removed, replaced)
+
+
+def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) -> list[str]:
+    """Give scans the patients that the settings name by now, where these were written after the scans came.
+
+    A scan that is handed out stays where it is, and so does one that networks were trained with, if it would change its
+    fold or split: what they were judged by would be among what they have trained.
+
+    Args:
+        store: the store.
+        patient_now: the patient that a scan file should be of, given the one that it is of.
+        split_config: how new patients get their fold and role.
+
+    Returns:
+        A sentence for each scan that stays with another patient.
+    """
+    with store.read() as transaction:
+        found = [scan for scan in scans.listing(transaction) if scan.former_name is None]
+        handed_out = {lease.scan for lease in leases.listing(transaction, state="open")}
+    moving: list[tuple[ScanRecord, str]] = []
+    for scan in found:
+        with contextlib.suppress(VolumeError, OSError):  # its side-car cannot be read: nothing new is known
+            if (patient := patient_now(store.dataset / scan.file, scan.patient)) != scan.patient:
+                moving.append((scan, patient))
+    if not moving:
+        return []
+    places = {scan.patient: (scan.fold, scan.split) for scan in found}
+    trained = any((store.own / name).is_dir() for name in ("models", "training"))
+    told: list[str] = []
+    free: list[tuple[ScanRecord, str]] = []
+    for scan, patient in moving:
+        stays = f"{scan.file}: stays with the patient {scan.patient!r}, and not {patient!r} as the settings say"
+        if scan.name in handed_out:
+            told.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
+        elif trained and scan.state != "unlabelled" and places.get(patient) != places[scan.patient]:
+            told.append(
+                f"{stays}, as networks were trained with it; move segqc/models and segqc/training away to begin anew"
+            )
+        elif store.is_writable:
+            free.append((scan, patient))
+    if free:
+        with store.write() as transaction:
+            for scan, patient in free:
+                scans.assign_patient(transaction, scan.name, patient, split_config, FOLDER)
+        logger.warning("%d scans are of other patients now, as the settings say", len(free))
+    return told
+
+
+def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, split_config: SplitConfig) -> bool:
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not."""
+    try:
+        signature = signature_of((store.dataset / scan.file).stat())
+    except FileNotFoundError:
+        with store.write() as transaction:
+            scans.mark_missing(transaction, [scan.file], FOLDER)
+        return False
+    missing = scan.missing_since is not None
+    if not missing and signature and scan.signature == signature:
+        return True
+    known = Known(scan.id, scan.name, scan.sha256, scan.signature, missing)
+    _sync_files(store, [scan.file], {scan.file: known}, set(), patient_of, split_config, _never)
+    return False
+
+
+def add_scan(
+    store: Store, source: Path, name: str, suffix: str, patient_of: PatientOf, split_config: SplitConfig
+) -> Added:
+    """Put a new scan into the folder under a name; a file that is there already is never replaced.
+
+    Args:
+        store: the store.
+        source: the file; it is copied.
+        name: the name that the scan should have.
+        suffix: of the file.
+        patient_of: see `sync`.
+        split_config: see `sync`.
+
+    Raises:
+        ScanExists: if the name is taken, by whatever the store knows or by a file that it has not seen yet.
+        VolumeError: if it is no scan that can be used.
+        OSError: if it can't be written; nothing has changed then.
+    """
+    content = store.intake.scan(source, "the scan")
+    target = store.dataset / f"{name}{suffix}"
+    for warning in content.warnings:
+        logger.warning("%s: %s", target.name, warning)
+    hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=store.dataset))
+    linked = False
+    try:
+        copy = hidden / target.name
+        with source.open("rb") as read, copy.open("wb") as written:
+            shutil.copyfileobj(read, written)
+            written.flush()
+            os.fsync(written.fileno())
+        with store.write() as transaction:  # alone: nobody else adds a file of this name, with whatever suffix
+            for scan in _named_alike(transaction, name):
+                usable = scan.missing_since is None and scan.state != "excluded"
+                if usable and (scan.name, scan.sha256) == (name, content.sha256):
+                    return Added(name, new=False)
+                raise ScanExists(scan.name)
+            for found_name in os.listdir(store.dataset):
+                if scan_suffix(found_name) is not None and _alike(scan_id(found_name), name):
+                    raise ScanExists(scan_id(found_name))
+            try:
+                _link(copy, target)
+            except FileExistsError as error:
+                raise ScanExists(name) from error
+            linked = True
+            signature = signature_of(target.stat())
+            found = FoundScan(name, target.name, patient_of(target), content.sha256, signature, content.warnings)
+            scans.sync(transaction, [found], split_config, FOLDER)
+            findings.clear(transaction, [target.name])
+            findings.clear_labels_of(transaction, [name])
+    except BaseException:
+        if linked:
+            target.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return Added(name, new=True)
+
+
+def _link(ready: Path, target: Path) -> None:
+    """Give a file its name, unless the name is taken (FileExistsError)."""
+    try:
+        os.link(ready, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(ready, target)
+
+
+def _named_alike(transaction: Transaction, name: str) -> list[ScanRecord]:
+    """Scans whose names differ from another one in case or in the form of an accent at most, the very name first."""
+    alike = [found for found in scans.names(transaction, missing=True) if _alike(found, name)]
+    return sorted(scans.listing(transaction, names=alike), key=lambda scan: scan.name != name) if alike else []
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names would be one on some file systems."""
+    return _folded(one) == _folded(other)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+# ------------------------------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What came of reading a scan's file; ``patient`` is None where the content is the known one."""
+
+    file: str
+    signature: str
+    sha256: str = ""
+    patient: str | None = None
+    remarks: tuple[str, ...] = ()
+    finding: Finding | None = None
+
+
+def _sync_scans(
+    store: Store, patient_of: PatientOf, split_config: SplitConfig, noted: Mapping[str, Finding], stop: Stop
+) -> tuple[int, int, int, set[str]]:
+    """How many scans are new, missing and replaced, and the names of all whose content is another one now."""
+    with store.read() as transaction:
+        marks = scans.marks(transaction)
+    unsettled: set[str] = set()
+    present: set[str] = set()
+    misplaced: dict[str, Finding] = {}
+    unreadable: dict[str, str] = {}
+    settled = 0
+    for entry, status in _files(store.dataset, unreadable):
+        name = printable(entry.name)
+        present.add(name)
+        if name != entry.name:
+            misplaced[name] = Finding(name, "other", f"{name}: {_UNPRINTABLE}", "")
+        elif scans.mark(name, raw_signature(status)) in marks:
+            settled += 1
+        elif scan_suffix(name) is not None:
+            if not _still(noted, name, signature_of(status)):
+                unsettled.add(name)
+        elif (finding := _misplaced(name)) is not None:
+            misplaced[name] = finding
+    for name, why in unreadable.items():
+        if scan_suffix(name) is not None:
+            misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
+    for name in _folders_of_images(store.dataset, {scan_id(name) for name in present}):
+        misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
+    gone: list[str] = []
+    known: dict[str, Known] = {}
+    if unsettled or settled < len(marks):
+        with store.read() as transaction:
+            known = scans.known_files(transaction)
+        # whoever has uploaded a scan since has put its file there
+        absent = (file for file, scan in known.items() if not scan.missing and file not in present)
+        gone = [file for file in absent if not os.path.isfile(store.dataset / file)]
+    labelled = _labelled(store) if unsettled - known.keys() else set()
+    new, lost, replaced, changed = _sync_files(store, unsettled, known, labelled, patient_of, split_config, stop)
+    over = {file for file in noted if "/" not in file and file not in present and file not in misplaced}
+    fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
+    missing = 0
+    if gone or over or fresh:
+        with store.write() as transaction:
+            missing = scans.mark_missing(transaction, gone, FOLDER)
+            findings.clear(transaction, over)
+            findings.record(transaction, fresh, store.intake.version)
+    return new, missing + lost, replaced, changed
+
+
+def _labelled(store: Store) -> set[str]:
+    """Names of scans that have a file among the final labels."""
+    final = store.files.views / labels.FINAL
+    return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
+
+
+def _folders_of_images(dataset: Path, names: Collection[str]) -> list[str]:
+    """The folders beside the scans that hold images among their first files, but for what is named like a scan.
+
+    Those are masks, maps and the like of the scans.
+    """
+    with os.scandir(dataset) as found:
+        folders = [entry for entry in found if not entry.name.startswith(".") and os.path.isdir(entry)]
+    images = []
+    for folder in folders:
+        if folder.name not in ("labels", OWN_FOLDER) and folder.name == printable(folder.name):
+            with contextlib.suppress(OSError), os.scandir(folder) as files:
+                if any(_is_image(file, names) for file in itertools.islice(files, _FIRST_FILES)):
+                    images.append(folder.name)
+    return images
+
+
+def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
+    if not os.path.isfile(entry):
+        return False
+    if label_suffix(entry.name) is not None:
+        return label_id(entry.name) not in names
+    if "." in entry.name:
+        return entry.name.lower().endswith(_OTHER_FORMATS)
+    with open(entry.path, "rb") as file:
+        return file.read(_DICOM_MAGIC_END).endswith(b"DICM")
+
+
+def _misplaced(name: str) -> Finding | None:
+    """What is wrong with a file beside the scans that looks like one; settings, side-cars and the like do not."""
+    if name.lower().endswith(".seg.nrrd"):
+        sentence = f"{name}: is a segmentation, not a scan; move it to labels/final/ if it is the final label"
+    elif name.lower().endswith(_OTHER_FORMATS):
+        sentence = f"{name}: is of no format that scans are read from; convert it to {' or '.join(SCAN_SUFFIXES)}"
+    else:
+        return None
+    return Finding(name, "other", sentence, "")
+
+
+def _still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
+    """Whether the file is the one that was found to be unusable."""
+    return signature != "" and file in noted and noted[file].signature == signature
+
+
+def _sync_files(
+    store: Store,
+    files: Collection[str],
+    known: Mapping[str, Known],
+    labelled: Collection[str],
+    patient_of: PatientOf,
+    split_config: SplitConfig,
+    stop: Stop,
+) -> tuple[int, int, int, set[str]]:
+    """Look at scan files that are new, changed or back; see `_sync_scans` for what is returned."""
+    # patients of labelled scans are placed first, so that the few of the start are spread over both roles
+    work = sorted(files, key=lambda file: (scan_id(file) not in labelled, scans.natural_key(file)))
+    new = lost = replaced = done = 0
+    changed: set[str] = set()
+    while done < len(work) and not stop():
+        batch: list[str] = []
+        looked: list[_Looked] = []
+        until = time.monotonic() + _BATCH_SECONDS
+        while done + len(batch) < len(work) and len(batch) < _BATCH and time.monotonic() < until:
+            batch.append(work[done + len(batch)])
+            if (look := _look(store, batch[-1], known.get(batch[-1]), patient_of)) is not None:
+                looked.append(look)
+        for look in looked:
+            before = known.get(look.file)
+            if look.patient is not None and before is not None and before.sha256 is not None:
+                _part_from_labels(store, before.name)
+        with store.write() as transaction:
+            counts = _note(transaction, store, looked, set(batch), labelled, split_config)
+        new, lost, replaced, changed = new + counts[0], lost + counts[1], replaced + counts[2], changed | counts[3]
+        done += len(batch)
+        if done < len(work) or len(work) > _BATCH:
+            logger.info("taking in scans: %d of %d", done, len(work))
+    return new, lost, replaced, changed
+
+
+def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -> _Looked | None:
+    """Read a scan's file; None if it is gone, or is being written this moment."""
+    path = store.dataset / file
+    try:
+        before = path.stat()
+        signature = signature_of(before)
+        try:
+            if known is not None and known.sha256 is not None and sha256_of(path) == known.sha256:
+                looked = _Looked(file, signature, known.sha256)
+            else:
+                try:
+                    patient = patient_of(path)
+                except VolumeError as error:  # of a side-car, perhaps: looked at again each time
+                    return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
+                content = store.intake.scan(path, file)
+                looked = _Looked(file, signature, content.sha256, patient, content.warnings)
+                for warning in content.warnings:
+                    logger.warning("%s: %s", file, warning)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # one file must not keep all others out, whatever is wrong with it
+            looked = _Looked(file, signature, finding=Finding(file, "scan", _sentence(path, file, error), signature))
+        after = path.stat()
+    except FileNotFoundError:
+        return None
+    return looked if raw_signature(before) == raw_signature(after) else None
+
+
+def _sentence(path: Path, file: str, error: Exception) -> str:
+    """What is wrong with a file, by the name that the user knows."""
+    if isinstance(error, MemoryError):
+        return f"{file}: needs more memory to be read than there is; make it smaller"
+    if isinstance(error, OSError):
+        return f"{file}: cannot be read ({error.strerror or error})"
+    if not isinstance(error, VolumeError):
+        logger.error("%s", file, exc_info=error)
+        return f"{file}: cannot be read ({type(error).__name__}: {error})"
+    told = str(error).replace(str(path), file)
+    return told if file in told else f"{file}: {told}"
+
+
+def _note(
+    transaction: Transaction,
+    store: Store,
+    looked: Sequence[_Looked],
+    files: Collection[str],
+    labelled: Collection[str],
+    split_config: SplitConfig,
+) -> tuple[int, int, int, set[str]]:
+    """Write down what came of a batch of files, as the rows are now."""
+    known = scans.known_files(transaction, files)
+    unusable = [look.finding for look in looked if look.finding is not None]
+    findings.record(transaction, unusable, store.intake.version)
+    # the file of a known scan holds something that is no scan: its own content is gone, like a removed file's
+    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, FOLDER)
+    new: list[FoundScan] = []
+    touched: list[tuple[Known, str, str]] = []
+    changed: set[str] = set()
+    replaced = 0
+    for look in looked:
+        scan = known.get(look.file)
+        if look.finding is not None:
+            continue
+        if scan is not None and scan.sha256 in (None, look.sha256):
+            if scan.missing:
+                changed.add(scan.name)
+            if scan.missing or (scan.sha256, scan.signature) != (look.sha256, look.signature):
+                touched.append((scan, look.sha256, look.signature))
+        elif look.patient is not None:
+            name = scan.name if scan is not None else scan_id(look.file)
+            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature, look.remarks)
+            changed.add(name)
+            if scan is None:
+                new.append(found)
+            else:
+                replaced += 1
+                _replace(transaction, store, scan, found, split_config)
+    scans.note_contents(transaction, touched, FOLDER)
+    count = scans.sync(transaction, new, split_config, FOLDER, labelled=labelled)
+    findings.clear(transaction, {look.file for look in looked if look.finding is None})
+    findings.clear_labels_of(transaction, changed)
+    return count, lost, replaced, changed
+
+
+def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundScan, split_config: SplitConfig) -> None:
+    """Retire a scan whose file holds another content now, with its labels, and add or bring back the other scan."""
+    for file, view in labels.forget_views(transaction, scan.id):
+        label = labels.get(transaction, view.version)
+        with contextlib.suppress(FileNotFoundError):
+            # what is not kept is a label that was put there for the new content
+            if sha256_of(store.files.views / file) in _addresses(label):
+                (store.files.views / file).unlink()
+    leases.release(transaction, scan.name, FOLDER)
+    retired = scans.retire(transaction, scan.id, FOLDER)
+    logger.warning(
+        "%s holds another scan now; what was made for the one before is kept with it, under the name %s",
+        found.file,
+        retired,
+    )
+    if scans.revive(transaction, found, FOLDER) is None:
+        scans.sync(transaction, [found], split_config, FOLDER)
+        return
+    for label in labels.tags(transaction, found.name).values():
+        if not store.files.lying(label.scan, label.tag):
+            store.show(transaction, label)
+
+
+def _addresses(label: LabelRecord) -> set[str]:
+    return {
+        sha256 for sha256, _ in contents_of(label.sha256, label.suffix, label.submitted_sha256, label.submitted_suffix)
+    }
+
+
+def _part_from_labels(store: Store, name: str) -> None:
+    """Before a scan is retired, make versions of its label files that were edited and do not fit the new content.
+
+    An edited file that fits belongs to the new content.
+    """
+    with store.read() as transaction:
+        scan = scans.get(transaction, name)
+        shown = labels.views_of(transaction, scan.id)
+        kept = {view.version: _addresses(labels.get(transaction, view.version)) for _, view in shown}
+    with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+        for file, view in shown:
+            tag, base = os.path.split(file)
+            with contextlib.suppress(FileNotFoundError):
+                if sha256_of(store.files.views / file) in kept[view.version]:
+                    continue
+                try:
+                    store.label_from_file(scan, tag, base, Path(work))
+                except VolumeError as error:
+                    change = store.unchecked_label(name, tag, base, str(error), Path(work))
+                    store.change_labels([change])
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def _sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop: Stop) -> tuple[int, int]:
+    """How many labels of a tag are new, and how many were removed."""
+    tag = folder.name
+    with store.read() as transaction:
+        marks = labels.view_marks(transaction, tag)
+    states: dict[str, FileState] = {}
+    signatures: dict[str, str] = {}
+    own = {file for file in noted if os.path.dirname(file) == f"labels/{tag}"}
+    passed: set[str] = set()
+    unsettled: set[str] = set()
+    unreadable: dict[str, str] = {}
+    settled = 0
+    for entry, status in _files(folder, unreadable):
+        name = entry.name
+        if name != printable(name):
+            unreadable[printable(name)] = _UNPRINTABLE
+            continue
+        states[name] = FileState(status.st_size, status.st_mtime_ns)
+        if labels.view_mark(f"{tag}/{name}", status.st_size, status.st_mtime_ns) in marks:
+            settled += 1
+            if own and f"labels/{tag}/{name}" in own:
+                passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
+            continue
+        signatures[name] = signature_of(status)
+        if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
+            unsettled.add(name)
+    passed |= {file for file in own if os.path.basename(file) not in states}
+    files = {name: f"labels/{tag}/{name}" for name in unreadable}
+    found = [Finding(file, "label", f"{file}: {unreadable[name]}", "") for name, file in files.items()]
+    added = removed = 0
+    if unsettled or settled < len(marks):
+        pass_ = _LabelPass(store, tag, states, signatures)
+        added, removed, unusable = pass_.run(unsettled, unreadable, stop)
+        found += unusable
+        passed |= {f"labels/{tag}/{name}" for name in unsettled} & own
+    passed -= {finding.file for finding in found}
+    fresh = [finding for finding in found if noted.get(finding.file) != finding]
+    if passed or fresh:
+        with store.write() as transaction:
+            findings.clear(transaction, passed)
+            findings.record(transaction, fresh, store.intake.version)
+    return added, removed
+
+
+class _LabelPass:
+    """One look through the labels of a tag, as the folder and the rows were when it began."""
+
+    def __init__(self, store: Store, tag: str, states: Mapping[str, FileState], signatures: Mapping[str, str]) -> None:
+        self.store, self.tag, self.states, self.signatures = store, tag, states, signatures
+        with store.read() as transaction:
+            self.left = labels.views(transaction, tag)
+            self.scans = {scan.name: scan for scan in scans.listing(transaction) if scan.missing_since is None}
+        self.versions = {label_id(file): state.version for file, state in self.left.items()}
+        self.findings: list[Finding] = []
+
+    def run(
+        self, unsettled: Collection[str], unreadable: Collection[str], stop: Stop
+    ) -> tuple[int, int, list[Finding]]:
+        """Take in files that are new or were changed, and note removed ones; what cannot be read now is not removed."""
+        by_scan: dict[str, list[str]] = {}
+        known = [name for name in unsettled if self._has_scan(name)]
+        left = set(known) - self._only_touched([name for name in known if f"{self.tag}/{name}" in self.left])
+        for name in sorted(left, key=lambda name: -self.states[name].modified_ns):
+            by_scan.setdefault(label_id(name), []).append(name)
+        added = done = 0
+        for batch in _batches(list(by_scan.items())):
+            if stop():
+                break
+            with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+                # of several files for one scan the newest counts; the others become versions before it
+                read = (self._read(names, Path(work)) for _, names in batch)
+                added += len(self._commit([change for change in read if change is not None]))
+            done += len(batch)
+            if len(by_scan) > _LABEL_BATCH:
+                logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
+        gone = [
+            label_id(file)
+            for file in self.left
+            if os.path.basename(file) not in self.states
+            and os.path.basename(file) not in unreadable
+            and label_id(file) not in by_scan
+            and not os.path.isfile(self.store.files.views / file)
+        ]
+        removals = [
+            LabelChange(NewLabel(scan, self.tag, "removal", FOLDER), None) for scan in gone if scan in self.scans
+        ]
+        removed = sum(len(self._commit(batch)) for batch in _batches(removals))
+        return added, removed, self.findings
+
+    def _find(self, name: str, sentence: str, scan: str | None = None) -> None:
+        file = f"labels/{self.tag}/{name}"
+        self.findings.append(Finding(file, "label", sentence, self.signatures[name], scan))
+
+    def _has_scan(self, name: str) -> bool:
+        file, scan = f"labels/{self.tag}/{name}", label_id(name)
+        if label_suffix(name) is None:
+            self._find(name, f"{file}: is of no format that labels are read from; use {', '.join(LABEL_SUFFIXES)}")
+        elif scan not in self.scans:
+            self._find(name, f"{file}: there is no scan {scan!r} that can be used; add it, or rename the label", scan)
+        else:
+            return True
+        return False
+
+    def _only_touched(self, names: Sequence[str]) -> set[str]:
+        """Which files have another time and still show the current version, as in a copy of the folder; noted so."""
+        touched: set[str] = set()
+        for batch in _batches(names):
+            held: dict[str, str] = {}
+            for name in batch:
+                with contextlib.suppress(OSError):
+                    held[name] = sha256_of(self.store.files.views / self.tag / name)
+            with self.store.write() as transaction:
+                for name, sha256 in held.items():
+                    label = labels.current(transaction, label_id(name), self.tag)
+                    if label is not None and sha256 in (label.sha256, label.submitted_sha256):
+                        state = self.states[name]
+                        labels.note_view(transaction, label, f"{self.tag}/{name}", state.size, state.modified_ns)
+                        touched.add(name)
+        return touched
+
+    def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
+        """The first of a scan's files that passes, as a change; the others before it are noted as findings."""
+        for name in names:
+            scan = self.scans[label_id(name)]
+            try:
+                return self.store.label_from_file(scan, self.tag, name, work)
+            except FileNotFoundError:
+                continue  # gone again before it could be read
+            except Exception as error:  # one file must not keep all others out, whatever is wrong with it
+                path = self.store.files.views / self.tag / name
+                self._find(name, _sentence(path, f"labels/{self.tag}/{name}", error), scan.name)
+        return None
+
+    def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:
+        """Make the changes, but those of scans whose label or content is not the one any more that the look showed.
+
+        A file that another process has just saved looks like a person's edit to whoever read the rows before.
+        """
+        left = list(changes)
+
+        def check(transaction: Transaction) -> None:
+            overtaken = set()
+            names = {change.label.scan for change in left}
+            rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
+            for name in names:
+                last = labels.current(transaction, name, self.tag)
+                same = (last.id if last is not None else None) == self.versions.get(name)
+                if not same or rows.get(name) != self.scans[name].id:
+                    overtaken.add(name)
+            if overtaken:
+                raise _Overtaken(overtaken)
+
+        while left:
+            try:
+                self.store.change_labels(left, first=check)
+            except _Overtaken as found:
+                left = [change for change in left if change.label.scan not in found.scans]
+            except FileNotFoundError:
+                return []  # gone again before it could be taken in
+            else:
+                break
+        return left
+
+
+class _Overtaken(Exception):  # noqa: N818 - not an error
+    """Other processes have changed these scans or their labels since the folder was looked through."""
+
+    def __init__(self, scans_: set[str]) -> None:
+        super().__init__()
+        self.scans = scans_
+
+
+def _tag_folders(store: Store) -> list[Path]:
+    if not store.files.views.is_dir():
+        return []
+    with os.scandir(store.files.views) as found:
+        return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _without_tag(store: Store) -> dict[str, Finding]:
+    """Label files that lie beside the tags' folders, and not in one."""
+    found = {}
+    if store.files.views.is_dir():
+        for entry, _ in _files(store.files.views, {}):
+            if label_suffix(entry.name) is not None:
+                file = f"labels/{printable(entry.name)}"
+                sentence = f"{file}: lies in no tag's folder; move it to labels/{labels.FINAL}/ if it is a final label"
+                found[file] = Finding(file, "label", sentence, "")
+    return found
+
+
+def _files(folder: Path, unreadable: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The visible files of a folder, links to files among them, with their status.
+
+    Args:
+        folder: the folder.
+        unreadable: gets the names of those whose status is not to be had, each with the reason.
+    """
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if entry.is_symlink():
+                    unreadable[printable(entry.name)] = f"is a link that leads nowhere ({error.strerror}); mend it"
+                elif not isinstance(error, FileNotFoundError):  # not removed this moment
+                    unreadable[printable(entry.name)] = f"cannot be read ({error.strerror})"
+            else:
+                if stat.S_ISREG(status.st_mode):
+                    yield entry, status
+
+
+def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (items[start : start + _LABEL_BATCH] for start in range(0, len(items), _LABEL_BATCH))

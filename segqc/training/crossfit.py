@@ -1,0 +1,224 @@
+"""Pairs of a scan and a mask to train SegQC-Net on, made by networks that have never seen the scan's label."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segqc.networks.plan import NetworkPlan
+from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import StemUNet
+from segqc.progress import Progress
+from segqc.quality.metrics import true_metrics
+from segqc.split import PatientSplit
+from segqc.training.cases import Case, label_values, load_example, read_case
+from segqc.training.engine import Weights, fit
+from segqc.training.segmentation import segmentation_job, segmenter_of
+from segqc.training.spec import TrainingSettings
+from segqc.types import LabelArray, Structure
+from segqc.volumes import Volume, atomic_write
+from segqc.volumes.intake import content_sha256
+
+logger = logging.getLogger(__name__)
+
+BIN_WIDTH = 0.1  # of Dice, for stratified sampling
+MAX_EARLY_EPOCHS = 5
+
+
+class LeakError(ValueError):
+    """A network was asked for a training mask of a scan whose label it, or an ancestor, has seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSet:
+    """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures."""
+
+    case: Case
+    masks: LabelArray
+    dice: tuple[float, ...]
+
+
+def assert_unseen(segmenter: Segmenter, case: Case) -> None:
+    """Refuse a case that the network has trained from.
+
+    Raises:
+        LeakError: naming the case and the patient.
+    """
+    if case.patient in segmenter.card.seen:
+        raise LeakError(f"case {case.id}: the network {segmenter.version} has seen patient {case.patient}'s label")
+
+
+def masks_of(
+    segmenters: Sequence[Segmenter], case: Case, settings: TrainingSettings, *, allow_seen: bool = False
+) -> MaskSet:
+    """Make the masks of a case: per network each member of the augmentation group and the median (paper, 3.1).
+
+    The first network gives the whole group; the further ones (early epochs) give one mask each, as the members of a
+    group look much alike and cost as much as the first one's.
+
+    Args:
+        segmenters: the networks.
+        case: the case.
+        settings: for the group's contrasts.
+        allow_seen: take networks that have seen the case; only to show what this leak does to an estimator.
+
+    Raises:
+        LeakError: if one of the networks has seen the case.
+    """
+    scan, truth = read_case(case, segmenters[0].values)
+    masks: list[LabelArray] = []
+    for i, segmenter in enumerate(segmenters):
+        if not allow_seen:
+            assert_unseen(segmenter, case)
+        if i == 0:
+            tta = segmenter.predict_tta(scan, gammas=settings.gammas)
+            masks += [np.asarray(tta.labels.array, np.uint8), *tta.members]
+        else:
+            masks.append(np.asarray(segmenter.predict(scan).labels.array, np.uint8))
+    dice = tuple(mean_dice(mask, truth, segmenters[0].structures) for mask in masks)
+    return MaskSet(case, np.stack(masks), dice)
+
+
+def makers_of_masks(makers: int, settings: TrainingSettings) -> tuple[int, ...]:
+    """The number of the network that made each of a case's masks, in the order of `masks_of`."""
+    group = (8 if settings.transposes else 4) * (1 + len(settings.gammas))
+    return (0,) * (1 + group) + tuple(range(1, makers))
+
+
+def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
+    """Mean true Dice over the structures that are there; 1.0 where none is."""
+    dice = [true_metrics(s.mask(mask), s.mask(truth.array)).dice for s in structures]
+    return float(np.mean([d for d in dice if d is not None] or [1.0]))
+
+
+def crossfit_masks(
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    patient_splits: dict[str, PatientSplit],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    only: Sequence[int] | None = None,
+) -> list[MaskSet]:
+    """Make the masks of all cases, each from networks trained without its patient.
+
+    Fold k's network learns from the training patients of the other folds, for a fixed number of epochs (no early
+    stopping: validation labels must stay unseen too), and makes the masks of fold k's patients, validating ones
+    included. Its weights at early epochs make further, worse masks (the paper's stratification, 4.1).
+
+    Args:
+        cases: the cases.
+        structures: the structures to learn.
+        patient_splits: fold and role by patient.
+        plan: the networks' plan.
+        settings: how to train.
+        folder: for checkpoints and masks; folds in one folder may be done side by side, by processes of their own.
+        progress: told after each step.
+        only: the folds whose cases' masks are made; by default all.
+    """
+    folds, sets = sorted({patient_splits[c.patient].fold for c in cases}), list[MaskSet]()
+    for fold in folds if only is None else only:
+        held = [c for c in cases if patient_splits[c.patient].fold == fold]
+        trained = [
+            c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
+        ]
+        name = f"fold {fold + 1}/{len(folds)}"
+        networks = train_makers(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+        for i, case in enumerate(held):
+            progress.step(i, len(held), f"masks of {name}")
+            sets.append(stored_masks(networks, case, settings, folder / "masks"))
+    return sets
+
+
+def train_makers(
+    name: str,
+    trained: Sequence[Case],
+    structures: Sequence[Structure],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+    *,
+    early: Sequence[int] | None = None,
+) -> list[Segmenter]:
+    """Train a network that only makes masks, for ``settings.fold_epochs``; return it and itself at its early epochs.
+
+    Args:
+        name: what progress calls it.
+        trained: the cases it learns from.
+        structures: the structures to learn.
+        plan: the network's plan.
+        settings: how to train.
+        folder: for the checkpoint.
+        progress: told after each step.
+        early: the early epochs, by default those of `early_epochs`.
+    """
+    values = label_values(structures)
+    early = early_epochs(settings.fold_epochs) if early is None else tuple(early)
+    examples = [load_example(c, plan, values) for c in trained]
+    job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
+    fitted = fit(job, folder, progress)
+    last = segmenter_of(fitted, plan, structures, [c.patient for c in trained], settings)
+    return [last, *(at_weights(last, fitted.snapshots[epoch]) for epoch in early)]
+
+
+def early_epochs(epochs: int) -> tuple[int, ...]:
+    """Two to five epochs of the first half of a training, denser at the start, where the masks change most.
+
+    Drawn at random they may all make useless or all make good masks; SegQC-Net has to know those between as well.
+    """
+    latest = max(1, epochs // 2)
+    count = min(max(2, epochs // 4), MAX_EARLY_EPOCHS)
+    return tuple(sorted({round(e) for e in np.geomspace(1, latest, count)}))
+
+
+def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
+    """The segmenter as it was at other weights, those of an earlier epoch."""
+    network = StemUNet(segmenter.card.plan)
+    network.load_state_dict(weights)
+    return Segmenter(segmenter.card, network)
+
+
+def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
+    """The masks of a case, from an earlier run with the same networks where there is one."""
+    content = case.content or content_sha256(case.scan)
+    made_with = " ".join([*(n.version for n in networks), repr(settings.gammas), content])
+    key = hashlib.sha256(made_with.encode() + case.labels.read_bytes()).hexdigest()[:16]
+    path = folder / f"{case.id}-{key}.npz"
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]))
+        except Exception as error:  # of many kinds on damaged files, without a common base
+            logger.warning("%s: unreadable masks (%s), made anew", path, error)
+    made = masks_of(networks, case, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, masks=made.masks, dice=np.array(made.dice))
+    return made
+
+
+def thinned(mask_set: MaskSet, most: int) -> MaskSet:
+    """At most ``most`` masks of a case, evenly spaced in their order of quality, the worst and the best included."""
+    if len(mask_set.masks) <= most:
+        return mask_set
+    order = np.argsort(mask_set.dice, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, most).round().astype(int)]
+    return MaskSet(mask_set.case, mask_set.masks[chosen], tuple(mask_set.dice[int(i)] for i in chosen))
+
+
+def stratified_weights(dice: Sequence[float]) -> tuple[float, ...]:
+    """Weights that draw masks of rare qualities more often: a Dice bin's share grows with the root of its number.
+
+    Equal shares (method, "Stratified data") would show the handful of masks in a sparse bin again and again.
+    """
+    bins = np.minimum((np.asarray(dice) / BIN_WIDTH).astype(int), round(1 / BIN_WIDTH) - 1)
+    counts = np.bincount(bins)
+    return tuple(float(counts[b] ** -0.5) for b in bins)

@@ -1,0 +1,116 @@
+"""The settings of a training; the defaults are the recipe that won on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from segqc.networks.plan import NetworkSize, Triple
+from segqc.quality.calibration import OutputForm
+
+# What can be meant, both ends included; a learning rate is above its lower end.
+_WHOLE_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
+    "seed": (0, 2**32 - 1),
+    "epochs": (1, 100_000),
+    "fold_epochs": (1, 100_000),
+    "steps_per_epoch": (1, 100_000),
+    "batch": (1, 1024),
+    "patience": (1, 100_000),
+    "folds": (2, 100),
+    "min_cases": (1, 100_000),
+}
+_SHARES: Final = ("scan_only_share", "empty_mask_share")
+_LARGEST_PATCH: Final = 4096  # voxels along an axis
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How networks are trained.
+
+    ``epochs`` are of ``steps_per_epoch`` batches each, whatever the number of cases. ``fold_epochs`` is the length of
+    the cross-fitted segmentation networks that only make SegQC-Net's training masks. ``scan_only_share`` is the first
+    part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
+    judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
+    at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
+    ``mask_deformation`` moves the contour of the mask alone, smoothly, by displacements with a standard deviation of up
+    to this many in-plane voxels, so that it does not believe masks of networks that it has not met.
+    ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
+    seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
+    The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
+    network's training and assessment for each fold.
+    ``average_flips`` lets SegQC-Net answer with the mean over in-plane flips; with ``hide_mask`` it does not see the
+    mask in half of them, and so leans less on masks of networks that it has not met.
+    ``mixed_precision`` lets the trainings' convolutions compute in bfloat16 on CPUs (AVX-512 BF16) and GPUs that have
+    instructions for it, which takes less time; trained networks answer in float32 everywhere.
+    ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
+    """
+
+    seed: int = 0
+    size: NetworkSize = "small"
+    patch: Triple | None = None
+    epochs: int = 30
+    fold_epochs: int = 15
+    steps_per_epoch: int = 20
+    batch: int = 2
+    learning_rate: float = 2e-3
+    patience: int = 15
+    folds: int = 3
+    validation_share: float = 0.15
+    min_cases: int = 4
+    flips: bool = True
+    transposes: bool = False
+    gammas: tuple[float, ...] = (0.7,)
+    output_form: OutputForm = "truth"
+    loss: Literal["cross-entropy", "dice"] = "cross-entropy"
+    scan_only_share: float = 0.4
+    empty_mask_share: float = 0.0
+    mask_deformation: float = 0.0
+    average_flips: bool = False
+    hide_mask: bool = False
+    ensemble: bool = True
+    mixed_precision: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant.
+
+        Raises:
+            ValueError: if a number is out of its bounds, or ``hide_mask`` goes without flips, empty masks in the
+                training, or the output form "truth".
+        """
+        for name, (low, high) in _WHOLE_NUMBERS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be a whole number from {low} to {high}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError("validation_share must be from 0 to below 1")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError("learning_rate must be above 0 and at most 1")
+        if not 0 <= self.mask_deformation <= 100:
+            raise ValueError("mask_deformation must be from 0 to 100 voxels")
+        if not all(0 < contrast <= 10 for contrast in self.gammas):
+            raise ValueError("contrasts must be above 0 and at most 10")
+        if self.patch is not None and not all(1 <= n <= _LARGEST_PATCH for n in self.patch):
+            raise ValueError(f"patch must be from 1 to {_LARGEST_PATCH} voxels along each axis")
+        taught = self.scan_only_share > 0 or self.empty_mask_share > 0
+        if self.hide_mask and not (self.average_flips and taught and self.output_form == "truth"):
+            raise ValueError(
+                "hide_mask needs average_flips, output_form 'truth', and scan_only_share or empty_mask_share over 0"
+            )
+
+    def paper_recipe(self) -> TrainingSettings:
+        """The paper's own SegQC-Net: error as direct output, Dice loss, learning rate 5e-4 (section 4.2)."""
+        return replace(
+            self,
+            output_form="direct",
+            loss="dice",
+            learning_rate=5e-4,
+            scan_only_share=0.0,
+            empty_mask_share=0.0,
+            mask_deformation=0.0,
+            average_flips=False,
+            hide_mask=False,
+            ensemble=False,
+        )
