@@ -51,7 +51,7 @@ epochs = 2
 fold_epochs = 1
 steps_per_epoch = 2
 folds = 2
-contrasts = []
+gammas = []
 """
 
 
@@ -67,7 +67,7 @@ def draw_case(index: int) -> tuple[Volume, Volume]:
     return Volume(image, AFFINE), Volume(labels, AFFINE)
 
 
-def make_studies(folder: Path, scans: int = 4, finals: int = 1, config: str = CONFIG) -> Path:
+def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CONFIG) -> Path:
     """A dataset folder of ``scans`` scans named scan_0, scan_1, ..., the first ones with final labels."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "segqc.toml").write_text(config)

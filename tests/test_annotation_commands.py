@@ -18,7 +18,7 @@ from segqc.store import leases, orders
 from segqc.store.database import StoreError
 from segqc.text import visible
 from segqc.volumes import read_labels, write_labels, write_scan
-from tests.server_kit import CONFIG, assess, draw_case, make_studies
+from tests.server_kit import CONFIG, assess, draw_case, make_dataset
 from tests.store_kit import ANNA
 
 PLAIN = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
@@ -34,7 +34,7 @@ def run(*words: object) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = make_studies(tmp_path / "s", scans=3, finals=0, config=CONFIG + PLAIN)
+    made = make_dataset(tmp_path / "s", scans=3, finals=0, config=CONFIG + PLAIN)
     dataset = Dataset(made)
     for i in range(3):
         assess(dataset, f"scan_{i}", 0.5 + i / 10)

@@ -92,7 +92,7 @@ def test_contrast_leaves_masks_constants_and_its_argument_alone() -> None:
     assert torch.equal(x, image(4, 5, 3))
 
 
-@pytest.mark.parametrize("contrasts", [(0.0,), (-1.0,), (1.0,), (0.7, 0.7)])
+@pytest.mark.parametrize("gammas", [(0.0,), (-1.0,), (1.0,), (0.7, 0.7)])
 def test_contrasts_that_make_no_new_member_are_refused(gammas: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="contrasts"):
+    with pytest.raises(ValueError, match="gammas"):
         tta_group(gammas=gammas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -29,7 +30,7 @@ from segqc.server.client_labels import to_client
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
-from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_studies
+from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,8 +46,9 @@ Run = Callable[..., Said]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Call the command as its console script does."""
+    handlers = list(logging.root.handlers)
 
     def call(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["segqc", *map(str, arguments)])
@@ -59,7 +61,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         out, err = capsys.readouterr()
         return Said(code, out, err)
 
-    return call
+    yield call
+    logging.root.handlers[:] = handlers  # the command's writes to a stream that ends with the test
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -79,7 +82,7 @@ ALL = dict(commands(typer.main.get_command(main.app)))
 
 PROBE = """
 import sys
-from segqc import cli
+from segqc.cli import main as cli
 
 def imported(*names):
     return set(names) & set(sys.modules)
@@ -139,7 +142,7 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
     empty.mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "segqc.toml").write_text("[server]\nport = 'x'\n")
-    scan = make_studies(tmp_path / "s", scans=1, finals=0) / "scan_0.nii.gz"
+    scan = make_dataset(tmp_path / "s", scans=1, finals=0) / "scan_0.nii.gz"
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(scan.read_bytes()[:200])
     for arguments, said_of in [
@@ -163,7 +166,7 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
 
 
 def test_what_is_refused_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
-    folder = make_studies(tmp_path / "s", scans=2, finals=0)
+    folder = make_dataset(tmp_path / "s", scans=2, finals=0)
     add_models(folder)
     damaged = folder / "damaged.nii.gz"
     damaged.write_bytes(b"no scan")
@@ -196,7 +199,7 @@ def outside_of_the_store(paths: list[Path]) -> list[Path]:
 
 
 def test_one_scan_that_cannot_be_read_does_not_keep_the_others_from_their_masks(run: Run, tmp_path: Path) -> None:
-    folder = make_studies(tmp_path / "s", scans=3, finals=0)
+    folder = make_dataset(tmp_path / "s", scans=3, finals=0)
     add_models(folder)
     (folder / "scan_1.nii.gz").write_bytes(b"no scan")
     messages = run(
@@ -294,7 +297,7 @@ def test_phantom_makes_a_studies_folder(run: Run, tmp_path: Path, monkeypatch: p
 @pytest.fixture
 def ranked(tmp_path: Path) -> Path:
     """Four scans with masks of falling quality, estimates that order them but for one pair, and truths."""
-    folder = make_studies(tmp_path / "s", scans=5, finals=1)
+    folder = make_dataset(tmp_path / "s", scans=5, finals=1)
     dataset = Dataset(folder)
     for i, (estimate, shift) in enumerate([(0.9, 0), (0.5, 3), (0.6, 2), (0.55, 1)], start=1):
         _, labels = draw_case(i)
@@ -372,7 +375,7 @@ def test_the_constant_is_the_best_that_a_constant_can_do() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_studies(tmp_path_factory.mktemp("cli") / "s", scans=3, finals=1, config=CONFIG)
+    folder = make_dataset(tmp_path_factory.mktemp("cli") / "s", scans=3, finals=1, config=CONFIG)
     add_models(folder)
     return folder
 

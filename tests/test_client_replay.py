@@ -20,7 +20,7 @@ from monailabel.client.client import MONAILabelClientException
 from segqc.loop.dataset import Dataset
 from segqc.volumes import Volume, read_labels, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
-from tests.server_kit import add_models, draw_case, listening, make_studies
+from tests.server_kit import add_models, draw_case, listening, make_dataset
 
 pytestmark = pytest.mark.server
 
@@ -42,7 +42,7 @@ class Recorded(MONAILabelClient):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = make_studies(tmp_path_factory.mktemp("replay") / "studies", scans=6, finals=4)
+    made = make_dataset(tmp_path_factory.mktemp("replay") / "studies", scans=6, finals=4)
     add_models(made)
     return made
 

@@ -29,7 +29,7 @@ from segqc.store.database import (
     StoreUnavailable,
 )
 from segqc.store.store import Store
-from tests.server_kit import make_studies
+from tests.server_kit import make_dataset
 from tests.store_kit import ANNA, hanging, make_scans, new_database, save_final, sync_scans
 
 
@@ -331,7 +331,7 @@ def test_a_read_only_folder_is_read_and_left_as_it_is(
 def test_commands_on_a_read_only_folder(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> None:
-    folder, out = make_studies(tmp_path / "studies", scans=3, finals=2), tmp_path_factory.mktemp("out")
+    folder, out = make_dataset(tmp_path / "studies", scans=3, finals=2), tmp_path_factory.mktemp("out")
     opened = Dataset(folder).store
     with opened.read() as transaction:
         version = str(labels.history(transaction, "scan_0")[0].id)

@@ -184,9 +184,9 @@ def test_a_server_that_is_killed_keeps_every_acknowledged_submission(tmp_path: P
 
     from segqc.loop.dataset import Dataset
     from segqc.volumes import temporary_labels
-    from tests.server_kit import draw_case, make_studies
+    from tests.server_kit import draw_case, make_dataset
 
-    folder = make_studies(tmp_path / "studies", scans=6, finals=0)
+    folder = make_dataset(tmp_path / "studies", scans=6, finals=0)
     (folder / "segqc.toml").write_text((folder / "segqc.toml").read_text() + "[annotation]\nrepeat_seconds = 0\n")
     chance = random.Random(1)
     acknowledged: dict[int, tuple[str, np.ndarray]] = {}
@@ -233,9 +233,9 @@ def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_pa
     import requests
 
     from segqc.volumes import temporary_labels
-    from tests.server_kit import draw_case, make_studies
+    from tests.server_kit import draw_case, make_dataset
 
-    folder, backup = make_studies(tmp_path / "studies", scans=4, finals=0), tmp_path / "backup"
+    folder, backup = make_dataset(tmp_path / "studies", scans=4, finals=0), tmp_path / "backup"
     contents = []
     for case in range(2):
         with temporary_labels(draw_case(case)[1]) as path:
@@ -281,7 +281,7 @@ def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_pa
     assert server.wait(timeout=30) == -signal.SIGKILL
     psutil.wait_procs(children, timeout=30)
 
-    make_studies(tmp_path / "empty", scans=4, finals=0)
+    make_dataset(tmp_path / "empty", scans=4, finals=0)
     for target in (folder, folder, tmp_path / "empty"):  # as the kill left it, as a restore did, and without a store
         done = segqc("db", "restore", backup, target)
         assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from segqc.evaluation.methods.autoencoder import train_autoencoder
 from segqc.evaluation.methods.map_and_score import train_map_and_score
 from segqc.evaluation.methods.maps import train_scan_only
 from segqc.evaluation.methods.regression import train_regression
-from segqc.networks import core
+from segqc.networks import model as models
 from segqc.networks.assessor import Assessor
 from segqc.networks.segmenter import Segmenter
 from segqc.training import Case, NoProgress, TrainingSettings, train_assessor
@@ -134,7 +134,7 @@ def test_a_model_answers_as_on_a_cpu(cases: list[Case], tmp_path: Path, monkeypa
     scan = read_scan(cases[0].scan)
     answers = []
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(core, "device_of_choice", lambda device=device: torch.device(device))
+        monkeypatch.setattr(models, "device_of_choice", lambda device=device: torch.device(device))
         segmenter, model = Segmenter.load(tmp_path / "s.pt"), Assessor.load(tmp_path / "a.pt")
         assert segmenter.device.type == model.device.type == device
         if not answers:

@@ -27,7 +27,7 @@ from segqc.store.scans import ScanReplaced
 from segqc.store.store import Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
-from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_studies
+from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_dataset
 from tests.store_kit import ANNA, BERT, PLACING, label_map, make_scans, save_final, save_mask, sync_scans
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
@@ -35,7 +35,7 @@ RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_studies(tmp_path / "studies", scans=3, finals=0)
+    return make_dataset(tmp_path / "studies", scans=3, finals=0)
 
 
 @pytest.fixture

@@ -37,14 +37,14 @@ epochs = 2
 fold_epochs = 1
 steps_per_epoch = 2
 folds = 2
-contrasts = []
+gammas = []
 average_flips = false
 ensemble = false
 patch = [16, 16, 4]
 """
 
 
-def make_studies(folder: Path, labelled: int, unlabelled: int) -> Dataset:
+def make_dataset(folder: Path, labelled: int, unlabelled: int) -> Dataset:
     """A folder in MONAI Label's layout."""
     (folder / "labels" / "final").mkdir(parents=True)
     for i, case in enumerate(make_cases(folder, labelled + unlabelled)):
@@ -57,7 +57,7 @@ def make_studies(folder: Path, labelled: int, unlabelled: int) -> Dataset:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A folder with both networks, trained for seconds."""
-    dataset = make_studies(tmp_path_factory.mktemp("studies"), 5, 3)
+    dataset = make_dataset(tmp_path_factory.mktemp("studies"), 5, 3)
     for network in ("segmentation", "segqc"):
         train(dataset, network, NoProgress())  # type: ignore[arg-type]
     return dataset
@@ -174,7 +174,7 @@ def test_the_baselines_score_every_scan_once(dataset: Dataset) -> None:
 
 
 def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) -> None:
-    dataset = make_studies(tmp_path / "s", 2, 1)
+    dataset = make_dataset(tmp_path / "s", 2, 1)
     with pytest.raises(ModelError, match="train one first"):
         score(dataset, "segqc", NoProgress())
     with pytest.raises(TooFewCases, match="at least 4 patients, found 2"):
@@ -185,7 +185,7 @@ def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) ->
 
 
 def test_scans_of_one_patient_share_fold_and_role(tmp_path: Path) -> None:
-    dataset = make_studies(tmp_path / "s", 6, 0)
+    dataset = make_dataset(tmp_path / "s", 6, 0)
     with (dataset.folder / "segqc.toml").open("a") as settings:
         settings.write('[patients]\nanna = ["c0", "c3"]\n')
     dataset = Dataset(dataset.folder)
@@ -309,7 +309,7 @@ def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(datase
 def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dataset = make_studies(tmp_path / "s", 4, 0)
+    dataset = make_dataset(tmp_path / "s", 4, 0)
     by_id = {case.id: case for case in dataset.cases()}
     by_id["c1"].labels.chmod(0o644)
     by_id["c1"].labels.write_bytes(b"damaged")
@@ -337,7 +337,7 @@ def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
 def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
 ) -> None:
-    dataset = make_studies(tmp_path / "s", 5, 1)
+    dataset = make_dataset(tmp_path / "s", 5, 1)
     validating = {p for p, placement in dataset.patient_splits().items() if placement.split == "validation"}
     named = next(case.id for case in dataset.cases() if case.patient not in validating)
 

@@ -28,7 +28,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
 from segqc.volumes import Volume
-from tests.server_kit import add_models, draw_case, make_assessment, make_studies
+from tests.server_kit import add_models, draw_case, make_assessment, make_dataset
 
 ANNA = Actor("person", "anna", "client-id")
 LINE = LinearCalibration(0.8, 0.1, 0.0, 1.0)
@@ -39,7 +39,7 @@ WIDE = MetricIntervals(dice=PredictionInterval(0.0, 1.0, 0.9))
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of scans that all have a mask and an assessment."""
-    folder = make_studies(tmp_path_factory.mktemp("judged"), scans=12, finals=0)
+    folder = make_dataset(tmp_path_factory.mktemp("judged"), scans=12, finals=0)
     add_models(folder)
     made = Dataset(folder)
     assessor = made.assessor()

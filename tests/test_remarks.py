@@ -15,7 +15,7 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
 from segqc.store import leases, orders, scans
 from segqc.store.leases import LeaseRules
-from tests.server_kit import AFFINE, CONFIG, draw_case, make_studies
+from tests.server_kit import AFFINE, CONFIG, draw_case, make_dataset
 from tests.store_kit import ANNA
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
@@ -23,7 +23,7 @@ RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_studies(tmp_path / "studies", scans=4, finals=0)
+    return make_dataset(tmp_path / "studies", scans=4, finals=0)
 
 
 def remarks(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 
 import psutil
 
-from tests.server_kit import make_studies
+from tests.server_kit import make_dataset
 
 pytestmark = pytest.mark.server
 
@@ -28,7 +28,7 @@ def _ignore_interrupts() -> None:
 @pytest.mark.parametrize("moment", ["starting ...", "SegQC answers", "takes jobs"])
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_server_in_the_background_of_a_script_ends_by(sign: signal.Signals, moment: str, tmp_path: Path) -> None:
-    folder = make_studies(tmp_path / "studies", scans=2, finals=1)
+    folder = make_dataset(tmp_path / "studies", scans=2, finals=1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (tmp_path / "temporary").mkdir()

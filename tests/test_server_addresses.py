@@ -23,14 +23,14 @@ from segqc.server.serve import default_app_dir
 from segqc.store import jobs
 from segqc.store.records import JobState
 from segqc.store.store import Store
-from tests.server_kit import add_models, make_studies
+from tests.server_kit import add_models, make_dataset
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    made = make_studies(tmp_path_factory.mktemp("addresses") / "studies", scans=4, finals=4)
+    made = make_dataset(tmp_path_factory.mktemp("addresses") / "studies", scans=4, finals=4)
     add_models(made)
     saved = settings.model_dump()
     settings.MONAI_LABEL_APP_DIR = str(default_app_dir())

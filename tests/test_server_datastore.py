@@ -17,14 +17,14 @@ from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.store.records import Actor
 from segqc.volumes import write_labels, write_scan
-from tests.server_kit import draw_case, make_studies
+from tests.server_kit import draw_case, make_dataset
 
 ANNA = Actor("person", "anna", "client-id")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_studies(tmp_path / "studies", scans=3, finals=1)
+    return make_dataset(tmp_path / "studies", scans=3, finals=1)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ from segqc.server.serve import default_app_dir
 from segqc.store import scans
 from segqc.store.events import SERVER
 from segqc.volumes import write_labels, write_scan
-from tests.server_kit import add_models, assess, draw_case, make_studies
+from tests.server_kit import add_models, assess, draw_case, make_dataset
 
 pytestmark = pytest.mark.server
 
@@ -139,7 +139,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("fuzz")
-    folder = make_studies(base / "studies", scans=len(SCANS), finals=2)
+    folder = make_dataset(base / "studies", scans=len(SCANS), finals=2)
     temporary = base / "temporary"
     temporary.mkdir()
     add_models(folder)

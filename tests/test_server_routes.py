@@ -34,7 +34,7 @@ from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Trans
 from segqc.store.events import SERVER
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
-from tests.server_kit import CONFIG, add_models, assess, draw_case, make_studies
+from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset
 
 pytestmark = pytest.mark.server
 
@@ -44,7 +44,7 @@ LIMIT_MB = 3.0
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     plain = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
-    folder = make_studies(tmp_path_factory.mktemp("server") / "studies", scans=4, finals=1, config=CONFIG + plain)
+    folder = make_dataset(tmp_path_factory.mktemp("server") / "studies", scans=4, finals=1, config=CONFIG + plain)
     saved = settings.model_dump()
     settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
     settings.MONAI_LABEL_STUDIES = str(folder)
@@ -583,7 +583,7 @@ def test_a_submitted_label_is_final_and_checked(client: TestClient, base: Path, 
 
 
 @pytest.mark.parametrize(
-    ("problem", "status", "said"),
+    ("problem", "status", "messages"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 507, "disk is full"),
         (OSError(errno.EROFS, "Read-only file system"), 503, "Read-only file system"),

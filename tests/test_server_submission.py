@@ -12,14 +12,14 @@ from segqc.server.errors import RequestError
 from segqc.server.submitted_labels import read_submission, stored_info
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels
-from tests.server_kit import AFFINE, SHAPE, make_studies
+from tests.server_kit import AFFINE, SHAPE, make_dataset
 
 NAMES = {"liver": 1, "spleen": 4}
 
 
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
-    return make_studies(tmp_path / "studies", scans=1, finals=0) / "scan_0.nii.gz"
+    return make_dataset(tmp_path / "studies", scans=1, finals=0) / "scan_0.nii.gz"
 
 
 def submit(path: Path, blocks: dict[int, int], affine: np.ndarray = AFFINE) -> Path:
@@ -140,7 +140,7 @@ def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("blocks", "params", "said"),
+    ("blocks", "params", "messages"),
     [
         ({2: 3}, {}, "value"),
         ({3: 3}, info("liver", "spleen"), "holds the value 3"),

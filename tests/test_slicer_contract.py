@@ -22,7 +22,7 @@ from segqc.server.uploads import MAX_REMEMBERED, REMEMBERED_SECONDS, Uploads
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from segqc.volumes.dicom import write_dicom
-from tests.server_kit import CONFIG, add_models, draw_case, make_studies, serving
+from tests.server_kit import CONFIG, add_models, draw_case, make_dataset, serving
 
 pytestmark = pytest.mark.server
 
@@ -31,7 +31,7 @@ GAPS = CONFIG.replace("liver = [1]", "liver = [2]").replace("spleen = [4]", "spl
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = make_studies(tmp_path / "studies", scans=2, finals=0, config=GAPS)
+    folder = make_dataset(tmp_path / "studies", scans=2, finals=0, config=GAPS)
     labels = draw_case(0)[1]
     array = np.select([labels.array == 1, labels.array == 4], [2, 7], 0).astype(np.uint8)
     write_labels(Volume(array, labels.affine), folder / "labels" / "final" / "scan_0.nii.gz")

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from segqc.split import SplitConfig, place
+from segqc.split import SplitConfig, split_patients
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
 from segqc.store import sync as folder_module
 from segqc.store.database import StoreError
@@ -187,7 +187,7 @@ def test_a_queue_that_is_not_the_patients_role_is_refused_by_the_database(store:
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
 def test_the_validating_share_is_kept_from_the_start(share: float) -> None:
-    placed = list(place([f"p{i}" for i in range(40)], split_config=SplitConfig(3, share)).values())
+    placed = list(split_patients([f"p{i}" for i in range(40)], split_config=SplitConfig(3, share)).values())
     for count in range(1, 41):
         validating = sum(p.split == "validation" for p in placed[:count])
         assert abs(validating - count * share) <= 0.5
@@ -821,7 +821,7 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
     job = put(store)
     assert claim_job(store, "w1") == job
     clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
-    on_job(store, jobs.beat, job, "w1", said=["epoch 1"], steps=(1, 10))
+    on_job(store, jobs.heartbeat, job, "w1", messages=["epoch 1"], steps=(1, 10))
     clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1)
     assert claim_job(store, "w2") is None
     clock.pass_(seconds=2)
@@ -831,7 +831,7 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
     on_job(store, jobs.finish, job, "w1", "failed")  # the dead one's last word does not count
     with store.read() as transaction:
         found = jobs.get(transaction, job)
-    assert (found.state, found.worker, found.attempts, found.said, found.done_steps) == (
+    assert (found.state, found.worker, found.attempts, found.messages, found.done_steps) == (
         "running",
         "w2",
         2,

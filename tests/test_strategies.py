@@ -16,7 +16,7 @@ from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
 from strategies import STRATEGIES, Sampling
-from tests.server_kit import assess, make_studies
+from tests.server_kit import assess, make_dataset
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
 ANNA = Actor("person", "anna", "client-id")
@@ -24,7 +24,7 @@ ANNA = Actor("person", "anna", "client-id")
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    folder = make_studies(tmp_path / "studies", scans=4, finals=0)
+    folder = make_dataset(tmp_path / "studies", scans=4, finals=0)
     (folder / "segqc.toml").write_text((folder / "segqc.toml").read_text() + "validation_share = 0.0\n" + NO_DRAWS)
     return Dataset(folder)
 
@@ -89,7 +89,7 @@ def test_foreground_random_leaves_out_empty_masks(dataset: Dataset) -> None:
 
 
 def test_sequential_counts_numbers_in_names_as_numbers(tmp_path: Path) -> None:
-    folder = make_studies(tmp_path / "studies", scans=1, finals=0)
+    folder = make_dataset(tmp_path / "studies", scans=1, finals=0)
     for name in ("s_10", "s_9", "s_2b"):
         (folder / f"{name}.nii.gz").write_bytes((folder / "scan_0.nii.gz").read_bytes())
     (folder / "scan_0.nii.gz").unlink()

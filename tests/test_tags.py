@@ -222,7 +222,7 @@ def test_another_tag_names_the_patient_and_the_rest_is_left_behind(tmp_path: Pat
         item = pydicom.dcmread(file)
         item.StudyID = "study 1"
         item.save_as(file)
-    dicom.make_studies(tmp_path / "in", tmp_path / "out", patient_tag="0020,0010")
+    dicom.make_dataset(tmp_path / "in", tmp_path / "out", patient_tag="0020,0010")
     assert patients(Dataset(tmp_path / "out")) == {"a": "study 1"}
     assert b"secret" not in (tmp_path / "out" / "a.json").read_bytes()
 
@@ -230,9 +230,9 @@ def test_another_tag_names_the_patient_and_the_rest_is_left_behind(tmp_path: Pat
 def test_what_cannot_be_imported_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(ExchangeError, match="no DICOM files"):
-        dicom.make_studies(tmp_path / "in", tmp_path / "out")
+        dicom.make_dataset(tmp_path / "in", tmp_path / "out")
     with pytest.raises(ExchangeError, match="no such folder"):
-        dicom.make_studies(tmp_path / "none", tmp_path / "out")
+        dicom.make_dataset(tmp_path / "none", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -240,7 +240,7 @@ def test_volumes_of_one_name_are_numbered(tmp_path: Path) -> None:
     series(tmp_path / "in" / "a_b", "P7")
     (tmp_path / "in" / "a").mkdir()
     series(tmp_path / "in" / "a" / "b", "P8")
-    assert dicom.make_studies(tmp_path / "in", tmp_path / "out").scans == 2
+    assert dicom.make_dataset(tmp_path / "in", tmp_path / "out").scans == 2
     assert set(patients(Dataset(tmp_path / "out")).values()) == {"P7", "P8"}
 
 

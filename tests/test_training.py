@@ -15,7 +15,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.device import DeviceMemoryError, device_of_choice
 from segqc.networks.segmenter import Segmenter
 from segqc.settings import SettingsError, build
-from segqc.split import PatientSplit, SplitConfig, place
+from segqc.split import PatientSplit, SplitConfig, split_patients
 from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
 from segqc.training import engine as training_fit
 from segqc.training.assessor import VALIDATION_MASKS
@@ -68,7 +68,7 @@ def make_cases(folder: Path, count: int) -> list[Case]:
 
 
 def placed(cases: Sequence[Case], share: float = 0.25) -> dict[str, PatientSplit]:
-    return place([c.patient for c in cases], split_config=SplitConfig(folds=2, validation_share=share))
+    return split_patients([c.patient for c in cases], split_config=SplitConfig(folds=2, validation_share=share))
 
 
 class KilledError(Exception):
@@ -179,7 +179,7 @@ def test_validating_patches_together_gives_the_loss_of_one_by_one(
     patient_splits = placed(cases, share=0.5)
     assert sum(p.split == "validation" for p in patient_splits.values()) > 2
     for batch_size in (1, 2, 100):
-        monkeypatch.setattr(training_fit, "windows_at_once", lambda _patch, n=batch_size: n)
+        monkeypatch.setattr(training_fit, "window_batch_size", lambda _patch, n=batch_size: n)
         folder = tmp_path / str(batch_size)
         train_segmentation(
             cases, STRUCTURES, patient_splits, replace(QUICK, mixed_precision=False), folder, NoProgress()
@@ -215,12 +215,12 @@ def test_too_few_cases_are_named(tmp_path: Path) -> None:
 def test_patients_are_spread_over_folds_and_roles_however_they_come() -> None:
     names = [f"p{i}" for i in range(40)]
     split_config = SplitConfig(folds=3, validation_share=0.2, seed=5)
-    first = place(names[:12], split_config=split_config)
-    both = {**first, **place(names[12:], already=12, split_config=split_config)}
+    first = split_patients(names[:12], split_config=split_config)
+    both = {**first, **split_patients(names[12:], already=12, split_config=split_config)}
     assert sum(p.split == "validation" for p in both.values()) == 8
     counts = [sum(p.fold == k for p in both.values()) for k in range(3)]
     assert max(counts) - min(counts) <= 1
-    assert place(names[:12], split_config=split_config) == first
+    assert split_patients(names[:12], split_config=split_config) == first
 
 
 def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from segqc.store import events, jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable
 from segqc.store.events import SERVER
 from segqc.store.records import JobRecord
-from tests.server_kit import make_studies
+from tests.server_kit import make_dataset
 from tests.store_kit import ANNA
 
 RESULT = '{"result": {}}'
@@ -53,7 +53,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(make_studies(tmp_path / "studies", scans=5, finals=4))
+    return Dataset(make_dataset(tmp_path / "studies", scans=5, finals=4))
 
 
 def put(dataset: Dataset, kind: str = "train", **request: object) -> int:
@@ -334,7 +334,7 @@ def test_after_the_last_training_the_pool_is_scored(dataset: Dataset) -> None:
 
 @pytest.mark.server
 def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
-    folder = make_studies(tmp_path / "studies", scans=7, finals=5)
+    folder = make_dataset(tmp_path / "studies", scans=7, finals=5)
     dataset = Dataset(folder)
     job = put(dataset, "round")
     command = [sys.executable, "-m", "segqc.cli.main", "worker", str(folder), "--until-idle"]

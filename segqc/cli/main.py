@@ -166,7 +166,7 @@ def _set_up_text() -> None:
 _USER_ERRORS: Final[Mapping[str, tuple[str, ...]]] = {
     "segqc.evaluation.data.cohort": ("CohortError",),
     "segqc.io.case_list": ("ExchangeError",),
-    "segqc.loop.dataset": ("StudiesError",),
+    "segqc.loop.dataset": ("DatasetError",),
     "segqc.networks.device": ("DeviceMemoryError",),
     "segqc.networks.model": ("ModelError",),
     "segqc.server.annotator": ("AnnotatorError",),

@@ -1,4 +1,4 @@
-"""Task folders of the Medical Segmentation Decathlon: ``case_list.json``, ``imagesTr``, ``labelsTr``, ``imagesTs``."""
+"""Task folders of the Medical Segmentation Decathlon: ``dataset.json``, ``imagesTr``, ``labelsTr``, ``imagesTs``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What of ``case_list.json`` is needed."""
+    """What of ``dataset.json`` is needed."""
 
     labels: dict[int, str]
     training: list[_Pair]

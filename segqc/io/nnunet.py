@@ -1,4 +1,4 @@
-"""Raw data folders of nnU-Net v2: ``case_list.json``, ``imagesTr/<case>_0000.nii.gz``, ``labelsTr/<case>.nii.gz``."""
+"""Raw data folders of nnU-Net v2: ``dataset.json``, ``imagesTr/<case>_0000.nii.gz``, ``labelsTr/<case>.nii.gz``."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _CHANNEL: Final = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """What ``case_list.json`` says."""
+    """What ``dataset.json`` says."""
 
     channel_names: dict[str, str]
     labels: dict[str, int | list[int]]
     file_ending: str
-    case_list: JsonValue = None
+    dataset: JsonValue = None
 
 
 _RAW: Final = TypeAdapter(_Raw)
@@ -65,7 +65,7 @@ def read_raw(folder: Path) -> CaseList:
     if raw.file_ending.lower() not in SCAN_SUFFIXES:
         known = ", ".join(SCAN_SUFFIXES)
         raise ExchangeError(f"{path}: its files end in {raw.file_ending}; convert them to one of {known}")
-    if raw.case_list is not None:
+    if raw.dataset is not None:
         raise ExchangeError(f"{path}: lists its files under 'dataset'; move them to imagesTr and labelsTr")
     if "ignore" in raw.labels:
         raise ExchangeError(f"{path}: has a label 'ignore' for voxels that nobody labelled; complete the label maps")
@@ -168,7 +168,7 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, report: 
 
 
 def _labels(structures: list[Structure]) -> dict[str, JsonValue]:
-    """The entries of ``case_list.json`` that name label values and regions."""
+    """The entries of ``dataset.json`` that name label values and regions."""
     if all(len(s.values) == 1 for s in structures):
         return {"labels": {"background": 0, **{s.name: s.values[0] for s in structures}}}
     # predicted regions are painted over each other in this order: the inner ones last

@@ -1,4 +1,4 @@
-"""The process of one job: ``python -m segqc.loop.job_process FOLDER JOB WORKER``, started by the worker of that process id."""
+"""The process of one job, started by its worker: ``python -m segqc.loop.job_process FOLDER JOB WORKER``."""
 
 from __future__ import annotations
 

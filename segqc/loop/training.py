@@ -117,8 +117,8 @@ def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: 
                 actor = held.holder or "another process"
                 if not wait:
                     raise TrainingBusy(
-                        f"{dataset.folder}: the network {network} is being trained by {actor}; wait for its end, or end "
-                        "it (what it has learned is kept, and continued by the next training with the same settings)"
+                        f"{dataset.folder}: the network {network} is being trained by {actor}; wait for its end, or "
+                        "end it (what it learned is kept, and continued by the next training with the same settings)"
                     ) from held
                 if told is None or told != held.holder:
                     told = held.holder

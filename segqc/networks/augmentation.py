@@ -69,7 +69,7 @@ def tta_group(*, transposes: bool = True, gammas: Sequence[float] = ()) -> tuple
         ValueError: if a gamma is not positive, is 1, or is given twice.
     """
     if any(gamma <= 0 or gamma == 1 for gamma in gammas) or len(set(gammas)) < len(gammas):
-        raise ValueError(f"contrasts must be different positive gammas other than 1, got {list(gammas)}")
+        raise ValueError(f"gammas must be different, positive and not 1, got {list(gammas)}")
     return tuple(
         Member(_name((first, second), transpose, gamma), (first, second), transpose, gamma)
         for gamma in (None, *gammas)

@@ -15,8 +15,8 @@ What is promised, for a random mask of a new patient exchangeable with the calib
 * lines fitted without their patient (jackknife+): at least ``2 level - 1``, and in practice about ``level``.
 
 Where the x of calibrating patients are of fold networks and the new one is of all of them together, nothing is proven:
-it has to be measured (`segqc.evaluation.statistics.coverage`). An ensemble should err less than its members, and the intervals
-then be rather too wide.
+it has to be measured (`segqc.evaluation.statistics.coverage`). An ensemble should err less than its members, and the
+intervals then be rather too wide.
 
 The promise holds on average over patients, not in every stratum, and not for other patients than the calibrating ones.
 Bad masks have larger residuals: ``scale`` is a floor plus the estimate's distance from a perfect mask. The floor is

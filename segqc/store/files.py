@@ -1,8 +1,8 @@
 """The files of label versions: kept for ever under their sha256, and shown as ``labels/<tag>/<scan>.nii.gz``.
 
 Files and rows change together, whenever the process dies: new files wait in a folder of their own with a plan and a
-lock; with the write lock in hand they are renamed into place, then the rows are committed, and when all is on the disk the
-folder goes. A folder whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked
+lock; with the write lock in hand they are renamed into place, then the rows are committed, and when all is on the disk
+the folder goes. A folder whose lock is free belongs to a process that died: `Arrival.plan` says what has to be looked
 after. Files that people put below ``labels/`` stay as they are, and nothing is written over one that no version holds.
 """
 
@@ -36,8 +36,8 @@ _WAITING: Final = ("object", "source")  # the names of new contents, in the orde
 class Plan:
     """What is about to change: a scan's label under a tag, and the addresses of the new contents.
 
-    ``submitted_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is the
-    file, relative to ``labels/``, that a person put there and that stays as it is; None where the label's file is
+    ``submitted_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is
+    the file, relative to ``labels/``, that a person put there and that stays as it is; None where the label's file is
     written by us.
     """
 

@@ -247,7 +247,8 @@ def _records(transaction: Transaction, query: Select[JobRow, ActorRow]) -> list[
     return [
         JobRecord(
             j.id, j.public_id, j.kind, j.request, j.state, j.attempts, j.worker, j.done_steps, j.all_steps,
-            tuple(j.messages), j.result, j.stop_wanted, events.actor_of(actor), j.enqueued_at, j.started_at, j.heartbeat_at, j.ended_at,
+            tuple(j.messages), j.result, j.stop_wanted, events.actor_of(actor),
+            j.enqueued_at, j.started_at, j.heartbeat_at, j.ended_at,
         )
         for j, actor in rows
     ]  # fmt: skip

@@ -25,7 +25,8 @@ class NewLabel:
     """What is known of a label version before it is one.
 
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
-    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is another.
+    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is
+    another.
     """
 
     scan: str

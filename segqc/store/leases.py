@@ -384,7 +384,8 @@ def _leases() -> Select[*tuple[Any, ...]]:
     lease = LeaseRow
     return (
         select(
-            lease.id, Scan.name.label("scan"), ActorRow.kind, ActorRow.name.label("actor_name"), ActorRow.identified_by, lease.slot,
+            lease.id, Scan.name.label("scan"), ActorRow.kind, ActorRow.name.label("actor_name"),
+            ActorRow.identified_by, lease.slot,
             lease.state, lease.handed_out_at, lease.expires_at, lease.closed_at, lease.strategy, lease.score,
             lease.draw, lease.probability, lease.pool, lease.label_version_id, lease.assessment_id,
         )

@@ -82,8 +82,8 @@ class BundleRecord:
 class LabelRecord:
     """One version of a scan's label map; ``sha256`` is None for a removal.
 
-    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that a person put into the folder, where the label map
-    had to be read from it into another file.
+    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that a person put into the folder, where the
+    label map had to be read from it into another file.
     """
 
     id: int

@@ -220,8 +220,8 @@ class LabelVersion(Base):
     """One version of a scan's label map under a tag; rows are never changed (a trigger sees to it).
 
     The current label under a tag is the last row; a removal is a row without content. ``sha256`` is the file's address.
-    Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``submitted_sha256`` is
-    the address of that file as it came, and ``submitted_suffix`` the end of its name.
+    Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``submitted_sha256``
+    is the address of that file as it came, and ``submitted_suffix`` the end of its name.
     """
 
     __tablename__ = "label_version"

@@ -64,7 +64,7 @@ def masks_of(
     Args:
         segmenters: the networks.
         case: the case.
-        settings: for the group's contrasts.
+        settings: for the group's gammas.
         allow_seen: take networks that have seen the case; only to show what this leak does to an estimator.
 
     Raises:

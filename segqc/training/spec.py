@@ -91,7 +91,7 @@ class TrainingSettings:
         if not 0 <= self.mask_deformation <= 100:
             raise ValueError("mask_deformation must be from 0 to 100 voxels")
         if not all(0 < contrast <= 10 for contrast in self.gammas):
-            raise ValueError("contrasts must be above 0 and at most 10")
+            raise ValueError("gammas must be above 0 and at most 10")
         if self.patch is not None and not all(1 <= n <= _LARGEST_PATCH for n in self.patch):
             raise ValueError(f"patch must be from 1 to {_LARGEST_PATCH} voxels along each axis")
         taught = self.scan_only_share > 0 or self.empty_mask_share > 0

@@ -31,7 +31,7 @@ from monailabel.client.client import MONAILabelClientException
 from segqc.loop.dataset import Dataset
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
-from tests.server_kit import draw_case, make_studies
+from tests.server_kit import draw_case, make_dataset
 
 pytestmark = pytest.mark.server
 
@@ -49,7 +49,7 @@ epochs = 1
 fold_epochs = 4
 steps_per_epoch = 1
 folds = 2
-contrasts = []
+gammas = []
 """
 START = """
 import sys
@@ -100,7 +100,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("e2e")
-    folder = make_studies(base / "studies", scans=8, finals=5, config=CONFIG + PLAIN)
+    folder = make_dataset(base / "studies", scans=8, finals=5, config=CONFIG + PLAIN)
     port = free_port()
     log = base / "terminal.log"
     with log.open("wb") as terminal:

@@ -10,7 +10,6 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,12 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from segqc.cli import main
-from segqc.quality.metrics import METRIC_NAMES
-from segqc.store import assessments, labels, maintenance, scans
-from segqc.store.database import REVISION, StoreDamaged, StoreError, Transaction
-from segqc.store.files import sha256_of
+from segqc.store import labels, maintenance
+from segqc.store.database import REVISION, StoreDamaged, StoreError
 from segqc.store.records import LabelRecord
 from segqc.store.store import Store
 from segqc.store.sync import SyncResult, sync
 from segqc.volumes import scan_id
-from tests.server_kit import make_assessment
 from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, sync_scans
 
 
@@ -291,62 +287,6 @@ def test_upgrade_makes_the_tables_and_refuses_later_ones(folder: Path, url: str 
     with pytest.raises(StoreError, match="newer version of segqc"):
         maintenance.upgrade(unopened)
     unopened.close()
-
-
-def forget_contents(transaction: Transaction) -> None:
-    """Take back what the revisions from 0003 on brought."""
-    for statement in (
-        "DROP TABLE folder",
-        "DROP INDEX ix_scan_sha256",
-        "ALTER TABLE scan DROP COLUMN remarks",
-        "DROP TABLE finding",
-        "CREATE TABLE keeping (key VARCHAR NOT NULL PRIMARY KEY, value VARCHAR NOT NULL)",
-        "DROP INDEX ix_scan_former_name",
-        "DROP INDEX ix_label_version_source_sha256",
-        *(f"ALTER TABLE scan DROP COLUMN {name}" for name in ("sha256", "signature", "former_name")),
-        *(f"ALTER TABLE label_version DROP COLUMN {name}" for name in ("submitted_sha256", "submitted_suffix")),
-    ):
-        transaction.execute(text(statement))
-
-
-def test_the_contents_of_scans_that_were_there_before_are_read_after_an_upgrade(
-    folder: Path, url: str | None, clock: Clock
-) -> None:
-    opened = Store.open(folder, url, clock=clock)
-    sync_scans(opened)
-    kept = save_final(opened, folder.parent, "scan_1", 3)
-    with opened.write() as transaction:
-        forget_contents(transaction)
-        transaction.execute(text("UPDATE alembic_version SET version_num = '0002'"))
-    opened.close()
-    assert maintenance.upgrade(Store(folder, url)) == ("0002", REVISION)
-    again = Store.open(folder, url, clock=clock)
-    assert sync(again, scan_id, PLACING) == SyncResult()
-    with again.read() as transaction:
-        assert all(scan.sha256 == sha256_of(folder / scan.file) for scan in scans.listing(transaction))
-        assert labels.current(transaction, "scan_1", "final") == kept
-    again.close()
-
-
-def test_a_store_of_before_there_were_intervals_is_upgraded(folder: Path, url: str | None, clock: Clock) -> None:
-    opened = Store.open(folder, url, clock=clock)
-    sync_scans(opened)
-    mask = save_mask(opened, folder.parent, "scan_1", 5)
-    written = replace(make_assessment("scan_1", 0.7), segmenter_version="seg1")
-    with opened.write() as transaction:
-        number = assessments.write(transaction, written, mask.id)
-        for name in ("interval_level", *(f"{m}_{e}" for m in METRIC_NAMES for e in ("low", "high"))):
-            transaction.execute(text(f"ALTER TABLE assessment_structure DROP COLUMN {name}"))
-        forget_contents(transaction)
-        transaction.execute(text("UPDATE alembic_version SET version_num = '0001'"))
-    opened.close()
-    with pytest.raises(StoreError, match="segqc db upgrade"):
-        Store.open(folder, url)
-    assert maintenance.upgrade(Store(folder, url)) == ("0001", REVISION)
-    again = Store.open(folder, url, clock=clock)
-    with again.read() as transaction:
-        assert assessments.read(transaction, number) == written
-    again.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- commands

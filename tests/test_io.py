@@ -485,7 +485,8 @@ def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path)
     assert (*ends, float(assessment["interval_level"])) == pytest.approx((0.6, 0.8, 0.9))
     assert assessment["estimated_rvd_low"] == ""
     (correction,) = read["corrections"]
-    assert {k: correction[k] for k in ("actor", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")} == {
+    shown = ("actor", "identified_by", "draw", "simulated", "opened_slices", "true_arvd")
+    assert {k: correction[k] for k in shown} == {
         "actor": "anna", "identified_by": "client-id", "draw": correction["draw"], "simulated": "false",
         "opened_slices": "[0, 1]", "true_arvd": "",
     }  # fmt: skip
@@ -622,13 +623,13 @@ def bomb(size: int) -> str:
     ("table", "column", "value", "said"),
     [
         *(
-            ("scan", "file", name, "outside of the studies")
+            ("scan", "file", name, "outside of the dataset")
             for name in ("../x.nii.gz", "/tmp/x.nii.gz", "a/x.nii", "..")
         ),
-        *(("scan", "name", name, "outside of the studies") for name in ("../../x", ".hidden", "", "a\0")),
-        *(("label_version", "tag", tag, "outside of the studies") for tag in ("../elsewhere", "..", "a/b", "/tmp")),
-        *(("label_version", "suffix", suffix, "outside of the studies") for suffix in ("/../../x.nii.gz", "\0")),
-        ("label_version", "submitted_suffix", "/../../x.nii.gz", "outside of the studies"),
+        *(("scan", "name", name, "outside of the dataset") for name in ("../../x", ".hidden", "", "a\0")),
+        *(("label_version", "tag", tag, "outside of the dataset") for tag in ("../elsewhere", "..", "a/b", "/tmp")),
+        *(("label_version", "suffix", suffix, "outside of the dataset") for suffix in ("/../../x.nii.gz", "\0")),
+        ("label_version", "submitted_suffix", "/../../x.nii.gz", "outside of the dataset"),
         *(("label_version", "sha256", sha256, "no SHA-256") for sha256 in ("../../../elsewhere", "A" * 64, "a" * 63)),
         ("label_version", "submitted_sha256", "../x", "no SHA-256"),
         ("label_version", "sha256", "a" * 64, "this label content is missing"),

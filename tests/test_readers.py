@@ -16,7 +16,7 @@ from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.types import Structure
 from segqc.volumes import Volume, VolumeError, read_labels, write_labels
-from tests.server_kit import AFFINE, SHAPE, assess, draw_case, make_studies
+from tests.server_kit import AFFINE, SHAPE, assess, draw_case, make_dataset
 from tests.store_kit import ANNA, BERT
 
 LIVER = Structure("liver", (1,))
@@ -35,7 +35,7 @@ readers = 2
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    made = Dataset(make_studies(tmp_path / "studies", scans=2, finals=0, config=CONFIG))
+    made = Dataset(make_dataset(tmp_path / "studies", scans=2, finals=0, config=CONFIG))
     for i in range(2):
         assess(made, f"scan_{i}", 0.4 + i / 10)
     return made
@@ -70,7 +70,7 @@ def test_two_readers_of_a_scan_are_compared_and_a_consensus_is_the_final_label(d
     }
     assert hand_out(dataset, Actor("person", "cleo", "client-id")) == "scan_1", "two readers are enough"
     made = make_consensus(dataset, "scan_0", "staple", ANNA)
-    assert (made.tag, made.maker) == ("final", "consensus")
+    assert (made.tag, made.source) == ("final", "consensus")
     assert [c.id for c in dataset.cases()] == ["scan_0"]
     dataset.store.review("scan_0", "rejected", ANNA, "neither of them")
     assert readings(dataset, "scan_0") == []

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.case_list import CaseList
+from pydicom.dataset import Dataset
 from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.io import dicom
 from segqc.volumes import Volume, VolumeError, read_scan, write_scan
 
-Change = Callable[[int, CaseList], object]
+Change = Callable[[int, Dataset], object]
 
 
 def stack(seed: int = 0) -> np.ndarray:
@@ -41,17 +41,17 @@ def series(folder: Path, uid: str, array: np.ndarray | None = None, change: Chan
     return folder
 
 
-def report(_: int, item: CaseList) -> None:
+def report(_: int, item: Dataset) -> None:
     item.SOPClassUID = item.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
     item.Modality = "SR"
     del item.Rows, item.Columns, item.PixelData, item.PixelSpacing
 
 
-def turned(index: int, item: CaseList) -> None:
+def turned(index: int, item: Dataset) -> None:
     item.ImageOrientationPatient = [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1]][index % 2]
 
 
-def echoes(index: int, item: CaseList) -> None:
+def echoes(index: int, item: Dataset) -> None:
     """Every second image is a second echo at the place of the first."""
     item.EchoTime = [30, 90][index % 2]
     item.ImagePositionPatient = [0, 0, 3 * (index // 2)]
@@ -129,7 +129,7 @@ def test_echoes_of_one_series_are_scans_of_their_own(session: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("number", ["", None, "7"])
 def test_volumes_that_nothing_tells_apart_are_numbered(session: Path, tmp_path: Path, number: str | None) -> None:
-    def alike(_: int, item: CaseList) -> None:
+    def alike(_: int, item: Dataset) -> None:
         item.SeriesNumber, item.SeriesDescription = number, "../a/b: \u00e4 *"
 
     for uid in ("1.3", "1.4"):
@@ -178,7 +178,7 @@ def test_a_volume_that_the_intake_refuses_is_left_aside(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.nii.gz", "segqc.toml"]
 
 
-def tilted(index: int, item: CaseList) -> None:
+def tilted(index: int, item: Dataset) -> None:
     item.ImagePositionPatient = [0, 1.5 * index, 3 * index]
 
 
