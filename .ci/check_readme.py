@@ -22,7 +22,7 @@ SHORT = {
     "SEGQC_TRAINING__EPOCHS": "2",
     "SEGQC_TRAINING__FOLD_EPOCHS": "2",
     "SEGQC_TRAINING__STEPS_PER_EPOCH": "2",
-    "SEGQC_TRAINING__CONTRASTS": "[]",
+    "SEGQC_TRAINING__GAMMAS": "[]",
 }
 FEW_SCANS = {"--labelled 30": "--labelled 8", "--unlabelled 50": "--unlabelled 6"}
 PATIENCE_SECONDS = 60.0

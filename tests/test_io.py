@@ -532,8 +532,8 @@ def test_without_pyarrow_parquet_is_one_sentence(store: Store, tmp_path: Path, m
 
 
 def kept(store: Store) -> dict[str, list[tuple[object, ...]]]:
-    """All rows of a store, without when the files below ``labels/`` were written."""
-    found = rows(store)
+    """All rows that an archive keeps: not which folder it is, nor when the files below ``labels/`` were written."""
+    found = {table: values for table, values in rows(store).items() if table != "folder"}
     return {**found, "label_view": [row[:-1] for row in found["label_view"]]}
 
 
