@@ -325,7 +325,7 @@ def _compressed(value: JsonValue) -> bytes:
 
 def _continue_numbers(transaction: Transaction) -> None:
     """Let PostgreSQL number new rows after those that came with their numbers."""
-    for table in Base.metadata.sorted_tables:
+    for table in _TABLES:
         if "id" in table.columns:
             last = transaction.scalar(select(func.max(table.columns["id"])))
             if last is not None:
