@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command: one module a group of commands; they read flags, delegate and print."""

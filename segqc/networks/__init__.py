@@ -1,1 +1,1 @@
-"""TODO."""
+"""The networks: plan, U-Net, model files, inference, the segmenter and the assessor (SegQC-Net)."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Estimates against truths as numbers, curves and intervals."""

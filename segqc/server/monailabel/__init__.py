@@ -1,1 +1,1 @@
-"""TODO."""
+"""MONAI Label's interfaces over the project's own rooms."""
