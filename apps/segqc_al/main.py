@@ -40,12 +40,12 @@ _MAX_FINDINGS = 100
 class SegqcApp(MONAILabelApp):
     """Segmentation, its quality estimate, and the next scan to correct."""
 
-    def __init__(self, app_dir: str, dataset: str, conf: dict[str, str]) -> None:
-        self.context = AppContext(Path(dataset))
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.context = AppContext(Path(studies))
         self.uploads = Uploads()
         super().__init__(
             app_dir=app_dir,
-            dataset=dataset,
+            studies=studies,
             conf=conf,
             name="SegQC",
             description="Segments scans, estimates how good each mask is, and asks for the right correction next",
@@ -60,8 +60,8 @@ class SegqcApp(MONAILabelApp):
 
     def init_datastore(self) -> Datastore:
         """The dataset folder's store; other kinds of datastore are not served."""
-        if self.dataset.startswith(("http://", "https://")):
-            raise ValueError(f"{self.dataset}: is an address; this app serves a folder of scans.")
+        if self.studies.startswith(("http://", "https://")):
+            raise ValueError(f"{self.studies}: is an address; this app serves a folder of scans.")
         return StoreDatastore(self.context.dataset)
 
     def init_infers(self) -> dict[str, InferTask]:
