@@ -283,10 +283,14 @@ def test_another_format_takes_the_place_of_the_first(store: Store, folder: Path)
 
 
 def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, folder: Path) -> None:
+    def files() -> set[Path]:
+        return {path for path in store.own.rglob("*") if path.is_file() and not path.name.startswith("store.sqlite-")}
+
+    before = files()
     with pytest.raises(UnknownScan):
         save_final(store, folder.parent, "nobody", 3)
     assert not list(store.files.all_objects())
-    assert not [p for p in store.own.rglob("*") if p.is_file() and "store" not in p.name]
+    assert files() == before
 
 
 def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) -> None:
