@@ -212,7 +212,7 @@ def test_whose_turn_does_not_come_is_told_so_while_others_are_answered(
 ) -> None:
     from segqc.server.app import ANNOTATION_SLOTS
 
-    monkeypatch.setattr("segqc.server.routes.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("segqc.server.routers.dependencies.TURN_SECONDS", 0.01)
     slots, others = client.app.state.annotation_slots, [object() for _ in range(ANNOTATION_SLOTS)]  # type: ignore[attr-defined]
     for other in others:
         client.portal.call(slots.acquire_on_behalf_of_nowait, other)  # type: ignore[union-attr]

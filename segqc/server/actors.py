@@ -9,12 +9,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Final
 
-from fastapi import Depends, HTTPException, Request, Response
-from jwt import InvalidTokenError
-from monailabel.config import settings
-from monailabel.endpoints.user.auth import RBAC, User, from_token, oauth2_scheme
-from pydantic import JsonValue, ValidationError
+from fastapi import Request, Response
+from pydantic import JsonValue
 
+from segqc.server.monailabel.auth import USER, User
+from segqc.server.monailabel.config import settings
 from segqc.store.events import SERVER
 from segqc.store.records import Actor
 
@@ -24,22 +23,6 @@ _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 _COOKIE: Final = re.compile(r"[0-9a-f]{32}")
 
 _current: contextvars.ContextVar[Actor] = contextvars.ContextVar("actor", default=SERVER)
-
-
-def signed_in_user(token: Annotated[str, Depends(oauth2_scheme)]) -> User:
-    """The user of a token, asked of the sign-in server: MONAI Label's own function blocks all other requests meanwhile.
-
-    Raises:
-        HTTPException: 401 for a token that cannot be used, 503 if the sign-in server makes no sense.
-        RequestException: if the sign-in server does not answer.
-    """
-    try:
-        return from_token(token)
-    except (InvalidTokenError, ValidationError) as error:
-        raise HTTPException(401, "sign in first.", {"WWW-Authenticate": "Bearer"}) from error
-    except (KeyError, TypeError) as error:
-        realm = settings.MONAI_LABEL_AUTH_REALM_URI
-        raise HTTPException(503, f"what answers at {realm} is no sign-in server: it has no public key.") from error
 
 
 class RequestUser:
@@ -84,7 +67,7 @@ class RequestUser:
 async def request_user(
     request: Request,
     response: Response,
-    user: Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))],
+    user: Annotated[User, USER],
 ) -> RequestUser:
     """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
     return RequestUser(request, response, user)

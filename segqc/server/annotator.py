@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from monailabel.client import MONAILabelClient
-from monailabel.client.client import MONAILabelClientException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segqc.loop.agreement import dice_by_structure, find_labels, worst_dice
 from segqc.server.client_labels import from_client
+from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
 from segqc.types import PredictionInterval, Structure, label_names
 from segqc.volumes import VolumeError, read_labels
 

@@ -6,39 +6,25 @@ MONAI Label's own settings, in the environment, say which (`segqc.server.serve` 
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import functools
 import gc
-import inspect
 import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import anyio
-import monailabel
 import requests
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
-from monailabel.config import settings
-from monailabel.endpoints import datastore, info, login, model
-from monailabel.endpoints.user.auth import get_current_user
-from monailabel.interfaces.exception import (
-    ImageNotFoundException,
-    LabelNotFoundException,
-    MONAILabelError,
-    MONAILabelException,
-)
-from monailabel.interfaces.utils.app import app_instance
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,17 +34,25 @@ from segqc.loop.dataset import DatasetError
 from segqc.loop.jobs import NETWORKS, enqueue_scoring
 from segqc.networks.device import DeviceMemoryError
 from segqc.networks.model import ModelError
-from segqc.server import routes
-from segqc.server.actors import signed_in_user
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
+from segqc.server.monailabel.auth import current_user, signed_in_user
+from segqc.server.monailabel.config import settings
 from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.monailabel.exceptions import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
+from segqc.server.monailabel.facade import App, current_app
+from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
+from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.store import jobs
 from segqc.store.database import StoreError, StoreUnavailable
 from segqc.store.events import SERVER
 from segqc.store.scans import UnknownScan
-from segqc.store.store import Store
 from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
@@ -71,40 +65,6 @@ INFERENCE_NICENESS: Final = 10
 ANNOTATION_SLOTS: Final = 2  # one waits for the disk while the other computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
-
-
-def in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function for the thread pool of one of MONAI Label's coroutine endpoints, which block all the same."""
-    if not inspect.iscoroutinefunction(endpoint):
-        return endpoint
-
-    @functools.wraps(endpoint)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return asyncio.run(endpoint(*args, **kwargs))
-
-    run.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
-    del run.__wrapped__  # FastAPI would look through it and see the coroutine
-    return run
-
-
-def include_stock(app: FastAPI, stock: APIRouter) -> None:
-    """Add those of MONAI Label's routes that have no better one here, run in the thread pool."""
-    existing = [route for route in routes.router.routes if isinstance(route, APIRoute)]
-    ours = {(route.path, method) for route in existing for method in route.methods or ()}
-    for route in stock.routes:
-        if not isinstance(route, APIRoute):
-            continue
-        methods = sorted(method for method in route.methods or () if (route.path, method) not in ours)
-        if methods:
-            app.add_api_route(
-                route.path,
-                in_thread(route.endpoint),
-                methods=methods,
-                tags=route.tags,
-                summary=route.summary,
-                include_in_schema=route.include_in_schema,
-                operation_id=f"{route.name}_{'_'.join(methods).lower()}",
-            )
 
 
 class OtherSlash:
@@ -153,16 +113,16 @@ def create_app() -> FastAPI:
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
-    app.include_router(routes.router)
-    stock = [info.router, datastore.router, model.router]
+    for router in ROUTERS:
+        app.include_router(router)
     if settings.MONAI_LABEL_AUTH_ENABLE:
-        stock.append(login.router)
-        app.dependency_overrides[get_current_user] = signed_in_user
-    for router in stock:
-        include_stock(app, router)
-    static = Path(monailabel.__file__).parent / "endpoints" / "static"
-    if static.is_dir():
-        app.mount("/static", StaticFiles(directory=static), name="static")
+        app.dependency_overrides[current_user] = signed_in_user
+    own = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    ours = {(route.path, method) for route in own for method in route.methods or ()}
+    for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
+        include_stock(app, router, ours)
+    if STATIC.is_dir():
+        app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_error_handlers(app)
     return app
 
@@ -186,14 +146,13 @@ def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     conf = settings.MONAI_LABEL_APP_CONF
-    instance = app_instance()
-    instance.server_mode(True)
-    instance.on_init_complete()
+    instance = current_app()
+    instance.start()
     app.state.inference = ThreadPoolExecutor(int(conf.get("inference_slots", 1)), "inference", _step_back)
     app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
     threading.Thread(target=_preload, args=(instance,), name="preload", daemon=True).start()
     ended, looked = threading.Event(), threading.Event()
-    threading.Thread(target=_watch, args=(instance.datastore(), ended, looked), name="watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(instance.datastore, ended, looked), name="watch", daemon=True).start()
     # a folder of usual size is there from the first answer on; a large one is taken in while others are answered
     await anyio.to_thread.run_sync(looked.wait, FIRST_LOOK_SECONDS)
     bootstrap = str(conf.get("bootstrap", instance.context.settings.server.bootstrap)).lower() == "true"
@@ -227,7 +186,7 @@ def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.
         pause = max(WATCH_SECONDS, 20 * (time.monotonic() - started))
 
 
-def _preload(instance: Any) -> None:
+def _preload(instance: App) -> None:
     """Load the models before the first annotator waits for them, and find out what clients are told at first."""
     for cache in (instance.context.segmenters, instance.context.assessors):
         try:
@@ -242,11 +201,11 @@ def _preload(instance: Any) -> None:
     gc.freeze()
 
 
-def _bootstrap(instance: Any, looked: threading.Event) -> None:
+def _bootstrap(instance: App, looked: threading.Event) -> None:
     """Put the trainings of the first networks where there are none and enough scans are labelled."""
     looked.wait()
     context = instance.context
-    store: Store = context.dataset.store
+    store = context.dataset.store
     missing = [network for network in NETWORKS if not context.has(network)]
     if not missing:
         with store.write() as transaction:
@@ -265,7 +224,7 @@ def _bootstrap(instance: Any, looked: threading.Event) -> None:
     with store.write() as transaction:
         waiting = {str(job.request.get("model")) for job in jobs.open_jobs(transaction, "train")}
         for network in missing:
-            config = instance._trainers[network].config()
+            config = instance.trainers[network].config()
             few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
             if network not in waiting:
                 jobs.enqueue(transaction, "train", {"model": network, **few}, SERVER)

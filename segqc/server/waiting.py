@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Final
 
 import anyio
@@ -78,6 +79,18 @@ class JobsDone(Response):
             found = {job.public_id: job for job in jobs.listing(transaction, self._kind) if job.public_id in wanted}
             is_open = [job for kind in KINDS for job in jobs.open_jobs(transaction, kind)]
         return found, any(job.state == "running" and _is_alive(job) for job in is_open)
+
+
+def described(store: Store, job: JsonObject, kind: JobKind, *, wait: bool) -> JsonObject | Response:
+    """A job as it is now, or, where the client asks for it, when it has ended."""
+    return JobsDone(store, kind, {"job": str(job["id"])}, single=True) if wait else job
+
+
+def all_described(store: Store, put: Mapping[str, JsonObject], kind: JobKind, *, wait: bool) -> JsonObject | Response:
+    """Jobs as they are now, or, where the client asks for it, when they have ended."""
+    if wait:
+        return JobsDone(store, kind, {name: str(job["id"]) for name, job in put.items()})
+    return {name: {"result": job} for name, job in put.items()}
 
 
 def _is_alive(job: JobRecord) -> bool:

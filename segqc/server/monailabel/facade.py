@@ -1,0 +1,152 @@
+"""The running MONAI Label app, typed: the only place that touches its private attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from monailabel.interfaces.utils.app import app_instance
+
+from segqc.server.checks import JsonObject
+from segqc.server.context import AppContext
+from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.uploads import Uploads
+
+
+class Trainer(Protocol):
+    """The training of one network."""
+
+    def config(self) -> dict[str, Any]:
+        """What a client may choose, with the values of now."""
+        ...
+
+    def job(self, request: Mapping[str, Any]) -> tuple[JsonObject, list[str]]:
+        """What a worker is asked for, and which parameters of a request are ignored."""
+        ...
+
+    def check(self, choices: Mapping[str, Any], labelled: int) -> None:
+        """Refuse a training that cannot work."""
+        ...
+
+
+class Session(Protocol):
+    """A scan that a client uploaded for a while."""
+
+    image: str
+
+    def to_json(self) -> JsonObject:
+        """What clients are told of it."""
+        ...
+
+
+class Sessions(Protocol):
+    """The open sessions."""
+
+    def get_session(self, session_id: str, update_ts: bool = True) -> Session | None:
+        """A session; None where there is none, or no longer."""
+        ...
+
+    def add_session(self, data_file: str, expiry: int = 0) -> tuple[str, Session]:
+        """Move a file, or a folder of files, into a new session; its id, and what is known of it."""
+        ...
+
+    def remove_session(self, session_id: str) -> None:
+        """End a session and remove its scan."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """What an inference task made: a temporary file, and what is told with it."""
+
+    file: Path
+    params: JsonObject
+
+
+class App:
+    """The app instance that MONAI Label's settings describe."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance  # MONAI Label has no types
+
+    def start(self) -> None:
+        """Tell the app that a server runs it."""
+        self._instance.server_mode(True)
+        self._instance.on_init_complete()
+
+    @property
+    def context(self) -> AppContext:
+        """The dataset folder with its settings and models."""
+        context: AppContext = self._instance.context
+        return context
+
+    @property
+    def uploads(self) -> Uploads:
+        """The last upload of each client."""
+        uploads: Uploads = self._instance.uploads
+        return uploads
+
+    @property
+    def datastore(self) -> StoreDatastore:
+        """The dataset folder as MONAI Label's clients see it."""
+        datastore: StoreDatastore = self._instance.datastore()
+        return datastore
+
+    @property
+    def sessions(self) -> Sessions:
+        """The open sessions."""
+        sessions: Sessions = self._instance.sessions()
+        return sessions
+
+    @property
+    def models(self) -> Collection[str]:
+        """Names of the inference tasks."""
+        return list(self._instance._infers)
+
+    @property
+    def trainers(self) -> Mapping[str, Trainer]:
+        """The trainings, by network."""
+        trainers: Mapping[str, Trainer] = self._instance._trainers
+        return trainers
+
+    @property
+    def strategies(self) -> Collection[str]:
+        """Names of the strategies."""
+        return list(self._instance._strategies)
+
+    @property
+    def scoring_methods(self) -> Collection[str]:
+        """Names of the scoring methods."""
+        return list(self._instance._scoring_methods)
+
+    def info(self) -> JsonObject:
+        """What clients are told of the server."""
+        told: JsonObject = self._instance.info()
+        return told
+
+    def infer_params(self, model: str) -> frozenset[str]:
+        """The parameters of an inference task's own."""
+        params: frozenset[str] = getattr(self._instance._infers[model], "params", frozenset())
+        return params
+
+    def infer(self, request: Mapping[str, Any]) -> Inference:
+        """Run an inference task, as `SegqcApp.infer` describes."""
+        made = self._instance.infer(request)
+        return Inference(file=Path(made["file"]), params=made["params"])
+
+    def next_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The scan that a strategy hands out; empty where none is left."""
+        answer: dict[str, Any] = self._instance.next_sample(request)
+        return answer
+
+    def on_save_label(self, image: str, label: str) -> JsonObject:
+        """What MONAI Label's app says of a label that was stored."""
+        told: JsonObject | None = self._instance.on_save_label(image, label)
+        return told or {}
+
+
+def current_app() -> App:
+    """The app of this process; made when first wanted."""
+    return App(app_instance())

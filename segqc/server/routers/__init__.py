@@ -1,0 +1,41 @@
+"""The routes whose MONAI Label originals trust the client too far, answer late or fail with a bare 500.
+
+All are plain functions, which FastAPI runs in its thread pool; inference alone has slots of its own, so that waiting
+inferences cannot take all threads.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import APIRouter
+
+from segqc.server.routers import (
+    batch,
+    datastore,
+    inference,
+    leases,
+    models,
+    others,
+    review,
+    rounds,
+    scoring,
+    selection,
+    sessions,
+    training,
+)
+
+ROUTERS: Final[tuple[APIRouter, ...]] = (
+    inference.router,
+    selection.router,
+    training.router,
+    scoring.router,
+    batch.router,
+    datastore.router,
+    review.router,
+    rounds.router,
+    leases.router,
+    sessions.router,
+    models.router,
+    others.router,
+)

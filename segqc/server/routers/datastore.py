@@ -1,0 +1,208 @@
+"""Scans and label maps: what MONAI Label calls the datastore."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Final
+
+from fastapi import APIRouter, File, Query, Request, Response, UploadFile
+from fastapi.responses import FileResponse, JSONResponse
+
+from segqc.loop.jobs import LIKELY_ERRORS_TAG
+from segqc.server.actors import RequestUser, acting
+from segqc.server.checks import JsonObject, check_image_id, check_tag, file_suffix, json_object, usable_image_id
+from segqc.server.client_labels import same_values, to_client
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.auth import ADMIN, ANNOTATOR, USER
+from segqc.server.monailabel.facade import current_app
+from segqc.server.routers.dependencies import (
+    MAX_COUNT,
+    AskingUser,
+    FormText,
+    SentOnce,
+    check_received,
+    in_turn,
+    known_image,
+    known_label,
+    known_scan,
+    receive,
+)
+from segqc.server.submitted_labels import read_submission, stored_info, submit
+from segqc.server.uploads import is_dicom_name, take_slice
+from segqc.store.store import suffix_of
+from segqc.volumes import LABEL_SUFFIXES, read_labels, write_labels
+
+router = APIRouter()
+
+CHECK_SUMS: Final = ("SHA256", "SHA512", "MD5")
+
+
+@router.head("/datastore/image", tags=["Datastore"], dependencies=[USER], summary="Whether there is a scan")
+def check_image(image: str, check_sum: str | None = None) -> Response:
+    """Answer 404 where there is no such scan, or it has another check sum (``SHA256:<hex>``, also SHA512 and MD5)."""
+    path = Path(current_app().datastore.get_image_uri(known_image(image)))
+    if check_sum:
+        kind, _, digest = check_sum.rpartition(":")
+        if kind not in ("", *CHECK_SUMS):
+            raise RequestError(400, f"a check sum is of the kind {', '.join(CHECK_SUMS)}, not {kind[:20]!r}.")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, (kind or CHECK_SUMS[0]).lower()).hexdigest()
+        if found != digest.lower():
+            raise RequestError(404, f"the image {image!r} has another check sum.")
+    return Response()
+
+
+@router.head("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Whether there is a label map")
+def check_label(tag: str, image: str = "", label: str = "") -> Response:
+    """Answer 404 where a scan has no label map under the tag; MONAI Label calls its id ``image`` here."""
+    known_label(image or label, tag)
+    return Response()
+
+
+@router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
+async def save_label(
+    request: Request,
+    user: AskingUser,
+    image: str,
+    label: Annotated[UploadFile, File()],
+    params: FormText = "{}",
+    tag: str = "final",
+) -> JsonObject:
+    """Store a label map of a scan, checked and brought to the configured label values.
+
+    A final label that an annotator made of what was handed out becomes a correction, with what changed.
+    """
+    return await in_turn(request, functools.partial(_save_label, user, image, label, params, tag))
+
+
+def _save_label(user: RequestUser, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
+    app = current_app()
+    dataset = app.context.dataset
+    scan = dataset.verify(known_scan(image))
+    tag = check_tag(tag or "final")
+    info = json_object(params, "params")
+    named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
+    with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+        received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
+        submitted = read_submission(received, dataset.folder / scan.file, names, info, configured=named, limits=limits)
+        actor, info = user.actor(info), stored_info(info, names) if named else info
+        told = submit(dataset, scan, submitted, received, tag, actor, info)
+    if "segmentationMeta" in info:
+        app.datastore.review_label(scan.name, tag, info, actor)
+    return {**app.on_save_label(scan.name, scan.name), **told, "image": image, "label": scan.name}
+
+
+@router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
+@router.put("/datastore/image", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Upload a scan")
+def add_image(
+    user: AskingUser,
+    file: Annotated[UploadFile, File()],
+    image: str | None = None,
+    params: FormText = "{}",
+) -> JsonObject:
+    """Store a new scan. A DICOM file that the same client sends after it tells the scan's patient."""
+    app = current_app()
+    info = json_object(params, "params")
+    actor = user.actor(info)
+    client = user.client(actor)
+    with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+        if is_dicom_name(file.filename):
+            path = Path(folder) / "the DICOM file"
+            with path.open("wb") as target:
+                shutil.copyfileobj(file.file, target)
+            return {"image": take_slice(app.context.dataset, app.uploads.last(client), path, actor)}
+        suffix = file_suffix(file.filename, "the scan")
+        base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+        name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
+        path = receive(file, Path(folder), "scan", "the scan")
+        check_received(path, "the scan")
+        added = app.datastore.add_image(name, str(path), info)
+    app.uploads.note(client, added)
+    return {"image": added}
+
+
+@router.delete("/datastore/", tags=["Datastore"], dependencies=[ADMIN], include_in_schema=False)
+@router.delete("/datastore/image", tags=["Datastore"], dependencies=[ADMIN], summary="Exclude a scan")
+def remove_image(user: AskingUser, id: str) -> JsonObject:
+    """Exclude a scan; its file and its history stay."""
+    with acting(user.actor()):
+        current_app().datastore.remove_image(known_image(id))
+    return {}
+
+
+@router.get("/datastore/image/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a scan")
+def image_info(image: str) -> JsonObject:
+    """Tell what is noted of a scan."""
+    return current_app().datastore.get_image_info(known_image(image))
+
+
+@router.put("/datastore/image/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a scan")
+def update_image_info(image: str, info: FormText = "{}") -> None:
+    """Add to what is noted of a scan."""
+    current_app().datastore.update_image_info(known_image(image), json_object(info, "info"))
+
+
+@router.delete("/datastore/label", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a label map")
+def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
+    """Take a label map away; it stays in the history."""
+    with acting(user.actor()):
+        current_app().datastore.remove_label(known_label(id, tag), tag)
+    return {}
+
+
+@router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
+def download_label(label: str, tag: str, check_only: bool = False) -> Response:
+    """Send the current label map of a scan, with the values that clients count by."""
+    image, context = known_label(label, tag), current_app().context
+    path = Path(current_app().datastore.get_label_uri(image, tag))
+    if check_only:
+        return JSONResponse({})
+    name, names = f"{image}{suffix_of(path)}", context.labels()
+    if tag == LIKELY_ERRORS_TAG or same_values(names):
+        return FileResponse(path, media_type="application/octet-stream", filename=name)
+    labels = to_client(read_labels(path), names)
+    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
+    os.close(handle)
+    write_labels(labels, Path(delivered))
+    return SentOnce(delivered, media_type="application/octet-stream", filename=name)
+
+
+@router.get("/datastore/label/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a label map")
+def label_info(label: str, tag: str) -> JsonObject:
+    """Tell what is noted of a label map."""
+    return current_app().datastore.get_label_info(known_label(label, tag), tag)
+
+
+@router.put("/datastore/label/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a label")
+def update_label_info(user: AskingUser, label: str, tag: str, info: FormText = "{}") -> None:
+    """Add to what is noted of a label map; the Reviewer's decision on it is a review of the scan."""
+    _note_label(user, label, tag, json_object(info, "info"))
+
+
+@router.put("/datastore/updatelabelinfo", dependencies=[ANNOTATOR], include_in_schema=False)
+def update_label_info_before(user: AskingUser, label: str, tag: str, params: FormText = "{}") -> None:
+    """Add to what is noted of a label map, by the older name that 3D Slicer's reviewer uses."""
+    _note_label(user, label, tag, json_object(params, "params"))
+
+
+def _note_label(user: RequestUser, label: str, tag: str, info: JsonObject) -> None:
+    app = current_app()
+    label = known_label(label, tag)
+    noted = stored_info(info, app.context.labels()) if app.context.settings.structures else info
+    app.datastore.update_label_info(label, tag, noted)
+    app.datastore.review_label(label, tag, noted, user.actor(info))
+
+
+@router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")
+def download_labelled(limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None) -> FileResponse:
+    """Send a ZIP archive of the scans with final labels."""
+    store = current_app().datastore
+    if not store.get_labeled_images():
+        raise RequestError(404, "no scan has a final label yet: there is nothing to download.")
+    path = store.get_dataset_archive(limit_cases)
+    return SentOnce(path, media_type="application/zip", filename="dataset.zip")

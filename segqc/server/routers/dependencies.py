@@ -1,0 +1,138 @@
+"""What routes share: who asks, the folder's store, turns, uploads, and the names of scans and labels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, Form, Request, UploadFile
+from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from segqc.server.actors import RequestUser, request_user
+from segqc.server.checks import JsonObject, check_session_id, file_suffix
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.exceptions import ImageNotFoundException
+from segqc.server.monailabel.facade import Session, current_app
+from segqc.store.records import ScanRecord
+from segqc.store.store import Store
+from segqc.volumes import SCAN_SUFFIXES, VolumeError
+from segqc.volumes.intake import check_scan
+
+# With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
+TURN_SECONDS: Final = 10.0
+MAX_COUNT: Final = 2**31 - 1
+
+AskingUser = Annotated[RequestUser, Depends(request_user)]
+FormText = Annotated[str, Form()]
+
+
+def open_store() -> Store:
+    """The dataset folder's store."""
+    return current_app().context.dataset.store
+
+
+async def in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObject:
+    """Do what annotators wait for, a few at a time and in the order of asking.
+
+    More threads than cores only take each other's time: the last one of a crowd would wait many times as long.
+
+    Raises:
+        RequestError: 503 if the turn does not come within seconds: the database is locked, or the crowd too large.
+    """
+    slots: anyio.CapacityLimiter = request.app.state.annotation_slots
+    turn = object()
+    try:
+        with anyio.fail_after(TURN_SECONDS):
+            await slots.acquire_on_behalf_of(turn)
+    except TimeoutError as error:
+        raise RequestError(503, "the server is too busy, or its database is locked; try again.") from error
+    try:
+        return await anyio.to_thread.run_sync(work)
+    finally:
+        slots.release_on_behalf_of(turn)
+
+
+class SentOnce(FileResponse):
+    """A file that is removed when it is sent, or could not be."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def receive(upload: UploadFile, folder: Path, stem: str, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> Path:
+    """Write an uploaded scan or label map into a folder; its name is ours, but for the suffix."""
+    path = folder / f"{stem}{file_suffix(upload.filename, what, suffixes)}"
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file)
+    return path
+
+
+def check_received(path: Path, what: str) -> None:
+    """Check an uploaded scan before it is kept or used, within the limits of the settings.
+
+    Raises:
+        RequestError: 422 if it can't be used; the sentence names what it was sent as, not where it lies here.
+    """
+    try:
+        check_scan(path, current_app().context.settings.intake, shown=what)
+    except VolumeError as error:
+        # what is wrong with one file of a DICOM series names that file
+        raise RequestError(422, str(error).replace(str(path), what)) from error
+
+
+def known_scan(image: str) -> ScanRecord:
+    """The scan that a client calls so.
+
+    Raises:
+        RequestError: 404 if there is none.
+    """
+    try:
+        return current_app().datastore.scan(image)
+    except ImageNotFoundException as error:
+        raise RequestError(404, f"there is no image {image!r}.") from error
+
+
+def known_image(image: str) -> str:
+    """The id of the scan that a client calls so.
+
+    Raises:
+        RequestError: 404 if there is none.
+    """
+    return known_scan(image).name
+
+
+def known_session(session_id: str, *, touch: bool = True) -> Session:
+    """The session with this id.
+
+    Args:
+        session_id: its id.
+        touch: whether it is kept for another while from now on.
+
+    Raises:
+        RequestError: 404 if there is none, or no longer.
+    """
+    session = current_app().sessions.get_session(check_session_id(session_id), update_ts=touch)
+    if session is None:
+        raise RequestError(404, f"there is no session {session_id!r}; it may have expired.")
+    return session
+
+
+def known_label(label: str, tag: str) -> str:
+    """The id of the scan that a client calls so, which has a label map under the tag.
+
+    Raises:
+        RequestError: 404 if there is no such scan or label map.
+    """
+    image = known_image(label)
+    if not current_app().datastore.get_label_uri(image, tag):
+        raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
+    return image

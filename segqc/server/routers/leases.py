@@ -1,0 +1,40 @@
+"""Which scans are handed out to whom."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from segqc.server.checks import JsonObject, Params, text_param
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.auth import USER
+from segqc.server.routers.dependencies import AskingUser, open_store
+from segqc.server.routers.selection import next_scan
+from segqc.store import leases
+
+router = APIRouter()
+
+
+@router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
+def open_leases() -> list[JsonObject]:
+    """Tell which scan is handed out to whom, and until when; how it was drawn is not told to annotators."""
+    with open_store().read() as transaction:
+        found = leases.listing(transaction, state="open")
+    return [{"scan": f.scan, "to": f.actor.name, "until": f.expires_at.isoformat()} for f in found]
+
+
+@router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")
+def skip_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+    """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
+    wanted = params or {}
+    reason = text_param(wanted, "reason")
+    if reason is None:
+        raise RequestError(400, 'say why: {"reason": "..."}.')
+    with open_store().write() as transaction:
+        lease = leases.skip(transaction, scan, user.actor(wanted), reason)
+    return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": reason}
+
+
+@router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
+def resume_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+    """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
+    return next_scan("random", user, {**(params or {}), "resume": scan})

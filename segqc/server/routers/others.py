@@ -1,0 +1,47 @@
+"""The server's log, and what this server refuses of MONAI Label's."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import PlainTextResponse
+
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.auth import ADMIN
+from segqc.server.routers.dependencies import MAX_COUNT
+
+router = APIRouter()
+
+
+@router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")
+def logs(request: Request, lines: Annotated[int, Query(ge=1, le=MAX_COUNT)] = 300) -> PlainTextResponse:
+    """Send the last lines of the server's log."""
+    path: Path | None = request.app.state.log_file
+    if path is None or not path.is_file():
+        raise RequestError(404, "this server writes no log file.")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return PlainTextResponse("".join(deque(file, min(lines, 10_000))))
+
+
+@router.api_route("/proxy/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
+def proxy(path: str) -> None:
+    """Refuse: MONAI Label's way to a DICOMweb server leads nowhere here."""
+    raise RequestError(404, "this server's scans are a folder of files: there is no DICOMweb server behind it.")
+
+
+@router.get("/ohif/{path:path}", include_in_schema=False)
+def ohif(path: str) -> None:
+    """Refuse: the viewer would wait for scans for ever."""
+    raise RequestError(
+        404, "OHIF shows scans of a DICOMweb server; this server's scans are a folder of files: use 3D Slicer for them."
+    )
+
+
+@router.api_route("/infer/wsi/{model}", methods=["POST"], include_in_schema=False)
+@router.api_route("/infer/wsi_v2/{model}", methods=["POST"], include_in_schema=False)
+def whole_slide(model: str) -> None:
+    """Refuse: MONAI Label's pathology route."""
+    raise RequestError(404, "this server segments volumes, no whole-slide images; use /infer/{model}.")

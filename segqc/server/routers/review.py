@@ -1,0 +1,61 @@
+"""The history of a scan, and what reviewers decide of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import TypeAdapter
+
+from segqc.loop.review import STATE_OF
+from segqc.server.checks import JsonObject, Params, known
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.auth import REVIEWER, USER
+from segqc.server.routers.dependencies import AskingUser, open_store
+from segqc.store import events, labels, scans
+from segqc.store.records import EventRecord, LabelRecord
+
+router = APIRouter()
+
+
+@router.get("/segqc/labels/{scan}", tags=["SegQC"], dependencies=[USER], summary="All versions of a scan's labels")
+def label_history(scan: str) -> list[JsonObject]:
+    """Tell who made which version of a scan's labels, from which, and when; oldest first."""
+    with open_store().read() as transaction:
+        return [_to_json(version) for version in labels.history(transaction, scan)]
+
+
+@router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
+def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)], user: AskingUser) -> JsonObject:
+    """Make an earlier version the current label of its tag again; it becomes a version of its own."""
+    store = open_store()
+    with store.read() as transaction:
+        if version not in [v.id for v in labels.history(transaction, scan)]:
+            raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
+    return _to_json(store.restore_label(version, user.actor()))
+
+
+@router.post("/segqc/review/{scan}", tags=["SegQC"], dependencies=[REVIEWER], summary="Review a scan")
+def review_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+    """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
+    wanted = params or {}
+    state = STATE_OF[known("decision", str(wanted.get("decision", "")), STATE_OF)]
+    reason = wanted.get("reason")
+    store = open_store()
+    store.review(scan, state, user.actor(wanted), str(reason) if reason is not None else None)
+    with store.read() as transaction:
+        now = scans.get(transaction, scan)
+    return {"scan": now.name, "state": now.state, "reason": now.reason}
+
+
+@router.get("/segqc/events/{scan}", tags=["SegQC"], dependencies=[USER], summary="All that happened to a scan")
+def scan_events(scan: str) -> list[JsonObject]:
+    """Tell who did what to a scan, and how that is known; oldest first."""
+    with open_store().read() as transaction:
+        return [_to_json(event) for event in events.history(transaction, "scan", scans.get(transaction, scan).id)]
+
+
+def _to_json(record: LabelRecord | EventRecord) -> JsonObject:
+    """A record of the store as clients are told of it."""
+    told: JsonObject = TypeAdapter(type(record)).dump_python(record, mode="json")
+    return told

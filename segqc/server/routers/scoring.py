@@ -1,0 +1,57 @@
+"""Scorings of the scans that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter
+
+from segqc.server import job_answers
+from segqc.server.checks import JsonObject, Params, choose_params, known
+from segqc.server.monailabel.auth import ANNOTATOR, USER
+from segqc.server.monailabel.facade import current_app
+from segqc.server.routers.dependencies import AskingUser, open_store
+from segqc.server.waiting import all_described, described
+
+router = APIRouter()
+
+
+@router.get("/scoring/", tags=["Scoring"], dependencies=[USER], summary="Status of the last scoring")
+def scoring_status(all: bool = False, check_if_running: bool = False) -> Any:
+    """Tell how the scorings are."""
+    return job_answers.status(open_store(), "scoring", every=all, only_running=check_if_running)
+
+
+@router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
+def scoring_all(user: AskingUser, params: Params = None, run_sync: bool = False) -> Any:
+    """Queue all scoring methods."""
+    requests = {method: _scoring(method, params or {}) for method in current_app().scoring_methods}
+    store, actor = open_store(), user.actor(params)
+    put = {method: job_answers.submit(store, actor, "scoring", request) for method, request in requests.items()}
+    return all_described(store, put, "scoring", wait=run_sync)
+
+
+@router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
+def scoring_start(
+    user: AskingUser, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+) -> Any:
+    """Queue a scoring method."""
+    store, request = open_store(), _scoring(method, params or {})
+    job = job_answers.submit(store, user.actor(params), "scoring", request, enqueue=enqueue)
+    return described(store, job, "scoring", wait=run_sync)
+
+
+def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
+    app = current_app()
+    known("scoring method", method, app.scoring_methods)
+    app.context.segmenter()
+    if method == "segqc":
+        app.context.assessor()
+    return {"method": method, **choose_params(params, {"force"})}
+
+
+@router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")
+def scoring_stop(user: AskingUser) -> JsonObject | None:
+    """Stop the scoring that runs; started again it goes on with the scans that are left."""
+    return job_answers.stop(open_store(), user.actor(), "scoring")

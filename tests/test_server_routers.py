@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from segqc.server.monailabel.stock import include_stock, stock_routers
+from segqc.server.routers import ROUTERS
+
+OURS = Counter(
+    (route.path, method)
+    for router in ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute)
+    for method in route.methods
+)
+
+
+def test_no_address_is_answered_by_two_routes() -> None:
+    assert OURS
+    assert [address for address, count in OURS.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("sign_in", [False, True])
+def test_a_stock_route_is_kept_only_where_there_is_no_better_one(sign_in: bool) -> None:
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    for router in stock_routers(sign_in=sign_in):
+        include_stock(app, router, OURS)
+    kept = {(r.path, method) for r in app.routes if isinstance(r, APIRoute) for method in r.methods}
+    assert ("/info/", "GET") in kept
+    assert any(path.startswith("/auth") for path, _ in kept) is sign_in
+    assert not kept & OURS.keys()
