@@ -5,12 +5,12 @@
     run.json               data set, structures, settings: another evaluation is refused in the same folder
     split.json             the scans with their patients, sides, folds and labels' hashes: what changes is refused
     seconds.json           what each step took
-    makers/                networks that make masks: checkpoints and model files
-    test-masks/            the masks that are judged, and manifest.json, which fixes them by hash
+    mask-sources/          networks that make masks: checkpoints and model files
+    test-masks/            the masks that are assessed, and manifest.json, which fixes them by hash
     training-masks/        masks of the training side, by networks that have not seen their scans
     networks/<method>/     what is compared: checkpoints
-    judgements/            each method's numbers for every mask (.npz)
-    results/               every study's scores, comparisons, curves and detections
+    predictions/           each method's numbers for every mask (.npz)
+    results/               every experiment's scores, comparisons, curves and detections
     report/                report.html, and the same as CSV, Markdown, LaTeX and SVG
 """
 
@@ -34,7 +34,16 @@ from typing import TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from segqc.evaluation.data.cohort import SPLITS, Cohort, CohortError, Split, read_labelled, split, split_of, verify
+from segqc.evaluation.data.cohort import (
+    SPLIT_RECORDS,
+    Cohort,
+    CohortError,
+    SplitRecord,
+    read_labelled,
+    record_of,
+    split,
+    verify,
+)
 from segqc.evaluation.data.settings import EvaluationSettings
 from segqc.loop.processes import die_with_parent
 from segqc.networks.device import name_of_device
@@ -120,7 +129,7 @@ class Run:
         run = cls(folder.resolve(), wanted)
         begun = run.begin()
         for name, content in (
-            ("split.json", SPLITS.dump_json(begun, indent=1)),
+            ("split.json", SPLIT_RECORDS.dump_json(begun, indent=1)),
             ("run.json", _DESCRIPTIONS.dump_json(wanted, indent=1)),
         ):
             with atomic_write(folder / name) as temporary:
@@ -140,9 +149,9 @@ class Run:
             CohortError: if there are too few labelled patients, or a label is no longer what it was.
         """
         labelled = read_labelled(Path(self.description.dataset), self.description.structures)
-        return verify(self.kept("split.json", SPLITS, self.begin), labelled)
+        return verify(self.cached("split.json", SPLIT_RECORDS, self.begin), labelled)
 
-    def begin(self) -> Split:
+    def begin(self) -> SplitRecord:
         """The split of a new run.
 
         Raises:
@@ -151,7 +160,7 @@ class Run:
         """
         s, labelled = self.settings, read_labelled(Path(self.description.dataset), self.description.structures)
         drawn = split(labelled, folds=s.folds, seed=s.seed, test_share=s.test_share, max_cases=s.max_cases)
-        return split_of(drawn)
+        return record_of(drawn)
 
     def made(self) -> Made:
         """When and where the run's numbers were made: noted at the first call, then read."""
@@ -160,7 +169,7 @@ class Run:
             machine = f"{platform.platform(terse=True)}, {platform.machine()}, {name_of_device()}"
             return Made(datetime.date.today().isoformat(), machine, os.cpu_count() or 1)
 
-        return self.kept("results/made.json", _MADE, now)
+        return self.cached("results/made.json", _MADE, now)
 
     def groups_of(self, patients: Sequence[str]) -> list[str]:
         """The group of each patient, by the settings' pattern; all alike where there is none."""
@@ -168,7 +177,7 @@ class Run:
         found = [pattern.search(patient) for patient in patients]
         return ["" if m is None else (m.group(1) if m.re.groups else m.group()) for m in found]
 
-    def kept(self, name: str, kind: TypeAdapter[T], make: Callable[[], T]) -> T:
+    def cached(self, name: str, kind: TypeAdapter[T], make: Callable[[], T]) -> T:
         """Read a result from the run folder; make it and keep it where it is not there yet."""
         path = self.folder / name
         if path.is_file():

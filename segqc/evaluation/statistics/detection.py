@@ -1,7 +1,7 @@
 """How well errors are found: boxes (paper, section 3.4; method, "Detection") and voxels of the error map.
 
 Boxes and voxels of all masks are pooled; intervals are bootstraps by patient. Counts of voxels add up over masks, so
-that no study holds all of its error maps at once.
+that no experiment holds all of its error maps at once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from segqc.evaluation.statistics.estimation import (
     LEVEL,
+    ConfidenceInterval,
     Counts,
     Indices,
-    Interval,
     patient_index,
     percentile_interval,
     resample,
@@ -50,8 +50,8 @@ class DetectionScores:
     predicted: int
     true: int
     matched: int
-    precision: Interval
-    recall: Interval
+    precision: ConfidenceInterval
+    recall: ConfidenceInterval
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +131,10 @@ class ErrorMapScores:
     masks: int
     patients: int
     wrong_share: float | None
-    pooled_dice: Interval
-    mean_dice: Interval
+    pooled_dice: ConfidenceInterval
+    mean_dice: ConfidenceInterval
     counted: int
-    average_precision: Interval
+    average_precision: ConfidenceInterval
 
 
 def detection_scores(
@@ -326,7 +326,7 @@ def error_map_scores(
     means = copies @ _by_patient(np.stack([np.where(defined, own, 0.0), defined], axis=1), index, count)
     pooled = [copies @ _by_patient(rows, index, count) for rows in (wrong, right)]
 
-    def interval(values: Values) -> Interval:
+    def interval(values: Values) -> ConfidenceInterval:
         return percentile_interval(values[0], values[1:], level)
 
     voxels = wrong.sum() + right.sum()
