@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.evaluation.data.mask_sources import MANIFESTS, Manifest, TestMask
+from segqc.evaluation.data.manifest import MANIFESTS, Manifest, TestMask
 from segqc.evaluation.data.predictions import KnownMask, find_truths, load_predictions, load_truths, predict, save
 from segqc.evaluation.data.run import Run
 from segqc.evaluation.data.settings import EvaluationSettings

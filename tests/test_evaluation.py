@@ -25,13 +25,14 @@ from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_experiment
 from segqc.evaluation.experiments.comparison import RESULTS, error_scores_of_scans, error_scores_of_slices, manifest_of
 from segqc.evaluation.experiments.observers import ObserverSettings
 from segqc.evaluation.methods.estimates import AssessedMask, Estimate, estimate_from_error_map
-from segqc.evaluation.methods.registry import SCAN_ONLY, SEGQC, TTA, methods, slug, trainings
+from segqc.evaluation.methods.registry import SCAN_ONLY, SEGQC, TTA, methods, trainings
 from segqc.loop.dataset import DatasetError
 from segqc.networks.plan import plan_network
 from segqc.networks.unet import build_network
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.quality.metrics import METRIC_NAMES, EmptyRule, true_metrics
+from segqc.text import slug
 from segqc.training import NoProgress
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels, write_scan

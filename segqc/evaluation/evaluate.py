@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from segqc.evaluation.data.cohort import CohortError
+from segqc.evaluation.data.manifest import Manifest
 from segqc.evaluation.data.mask_sources import (
-    Manifest,
     calibration_sources,
     check_masks,
     correction_masks,

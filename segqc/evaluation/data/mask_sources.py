@@ -15,10 +15,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from segqc.evaluation.data.cohort import CohortError
+from segqc.evaluation.data.manifest import MANIFESTS, Manifest, MaskSource, Selection, TestMask
 from segqc.evaluation.data.predictions import KnownMask
 from segqc.evaluation.data.run import NETWORKS, Run, parallel_map
 from segqc.evaluation.methods.estimates import AssessedMask
-from segqc.evaluation.report.limitations import Corrections, Selection
 from segqc.loop.agreement import find_labels
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import mask_sha256
@@ -49,58 +49,6 @@ VALIDATING = 6  # cases that choose the best epoch of a test source network
 EARLY_SHARE = 0.5  # a test source network's early epoch is drawn from the first part of its training
 
 
-@dataclass(frozen=True, slots=True)
-class TestMask:
-    """A mask that is assessed.
-
-    Attributes:
-        id: unique in the run; its file is ``test-masks/<id>.nii.gz``.
-        case: the scan's id.
-        patient: the scan's patient.
-        source: the network that made it: ``sources/<source>.pt``.
-        dice: its true Dice, all structures together.
-        sha256: its content.
-    """
-
-    __test__ = False  # not a test, whatever pytest thinks of the name
-
-    id: str
-    case: str
-    patient: str
-    source: str
-    dice: float
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class MaskSource:
-    """A network that made masks of an experiment: name, hash of its content, number of patients whose labels it saw."""
-
-    name: str
-    version: str
-    patients: int
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The masks of an experiment, how they were chosen, and whether their truths are corrections of these very masks.
-
-    ``after_training`` says that methods had been trained in the run folder before the masks were fixed, for an
-    experiment that was asked for earlier.
-    """
-
-    seed: int
-    bins: tuple[float, ...]
-    per_bin: int
-    sources: tuple[str, ...]
-    masks: tuple[TestMask, ...]
-    corrections: Corrections = "none"
-    selection: Selection = "all"
-    networks: tuple[MaskSource, ...] = ()
-    after_training: bool = False
-
-
-MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 _CANDIDATES = TypeAdapter(tuple[TestMask, ...])
 
 

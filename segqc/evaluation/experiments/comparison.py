@@ -13,11 +13,10 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from segqc.evaluation.data import predictions
+from segqc.evaluation.data.manifest import MANIFESTS, Corrections, Manifest
 from segqc.evaluation.data.mask_sources import (
     AT_EARLY_EPOCH,
     CALIBRATION,
-    MANIFESTS,
-    Manifest,
     calibration_masks,
     source_path,
     test_mask_path,
@@ -49,15 +48,14 @@ from segqc.evaluation.methods.registry import (
     estimator_of,
     methods,
     one_network,
-    slug,
 )
-from segqc.evaluation.report.limitations import Corrections
 from segqc.evaluation.statistics import curves, detection, estimation
 from segqc.evaluation.statistics.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.boxes import largest_box_area_mm2
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
+from segqc.text import slug
 from segqc.training import Progress
 from segqc.training.cases import label_values, read_case
 from segqc.types import BoolArray, ErrorBox

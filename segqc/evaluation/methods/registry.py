@@ -34,6 +34,7 @@ from segqc.networks.card import ModelCard
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.calibration import MapCalibration, OutputForm
 from segqc.split import PatientSplit
+from segqc.text import slug
 from segqc.training import LineProgress
 from segqc.training.assessor import fit_assessor, with_maps
 from segqc.training.calibration import KnownMap, fit_map, known_map
@@ -436,8 +437,3 @@ def _source(mask: AssessedMask) -> Segmenter:
     if mask.source is None:
         raise ValueError("a mask of the training side has a network that made it")
     return mask.source
-
-
-def slug(method: str) -> str:
-    """The method's name as a file name."""
-    return "".join(c if c.isalnum() else "-" for c in method).lower()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from segqc.evaluation.data.cohort import Cohort, CohortError
-from segqc.evaluation.data.mask_sources import Manifest
+from segqc.evaluation.data.manifest import Manifest
 from segqc.evaluation.data.run import Run, seconds_of
 from segqc.evaluation.evaluate import stored_observers
 from segqc.evaluation.experiments.comparison import (
@@ -30,6 +30,7 @@ from segqc.evaluation.report.limitations import EvaluatedSet, limitations
 from segqc.evaluation.report.result_tables import find_compared, find_row, number, span, title_of, verdicts_of
 from segqc.evaluation.statistics.curves import CurveComparison
 from segqc.loop.dataset import DatasetError
+from segqc.text import slug
 
 FEW_PATIENTS = 10
 CLEARLY_BETTER = 0.6  # of the best constant's error: from here on an estimate is worth reading
@@ -370,7 +371,7 @@ def _observers(name: str, experiment: ObserverExperiment) -> Section:
     )  # fmt: skip
     tables = [
         Table(
-            f"observers-{result_tables.slug(name)}",
+            f"observers-{slug(name)}",
             "Error extraction between two experts, held half",
             columns,
             rows(list(experiment.on_held.items())),
@@ -387,7 +388,7 @@ def _observers(name: str, experiment: ObserverExperiment) -> Section:
     if chosen is not None:
         tables.append(
             Table(
-                f"observers-structures-{result_tables.slug(name)}",
+                f"observers-structures-{slug(name)}",
                 "The same by structure, with the chosen width",
                 ("structure", "cases", "difference removed", "errors found", "voxels kept"),
                 tuple(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from segqc.evaluation.data.manifest import Corrections, Selection
 from segqc.evaluation.report.document import Point, Section, Table
-
-Corrections: TypeAlias = Literal["none", "real", "simulated"]
-Selection: TypeAlias = Literal["all", "random", "stratified", "worst-first"]
 
 _SELECTIONS: dict[Selection, str] = {
     "all": "every mask there was",

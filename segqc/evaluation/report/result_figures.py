@@ -33,7 +33,6 @@ from segqc.evaluation.methods.registry import (
     TTA,
     calibrated_on,
     estimator_of,
-    slug,
 )
 from segqc.evaluation.report import figures
 from segqc.evaluation.report.document import Figure
@@ -48,9 +47,9 @@ from segqc.evaluation.report.result_tables import (
     number,
     title_of,
 )
-from segqc.evaluation.report.result_tables import slug as part_of_name
 from segqc.quality.intervals import LEVEL, jackknife_plus
 from segqc.quality.metrics import Values, fit_calibration
+from segqc.text import slug
 from segqc.volumes import through_plane_axis
 
 ORDERS: dict[Dimension, tuple[str, ...]] = {
@@ -129,7 +128,7 @@ def estimate_figures(run: Run, result: ExperimentResult, structure: str, index: 
     estimated = estimated_dice(run, result.experiment, index, shown) if shown else None
     if estimated is None:
         return
-    styles, end = figures.styles_for(shown), f"{result.experiment}-{part_of_name(structure)}"
+    styles, end = figures.styles_for(shown), f"{result.experiment}-{slug(structure)}"
     title = title_of(result)
     yield figures.scatter(
         f"scatter-{end}",
@@ -200,7 +199,7 @@ def curve_figures(result: ExperimentResult, structure: str) -> Iterator[Figure]:
         if curves:
             unit = "scans" if ordered.dimension == "3D" else "slices"
             yield figures.correction_curves(
-                f"curves-{ordered.dimension.lower()}-{result.experiment}-{part_of_name(structure)}",
+                f"curves-{ordered.dimension.lower()}-{result.experiment}-{slug(structure)}",
                 f"Mean true Dice as {unit} of {structure} are corrected, {title_of(result)}",
                 curves,
                 unit="scans" if ordered.dimension == "3D" else "slices",
@@ -229,7 +228,7 @@ def detection_figure(result: ExperimentResult, structure: str) -> Figure | None:
     if not curves or lowest is None:
         return None
     return figures.precision_recall(
-        f"boxes-{result.experiment}-{part_of_name(structure)}",
+        f"boxes-{result.experiment}-{slug(structure)}",
         f"Error boxes over thresholds: {structure}, {title_of(result)}",
         curves,
         caption=f"Points are labelled by the error probability from which a voxel counts; IoU at least {lowest:g}.",
@@ -260,7 +259,7 @@ def example_figures(run: Run, result: ExperimentResult, structure: str, index: i
         example = _example(run, experiment, known, estimator, truths, i, index, float(values[i]), ends[i])
         if example is not None:
             yield draw_example(
-                f"example-{kind}-{experiment}-{part_of_name(structure)}",
+                f"example-{kind}-{experiment}-{slug(structure)}",
                 f"The {kind} estimate of SegQC: {structure}, {title_of(result)}",
                 example,
                 caption=(
@@ -321,7 +320,7 @@ def coverage_figure(result: ExperimentResult, structure: str, kinds: Sequence[st
     if not strata:
         return None
     return figures.coverage(
-        f"coverage-{result.experiment}-{part_of_name(structure)}",
+        f"coverage-{result.experiment}-{slug(structure)}",
         f"How often the intervals hold the true Dice: {structure}, {title_of(result)}",
         strata,
         caption="Bars: 95% intervals with the patients as trials.",
@@ -333,7 +332,7 @@ def observer_figures(name: str, experiment: ObserverExperiment) -> Iterator[Figu
     points = experiment.curves.get(experiment.chosen_from, ())
     if not points:
         return
-    end = part_of_name(name)
+    end = slug(name)
     widths = np.array([p.width for p in points])
     groups = [p.outcome.large for p in points]
     curves = [figures.Series("experts' difference removed", widths, _shares([g.removed.share for g in groups]))]

@@ -33,6 +33,7 @@ from segqc.evaluation.statistics.coverage import ALL
 from segqc.evaluation.statistics.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.statistics.detection import DetectionScores
 from segqc.quality.metrics import METRIC_NAMES, MetricName
+from segqc.text import slug
 
 PAPERS = "paper's SegQC"
 OWN = (SEGQC, EXTRACTED_MAP, "SegQC-TR", PAPERS)
@@ -54,11 +55,6 @@ COVERAGE_KINDS: Mapping[str, str] = {
 _SIMULATED = "masks that a simulated annotator corrected"
 _ORDER_SUFFIXES = (OF_SUM, OF_EXTRACTED)
 _BEST_ESTIMATES = {"MAE": "lowest", "raw MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
-
-
-def slug(text: str) -> str:
-    """A text as a part of a table's or figure's name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-") or "all"
 
 
 def title_of(result: ExperimentResult) -> str:
@@ -437,7 +433,8 @@ def order_table(result: ExperimentResult, structure: str, dimension: Dimension) 
         {"captured": 3, "SegQC minus it": 3},
         f"{comparison.units} {what} of {comparison.masks} masks. Captured: the share of the optimal order's gain over "
         "random (area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random."
-        f"{extra} p: bootstrap by patient, after Holm's adjustment over {len(differences)} orders, each method's main one.",
+        f"{extra} p: bootstrap by patient, after Holm's adjustment over {len(differences)} orders, each method's main "
+        "one.",
     )
 
 

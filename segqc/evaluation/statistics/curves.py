@@ -27,7 +27,7 @@ from segqc.evaluation.statistics.estimation import (
     holm,
     patient_index,
     percentile_interval,
-    resample,
+    with_resamples,
 )
 from segqc.quality.metrics import Values
 
@@ -337,8 +337,7 @@ def compare_orders(
         orders[RANDOM_NONEMPTY] = at_random_nonempty(units, generator=generator)
         orders[SEQUENTIAL] = sequential(units)
     index, count = patient_index(patients)
-    # the first row is the set itself
-    copies = np.concatenate([np.ones((1, count), np.int64), resample(count, draws, generator)])[:, index]
+    copies = with_resamples(count, draws, generator)[:, index]
     areas = {name: order.areas(copies) for name, order in orders.items()}
     shares = {name: _captured(area, areas[OPTIMAL], areas[RANDOM]) for name, area in areas.items()}
     results = tuple(

@@ -14,11 +14,10 @@ import numpy as np
 from segqc.evaluation.statistics.estimation import (
     LEVEL,
     ConfidenceInterval,
-    Counts,
     Indices,
     patient_index,
     percentile_interval,
-    resample,
+    with_resamples,
 )
 from segqc.quality.boxes import Detection, match_boxes, match_boxes_at
 from segqc.quality.metrics import Values
@@ -169,7 +168,7 @@ def detection_scores(
             f"{len(patients)}"
         )
     index, count = patient_index(patients)
-    copies = _with_itself(count, draws, generator)
+    copies = with_resamples(count, draws, generator)
     matched_at = [match_boxes_at(p, t, min_ious) for p, t in zip(predicted, true, strict=True)]
     scores = []
     for i, min_iou in enumerate(min_ious):
@@ -316,7 +315,7 @@ def error_map_scores(
     if len(counts) != len(patients):
         raise ValueError(f"each mask needs a patient, got {len(counts)} masks and {len(patients)} patients")
     index, count = patient_index(patients)
-    copies = _with_itself(count, draws, generator)
+    copies = with_resamples(count, draws, generator)
     wrong, right = (
         np.array(rows, np.float64).reshape(-1, STEPS + 1)
         for rows in ([c.wrong for c in counts], [c.right for c in counts])
@@ -340,11 +339,6 @@ def error_map_scores(
         counted=int(defined.sum()),
         average_precision=interval(_average_precision(pooled[0], pooled[1])),
     )
-
-
-def _with_itself(patients: int, draws: int, generator: np.random.Generator) -> Counts:
-    """The set itself in the first row, then the draws, (1 + draws, patients)."""
-    return np.concatenate([np.ones((1, patients), np.int64), resample(patients, draws, generator)])
 
 
 def _by_patient(table: Values, index: Indices, patients: int) -> Values:

@@ -435,6 +435,11 @@ def resample(patients: int, draws: int, generator: np.random.Generator) -> Count
     return generator.multinomial(patients, np.full(patients, 1 / patients), size=draws)
 
 
+def with_resamples(patients: int, draws: int, generator: np.random.Generator) -> Counts:
+    """Each patient once in the first row, the set itself; then the draws of `resample`, (1 + draws, patients)."""
+    return np.concatenate([np.ones((1, patients), np.int64), resample(patients, draws, generator)])
+
+
 def percentile_interval(value: float | np.float64 | Values, drawn: Values, level: float) -> ConfidenceInterval:
     """Make an interval of a number and its bootstrap draws; NaN is undefined and left out."""
     if not 0 < level < 1:
