@@ -14,6 +14,7 @@ from segqc.evaluation.data.manifest import MANIFESTS, Manifest, TestMask
 from segqc.evaluation.data.predictions import KnownMask, find_truths, load_predictions, load_truths, predict, save
 from segqc.evaluation.data.run import Run
 from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.data.storage import as_json
 from segqc.evaluation.experiments.comparison import (
     RESULTS,
     ExperimentResult,
@@ -163,7 +164,7 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Exp
     assert {"scatter-served-ball", "risk-served-ball", "mae-served", "curves-3d-served-ball", "boxes-served-ball"} <= {
         figure.name for figure in report.figures
     }
-    run.cached("results/served.json", RESULTS, lambda: result)
+    run.cached("results/served.json", as_json(RESULTS), lambda: result)
     path = write(run)
     kept = NUMBERS.validate_json((path.parent / "tables.json").read_bytes())
     main = next(t for t in kept.tables if t.name == "main-served-ball")

@@ -226,8 +226,8 @@ def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     assert truths.metrics[2, 0].tolist() == [getattr(expected, name) for name in METRIC_NAMES]
     # boxes: two slices of the two masks that are wrong
     for kind in (predictions.RAW, predictions.EXTRACTED):
-        predicted, true = (boxes_of(x.boxes, 3, 0, kind) for x in (predicted, truths))
-        assert predicted == true
+        found, true = (boxes_of(x.boxes, 3, 0, kind) for x in (predicted, truths))
+        assert found == true
         assert [len(boxes) for boxes in true] == [0, 2, 2]
     assert [c.both.dice(0.5) for c in map_counts(predicted.counts, 0)][1:] == [1.0, 1.0]
     np.testing.assert_allclose(
@@ -377,5 +377,5 @@ def test_method_names_make_different_files_and_every_learnt_method_has_a_trainin
     assert len({slug(name) for name in names}) == len(names)
     data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
     run = Run.open(tmp_path / "run", data, {}, EvaluationSettings(folds=2))
-    assert {n.rpartition("@")[2] for n in trainings(run, ablations=False)} == {"0", "1"}
-    assert {n.rpartition("@")[0] for n in trainings(run, ablations=True)} <= set(names)
+    assert {t.fold for t in trainings(run, ablations=False)} == {0, 1}
+    assert {t.method for t in trainings(run, ablations=True)} <= set(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -11,21 +12,22 @@ from pydantic import TypeAdapter
 from segqc.evaluation.data.cohort import CohortError
 from segqc.evaluation.data.manifest import Manifest
 from segqc.evaluation.data.mask_sources import (
-    calibration_sources,
+    SourceTraining,
     check_masks,
     correction_masks,
-    fold_sources,
     own_masks,
     stratified_masks,
-    test_source_names,
-    train_served,
-    train_test_source,
+    test_trainings,
+    train_source,
     training_masks,
 )
 from segqc.evaluation.data.run import Run, parallel_map, timed
+from segqc.evaluation.data.storage import as_json
 from segqc.evaluation.experiments.comparison import (
     ExperimentName,
     ExperimentResult,
+    PredictionTask,
+    ResultTask,
     experiment_result,
     find_truths,
     predict,
@@ -38,11 +40,20 @@ from segqc.evaluation.experiments.observers import (
     read_structures,
 )
 from segqc.evaluation.methods.registry import methods, train, trainings
-from segqc.training import LineProgress, Progress
+from segqc.training import Progress
 
-OBSERVERS = TypeAdapter(ObserverExperiment)
 VARIED: ExperimentName = "stratified"  # the experiment in which variants are compared
-_OBSERVERS = "observers-"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedObservers:
+    """An experiment with two experts' masks, and the name of the folder that they are in."""
+
+    folder: str
+    experiment: ObserverExperiment
+
+
+_OBSERVERS = as_json(TypeAdapter(NamedObservers))
 MAKE_MASKS: Mapping[ExperimentName, Callable[[Run, Progress], Manifest]] = {
     "stratified": stratified_masks,
     "served": own_masks,
@@ -68,18 +79,17 @@ def evaluate(
     """
     run.cohort  # noqa: B018 read once: it goes to all workers with the run
     folds = range(run.settings.folds)
-    sources = [*(test_source_names(run) if "stratified" in experiments else ()), "served"]
-    sources += [*(f"fold-{k}" for k in folds), *(f"calibration-{k}" for k in folds)]
+    sources = [*(test_trainings(run) if "stratified" in experiments else ()), SourceTraining("served")]
+    sources += [*(SourceTraining("fold", k) for k in folds), *(SourceTraining("calibration", k) for k in folds)]
     with timed(run, "networks that make masks"):
-        parallel_map(run, train_mask_source, sources, progress)
+        parallel_map(run, train_source, sources, progress)
     with timed(run, "masks"):
         for experiment in experiments:
             manifest = MAKE_MASKS[experiment](run, progress)
             check_masks(run, manifest)
-            progress.step(
-                1, 1, f"{experiment}: {len(manifest.masks)} masks by {len(manifest.sources)} networks are fixed"
-            )
-        parallel_map(run, make_masks, [str(k) for k in folds], progress)
+            fixed = f"{len(manifest.masks)} masks by {len(manifest.sources)} networks are fixed"
+            progress.step(1, 1, f"{experiment}: {fixed}")
+        parallel_map(run, training_masks, folds, progress)
     with timed(run, "networks that are compared"):
         parallel_map(run, train, trainings(run, ablations=ablations), progress)
     results = []
@@ -88,11 +98,11 @@ def evaluate(
         with timed(run, f"predictions, {experiment}"):
             find_truths(run, experiment)
             compared = methods(ablations=with_variants)
-            parallel_map(run, predict, [f"{experiment}/{method}" for method in compared], progress)
+            parallel_map(run, predict, [PredictionTask(experiment, method) for method in compared], progress)
         with timed(run, f"statistics, {experiment}"):
-            results.append(experiment_result(run, experiment, progress))
+            results.append(experiment_result(run, ResultTask(experiment), progress))
             if with_variants:
-                experiment_result(run, experiment, progress, ablations=True)
+                experiment_result(run, ResultTask(experiment, ablations=True), progress)
     run.made()
     return results
 
@@ -109,15 +119,16 @@ def observer_experiment(run: Run, folder: Path, progress: Progress) -> ObserverE
         CohortError: if the folder does not hold them, or one of them can't be used.
     """
 
-    def make() -> ObserverExperiment:
+    def make() -> NamedObservers:
         try:
             readings = find_double_readings(folder, *find_experts(folder))
-            return compare_observers(
+            found = compare_observers(
                 readings,
                 read_structures(folder),
                 base=run.settings.extraction,
                 report=lambda what: progress.step(0, 1, what),
             )
+            return NamedObservers(whole.name, found)
         except ValueError as error:
             raise CohortError(str(error)) from error
 
@@ -125,28 +136,10 @@ def observer_experiment(run: Run, folder: Path, progress: Progress) -> ObserverE
         raise CohortError(f"{folder}: no such folder; name one of two experts' label files")
     whole = folder.resolve()
     digest = hashlib.sha256(str(whole).encode()).hexdigest()[:8]  # folders elsewhere may have the same name
-    return run.cached(f"results/{_OBSERVERS}{whole.name}-{digest}.json", OBSERVERS, make)
+    return run.cached(f"results/observers-{whole.name}-{digest}.json", _OBSERVERS, make).experiment
 
 
 def stored_observers(run: Run) -> dict[str, ObserverExperiment]:
     """The experiments of two experts' masks that a run folder has, by their folder's name."""
-    paths = sorted((run.folder / "results").glob(f"{_OBSERVERS}*.json"))
-    names = [path.stem.removeprefix(_OBSERVERS).rpartition("-")[0] for path in paths]
-    return {name: OBSERVERS.validate_json(path.read_bytes()) for name, path in zip(names, paths, strict=True)}
-
-
-def train_mask_source(run: Run, name: str) -> None:
-    """Train a network that makes masks, by its name."""
-    if name == "served":
-        train_served(run, LineProgress())
-    elif name.startswith("fold-"):
-        fold_sources(run, int(name.removeprefix("fold-")))
-    elif name.startswith("calibration-"):
-        calibration_sources(run, int(name.removeprefix("calibration-")))
-    else:
-        train_test_source(run, name)
-
-
-def make_masks(run: Run, name: str) -> None:
-    """Make the training masks of a fold."""
-    training_masks(run, int(name))
+    found = [_OBSERVERS.load(path) for path in sorted((run.folder / "results").glob("observers-*.json"))]
+    return {named.folder: named.experiment for named in found}

@@ -22,6 +22,7 @@ class TestMask:
         source: the network that made it: ``sources/<source>.pt``.
         dice: its true Dice, all structures together.
         sha256: its content.
+        early: whether the network was at an early epoch of its training.
     """
 
     __test__ = False  # not a test, whatever pytest thinks of the name
@@ -32,6 +33,7 @@ class TestMask:
     source: str
     dice: float
     sha256: str
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

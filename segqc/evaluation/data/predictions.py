@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.data.storage import Format, load_arrays, save_arrays
 from segqc.evaluation.methods.estimates import AssessedMask, Estimator, slice_sums
 from segqc.evaluation.statistics.detection import STEPS, ErrorMapCounts, SignedCounts, count_voxels
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import METRIC_NAMES, SliceMetrics, Values, true_metrics, true_slice_metrics
 from segqc.types import BoolArray, ErrorBox, FloatArray, Metrics, Structure
-from segqc.volumes import Volume, atomic_write, through_plane_axis
+from segqc.volumes import Volume, through_plane_axis
 
 Counts: TypeAlias = npt.NDArray[np.int32]
 BoxRows: TypeAlias = npt.NDArray[np.int32]  # mask, structure, extracted, threshold's number, slice, start0, start1, ...
@@ -195,24 +196,24 @@ def map_counts(counts: Counts, structure: int) -> list[SignedCounts]:
 
 def save(path: Path, values: Truths | Predictions) -> None:
     """Write arrays as one file, atomically."""
-    columns = {name: np.array(getattr(values, name)) for name in values.__dataclass_fields__}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **columns)
+    save_arrays({name: np.array(getattr(values, name)) for name in values.__dataclass_fields__}, path)
 
 
 def load_predictions(path: Path) -> Predictions:
     """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        return Predictions(**{name: stored[name] for name in Predictions.__dataclass_fields__})
+    return Predictions(**load_arrays(path))
 
 
 def load_truths(path: Path) -> Truths:
     """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        columns = {name: stored[name] for name in Truths.__dataclass_fields__ if name not in ("masks", "patients")}
-        masks, patients = (tuple(str(n) for n in stored[name]) for name in ("masks", "patients"))
-        return Truths(masks=masks, patients=patients, **columns)
+    columns = load_arrays(path)
+    masks, patients = (tuple(str(n) for n in columns.pop(name)) for name in ("masks", "patients"))
+    return Truths(masks=masks, patients=patients, **columns)
+
+
+PREDICTIONS: Format[Predictions] = Format(load_predictions, lambda value, path: save(path, value))
+TRUTHS: Format[Truths] = Format(load_truths, lambda value, path: save(path, value))
 
 
 def _predict_mask(

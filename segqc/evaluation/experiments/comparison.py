@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from pydantic import TypeAdapter
 from segqc.evaluation.data import predictions
 from segqc.evaluation.data.manifest import MANIFESTS, Corrections, Manifest
 from segqc.evaluation.data.mask_sources import (
-    AT_EARLY_EPOCH,
     CALIBRATION,
     calibration_masks,
     source_path,
@@ -25,7 +25,9 @@ from segqc.evaluation.data.mask_sources import (
 )
 from segqc.evaluation.data.predictions import (
     EXTRACTED,
+    PREDICTIONS,
     RAW,
+    TRUTHS,
     KnownMask,
     Predictions,
     Truths,
@@ -33,6 +35,7 @@ from segqc.evaluation.data.predictions import (
     load_truths,
 )
 from segqc.evaluation.data.run import Run, parallel_map
+from segqc.evaluation.data.storage import as_json
 from segqc.evaluation.methods.estimates import AssessedMask
 from segqc.evaluation.methods.registry import (
     CONSTANT,
@@ -72,8 +75,6 @@ MANIFEST_OF: Mapping[ExperimentName, str] = {
     "served": "test-masks/served.json",
     "corrections": "test-masks/corrections.json",
 }
-_NAMED: Mapping[str, ExperimentName] = {name: name for name in MANIFEST_OF}
-_ABLATIONS = "-ablations"  # ends the name of an experiment's results in which variants are compared as well
 MIN_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 BAD_UNDER = 0.7  # true Dice
@@ -214,6 +215,40 @@ class ExperimentResult:
 
 
 RESULTS: TypeAdapter[ExperimentResult] = TypeAdapter(ExperimentResult)
+_RESULT = as_json(RESULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionTask:
+    """A method that assesses the masks of an experiment."""
+
+    experiment: ExperimentName
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.experiment}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTask:
+    """The comparison of all methods on the masks of an experiment; with variants of SegQC, if ``ablations``."""
+
+    experiment: ExperimentName
+    ablations: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.experiment}{'-ablations' if self.ablations else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class StructureTask:
+    """The part of a comparison that is about one structure, the run's number ``structure``."""
+
+    result: ResultTask
+    structure: int
+
+    def __str__(self) -> str:
+        return f"{self.result}, structure {self.structure}"
 
 
 # ------------------------------------------------------------------------------------------------- orders of correction
@@ -272,38 +307,38 @@ def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
             sources[mask.source] = Segmenter.load(source_path(run, mask.source))
         labels = read_labels(test_mask_path(run, mask), scan=known[1])
         assessed = AssessedMask(known[1], labels, sources.get(mask.source))
-        yield KnownMask(mask.id, mask.patient, assessed, known[2], early=mask.source.endswith(AT_EARLY_EPOCH))
+        yield KnownMask(mask.id, mask.patient, assessed, known[2], early=mask.early)
 
 
-def predict(run: Run, name: str) -> None:
-    """Let a method assess the masks of an experiment, and those that calibrate it: ``<experiment>/<method>``."""
-    experiment, _, method = name.partition("/")
-    s, structures = run.settings, run.cohort.structures
+def predict(run: Run, task: PredictionTask) -> None:
+    """Let a method assess the masks of an experiment, and those that calibrate it."""
+    s, structures, method = run.settings, run.cohort.structures, task.method
     largest = largest_boxes(run)
+
+    def of_fold(fold: int) -> Predictions:
+        masks, estimator = calibration_masks(run, fold), estimator_of(run, method, [fold])
+        return predictions.predict(masks, estimator, structures, s, largest, maps="extracted boxes")
+
+    def of_experiment() -> Predictions:
+        masks, estimator = experiment_masks(run, task.experiment), estimator_of(run, method, range(s.folds))
+        return predictions.predict(masks, estimator, structures, s, largest)
+
     for fold in calibrating_folds(run, method):
         path = predictions_path(run, f"{CALIBRATION}-{fold}", method)
-        if not path.is_file():
-            estimator = estimator_of(run, method, [fold])
-            masks = calibration_masks(run, fold)
-            predictions.save(
-                path, predictions.predict(masks, estimator, structures, s, largest, maps="extracted boxes")
-            )
-    path = predictions_path(run, experiment, method)
-    if not path.is_file():
-        estimator = estimator_of(run, method, range(s.folds))
-        predictions.save(
-            path, predictions.predict(experiment_masks(run, experiment), estimator, structures, s, largest)
-        )
+        run.cached(path, PREDICTIONS, functools.partial(of_fold, fold))
+    run.cached(predictions_path(run, task.experiment, method), PREDICTIONS, of_experiment)
 
 
-def find_truths(run: Run, experiment: str) -> None:
+def find_truths(run: Run, experiment: ExperimentName) -> None:
     """Note what is true of the masks of an experiment, and of those that calibrate methods."""
-    s, structures = run.settings, run.cohort.structures
-    for fold in range(s.folds):
-        if not (path := truth_path(run, f"{CALIBRATION}-{fold}")).is_file():
-            predictions.save(path, predictions.find_truths(calibration_masks(run, fold), structures, s))
-    if not (path := truth_path(run, experiment)).is_file():
-        predictions.save(path, predictions.find_truths(experiment_masks(run, experiment), structures, s))
+
+    def truths_of(masks: Iterator[KnownMask]) -> Truths:
+        return predictions.find_truths(masks, run.cohort.structures, run.settings)
+
+    for fold in range(run.settings.folds):
+        path = truth_path(run, f"{CALIBRATION}-{fold}")
+        run.cached(path, TRUTHS, functools.partial(truths_of, calibration_masks(run, fold)))
+    run.cached(truth_path(run, experiment), TRUTHS, functools.partial(truths_of, experiment_masks(run, experiment)))
 
 
 def manifest_of(run: Run, experiment: ExperimentName) -> Manifest:
@@ -311,9 +346,9 @@ def manifest_of(run: Run, experiment: ExperimentName) -> Manifest:
     return MANIFESTS.validate_json((run.folder / MANIFEST_OF[experiment]).read_bytes())
 
 
-def experiment_masks(run: Run, experiment: str) -> Iterator[KnownMask]:
+def experiment_masks(run: Run, experiment: ExperimentName) -> Iterator[KnownMask]:
     """The masks of an experiment, with their truths."""
-    return test_masks(run, manifest_of(run, _NAMED[experiment]))
+    return test_masks(run, manifest_of(run, experiment))
 
 
 def largest_boxes(run: Run) -> dict[str, float]:
@@ -331,7 +366,7 @@ def largest_boxes(run: Run) -> dict[str, float]:
                         largest[s.name] = max(largest.get(s.name, 0.0), area)
         return largest
 
-    return run.cached("training-masks/largest-boxes.json", TypeAdapter(dict[str, float]), make)
+    return run.cached("training-masks/largest-boxes.json", as_json(TypeAdapter(dict[str, float])), make)
 
 
 def predictions_path(run: Run, experiment: str, method: str) -> Path:
@@ -347,41 +382,32 @@ def truth_path(run: Run, experiment: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def experiment_result(
-    run: Run, experiment: ExperimentName, progress: Progress, *, ablations: bool = False
-) -> ExperimentResult:
+def experiment_result(run: Run, task: ResultTask, progress: Progress) -> ExperimentResult:
     """Compare all methods on the masks of an experiment, structures side by side; read what was found before."""
-    name = f"{experiment}{_ABLATIONS if ablations else ''}"
-    structures = [s.name for s in run.cohort.structures]
+    tasks = [StructureTask(task, k) for k in range(len(run.cohort.structures))]
 
     def make() -> ExperimentResult:
-        parallel_map(run, find_numbers, [f"{name}/{structure}" for structure in structures], progress)
-        return _together([_of_structure(run, name, structure) for structure in structures])
+        parallel_map(run, compare_methods, tasks, progress)
+        return _together([compare_methods(run, part) for part in tasks])
 
-    return run.cached(f"results/{name}.json", RESULTS, make)
+    return run.cached(f"results/{task}.json", _RESULT, make)
 
 
 def stored_results(run: Run) -> list[ExperimentResult]:
     """All results that a run folder has: of experiments, then of those with variants."""
-    paths = [
-        run.folder / "results" / f"{experiment}{end}.json" for end in ("", _ABLATIONS) for experiment in MANIFEST_OF
-    ]
-    return [RESULTS.validate_json(path.read_bytes()) for path in paths if path.is_file()]
+    tasks = [ResultTask(experiment, ablations) for ablations in (False, True) for experiment in MANIFEST_OF]
+    paths = [run.folder / "results" / f"{task}.json" for task in tasks]
+    return [_RESULT.load(path) for path in paths if path.is_file()]
 
 
-def find_numbers(run: Run, name: str) -> None:
-    """Compare all methods on one structure: ``<experiment>/<structure>``, or ``<experiment>-ablations/<structure>``."""
-    _of_structure(run, *name.split("/", 1))
-
-
-def _of_structure(run: Run, name: str, structure: str) -> ExperimentResult:
-    k = [s.name for s in run.cohort.structures].index(structure)
+def compare_methods(run: Run, task: StructureTask) -> ExperimentResult:
+    """Compare all methods on one structure: done once, then read."""
 
     def make() -> ExperimentResult:
-        compared = methods(ablations=name.endswith(_ABLATIONS))
-        return structure_result(run, _NAMED[name.removesuffix(_ABLATIONS)], compared, k)
+        compared = methods(ablations=task.result.ablations)
+        return structure_result(run, task.result.experiment, compared, task.structure)
 
-    return run.cached(f"results/structures/{name}-{k}.json", RESULTS, make)
+    return run.cached(f"results/structures/{task.result}-{task.structure}.json", _RESULT, make)
 
 
 def structure_result(run: Run, experiment: ExperimentName, methods: Sequence[str], k: int) -> ExperimentResult:

@@ -11,6 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter
 
 from segqc.evaluation.data.mask_sources import calibration_masks, calibration_sources, fold_sources, training_masks
 from segqc.evaluation.data.run import NETWORKS, Run
+from segqc.evaluation.data.storage import ARRAYS, Arrays, Format, as_json
 from segqc.evaluation.methods.autoencoder import train_autoencoder
 from segqc.evaluation.methods.ensemble import MeanOfEstimators
 from segqc.evaluation.methods.ensembles import EnsemblePairs
@@ -42,11 +44,12 @@ from segqc.training.crossfit import MaskSet, masks_of, sources_of_masks
 from segqc.training.segmentation import plan_for
 from segqc.training.spec import TrainingSettings
 from segqc.types import BoolArray, FloatArray, Structure
-from segqc.volumes import Volume, atomic_write
+from segqc.volumes import Volume
 
 Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 
-_MAPS: TypeAdapter[tuple[MapCalibration, ...]] = TypeAdapter(tuple[MapCalibration, ...])
+_MAPS: Format[tuple[MapCalibration, ...]] = as_json(TypeAdapter(tuple[MapCalibration, ...]))
+_ASSESSOR: Format[Assessor] = Format(Assessor.load, Assessor.save)
 
 SEGQC, TTA, SCAN_ONLY, CROSS_FITTED, CONSTANT = "SegQC", "TTA", "scan only", "cross-fitted mean", "constant"
 EXTRACTED_MAP = "SegQC-EE"
@@ -117,18 +120,15 @@ class SegQcNet(Trained):
 
     def assessor(self, run: Run, fold: int) -> Assessor:
         """Train the network without the patients of a fold, or read what was trained."""
-        path = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}.pt"
-        if path.is_file():
-            return Assessor.load(path)
+        folder = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}"
+        return run.cached(folder.with_suffix(".pt"), _ASSESSOR, lambda: self._trained(run, fold, folder))
+
+    def _trained(self, run: Run, fold: int, folder: Path) -> Assessor:
         structures = run.cohort.structures
         settings = self.change(replace(run.settings.assessor, seed=10 * (run.settings.seed + 1) + fold))
         sets = self._masks(run, fold)
         plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
-        assessor = fit_assessor(
-            f"{self.name} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), LineProgress()
-        )
-        assessor.save(path)
-        return assessor
+        return fit_assessor(f"{self.name} {fold}", plan, sets, [], structures, settings, folder, LineProgress())
 
     def calibrated(self, run: Run, folds: Sequence[int]) -> list[Assessor]:
         """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it."""
@@ -341,10 +341,26 @@ _BY_NAME = {method.name: method for method in (*_METHODS, *_VARIANTS)}
 VARIANTS = tuple(method.name for method in _VARIANTS)
 
 
-def trainings(run: Run, *, ablations: bool) -> list[str]:
-    """The names of all trainings, ``<method>@<fold>``; the longest and the most important first."""
+@dataclass(frozen=True, slots=True)
+class MethodTraining:
+    """One training of a method: without the patients of a fold."""
+
+    method: str
+    fold: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, fold {self.fold}"
+
+
+def trainings(run: Run, *, ablations: bool) -> list[MethodTraining]:
+    """All trainings; the longest and the most important first."""
     trained = [_BY_NAME[name] for name in methods(ablations=ablations)]
-    return [f"{m.name}@{fold}" for m in trained if isinstance(m, Trained) for fold in calibrating_folds(run, m.name)]
+    return [
+        MethodTraining(m.name, fold)
+        for m in trained
+        if isinstance(m, Trained)
+        for fold in calibrating_folds(run, m.name)
+    ]
 
 
 def methods(*, ablations: bool = False) -> list[str]:
@@ -367,13 +383,12 @@ def calibrated_on(method: str, early: BoolArray) -> BoolArray:
     return ~early if _BY_NAME[method].of_one_source else np.ones_like(early)
 
 
-def train(run: Run, name: str) -> None:
+def train(run: Run, training: MethodTraining) -> None:
     """Do one training, or what is left of it."""
-    method, _, fold = name.rpartition("@")
-    trained = _BY_NAME[method]
-    if not isinstance(trained, Trained):
-        raise ValueError(f"{method} has no network to train")
-    trained.train(run, int(fold))
+    method = _BY_NAME[training.method]
+    if not isinstance(method, Trained):
+        raise ValueError(f"{training.method} has no network to train")
+    method.train(run, training.fold)
 
 
 def estimator_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
@@ -422,15 +437,12 @@ def _fit_maps(
 
 
 def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
-    path = run.folder / "training-masks" / "in-sample" / f"{masks.case.id}.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
-            return MaskSet(masks.case, stored["masks"], tuple(float(d) for d in stored["dice"]))
-    made = masks_of(fold_sources(run, fold), masks.case, run.settings.segmenter, allow_seen=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, masks=made.masks, dice=np.array(made.dice))
-    return made
+    def make() -> Arrays:
+        made = masks_of(fold_sources(run, fold), masks.case, run.settings.segmenter, allow_seen=True)
+        return {"masks": made.masks, "dice": np.array(made.dice)}
+
+    stored = run.cached(f"training-masks/in-sample/{masks.case.id}.npz", ARRAYS, make)
+    return MaskSet(masks.case, stored["masks"], tuple(float(d) for d in stored["dice"]))
 
 
 def _source(mask: AssessedMask) -> Segmenter:
