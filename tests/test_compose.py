@@ -121,7 +121,7 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, Experiment
     assert dice[SEGQC].raw.mae == pytest.approx(0.0, abs=1e-6)
     assert dice[TTA].raw.mae is not None and dice[TTA].raw.mae > 0.05
     family = next(c for c in result.compared if (c.metric, c.dimension, c.statistic) == ("dice", "3D", "mae"))
-    verdicts = {o: j.verdict for o, j in zip(family.others, family.verdicts, strict=True)}
+    verdicts = {o: v.outcome for o, v in zip(family.others, family.verdicts, strict=True)}
     assert verdicts[SCAN_ONLY] == "tie"
     assert verdicts[TTA] == "better"
     captured = {o.name: o.captured.value for o in result.ordered[0].comparison.orders}
@@ -178,8 +178,8 @@ def test_a_report_says_where_looking_at_the_mask_does_harm(
     run, result = finished
     compared = tuple(
         replace(c, verdicts=tuple(
-            replace(j, verdict="worse") if other == SCAN_ONLY else j
-            for other, j in zip(c.others, c.verdicts, strict=True)
+            replace(v, outcome="worse") if other == SCAN_ONLY else v
+            for other, v in zip(c.others, c.verdicts, strict=True)
         ))
         for c in result.compared
     )  # fmt: skip
@@ -282,7 +282,7 @@ def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(
     assert compared == {"methods", "bad masks", "good masks"}, "no variants, no family of them"
     true = [r.calibrated.n for r in result.rows if (r.dimension, r.metric, r.method) == ("3D", "dice", SEGQC)]
     bad, good = (families[name, (SCAN_ONLY, CROSS_FITTED)] for name in ("bad masks", "good masks"))
-    assert [b.comparison.n + g.comparison.n for b, g in zip(bad.verdicts, good.verdicts, strict=True)] == true * 2
+    assert [b.n + g.n for b, g in zip(bad.comparisons, good.comparisons, strict=True)] == true * 2
     table = next(t for t in report.tables if t.name == "bad-masks-served-ball")
     assert {row[1] for row in table.rows} == {SCAN_ONLY, CROSS_FITTED}
 

@@ -113,7 +113,7 @@ class Compared:
     Attributes:
         structure, dimension, metric, statistic: of what.
         others: the methods that ``first`` is compared with.
-        verdicts: one for each of them.
+        comparisons, verdicts: one for each of them.
         first: SegQC, or one of its networks.
         family: "methods" for all methods on all masks; "bad masks" and "good masks" for the estimates of the truth that
             never see the mask, on masks with a true Dice under, or of at least, `BAD_UNDER`; "variants" for ablations.
@@ -124,6 +124,7 @@ class Compared:
     metric: MetricName
     statistic: estimation.PairedStatistic
     others: tuple[str, ...]
+    comparisons: tuple[estimation.Comparison, ...]
     verdicts: tuple[estimation.Verdict, ...]
     first: str = SEGQC
     family: Family = "methods"
@@ -257,6 +258,13 @@ class StructureTask:
 def sums_of(method: str) -> str:
     """The name of the order of a method's plain sums."""
     return TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
+
+
+def order_methods() -> dict[str, str]:
+    """The method that each order comes from, by the order's name."""
+    every = methods(ablations=True)
+    further = {name: method for method in every for name in (sums_of(method), f"{method}{OF_EXTRACTED}")}
+    return further | {method: method for method in every}  # an order of SegQC's extracted map is a method of its own
 
 
 def error_scores_of_scans(predicted: Mapping[str, Predictions], k: int) -> dict[str, Values]:
@@ -585,7 +593,9 @@ class _Experiment:
                 )
             )  # fmt: skip
         verdicts = estimation.holm_verdicts(found)
-        return Compared(self._name(k), dimension, metric, statistic, tuple(compared), verdicts, first, family)
+        return Compared(
+            self._name(k), dimension, metric, statistic, tuple(compared), tuple(found), verdicts, first, family
+        )
 
     def _ordered(self, k: int, dimension: Dimension) -> Ordered:
         error_score = (

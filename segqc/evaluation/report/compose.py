@@ -145,7 +145,7 @@ def _versus(result: ExperimentResult, structure: str) -> Iterator[str]:
     """Who is beaten, who ties and who wins, by MAE of the 3D Dice after Holm's adjustment."""
     family = verdicts_of(find_compared(result, structure, "dice", "3D", "mae"))
     known = [m for m in result_tables.methods_of(result, structure) if m in family]
-    by_verdict = {v: [m for m in known if family[m].verdict == v] for v in ("better", "tie", "worse")}
+    by_verdict = {v: [m for m in known if family[m].outcome == v] for v in ("better", "tie", "worse")}
     if by_verdict["worse"]:
         yield f"More exact than SegQC: {result_tables.joined(by_verdict['worse'])}."
     if by_verdict["tie"]:

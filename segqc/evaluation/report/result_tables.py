@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from segqc.evaluation.experiments.comparison import (
     BAD_UNDER,
-    OF_EXTRACTED,
-    OF_SUM,
     Compared,
     Covered,
     Detected,
@@ -16,6 +14,7 @@ from segqc.evaluation.experiments.comparison import (
     ExperimentResult,
     Family,
     Row,
+    order_methods,
 )
 from segqc.evaluation.methods.registry import (
     CROSS_FITTED,
@@ -53,7 +52,6 @@ COVERAGE_KINDS: Mapping[str, str] = {
     "structure": "calibrated on",
 }
 _SIMULATED = "masks that a simulated annotator corrected"
-_ORDER_SUFFIXES = (OF_SUM, OF_EXTRACTED)
 _BEST_ESTIMATES = {"MAE": "lowest", "raw MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
 
 
@@ -108,6 +106,11 @@ def verdicts_of(family: Compared | None) -> dict[str, estimation.Verdict]:
     return {} if family is None else dict(zip(family.others, family.verdicts, strict=True))
 
 
+def comparisons_of(family: Compared | None) -> dict[str, estimation.Comparison]:
+    """The comparisons of a family by the method that SegQC is compared with."""
+    return {} if family is None else dict(zip(family.others, family.comparisons, strict=True))
+
+
 def span(interval: estimation.ConfidenceInterval, digits: int = 3) -> str:
     """The ends of an interval as text."""
     return span_of(interval.low, interval.high, digits)
@@ -127,14 +130,7 @@ def p_text(p: float | None) -> str:
 
 def verdict_of(verdict: estimation.Verdict | None) -> str:
     """What SegQC is beside a method: better, worse or a tie; a dash where nothing can be said."""
-    return UNDEFINED if verdict is None or verdict.verdict is None else verdict.verdict
-
-
-def of_order(name: str) -> str:
-    """The method that an order of correction comes from."""
-    for suffix in _ORDER_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+    return UNDEFINED if verdict is None or verdict.outcome is None else verdict.outcome
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates
@@ -288,18 +284,18 @@ def comparison_tables(result: ExperimentResult, structure: str) -> Iterator[Tabl
 
 
 def _differences(result: ExperimentResult, structure: str, dimension: Dimension) -> Table | None:
-    families = [verdicts_of(find_compared(result, structure, "dice", dimension, s)) for s in ("mae", "spearman")]
+    families = [find_compared(result, structure, "dice", dimension, s) for s in ("mae", "spearman")]
+    found = [(comparisons_of(family), verdicts_of(family)) for family in families]
     rows: list[tuple[Cell, ...]] = []
     for method in methods_of(result, structure):
         cells: list[Cell] = []
-        for family in families:
-            verdict = family.get(method)
-            if verdict is None:
+        for comparisons, verdicts in found:
+            if method not in comparisons:
                 cells += [None, UNDEFINED, UNDEFINED, UNDEFINED]
             else:
-                of = verdict.comparison.difference
-                cells += [of.value, span(of), p_text(verdict.p_holm), verdict_of(verdict)]
-        if any(family.get(method) is not None for family in families):
+                difference, verdict = comparisons[method].difference, verdicts[method]
+                cells += [difference.value, span(difference), p_text(verdict.p_holm), verdict_of(verdict)]
+        if any(method in comparisons for comparisons, _ in found):
             rows.append((method, *cells))
     if not rows:
         return None
@@ -314,7 +310,7 @@ def _differences(result: ExperimentResult, structure: str, dimension: Dimension)
         note=(
             "Differences are SegQC minus the method: below zero in MAE, and above zero in Spearman, is SegQC's favour. "
             "Intervals: bootstrap by patient, the same patients for both. p: sign-flip test by patient (MAE), "
-            f"bootstrap (Spearman), after Holm's adjustment over {max(len(f) for f in families)} methods."
+            f"bootstrap (Spearman), after Holm's adjustment over {max(len(verdicts) for _, verdicts in found)} methods."
         ),
     )  # fmt: skip
 
@@ -346,8 +342,10 @@ def bad_masks_table(result: ExperimentResult, structure: str) -> Table | None:
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for family, name in named:
-        for method, verdict in verdicts_of(find_compared(result, structure, family=family)).items():
-            c = verdict.comparison
+        found = find_compared(result, structure, family=family)
+        verdicts = verdicts_of(found)
+        for method, c in comparisons_of(found).items():
+            verdict = verdicts[method]
             if c.n:
                 cells = (c.difference.value, span(c.difference), p_text(verdict.p_holm), verdict_of(verdict))
                 rows.append((name, method, c.n, c.patients, c.first, c.second, *cells))
@@ -402,20 +400,22 @@ def order_table(result: ExperimentResult, structure: str, dimension: Dimension) 
         return None
     comparison = ordered.comparison
     differences = {d.second: d for d in comparison.differences}
+    verdicts = {d.second: v for d, v in zip(comparison.differences, comparison.verdicts, strict=True)}
     rows: list[tuple[Cell, ...]] = []
+    method_of, further = order_methods(), (SEGQC, EXTRACTED_MAP, TTA, SCAN_ONLY, CROSS_FITTED)
     for order in comparison.orders:
-        method = order.name if order.name == EXTRACTED_MAP else of_order(order.name)
-        if method in VARIANTS or (method != order.name and method not in (SEGQC, TTA, SCAN_ONLY, CROSS_FITTED)):
+        method = method_of.get(order.name, order.name)
+        if method in VARIANTS or (method != order.name and method not in further):
             continue
-        found = differences.get(order.name)
+        found, verdict = differences.get(order.name), verdicts.get(order.name)
         rows.append(
             (
                 order.name,
                 order.captured.value,
                 span(order.captured, 2),
                 None if found is None else found.difference.value,
-                UNDEFINED if found is None else p_text(found.p_holm),
-                UNDEFINED if found is None or found.verdict is None else found.verdict,
+                UNDEFINED if verdict is None else p_text(verdict.p_holm),
+                verdict_of(verdict),
             )
         )
     what = "scans" if dimension == "3D" else "slices, pooled over the scans,"

@@ -21,10 +21,10 @@ from segqc.evaluation.statistics.estimation import (
     ConfidenceInterval,
     Counts,
     Indices,
-    Outcome,
+    Verdict,
     bootstrap_p_value,
     chunks,
-    holm,
+    holm_verdicts,
     patient_index,
     percentile_interval,
     with_resamples,
@@ -142,27 +142,31 @@ class OrderResult:
 
 @dataclass(frozen=True, slots=True)
 class CapturedDifference:
-    """How much more of the optimal gain ``first`` captures than ``second``, by patient-level bootstrap.
-
-    ``p_holm`` is adjusted over the differences of one compare_orders; the verdict is ``first``'s.
-    """
+    """How much more of the optimal gain ``first`` captures than ``second``, by patient-level bootstrap."""
 
     first: str
     second: str
     difference: ConfidenceInterval
     p_value: float | None
-    p_holm: float | None
-    verdict: Outcome | None
+
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first order is better; None where undefined."""
+        return self.difference.value
 
 
 @dataclass(frozen=True, slots=True)
 class CurveComparison:
-    """The orders of one set, the reference orders last, and the differences between the chosen one and the others."""
+    """The orders of one set, the reference orders last; the chosen one against others, and a verdict for each of these.
+
+    The verdicts are adjusted over the differences.
+    """
 
     masks: int
     units: int
     orders: tuple[OrderResult, ...]
     differences: tuple[CapturedDifference, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 def scans(dice: Sequence[float] | Values) -> Units:
@@ -346,23 +350,17 @@ def compare_orders(
     )
     others = [] if chosen is None else [n for n in (error_score if against is None else against) if n != chosen]
     found = [shares[chosen] - shares[name] for name in others] if chosen is not None else []
-    return CurveComparison(units.masks, len(units), results, _differences(chosen or "", others, found, count, level))
-
-
-def _differences(
-    first: str, others: Sequence[str], found: Sequence[Values], patients: int, level: float
-) -> tuple[CapturedDifference, ...]:
-    p_values = [None if np.isnan(values[0]) else bootstrap_p_value(values[1:], patients) for values in found]
-    adjusted = iter(holm([p for p in p_values if p is not None]))
-    differences = []
-    for second, values, p in zip(others, found, p_values, strict=True):
-        p_holm = None if p is None else next(adjusted)
-        verdict: Outcome | None = None
-        if p_holm is not None:
-            verdict = "tie" if p_holm > 1 - level else "better" if values[0] > 0 else "worse"
-        interval = percentile_interval(values[0], values[1:], level)
-        differences.append(CapturedDifference(first, second, interval, p, p_holm, verdict))
-    return tuple(differences)
+    differences = tuple(
+        CapturedDifference(
+            chosen or "",
+            second,
+            percentile_interval(values[0], values[1:], level),
+            None if np.isnan(values[0]) else bootstrap_p_value(values[1:], count),
+        )
+        for second, values in zip(others, found, strict=True)
+    )
+    verdicts = holm_verdicts(differences, level=1 - level)
+    return CurveComparison(units.masks, len(units), results, differences, verdicts)
 
 
 def _captured(area: Values, best: Values, random: Values) -> Values:

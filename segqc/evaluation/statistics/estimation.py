@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -144,14 +144,36 @@ class Comparison:
     p_value: float | None
     test: Literal["sign-flip", "bootstrap"]
 
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first method is better; None where undefined."""
+        value = self.difference.value
+        return -value if value is not None and self.statistic in _LOWER_IS_BETTER else value
+
+
+class Tested(Protocol):
+    """A difference of two methods with its p-value."""
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided; None where undefined."""
+
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first method is better; negative where it is worse, None where undefined."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A comparison, its p-value after Holm's adjustment, and the first method's verdict; None where undefined."""
+    """What a difference comes to within its family of tests; None where it is undefined.
 
-    comparison: Comparison
+    Attributes:
+        p_holm: the p-value after Holm's adjustment.
+        outcome: what the first method is: better or worse where ``p_holm`` is small enough; all else is a tie.
+    """
+
     p_holm: float | None
-    verdict: Outcome | None
+    outcome: Outcome | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -408,18 +430,18 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted.tolist())
 
 
-def holm_verdicts(comparisons: Sequence[Comparison], *, level: float = 0.05) -> tuple[Verdict, ...]:
-    """The verdicts of a family of comparisons (one first method against several) after Holm's adjustment.
+def holm_verdicts(family: Sequence[Tested], *, level: float = 0.05) -> tuple[Verdict, ...]:
+    """The verdicts of one family of tests (one first method against several), after Holm's adjustment.
 
     The first method is better or worse where the adjusted p-value is at most ``level``; all else is a tie. Undefined
-    comparisons are not counted in the family.
+    differences are not counted in the family.
     """
-    adjusted = iter(holm([c.p_value for c in comparisons if c.p_value is not None]))
-    predictions = []
-    for comparison in comparisons:
-        p = None if comparison.p_value is None else next(adjusted)
-        predictions.append(Verdict(comparison, p, _verdict(comparison, p, level)))
-    return tuple(predictions)
+    adjusted = iter(holm([tested.p_value for tested in family if tested.p_value is not None]))
+    verdicts = []
+    for tested in family:
+        p = None if tested.p_value is None else next(adjusted)
+        verdicts.append(Verdict(p, _outcome(tested.advantage, p, level)))
+    return tuple(verdicts)
 
 
 def patient_index(patients: Sequence[str]) -> tuple[Indices, int]:
@@ -645,13 +667,12 @@ def _sign_flip(differences: Values, draws: int, generator: np.random.Generator) 
     return extreme / len(signs) if exact else (extreme + 1) / (draws + 1)
 
 
-def _verdict(comparison: Comparison, p: float | None, level: float) -> Outcome | None:
-    difference = comparison.difference.value
-    if p is None or difference is None:
+def _outcome(advantage: float | None, p: float | None, level: float) -> Outcome | None:
+    if p is None or advantage is None:
         return None
-    if p > level or difference == 0:
+    if p > level or advantage == 0:
         return "tie"
-    return "better" if (difference < 0) == (comparison.statistic in _LOWER_IS_BETTER) else "worse"
+    return "better" if advantage > 0 else "worse"
 
 
 def _number(value: float | np.float64 | Values) -> float | None:
