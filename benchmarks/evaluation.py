@@ -60,13 +60,13 @@ def keep(run: Path, name: str) -> None:
     shutil.copyfile(tables, RESULTS / f"evaluation-{name}.json")
 
 
-def main_tables(seeds: Sequence[Numbers], study: str) -> dict[str, list[Table]]:
+def main_tables(seeds: Sequence[Numbers], experiment: str) -> dict[str, list[Table]]:
     """The main table of each structure, one per seed."""
     found: dict[str, list[Table]] = {}
     for seed in seeds:
         for table in seed.tables:
-            if table.name.startswith(f"main-{study}-"):
-                found.setdefault(table.name.removeprefix(f"main-{study}-"), []).append(table)
+            if table.name.startswith(f"main-{experiment}-"):
+                found.setdefault(table.name.removeprefix(f"main-{experiment}-"), []).append(table)
     return found
 
 
@@ -127,16 +127,16 @@ def over_seeds(tables: Sequence[Table], structure: str) -> Table:
     return Table(f"main-{structure}", f"Estimated 3D Dice of {structure}", columns, tuple(rows), best=best)  # type: ignore[arg-type]
 
 
-def figures_of_segqc(seeds: Sequence[Numbers], structures: Sequence[str], study: str) -> Table:
+def figures_of_segqc(seeds: Sequence[Numbers], structures: Sequence[str], experiment: str) -> Table:
     """Means over the seeds of what SegQC reaches with each structure."""
     by_name = [{table.name: table for table in seed.tables} for seed in seeds]
     rows: list[tuple[Cell, ...]] = [("wanted", *(g.wanted for g in GOALS.values()), "0.60", "all")]
     for structure in structures:
         cells: list[Cell] = [structure]
         for goal in GOALS.values():
-            found = [tables.get(f"{goal.table}-{study}-{structure}") for tables in by_name]
+            found = [tables.get(f"{goal.table}-{experiment}-{structure}") for tables in by_name]
             cells.append(mean([number(table, SEGQC, goal.column) for table in found if table is not None]))
-        mains = [tables[f"main-{study}-{structure}"] for tables in by_name]
+        mains = [tables[f"main-{experiment}-{structure}"] for tables in by_name]
         ours, ttas = (mean([number(table, method, "MAE") for table in mains]) for method in (SEGQC, TTA))
         cells.append(None if ours is None or not ttas else ours / ttas)
         beaten = [sum(text(table, m, "SegQC is") == "better" for m in TO_BEAT) for table in mains]
@@ -146,7 +146,9 @@ def figures_of_segqc(seeds: Sequence[Numbers], structures: Sequence[str], study:
         "random. Boxes after error extraction, IoU 0.05, at the probability chosen on the masks that calibrate. "
         f"Beaten: of {', '.join(TO_BEAT)}, by the MAE of the 3D Dice, in each seed."
     )
-    return Table(f"figures-{study}", "SegQC", ("structure", *GOALS, "of TTA's MAE", "beaten"), tuple(rows), note=note)
+    return Table(
+        f"figures-{experiment}", "SegQC", ("structure", *GOALS, "of TTA's MAE", "beaten"), tuple(rows), note=note
+    )
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -167,7 +169,7 @@ def forest(tables: dict[str, list[Table]], name: str) -> Figure:
                 constants[structure] = value
             else:
                 low, high = span or (None, None)
-                entries.append(figures.Interval(method, value, low, high, structure))
+                entries.append(figures.ForestEntry(method, value, low, high, structure))
     return figures.forest(
         f"evaluation-{name}",
         f"Mean absolute error of the estimated 3D Dice, {name}",
@@ -177,7 +179,7 @@ def forest(tables: dict[str, list[Table]], name: str) -> Figure:
     )
 
 
-def draw(name: str, study: str) -> None:
+def draw(name: str, experiment: str) -> None:
     """Print the tables and write the figure."""
     paths = sorted(RESULTS.glob(f"evaluation-{name}-[0-9]*.json"))
     if not paths:
@@ -185,10 +187,10 @@ def draw(name: str, study: str) -> None:
     seeds = [NUMBERS.validate_json(path.read_bytes()) for path in paths]
     for path, seed in zip(paths, seeds, strict=True):
         print(f"{path.name}: " + "; ".join(f"{k}: {v}" for k, v in seed.facts.items()) + "\n")
-    tables = main_tables(seeds, study)
+    tables = main_tables(seeds, experiment)
     for structure, of_seeds in tables.items():
         print(to_markdown(over_seeds(of_seeds, structure)))
-    print(to_markdown(figures_of_segqc(seeds, list(tables), study)))
+    print(to_markdown(figures_of_segqc(seeds, list(tables), experiment)))
     (RESULTS / f"evaluation-{name}.svg").write_text(str(forest(tables, name).image), encoding="utf-8")
 
 
@@ -200,12 +202,12 @@ def main() -> None:
     retention.add_argument("name", help="<data set>-<seed>")
     drawing = commands.add_parser("draw")
     drawing.add_argument("name", help="<data set>")
-    drawing.add_argument("--study", default="stratified")
+    drawing.add_argument("--experiment", default="stratified")
     options = parser.parse_args()
     if options.command == "keep":
         keep(options.run, options.name)
     else:
-        draw(options.name, options.study)
+        draw(options.name, options.experiment)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ and fixed (with their hashes in the result) before SegQC-Net is trained. Resumab
 
     python benchmarks/hippocampus.py --data $SEGQC_DATA/msd-hippocampus --work /tmp/hippocampus
 
-Parts can run side by side, one thread each (OMP_NUM_THREADS=1): ``--only`` test-masks, segmentation and maker; with
-``crossfit`` fold-0 to fold-2 instead of maker, then member-0 to member-2; then all of it without ``--only``.
+Parts can run side by side, one thread each (OMP_NUM_THREADS=1): ``--only`` test-masks, segmentation and source; with
+``crossfit`` fold-0 to fold-2 instead of source, then member-0 to member-2; then all of it without ``--only``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from segqc.training import (
 )
 from segqc.training.assessor import train_member
 from segqc.training.cases import read_case
-from segqc.training.crossfit import crossfit_masks, stored_masks, train_makers
+from segqc.training.crossfit import crossfit_masks, stored_masks, train_mask_sources
 from segqc.training.segmentation import plan_for
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
@@ -57,7 +57,7 @@ BINS = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
 PER_BIN = 25
 # short epochs: bad masks come from the first ten steps on
 SEGMENTER = TrainingSettings(epochs=100, fold_epochs=50, steps_per_epoch=10, batch=4, patience=40, folds=2)
-TEST_MAKER_EPOCHS = 40
+TEST_SOURCE_EPOCHS = 40
 SINGLE = TrainingSettings(
     epochs=34, steps_per_epoch=40, batch=4, patience=34, folds=2, scan_only_share=0.25, empty_mask_share=0.25,
     mask_deformation=4.0, average_flips=True, ensemble=False,
@@ -70,7 +70,7 @@ RECIPES = {"single": SINGLE, "crossfit": CROSSFIT}
 TIMES = "seconds.json"
 FOLDS = [f"fold-{k}" for k in range(CROSSFIT.folds)]
 MEMBERS = [f"member-{k}" for k in range(CROSSFIT.folds)]
-ONLY = ["test-masks", "segmentation", "maker", *FOLDS, *MEMBERS]
+ONLY = ["test-masks", "segmentation", "source", *FOLDS, *MEMBERS]
 progress = LineProgress()
 
 
@@ -104,18 +104,18 @@ def stratified_test_masks(trained: list[Case], test: list[Case], work: Path) -> 
         for k in range(2):
             rng = np.random.default_rng((100, k))
             subset = [trained[int(i)] for i in rng.permutation(len(trained))[: 12 + 8 * k]]
-            settings = replace(SEGMENTER, seed=100 + k, fold_epochs=TEST_MAKER_EPOCHS)
+            settings = replace(SEGMENTER, seed=100 + k, fold_epochs=TEST_SOURCE_EPOCHS)
             plan = plan_for(subset, settings, in_channels=1, out_channels=3)
-            name, training = f"test maker {k + 1}", work / f"maker-{k}"
+            name, training = f"test maker {k + 1}", work / f"source-{k}"  # the name seeds the draws
             # at random early epochs, as the paper's test masks: one per third of the first half's logarithm, as masks
             # change most at the start
             draws = np.random.default_rng((settings.seed, *name.encode())).uniform(size=3)
-            early = sorted({round((TEST_MAKER_EPOCHS / 2) ** ((i + float(u)) / 3)) for i, u in enumerate(draws)})
-            makers = train_makers(name, subset, STRUCTURES, plan, settings, training, progress, early=early)
-            for m, maker in enumerate(makers):
+            early = sorted({round((TEST_SOURCE_EPOCHS / 2) ** ((i + float(u)) / 3)) for i, u in enumerate(draws)})
+            sources = train_mask_sources(name, subset, STRUCTURES, plan, settings, training, progress, early=early)
+            for m, source in enumerate(sources):
                 for case in test:
                     scan, truth = read_case(case, (1, 2))
-                    labels = maker.predict(scan).labels
+                    labels = source.predict(scan).labels
                     dice = true_metrics(labels.array > 0, truth.array > 0).dice or 0.0
                     path = folder / f"{case.id}-{k}{m}.nii.gz"
                     write_labels(labels, path)
@@ -130,36 +130,38 @@ def stratified_test_masks(trained: list[Case], test: list[Case], work: Path) -> 
     return [(by_id[r["case"]], folder / r["file"], r["dice"]) for r in json.loads(manifest.read_text(encoding="utf-8"))]
 
 
-def single_makers(taught: list[Case], work: Path) -> list[Segmenter]:
+def single_source(taught: list[Case], work: Path) -> list[Segmenter]:
     """The network that makes masks beside the served one: at its end and at early epochs."""
     plan = plan_for(taught, SEGMENTER, in_channels=1, out_channels=3)
-    with timed("train a mask maker", work):
-        return train_makers("maker", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "maker", progress)
+    with timed("train a mask source", work):
+        return train_mask_sources(
+            "source", taught, STRUCTURES, plan, replace(SEGMENTER, seed=1), work / "source", progress
+        )
 
 
-def train_single(taught: list[Case], judged: list[Case], segmenter: Segmenter, work: Path) -> Assessor:
+def train_single(taught: list[Case], assessed: list[Case], segmenter: Segmenter, work: Path) -> Assessor:
     """One SegQC-Net, on masks of the served network and of another one that the same cases have taught."""
-    makers = single_makers(taught, work)
+    sources = single_source(taught, work)
     with timed("make masks", work):
-        sets = [stored_masks([segmenter, *makers], c, SEGMENTER, work / "masks") for c in judged]
+        sets = [stored_masks([segmenter, *sources], c, SEGMENTER, work / "masks") for c in assessed]
     placed = place(
-        [c.patient for c in judged], split_config=SplitConfig(folds=2, validation_share=SINGLE.validation_share)
+        [c.patient for c in assessed], split_config=SplitConfig(folds=2, validation_share=SINGLE.validation_share)
     )
     with timed("train SegQC-Net, calibrate", work):
         return train_on_masks(sets, STRUCTURES, placed, SINGLE, work / "segqc-single", progress)
 
 
 def train_crossfit(cases: list[Case], only: str | None, work: Path) -> Assessor | None:
-    """The product's way: a network per fold that makes masks, and one that judges; None where only a part was asked."""
+    """The product's way: a network per fold makes masks, another assesses them; None where only a part was asked."""
     # nobody validates: each fold's network is calibrated on the cases of its fold, at its last epoch
     placed = place([c.patient for c in cases], split_config=SplitConfig(folds=CROSSFIT.folds, validation_share=0.0))
     plan, folder = plan_for(cases, CROSSFIT, in_channels=1, out_channels=3), work / "segqc-crossfit"
-    makers = replace(CROSSFIT, steps_per_epoch=SEGMENTER.steps_per_epoch)
+    sources = replace(CROSSFIT, steps_per_epoch=SEGMENTER.steps_per_epoch)
     sets = []
     for k, fold in enumerate(FOLDS):
         if only in (fold, None, *MEMBERS):
-            with timed(f"train a mask maker, make masks: {fold}", work):
-                sets += crossfit_masks(cases, STRUCTURES, placed, plan, makers, folder, progress, only=[k])
+            with timed(f"train a mask source, make masks: {fold}", work):
+                sets += crossfit_masks(cases, STRUCTURES, placed, plan, sources, folder, progress, only=[k])
     for k, member in enumerate(MEMBERS):
         if only in (member, None):
             with timed(f"train SegQC-Net: {member}", work):
@@ -235,7 +237,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and masks")
     parser.add_argument("--recipe", choices=RECIPES, default="single")
     parser.add_argument(
-        "--only", choices=ONLY, help="one part, beside another process (maker: single; folds, members: crossfit)"
+        "--only", choices=ONLY, help="one part, beside another process (source: single; folds, members: crossfit)"
     )
     parser.add_argument("--out", type=Path, help="the result; by default results/hippocampus[-crossfit].json")
     arguments = parser.parse_args()
@@ -245,7 +247,7 @@ def main() -> None:
     splits = json.loads((arguments.data / "splits.json").read_text(encoding="utf-8"))
     train = cases_of(arguments.data, splits["train"])
     order = np.random.default_rng(0).permutation(len(train))
-    taught, judged = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
+    taught, assessed = [train[int(i)] for i in order[:30]], [train[int(i)] for i in order[30:]]
     test = cases_of(arguments.data, splits["test"])
     if only in ("test-masks", None):
         with timed("test masks (networks of their own)", work):
@@ -254,9 +256,9 @@ def main() -> None:
         with timed("train segmentation", work):
             placed = place([c.patient for c in taught], split_config=SplitConfig(folds=2, validation_share=0.15))
             segmenter = train_segmentation(taught, STRUCTURES, placed, SEGMENTER, work / "segmentation", progress)
-    if only == "maker":
-        single_makers(taught, work)
-    if only in ("test-masks", "segmentation", "maker"):
+    if only == "source":
+        single_source(taught, work)
+    if only in ("test-masks", "segmentation", "source"):
         return
     if not (work / "test-masks" / "manifest.json").is_file():
         raise SystemExit(f"{work}: the test masks are fixed before SegQC-Net is trained; run --only test-masks first")
@@ -265,7 +267,7 @@ def main() -> None:
         if assessor is None:
             return
     else:
-        assessor = train_single(taught, judged, segmenter, work)
+        assessor = train_single(taught, assessed, segmenter, work)
     segmenter.save(work / "segmentation.pt")
     assessor.save(work / "segqc.pt")
     out = arguments.out or Path(__file__).parent / "results" / f"hippocampus{'-crossfit' * crossfit}.json"

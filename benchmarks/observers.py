@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from segqc.evaluation.experiments.observers import (
-    Curve,
-    ObserverStudy,
+    ObserverExperiment,
     Outcome,
     Share,
+    WidthCurve,
+    compare_observers,
     draw_curves,
     find_double_readings,
     read_structures,
-    study_observers,
 )
 
 WANTED = {"removed": 0.85, "found": 0.98, "kept": 0.75}
@@ -42,7 +42,7 @@ class Result:
     machine: str
     seconds: float
     data: str
-    study: ObserverStudy
+    experiment: ObserverExperiment
 
 
 RESULT = TypeAdapter(Result)
@@ -57,7 +57,7 @@ def with_interval(share: Share) -> str:
     return number(share.share) + interval
 
 
-def curve_table(name: str, curve: Curve) -> Table:
+def curve_table(name: str, curve: WidthCurve) -> Table:
     table = Table("width", "removed", "mean", "found", "kept", title=f"{name}: large structures, choosing half")
     for kind in curve[0].outcome.large.implanted[1:]:
         table.add_column(f"{kind.kind}: found / kept")
@@ -106,25 +106,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=150)
     started = time.monotonic()
     readings = find_double_readings(options.data, options.first, options.second)
-    study = study_observers(readings, read_structures(options.data), report=console.print)
+    experiment = compare_observers(readings, read_structures(options.data), report=console.print)
     result = Result(
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"{platform.machine()}, {platform.system()}, CPU",
         round(time.monotonic() - started, 1),
         options.data.name,
-        study,
+        experiment,
     )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_bytes(RESULT.dump_json(result) + b"\n")
-    for name, curve in study.curves.items():
+    for name, curve in experiment.curves.items():
         console.print(curve_table(name, curve))
-    console.print(f"chosen width: {study.chosen} ({study.chosen_from})")
-    for name, outcome in study.on_held.items():
+    console.print(f"chosen width: {experiment.chosen} ({experiment.chosen_from})")
+    for name, outcome in experiment.on_held.items():
         console.print(*outcome_tables(name, outcome), sep="\n")
-    if study.chosen is not None:
-        console.print(verdict(study.on_held["chosen"]))
+    if experiment.chosen is not None:
+        console.print(verdict(experiment.on_held["chosen"]))
     if options.figure is not None:
-        draw_curves(study, options.figure)
+        draw_curves(experiment, options.figure)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,12 @@ def spreadsheet_cell(value: T) -> T | str:
         return value
     text = value.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's or an address's name: lower-case ASCII letters, digits and hyphens; "all" for none.
+
+    >>> slug("SegQC, one network")
+    'segqc--one-network'
+    """
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-") or "all"

@@ -15,7 +15,7 @@ from torch import nn
 from segqc.evaluation.methods.autoencoder import LATENT, AutoencoderFeatures, ShapeAutoencoder, train_autoencoder
 from segqc.evaluation.methods.averages import average_slices
 from segqc.evaluation.methods.ensembles import EnsemblePairs
-from segqc.evaluation.methods.estimates import SILENT, Estimator, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.methods.estimates import SILENT, AssessedMask, Estimator, estimate_from_error_map
 from segqc.evaluation.methods.features import ALL_MISSED, fit_features, fit_line
 from segqc.evaluation.methods.learned import around_masks, batch_metrics, cut_window
 from segqc.evaluation.methods.map_and_score import MapAndScore, train_map_and_score
@@ -31,11 +31,11 @@ from segqc.evaluation.methods.regression import Regression, train_regression
 from segqc.evaluation.methods.simple import (
     fit_constant,
     fit_size_regression,
-    judged_masks,
+    measured_masks,
     size_features,
     surface_mm2,
 )
-from segqc.evaluation.methods.soft_input import MadeMasks, train_soft_input
+from segqc.evaluation.methods.soft_input import SourcedMasks, train_soft_input
 from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta, entropy, entropy_map, tta_dice
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan
@@ -85,9 +85,9 @@ def segmenter(network: nn.Module | None = None, structures: tuple[Structure, ...
     return Segmenter(card, Classes() if network is None else network)
 
 
-def judged(maker: Segmenter | None = None) -> tuple[MaskToJudge, np.ndarray]:
+def assessed(source: Segmenter | None = None) -> tuple[AssessedMask, np.ndarray]:
     scan, labels, truth = world()
-    return MaskToJudge(scan, labels, maker), truth
+    return AssessedMask(scan, labels, source), truth
 
 
 def truths_of(labels: np.ndarray, truth: np.ndarray) -> list[Metrics]:
@@ -102,11 +102,11 @@ def assert_close(one: Metrics, other: Metrics, within: float = 1e-3) -> None:
 def test_a_mask_lies_on_its_scan() -> None:
     scan, labels, _ = world()
     with pytest.raises(VolumeError, match="share one grid"):
-        MaskToJudge(scan, Volume(labels.array[1:], AFFINE), None)
+        AssessedMask(scan, Volume(labels.array[1:], AFFINE), None)
 
 
 def test_an_error_map_gives_metrics_slices_and_orders() -> None:
-    mask, truth = judged()
+    mask, truth = assessed()
     structure = STRUCTURES[0]
     m, t = structure.mask(mask.labels.array), structure.mask(truth)
     estimate = estimate_from_error_map(m, (m != t).astype(np.float32), 2, EmptyRule(10.0, 3.0))
@@ -119,7 +119,7 @@ def test_an_error_map_gives_metrics_slices_and_orders() -> None:
 
 @pytest.mark.parametrize("form", ["truth", "direct"])
 def test_segqc_reads_the_assessors_map(form: str) -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     model = assessor(form)
     one = MapEstimator([model]).estimate(mask)
     expected = model.assess(mask.scan, mask.labels, scan_id="s")
@@ -134,12 +134,12 @@ def test_segqc_reads_the_assessors_map(form: str) -> None:
 
 
 def test_several_assessors_average_their_logits() -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     blind = assessor()
     blind.network.sees_high = False
     one = MapEstimator([assessor(), blind], name="two").estimate(mask)
     # logits 12 and -12 cancel where only one of them sees the second structure
-    high = STRUCTURES[1].mask(judged()[1])
+    high = STRUCTURES[1].mask(assessed()[1])
     assert one[1].error is not None
     np.testing.assert_allclose(one[1].error[high], 0.5, atol=1e-6)
     assert one[1].error[~high & ~STRUCTURES[1].mask(mask.labels.array)].max() < 1e-4
@@ -163,7 +163,7 @@ def test_scan_only_gives_one_truth_and_its_difference_from_each_mask(affine: np.
     method = ScanOnly([model, model])
     t = method.truth(scan)
     for array in (labels.array, truth, np.zeros_like(truth)):
-        estimates = ScanOnly([model]).estimate(MaskToJudge(scan, Volume(array, affine), None))
+        estimates = ScanOnly([model]).estimate(AssessedMask(scan, Volume(array, affine), None))
         for k, structure in enumerate(STRUCTURES):
             m = structure.mask(array)
             error = estimates[k].error
@@ -189,7 +189,7 @@ def test_structures_sum_the_probabilities_of_their_label_values() -> None:
 
 
 def test_networks_that_know_the_truth_estimate_the_true_metrics() -> None:
-    mask, truth = judged(segmenter())
+    mask, truth = assessed(segmenter())
     expected = truths_of(mask.labels.array, truth)
     methods: list[Estimator] = [
         CrossFittedMean([segmenter(), segmenter()]),
@@ -205,7 +205,7 @@ def test_networks_that_know_the_truth_estimate_the_true_metrics() -> None:
 
 
 def test_the_mean_softmax_is_a_mean() -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     unsure = segmenter(Classes(0.0))  # all four classes alike
     soft = CrossFittedMean([segmenter(), unsure]).truth(mask.scan)
     sure = CrossFittedMean([segmenter()]).truth(mask.scan)
@@ -214,7 +214,7 @@ def test_the_mean_softmax_is_a_mean() -> None:
 
 
 def test_with_flips_the_mean_softmax_turns_with_the_scan() -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     turned = Volume(mask.scan.array[::-1].copy(), mask.scan.affine, mask.scan.acquisition_axis)
     for flips in (True, False):
         one, other = (
@@ -225,13 +225,13 @@ def test_with_flips_the_mean_softmax_turns_with_the_scan() -> None:
 
 
 def test_a_mask_that_no_network_made_gets_nothing_from_methods_that_ask_the_maker() -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     for method in (Tta(STRUCTURES), SoftmaxEntropy(STRUCTURES), SoftOutput(STRUCTURES)):
         assert method.estimate(mask) == (SILENT, SILENT)
 
 
 def test_an_equivariant_network_agrees_with_its_augmentations() -> None:
-    mask, _ = judged(segmenter())
+    mask, _ = assessed(segmenter())
     for estimate in Tta(STRUCTURES).estimate(mask):
         assert_close(estimate.metrics, Metrics(1.0, 1.0, 0.0, 0.0), within=0.0)
         assert estimate.slices is not None
@@ -240,9 +240,9 @@ def test_an_equivariant_network_agrees_with_its_augmentations() -> None:
 
 
 def test_augmentation_metrics_are_medians_against_the_median_as_the_mask() -> None:
-    maker = segmenter(Shifted())
-    mask, _ = judged(maker)
-    prediction = maker.predict_tta(mask.scan)
+    source = segmenter(Shifted())
+    mask, _ = assessed(source)
+    prediction = source.predict_tta(mask.scan)
     estimates = Tta(STRUCTURES).estimate(mask)
     for structure, estimate in zip(STRUCTURES, estimates, strict=True):
         median = structure.mask(prediction.labels.array)
@@ -266,16 +266,16 @@ def test_the_group_runs_once_for_two_masks_and_again_for_another_scan_or_maker()
             type(self).runs += 1
             return super().predict_tta(scan, gammas)
 
-    maker = Counting(segmenter().card, Classes())
+    source = Counting(segmenter().card, Classes())
     other = Counting(segmenter().card, Classes(20.0))
-    mask, _ = judged(maker)
+    mask, _ = assessed(source)
     method = Tta(STRUCTURES)
-    for judge, _ in itertools.product((mask, replace(mask, labels=mask.labels)), range(2)):
-        method.estimate(judge)
+    for assessed_mask, _ in itertools.product((mask, replace(mask, labels=mask.labels)), range(2)):
+        method.estimate(assessed_mask)
     assert Counting.runs == 1
-    method.estimate(replace(mask, maker=other))
+    method.estimate(replace(mask, source=other))
     assert Counting.runs == 2
-    method.estimate(judged(other)[0])
+    method.estimate(assessed(other)[0])
     assert Counting.runs == 3
 
 
@@ -285,12 +285,12 @@ def test_entropy_is_that_of_a_coin_and_orders_only() -> None:
     np.testing.assert_allclose(entropy_map(p).ravel(), expected, atol=3e-5)
 
     single = (Structure("all", (1, 2, 3)),)
-    maker = segmenter(Classes(3.0), single)
-    mask, _ = judged(maker)
+    source = segmenter(Classes(3.0), single)
+    mask, _ = assessed(source)
     (by_softmax,) = SoftmaxEntropy(single).estimate(mask)
     assert by_softmax.metrics == Metrics(None, None, None, None)
     assert (by_softmax.slices, by_softmax.error) == (None, None)
-    soft = maker.predict(mask.scan).probabilities[1:].sum(axis=0)
+    soft = source.predict(mask.scan).probabilities[1:].sum(axis=0)
     sums = entropy_map(soft).sum(axis=(0, 1))
     np.testing.assert_allclose(by_softmax.slice_error_score, sums, rtol=1e-5)  # type: ignore[arg-type]
     assert by_softmax.scan_error_score == pytest.approx(sums.sum() / (mask.labels.array > 0).sum(), rel=1e-5)
@@ -300,10 +300,10 @@ def test_with_one_class_the_scans_entropy_is_the_softmaxs() -> None:
     single = (Structure("low", (1,)),)
     plan = replace(PLAN, in_channels=1, out_channels=2)
     card = ModelCard(kind="segmentation", plan=plan, structures=single, values=(1,), seen=())
-    maker = Segmenter(card, build_network(plan_with_levels(plan), seed=0))
-    mask, _ = judged(maker)
+    source = Segmenter(card, build_network(plan_with_levels(plan), seed=0))
+    mask, _ = assessed(source)
     (estimate,) = Tta(single).estimate(mask)
-    assert estimate.scan_error_score == pytest.approx(entropy(maker.predict_tta(mask.scan)), rel=1e-3)
+    assert estimate.scan_error_score == pytest.approx(entropy(source.predict_tta(mask.scan)), rel=1e-3)
 
 
 def plan_with_levels(plan: NetworkPlan) -> NetworkPlan:
@@ -313,7 +313,7 @@ def plan_with_levels(plan: NetworkPlan) -> NetworkPlan:
 
 
 def test_an_ensembles_pairs_against_the_mask_and_against_each_other() -> None:
-    mask, _ = judged()
+    mask, _ = assessed()
     members = [segmenter(), segmenter(Shifted())]
     arrays = [m.predict(mask.scan).labels.array for m in members]
     against = EnsemblePairs(members).estimate(mask)
@@ -346,7 +346,7 @@ def test_slices_are_averaged_where_they_are_defined() -> None:
 
 def test_the_constant_is_the_mean_of_the_true_values(tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 3)
-    known = list(judged_masks(sets, SINGLE))
+    known = list(measured_masks(sets, SINGLE))
     constant = fit_constant(known, SINGLE)
     assert constant.metrics[0].dice == pytest.approx(np.mean([j.metrics[0].dice for j in known]))
     assert constant.metrics[0].arvd == pytest.approx(np.mean([j.metrics[0].arvd for j in known]))
@@ -359,7 +359,7 @@ def test_the_constant_is_the_mean_of_the_true_values(tmp_path: Path) -> None:
 
 
 def test_the_size_regression_is_numpys(tmp_path: Path) -> None:
-    known = list(judged_masks(mask_sets(tmp_path, 4), SINGLE))
+    known = list(measured_masks(mask_sets(tmp_path, 4), SINGLE))
     method = fit_size_regression(known, SINGLE)
     volumes = [float((j.mask.labels.array > 0).sum()) * 2.0 / 1000 for j in known]
     there = [k for k, v in enumerate(volumes) if v]
@@ -471,7 +471,7 @@ def test_trainings_resume_are_not_repeated_and_judge_any_mask(train: Train, tmp_
     rng = np.random.default_rng(3)
     scan = Volume(rng.normal(size=(5, 30, 18)).astype(np.float32), TURNED)
     for labels in (np.zeros(scan.shape, np.uint8), np.ones(scan.shape, np.uint8)):
-        mask = MaskToJudge(scan, Volume(labels, TURNED), None)
+        mask = AssessedMask(scan, Volume(labels, TURNED), None)
         (one,), (two,), (three,) = (m.estimate(mask) for m in (straight, resumed, loaded))
         assert one.metrics == two.metrics == three.metrics
         assert 0 <= one.metrics.dice <= 1  # type: ignore[operator]
@@ -518,7 +518,7 @@ def test_two_structures_get_their_own_numbers(tmp_path: Path) -> None:
     sets = mask_sets(tmp_path, 4)
     patient_splits = placed([s.case for s in sets])
     scan, truth = read_case(sets[0].case, (1, 2))
-    mask = MaskToJudge(scan, truth, None)
+    mask = AssessedMask(scan, truth, None)
     for train in (train_regression, train_map_and_score, train_autoencoder):
         method = train(
             sets, structures, patient_splits, replace(QUICK, epochs=1), tmp_path / train.__name__, NoProgress()
@@ -539,7 +539,7 @@ def test_the_autoencoders_code_is_drawn_in_training_only() -> None:
     assert torch.equal(network(x), network(x))
 
 
-def ball_maker(sharpness: float) -> Segmenter:
+def ball_source(sharpness: float) -> Segmenter:
     plan = replace(PLAN, in_channels=1, out_channels=2, patch=(24, 20, 8))
 
     class Ball(nn.Module):
@@ -554,20 +554,20 @@ def ball_maker(sharpness: float) -> Segmenter:
 
 
 def test_soft_input_looks_at_the_makers_soft_output_of_each_mask(tmp_path: Path) -> None:
-    makers = (ball_maker(4.0), ball_maker(0.5))
-    made = [MadeMasks(s, makers, (0, 0, 1, 1)) for s in mask_sets(tmp_path, 3)]
+    sources = (ball_source(4.0), ball_source(0.5))
+    made = [SourcedMasks(s, sources, (0, 0, 1, 1)) for s in mask_sets(tmp_path, 3)]
     settings = replace(QUICK, epochs=6, steps_per_epoch=4)
     method = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", NoProgress())
     scan, truth = read_case(made[0].masks.case, (1,))
-    mask = MaskToJudge(scan, truth, makers[0])
+    mask = AssessedMask(scan, truth, sources[0])
     (one,) = method.estimate(mask)
     assert one.error is not None and one.error.shape == scan.shape
-    (other,) = method.estimate(replace(mask, maker=makers[1]))
+    (other,) = method.estimate(replace(mask, source=sources[1]))
     assert one.metrics != other.metrics, "another soft output is another answer"
-    assert method.estimate(replace(mask, maker=None)) == (SILENT,)
+    assert method.estimate(replace(mask, source=None)) == (SILENT,)
     again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
     assert again.estimate(mask)[0].metrics == one.metrics, "the training is taken over"
-    other_soft = [replace(m, makers=makers[::-1]) for m in made]
+    other_soft = [replace(m, sources=sources[::-1]) for m in made]
     with pytest.raises(KilledError):
         train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
 

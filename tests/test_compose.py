@@ -1,4 +1,4 @@
-"""From judgements to results to a report: what a reader finds in it."""
+"""From predictions to results to a report: what a reader finds in it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.evaluation.data.mask_sources import MANIFESTS, Manifest, TestMask
-from segqc.evaluation.data.predictions import KnownMask, find_truths, judge, load_judgements, load_truths, save
+from segqc.evaluation.data.manifest import MANIFESTS, Manifest, TestMask
+from segqc.evaluation.data.predictions import KnownMask, find_truths, load_predictions, load_truths, predict, save
 from segqc.evaluation.data.run import Run
 from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.data.storage import as_json
 from segqc.evaluation.experiments.comparison import (
-    STUDIES,
-    StudyResult,
-    judgement_path,
+    RESULTS,
+    ExperimentResult,
+    experiment_masks,
+    predictions_path,
     structure_result,
-    study_masks,
     truth_path,
 )
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, estimate_from_error_map
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate, estimate_from_error_map
 from segqc.evaluation.methods.registry import CROSS_FITTED, SCAN_ONLY, SEGQC, TTA, calibrated_on
 from segqc.evaluation.report.compose import compose, write
 from segqc.evaluation.report.document import Report
@@ -49,7 +50,7 @@ class Noisy:
         self.truth = {c.id: read_case(c, (1,))[1] for c in (*run.cohort.train, *run.cohort.test)}
         self.case = ""
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         wrong = BALL.mask(mask.labels.array) != BALL.mask(self.truth[self.case].array)
         share = self.share * (1 + 0.2 * (int(self.case.removeprefix("s")) % 4 - 1.5))
         error = (wrong * (1 - share) + share * 0.3).astype(np.float32)
@@ -64,7 +65,7 @@ def spoilt(labels: np.ndarray, i: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, ExperimentResult]:
     """A run of four methods whose networks nobody had to train."""
     folder = tmp_path_factory.mktemp("run")
     data = write_dataset(make_folders(folder / "data"), [f"s{i:02}" for i in range(24)])
@@ -84,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult
         for i, case in enumerate(run.cohort.held(fold)):
             scan, truth = read_case(case, (1,))
             labels = Volume(spoilt(truth.array, i), scan.affine, scan.acquisition_axis)
-            yield KnownMask(case.id, case.patient, MaskToJudge(scan, labels, None), truth)
+            yield KnownMask(case.id, case.patient, AssessedMask(scan, labels, None), truth)
 
     def named(known: Iterator[KnownMask], method: Noisy) -> Iterator[KnownMask]:
         for one in known:
@@ -93,35 +94,37 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, StudyResult
 
     for fold in range(2):
         save(truth_path(run, f"calibration-{fold}"), find_truths(calibrating(fold), [BALL], run.settings))
-    save(truth_path(run, "served"), find_truths(study_masks(run, "served"), [BALL], run.settings))
+    save(truth_path(run, "served"), find_truths(experiment_masks(run, "served"), [BALL], run.settings))
     for name in NOISE:
         method = Noisy(name, run)
         for fold in range(2):
-            said = judge(named(calibrating(fold), method), method, [BALL], run.settings, {}, maps="extracted boxes")
-            save(judgement_path(run, f"calibration-{fold}", name), said)
-        said = judge(named(study_masks(run, "served"), method), method, [BALL], run.settings, {})
-        save(judgement_path(run, "served", name), said)
+            predicted = predict(
+                named(calibrating(fold), method), method, [BALL], run.settings, {}, maps="extracted boxes"
+            )
+            save(predictions_path(run, f"calibration-{fold}", name), predicted)
+        predicted = predict(named(experiment_masks(run, "served"), method), method, [BALL], run.settings, {})
+        save(predictions_path(run, "served", name), predicted)
     return run, structure_result(run, "served", list(NOISE), 0)
 
 
 @pytest.fixture(scope="module")
-def report(finished: tuple[Run, StudyResult]) -> Report:
+def report(finished: tuple[Run, ExperimentResult]) -> Report:
     """The report of that run."""
     run, result = finished
     return compose(run, [result])
 
 
-def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResult]) -> None:
+def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, ExperimentResult]) -> None:
     _, result = finished
-    assert STUDIES.validate_json(STUDIES.dump_json(result)) == result
+    assert RESULTS.validate_json(RESULTS.dump_json(result)) == result
     dice = {r.method: r for r in result.rows if r.metric == "dice" and r.dimension == "3D"}
     assert dice[SEGQC].raw.mae == pytest.approx(0.0, abs=1e-6)
     assert dice[TTA].raw.mae is not None and dice[TTA].raw.mae > 0.05
     family = next(c for c in result.compared if (c.metric, c.dimension, c.statistic) == ("dice", "3D", "mae"))
-    verdicts = {o: j.verdict for o, j in zip(family.others, family.judgements, strict=True)}
+    verdicts = {o: v.outcome for o, v in zip(family.others, family.verdicts, strict=True)}
     assert verdicts[SCAN_ONLY] == "tie"
     assert verdicts[TTA] == "better"
-    captured = {o.name: o.captured.value for o in result.ordered[0].study.orders}
+    captured = {o.name: o.captured.value for o in result.ordered[0].comparison.orders}
     assert captured[SEGQC] == pytest.approx(1.0)
     assert {(c.kind, c.metric) for c in result.covered} == {
         (kind, metric) for kind in ("resplit", "test") for metric in METRIC_NAMES
@@ -135,23 +138,23 @@ def test_results_say_what_is_true_of_the_methods(finished: tuple[Run, StudyResul
 
 
 def test_a_report_says_where_masks_were_fixed_after_the_trainings(
-    finished: tuple[Run, StudyResult], report: Report
+    finished: tuple[Run, ExperimentResult], report: Report
 ) -> None:
     run, result = finished
 
-    def said(report: Report) -> str:
+    def text_of(report: Report) -> str:
         return " ".join([*report.sections[1].text, *(p.title for p in report.sections[-1].points)])
 
-    assert "before any method was trained." in said(report) and "fixed late" not in said(report)
+    assert "before any method was trained." in text_of(report) and "fixed late" not in text_of(report)
     path = run.folder / "test-masks" / "served.json"
     before = path.read_bytes()
     path.write_bytes(MANIFESTS.dump_json(replace(MANIFESTS.validate_json(before), after_training=True)))
-    late = said(compose(run, [result]))
+    late = text_of(compose(run, [result]))
     path.write_bytes(before)
-    assert "but for those of studies that were asked for later." in late and "Some masks were fixed late" in late
+    assert "but for those of experiments that were asked for later." in late and "Some masks were fixed late" in late
 
 
-def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, StudyResult], report: Report) -> None:
+def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, ExperimentResult], report: Report) -> None:
     run, result = finished
     summary = " ".join(item for point in report.sections[0].points for item in point.items)
     assert "can't be told apart from scan only" in summary
@@ -161,7 +164,7 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     assert {"scatter-served-ball", "risk-served-ball", "mae-served", "curves-3d-served-ball", "boxes-served-ball"} <= {
         figure.name for figure in report.figures
     }
-    run.kept("results/served.json", STUDIES, lambda: result)
+    run.cached("results/served.json", as_json(RESULTS), lambda: result)
     path = write(run)
     kept = NUMBERS.validate_json((path.parent / "tables.json").read_bytes())
     main = next(t for t in kept.tables if t.name == "main-served-ball")
@@ -169,22 +172,24 @@ def test_a_report_calls_ties_ties_and_keeps_its_numbers(finished: tuple[Run, Stu
     assert "ball" in path.read_text()
 
 
-def test_a_report_says_where_looking_at_the_mask_does_harm(finished: tuple[Run, StudyResult], report: Report) -> None:
+def test_a_report_says_where_looking_at_the_mask_does_harm(
+    finished: tuple[Run, ExperimentResult], report: Report
+) -> None:
     run, result = finished
     compared = tuple(
-        replace(c, judgements=tuple(
-            replace(j, verdict="worse") if other == SCAN_ONLY else j
-            for other, j in zip(c.others, c.judgements, strict=True)
+        replace(c, verdicts=tuple(
+            replace(v, outcome="worse") if other == SCAN_ONLY else v
+            for other, v in zip(c.others, c.verdicts, strict=True)
         ))
         for c in result.compared
     )  # fmt: skip
     harm = "does harm"
-    said = [
+    texts = [
         " ".join(item for point in composed.sections[0].points for item in point.items)
         for composed in (report, compose(run, [replace(result, compared=compared)]))
     ]
-    assert harm not in said[0]
-    assert "More exact than SegQC: scan only." in said[1] and harm in said[1]
+    assert harm not in texts[0]
+    assert "More exact than SegQC: scan only." in texts[1] and harm in texts[1]
 
 
 def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_all(report: Report) -> None:
@@ -194,12 +199,12 @@ def test_coverage_of_the_dice_is_told_in_strata_and_of_the_other_metrics_over_al
     assert [row[1:4] for row in others] == [
         (metric, tested, "all")
         for metric in ("IoU", "ARVD", "RVD")
-        for tested in ("random splits", "on this study's masks")
+        for tested in ("random splits", "on this experiment's masks")
     ]
 
 
 def test_tables_are_drawn_again_from_the_results_alone(
-    finished: tuple[Run, StudyResult], report: Report, tmp_path: Path
+    finished: tuple[Run, ExperimentResult], report: Report, tmp_path: Path
 ) -> None:
     run, result = finished
     bare = compose(Run(tmp_path / "bare", replace(run.description, dataset=str(tmp_path / "gone"))), [result])
@@ -211,17 +216,17 @@ def test_tables_are_drawn_again_from_the_results_alone(
     assert not [figure.name for figure in bare.figures if figure.name.startswith(("scatter", "risk", "example"))]
 
 
-def test_what_a_method_does_not_say_is_left_out(finished: tuple[Run, StudyResult]) -> None:
+def test_what_a_method_does_not_say_is_left_out(finished: tuple[Run, ExperimentResult]) -> None:
     run, result = finished
     silent = replace(result, rows=tuple(r for r in result.rows if r.method != TTA), covered=())
     report = compose(run, [silent])
     assert TTA not in {row[0] for table in report.tables if table.name == "main-served-ball" for row in table.rows}
     assert "Prediction intervals" not in {section.title for section in report.sections}
-    with pytest.raises(ValueError, match="at least one study with estimates"):
+    with pytest.raises(ValueError, match="at least one experiment with estimates"):
         compose(run, [replace(result, rows=())])
 
 
-def test_variants_have_a_table_of_their_own(finished: tuple[Run, StudyResult]) -> None:
+def test_variants_have_a_table_of_their_own(finished: tuple[Run, ExperimentResult]) -> None:
     run, result = finished
     variant = tuple(replace(r, method="Dice loss") for r in result.rows if r.method == CROSS_FITTED)
     report = compose(run, [result, replace(result, rows=result.rows + variant)])
@@ -230,7 +235,7 @@ def test_variants_have_a_table_of_their_own(finished: tuple[Run, StudyResult]) -
     assert not any("Dice loss" in names for name, names in methods.items() if not name.startswith("ablations"))
 
 
-def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: Path) -> None:
+def test_a_changed_mask_is_noticed(finished: tuple[Run, ExperimentResult], tmp_path: Path) -> None:
     from segqc.evaluation.data.cohort import CohortError
     from segqc.evaluation.data.mask_sources import check_masks
 
@@ -245,21 +250,21 @@ def test_a_changed_mask_is_noticed(finished: tuple[Run, StudyResult], tmp_path: 
 
 
 def test_all_methods_are_scored_on_the_slices_that_all_of_them_speak_of(
-    finished: tuple[Run, StudyResult], tmp_path: Path
+    finished: tuple[Run, ExperimentResult], tmp_path: Path
 ) -> None:
     run, before = finished
     shutil.copytree(run.folder, tmp_path / "run")
     again = replace(run, folder=tmp_path / "run")
-    said = load_judgements(judgement_path(again, "served", TTA))
+    predicted = load_predictions(predictions_path(again, "served", TTA))
     arvd = METRIC_NAMES.index("arvd")
     in_mask = load_truths(truth_path(again, "served")).voxels[:, 0, 0] > 0
-    spoken = np.flatnonzero(np.isfinite(said.slices[:, 0, arvd]) & in_mask)
-    silent = said.slices.copy()
+    spoken = np.flatnonzero(np.isfinite(predicted.slices[:, 0, arvd]) & in_mask)
+    silent = predicted.slices.copy()
     silent[spoken[:3], 0, arvd] = np.nan
-    save(judgement_path(again, "served", TTA), replace(said, slices=silent))
+    save(predictions_path(again, "served", TTA), replace(predicted, slices=silent))
     result = structure_result(again, "served", list(NOISE), 0)
 
-    def counts(of: StudyResult, slices: str) -> dict[str, int]:
+    def counts(of: ExperimentResult, slices: str) -> dict[str, int]:
         wanted = ("2D", slices, "arvd")
         return {r.method: r.calibrated.n for r in of.rows if (r.dimension, r.slices, r.metric) == wanted}
 
@@ -269,7 +274,7 @@ def test_all_methods_are_scored_on_the_slices_that_all_of_them_speak_of(
 
 
 def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(
-    finished: tuple[Run, StudyResult], report: Report
+    finished: tuple[Run, ExperimentResult], report: Report
 ) -> None:
     _, result = finished
     families = {(c.family, c.others): c for c in result.compared if (c.dimension, c.metric) == ("3D", "dice")}
@@ -277,7 +282,7 @@ def test_what_the_mask_adds_is_tested_on_bad_and_on_good_masks_apart(
     assert compared == {"methods", "bad masks", "good masks"}, "no variants, no family of them"
     true = [r.calibrated.n for r in result.rows if (r.dimension, r.metric, r.method) == ("3D", "dice", SEGQC)]
     bad, good = (families[name, (SCAN_ONLY, CROSS_FITTED)] for name in ("bad masks", "good masks"))
-    assert [b.comparison.n + g.comparison.n for b, g in zip(bad.judgements, good.judgements, strict=True)] == true * 2
+    assert [b.n + g.n for b, g in zip(bad.comparisons, good.comparisons, strict=True)] == true * 2
     table = next(t for t in report.tables if t.name == "bad-masks-served-ball")
     assert {row[1] for row in table.rows} == {SCAN_ONLY, CROSS_FITTED}
 

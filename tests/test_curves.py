@@ -13,17 +13,17 @@ from segqc.evaluation.statistics.curves import (
     RANDOM,
     RANDOM_NONEMPTY,
     SEQUENTIAL,
-    CurveStudy,
+    CurveComparison,
     Units,
     at_random,
     at_random_nonempty,
     by_scores,
     captured,
+    compare_orders,
     optimal,
     scans,
     sequential,
     slices,
-    study,
     whole_sizes,
 )
 
@@ -251,6 +251,10 @@ def test_copies_of_tied_scans_tie() -> None:
     assert found[0] == pytest.approx(many.area())
 
 
+def outcomes(found: CurveComparison) -> list[tuple[str, str | None]]:
+    return [(d.second, v.outcome) for d, v in zip(found.differences, found.verdicts, strict=True)]
+
+
 def test_a_study_of_slices() -> None:
     draw = rng(5)
     n, masks = 200, 20
@@ -260,7 +264,7 @@ def test_a_study_of_slices() -> None:
     wrong = units.in_mask + units.in_truth - 2 * units.in_both
     patients = [f"p{i // 2}" for i in range(masks)]
     error_score = {"error": wrong, "noise": draw.random(n), "same": wrong * 2}
-    found = study(units, error_score, patients, generator=rng(), chosen="error", draws=200)
+    found = compare_orders(units, error_score, patients, generator=rng(), chosen="error", draws=200)
     results = {o.name: o for o in found.orders}
     assert list(results) == ["error", "noise", "same", OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL]
     assert (found.masks, found.units) == (20, 200)
@@ -270,18 +274,26 @@ def test_a_study_of_slices() -> None:
     assert got.value == pytest.approx(share, abs=0.02) and got.low is not None and got.high is not None
     assert got.value is not None and got.low < got.value < got.high and got.value > 0.9
     assert results[OPTIMAL].captured.value == 1 and results[RANDOM].captured.value == 0
-    assert [(d.second, d.verdict) for d in found.differences] == [("noise", "better"), ("same", "tie")]
-    turned = study(units, error_score, patients, generator=rng(), chosen="noise", draws=200)
-    assert [(d.second, d.verdict) for d in turned.differences] == [("error", "worse"), ("same", "worse")]
-    adapter = TypeAdapter(CurveStudy)
+    assert outcomes(found) == [
+        ("noise", "better"),
+        ("same", "tie"),
+    ]
+    turned = compare_orders(units, error_score, patients, generator=rng(), chosen="noise", draws=200)
+    assert outcomes(turned) == [
+        ("error", "worse"),
+        ("same", "worse"),
+    ]
+    adapter = TypeAdapter(CurveComparison)
     assert adapter.validate_json(adapter.dump_json(found)) == found
 
 
 def test_a_study_of_scans_of_one_patient_has_no_intervals() -> None:
-    found = study(scans([0.5, 0.7, 0.9]), {"a": [3.0, 2, 1], "b": [1.0, 2, 3]}, ["p"] * 3, generator=rng(), chosen="a")
+    found = compare_orders(
+        scans([0.5, 0.7, 0.9]), {"a": [3.0, 2, 1], "b": [1.0, 2, 3]}, ["p"] * 3, generator=rng(), chosen="a"
+    )
     assert [o.name for o in found.orders] == ["a", "b", OPTIMAL, RANDOM]
     assert found.orders[0].captured.value == pytest.approx(1) and found.orders[0].captured.low is None
-    assert found.differences[0].p_value is None and found.differences[0].verdict is None
+    assert found.differences[0].p_value is None and found.verdicts[0].outcome is None
 
 
 def test_a_kept_curve_is_short_and_has_the_whole_one_s_area() -> None:
@@ -309,9 +321,9 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         by_scores(scans([0.5, 0.6]), [0.1, float("nan")], generator=rng())
     with pytest.raises(ValueError, match="patient"):
-        study(scans([0.5, 0.6]), {}, ["a"], generator=rng())
+        compare_orders(scans([0.5, 0.6]), {}, ["a"], generator=rng())
     with pytest.raises(ValueError, match="none of"):
-        study(scans([0.5, 0.6]), {"a": [1.0, 2.0]}, ["a", "b"], generator=rng(), chosen="b")
+        compare_orders(scans([0.5, 0.6]), {"a": [1.0, 2.0]}, ["a", "b"], generator=rng(), chosen="b")
 
 
 def test_errors_count_as_shares_of_their_scan() -> None:

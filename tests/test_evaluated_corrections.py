@@ -1,4 +1,4 @@
-"""The corrections study: masks that people corrected, of a dataset folder or of two folders, and simulated ones."""
+"""The corrections experiment: masks that people corrected, of a dataset folder or two folders, and simulated ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segqc.evaluation.data.cohort import CohortError
 from segqc.evaluation.data.mask_sources import Manifest, check_masks, correction_masks
 from segqc.evaluation.data.run import NETWORKS, Run
 from segqc.evaluation.data.settings import EvaluationSettings
-from segqc.evaluation.experiments.comparison import study_masks
+from segqc.evaluation.experiments.comparison import experiment_masks
 from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
 from segqc.store.leases import LeaseRules
@@ -42,11 +42,11 @@ def test_corrections_of_people_are_found_and_how_they_were_chosen(
     manifest = corrected(run)
     assert (manifest.corrections, manifest.selection) == ("real", selection)
     assert {m.case for m in manifest.masks} == tested <= set(done)
-    for known in study_masks(run, "corrections"):
+    for known in experiment_masks(run, "corrections"):
         truth = draw_case(int(known.id.split("-")[0].removeprefix("scan_")))[1].array
         assert (known.truth.array == truth).all()
-        assert (known.judged.labels.array == np.roll(truth, 2, axis=0)).all(), "the mask that was handed out"
-        assert known.judged.maker is None
+        assert (known.assessed.labels.array == np.roll(truth, 2, axis=0)).all(), "the mask that was handed out"
+        assert known.assessed.source is None
 
 
 def test_a_final_label_that_was_drawn_anew_since_is_no_correction(dataset: Dataset, tmp_path: Path) -> None:

@@ -17,21 +17,22 @@ from typer.testing import CliRunner
 from segqc.cli import main
 from segqc.evaluation.data import predictions
 from segqc.evaluation.data.cohort import CohortError, read_labelled, split
-from segqc.evaluation.data.mask_sources import calibrating_makers, simulated_correction, with_other_pooling
-from segqc.evaluation.data.predictions import KnownMask, boxes_of, find_truths, judge, map_counts
+from segqc.evaluation.data.mask_sources import calibrating_sources, simulated_correction, with_other_pooling
+from segqc.evaluation.data.predictions import KnownMask, boxes_of, find_truths, map_counts, predict
 from segqc.evaluation.data.run import Run
 from segqc.evaluation.data.settings import EvaluationSettings
-from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_study
-from segqc.evaluation.experiments.comparison import STUDIES, error_scores_of_scans, error_scores_of_slices, manifest_of
-from segqc.evaluation.experiments.observers import StudySettings
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, estimate_from_error_map
-from segqc.evaluation.methods.registry import SCAN_ONLY, SEGQC, TTA, methods, slug, trainings
+from segqc.evaluation.evaluate import MAKE_MASKS, evaluate, observer_experiment
+from segqc.evaluation.experiments.comparison import RESULTS, error_scores_of_scans, error_scores_of_slices, manifest_of
+from segqc.evaluation.experiments.observers import ObserverSettings
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate, estimate_from_error_map
+from segqc.evaluation.methods.registry import SCAN_ONLY, SEGQC, TTA, methods, trainings
 from segqc.loop.dataset import DatasetError
 from segqc.networks.plan import plan_network
 from segqc.networks.unet import build_network
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.error_maps import ExtractionSettings, difference, extract_errors
 from segqc.quality.metrics import METRIC_NAMES, EmptyRule, true_metrics
+from segqc.text import slug
 from segqc.training import NoProgress
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels, write_scan
@@ -192,7 +193,7 @@ class Oracle:
     def __init__(self, truth: dict[int, np.ndarray]) -> None:
         self.truth = truth
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         wrong = (BALL[0].mask(mask.labels.array) != BALL[0].mask(self.truth[id(mask.scan)])).astype(np.float32)
         empty = EmptyRule(0.0, 1.0)
         return (estimate_from_error_map(BALL[0].mask(mask.labels.array), wrong, 2, empty),)
@@ -207,49 +208,51 @@ def known_masks() -> list[KnownMask]:
         # thick slices: the third axis is the through-plane axis
         affine = np.diag([1.0, 1.0, 5.0, 1.0])
         scan = Volume(np.zeros(truth.shape, np.float32), affine)
-        known = MaskToJudge(scan, Volume(mask, affine), None)
+        known = AssessedMask(scan, Volume(mask, affine), None)
         masks.append(KnownMask(f"m{i}", f"p{i}", known, Volume(truth, affine)))
     return masks
 
 
 def test_an_oracle_is_judged_perfect_in_every_number(tmp_path: Path) -> None:
     masks = known_masks()
-    oracle = Oracle({id(m.judged.scan): m.truth.array for m in masks})
+    oracle = Oracle({id(m.assessed.scan): m.truth.array for m in masks})
     truths = find_truths(masks, BALL, SETTINGS)
-    said = judge(masks, oracle, BALL, replace(SETTINGS, box_thresholds=(0.5,)), {})
+    predicted = predict(masks, oracle, BALL, replace(SETTINGS, box_thresholds=(0.5,)), {})
     for column in ("metrics", "slices"):
-        np.testing.assert_allclose(getattr(said, column), getattr(truths, column), atol=1e-9)
+        np.testing.assert_allclose(getattr(predicted, column), getattr(truths, column), atol=1e-9)
     assert truths.mask_of.tolist() == [0] * 4 + [1] * 5 + [2] * 6
     assert truths.slice_patients[4] == "p1"
-    expected = true_metrics(BALL[0].mask(masks[2].judged.labels.array), BALL[0].mask(masks[2].truth.array))
+    expected = true_metrics(BALL[0].mask(masks[2].assessed.labels.array), BALL[0].mask(masks[2].truth.array))
     assert truths.metrics[2, 0].tolist() == [getattr(expected, name) for name in METRIC_NAMES]
     # boxes: two slices of the two masks that are wrong
     for kind in (predictions.RAW, predictions.EXTRACTED):
-        predicted, true = (boxes_of(x.boxes, 3, 0, kind) for x in (said, truths))
-        assert predicted == true
+        found, true = (boxes_of(x.boxes, 3, 0, kind) for x in (predicted, truths))
+        assert found == true
         assert [len(boxes) for boxes in true] == [0, 2, 2]
-    assert [c.both.dice(0.5) for c in map_counts(said.counts, 0)][1:] == [1.0, 1.0]
+    assert [c.both.dice(0.5) for c in map_counts(predicted.counts, 0)][1:] == [1.0, 1.0]
     np.testing.assert_allclose(
-        said.slice_error_score[:, 0], (truths.voxels[:, 0, :2].sum(axis=1) - 2 * truths.voxels[:, 0, 2])
+        predicted.slice_error_score[:, 0], (truths.voxels[:, 0, :2].sum(axis=1) - 2 * truths.voxels[:, 0, 2])
     )
-    predictions.save(tmp_path / "said.npz", said)
+    predictions.save(tmp_path / "predictions.npz", predicted)
     predictions.save(tmp_path / "truths.npz", truths)
     again, truths_again = (
-        predictions.load_judgements(tmp_path / "said.npz"),
+        predictions.load_predictions(tmp_path / "predictions.npz"),
         predictions.load_truths(tmp_path / "truths.npz"),
     )
-    assert all(np.array_equal(getattr(said, f), getattr(again, f), equal_nan=True) for f in said.__dataclass_fields__)
+    assert all(
+        np.array_equal(getattr(predicted, f), getattr(again, f), equal_nan=True) for f in predicted.__dataclass_fields__
+    )
     assert truths_again.masks == truths.masks and truths_again.patients == truths.patients
 
 
 def test_slices_are_ordered_by_shares_of_their_scan_and_scans_by_their_dice() -> None:
     masks = known_masks()
     truths = find_truths(masks, BALL, SETTINGS)
-    oracle = judge(masks, Oracle({id(m.judged.scan): m.truth.array for m in masks}), BALL, SETTINGS, {})
+    oracle = predict(masks, Oracle({id(m.assessed.scan): m.truth.array for m in masks}), BALL, SETTINGS, {})
     # without a map and an estimated truth, as softmax entropy is
     blind = replace(oracle, slice_truth=np.full_like(oracle.slice_truth, np.nan), counts=oracle.counts[:0])
-    said = {SEGQC: oracle, SCAN_ONLY: oracle, TTA: blind}
-    scans, slices = error_scores_of_scans(said, 0), error_scores_of_slices(said, truths, 0)
+    predicted = {SEGQC: oracle, SCAN_ONLY: oracle, TTA: blind}
+    scans, slices = error_scores_of_scans(predicted, 0), error_scores_of_slices(predicted, truths, 0)
     assert set(scans) == {SEGQC, f"{SEGQC}, error sum", SCAN_ONLY, f"{SCAN_ONLY}, error sum", TTA, f"{TTA} entropy"}
     assert set(slices) == {*scans, f"{SCAN_ONLY}-EE"}
     np.testing.assert_allclose(scans[SEGQC], -truths.metrics[:, 0, 0])
@@ -271,7 +274,7 @@ def tiny(workers: int = 1) -> EvaluationSettings:
     short = replace(quick.segmenter, epochs=2, fold_epochs=2, steps_per_epoch=1, batch=1, patch=(16, 16, 8))
     assessor = replace(short, scan_only_share=0.5, average_flips=True, hide_mask=True)
     return replace(
-        quick, test_makers=1, maker_epochs=2, segmenter=short, assessor=assessor, per_bin=2, draws=50, workers=workers
+        quick, test_sources=1, source_epochs=2, segmenter=short, assessor=assessor, per_bin=2, draws=50, workers=workers
     )
 
 
@@ -300,29 +303,31 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_ends_with_the_same_numbers
     evaluate_tiny(data, killed, 1)
     assert reached.stat().st_mtime_ns == first, "what was done is not done again"
     one, other = (
-        STUDIES.validate_json((f / "results" / "stratified-ablations.json").read_bytes())
+        RESULTS.validate_json((f / "results" / "stratified-ablations.json").read_bytes())
         for f in (tmp_path / "straight", killed)
     )
     assert replace(one, seconds={}) == replace(other, seconds={})
     assert set(one.seconds) == set(methods(ablations=True))
-    assert not any(manifest_of(Run.open(killed, data, {}, tiny()), study).after_training for study in MAKE_MASKS)
+    assert not any(
+        manifest_of(Run.open(killed, data, {}, tiny()), experiment).after_training for experiment in MAKE_MASKS
+    )
 
 
 def children_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-@pytest.mark.parametrize(("makers", "masks"), [(2, 2), (3, 3), (6, 3)])
-def test_calibrating_masks_are_of_all_epochs_in_turn(makers: int, masks: int) -> None:
-    chosen = [calibrating_makers(makers, number) for number in range(2 * (makers - 1))]
+@pytest.mark.parametrize(("sources", "masks"), [(2, 2), (3, 3), (6, 3)])
+def test_calibrating_masks_are_of_all_epochs_in_turn(sources: int, masks: int) -> None:
+    chosen = [calibrating_sources(sources, number) for number in range(2 * (sources - 1))]
     assert all(c[0] == 0 and len(set(c)) == masks for c in chosen)
-    counts = np.bincount([m for c in chosen for m in c[1:]], minlength=makers)
+    counts = np.bincount([m for c in chosen for m in c[1:]], minlength=sources)
     assert counts[0] == 0 and len(set(counts[1:].tolist())) == 1
 
 
 def test_all_networks_can_look_through_a_smaller_window() -> None:
     usual = EvaluationSettings()
-    cropped = usual.through((64, 80, 10))
+    cropped = usual.with_patch((64, 80, 10))
     assert cropped.segmenter.patch == cropped.assessor.patch == (64, 80, 10)
     assert cropped.segmenter.patch != usual.segmenter.patch
     assert cropped.quick().segmenter.patch == cropped.with_length(0.5).assessor.patch == (64, 80, 10)
@@ -345,8 +350,8 @@ def test_all_trainings_can_be_shorter_and_none_becomes_nothing() -> None:
     )
     assert whole.with_length(1.0) == whole
     assert half.assessor.epochs == whole.assessor.epochs // 2 and half.segmenter.epochs == whole.segmenter.epochs // 2
-    assert half.maker_epochs == whole.maker_epochs // 2
-    assert least.segmenter.fold_epochs == least.maker_epochs == 2
+    assert half.source_epochs == whole.source_epochs // 2
+    assert least.segmenter.fold_epochs == least.source_epochs == 2
 
 
 def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:
@@ -354,17 +359,17 @@ def test_two_experts_are_studied_once_and_kept(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", data, {}, EvaluationSettings())
     experts = tmp_path / "experts"
     with pytest.raises(CohortError, match="no such folder"):
-        observer_study(run, experts, NoProgress())
+        observer_experiment(run, experts, NoProgress())
     experts.mkdir()
     with pytest.raises(CohortError, match="of two experts"):
-        observer_study(run, experts, NoProgress())
+        observer_experiment(run, experts, NoProgress())
     write_readings(experts, 4)
     (experts / "labels.txt").write_text("1 ball\n")
-    study = observer_study(run, experts, NoProgress())
+    experiment = observer_experiment(run, experts, NoProgress())
     for path in experts.iterdir():
         path.unlink()
-    assert observer_study(run, experts, NoProgress()) == study
-    assert study.settings == StudySettings() and len(study.held) == 2
+    assert observer_experiment(run, experts, NoProgress()) == experiment
+    assert experiment.settings == ObserverSettings() and len(experiment.held) == 2
 
 
 def test_method_names_make_different_files_and_every_learnt_method_has_a_training_per_fold(tmp_path: Path) -> None:
@@ -372,5 +377,5 @@ def test_method_names_make_different_files_and_every_learnt_method_has_a_trainin
     assert len({slug(name) for name in names}) == len(names)
     data = write_dataset(make_folders(tmp_path / "data"), [f"s{i}" for i in range(10)])
     run = Run.open(tmp_path / "run", data, {}, EvaluationSettings(folds=2))
-    assert {n.rpartition("@")[2] for n in trainings(run, ablations=False)} == {"0", "1"}
-    assert {n.rpartition("@")[0] for n in trainings(run, ablations=True)} <= set(names)
+    assert {t.fold for t in trainings(run, ablations=False)} == {0, 1}
+    assert {t.method for t in trainings(run, ablations=True)} <= set(names)

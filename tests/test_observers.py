@@ -14,11 +14,12 @@ from segqc.evaluation.experiments.observers import (
     RELATIVE_CURVE,
     ChoiceRule,
     ObserverCase,
-    ObserverStudy,
+    ObserverExperiment,
+    ObserverSettings,
     Outcome,
-    Point,
-    StudySettings,
+    WidthOutcome,
     choose_width,
+    compare_observers,
     draw_curves,
     find_double_readings,
     find_experts,
@@ -27,7 +28,6 @@ from segqc.evaluation.experiments.observers import (
     read_cases,
     read_structures,
     split_scans,
-    study_observers,
 )
 from segqc.quality.error_maps import PLAIN_EXTRACTION, ExtractionSettings
 from segqc.types import Structure
@@ -69,10 +69,10 @@ def case_of(first: np.ndarray, second: np.ndarray, **changes: object) -> Observe
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> ObserverStudy:
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> ObserverExperiment:
     folder = tmp_path_factory.mktemp("readings")
     write_readings(folder, 5)
-    return study_observers(find_double_readings(folder, "a", "b"), (BALL, SMALL))
+    return compare_observers(find_double_readings(folder, "a", "b"), (BALL, SMALL))
 
 
 def test_scans_that_both_experts_labelled_are_found(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_cases_are_the_structures_that_both_drew_whatever_the_slices_axis(tmp_pa
         folder.mkdir()
         write_readings(folder, 1, axis=axis)
         (reading,) = find_double_readings(folder, "a", "b")
-        cases = read_cases(reading, (BALL, SMALL, Structure("absent", (9,))), StudySettings())
+        cases = read_cases(reading, (BALL, SMALL, Structure("absent", (9,))), ObserverSettings())
         assert [c.structure for c in cases] == ["ball", "small"]
         both[axis] = cases[0]
     ball = both[2]
@@ -108,18 +108,18 @@ def test_readings_on_two_grids_are_refused(tmp_path: Path) -> None:
     write_readings(tmp_path, 1)
     write_labels(Volume(np.ones((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "s_0_b.nii.gz")
     with pytest.raises(VolumeError, match="shape"):
-        read_cases(find_double_readings(tmp_path, "a", "b")[0], (BALL,), StudySettings())
+        read_cases(find_double_readings(tmp_path, "a", "b")[0], (BALL,), ObserverSettings())
 
 
 @pytest.mark.parametrize("kind", ERROR_KINDS)
 def test_implanted_errors_are_what_they_are_called(kind: str) -> None:
     first = np.moveaxis(ellipsoid((60, 60, 24), (30.0, 24.0, 12.0), (15, 15, 30)), 0, 0)
     case = ObserverCase("s", "ball", SPACING, first, first)
-    got = implant_errors(case, kind, StudySettings(leak_radius_mm=6.0), np.random.default_rng(1))
+    got = implant_errors(case, kind, ObserverSettings(leak_radius_mm=6.0), np.random.default_rng(1))
     np.testing.assert_array_equal(got.error, got.mask ^ first)
     assert len(set(got.slices)) == 4
     assert set(np.flatnonzero(got.error.any(axis=(0, 1)))) == set(got.slices)
-    again = implant_errors(case, kind, StudySettings(leak_radius_mm=6.0), np.random.default_rng(1))
+    again = implant_errors(case, kind, ObserverSettings(leak_radius_mm=6.0), np.random.default_rng(1))
     np.testing.assert_array_equal(again.mask, got.mask)
     for i in got.slices:
         here, error = first[..., i], got.error[..., i]
@@ -139,13 +139,15 @@ def test_few_slices_get_few_errors() -> None:
     first = np.zeros((30, 30, 9), bool)
     first[5:25, 5:25, 2:7] = True
     for kind in ERROR_KINDS:
-        assert len(implant_errors(case_of(first, first), kind, StudySettings(), np.random.default_rng(0)).slices) == 1
+        assert (
+            len(implant_errors(case_of(first, first), kind, ObserverSettings(), np.random.default_rng(0)).slices) == 1
+        )
 
 
 def test_what_is_removed_is_counted_apart_for_slices_of_one_expert() -> None:
     first, second = np.zeros((40, 40, 8), bool), np.zeros((40, 40, 8), bool)
     first[10:30, 10:30, 1:6] = second[11:31, 10:30, 2:7] = True
-    (large, everything) = measure([case_of(first, second)], PLAIN_EXTRACTION, StudySettings(large_ml=50)).groups
+    (large, everything) = measure([case_of(first, second)], PLAIN_EXTRACTION, ObserverSettings(large_ml=50)).groups
     assert (large.cases, large.removed.share, large.removed.whole) == (0, None, 0)
     # four common slices differ by two rows of 20; slice 1 holds the first mask only, slice 6 the second only
     assert (everything.removed.whole, everything.removed.part, everything.removed.share) == (160, 160, 1.0)
@@ -157,7 +159,7 @@ def test_what_is_removed_is_counted_apart_for_slices_of_one_expert() -> None:
 def test_without_extraction_all_is_found_and_kept_and_nothing_removed() -> None:
     first, second = (labels == 1 for labels in label_maps(3))
     case = ObserverCase("s", "ball", SPACING, first, second)
-    settings = StudySettings()
+    settings = ObserverSettings()
     rng = np.random.default_rng(0)
     case = replace(case, implanted=tuple(implant_errors(case, kind, settings, rng) for kind in ERROR_KINDS))
     group = measure([case], NOTHING, settings).large
@@ -178,7 +180,7 @@ def test_without_extraction_all_is_found_and_kept_and_nothing_removed() -> None:
 def test_errors_that_extraction_removes_are_not_found() -> None:
     first = np.zeros((60, 60, 12), bool)
     first[5:55, 5:55] = True
-    settings = StudySettings(large_ml=1)
+    settings = ObserverSettings(large_ml=1)
     leak = implant_errors(case_of(first, first), "leak", settings, np.random.default_rng(0))
     case = case_of(first, first, implanted=(leak,))
     all_found = measure([case], PLAIN_EXTRACTION, settings).large.implanted[0]
@@ -201,7 +203,7 @@ def test_pooled_shares_means_and_intervals() -> None:
         if number % 3 == 0:
             second[15:25, 15:25] = False  # stays
         cases.append(case_of(first, second, scan=f"s{number}"))
-    share = measure(cases, replace(PLAIN_EXTRACTION, min_component_mm2=1.0), StudySettings(large_ml=1)).large.removed
+    share = measure(cases, replace(PLAIN_EXTRACTION, min_component_mm2=1.0), ObserverSettings(large_ml=1)).large.removed
     assert (share.part, share.whole) == (12 * 120, 12 * 120 + 4 * 400)
     assert share.share == pytest.approx(1440 / 3040, abs=1e-4)
     assert share.mean == pytest.approx((8 + 4 * 120 / 520) / 12, abs=1e-4)
@@ -221,8 +223,8 @@ def test_the_split_is_a_seeded_partition(count: int) -> None:
         assert split_scans(scans, 1) != (choosing, held)
 
 
-def test_the_narrowest_width_that_meets_the_rule_is_chosen(study: ObserverStudy) -> None:
-    curve = study.curves[RELATIVE_CURVE]
+def test_the_narrowest_width_that_meets_the_rule_is_chosen(experiment: ObserverExperiment) -> None:
+    curve = experiment.curves[RELATIVE_CURVE]
     removed = {p.width: p.outcome.large.removed.share or 0.0 for p in curve}
     found = {p.width: min(e.found.share or 0.0 for e in p.outcome.large.implanted) for p in curve}
     rule = ChoiceRule(min_removed=0.9, min_found=0.9, min_kept=0.0)
@@ -234,19 +236,19 @@ def test_the_narrowest_width_that_meets_the_rule_is_chosen(study: ObserverStudy)
     assert choose_width(curve, replace(rule, min_kept=1.1)) is None
 
 
-def test_a_study_keeps_its_halves_apart_and_turns_into_json_and_back(study: ObserverStudy) -> None:
-    assert len(study.choosing) == 2 and len(study.held) == 3
-    assert {p.outcome.large.cases for curve in study.curves.values() for p in curve} == {2}
-    assert {o.large.cases for o in study.on_held.values()} == {3}
-    assert [g.name for g in study.on_held["plain 2 mm band"].groups] == ["over 5 ml", "all structures", "ball"]
-    assert study.on_held["plain 2 mm band"].groups[1].cases == 6
-    kinds = TypeAdapter(ObserverStudy)
-    assert kinds.validate_json(kinds.dump_json(study)) == study
+def test_a_study_keeps_its_halves_apart_and_turns_into_json_and_back(experiment: ObserverExperiment) -> None:
+    assert len(experiment.choosing) == 2 and len(experiment.held) == 3
+    assert {p.outcome.large.cases for curve in experiment.curves.values() for p in curve} == {2}
+    assert {o.large.cases for o in experiment.on_held.values()} == {3}
+    assert [g.name for g in experiment.on_held["plain 2 mm band"].groups] == ["over 5 ml", "all structures", "ball"]
+    assert experiment.on_held["plain 2 mm band"].groups[1].cases == 6
+    kinds = TypeAdapter(ObserverExperiment)
+    assert kinds.validate_json(kinds.dump_json(experiment)) == experiment
 
 
-def test_a_wider_band_removes_more_and_keeps_less(study: ObserverStudy) -> None:
+def test_a_wider_band_removes_more_and_keeps_less(experiment: ObserverExperiment) -> None:
     for name in ("in mm, plain", "relative, plain"):
-        groups = [p.outcome.large for p in study.curves[name]]
+        groups = [p.outcome.large for p in experiment.curves[name]]
         removed = [g.removed.share for g in groups]
         kept = [g.implanted[0].kept.share for g in groups]
         assert removed == sorted(removed) and removed[0] < removed[-1]
@@ -305,15 +307,15 @@ def test_too_few_scans_are_refused(tmp_path: Path) -> None:
     readings = find_double_readings(tmp_path, "a", "b")
     for wrong in (readings, readings * 2):
         with pytest.raises(ValueError, match="two or more scans"):
-            study_observers(wrong, (BALL,))
+            compare_observers(wrong, (BALL,))
 
 
-def test_the_curves_are_drawn(study: ObserverStudy, tmp_path: Path) -> None:
-    draw_curves(study, tmp_path / "curves.png")
+def test_the_curves_are_drawn(experiment: ObserverExperiment, tmp_path: Path) -> None:
+    draw_curves(experiment, tmp_path / "curves.png")
     drawn = image.imread(tmp_path / "curves.png")
     assert drawn.shape[0] > 500 and drawn.shape[1] > 800
     assert len(np.unique(drawn[..., :3] @ [1, 300, 300**2])) > 50, "colours"
-    one = replace(study, curves={"in mm, plain": study.curves["in mm, plain"]}, chosen=None)
+    one = replace(experiment, curves={"in mm, plain": experiment.curves["in mm, plain"]}, chosen=None)
     draw_curves(one, tmp_path / "one.svg")
     assert "radius" in (tmp_path / "one.svg").read_text()
 
@@ -326,14 +328,14 @@ def test_real_experts_differ_mostly_along_the_contour(real_data: Path) -> None:
     assert len(readings) == 35
     choosing, _ = split_scans([r.scan for r in readings], 0)
     reading = next(r for r in readings if r.scan == choosing[0])
-    cases = read_cases(reading, (Structure("Brainstem", (1,)), Structure("Orbit-Lt", (8,))), StudySettings())
+    cases = read_cases(reading, (Structure("Brainstem", (1,)), Structure("Orbit-Lt", (8,))), ObserverSettings())
 
     def large(extraction: ExtractionSettings) -> Outcome:
-        return measure(cases, extraction, StudySettings())
+        return measure(cases, extraction, ObserverSettings())
 
     default, plain = (large(s).large for s in (ExtractionSettings(), PLAIN_EXTRACTION))
     assert default.cases == 2
     assert default.removed.share is not None and default.removed.share > 0.85
     assert default.implanted[0].found.share == 1
     assert default.implanted[0].kept.share > plain.implanted[0].kept.share
-    assert Point(2.0, large(PLAIN_EXTRACTION)).outcome.large == plain
+    assert WidthOutcome(2.0, large(PLAIN_EXTRACTION)).outcome.large == plain

@@ -17,12 +17,12 @@ from matplotlib.image import imread
 from scipy import stats
 
 from segqc.evaluation.report.document import Cell, Figure, Point, Report, Section, Table
-from segqc.evaluation.report.examples import Example, draw_example, pick_examples
+from segqc.evaluation.report.examples import ExampleScan, draw_example, pick_examples
 from segqc.evaluation.report.figures import (
-    Coverage,
-    Curve,
     Estimates,
-    Interval,
+    ForestEntry,
+    Series,
+    StratumCoverage,
     Values,
     band_curves,
     correction_curves,
@@ -35,7 +35,7 @@ from segqc.evaluation.report.figures import (
 )
 from segqc.evaluation.report.formats import NUMBERS, to_csv, to_latex, to_markdown
 from segqc.evaluation.report.html import to_html, write_report
-from segqc.evaluation.report.limitations import EvaluatedSet, cautions
+from segqc.evaluation.report.limitations import EvaluatedSet, limitations
 from segqc.types import BoolArray, ErrorBox, FloatArray
 from segqc.volumes import Volume
 
@@ -244,15 +244,15 @@ def test_ties_are_ties_and_undefined_numbers_never_win() -> None:
             "more than one is named",
         ),
         (lambda: Estimates("m", np.zeros(2), np.zeros(3)), "one length"),
-        (lambda: Curve("c", np.zeros(2), np.zeros(2), low=np.zeros(2)), "two bounds"),
-        (lambda: Curve("c", np.zeros(2), np.zeros(2), marks=("a",)), "1 marks"),
-        (lambda: Coverage("s", np.array([0.9]), np.array([3.0]), np.array([2.0])), "covered"),
-        (lambda: Coverage("s", np.array([0.9]), np.array([0.0]), np.array([0.0])), "trials"),
+        (lambda: Series("c", np.zeros(2), np.zeros(2), low=np.zeros(2)), "two bounds"),
+        (lambda: Series("c", np.zeros(2), np.zeros(2), marks=("a",)), "1 marks"),
+        (lambda: StratumCoverage("s", np.array([0.9]), np.array([3.0]), np.array([2.0])), "covered"),
+        (lambda: StratumCoverage("s", np.array([0.9]), np.array([0.0]), np.array([0.0])), "trials"),
         (lambda: scatter("f", "", []), "at least one"),
         (lambda: forest("f", "", []), "at least one"),
         (lambda: coverage("f", "", []), "at least one"),
         (lambda: risk_coverage("f", "", []), "at least one"),
-        (lambda: cautions([]), "at least one"),
+        (lambda: limitations([]), "at least one"),
         (lambda: pick_examples([None], [0.5]), "at least one"),
         (lambda: pick_examples([0.5], []), "as many"),
     ],
@@ -262,8 +262,8 @@ def test_what_makes_no_sense_is_refused(make: Callable[[], object], words: str) 
         make()
 
 
-def line(label: str, **more: object) -> Curve:
-    return Curve(label, np.array([0.0, 0.5, 1.0]), np.array([0.5, 0.8, 1.0]), **more)  # type: ignore[arg-type]
+def line(label: str, **more: object) -> Series:
+    return Series(label, np.array([0.0, 0.5, 1.0]), np.array([0.5, 0.8, 1.0]), **more)  # type: ignore[arg-type]
 
 
 def cloud(count: int) -> list[Estimates]:
@@ -288,13 +288,13 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "forest": lambda: forest(
         "f",
         "t",
-        [Interval("s", 0.1, 0.05, 0.2, "3D"), Interval("t", 0.2, None, None, "2D")],
+        [ForestEntry("s", 0.1, 0.05, 0.2, "3D"), ForestEntry("t", 0.2, None, None, "2D")],
         references={"3D": 0.3},
         styles=styles_for(["s"]),
     ),
-    "coverage at one level": lambda: coverage("f", "t", [Coverage("all", *np.array([[0.9], [8.0], [9.0]]))]),
+    "coverage at one level": lambda: coverage("f", "t", [StratumCoverage("all", *np.array([[0.9], [8.0], [9.0]]))]),
     "coverage": lambda: coverage(
-        "f", "t", [Coverage(s, np.array([0.5, 0.9]), np.array([4.0, 9.0]), np.array([9.0, 9.0])) for s in "ab"]
+        "f", "t", [StratumCoverage(s, np.array([0.5, 0.9]), np.array([4.0, 9.0]), np.array([9.0, 9.0])) for s in "ab"]
     ),
 }
 
@@ -338,7 +338,7 @@ def test_a_scatter_of_nothing_or_of_constants_has_no_correlation(values: Values)
 
 @pytest.mark.parametrize(("covered", "trials"), [(0, 7), (7, 7), (5, 9), (90, 100)])
 def test_coverage_has_the_exact_binomial_interval(covered: int, trials: int) -> None:
-    observed, low, high = Coverage(
+    observed, low, high = StratumCoverage(
         "s", np.array([0.9]), np.array([float(covered)]), np.array([float(trials)])
     ).observed()
     reference = stats.binomtest(covered, trials).proportion_ci(0.95, method="exact")
@@ -363,13 +363,13 @@ def test_examples_are_the_nearest_the_middle_and_the_farthest_estimate() -> None
 SHAPE = (40, 30, 6)
 
 
-def example(axis: int, *, predicted: tuple[ErrorBox, ...] = (), true: tuple[ErrorBox, ...] = ()) -> Example:
+def example(axis: int, *, predicted: tuple[ErrorBox, ...] = (), true: tuple[ErrorBox, ...] = ()) -> ExampleScan:
     scan = Volume(np.random.default_rng(0).normal(100, 5, SHAPE).astype(np.float32), np.diag([1.0, 1.0, 4.0, 1.0]))
     mask: BoolArray = np.zeros(SHAPE, bool)
     truth = mask.copy()
     mask[10:30, 8:22, 1:5], truth[12:32, 8:22, 1:5] = True, True
     error: FloatArray = (mask != truth).astype(np.float32)
-    return Example(scan, mask, truth, error, axis, predicted, true, 0.8, None, "$s$ of A")
+    return ExampleScan(scan, mask, truth, error, axis, predicted, true, 0.8, None, "$s$ of A")
 
 
 def pixels(figure: Figure) -> FloatArray:
@@ -409,10 +409,10 @@ def test_boxes_are_drawn_in_their_slices_only() -> None:
 def test_a_scan_without_anything_can_be_drawn() -> None:
     whole = example(2)
     nothing: BoolArray = np.zeros(SHAPE, bool)
-    empty = Example(whole.scan, nothing, nothing, np.zeros(SHAPE, np.float32), 2, (), (), None, None, "s")
+    empty = ExampleScan(whole.scan, nothing, nothing, np.zeros(SHAPE, np.float32), 2, (), (), None, None, "s")
     assert pixels(draw_example("e", "t", empty, slices=20)).std() > 0
     with pytest.raises(ValueError, match="one shape"):
-        Example(whole.scan, nothing[1:], nothing, whole.error, 2, (), (), None, None, "s")
+        ExampleScan(whole.scan, nothing[1:], nothing, whole.error, 2, (), (), None, None, "s")
 
 
 def evaluated(**more: object) -> EvaluatedSet:
@@ -420,8 +420,8 @@ def evaluated(**more: object) -> EvaluatedSet:
         "name": "hippocampus",
         "patients": 50,
         "masks": 112,
-        "makers": ("network A", "network B"),
-        "makers_in_training": False,
+        "sources": ("network A", "network B"),
+        "sources_in_training": False,
         "true_range": (0.42, 0.95),
         "selection": "stratified",
     }
@@ -434,7 +434,7 @@ def whole_text(section: Section) -> str:
 
 def test_the_cautions_have_the_numbers_of_the_set() -> None:
     text = whole_text(
-        cautions([evaluated(mae=0.016, constant_mae=0.077, slices=2100, missed_slices=193, seeds=3, compared=9)])
+        limitations([evaluated(mae=0.016, constant_mae=0.077, slices=2100, missed_slices=193, seeds=3, compared=9)])
     )
     for words in (
         "true Dice from 0.42 to 0.95",
@@ -450,15 +450,15 @@ def test_the_cautions_have_the_numbers_of_the_set() -> None:
 
 
 def test_cautions_that_do_not_apply_are_left_out_and_those_that_do_are_not() -> None:
-    plain = whole_text(cautions([evaluated(masks=50, selection="all")]))
+    plain = whole_text(limitations([evaluated(masks=50, selection="all")]))
     assert "but only" not in plain and "methods are compared" not in plain and "simulated" not in plain
     assert "clinic" not in plain and "No set here was chosen so" in plain and "fixed late" not in plain
     sets = [
         evaluated(name="first", selection="worst-first", corrections="simulated"),
-        evaluated(name="second", corrections="real", makers_in_training=True, mae=0.02, constant_mae=0.02),
+        evaluated(name="second", corrections="real", sources_in_training=True, mae=0.02, constant_mae=0.02),
         evaluated(name="third", after_training=True),
     ]
-    section = cautions(sets)
+    section = limitations(sets)
     text = whole_text(section)
     assert "first: a simulated annotator's corrections." in text and "second: a person's corrections" in text
     assert "conditional on the choice: first" in text.replace("  ", " ")

@@ -11,8 +11,8 @@ from scipy import stats
 
 from segqc.evaluation.statistics.estimation import (
     Comparison,
-    Interval,
-    Judgement,
+    ConfidenceInterval,
+    Outcome,
     PairedStatistic,
     Scores,
     Statistic,
@@ -20,8 +20,8 @@ from segqc.evaluation.statistics.estimation import (
     Verdict,
     bootstrap_p_value,
     holm,
+    holm_verdicts,
     interval,
-    judge,
     paired,
     patient_index,
     percentile_interval,
@@ -169,7 +169,7 @@ def test_without_pairs_every_number_is_undefined() -> None:
     assert (found.n, found.left_out, found.patients) == (0, 1, 0)
     assert all(getattr(found, s) is None for s in STATISTICS)
     empty = interval("mae", [], [], [], generator=np.random.default_rng(0))
-    assert empty == Interval(None, None, None, 0.95, 0)
+    assert empty == ConfidenceInterval(None, None, None, 0.95, 0)
 
 
 def test_a_single_pair_has_errors_and_no_correlation() -> None:
@@ -274,7 +274,7 @@ def test_a_method_ties_with_itself(statistic: PairedStatistic) -> None:
     found = paired(x, x, y, patients, generator=np.random.default_rng(0), statistic=statistic, draws=200)
     assert found.p_value == 1.0
     assert (found.difference.value, found.difference.low, found.difference.high) == (0.0, 0.0, 0.0)
-    assert judge([found])[0].verdict == "tie"
+    assert holm_verdicts([found])[0].outcome == "tie"
 
 
 @pytest.mark.parametrize("statistic", ["mae", "pearson", "spearman", "aurc"])
@@ -283,10 +283,10 @@ def test_a_clearly_better_method_is_better_and_the_other_worse(statistic: Paired
     y = rng.random(200)
     good, bad = y + rng.normal(0, 0.02, 200), y + rng.normal(0, 0.4, 200)
     patients = [str(i // 4) for i in range(200)]
-    verdicts: list[Verdict | None] = []
+    verdicts: list[Outcome | None] = []
     for first, second in ((good, bad), (bad, good)):
         found = paired(first, second, y, patients, generator=np.random.default_rng(0), statistic=statistic)
-        verdicts.append(judge([found])[0].verdict)
+        verdicts.append(holm_verdicts([found])[0].outcome)
     assert verdicts == ["better", "worse"]
 
 
@@ -322,14 +322,14 @@ def test_undefined_comparisons_have_no_verdict_and_do_not_burden_the_others() ->
     constant = np.full(60, 0.5)
     undefined = paired(x, constant, y, patients, generator=np.random.default_rng(0), statistic="spearman")
     assert undefined.p_value is None and undefined.second is None and undefined.difference.value is None
-    judged = judge([undefined, good])
-    assert (judged[0].p_holm, judged[0].verdict) == (None, None)
-    assert (judged[1].p_holm, judged[1].verdict) == (good.p_value, "better")
+    verdicts = holm_verdicts([undefined, good])
+    assert (verdicts[0].p_holm, verdicts[0].outcome) == (None, None)
+    assert (verdicts[1].p_holm, verdicts[1].outcome) == (good.p_value, "better")
 
 
 def test_one_patient_cannot_decide() -> None:
     found = paired([0.1, 0.2], [0.3, 0.4], [0.1, 0.2], ["a", "a"], generator=np.random.default_rng(0))
-    assert found.p_value is None and judge([found])[0].verdict is None
+    assert found.p_value is None and holm_verdicts([found])[0].outcome is None
 
 
 @pytest.mark.parametrize(("patients", "decides"), [(5, False), (6, True)])
@@ -358,10 +358,10 @@ def test_holm_makes_a_verdict_a_tie() -> None:
     y, patients = np.zeros(7), list("abcdefg")
     found = paired(y + 0.1, y + 0.2, y, patients, generator=np.random.default_rng(0))
     assert found.p_value == 2 / 2**7
-    assert judge([found])[0].verdict == "better"
-    assert [j.verdict for j in judge([found] * 3)] == ["better"] * 3  # 3 * 2 / 128 = .047
-    assert [j.verdict for j in judge([found] * 4)] == ["tie"] * 4
-    assert judge([found], level=0.015)[0].verdict == "tie"
+    assert holm_verdicts([found])[0].outcome == "better"
+    assert [v.outcome for v in holm_verdicts([found] * 3)] == ["better"] * 3  # 3 * 2 / 128 = .047
+    assert [v.outcome for v in holm_verdicts([found] * 4)] == ["tie"] * 4
+    assert holm_verdicts([found], level=0.015)[0].outcome == "tie"
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
@@ -378,18 +378,17 @@ def test_levels_that_mean_nothing_are_refused(level: float) -> None:
 
 def test_results_survive_json() -> None:
     x, y, patients = data(19)
-    found = judge(
-        [
-            paired(x, y, y, patients, generator=np.random.default_rng(0), statistic=s, draws=50)
-            for s in ("mae", "spearman")
-        ]
+    found = tuple(
+        paired(x, y, y, patients, generator=np.random.default_rng(0), statistic=s, draws=50)
+        for s in ("mae", "spearman")
     )
-    adapter = TypeAdapter(tuple[Judgement, ...])
-    assert adapter.validate_json(adapter.dump_json(found)) == found
+    comparisons = TypeAdapter(tuple[Comparison, ...])
+    assert comparisons.validate_json(comparisons.dump_json(found)) == found
+    verdicts = TypeAdapter(tuple[Verdict, ...])
+    assert verdicts.validate_json(verdicts.dump_json(holm_verdicts(found))) == holm_verdicts(found)
     strata = TypeAdapter(tuple[Stratum, ...])
     made = stratified(x, y, patients, [0.5])
     assert strata.validate_json(strata.dump_json(made)) == made
-    assert isinstance(found[0].comparison, Comparison)
 
 
 def test_whose_errors_they_are() -> None:

@@ -25,12 +25,12 @@ from segqc.training.crossfit import (
     LeakError,
     MaskSet,
     early_epochs,
-    makers_of_masks,
     masks_of,
+    sources_of_masks,
     stored_masks,
     stratified_weights,
-    thinned,
-    train_makers,
+    subsample,
+    train_mask_sources,
 )
 from segqc.training.engine import EpochRecord, _Ahead, has_bfloat16, moving_validation
 from segqc.training.patches import Patch, PatchDataset, cut
@@ -226,31 +226,31 @@ def test_patients_are_spread_over_folds_and_roles_however_they_come() -> None:
 def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 4)
     plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
-    makers = train_makers("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
-    masks = masks_of(makers, cases[3], QUICK)
+    sources = train_mask_sources("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    masks = masks_of(sources, cases[3], QUICK)
     # the whole group and the median of the trained network, one mask of each early one
-    assert len(masks.masks) == 5 + len(makers) - 1 == len(masks.dice)
-    assert makers_of_masks(len(makers), QUICK) == (0,) * 5 + tuple(range(1, len(makers)))
-    assert np.array_equal(masks.masks[-1], makers[-1].predict(read_scan(cases[3].scan)).labels.array)
+    assert len(masks.masks) == 5 + len(sources) - 1 == len(masks.dice)
+    assert sources_of_masks(len(sources), QUICK) == (0,) * 5 + tuple(range(1, len(sources)))
+    assert np.array_equal(masks.masks[-1], sources[-1].predict(read_scan(cases[3].scan)).labels.array)
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
-        masks_of(makers, cases[1], QUICK)
-    assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in makers)
+        masks_of(sources, cases[1], QUICK)
+    assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in sources)
 
 
 def test_masks_are_kept_for_one_content_of_scan_and_label(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 4)
     plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
-    makers = train_makers("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    sources = train_mask_sources("m", cases[:3], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
     case, folder = cases[3], tmp_path / "masks"
-    first = stored_masks(makers, case, QUICK, folder)
+    first = stored_masks(sources, case, QUICK, folder)
     (kept,) = folder.iterdir()
     before = kept.stat().st_mtime_ns
-    assert np.array_equal(stored_masks(makers, case, QUICK, folder).masks, first.masks)
+    assert np.array_equal(stored_masks(sources, case, QUICK, folder).masks, first.masks)
     assert kept.stat().st_mtime_ns == before
     # another scan with the same label, as after a change of intensities
     write_scan(Volume(-read_scan(case.scan).array, read_scan(case.scan).affine), case.scan)
-    again = stored_masks(makers, case, QUICK, folder)
-    assert np.array_equal(again.masks, masks_of(makers, case, QUICK).masks)
+    again = stored_masks(sources, case, QUICK, folder)
+    assert np.array_equal(again.masks, masks_of(sources, case, QUICK).masks)
     assert not np.array_equal(again.masks, first.masks)
 
 
@@ -260,11 +260,11 @@ def test_kept_masks_that_are_damaged_are_made_anew(
 ) -> None:
     cases = make_cases(tmp_path, 2)
     plan = plan_for(cases, QUICK, in_channels=1, out_channels=2)
-    makers = train_makers("m", cases[:1], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
-    first = stored_masks(makers, cases[1], QUICK, tmp_path / "masks")
+    sources = train_mask_sources("m", cases[:1], STRUCTURES, plan, QUICK, tmp_path / "m", NoProgress())
+    first = stored_masks(sources, cases[1], QUICK, tmp_path / "masks")
     (kept,) = (tmp_path / "masks").iterdir()
     kept.write_bytes(kept.read_bytes()[:-200] if damage is None else damage)
-    assert np.array_equal(stored_masks(makers, cases[1], QUICK, tmp_path / "masks").masks, first.masks)
+    assert np.array_equal(stored_masks(sources, cases[1], QUICK, tmp_path / "masks").masks, first.masks)
     assert any(str(kept) in message and "made anew" in message for message in caplog.messages)
 
 
@@ -334,10 +334,10 @@ def test_thinning_keeps_the_worst_and_the_best_mask() -> None:
     dice = (0.5, 0.9, 0.1, 0.7, 0.3)
     masks = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
     full = MaskSet(Case("c", "p", Path("s"), Path("l")), masks, dice)
-    few = thinned(full, 3)
+    few = subsample(full, 3)
     assert few.dice == (0.1, 0.5, 0.9)
     np.testing.assert_array_equal(few.masks.ravel(), [2, 0, 1])
-    assert thinned(full, 5) is full
+    assert subsample(full, 5) is full
 
 
 def test_a_patch_is_a_function_of_seed_and_draw(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import typer
 from segqc.cli.common import AsJson, CommandError, Row, emit, shown_progress, structure_flag
 
 if TYPE_CHECKING:
-    from segqc.evaluation.experiments.comparison import StudyName, StudyResult
+    from segqc.evaluation.experiments.comparison import ExperimentName, ExperimentResult
 
 app = typer.Typer()
 
 
-class Study(StrEnum):
+class Experiment(StrEnum):
     """What can be evaluated."""
 
     CORRECTIONS = "corrections"
@@ -29,18 +29,18 @@ class Study(StrEnum):
 
 
 SHOWN_THRESHOLD = 0.5
-STUDIES: dict[Study, tuple[StudyName, ...]] = {
-    Study.CORRECTIONS: ("corrections",),
-    Study.STRATIFIED: ("stratified", "served"),
-    Study.DETECTION: ("stratified",),
-    Study.ABLATION: ("stratified",),
-    Study.ALL: ("stratified", "served", "corrections"),
+EXPERIMENTS: dict[Experiment, tuple[ExperimentName, ...]] = {
+    Experiment.CORRECTIONS: ("corrections",),
+    Experiment.STRATIFIED: ("stratified", "served"),
+    Experiment.DETECTION: ("stratified",),
+    Experiment.ABLATION: ("stratified",),
+    Experiment.ALL: ("stratified", "served", "corrections"),
 }
 
 
 @app.command()
 def evaluate(
-    study: Annotated[Study, typer.Argument(help="Which study.", show_default=False)],
+    experiment: Annotated[Experiment, typer.Argument(help="Which experiment.", show_default=False)],
     data: Annotated[
         Path,
         typer.Argument(
@@ -63,7 +63,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Masks, named as the scans, that the labels of the test side are corrections of (study corrections).",
+            help="Masks, named as the scans, that the test side's labels are corrections of (experiment corrections).",
         ),
     ] = None,
     observers: Annotated[
@@ -102,49 +102,51 @@ def evaluate(
     """
     from segqc.evaluation.data.run import Run
     from segqc.evaluation.data.settings import EvaluationSettings
-    from segqc.evaluation.evaluate import evaluate as run_studies
-    from segqc.evaluation.evaluate import observer_study
+    from segqc.evaluation.evaluate import evaluate as run_experiments
+    from segqc.evaluation.evaluate import observer_experiment
     from segqc.evaluation.report.compose import write
     from segqc.quality.boxes import BoxSettings
 
-    if masks is not None and study not in (Study.CORRECTIONS, Study.ALL):
-        raise CommandError("--masks belongs to the study corrections")
+    if masks is not None and experiment not in (Experiment.CORRECTIONS, Experiment.ALL):
+        raise CommandError("--masks belongs to the experiment corrections")
     settings = EvaluationSettings(
         seed=seed, boxes=BoxSettings(min_area_mm2=min_area), group_pattern=groups, workers=workers
     ).with_length(length)
     if patch is not None:
         if min(patch) < 1:
             raise CommandError(f"--patch needs three numbers of voxels, at least 1 each, got {patch}")
-        settings = settings.through(patch)
+        settings = settings.with_patch(patch)
     if observers is not None and not observers.is_dir():
         raise CommandError(f"{observers}: no such folder of two experts' label files")
     structures = dict(structure_flag(text) for text in structure or ())
     run = Run.open(out, data, structures, settings.quick() if quick else settings, masks)
     with shown_progress() as progress:
         if observers is not None:
-            observer_study(run, observers, progress)
-        results = run_studies(run, STUDIES[study], progress, ablations=study in (Study.ABLATION, Study.ALL))
+            observer_experiment(run, observers, progress)
+        results = run_experiments(
+            run, EXPERIMENTS[experiment], progress, ablations=experiment in (Experiment.ABLATION, Experiment.ALL)
+        )
         report = write(run)
-    _show(study, results, report, as_json=as_json)
+    _show(experiment, results, report, as_json=as_json)
 
 
-def _show(study: Study, results: Sequence[StudyResult], report: Path, *, as_json: bool) -> None:
-    made = _boxes if study is Study.DETECTION else _rows
+def _show(experiment: Experiment, results: Sequence[ExperimentResult], report: Path, *, as_json: bool) -> None:
+    made = _boxes if experiment is Experiment.DETECTION else _rows
     if as_json:
-        rows = {result.study: [dict(row) for row in made(result)] for result in results}
-        typer.echo(json.dumps({"studies": rows, "report": str(report)}, indent=1))
+        rows = {result.experiment: [dict(row) for row in made(result)] for result in results}
+        typer.echo(json.dumps({"experiments": rows, "report": str(report)}, indent=1))
         return
     for result in results:
-        boxes = f"{result.study}: error boxes at a probability of {SHOWN_THRESHOLD:g}, over all masks"
-        emit(made(result), boxes if study is Study.DETECTION else _title(result))
+        boxes = f"{result.experiment}: error boxes at a probability of {SHOWN_THRESHOLD:g}, over all masks"
+        emit(made(result), boxes if experiment is Experiment.DETECTION else _title(result))
     typer.echo(f"report: {report}")
 
 
-def _title(result: StudyResult) -> str:
-    return f"{result.study}: {result.masks} masks of {result.patients} patients, estimated 3D Dice, calibrated"
+def _title(result: ExperimentResult) -> str:
+    return f"{result.experiment}: {result.masks} masks of {result.patients} patients, estimated 3D Dice, calibrated"
 
 
-def _rows(result: StudyResult) -> list[Row]:
+def _rows(result: ExperimentResult) -> list[Row]:
     return [
         {
             "structure": row.structure,
@@ -162,7 +164,7 @@ def _rows(result: StudyResult) -> list[Row]:
     ]
 
 
-def _boxes(result: StudyResult) -> list[Row]:
+def _boxes(result: ExperimentResult) -> list[Row]:
     return [
         {
             "structure": found.structure,

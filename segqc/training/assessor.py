@@ -22,7 +22,7 @@ from segqc.quality.metrics import true_metrics
 from segqc.split import PatientSplit
 from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, thinned
+from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, subsample
 from segqc.training.engine import Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, plan_for
@@ -50,7 +50,7 @@ def train_assessor(
         patient_splits: fold and role of each patient, as `segqc.split.place` gives them.
         settings: how to train.
         folder: for the folds' networks, the masks, checkpoint and learning curve.
-        progress: told after each step.
+        progress: reports after each step.
 
     Raises:
         TooFewCases: with fewer labelled patients than ``settings.min_cases``, or all of them in one fold.
@@ -73,7 +73,7 @@ def train_on_masks(
     folder: Path,
     progress: Progress,
 ) -> Assessor:
-    """Train SegQC-Net on given masks; the caller vouches that no maker of a mask has seen its scan's label.
+    """Train SegQC-Net on given masks; the caller vouches that no source network of a mask has seen its scan's label.
 
     With ``settings.ensemble`` there is one network per fold, trained without the fold's patients; all answer together.
     Each calibrates on the patients that it has not seen, so that all labelled scans do, and not only those that
@@ -88,7 +88,7 @@ def train_on_masks(
     members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
-        (member, thinned(s, VALIDATION_MASKS))
+        (member, subsample(s, VALIDATION_MASKS))
         for fold, member in zip(folds, members, strict=True)
         for s in train
         if patient_splits[s.case.patient].fold == fold
@@ -140,7 +140,7 @@ def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings:
 
 def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
     """A few masks of each case that validates: more would make validating longer than training, and say little new."""
-    return [thinned(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
+    return [subsample(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -247,7 +247,7 @@ def calibrated(
         train: the masks that it was trained on.
         unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
-            Their masks are spread over the qualities (`thinned`): the intervals are those of a random mask of such a
+            Their masks are spread over the qualities (`subsample`): the intervals are those of a random mask of such a
             spread.
         progress: told after each case.
     """

@@ -56,7 +56,7 @@ class Example:
     """A case in memory, in the network's canonical frame: image (a, b, c), truth and mask as label maps (a, b, c).
 
     ``mask`` is ``None`` where a network learns to segment. ``weight`` is how often it is drawn, relative to others.
-    ``soft`` (L, a, b, c) is what the mask's maker says of each structure, for a network that may look at that, too.
+    ``soft`` (L, a, b, c) is the soft output of the mask's source network, for a network that may look at that, too.
     """
 
     case: str

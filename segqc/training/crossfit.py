@@ -84,10 +84,10 @@ def masks_of(
     return MaskSet(case, np.stack(masks), dice)
 
 
-def makers_of_masks(makers: int, settings: TrainingSettings) -> tuple[int, ...]:
+def sources_of_masks(sources: int, settings: TrainingSettings) -> tuple[int, ...]:
     """The number of the network that made each of a case's masks, in the order of `masks_of`."""
     group = (8 if settings.transposes else 4) * (1 + len(settings.gammas))
-    return (0,) * (1 + group) + tuple(range(1, makers))
+    return (0,) * (1 + group) + tuple(range(1, sources))
 
 
 def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
@@ -120,7 +120,7 @@ def crossfit_masks(
         plan: the networks' plan.
         settings: how to train.
         folder: for checkpoints and masks; folds in one folder may be done side by side, by processes of their own.
-        progress: told after each step.
+        progress: reports after each step.
         only: the folds whose cases' masks are made; by default all.
     """
     folds, sets = sorted({patient_splits[c.patient].fold for c in cases}), list[MaskSet]()
@@ -130,14 +130,14 @@ def crossfit_masks(
             c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
         ]
         name = f"fold {fold + 1}/{len(folds)}"
-        networks = train_makers(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+        networks = train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
         for i, case in enumerate(held):
             progress.step(i, len(held), f"masks of {name}")
             sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
 
 
-def train_makers(
+def train_mask_sources(
     name: str,
     trained: Sequence[Case],
     structures: Sequence[Structure],
@@ -157,7 +157,7 @@ def train_makers(
         plan: the network's plan.
         settings: how to train.
         folder: for the checkpoint.
-        progress: told after each step.
+        progress: reports after each step.
         early: the early epochs, by default those of `early_epochs`.
     """
     values = label_values(structures)
@@ -205,7 +205,7 @@ def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSe
     return made
 
 
-def thinned(mask_set: MaskSet, most: int) -> MaskSet:
+def subsample(mask_set: MaskSet, most: int) -> MaskSet:
     """At most ``most`` masks of a case, evenly spaced in their order of quality, the worst and the best included."""
     if len(mask_set.masks) <= most:
         return mask_set

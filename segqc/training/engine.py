@@ -120,7 +120,7 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     Args:
         job: what to train.
         folder: gets ``checkpoint.pt`` and ``curve.json``.
-        progress: told after each step.
+        progress: reports after each step.
         from_epoch: called with the number of the epoch at which the training starts (0 for a new one).
 
     Raises:

@@ -116,7 +116,7 @@ def train_segmentation(
         patient_splits: fold and role of each patient, as `segqc.split.place` gives them.
         settings: how to train.
         folder: for checkpoint and learning curve.
-        progress: told after each step.
+        progress: reports after each step.
 
     Raises:
         TooFewCases: with fewer labelled patients than ``settings.min_cases``.

@@ -53,7 +53,7 @@ class Cohort:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class SplitRecord:
     """What a run was begun with, to hold it to: each scan's patient, side and label file's content, and the folds."""
 
     structures: tuple[Structure, ...]
@@ -63,7 +63,7 @@ class Split:
     labels: Mapping[str, str]
 
 
-SPLITS: TypeAdapter[Split] = TypeAdapter(Split)
+SPLIT_RECORDS: TypeAdapter[SplitRecord] = TypeAdapter(SplitRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,9 @@ def _check_structures(labelled: Labelled, structures: Sequence[Structure]) -> No
     raise CohortError(f"{labelled.folder}: no label holds the structure {', '.join(unseen)}")
 
 
-def split_of(cohort: Cohort) -> Split:
+def record_of(cohort: Cohort) -> SplitRecord:
     """What to note of a cohort."""
-    return Split(
+    return SplitRecord(
         cohort.structures,
         {c.id: c.patient for c in cohort.train},
         {c.id: c.patient for c in cohort.test},
@@ -168,7 +168,7 @@ def split_of(cohort: Cohort) -> Split:
     )
 
 
-def verify(noted: Split, labelled: Labelled) -> Cohort:
+def verify(noted: SplitRecord, labelled: Labelled) -> Cohort:
     """The cohort that was noted, of today's files; scans that were labelled since are left out.
 
     Raises:

@@ -1,24 +1,27 @@
-"""Networks that make masks, and the masks that are judged: fixed in a manifest before any estimator is trained.
+"""Networks that make masks, and the masks that are assessed: fixed in a manifest before any estimator is trained.
 
 Networks that make test masks make no training masks (method, "Leaks").
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from segqc.evaluation.data.cohort import CohortError
+from segqc.evaluation.data.manifest import MANIFESTS, Manifest, MaskSource, Selection, TestMask
 from segqc.evaluation.data.predictions import KnownMask
 from segqc.evaluation.data.run import NETWORKS, Run, parallel_map
-from segqc.evaluation.methods.estimates import MaskToJudge
-from segqc.evaluation.report.limitations import Corrections, Selection
+from segqc.evaluation.data.storage import ARRAYS, Arrays, Format, as_json
+from segqc.evaluation.methods.estimates import AssessedMask
 from segqc.loop.agreement import find_labels
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import mask_sha256
@@ -32,124 +35,105 @@ from segqc.store.database import Transaction
 from segqc.store.records import CorrectionRecord
 from segqc.training import Case, LineProgress, Progress, train_segmentation
 from segqc.training.cases import label_values, load_example, read_case
-from segqc.training.crossfit import MaskSet, assert_unseen, at_weights, early_epochs, stored_masks, train_makers
+from segqc.training.crossfit import MaskSet, assert_unseen, at_weights, early_epochs, stored_masks, train_mask_sources
 from segqc.training.engine import fit
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
 from segqc.types import BoolArray, LabelArray
-from segqc.volumes import Volume, atomic_write, read_labels, through_plane_axis, write_labels
+from segqc.volumes import Volume, read_labels, through_plane_axis, write_labels
 
 SERVED = "served"
 CORRECTIONS = "corrections"
 CALIBRATION = "calibration"
 TEST_MASKS = "test-masks"
 CANDIDATES = f"{TEST_MASKS}/candidates"
-UNKNOWN_MAKER = ""
-AT_BEST_EPOCH, AT_EARLY_EPOCH = "-best", "-early"
-VALIDATING = 6  # cases that choose the best epoch of a test maker
-EARLY_SHARE = 0.5  # a test maker's early epoch is drawn from the first part of its training
+UNKNOWN_SOURCE = ""
+VALIDATING = 6  # cases that choose the best epoch of a test source network
+EARLY_SHARE = 0.5  # a test source network's early epoch is drawn from the first part of its training
+
+
+SourceKind: TypeAlias = Literal["test", "served", "fold", "calibration"]
+
+_MANIFEST = as_json(MANIFESTS)
+_CANDIDATES: Format[tuple[TestMask, ...]] = as_json(TypeAdapter(tuple[TestMask, ...]))
+_SEGMENTER: Format[Segmenter] = Format(Segmenter.load, Segmenter.save)
 
 
 @dataclass(frozen=True, slots=True)
-class TestMask:
-    """A mask that is judged.
+class SourceTraining:
+    """A training whose networks make masks.
 
     Attributes:
-        id: unique in the run; its file is ``test-masks/<id>.nii.gz``.
-        case: the scan's id.
-        patient: the scan's patient.
-        maker: the network that made it: ``makers/<maker>.pt``.
-        dice: its true Dice, all structures together.
-        sha256: its content.
+        kind: test masks; the served network; the training masks, or the calibrating masks, of a fold.
+        number: of the training among those of test masks, or of the fold.
     """
+
+    kind: SourceKind
+    number: int = 0
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "test":
+                return f"test-{self.number:02d}"
+            case "served":
+                return SERVED
+            case _:
+                return f"{self.kind}-{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class TestSource:
+    """A network that makes stratified test masks: a training at its best epoch, or at a random early one."""
 
     __test__ = False  # not a test, whatever pytest thinks of the name
 
-    id: str
-    case: str
-    patient: str
-    maker: str
-    dice: float
-    sha256: str
+    training: SourceTraining
+    early: bool
+
+    def __str__(self) -> str:
+        return f"{self.training}-{'early' if self.early else 'best'}"
 
 
-@dataclass(frozen=True, slots=True)
-class MadeBy:
-    """A network that made masks of a study: its name, its content's hash, and how many patients' labels it has seen."""
-
-    name: str
-    version: str
-    patients: int
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The masks of a study, how they were chosen, and whether their truths are corrections of these very masks.
-
-    ``after_training`` says that methods had been trained in the run folder before the masks were fixed, for a study
-    that was asked for earlier.
-    """
-
-    seed: int
-    bins: tuple[float, ...]
-    per_bin: int
-    makers: tuple[str, ...]
-    masks: tuple[TestMask, ...]
-    corrections: Corrections = "none"
-    selection: Selection = "all"
-    networks: tuple[MadeBy, ...] = ()
-    after_training: bool = False
-
-
-MANIFESTS: TypeAdapter[Manifest] = TypeAdapter(Manifest)
-_CANDIDATES = TypeAdapter(tuple[TestMask, ...])
-
-
-def maker_path(run: Run, maker: str) -> Path:
+def source_path(run: Run, source: str) -> Path:
     """The model file of a network that makes masks."""
-    return run.folder / "makers" / f"{maker}.pt"
+    return run.folder / "mask-sources" / f"{source}.pt"
 
 
 def test_mask_path(run: Run, mask: TestMask) -> Path:
-    """The file of a mask that is judged."""
+    """The file of a mask that is assessed."""
     return run.folder / TEST_MASKS / f"{mask.id}.nii.gz"
 
 
-def test_maker_names(run: Run) -> list[str]:
-    """The names of the trainings whose networks make the stratified test masks."""
-    return [f"test-{k:02d}" for k in range(run.settings.test_makers)]
+def test_trainings(run: Run) -> list[SourceTraining]:
+    """The trainings whose networks make the stratified test masks."""
+    return [SourceTraining("test", k) for k in range(run.settings.test_sources)]
 
 
 def stratified_masks(run: Run, progress: Progress) -> Manifest:
     """The stratified masks of the test scans (method, "Stratified data"): made once, then read from the manifest."""
-    makers = test_maker_names(run)
-    parallel_map(run, train_test_maker, makers, progress)
-    networks = tuple(f"{name}{at}" for name in makers for at in (AT_BEST_EPOCH, AT_EARLY_EPOCH))
+    trainings = test_trainings(run)
+    parallel_map(run, train_source, trainings, progress)
+    sources = tuple(TestSource(training, early) for training in trainings for early in (False, True))
 
     def make() -> Manifest:
-        parallel_map(run, make_candidates, networks, progress)
-        return _choose(run, networks)
+        parallel_map(run, make_candidates, sources, progress)
+        return _choose(run, sources)
 
-    manifest = run.kept("test-masks/manifest.json", MANIFESTS, make)
+    manifest = run.cached("test-masks/manifest.json", _MANIFEST, make)
     shutil.rmtree(run.folder / CANDIDATES, ignore_errors=True)
     return manifest
 
 
-def make_candidates(run: Run, network: str) -> None:
-    """Make a network's masks of all test scans, which the manifest chooses from."""
-    candidates_of(run, network)
-
-
-def candidates_of(run: Run, network: str) -> tuple[TestMask, ...]:
-    """A network's masks of all test scans: made once, then read."""
+def make_candidates(run: Run, source: TestSource) -> tuple[TestMask, ...]:
+    """A network's masks of all test scans, which the manifest chooses from: made once, then read."""
 
     def make() -> tuple[TestMask, ...]:
-        segmenter = Segmenter.load(maker_path(run, network))
+        segmenter = Segmenter.load(source_path(run, str(source)))
         for case in run.cohort.test:
             assert_unseen(segmenter, case)
         folder = run.folder / CANDIDATES
-        return tuple(_keep(folder, case, network, segmenter) for case in run.cohort.test)
+        return tuple(_write_mask(folder, case, str(source), segmenter, early=source.early) for case in run.cohort.test)
 
-    return run.kept(f"{CANDIDATES}/{network}.json", _CANDIDATES, make)
+    return run.cached(f"{CANDIDATES}/{source}.json", _CANDIDATES, make)
 
 
 def check_masks(run: Run, manifest: Manifest) -> None:
@@ -159,7 +143,7 @@ def check_masks(run: Run, manifest: Manifest) -> None:
         CohortError: if a mask's or a network's content is not what the manifest says.
     """
     for network in manifest.networks:
-        path = maker_path(run, network.name)
+        path = source_path(run, network.name)
         if path.is_file() and Segmenter.load(path).version != network.version:
             raise CohortError(f"{path}: is not the network of the manifest; start a new run folder")
     for mask in manifest.masks:
@@ -169,24 +153,24 @@ def check_masks(run: Run, manifest: Manifest) -> None:
 
 def own_masks(run: Run, progress: Progress) -> Manifest:
     """The served network's own masks of the test scans: what a user would see."""
-    train_served(run, progress)
+    segmenter = served_source(run, progress)
 
     def make() -> Manifest:
-        segmenter, masks = Segmenter.load(maker_path(run, SERVED)), []
+        masks = []
         for i, case in enumerate(run.cohort.test):
             progress.step(i, len(run.cohort.test), "masks of the served network")
-            masks.append(_keep(run.folder / TEST_MASKS, case, SERVED, segmenter))
+            masks.append(_write_mask(run.folder / TEST_MASKS, case, SERVED, segmenter))
         return Manifest(
             run.settings.seed,
             (0.0, 1.01),
             len(masks),
             (SERVED,),
             tuple(masks),
-            networks=made_by(run, [SERVED]),
+            networks=mask_sources_of(run, [SERVED]),
             after_training=_methods_are_trained(run),
         )
 
-    return run.kept("test-masks/served.json", MANIFESTS, make)
+    return run.cached("test-masks/served.json", _MANIFEST, make)
 
 
 def correction_masks(run: Run, progress: Progress) -> Manifest:
@@ -204,7 +188,7 @@ def correction_masks(run: Run, progress: Progress) -> Manifest:
                 run.settings.seed,
                 (0.0, 1.01),
                 len(real),
-                (UNKNOWN_MAKER,),
+                (UNKNOWN_SOURCE,),
                 tuple(real),
                 "real",
                 selection,
@@ -214,13 +198,13 @@ def correction_masks(run: Run, progress: Progress) -> Manifest:
         masks = tuple(_simulate(run, mask) for mask in own.masks)
         return replace(own, masks=masks, corrections="simulated", after_training=_methods_are_trained(run))
 
-    return run.kept("test-masks/corrections.json", MANIFESTS, make)
+    return run.cached("test-masks/corrections.json", _MANIFEST, make)
 
 
 def truth_of(run: Run, mask: TestMask, case: Case) -> Path:
     """The file of a mask's truth: its simulated correction where there is one, else the case's label."""
     simulated = run.folder / TEST_MASKS / "simulated" / f"{mask.id}.nii.gz"
-    return simulated if mask.id.endswith(CORRECTIONS) and simulated.is_file() else case.labels
+    return simulated if simulated.is_file() else case.labels
 
 
 def simulated_correction(mask: LabelArray, truth: LabelArray, scan: Volume, settings: ExtractionSettings) -> LabelArray:
@@ -257,7 +241,7 @@ def _corrected_by_people(run: Run) -> Iterator[TestMask]:
         case = cases[name]
         scan, truth = read_case(case, label_values(run.cohort.structures))
         mask = read_labels(path, scan=scan, values=label_values(run.cohort.structures))
-        yield _record(run.folder / TEST_MASKS, case, CORRECTIONS, UNKNOWN_MAKER, mask, truth)
+        yield _record(run.folder / TEST_MASKS, case, CORRECTIONS, UNKNOWN_SOURCE, mask, truth)
 
 
 def _starts_in_store(dataset: Dataset, cases: Mapping[str, Case]) -> dict[str, Path]:
@@ -300,39 +284,53 @@ def _simulate(run: Run, own: TestMask) -> TestMask:
     return _record(run.folder / TEST_MASKS, case, CORRECTIONS, SERVED, mask, after)
 
 
-def train_test_maker(run: Run, name: str) -> None:
-    """Train a network on a random part of the training side; keep it at its best and at a random early epoch.
+def train_source(run: Run, training: SourceTraining) -> None:
+    """Train networks that make masks, or what is left of it."""
+    match training.kind:
+        case "test":
+            test_sources(run, training)
+        case "served":
+            served_source(run, LineProgress())
+        case "fold":
+            fold_sources(run, training.number)
+        case "calibration":
+            calibration_sources(run, training.number)
+
+
+def test_sources(run: Run, training: SourceTraining) -> list[Segmenter]:
+    """A network trained on a random part of the training side: at its best and at a random early epoch.
 
     Every other one pools through the plane where the plan would not, or the other way round (the paper: with and
     without anisotropic pooling).
     """
-    if maker_path(run, name + AT_EARLY_EPOCH).is_file():
-        return
-    number, s = int(name.rpartition("-")[2]), run.settings
-    rng = np.random.default_rng((s.seed, 2, number))
-    part = _random_part(run.cohort.train, rng)
-    early = round(max(2, EARLY_SHARE * s.maker_epochs) ** rng.uniform())  # masks change most at the start
-    best, at_early = _train_on_part(run, name, number, part, (early,))
-    best.save(maker_path(run, name + AT_BEST_EPOCH))
-    at_early.save(maker_path(run, name + AT_EARLY_EPOCH))
+    number, s = training.number, run.settings
+
+    def make() -> list[Segmenter]:
+        rng = np.random.default_rng((s.seed, 2, number))
+        part = _random_part(run.cohort.train, rng)
+        early = round(max(2, EARLY_SHARE * s.source_epochs) ** rng.uniform())  # masks change most at the start
+        return _train_on_part(run, training, number, part, (early,))
+
+    paths = [source_path(run, str(TestSource(training, early))) for early in (False, True)]
+    return run.cached_all(paths, _SEGMENTER, make)
 
 
-def calibration_makers(run: Run, fold: int) -> list[Segmenter]:
+def calibration_sources(run: Run, fold: int) -> list[Segmenter]:
     """The networks that make the calibrating masks of a fold's cases: the best epoch first, then early ones.
 
     They are made as the test masks' networks are, but of patients of the other folds only, and make nothing else: every
     method is calibrated on masks of networks that are strange to it, as those are that it is tested on.
     """
-    early = early_epochs(run.settings.maker_epochs)
-    name = f"calibration-{fold}"
-    paths = [maker_path(run, f"{name}-{epoch}") for epoch in ("best", *early)]
-    if not all(path.is_file() for path in paths):
+    early = early_epochs(run.settings.source_epochs)
+    training = SourceTraining("calibration", fold)
+
+    def make() -> list[Segmenter]:
         part = _random_part(run.cohort.trained(fold), np.random.default_rng((run.settings.seed, 5, fold)))
         # their numbers follow those of the test masks' networks, which their seeds and pooling go by
-        segmenters = _train_on_part(run, name, run.settings.test_makers + fold, part, early)
-        for path, segmenter in zip(paths, segmenters, strict=True):
-            segmenter.save(path)
-    return [Segmenter.load(path) for path in paths]
+        return _train_on_part(run, training, run.settings.test_sources + fold, part, early)
+
+    paths = [source_path(run, f"{training}-{epoch}") for epoch in ("best", *early)]
+    return run.cached_all(paths, _SEGMENTER, make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,25 +346,27 @@ def _random_part(cases: Sequence[Case], rng: np.random.Generator) -> _Part:
     return _Part(order[few : few + max(2, round(rng.uniform(0.2, 0.6) * len(order)))], order[:few])
 
 
-def _train_on_part(run: Run, name: str, number: int, part: _Part, early: Sequence[int]) -> list[Segmenter]:
+def _train_on_part(
+    run: Run, training: SourceTraining, number: int, part: _Part, early: Sequence[int]
+) -> list[Segmenter]:
     """Train a network of this number: at its best epoch, then at the early ones."""
     s, structures = run.settings, run.cohort.structures
     values = label_values(structures)
-    settings = replace(s.segmenter, seed=1000 * (s.seed + 1) + number, patience=s.maker_epochs)
+    settings = replace(s.segmenter, seed=1000 * (s.seed + 1) + number, patience=s.source_epochs)
     plan = plan_for(part.trained, settings, in_channels=1, out_channels=1 + len(values))
     if number % 2:
         plan = with_other_pooling(plan)
     job = segmentation_job(
-        name,
+        str(training),
         plan,
         values,
         [load_example(c, plan, values) for c in part.trained],
         [load_example(c, plan, values) for c in part.validating],
         settings,
-        epochs=s.maker_epochs,
+        epochs=s.source_epochs,
         snapshots=tuple(early),
     )
-    fitted = fit(job, run.folder / "makers" / name, LineProgress())
+    fitted = fit(job, run.folder / "mask-sources" / str(training), LineProgress())
     seen = [c.patient for c in (*part.validating, *part.trained)]
     best = segmenter_of(fitted, plan, structures, seen, settings)
     return [best, *(at_weights(best, fitted.snapshots[epoch]) for epoch in early)]
@@ -375,8 +375,8 @@ def _train_on_part(run: Run, name: str, number: int, part: _Part, early: Sequenc
 def with_other_pooling(plan: NetworkPlan) -> NetworkPlan:
     """The plan with pooling through the plane where it has none, and without it where it has some."""
     pooled = any(stride[2] > 1 for stride in plan.strides)
-    through = 1 if pooled else 2
-    strides: list[Triple] = [(1, 1, 1), *((s[0], s[1], through) for s in plan.strides[1:])]
+    through_plane = 1 if pooled else 2
+    strides: list[Triple] = [(1, 1, 1), *((s[0], s[1], through_plane) for s in plan.strides[1:])]
     kernels: list[Triple] = [(k[0], k[1], 1 if pooled else 3) for k in plan.kernels]
     total = int(np.prod([plan.stem[2], *(s[2] for s in strides)]))
     depth = -(-plan.patch[2] // total) * total
@@ -384,79 +384,79 @@ def with_other_pooling(plan: NetworkPlan) -> NetworkPlan:
     return replace(plan, strides=tuple(strides), kernels=tuple(kernels), patch=patch)
 
 
-def fold_makers(run: Run, fold: int) -> list[Segmenter]:
+def fold_sources(run: Run, fold: int) -> list[Segmenter]:
     """The networks that have not seen a fold's cases: the trained one first, then itself at early epochs."""
     cohort, settings = run.cohort, replace(run.settings.segmenter, seed=10 * (run.settings.seed + 1) + fold)
     early = early_epochs(settings.fold_epochs)
-    paths = [maker_path(run, f"fold-{fold}-{epoch}") for epoch in (settings.fold_epochs, *early)]
-    if not all(path.is_file() for path in paths):
+    training = SourceTraining("fold", fold)
+
+    def make() -> list[Segmenter]:
         trained = cohort.trained(fold)
         plan = plan_for(trained, settings, in_channels=1, out_channels=1 + len(label_values(cohort.structures)))
-        folder = run.folder / "makers" / f"fold-{fold}"
-        segmenters = train_makers(
+        folder = run.folder / "mask-sources" / str(training)
+        return train_mask_sources(
             f"fold {fold}", trained, cohort.structures, plan, settings, folder, LineProgress(), early=early
         )
-        for path, segmenter in zip(paths, segmenters, strict=True):
-            segmenter.save(path)
-    return [Segmenter.load(path) for path in paths]
+
+    paths = [source_path(run, f"{training}-{epoch}") for epoch in (settings.fold_epochs, *early)]
+    return run.cached_all(paths, _SEGMENTER, make)
 
 
 def training_masks(run: Run, fold: int) -> list[MaskSet]:
     """The masks of a fold's cases that SegQC-Net may learn from: by networks that have not seen these cases."""
-    makers, folder = fold_makers(run, fold), run.folder / "training-masks"
-    return [stored_masks(makers, case, run.settings.segmenter, folder) for case in run.cohort.held(fold)]
+    sources, folder = fold_sources(run, fold), run.folder / "training-masks"
+    return [stored_masks(sources, case, run.settings.segmenter, folder) for case in run.cohort.held(fold)]
 
 
 def calibration_masks(run: Run, fold: int) -> Iterator[KnownMask]:
     """Masks of a fold's cases, by the networks that make calibrating masks only and have not seen them."""
-    makers = calibration_makers(run, fold)
+    sources = calibration_sources(run, fold)
     for number, case in enumerate(run.cohort.held(fold)):
-        assert_unseen(makers[0], case)
-        chosen = calibrating_makers(len(makers), number)
-        scan, truth = read_case(case, makers[0].values)
-        path = run.folder / "training-masks" / CALIBRATION / f"{case.id}.npz"
-        if not path.is_file():
-            made: LabelArray = np.stack([makers[m].predict(scan).labels.array for m in chosen])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, masks=made)
-        with np.load(path, allow_pickle=False) as stored:
-            masks = stored["masks"]
+        assert_unseen(sources[0], case)
+        chosen = calibrating_sources(len(sources), number)
+        scan, truth = read_case(case, sources[0].values)
+        made = functools.partial(_predicted_masks, [sources[m] for m in chosen], scan)
+        masks = run.cached(f"training-masks/{CALIBRATION}/{case.id}.npz", ARRAYS, made)["masks"]
         for m, array in zip(chosen, masks, strict=True):
             labels = Volume(array, scan.affine, scan.acquisition_axis)
-            judged = MaskToJudge(scan, labels, makers[m])
-            yield KnownMask(f"{case.id}-{m}", case.patient, judged, truth, early=m > 0)
+            assessed = AssessedMask(scan, labels, sources[m])
+            yield KnownMask(f"{case.id}-{m}", case.patient, assessed, truth, early=m > 0)
 
 
-def calibrating_makers(makers: int, number: int) -> list[int]:
+def _predicted_masks(segmenters: Sequence[Segmenter], scan: Volume) -> Arrays:
+    return {"masks": np.stack([segmenter.predict(scan).labels.array for segmenter in segmenters])}
+
+
+def calibrating_sources(sources: int, number: int) -> list[int]:
     """Which networks make the calibrating masks of a fold's case of this number.
 
     The best one, and itself at two early epochs: other ones for the next case, so that all qualities come up.
     """
-    early = makers - 1
+    early = sources - 1
     return [0, *sorted({1 + number % early, 1 + (number + (early + 1) // 2) % early})]
 
 
-# ------------------------------------------------------------------------------------------------------------ judging
+# ------------------------------------------------------------------------------------------------- the served network
 
 
-def train_served(run: Run, progress: Progress) -> None:
-    """Train the network whose own masks are judged: on the whole training side, stopped early on a part of it."""
-    path = maker_path(run, SERVED)
-    if path.is_file():
-        return
+def served_source(run: Run, progress: Progress) -> Segmenter:
+    """The network whose own masks are assessed: trained on the whole training side, stopped early on a part of it."""
     cohort, settings = run.cohort, replace(run.settings.segmenter, seed=100 * (run.settings.seed + 1))
     patients = list(cohort.fold)
     validating = set(patients[: max(1, round(settings.validation_share * len(patients)))])
     placed = {p: PatientSplit(0, "validation" if p in validating else "train") for p in patients}
-    train_segmentation(
-        cohort.train, cohort.structures, placed, settings, run.folder / "makers" / SERVED, progress
-    ).save(path)
+    folder = run.folder / "mask-sources" / SERVED
+
+    def make() -> Segmenter:
+        return train_segmentation(cohort.train, cohort.structures, placed, settings, folder, progress)
+
+    return run.cached(source_path(run, SERVED), _SEGMENTER, make)
 
 
-def _choose(run: Run, networks: Sequence[str]) -> Manifest:
+def _choose(run: Run, sources: Sequence[TestSource]) -> Manifest:
     """Of the masks of all networks up to `per_bin` in each Dice bin, scans that the bin does not have yet first."""
-    s, candidates = run.settings, [mask for name in networks for mask in candidates_of(run, name)]
+    s, candidates = run.settings, [mask for source in sources for mask in make_candidates(run, source)]
+    names = tuple(str(source) for source in sources)
     rng, chosen = np.random.default_rng((s.seed, 3)), list[TestMask]()
     for low, high in itertools.pairwise(s.bins):
         inside = [m for m in candidates if low <= m.dice < high]
@@ -468,15 +468,15 @@ def _choose(run: Run, networks: Sequence[str]) -> Manifest:
         path = test_mask_path(run, mask)
         shutil.copyfile(run.folder / CANDIDATES / path.name, path)
     # masks of one scan follow each other: what is computed of the scan alone is then computed once
-    chosen.sort(key=lambda m: (m.case, m.maker))
+    chosen.sort(key=lambda m: (m.case, m.source))
     return Manifest(
         s.seed,
         s.bins,
         s.per_bin,
-        tuple(networks),
+        names,
         tuple(chosen),
         selection="stratified",
-        networks=made_by(run, networks),
+        networks=mask_sources_of(run, names),
         after_training=_methods_are_trained(run),
     )
 
@@ -485,25 +485,27 @@ def _methods_are_trained(run: Run) -> bool:
     return any((run.folder / NETWORKS).glob("*/*"))
 
 
-def made_by(run: Run, networks: Sequence[str]) -> tuple[MadeBy, ...]:
+def mask_sources_of(run: Run, networks: Sequence[str]) -> tuple[MaskSource, ...]:
     """What to note of networks that make masks."""
-    loaded = {name: Segmenter.load(maker_path(run, name)) for name in networks}
-    return tuple(MadeBy(name, segmenter.version, len(segmenter.card.seen)) for name, segmenter in loaded.items())
+    loaded = {name: Segmenter.load(source_path(run, name)) for name in networks}
+    return tuple(MaskSource(name, segmenter.version, len(segmenter.card.seen)) for name, segmenter in loaded.items())
 
 
-def _keep(folder: Path, case: Case, network: str, segmenter: Segmenter) -> TestMask:
+def _write_mask(folder: Path, case: Case, source: str, segmenter: Segmenter, *, early: bool = False) -> TestMask:
     """Write a network's mask of a case, and note what it is."""
     scan, truth = read_case(case, segmenter.values)
-    return _record(folder, case, network, network, segmenter.predict(scan).labels, truth)
+    return _record(folder, case, source, source, segmenter.predict(scan).labels, truth, early=early)
 
 
-def _record(folder: Path, case: Case, kind: str, maker: str, mask: Volume, truth: Volume) -> TestMask:
+def _record(
+    folder: Path, case: Case, kind: str, source: str, mask: Volume, truth: Volume, *, early: bool = False
+) -> TestMask:
     """Write a mask as ``<case>-<kind>.nii.gz``, and note what it is."""
     name = f"{case.id}-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
     write_labels(mask, folder / f"{name}.nii.gz")
     dice = true_metrics(_together(mask.array), _together(truth.array)).dice
-    return TestMask(name, case.id, case.patient, maker, 1.0 if dice is None else dice, mask_sha256(mask))
+    return TestMask(name, case.id, case.patient, source, 1.0 if dice is None else dice, mask_sha256(mask), early)
 
 
 def _together(labels: LabelArray) -> BoolArray:

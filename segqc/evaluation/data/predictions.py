@@ -1,4 +1,4 @@
-"""What every method says of every mask, and what is true of it: all numbers that studies are made of.
+"""Each method's predictions for each mask, and the truth: all numbers that experiments are made of.
 
 Axes of arrays: M masks, L structures, R slices of all masks one after the other, 4 metrics in the order of
 `segqc.quality.metrics.METRIC_NAMES`. NaN stands for what is undefined, or what a method says nothing of.
@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from segqc.evaluation.data.settings import EvaluationSettings
-from segqc.evaluation.methods.estimates import Estimator, MaskToJudge, slice_sums
+from segqc.evaluation.data.storage import Format, load_arrays, save_arrays
+from segqc.evaluation.methods.estimates import AssessedMask, Estimator, slice_sums
 from segqc.evaluation.statistics.detection import STEPS, ErrorMapCounts, SignedCounts, count_voxels
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import METRIC_NAMES, SliceMetrics, Values, true_metrics, true_slice_metrics
 from segqc.types import BoolArray, ErrorBox, FloatArray, Metrics, Structure
-from segqc.volumes import Volume, atomic_write, through_plane_axis
+from segqc.volumes import Volume, through_plane_axis
 
 Counts: TypeAlias = npt.NDArray[np.int32]
 BoxRows: TypeAlias = npt.NDArray[np.int32]  # mask, structure, extracted, threshold's number, slice, start0, start1, ...
@@ -34,18 +35,18 @@ RAW, EXTRACTED = 0, 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnownMask:
-    """A mask whose truth is known: of which patient, what is judged, whether a network made it at an early epoch."""
+    """A mask whose truth is known: its patient, the assessed mask, whether a network made it at an early epoch."""
 
     id: str
     patient: str
-    judged: MaskToJudge
+    assessed: AssessedMask
     truth: Volume
     early: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truths:
-    """What is true of the masks of a study.
+    """What is true of the masks of an experiment.
 
     Attributes:
         masks, patients: the masks' ids, and whose they are.
@@ -73,8 +74,8 @@ class Truths:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judgements:
-    """What one method says of the masks of a study.
+class Predictions:
+    """One method's predictions for the masks of an experiment.
 
     Attributes:
         metrics: (M, L, 4).
@@ -101,7 +102,7 @@ class Judgements:
     seconds: Values
 
 
-def judge(
+def predict(
     masks: Iterator[KnownMask] | Sequence[KnownMask],
     estimator: Estimator,
     structures: Sequence[Structure],
@@ -109,24 +110,24 @@ def judge(
     largest_boxes_mm2: Mapping[str, float],
     *,
     maps: Maps = "all",
-) -> Judgements:
-    """Let a method judge masks.
+) -> Predictions:
+    """Let a method predict the quality of masks.
 
     Args:
         masks: the masks.
         estimator: the method.
-        structures: what it judges.
+        structures: what it assesses.
         settings: of boxes and error extraction.
         largest_boxes_mm2: the largest box of the training errors by structure, which bounds predicted ones.
         maps: what to look at in the error maps, beside the numbers; the boxes after error extraction are enough to
             choose their threshold by.
     """
     by_mask = [
-        _judge_mask(number, known, estimator, structures, settings, largest_boxes_mm2, maps)
+        _predict_mask(number, known, estimator, structures, settings, largest_boxes_mm2, maps)
         for number, known in enumerate(masks)
     ]
-    return Judgements(
-        *(np.concatenate([getattr(j, name) for j in by_mask]) for name in Judgements.__dataclass_fields__)
+    return Predictions(
+        *(np.concatenate([getattr(j, name) for j in by_mask]) for name in Predictions.__dataclass_fields__)
     )
 
 
@@ -136,9 +137,9 @@ def find_truths(masks: Iterator[KnownMask] | Sequence[KnownMask], structures: Se
     names, patients, early, metrics, slices, voxels, mask_of = [], [], [], [], [], [], []
     boxes = list[tuple[int, ...]]()
     for number, known in enumerate(masks):
-        scan = known.judged.scan
+        scan = known.assessed.scan
         axis = through_plane_axis(scan)
-        pairs = [(s.mask(known.judged.labels.array), s.mask(known.truth.array)) for s in structures]
+        pairs = [(s.mask(known.assessed.labels.array), s.mask(known.truth.array)) for s in structures]
         names.append(known.id)
         patients.append(known.patient)
         early.append(known.early)
@@ -193,29 +194,29 @@ def map_counts(counts: Counts, structure: int) -> list[SignedCounts]:
     ]
 
 
-def save(path: Path, values: Truths | Judgements) -> None:
+def save(path: Path, values: Truths | Predictions) -> None:
     """Write arrays as one file, atomically."""
-    columns = {name: np.array(getattr(values, name)) for name in values.__dataclass_fields__}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **columns)
+    save_arrays({name: np.array(getattr(values, name)) for name in values.__dataclass_fields__}, path)
 
 
-def load_judgements(path: Path) -> Judgements:
+def load_predictions(path: Path) -> Predictions:
     """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        return Judgements(**{name: stored[name] for name in Judgements.__dataclass_fields__})
+    return Predictions(**load_arrays(path))
 
 
 def load_truths(path: Path) -> Truths:
     """Read what `save` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        columns = {name: stored[name] for name in Truths.__dataclass_fields__ if name not in ("masks", "patients")}
-        masks, patients = (tuple(str(n) for n in stored[name]) for name in ("masks", "patients"))
-        return Truths(masks=masks, patients=patients, **columns)
+    columns = load_arrays(path)
+    masks, patients = (tuple(str(n) for n in columns.pop(name)) for name in ("masks", "patients"))
+    return Truths(masks=masks, patients=patients, **columns)
 
 
-def _judge_mask(
+PREDICTIONS: Format[Predictions] = Format(load_predictions, lambda value, path: save(path, value))
+TRUTHS: Format[Truths] = Format(load_truths, lambda value, path: save(path, value))
+
+
+def _predict_mask(
     number: int,
     known: KnownMask,
     estimator: Estimator,
@@ -223,12 +224,12 @@ def _judge_mask(
     settings: EvaluationSettings,
     largest_boxes_mm2: Mapping[str, float],
     maps: Maps,
-) -> Judgements:
+) -> Predictions:
     """What a method says of the mask of this number."""
     started = time.perf_counter()
-    estimates = estimator.estimate(known.judged)
+    estimates = estimator.estimate(known.assessed)
     seconds = time.perf_counter() - started
-    scan = known.judged.scan
+    scan = known.assessed.scan
     length = scan.array.shape[through_plane_axis(scan)]
     found = [
         _look(known, e.error, structure, settings, largest_boxes_mm2.get(structure.name, np.inf), maps)
@@ -242,7 +243,7 @@ def _judge_mask(
     def by_slice(columns: Sequence[Values]) -> Values:
         return np.stack(columns, axis=1)
 
-    return Judgements(
+    return Predictions(
         metrics=np.array([[_row(e.metrics) for e in estimates]], np.float64),
         slices=by_slice([_slice_rows(e.slices, length) for e in estimates]),
         slice_error_score=by_slice([_or_nan(e.slice_error_score, length) for e in estimates]),
@@ -288,9 +289,9 @@ def _look(
     maps: Maps,
 ) -> _Look:
     """Find the boxes of an error map, and count its voxels, before and after error extraction."""
-    scan = known.judged.scan
+    scan = known.assessed.scan
     axis = through_plane_axis(scan)
-    mask, truth = structure.mask(known.judged.labels.array), structure.mask(known.truth.array)
+    mask, truth = structure.mask(known.assessed.labels.array), structure.mask(known.truth.array)
     extracted = extract_errors(error, mask, axis, scan.spacing_mm, settings.extraction.for_structure(structure.name))
     looked_at = [(EXTRACTED, extracted)] if maps == "extracted boxes" else [(RAW, error), (EXTRACTED, extracted)]
     boxes = [

@@ -5,12 +5,12 @@
     run.json               data set, structures, settings: another evaluation is refused in the same folder
     split.json             the scans with their patients, sides, folds and labels' hashes: what changes is refused
     seconds.json           what each step took
-    makers/                networks that make masks: checkpoints and model files
-    test-masks/            the masks that are judged, and manifest.json, which fixes them by hash
+    mask-sources/          networks that make masks: checkpoints and model files
+    test-masks/            the masks that are assessed, and manifest.json, which fixes them by hash
     training-masks/        masks of the training side, by networks that have not seen their scans
     networks/<method>/     what is compared: checkpoints
-    judgements/            each method's numbers for every mask (.npz)
-    results/               every study's scores, comparisons, curves and detections
+    predictions/           each method's numbers for every mask (.npz)
+    results/               every experiment's scores, comparisons, curves and detections
     report/                report.html, and the same as CSV, Markdown, LaTeX and SVG
 """
 
@@ -34,14 +34,25 @@ from typing import TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from segqc.evaluation.data.cohort import SPLITS, Cohort, CohortError, Split, read_labelled, split, split_of, verify
+from segqc.evaluation.data.cohort import (
+    SPLIT_RECORDS,
+    Cohort,
+    CohortError,
+    SplitRecord,
+    read_labelled,
+    record_of,
+    split,
+    verify,
+)
 from segqc.evaluation.data.settings import EvaluationSettings
+from segqc.evaluation.data.storage import Format, as_json
 from segqc.loop.processes import die_with_parent
 from segqc.networks.device import name_of_device
 from segqc.training import Progress
 from segqc.volumes import atomic_write
 
 T = TypeVar("T")
+Task = TypeVar("Task")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ class Run:
         run = cls(folder.resolve(), wanted)
         begun = run.begin()
         for name, content in (
-            ("split.json", SPLITS.dump_json(begun, indent=1)),
+            ("split.json", SPLIT_RECORDS.dump_json(begun, indent=1)),
             ("run.json", _DESCRIPTIONS.dump_json(wanted, indent=1)),
         ):
             with atomic_write(folder / name) as temporary:
@@ -140,9 +151,9 @@ class Run:
             CohortError: if there are too few labelled patients, or a label is no longer what it was.
         """
         labelled = read_labelled(Path(self.description.dataset), self.description.structures)
-        return verify(self.kept("split.json", SPLITS, self.begin), labelled)
+        return verify(self.cached("split.json", as_json(SPLIT_RECORDS), self.begin), labelled)
 
-    def begin(self) -> Split:
+    def begin(self) -> SplitRecord:
         """The split of a new run.
 
         Raises:
@@ -151,7 +162,7 @@ class Run:
         """
         s, labelled = self.settings, read_labelled(Path(self.description.dataset), self.description.structures)
         drawn = split(labelled, folds=s.folds, seed=s.seed, test_share=s.test_share, max_cases=s.max_cases)
-        return split_of(drawn)
+        return record_of(drawn)
 
     def made(self) -> Made:
         """When and where the run's numbers were made: noted at the first call, then read."""
@@ -160,7 +171,7 @@ class Run:
             machine = f"{platform.platform(terse=True)}, {platform.machine()}, {name_of_device()}"
             return Made(datetime.date.today().isoformat(), machine, os.cpu_count() or 1)
 
-        return self.kept("results/made.json", _MADE, now)
+        return self.cached("results/made.json", as_json(_MADE), now)
 
     def groups_of(self, patients: Sequence[str]) -> list[str]:
         """The group of each patient, by the settings' pattern; all alike where there is none."""
@@ -168,39 +179,52 @@ class Run:
         found = [pattern.search(patient) for patient in patients]
         return ["" if m is None else (m.group(1) if m.re.groups else m.group()) for m in found]
 
-    def kept(self, name: str, kind: TypeAdapter[T], make: Callable[[], T]) -> T:
-        """Read a result from the run folder; make it and keep it where it is not there yet."""
-        path = self.folder / name
-        if path.is_file():
-            return kind.validate_json(path.read_bytes())
-        value = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(kind.dump_json(value, indent=1) + b"\n")
-        return value
+    def cached(self, name: str | Path, stored: Format[T], make: Callable[[], T]) -> T:
+        """Read a result from the run folder; make and store it where it is not there yet.
+
+        Args:
+            name: its file, in the run folder.
+            stored: its format.
+            make: makes it.
+        """
+        return self.cached_all([name], stored, lambda: [make()])[0]
+
+    def cached_all(self, names: Sequence[str | Path], stored: Format[T], make: Callable[[], Sequence[T]]) -> list[T]:
+        """As `cached`, for results that are made together: all are made anew where one is missing."""
+        paths = [self.folder / name for name in names]
+        if not all(path.is_file() for path in paths):
+            for path, value in zip(paths, make(), strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stored.save(value, path)
+        return [stored.load(path) for path in paths]
 
 
-def parallel_map(run: Run, work: Callable[[Run, str], None], names: Iterable[str], progress: Progress) -> None:
-    """Do a piece of work for each name, in processes of one thread each; each keeps what it makes in the run folder.
+def parallel_map(run: Run, work: Callable[[Run, Task], object], tasks: Iterable[Task], progress: Progress) -> None:
+    """Do each task, in processes of one thread each; each stores what it makes in the run folder.
 
     Networks of the size that a CPU can train gain little from a second thread, and everything from a second process.
     """
-    names = list(names)
-    if run.settings.workers < 2 or len(names) < 2:
+    tasks, step = list(tasks), work.__name__.replace("_", " ")
+    if run.settings.workers < 2 or len(tasks) < 2:
         with _one_thread():
-            for i, name in enumerate(names):
-                progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
-                work(run, name)
+            for i, task in enumerate(tasks):
+                progress.step(i, len(tasks), f"{step}: {task}")
+                work(run, task)
         return
     pool = ProcessPoolExecutor(
         run.settings.workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
     )
     with pool:
-        waiting = {name: pool.submit(work, run, name) for name in names}
-        for i, (name, future) in enumerate(waiting.items()):
-            progress.step(i, len(names), f"{work.__name__.strip('_')}: {name}")
+        waiting = [pool.submit(_do, work, run, task) for task in tasks]
+        for i, (task, future) in enumerate(zip(tasks, waiting, strict=True)):
+            progress.step(i, len(tasks), f"{step}: {task}")
             future.result()
-    progress.step(len(names), len(names), f"{work.__name__.strip('_')}: done")
+    progress.step(len(tasks), len(tasks), f"{step}: done")
+
+
+def _do(work: Callable[[Run, Task], object], run: Run, task: Task) -> None:
+    """Do a task; its result is in the run folder and need not travel to the other process."""
+    work(run, task)
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ class EvaluationSettings:
     Attributes:
         seed: decides every random draw.
         folds: cross-fitting: each trained method has one network per fold, trained without the fold's patients; the
-            fold's masks calibrate it, and all of them together judge the test masks.
+            fold's masks calibrate it, and all of them together assess the test masks.
         test_share: share of the patients kept for the test where the data set brings no split.
         max_cases: use at most so many cases of each side.
-        test_makers: trainings whose networks make the stratified test masks (the paper: 12); each gives two networks.
-        maker_epochs: their length.
+        test_sources: trainings whose networks make the stratified test masks (the paper: 12); each gives two networks.
+        source_epochs: their length.
         segmenter: how segmentation networks are trained; ``epochs`` is of the served one, ``fold_epochs`` of those
             that make training masks.
         assessor: how SegQC-Net, and what it is compared with, is trained.
@@ -51,15 +51,15 @@ class EvaluationSettings:
         group_pattern: a regular expression that finds the group of a patient in the patient's name (its first group, or
             all that it matches), for coverage under shift between groups.
         draws: bootstrap draws.
-        workers: processes that train and judge side by side; no number depends on it.
+        workers: processes that train and assess in parallel; no number depends on it.
     """
 
     seed: int = 0
     folds: int = 3
     test_share: float = 0.3
     max_cases: int | None = None
-    test_makers: int = 12
-    maker_epochs: int = 24
+    test_sources: int = 12
+    source_epochs: int = 24
     segmenter: TrainingSettings = _SEGMENTER
     assessor: TrainingSettings = _MASKS_TO_LEARN_FROM
     bins: Bins = (0.0, 0.6, 0.7, 0.8, 0.85, 1.01)
@@ -81,8 +81,8 @@ class EvaluationSettings:
             self,
             folds=2,
             max_cases=10,
-            test_makers=2,
-            maker_epochs=4,
+            test_sources=2,
+            source_epochs=4,
             segmenter=short,
             assessor=replace(self.assessor, epochs=3, steps_per_epoch=6, batch=1, average_flips=False, hide_mask=False),
             per_bin=4,
@@ -100,12 +100,12 @@ class EvaluationSettings:
 
         return replace(
             self,
-            maker_epochs=scaled(self.maker_epochs),
+            source_epochs=scaled(self.source_epochs),
             segmenter=of(self.segmenter),
             assessor=of(self.assessor),
         )
 
-    def through(self, patch: Triple) -> EvaluationSettings:
+    def with_patch(self, patch: Triple) -> EvaluationSettings:
         """The same evaluation with networks that learn from patches of this size, and look at scans through them."""
         return replace(
             self, segmenter=replace(self.segmenter, patch=patch), assessor=replace(self.assessor, patch=patch)

@@ -1,7 +1,8 @@
-"""The studies of a run: methods judge masks, are calibrated on unseen patients, and are compared with the truth."""
+"""The experiments of a run: methods assess masks, are calibrated on unseen patients and compared with the truth."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,28 +14,29 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from segqc.evaluation.data import predictions
+from segqc.evaluation.data.manifest import MANIFESTS, Corrections, Manifest
 from segqc.evaluation.data.mask_sources import (
-    AT_EARLY_EPOCH,
     CALIBRATION,
-    MANIFESTS,
-    Manifest,
     calibration_masks,
-    maker_path,
+    source_path,
     test_mask_path,
     training_masks,
     truth_of,
 )
 from segqc.evaluation.data.predictions import (
     EXTRACTED,
+    PREDICTIONS,
     RAW,
-    Judgements,
+    TRUTHS,
     KnownMask,
+    Predictions,
     Truths,
-    load_judgements,
+    load_predictions,
     load_truths,
 )
 from segqc.evaluation.data.run import Run, parallel_map
-from segqc.evaluation.methods.estimates import MaskToJudge
+from segqc.evaluation.data.storage import as_json
+from segqc.evaluation.methods.estimates import AssessedMask
 from segqc.evaluation.methods.registry import (
     CONSTANT,
     CROSS_FITTED,
@@ -46,36 +48,33 @@ from segqc.evaluation.methods.registry import (
     VARIANTS,
     calibrated_on,
     calibrating_folds,
-    judge_of,
+    estimator_of,
     methods,
     one_network,
-    slug,
 )
-from segqc.evaluation.report.limitations import Corrections
 from segqc.evaluation.statistics import curves, detection, estimation
 from segqc.evaluation.statistics.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.boxes import largest_box_area_mm2
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import METRIC_NAMES, MetricName, Values, fit_calibration
+from segqc.text import slug
 from segqc.training import Progress
 from segqc.training.cases import label_values, read_case
 from segqc.types import BoolArray, ErrorBox
 from segqc.volumes import Volume, read_labels, through_plane_axis
 
-StudyName: TypeAlias = Literal["stratified", "served", "corrections"]
+ExperimentName: TypeAlias = Literal["stratified", "served", "corrections"]
 Dimension: TypeAlias = Literal["3D", "2D"]
 Slices: TypeAlias = Literal["all", "mask", "large"]
 Family: TypeAlias = Literal["methods", "bad masks", "good masks", "variants"]
 T = TypeVar("T")
 
-MANIFEST_OF: Mapping[StudyName, str] = {
+MANIFEST_OF: Mapping[ExperimentName, str] = {
     "stratified": "test-masks/manifest.json",
     "served": "test-masks/served.json",
     "corrections": "test-masks/corrections.json",
 }
-_NAMED: Mapping[str, StudyName] = {name: name for name in MANIFEST_OF}
-_ABLATIONS = "-ablations"  # ends the name of a study's results in which variants are compared as well
 MIN_TRUTH_VOXELS = 20  # of slices whose ARVD is reported apart
 STRATA = (0.6, 0.7, 0.8, 0.9)
 BAD_UNDER = 0.7  # true Dice
@@ -90,7 +89,7 @@ class Row:
     ``raw`` are the estimates as they are, ``calibrated`` after a line fitted on patients that the method has not seen.
     ``slices`` says which slices count: those of mask or truth ("all"), of the mask ("mask"), or with at least 20 voxels
     of truth ("large"); it is None in 3D. ``training_mae`` is the calibrated estimates' error on the calibrating masks:
-    of patients of the training side that the judging network has not seen, what a recipe may be chosen by.
+    of patients of the training side that the estimating network has not seen, what a recipe may be chosen by.
     """
 
     structure: str
@@ -100,9 +99,9 @@ class Row:
     method: str
     raw: estimation.Scores
     calibrated: estimation.Scores
-    mae: estimation.Interval
-    pearson: estimation.Interval
-    spearman: estimation.Interval
+    mae: estimation.ConfidenceInterval
+    pearson: estimation.ConfidenceInterval
+    spearman: estimation.ConfidenceInterval
     strata: tuple[estimation.Stratum, ...]
     training_mae: float | None = None
 
@@ -114,7 +113,7 @@ class Compared:
     Attributes:
         structure, dimension, metric, statistic: of what.
         others: the methods that ``first`` is compared with.
-        judgements: one for each of them.
+        comparisons, verdicts: one for each of them.
         first: SegQC, or one of its networks.
         family: "methods" for all methods on all masks; "bad masks" and "good masks" for the estimates of the truth that
             never see the mask, on masks with a true Dice under, or of at least, `BAD_UNDER`; "variants" for ablations.
@@ -125,7 +124,8 @@ class Compared:
     metric: MetricName
     statistic: estimation.PairedStatistic
     others: tuple[str, ...]
-    judgements: tuple[estimation.Judgement, ...]
+    comparisons: tuple[estimation.Comparison, ...]
+    verdicts: tuple[estimation.Verdict, ...]
     first: str = SEGQC
     family: Family = "methods"
 
@@ -136,7 +136,7 @@ class Ordered:
 
     structure: str
     dimension: Dimension
-    study: curves.CurveStudy
+    comparison: curves.CurveComparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class Covered:
         structure: the structure.
         metric: the metric.
         kind: "resplit" over random splits of the training side's patients, "test" made of all of them and held against
-            this study's masks, "shift" made of the patients of all other groups and held against those of one,
+            this experiment's masks, "shift" made of the patients of all other groups and held against those of one,
             "structure" made of another structure and held against this one.
         stratum: the stratum of the true Dice, the group, or the other structure; "all".
         coverage: the coverage.
@@ -197,10 +197,10 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class StudyResult:
-    """Everything that a study says."""
+class ExperimentResult:
+    """Everything that an experiment found."""
 
-    study: StudyName
+    experiment: ExperimentName
     masks: int
     patients: int
     slices: int
@@ -215,7 +215,41 @@ class StudyResult:
     corrections: Corrections = "none"
 
 
-STUDIES: TypeAdapter[StudyResult] = TypeAdapter(StudyResult)
+RESULTS: TypeAdapter[ExperimentResult] = TypeAdapter(ExperimentResult)
+_RESULT = as_json(RESULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionTask:
+    """A method that assesses the masks of an experiment."""
+
+    experiment: ExperimentName
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.experiment}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTask:
+    """The comparison of all methods on the masks of an experiment; with variants of SegQC, if ``ablations``."""
+
+    experiment: ExperimentName
+    ablations: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.experiment}{'-ablations' if self.ablations else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class StructureTask:
+    """The part of a comparison that is about one structure, the run's number ``structure``."""
+
+    result: ResultTask
+    structure: int
+
+    def __str__(self) -> str:
+        return f"{self.result}, structure {self.structure}"
 
 
 # ------------------------------------------------------------------------------------------------- orders of correction
@@ -226,19 +260,26 @@ def sums_of(method: str) -> str:
     return TTA_ENTROPY if method == TTA else f"{method}{OF_SUM}"
 
 
-def error_scores_of_scans(said: Mapping[str, Judgements], k: int) -> dict[str, Values]:
+def order_methods() -> dict[str, str]:
+    """The method that each order comes from, by the order's name."""
+    every = methods(ablations=True)
+    further = {name: method for method in every for name in (sums_of(method), f"{method}{OF_EXTRACTED}")}
+    return further | {method: method for method in every}  # an order of SegQC's extracted map is a method of its own
+
+
+def error_scores_of_scans(predicted: Mapping[str, Predictions], k: int) -> dict[str, Values]:
     """What orders scans, by the order's name, (M,) each: the estimated Dice of structure ``k``, and the plain sums."""
     error_score: dict[str, Values] = {}
-    for method, judged in said.items():
-        dice = judged.metrics[:, k, 0]
+    for method, found in predicted.items():
+        dice = found.metrics[:, k, 0]
         if not np.isfinite(dice).all():
-            error_score[method] = judged.scan_error_score[:, k]
+            error_score[method] = found.scan_error_score[:, k]
         elif method != CONSTANT:
-            error_score |= {method: -dice, sums_of(method): judged.scan_error_score[:, k]}
+            error_score |= {method: -dice, sums_of(method): found.scan_error_score[:, k]}
     return error_score
 
 
-def error_scores_of_slices(said: Mapping[str, Judgements], truth: Truths, k: int) -> dict[str, Values]:
+def error_scores_of_slices(predicted: Mapping[str, Predictions], truth: Truths, k: int) -> dict[str, Values]:
     """What orders the slices of all scans, by the order's name, (R,) each.
 
     A method's own order goes by its errors of structure ``k`` in the slice (TTA's and softmax entropy's: by entropies)
@@ -246,15 +287,15 @@ def error_scores_of_slices(said: Mapping[str, Judgements], truth: Truths, k: int
     """
     in_mask = truth.voxels[:, k, 0]
     error_score: dict[str, Values] = {}
-    for method, judged in said.items():
+    for method, found in predicted.items():
         if method == CONSTANT:
             continue
-        sums, in_truth = judged.slice_error_score[:, k], judged.slice_truth[:, k]
+        sums, in_truth = found.slice_error_score[:, k], found.slice_truth[:, k]
         # who estimates no truth knows the mask only
         size = curves.whole_sizes(truth.mask_of, in_mask, in_truth if np.isfinite(in_truth).all() else in_mask)
         error_score |= {method: sums / size, sums_of(method): sums}
-        if len(judged.counts) and method not in (SEGQC, EXTRACTED_MAP):  # SegQC's is a method of its own
-            error_score[f"{method}{OF_EXTRACTED}"] = judged.slice_error_score_extracted[:, k] / size
+        if len(found.counts) and method not in (SEGQC, EXTRACTED_MAP):  # SegQC's is a method of its own
+            error_score[f"{method}{OF_EXTRACTED}"] = found.slice_error_score_extracted[:, k] / size
     return error_score
 
 
@@ -264,54 +305,58 @@ def error_scores_of_slices(said: Mapping[str, Judgements], truth: Truths, k: int
 def test_masks(run: Run, manifest: Manifest) -> Iterator[KnownMask]:
     """The masks of a manifest, those of one scan one after the other."""
     cases = {c.id: c for c in run.cohort.test}
-    values, makers = label_values(run.cohort.structures), dict[str, Segmenter]()
+    values, sources = label_values(run.cohort.structures), dict[str, Segmenter]()
     known: tuple[str, Volume, Volume] | None = None
     for mask in manifest.masks:
         case = cases[mask.case]
         if known is None or known[0] != mask.case:
             known = (mask.case, *read_case(replace(case, labels=truth_of(run, mask, case)), values))
-        if mask.maker and mask.maker not in makers:
-            makers[mask.maker] = Segmenter.load(maker_path(run, mask.maker))
+        if mask.source and mask.source not in sources:
+            sources[mask.source] = Segmenter.load(source_path(run, mask.source))
         labels = read_labels(test_mask_path(run, mask), scan=known[1])
-        judged = MaskToJudge(known[1], labels, makers.get(mask.maker))
-        yield KnownMask(mask.id, mask.patient, judged, known[2], early=mask.maker.endswith(AT_EARLY_EPOCH))
+        assessed = AssessedMask(known[1], labels, sources.get(mask.source))
+        yield KnownMask(mask.id, mask.patient, assessed, known[2], early=mask.early)
 
 
-def judge_method(run: Run, name: str) -> None:
-    """Let a method judge the masks of a study, and those that calibrate it: ``<study>/<method>``."""
-    study, _, method = name.partition("/")
-    s, structures = run.settings, run.cohort.structures
+def predict(run: Run, task: PredictionTask) -> None:
+    """Let a method assess the masks of an experiment, and those that calibrate it."""
+    s, structures, method = run.settings, run.cohort.structures, task.method
     largest = largest_boxes(run)
+
+    def of_fold(fold: int) -> Predictions:
+        masks, estimator = calibration_masks(run, fold), estimator_of(run, method, [fold])
+        return predictions.predict(masks, estimator, structures, s, largest, maps="extracted boxes")
+
+    def of_experiment() -> Predictions:
+        masks, estimator = experiment_masks(run, task.experiment), estimator_of(run, method, range(s.folds))
+        return predictions.predict(masks, estimator, structures, s, largest)
+
     for fold in calibrating_folds(run, method):
-        path = judgement_path(run, f"{CALIBRATION}-{fold}", method)
-        if not path.is_file():
-            estimator = judge_of(run, method, [fold])
-            masks = calibration_masks(run, fold)
-            predictions.save(path, predictions.judge(masks, estimator, structures, s, largest, maps="extracted boxes"))
-    path = judgement_path(run, study, method)
-    if not path.is_file():
-        estimator = judge_of(run, method, range(s.folds))
-        predictions.save(path, predictions.judge(study_masks(run, study), estimator, structures, s, largest))
+        path = predictions_path(run, f"{CALIBRATION}-{fold}", method)
+        run.cached(path, PREDICTIONS, functools.partial(of_fold, fold))
+    run.cached(predictions_path(run, task.experiment, method), PREDICTIONS, of_experiment)
 
 
-def find_truths(run: Run, study: str) -> None:
-    """Note what is true of the masks of a study, and of those that calibrate methods."""
-    s, structures = run.settings, run.cohort.structures
-    for fold in range(s.folds):
-        if not (path := truth_path(run, f"{CALIBRATION}-{fold}")).is_file():
-            predictions.save(path, predictions.find_truths(calibration_masks(run, fold), structures, s))
-    if not (path := truth_path(run, study)).is_file():
-        predictions.save(path, predictions.find_truths(study_masks(run, study), structures, s))
+def find_truths(run: Run, experiment: ExperimentName) -> None:
+    """Note what is true of the masks of an experiment, and of those that calibrate methods."""
+
+    def truths_of(masks: Iterator[KnownMask]) -> Truths:
+        return predictions.find_truths(masks, run.cohort.structures, run.settings)
+
+    for fold in range(run.settings.folds):
+        path = truth_path(run, f"{CALIBRATION}-{fold}")
+        run.cached(path, TRUTHS, functools.partial(truths_of, calibration_masks(run, fold)))
+    run.cached(truth_path(run, experiment), TRUTHS, functools.partial(truths_of, experiment_masks(run, experiment)))
 
 
-def manifest_of(run: Run, study: StudyName) -> Manifest:
-    """The fixed masks of a study."""
-    return MANIFESTS.validate_json((run.folder / MANIFEST_OF[study]).read_bytes())
+def manifest_of(run: Run, experiment: ExperimentName) -> Manifest:
+    """The fixed masks of an experiment."""
+    return MANIFESTS.validate_json((run.folder / MANIFEST_OF[experiment]).read_bytes())
 
 
-def study_masks(run: Run, study: str) -> Iterator[KnownMask]:
-    """The masks of a study, with their truths."""
-    return test_masks(run, manifest_of(run, _NAMED[study]))
+def experiment_masks(run: Run, experiment: ExperimentName) -> Iterator[KnownMask]:
+    """The masks of an experiment, with their truths."""
+    return test_masks(run, manifest_of(run, experiment))
 
 
 def largest_boxes(run: Run) -> dict[str, float]:
@@ -329,64 +374,59 @@ def largest_boxes(run: Run) -> dict[str, float]:
                         largest[s.name] = max(largest.get(s.name, 0.0), area)
         return largest
 
-    return run.kept("training-masks/largest-boxes.json", TypeAdapter(dict[str, float]), make)
+    return run.cached("training-masks/largest-boxes.json", as_json(TypeAdapter(dict[str, float])), make)
 
 
-def judgement_path(run: Run, study: str, method: str) -> Path:
-    """The file of a method's judgements."""
-    return run.folder / "judgements" / study / f"{slug(method)}.npz"
+def predictions_path(run: Run, experiment: str, method: str) -> Path:
+    """The file of a method's predictions."""
+    return run.folder / "predictions" / experiment / f"{slug(method)}.npz"
 
 
-def truth_path(run: Run, study: str) -> Path:
-    """The file of what is true of a study's masks."""
-    return run.folder / "judgements" / f"truth-{study}.npz"
+def truth_path(run: Run, experiment: str) -> Path:
+    """The file of what is true of an experiment's masks."""
+    return run.folder / "predictions" / f"truth-{experiment}.npz"
 
 
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def study_result(run: Run, study: StudyName, progress: Progress, *, ablations: bool = False) -> StudyResult:
-    """Compare all methods on the masks of a study, structures side by side; read what was found before."""
-    name = f"{study}{_ABLATIONS if ablations else ''}"
-    structures = [s.name for s in run.cohort.structures]
+def experiment_result(run: Run, task: ResultTask, progress: Progress) -> ExperimentResult:
+    """Compare all methods on the masks of an experiment, structures side by side; read what was found before."""
+    tasks = [StructureTask(task, k) for k in range(len(run.cohort.structures))]
 
-    def make() -> StudyResult:
-        parallel_map(run, find_numbers, [f"{name}/{structure}" for structure in structures], progress)
-        return _together([_of_structure(run, name, structure) for structure in structures])
+    def make() -> ExperimentResult:
+        parallel_map(run, compare_methods, tasks, progress)
+        return _together([compare_methods(run, part) for part in tasks])
 
-    return run.kept(f"results/{name}.json", STUDIES, make)
-
-
-def kept_results(run: Run) -> list[StudyResult]:
-    """All results that a run folder has: of studies, then of those with variants."""
-    paths = [run.folder / "results" / f"{study}{end}.json" for end in ("", _ABLATIONS) for study in MANIFEST_OF]
-    return [STUDIES.validate_json(path.read_bytes()) for path in paths if path.is_file()]
+    return run.cached(f"results/{task}.json", _RESULT, make)
 
 
-def find_numbers(run: Run, name: str) -> None:
-    """Compare all methods on one structure: ``<study>/<structure>``, or ``<study>-ablations/<structure>``."""
-    _of_structure(run, *name.split("/", 1))
+def stored_results(run: Run) -> list[ExperimentResult]:
+    """All results that a run folder has: of experiments, then of those with variants."""
+    tasks = [ResultTask(experiment, ablations) for ablations in (False, True) for experiment in MANIFEST_OF]
+    paths = [run.folder / "results" / f"{task}.json" for task in tasks]
+    return [_RESULT.load(path) for path in paths if path.is_file()]
 
 
-def _of_structure(run: Run, name: str, structure: str) -> StudyResult:
-    k = [s.name for s in run.cohort.structures].index(structure)
+def compare_methods(run: Run, task: StructureTask) -> ExperimentResult:
+    """Compare all methods on one structure: done once, then read."""
 
-    def make() -> StudyResult:
-        compared = methods(ablations=name.endswith(_ABLATIONS))
-        return structure_result(run, _NAMED[name.removesuffix(_ABLATIONS)], compared, k)
+    def make() -> ExperimentResult:
+        compared = methods(ablations=task.result.ablations)
+        return structure_result(run, task.result.experiment, compared, task.structure)
 
-    return run.kept(f"results/structures/{name}-{k}.json", STUDIES, make)
-
-
-def structure_result(run: Run, study: StudyName, methods: Sequence[str], k: int) -> StudyResult:
-    """Compare methods on the masks of a study, for the run's structure number ``k``."""
-    return _Study(run, study, methods).result(k)
+    return run.cached(f"results/structures/{task.result}-{task.structure}.json", _RESULT, make)
 
 
-def _together(parts: Sequence[StudyResult]) -> StudyResult:
+def structure_result(run: Run, experiment: ExperimentName, methods: Sequence[str], k: int) -> ExperimentResult:
+    """Compare methods on the masks of an experiment, for the run's structure number ``k``."""
+    return _Experiment(run, experiment, methods).result(k)
+
+
+def _together(parts: Sequence[ExperimentResult]) -> ExperimentResult:
     """The results of all structures as one."""
 
-    def joined(of: Callable[[StudyResult], tuple[T, ...]]) -> tuple[T, ...]:
+    def joined(of: Callable[[ExperimentResult], tuple[T, ...]]) -> tuple[T, ...]:
         return tuple(x for part in parts for x in of(part))
 
     return replace(
@@ -401,25 +441,25 @@ def _together(parts: Sequence[StudyResult]) -> StudyResult:
     )
 
 
-class _Study:
-    """A study's arrays in memory."""
+class _Experiment:
+    """An experiment's arrays in memory."""
 
-    def __init__(self, run: Run, study: StudyName, methods: Sequence[str]) -> None:
-        self.run, self.study, self.methods = run, study, tuple(methods)
-        self.truth = load_truths(truth_path(run, study))
-        self.said = {m: load_judgements(judgement_path(run, study, m)) for m in methods}
+    def __init__(self, run: Run, experiment: ExperimentName, methods: Sequence[str]) -> None:
+        self.run, self.experiment, self.methods = run, experiment, tuple(methods)
+        self.truth = load_truths(truth_path(run, experiment))
+        self.predicted = {m: load_predictions(predictions_path(run, experiment, m)) for m in methods}
         folds = range(run.settings.folds)
         self.known = [load_truths(truth_path(run, f"{CALIBRATION}-{k}")) for k in folds]
         self.on_known = {
-            m: [load_judgements(judgement_path(run, f"{CALIBRATION}-{k}", m)) for k in calibrating_folds(run, m)]
+            m: [load_predictions(predictions_path(run, f"{CALIBRATION}-{k}", m)) for k in calibrating_folds(run, m)]
             for m in methods
         }
 
     def rng(self, *of: int) -> np.random.Generator:
         return np.random.default_rng((self.run.settings.seed, 4, *of))
 
-    def result(self, k: int) -> StudyResult:
-        """What the study says of one structure."""
+    def result(self, k: int) -> ExperimentResult:
+        """What the experiment finds for one structure."""
         kinds: tuple[tuple[Dimension, Slices | None], ...]
         kinds = (("3D", None), ("2D", "all"), ("2D", "mask"), ("2D", "large"))
         rows = tuple(
@@ -429,8 +469,8 @@ class _Study:
             if slices != "large" or metric == "arvd"
             for method, values in self._comparable(k, dimension, slices, metric).items()
         )
-        return StudyResult(
-            self.study,
+        return ExperimentResult(
+            self.experiment,
             len(self.truth.masks),
             len(set(self.truth.patients)),
             len(self.truth.mask_of),
@@ -440,9 +480,9 @@ class _Study:
             tuple(self._detected(k)),
             tuple(self._mapped(k)),
             tuple(self._covered(k)),
-            {m: float(np.median(self.said[m].seconds)) for m in self.methods},
+            {m: float(np.median(self.predicted[m].seconds)) for m in self.methods},
             tuple(self._shared(k)),
-            manifest_of(self.run, self.study).corrections,
+            manifest_of(self.run, self.experiment).corrections,
         )
 
     def _name(self, k: int) -> str:
@@ -462,7 +502,7 @@ class _Study:
         m = METRIC_NAMES.index(metric)
         column = "metrics" if dimension == "3D" else "slices"
         chosen = self._chosen(self.truth, k, slices)
-        raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.said[method], self.truth))
+        raw, true = (getattr(x, column)[:, k, m][chosen] for x in (self.predicted[method], self.truth))
         whose = _patients(self.truth, dimension)[chosen]
         truths = [self.known[fold] for fold in calibrating_folds(self.run, method)]
         known = [self._chosen(t, k, slices) & self._calibrating(t, method, dimension) for t in truths]
@@ -499,7 +539,7 @@ class _Study:
     def _row(
         self, k: int, dimension: Dimension, slices: Slices | None, metric: MetricName, method: str, v: _Values
     ) -> Row:
-        def interval(statistic: estimation.Statistic) -> estimation.Interval:
+        def interval(statistic: estimation.Statistic) -> estimation.ConfidenceInterval:
             return estimation.interval(
                 statistic, v.calibrated, v.true, v.patients, generator=self.rng(k), metric=metric,
                 constant=v.constant, draws=self.run.settings.draws,
@@ -552,14 +592,16 @@ class _Study:
                     draws=self.run.settings.draws,
                 )
             )  # fmt: skip
-        judgements = estimation.judge(found)
-        return Compared(self._name(k), dimension, metric, statistic, tuple(compared), judgements, first, family)
+        verdicts = estimation.holm_verdicts(found)
+        return Compared(
+            self._name(k), dimension, metric, statistic, tuple(compared), tuple(found), verdicts, first, family
+        )
 
     def _ordered(self, k: int, dimension: Dimension) -> Ordered:
         error_score = (
-            error_scores_of_scans(self.said, k)
+            error_scores_of_scans(self.predicted, k)
             if dimension == "3D"
-            else error_scores_of_slices(self.said, self.truth, k)
+            else error_scores_of_slices(self.predicted, self.truth, k)
         )
         error_score = {name: values for name, values in error_score.items() if np.isfinite(values).all()}
         in_mask, in_truth, in_both = self.truth.voxels[:, k].T
@@ -572,11 +614,11 @@ class _Study:
         against = [
             m for m in (*self.methods, ERROR_SUM, TTA_ENTROPY) if m in error_score and m != SEGQC and m not in VARIANTS
         ]
-        study = curves.study(
+        comparison = curves.compare_orders(
             units, error_score, self.truth.patients, generator=self.rng(k, 2), chosen=SEGQC, against=against,
             draws=self.run.settings.draws,
         )  # fmt: skip
-        return Ordered(self._name(k), dimension, study)
+        return Ordered(self._name(k), dimension, comparison)
 
     def _shared(self, k: int) -> Iterator[Shared]:
         ours = self._values(k, "3D", None, "dice", SEGQC)
@@ -587,7 +629,7 @@ class _Study:
                 yield Shared(self._name(k), method, found)
 
     def _covered(self, k: int) -> Iterator[Covered]:
-        """Coverage of the intervals of the 3D metrics: over resplits, on this study's masks, and under shift."""
+        """Coverage of the intervals of the 3D metrics: over resplits, on this experiment's masks, and under shift."""
         patients = [p for t in self.known for p in t.patients]
         groups = np.array(self.run.groups_of(patients))
         true_dice = np.concatenate([t.metrics[:, k, 0] for t in (*self.known, self.truth)])
@@ -600,7 +642,7 @@ class _Study:
             true = np.concatenate([y, self.truth.metrics[:, k, m]])
             tested = np.arange(len(true)) >= len(y)
             on_test = shift_coverage(
-                np.concatenate([x, self.said[SEGQC].metrics[:, k, m]]), true, [*patients, *self.truth.patients],
+                np.concatenate([x, self.predicted[SEGQC].metrics[:, k, m]]), true, [*patients, *self.truth.patients],
                 ~tested, tested, metric, rng=self.rng(k, 7, m), strata=strata,
             )  # fmt: skip
             found += [("test", stratum, coverage) for stratum, coverage in on_test.items()]
@@ -614,7 +656,7 @@ class _Study:
 
     def _known_values(self, k: int, m: int) -> tuple[Values, Values]:
         """A 3D metric of the calibrating masks: as SegQC reads it off its maps, and the truth."""
-        read = np.concatenate([said.metrics[:, k, m] for said in self.on_known[SEGQC]])
+        read = np.concatenate([p.metrics[:, k, m] for p in self.on_known[SEGQC]])
         return read, np.concatenate([truth.metrics[:, k, m] for truth in self.known])
 
     def _from_other_structures(self, k: int, m: int, patients: Sequence[str]) -> Iterator[tuple[str, Coverage]]:
@@ -635,13 +677,13 @@ class _Study:
     def _detected(self, k: int) -> Iterator[Detected]:
         count, patients = len(self.truth.masks), self.truth.patients
         names = {RAW: "raw", EXTRACTED: "extracted"}
-        for method, said in self.said.items():
-            if not len(said.counts) or method == EXTRACTED_MAP:
+        for method, made in self.predicted.items():
+            if not len(made.counts) or method == EXTRACTED_MAP:
                 continue
             chosen = self._box_threshold(method, k)
             for predicted, true in ((RAW, RAW), (EXTRACTED, RAW), (EXTRACTED, EXTRACTED), (RAW, EXTRACTED)):
                 by_threshold = {
-                    threshold: predictions.boxes_of(said.boxes, count, k, predicted, t)
+                    threshold: predictions.boxes_of(made.boxes, count, k, predicted, t)
                     for t, threshold in enumerate(self.run.settings.box_thresholds)
                 }
                 yield Detected(
@@ -659,19 +701,19 @@ class _Study:
         s = self.run.settings
         predicted: dict[float, list[list[ErrorBox]]] = {threshold: [] for threshold in s.box_thresholds}
         true: list[list[ErrorBox]] = []
-        for fold, said in zip(calibrating_folds(self.run, method), self.on_known[method], strict=True):
+        for fold, made in zip(calibrating_folds(self.run, method), self.on_known[method], strict=True):
             known = self.known[fold]
             chosen, count = calibrated_on(method, known.early), len(known.masks)
             true += itertools.compress(predictions.boxes_of(known.boxes, count, k, EXTRACTED), chosen)
             for t, threshold in enumerate(s.box_thresholds):
                 predicted[threshold] += itertools.compress(
-                    predictions.boxes_of(said.boxes, count, k, EXTRACTED, t), chosen
+                    predictions.boxes_of(made.boxes, count, k, EXTRACTED, t), chosen
                 )
         return detection.choose_threshold(predicted, true, min_iou=min(s.box_ious), precision=s.box_precision)
 
     def _mapped(self, k: int) -> Iterator[Mapped]:
-        for method, said in self.said.items():
-            for extracted, counts in ((False, said.counts), (True, said.counts_extracted)):
+        for method, made in self.predicted.items():
+            for extracted, counts in ((False, made.counts), (True, made.counts_extracted)):
                 if not len(counts) or method == EXTRACTED_MAP:
                     continue
                 signed = predictions.map_counts(counts, k)

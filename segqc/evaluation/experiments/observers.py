@@ -31,7 +31,7 @@ from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
 ErrorKind: TypeAlias = Literal["missing slice", "leak", "cut"]
-Curve: TypeAlias = tuple["Point", ...]
+WidthCurve: TypeAlias = tuple["WidthOutcome", ...]
 Report: TypeAlias = Callable[[str], None]
 
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
@@ -54,7 +54,7 @@ class DoubleReading:
 
 
 @dataclass(frozen=True, slots=True)
-class StudySettings:
+class ObserverSettings:
     """What is implanted, and what is counted.
 
     Attributes:
@@ -162,7 +162,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class WidthOutcome:
     """One width of a curve: in mm, or the share of the mask that the erosion may take."""
 
     width: float
@@ -170,8 +170,8 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class ObserverStudy:
-    """The whole study.
+class ObserverExperiment:
+    """The whole experiment.
 
     Attributes:
         settings: what was implanted and counted.
@@ -183,11 +183,11 @@ class ObserverStudy:
         on_held: by name, outcomes on the held half: the chosen settings, and others to compare with.
     """
 
-    settings: StudySettings
+    settings: ObserverSettings
     rule: ChoiceRule
     choosing: tuple[str, ...]
     held: tuple[str, ...]
-    curves: Mapping[str, Curve]
+    curves: Mapping[str, WidthCurve]
     chosen: float | None
     chosen_from: str
     on_held: Mapping[str, Outcome]
@@ -292,7 +292,7 @@ def read_structures(folder: Path) -> tuple[Structure, ...]:
 
 
 def read_cases(
-    reading: DoubleReading, structures: Sequence[Structure], settings: StudySettings
+    reading: DoubleReading, structures: Sequence[Structure], settings: ObserverSettings
 ) -> tuple[ObserverCase, ...]:
     """Read one scan's two label maps, and implant errors into the first expert's masks.
 
@@ -323,7 +323,7 @@ def read_cases(
 
 
 def implant_errors(
-    case: ObserverCase, kind: ErrorKind, settings: StudySettings, rng: np.random.Generator
+    case: ObserverCase, kind: ErrorKind, settings: ObserverSettings, rng: np.random.Generator
 ) -> ImplantedSlices:
     """Implant errors of one kind into the first expert's mask, each into a slice of its own.
 
@@ -394,7 +394,7 @@ class _Counts:
     errors: Mapping[str, _Errors]
 
 
-def measure(cases: Iterable[ObserverCase], extraction: ExtractionSettings, settings: StudySettings) -> Outcome:
+def measure(cases: Iterable[ObserverCase], extraction: ExtractionSettings, settings: ObserverSettings) -> Outcome:
     """Apply extraction to the experts' differences and to the implanted errors.
 
     Args:
@@ -410,7 +410,7 @@ def measure(cases: Iterable[ObserverCase], extraction: ExtractionSettings, setti
     return Outcome(extraction, tuple(groups))
 
 
-def _count(case: ObserverCase, extraction: ExtractionSettings, settings: StudySettings) -> _Counts:
+def _count(case: ObserverCase, extraction: ExtractionSettings, settings: ObserverSettings) -> _Counts:
     differs = difference(case.first, case.second)
     left = extract_errors(differs, case.first, 2, case.spacing_mm, extraction)
     both = case.first.any(axis=(0, 1)) & case.second.any(axis=(0, 1))
@@ -428,7 +428,7 @@ def _count(case: ObserverCase, extraction: ExtractionSettings, settings: StudySe
 
 
 def _count_errors(
-    case: ObserverCase, implanted: ImplantedSlices, extraction: ExtractionSettings, settings: StudySettings
+    case: ObserverCase, implanted: ImplantedSlices, extraction: ExtractionSettings, settings: ObserverSettings
 ) -> _Errors:
     area = np.count_nonzero(implanted.error, axis=(0, 1)) * case.voxel_mm2
     counted = [i for i in implanted.slices if area[i] > settings.min_error_mm2]
@@ -516,7 +516,7 @@ def _interval(
     return round(float(low), 4), round(float(high), 4)
 
 
-# -------------------------------------------------------------------------------------------------------------- study
+# --------------------------------------------------------------------------------------------------------- experiment
 
 ABSOLUTE_WIDTHS_MM = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 RELATIVE_WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -547,7 +547,7 @@ def split_scans(scans: Sequence[str], seed: int) -> tuple[tuple[str, ...], tuple
     return tuple(sorted(ordered[i] for i in choosing)), tuple(sorted(ordered[i] for i in held))
 
 
-def choose_width(curve: Curve, rule: ChoiceRule) -> float | None:
+def choose_width(curve: WidthCurve, rule: ChoiceRule) -> float | None:
     """The narrowest width of a curve that meets the rule; None if there is none."""
     return min((point.width for point in curve if _meets(point.outcome.large, rule)), default=None)
 
@@ -563,15 +563,15 @@ def _meets(group: Group, rule: ChoiceRule) -> bool:
     )
 
 
-def study_observers(
+def compare_observers(
     readings: Sequence[DoubleReading],
     structures: Sequence[Structure],
     *,
-    settings: StudySettings | None = None,
+    settings: ObserverSettings | None = None,
     base: ExtractionSettings | None = None,
     rule: ChoiceRule | None = None,
     report: Report | None = None,
-) -> ObserverStudy:
+) -> ObserverExperiment:
     """Measure curves on one half of the scans, choose the band's width there, and report it on the other half.
 
     Args:
@@ -580,23 +580,25 @@ def study_observers(
         settings: what is implanted and counted.
         base: the settings of extraction beside the width.
         rule: how the width is chosen on the curve of relative widths that grows back.
-        report: told about progress.
+        report: called with each message on progress.
 
     Raises:
         ValueError: with fewer than two scans, or two of one name.
         VolumeError: if a label file can't be read, or two of one scan are not on one grid.
     """
-    settings, base, rule = settings or StudySettings(), base or ExtractionSettings(), rule or ChoiceRule()
+    settings, base, rule = settings or ObserverSettings(), base or ExtractionSettings(), rule or ChoiceRule()
     by_scan = {reading.scan: reading for reading in readings}
     if len(by_scan) < 2 or len(by_scan) < len(readings):
-        raise ValueError(f"the study needs two or more scans of different names, got {[r.scan for r in readings]}")
+        raise ValueError(f"the experiment needs two or more scans of different names, got {[r.scan for r in readings]}")
     tell = report or (lambda _: None)
     choosing, held = split_scans(list(by_scan), settings.seed)
     cases = [case for scan in choosing for case in read_cases(by_scan[scan], structures, settings)]
     curves = {}
     for name, of_width in curve_settings(base).items():
         tell(f"{name}: {len(of_width)} widths on {len(choosing)} scans")
-        curves[name] = tuple(Point(w, measure(cases, extraction, settings)) for w, extraction in of_width.items())
+        curves[name] = tuple(
+            WidthOutcome(w, measure(cases, extraction, settings)) for w, extraction in of_width.items()
+        )
     width = choose_width(curves[RELATIVE_CURVE], rule)
     compared = {"plain 2 mm band": PLAIN_EXTRACTION}
     if width is not None:
@@ -606,31 +608,31 @@ def study_observers(
     tell(f"{len(compared)} settings on {len(held)} held scans")
     cases = [case for scan in held for case in read_cases(by_scan[scan], structures, settings)]
     on_held = {name: measure(cases, extraction, settings) for name, extraction in compared.items()}
-    return ObserverStudy(settings, rule, choosing, held, curves, width, RELATIVE_CURVE, on_held)
+    return ObserverExperiment(settings, rule, choosing, held, curves, width, RELATIVE_CURVE, on_held)
 
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
 
-def draw_curves(study: ObserverStudy, path: Path) -> None:
+def draw_curves(experiment: ObserverExperiment, path: Path) -> None:
     """Draw what is removed, found and kept over the band's width, for the large structures of the choosing half.
 
     Args:
-        study: the study.
-        path: the picture; its suffix (.png, .pdf, .svg) decides the format.
+        experiment: the experiment.
+        path: the image file; its suffix (.png, .pdf, .svg) decides the format.
     """
-    names = list(study.curves)
+    names = list(experiment.curves)
     figure = Figure(figsize=(4.6 * min(len(names), 2), 3.9 * math.ceil(len(names) / 2)), layout="constrained")
     figure.set_facecolor("white")
     grid = figure.subplots(math.ceil(len(names) / 2), min(len(names), 2), sharey=True, squeeze=False)
     for ax, name in zip(grid.ravel(), names, strict=False):
-        _draw_curve(ax, study.curves[name])
+        _draw_curve(ax, experiment.curves[name])
         ax.set_title(name, fontsize=10)
         ax.set_xlabel(
             "band's radius, mm" if name.startswith("in mm") else "share of the mask that the erosion may take"
         )
-        if name == study.chosen_from and study.chosen is not None:
-            ax.axvline(study.chosen, color="black", linestyle=":", label="chosen")
+        if name == experiment.chosen_from and experiment.chosen is not None:
+            ax.axvline(experiment.chosen, color="black", linestyle=":", label="chosen")
     for ax in grid[:, 0]:
         ax.set_ylabel("share")
     handles = {
@@ -642,7 +644,7 @@ def draw_curves(study: ObserverStudy, path: Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _draw_curve(ax: Axes, curve: Curve) -> None:
+def _draw_curve(ax: Axes, curve: WidthCurve) -> None:
     widths = [point.width for point in curve]
     groups = [point.outcome.large for point in curve]
     removed = [_or_nan(group.removed.share) for group in groups]

@@ -19,10 +19,10 @@ from monai.losses import DiceLoss
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, structure_masks
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate, structure_masks
 from segqc.evaluation.methods.features import FeatureRegression, fit_features
 from segqc.evaluation.methods.learned import PlanEncoder, cut_around_mask, cut_window, total_stride, union_of
-from segqc.evaluation.methods.simple import judged_masks
+from segqc.evaluation.methods.simple import measured_masks
 from segqc.networks.device import device_of_choice
 from segqc.networks.plan import NetworkPlan, Triple
 from segqc.networks.unet import depth_to_space
@@ -31,7 +31,7 @@ from segqc.quality.metrics import Values
 from segqc.split import PatientSplit
 from segqc.training.assessor import mask_channels
 from segqc.training.cases import Case, Example, label_values, load_example
-from segqc.training.crossfit import MaskSet, thinned
+from segqc.training.crossfit import MaskSet, subsample
 from segqc.training.engine import Job, fingerprint, fit
 from segqc.training.patches import Patch, centred_start
 from segqc.training.segmentation import plan_for
@@ -113,7 +113,7 @@ class AutoencoderFeatures:
         self.structures = tuple(structures)
         self.lines = tuple(lines)
 
-    def features(self, mask: MaskToJudge) -> tuple[Values | None, ...]:
+    def features(self, mask: AssessedMask) -> tuple[Values | None, ...]:
         """Per structure: reconstruction's Dice, logs of its cross-entropy and of the code's divergence.
 
         The divergence is of all structures together. None for an empty mask. What of the masks does not fit into the
@@ -137,7 +137,7 @@ class AutoencoderFeatures:
             for d, e, there in zip(dice.tolist(), entropy.tolist(), native.any(axis=(1, 2, 3)), strict=True)
         )
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate the 3D metrics from the shape."""
         features = self.features(mask)
         return tuple(Estimate(line.at(f), None, None, None) for line, f in zip(self.lines, features, strict=True))
@@ -186,7 +186,7 @@ def train_autoencoder(
         variant=f"autoencoder {tuple(structures)}",
     )
     network = fit(job, folder, progress).network
-    train = [thinned(s, REGRESSION_MASKS) for s in sets if patient_splits[s.case.patient].split == "train"]
+    train = [subsample(s, REGRESSION_MASKS) for s in sets if patient_splits[s.case.patient].split == "train"]
     of = _fingerprint(job, train)
     lines = _stored_lines(folder, of)
     if lines is None:
@@ -204,11 +204,11 @@ def _fit_lines(
     features: list[list[Values | None]] = [[] for _ in structures]
     metrics: list[list[Metrics]] = [[] for _ in structures]
     total = sum(len(s.masks) for s in train)
-    for i, judged in enumerate(judged_masks(train, structures)):
+    for i, measured in enumerate(measured_masks(train, structures)):
         progress.step(i, total, "autoencoder: shape features")
-        for k, of_structure in enumerate(untaught.features(judged.mask)):
+        for k, of_structure in enumerate(untaught.features(measured.mask)):
             features[k].append(of_structure)
-            metrics[k].append(judged.metrics[k])
+            metrics[k].append(measured.metrics[k])
     return tuple(fit_features(f, m) for f, m in zip(features, metrics, strict=True))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from segqc.evaluation.methods.averages import average_metrics, average_slices
-from segqc.evaluation.methods.estimates import Estimate, Estimator, MaskToJudge, slice_sums
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate, Estimator, slice_sums
 from segqc.volumes import through_plane_axis
 
 
@@ -20,7 +20,7 @@ class MeanOfEstimators:
         self.name = name
         self.members = tuple(members)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Return one estimate per structure."""
         axis = through_plane_axis(mask.scan)
         by_structure = zip(*(member.estimate(mask) for member in self.members), strict=True)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from segqc.evaluation.methods.averages import average_metrics, average_slices
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge, slice_sums
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate, slice_sums
 from segqc.networks.cache import LatestCache
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.metrics import true_metrics, true_slice_metrics
@@ -25,7 +25,7 @@ class EnsemblePairs:
     With ``against="mask"`` each pair is the mask under assessment and a member's mask, which stands for the truth: an
     estimate of this mask. With ``against="members"`` the pairs are the members' own, each pair in both orders: the
     ensemble's disagreement on the scan, the same for all of the scan's masks, and the form in the literature, where
-    the judged mask is the ensemble's. The default is the first, as the masks to be judged here come from anywhere.
+    the assessed mask is the ensemble's. The default is the first, as the masks to be assessed here come from anywhere.
 
     Slices are ordered by the mean number of voxels in which a pair differs. A slice counts where at least half of the
     pairs have a voxel in it.
@@ -43,7 +43,7 @@ class EnsemblePairs:
         self.against = against
         self._last: LatestCache[list[LabelArray]] = LatestCache()
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate from the members' masks of the scan."""
         axis = through_plane_axis(mask.scan)
         members = self._members(mask.scan)
@@ -51,8 +51,8 @@ class EnsemblePairs:
         for structure in self.structures:
             masks = [structure.mask(m) for m in members]
             if self.against == "mask":
-                judged = structure.mask(mask.labels.array)
-                pairs = [(judged, m) for m in masks]
+                assessed = structure.mask(mask.labels.array)
+                pairs = [(assessed, m) for m in masks]
             else:
                 pairs = list(itertools.permutations(masks, 2))
             differing = np.mean([first != second for first, second in pairs], axis=0, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What every quality estimator gets and gives: a mask to judge, and an estimate for each of its structures."""
+"""What every quality estimator gets and gives: a mask to assess, and an estimate for each of its structures."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ EMPTY_UNDER_MM3 = 10.0  # an estimated truth with a smaller sum counts as empty;
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MaskToJudge:
+class AssessedMask:
     """A mask whose quality is asked for.
 
     Attributes:
         scan: the scan, on its file's grid.
         labels: the label map under assessment, on the scan's grid.
-        maker: the network that made the mask, where one did; test-time augmentation and soft outputs are its own.
+        source: the network that made the mask, where one did; test-time augmentation and soft outputs are its own.
     """
 
     scan: Volume
     labels: Volume
-    maker: Segmenter | None
+    source: Segmenter | None
 
     def __post_init__(self) -> None:
         if self.labels.shape != self.scan.shape:
@@ -65,7 +65,7 @@ class Estimator(Protocol):
 
     name: str
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Return one estimate per structure, in the order of the structures that the estimator was made with."""
 
 

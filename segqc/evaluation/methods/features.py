@@ -31,7 +31,7 @@ class Line:
 class FeatureRegression:
     """The four metrics of one structure as linear functions of its mask's features; None where nothing was trained.
 
-    ``empty`` is said of an empty mask.
+    ``empty`` is the answer for an empty mask.
     """
 
     dice: Line | None

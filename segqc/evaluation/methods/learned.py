@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
-from segqc.evaluation.methods.estimates import MaskToJudge, structure_masks
+from segqc.evaluation.methods.estimates import AssessedMask, structure_masks
 from segqc.networks.augmentation import tta_group
 from segqc.networks.inference import network_input
 from segqc.networks.plan import NetworkPlan, Triple
@@ -22,7 +22,7 @@ from segqc.networks.unet import space_to_depth
 from segqc.split import PatientSplit
 from segqc.training.assessor import VALIDATION_MASKS, mask_channels, mask_examples
 from segqc.training.cases import Example, label_values
-from segqc.training.crossfit import MaskSet, thinned
+from segqc.training.crossfit import MaskSet, subsample
 from segqc.training.engine import Job, Loss, NetworkBuilder, PrepareBatch
 from segqc.training.patches import Patch, centred_start, cut
 from segqc.training.spec import TrainingSettings
@@ -89,7 +89,7 @@ def total_stride(plan: NetworkPlan) -> Triple:
     return first, second, third
 
 
-def judged_input(mask: MaskToJudge, plan: NetworkPlan, structures: Sequence[Structure]) -> torch.Tensor:
+def scan_and_mask_input(mask: AssessedMask, plan: NetworkPlan, structures: Sequence[Structure]) -> torch.Tensor:
     """Scan and masks as channels in the plan's canonical frame: (1, 1 + L, a, b, c)."""
     frame = canonical_frame(mask.scan, spacing_mm=plan.spacing_mm)
     return network_input(mask.scan, structure_masks(mask.labels.array, structures), frame)
@@ -131,7 +131,7 @@ def flipped(x: torch.Tensor, *, average_flips: bool) -> torch.Tensor:
     return torch.cat([m.apply(x) for m in tta_group(transposes=False)]) if average_flips else x
 
 
-def judging_job(
+def mask_job(
     name: str,
     sets: Sequence[MaskSet],
     structures: Sequence[Structure],
@@ -149,7 +149,7 @@ def judging_job(
     Args:
         name: of the baseline.
         sets: cases with their masks.
-        structures: the structures to judge.
+        structures: the structures to assess.
         patient_splits: fold and role of each patient.
         settings: how to train.
         plan: the network's plan.
@@ -161,7 +161,7 @@ def judging_job(
     """
     values = label_values(structures)
     train = [s for s in sets if patient_splits[s.case.patient].split == "train"]
-    validation = [thinned(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
+    validation = [subsample(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
     examples = [mask_examples(part, values, plan) for part in (train, validation)]
     if around:
         examples = [[cut_around_mask(e, plan.patch) for e in part] for part in examples]

@@ -16,8 +16,8 @@ from torch import nn
 
 from segqc.evaluation.methods.estimates import (
     EMPTY_UNDER_MM3,
+    AssessedMask,
     Estimate,
-    MaskToJudge,
     empty_rule,
     estimate_from_error_map,
     structure_masks,
@@ -28,9 +28,9 @@ from segqc.evaluation.methods.learned import (
     batch_metrics,
     encoder_blocks,
     flipped,
-    judged_input,
-    judging_job,
+    mask_job,
     plan_unet,
+    scan_and_mask_input,
     scan_and_masks,
 )
 from segqc.networks.assessor import mean_over_flips, sigmoid
@@ -111,9 +111,9 @@ class MapAndScore:
         self.average_flips = average_flips
         self.empty_under_mm3 = empty_under_mm3
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate from both heads."""
-        x = judged_input(mask, self.plan, self.structures)
+        x = scan_and_mask_input(mask, self.plan, self.structures)
         batch = flipped(around_masks(x, x[:, 1:], self.plan), average_flips=self.average_flips)
         with torch.inference_mode():
             scores = self.network.dice_logits(batch.to(self.device)).sigmoid().mean(dim=0).cpu().tolist()
@@ -159,7 +159,7 @@ def train_map_and_score(
         of_map = overlap(maps, errors) + nn.functional.binary_cross_entropy_with_logits(maps, errors)
         return torch.as_tensor(of_map + nn.functional.l1_loss(scores, dice))
 
-    job = judging_job(
+    job = mask_job(
         "map-and-score",
         sets,
         structures,

@@ -14,8 +14,8 @@ import numpy as np
 from segqc.evaluation.methods.estimates import (
     EMPTY_UNDER_MM3,
     SILENT,
+    AssessedMask,
     Estimate,
-    MaskToJudge,
     empty_rule,
     estimate_from_error_map,
     structure_masks,
@@ -54,7 +54,7 @@ class MapEstimator:
         self.structures = _common([a.structures for a in assessors])
         self.empty_under_mm3 = empty_under_mm3
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate from the mean of the assessors' error logits."""
         errors = sigmoid(_mean([a.error_logits(mask.scan, mask.labels) for a in self.assessors]))
         if self.extraction is not None:
@@ -94,7 +94,7 @@ class ScanOnly:
         # no voxel is in the mask: the error's logit is the truth's
         return self._last.keep(sigmoid(_mean([a.error_logits(scan, empty) for a in self.assessors])), scan)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Compare the mask with the truth estimated from the scan."""
         return _estimates_of_truth(mask, self.structures, self.truth(mask.scan), self.empty_under_mm3)
 
@@ -138,7 +138,7 @@ class CrossFittedMean:
             else segmenter.predict(scan).probabilities
         )
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Compare the mask with the networks' mean."""
         return _estimates_of_truth(mask, self.structures, self.truth(mask.scan), self.empty_under_mm3)
 
@@ -157,12 +157,12 @@ class SoftOutput:
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
-        """Compare the mask with its maker's soft output."""
-        if mask.maker is None:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
+        """Compare the mask with its source network's soft output."""
+        if mask.source is None:
             return (SILENT,) * len(self.structures)
-        soft = mask.maker.predict(mask.scan).probabilities
-        truth = structure_probabilities(mask.maker, soft, self.structures)
+        soft = mask.source.predict(mask.scan).probabilities
+        truth = structure_probabilities(mask.source, soft, self.structures)
         return _estimates_of_truth(mask, self.structures, truth, self.empty_under_mm3)
 
 
@@ -203,7 +203,7 @@ def structure_probabilities(
 
 
 def _estimates_of_truth(
-    mask: MaskToJudge, structures: Sequence[Structure], truth: FloatArray, empty_under_mm3: float
+    mask: AssessedMask, structures: Sequence[Structure], truth: FloatArray, empty_under_mm3: float
 ) -> tuple[Estimate, ...]:
     # M(1-T) + (1-M)T is its own inverse
     errors = estimated_truth(structure_masks(mask.labels.array, structures), truth)
@@ -211,7 +211,7 @@ def _estimates_of_truth(
 
 
 def _estimates(
-    mask: MaskToJudge, structures: Sequence[Structure], errors: FloatArray, empty_under_mm3: float
+    mask: AssessedMask, structures: Sequence[Structure], errors: FloatArray, empty_under_mm3: float
 ) -> tuple[Estimate, ...]:
     axis, empty = through_plane_axis(mask.scan), empty_rule(mask.scan, empty_under_mm3)
     masks = structure_masks(mask.labels.array, structures)

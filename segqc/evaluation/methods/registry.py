@@ -1,8 +1,8 @@
 """The methods that are compared: their trainings, and the estimators that come of them.
 
 A trained method has one network per fold, trained without the fold's patients and without any choice by them (the last
-epoch's weights are taken). The fold's networks judge the fold's own masks, which calibrate the method; all folds'
-networks together judge the test masks. So every trained method has the same cases, and as many networks.
+epoch's weights are taken). The fold's networks assess the fold's own masks, which calibrate the method; all folds'
+networks together assess the test masks. So every trained method has the same cases, and as many networks.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from segqc.evaluation.data.mask_sources import calibration_makers, calibration_masks, fold_makers, training_masks
+from segqc.evaluation.data.mask_sources import calibration_masks, calibration_sources, fold_sources, training_masks
 from segqc.evaluation.data.run import NETWORKS, Run
+from segqc.evaluation.data.storage import ARRAYS, Arrays, Format, as_json
 from segqc.evaluation.methods.autoencoder import train_autoencoder
 from segqc.evaluation.methods.ensemble import MeanOfEstimators
 from segqc.evaluation.methods.ensembles import EnsemblePairs
-from segqc.evaluation.methods.estimates import EMPTY_UNDER_MM3, Estimator, MaskToJudge
+from segqc.evaluation.methods.estimates import EMPTY_UNDER_MM3, AssessedMask, Estimator
 from segqc.evaluation.methods.map_and_score import train_map_and_score
 from segqc.evaluation.methods.maps import CrossFittedMean, MapEstimator, ScanOnly, SoftOutput
 from segqc.evaluation.methods.regression import train_regression
-from segqc.evaluation.methods.simple import JudgedMask, fit_constant, fit_size_regression, judged_masks
-from segqc.evaluation.methods.soft_input import MadeMasks, SoftInput, train_soft_input
+from segqc.evaluation.methods.simple import MeasuredMask, fit_constant, fit_size_regression, measured_masks
+from segqc.evaluation.methods.soft_input import SoftInput, SourcedMasks, train_soft_input
 from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta
 from segqc.networks.assessor import Assessor
 from segqc.networks.cache import LatestCache
@@ -34,18 +36,20 @@ from segqc.networks.card import ModelCard
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.calibration import MapCalibration, OutputForm
 from segqc.split import PatientSplit
+from segqc.text import slug
 from segqc.training import LineProgress
 from segqc.training.assessor import fit_assessor, with_maps
 from segqc.training.calibration import KnownMap, fit_map, known_map
-from segqc.training.crossfit import MaskSet, makers_of_masks, masks_of
+from segqc.training.crossfit import MaskSet, masks_of, sources_of_masks
 from segqc.training.segmentation import plan_for
 from segqc.training.spec import TrainingSettings
 from segqc.types import BoolArray, FloatArray, Structure
-from segqc.volumes import Volume, atomic_write
+from segqc.volumes import Volume
 
 Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 
-_MAPS: TypeAdapter[tuple[MapCalibration, ...]] = TypeAdapter(tuple[MapCalibration, ...])
+_MAPS: Format[tuple[MapCalibration, ...]] = as_json(TypeAdapter(tuple[MapCalibration, ...]))
+_ASSESSOR: Format[Assessor] = Format(Assessor.load, Assessor.save)
 
 SEGQC, TTA, SCAN_ONLY, CROSS_FITTED, CONSTANT = "SegQC", "TTA", "scan only", "cross-fitted mean", "constant"
 EXTRACTED_MAP = "SegQC-EE"
@@ -60,13 +64,13 @@ class Method(ABC):
         name: in tables.
         variant: whether it is one network, trained without the first fold, whose masks alone calibrate it: ablations
             that are trained anew, and those that they are compared with.
-        of_one_maker: whether it has trained from masks of trained networks only (the paper's SegQC-TR), and so is
+        of_one_source: whether it has trained from masks of trained networks only (the paper's SegQC-TR), and so is
             calibrated on such ones only.
     """
 
     name: str
     variant: bool = False
-    of_one_maker: bool = False
+    of_one_source: bool = False
 
     @abstractmethod
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
@@ -89,7 +93,7 @@ class SegQcNet(Trained):
     Attributes:
         change: of the settings.
         augmented: whether test-time augmentations give masks to learn from, too (the paper's table 5); for
-            ``of_one_maker``, without which early epochs do in any case.
+            ``of_one_source``, without which early epochs do in any case.
         in_sample: whether its masks come from networks that have seen the scans: the leak, to show what it does.
         scan_only: whether it never sees a mask.
         maps_as_they_are: whether its maps are not calibrated (the paper's recipe has no such step).
@@ -116,18 +120,15 @@ class SegQcNet(Trained):
 
     def assessor(self, run: Run, fold: int) -> Assessor:
         """Train the network without the patients of a fold, or read what was trained."""
-        path = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}.pt"
-        if path.is_file():
-            return Assessor.load(path)
+        folder = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}"
+        return run.cached(folder.with_suffix(".pt"), _ASSESSOR, lambda: self._trained(run, fold, folder))
+
+    def _trained(self, run: Run, fold: int, folder: Path) -> Assessor:
         structures = run.cohort.structures
         settings = self.change(replace(run.settings.assessor, seed=10 * (run.settings.seed + 1) + fold))
         sets = self._masks(run, fold)
         plan = plan_for([s.case for s in sets], settings, in_channels=1 + len(structures), out_channels=len(structures))
-        assessor = fit_assessor(
-            f"{self.name} {fold}", plan, sets, [], structures, settings, path.with_suffix(""), LineProgress()
-        )
-        assessor.save(path)
-        return assessor
+        return fit_assessor(f"{self.name} {fold}", plan, sets, [], structures, settings, folder, LineProgress())
 
     def calibrated(self, run: Run, folds: Sequence[int]) -> list[Assessor]:
         """The networks of some folds, their maps calibrated as `segqc.training.train_on_masks` does it."""
@@ -140,9 +141,9 @@ class SegQcNet(Trained):
             # of each other fold's cases, by a network of the next fold: it has seen them
             return [_leaking(run, m, (k + 1) % run.settings.folds) for k in others for m in training_masks(run, k)]
         sets = [m for k in others for m in training_masks(run, k)]
-        if not self.of_one_maker:
+        if not self.of_one_source:
             return sets
-        count = makers_of_masks(1, run.settings.segmenter).count(0) if self.augmented else 1
+        count = sources_of_masks(1, run.settings.segmenter).count(0) if self.augmented else 1
         return [MaskSet(m.case, m.masks[:count], m.dice[:count]) for m in sets]
 
 
@@ -193,27 +194,27 @@ class WithSoftInput(Trained):
         """The network of the first of the folds, its maps calibrated."""
         network = self._network(run, folds[0])
 
-        def logits(_fold: int) -> Callable[[MaskToJudge], FloatArray]:
-            return lambda mask: network.truth_logits(mask, _maker(mask))
+        def logits(_fold: int) -> Callable[[AssessedMask], FloatArray]:
+            return lambda mask: network.truth_logits(mask, _source(mask))
 
         path = f"networks/{slug(self.name)}/maps.json"
-        return network.with_maps(run.kept(path, _MAPS, lambda: _fit_maps(run, self, logits, "truth")))
+        return network.with_maps(run.cached(path, _MAPS, lambda: _fit_maps(run, self, logits, "truth")))
 
     def _network(self, run: Run, fold: int) -> SoftInput:
         s = run.settings
         made = []
         for k in range(s.folds):
             if k != fold:
-                makers = fold_makers(run, k)
-                numbers = makers_of_masks(len(makers), s.segmenter)
-                made += [MadeMasks(masks, tuple(makers), numbers) for masks in training_masks(run, k)]
+                sources = fold_sources(run, k)
+                numbers = sources_of_masks(len(sources), s.segmenter)
+                made += [SourcedMasks(masks, tuple(sources), numbers) for masks in training_masks(run, k)]
         settings = replace(s.assessor, seed=10 * (s.seed + 1) + fold)
         folder = run.folder / NETWORKS / slug(self.name) / f"fold-{fold}"
         return train_soft_input(made, run.cohort.structures, settings, EMPTY_UNDER_MM3, folder, LineProgress())
 
 
 @dataclass(frozen=True)
-class LearntScore(Trained):
+class LearnedScore(Trained):
     """A network, or a regressor, that answers with the metrics themselves.
 
     It learns as long as SegQC-Net, but no mask is emptied or deformed for it: that leaves SegQC-Net's target what it
@@ -241,7 +242,7 @@ class LearntScore(Trained):
 
 @dataclass(frozen=True)
 class OfSegmenters(Method):
-    """What the folds' segmentation networks say; a fold's own masks are judged by the one that has not seen them.
+    """What the folds' segmentation networks say; a fold's own masks are assessed by the one that has not seen them.
 
     Attributes:
         make: the estimator of these networks, by its name and SegQC-Net's settings.
@@ -255,9 +256,9 @@ class OfSegmenters(Method):
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """What the folds' networks say together."""
-        segmenters = [fold_makers(run, fold)[0] for fold in folds]
+        segmenters = [fold_sources(run, fold)[0] for fold in folds]
         if len(segmenters) < self.least:
-            segmenters.append(calibration_makers(run, folds[0])[0])
+            segmenters.append(calibration_sources(run, folds[0])[0])
         return self.make(segmenters, self.name, run.settings.assessor)
 
 
@@ -265,18 +266,18 @@ class OfSegmenters(Method):
 class OfMasks(Method):
     """A method that knows the metrics of the training masks only."""
 
-    fit: Callable[[Iterable[JudgedMask], Sequence[Structure]], Estimator] = fit_constant
+    fit: Callable[[Iterable[MeasuredMask], Sequence[Structure]], Estimator] = fit_constant
 
     def estimator(self, run: Run, folds: Sequence[int]) -> Estimator:
         """What the masks of the other folds teach; all masks for a test."""
         known = [k for k in range(run.settings.folds) if len(folds) > 1 or k not in folds]
         sets = [m for k in known for m in training_masks(run, k)]
         structures = run.cohort.structures
-        return self.fit(judged_masks(sets, structures), structures)
+        return self.fit(measured_masks(sets, structures), structures)
 
 
 @dataclass(frozen=True)
-class OfMaker(Method):
+class OfSource(Method):
     """What the network that made the mask says of it."""
 
     make: Callable[[Sequence[Structure]], Estimator] = SoftOutput
@@ -296,7 +297,7 @@ class OfAugmentations(Method):
 
 
 _RECIPE: SegQcNet = SegQcNet(SEGQC)
-_TRANSFERRED = SegQcNet("SegQC-TR", of_one_maker=True)
+_TRANSFERRED = SegQcNet("SegQC-TR", of_one_source=True)
 _METHODS: tuple[Method, ...] = (
     _RECIPE,
     SegQcNet(SCAN_ONLY, change=lambda s: replace(s, scan_only_share=1.0), scan_only=True),
@@ -304,17 +305,17 @@ _METHODS: tuple[Method, ...] = (
     SegQcNet("paper's SegQC", change=TrainingSettings.paper_recipe, maps_as_they_are=True),
     _TRANSFERRED,
     OfAugmentations(TTA),
-    OfMaker("softmax entropy", make=SoftmaxEntropy),
-    OfMaker("soft output", make=SoftOutput),
+    OfSource("softmax entropy", make=SoftmaxEntropy),
+    OfSource("soft output", make=SoftOutput),
     OfSegmenters(CROSS_FITTED),
     OfSegmenters("ensemble", make=lambda networks, name, _: EnsemblePairs(networks, against="mask", name=name)),
     OfSegmenters(
         "ensemble pairs", make=lambda networks, name, _: EnsemblePairs(networks, against="members", name=name), least=2
     ),
     OfMasks("size", fit=fit_size_regression),
-    LearntScore("regression", fit=train_regression),
-    LearntScore("map and score", fit=train_map_and_score),
-    LearntScore("autoencoder", fit=train_autoencoder),
+    LearnedScore("regression", fit=train_regression),
+    LearnedScore("map and score", fit=train_map_and_score),
+    LearnedScore("autoencoder", fit=train_autoencoder),
     OfMasks(CONSTANT, fit=fit_constant),
 )
 _VARIANTS: tuple[Method, ...] = (
@@ -323,8 +324,8 @@ _VARIANTS: tuple[Method, ...] = (
     SameNetworks(f"{SEGQC}, mask always shown", ask=lambda card: replace(card, hide_mask=False)),
     SameNetworks(f"{SEGQC}, mask never shown", blind=True),
     SameNetworks(f"{SEGQC}, maps not calibrated", calibrated=False),
-    SameNetworks("SegQC-TR, one network", variant=True, of=_TRANSFERRED, of_one_maker=True),
-    SegQcNet("median masks only", variant=True, of_one_maker=True, augmented=False),
+    SameNetworks("SegQC-TR, one network", variant=True, of=_TRANSFERRED, of_one_source=True),
+    SegQcNet("median masks only", variant=True, of_one_source=True, augmented=False),
     SegQcNet("in-sample masks", variant=True, in_sample=True),
     SegQcNet(
         "direct output",
@@ -340,10 +341,26 @@ _BY_NAME = {method.name: method for method in (*_METHODS, *_VARIANTS)}
 VARIANTS = tuple(method.name for method in _VARIANTS)
 
 
-def trainings(run: Run, *, ablations: bool) -> list[str]:
-    """The names of all trainings, ``<method>@<fold>``; the longest and the most important first."""
+@dataclass(frozen=True, slots=True)
+class MethodTraining:
+    """One training of a method: without the patients of a fold."""
+
+    method: str
+    fold: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, fold {self.fold}"
+
+
+def trainings(run: Run, *, ablations: bool) -> list[MethodTraining]:
+    """All trainings; the longest and the most important first."""
     trained = [_BY_NAME[name] for name in methods(ablations=ablations)]
-    return [f"{m.name}@{fold}" for m in trained if isinstance(m, Trained) for fold in calibrating_folds(run, m.name)]
+    return [
+        MethodTraining(m.name, fold)
+        for m in trained
+        if isinstance(m, Trained)
+        for fold in calibrating_folds(run, m.name)
+    ]
 
 
 def methods(*, ablations: bool = False) -> list[str]:
@@ -363,19 +380,18 @@ def one_network(method: str) -> bool:
 
 def calibrated_on(method: str, early: BoolArray) -> BoolArray:
     """Which calibrating masks calibrate a method; ``early`` says which were made at an early epoch, (M,)."""
-    return ~early if _BY_NAME[method].of_one_maker else np.ones_like(early)
+    return ~early if _BY_NAME[method].of_one_source else np.ones_like(early)
 
 
-def train(run: Run, name: str) -> None:
+def train(run: Run, training: MethodTraining) -> None:
     """Do one training, or what is left of it."""
-    method, _, fold = name.rpartition("@")
-    trained = _BY_NAME[method]
-    if not isinstance(trained, Trained):
-        raise ValueError(f"{method} has no network to train")
-    trained.train(run, int(fold))
+    method = _BY_NAME[training.method]
+    if not isinstance(method, Trained):
+        raise ValueError(f"{training.method} has no network to train")
+    method.train(run, training.fold)
 
 
-def judge_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
+def estimator_of(run: Run, method: str, folds: Sequence[int]) -> Estimator:
     """The estimator of a method, by its name; see `Method.estimator`."""
     return _BY_NAME[method].estimator(run, folds)
 
@@ -385,10 +401,10 @@ def _calibrated(
 ) -> list[Assessor]:
     """The assessors of some folds, their maps calibrated on the masks that calibrate a method; blind, without them."""
 
-    def logits(fold: int) -> Callable[[MaskToJudge], FloatArray]:
+    def logits(fold: int) -> Callable[[AssessedMask], FloatArray]:
         assessor, last = assessor_of(fold), LatestCache[FloatArray]()
 
-        def of(mask: MaskToJudge) -> FloatArray:
+        def of(mask: AssessedMask) -> FloatArray:
             if not blind:
                 return assessor.output_logits(mask.scan, mask.labels)
             empty = Volume(np.zeros_like(mask.labels.array), mask.scan.affine, mask.scan.acquisition_axis)
@@ -399,12 +415,12 @@ def _calibrated(
 
     assessors = [assessor_of(fold) for fold in folds]
     path, form = f"networks/{slug(method.name)}/maps.json", assessors[0].card.output_form
-    maps = run.kept(path, _MAPS, lambda: _fit_maps(run, method, logits, form))
+    maps = run.cached(path, _MAPS, lambda: _fit_maps(run, method, logits, form))
     return [with_maps(assessor, maps) for assessor in assessors]
 
 
 def _fit_maps(
-    run: Run, method: Method, logits_of: Callable[[int], Callable[[MaskToJudge], FloatArray]], form: OutputForm
+    run: Run, method: Method, logits_of: Callable[[int], Callable[[AssessedMask], FloatArray]], form: OutputForm
 ) -> tuple[MapCalibration, ...]:
     """Calibrate a method's maps on the calibrating masks, each as the network of its fold sees it."""
     structures = run.cohort.structures
@@ -412,32 +428,24 @@ def _fit_maps(
     for fold in calibrating_folds(run, method.name):
         logits = logits_of(fold)
         for mask in calibration_masks(run, fold):
-            if method.of_one_maker and mask.early:
+            if method.of_one_source and mask.early:
                 continue
-            for structure, of_structure, z in zip(structures, known, logits(mask.judged), strict=True):
-                labels, truth = (structure.mask(volume.array) for volume in (mask.judged.labels, mask.truth))
+            for structure, of_structure, z in zip(structures, known, logits(mask.assessed), strict=True):
+                labels, truth = (structure.mask(volume.array) for volume in (mask.assessed.labels, mask.truth))
                 of_structure.append(known_map(z, labels, truth))
     return tuple(fit_map(of_structure, form) for of_structure in known)
 
 
 def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:
-    path = run.folder / "training-masks" / "in-sample" / f"{masks.case.id}.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
-            return MaskSet(masks.case, stored["masks"], tuple(float(d) for d in stored["dice"]))
-    made = masks_of(fold_makers(run, fold), masks.case, run.settings.segmenter, allow_seen=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, masks=made.masks, dice=np.array(made.dice))
-    return made
+    def make() -> Arrays:
+        made = masks_of(fold_sources(run, fold), masks.case, run.settings.segmenter, allow_seen=True)
+        return {"masks": made.masks, "dice": np.array(made.dice)}
+
+    stored = run.cached(f"training-masks/in-sample/{masks.case.id}.npz", ARRAYS, make)
+    return MaskSet(masks.case, stored["masks"], tuple(float(d) for d in stored["dice"]))
 
 
-def _maker(mask: MaskToJudge) -> Segmenter:
-    if mask.maker is None:
+def _source(mask: AssessedMask) -> Segmenter:
+    if mask.source is None:
         raise ValueError("a mask of the training side has a network that made it")
-    return mask.maker
-
-
-def slug(method: str) -> str:
-    """The method's name as a file name."""
-    return "".join(c if c.isalnum() else "-" for c in method).lower()
+    return mask.source

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate
 from segqc.evaluation.methods.learned import (
     PlanEncoder,
     PooledHead,
     around_masks,
     batch_metrics,
     flipped,
-    judged_input,
-    judging_job,
+    mask_job,
+    scan_and_mask_input,
     scan_and_masks,
 )
 from segqc.networks.device import device_of_choice
@@ -64,9 +64,9 @@ class Regression:
         self.structures = tuple(structures)
         self.average_flips = average_flips
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate the 3D metrics."""
-        x = judged_input(mask, self.plan, self.structures)
+        x = scan_and_mask_input(mask, self.plan, self.structures)
         batch = flipped(around_masks(x, x[:, 1:], self.plan), average_flips=self.average_flips)
         with torch.inference_mode():
             numbers = self.network(batch.to(self.device)).mean(dim=0).cpu()
@@ -87,12 +87,12 @@ def train_regression(
     The targets are the metrics of the augmented patch, which is what the network sees.
 
     Args:
-        sets: cases with their masks, whose makers have not seen the case's label.
-        structures: the structures to judge.
+        sets: cases with their masks, whose source networks have not seen the case's label.
+        structures: the structures to assess.
         patient_splits: fold and role of each patient.
         settings: how to train; output form, loss and scan-only share are SegQC-Net's alone.
         folder: for checkpoint and learning curve.
-        progress: told after each step.
+        progress: reports after each step.
     """
     cases = [s.case for s in sets]
     plan = plan_for(cases, settings, in_channels=1 + len(structures), out_channels=len(structures))
@@ -101,7 +101,7 @@ def train_regression(
         x, masks, truths = scan_and_masks(batch, structures)
         return x, batch_metrics(masks, truths).clamp(max=MOST).flatten(1)
 
-    job = judging_job(
+    job = mask_job(
         "regression", sets, structures, patient_splits, settings, plan, RegressionNetwork, prepare, _loss, around=True
     )
     fitted = fit(job, folder, progress)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segqc.evaluation.methods.averages import average_metrics
-from segqc.evaluation.methods.estimates import Estimate, MaskToJudge
+from segqc.evaluation.methods.estimates import AssessedMask, Estimate
 from segqc.evaluation.methods.features import FeatureRegression, fit_features
 from segqc.quality.metrics import METRIC_NAMES, SliceMetrics, Values, true_metrics, true_slice_metrics
 from segqc.training.cases import label_values, read_case
@@ -18,15 +18,15 @@ from segqc.volumes import Volume, through_plane_axis
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class JudgedMask:
+class MeasuredMask:
     """A mask with the true metrics of each of its structures, in 3D and per slice: what simple estimates learn from."""
 
-    mask: MaskToJudge
+    mask: AssessedMask
     metrics: tuple[Metrics, ...]
     slices: tuple[SliceMetrics, ...]
 
 
-def judged_masks(sets: Iterable[MaskSet], structures: Sequence[Structure]) -> Iterator[JudgedMask]:
+def measured_masks(sets: Iterable[MaskSet], structures: Sequence[Structure]) -> Iterator[MeasuredMask]:
     """Read each case once and compare its masks with its truth; one case is in memory at a time."""
     values = label_values(structures)
     for mask_set in sets:
@@ -35,8 +35,8 @@ def judged_masks(sets: Iterable[MaskSet], structures: Sequence[Structure]) -> It
         truths = [s.mask(truth.array) for s in structures]
         for array in mask_set.masks:
             pairs = [(s.mask(array), t) for s, t in zip(structures, truths, strict=True)]
-            yield JudgedMask(
-                MaskToJudge(scan, Volume(array, scan.affine, scan.acquisition_axis), None),
+            yield MeasuredMask(
+                AssessedMask(scan, Volume(array, scan.affine, scan.acquisition_axis), None),
                 tuple(true_metrics(m, t) for m, t in pairs),
                 tuple(true_slice_metrics(m, t, axis) for m, t in pairs),
             )
@@ -54,7 +54,7 @@ class Constant:
         self.metrics = tuple(metrics)
         self.slices = tuple(slices)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """The constants; a slice counts where the mask is in it, and no order is given."""
         axis = through_plane_axis(mask.scan)
         masks = [s.mask(mask.labels.array) for s in self.structures]
@@ -64,11 +64,11 @@ class Constant:
         )
 
 
-def fit_constant(judged: Iterable[JudgedMask], structures: Sequence[Structure]) -> Constant:
+def fit_constant(measured: Iterable[MeasuredMask], structures: Sequence[Structure]) -> Constant:
     """Average true metrics over masks, and 2D metrics over all their slices in which mask or truth is non-empty."""
     metrics: list[list[Metrics]] = [[] for _ in structures]
     slices: list[list[SliceMetrics]] = [[] for _ in structures]
-    for one in judged:
+    for one in measured:
         for k in range(len(structures)):
             metrics[k].append(one.metrics[k])
             slices[k].append(one.slices[k])
@@ -90,7 +90,7 @@ class SizeRegression:
         self.lines = tuple(lines)
         self.surface = surface
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Estimate from the size of each structure's mask."""
         return tuple(
             Estimate(line.at(size_features(s.mask(mask.labels.array), mask.scan, surface=self.surface)), *(None,) * 3)
@@ -99,12 +99,12 @@ class SizeRegression:
 
 
 def fit_size_regression(
-    judged: Iterable[JudgedMask], structures: Sequence[Structure], *, surface: bool = False
+    measured: Iterable[MeasuredMask], structures: Sequence[Structure], *, surface: bool = False
 ) -> SizeRegression:
     """Fit the regression on masks with known metrics; ``surface`` adds the surface-to-volume ratio."""
     features: list[list[Values | None]] = [[] for _ in structures]
     metrics: list[list[Metrics]] = [[] for _ in structures]
-    for one in judged:
+    for one in measured:
         for k, structure in enumerate(structures):
             mask = structure.mask(one.mask.labels.array)
             features[k].append(size_features(mask, one.mask.scan, surface=surface))

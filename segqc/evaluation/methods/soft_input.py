@@ -1,4 +1,4 @@
-"""SegQC-Net that sees what the mask's maker was sure of: one more channel per structure, the maker's soft output.
+"""SegQC-Net that sees what the mask's source network was sure of: one more channel per structure, its soft output.
 
 An ablation: a mask that a person has drawn or corrected has no such channel.
 """
@@ -15,8 +15,8 @@ from torch import nn
 
 from segqc.evaluation.methods.estimates import (
     SILENT,
+    AssessedMask,
     Estimate,
-    MaskToJudge,
     empty_rule,
     estimate_from_error_map,
     structure_masks,
@@ -41,12 +41,12 @@ from segqc.volumes import CanonicalFrame, Volume, canonical_frame, through_plane
 
 
 @dataclass(frozen=True, slots=True)
-class MadeMasks:
+class SourcedMasks:
     """The masks of a case with the networks that made them, and for each mask the number of its network."""
 
     masks: MaskSet
-    makers: tuple[Segmenter, ...]
-    maker_of: tuple[int, ...]
+    sources: tuple[Segmenter, ...]
+    source_of: tuple[int, ...]
 
 
 class SoftInput:
@@ -74,22 +74,22 @@ class SoftInput:
         """The same network with calibrated maps, one per structure."""
         return SoftInput(self.network, self.plan, self.structures, self.empty_under_mm3, self.settings, maps)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
-        """Estimate from scan, mask and the maker's soft output."""
-        if mask.maker is None:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
+        """Estimate from scan, mask and the source network's soft output."""
+        if mask.source is None:
             return (SILENT,) * len(self.structures)
-        logits = self.truth_logits(mask, mask.maker)
+        logits = self.truth_logits(mask, mask.source)
         truth = sigmoid(np.stack([c.apply(z) for c, z in zip(self.maps, logits, strict=True)]))
         masks = structure_masks(mask.labels.array, self.structures)
         errors = estimated_truth(masks, truth)  # M(1-T) + (1-M)T is its own inverse
         axis, empty = through_plane_axis(mask.scan), empty_rule(mask.scan, self.empty_under_mm3)
         return tuple(estimate_from_error_map(m, e, axis, empty) for m, e in zip(masks, errors, strict=True))
 
-    def truth_logits(self, mask: MaskToJudge, maker: Segmenter) -> FloatArray:
+    def truth_logits(self, mask: AssessedMask, source: Segmenter) -> FloatArray:
         """The network's logits of the truth, before calibration: (L, n0, n1, n2)."""
         frame = canonical_frame(mask.scan, spacing_mm=self.plan.spacing_mm)
         masks = structure_masks(mask.labels.array, self.structures)
-        soft = torch.from_numpy(_soft_output(maker, mask.scan, self.structures, frame))[None]
+        soft = torch.from_numpy(_soft_output(source, mask.scan, self.structures, frame))[None]
         x = torch.cat([network_input(mask.scan, masks, frame), soft], dim=1)
         hidden = answers_without_mask(self._run, x) if self.settings.hide_mask else None
         logits = mean_over_flips(self._run, x, hidden=hidden) if self.settings.average_flips else self._run(x)
@@ -100,7 +100,7 @@ class SoftInput:
 
 
 def train_soft_input(
-    made: Sequence[MadeMasks],
+    made: Sequence[SourcedMasks],
     structures: Sequence[Structure],
     settings: TrainingSettings,
     empty_under_mm3: float,
@@ -110,12 +110,12 @@ def train_soft_input(
     """Train it as SegQC-Net is, or take over the training of the same data found in ``folder``.
 
     Args:
-        made: masks and their makers, none of which has seen the scan's label.
-        structures: what is judged.
+        made: masks and their source networks, none of which has seen the scan's label.
+        structures: what is assessed.
         settings: SegQC-Net's, of output form "truth".
         empty_under_mm3: an estimated truth with a smaller sum counts as empty.
         folder: for the checkpoint.
-        progress: told after each step.
+        progress: reports after each step.
     """
     sets, count = [m.masks for m in made], len(structures)
     plan = plan_for([s.case for s in sets], settings, in_channels=1 + 2 * count, out_channels=count)
@@ -128,15 +128,15 @@ def train_soft_input(
     return SoftInput(fit(job, folder, progress).network, plan, structures, empty_under_mm3, settings)
 
 
-def _soft_outputs(made: MadeMasks, structures: Sequence[Structure], plan: NetworkPlan) -> list[FloatArray]:
+def _soft_outputs(made: SourcedMasks, structures: Sequence[Structure], plan: NetworkPlan) -> list[FloatArray]:
     """One per mask; masks of one network share one array."""
     scan, _ = read_case(made.masks.case, label_values(structures))
     frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
-    outputs = [_soft_output(maker, scan, structures, frame) for maker in made.makers]
-    return [outputs[number] for number in made.maker_of]
+    outputs = [_soft_output(source, scan, structures, frame) for source in made.sources]
+    return [outputs[number] for number in made.source_of]
 
 
-def _soft_output(maker: Segmenter, scan: Volume, structures: Sequence[Structure], frame: CanonicalFrame) -> FloatArray:
+def _soft_output(source: Segmenter, scan: Volume, structures: Sequence[Structure], frame: CanonicalFrame) -> FloatArray:
     """Each structure's probability in the canonical frame: (L, a, b, c)."""
-    probabilities = structure_probabilities(maker, maker.predict(scan).probabilities, structures)
+    probabilities = structure_probabilities(source, source.predict(scan).probabilities, structures)
     return np.asarray(to_canonical(probabilities, frame, order=1), np.float32)

@@ -15,8 +15,8 @@ from segqc.evaluation.methods.averages import average_metrics, average_slices
 from segqc.evaluation.methods.estimates import (
     NO_METRICS,
     SILENT,
+    AssessedMask,
     Estimate,
-    MaskToJudge,
     slice_sums,
 )
 from segqc.evaluation.methods.maps import structure_probabilities
@@ -30,12 +30,12 @@ from segqc.volumes import Volume, through_plane_axis
 class Tta:
     """The paper's baseline: each metric is the median over the augmented predictions of it against their median.
 
-    It judges the maker on the scan: two masks of one maker and scan get the same numbers. Slices are ordered by the
-    voxel-wise entropy of the mean prediction, summed over the slice; so can scans be, per voxel of the median mask. It
-    says nothing of a mask that no network made.
+    It assesses the source network on the scan: two masks of one source and scan get the same numbers. Slices are
+    ordered by the voxel-wise entropy of the mean prediction, summed over the slice; so can scans be, per voxel of the
+    median mask. It gives no estimate of a mask that no network made.
 
     Args:
-        structures: what it judges.
+        structures: what it assesses.
         gammas: of the augmentation group, beside flips and transposes (`Segmenter.predict_tta`).
         name: in tables.
     """
@@ -46,20 +46,20 @@ class Tta:
         self.gammas = tuple(gammas)
         self._last: LatestCache[TtaPrediction] = LatestCache()
 
-    def predict(self, scan: Volume, maker: Segmenter) -> TtaPrediction:
-        """The augmentation group's prediction; the last one is kept for the next mask of the same scan and maker."""
-        known = self._last.get(scan, maker.version)
+    def predict(self, scan: Volume, source: Segmenter) -> TtaPrediction:
+        """The augmentation group's prediction; the last one is kept for the next mask of the same scan and source."""
+        known = self._last.get(scan, source.version)
         if known is not None:
             return known
-        return self._last.keep(maker.predict_tta(scan, self.gammas), scan, maker.version)
+        return self._last.keep(source.predict_tta(scan, self.gammas), scan, source.version)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
-        """Estimate from the maker's augmentation group."""
-        if mask.maker is None:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
+        """Estimate from the source network's augmentation group."""
+        if mask.source is None:
             return (SILENT,) * len(self.structures)
-        prediction = self.predict(mask.scan, mask.maker)
+        prediction = self.predict(mask.scan, mask.source)
         axis = through_plane_axis(mask.scan)
-        soft = structure_probabilities(mask.maker, prediction.mean_probabilities, self.structures)
+        soft = structure_probabilities(mask.source, prediction.mean_probabilities, self.structures)
         ordering = _entropy_estimates(soft, prediction.labels.array, self.structures, axis)
         return tuple(
             replace(
@@ -72,7 +72,7 @@ class Tta:
 
 
 class SoftmaxEntropy:
-    """Orders of scans and slices only: entropy of the maker's softmax, per voxel of the mask under assessment.
+    """Orders of scans and slices only: entropy of the source network's softmax, per voxel of the mask under assessment.
 
     It says nothing of a mask that no network made.
     """
@@ -81,11 +81,11 @@ class SoftmaxEntropy:
         self.name = name
         self.structures = tuple(structures)
 
-    def estimate(self, mask: MaskToJudge) -> tuple[Estimate, ...]:
-        """Order by the entropy of the maker's plain prediction."""
-        if mask.maker is None:
+    def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
+        """Order by the entropy of the source network's plain prediction."""
+        if mask.source is None:
             return (SILENT,) * len(self.structures)
-        soft = structure_probabilities(mask.maker, mask.maker.predict(mask.scan).probabilities, self.structures)
+        soft = structure_probabilities(mask.source, mask.source.predict(mask.scan).probabilities, self.structures)
         return _entropy_estimates(soft, mask.labels.array, self.structures, through_plane_axis(mask.scan))
 
 

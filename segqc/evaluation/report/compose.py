@@ -1,4 +1,4 @@
-"""From the results of studies to the report: what was found in plain words, the paper's tables and figures, cautions.
+"""From the results of experiments to the report: the findings in words, the paper's tables and figures, limitations.
 
 Whatever a run folder no longer has (scans, networks, arrays) is left out: tables are drawn from the results alone.
 """
@@ -11,19 +11,26 @@ from pathlib import Path
 from types import MappingProxyType
 
 from segqc.evaluation.data.cohort import Cohort, CohortError
-from segqc.evaluation.data.mask_sources import Manifest
+from segqc.evaluation.data.manifest import Manifest
 from segqc.evaluation.data.run import Run, seconds_of
-from segqc.evaluation.evaluate import kept_observers
-from segqc.evaluation.experiments.comparison import MANIFEST_OF, StudyName, StudyResult, kept_results, manifest_of
-from segqc.evaluation.experiments.observers import ObserverStudy, Outcome, Share
+from segqc.evaluation.evaluate import stored_observers
+from segqc.evaluation.experiments.comparison import (
+    MANIFEST_OF,
+    ExperimentName,
+    ExperimentResult,
+    manifest_of,
+    stored_results,
+)
+from segqc.evaluation.experiments.observers import ObserverExperiment, Outcome, Share
 from segqc.evaluation.methods.registry import CONSTANT, CROSS_FITTED, SCAN_ONLY, SEGQC, TTA
 from segqc.evaluation.report import result_figures, result_tables
 from segqc.evaluation.report.document import UNDEFINED, Cell, Figure, Point, Report, Section, Table
 from segqc.evaluation.report.html import write_report
-from segqc.evaluation.report.limitations import EvaluatedSet, cautions
-from segqc.evaluation.report.result_tables import find_compared, find_row, judged, number, span, title_of
-from segqc.evaluation.statistics.curves import CurveStudy
+from segqc.evaluation.report.limitations import EvaluatedSet, limitations
+from segqc.evaluation.report.result_tables import find_compared, find_row, number, span, title_of, verdicts_of
+from segqc.evaluation.statistics.curves import CurveComparison
 from segqc.loop.dataset import DatasetError
+from segqc.text import slug
 
 FEW_PATIENTS = 10
 CLEARLY_BETTER = 0.6  # of the best constant's error: from here on an estimate is worth reading
@@ -35,30 +42,30 @@ def write(run: Run) -> Path:
     Returns:
         The path of ``report.html``.
     """
-    return write_report(compose(run, kept_results(run), kept_observers(run)), run.folder / "report")
+    return write_report(compose(run, stored_results(run), stored_observers(run)), run.folder / "report")
 
 
 def compose(
-    run: Run, results: Sequence[StudyResult], observers: Mapping[str, ObserverStudy] = MappingProxyType({})
+    run: Run, results: Sequence[ExperimentResult], observers: Mapping[str, ObserverExperiment] = MappingProxyType({})
 ) -> Report:
     """Compose the report of a run.
 
     Args:
         run: the run; its arrays, networks and scans are used where they are there.
-        results: one per study; of two results of one study, variants of SegQC are taken from the one that has them, and
-            everything else from the first.
-        observers: studies of error extraction on two experts' masks by their folder's name, a section each.
+        results: one per experiment; of two results of one experiment, variants of SegQC are taken from the one that has
+            them, and everything else from the first.
+        observers: experiments of error extraction on two experts' masks by their folder's name, a section each.
 
     Raises:
         ValueError: if there are no results, or none has an estimate.
     """
-    by_study: dict[StudyName, StudyResult] = {}
+    by_experiment: dict[ExperimentName, ExperimentResult] = {}
     for result in results:
-        by_study.setdefault(result.study, result)
-    studies = list(by_study.values())
-    structures = list(dict.fromkeys(row.structure for r in studies for row in r.rows))
+        by_experiment.setdefault(result.experiment, result)
+    experiments = list(by_experiment.values())
+    structures = list(dict.fromkeys(row.structure for r in experiments for row in r.rows))
     if not structures:
-        raise ValueError("a report needs the results of at least one study with estimates")
+        raise ValueError("a report needs the results of at least one experiment with estimates")
     whole = max(structures, key=lambda s: len(run.description.structures.get(s, ())))  # the first of the largest
     others = [s for s in structures if s != whole]
     cohort = _cohort(run)
@@ -66,19 +73,19 @@ def compose(
         s.name: i for i, s in enumerate(cohort.structures)
     }  # fmt: skip
     sections = [
-        _summary(studies, whole, structures),
-        _setup(run, cohort, studies),
-        *(_estimates(run, r, whole, index[whole]) for r in studies),
-        *_orders(studies, whole),
-        *_detection(studies, whole),
-        *_examples(run, cohort, studies, whole, index[whole]),
+        _summary(experiments, whole, structures),
+        _setup(run, cohort, experiments),
+        *(_estimates(run, r, whole, index[whole]) for r in experiments),
+        *_orders(experiments, whole),
+        *_detection(experiments, whole),
+        *_examples(run, cohort, experiments, whole, index[whole]),
         *_ablations(results, structures),
-        *_intervals(studies, [whole, *others]),
-        *(_observers(name, study) for name, study in observers.items()),
-        cautions([_evaluated(run, r, whole) for r in studies if find_row(r, whole, SEGQC) is not None])
-        if any(find_row(r, whole, SEGQC) is not None for r in studies)
+        *_intervals(experiments, [whole, *others]),
+        *(_observers(name, experiment) for name, experiment in observers.items()),
+        limitations([_evaluated(run, r, whole) for r in experiments if find_row(r, whole, SEGQC) is not None])
+        if any(find_row(r, whole, SEGQC) is not None for r in experiments)
         else Section("What not to conclude", ("SegQC gave no estimate: nothing can be concluded.",)),
-        *(_other(run, studies, s, index[s]) for s in others),
+        *(_other(run, experiments, s, index[s]) for s in others),
     ]
     name, made = Path(run.description.dataset).name, run.made()
     facts = {
@@ -94,24 +101,24 @@ def compose(
 # ------------------------------------------------------------------------------------------------------------ in short
 
 
-def _summary(studies: Sequence[StudyResult], whole: str, structures: Sequence[str]) -> Section:
-    points = [point for r in studies if (point := _found(r, whole, structures)) is not None]
-    tables = [t for r in studies if (t := result_tables.main_table(r, whole)) is not None]
-    drawn = [f for r in studies if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
+def _summary(experiments: Sequence[ExperimentResult], whole: str, structures: Sequence[str]) -> Section:
+    points = [point for r in experiments if (point := _found(r, whole, structures)) is not None]
+    tables = [t for r in experiments if (t := result_tables.main_table(r, whole)) is not None]
+    drawn = [f for r in experiments if (f := result_figures.forest_figure(r, [whole, *_without(structures, whole)]))]
     text = [
         "SegQC looks at a scan and at a mask somebody, or some network, has drawn in it, and estimates how good "
         "the mask is (Dice: 1 is perfect, 0 is nothing in common with the truth), and where it is wrong. Here its "
         "estimates are held against truths that no network had seen, and against other ways to get such an estimate.",
     ]
-    if min(r.patients for r in studies) < FEW_PATIENTS:
+    if min(r.patients for r in experiments) < FEW_PATIENTS:
         text.append(
-            f"There are only {min(r.patients for r in studies)} test patients. That shows that the evaluation "
+            f"There are only {min(r.patients for r in experiments)} test patients. That shows that the evaluation "
             "works; it is too few for any conclusion, and ties say nothing.",
         )
     return Section("In short", tuple(text), tuple(points), tuple(tables), tuple(drawn))
 
 
-def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Point | None:
+def _found(result: ExperimentResult, structure: str, structures: Sequence[str]) -> Point | None:
     row = find_row(result, structure, SEGQC)
     if row is None or row.calibrated.mae is None:
         return None
@@ -134,11 +141,11 @@ def _found(result: StudyResult, structure: str, structures: Sequence[str]) -> Po
     return Point(title_of(result).capitalize(), text, tuple(items))
 
 
-def _versus(result: StudyResult, structure: str) -> Iterator[str]:
+def _versus(result: ExperimentResult, structure: str) -> Iterator[str]:
     """Who is beaten, who ties and who wins, by MAE of the 3D Dice after Holm's adjustment."""
-    family = judged(find_compared(result, structure, "dice", "3D", "mae"))
+    family = verdicts_of(find_compared(result, structure, "dice", "3D", "mae"))
     known = [m for m in result_tables.methods_of(result, structure) if m in family]
-    by_verdict = {v: [m for m in known if family[m].verdict == v] for v in ("better", "tie", "worse")}
+    by_verdict = {v: [m for m in known if family[m].outcome == v] for v in ("better", "tie", "worse")}
     if by_verdict["worse"]:
         yield f"More exact than SegQC: {result_tables.joined(by_verdict['worse'])}."
     if by_verdict["tie"]:
@@ -155,13 +162,13 @@ def _versus(result: StudyResult, structure: str) -> Iterator[str]:
         yield "Here it even does harm: the same network is more exact when it sees the scan only."
 
 
-def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
+def _orders_in_words(result: ExperimentResult, structure: str) -> Iterator[str]:
     for ordered in (o for o in result.ordered if o.structure == structure):
-        share = _captured(ordered.study, SEGQC)
+        share = _captured(ordered.comparison, SEGQC)
         if share is None:
             continue
         unit = "scans" if ordered.dimension == "3D" else "slices"
-        rival = _captured(ordered.study, TTA)
+        rival = _captured(ordered.comparison, TTA)
         beside = "" if rival is None else f" (TTA: {number(rival, 2)})"
         yield (
             f"Correcting {unit} in SegQC's order, worst first, captures {number(share, 2)} of what the perfect "
@@ -169,11 +176,11 @@ def _orders_in_words(result: StudyResult, structure: str) -> Iterator[str]:
         )
 
 
-def _captured(study: CurveStudy, name: str) -> float | None:
-    return next((o.captured.value for o in study.orders if o.name == name), None)
+def _captured(experiment: CurveComparison, name: str) -> float | None:
+    return next((o.captured.value for o in experiment.orders if o.name == name), None)
 
 
-def _boxes_in_words(result: StudyResult, structure: str) -> Iterator[str]:
+def _boxes_in_words(result: ExperimentResult, structure: str) -> Iterator[str]:
     for d in result.detected:
         if (d.structure, d.method, d.predicted, d.true) == (structure, SEGQC, "extracted", "extracted"):
             for s in result_tables.at_threshold(d, d.chosen or result_tables.THRESHOLD)[:1]:
@@ -206,21 +213,21 @@ def _advice(mae: float | None, best_constant: float | None, patients: int) -> st
 # --------------------------------------------------------------------------------------------------------------- setup
 
 
-def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> Section:
+def _setup(run: Run, cohort: Cohort | None, experiments: Sequence[ExperimentResult]) -> Section:
     s = run.settings
-    manifests = [manifest for r in studies if (manifest := _manifest(run, r.study)) is not None]
+    manifests = [manifest for r in experiments if (manifest := _manifest(run, r.experiment)) is not None]
     late = any(manifest.after_training for manifest in manifests)
     text = (
         f"Cross-fitting in {s.folds} folds by patient: every trained method has one network per fold that has not "
-        "seen the fold's patients. On those patients it is calibrated; all its networks together judge the test "
+        "seen the fold's patients. On those patients it is calibrated; all its networks together assess the test "
         "masks. Networks that make test masks make no training masks, and the test masks were fixed before any "
-        f"method was trained{', but for those of studies that were asked for later' if late else ''}.",
+        f"method was trained{', but for those of experiments that were asked for later' if late else ''}.",
         f"All of this is one seed ({s.seed}). One seed is one seed: intervals say what other patients could "
         "change, not what another training could.",
     )
     rows: list[tuple[Cell, ...]] = [] if cohort is None else [("scans", _sides(cohort))]
     rows += [
-        ("stratified masks", f"networks of {s.test_makers} trainings of {s.maker_epochs} epochs, best and early each"),
+        ("stratified masks", f"networks of {s.test_sources} trainings of {s.source_epochs} epochs, best and early"),
         ("segmenter", f"{s.segmenter.size}, {s.segmenter.epochs} epochs of {s.segmenter.steps_per_epoch} steps, batch "
                       f"{s.segmenter.batch}; cross-fitted ones {s.segmenter.fold_epochs} epochs"),
         ("SegQC-Net", f"{s.assessor.size}, {s.assessor.epochs} epochs of {s.assessor.steps_per_epoch} steps, batch "
@@ -235,15 +242,15 @@ def _setup(run: Run, cohort: Cohort | None, studies: Sequence[StudyResult]) -> S
         *((f"minutes: {step}", f"{seconds / 60:.1f}") for step, seconds in seconds_of(run).items()),
     ]  # fmt: skip
     tables = [Table("setup", "What was trained, and how it was looked at", ("what", "setting"), tuple(rows))]
-    made = _masks_table(run, studies)
-    cost = result_tables.cost_table(studies)
+    made = _masks_table(run, experiments)
+    cost = result_tables.cost_table(experiments)
     return Section("How it was evaluated", text, (), (*tables, *(t for t in (made, cost) if t is not None)))
 
 
-def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
+def _masks_table(run: Run, experiments: Sequence[ExperimentResult]) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
-    for result in studies:
-        manifest = _manifest(run, result.study)
+    for result in experiments:
+        manifest = _manifest(run, result.experiment)
         if manifest is None:
             continue
         edges = manifest.bins
@@ -251,24 +258,24 @@ def _masks_table(run: Run, studies: Sequence[StudyResult]) -> Table | None:
             inside = [m for m in manifest.masks if low <= m.dice < high]
             rows.append(
                 (
-                    result.study,
+                    result.experiment,
                     f"{low:g} to {min(high, 1.0):g}",
                     len(inside),
                     len({m.patient for m in inside}),
-                    len({m.maker for m in inside}),
+                    len({m.source for m in inside}),
                 )
             )
     if not rows:
         return None
     note = "Bins of the true Dice of all structures together. A bin with fewer masks had no more to choose from."
-    columns = ("study", "true Dice", "masks", "patients", "networks")
-    return Table("masks", "The masks that are judged", columns, tuple(rows), note=note, group="study")
+    columns = ("experiment", "true Dice", "masks", "patients", "networks")
+    return Table("masks", "The masks that are assessed", columns, tuple(rows), note=note, group="experiment")
 
 
 # -------------------------------------------------------------------------------------------------- results, by chapter
 
 
-def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Section:
+def _estimates(run: Run, result: ExperimentResult, structure: str, index: int) -> Section:
     strata, shared = result_tables.strata_table(result, structure), result_tables.shared_table(result, structure)
     bad = result_tables.bad_masks_table(result, structure)
     return Section(
@@ -284,10 +291,10 @@ def _estimates(run: Run, result: StudyResult, structure: str, index: int) -> Sec
     )
 
 
-def _orders(studies: Sequence[StudyResult], structure: str) -> Iterator[Section]:
+def _orders(experiments: Sequence[ExperimentResult], structure: str) -> Iterator[Section]:
     tables = [
         table
-        for r in studies
+        for r in experiments
         for table in (result_tables.order_table(r, structure, "3D"), result_tables.order_table(r, structure, "2D"))
         if table is not None
     ]
@@ -295,14 +302,14 @@ def _orders(studies: Sequence[StudyResult], structure: str) -> Iterator[Section]
         text = (
             "Whose masks, or which slices, should be corrected first? The mean true Dice rises fastest in a good order."
         )
-        drawn = tuple(f for r in studies for f in result_figures.curve_figures(r, structure))
+        drawn = tuple(f for r in experiments for f in result_figures.curve_figures(r, structure))
         yield Section("Orders of correction", (text,), (), tuple(tables), drawn)
 
 
-def _detection(studies: Sequence[StudyResult], structure: str) -> Iterator[Section]:
+def _detection(experiments: Sequence[ExperimentResult], structure: str) -> Iterator[Section]:
     tables: list[Table] = []
     drawn: list[Figure] = []
-    for r in studies:
+    for r in experiments:
         tables += result_tables.detection_tables(r, structure)
         maps, figure = result_tables.error_map_table(r, structure), result_figures.detection_figure(r, structure)
         tables += [] if maps is None else [maps]
@@ -313,11 +320,11 @@ def _detection(studies: Sequence[StudyResult], structure: str) -> Iterator[Secti
 
 
 def _examples(
-    run: Run, cohort: Cohort | None, studies: Sequence[StudyResult], structure: str, index: int
+    run: Run, cohort: Cohort | None, experiments: Sequence[ExperimentResult], structure: str, index: int
 ) -> Iterator[Section]:
     if cohort is None:
         return
-    result = next((r for r in studies if r.study == "stratified"), studies[0])
+    result = next((r for r in experiments if r.experiment == "stratified"), experiments[0])
     drawn = tuple(result_figures.example_figures(run, result, structure, index))
     if drawn:
         text = (
@@ -327,20 +334,20 @@ def _examples(
         yield Section("Examples", (text,), (), (), drawn)
 
 
-def _ablations(results: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
-    with_variants = {r.study: r for r in reversed(results) if result_tables.variants_of(r)}
+def _ablations(results: Sequence[ExperimentResult], structures: Sequence[str]) -> Iterator[Section]:
+    with_variants = {r.experiment: r for r in reversed(results) if result_tables.variants_of(r)}
     tables = [result_tables.ablation_table(r, s) for r in with_variants.values() for s in structures]
     shown = tuple(t for t in tables if t is not None)
     if shown:
         yield Section("What each part of the recipe does", (), (), shown)
 
 
-def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Iterator[Section]:
+def _intervals(experiments: Sequence[ExperimentResult], structures: Sequence[str]) -> Iterator[Section]:
     tables: list[Table] = []
     drawn: list[Figure] = []
-    for r in studies:
-        # random splits and shifts are of the training side: the same in every study
-        kinds = tuple(result_tables.COVERAGE_KINDS) if r is studies[0] else ("test",)
+    for r in experiments:
+        # random splits and shifts are of the training side: the same in every experiment
+        kinds = tuple(result_tables.COVERAGE_KINDS) if r is experiments[0] else ("test",)
         found = result_tables.coverage_tables(r, structures, kinds)
         tables += found
         figures = [result_figures.coverage_figure(r, s, kinds) for s in structures]
@@ -349,7 +356,7 @@ def _intervals(studies: Sequence[StudyResult], structures: Sequence[str]) -> Ite
         yield Section("Prediction intervals", (), (), tuple(tables), tuple(drawn))
 
 
-def _observers(name: str, study: ObserverStudy) -> Section:
+def _observers(name: str, experiment: ObserverExperiment) -> Section:
     def rows(outcomes: Sequence[tuple[str, Outcome]]) -> tuple[tuple[Cell, ...], ...]:
         return tuple(
             (
@@ -364,24 +371,24 @@ def _observers(name: str, study: ObserverStudy) -> Section:
     )  # fmt: skip
     tables = [
         Table(
-            f"observers-{result_tables.slug(name)}",
+            f"observers-{slug(name)}",
             "Error extraction between two experts, held half",
             columns,
-            rows(list(study.on_held.items())),
+            rows(list(experiment.on_held.items())),
             note=(
-                f"{len(study.held)} scans; the other {len(study.choosing)} chose the width. Removed: share of the "
-                "voxels that two experts drew differently, in slices that both included; one expert's: in the other "
-                f"slices. Found, kept: implanted errors over {study.settings.min_error_mm2:g} mm² of which something "
-                "survives, and their voxels. Intervals by scan."
+                f"{len(experiment.held)} scans; the other {len(experiment.choosing)} chose the width. Removed: share "
+                "of the voxels that two experts drew differently, in slices that both included; one expert's: in the "
+                f"other slices. Found, kept: implanted errors over {experiment.settings.min_error_mm2:g} mm² of which "
+                "something survives, and their voxels. Intervals by scan."
             ),
             group="setting",
         )
     ]
-    chosen = study.on_held.get("chosen")
+    chosen = experiment.on_held.get("chosen")
     if chosen is not None:
         tables.append(
             Table(
-                f"observers-structures-{result_tables.slug(name)}",
+                f"observers-structures-{slug(name)}",
                 "The same by structure, with the chosen width",
                 ("structure", "cases", "difference removed", "errors found", "voxels kept"),
                 tuple(
@@ -390,12 +397,12 @@ def _observers(name: str, study: ObserverStudy) -> Section:
                 ),
             )
         )
-    width = "No width met the rule." if study.chosen is None else f"The chosen width is {study.chosen:g}."
+    width = "No width met the rule." if experiment.chosen is None else f"The chosen width is {experiment.chosen:g}."
     text = (
         "What two experts draw differently is no error, and extraction should remove it; implanted errors should stay. "
         f"{width} It was chosen on one half of the scans, and is reported on the other."
     )
-    drawn = tuple(result_figures.observer_figures(name, study))
+    drawn = tuple(result_figures.observer_figures(name, experiment))
     return Section(f"Error extraction and observers: {name}", (text,), (), tuple(tables), drawn)
 
 
@@ -403,11 +410,11 @@ def _ends(share: Share) -> str:
     return UNDEFINED if share.interval is None else result_tables.span_of(*share.interval, 2)
 
 
-def _other(run: Run, studies: Sequence[StudyResult], structure: str, index: int) -> Section:
+def _other(run: Run, experiments: Sequence[ExperimentResult], structure: str, index: int) -> Section:
     """All the same for another structure."""
     tables: list[Table] = []
     drawn: list[Figure] = []
-    for r in studies:
+    for r in experiments:
         main = result_tables.main_table(r, structure)
         tables += [] if main is None else [main]
         chapters = [_estimates(run, r, structure, index), *_orders([r], structure), *_detection([r], structure)]
@@ -419,22 +426,22 @@ def _other(run: Run, studies: Sequence[StudyResult], structure: str, index: int)
 # -------------------------------------------------------------------------------------------------------------- facts
 
 
-def _evaluated(run: Run, result: StudyResult, structure: str) -> EvaluatedSet:
+def _evaluated(run: Run, result: ExperimentResult, structure: str) -> EvaluatedSet:
     row = find_row(result, structure, SEGQC)
     assert row is not None
-    s, manifest = row.calibrated, _manifest(run, result.study)
+    s, manifest = row.calibrated, _manifest(run, result.experiment)
     constant = find_row(result, structure, CONSTANT)
     both, own = (find_row(result, structure, SEGQC, "dice", "2D", slices) for slices in ("all", "mask"))
-    if result.study == "stratified":
-        count = len({m.maker for m in manifest.masks}) if manifest is not None else 2 * run.settings.test_makers
-        makers: tuple[str, ...] = (f"{count} networks of {run.settings.test_makers} trainings",)
+    if result.experiment == "stratified":
+        count = len({m.source for m in manifest.masks}) if manifest is not None else 2 * run.settings.test_sources
+        sources: tuple[str, ...] = (f"{count} networks of {run.settings.test_sources} trainings",)
     else:
-        makers = ("the served network",) if manifest is None or all(manifest.makers) else ("unknown makers",)
+        sources = ("the served network",) if manifest is None or all(manifest.sources) else ("unknown sources",)
     return EvaluatedSet(
         f"{title_of(result).capitalize()}, {structure}",
         result.patients,
         result.masks,
-        makers,
+        sources,
         False,
         (s.truth_min or 0.0, s.truth_max or 0.0),
         "all" if manifest is None else manifest.selection,
@@ -448,8 +455,8 @@ def _evaluated(run: Run, result: StudyResult, structure: str) -> EvaluatedSet:
     )
 
 
-def _manifest(run: Run, study: StudyName) -> Manifest | None:
-    return manifest_of(run, study) if (run.folder / MANIFEST_OF[study]).is_file() else None
+def _manifest(run: Run, experiment: ExperimentName) -> Manifest | None:
+    return manifest_of(run, experiment) if (run.folder / MANIFEST_OF[experiment]).is_file() else None
 
 
 def _cohort(run: Run) -> Cohort | None:

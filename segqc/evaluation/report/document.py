@@ -111,12 +111,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A picture: an SVG document (text) or a PNG file (bytes).
+    """An image: an SVG document (text) or a PNG file (bytes).
 
     Attributes:
         name: the file name without suffix, and the anchor, as a table's.
         title: one line, without a full stop.
-        image: the picture.
+        image: the image itself.
         caption: how to read it.
     """
 

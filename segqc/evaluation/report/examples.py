@@ -28,7 +28,7 @@ _TRUTH = "#F0E442"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Example:
+class ExampleScan:
     """One structure of one scan, on the scan's own grid.
 
     Attributes:
@@ -85,11 +85,11 @@ def pick_examples(estimated: Sequence[float | None], true: Sequence[float | None
     return int(order[0]), int(order[(defined - 1) // 2]), int(order[defined - 1])
 
 
-def draw_example(name: str, title: str, example: Example, *, slices: int = 4, caption: str = "") -> Figure:
+def draw_example(name: str, title: str, example: ExampleScan, *, slices: int = 4, caption: str = "") -> Figure:
     """Draw the slices that the error map calls worst (paper, section 3.5), as a row of pairs.
 
     Above, the scan with the contours of mask and truth; below, the error probability, with the boxes of likely errors
-    (dashed) and of true ones (solid). The picture is cut to mask, truth and likely errors. Each slice's title has its
+    (dashed) and of true ones (solid). The image is cropped to mask, truth and likely errors. Each slice's title has its
     own estimated Dice, uncalibrated, and its true one.
 
     Args:

@@ -67,7 +67,7 @@ class Estimates:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Curve:
+class Series:
     """A line through points.
 
     Attributes:
@@ -98,7 +98,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class ForestEntry:
     """A number with its interval (None where there is none), in a panel."""
 
     label: str
@@ -109,7 +109,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Coverage:
+class StratumCoverage:
     """How often prediction intervals held the truth, in one stratum.
 
     Attributes:
@@ -218,7 +218,7 @@ def scatter(
 def correction_curves(
     name: str,
     title: str,
-    curves: Sequence[Curve],
+    curves: Sequence[Series],
     *,
     unit: Literal["scans", "slices"] = "scans",
     metric: str = "Dice",
@@ -242,7 +242,7 @@ def correction_curves(
 def risk_coverage(
     name: str,
     title: str,
-    curves: Sequence[Curve],
+    curves: Sequence[Series],
     *,
     risk: str = f"mean 1 {MINUS} Dice of the kept masks",
     caption: str = "",
@@ -264,7 +264,7 @@ def risk_coverage(
 def band_curves(
     name: str,
     title: str,
-    curves: Sequence[Curve],
+    curves: Sequence[Series],
     *,
     width: str = "radius of the band (mm)",
     chosen: float | None = None,
@@ -288,7 +288,7 @@ def band_curves(
 def precision_recall(
     name: str,
     title: str,
-    curves: Sequence[Curve],
+    curves: Sequence[Series],
     *,
     caption: str = "",
     styles: Mapping[str, Style] | None = None,
@@ -346,7 +346,7 @@ def precision_recall(
 def forest(
     name: str,
     title: str,
-    intervals: Sequence[Interval],
+    intervals: Sequence[ForestEntry],
     *,
     label: str = "MAE",
     references: Mapping[str, float] | None = None,
@@ -408,7 +408,7 @@ def forest(
 def coverage(
     name: str,
     title: str,
-    strata: Sequence[Coverage],
+    strata: Sequence[StratumCoverage],
     *,
     caption: str = "",
     styles: Mapping[str, Style] | None = None,
@@ -460,7 +460,7 @@ def coverage(
         return Figure(name, title, finish(), caption)
 
 
-def _coverage_at(level: float, strata: Sequence[Coverage]) -> str:
+def _coverage_at(level: float, strata: Sequence[StratumCoverage]) -> str:
     with _canvas(5.6, 0.9 + 0.3 * len(strata)) as (canvas, finish):
         ax = canvas.subplots()
         ax.axvline(level, color=_GREY, linewidth=1.1, linestyle=(0, (4, 3)), label=f"as promised: {level:.0%}")
@@ -488,7 +488,7 @@ def _coverage_at(level: float, strata: Sequence[Coverage]) -> str:
 def _lines(
     name: str,
     title: str,
-    curves: Sequence[Curve],
+    curves: Sequence[Series],
     caption: str,
     styles: Mapping[str, Style] | None,
     x_label: str,
@@ -517,7 +517,7 @@ def _lines(
         return Figure(name, title, finish(), caption)
 
 
-def _draw(ax: Axes, curve: Curve, styles: Mapping[str, Style], *, with_markers: bool) -> None:
+def _draw(ax: Axes, curve: Series, styles: Mapping[str, Style], *, with_markers: bool) -> None:
     style = styles.get(curve.label) or Style(_GREY, "o", "-")
     if curve.reference:
         greys = sum(line.get_color() == _GREY for line in ax.lines)
@@ -578,7 +578,7 @@ def _check_same(label: str, *arrays: Values) -> None:
         raise ValueError(f"{label}: needs 1-D arrays of one length, got {[a.shape for a in arrays]}")
 
 
-def _check_any(name: str, curves: Sequence[Curve]) -> None:
+def _check_any(name: str, curves: Sequence[Series]) -> None:
     if not curves:
         raise ValueError(f"figure {name} needs at least one curve")
 

@@ -102,7 +102,7 @@ def to_latex(table: Table) -> str:
 
 
 def report_to_markdown(report: Report) -> str:
-    """A whole report as Markdown; its pictures are the files under ``figures/``."""
+    """A whole report as Markdown; its images are the files under ``figures/``."""
     blocks = [f"# {_markdown(report.title)}"]
     if report.subtitle:
         blocks.append(_markdown_paragraph(report.subtitle))

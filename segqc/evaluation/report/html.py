@@ -23,7 +23,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _PIXELS_PER_POINT = 96 / 72
-# a picture shrinks to this share on a narrow screen; then it scrolls, as its text would be too small to read
+# an image shrinks to this share on a narrow screen; then it scrolls, as its text would be too small to read
 _MIN_SCALE = 0.68
 _DEFAULT_SIZE = (640, 480)
 _PNG_PIXELS_PER_INCH = 110
@@ -69,7 +69,7 @@ class _SectionView:
 def write_report(report: Report, folder: Path) -> Path:
     """Write a report; each file appears whole or not at all, ``report.html`` last.
 
-    ``report.html`` holds everything: style, pictures and tables, without scripts, fonts or links to elsewhere. Beside
+    ``report.html`` holds everything: style, images and tables, without scripts, fonts or links to elsewhere. Beside
     it: ``report.md``, ``tables.json``, ``tables/<name>.csv``, ``.md`` and ``.tex``, ``figures/<name>.svg`` (or
     ``.png``). Files of the same names are replaced, others are left alone.
 

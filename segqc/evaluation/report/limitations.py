@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from segqc.evaluation.data.manifest import Corrections, Selection
 from segqc.evaluation.report.document import Point, Section, Table
-
-Corrections: TypeAlias = Literal["none", "real", "simulated"]
-Selection: TypeAlias = Literal["all", "random", "stratified", "worst-first"]
 
 _SELECTIONS: dict[Selection, str] = {
     "all": "every mask there was",
@@ -31,8 +28,8 @@ class EvaluatedSet:
     Attributes:
         name: what the report calls the set.
         patients, masks: their numbers.
-        makers: who made the masks (networks, a person).
-        makers_in_training: whether one of the makers also made masks that the estimator was trained on.
+        sources: who made the masks (networks, a person).
+        sources_in_training: whether one of the sources also made masks that the estimator was trained on.
         true_range: the smallest and the largest true value of the metric.
         selection: how the masks were chosen.
         corrections: whether the truths are corrections of these very masks, and whose.
@@ -51,8 +48,8 @@ class EvaluatedSet:
     name: str
     patients: int
     masks: int
-    makers: tuple[str, ...]
-    makers_in_training: bool
+    sources: tuple[str, ...]
+    sources_in_training: bool
     true_range: tuple[float, float]
     selection: Selection
     corrections: Corrections = "none"
@@ -73,7 +70,7 @@ class EvaluatedSet:
             raise ValueError(f"{self.name}: the range of true values goes from low to high, got {self.true_range}")
 
 
-def cautions(sets: Sequence[EvaluatedSet]) -> Section:
+def limitations(sets: Sequence[EvaluatedSet]) -> Section:
     """What a reader must not conclude: a table of the facts, and a paragraph per trap with the sets' own numbers.
 
     Traps that none of the sets has are left out.
@@ -85,7 +82,7 @@ def cautions(sets: Sequence[EvaluatedSet]) -> Section:
         ValueError: if there is no set.
     """
     if not sets:
-        raise ValueError("the cautions need the facts of at least one evaluated set")
+        raise ValueError("the limitations need the facts of at least one evaluated set")
     points = tuple(point for trap in _TRAPS if (point := trap(sets)) is not None)
     intro = "Every number of this report holds for the masks in the table below. Before you use one elsewhere, read on."
     return Section("What not to conclude", (intro,), points, (_facts(sets),))
@@ -110,8 +107,8 @@ def _facts(sets: Sequence[EvaluatedSet]) -> Table:
             s.name,
             s.patients,
             s.masks,
-            ", ".join(s.makers),
-            "yes" if s.makers_in_training else "no",
+            ", ".join(s.sources),
+            "yes" if s.sources_in_training else "no",
             _SELECTIONS[s.selection],
             _TRUTHS[s.corrections],
             s.metric,
@@ -121,7 +118,7 @@ def _facts(sets: Sequence[EvaluatedSet]) -> Table:
         for s in sets
     )
     note = (
-        "Seen in training: whether a maker of these masks also made masks that the estimator was trained on. "
+        "Seen in training: whether a source of these masks also made masks that the estimator was trained on. "
         "From, to: the smallest and the largest true value."
     )
     return Table("evaluated-sets", "What was evaluated", columns, rows, 2, note)
@@ -164,10 +161,10 @@ def _patients(sets: Sequence[EvaluatedSet]) -> Point | None:
     )
 
 
-def _makers(sets: Sequence[EvaluatedSet]) -> Point:
+def _sources(sets: Sequence[EvaluatedSet]) -> Point:
     def describe(s: EvaluatedSet) -> str:
-        seen = "some of whose masks it was trained on" if s.makers_in_training else "none of whose masks it trained on"
-        return f"masks of {' and '.join(s.makers)}, {seen}"
+        seen = "some of whose masks it was trained on" if s.sources_in_training else "none of whose masks it trained on"
+        return f"masks of {' and '.join(s.sources)}, {seen}"
 
     return Point(
         "The estimates hold for masks like those trained on",
@@ -256,8 +253,9 @@ def _order(sets: Sequence[EvaluatedSet]) -> Point | None:
     return Point(
         "Some masks were fixed late",
         "Test masks are to be fixed before anything is trained that is tested on them. Here methods had been trained "
-        "already, for a study that was asked for earlier. Masks and trainings are functions of the data, the settings "
-        "and the seed, so that the result is the same; but only a run that asks for all its studies at once shows it.",
+        "already, for an experiment that was asked for earlier. Masks and trainings are functions of the data, the "
+        "settings and the seed, so that the result is the same; but only a run that asks for all its experiments at "
+        "once shows it.",
         _each(late, lambda s: "fixed after the trainings"),
     )
 
@@ -305,7 +303,7 @@ _TRAPS: tuple[Callable[[Sequence[EvaluatedSet]], Point | None], ...] = (
     _device,
     _constant,
     _range,
-    _makers,
+    _sources,
     _patients,
     _order,
     _seeds,

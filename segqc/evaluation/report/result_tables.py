@@ -1,4 +1,4 @@
-"""The tables of a report, from the results of studies (paper, tables 1 to 5, and what they lack)."""
+"""The tables of a report, from the results of experiments (paper, tables 1 to 5, and what they lack)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from segqc.evaluation.experiments.comparison import (
     BAD_UNDER,
-    OF_EXTRACTED,
-    OF_SUM,
     Compared,
     Covered,
     Detected,
     Dimension,
+    ExperimentName,
+    ExperimentResult,
     Family,
     Row,
-    StudyName,
-    StudyResult,
+    order_methods,
 )
 from segqc.evaluation.methods.registry import (
     CROSS_FITTED,
@@ -33,6 +32,7 @@ from segqc.evaluation.statistics.coverage import ALL
 from segqc.evaluation.statistics.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.statistics.detection import DetectionScores
 from segqc.quality.metrics import METRIC_NAMES, MetricName
+from segqc.text import slug
 
 PAPERS = "paper's SegQC"
 OWN = (SEGQC, EXTRACTED_MAP, "SegQC-TR", PAPERS)
@@ -40,58 +40,52 @@ REFERENCES = (OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL)
 CONTROL = (SEGQC, PAPERS, TTA, "soft output", SCAN_ONLY, CROSS_FITTED, "constant")  # of the strata
 THRESHOLD = 0.5
 SHOWN: Mapping[MetricName, str] = {"dice": "Dice", "iou": "IoU", "arvd": "ARVD", "rvd": "RVD"}
-STUDY_TITLES: Mapping[StudyName, str] = {
+EXPERIMENT_TITLES: Mapping[ExperimentName, str] = {
     "stratified": "stratified masks",
     "served": "the served network's own masks",
     "corrections": "corrected masks",
 }
 COVERAGE_KINDS: Mapping[str, str] = {
     "resplit": "random splits",
-    "test": "on this study's masks",
+    "test": "on this experiment's masks",
     "shift": "groups: all others to",
     "structure": "calibrated on",
 }
 _SIMULATED = "masks that a simulated annotator corrected"
-_ORDER_SUFFIXES = (OF_SUM, OF_EXTRACTED)
 _BEST_ESTIMATES = {"MAE": "lowest", "raw MAE": "lowest", "Pearson": "highest", "Spearman": "highest"}
 
 
-def slug(text: str) -> str:
-    """A text as a part of a table's or figure's name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-") or "all"
-
-
-def title_of(result: StudyResult) -> str:
-    """What a study's masks are called in titles."""
-    return _SIMULATED if result.corrections == "simulated" else STUDY_TITLES[result.study]
+def title_of(result: ExperimentResult) -> str:
+    """What an experiment's masks are called in titles."""
+    return _SIMULATED if result.corrections == "simulated" else EXPERIMENT_TITLES[result.experiment]
 
 
 def find_row(
-    result: StudyResult,
+    result: ExperimentResult,
     structure: str,
     method: str,
     metric: MetricName = "dice",
     dimension: Dimension = "3D",
     slices: str | None = None,
 ) -> Row | None:
-    """One row of a study; None where the method says nothing of it."""
+    """One row of an experiment; None where the method says nothing of it."""
     wanted = (structure, method, metric, dimension, slices)
     found = (r for r in result.rows if (r.structure, r.method, r.metric, r.dimension, r.slices) == wanted)
     return next(found, None)
 
 
-def methods_of(result: StudyResult, structure: str) -> list[str]:
+def methods_of(result: ExperimentResult, structure: str) -> list[str]:
     """The methods that say something of a structure, in the order of tables; variants of SegQC are left out."""
     return [m for m in dict.fromkeys(r.method for r in result.rows if r.structure == structure) if m not in VARIANTS]
 
 
-def variants_of(result: StudyResult) -> list[str]:
-    """The variants of SegQC that a study compares."""
+def variants_of(result: ExperimentResult) -> list[str]:
+    """The variants of SegQC that an experiment compares."""
     return [m for m in dict.fromkeys(r.method for r in result.rows) if m in VARIANTS]
 
 
 def find_compared(
-    result: StudyResult,
+    result: ExperimentResult,
     structure: str,
     metric: MetricName = "dice",
     dimension: Dimension = "3D",
@@ -107,12 +101,17 @@ def find_compared(
     return next(found, None)
 
 
-def judged(family: Compared | None) -> dict[str, estimation.Judgement]:
-    """The judgements of a family by the method that SegQC is compared with."""
-    return {} if family is None else dict(zip(family.others, family.judgements, strict=True))
+def verdicts_of(family: Compared | None) -> dict[str, estimation.Verdict]:
+    """The verdicts of a family by the method that SegQC is compared with."""
+    return {} if family is None else dict(zip(family.others, family.verdicts, strict=True))
 
 
-def span(interval: estimation.Interval, digits: int = 3) -> str:
+def comparisons_of(family: Compared | None) -> dict[str, estimation.Comparison]:
+    """The comparisons of a family by the method that SegQC is compared with."""
+    return {} if family is None else dict(zip(family.others, family.comparisons, strict=True))
+
+
+def span(interval: estimation.ConfidenceInterval, digits: int = 3) -> str:
     """The ends of an interval as text."""
     return span_of(interval.low, interval.high, digits)
 
@@ -129,24 +128,17 @@ def p_text(p: float | None) -> str:
     return UNDEFINED if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def verdict_of(judgement: estimation.Judgement | None) -> str:
+def verdict_of(verdict: estimation.Verdict | None) -> str:
     """What SegQC is beside a method: better, worse or a tie; a dash where nothing can be said."""
-    return UNDEFINED if judgement is None or judgement.verdict is None else judgement.verdict
-
-
-def of_order(name: str) -> str:
-    """The method that an order of correction comes from."""
-    for suffix in _ORDER_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+    return UNDEFINED if verdict is None or verdict.outcome is None else verdict.outcome
 
 
 # ---------------------------------------------------------------------------------------------------------- estimates
 
 
-def main_table(result: StudyResult, structure: str) -> Table | None:
+def main_table(result: ExperimentResult, structure: str) -> Table | None:
     """3D Dice: every method's errors and correlations, and whether SegQC is better."""
-    verdicts = judged(find_compared(result, structure, "dice", "3D", "mae"))
+    verdicts = verdicts_of(find_compared(result, structure, "dice", "3D", "mae"))
     rows: list[tuple[Cell, ...]] = []
     scores = None
     for method in methods_of(result, structure):
@@ -179,7 +171,7 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
         "difference in MAE, sign-flip test by patient after Holm's adjustment."
     )
     return Table(
-        f"main-{result.study}-{slug(structure)}",
+        f"main-{result.experiment}-{slug(structure)}",
         f"Estimated 3D Dice of {structure}, {title_of(result)}",
         ("method", "MAE", "95% interval", "raw MAE", "Pearson", "Spearman", "excess AURC", "SegQC is"),
         tuple(rows),
@@ -189,7 +181,7 @@ def main_table(result: StudyResult, structure: str) -> Table | None:
     )
 
 
-def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
+def metric_tables(result: ExperimentResult, structure: str) -> Iterator[Table]:
     """MAE and Pearson of every metric, 3D and 2D (paper, tables 1, 2 and 4), and 2D by which slices count."""
     kinds: tuple[tuple[Dimension, str | None], ...] = (("3D", None), ("2D", "mask"))
     measured = [(f"{SHOWN[m]} {d}", m, d, s) for d, s in kinds for m in METRIC_NAMES]
@@ -203,14 +195,14 @@ def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
         if rows:
             title = "Mean absolute error" if kind == "mae" else "Pearson correlation"
             yield Table(
-                f"{kind}-{result.study}-{slug(structure)}",
+                f"{kind}-{result.experiment}-{slug(structure)}",
                 f"{title} of every metric of {structure}, {title_of(result)}",
                 ("method", *(name for name, *_ in measured)),
                 tuple(rows),
                 note=(
                     "After calibration. ARVD is the summed difference over the truth's size (the paper's "
                     "definition), RVD the signed difference of the volumes. 2D: slices where the mask is not "
-                    "empty, so that there is something to judge; the next table has the others. All methods are "
+                    "empty, so that there is something to assess; the next table has the others. All methods are "
                     "scored on the same masks and slices: those that all of them say something of. A dash: the "
                     "method says nothing of it."
                 ),
@@ -219,7 +211,7 @@ def metric_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     yield from _slices_table(result, structure)
 
 
-def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
+def _slices_table(result: ExperimentResult, structure: str) -> Iterator[Table]:
     choices: tuple[tuple[str, MetricName, str], ...] = (
         ("Dice, mask", "dice", "mask"),
         ("Dice, either", "dice", "all"),
@@ -249,7 +241,7 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
     columns = ("method", *names, "Pearson, mask", "Pearson, either", "n, either")
     counted = "; ".join(f"{name}: {n} ({out} left out)" for name, (n, out) in count.items())
     yield Table(
-        f"slices-{result.study}-{slug(structure)}",
+        f"slices-{result.experiment}-{slug(structure)}",
         f"2D errors of {structure} by which slices count, {title_of(result)}",
         columns,
         tuple(rows),
@@ -265,14 +257,14 @@ def _slices_table(result: StudyResult, structure: str) -> Iterator[Table]:
     )
 
 
-def comparison_tables(result: StudyResult, structure: str) -> Iterator[Table]:
+def comparison_tables(result: ExperimentResult, structure: str) -> Iterator[Table]:
     """SegQC against every other method: differences of MAE and Spearman of the Dice, and verdicts for all metrics."""
     for dimension in ("3D", "2D"):
         table = _differences(result, structure, "3D" if dimension == "3D" else "2D")
         if table is not None:
             yield table
     families = {
-        f"{SHOWN[m]} {d} {'MAE' if s == 'mae' else 'rank'}": judged(find_compared(result, structure, m, d, s))
+        f"{SHOWN[m]} {d} {'MAE' if s == 'mae' else 'rank'}": verdicts_of(find_compared(result, structure, m, d, s))
         for d in ("3D", "2D")
         for m in ("dice", "iou", "arvd")
         for s in ("mae", "spearman")
@@ -280,7 +272,7 @@ def comparison_tables(result: StudyResult, structure: str) -> Iterator[Table]:
     methods = [m for m in methods_of(result, structure) if any(m in family for family in families.values())]
     if methods:
         yield Table(
-            f"verdicts-{result.study}-{slug(structure)}",
+            f"verdicts-{result.experiment}-{slug(structure)}",
             f"Is SegQC better? All metrics of {structure}, {title_of(result)}",
             ("method", *families),
             tuple((m, *(verdict_of(family.get(m)) for family in families.values())) for m in methods),
@@ -291,24 +283,24 @@ def comparison_tables(result: StudyResult, structure: str) -> Iterator[Table]:
         )
 
 
-def _differences(result: StudyResult, structure: str, dimension: Dimension) -> Table | None:
-    families = [judged(find_compared(result, structure, "dice", dimension, s)) for s in ("mae", "spearman")]
+def _differences(result: ExperimentResult, structure: str, dimension: Dimension) -> Table | None:
+    families = [find_compared(result, structure, "dice", dimension, s) for s in ("mae", "spearman")]
+    found = [(comparisons_of(family), verdicts_of(family)) for family in families]
     rows: list[tuple[Cell, ...]] = []
     for method in methods_of(result, structure):
         cells: list[Cell] = []
-        for family in families:
-            judgement = family.get(method)
-            if judgement is None:
+        for comparisons, verdicts in found:
+            if method not in comparisons:
                 cells += [None, UNDEFINED, UNDEFINED, UNDEFINED]
             else:
-                of = judgement.comparison.difference
-                cells += [of.value, span(of), p_text(judgement.p_holm), verdict_of(judgement)]
-        if any(family.get(method) is not None for family in families):
+                difference, verdict = comparisons[method].difference, verdicts[method]
+                cells += [difference.value, span(difference), p_text(verdict.p_holm), verdict_of(verdict)]
+        if any(method in comparisons for comparisons, _ in found):
             rows.append((method, *cells))
     if not rows:
         return None
     return Table(
-        f"comparisons-{dimension.lower()}-{result.study}-{slug(structure)}",
+        f"comparisons-{dimension.lower()}-{result.experiment}-{slug(structure)}",
         f"SegQC against the others: {dimension} Dice of {structure}, {title_of(result)}",
         (
             "method", "MAE diff.", "95% interval", "p (Holm)", "SegQC is",
@@ -318,18 +310,18 @@ def _differences(result: StudyResult, structure: str, dimension: Dimension) -> T
         note=(
             "Differences are SegQC minus the method: below zero in MAE, and above zero in Spearman, is SegQC's favour. "
             "Intervals: bootstrap by patient, the same patients for both. p: sign-flip test by patient (MAE), "
-            f"bootstrap (Spearman), after Holm's adjustment over {max(len(f) for f in families)} methods."
+            f"bootstrap (Spearman), after Holm's adjustment over {max(len(verdicts) for _, verdicts in found)} methods."
         ),
     )  # fmt: skip
 
 
-def shared_table(result: StudyResult, structure: str) -> Table | None:
+def shared_table(result: ExperimentResult, structure: str) -> Table | None:
     """Whether methods err on the same patients."""
     here = [s for s in result.shared if s.structure == structure and s.method not in VARIANTS]
     if len(here) < 2:
         return None
     return Table(
-        f"shared-{result.study}-{slug(structure)}",
+        f"shared-{result.experiment}-{slug(structure)}",
         f"Whose errors they are: 3D Dice of {structure}, {title_of(result)}",
         ("method", "patients' share", "correlation with SegQC's"),
         tuple(
@@ -343,22 +335,24 @@ def shared_table(result: StudyResult, structure: str) -> Table | None:
     )
 
 
-def bad_masks_table(result: StudyResult, structure: str) -> Table | None:
+def bad_masks_table(result: ExperimentResult, structure: str) -> Table | None:
     """Whether looking at the mask helps where it is bad: SegQC against estimates of the truth without the mask."""
     named: tuple[tuple[Family, str], ...] = (
         ("bad masks", f"under {BAD_UNDER:g}"), ("good masks", f"{BAD_UNDER:g} and more"),
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for family, name in named:
-        for method, judgement in judged(find_compared(result, structure, family=family)).items():
-            c = judgement.comparison
+        found = find_compared(result, structure, family=family)
+        verdicts = verdicts_of(found)
+        for method, c in comparisons_of(found).items():
+            verdict = verdicts[method]
             if c.n:
-                cells = (c.difference.value, span(c.difference), p_text(judgement.p_holm), verdict_of(judgement))
+                cells = (c.difference.value, span(c.difference), p_text(verdict.p_holm), verdict_of(verdict))
                 rows.append((name, method, c.n, c.patients, c.first, c.second, *cells))
     if not rows:
         return None
     return Table(
-        f"bad-masks-{result.study}-{slug(structure)}",
+        f"bad-masks-{result.experiment}-{slug(structure)}",
         f"What the mask adds, by quality: 3D Dice of {structure}, {title_of(result)}",
         ("true Dice", "method", "masks", "patients", "MAE of SegQC", "its MAE", "MAE diff.", "95% interval", "p (Holm)",
          "SegQC is"),
@@ -371,7 +365,7 @@ def bad_masks_table(result: StudyResult, structure: str) -> Table | None:
     )  # fmt: skip
 
 
-def strata_table(result: StudyResult, structure: str) -> Table | None:
+def strata_table(result: ExperimentResult, structure: str) -> Table | None:
     """The error of the 3D Dice by how good the mask truly is."""
     found = [(m, find_row(result, structure, m)) for m in CONTROL]
     shown = [(m, row) for m, row in found if row is not None and row.strata]
@@ -385,7 +379,7 @@ def strata_table(result: StudyResult, structure: str) -> Table | None:
             scores = [row.strata[i].scores for _, row in shown]
             rows.append((name, scores[0].n, scores[0].patients, *(s.mae for s in scores), scores[0].bias))
     return Table(
-        f"strata-{result.study}-{slug(structure)}",
+        f"strata-{result.experiment}-{slug(structure)}",
         f"MAE of the 3D Dice of {structure} by quality, {title_of(result)}",
         ("true Dice", "masks", "patients", *(m for m, _ in shown), f"bias of {shown[0][0]}"),
         tuple(rows),
@@ -399,27 +393,29 @@ def strata_table(result: StudyResult, structure: str) -> Table | None:
 # ------------------------------------------------------------------------------------------------- orders of correction
 
 
-def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Table | None:
+def order_table(result: ExperimentResult, structure: str, dimension: Dimension) -> Table | None:
     """The share of the optimal order's gain over random that each order captures."""
     ordered = next((o for o in result.ordered if (o.structure, o.dimension) == (structure, dimension)), None)
     if ordered is None:
         return None
-    study = ordered.study
-    differences = {d.second: d for d in study.differences}
+    comparison = ordered.comparison
+    differences = {d.second: d for d in comparison.differences}
+    verdicts = {d.second: v for d, v in zip(comparison.differences, comparison.verdicts, strict=True)}
     rows: list[tuple[Cell, ...]] = []
-    for order in study.orders:
-        method = order.name if order.name == EXTRACTED_MAP else of_order(order.name)
-        if method in VARIANTS or (method != order.name and method not in (SEGQC, TTA, SCAN_ONLY, CROSS_FITTED)):
+    method_of, further = order_methods(), (SEGQC, EXTRACTED_MAP, TTA, SCAN_ONLY, CROSS_FITTED)
+    for order in comparison.orders:
+        method = method_of.get(order.name, order.name)
+        if method in VARIANTS or (method != order.name and method not in further):
             continue
-        found = differences.get(order.name)
+        found, verdict = differences.get(order.name), verdicts.get(order.name)
         rows.append(
             (
                 order.name,
                 order.captured.value,
                 span(order.captured, 2),
                 None if found is None else found.difference.value,
-                UNDEFINED if found is None else p_text(found.p_holm),
-                UNDEFINED if found is None or found.verdict is None else found.verdict,
+                UNDEFINED if verdict is None else p_text(verdict.p_holm),
+                verdict_of(verdict),
             )
         )
     what = "scans" if dimension == "3D" else "slices, pooled over the scans,"
@@ -430,14 +426,15 @@ def order_table(result: StudyResult, structure: str, dimension: Dimension) -> Ta
         "closest rivals only."
     )  # fmt: skip
     return Table(
-        f"orders-{dimension.lower()}-{result.study}-{slug(structure)}",
+        f"orders-{dimension.lower()}-{result.experiment}-{slug(structure)}",
         f"Orders of correcting {'scans' if dimension == '3D' else 'slices'} of {structure}, {title_of(result)}",
         ("order", "captured", "95% interval", "SegQC minus it", "p (Holm)", "SegQC is"),
         tuple(rows),
         {"captured": 3, "SegQC minus it": 3},
-        f"{study.units} {what} of {study.masks} masks. Captured: the share of the optimal order's gain over random "
-        f"(area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random.{extra} p: "
-        f"bootstrap by patient, after Holm's adjustment over {len(differences)} orders, each method's main one.",
+        f"{comparison.units} {what} of {comparison.masks} masks. Captured: the share of the optimal order's gain over "
+        "random (area under the curve of the mean true Dice): 1 is optimal, 0 random, below 0 worse than random."
+        f"{extra} p: bootstrap by patient, after Holm's adjustment over {len(differences)} orders, each method's main "
+        "one.",
     )
 
 
@@ -453,14 +450,14 @@ def at_threshold(detected: Detected, threshold: float = THRESHOLD) -> tuple[Dete
     return tuple(sorted((s for s in detected.boxes if s.threshold == nearest), key=lambda s: s.min_iou))
 
 
-def detection_tables(result: StudyResult, structure: str) -> Iterator[Table]:
+def detection_tables(result: ExperimentResult, structure: str) -> Iterator[Table]:
     """Boxes of SegQC at every IoU, with and without extraction (paper, table 3), over probabilities, of all methods."""
     here = [d for d in result.detected if d.structure == structure and d.method not in VARIANTS]
     made = (_boxes_of_segqc, _boxes_over_probabilities, _boxes_of_all)
     yield from (table for make in made if (table := make(result, structure, here)) is not None)
 
 
-def _boxes_of_segqc(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
+def _boxes_of_segqc(result: ExperimentResult, structure: str, here: Sequence[Detected]) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
     for detected in (d for d in here if d.method == SEGQC):
         rows += [_boxes_row(f"map {detected.predicted}, truth {detected.true}", s) for s in at_threshold(detected)]
@@ -471,7 +468,7 @@ def _boxes_of_segqc(result: StudyResult, structure: str, here: Sequence[Detected
     if not rows:
         return None
     return Table(
-        f"detection-{result.study}-{slug(structure)}",
+        f"detection-{result.experiment}-{slug(structure)}",
         f"Error boxes of SegQC on {structure}, {title_of(result)}",
         ("boxes of", "IoU", "precision", "95% interval", "recall", "95% interval (recall)", "paired", "predicted",
          "true"),
@@ -485,12 +482,12 @@ def _boxes_of_segqc(result: StudyResult, structure: str, here: Sequence[Detected
     )  # fmt: skip
 
 
-def _boxes_over_probabilities(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
+def _boxes_over_probabilities(result: ExperimentResult, structure: str, here: Sequence[Detected]) -> Table | None:
     extracted = _both_extracted(here, SEGQC)
     if extracted is None:
         return None
     return Table(
-        f"detection-thresholds-{result.study}-{slug(structure)}",
+        f"detection-thresholds-{result.experiment}-{slug(structure)}",
         f"Error boxes of SegQC over error probabilities: {structure}, {title_of(result)}",
         ("probability", "IoU", "precision", "recall", "paired", "predicted", "true"),
         tuple(
@@ -503,7 +500,7 @@ def _boxes_over_probabilities(result: StudyResult, structure: str, here: Sequenc
     )
 
 
-def _boxes_of_all(result: StudyResult, structure: str, here: Sequence[Detected]) -> Table | None:
+def _boxes_of_all(result: ExperimentResult, structure: str, here: Sequence[Detected]) -> Table | None:
     by_method: dict[str, list[Cell]] = {}
     lowest = None
     for method in dict.fromkeys(d.method for d in here):
@@ -524,7 +521,7 @@ def _boxes_of_all(result: StudyResult, structure: str, here: Sequence[Detected])
     if lowest is None or len(by_method) < 2:
         return None
     return Table(
-        f"detection-methods-{result.study}-{slug(structure)}",
+        f"detection-methods-{result.experiment}-{slug(structure)}",
         f"Error boxes of all methods with an error map on {structure}, {title_of(result)}",
         ("method", "precision", "recall", "precision, extracted", "recall, extracted", "chosen probability",
          "precision, chosen", "recall, chosen"),
@@ -545,7 +542,7 @@ def _boxes_row(name: str, s: DetectionScores) -> tuple[Cell, ...]:
             s.predicted, s.true)  # fmt: skip
 
 
-def error_map_table(result: StudyResult, structure: str) -> Table | None:
+def error_map_table(result: ExperimentResult, structure: str) -> Table | None:
     """How well the error maps show the wrong voxels; false positives (mask without truth) and negatives apart."""
     here = [m for m in result.mapped if m.structure == structure and m.method not in VARIANTS]
     rows: list[tuple[Cell, ...]] = []
@@ -573,7 +570,7 @@ def error_map_table(result: StudyResult, structure: str) -> Table | None:
         return None
     numbers = ("Dice, pooled", "Dice, mean", "AP", "FP Dice", "FP AP", "FN Dice", "FN AP")
     return Table(
-        f"error-maps-{result.study}-{slug(structure)}",
+        f"error-maps-{result.experiment}-{slug(structure)}",
         f"Error maps against the true error, voxel by voxel: {structure}, {title_of(result)}",
         ("map", "method", "Dice, pooled", "95% interval", *numbers[1:]),
         tuple(rows),
@@ -591,14 +588,14 @@ def error_map_table(result: StudyResult, structure: str) -> Table | None:
 # -------------------------------------------------------------------------------------------------- variants, coverage
 
 
-def ablation_table(result: StudyResult, structure: str) -> Table | None:
+def ablation_table(result: ExperimentResult, structure: str) -> Table | None:
     """What each part of the recipe does: variants of SegQC beside it (paper, table 5)."""
     variants = variants_of(result)
     if not variants:
         return None
-    verdicts = judged(find_compared(result, structure))
+    verdicts = verdicts_of(find_compared(result, structure))
     for first in (SEGQC, ONE_NETWORK):
-        verdicts |= judged(find_compared(result, structure, family="variants", first=first))
+        verdicts |= verdicts_of(find_compared(result, structure, family="variants", first=first))
     methods = (SEGQC, SCAN_ONLY, *OWN[1:], *variants)
     rows = [row for m in methods if (row := _variant(result, structure, m, verdicts.get(m))) is not None]
     best = {
@@ -610,7 +607,7 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
         "2D Pearson": "highest",
     }
     return Table(
-        f"ablations-{result.study}-{slug(structure)}",
+        f"ablations-{result.experiment}-{slug(structure)}",
         f"Variants of SegQC: Dice of {structure}, {title_of(result)}",
         ("variant", "training side", "raw MAE", "MAE", "95% interval", "Pearson", "2D MAE", "2D Pearson", "3D order",
          "2D order", "beside", "that is"),
@@ -625,14 +622,14 @@ def ablation_table(result: StudyResult, structure: str) -> Table | None:
             "asked otherwise: what SegQC is better by is what the mask input adds. SegQC-TR learns from one "
             "network's masks and their augmentations, 'median masks only' from their median (the paper's table 5: "
             "beside 'SegQC-TR, one network'). 'in-sample masks' has a leak on purpose: its training masks are of "
-            "networks that knew the scans. 'soft input' sees the soft output of the mask's maker as well."
+            "networks that knew the scans. 'soft input' sees the soft output of the mask's source network as well."
         ),
         best=best,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def _variant(
-    result: StudyResult, structure: str, method: str, judgement: estimation.Judgement | None
+    result: ExperimentResult, structure: str, method: str, verdict: estimation.Verdict | None
 ) -> tuple[Cell, ...] | None:
     """A variant's row among the ablations; None where it says nothing of the 3D Dice."""
     dice = find_row(result, structure, method)
@@ -640,7 +637,7 @@ def _variant(
         return None
     slices = find_row(result, structure, method, "dice", "2D", "mask")
     captured = [
-        next((o.captured.value for o in ordered.study.orders if o.name == method), None)
+        next((o.captured.value for o in ordered.comparison.orders if o.name == method), None)
         for dimension in ("3D", "2D")
         for ordered in result.ordered
         if (ordered.structure, ordered.dimension) == (structure, dimension)
@@ -656,15 +653,15 @@ def _variant(
         None if slices is None else slices.calibrated.pearson,
         *captured,
         ONE_NETWORK if method in VARIANTS and one_network(method) else SEGQC,
-        UNDEFINED if method in (SEGQC, ONE_NETWORK) else verdict_of(judgement),
+        UNDEFINED if method in (SEGQC, ONE_NETWORK) else verdict_of(verdict),
     )
 
 
-def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Sequence[str]) -> list[Table]:
+def coverage_tables(result: ExperimentResult, structures: Sequence[str], kinds: Sequence[str]) -> list[Table]:
     """How often prediction intervals hold the truth: of the 3D Dice in strata, and of the other 3D metrics.
 
     Args:
-        result: of the study.
+        result: of the experiment.
         structures: to show.
         kinds: those of `COVERAGE_KINDS` to show.
     """
@@ -678,13 +675,13 @@ def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Seque
     columns = ("tested", "stratum", "coverage", "error", "width", "patients", "masks", "splits")
     return [
         Table(
-            f"coverage-{result.study}",
+            f"coverage-{result.experiment}",
             f"How often {level} intervals of the 3D Dice hold the truth, {title_of(result)}",
             ("structure", *columns),
             tuple((c.structure, *_coverage_row(c)) for c in dice),
             note=(
                 "Random splits: calibrated on some patients of the training side, tested on its others. On "
-                "this study's masks: calibrated on the whole training side. Groups: calibrated on the patients "
+                "this experiment's masks: calibrated on the whole training side. Groups: calibrated on the patients "
                 "of all other groups, tested on this one's. Calibrated on: another structure, of other patients. "
                 "Strata are of the true Dice. Error: binomial, with patients as trials. A dash: not enough patients "
                 f"for an interval. The promise of {level} holds on average over masks like those calibrated on, not in "
@@ -693,7 +690,7 @@ def coverage_tables(result: StudyResult, structures: Sequence[str], kinds: Seque
             group="structure",
         ),
         Table(
-            f"coverage-metrics-{result.study}",
+            f"coverage-metrics-{result.experiment}",
             f"How often {level} intervals of the other 3D metrics hold the truth, {title_of(result)}",
             ("structure", "metric", *columns),
             tuple((c.structure, SHOWN[c.metric], *_coverage_row(c)) for c in others),
@@ -715,15 +712,15 @@ def _coverage_row(covered: Covered) -> tuple[Cell, ...]:
     )  # fmt: skip
 
 
-def cost_table(results: Sequence[StudyResult]) -> Table | None:
-    """Seconds of one estimate, by method and study."""
+def cost_table(results: Sequence[ExperimentResult]) -> Table | None:
+    """Seconds of one estimate, by method and experiment."""
     methods = [m for m in dict.fromkeys(m for r in results for m in r.seconds) if m not in VARIANTS]
     if not methods:
         return None
     return Table(
         "cost",
         "Seconds of one estimate",
-        ("method", *(r.study for r in results)),
+        ("method", *(r.experiment for r in results)),
         tuple((m, *(r.seconds.get(m) for r in results)) for m in methods),
         3,
         "Median over the masks, on the machine of the run, without reading files. With several masks of one scan "

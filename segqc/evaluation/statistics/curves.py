@@ -18,16 +18,16 @@ import numpy.typing as npt
 
 from segqc.evaluation.statistics.estimation import (
     LEVEL,
+    ConfidenceInterval,
     Counts,
     Indices,
-    Interval,
     Verdict,
     bootstrap_p_value,
     chunks,
-    holm,
+    holm_verdicts,
     patient_index,
     percentile_interval,
-    resample,
+    with_resamples,
 )
 from segqc.quality.metrics import Values
 
@@ -115,15 +115,15 @@ class Order:
             areas.append((chunk @ start + (times * self.gain * left).sum(axis=1)) / chunk.sum(axis=1))
         return np.concatenate(areas) if areas else np.empty(0)
 
-    def curve(self, points: int = POINTS) -> Curve:
+    def curve(self, points: int = POINTS) -> CorrectionCurve:
         """Return the curve at every step, or at evenly spaced shares where there are more than ``points``."""
         share = np.linspace(0, 1, len(self.mean_dice))
         at = share if len(share) <= points else np.linspace(0, 1, points)
-        return Curve(tuple(at.tolist()), tuple(np.interp(at, share, self.mean_dice).tolist()), self.area())
+        return CorrectionCurve(tuple(at.tolist()), tuple(np.interp(at, share, self.mean_dice).tolist()), self.area())
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class CorrectionCurve:
     """Mean true 3D Dice of a set after a share of it is corrected, and the area under the whole curve."""
 
     share: tuple[float, ...]
@@ -136,33 +136,37 @@ class OrderResult:
     """One order: its curve and the captured share of the optimal gain; see `captured`."""
 
     name: str
-    curve: Curve
-    captured: Interval
+    curve: CorrectionCurve
+    captured: ConfidenceInterval
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedDifference:
-    """How much more of the optimal gain ``first`` captures than ``second``, by patient-level bootstrap.
-
-    ``p_holm`` is adjusted over the differences of one study; the verdict is ``first``'s.
-    """
+    """How much more of the optimal gain ``first`` captures than ``second``, by patient-level bootstrap."""
 
     first: str
     second: str
-    difference: Interval
+    difference: ConfidenceInterval
     p_value: float | None
-    p_holm: float | None
-    verdict: Verdict | None
+
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first order is better; None where undefined."""
+        return self.difference.value
 
 
 @dataclass(frozen=True, slots=True)
-class CurveStudy:
-    """The orders of one set, the reference orders last, and the differences between the chosen one and the others."""
+class CurveComparison:
+    """The orders of one set, the reference orders last; the chosen one against others, and a verdict for each of these.
+
+    The verdicts are adjusted over the differences.
+    """
 
     masks: int
     units: int
     orders: tuple[OrderResult, ...]
     differences: tuple[CapturedDifference, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 def scans(dice: Sequence[float] | Values) -> Units:
@@ -297,7 +301,7 @@ def captured(order: Order, best: Order, random: Order) -> float | None:
     return None if np.isnan(share) else share
 
 
-def study(
+def compare_orders(
     units: Units,
     error_score: Mapping[str, Sequence[float] | Values],
     patients: Sequence[str],
@@ -307,7 +311,7 @@ def study(
     against: Sequence[str] | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
-) -> CurveStudy:
+) -> CurveComparison:
     """Compare the orders of several methods on one set, with bootstrap intervals by patient.
 
     The reference orders are added under the names `OPTIMAL`, `RANDOM`, `RANDOM_NONEMPTY` and `SEQUENTIAL`, the latter
@@ -337,8 +341,7 @@ def study(
         orders[RANDOM_NONEMPTY] = at_random_nonempty(units, generator=generator)
         orders[SEQUENTIAL] = sequential(units)
     index, count = patient_index(patients)
-    # the first row is the set itself
-    copies = np.concatenate([np.ones((1, count), np.int64), resample(count, draws, generator)])[:, index]
+    copies = with_resamples(count, draws, generator)[:, index]
     areas = {name: order.areas(copies) for name, order in orders.items()}
     shares = {name: _captured(area, areas[OPTIMAL], areas[RANDOM]) for name, area in areas.items()}
     results = tuple(
@@ -347,23 +350,17 @@ def study(
     )
     others = [] if chosen is None else [n for n in (error_score if against is None else against) if n != chosen]
     found = [shares[chosen] - shares[name] for name in others] if chosen is not None else []
-    return CurveStudy(units.masks, len(units), results, _differences(chosen or "", others, found, count, level))
-
-
-def _differences(
-    first: str, others: Sequence[str], found: Sequence[Values], patients: int, level: float
-) -> tuple[CapturedDifference, ...]:
-    p_values = [None if np.isnan(values[0]) else bootstrap_p_value(values[1:], patients) for values in found]
-    adjusted = iter(holm([p for p in p_values if p is not None]))
-    differences = []
-    for second, values, p in zip(others, found, p_values, strict=True):
-        p_holm = None if p is None else next(adjusted)
-        verdict: Verdict | None = None
-        if p_holm is not None:
-            verdict = "tie" if p_holm > 1 - level else "better" if values[0] > 0 else "worse"
-        interval = percentile_interval(values[0], values[1:], level)
-        differences.append(CapturedDifference(first, second, interval, p, p_holm, verdict))
-    return tuple(differences)
+    differences = tuple(
+        CapturedDifference(
+            chosen or "",
+            second,
+            percentile_interval(values[0], values[1:], level),
+            None if np.isnan(values[0]) else bootstrap_p_value(values[1:], count),
+        )
+        for second, values in zip(others, found, strict=True)
+    )
+    verdicts = holm_verdicts(differences, level=1 - level)
+    return CurveComparison(units.masks, len(units), results, differences, verdicts)
 
 
 def _captured(area: Values, best: Values, random: Values) -> Values:

@@ -1,7 +1,7 @@
 """How well errors are found: boxes (paper, section 3.4; method, "Detection") and voxels of the error map.
 
 Boxes and voxels of all masks are pooled; intervals are bootstraps by patient. Counts of voxels add up over masks, so
-that no study holds all of its error maps at once.
+that no experiment holds all of its error maps at once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import numpy as np
 
 from segqc.evaluation.statistics.estimation import (
     LEVEL,
-    Counts,
+    ConfidenceInterval,
     Indices,
-    Interval,
     patient_index,
     percentile_interval,
-    resample,
+    with_resamples,
 )
 from segqc.quality.boxes import Detection, match_boxes, match_boxes_at
 from segqc.quality.metrics import Values
@@ -50,8 +49,8 @@ class DetectionScores:
     predicted: int
     true: int
     matched: int
-    precision: Interval
-    recall: Interval
+    precision: ConfidenceInterval
+    recall: ConfidenceInterval
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,10 @@ class ErrorMapScores:
     masks: int
     patients: int
     wrong_share: float | None
-    pooled_dice: Interval
-    mean_dice: Interval
+    pooled_dice: ConfidenceInterval
+    mean_dice: ConfidenceInterval
     counted: int
-    average_precision: Interval
+    average_precision: ConfidenceInterval
 
 
 def detection_scores(
@@ -169,7 +168,7 @@ def detection_scores(
             f"{len(patients)}"
         )
     index, count = patient_index(patients)
-    copies = _with_itself(count, draws, generator)
+    copies = with_resamples(count, draws, generator)
     matched_at = [match_boxes_at(p, t, min_ious) for p, t in zip(predicted, true, strict=True)]
     scores = []
     for i, min_iou in enumerate(min_ious):
@@ -316,7 +315,7 @@ def error_map_scores(
     if len(counts) != len(patients):
         raise ValueError(f"each mask needs a patient, got {len(counts)} masks and {len(patients)} patients")
     index, count = patient_index(patients)
-    copies = _with_itself(count, draws, generator)
+    copies = with_resamples(count, draws, generator)
     wrong, right = (
         np.array(rows, np.float64).reshape(-1, STEPS + 1)
         for rows in ([c.wrong for c in counts], [c.right for c in counts])
@@ -326,7 +325,7 @@ def error_map_scores(
     means = copies @ _by_patient(np.stack([np.where(defined, own, 0.0), defined], axis=1), index, count)
     pooled = [copies @ _by_patient(rows, index, count) for rows in (wrong, right)]
 
-    def interval(values: Values) -> Interval:
+    def interval(values: Values) -> ConfidenceInterval:
         return percentile_interval(values[0], values[1:], level)
 
     voxels = wrong.sum() + right.sum()
@@ -340,11 +339,6 @@ def error_map_scores(
         counted=int(defined.sum()),
         average_precision=interval(_average_precision(pooled[0], pooled[1])),
     )
-
-
-def _with_itself(patients: int, draws: int, generator: np.random.Generator) -> Counts:
-    """The set itself in the first row, then the draws, (1 + draws, patients)."""
-    return np.concatenate([np.ones((1, patients), np.int64), resample(patients, draws, generator)])
 
 
 def _by_patient(table: Values, index: Indices, patients: int) -> Values:

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ Statistic: TypeAlias = Literal[
     "median_mae",
 ]
 PairedStatistic: TypeAlias = Literal["mae", "pearson", "spearman", "aurc"]
-Verdict: TypeAlias = Literal["better", "worse", "tie"]
+Outcome: TypeAlias = Literal["better", "worse", "tie"]
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -97,7 +97,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class ConfidenceInterval:
     """A number and its percentile bootstrap interval; the ends are None with fewer than two patients.
 
     ``draws`` counts the draws in which the number was defined, which the ends are percentiles of.
@@ -139,19 +139,41 @@ class Comparison:
     patients: int
     first: float | None
     second: float | None
-    difference: Interval
-    ratio: Interval | None
+    difference: ConfidenceInterval
+    ratio: ConfidenceInterval | None
     p_value: float | None
     test: Literal["sign-flip", "bootstrap"]
 
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first method is better; None where undefined."""
+        value = self.difference.value
+        return -value if value is not None and self.statistic in _LOWER_IS_BETTER else value
+
+
+class Tested(Protocol):
+    """A difference of two methods with its p-value."""
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided; None where undefined."""
+
+    @property
+    def advantage(self) -> float | None:
+        """By how much the first method is better; negative where it is worse, None where undefined."""
+
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """A comparison, its p-value after Holm's adjustment, and the first method's verdict; None where undefined."""
+class Verdict:
+    """What a difference comes to within its family of tests; None where it is undefined.
 
-    comparison: Comparison
+    Attributes:
+        p_holm: the p-value after Holm's adjustment.
+        outcome: what the first method is: better or worse where ``p_holm`` is small enough; all else is a tie.
+    """
+
     p_holm: float | None
-    verdict: Verdict | None
+    outcome: Outcome | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +246,7 @@ def interval(
     constant: float | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
-) -> Interval:
+) -> ConfidenceInterval:
     """Percentile bootstrap interval of a statistic: patients are drawn with replacement, with all that is theirs.
 
     The statistic is a field of `Scores`; pairs, metric and constant are as for `scores`; the generator is the source of
@@ -408,18 +430,18 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted.tolist())
 
 
-def judge(comparisons: Sequence[Comparison], *, level: float = 0.05) -> tuple[Judgement, ...]:
-    """Judge a family of comparisons (one first method against several) after Holm's adjustment.
+def holm_verdicts(family: Sequence[Tested], *, level: float = 0.05) -> tuple[Verdict, ...]:
+    """The verdicts of one family of tests (one first method against several), after Holm's adjustment.
 
     The first method is better or worse where the adjusted p-value is at most ``level``; all else is a tie. Undefined
-    comparisons are not counted in the family.
+    differences are not counted in the family.
     """
-    adjusted = iter(holm([c.p_value for c in comparisons if c.p_value is not None]))
-    judgements = []
-    for comparison in comparisons:
-        p = None if comparison.p_value is None else next(adjusted)
-        judgements.append(Judgement(comparison, p, _verdict(comparison, p, level)))
-    return tuple(judgements)
+    adjusted = iter(holm([tested.p_value for tested in family if tested.p_value is not None]))
+    verdicts = []
+    for tested in family:
+        p = None if tested.p_value is None else next(adjusted)
+        verdicts.append(Verdict(p, _outcome(tested.advantage, p, level)))
+    return tuple(verdicts)
 
 
 def patient_index(patients: Sequence[str]) -> tuple[Indices, int]:
@@ -435,16 +457,21 @@ def resample(patients: int, draws: int, generator: np.random.Generator) -> Count
     return generator.multinomial(patients, np.full(patients, 1 / patients), size=draws)
 
 
-def percentile_interval(value: float | np.float64 | Values, drawn: Values, level: float) -> Interval:
+def with_resamples(patients: int, draws: int, generator: np.random.Generator) -> Counts:
+    """Each patient once in the first row, the set itself; then the draws of `resample`, (1 + draws, patients)."""
+    return np.concatenate([np.ones((1, patients), np.int64), resample(patients, draws, generator)])
+
+
+def percentile_interval(value: float | np.float64 | Values, drawn: Values, level: float) -> ConfidenceInterval:
     """Make an interval of a number and its bootstrap draws; NaN is undefined and left out."""
     if not 0 < level < 1:
         raise ValueError(f"an interval's level lies between 0 and 1, got {level}")
     defined = drawn[~np.isnan(drawn)]
     number = _number(value)
     if number is None or not defined.size:
-        return Interval(number, None, None, level, int(defined.size))
+        return ConfidenceInterval(number, None, None, level, int(defined.size))
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(number, float(low), float(high), level, int(defined.size))
+    return ConfidenceInterval(number, float(low), float(high), level, int(defined.size))
 
 
 def bootstrap_p_value(differences: Values, patients: int) -> float | None:
@@ -640,13 +667,12 @@ def _sign_flip(differences: Values, draws: int, generator: np.random.Generator) 
     return extreme / len(signs) if exact else (extreme + 1) / (draws + 1)
 
 
-def _verdict(comparison: Comparison, p: float | None, level: float) -> Verdict | None:
-    difference = comparison.difference.value
-    if p is None or difference is None:
+def _outcome(advantage: float | None, p: float | None, level: float) -> Outcome | None:
+    if p is None or advantage is None:
         return None
-    if p > level or difference == 0:
+    if p > level or advantage == 0:
         return "tie"
-    return "better" if (difference < 0) == (comparison.statistic in _LOWER_IS_BETTER) else "worse"
+    return "better" if advantage > 0 else "worse"
 
 
 def _number(value: float | np.float64 | Values) -> float | None:
