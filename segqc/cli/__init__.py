@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command `segqc`, a module for each group of commands."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plans of networks, the trained segmenter and assessor, augmentation and inference."""

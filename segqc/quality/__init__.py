@@ -1,1 +1,1 @@
-"""TODO."""
+"""Metrics, error maps, error boxes, calibration, prediction intervals and ranking."""
