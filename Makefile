@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 FIND_LINKS = $(addprefix --find-links ,$(sort $(shell $(BIN)/python -m pip config list 2>/dev/null \
 	| sed -n "s/^[^=]*find-links='\(.*\)'$$/\1/p" | sed 's/\\n/ /g')))
 
-.PHONY: install serve test test-fast test-server test-faults lint format clean
+.PHONY: install serve test test-fast test-server test-faults lint format docs clean
 
 install: $(STAMP)
 
@@ -51,5 +51,10 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# The pages of docs/ with a reference of all modules from their docstrings; begin at site/index.html.
+docs: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist site

@@ -1,4 +1,4 @@
-"""From the reports of full evaluations to the README's table and figure; nothing is trained.
+"""From the reports of full evaluations to the tables and figures of the docs; nothing is trained.
 
     segqc evaluate stratified $SEGQC_DATA/msd-hippocampus ... --seed 0 --out RUN     # some hours
     python benchmarks/evaluation.py keep RUN hippocampus-0                           # its numbers into results/

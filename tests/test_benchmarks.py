@@ -1,4 +1,4 @@
-"""The README's table and figure are those that the kept results give."""
+"""The tables and figures of the docs are those that the kept results give."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluation() -> ModuleType:
 
 @pytest.mark.parametrize(
     ("data", "structure", "document"),
-    [("hippocampus", "hippocampus", "README.md"), ("sunnybrook", "cavity", "docs/measurements.md")],
+    [("hippocampus", "hippocampus", "docs/results.md"), ("sunnybrook", "cavity", "docs/measurements.md")],
 )
 def test_documents_show_the_tables_that_the_kept_results_give(
     evaluation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

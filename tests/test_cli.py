@@ -543,23 +543,25 @@ def test_simulate_says_when_no_server_answers(run: Run, ranked: Path) -> None:
     assert "is the server running?" in messages.err
 
 
-# ---- the README ----------------------------------------------------------------------------------------------------
+# ---- the documentation ---------------------------------------------------------------------------------------------
 
 
-def readme_commands() -> list[str]:
-    """All lines of the README's shell blocks that call segqc."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def documented_commands() -> list[str]:
+    """All lines that call segqc in the shell blocks of the README and the docs."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip().startswith("segqc ")]
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(readme_commands()) > 5
+def test_the_documentation_shows_commands() -> None:
+    assert len(documented_commands()) > 20
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_the_readme_s_commands_are_understood(line: str) -> None:
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_are_understood(line: str) -> None:
     words = shlex.split(line)[1:]
-    depth = 2 if words[0] == "train" else 1
+    depth = 1 if (words[0],) in ALL else 2
     command = ALL[tuple(words[:depth])]
     command.make_context(" ".join(words[:depth]), words[depth:])  # fails where an option or argument is unknown

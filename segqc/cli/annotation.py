@@ -43,8 +43,8 @@ _READING_TERMS: Final = (
 )
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients. probability: of such a draw; - for the strategy's choice. estimated Dice: at "
-    "hand-out, without a true mask."
+    "patients. probability: of such a draw; - for the strategy's choice. estimated Dice: when "
+    "the scan was handed out, without a true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
@@ -56,7 +56,7 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 
 @app.command()
 def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """List the scans with patient, fold, role, state, and the estimated Dice of those that wait.
+    """List the scans with patient, fold, split, state, and the estimated Dice of those that wait.
 
     Below them, the files that were not taken in, and why, and remarks on those that were.
     """
@@ -203,7 +203,7 @@ def review(
     folder: StudiesFolder,
     scan: Scan,
     decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
-    reason: Annotated[str | None, typer.Option(help="Why: wanted for reject and exclude.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; required for reject and exclude.")] = None,
     config: ConfigFile = None,
 ) -> None:
     """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
@@ -217,19 +217,17 @@ def review(
 @app.command()
 def readings(
     folder: StudiesFolder,
-    scan: Annotated[
-        str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all that were read).")
-    ] = None,
+    scan: Annotated[str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all with readings).")] = None,
     add: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="First keep the label files of this folder, named as the scans, as readings."),
+        typer.Option(metavar="DIR", help="First add this folder's label files, named like the scans, as readings."),
     ] = None,
-    reader: Annotated[str | None, typer.Option(help="Whose readings --add keeps.")] = None,
+    reader: Annotated[str | None, typer.Option(help="The reader whose labels --add adds.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Compare what several annotators made of the same scan: Dice of each pair of readers and structure."""
+    """Compare several annotators' labels of the same scan: Dice of each pair of readers, by structure."""
     from segqc.loop.agreement import find_labels
     from segqc.loop.readers import add_reading, inter_rater
     from segqc.store.records import Actor
@@ -278,7 +276,7 @@ def consensus(
     ] = "staple",
     config: ConfigFile = None,
 ) -> None:
-    """Make the final label of a scan that several annotators have read."""
+    """Make one final label from several annotators' labels of a scan."""
     from segqc.loop.readers import make_consensus
 
     made = make_consensus(dataset_at(folder, config), scan, by, me())
@@ -288,12 +286,12 @@ def consensus(
 @app.command()
 def leases(
     folder: StudiesFolder,
-    every: Annotated[bool, typer.Option("--all", help="Also list those that are over.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list leases that have ended.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """List which scans are handed out to whom, by which strategy or draw."""
+    """List who has which scan, and which strategy or draw chose it."""
     from segqc.store import assessments
     from segqc.store import leases as stored
 

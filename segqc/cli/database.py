@@ -40,9 +40,9 @@ def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder of the backup.", show_default=False)],
     folder: StudiesFolder,
 ) -> None:
-    """Bring a backup back: database and labels become those of BACKUP; what is there is set aside, not deleted.
+    """Restore a backup: its database and labels replace those of the folder, which are set aside, not deleted.
 
-    Scans and networks stay, and the folder's settings, too. End the server and workers first.
+    Scans, networks and the folder's settings stay. Stop the server and the workers first.
     """
     from segqc.settings import SETTINGS_FILE
     from segqc.store import maintenance
@@ -75,7 +75,8 @@ def restore(
 def check(
     folder: StudiesFolder,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Repair what loses nothing: label files of labels/, leftovers of crashes.")
+        bool,
+        typer.Option("--repair", help="Repair what loses nothing: label files in labels/, leftovers of crashes."),
     ] = False,
 ) -> None:
     """Compare every row with its file and every file with its row; each content is read and hashed.
@@ -112,7 +113,7 @@ def upgrade(folder: StudiesFolder) -> None:
 def restore_views(
     folder: StudiesFolder,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also where somebody changed the file: the change is lost.")
+        bool, typer.Option("--overwrite", help="Also overwrite files that somebody changed: the changes are lost.")
     ] = False,
 ) -> None:
     """Write the label files below labels/ again where they are missing or damaged."""

@@ -50,7 +50,7 @@ def evaluate(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Run folder: every result is kept there; continues a run.")
+        Path, typer.Option("--out", metavar="FOLDER", help="Run folder: keeps every result; an existing run continues.")
     ] = Path("evaluation"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Few scans and hardly trained networks: minutes, to see that it works.")
@@ -63,7 +63,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Masks, named as the scans, that the test side's labels are corrections of (experiment corrections).",
+            help="Masks, named as the scans, that the labels of the test side are corrections of (for corrections).",
         ),
     ] = None,
     observers: Annotated[
@@ -81,7 +81,7 @@ def evaluate(
     ] = None,
     length: Annotated[
         float,
-        typer.Option(min=0.05, help="Length of all trainings beside the usual one: less for large scans."),
+        typer.Option(min=0.05, help="Length of all trainings, as a multiple of the usual one: less for large scans."),
     ] = 1.0,
     patch: Annotated[
         tuple[int, int, int] | None,
@@ -92,13 +92,15 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side; no number depends on it.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of parallel processes; the results do not depend on it.")
+    ] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure how good the estimates are on your own labelled scans, against every baseline; write a report.
 
-    Trains everything anew on a part of the scans, by patient, and looks at the rest: some hours on two cores, some
-    minutes with --quick. What is interrupted goes on where it was.
+    Trains everything anew on a part of the scans, by patient, and evaluates the rest: some hours on two cores, some
+    minutes with --quick. An interrupted run continues where it stopped.
     """
     from segqc.evaluation.data.run import Run
     from segqc.evaluation.data.settings import EvaluationSettings

@@ -14,7 +14,7 @@ from segqc.cli.common import CommandError, StudiesFolder, kept_store, open_store
 if TYPE_CHECKING:
     from segqc.io.case_list import CaseList, Imported
 
-import_app = typer.Typer(no_args_is_help=True, help="Make a dataset folder out of another program's folder.")
+import_app = typer.Typer(no_args_is_help=True, help="Make a dataset folder from another program's folder.")
 export_app = typer.Typer(no_args_is_help=True, help="Write a dataset folder for other programs.")
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder to read.", show_default=False)]
@@ -52,7 +52,7 @@ def import_local(folder: StudiesFolder) -> None:
 
 @import_app.command("decathlon")
 def import_decathlon(source: Source, folder: NewFolder, link: Link = False) -> None:
-    """Make a dataset folder of a Medical Segmentation Decathlon task; its training labels become final labels."""
+    """Make a dataset folder from a Medical Segmentation Decathlon task; its training labels become final labels."""
     from segqc.io.decathlon import read_task
 
     _import(read_task(source), folder, link=link)
@@ -60,7 +60,7 @@ def import_decathlon(source: Source, folder: NewFolder, link: Link = False) -> N
 
 @import_app.command("nnunet")
 def import_nnunet(source: Source, folder: NewFolder, link: Link = False) -> None:
-    """Make a dataset folder of an nnU-Net v2 raw data folder; its training labels become final labels."""
+    """Make a dataset folder from an nnU-Net v2 raw data folder; its training labels become final labels."""
     from segqc.io.nnunet import read_raw
 
     _import(read_raw(source), folder, link=link)
@@ -74,7 +74,7 @@ def import_dicom(
         str, typer.Option("--patient-tag", metavar="TAG", help="Tag that names the patient: a keyword, or 0010,0020.")
     ] = "PatientID",
 ) -> None:
-    """Make a dataset folder of DICOM series, as a scanner or an archive exports them.
+    """Make a dataset folder from DICOM series, as a scanner or an archive exports them.
 
     Localizers, reports and series with missing slices are left aside and named. Of the tags, only the patient's and the
     series' own stay.
@@ -179,7 +179,7 @@ def export_tables(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the tables.", show_default=False)],
     form: Annotated[Form, typer.Option("--format", help="File format.")] = Form.CSV,
 ) -> None:
-    """Write assessments, corrections, leases, label versions and events, a file each; older files are replaced."""
+    """Write assessments, corrections, leases, label versions and events, one file each; older files are replaced."""
     from segqc.io.tables import write_tables
 
     _say(target, write_tables(open_store(folder), target, form.value))
@@ -187,7 +187,7 @@ def export_tables(
 
 @export_app.command("archive")
 def export_archive(folder: StudiesFolder, target: Target) -> None:
-    """Write all rows and all label versions, to be imported elsewhere, on SQLite or PostgreSQL alike."""
+    """Write all rows and all label versions, to import them elsewhere, on SQLite or PostgreSQL."""
     from segqc.io.archive import export_archive as write
 
     with progress() as report:

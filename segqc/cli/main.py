@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
 
 A *dataset folder* holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people have drawn.
-The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] learns from it,
-[bold]score[/bold] judges all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
+The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] trains on it,
+[bold]score[/bold] assesses all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
 scans to 3D Slicer, worst first.
 
 Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage.
@@ -200,7 +200,7 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on the error stream.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print more on the error stream.")] = False,
 ) -> None:
     if verbose:
         logging.getLogger("segqc").setLevel(logging.INFO)
@@ -232,7 +232,9 @@ def prepare(
     ],
     folder: Annotated[Path, typer.Argument(help="Dataset folder to make; new or empty.", show_default=False)],
     labelled: Annotated[int, typer.Option(min=0, help="Number of scans with a final label.")] = 30,
-    unlabelled: Annotated[int, typer.Option(min=0, help="Number of scans without; their truth goes to truth/.")] = 50,
+    unlabelled: Annotated[
+        int, typer.Option(min=0, help="Number of scans without one; their truth goes to truth/.")
+    ] = 50,
     structure: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUES", help="A structure and its label values (head=1, or brain=2,3); repeat."),
@@ -284,7 +286,7 @@ def train_segqc(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train SegQC-Net, which judges masks; trains small segmentation networks on folds of the cases first."""
+    """Train SegQC-Net, which estimates how good masks are; first trains small segmentation networks on folds."""
     given = _given(epochs=epochs, size=size, seed=seed)
     _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe)
 
@@ -321,7 +323,7 @@ def score(
     method: Annotated[
         Scorer, typer.Option(help="segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.")
     ] = Scorer.SEGQC,
-    force: Annotated[bool, typer.Option("--force", help="Score again what has a current score.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also score scans that have a current score.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -343,11 +345,11 @@ def score(
 @app.command()
 def rank(
     folder: StudiesFolder,
-    method: Annotated[Scorer, typer.Option(help="Whose scores to order by.")] = Scorer.SEGQC,
+    method: Annotated[Scorer, typer.Option(help="Order by the scores of this method.")] = Scorer.SEGQC,
     truth: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="True labels, named as the scans: also print the true Dice and how well both agree."
+            metavar="DIR", help="True labels, named as the scans: also print the true Dice and how well the two agree."
         ),
     ] = None,
     include_final: Annotated[bool, typer.Option("--all", help="Also list scans that have a final label.")] = False,
@@ -400,7 +402,7 @@ def rank(
 def intervals(
     folder: StudiesFolder,
     use: Annotated[
-        bool, typer.Option("--use", help="Make intervals of the audit draws from now on, in place of the training's.")
+        bool, typer.Option("--use", help="From now on, make intervals from the audit draws instead of the training.")
     ] = False,
     simulated: Annotated[
         bool, typer.Option("--simulated", help="Take a simulated annotator's corrections instead of people's.")
@@ -662,17 +664,17 @@ def serve(
 def worker(
     folder: StudiesFolder,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Take only these jobs: train, scoring, batch_infer, round; repeat.")
+        list[str] | None, typer.Option(help="Run only these kinds of jobs: train, scoring, batch_infer, round; repeat.")
     ] = None,
-    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job waits.")] = False,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job is waiting.")] = False,
     parent: Annotated[
         int | None, typer.Option(metavar="PID", help="End when this process, which started it, has ended.")
     ] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Do the jobs that the server's clients put: trainings, scorings, inference on many scans, rounds.
+    """Run the jobs that clients ask the server for: trainings, scorings, inference on many scans, rounds.
 
-    The server starts one by itself; more may run, also on other machines that see the folder and the database.
+    The server starts a worker by itself. More may run, also on other machines that see the folder and the database.
     """
     from segqc.loop.processes import die_with_parent
 
@@ -693,14 +695,14 @@ def worker(
 @app.command("round")
 def run_round(
     folder: StudiesFolder,
-    put: Annotated[bool, typer.Option("--put", help="Only put it; a running worker does it.")] = False,
+    put: Annotated[bool, typer.Option("--put", help="Only enqueue the round; a running worker does it.")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Train both networks on all final labels, then segment and score all other scans.
 
-    The new networks replace the old ones together, when both are trained. Stopped or killed in the middle, the round
-    goes on after its last finished step. A round that another process is doing already is joined: waited for, and taken
-    over if that process dies.
+    The new networks replace the old ones together, when both are trained. A round that was stopped or killed
+    continues after its last finished step. If another process is doing a round already, this one waits for it, and
+    takes it over if that process dies.
     """
     from segqc.loop.worker import Worker
     from segqc.store import jobs

@@ -67,6 +67,15 @@ def find_boxes(
 
     Raises:
         ValueError: if the array is not 3-D.
+
+    Example:
+        Two errors in slice 1, three voxels apart, become one box.
+
+        >>> error = np.zeros((40, 40, 2))
+        >>> error[5:15, 5:25, 1] = 1
+        >>> error[18:20, 5:25, 1] = 1
+        >>> find_boxes(error, axis=2, spacing_mm=(1, 1, 3), settings=BoxSettings(min_distance_voxels=5))
+        (ErrorBox(slice_index=1, start=(5, 5), stop=(20, 25), area_mm2=300, mean_error=0.8, peak_error=1.0),)
     """
     if error.ndim != 3:
         raise ValueError(f"error boxes need a 3-D array, got shape {error.shape}")
@@ -119,6 +128,12 @@ def unite_boxes(corners: Corners, min_distance: float) -> Corners:
 
     Returns:
         (m, 4) rows, sorted. The order of the input does not matter.
+
+    Example:
+        The first two boxes are 2 voxels apart, the third is 14 voxels from them.
+
+        >>> unite_boxes(np.array([[0, 0, 2, 2], [4, 0, 6, 2], [20, 0, 22, 2]]), min_distance=5).tolist()
+        [[0, 0, 6, 2], [20, 0, 22, 2]]
     """
     united = corners[:0]
     if min_distance <= 0:
@@ -157,7 +172,16 @@ def _united(corners: Corners, min_distance: float) -> Corners:
 
 
 def box_iou(a: ErrorBox, b: ErrorBox) -> float:
-    """Intersection over union of two boxes; 0 where they lie in different slices."""
+    """Intersection over union of two boxes; 0 where they lie in different slices.
+
+    Example:
+        >>> a = ErrorBox(3, start=(0, 0), stop=(10, 10), area_mm2=100.0, mean_error=0.9, peak_error=1.0)
+        >>> b = replace(a, start=(0, 5), stop=(10, 15))
+        >>> box_iou(a, b)
+        0.333...
+        >>> box_iou(a, replace(b, slice_index=4))
+        0.0
+    """
     return float(_ious([a], [b])[0, 0])
 
 
@@ -199,6 +223,15 @@ def match_boxes(predicted: Sequence[ErrorBox], true: Sequence[ErrorBox], min_iou
 
     Raises:
         ValueError: if ``min_iou`` is not in (0, 1].
+
+    Example:
+        >>> found = ErrorBox(3, start=(0, 0), stop=(10, 10), area_mm2=100.0, mean_error=0.9, peak_error=1.0)
+        >>> elsewhere = replace(found, slice_index=7)
+        >>> counts = match_boxes([found, elsewhere], true=[found], min_iou=0.1)
+        >>> counts
+        Detection(predicted=2, true=1, matched=1)
+        >>> counts.precision, counts.recall
+        (0.5, 1.0)
     """
     return match_boxes_at(predicted, true, (min_iou,))[0]
 

@@ -156,6 +156,10 @@ def patients_needed(level: float = LEVEL) -> int:
 
     Raises:
         ValueError: if the level is not between 0 and 1.
+
+    Example:
+        >>> patients_needed(0.9), patients_needed(0.95)
+        (9, 19)
     """
     if not 0 < level < 1:
         raise ValueError(f"an interval's level lies between 0 and 1, got {level}")
@@ -180,6 +184,15 @@ def jackknife_plus(
 
     Raises:
         ValueError: if the three differ in length.
+
+    Example:
+        >>> estimates = [0.80, 0.82, 0.84, 0.86, 0.88, 0.90, 0.92, 0.94, 0.96]
+        >>> truths = [0.78, 0.85, 0.83, 0.89, 0.86, 0.90, 0.90, 0.95, 0.95]
+        >>> patients = [f"patient {number}" for number in range(9)]
+        >>> str(jackknife_plus(estimates, truths, patients, "dice").interval(0.9))
+        '0.88-0.93'
+        >>> jackknife_plus(estimates[1:], truths[1:], patients[1:], "dice").interval(0.9) is None  # only eight patients
+        True
     """
     values, true, names = _defined(x, truth, patients)
     found = []
@@ -211,6 +224,13 @@ def split_conformal(
 
     Raises:
         ValueError: if the three differ in length.
+
+    Example:
+        >>> estimates = [0.90] * 9
+        >>> truths = [0.86, 0.87, 0.88, 0.89, 0.90, 0.91, 0.92, 0.93, 0.94]
+        >>> calibration = split_conformal(estimates, truths, [f"patient {n}" for n in range(9)], "dice")
+        >>> str(calibration.interval(0.90)), str(calibration.interval(0.60))  # worse masks have wider intervals
+        ('0.86-0.94', '0.50-0.70')
     """
     values, true, names = _defined(estimates, truth, patients)
     line = line or LinearCalibration()

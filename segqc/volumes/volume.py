@@ -34,6 +34,14 @@ class Volume:
 
     Raises:
         VolumeError: if the array is not 3-D or empty, or if the affine is not an invertible ``(4, 4)`` map.
+
+    Example:
+        >>> volume = Volume(np.zeros((4, 5, 2)), affine=np.diag([-0.5, 0.5, 3.0, 1.0]))
+        >>> volume.shape, volume.spacing_mm, round(volume.voxel_volume_mm3, 6)
+        ((4, 5, 2), (0.5, 0.5, 3.0), 0.75)
+        >>> Volume(np.zeros((4, 5)), affine=np.eye(4))
+        Traceback (most recent call last):
+        segqc.volumes.volume.VolumeError: A volume needs three non-empty axes, not the shape (4, 5).
     """
 
     array: Array
@@ -102,7 +110,14 @@ class Source:
 
 
 def affine_finding(affine: Array) -> str | None:
-    """Say what is wrong with an affine, or None."""
+    """Return what is wrong with an affine, or None.
+
+    Example:
+        >>> affine_finding(np.diag([1.0, 0.0, 1.0, 1.0]))
+        'has an axis of length zero'
+        >>> affine_finding(np.eye(4)) is None
+        True
+    """
     if affine.shape != (4, 4):
         return f"has the shape {affine.shape}"
     if not np.isfinite(affine).all():
@@ -147,7 +162,12 @@ def spacing_of(affine: AffineArray) -> tuple[float, float, float]:
 
 
 def corners(affine: AffineArray, shape: tuple[int, int, int]) -> AffineArray:
-    """Centres of a grid's eight corner voxels, ``(3, 8)``, in millimetres."""
+    """Centres of a grid's eight corner voxels, ``(3, 8)``, in millimetres.
+
+    Example:
+        >>> corners(np.diag([0.5, 0.5, 3.0, 1.0]), (4, 5, 2)).max(axis=1).tolist()
+        [1.5, 2.0, 3.0]
+    """
     index = _CORNERS * (np.array(shape, dtype=np.float64)[:, None] - 1)
     return cast(AffineArray, affine[:3, :3] @ index + affine[:3, 3:])
 
@@ -157,6 +177,12 @@ def grid_tolerance(affine: AffineArray, shape: tuple[int, int, int]) -> float:
 
     It covers what rounding in headers costs: 1 % of the smallest voxel edge, and, near half a turn, where a quaternion
     of single precision is least precise, 7e-4 rad over the field of view; half the smallest edge at most.
+
+    Example:
+        >>> grid_tolerance(np.diag([0.5, 0.5, 3.0, 1.0]), (4, 5, 2))
+        0.005
+        >>> round(grid_tolerance(np.diag([0.5, 0.5, 3.0, 1.0]), (512, 512, 40)), 3)  # half the smallest edge
+        0.25
     """
     smallest = min(spacing_of(affine))
     found = corners(affine, shape)
@@ -165,7 +191,14 @@ def grid_tolerance(affine: AffineArray, shape: tuple[int, int, int]) -> float:
 
 
 def distance_of_grids(one: AffineArray, other: AffineArray, shape: tuple[int, int, int]) -> float:
-    """The largest distance between corresponding corners of two grids of a shape, in millimetres."""
+    """The largest distance between corresponding corners of two grids of a shape, in millimetres.
+
+    Example:
+        >>> moved = np.eye(4)
+        >>> moved[0, 3] = 0.25
+        >>> distance_of_grids(np.eye(4), moved, (4, 5, 2))
+        0.25
+    """
     return float(np.linalg.norm(corners(one, shape) - corners(other, shape), axis=0).max())
 
 

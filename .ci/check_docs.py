@@ -1,4 +1,4 @@
-"""Run the README's blocks that are marked as checked, on few scans and steps, and fail where one fails.
+"""Run the blocks of the README and the docs that are marked as checked, on few scans and steps; fail where one fails.
 
 A marked block follows a line ``<!-- checked -->``. Python blocks run one by one, in a folder that holds a copy of the
 sample scans. The commands of shell blocks run one after the other in an empty folder, on the real data that SEGQC_DATA
@@ -50,7 +50,7 @@ def run_python(block: str) -> None:
         shutil.copytree(SAMPLES, Path(folder) / SAMPLES.name)
         code = subprocess.run([sys.executable, "-c", block], cwd=folder, check=False).returncode
     if code:
-        sys.exit(f"check_readme: exit code {code} from this block:\n{block}")
+        sys.exit(f"check_docs: exit code {code} from this block:\n{block}")
 
 
 def free_port() -> int:
@@ -69,19 +69,19 @@ def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    sys.exit(f"check_readme: the server did not answer at {url} within {PATIENCE_SECONDS:.0f} s")
+    sys.exit(f"check_docs: the server did not answer at {url} within {PATIENCE_SECONDS:.0f} s")
 
 
 def main() -> None:
-    """Run the marked blocks of the README given as argument."""
-    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    """Run the marked blocks of the files given as arguments."""
+    text = "\n".join(Path(page).read_text(encoding="utf-8") for page in sys.argv[1:])
     scripts, commands = checked_blocks(text, "python"), checked_commands(text)
     if not (scripts and commands):
-        sys.exit("check_readme: no Python block, or no shell block, is marked as checked")
+        sys.exit("check_docs: no Python block, or no shell block, is marked as checked")
     for script in scripts:
         run_python(script)
     if not os.environ.get("SEGQC_DATA"):
-        print("check_readme: shell blocks are skipped, SEGQC_DATA names no folder of real data sets")
+        print("check_docs: shell blocks are skipped, SEGQC_DATA names no folder of real data sets")
         return
     port = str(free_port())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -99,7 +99,7 @@ def main() -> None:
                     subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, check=True)
                 print(f"  ({time.monotonic() - start:.1f} s)", flush=True)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"check_readme: exit code {error.returncode} from: {error.cmd[-1]}")
+            sys.exit(f"check_docs: exit code {error.returncode} from: {error.cmd[-1]}")
         finally:
             for server in servers:
                 server.terminate()
