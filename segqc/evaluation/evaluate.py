@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from segqc.errors import SegqcError
 from segqc.evaluation.data.cohort import CohortError
 from segqc.evaluation.data.mask_sources import (
     Manifest,
@@ -110,7 +111,7 @@ def observer_study(run: Run, folder: Path, progress: Progress) -> ObserverStudy:
                 base=run.settings.extraction,
                 report=lambda what: progress.step(0, 1, what),
             )
-        except ValueError as error:
+        except (SegqcError, ValueError) as error:
             raise CohortError(str(error)) from error
 
     if not folder.is_dir():
