@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from segqc.errors import SegqcError
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.error_maps import ExtractionSettings
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.text import decode_text
+from segqc.text import TextError, decode_text
 from segqc.types import Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
 from segqc.volumes.tags import read_tag
@@ -56,7 +57,7 @@ _TABLES: Mapping[str, type] = {
 }
 
 
-class SettingsError(ValueError):
+class SettingsError(SegqcError):
     """A setting that cannot be used; says which one, where it came from and what is wanted."""
 
 
@@ -350,7 +351,7 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
         raise SettingsError(f"{path}: not a TOML file: it is nested too deep") from error
-    except ValueError as error:  # no text, no TOML, or an integer of thousands of digits
+    except (TextError, ValueError) as error:  # no text, no TOML, or an integer of thousands of digits
         raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 

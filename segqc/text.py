@@ -8,6 +8,8 @@ import os
 from types import TracebackType
 from typing import Final, TypeAlias, TypeVar
 
+from segqc.errors import SegqcError
+
 T = TypeVar("T")
 ExceptionInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -50,7 +52,7 @@ def _one_line(text: str) -> str:
     return visible(text).replace("\n", "\\x0a")
 
 
-class TextError(ValueError):
+class TextError(SegqcError):
     """Bytes that are no text in a known encoding; the message says at which byte, and what to do."""
 
 

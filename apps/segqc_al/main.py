@@ -92,7 +92,7 @@ class SegqcApp(MONAILabelApp):
         try:
             self._told = self._info()
         except StoreUnavailable as error:
-            return {**self._told, "problem": f"{error}; what is told here may be out of date"}
+            return {**self._told, "problem": f"{error.clause}; what is told here may be out of date"}
         return self._told
 
     def _info(self) -> dict[str, Any]:

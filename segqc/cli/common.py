@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from segqc.errors import SegqcError
 from segqc.text import spreadsheet_cell, visible
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ Row: TypeAlias = Mapping[str, Cell]
 NOT_ENOUGH_DATA = "not enough data"  # for an interval: too few patients with a truth
 
 
-class CommandError(ValueError):
+class CommandError(SegqcError):
     """A command cannot do what was asked; says why and what to do."""
 
 

@@ -41,6 +41,7 @@ from segqc.cli.common import (
     shown_progress,
     structure_flag,
 )
+from segqc.errors import SegqcError, sentence
 from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
@@ -121,11 +122,9 @@ def main() -> None:
     _log_to_stderr(logging.WARNING, LineFormatter("%(levelname)s: %(message)s"))
     try:
         app()
-    except Exception as error:
-        if not isinstance(error, _user_errors()):
-            raise
+    except (SegqcError, OSError) as error:
         typer.echo(f"segqc: {_sentence(error)}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code if isinstance(error, SegqcError) else SegqcError.exit_code)
 
 
 def _log_to_stderr(level: int, formatter: logging.Formatter) -> None:
@@ -141,11 +140,11 @@ def _log_jobs() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: SegqcError | OSError) -> str:
     """What to tell of an error; the operating system's number means nothing to users."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return visible(f"{error.filename}: {error.strerror.lower()}")
-    return visible(str(error))
+        return visible(f"{error.filename}: {error.strerror.lower()}.")
+    return visible(sentence(str(error)))
 
 
 def _set_up_text() -> None:
@@ -160,33 +159,6 @@ def _set_up_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-# By module: slow to import, or an extra. An error can only have been raised where its module was imported.
-_USER_ERRORS: Final[Mapping[str, tuple[str, ...]]] = {
-    "segqc.evaluation.data.cohort": ("CohortError",),
-    "segqc.io.case_list": ("ExchangeError",),
-    "segqc.loop.dataset": ("DatasetError",),
-    "segqc.networks.device": ("DeviceMemoryError",),
-    "segqc.networks.model": ("ModelError",),
-    "segqc.server.annotator": ("AnnotatorError",),
-    "segqc.server.serve": ("ServeError",),
-    "segqc.settings": ("SettingsError",),
-    "segqc.store.database": ("StoreError",),
-    "segqc.training.cases": ("TooFewCases",),
-    "segqc.volumes": ("VolumeError",),
-}
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose text tells the user what to do; all others are mistakes of ours and show where they happened."""
-    found = [
-        getattr(sys.modules[module], name)
-        for module, names in _USER_ERRORS.items()
-        if module in sys.modules
-        for name in names
-    ]
-    return (CommandError, OSError, *found)
 
 
 def _version(wanted: bool) -> None:

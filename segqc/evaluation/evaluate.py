@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from segqc.errors import SegqcError
 from segqc.evaluation.data.cohort import CohortError
 from segqc.evaluation.data.manifest import Manifest
 from segqc.evaluation.data.mask_sources import (
@@ -129,7 +130,7 @@ def observer_experiment(run: Run, folder: Path, progress: Progress) -> ObserverE
                 report=lambda what: progress.step(0, 1, what),
             )
             return NamedObservers(whole.name, found)
-        except ValueError as error:
+        except (SegqcError, ValueError) as error:
             raise CohortError(str(error)) from error
 
     if not folder.is_dir():

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
+from segqc.errors import SegqcError
 from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
@@ -38,7 +39,7 @@ T = TypeVar("T")
 NIFTI = ".nii.gz"
 
 
-class ExchangeError(ValueError):
+class ExchangeError(SegqcError):
     """A folder can't be read or written as the wanted format; says which file, what is wrong and what to do."""
 
 

@@ -124,8 +124,6 @@ def _listed(folder: Path, file: str) -> Path:
             raise ExchangeError(f"{shown}: is listed in {_FILE}, but is not in its folder; copy it there.")
         found = path.is_file()
     except (OSError, ValueError) as error:  # a name that no file can have
-        if isinstance(error, ExchangeError):
-            raise
         raise ExchangeError(f"{shown}: is listed in {_FILE}, but is no name of a file; repair the list.") from error
     if not found:
         raise ExchangeError(f"{shown}: is listed in {_FILE}, but not there; download the task again.")

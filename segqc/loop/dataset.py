@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from segqc.errors import SegqcError
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, findings, labels, remarks, scans
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
 
 
-class DatasetError(ValueError):
+class DatasetError(SegqcError):
     """A dataset folder can't be used; says what is missing and what to do."""
 
 

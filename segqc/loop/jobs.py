@@ -11,16 +11,15 @@ from typing import Final, Literal, TypeAlias
 from segqc.loop.dataset import Dataset, DatasetError, expecting
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
 from segqc.loop.training import publish, publish_staged, train
-from segqc.networks.device import DeviceMemoryError
 from segqc.networks.model import ModelError
 from segqc.settings import NetworkName, SettingsError, build
 from segqc.store import jobs
-from segqc.store.database import StoreError, Transaction
+from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL, NewLabel
 from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.store.scans import ScanReplaced, UnknownScan
-from segqc.training import Progress, TooFewCases, TrainingSettings
+from segqc.training import Progress, TrainingSettings
 from segqc.volumes import VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -29,11 +28,6 @@ JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
 NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 LIKELY_ERRORS_TAG: Final = "likely-errors"
-
-# What a user can mend: said in its own sentence, without the way it took through the code.
-KNOWN_PROBLEMS = (
-    DeviceMemoryError, ModelError, SettingsError, StoreError, DatasetError, TooFewCases, VolumeError, OSError,
-)  # fmt: skip
 
 
 def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:

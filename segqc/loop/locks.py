@@ -16,6 +16,8 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from segqc.errors import SegqcError
+
 logger = logging.getLogger(__name__)
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -46,7 +48,7 @@ class Holder:
 _HOLDER: Final = TypeAdapter(Holder)
 
 
-class LockHeld(RuntimeError):  # noqa: N818 - the finding, not the exception, is what callers name
+class LockHeld(SegqcError):  # noqa: N818 - the finding, not the exception, is what callers name
     """Another process holds the lock.
 
     Attributes:

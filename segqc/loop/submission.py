@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset, expecting
 from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics, true_slice_metrics
@@ -20,8 +21,10 @@ from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
 
 
-class OpenedError(ValueError):
+class OpenedError(SegqcError):
     """What is said to have been opened is not there."""
+
+    status = 400
 
 
 @dataclass(frozen=True, slots=True)

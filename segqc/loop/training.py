@@ -101,7 +101,7 @@ def _learn(
         except TooFewCases as error:
             if not left_out:
                 raise
-            raise TooFewCases(f"{error}; left out: {'; '.join(left_out)}") from error
+            raise TooFewCases(f"{error.clause}; left out: {'; '.join(left_out)}") from error
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from segqc.errors import SegqcError, sentence
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset
 from segqc.loop.locks import hold, is_abandoned
@@ -86,25 +87,25 @@ def run_job(folder: Path, number: int) -> int:
         job = jobs.get(transaction, number)
     try:
         result = work.run(dataset, job, LineProgress(_say_step))
-    except work.KNOWN_PROBLEMS as error:
+    except (SegqcError, OSError) as error:
         sys.stdout.write(f"{_one_line(error)}\n")
-        return 1
+        return error.exit_code if isinstance(error, SegqcError) else SegqcError.exit_code
     except MemoryError:
         sys.stdout.write(
             "memory ran out: set a smaller patch, batch or size in [training] of segqc.toml, or give the machine or "
-            "container more memory\n"
+            "container more memory.\n"
         )
-        return 1
+        return SegqcError.exit_code
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        sys.stdout.write(f"unexpected {type(error).__name__}: {_one_line(error)} (the log has the traceback)\n")
+        sys.stdout.write(f"unexpected {type(error).__name__}: {_one_line(error)} (the log has the traceback).\n")
         return _UNEXPECTED
     _say(_Result(result))
     return 0
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return sentence(" ".join(str(error).split()))
 
 
 class Worker:
@@ -201,7 +202,7 @@ class Worker:
         try:
             process = self._start(job)
         except OSError as error:
-            heard.take(f"could not be started: {error}", job)
+            heard.take(sentence(f"could not be started: {error}"), job)
             self._finish(job, "failed", heard)
             return
         os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)  # annotators wait for the server, not for it
@@ -221,13 +222,13 @@ class Worker:
         code = process.wait()
         death = death_by_signal(code)
         if death is not None:
-            self._retry(job, f"the job's process was {death}", heard)
+            self._retry(job, f"the job's process was {death}.", heard)
             return
         done = code == 0 and heard.result is not None
         if code == 0 and not done:
-            heard.take("the job's process ended before its work was done; put the job again", job)
+            heard.take("the job's process ended before its work was done; put the job again.", job)
         elif code != 0 and not heard.has_reason:
-            heard.take(f"the job's process ended with exit status {code} and no message", job)
+            heard.take(f"the job's process ended with exit status {code} and no message.", job)
         self._finish(job, "done" if done else "failed", heard)
 
     def _start(self, job: JobRecord) -> subprocess.Popen[str]:

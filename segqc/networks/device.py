@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
+from segqc.errors import SegqcError
 from segqc.networks.plan import Triple
 
 
-class DeviceMemoryError(RuntimeError):
+class DeviceMemoryError(SegqcError):
     """The GPU has not enough memory."""
+
+    status = 503
 
 
 def device_of_choice() -> torch.device:

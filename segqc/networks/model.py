@@ -13,6 +13,7 @@ import torch
 from pydantic.main import IncEx
 from torch import nn
 
+from segqc.errors import SegqcError
 from segqc.networks.card import _CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
 from segqc.networks.inference import sliding_window
@@ -23,7 +24,7 @@ from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 _FORMAT = 2  # 2: with a smoothing layer behind the stem
 
 
-class ModelError(ValueError):
+class ModelError(SegqcError):
     """A model file is missing, foreign or damaged."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from segqc.errors import SegqcError
 from segqc.loop.agreement import dice_by_structure, find_labels, worst_dice
 from segqc.server.client_labels import from_client
 from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
@@ -23,7 +24,7 @@ from segqc.volumes import VolumeError, read_labels
 logger = logging.getLogger(__name__)
 
 
-class AnnotatorError(RuntimeError):
+class AnnotatorError(SegqcError):
     """The simulated annotator can't go on; says what the server answered or which truth is missing."""
 
 

@@ -30,9 +30,8 @@ from starlette.formparsers import MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
-from segqc.loop.dataset import DatasetError
+from segqc.errors import SegqcError, sentence
 from segqc.loop.jobs import NETWORKS, enqueue_scoring
-from segqc.networks.device import DeviceMemoryError
 from segqc.networks.model import ModelError
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
@@ -50,10 +49,7 @@ from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
 from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.store import jobs
-from segqc.store.database import StoreError, StoreUnavailable
 from segqc.store.events import SERVER
-from segqc.store.scans import UnknownScan
-from segqc.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +174,7 @@ def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.
         started = time.monotonic()
         try:
             datastore.refresh(ended.is_set)
-        except (StoreError, OSError) as error:
+        except (SegqcError, OSError) as error:
             logger.warning("the folder could not be looked through: %s", error)
         except Exception:
             logger.exception("the folder could not be looked through")  # the next look may do better
@@ -195,7 +191,7 @@ def _preload(instance: App) -> None:
             logger.warning("%s", error)
     try:
         instance.info()
-    except (StoreError, DatasetError, OSError) as error:
+    except (SegqcError, OSError) as error:
         logger.warning("%s", error)
     # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
     gc.freeze()
@@ -244,7 +240,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         status: int, message: str, headers: Mapping[str, str] | None = None, *, image: str | None = None
     ) -> JSONResponse:
         # what a client sent may be no text that can be sent back, or very long
-        shown = message if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
+        shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
         told = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
         return JSONResponse(told if image is None else {**told, "image": image}, status, headers)
 
@@ -254,47 +250,24 @@ def _add_error_handlers(app: FastAPI) -> None:
             return await on_os_error(request, error.__cause__)  # met while a form was received
         return refuse(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(RequestError)
-    async def on_request_error(_: Request, error: RequestError) -> JSONResponse:
-        return refuse(error.status, error.message, image=error.image)
+    @app.exception_handler(SegqcError)
+    async def on_known_problem(_: Request, error: SegqcError) -> JSONResponse:
+        if error.status >= 500:
+            logger.error("%s", error)
+        return refuse(error.status, str(error), image=error.image if isinstance(error, RequestError) else None)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = " ".join(str(part) for part in first["loc"])[:200]
-        return refuse(422, f"{place}: {first['msg'].removeprefix('Value error, ')}.")
+        return refuse(422, f"{place}: {first['msg'].removeprefix('Value error, ')}")
 
     @app.exception_handler(MONAILabelException)
     async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
         if isinstance(error, ImageNotFoundException | LabelNotFoundException):
-            return refuse(404, f"{error.msg}.")
+            return refuse(404, str(error.msg))
         asked = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
         return refuse(400 if asked else 500, str(error.msg))
-
-    @app.exception_handler(VolumeError)
-    async def on_volume_error(_: Request, error: VolumeError) -> JSONResponse:
-        return refuse(422, str(error))
-
-    @app.exception_handler(ModelError)
-    async def on_model_error(_: Request, error: ModelError) -> JSONResponse:
-        return refuse(409, str(error))
-
-    @app.exception_handler(DeviceMemoryError)
-    async def on_device_memory_error(_: Request, error: DeviceMemoryError) -> JSONResponse:
-        logger.error("%s", error)
-        return refuse(503, f"{error}.")
-
-    @app.exception_handler(UnknownScan)
-    async def on_unknown_scan(_: Request, error: UnknownScan) -> JSONResponse:
-        return refuse(404, f"{error}.")
-
-    @app.exception_handler(StoreError)
-    async def on_store_error(_: Request, error: StoreError) -> JSONResponse:
-        return refuse(409, f"{error}.")
-
-    @app.exception_handler(StoreUnavailable)
-    async def on_unavailable(_: Request, error: StoreUnavailable) -> JSONResponse:
-        return refuse(503, f"{error}.")
 
     @app.exception_handler(OSError)
     async def on_os_error(_: Request, error: OSError) -> JSONResponse:
@@ -318,10 +291,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:
         logger.error("out of memory: %s", error)
         return refuse(503, "the server has not enough memory for this request now; try a smaller one, or later.")
-
-    @app.exception_handler(DatasetError)
-    async def on_studies_error(_: Request, error: DatasetError) -> JSONResponse:
-        return refuse(409, str(error))
 
 
 app = create_app()

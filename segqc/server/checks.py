@@ -152,7 +152,7 @@ def json_object(text: str | None, field: str) -> JsonObject:
     try:
         value = check_json(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the field {field!r} is not JSON: {error}.") from error
+        raise RequestError(400, f"the field {field!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(400, f"the field {field!r} is not a JSON object but {type(value).__name__}.")
     return value

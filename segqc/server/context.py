@@ -115,7 +115,7 @@ def _required(cache: ModelCache[M], name: NetworkName) -> M:
     try:
         model = cache.get()
     except ModelError as error:
-        raise RequestError(409, f"{error}.") from error
+        raise RequestError(409, str(error)) from error
     if model is None:
         raise RequestError(
             409,

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.text import LineFormatter
 
@@ -49,7 +50,7 @@ _WORKER_PAUSE_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class ServeError(ValueError):
+class ServeError(SegqcError):
     """The server cannot be started; says why and what to do."""
 
 

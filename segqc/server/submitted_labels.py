@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.submission import Opened, OpenedError, submit_label
+from segqc.loop.submission import Opened, submit_label
 from segqc.server.checks import JsonObject
 from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
@@ -171,25 +171,23 @@ def submit(
         What the client is told of it.
 
     Raises:
-        RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be used.
+        RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be read.
+        OpenedError: 400 if they name what does not exist.
     """
     opened = _opened(params)
-    try:
-        simulated = params.get("simulated") is True
-        done = submit_label(
-            dataset,
-            scan.name,
-            labels.volume,
-            tag,
-            actor,
-            info=params,
-            opened=opened,
-            simulated=simulated,
-            checked=scan,
-            file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
-        )
-    except OpenedError as error:
-        raise RequestError(400, f"{error}.") from error
+    simulated = params.get("simulated") is True
+    done = submit_label(
+        dataset,
+        scan.name,
+        labels.volume,
+        tag,
+        actor,
+        info=params,
+        opened=opened,
+        simulated=simulated,
+        checked=scan,
+        file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
+    )
     told: JsonObject = {"version": done.label.id}
     if done.correction is not None:
         told["correction"] = done.correction

@@ -55,6 +55,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from segqc.errors import SegqcError
+
 logger = logging.getLogger(__name__)
 
 Clock: TypeAlias = Callable[[], dt.datetime]
@@ -72,12 +74,14 @@ _ALEMBIC: Final = threading.Lock()  # what it works on is global to the process
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
 
 
-class StoreError(RuntimeError):
+class StoreError(SegqcError):
     """The store can't be used or asked for that; says what is wrong and what to do."""
 
 
 class StoreUnavailable(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """The database does not answer, or cannot write: not the caller's fault."""
+
+    status = 503
 
 
 class StoreDamaged(StoreUnavailable):

@@ -136,7 +136,7 @@ def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str
             "nothing was changed"
         ) from error
     except StoreError as error:
-        raise StoreError(f"{backup}: this backup cannot be restored: {error}; nothing was changed") from error
+        raise StoreError(f"{backup}: this backup cannot be restored: {error.clause}; nothing was changed") from error
     finally:
         store.close()  # the write-ahead log goes with the last connection
     return len(contents), shown, before

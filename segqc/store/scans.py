@@ -53,6 +53,8 @@ _RECORD_OF: Final = select(*_RECORD).join(Patient, Scan.patient_id == Patient.id
 class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """There is no scan of this name."""
 
+    status = 404
+
 
 class ScanReplaced(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
     """Another content has taken the place of the one that something was made for."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segqc.errors import SegqcError
 from segqc.networks.inference import canonical_scan
 from segqc.networks.plan import NetworkPlan, Spacing, Triple
 from segqc.types import FloatArray, LabelArray, Structure
@@ -16,7 +17,7 @@ from segqc.volumes import Volume, VolumeError, canonical_frame, read_labels, rea
 from segqc.volumes.intake import content_sha256
 
 
-class TooFewCases(ValueError):  # noqa: N818 - the finding, not the exception, is what callers name
+class TooFewCases(SegqcError):  # noqa: N818 - the finding, not the exception, is what callers name
     """There are not enough labelled cases to train on."""
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
+from segqc.errors import SegqcError
+
 Array: TypeAlias = npt.NDArray[Any]
 AffineArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -18,8 +20,10 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CORNERS = np.indices((2, 2, 2)).reshape(3, 8)
 
 
-class VolumeError(ValueError):
+class VolumeError(SegqcError):
     """A file, or an array with its geometry, is no usable scan or label map; the message says why and what to do."""
+
+    status = 422
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
+from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.prepare import labelled_pairs, scans_by_patient
 from segqc.training import Case
@@ -21,7 +22,7 @@ MIN_TRAINING_PATIENTS = 6
 MIN_TEST_PATIENTS = 2
 
 
-class CohortError(ValueError):
+class CohortError(SegqcError):
     """A data set can't be evaluated on; says what is missing and what to do."""
 
 

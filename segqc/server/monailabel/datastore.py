@@ -189,7 +189,7 @@ class StoreDatastore(Datastore):
         except ScanExists as error:
             if self._is_same_scan(error.name, name, scan_file):
                 return name
-            raise RequestError(409, f"{error}.", image=error.name) from error
+            raise RequestError(409, str(error), image=error.name) from error
         if image_info:
             self.update_image_info(added.name, image_info)
         return added.name

@@ -65,7 +65,7 @@ class NetworkTraining(TrainTask):
         try:
             return chosen_settings(self.context.dataset, self.network, choices)
         except SettingsError as error:
-            raise RequestError(400, f"{error}.") from error
+            raise RequestError(400, str(error)) from error
 
     def job(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What a worker is asked for, by the library's own names, and which parameters are ignored.
