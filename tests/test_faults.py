@@ -27,14 +27,13 @@ import numpy as np
 import pytest
 
 from segqc.store import assessments, corrections, labels, leases, orders, scans
-from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.maintenance import check
 from segqc.store.records import Actor, Change, LabelRecord, StructureChange
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
@@ -84,16 +83,15 @@ def take(store: Store, actor: Actor) -> str:
 
 def submit(store: Store, scan: str, source: Path, actor: Actor, tag: str = "final") -> LabelRecord:
     """What a submission does: version, lease and correction in one transaction."""
-
-    def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
+    with store.change_labels([LabelChange(NewLabel(scan, tag, "annotator", actor), source)]) as changing:
+        transaction = changing.transaction
         lease = leases.submitted(transaction, scan, actor)
         if lease is not None and lease.label_version is not None:
             none = Metrics(None, None, None, None)
             change = Change(2, 1, 1, (StructureChange("liver", none, 1, (none,)),))
             start = labels.get(transaction, lease.label_version)
-            corrections.add(transaction, start, versions[0], change, actor, lease=lease)
-
-    return store.save_label(NewLabel(scan, tag, "annotator", actor), source, then)
+            corrections.add(transaction, start, changing.versions[0], change, actor, lease=lease)
+        return changing.versions[0]
 
 
 def score(store: Store, scan: str, source: Path, pair: int) -> None:

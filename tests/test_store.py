@@ -25,7 +25,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
 from segqc.types import Metrics
 from segqc.volumes import scan_id
@@ -286,7 +286,7 @@ def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, fol
     with pytest.raises(UnknownScan):
         save_final(store, folder.parent, "nobody", 3)
     assert not list(store.files.all_objects())
-    assert not [p for p in store.own.rglob("*") if p.is_file() and "store" not in p.name]
+    assert not [p for p in store.own.rglob("*") if p.is_file() and not p.name.startswith(("store", "folder-id"))]
 
 
 def test_labels_put_into_the_folder_become_versions(store: Store, folder: Path) -> None:
@@ -663,17 +663,12 @@ PART = change(0.8)
 
 
 def submit(store: Store, folder: Path, scan: str, actor: Actor, value: int, change: Change = PART) -> int:
-    number = []
-
-    def then(transaction: object, versions: list[object]) -> None:
-        lease = leases.submitted(transaction, scan, actor)  # type: ignore[arg-type]
-        assert lease is not None
-        start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
-        number.append(corrections.add(transaction, start, versions[0], change, actor, lease=lease))  # type: ignore[arg-type]
-
     source = label_map(folder.parent / "submitted.nii.gz", value)
-    store.save_label(NewLabel(scan, "final", "annotator", actor), source, then)
-    return number[0]
+    with store.change_labels([LabelChange(NewLabel(scan, "final", "annotator", actor), source)]) as changing:
+        lease = leases.submitted(changing.transaction, scan, actor)
+        assert lease is not None
+        start = labels.get(changing.transaction, lease.label_version or 0)
+        return corrections.add(changing.transaction, start, changing.versions[0], change, actor, lease=lease)
 
 
 def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folder: Path, clock: Clock) -> None:

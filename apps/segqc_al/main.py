@@ -18,7 +18,6 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import segqc
-from segqc.loop.dataset import expecting
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.checks import known
 from segqc.server.client_labels import from_client
@@ -177,10 +176,10 @@ class SegqcApp(MONAILabelApp):
             pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
         source, info = Actor("network", version, "program"), {"model": name, "params": params}
         above = parent.id if parent is not None else None
-        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info)
+        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info, scan_sha256=content)
         kept = read_labels(path)
         if name == "segmentation":
             kept = from_client(kept, label_names(self.context.segmenter().structures))
         with temporary_labels(kept) as stored:
-            self.context.dataset.store.save_label(label, stored, first=expecting(image, content))
+            self.context.dataset.store.save_label(label, stored)
         return image

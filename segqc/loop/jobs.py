@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, Literal, TypeAlias
 
-from segqc.loop.dataset import Dataset, DatasetError, expecting
+from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
 from segqc.loop.training import publish, publish_staged, train
 from segqc.networks.device import DeviceMemoryError
@@ -132,9 +132,12 @@ def _batch_infer(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonOb
             result = assessor.assess(scan, labels, scan_id=entry.id)
             errors = assessor.likely_errors(result, scan)
             source = Actor("network", assessor.version, "program")
-            label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", source, parent=mask.id, bundle=pair)
+            label = NewLabel(
+                entry.id, LIKELY_ERRORS_TAG, "network", source,
+                parent=mask.id, bundle=pair, scan_sha256=entry.sha256,
+            )  # fmt: skip
             with temporary_labels(errors) as path:
-                dataset.store.save_label(label, path, first=expecting(entry.id, entry.sha256))
+                dataset.store.save_label(label, path)
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from their masks
             logger.warning("%s is left out: %s", entry.id, error)

@@ -26,7 +26,7 @@ class NewLabel:
 
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
     ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is
-    another.
+    another. ``scan_sha256`` is the scan's content that the label map was made for; None where nobody knows.
     """
 
     scan: str
@@ -40,6 +40,7 @@ class NewLabel:
     info: JsonObject | None = None
     submitted_sha256: str | None = None
     submitted_suffix: str | None = None
+    scan_sha256: str | None = None
 
 
 def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
@@ -50,8 +51,9 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
     Raises:
         UnknownScan: if there is no such scan.
+        ScanReplaced: if it has another content than the one that the label was made for.
     """
-    scan = scans.find(transaction, label.scan)
+    scan = scans.expect(transaction, label.scan, label.scan_sha256)
     last = current(transaction, label.scan, label.tag)
     if last is not None and last.sha256 == label.sha256 and last.actor == label.actor and label.source == last.source:
         return last, False
