@@ -106,7 +106,7 @@ def make_folder(folder: Path, count: int) -> None:
     store, rng = dataset.store, np.random.default_rng(0)
     with store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    network = Actor("network", "seg", "program")
+    network = Actor(kind="network", name="seg", identified_by="program")
     with temporary_labels(draw(0)[1]) as mask:
         for start in range(0, count, BATCH):
             names = [f"scan_{i:05d}" for i in range(start, min(start + BATCH, count))]

@@ -454,7 +454,13 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
     clock.pass_(minutes=2, microseconds=5)
     metrics = Metrics(0.65, 0.5, None, -0.1)
-    change = Change(2, 40, 1, (StructureChange("liver", metrics, 40, (metrics,)),), opened_slices=(0, 1))
+    change = Change(
+        through_plane_axis=2,
+        voxels_changed=40,
+        slices_changed=1,
+        structures=(StructureChange(name="liver", metrics=metrics, voxels_changed=40, slices=(metrics,)),),
+        opened_slices=(0, 1),
+    )
     source = label_map(folder.parent / "submitted.nii.gz", 6)
     with store.change_labels([LabelChange(NewLabel("scan_1", "final", "annotator", ANNA), source)]) as changing:
         lease = leases.submitted(changing.transaction, "scan_1", ANNA)

@@ -362,7 +362,7 @@ class Dataset:
             "model": "segmentation",
             "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
         }
-        network = Actor("network", segmenter.version, "program")
+        network = Actor(kind="network", name=segmenter.version, identified_by="program")
         label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info, scan_sha256=content)
         return self.store.save_label(label, source)
 

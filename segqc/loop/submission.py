@@ -76,20 +76,20 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
         by_slice = true_slice_metrics(mask, truth, axis)
         parts.append(
             StructureChange(
-                structure.name,
-                true_metrics(mask, truth),
-                int((mask != truth).sum()),
-                tuple(by_slice.at(i) for i in range(len(slices))),
+                name=structure.name,
+                metrics=true_metrics(mask, truth),
+                voxels_changed=int((mask != truth).sum()),
+                slices=tuple(by_slice.at(i) for i in range(len(slices))),
             )
         )
     in_plane = tuple(a for a in range(3) if a != axis)
     return Change(
-        axis,
-        int(changed.sum()),
-        int(changed.any(axis=in_plane).sum()),
-        tuple(parts),
-        opened.slices if opened.slices is None else slices,
-        opened.structures,
+        through_plane_axis=axis,
+        voxels_changed=int(changed.sum()),
+        slices_changed=int(changed.any(axis=in_plane).sum()),
+        structures=tuple(parts),
+        opened_slices=opened.slices if opened.slices is None else slices,
+        opened_structures=opened.structures,
     )
 
 

@@ -32,7 +32,9 @@ from pydantic import TypeAdapter
 from requests_toolbelt import MultipartEncoder
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG, JobKind, enqueue_scoring
+from segqc.loop.dataset import DatasetError
+from segqc.loop.jobs import LIKELY_ERRORS_TAG, enqueue_scoring
+from segqc.loop.requests import JobKind, JobRequest, RoundRequest, TrainRequest, parse_request
 from segqc.loop.review import STATE_OF
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork, model_status
@@ -322,7 +324,7 @@ def _all_told(put: Mapping[str, JsonObject], kind: JobKind, run_sync: bool) -> J
 class _Training:
     """What a worker is asked for, and which of the client's parameters are ignored."""
 
-    request: JsonObject
+    request: TrainRequest
     ignored: list[str]
 
     @property
@@ -338,7 +340,10 @@ def _trainings(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, _Training]:
     labelled = len(app.context.dataset.cases())
     for model, task in tasks.items():
         task.check(chosen[model][0], labelled)
-    return {model: _Training({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()}
+    return {
+        model: _Training(TrainRequest(model=tasks[model].network, settings=own), ignored)
+        for model, (own, ignored) in chosen.items()
+    }
 
 
 def _all_trainings(params: Params) -> dict[str, _Training]:
@@ -356,7 +361,7 @@ def _all_trainings(params: Params) -> dict[str, _Training]:
 
 def _submit_training(user: RequestUser, params: Params, training: _Training, *, enqueue: bool = False) -> JsonObject:
     actor, store = user.actor(params), _store()
-    told = job_answers.submit(store, actor, "train", training.request, enqueue=enqueue, messages=training.messages)
+    told = job_answers.submit(store, actor, training.request, wait=enqueue, messages=training.messages)
     return {**told, "ignored": [*training.ignored]} if training.ignored else told
 
 
@@ -399,7 +404,7 @@ def scoring_all(user: AskingUser, params: Params = None, run_sync: bool = False)
     """Queue all scoring methods."""
     requests = {method: _scoring(method, params or {}) for method in app_instance()._scoring_methods}
     actor = user.actor(params)
-    put = {method: job_answers.submit(_store(), actor, "scoring", request) for method, request in requests.items()}
+    put = {method: job_answers.submit(_store(), actor, request) for method, request in requests.items()}
     return _all_told(put, "scoring", run_sync)
 
 
@@ -408,17 +413,29 @@ def scoring_start(
     user: AskingUser, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
     """Queue a scoring method."""
-    job = job_answers.submit(_store(), user.actor(params), "scoring", _scoring(method, params or {}), enqueue=enqueue)
+    job = job_answers.submit(_store(), user.actor(params), _scoring(method, params or {}), wait=enqueue)
     return _described(job, "scoring", run_sync)
 
 
-def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
+def _scoring(method: str, params: Mapping[str, Any]) -> JobRequest:
     app = app_instance()
     known("scoring method", method, app._scoring_methods)
     app.context.segmenter()
     if method == "segqc":
         app.context.assessor()
-    return {"method": method, **choose_params(params, {"force"})}
+    return _request("scoring", {**choose_params(params, {"force"}), "method": method})
+
+
+def _request(kind: JobKind, fields: JsonObject) -> JobRequest:
+    """What a worker is asked for.
+
+    Raises:
+        RequestError: 400 for a value that cannot be used.
+    """
+    try:
+        return parse_request(kind, fields)
+    except DatasetError as error:
+        raise RequestError(400, f"{error}.") from error
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")
@@ -447,10 +464,9 @@ def batch_start(
     app.context.segmenter()
     if model == "segqc":
         app.context.assessor()
-    fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag}
-    return _described(
-        job_answers.submit(_store(), user.actor(params), "batch_infer", {**chosen, **fixed}), "batch_infer", run_sync
-    )
+    most: JsonObject = {name: value for name, value in chosen.items() if name == "max_batch_size"}
+    request = _request("batch_infer", {**most, "model": model, "images": images.value, "label_tag": tag})
+    return _described(job_answers.submit(_store(), user.actor(params), request), "batch_infer", run_sync)
 
 
 @router.delete("/batch/infer", tags=["Infer"], dependencies=[ADMIN], summary="Stop the running batch inference")
@@ -693,12 +709,9 @@ def scan_events(scan: str) -> list[JsonObject]:
 def start_round(user: AskingUser, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
     trainings = _all_trainings(params)
-    request: JsonObject = {
-        model: {name: value for name, value in own.request.items() if name != "model"}
-        for model, own in trainings.items()
-    }
+    request = RoundRequest(**{model: own.request.settings for model, own in trainings.items()})
     messages = [f"{model}: {line}" for model, own in trainings.items() for line in own.messages]
-    return job_answers.submit(_store(), user.actor(params), "round", request, messages=messages)
+    return job_answers.submit(_store(), user.actor(params), request, messages=messages)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")
