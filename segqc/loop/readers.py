@@ -122,10 +122,7 @@ def majority(readers: LabelArray) -> LabelArray:
 
 def staple(readers: LabelArray) -> LabelArray:
     """STAPLE of label maps (n, a, b, c), each value against the rest."""
-    try:
-        import SimpleITK as sitk  # noqa: N813 - its users know it by this name. Slow to import
-    except ImportError as error:
-        raise StoreError("STAPLE needs SimpleITK; pip install SimpleITK, or take the majority") from error
+    import SimpleITK as sitk  # noqa: N813 - its users know it by this name. Slow to import
 
     best = np.full(readers.shape[1:], STAPLE_THRESHOLD)
     merged = np.zeros(readers.shape[1:], np.uint8)
