@@ -38,17 +38,11 @@ from segqc.networks.device import name_of_device
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.metrics import true_metrics, true_slice_metrics
 from segqc.split import SplitConfig, place
-from segqc.training import (
-    Case,
-    LineProgress,
-    TrainingSettings,
-    train_on_masks,
-    train_segmentation,
-)
-from segqc.training.assessor import train_member
-from segqc.training.cases import read_case
+from segqc.training import LineProgress, TrainingSettings
+from segqc.training.assessor import train_member, train_on_masks
+from segqc.training.cases import Case, read_case
 from segqc.training.crossfit import crossfit_masks, stored_masks, train_mask_sources
-from segqc.training.segmentation import plan_for
+from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 

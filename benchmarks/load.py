@@ -106,16 +106,14 @@ def make_folder(folder: Path, count: int) -> None:
     store, rng = dataset.store, np.random.default_rng(0)
     with store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    network = Actor("network", "seg", "program")
+    network = Actor(kind="network", name="seg", identified_by="program")
     with temporary_labels(draw(0)[1]) as mask:
         for start in range(0, count, BATCH):
             names = [f"scan_{i:05d}" for i in range(start, min(start + BATCH, count))]
-            made = store.change_labels(
-                [LabelChange(NewLabel(n, "original", "network", network, bundle=pair.id), mask) for n in names]
-            )
-            with store.write() as transaction:
-                for label in made:
-                    assessments.write(transaction, assessment_of(label.scan, rng), label.id)
+            new = [LabelChange(NewLabel(n, "original", "network", network, bundle=pair.id), mask) for n in names]
+            with store.change_labels(new) as change:
+                for label in change.versions:
+                    assessments.write(change.transaction, assessment_of(label.scan, rng), label.id)
     store.close()
     values = (1, 2)
     for kind, channels, outputs in (("segmentation", 1, 3), ("segqc", 3, 2)):

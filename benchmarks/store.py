@@ -83,7 +83,7 @@ def fill(store: Store) -> None:
     with store.write() as transaction:
         values = {
             "bundle": labels.bundle(transaction, "seg", "qc").id,
-            "actor": events.actor_id(transaction, Actor("network", "seg", "program")),
+            "actor": events.actor_id(transaction, Actor(kind="network", name="seg", identified_by="program")),
             "at": transaction.now,
         }
         transaction.execute(
@@ -113,13 +113,15 @@ class Ours:
         return f"scan_{int(self.rng.integers(self.count)):06d}"
 
     def next_sample(self, i: int) -> None:
-        actor = Actor("person", f"annotator {i % 8}", "client-id")
+        actor = Actor(kind="person", name=f"annotator {i % 8}", identified_by="client-id")
         with self.store.write() as transaction:
             leases.acquire(transaction, actor, "segqc", orders.worst_estimate, RULES)
 
     def save_label(self, i: int) -> None:
         source = new_label(self.work, i)
-        label = NewLabel(self.any_scan(), "final", "annotator", Actor("person", "annotator", "client-id"))
+        label = NewLabel(
+            self.any_scan(), "final", "annotator", Actor(kind="person", name="annotator", identified_by="client-id")
+        )
         self.store.save_label(label, source)
 
     def write_assessment(self, i: int) -> None:

@@ -17,9 +17,18 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segqc.errors import SegqcError
@@ -29,12 +38,10 @@ from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.text import TextError, decode_text
+from segqc.training.spec import TrainingSettings
 from segqc.types import Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
 from segqc.volumes.tags import read_tag
-
-if TYPE_CHECKING:
-    from segqc.training.spec import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ _PREFIX = "SEGQC_"
 _ALIKE = 0.75  # from 0 to 1, see difflib
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
+_NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 Scalar: TypeAlias = bool | int | float | str | None
 Value: TypeAlias = Scalar | tuple[Scalar, ...] | list[Scalar]
 Table: TypeAlias = dict[str, "Value | dict[str, Value]"]
@@ -130,6 +138,25 @@ class Settings(BaseSettings):
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
     server: ServerSettings = Field(default_factory=ServerSettings)
+
+    _split_config: SplitConfig = PrivateAttr()
+    _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _typed_training(self) -> Settings:
+        both = {key: value for key, value in self.training.items() if key not in _NETWORKS}
+        placed = {name: value for name, value in both.items() if name in _names(SplitConfig)}
+        self._split_config = _typed(SplitConfig, placed, "training")
+        self._trainings = {network: self._training_of(network, both) for network in _NETWORKS}
+        return self
+
+    def _training_of(self, network: NetworkName, both: Mapping[str, object]) -> TrainingSettings:
+        own, table = self.training.get(network, {}), f"training.{network}"
+        if not isinstance(own, dict):
+            raise ValueError(f"[{table}] must be a table of settings")
+        _refuse_unknown("training", both, TrainingSettings)
+        _refuse_unknown(table, own, TrainingSettings)
+        return _typed(TrainingSettings, {**both, **own}, table if own else "training")
 
     @field_validator("structures", mode="before")
     @classmethod
@@ -242,23 +269,9 @@ class Settings(BaseSettings):
         """How new patients get their fold and role: by the settings ``[training]``."""
         return self._split_config
 
-    @functools.cached_property
-    def _split_config(self) -> SplitConfig:
-        # not by way of `training_settings`: that imports PyTorch, and commands on the store need none
-        names = {field.name for field in dataclasses.fields(SplitConfig)}
-        return build(SplitConfig, {name: value for name, value in self.training.items() if name in names}, "training")
-
     def training_settings(self, network: NetworkName) -> TrainingSettings:
-        """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``.
-
-        Raises:
-            SettingsError: if a key is unknown or a value cannot be used.
-        """
-        from segqc.training.spec import TrainingSettings  # imports torch
-
-        both = {key: value for key, value in self.training.items() if not isinstance(value, dict)}
-        own = self.training.get(network, {})
-        return build(TrainingSettings, {**both, **(own if isinstance(own, dict) else {})}, "training")
+        """The training's settings: ``[training]``, and over it ``[training.segmentation]`` or ``[training.segqc]``."""
+        return self._trainings[network]
 
 
 @functools.cache  # once in a process: there may be thousands
@@ -282,16 +295,25 @@ def build(kind: type[T], table: Mapping[str, object], name: str) -> T:
         SettingsError: if a key is unknown or a value has the wrong type or range.
     """
     try:
-        _refuse_unknown(name, table, kind)
-        return TypeAdapter(kind).validate_python(dict(table))
-    except ValidationError as error:
-        raise SettingsError(_sentence(error, f"[{name}]")) from error
+        return _typed(kind, table, name)
     except ValueError as error:
         raise SettingsError(f"settings: {error}") from error
 
 
+def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
+    _refuse_unknown(name, table, kind)
+    try:
+        return TypeAdapter(kind).validate_python(dict(table))
+    except ValidationError as error:
+        raise ValueError(_sentence(error, f"[{name}]")) from error
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
 def _refuse_unknown(name: str, table: Mapping[str, object], kind: type) -> None:
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = _names(kind)
     unknown = [key for key in table if key not in known]
     if unknown:
         raise ValueError(f"[{name}] has no setting {unknown[0]!r}; it has {', '.join(known)}")
@@ -392,10 +414,10 @@ def _meant(name: str) -> str | None:
     if close and rest:
         return f"{close[0]}__{rest}"
     tables: dict[str, Iterable[str]] = {
-        **{table: [field.name for field in dataclasses.fields(kind)] for table, kind in _TABLES.items()},
+        **{table: _names(kind) for table, kind in _TABLES.items()},
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
-        "training": [field.name for field in dataclasses.fields(SplitConfig)],  # the others are beside PyTorch
+        "training": _names(TrainingSettings),
     }
     return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)
 

@@ -128,7 +128,9 @@ def assess(
     """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
     with dataset.store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    label = NewLabel(scan, "original", "network", Actor("network", "seg", "program"), bundle=pair.id)
+    label = NewLabel(
+        scan, "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
+    )
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
     dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)

@@ -24,8 +24,8 @@ from segqc.store.store import Store
 from segqc.store.sync import sync
 from segqc.volumes import Volume, scan_id, write_labels
 
-ANNA = Actor("person", "anna", "client-id")
-BERT = Actor("person", "bert", "client-id")
+ANNA = Actor(kind="person", name="anna", identified_by="client-id")
+BERT = Actor(kind="person", name="bert", identified_by="client-id")
 PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
@@ -127,7 +127,7 @@ def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") 
 def save_mask(store: Store, folder: Path, scan: str, value: int, segmenter: str = "seg1") -> LabelRecord:
     """A network's mask of a scan."""
     pair = bundle(store, segmenter)
-    network = Actor("network", segmenter, "program")
+    network = Actor(kind="network", name=segmenter, identified_by="program")
     label = NewLabel(scan, "original", "network", network, bundle=pair.id)
     return store.save_label(label, label_map(folder / "incoming.nii.gz", value))
 

@@ -27,14 +27,13 @@ import numpy as np
 import pytest
 
 from segqc.store import assessments, corrections, labels, leases, orders, scans
-from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.maintenance import check
 from segqc.store.records import Actor, Change, LabelRecord, StructureChange
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
@@ -84,21 +83,25 @@ def take(store: Store, actor: Actor) -> str:
 
 def submit(store: Store, scan: str, source: Path, actor: Actor, tag: str = "final") -> LabelRecord:
     """What a submission does: version, lease and correction in one transaction."""
-
-    def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
+    with store.change_labels([LabelChange(NewLabel(scan, tag, "annotator", actor), source)]) as changing:
+        transaction = changing.transaction
         lease = leases.submitted(transaction, scan, actor)
         if lease is not None and lease.label_version is not None:
             none = Metrics(None, None, None, None)
-            change = Change(2, 1, 1, (StructureChange("liver", none, 1, (none,)),))
+            change = Change(
+                through_plane_axis=2,
+                voxels_changed=1,
+                slices_changed=1,
+                structures=(StructureChange(name="liver", metrics=none, voxels_changed=1, slices=(none,)),),
+            )
             start = labels.get(transaction, lease.label_version)
-            corrections.add(transaction, start, versions[0], change, actor, lease=lease)
-
-    return store.save_label(NewLabel(scan, tag, "annotator", actor), source, then)
+            corrections.add(transaction, start, changing.versions[0], change, actor, lease=lease)
+        return changing.versions[0]
 
 
 def score(store: Store, scan: str, source: Path, pair: int) -> None:
     """What scoring does with a scan: a mask, then its assessment."""
-    network = Actor("network", "seg1", "program")
+    network = Actor(kind="network", name="seg1", identified_by="program")
     mask = store.save_label(NewLabel(scan, "original", "network", network, bundle=pair), source)
     with store.write() as transaction:
         assessments.write(
@@ -125,7 +128,10 @@ def test_a_kill_at_any_instant_loses_nothing_that_was_acknowledged(
         rng = random.Random(start)
         with told.open("a") as acknowledged:
             for i in range(10_000):
-                actor, seed = Actor("person", f"annotator {start}", "client-id"), start * 10_000 + i
+                actor, seed = (
+                    Actor(kind="person", name=f"annotator {start}", identified_by="client-id"),
+                    start * 10_000 + i,
+                )
                 score(own, f"scan_{rng.randrange(SCANS)}", content(tmp_path / "mask.nii.gz", -seed % 2**31), pair)
                 scan = take(own, actor) if i % 2 else f"scan_{rng.randrange(SCANS)}"
                 source = content(tmp_path / "label.nii.gz", seed)
@@ -307,7 +313,7 @@ def test_a_crowd_loses_no_update_and_gets_no_scan_twice(folder: Path, url: str |
 
     def annotate(number: int) -> None:
         own = Store.open(folder, url)
-        actor = Actor("person", f"annotator {number}", "client-id")
+        actor = Actor(kind="person", name=f"annotator {number}", identified_by="client-id")
         done = 0
         while time.monotonic() < until:
             scan = take(own, actor)

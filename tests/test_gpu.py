@@ -18,9 +18,10 @@ from segqc.evaluation.methods.regression import train_regression
 from segqc.networks import model as models
 from segqc.networks.assessor import Assessor
 from segqc.networks.segmenter import Segmenter
-from segqc.training import Case, NoProgress, TrainingSettings, train_assessor
+from segqc.training import NoProgress, TrainingSettings
 from segqc.training import engine as training_fit
-from segqc.training.cases import read_case
+from segqc.training.assessor import train_assessor
+from segqc.training.cases import Case, read_case
 from segqc.training.crossfit import MaskSet, mean_dice
 from segqc.training.segmentation import train_segmentation
 from segqc.types import Structure

@@ -737,7 +737,9 @@ def test_no_estimate_is_shown_of_a_mask_that_is_not_there_any_more(
     write_labels(draw_case(0)[1], tmp_path / "m.nii.gz")
     with dataset.store.write() as transaction:
         pair = labels.bundle(transaction, "seg", "qc")
-    label = NewLabel("scan_0", "original", "network", Actor("network", "seg", "program"), bundle=pair.id)
+    label = NewLabel(
+        "scan_0", "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
+    )
     mask = dataset.store.save_label(label, tmp_path / "m.nii.gz")
     dataset.write_assessment(make_assessment("scan_0", 0.7), mask)
     assert record(dataset, "scan_0").ranking_dice == 0.7

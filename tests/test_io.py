@@ -30,7 +30,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Change, LabelRecord, StructureChange
 from segqc.store.schema import Base
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.store.sync import SyncResult, sync
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
@@ -454,14 +454,18 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
     clock.pass_(minutes=2, microseconds=5)
     metrics = Metrics(0.65, 0.5, None, -0.1)
-    change = Change(2, 40, 1, (StructureChange("liver", metrics, 40, (metrics,)),), opened_slices=(0, 1))
-
-    def then(transaction: object, versions: list[LabelRecord]) -> None:
-        lease = leases.submitted(transaction, "scan_1", ANNA)  # type: ignore[arg-type]
-        corrections.add(transaction, mask, versions[0], change, ANNA, lease=lease)  # type: ignore[arg-type]
-
+    change = Change(
+        through_plane_axis=2,
+        voxels_changed=40,
+        slices_changed=1,
+        structures=(StructureChange(name="liver", metrics=metrics, voxels_changed=40, slices=(metrics,)),),
+        opened_slices=(0, 1),
+    )
     source = label_map(folder.parent / "submitted.nii.gz", 6)
-    return store.save_label(NewLabel("scan_1", "final", "annotator", ANNA), source, then)  # type: ignore[arg-type]
+    with store.change_labels([LabelChange(NewLabel("scan_1", "final", "annotator", ANNA), source)]) as changing:
+        lease = leases.submitted(changing.transaction, "scan_1", ANNA)
+        corrections.add(changing.transaction, mask, changing.versions[0], change, ANNA, lease=lease)
+        return changing.versions[0]
 
 
 def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import hold
+from segqc.loop.requests import NETWORKS, RoundResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
 from segqc.networks.model import ModelError, TrainedNetwork
@@ -21,8 +22,8 @@ from segqc.networks.segmenter import Segmenter
 from segqc.store import assessments, jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
-from segqc.training import Case, NoProgress, TooFewCases
-from segqc.training.cases import label_values, read_case
+from segqc.training import NoProgress
+from segqc.training.cases import Case, TooFewCases, label_values, read_case
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from tests.test_training import make_cases
@@ -280,10 +281,11 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     ranked = {s.name for s in stored_scans(dataset) if s.ranking_dice is not None}
     assert ranked == set(dataset.assessments()), "ranked by what is told"
     result = work.run(dataset, job, Lines())
-    assert set(result) == {"round", "train segmentation", "train segqc", "publish", "score"}
+    assert isinstance(result, RoundResult)
+    assert set(result.steps) == {"train segmentation", "train segqc", "publish", "score"}
     assert told() == {in_use()}
     assert len(dataset.assessments()) == 3
-    assert not any(dataset.staged_path(network).exists() for network in work.NETWORKS)
+    assert not any(dataset.staged_path(network).exists() for network in NETWORKS)
 
 
 def stored_scans(dataset: Dataset) -> list[ScanRecord]:

@@ -68,7 +68,9 @@ def test_two_readers_of_a_scan_are_compared_and_a_consensus_is_the_final_label(d
     assert compared == {
         "pairs": [["anna", "bert", s.name, d] for s, d in zip(dataset.structures, expected, strict=True)]
     }
-    assert hand_out(dataset, Actor("person", "cleo", "client-id")) == "scan_1", "two readers are enough"
+    assert hand_out(dataset, Actor(kind="person", name="cleo", identified_by="client-id")) == "scan_1", (
+        "two readers are enough"
+    )
     made = make_consensus(dataset, "scan_0", "staple", ANNA)
     assert (made.tag, made.source) == ("final", "consensus")
     assert [c.id for c in dataset.cases()] == ["scan_0"]

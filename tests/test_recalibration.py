@@ -30,7 +30,7 @@ from segqc.types import MetricIntervals, Metrics, PredictionInterval
 from segqc.volumes import Volume
 from tests.server_kit import add_models, draw_case, make_assessment, make_dataset
 
-ANNA = Actor("person", "anna", "client-id")
+ANNA = Actor(kind="person", name="anna", identified_by="client-id")
 LINE = LinearCalibration(0.8, 0.1, 0.0, 1.0)
 AUDIT, WORST = LeaseRules(audit_share=1.0, validation_share=0.0), LeaseRules(audit_share=0.0, validation_share=0.0)
 WIDE = MetricIntervals(dice=PredictionInterval(0.0, 1.0, 0.9))

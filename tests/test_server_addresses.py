@@ -17,7 +17,7 @@ from monailabel.config import settings
 from monailabel.endpoints.user import auth
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 
-from segqc.loop.jobs import KINDS
+from segqc.loop.requests import KINDS
 from segqc.server import waiting
 from segqc.server.serve import default_app_dir
 from segqc.store import jobs

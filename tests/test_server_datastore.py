@@ -19,7 +19,7 @@ from segqc.store.records import Actor
 from segqc.volumes import write_labels, write_scan
 from tests.server_kit import draw_case, make_dataset
 
-ANNA = Actor("person", "anna", "client-id")
+ANNA = Actor(kind="person", name="anna", identified_by="client-id")
 
 
 @pytest.fixture

@@ -87,6 +87,15 @@ def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
         (f"[structures]\na = [{'9' * 5000}]", ["not a TOML file", "digits"]),
         (f"a = {'[' * 5000}{']' * 5000}", ["not a TOML file", "nested"]),
         ("sturctures = 1", ["sturctures"]),
+        ("[training]\nepoch = 5", ["[training]", "'epoch'", "epochs"]),
+        ("[training]\nepochs = 'many'", ["[training]", "epochs", "integer"]),
+        ("[training]\nepochs = 0", ["[training]", "epochs", "from 1"]),
+        ("[training]\nfolds = 0", ["[training]", "folds"]),
+        ("[training]\nsegqc = 3", ["[training.segqc]", "table"]),
+        ("[training.segcq]\nepochs = 3", ["[training]", "'segcq'"]),
+        ("[training.segqc]\nepoch = 5", ["[training.segqc]", "'epoch'", "epochs"]),
+        ("[training.segmentation]\nloss = 'hinge'", ["[training.segmentation]", "loss", "'dice'"]),
+        ("[training.segqc]\nhide_mask = true", ["[training.segqc]", "hide_mask", "average_flips"]),
         ("[server\nport = 1", ["not a TOML file"]),
     ],
 )
@@ -99,13 +108,19 @@ def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, text: str, said:
     assert all(part in message for part in ["segqc.toml", *said]), message
 
 
-def test_a_wrong_training_setting_is_named_with_those_there_are(tmp_path: Path) -> None:
-    write(tmp_path, "[training]\nepoch = 5")
-    with pytest.raises(SettingsError, match=r"\[training\].*'epoch'.*epochs"):
-        load_settings(tmp_path).training_settings("segqc")
-    write(tmp_path, "[training]\nepochs = 'many'")
-    with pytest.raises(SettingsError, match=r"\[training\].*epochs.*integer"):
-        load_settings(tmp_path).training_settings("segmentation")
+def test_variables_may_hold_several_numbers_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGQC_TRAINING__PATCH", "[8, 16, 4]")
+    monkeypatch.setenv("SEGQC_TRAINING__SEGQC__EPOCHS", "2")
+    settings = load_settings(tmp_path)
+    assert settings.training_settings("segmentation") == TrainingSettings(patch=(8, 16, 4))
+    assert settings.training_settings("segqc") == TrainingSettings(patch=(8, 16, 4), epochs=2)
+
+
+def test_settings_that_go_together_may_be_in_both_tables(tmp_path: Path) -> None:
+    write(tmp_path, "[training]\nhide_mask = true\naverage_flips = true\n")
+    assert load_settings(tmp_path).training_settings("segqc").hide_mask
+    write(tmp_path, "[training]\naverage_flips = true\n[training.segqc]\nhide_mask = true\n")
+    assert load_settings(tmp_path).training_settings("segqc").hide_mask
 
 
 def test_a_wrong_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

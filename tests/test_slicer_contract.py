@@ -93,11 +93,11 @@ def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: Te
     models = client.get("/info/").json()["models"]
     assert {name: model["type"] for name, model in models.items()} == dict.fromkeys(models, "segmentation")
     assert client.get("/train/?check_if_running=true").status_code == 404
-    from segqc.store import jobs
+    from segqc.loop.requests import TrainRequest, enqueue
     from segqc.store.events import SERVER
 
     with Dataset(base).store.write() as transaction:
-        jobs.enqueue(transaction, "train", {"model": "segqc"}, SERVER)
+        enqueue(transaction, TrainRequest(model="segqc"), SERVER)
     for query in ("", "?check_if_running=true"):
         told = client.get(f"/train/{query}").json()
         assert (told["status"], told["model"]) == ("RUNNING", "segqc")
@@ -107,12 +107,12 @@ def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: Te
 
 @pytest.mark.parametrize("network", ["segmentation", "segqc"])
 def test_the_trained_network_comes_first_in_the_statistics(client: TestClient, base: Path, network: str) -> None:
-    from segqc.store import jobs
+    from segqc.loop.requests import TrainRequest, enqueue
     from segqc.store.events import SERVER
 
     dataset = Dataset(base)
     with dataset.store.write() as transaction:
-        jobs.enqueue(transaction, "train", {"model": network, "epochs": 7}, SERVER)
+        enqueue(transaction, TrainRequest(model=network, settings={"epochs": 7}), SERVER)
     stats = client.get("/info/").json()["train_stats"]
     assert next(iter(stats)) == network
     assert {(name == network, told["epoch"], told["total_epochs"]) for name, told in stats.items()} == {

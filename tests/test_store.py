@@ -25,7 +25,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow
-from segqc.store.store import Store
+from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
 from segqc.types import Metrics
 from segqc.volumes import scan_id
@@ -282,6 +282,44 @@ def test_another_format_takes_the_place_of_the_first(store: Store, folder: Path)
     assert [p.name for p in (folder / "labels" / "final").iterdir()] == ["scan_0.nrrd"]
 
 
+def test_a_change_of_labels_that_fails_in_its_block_leaves_all_as_it_was(store: Store, folder: Path) -> None:
+    before = save_final(store, folder.parent, "scan_0", 3)
+    shown = store.view_file(before).read_bytes()
+    change = LabelChange(NewLabel("scan_0", "final", "annotator", BERT), label_map(folder.parent / "next.nii.gz", 4))
+    with pytest.raises(RuntimeError), store.change_labels([change]) as changing:
+        assert changing.versions[0].actor == BERT
+        raise RuntimeError
+    with store.read() as transaction:
+        assert labels.current(transaction, "scan_0", "final") == before
+    assert store.view_file(before).read_bytes() == shown
+    assert len(list(store.files.all_objects())) == 1
+
+
+def test_what_is_checked_first_sees_the_labels_as_they_were(store: Store, folder: Path) -> None:
+    before = save_final(store, folder.parent, "scan_0", 3)
+    change = LabelChange(NewLabel("scan_0", "final", "annotator", BERT), label_map(folder.parent / "next.nii.gz", 4))
+    with store.change_labels([change]) as changing:
+        assert labels.current(changing.transaction, "scan_0", "final") == before
+        (version,) = changing.versions
+        assert changing.versions == [version], "a row is added once"
+        assert labels.current(changing.transaction, "scan_0", "final") == version
+
+
+def test_a_block_runs_once_though_somebody_has_edited_the_file(store: Store, folder: Path) -> None:
+    before = save_final(store, folder.parent, "scan_0", 3)
+    shutil.copyfile(label_map(folder.parent / "edit.nii.gz", 5), store.view_file(before))
+    change = LabelChange(NewLabel("scan_0", "final", "annotator", BERT), label_map(folder.parent / "next.nii.gz", 4))
+    runs = 0
+    with store.change_labels([change]) as changing:
+        runs += 1
+        assert [version.actor for version in changing.versions] == [BERT], "the edit is not what was asked for"
+    with store.read() as transaction:
+        assert [version.source for version in labels.history(transaction, "scan_0")] == [
+            "annotator", "import", "annotator",
+        ]  # fmt: skip
+    assert runs == 1
+
+
 def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, folder: Path) -> None:
     def files() -> set[Path]:
         return {path for path in store.own.rglob("*") if path.is_file() and not path.name.startswith("store.sqlite-")}
@@ -450,6 +488,17 @@ def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> No
         assert assessments.label_of(transaction, number) == mask.id
 
 
+def test_the_interval_is_that_of_the_ranking_estimate_not_of_an_equal_one(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    final = save_final(store, folder.parent, "scan_1", 6)
+    ranking, other = (make_assessment("scan_1", 0.7, half_width=width) for width in (0.1, 0.2))
+    with store.write() as transaction:
+        assessments.write(transaction, ranking, mask.id)
+        assessments.write(transaction, other, final.id)
+    with store.read() as transaction:
+        assert assessments.ranking_intervals(transaction) == {"scan_1": ranking.dice_interval}
+
+
 def test_a_new_mask_is_not_ranked_by_the_old_ones_estimate(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
     with store.write() as transaction:
@@ -560,7 +609,7 @@ def test_an_expired_lease_goes_back(store: Store, clock: Clock) -> None:
     first = take(store, ANNA, order=orders.by_name)
     clock.pass_(minutes=PLAIN.lease_minutes + 1)
     assert take(store, BERT, order=orders.by_name).scan == first.scan
-    cookie = Actor("person", "browser 1", "cookie")
+    cookie = Actor(kind="person", name="browser 1", identified_by="cookie")
     short = take(store, cookie, order=orders.by_name)
     assert (short.expires_at - short.handed_out_at).total_seconds() == PLAIN.cookie_lease_minutes * 60
 
@@ -573,7 +622,7 @@ def test_with_nothing_left_there_is_no_lease(store: Store, folder: Path) -> None
 
 
 def test_many_at_once_never_share_a_scan(store: Store) -> None:
-    people = [Actor("person", f"annotator {i}", "client-id") for i in range(8)]
+    people = [Actor(kind="person", name=f"annotator {i}", identified_by="client-id") for i in range(8)]
     start = threading.Barrier(8)
 
     def ask(actor: Actor) -> str:
@@ -597,7 +646,7 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
     rules = replace(PLAIN, readers=2)
     a, b = take(store, ANNA, rules, orders.by_name), take(store, BERT, rules, orders.by_name)
     assert (a.scan, a.slot, b.slot) == (b.scan, 0, 1)
-    third = Actor("person", "cleo", "client-id")
+    third = Actor(kind="person", name="cleo", identified_by="client-id")
     assert take(store, third, rules, orders.by_name).scan != a.scan
     with store.write() as transaction:
         assert leases.submitted(transaction, a.scan, ANNA) is not None
@@ -659,25 +708,22 @@ def test_rules_that_cannot_be_meant_are_refused(rules: dict[str, float]) -> None
 
 def change(dice: float) -> Change:
     metrics = Metrics(dice, dice / (2 - dice), None, -0.1)
-    part = StructureChange("liver", metrics, 40, (metrics, Metrics(None, None, None, None)))
-    return Change(2, 40, 1, (part,), opened_slices=(0, 1))
+    part = StructureChange(
+        name="liver", metrics=metrics, voxels_changed=40, slices=(metrics, Metrics(None, None, None, None))
+    )
+    return Change(through_plane_axis=2, voxels_changed=40, slices_changed=1, structures=(part,), opened_slices=(0, 1))
 
 
 PART = change(0.8)
 
 
 def submit(store: Store, folder: Path, scan: str, actor: Actor, value: int, change: Change = PART) -> int:
-    number = []
-
-    def then(transaction: object, versions: list[object]) -> None:
-        lease = leases.submitted(transaction, scan, actor)  # type: ignore[arg-type]
-        assert lease is not None
-        start = labels.get(transaction, lease.label_version or 0)  # type: ignore[arg-type]
-        number.append(corrections.add(transaction, start, versions[0], change, actor, lease=lease))  # type: ignore[arg-type]
-
     source = label_map(folder.parent / "submitted.nii.gz", value)
-    store.save_label(NewLabel(scan, "final", "annotator", actor), source, then)
-    return number[0]
+    with store.change_labels([LabelChange(NewLabel(scan, "final", "annotator", actor), source)]) as changing:
+        lease = leases.submitted(changing.transaction, scan, actor)
+        assert lease is not None
+        start = labels.get(changing.transaction, lease.label_version or 0)
+        return corrections.add(changing.transaction, start, changing.versions[0], change, actor, lease=lease)
 
 
 def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folder: Path, clock: Clock) -> None:

@@ -19,7 +19,7 @@ from strategies import STRATEGIES, Sampling
 from tests.server_kit import assess, make_dataset
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
-ANNA = Actor("person", "anna", "client-id")
+ANNA = Actor(kind="person", name="anna", identified_by="client-id")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_tta_takes_the_lowest_score_of_its_own_method(dataset: Dataset) -> None:
 def test_foreground_random_leaves_out_empty_masks(dataset: Dataset) -> None:
     for name, volume in (("scan_0", 0.0), ("scan_1", 1.0), ("scan_2", 2.0)):
         assess(dataset, name, 0.5, volume_ml=volume)  # scan_3 has no mask at all
-    people = [Actor("person", name, "client-id") for name in "abc"]
+    people = [Actor(kind="person", name=name, identified_by="client-id") for name in "abc"]
     answers = [ask(dataset, "foreground-random", actor) for actor in people]
     assert {a["id"] for a in answers[:2]} == {"scan_1", "scan_2"}
     assert answers[2]["id"] in ("scan_0", "scan_3")
@@ -95,7 +95,9 @@ def test_sequential_counts_numbers_in_names_as_numbers(tmp_path: Path) -> None:
     (folder / "scan_0.nii.gz").unlink()
     (folder / "segqc.toml").write_text(NO_DRAWS)
     dataset = Dataset(folder)
-    seen = [ask(dataset, "sequential", Actor("person", name, "client-id"))["id"] for name in "abc"]
+    seen = [
+        ask(dataset, "sequential", Actor(kind="person", name=name, identified_by="client-id"))["id"] for name in "abc"
+    ]
     assert seen == ["s_2b", "s_9", "s_10"]
 
 
@@ -146,7 +148,7 @@ def test_a_reason_skips_at_once_and_the_last_scan_comes_again(dataset: Dataset) 
 
 
 def test_what_cannot_be_had_back_is_refused_and_changes_nothing(dataset: Dataset) -> None:
-    berta = Actor("person", "berta", "client-id")
+    berta = Actor(kind="person", name="berta", identified_by="client-id")
     for name in ("scan_0", "scan_1", "scan_2"):
         assert ask(dataset, "sequential")["id"] == name
     assert ask(dataset, "sequential", berta)["id"] == "scan_0"

@@ -16,10 +16,10 @@ from segqc.networks.device import DeviceMemoryError, device_of_choice
 from segqc.networks.segmenter import Segmenter
 from segqc.settings import SettingsError, build
 from segqc.split import PatientSplit, SplitConfig, split_patients
-from segqc.training import Case, NoProgress, TooFewCases, TrainingSettings, train_assessor
+from segqc.training import NoProgress, TrainingSettings
 from segqc.training import engine as training_fit
-from segqc.training.assessor import VALIDATION_MASKS
-from segqc.training.cases import make_example, read_case
+from segqc.training.assessor import VALIDATION_MASKS, train_assessor
+from segqc.training.cases import Case, TooFewCases, make_example, read_case
 from segqc.training.corruptions import deformed, sampling_grid
 from segqc.training.crossfit import (
     LeakError,

@@ -353,6 +353,8 @@ def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
     ended = state(dataset, job)
     assert (ended.state, ended.attempts) == ("done", 2), ended.messages
     assert ended.result is not None
-    assert set(ended.result) == {"round", "train segmentation", "train segqc", "publish", "score"}
+    steps = ended.result["steps"]
+    assert isinstance(steps, dict)
+    assert set(steps) == {"train segmentation", "train segqc", "publish", "score"}
     assert dataset.model_path("segmentation").stat().st_ino == before, "a finished step is not done twice"
     assert len(dataset.assessments()) == 2

@@ -18,8 +18,8 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import segqc
-from segqc.loop.dataset import expecting
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
+from segqc.loop.requests import TrainRequest, request_of
 from segqc.server.checks import known
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
@@ -109,7 +109,8 @@ class SegqcApp(MONAILabelApp):
         with self.context.dataset.store.read() as transaction:
             waiting = jobs.open_jobs(transaction, "train")
         first = min(waiting, key=lambda job: job.state != "running", default=None)
-        return str(first.request.get("model")) if first is not None else None
+        request = request_of(first) if first is not None else None
+        return request.model if isinstance(request, TrainRequest) else None
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.
@@ -175,12 +176,12 @@ class SegqcApp(MONAILabelApp):
         version = params["model_version"]
         with self.context.dataset.store.write() as transaction:
             pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
-        source, info = Actor("network", version, "program"), {"model": name, "params": params}
+        source, info = Actor(kind="network", name=version, identified_by="program"), {"model": name, "params": params}
         above = parent.id if parent is not None else None
-        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info)
+        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info, scan_sha256=content)
         kept = read_labels(path)
         if name == "segmentation":
             kept = from_client(kept, label_names(self.context.segmenter().structures))
         with temporary_labels(kept) as stored:
-            self.context.dataset.store.save_label(label, stored, first=expecting(image, content))
+            self.context.dataset.store.save_label(label, stored)
         return image

@@ -242,7 +242,7 @@ def readings(
             raise CommandError(f"{add}: no label file is named as a scan of {folder}")
         with shown_progress() as progress:
             for i, (name, path) in enumerate(found.items(), start=1):
-                add_reading(dataset, name, path, Actor("person", reader, "command"))
+                add_reading(dataset, name, path, Actor(kind="person", name=reader, identified_by="command"))
                 progress.step(i, len(found), f"readings: {name}")
     pairs = [pair for name in names for pair in inter_rater(dataset, name)]
     if not pairs and add is None:

@@ -257,7 +257,7 @@ def me() -> Actor:
 
     from segqc.store.records import Actor
 
-    return Actor("person", getpass.getuser(), "command")
+    return Actor(kind="person", name=getpass.getuser(), identified_by="command")
 
 
 def refuse_overwriting(out: Path) -> None:

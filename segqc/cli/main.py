@@ -652,7 +652,7 @@ def worker(
 
     if parent is not None:
         die_with_parent(signal.SIGTERM, parent)
-    from segqc.loop.jobs import KINDS
+    from segqc.loop.requests import KINDS
     from segqc.loop.worker import Worker
 
     if unknown := sorted(set(kind or ()) - set(KINDS)):
@@ -676,13 +676,14 @@ def run_round(
     continues after its last finished step. If another process is doing a round already, this one waits for it, and
     takes it over if that process dies.
     """
+    from segqc.loop.requests import RoundRequest, enqueue
     from segqc.loop.worker import Worker
     from segqc.store import jobs
 
     dataset = dataset_at(folder, config)
     with dataset.store.write() as transaction:
         waiting = jobs.open_jobs(transaction, "round")
-        job = waiting[0] if waiting else jobs.enqueue(transaction, "round", {}, me())
+        job = waiting[0] if waiting else enqueue(transaction, RoundRequest(), me())
     if put:
         typer.echo(f"{folder}: a round {'waits already' if waiting else 'was queued'}, as job {job.public_id}")
         return

@@ -21,12 +21,12 @@ from segqc.errors import SegqcError
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, findings, labels, remarks, scans
-from segqc.store.database import PATIENCE_SECONDS, Transaction
+from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
-from segqc.store.store import First, Store
+from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
 from segqc.types import Assessment, Structure, label_names, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
@@ -363,9 +363,9 @@ class Dataset:
             "model": "segmentation",
             "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
         }
-        network = Actor("network", segmenter.version, "program")
-        label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info)
-        return self.store.save_label(label, source, first=expecting(name, content))
+        network = Actor(kind="network", name=segmenter.version, identified_by="program")
+        label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info, scan_sha256=content)
+        return self.store.save_label(label, source)
 
     def score_versions(self, method: str) -> dict[str, str]:
         """The version of the network that a baseline's score speaks of, of all scans that have one."""
@@ -386,12 +386,3 @@ class Dataset:
         with self.store.write() as transaction:
             scans.expect(transaction, name, content)
             assessments.write_score(transaction, name, method, value, version)
-
-
-def expecting(name: str, content: str | None) -> First:
-    """What refuses a change, in its transaction, if a scan has another content than the one that the change is for."""
-
-    def check(transaction: Transaction) -> None:
-        scans.expect(transaction, name, content)
-
-    return check

@@ -6,17 +6,32 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final, Literal, TypeAlias
+from typing import Final, assert_never
 
-from segqc.loop.dataset import Dataset, DatasetError, expecting
-from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
+from segqc.loop.dataset import Dataset
+from segqc.loop.requests import (
+    BatchRequest,
+    BatchResult,
+    JobKind,
+    JobResult,
+    RoundRequest,
+    RoundResult,
+    ScoringRequest,
+    ScoringResult,
+    TrainRequest,
+    TrainResult,
+    enqueue,
+    request_of,
+    result_to_json,
+)
+from segqc.loop.scoring import keep_mask, mask_to_assess, score
 from segqc.loop.training import publish, publish_staged, train
 from segqc.networks.model import ModelError
 from segqc.settings import NetworkName, SettingsError, build
 from segqc.store import jobs
 from segqc.store.database import Transaction
 from segqc.store.events import SERVER
-from segqc.store.labels import ORIGINAL, NewLabel
+from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress, TrainingSettings
@@ -24,25 +39,27 @@ from segqc.volumes import VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
 
-JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
-KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
-NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 LIKELY_ERRORS_TAG: Final = "likely-errors"
 
 
-def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
+def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
     """Do a job and return its result.
 
     Raises:
-        DatasetError: if its request asks for something that is not there.
+        DatasetError: if its request cannot be read.
     """
-    work: Mapping[str, Callable[[Dataset, JobRecord, Progress], JsonObject]] = {
-        "train": _train,
-        "scoring": _score,
-        "batch_infer": _batch_infer,
-        "round": _round,
-    }
-    return work[job.kind](dataset, job, progress)
+    request = request_of(job)
+    match request:
+        case TrainRequest():
+            return _train(dataset, request, progress)
+        case ScoringRequest():
+            return _score(dataset, request, progress)
+        case BatchRequest():
+            return _batch_infer(dataset, request, progress)
+        case RoundRequest():
+            return _round(dataset, job.id, request, progress)
+        case _:
+            assert_never(request)
 
 
 def chosen_settings(dataset: Dataset, network: NetworkName, choices: Mapping[str, object]) -> TrainingSettings:
@@ -59,64 +76,36 @@ def chosen_settings(dataset: Dataset, network: NetworkName, choices: Mapping[str
         raise SettingsError(f"params: {error}") from error
 
 
-def title(kind: str, request: JsonObject) -> str:
-    """What a job is, in words: "the training of segqc"."""
-    match kind:
-        case "train":
-            return f"the training of {request.get('model')}"
-        case "scoring":
-            return f"the scoring by {request.get('method')}"
-        case "batch_infer":
-            return f"the inference of {request.get('model')} on many scans"
-        case _:
-            return f"the {kind}"
+def _train(
+    dataset: Dataset, request: TrainRequest, progress: Progress, *, kind: JobKind = "train", stage: bool = False
+) -> TrainResult:
+    settings = chosen_settings(dataset, request.model, request.settings)
+    purpose = f"a worker's {kind} job"
+    card = train(dataset, request.model, progress, settings, purpose=purpose, wait=True, stage=stage)
+    return TrainResult(network=request.model, scores=dict(card.scores))
 
 
-def _train(dataset: Dataset, job: JobRecord, progress: Progress, *, stage: bool = False) -> JsonObject:
-    request = dict(job.request)
-    network = _network(request.pop("model", None))
-    settings = chosen_settings(dataset, network, request)
-    card = train(dataset, network, progress, settings, purpose=f"a worker's {job.kind} job", wait=True, stage=stage)
-    return {"network": network, "scores": dict(card.scores)}
+def _score(dataset: Dataset, request: ScoringRequest, progress: Progress) -> ScoringResult:
+    summary = score(dataset, request.method, progress, force=request.force)
+    return ScoringResult(method=request.method, **dataclasses.asdict(summary))
 
 
-def _network(name: object) -> NetworkName:
-    for network in NETWORKS:
-        if name == network:
-            return network
-    raise DatasetError(f"there is no network {name!r}; there are {' and '.join(NETWORKS)}")
-
-
-def _score(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
-    methods: tuple[Method, ...] = ("segqc", "tta", "entropy")
-    for method in methods:
-        if job.request.get("method") == method:
-            summary = score(dataset, method, progress, force=bool(job.request.get("force", False)))
-            return {"method": method, **dataclasses.asdict(summary)}
-    raise DatasetError(f"there is no scoring method {job.request.get('method')!r}; there are {', '.join(methods)}")
-
-
-def _batch_infer(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
+def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) -> BatchResult:
     """Make masks, or label maps of likely errors, of all, all labelled or all unlabelled scans."""
-    request = job.request
-    network, tag, wanted = (
-        _network(request.get("model")),
-        str(request.get("label_tag") or ORIGINAL),
-        request.get("images"),
-    )
+    network, wanted = request.model, request.images
     segmenter, assessor = dataset.segmenter(), dataset.assessor()
     if segmenter is None or (network == "segqc" and assessor is None):
         raise ModelError(f"the network {network!r} is not trained yet")
     entries = [e for e in dataset.scans() if wanted == "all" or (e.final is None) == (wanted == "unlabeled")]
-    most = request.get("max_batch_size")
-    entries = entries[: int(most)] if isinstance(most, int) and most > 0 else entries
+    entries = entries[: request.max_batch_size or None]
     pair, failed = publish(dataset), dict[str, str]()
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"inference: {entry.id}")
         try:
             scan = dataset.read_scan(entry)
             if network == "segmentation" or assessor is None:
-                keep_mask(dataset, entry.id, segmenter.predict(scan).labels, segmenter, tag, content=entry.sha256)
+                made = segmenter.predict(scan).labels
+                keep_mask(dataset, entry.id, made, segmenter, request.label_tag, content=entry.sha256)
                 continue
             mask = mask_to_assess(dataset, entry, segmenter)
             if mask is None:
@@ -125,34 +114,40 @@ def _batch_infer(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonOb
             labels = read_labels(dataset.store.label_file(mask), scan=scan, values=assessor.values)
             result = assessor.assess(scan, labels, scan_id=entry.id)
             errors = assessor.likely_errors(result, scan)
-            source = Actor("network", assessor.version, "program")
-            label = NewLabel(entry.id, LIKELY_ERRORS_TAG, "network", source, parent=mask.id, bundle=pair)
+            source = Actor(kind="network", name=assessor.version, identified_by="program")
+            label = NewLabel(
+                entry.id, LIKELY_ERRORS_TAG, "network", source,
+                parent=mask.id, bundle=pair, scan_sha256=entry.sha256,
+            )  # fmt: skip
             with temporary_labels(errors) as path:
-                dataset.store.save_label(label, path, first=expecting(entry.id, entry.sha256))
+                dataset.store.save_label(label, path)
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from their masks
             logger.warning("%s is left out: %s", entry.id, error)
             failed[entry.id] = str(error)
     progress.step(len(entries), len(entries), "inference: done")
-    return {"model": network, "done": len(entries) - len(failed), "failed": dict(failed)}
+    return BatchResult(model=network, done=len(entries) - len(failed), failed=failed)
 
 
-def _round(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
+def _round(dataset: Dataset, job: int, request: RoundRequest, progress: Progress) -> RoundResult:
     """Train both networks, publish them together, then segment and assess the pool.
 
     Finished steps are not done twice.
     """
     with dataset.store.write() as transaction:
-        number, done = jobs.begin_round(transaction, job.id, len(dataset.cases()))
+        number, done = jobs.begin_round(transaction, job, len(dataset.cases()))
 
     def train_one(network: NetworkName) -> JsonObject:
-        return _train(dataset, _part(job, network), progress, stage=True)
+        return result_to_json(_train(dataset, request.training(network), progress, kind="round", stage=True))
+
+    def score_pool() -> JsonObject:
+        return result_to_json(_score(dataset, ScoringRequest(method="segqc"), progress))
 
     steps: list[tuple[str, Callable[[], JsonObject]]] = [
         ("train segmentation", lambda: train_one("segmentation")),
         ("train segqc", lambda: train_one("segqc")),
         ("publish", lambda: {"bundle": publish_staged(dataset)}),
-        ("score", lambda: _score(dataset, replace(job, request={"method": "segqc"}), progress)),
+        ("score", score_pool),
     ]
     for name, step in steps:
         if name not in done:
@@ -163,12 +158,7 @@ def _round(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
     pair = publish(dataset)
     with dataset.store.write() as transaction:
         jobs.finish_round(transaction, number, pair)
-    return {"round": number, **done}
-
-
-def _part(job: JobRecord, network: NetworkName) -> JobRecord:
-    own = job.request.get(network, {})
-    return replace(job, request={"model": network, **(own if isinstance(own, dict) else {})})
+    return RoundResult(round=number, steps=done)
 
 
 def follow_up(transaction: Transaction, job: JobRecord) -> None:
@@ -180,4 +170,4 @@ def follow_up(transaction: Transaction, job: JobRecord) -> None:
 def enqueue_scoring(transaction: Transaction) -> None:
     """Put a scoring of the pool, unless one waits already; what has a current score is left as it is."""
     if not any(job.state == "queued" for job in jobs.open_jobs(transaction, "scoring")):
-        jobs.enqueue(transaction, "scoring", {"method": "segqc"}, SERVER)
+        enqueue(transaction, ScoringRequest(method="segqc"), SERVER)

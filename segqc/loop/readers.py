@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from segqc.loop.dataset import Dataset, expecting
+from segqc.loop.dataset import Dataset
 from segqc.quality.metrics import true_metrics
 from segqc.store import labels
 from segqc.store.database import StoreError
@@ -55,8 +55,8 @@ def add_reading(dataset: Dataset, scan: str, path: Path, actor: Actor) -> LabelR
     with dataset.store.read() as transaction:
         tag = labels.reader_tag(transaction, scan, actor)
     with temporary_labels(content.labels) as source:
-        label = NewLabel(scan, tag, "annotator", actor)
-        return dataset.store.save_label(label, source, first=expecting(scan, entry.sha256))
+        label = NewLabel(scan, tag, "annotator", actor, scan_sha256=entry.sha256)
+        return dataset.store.save_label(label, source)
 
 
 def inter_rater(dataset: Dataset, scan: str) -> list[ReaderPair]:
@@ -122,10 +122,7 @@ def majority(readers: LabelArray) -> LabelArray:
 
 def staple(readers: LabelArray) -> LabelArray:
     """STAPLE of label maps (n, a, b, c), each value against the rest."""
-    try:
-        import SimpleITK as sitk  # noqa: N813 - its users know it by this name. Slow to import
-    except ImportError as error:
-        raise StoreError("STAPLE needs SimpleITK; pip install SimpleITK, or take the majority") from error
+    import SimpleITK as sitk  # noqa: N813 - its users know it by this name. Slow to import
 
     best = np.full(readers.shape[1:], STAPLE_THRESHOLD)
     merged = np.zeros(readers.shape[1:], np.uint8)

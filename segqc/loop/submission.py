@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from segqc.errors import SegqcError
-from segqc.loop.dataset import Dataset, expecting
+from segqc.loop.dataset import Dataset
 from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics, true_slice_metrics
 from segqc.store import corrections, events, labels, leases, scans
@@ -17,6 +17,7 @@ from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
 from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
 from segqc.store.scans import ScanReplaced
+from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
 
@@ -78,20 +79,20 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
         by_slice = true_slice_metrics(mask, truth, axis)
         parts.append(
             StructureChange(
-                structure.name,
-                true_metrics(mask, truth),
-                int((mask != truth).sum()),
-                tuple(by_slice.at(i) for i in range(len(slices))),
+                name=structure.name,
+                metrics=true_metrics(mask, truth),
+                voxels_changed=int((mask != truth).sum()),
+                slices=tuple(by_slice.at(i) for i in range(len(slices))),
             )
         )
     in_plane = tuple(a for a in range(3) if a != axis)
     return Change(
-        axis,
-        int(changed.sum()),
-        int(changed.any(axis=in_plane).sum()),
-        tuple(parts),
-        opened.slices if opened.slices is None else slices,
-        opened.structures,
+        through_plane_axis=axis,
+        voxels_changed=int(changed.sum()),
+        slices_changed=int(changed.any(axis=in_plane).sum()),
+        structures=tuple(parts),
+        opened_slices=opened.slices if opened.slices is None else slices,
+        opened_structures=opened.structures,
     )
 
 
@@ -153,21 +154,21 @@ def submit_label(
         with dataset.store.read() as transaction:
             tag = labels.reader_tag(transaction, scan, actor)
     change = _change(dataset, start, end, opened) if start is not None else None
-    number: list[int] = []
-
-    def then(transaction: Transaction, versions: list[LabelRecord]) -> None:
-        answered = leases.submitted(transaction, scan, actor) if lease is not None else None
+    parent = start.id if start is not None else None
+    label = NewLabel(scan, tag, "annotator", actor, parent=parent, info=info, scan_sha256=now.sha256)
+    with (
+        contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path,
+        dataset.store.change_labels([LabelChange(label, path)]) as changing,
+    ):
+        kept, correction = changing.versions[0], None
+        answered = leases.submitted(changing.transaction, scan, actor) if lease is not None else None
         if answered is not None and start is not None and change is not None:
-            number.append(
-                corrections.add(transaction, start, versions[0], change, actor, lease=answered, simulated=simulated)
+            correction = corrections.add(
+                changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
             )
-
-    label = NewLabel(scan, tag, "annotator", actor, parent=start.id if start is not None else None, info=info)
-    with contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path:
-        kept = dataset.store.save_label(label, path, then, first=expecting(scan, now.sha256))
     if tag.startswith(READER):
         _compare_readers(dataset, scan)
-    return Submission(kept, number[0] if number else None)
+    return Submission(kept, correction)
 
 
 def _compare_readers(dataset: Dataset, scan: str) -> None:

@@ -18,14 +18,10 @@ from segqc.networks.model import ModelError, model_status
 from segqc.networks.segmenter import Segmenter
 from segqc.plots import draw_curve
 from segqc.store import labels
-from segqc.training import (
-    CaseError,
-    Progress,
-    TooFewCases,
-    TrainingSettings,
-    train_assessor,
-    train_segmentation,
-)
+from segqc.training import Progress, TrainingSettings
+from segqc.training.assessor import train_assessor
+from segqc.training.cases import CaseError, TooFewCases
+from segqc.training.segmentation import train_segmentation
 
 logger = logging.getLogger(__name__)
 

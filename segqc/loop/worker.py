@@ -33,6 +33,7 @@ from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset
 from segqc.loop.locks import hold, is_abandoned
 from segqc.loop.processes import death_by_signal
+from segqc.loop.requests import KINDS, result_to_json
 from segqc.progress import LineProgress, step_line
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
@@ -100,7 +101,7 @@ def run_job(folder: Path, number: int) -> int:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.write(f"unexpected {type(error).__name__}: {_one_line(error)} (the log has the traceback).\n")
         return _UNEXPECTED
-    _say(_Result(result))
+    _say(_Result(result_to_json(result)))
     return 0
 
 
@@ -114,7 +115,7 @@ class Worker:
     def __init__(
         self,
         dataset: Dataset,
-        kinds: Collection[str] = work.KINDS,
+        kinds: Collection[str] = KINDS,
         *,
         command: Callable[[JobRecord], list[str]] | None = None,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,

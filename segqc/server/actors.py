@@ -41,18 +41,18 @@ class RequestUser:
             params: the request's parameters.
         """
         if settings.MONAI_LABEL_AUTH_ENABLE:
-            return Actor("person", self._user.username, "signed-in")
+            return Actor(kind="person", name=self._user.username, identified_by="signed-in")
         header = self._request.app.state.user_header
         if header and (name := self._request.headers.get(header)) and _NAME.fullmatch(name):
-            return Actor("person", name, "trusted-header")
+            return Actor(kind="person", name=name, identified_by="trusted-header")
         client = (params or {}).get("client_id") or self._request.query_params.get("client_id")
         if isinstance(client, str) and _NAME.fullmatch(client):
-            return Actor("person", client, "client-id")
+            return Actor(kind="person", name=client, identified_by="client-id")
         known = self._request.cookies.get(COOKIE, "")
         if not _COOKIE.fullmatch(known):
             known = uuid.uuid4().hex
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
-        return Actor("person", f"browser {known}", "cookie")
+        return Actor(kind="person", name=f"browser {known}", identified_by="cookie")
 
     def client(self, actor: Actor) -> str:
         """What the next request of the same program has in common with this one.

@@ -31,7 +31,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
 from segqc.errors import SegqcError, sentence
-from segqc.loop.jobs import NETWORKS, enqueue_scoring
+from segqc.loop.jobs import enqueue_scoring
+from segqc.loop.requests import NETWORKS, TrainRequest, enqueue, request_of
 from segqc.networks.model import ModelError
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
@@ -218,12 +219,13 @@ def _bootstrap(instance: App, looked: threading.Event) -> None:
         return
     logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
     with store.write() as transaction:
-        waiting = {str(job.request.get("model")) for job in jobs.open_jobs(transaction, "train")}
+        asked = [request_of(job) for job in jobs.open_jobs(transaction, "train")]
+        waiting = {request.model for request in asked if isinstance(request, TrainRequest)}
         for network in missing:
             config = instance.trainers[network].config()
             few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
             if network not in waiting:
-                jobs.enqueue(transaction, "train", {"model": network, **few}, SERVER)
+                enqueue(transaction, TrainRequest(model=network, settings=few), SERVER)
 
 
 _MAX_DETAIL: Final = 1000

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
-from segqc.loop.jobs import JobKind, title
+from segqc.loop.requests import (
+    BatchRequest,
+    JobKind,
+    JobRequest,
+    RoundRequest,
+    TrainRequest,
+    enqueue,
+    request_of,
+    request_to_json,
+    title,
+)
 from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.store import jobs
@@ -27,10 +37,9 @@ _STOP_SECONDS: Final = 15.0
 def submit(
     store: Store,
     actor: Actor,
-    kind: JobKind,
-    request: JsonObject,
+    request: JobRequest,
     *,
-    enqueue: bool = False,
+    wait: bool = False,
     messages: Sequence[str] = (),
 ) -> JsonObject:
     """Put a job into the store, or join one that is open and does the same.
@@ -38,36 +47,35 @@ def submit(
     Args:
         store: the store.
         actor: who asks for it.
-        kind: its kind.
         request: what a worker is asked for.
-        enqueue: put it in any case.
+        wait: put it in any case.
         messages: what the job says at once, such as which parameters were ignored.
 
     Raises:
         RequestError: 429 if a training of the same network, or a round, is open with other parameters, unless
-            ``enqueue`` says that this one may wait.
+            ``wait`` says that this one may wait.
     """
     with store.write() as transaction:
-        ahead = [job for job in jobs.open_jobs(transaction, kind) if not job.stop_wanted]
-        same = [job for job in ahead if _same_work(job, kind, request)]
-        if same and not enqueue:
-            if same[-1].request != request:
+        ahead = [job for job in jobs.open_jobs(transaction, request.kind) if not job.stop_wanted]
+        same = [job for job in ahead if _same_work(request_of(job), request)]
+        if same and not wait:
+            if request_of(same[-1]) != request:
                 raise RequestError(
                     429,
-                    f"{title(kind, request)} is {_open_state(same[-1])} already, with other parameters "
+                    f"{title(request)} is {_open_state(same[-1])} already, with other parameters "
                     f"(job {same[-1].public_id}); stop it, wait for it, or ask with enqueue=true.",
                 )
             joined = to_json(same[-1])
-            return {**joined, "note": f"{title(kind, request)} is {_open_state(same[-1])} already: this is that job."}
-        waits = [f"waits for {title(job.kind, job.request)}" for job in ahead[-1:]]
-        return to_json(jobs.enqueue(transaction, kind, request, actor, messages=[*messages, *waits]))
+            return {**joined, "note": f"{title(request)} is {_open_state(same[-1])} already: this is that job."}
+        waits = [f"waits for {title(request_of(job))}" for job in ahead[-1:]]
+        return to_json(enqueue(transaction, request, actor, messages=[*messages, *waits]))
 
 
-def _same_work(job: JobRecord, kind: JobKind, request: JsonObject) -> bool:
+def _same_work(one: JobRequest, other: JobRequest) -> bool:
     """Whether two jobs of a kind should not wait side by side: a network is trained, and a round done, once."""
-    if kind == "train":
-        return job.request.get("model") == request.get("model")
-    return kind == "round" or job.request == request
+    if isinstance(one, TrainRequest) and isinstance(other, TrainRequest):
+        return one.model == other.model
+    return isinstance(one, RoundRequest) or one == other
 
 
 def _open_state(job: JobRecord) -> str:
@@ -116,14 +124,15 @@ def _as_running(job: JobRecord) -> JsonObject:
 
 def to_json(job: JobRecord) -> JsonObject:
     """The fields of MONAI Label's task, and what the store knows beside them."""
+    request = request_of(job)
     told: JsonObject = {
         "id": job.public_id,
         "status": _STATUS[job.state],
-        "request": job.request,
+        "request": _as_asked(request),
         "start_ts": _local(job.started_at or job.enqueued_at),
         # clients show the last line, and fail where there is none
-        "details": list(job.messages) or [f"{title(job.kind, job.request)}: {job.state}"],
-        "model": job.request.get("model"),
+        "details": list(job.messages) or [f"{title(request)}: {job.state}"],
+        "model": request.model if isinstance(request, TrainRequest | BatchRequest) else None,
         "epoch": job.done_steps,
         "total_epochs": job.all_steps,
         "progress": [job.done_steps, job.all_steps],
@@ -135,6 +144,13 @@ def to_json(job: JobRecord) -> JsonObject:
     if job.ended_at is not None:
         told["end_ts"] = _local(job.ended_at)
     return told
+
+
+def _as_asked(request: JobRequest) -> JsonObject:
+    """A request as clients send it: a training's settings beside its model."""
+    if isinstance(request, TrainRequest):
+        return {"model": request.model, **request.settings}
+    return request_to_json(request)
 
 
 def _local(at: datetime) -> str:

@@ -12,7 +12,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import KINDS, JobKind
+from segqc.loop.requests import KINDS, JobKind
 from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.server.job_answers import to_json

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, labels, scans
@@ -66,13 +66,9 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
         .values(ranking_dice=None)
         .execution_options(synchronize_session=False)
     )
-    known = select(AssessmentRow.scan_id, AssessmentRow.label_version_id, AssessmentRow.dice)
-    known = known.where(_COUNTS).order_by(AssessmentRow.made_at, AssessmentRow.id)
-    rows = transaction.execute(known).all()  # of a pair that has served before
-    starts = set(labels.starts(transaction).values()) if rows else set()
-    last = {scan_id: dice for scan_id, version, dice in rows if version in starts}
+    last = _ranking(transaction)  # of a pair that has served before
     if last:
-        transaction.execute(update(Scan), [{"id": scan_id, "ranking_dice": dice} for scan_id, dice in last.items()])
+        transaction.execute(update(Scan), [{"id": scan, "ranking_dice": dice} for scan, (_, dice) in last.items()])
     transaction.expire_all()  # what was read before is not what these rows hold now
 
 
@@ -343,8 +339,8 @@ def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int,
     part = AssessmentStructure
     query = (
         select(AssessmentRow.id, part.dice_low, part.dice_high, part.interval_level)
-        .join(part, and_(part.assessment_id == AssessmentRow.id, part.present, part.dice == AssessmentRow.dice))
-        .order_by(AssessmentRow.id, part.position.desc())
+        .join(part, and_(part.assessment_id == AssessmentRow.id, part.present, part.dice.is_not(None)))
+        .order_by(AssessmentRow.id, part.dice.desc(), part.position.desc())  # the last one counts
     )
     found: dict[int, PredictionInterval | None] = {}
     for start in range(0, len(chosen), _BATCH_SIZE):
@@ -355,13 +351,22 @@ def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int,
 
 def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval | None]:
     """The interval of the estimated Dice that each scan is ranked by."""
-    newest = select(func.max(AssessmentRow.id)).where(
-        AssessmentRow.scan_id == Scan.id, AssessmentRow.dice == Scan.ranking_dice
-    )
-    query = select(Scan.name, newest.scalar_subquery()).where(Scan.ranking_dice.is_not(None))
-    numbers = {name: number for name, number in transaction.execute(query) if number is not None}
-    told = dice_intervals(transaction, list(numbers.values()))
-    return {name: told.get(number) for name, number in numbers.items()}
+    ranking = _ranking(transaction)
+    told = dice_intervals(transaction, [number for number, _ in ranking.values()])
+    query = select(Scan.id, Scan.name).where(Scan.ranking_dice.is_not(None))
+    return {name: told.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
+
+
+def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:
+    """The assessment that each scan is ranked by, and its Dice, by the scan's number.
+
+    It is the last one that counts, of the version that an annotator starts from.
+    """
+    known = select(AssessmentRow.scan_id, AssessmentRow.label_version_id, AssessmentRow.id, AssessmentRow.dice)
+    known = known.where(_COUNTS).order_by(AssessmentRow.made_at, AssessmentRow.id)
+    rows = transaction.execute(known).all()
+    starts = set(labels.starts(transaction).values()) if rows else set()
+    return {scan: (number, dice) for scan, version, number, dice in rows if version in starts}
 
 
 def write_score(transaction: Transaction, scan: str, method: str, value: float, version: str) -> None:

@@ -144,14 +144,14 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     )
     return [
         CheckedEstimate(
-            patient,
-            scan,
-            structure,
-            pair.segmenter_version,
-            pair.assessor_version,
-            Metrics(said.dice, said.iou, said.arvd, said.rvd),
-            intervals_of(said),
-            Metrics(found.dice, found.iou, found.arvd, found.rvd),
+            patient=patient,
+            scan=scan,
+            structure=structure,
+            segmenter_version=pair.segmenter_version,
+            assessor_version=pair.assessor_version,
+            estimated=Metrics(said.dice, said.iou, said.arvd, said.rvd),
+            intervals=intervals_of(said),
+            true=Metrics(found.dice, found.iou, found.arvd, found.rvd),
         )
         for patient, scan, structure, pair, said, found in transaction.execute(query)
     ]
@@ -166,31 +166,31 @@ def _record(transaction: Transaction, row: Correction, scan: str, actor: ActorRo
     )
     structures = tuple(
         StructureChange(
-            name,
-            Metrics(part.dice, part.iou, part.arvd, part.rvd),
-            part.voxels_changed,
-            _SLICES.validate_json(zlib.decompress(part.slices)),
+            name=name,
+            metrics=Metrics(part.dice, part.iou, part.arvd, part.rvd),
+            voxels_changed=part.voxels_changed,
+            slices=_SLICES.validate_json(zlib.decompress(part.slices)),
         )
         for part, name in parts
     )
     change = Change(
-        row.through_plane_axis,
-        row.voxels_changed,
-        row.slices_changed,
-        structures,
-        tuple(row.opened_slices) if row.opened_slices is not None else None,
-        tuple(row.opened_structures) if row.opened_structures is not None else None,
+        through_plane_axis=row.through_plane_axis,
+        voxels_changed=row.voxels_changed,
+        slices_changed=row.slices_changed,
+        structures=structures,
+        opened_slices=tuple(row.opened_slices) if row.opened_slices is not None else None,
+        opened_structures=tuple(row.opened_structures) if row.opened_structures is not None else None,
     )
     return CorrectionRecord(
-        row.id,
-        scan,
-        row.from_version_id,
-        row.to_version_id,
-        leases.get(transaction, row.lease_id) if row.lease_id is not None else None,
-        row.assessment_id,
-        events.actor_of(actor),
-        row.made_at,
-        row.seconds,
-        row.simulated,
-        change,
+        id=row.id,
+        scan=scan,
+        from_version=row.from_version_id,
+        to_version=row.to_version_id,
+        lease=leases.get(transaction, row.lease_id) if row.lease_id is not None else None,
+        assessment=row.assessment_id,
+        actor=events.actor_of(actor),
+        made_at=row.made_at,
+        seconds=row.seconds,
+        simulated=row.simulated,
+        change=change,
     )

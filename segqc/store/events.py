@@ -11,8 +11,8 @@ from segqc.store.database import Transaction
 from segqc.store.records import Actor, EventRecord, JsonObject
 from segqc.store.schema import ActorRow, Event
 
-SERVER = Actor("system", "server", "program")
-FOLDER = Actor("system", "folder", "folder")
+SERVER = Actor(kind="system", name="server", identified_by="program")
+FOLDER = Actor(kind="system", name="folder", identified_by="folder")
 """Whoever puts files into the dataset folder, changes or removes them."""
 
 # built once: building a query takes longer than running it
@@ -35,7 +35,7 @@ def actor_id(transaction: Transaction, actor: Actor) -> int:
 
 def actor_of(actor: ActorRow) -> Actor:
     """The record of an actor's row."""
-    return Actor(actor.kind, actor.name, actor.identified_by)
+    return Actor(kind=actor.kind, name=actor.name, identified_by=actor.identified_by)
 
 
 def record(
@@ -74,4 +74,9 @@ def history(transaction: Transaction, object_kind: str, object_id: int) -> list[
         .where(Event.object_kind == object_kind, Event.object_id == object_id)
         .order_by(Event.id)
     )
-    return [EventRecord(e.at, actor_of(a), e.verb, e.object_kind, e.object_id, e.detail) for e, a in rows]
+    return [
+        EventRecord(
+            at=e.at, actor=actor_of(a), verb=e.verb, object_kind=e.object_kind, object_id=e.object_id, detail=e.detail
+        )
+        for e, a in rows
+    ]

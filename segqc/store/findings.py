@@ -40,7 +40,7 @@ class Finding:
 def listing(transaction: Transaction) -> list[FindingRecord]:
     """All files that were not taken in, in the order of their names."""
     rows = transaction.scalars(select(FindingRow).order_by(FindingRow.file))
-    return [FindingRecord(row.file, row.kind, row.sentence, row.found_at) for row in rows]
+    return [FindingRecord(file=row.file, kind=row.kind, sentence=row.sentence, found_at=row.found_at) for row in rows]
 
 
 def noted(transaction: Transaction, checks: str) -> dict[str, Finding]:

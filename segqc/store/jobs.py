@@ -79,7 +79,14 @@ def claim(
     row.heartbeat_at = transaction.now
     row.started_at = row.started_at or transaction.now
     transaction.flush()
-    events.record(transaction, Actor("system", worker, "program"), "taken", "job", row.id, {"attempt": row.attempts})
+    events.record(
+        transaction,
+        Actor(kind="system", name=worker, identified_by="program"),
+        "taken",
+        "job",
+        row.id,
+        {"attempt": row.attempts},
+    )
     return get(transaction, row.id)
 
 
@@ -190,7 +197,7 @@ def _tell(row: JobRow, messages: Sequence[str], steps: tuple[int, int] | None) -
 def _end(transaction: Transaction, row: JobRow, state: JobState, result: JsonObject | None) -> None:
     row.state, row.result, row.ended_at = state, result, transaction.now
     transaction.flush()
-    actor = Actor("system", row.worker, "program") if row.worker else events.SERVER
+    actor = Actor(kind="system", name=row.worker, identified_by="program") if row.worker else events.SERVER
     events.record(transaction, actor, state, "job", row.id)
 
 
@@ -246,12 +253,26 @@ def _records(transaction: Transaction, query: Select[JobRow, ActorRow]) -> list[
     rows = transaction.execute(query.join(ActorRow, JobRow.actor_id == ActorRow.id))
     return [
         JobRecord(
-            j.id, j.public_id, j.kind, j.request, j.state, j.attempts, j.worker, j.done_steps, j.all_steps,
-            tuple(j.messages), j.result, j.stop_wanted, events.actor_of(actor),
-            j.enqueued_at, j.started_at, j.heartbeat_at, j.ended_at,
+            id=j.id,
+            public_id=j.public_id,
+            kind=j.kind,
+            request=j.request,
+            state=j.state,
+            attempts=j.attempts,
+            worker=j.worker,
+            done_steps=j.done_steps,
+            all_steps=j.all_steps,
+            messages=tuple(j.messages),
+            result=j.result,
+            stop_wanted=j.stop_wanted,
+            actor=events.actor_of(actor),
+            enqueued_at=j.enqueued_at,
+            started_at=j.started_at,
+            heartbeat_at=j.heartbeat_at,
+            ended_at=j.ended_at,
         )
         for j, actor in rows
-    ]  # fmt: skip
+    ]
 
 
 def _last(lines: list[str]) -> list[str]:

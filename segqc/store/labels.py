@@ -26,7 +26,7 @@ class NewLabel:
 
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
     ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is
-    another.
+    another. ``scan_sha256`` is the scan's content that the label map was made for; None where nobody knows.
     """
 
     scan: str
@@ -40,6 +40,7 @@ class NewLabel:
     info: JsonObject | None = None
     submitted_sha256: str | None = None
     submitted_suffix: str | None = None
+    scan_sha256: str | None = None
 
 
 def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
@@ -50,8 +51,9 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
     Raises:
         UnknownScan: if there is no such scan.
+        ScanReplaced: if it has another content than the one that the label was made for.
     """
-    scan = scans.find(transaction, label.scan)
+    scan = scans.expect(transaction, label.scan, label.scan_sha256)
     last = current(transaction, label.scan, label.tag)
     if last is not None and last.sha256 == label.sha256 and last.actor == label.actor and label.source == last.source:
         return last, False
@@ -76,18 +78,18 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     events.record(transaction, label.actor, verb, "scan", scan.id, detail)
     _tell_scan(transaction, scan, label)
     kept = LabelRecord(
-        number,
-        label.scan,
-        label.tag,
-        label.source,
-        label.sha256,
-        label.suffix,
-        label.parent,
-        _bundle(transaction.get_one(Bundle, label.bundle)) if label.bundle is not None else None,
-        label.actor,
-        transaction.now,
-        label.submitted_sha256,
-        label.submitted_suffix,
+        id=number,
+        scan=label.scan,
+        tag=label.tag,
+        source=label.source,
+        sha256=label.sha256,
+        suffix=label.suffix,
+        parent=label.parent,
+        bundle=_bundle(transaction.get_one(Bundle, label.bundle)) if label.bundle is not None else None,
+        actor=label.actor,
+        made_at=transaction.now,
+        submitted_sha256=label.submitted_sha256,
+        submitted_suffix=label.submitted_suffix,
     )
     return kept, True
 
@@ -332,7 +334,9 @@ def bundle(transaction: Transaction, segmenter: str, assessor: str | None = None
 
 
 def _bundle(row: Bundle) -> BundleRecord:
-    return BundleRecord(row.id, row.segmenter_version, row.assessor_version or None)
+    return BundleRecord(
+        id=row.id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version or None
+    )
 
 
 def _records() -> Select[*tuple[Any, ...]]:
@@ -386,18 +390,20 @@ _SOME_TAGS: Final = _records().where(
 def _record(row: Row[*tuple[Any, ...]]) -> LabelRecord:
     made_by = None
     if row.bundle_id is not None:
-        made_by = BundleRecord(row.bundle_id, row.segmenter_version, row.assessor_version or None)
+        made_by = BundleRecord(
+            id=row.bundle_id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version or None
+        )
     return LabelRecord(
-        row.id,
-        row.scan,
-        row.tag,
-        row.source,
-        row.sha256,
-        row.suffix,
-        row.parent_id,
-        made_by,
-        Actor(row.kind, row.actor_name, row.identified_by),
-        row.made_at,
-        row.submitted_sha256,
-        row.submitted_suffix,
+        id=row.id,
+        scan=row.scan,
+        tag=row.tag,
+        source=row.source,
+        sha256=row.sha256,
+        suffix=row.suffix,
+        parent=row.parent_id,
+        bundle=made_by,
+        actor=Actor(kind=row.kind, name=row.actor_name, identified_by=row.identified_by),
+        made_at=row.made_at,
+        submitted_sha256=row.submitted_sha256,
+        submitted_suffix=row.submitted_suffix,
     )

@@ -375,7 +375,7 @@ def costs(transaction: Transaction) -> list[Cost]:
         done = [row for row in own if row.state == "submitted" and row.closed_at is not None]
         seconds = sum((row.closed_at - row.handed_out_at).total_seconds() for row in done)
         skipped = sum(row.state == "skipped" for row in own)
-        found.append(Cost(draw, len(own), len(done), skipped, seconds / 3600))
+        found.append(Cost(draw=draw, handed_out=len(own), submitted=len(done), skipped=skipped, hours=seconds / 3600))
     return found
 
 
@@ -432,19 +432,19 @@ _LAST_OF_NAMED: Final = (
 
 def _record(row: Row[*tuple[Any, ...]]) -> LeaseRecord:
     return LeaseRecord(
-        row.id,
-        row.scan,
-        Actor(row.kind, row.actor_name, row.identified_by),
-        row.slot,
-        row.state,
-        row.handed_out_at,
-        row.expires_at,
-        row.closed_at,
-        row.strategy,
-        row.score,
-        row.draw,
-        row.probability,
-        row.pool,
-        row.label_version_id,
-        row.assessment_id,
+        id=row.id,
+        scan=row.scan,
+        actor=Actor(kind=row.kind, name=row.actor_name, identified_by=row.identified_by),
+        slot=row.slot,
+        state=row.state,
+        handed_out_at=row.handed_out_at,
+        expires_at=row.expires_at,
+        closed_at=row.closed_at,
+        strategy=row.strategy,
+        score=row.score,
+        draw=row.draw,
+        probability=row.probability,
+        pool=row.pool,
+        label_version=row.label_version_id,
+        assessment=row.assessment_id,
     )

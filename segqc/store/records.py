@@ -1,4 +1,7 @@
-"""What the store hands out: frozen records, no rows of tables."""
+"""What the store hands out: frozen records, no rows of tables.
+
+Records are built by keyword. Times are in UTC; numbers are keys of the store's tables.
+"""
 
 from __future__ import annotations
 
@@ -24,154 +27,145 @@ FindingKind: TypeAlias = Literal["scan", "label", "other"]
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "stopped"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
     """An actor, and how it is known that it is this one."""
 
     kind: ActorKind
-    name: str
+    name: str  # a person's name, a network's version, or a program
     identified_by: Identification
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScanRecord:
-    """A scan of the folder; ``file`` is relative to it.
-
-    ``sha256`` is its content, None until the file was read, and ``signature`` tells quickly whether the file still
-    holds it (see `files.signature_of`). ``former_name`` is the name that it had until another content took the place of
-    its file.
-    """
+    """A scan of the folder."""
 
     id: int
     name: str
-    file: str
+    file: str  # relative to the folder
     patient: str
-    fold: int
-    split: Split
+    fold: int  # the patient's
+    split: Split  # the patient's
     state: ScanState
-    reason: str | None
-    ranking_dice: float | None
-    info: JsonObject
+    reason: str | None  # why it was rejected or excluded
+    ranking_dice: float | None  # the estimate that it is ranked by, from 0 to 1
+    info: JsonObject  # what clients noted
     added_at: dt.datetime
-    missing_since: dt.datetime | None
-    sha256: str | None
-    signature: str | None
-    former_name: str | None
+    missing_since: dt.datetime | None  # None while its file is there
+    sha256: str | None  # its content; None until the file was read
+    signature: str | None  # tells quickly whether the file still holds it (see `files.signature_of`)
+    former_name: str | None  # its name until another content took the place of its file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FindingRecord:
-    """A file of the folder that was not taken in: its path relative to the folder, and a sentence that says why."""
+    """A file of the folder that was not taken in."""
 
-    file: str
+    file: str  # relative to the folder
     kind: FindingKind
-    sentence: str
+    sentence: str  # why
     found_at: dt.datetime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BundleRecord:
-    """A segmentation network and the SegQC-Net that judges it; None while there is no SegQC-Net."""
+    """A segmentation network and the SegQC-Net that judges it."""
 
     id: int
     segmenter_version: str
-    assessor_version: str | None
+    assessor_version: str | None  # None while there is no SegQC-Net
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelRecord:
-    """One version of a scan's label map; ``sha256`` is None for a removal.
-
-    ``submitted_sha256`` and ``submitted_suffix`` are those of the file that a person put into the folder, where the
-    label map had to be read from it into another file.
-    """
+    """One version of a scan's label map, or a removal."""
 
     id: int
-    scan: str
+    scan: str  # its name
     tag: str
     source: LabelSource
-    sha256: str | None
-    suffix: str | None
-    parent: int | None
-    bundle: BundleRecord | None
+    sha256: str | None  # its content; None for a removal
+    suffix: str | None  # of the file that holds it, such as ".nii.gz"; None for a removal
+    parent: int | None  # the version that it was made of
+    bundle: BundleRecord | None  # the pair of networks whose network made it
     actor: Actor
     made_at: dt.datetime
-    submitted_sha256: str | None = None
-    submitted_suffix: str | None = None
+    submitted_sha256: str | None = None  # of the file that a person put into the folder, where it was read from one
+    submitted_suffix: str | None = None  # the same file's suffix
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord:
-    """A scan handed out; ``label_version`` and ``assessment`` are those that were shown."""
+    """A scan handed out."""
 
     id: int
-    scan: str
+    scan: str  # its name
     actor: Actor
-    slot: int
+    slot: int  # which of the annotators who label each scan, from 0
     state: LeaseState
     handed_out_at: dt.datetime
     expires_at: dt.datetime
-    closed_at: dt.datetime | None
-    strategy: str
-    score: float | None
+    closed_at: dt.datetime | None  # None while it is open
+    strategy: str  # which chose the scan
+    score: float | None  # by which it was chosen
     draw: Draw
-    probability: float | None
-    pool: int | None
-    label_version: int | None
-    assessment: int | None
+    probability: float | None  # with which a suggestion was drawn at random
+    pool: int | None  # how many scans waited when it was drawn at random
+    label_version: int | None  # that was shown
+    assessment: int | None  # that was shown
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What suggestions of one kind have cost: scans handed out, submitted and skipped, and hours until submission."""
+    """What suggestions of one kind have cost."""
 
     draw: Draw
-    handed_out: int
-    submitted: int
-    skipped: int
-    hours: float
+    handed_out: int  # scans
+    submitted: int  # scans
+    skipped: int  # scans
+    hours: float  # until submission, all together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StructureChange:
-    """The start of a correction against its end, of one structure: true metrics in 3D and of each slice."""
+    """The start of a correction against its end, of one structure."""
 
     name: str
-    metrics: Metrics
+    metrics: Metrics  # true, in 3D
     voxels_changed: int
-    slices: tuple[Metrics, ...]
+    slices: tuple[Metrics, ...]  # true, of each slice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What a correction changed. ``opened_*`` are None where the whole scan was looked at (see `Correction`)."""
+    """What a correction changed."""
 
     through_plane_axis: int
     voxels_changed: int
     slices_changed: int
     structures: tuple[StructureChange, ...]
-    opened_slices: tuple[int, ...] | None = None
-    opened_structures: tuple[str, ...] | None = None
+    opened_slices: tuple[int, ...] | None = None  # those that were looked at; None for all
+    opened_structures: tuple[str, ...] | None = None  # those that were looked at; None for all
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectionRecord:
     """A correction: from which version to which, by whom, what it changed, and what had been estimated."""
 
     id: int
-    scan: str
+    scan: str  # its name
     from_version: int
     to_version: int
-    lease: LeaseRecord | None
-    assessment: int | None
+    lease: LeaseRecord | None  # that it answers
+    assessment: int | None  # that the annotator was shown
     actor: Actor
     made_at: dt.datetime
-    seconds: float | None
-    simulated: bool
+    seconds: float | None  # from hand-out to submission
+    simulated: bool  # no person has made it
     change: Change
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedEstimate:
     """What was estimated of one structure when its scan was handed out, beside what the correction showed to be true.
 
@@ -179,8 +173,8 @@ class CheckedEstimate:
     """
 
     patient: str
-    scan: str
-    structure: str
+    scan: str  # its name
+    structure: str  # its name
     segmenter_version: str
     assessor_version: str
     estimated: Metrics
@@ -188,36 +182,36 @@ class CheckedEstimate:
     true: Metrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
     """A piece of long work and how far it is."""
 
     id: int
-    public_id: str
+    public_id: str  # the number that clients see, a UUID
     kind: str
-    request: JsonObject
+    request: JsonObject  # what is asked for; its kind says how it is read
     state: JobState
-    attempts: int
-    worker: str | None
+    attempts: int  # how often a worker has taken it
+    worker: str | None  # that does it, or did
     done_steps: int
-    all_steps: int
-    messages: tuple[str, ...]
-    result: JsonObject | None
+    all_steps: int  # 0 while nobody knows
+    messages: tuple[str, ...]  # the last lines that it said
+    result: JsonObject | None  # None until it is done
     stop_wanted: bool
-    actor: Actor
+    actor: Actor  # who asked for it
     enqueued_at: dt.datetime
-    started_at: dt.datetime | None
-    heartbeat_at: dt.datetime | None
+    started_at: dt.datetime | None  # the first time
+    heartbeat_at: dt.datetime | None  # the worker's last sign of life
     ended_at: dt.datetime | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
     """Something that happened."""
 
     at: dt.datetime
     actor: Actor
     verb: str
-    object_kind: str
-    object_id: int
+    object_kind: str  # the table of what it happened to
+    object_id: int  # its row
     detail: JsonObject | None

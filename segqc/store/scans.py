@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +25,13 @@ _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
 }
 _IN_ONE_QUERY: Final = 500
 
-# The fields of a ScanRecord. Columns and no rows of tables: with 100,000 scans that takes a quarter of the time.
+# The fields of a ScanRecord, by their names.
+# Columns and no rows of tables: with 100,000 scans that takes a quarter of the time.
 _RECORD: Final = (
     Scan.id,
     Scan.name,
     Scan.file,
-    Patient.name,
+    Patient.name.label("patient"),
     Patient.fold,
     Patient.split,
     Scan.state,
@@ -99,8 +99,8 @@ def get(transaction: Transaction, name: str) -> ScanRecord:
     Raises:
         UnknownScan: if there is none.
     """
-    for record in itertools.starmap(ScanRecord, transaction.rows(_RECORD_OF, {"name": name})):
-        return record
+    for row in transaction.rows(_RECORD_OF, {"name": name}):
+        return ScanRecord(**row._mapping)
     raise UnknownScan(f"there is no scan {name!r}")
 
 
@@ -113,7 +113,7 @@ def listing(
         query = query.where(Scan.state.in_(states))
     if names is not None:
         query = query.where(Scan.name.in_(names))
-    return list(itertools.starmap(ScanRecord, transaction.execute(query)))
+    return [ScanRecord(**row._mapping) for row in transaction.execute(query)]
 
 
 def names(transaction: Transaction, *, states: Collection[ScanState] | None = None, missing: bool = False) -> list[str]:

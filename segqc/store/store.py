@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from filelock import FileLock
 from sqlalchemy import select
@@ -69,8 +70,27 @@ class _Unseen(Exception):  # noqa: N818 - not an error
         self.files = files
 
 
-First: TypeAlias = Callable[[Transaction], None]
-Then: TypeAlias = Callable[[Transaction, list[LabelRecord]], None]
+class LabelTransaction:
+    """A transaction in which labels change: alone with the write lock, and the new files have arrived."""
+
+    def __init__(self, transaction: Transaction, new: Sequence[NewLabel], edits: int) -> None:
+        self.transaction = transaction
+        self._new = new
+        self._edits = edits
+
+    @property
+    def versions(self) -> list[LabelRecord]:
+        """The new versions, in the order of the changes.
+
+        Their rows are added when they are first asked for, at the latest at the end of the transaction: what is checked
+        before sees the labels as they were.
+        """
+        return self.all_versions[self._edits :]
+
+    @functools.cached_property
+    def all_versions(self) -> list[LabelRecord]:
+        """The same, after the versions of files that somebody has edited."""
+        return [labels.add(self.transaction, label)[0] for label in self._new]
 
 
 class Store:
@@ -209,22 +229,20 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- label files
 
-    def save_label(
-        self, label: NewLabel, source: Path, then: Then | None = None, *, first: First | None = None
-    ) -> LabelRecord:
+    def save_label(self, label: NewLabel, source: Path) -> LabelRecord:
         """Keep a label map: its content for ever, its version in the history, its file under ``labels/<tag>/``.
 
         Args:
             label: what is known of it; ``sha256`` and ``suffix`` are filled in.
             source: the file; it is copied.
-            then: what else belongs to the same transaction, called with the new version.
-            first: the same, called before.
 
         Raises:
             UnknownScan: if there is no such scan.
+            ScanReplaced: if the scan has another content than the one that the label was made for.
             OSError: if the disk is full or read-only; nothing has changed then.
         """
-        return self.change_labels([LabelChange(label, source)], then, first=first)[0]
+        with self.change_labels([LabelChange(label, source)]) as change:
+            return change.versions[0]
 
     def remove_label(self, scan: str, tag: str, actor: Actor) -> None:
         """Take a label away; its history and content stay.
@@ -236,7 +254,8 @@ class Store:
             last = labels.current(transaction, scan, tag)
         if last is None:
             raise StoreError(f"the scan {scan!r} has no label with the tag {tag!r}")
-        self.change_labels([LabelChange(NewLabel(scan, tag, "removal", actor, parent=last.id), None)])
+        with self.change_labels([LabelChange(NewLabel(scan, tag, "removal", actor, parent=last.id), None)]):
+            pass
 
     def restore_label(self, version: int, actor: Actor, tag: str | None = None) -> LabelRecord:
         """Make an earlier version the current one of its tag, or of another, again; it becomes a version of its own.
@@ -270,42 +289,54 @@ class Store:
             label.scan, label.tag, label.submitted_suffix or label.suffix or ""
         )
 
-    def change_labels(
-        self, changes: Sequence[LabelChange], then: Then | None = None, *, first: First | None = None
-    ) -> list[LabelRecord]:
-        """Change several labels in one transaction, files and rows together; see `save_label`.
+    @contextlib.contextmanager
+    def change_labels(self, changes: Sequence[LabelChange]) -> Iterator[LabelTransaction]:
+        """Change several labels in one transaction, files and rows together.
 
-        A file that somebody has edited since it was written becomes a version first, in the same transaction, if it is
-        about to be replaced or removed.
+        The block is the transaction: what it writes belongs to the change, and nothing has changed if it raises. The
+        new contents have arrived before, and files below ``labels/`` are changed after it. A file that somebody has
+        edited since it was written becomes a version first, in the same transaction, if it is about to be replaced or
+        removed.
 
         Args:
             changes: the new versions.
-            then: what else belongs to the transaction, called after the new versions with them.
-            first: the same, called before.
+
+        Yields:
+            The transaction, and the new versions in it.
 
         Raises:
             StoreReadOnly: if the folder cannot be written.
             StoreError: if somebody writes the same files all the time.
+            UnknownScan: if there is no such scan.
+            ScanReplaced: if a scan has another content than the one that its label was made for.
+            OSError: if the disk is full or read-only; nothing has changed then.
         """
         if not self.is_writable:
             raise StoreReadOnly(f"{self.dataset}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
-        with tempfile.TemporaryDirectory(prefix="segqc-") as work:
+        with tempfile.TemporaryDirectory(prefix="segqc-") as work, contextlib.ExitStack() as stack:
+            # edits are found when the transaction begins: what is tried again has not come to the block yet
             for _ in range(_TRIES):
                 try:
-                    return self._change([*edits, *changes], then, first, len(edits))
+                    change = stack.enter_context(self._change([*edits, *changes], len(edits)))
                 except _Unseen as unseen:
                     edits = []
                     for file, (scan, tag) in unseen.files.items():
                         with contextlib.suppress(FileNotFoundError):  # removed since
                             edits.append(self._edit(scan, tag, Path(file).name, Path(work)))
+                else:
+                    yield change
+                    return
         names = ", ".join(sorted({f"labels/{edit.found.file}" for edit in edits if edit.found is not None}))
         raise StoreError(f"{names}: somebody is writing this file; try again when it is done")
 
-    def _change(
-        self, changes: Sequence[LabelChange], then: Then | None, first: First | None, edits: int
-    ) -> list[LabelRecord]:
-        """Make the changes, of which the first few are somebody's edits that ``then`` does not ask for."""
+    @contextlib.contextmanager
+    def _change(self, changes: Sequence[LabelChange], edits: int) -> Iterator[LabelTransaction]:
+        """Make the changes, of which the first few are somebody's edits that nobody asked for.
+
+        Raises:
+            _Unseen: at the beginning, if there are more edits.
+        """
         arrivals: list[Arrival] = []
         with contextlib.ExitStack() as stack:
             for change in changes:
@@ -315,14 +346,10 @@ class Store:
             try:
                 with self.write() as transaction:
                     lying = self._lying(transaction, changes)
-                    if first is not None:
-                        first(transaction)
-                    versions = [
-                        labels.add(transaction, _complete(c.label, a))[0]
-                        for c, a in zip(changes, arrivals, strict=True)
-                    ]
-                    if then is not None:
-                        then(transaction, versions[edits:])
+                    new = [_complete(change.label, arrival) for change, arrival in zip(changes, arrivals, strict=True)]
+                    changing = LabelTransaction(transaction, new, edits)
+                    yield changing
+                    versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
@@ -335,7 +362,6 @@ class Store:
                         self._settle(arrival)
                 raise
             self.files.sync(arrivals)
-        return versions[edits:]
 
     def _lying(self, transaction: Transaction, changes: Sequence[LabelChange]) -> dict[tuple[str, str], list[Path]]:
         """The files that show the labels which are about to change, by scan and tag.
@@ -450,7 +476,8 @@ class Store:
         with tempfile.TemporaryDirectory(prefix="segqc-") as work:
             for file, (_, tag) in files.items():
                 try:
-                    self.change_labels([self.label_from_file(record, tag, Path(file).name, Path(work))])
+                    with self.change_labels([self.label_from_file(record, tag, Path(file).name, Path(work))]):
+                        pass
                 except (VolumeError, OSError) as error:
                     logger.warning("labels/%s is left as it is: %s", file, error)
 
@@ -524,12 +551,6 @@ class Store:
             UnknownScan: if there is none of this name.
             StoreError: if the scan is not in a state that allows it, or a reason is wanted and missing.
         """
-
-        def decide(transaction: Transaction) -> None:
-            scans.review(transaction, scan, state, actor, reason)
-            if state != "approved":
-                leases.release(transaction, scan, actor)
-
         with self.read() as transaction:
             read = labels.readings(transaction, scan)
         self.sync_edits(scan, [FINAL, *(reading.tag for reading in read)])
@@ -543,7 +564,10 @@ class Store:
                 changes.append(LabelChange(back, self.label_file(final)))
             over = [*([final] if final is not None else []), *read]
             changes += [LabelChange(NewLabel(scan, f.tag, "removal", actor, parent=f.id), None) for f in over]
-        self.change_labels(changes, first=decide)
+        with self.change_labels(changes) as change:
+            scans.review(change.transaction, scan, state, actor, reason)
+            if state != "approved":
+                leases.release(change.transaction, scan, actor)
 
 
 def _is_another(owner: Folder, dataset: Path) -> bool:

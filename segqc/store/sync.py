@@ -16,7 +16,7 @@ import stat
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -561,7 +561,8 @@ def _part_from_labels(store: Store, name: str) -> None:
                     store.label_from_file(scan, tag, base, Path(work))
                 except VolumeError as error:
                     change = store.unchecked_label(name, tag, base, str(error), Path(work))
-                    store.change_labels([change])
+                    with store.change_labels([change]):
+                        pass
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
@@ -706,22 +707,10 @@ class _LabelPass:
         A file that another process has just saved looks like a person's edit to whoever read the rows before.
         """
         left = list(changes)
-
-        def check(transaction: Transaction) -> None:
-            overtaken = set()
-            names = {change.label.scan for change in left}
-            rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
-            for name in names:
-                last = labels.current(transaction, name, self.tag)
-                same = (last.id if last is not None else None) == self.versions.get(name)
-                if not same or rows.get(name) != self.scans[name].id:
-                    overtaken.add(name)
-            if overtaken:
-                raise _Overtaken(overtaken)
-
         while left:
             try:
-                self.store.change_labels(left, first=check)
+                with self.store.change_labels(left) as change:
+                    self._refuse_overtaken(change.transaction, {c.label.scan for c in left})
             except _Overtaken as found:
                 left = [change for change in left if change.label.scan not in found.scans]
             except FileNotFoundError:
@@ -729,6 +718,17 @@ class _LabelPass:
             else:
                 break
         return left
+
+    def _refuse_overtaken(self, transaction: Transaction, names: Set[str]) -> None:
+        overtaken = set()
+        rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
+        for name in names:
+            last = labels.current(transaction, name, self.tag)
+            same = (last.id if last is not None else None) == self.versions.get(name)
+            if not same or rows.get(name) != self.scans[name].id:
+                overtaken.add(name)
+        if overtaken:
+            raise _Overtaken(overtaken)
 
 
 class _Overtaken(Exception):  # noqa: N818 - not an error

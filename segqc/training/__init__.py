@@ -1,20 +1,9 @@
-"""Training of both networks: scan-mask pairs, folds, checkpoints that resume."""
+"""Training of both networks: scan-mask pairs, folds, checkpoints that resume.
+
+What imports PyTorch is imported from its own module: settings are read without it.
+"""
 
 from segqc.progress import LineProgress, NoProgress, Progress
-from segqc.training.assessor import train_assessor, train_on_masks
-from segqc.training.cases import Case, CaseError, TooFewCases
-from segqc.training.segmentation import train_segmentation
 from segqc.training.spec import TrainingSettings
 
-__all__ = [
-    "Case",
-    "CaseError",
-    "LineProgress",
-    "NoProgress",
-    "Progress",
-    "TooFewCases",
-    "TrainingSettings",
-    "train_assessor",
-    "train_on_masks",
-    "train_segmentation",
-]
+__all__ = ["LineProgress", "NoProgress", "Progress", "TrainingSettings"]

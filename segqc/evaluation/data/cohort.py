@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.prepare import labelled_pairs, scans_by_patient
-from segqc.training import Case
+from segqc.training.cases import Case
 from segqc.types import Structure
 from segqc.volumes import read_labels
 

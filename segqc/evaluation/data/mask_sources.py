@@ -33,11 +33,11 @@ from segqc.split import PatientSplit
 from segqc.store import corrections, labels
 from segqc.store.database import Transaction
 from segqc.store.records import CorrectionRecord
-from segqc.training import Case, LineProgress, Progress, train_segmentation
-from segqc.training.cases import label_values, load_example, read_case
+from segqc.training import LineProgress, Progress
+from segqc.training.cases import Case, label_values, load_example, read_case
 from segqc.training.crossfit import MaskSet, assert_unseen, at_weights, early_epochs, stored_masks, train_mask_sources
 from segqc.training.engine import fit
-from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of
+from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of, train_segmentation
 from segqc.types import BoolArray, LabelArray
 from segqc.volumes import Volume, read_labels, through_plane_axis, write_labels
 

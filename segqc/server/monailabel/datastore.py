@@ -18,7 +18,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
-from segqc.loop.dataset import Dataset, expecting
+from segqc.loop.dataset import Dataset
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import current_actor
 from segqc.server.checks import check_image_id, check_tag, usable_image_id
@@ -322,12 +322,12 @@ class StoreDatastore(Datastore):
         tag = check_tag(_tag(label_tag))
         actor = current_actor()
         source = "annotator" if actor.kind == "person" else "import"
-        label = NewLabel(image_id, tag, source, actor, info=label_info)  # type: ignore[arg-type]
+        label = NewLabel(image_id, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
         scan_file = Path(label_filename)
         content = self._store.intake.labels(scan_file, self._studies.folder / scan.file, "the label map")
         with temporary_labels(content.labels) as read:
             kept = scan_file if content.is_plain and scan_suffix(scan_file.name) is not None else read
-            self._store.save_label(label, kept, first=expecting(image_id, scan.sha256))
+            self._store.save_label(label, kept)
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from monailabel.interfaces.utils.app import app_instance
 
+from segqc.networks.card import NetworkName
 from segqc.server.checks import JsonObject
 from segqc.server.context import AppContext
 from segqc.server.monailabel.datastore import StoreDatastore
@@ -17,6 +18,8 @@ from segqc.server.uploads import Uploads
 
 class Trainer(Protocol):
     """The training of one network."""
+
+    network: NetworkName
 
     def config(self) -> dict[str, Any]:
         """What a client may choose, with the values of now."""

@@ -12,7 +12,7 @@ from segqc.server.checks import JsonObject, Params, check_tag, choose_params, kn
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN, USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import AskingUser, open_store
+from segqc.server.routers.dependencies import AskingUser, checked_request, open_store
 from segqc.server.waiting import described
 
 router = APIRouter()
@@ -48,8 +48,9 @@ def batch_start(
     app.context.segmenter()
     if model == "segqc":
         app.context.assessor()
-    fixed: JsonObject = {"model": model, "images": images.value, "label_tag": tag}
-    job = job_answers.submit(open_store(), user.actor(params), "batch_infer", {**chosen, **fixed})
+    limit: JsonObject = {name: value for name, value in chosen.items() if name == "max_batch_size"}
+    request = checked_request("batch_infer", {**limit, "model": model, "images": images.value, "label_tag": tag})
+    job = job_answers.submit(open_store(), user.actor(params), request)
     return described(open_store(), job, "batch_infer", wait=run_sync)
 
 

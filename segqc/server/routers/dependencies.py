@@ -13,6 +13,8 @@ from fastapi import Depends, Form, Request, UploadFile
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from segqc.loop.dataset import DatasetError
+from segqc.loop.requests import JobKind, JobRequest, parse_request
 from segqc.server.actors import RequestUser, request_user
 from segqc.server.checks import JsonObject, check_session_id, file_suffix
 from segqc.server.errors import RequestError
@@ -136,3 +138,15 @@ def known_label(label: str, tag: str) -> str:
     if not current_app().datastore.get_label_uri(image, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return image
+
+
+def checked_request(kind: JobKind, fields: JsonObject) -> JobRequest:
+    """What a worker is asked for.
+
+    Raises:
+        RequestError: 400 for a value that cannot be used.
+    """
+    try:
+        return parse_request(kind, fields)
+    except DatasetError as error:
+        raise RequestError(400, str(error)) from error

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from segqc.loop.requests import RoundRequest
 from segqc.server import job_answers
 from segqc.server.checks import JsonObject, Params
 from segqc.server.monailabel.auth import ADMIN, USER
@@ -19,12 +20,9 @@ router = APIRouter()
 def start_round(user: AskingUser, params: Params = None) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
     trainings = all_trainings(params)
-    request: JsonObject = {
-        model: {name: value for name, value in own.request.items() if name != "model"}
-        for model, own in trainings.items()
-    }
+    request = RoundRequest(**{model: own.request.settings for model, own in trainings.items()})
     messages = [f"{model}: {line}" for model, own in trainings.items() for line in own.messages]
-    return job_answers.submit(open_store(), user.actor(params), "round", request, messages=messages)
+    return job_answers.submit(open_store(), user.actor(params), request, messages=messages)
 
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")

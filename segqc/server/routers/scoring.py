@@ -7,11 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from segqc.loop.requests import JobRequest
 from segqc.server import job_answers
 from segqc.server.checks import JsonObject, Params, choose_params, known
 from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import AskingUser, open_store
+from segqc.server.routers.dependencies import AskingUser, checked_request, open_store
 from segqc.server.waiting import all_described, described
 
 router = APIRouter()
@@ -28,7 +29,7 @@ def scoring_all(user: AskingUser, params: Params = None, run_sync: bool = False)
     """Queue all scoring methods."""
     requests = {method: _scoring(method, params or {}) for method in current_app().scoring_methods}
     store, actor = open_store(), user.actor(params)
-    put = {method: job_answers.submit(store, actor, "scoring", request) for method, request in requests.items()}
+    put = {method: job_answers.submit(store, actor, request) for method, request in requests.items()}
     return all_described(store, put, "scoring", wait=run_sync)
 
 
@@ -38,17 +39,17 @@ def scoring_start(
 ) -> Any:
     """Queue a scoring method."""
     store, request = open_store(), _scoring(method, params or {})
-    job = job_answers.submit(store, user.actor(params), "scoring", request, enqueue=enqueue)
+    job = job_answers.submit(store, user.actor(params), request, wait=enqueue)
     return described(store, job, "scoring", wait=run_sync)
 
 
-def _scoring(method: str, params: Mapping[str, Any]) -> JsonObject:
+def _scoring(method: str, params: Mapping[str, Any]) -> JobRequest:
     app = current_app()
     known("scoring method", method, app.scoring_methods)
     app.context.segmenter()
     if method == "segqc":
         app.context.assessor()
-    return {"method": method, **choose_params(params, {"force"})}
+    return checked_request("scoring", {**choose_params(params, {"force"}), "method": method})
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")

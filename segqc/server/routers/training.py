@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from segqc.loop.requests import TrainRequest
 from segqc.server import job_answers
 from segqc.server.actors import RequestUser
 from segqc.server.checks import FOREIGN_TRAINING_PARAMS, IGNORED_REASON, JsonObject, Params, known, refuse_unknown
@@ -24,7 +25,7 @@ router = APIRouter()
 class RequestedTraining:
     """What a worker is asked for, and which of the client's parameters are ignored."""
 
-    request: JsonObject
+    request: TrainRequest
     ignored: list[str]
 
     @property
@@ -47,7 +48,8 @@ def _checked(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, RequestedTrai
     for model, task in tasks.items():
         task.check(chosen[model][0], labelled)
     return {
-        model: RequestedTraining({"model": model, **request}, ignored) for model, (request, ignored) in chosen.items()
+        model: RequestedTraining(TrainRequest(model=tasks[model].network, settings=own), ignored)
+        for model, (own, ignored) in chosen.items()
     }
 
 
@@ -72,8 +74,8 @@ def _submit_training(
     user: RequestUser, params: Params, training: RequestedTraining, *, enqueue: bool = False
 ) -> JsonObject:
     actor, store = user.actor(params), open_store()
-    told = job_answers.submit(store, actor, "train", training.request, enqueue=enqueue, messages=training.messages)
-    return {**told, "ignored": [*training.ignored]} if training.ignored else told
+    answer = job_answers.submit(store, actor, training.request, wait=enqueue, messages=training.messages)
+    return {**answer, "ignored": [*training.ignored]} if training.ignored else answer
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")

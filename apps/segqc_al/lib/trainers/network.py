@@ -10,6 +10,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from segqc.loop.jobs import chosen_settings
+from segqc.loop.requests import TrainRequest, request_of
 from segqc.loop.training import train
 from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
@@ -127,9 +128,9 @@ class NetworkTraining(TrainTask):
         """The epochs of the last training that was asked for; by default those of the settings."""
         default: int = self.context.settings.training_settings(self.network).epochs
         with self.context.dataset.store.read() as transaction:
-            asked = [job.request for job in jobs.listing(transaction, "train")]
-        own = next((request for request in reversed(asked) if request.get("model") == self.network), {})
-        epochs = own.get("epochs")
+            asked = [request_of(job) for job in jobs.listing(transaction, "train")]
+        own = [r.settings for r in asked if isinstance(r, TrainRequest) and r.model == self.network]
+        epochs = own[-1].get("epochs") if own else None
         return epochs if isinstance(epochs, int) else default
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:

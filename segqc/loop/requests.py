@@ -1,0 +1,176 @@
+"""What jobs are asked for and what comes of them: one frozen record a kind, in the store as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal, TypeAlias, assert_never
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from segqc.loop.dataset import DatasetError
+from segqc.loop.scoring import Method
+from segqc.settings import NetworkName
+from segqc.store import jobs
+from segqc.store.database import Transaction
+from segqc.store.labels import ORIGINAL
+from segqc.store.records import Actor, JobRecord, JsonObject
+
+JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
+BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
+KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
+NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """Train and publish a network."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    kind: ClassVar[JobKind] = "train"
+
+    model: NetworkName
+    settings: JsonObject = field(default_factory=dict)  # over those of the folder, by the names of `TrainingSettings`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringRequest:
+    """Score the scans that wait for a label."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    kind: ClassVar[JobKind] = "scoring"
+
+    method: Method
+    force: bool = False  # also scans with a current score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRequest:
+    """Make masks, or label maps of likely errors, of many scans."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    kind: ClassVar[JobKind] = "batch_infer"
+
+    model: NetworkName
+    images: BatchImages = "all"
+    label_tag: str = ORIGINAL  # of the masks
+    max_batch_size: int = Field(default=0, ge=0)  # the most scans; 0 for no limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRequest:
+    """Train both networks, publish them together, and score the pool."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    kind: ClassVar[JobKind] = "round"
+
+    segmentation: JsonObject = field(default_factory=dict)  # as `TrainRequest.settings`
+    segqc: JsonObject = field(default_factory=dict)  # as `TrainRequest.settings`
+
+    def training(self, network: NetworkName) -> TrainRequest:
+        """The training of one of the networks."""
+        return TrainRequest(model=network, settings=self.segmentation if network == "segmentation" else self.segqc)
+
+
+JobRequest: TypeAlias = TrainRequest | ScoringRequest | BatchRequest | RoundRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What came of a training."""
+
+    network: NetworkName
+    scores: Mapping[str, float]  # of the network's card
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringResult:
+    """What came of a scoring."""
+
+    method: Method
+    scored: int
+    skipped: int  # had a current score
+    failed: Mapping[str, str]  # why, by scan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    """What came of a batch inference."""
+
+    model: NetworkName
+    done: int
+    failed: Mapping[str, str]  # why, by scan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundResult:
+    """What came of a round."""
+
+    round: int  # its number
+    steps: Mapping[str, JsonObject]  # what came of each step, by its name
+
+
+JobResult: TypeAlias = TrainResult | ScoringResult | BatchResult | RoundResult
+
+_REQUESTS: Final[Mapping[str, TypeAdapter[Any]]] = {
+    request.kind: TypeAdapter(request) for request in (TrainRequest, ScoringRequest, BatchRequest, RoundRequest)
+}
+_RESULT: Final[TypeAdapter[JobResult]] = TypeAdapter(JobResult)
+
+
+def parse_request(kind: str, request: Mapping[str, object]) -> JobRequest:
+    """Read what a job is asked for.
+
+    Raises:
+        DatasetError: if there is no such kind, a field is unknown or missing, or a value cannot be used.
+    """
+    if kind not in _REQUESTS:
+        raise DatasetError(f"there is no kind of job {kind!r}; there are {', '.join(KINDS)}")
+    try:
+        read: JobRequest = _REQUESTS[kind].validate_python(dict(request))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DatasetError(f"{kind} request: {place}: {first['msg']}") from error
+    return read
+
+
+def request_of(job: JobRecord) -> JobRequest:
+    """What a job of the store is asked for.
+
+    Raises:
+        DatasetError: if it cannot be read.
+    """
+    return parse_request(job.kind, job.request)
+
+
+def request_to_json(request: JobRequest) -> JsonObject:
+    """A request as the store keeps it, without the fields that have their defaults; see `parse_request`."""
+    written: JsonObject = _REQUESTS[request.kind].dump_python(request, mode="json", exclude_defaults=True)
+    return written
+
+
+def result_to_json(result: JobResult) -> JsonObject:
+    """A result as the store keeps it."""
+    written: JsonObject = _RESULT.dump_python(result, mode="json")
+    return written
+
+
+def enqueue(transaction: Transaction, request: JobRequest, actor: Actor, *, messages: Sequence[str] = ()) -> JobRecord:
+    """Put a job at the end of its kind's queue; ``messages`` are its first lines."""
+    return jobs.enqueue(transaction, request.kind, request_to_json(request), actor, messages=messages)
+
+
+def title(request: JobRequest) -> str:
+    """What a job is, in words: "the training of segqc"."""
+    match request:
+        case TrainRequest():
+            return f"the training of {request.model}"
+        case ScoringRequest():
+            return f"the scoring by {request.method}"
+        case BatchRequest():
+            return f"the inference of {request.model} on many scans"
+        case RoundRequest():
+            return "the round"
+        case _:
+            assert_never(request)
