@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Final, Literal, TypeAlias
 
 from segqc.loop.dataset import Dataset, DatasetError, expecting
-from segqc.loop.scoring import Method, keep_mask, mask_to_assess, score
+from segqc.loop.scoring import keep_mask, mask_to_assess, score
 from segqc.loop.training import publish, publish_staged, train
 from segqc.networks.device import DeviceMemoryError
 from segqc.networks.model import ModelError
+from segqc.selection import StrategyError
 from segqc.settings import NetworkName, SettingsError, build
 from segqc.store import jobs
 from segqc.store.database import StoreError, Transaction
@@ -32,7 +33,8 @@ LIKELY_ERRORS_TAG: Final = "likely-errors"
 
 # What a user can mend: said in its own sentence, without the way it took through the code.
 KNOWN_PROBLEMS = (
-    DeviceMemoryError, ModelError, SettingsError, StoreError, DatasetError, TooFewCases, VolumeError, OSError,
+    DeviceMemoryError, ModelError, SettingsError, StoreError, DatasetError, StrategyError, TooFewCases, VolumeError,
+    OSError,
 )  # fmt: skip
 
 
@@ -94,12 +96,9 @@ def _network(name: object) -> NetworkName:
 
 
 def _score(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
-    methods: tuple[Method, ...] = ("segqc", "tta", "entropy")
-    for method in methods:
-        if job.request.get("method") == method:
-            summary = score(dataset, method, progress, force=bool(job.request.get("force", False)))
-            return {"method": method, **dataclasses.asdict(summary)}
-    raise DatasetError(f"there is no scoring method {job.request.get('method')!r}; there are {', '.join(methods)}")
+    method = str(job.request.get("method"))
+    summary = score(dataset, method, progress, force=bool(job.request.get("force", False)))
+    return {"method": method, **dataclasses.asdict(summary)}
 
 
 def _batch_infer(dataset: Dataset, job: JobRecord, progress: Progress) -> JsonObject:
