@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import bindparam, event, text
 
+from segqc.selection import segqc as worst_first
 from segqc.split import SplitConfig
-from segqc.store import assessments, events, labels, leases, orders, scans
+from segqc.store import assessments, events, labels, leases, scans
 from segqc.store.database import DATABASE_FILE
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -115,7 +116,7 @@ class Ours:
     def next_sample(self, i: int) -> None:
         actor = Actor(kind="person", name=f"annotator {i % 8}", identified_by="client-id")
         with self.store.write() as transaction:
-            leases.acquire(transaction, actor, "segqc", orders.worst_estimate, RULES)
+            leases.acquire(transaction, actor, "segqc", worst_first.order, RULES)
 
     def save_label(self, i: int) -> None:
         source = new_label(self.work, i)

@@ -1,6 +1,6 @@
 """What MONAI Label calls to choose the next scan and to score the pool: thin over `segqc`."""
 
-from strategies.sampling import STRATEGIES, Sampling
+from strategies.sampling import Sampling
 from strategies.scoring import PoolScoring
 
-__all__ = ["STRATEGIES", "PoolScoring", "Sampling"]
+__all__ = ["PoolScoring", "Sampling"]

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.dataset import Dataset
+from segqc.selection import strategies
 from segqc.server.actors import current_actor
 from segqc.server.checks import text_param
-from segqc.store import assessments, leases, orders, scans
-from segqc.store.orders import Order
+from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord
 from segqc.types import Assessment, PredictionInterval
 
 Answer = dict[str, Any]  # MONAI Label's form: JSON
 
 WORST_SLICES = 5
-STRATEGIES: Mapping[str, tuple[str, Callable[[], Order]]] = {
-    "segqc": (
-        "Worst mask first, by its Dice as estimated by SegQC-Net",
-        lambda: orders.worst_estimate,
-    ),
-    "tta": (
-        "Worst mask first, by the agreement of predictions under test-time augmentation",
-        lambda: orders.worst_score("tta"),
-    ),
-    "foreground-random": (
-        "Any scan whose mask is not empty, with equal probability",
-        lambda: orders.uniform_foreground,
-    ),
-    "sequential": ("The scans one after the other, by name", lambda: orders.by_name),
-    "uniform-random": ("Any scan without a final label, with equal probability", lambda: orders.uniform),
-}
 
 
 def describe(assessment: Assessment | None) -> Answer:
@@ -79,18 +63,18 @@ def _told(interval: PredictionInterval | None) -> Answer | None:
 
 
 class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
-    """Hands out a scan to whoever asks, in one of the orders of `STRATEGIES`.
+    """Hands out a scan to whoever asks, in one of the orders of `segqc.selection`.
 
     An audit or a validation draw looks to the annotator like any other scan: who knows that this one is a test works
     otherwise.
     """
 
     def __init__(self, name: str, dataset: Dataset) -> None:
-        description, order = STRATEGIES[name]
-        super().__init__(description)
+        strategy = strategies()[name]
+        super().__init__(strategy.description)
         self.name = name
         self.dataset = dataset
-        self._order = order()
+        self._order = strategy.order
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
         """Hand out a scan; None where none is left for this annotator.

@@ -10,21 +10,16 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import Method, score
+from segqc.loop.scoring import score
+from segqc.selection import score_of
 from segqc.training import LineProgress
-
-DESCRIPTIONS: dict[Method, str] = {
-    "segqc": "Masks and SegQC-Net's assessments; the order of the default strategy",
-    "tta": "Baseline: agreement of the predictions under test-time augmentation",
-    "entropy": "Baseline: entropy of the mean prediction under test-time augmentation",
-}
 
 
 class PoolScoring(ScoringMethod):  # type: ignore[misc]  # MONAI Label has no types
     """One method over all scans that wait for a label; what the current models have scored is left as it is."""
 
-    def __init__(self, method: Method, dataset: Dataset) -> None:
-        super().__init__(DESCRIPTIONS[method])
+    def __init__(self, method: str, dataset: Dataset) -> None:
+        super().__init__(score_of(method).description)
         self.method = method
         self.dataset = dataset
 

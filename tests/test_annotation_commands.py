@@ -14,7 +14,8 @@ from segqc.cli import main
 from segqc.cli.common import CommandError
 from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
-from segqc.store import leases, orders
+from segqc.selection import segqc as worst_first
+from segqc.store import leases
 from segqc.store.database import StoreError
 from segqc.text import visible
 from segqc.volumes import read_labels, write_labels, write_scan
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     for i in range(3):
         assess(dataset, f"scan_{i}", 0.5 + i / 10)
     with dataset.store.write() as transaction:
-        leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, dataset.settings.annotation)
+        leases.acquire(transaction, ANNA, "segqc", worst_first.order, dataset.settings.annotation)
     return made
 
 
@@ -47,7 +48,7 @@ def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
     submit_label(Dataset(folder), "scan_0", draw_case(1)[1], "final", ANNA)
     rules = replace(Dataset(folder).settings.annotation, audit_share=1.0)
     with Dataset(folder).store.write() as transaction:
-        leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, rules)
+        leases.acquire(transaction, ANNA, "segqc", worst_first.order, rules)
     costs = {row.pop("draw"): row for row in json.loads(run("costs", folder, "--json"))["costs"]}
     assert {draw: row["handed_out"] for draw, row in costs.items()} == {"strategy": 1, "audit": 1, "validation": 0}
     assert (costs["strategy"]["submitted"], costs["audit"]["submitted"]) == (1, 0)

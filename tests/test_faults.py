@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segqc.store import assessments, corrections, labels, leases, orders, scans
+from segqc.selection import segqc as worst_first
+from segqc.store import assessments, corrections, labels, leases, scans
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
@@ -76,7 +77,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 def take(store: Store, actor: Actor) -> str:
     with store.write() as transaction:
-        lease = leases.acquire(transaction, actor, "segqc", orders.worst_estimate, RULES)
+        lease = leases.acquire(transaction, actor, "segqc", worst_first.order, RULES)
     assert lease is not None
     return lease.scan
 

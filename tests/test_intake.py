@@ -15,7 +15,8 @@ import pytest
 
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.submission import submit_label
-from segqc.store import assessments, files, labels, leases, orders, scans
+from segqc.selection import sequential
+from segqc.store import assessments, files, labels, leases, scans
 from segqc.store import sync as folder_module
 from segqc.store.files import sha256_of
 from segqc.store.intake import AnyContent, FileChecks
@@ -597,7 +598,7 @@ def test_a_scan_that_becomes_unreadable_waits_for_its_content(dataset: Dataset, 
 
 def hand_out(dataset: Dataset, actor: Actor = ANNA) -> str:
     with dataset.store.write() as transaction:
-        lease = leases.acquire(transaction, actor, "segqc", orders.by_name, RULES)
+        lease = leases.acquire(transaction, actor, "segqc", sequential.order, RULES)
     assert lease is not None
     return lease.scan
 

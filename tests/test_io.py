@@ -23,7 +23,8 @@ from segqc.cli import main
 from segqc.cli.common import CommandError
 from segqc.io import archive, decathlon, local_datastore, nnunet, tables
 from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, make_dataset
-from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, orders, scans
+from segqc.selection import segqc as worst_first
+from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, scans
 from segqc.store.database import StoreError
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
@@ -446,7 +447,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
         assessments.write(transaction, written, mask.id)
         assessments.write_score(transaction, "scan_1", "tta", 0.25, "seg1")
-        lease = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, LeaseRules(0.1, validation_share=0))
+        lease = leases.acquire(transaction, ANNA, "segqc", worst_first.order, LeaseRules(0.1, validation_share=0))
         assert lease is not None
         job = jobs.enqueue(transaction, "round", {"epochs": 3}, BERT)
         number, _ = jobs.begin_round(transaction, job.id, 2)

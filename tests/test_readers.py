@@ -11,7 +11,8 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.readers import add_reading, inter_rater, majority, make_consensus, readings, staple
 from segqc.loop.submission import Opened, OpenedError, measure_change, submit_label
 from segqc.quality.metrics import true_metrics, true_slice_metrics
-from segqc.store import corrections, events, labels, leases, orders, scans
+from segqc.selection import segqc as worst_first
+from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.types import Structure
@@ -43,7 +44,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def hand_out(dataset: Dataset, actor: Actor) -> str:
     with dataset.store.write() as transaction:
-        lease = leases.acquire(transaction, actor, "segqc", orders.worst_estimate, dataset.settings.annotation)
+        lease = leases.acquire(transaction, actor, "segqc", worst_first.order, dataset.settings.annotation)
     assert lease is not None
     return lease.scan
 

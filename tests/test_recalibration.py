@@ -23,7 +23,8 @@ from segqc.networks.segmenter import Segmenter
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.intervals import StructureIntervals, split_conformal
 from segqc.quality.metrics import LinearCalibration
-from segqc.store import assessments, corrections, leases, orders
+from segqc.selection import segqc as worst_first
+from segqc.store import assessments, corrections, leases
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
@@ -76,7 +77,7 @@ def correct(dataset: Dataset, rules: LeaseRules, count: int, opened: Opened | No
     done = []
     for _ in range(count):
         with dataset.store.write() as transaction:
-            lease = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, rules)
+            lease = leases.acquire(transaction, ANNA, "segqc", worst_first.order, rules)
         assert lease is not None
         truth = draw_case(int(lease.scan.removeprefix("scan_")))[1]
         submit_label(dataset, lease.scan, truth, "final", ANNA, opened=opened or Opened())
@@ -139,7 +140,7 @@ def test_with_too_few_audited_patients_the_training_s_intervals_stay(dataset: Da
 def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_shown(dataset: Dataset) -> None:
     audited = correct(dataset, AUDIT, 9)
     with dataset.store.write() as transaction:
-        held = leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, WORST)
+        held = leases.acquire(transaction, ANNA, "segqc", worst_first.order, WORST)
     assert held is not None
     old = model(dataset)
     assert use(dataset, old, audit(dataset, old)) == 2

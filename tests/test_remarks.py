@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from segqc.cli import main
 from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
-from segqc.store import leases, orders, scans
+from segqc.selection import sequential
+from segqc.store import leases, scans
 from segqc.store.leases import LeaseRules
 from tests.server_kit import AFFINE, CONFIG, draw_case, make_dataset
 from tests.store_kit import ANNA
@@ -116,7 +117,7 @@ def test_a_pattern_that_is_written_later_counts_where_no_patient_was_named(folde
 def test_a_scan_that_is_handed_out_stays_until_it_is_back(folder: Path) -> None:
     dataset = Dataset(folder)
     with dataset.store.write() as transaction:
-        lease = leases.acquire(transaction, ANNA, "first", orders.by_name, RULES)
+        lease = leases.acquire(transaction, ANNA, "first", sequential.order, RULES)
     assert lease is not None
     (folder / "segqc.toml").write_text(f'{CONFIG}[patients]\nP = ["{lease.scan}"]\n')
     (remark,) = remarks(folder)

@@ -16,6 +16,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from segqc.selection import segqc as worst_first
+from segqc.selection import sequential
 from segqc.split import SplitConfig, split_patients
 from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
 from segqc.store import sync as folder_module
@@ -61,9 +63,7 @@ def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
     opened.close()
 
 
-def take(
-    store: Store, actor: Actor, rules: LeaseRules = PLAIN, order: orders.Order = orders.worst_estimate
-) -> LeaseRecord:
+def take(store: Store, actor: Actor, rules: LeaseRules = PLAIN, order: orders.Order = worst_first.order) -> LeaseRecord:
     with store.write() as transaction:
         lease = leases.acquire(transaction, actor, "segqc", order, rules)
     assert lease is not None
@@ -597,20 +597,20 @@ def test_asked_again_soon_it_is_the_same_scan_and_later_it_is_a_skip(store: Stor
 def test_a_skipped_scan_comes_back_after_the_others_or_after_its_time(store: Store, clock: Clock) -> None:
     seen = []
     for _ in range(COUNT + 1):
-        seen.append(take(store, ANNA, order=orders.by_name).scan)
+        seen.append(take(store, ANNA, order=sequential.order).scan)
         clock.pass_(minutes=1)
     assert len(set(seen[:COUNT])) == COUNT
     assert seen[COUNT] in seen[:COUNT]
     clock.pass_(hours=25)
-    assert take(store, ANNA, order=orders.by_name).scan == in_queue(store)[0]
+    assert take(store, ANNA, order=sequential.order).scan == in_queue(store)[0]
 
 
 def test_an_expired_lease_goes_back(store: Store, clock: Clock) -> None:
-    first = take(store, ANNA, order=orders.by_name)
+    first = take(store, ANNA, order=sequential.order)
     clock.pass_(minutes=PLAIN.lease_minutes + 1)
-    assert take(store, BERT, order=orders.by_name).scan == first.scan
+    assert take(store, BERT, order=sequential.order).scan == first.scan
     cookie = Actor(kind="person", name="browser 1", identified_by="cookie")
-    short = take(store, cookie, order=orders.by_name)
+    short = take(store, cookie, order=sequential.order)
     assert (short.expires_at - short.handed_out_at).total_seconds() == PLAIN.cookie_lease_minutes * 60
 
 
@@ -618,7 +618,7 @@ def test_with_nothing_left_there_is_no_lease(store: Store, folder: Path) -> None
     for i in range(COUNT):
         save_final(store, folder.parent, f"scan_{i}", i + 1)
     with store.write() as transaction:
-        assert leases.acquire(transaction, ANNA, "segqc", orders.worst_estimate, PLAIN) is None
+        assert leases.acquire(transaction, ANNA, "segqc", worst_first.order, PLAIN) is None
 
 
 def test_many_at_once_never_share_a_scan(store: Store) -> None:
@@ -644,13 +644,13 @@ def test_two_open_leases_of_one_place_are_refused_by_the_database(store: Store) 
 
 def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
     rules = replace(PLAIN, readers=2)
-    a, b = take(store, ANNA, rules, orders.by_name), take(store, BERT, rules, orders.by_name)
+    a, b = take(store, ANNA, rules, sequential.order), take(store, BERT, rules, sequential.order)
     assert (a.scan, a.slot, b.slot) == (b.scan, 0, 1)
     third = Actor(kind="person", name="cleo", identified_by="client-id")
-    assert take(store, third, rules, orders.by_name).scan != a.scan
+    assert take(store, third, rules, sequential.order).scan != a.scan
     with store.write() as transaction:
         assert leases.submitted(transaction, a.scan, ANNA) is not None
-    assert take(store, ANNA, rules, orders.by_name).scan != a.scan
+    assert take(store, ANNA, rules, sequential.order).scan != a.scan
 
 
 def test_audit_draws_are_uniform_among_all_waiting_scans(store: Store, clock: Clock) -> None:
@@ -778,7 +778,7 @@ def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder:
 
 def test_a_late_submission_counts_for_its_lease(store: Store, folder: Path, clock: Clock) -> None:
     save_mask(store, folder.parent, in_queue(store)[0], 2)
-    lease = take(store, ANNA, order=orders.by_name)
+    lease = take(store, ANNA, order=sequential.order)
     clock.pass_(days=1)
     with store.write() as transaction:
         assert leases.expire(transaction) == 1
@@ -804,10 +804,10 @@ def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
     assert start is not None
     assert start.tag == "returned"
     assert not (folder / "labels" / "final" / f"{lease.scan}.nii.gz").exists()
-    again = take(store, ANNA, order=orders.by_name)
+    again = take(store, ANNA, order=sequential.order)
     while again.scan != lease.scan:
         clock.pass_(minutes=1)
-        again = take(store, ANNA, order=orders.by_name)
+        again = take(store, ANNA, order=sequential.order)
     assert again.label_version == start.id
     submit(store, folder, again.scan, ANNA, 41)
     store.review(again.scan, "approved", BERT)
@@ -821,7 +821,7 @@ def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
 
 
 def test_an_excluded_scan_is_not_handed_out_and_can_be_reopened(store: Store) -> None:
-    lease = take(store, ANNA, order=orders.by_name)
+    lease = take(store, ANNA, order=sequential.order)
     store.review(lease.scan, "excluded", ANNA, "the wrong patient")
     assert lease.scan not in in_queue(store)
     with store.read() as transaction:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
 from segqc.loop.dataset import Dataset
+from segqc.selection import strategies
 from segqc.server.actors import acting
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import StoreDatastore
@@ -15,7 +16,7 @@ from segqc.store import events, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
-from strategies import STRATEGIES, Sampling
+from strategies import Sampling
 from tests.server_kit import assess, make_dataset
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
@@ -104,7 +105,7 @@ def test_sequential_counts_numbers_in_names_as_numbers(tmp_path: Path) -> None:
 def test_nothing_is_left_to_suggest(dataset: Dataset) -> None:
     for i in range(4):
         dataset.store.review(f"scan_{i}", "excluded", ANNA, "a test")
-    assert [ask(dataset, name) for name in STRATEGIES] == [{}] * len(STRATEGIES)
+    assert [ask(dataset, name) for name in strategies()] == [{}] * len(strategies())
 
 
 def test_a_repeated_request_says_what_it_skipped_and_the_scan_can_be_had_back(dataset: Dataset) -> None:

@@ -20,6 +20,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
+from segqc.selection import scores, strategies
 from segqc.server.checks import known
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
@@ -32,7 +33,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, LabelRecord
 from segqc.types import label_names
 from segqc.volumes import read_labels, temporary_labels
-from strategies import STRATEGIES, PoolScoring, Sampling
+from strategies import PoolScoring, Sampling
 
 _MAX_FINDINGS = 100
 
@@ -74,13 +75,13 @@ class SegqcApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """The default first. MONAI Label's OHIF panel always asks for "random": that name is the default, too."""
-        default = known("strategy", self.context.settings.server.strategy, STRATEGIES)
-        made = {name: Sampling(name, self.context.dataset) for name in {default: None, **dict.fromkeys(STRATEGIES)}}
+        default = known("strategy", self.context.settings.server.strategy, strategies())
+        made = {name: Sampling(name, self.context.dataset) for name in {default: None, **dict.fromkeys(strategies())}}
         return {**made, "random": made[default]}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        """SegQC's and the baselines'."""
-        return {method: PoolScoring(method, self.context.dataset) for method in ("segqc", "tta", "entropy")}
+        """The scores of all strategies that have one."""
+        return {method: PoolScoring(method, self.context.dataset) for method in scores()}
 
     def info(self) -> dict[str, Any]:
         """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.

@@ -292,6 +292,7 @@ def leases(
     as_csv: AsCsv = False,
 ) -> None:
     """List who has which scan, and which strategy or draw chose it."""
+    from segqc.selection import scores
     from segqc.store import assessments
     from segqc.store import leases as stored
 
@@ -301,6 +302,11 @@ def leases(
         judged = {lease.id: lease.assessment for lease in found if lease.assessment is not None}
         intervals = assessments.dice_intervals(transaction, list(judged.values()))
         reasons = stored.skip_reasons(transaction) if every else {}
+    known = scores()
+    # what a strategy of its own score chose by: no estimate of SegQC-Net's, and perhaps no Dice
+    chosen_by = {lease.id: known.get(lease.strategy) for lease in found if lease.draw == "strategy"}
+    other_score = {lease for lease, score in chosen_by.items() if score is not None and score.function is not None}
+    no_dice = {lease for lease, score in chosen_by.items() if score is not None and not score.is_dice}
     rows: list[Row] = [
         {
             "scan": lease.scan,
@@ -314,8 +320,8 @@ def leases(
             "probability": lease.probability,
             **estimate(
                 "estimated Dice",
-                lease.score,
-                intervals.get(judged[lease.id]) if lease.id in judged and lease.strategy != "tta" else None,
+                lease.score if lease.id not in no_dice else None,
+                intervals.get(judged[lease.id]) if lease.id in judged and lease.id not in other_score else None,
                 as_json=as_json,
                 as_csv=as_csv,
             ),

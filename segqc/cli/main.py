@@ -74,12 +74,15 @@ app.add_typer(import_export.import_app, name="import")
 app.add_typer(import_export.export_app, name="export")
 
 
-class Scorer(StrEnum):
-    """What scans can be ranked by."""
+def _scored(method: str) -> str:
+    """Refuse what is no scoring method while the command line is read."""
+    from segqc.selection import StrategyError, score_of
 
-    SEGQC = "segqc"
-    TTA = "tta"
-    ENTROPY = "entropy"
+    try:
+        score_of(method)
+    except StrategyError as error:
+        raise typer.BadParameter(str(error)) from error
+    return method
 
 
 class Size(StrEnum):
@@ -98,11 +101,6 @@ _SLICE_TERMS: Final = (
     "error sum: error probabilities of the slice's voxels added up, about the number of wrong voxels. "
     "boxes: likely errors, as voxels along the two axes of the slice."
 )
-_RANK_TERMS: Final = {
-    Scorer.SEGQC: "estimated Dice: of the worst structure, without a true mask. worst slices: largest error sum first.",
-    Scorer.TTA: "estimated Dice: agreement of the network's masks of one scan under flips and other contrasts.",
-    Scorer.ENTROPY: "score: minus the mean entropy of the network's answers; 0 is the surest.",
-}
 
 Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
 ModelsOf = Annotated[
@@ -293,9 +291,13 @@ def _train(
 def score(
     folder: StudiesFolder,
     method: Annotated[
-        Scorer, typer.Option(help="segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.")
-    ] = Scorer.SEGQC,
-    force: Annotated[bool, typer.Option("--force", help="Also score scans that have a current score.")] = False,
+        str,
+        typer.Option(
+            callback=_scored,
+            help="A strategy with a score. segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.",
+        ),
+    ] = "segqc",
+    force: Annotated[bool, typer.Option("--force", help="Score again what has a current score.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -304,11 +306,11 @@ def score(
 
     dataset = dataset_at(folder, config)
     with shown_progress() as progress:
-        summary = score_all(dataset, method.value, progress, force=force)
+        summary = score_all(dataset, method, progress, force=force)
     rows: list[Row] = [
         {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
     ]
-    emit(rows, f"scores by {method.value}", as_json=as_json, extra={"failures": summary.failed})
+    emit(rows, f"scores by {method}", as_json=as_json, extra={"failures": summary.failed})
     if summary.failed:
         first, reason = next(iter(summary.failed.items()))
         raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
@@ -317,7 +319,7 @@ def score(
 @app.command()
 def rank(
     folder: StudiesFolder,
-    method: Annotated[Scorer, typer.Option(help="Order by the scores of this method.")] = Scorer.SEGQC,
+    method: Annotated[str, typer.Option(callback=_scored, help="The strategy whose scores to order by.")] = "segqc",
     truth: Annotated[
         Path | None,
         typer.Option(
@@ -332,12 +334,14 @@ def rank(
     """Print the scored scans, worst first."""
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
+    from segqc.selection import score_of
 
+    wanted = score_of(method)
     if truth is not None and not truth.is_dir():
         raise CommandError(f"{truth}: no such folder of true labels")
-    ranked = order(dataset_at(folder, config), method.value, truth=truth, include_final=include_final)
+    ranked = order(dataset_at(folder, config), method, truth=truth, include_final=include_final)
     if not ranked:
-        raise CommandError(f"{folder}: no scan has a score of the method {method.value}; run segqc score first")
+        raise CommandError(f"{folder}: no scan has a score of the method {method}; run segqc score first")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
     rows: list[Row] = [
         {
@@ -345,8 +349,8 @@ def rank(
             "scan": scan.id,
             **(
                 estimate("estimated Dice", scan.score, scan.interval, as_json=as_json, as_csv=as_csv)
-                if method is Scorer.SEGQC
-                else {"score" if method is Scorer.ENTROPY else "estimated Dice": scan.score}
+                if wanted.function is None
+                else {"estimated Dice" if wanted.is_dice else "score": scan.score}
             ),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
@@ -361,13 +365,12 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    title = f"{folder}: worst first, by {method.value}"
-    if method is Scorer.SEGQC:
+    title = f"{folder}: worst first, by {method}"
+    if wanted.function is None:
         title += brackets(scan.interval for scan in ranked)
-    terms = _RANK_TERMS[method]
-    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=terms)
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
     if found is not None and not as_json:
-        typer.echo(_agreement_text(found, is_dice=method is not Scorer.ENTROPY), err=as_csv)
+        typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
 
 
 @app.command()

@@ -10,7 +10,6 @@ import numpy as np
 from scipy import stats
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import Method
 from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
 from segqc.types import LabelArray, PredictionInterval, Structure
@@ -23,7 +22,7 @@ MIN_FOR_CORRELATION = 3
 class RankedScan:
     """One scan of the order: its score, the slices to look at first and, where the truth is known, the true Dice.
 
-    ``score`` is an estimated Dice, but for the method "entropy", where it is the negative mean entropy. Both Dice
+    ``score`` is an estimated Dice where the method's `Score.is_dice` says so. Both Dice
     numbers are the worst structure's; ``true_by_structure`` has all of them. ``interval`` is that of SegQC's estimate.
     """
 
@@ -77,13 +76,13 @@ def find_labels(folder: Path, scan: str) -> Path | None:
 
 
 def rank(
-    dataset: Dataset, method: Method = "segqc", *, truth: Path | None = None, include_final: bool = False
+    dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, include_final: bool = False
 ) -> list[RankedScan]:
     """Order the scored scans of a dataset folder, worst first.
 
     Args:
         dataset: the folder.
-        method: whose scores to order by.
+        method: the strategy whose scores to order by.
         truth: a folder of true label files named as the scans; the network's mask of each scan that is found there
             is compared with it.
         include_final: also list scans that already have a final label.

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias, assert_never
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from segqc.loop.dataset import DatasetError
-from segqc.loop.scoring import Method
 from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.database import Transaction
@@ -40,7 +39,7 @@ class ScoringRequest:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     kind: ClassVar[JobKind] = "scoring"
 
-    method: Method
+    method: str  # the name of a strategy with a score
     force: bool = False  # also scans with a current score
 
 
@@ -87,7 +86,7 @@ class TrainResult:
 class ScoringResult:
     """What came of a scoring."""
 
-    method: Method
+    method: str  # the name of a strategy with a score
     scored: int
     skipped: int  # had a current score
     failed: Mapping[str, str]  # why, by scan

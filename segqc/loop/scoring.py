@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
-from segqc.evaluation.methods.tta import entropy, tta_dice
 from segqc.loop.dataset import Dataset, ScanEntry
 from segqc.networks.assessor import AssessmentResult, Assessor
 from segqc.networks.model import ModelError
 from segqc.networks.segmenter import Segmenter
+from segqc.selection import score_of, scores
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import LabelRecord
@@ -19,8 +18,6 @@ from segqc.training import Progress
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
-
-Method: TypeAlias = Literal["segqc", "tta", "entropy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +29,22 @@ class ScoringSummary:
     failed: dict[str, str]
 
 
-def score(dataset: Dataset, method: Method, progress: Progress, *, force: bool = False) -> ScoringSummary:
+def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
     "segqc" makes a mask where the current segmentation network has not made one, and assesses it; from its start on
-    only the current networks' estimates count, so that scans are never ranked by those of different ones. "tta" is the
-    median Dice between the augmentation group's masks and their median; "entropy" the negative mean entropy of the
-    group's mean prediction over the mask's volume. In all three the lowest score is the worst.
+    only the current networks' estimates count, so that scans are never ranked by those of different ones. Every
+    other score is a function of the segmentation network's predictions under test-time augmentation. The lowest score
+    is the worst.
 
     Args:
         dataset: the folder.
-        method: what to score by.
+        method: the strategy whose score is wanted.
         progress: told after each scan.
         force: score again what has a current score.
 
     Raises:
+        StrategyError: if there is no such strategy, or it has no score.
         ModelError: if a network that the method needs is not trained yet.
     """
     segmenter, assessor = _networks(dataset, method)
@@ -54,17 +52,17 @@ def score(dataset: Dataset, method: Method, progress: Progress, *, force: bool =
         with dataset.store.write() as transaction:
             assessments.serve(transaction, segmenter.version, assessor.version)
     entries = dataset.waiting()
-    known = {} if force or method == "segqc" else dataset.score_versions(method)
+    known = {} if force or assessor is not None else dataset.score_versions(method)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
         try:
-            if method == "segqc" and assessor is not None:
+            if assessor is not None:
                 fresh = _score_segqc(dataset, entry, segmenter, assessor, force)
             else:
                 fresh = known.get(entry.id) != segmenter.version
                 if fresh:
-                    _score_tta(dataset, entry, segmenter)
+                    _write_scores(dataset, entry, segmenter)
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
@@ -75,11 +73,12 @@ def score(dataset: Dataset, method: Method, progress: Progress, *, force: bool =
     return ScoringSummary(scored, skipped, failed)
 
 
-def _networks(dataset: Dataset, method: Method) -> tuple[Segmenter, Assessor | None]:
+def _networks(dataset: Dataset, method: str) -> tuple[Segmenter, Assessor | None]:
+    needs_assessor = score_of(method).function is None  # an unknown method is told before a missing network
     segmenter = dataset.segmenter()
     if segmenter is None:
         raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")
-    if method != "segqc":
+    if not needs_assessor:
         return segmenter, None
     assessor = dataset.assessor()
     if assessor is None:
@@ -139,10 +138,11 @@ def keep_mask(
         return dataset.save_mask(name, path, segmenter, tag=tag, content=content)
 
 
-def _score_tta(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:
+def _write_scores(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:
     settings = dataset.settings.training_settings("segmentation")
     prediction = segmenter.predict_tta(dataset.read_scan(entry), gammas=settings.gammas)
-    # one run of the group gives both baselines
-    dice = tta_dice(prediction, segmenter.structures)
-    dataset.write_score("tta", entry.id, dice, segmenter.version, entry.sha256)
-    dataset.write_score("entropy", entry.id, -entropy(prediction), segmenter.version, entry.sha256)
+    # one run of the group gives all scores
+    for method, wanted in scores().items():
+        if wanted.function is not None:
+            value = wanted.function(prediction, segmenter.structures)
+            dataset.write_score(method, entry.id, value, segmenter.version, entry.sha256)

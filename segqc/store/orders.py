@@ -1,4 +1,4 @@
-"""Which waiting scan comes next: each order is one query on an index."""
+"""What an order of the waiting scans is, and the uniform draw; the other orders are in `segqc.selection`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, and_, bindparam, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, func, select
 
 from segqc.store.database import Parameters, Transaction
-from segqc.store.schema import Scan, Score
+from segqc.store.schema import Scan
 
 _MAX_TRIES: Final = 50
 
@@ -42,47 +42,6 @@ class Choice:
 
 # Of a transaction, the scans to choose from, their conditions' parameters, and the generator of random draws.
 Order: TypeAlias = Callable[[Transaction, Waiting, Parameters, np.random.Generator], Choice | None]
-
-
-def worst_estimate(
-    transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
-) -> Choice | None:
-    """The lowest estimated Dice; while nothing is assessed, a uniform draw."""
-    row = transaction.rows(_worst_estimate(waiting), parameters).first()
-    return Choice(row[0], row[1]) if row is not None else _otherwise_uniform(transaction, waiting, parameters, rng)
-
-
-@functools.cache
-def _worst_estimate(waiting: Waiting) -> Select[int, float | None]:
-    return (
-        select(Scan.id, Scan.ranking_dice)
-        .where(waiting.pool, *waiting.free, Scan.ranking_dice.is_not(None))
-        .order_by(Scan.ranking_dice, Scan.id)
-        .limit(1)
-    )
-
-
-def worst_score(method: str) -> Order:
-    """The lowest score of a baseline; while nothing is scored, a uniform draw."""
-
-    def order(
-        transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
-    ) -> Choice | None:
-        row = transaction.rows(_worst_score(waiting), {**parameters, "method": method}).first()
-        return Choice(row[0], row[1]) if row is not None else _otherwise_uniform(transaction, waiting, parameters, rng)
-
-    return order
-
-
-@functools.cache
-def _worst_score(waiting: Waiting) -> Select[int, float]:
-    return (
-        select(Scan.id, Score.value)
-        .join(Score, Score.scan_id == Scan.id)
-        .where(waiting.pool, *waiting.free, Score.method == bindparam("method"))
-        .order_by(Score.value, Scan.id)
-        .limit(1)
-    )
 
 
 def uniform(
@@ -123,34 +82,9 @@ def _uniform(waiting: Waiting) -> _Uniform:
     )
 
 
-def uniform_foreground(
+def otherwise_uniform(
     transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
 ) -> Choice | None:
-    """Any scan whose mask is not empty (the paper's "random non-empty"); while no mask is known, any."""
-    choice = uniform(transaction, _with_foreground(waiting), parameters, rng)
-    return choice if choice is not None else _otherwise_uniform(transaction, waiting, parameters, rng)
-
-
-@functools.cache
-def _with_foreground(waiting: Waiting) -> Waiting:
-    return Waiting(and_(waiting.pool, Scan.foreground.is_(True)), waiting.free)
-
-
-def by_name(
-    transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
-) -> Choice | None:
-    """The first by name."""
-    found = transaction.rows(_by_name(waiting), parameters).scalar()
-    return None if found is None else Choice(found)
-
-
-@functools.cache
-def _by_name(waiting: Waiting) -> Select[int]:
-    return select(Scan.id).where(waiting.pool, *waiting.free).order_by(Scan.sort_key).limit(1)
-
-
-def _otherwise_uniform(
-    transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
-) -> Choice | None:
+    """What an order answers that has nothing to go by yet: a uniform draw that says so."""
     choice = uniform(transaction, waiting, parameters, rng)
     return None if choice is None else Choice(choice.scan_id, pool=choice.pool, order="uniform-random")

@@ -106,19 +106,6 @@ def tta_slice_metrics(prediction: TtaPrediction, structure: Structure, axis: int
     return average_slices(members, "median")
 
 
-def tta_dice(prediction: TtaPrediction, structures: Sequence[Structure]) -> float:
-    """The worst structure's median Dice between each member's mask and the median mask (the paper's baseline)."""
-    dice = [tta_metrics(prediction, structure).dice for structure in structures]
-    return min((d for d in dice if d is not None), default=1.0)
-
-
-def entropy(prediction: TtaPrediction) -> float:
-    """Summed voxel-wise entropy (nats) of the mean prediction, over the number of voxels in the median mask."""
-    p = np.clip(prediction.mean_probabilities, 1e-6, 1.0)
-    total = float(-(p * np.log(p)).sum(dtype=np.float64))
-    return total / max(1, int((prediction.labels.array > 0).sum()))
-
-
 def entropy_map(probability: FloatArray) -> FloatArray:
     """Voxel-wise entropy (nats) of a structure being there or not, of the probability's shape; 0 where it is sure."""
     p = np.clip(probability, 1e-6, 1.0)

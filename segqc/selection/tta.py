@@ -1,0 +1,41 @@
+"""The least agreement of predictions under test-time augmentation first (the paper's baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from segqc.quality.metrics import true_metrics
+from segqc.selection.lowest_score import lowest_score
+from segqc.selection.strategy import Score, Strategy
+
+if TYPE_CHECKING:
+    from segqc.networks.segmenter import TtaPrediction
+    from segqc.types import Structure
+
+
+def tta_dice(prediction: TtaPrediction, structures: Sequence[Structure]) -> float:
+    """The worst structure's median Dice between each member's mask and the median mask; 1 where none has one."""
+    medians = []
+    for structure in structures:
+        median = structure.mask(prediction.labels.array)
+        dice = [true_metrics(median, structure.mask(member)).dice for member in prediction.members]
+        known = [value for value in dice if value is not None]
+        if known:
+            medians.append(float(np.median(known)))
+    return min(medians, default=1.0)
+
+
+STRATEGY: Final = Strategy(
+    name="tta",
+    description="Worst mask first, by the agreement of predictions under test-time augmentation",
+    order=lowest_score("tta"),
+    score=Score(
+        description="Baseline: agreement of the predictions under test-time augmentation",
+        legend="estimated Dice: agreement of the network's masks of one scan under flips and other contrasts.",
+        function=tta_dice,
+        is_dice=True,
+    ),
+)
