@@ -23,6 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from pydantic import TypeAdapter
 
+from segqc.quality.error_maps import bounding_box, padded_box
 from segqc.types import Assessment, BoolArray, FloatArray, Structure, StructureQuality
 from segqc.volumes import Volume, atomic_write
 
@@ -166,15 +167,9 @@ def _colour(number: int) -> str:
 
 def window_around(region: BoolArray, spacing_mm: Sequence[float]) -> Window:
     """The bounding box of a region (n0, n1, n2) with a margin of 15 mm; the whole array where the region is empty."""
-    bounds = []
-    for axis, spacing in enumerate(spacing_mm):
-        hit = np.flatnonzero(region.any(axis=tuple(a for a in range(3) if a != axis)))
-        size = region.shape[axis]
-        margin = int(np.ceil(_MARGIN_MM / spacing))
-        bounds.append(
-            slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin)) if hit.size else slice(0, size)
-        )
-    return bounds[0], bounds[1], bounds[2]
+    first, second, third = (slice(0, size) for size in region.shape)
+    box = bounding_box(region) or (first, second, third)
+    return padded_box(box, [int(np.ceil(_MARGIN_MM / spacing)) for spacing in spacing_mm], region.shape)
 
 
 def contour(ax: Axes, mask: FloatArray, colour: str) -> None:

@@ -120,7 +120,7 @@ def extract_errors(
             mean_area_mm2 = float(voxels[voxels > 0].mean()) * plane[0] * plane[1]
             smallest = min(smallest, settings.max_component_share * mean_area_mm2)
         reach = [math.floor(settings.band_mm / spacing_mm[a] + _TOLERANCE) if a != axis else 0 for a in range(3)]
-        box = _padded(box, reach, mask.shape)
+        box = padded_box(box, reach, mask.shape)
         inside = _view(mask[box], axis)
         radius = _band_radius(inside, plane, settings)
         if radius > 0:
@@ -146,6 +146,14 @@ def bounding_box(mask: BoolArray) -> Box | None:
         box.append(slice(int(there[0]), int(there[-1]) + 1))
         rest = mask[tuple(box)]
     first, second, third = box
+    return first, second, third
+
+
+def padded_box(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
+    """Widen a box by a margin in voxels on all sides, within an array of a shape."""
+    first, second, third = (
+        slice(max(part.start - m, 0), min(part.stop + m, n)) for part, m, n in zip(box, margin, shape, strict=True)
+    )
     return first, second, third
 
 
@@ -247,10 +255,3 @@ def _keep_components(
 
 def _view(array: ErrorT, axis: int) -> ErrorT:
     return np.moveaxis(array, axis, -1)
-
-
-def _padded(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
-    first, second, third = (
-        slice(max(part.start - m, 0), min(part.stop + m, n)) for part, m, n in zip(box, margin, shape, strict=True)
-    )
-    return first, second, third

@@ -20,6 +20,7 @@ from monai.transforms import (
 from torch.utils.data import Dataset, Sampler
 
 from segqc.networks.plan import NetworkPlan, Triple
+from segqc.quality.error_maps import bounding_box
 from segqc.training.cases import Example
 from segqc.training.corruptions import deformed, sampling_grid
 from segqc.training.spec import TrainingSettings
@@ -134,8 +135,8 @@ def centred_start(labels: LabelArray, patch: Triple) -> Triple:
 
     Without a label it is the middle of the array; along an axis shorter than the patch, too, and then negative.
     """
-    where = np.argwhere(labels > 0)
-    centre = (where.min(axis=0) + where.max(axis=0)) // 2 if len(where) else np.array(labels.shape) // 2
+    box = bounding_box(labels > 0)
+    centre = np.array(labels.shape if box is None else [part.start + part.stop - 1 for part in box]) // 2
     room = np.array(labels.shape) - patch
     start = np.where(room < 0, room // 2, np.clip(centre - np.array(patch) // 2, 0, np.maximum(room, 0)))
     return int(start[0]), int(start[1]), int(start[2])

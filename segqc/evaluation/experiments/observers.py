@@ -25,7 +25,14 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.error_maps import PLAIN_EXTRACTION, Box, ExtractionSettings, bounding_box, difference, extract_errors
+from segqc.quality.error_maps import (
+    PLAIN_EXTRACTION,
+    ExtractionSettings,
+    bounding_box,
+    difference,
+    extract_errors,
+    padded_box,
+)
 from segqc.text import TextError, decode_text
 from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
@@ -315,7 +322,7 @@ def read_cases(
         box = bounding_box(first | second)
         if box is None or not (first.any() and second.any()):
             continue
-        window = _widened(box, (math.ceil(margin / s0), math.ceil(margin / s1), 0), first.shape)
+        window = padded_box(box, (math.ceil(margin / s0), math.ceil(margin / s1), 0), first.shape)
         case = ObserverCase(reading.scan, structure.name, (s0, s1, s2), first[window].copy(), second[window].copy())
         rng = np.random.default_rng((settings.seed, *reading.scan.encode(), *structure.name.encode()))
         cases.append(replace(case, implanted=tuple(implant_errors(case, k, settings, rng) for k in ERROR_KINDS)))
@@ -351,13 +358,6 @@ def implant_errors(
             side = (rows - rows[here].mean()) * math.cos(angle) + (columns - columns[here].mean()) * math.sin(angle)
             mask[..., index] &= side <= 0
     return ImplantedSlices(kind, mask, difference(mask, case.first), tuple(slices))
-
-
-def _widened(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
-    first, second, third = (
-        slice(max(part.start - m, 0), min(part.stop + m, n)) for part, m, n in zip(box, margin, shape, strict=True)
-    )
-    return first, second, third
 
 
 # ----------------------------------------------------------------------------------------------------------- counting

@@ -19,6 +19,7 @@ from segqc.networks.augmentation import tta_group
 from segqc.networks.inference import network_input
 from segqc.networks.plan import NetworkPlan, Triple
 from segqc.networks.unet import space_to_depth
+from segqc.quality.error_maps import bounding_box
 from segqc.split import PatientSplit
 from segqc.training.assessor import VALIDATION_MASKS, mask_channels, mask_examples
 from segqc.training.cases import Example, label_values
@@ -107,8 +108,8 @@ def around_masks(x: torch.Tensor, masks: torch.Tensor, plan: NetworkPlan) -> tor
         plan: the network's plan.
     """
     union = union_of(masks)
-    where = union.nonzero()
-    extents = [int(w.max() - w.min()) + 1 if w.size else 1 for w in where]
+    box = bounding_box(union > 0)
+    extents = [1, 1, 1] if box is None else [part.stop - part.start for part in box]
     size = [
         p if p >= n else math.ceil(n / s) * s for p, n, s in zip(plan.patch, extents, total_stride(plan), strict=True)
     ]
