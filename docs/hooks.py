@@ -30,11 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere or are generated, and the results that pages link to."""
     for uri, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        # links of a page in the root folder, as seen from docs/
-        text = re.sub(r"\]\(docs/", "](", text)
-        for page, original in PAGES.items():
-            text = text.replace(f"]({original})", f"]({page})")
-        files.append(File.generated(config, uri, content=text))
+        files.append(File.generated(config, uri, content=re.sub(r"\]\(docs/", "](", text)))
     for room in rooms():
         files.append(File.generated(config, f"reference/{room}.md", content=f"# {room}\n\n::: segqc.{room}\n"))
     for path in COPIED:
@@ -45,4 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Links to files beside this folder lead to their copies in the site."""
-    return re.sub(r"\]\(\.\./(?!docs/)", "](", markdown)
+    markdown = re.sub(r"\]\(\.\./", "](", markdown)
+    for page, original in PAGES.items():
+        markdown = re.sub(rf"\]\({re.escape(original)}(?=[)#])", f"]({page}", markdown)
+    return markdown
