@@ -702,9 +702,8 @@ def run_round(
     ended = taker.serve_until_ended(job.id)
     if ended.state != "done":
         left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
-        raise CommandError(
-            f"{folder}: the round is {ended.state}{': ' + ended.messages[-1] if ended.messages else ''}{left}"
-        )
+        reason = f": {ended.messages[-1].removesuffix('.')}" if ended.messages else ""
+        raise CommandError(f"{folder}: the round is {ended.state}{reason}{left}")
     typer.echo(f"{folder}: the round is done")
 
 

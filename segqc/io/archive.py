@@ -139,8 +139,9 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
     try:
         rebuild_views(store, report=report)
     except (OSError, StoreError) as error:
+        reason = error.clause if isinstance(error, StoreError) else str(error)
         raise ExchangeError(
-            f"{store.dataset}: the archive is imported, but not all files below labels/ could be written ({error}); "
+            f"{store.dataset}: the archive is imported, but not all files below labels/ could be written ({reason}); "
             "'segqc db restore-views' writes the others"
         ) from error
     return {table.name: archive.tables[table.name].rows for table in _TABLES}

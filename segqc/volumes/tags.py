@@ -68,7 +68,13 @@ def _read_sidecar(path: Path) -> Mapping[str, JsonValue]:
     try:
         return _SIDECAR.validate_json(decode_text(path.read_bytes()))
     except (OSError, TextError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else getattr(error, "strerror", error)
+        match error:
+            case ValidationError():
+                reason = error.errors()[0]["msg"]
+            case TextError():
+                reason = error.clause
+            case _:
+                reason = error.strerror or str(error)
         raise VolumeError(
             f"{path}: the scan's side-car is no readable JSON object ({reason}); repair or remove it."
         ) from error

@@ -44,7 +44,7 @@ def update_model(model: str, file: UploadFile) -> JsonObject:
             _let_serve(context, cache.load(temporary))
     except ModelError as error:
         message = str(error).removeprefix(str(temporary)).removeprefix(": ")
-        raise RequestError(422, f"the uploaded file is no {model} model: {message}.") from error
+        raise RequestError(422, f"the uploaded file is no {model} model: {message}") from error
     return {"checksum": f"SHA256:{sha256_of(cache.path)}", "modified_time": int(cache.path.stat().st_mtime)}
 
 
