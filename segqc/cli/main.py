@@ -167,6 +167,7 @@ _USER_ERRORS: Final[Mapping[str, tuple[str, ...]]] = {
     "segqc.loop.dataset": ("DatasetError",),
     "segqc.networks.device": ("DeviceMemoryError",),
     "segqc.networks.model": ("ModelError",),
+    "segqc.selection": ("StrategyError",),
     "segqc.server.annotator": ("AnnotatorError",),
     "segqc.server.serve": ("ServeError",),
     "segqc.settings": ("SettingsError",),
