@@ -36,7 +36,7 @@ def strategies() -> Mapping[str, Strategy]:
         try:
             strategy = entry.load()
         except Exception as error:  # whatever a foreign module raises
-            raise StrategyError(f"{origin} cannot be loaded: {error}.") from error
+            raise StrategyError(f"{origin} cannot be loaded: {error}") from error
         if not isinstance(strategy, Strategy):
             raise StrategyError(f"{origin} is no segqc.selection.Strategy, but a {type(strategy).__name__}.")
         if strategy.name in found or strategy.name == _RESERVED:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from segqc.errors import SegqcError
 from segqc.store.orders import Order
 
 if TYPE_CHECKING:  # torch takes seconds to import, and an order does without
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and an order does without
 ScoreFunction: TypeAlias = "Callable[[TtaPrediction, Sequence[Structure]], float]"
 
 
-class StrategyError(Exception):
+class StrategyError(SegqcError):
     """A strategy is not there, has no score, or cannot be registered."""
 
 
