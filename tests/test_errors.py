@@ -18,7 +18,7 @@ from segqc.server.errors import RequestError
 from segqc.settings import SettingsError
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable
 from segqc.store.scans import UnknownScan
-from segqc.training import TooFewCases
+from segqc.training.cases import TooFewCases
 from segqc.volumes import VolumeError
 
 STATUSES = [

@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from typer.testing import CliRunner
 
 from segqc.cli import main
+from segqc.errors import SegqcError
 from segqc.io import dicom
 from segqc.volumes import Volume, VolumeError, read_scan, write_scan
 
@@ -63,7 +64,7 @@ def scans(folder: Path) -> list[str]:
 
 def run(source: Path, target: Path) -> tuple[int, str]:
     result = CliRunner().invoke(main.app, ["import", "dicom", str(source), str(target)])
-    assert result.exception is None or isinstance(result.exception, (SystemExit, ValueError)), result.exception
+    assert result.exception is None or isinstance(result.exception, (SystemExit, SegqcError)), result.exception
     return result.exit_code, result.output
 
 

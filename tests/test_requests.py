@@ -45,7 +45,6 @@ def test_there_is_a_request_of_every_kind() -> None:
         ("train", {"model": "unet"}, "'segmentation' or 'segqc'"),
         ("train", {"model": "segqc", "epochs": 3}, "epochs"),
         ("train", {"model": "segqc", "settings": 3}, "settings"),
-        ("scoring", {"method": "luck"}, "method"),
         ("scoring", {"method": "segqc", "force": "perhaps"}, "force"),
         ("batch_infer", {"model": "segqc", "images": "some"}, "images"),
         ("batch_infer", {"model": "segqc", "max_batch_size": -1}, "max_batch_size"),

@@ -39,7 +39,11 @@ def test_the_pages_strategy_registers_and_hands_out(tmp_path: Path, monkeypatch:
     rules = LeaseRules(audit_share=0, validation_share=0)
     with dataset.store.write() as transaction:
         got = leases.acquire(
-            transaction, Actor("person", "a", "client-id"), "newest", strategies()["newest"].order, rules
+            transaction,
+            Actor(kind="person", name="a", identified_by="client-id"),
+            "newest",
+            strategies()["newest"].order,
+            rules,
         )
     assert got is not None and (got.scan, got.strategy) == ("scan_2", "newest")
 

@@ -45,7 +45,7 @@ def test_any_bytes_are_text_or_a_sentence(content: bytes) -> None:
         assert "\0" not in decode_text(content)
     except TextError as error:
         assert str(error).startswith("byte ")
-        assert str(error).endswith("save the file as UTF-8")
+        assert str(error).endswith("save the file as UTF-8.")
 
 
 @pytest.mark.parametrize("value", FORMULAS)
