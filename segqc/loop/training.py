@@ -103,7 +103,7 @@ def _learn(
 @contextlib.contextmanager
 def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: str, *, wait: bool) -> Iterator[None]:
     path = dataset.training_folder(network) / "training.lock"
-    told: Holder | None = None
+    reported: Holder | None = None
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -116,8 +116,8 @@ def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: 
                         f"{dataset.folder}: the network {network} is being trained by {actor}; wait for its end, or "
                         "end it (what it learned is kept, and continued by the next training with the same settings)"
                     ) from held
-                if told is None or told != held.holder:
-                    told = held.holder
+                if reported is None or reported != held.holder:
+                    reported = held.holder
                     progress.step(0, 1, f"waits for the training of {network} by {actor}")
             time.sleep(_POLL_SECONDS)
         yield

@@ -141,13 +141,13 @@ class Worker:
 
     def serve_until_ended(self, job: int) -> JobRecord:
         """Work until a job has ended, whoever does it, or `end` is called; returns what became of it."""
-        told: str | None = None
+        reported: str | None = None
 
         def ended(_: bool) -> bool:
-            nonlocal told
+            nonlocal reported
             now = self._job(job)
-            if now.worker not in (None, self.name, told):
-                told = now.worker
+            if now.worker not in (None, self.name, reported):
+                reported = now.worker
                 logger.info(
                     "the worker %s does this %s; waiting for it. It is taken over at once if it dies on this machine, "
                     "or %.0f s after its last sign of life", now.worker, now.kind, jobs.DEAD_AFTER_SECONDS,
@@ -199,22 +199,22 @@ class Worker:
 
     def _run(self, job: JobRecord) -> None:
         logger.info("%s starts (attempt %d of %d): %s", job.kind, job.attempts, jobs.MAX_ATTEMPTS, job.request)
-        heard = _Heard()
+        output = _JobOutput()
         try:
             process = self._start(job)
         except OSError as error:
-            heard.take(sentence(f"could not be started: {error}"), job)
-            self._finish(job, "failed", heard)
+            output.take(sentence(f"could not be started: {error}"), job)
+            self._finish(job, "failed", output)
             return
         os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)  # annotators wait for the server, not for it
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(process, lines), daemon=True).start()
         try:
-            self._follow(job, lines, heard)
+            self._follow(job, lines, output)
         except JobLost as lost:
             logger.info("%s ends: %s", job.kind, lost)
             _stop(process)
-            self._finish(job, "stopped", heard)
+            self._finish(job, "stopped", output)
             return
         if self._ending.is_set() and process.poll() is None:
             _stop(process)
@@ -223,14 +223,14 @@ class Worker:
         code = process.wait()
         death = death_by_signal(code)
         if death is not None:
-            self._retry(job, f"the job's process was {death}.", heard)
+            self._retry(job, f"the job's process was {death}.", output)
             return
-        done = code == 0 and heard.result is not None
+        done = code == 0 and output.result is not None
         if code == 0 and not done:
-            heard.take("the job's process ended before its work was done; put the job again.", job)
-        elif code != 0 and not heard.has_reason:
-            heard.take(f"the job's process ended with exit status {code} and no message.", job)
-        self._finish(job, "done" if done else "failed", heard)
+            output.take("the job's process ended before its work was done; put the job again.", job)
+        elif code != 0 and not output.has_reason:
+            output.take(f"the job's process ended with exit status {code} and no message.", job)
+        self._finish(job, "done" if done else "failed", output)
 
     def _start(self, job: JobRecord) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -245,7 +245,7 @@ class Worker:
             start_new_session=True,  # one signal reaches it and its children; Ctrl-C reaches it through us only
         )
 
-    def _follow(self, job: JobRecord, lines: queue.SimpleQueue[str | None], heard: _Heard) -> None:
+    def _follow(self, job: JobRecord, lines: queue.SimpleQueue[str | None], output: _JobOutput) -> None:
         """Pass on what the process says, and show that it is alive, until it has said all.
 
         Raises:
@@ -257,24 +257,26 @@ class Worker:
                 line = lines.get(timeout=min(POLL_SECONDS, self._heartbeat))
                 if line is None:
                     return
-                heard.take(line, job)
+                output.take(line, job)
             except queue.Empty:
                 pass
             if time.monotonic() - last >= min(POLL_SECONDS, self._heartbeat):
                 last = time.monotonic()
                 try:
                     with self.dataset.store.write() as transaction:
-                        jobs.heartbeat(transaction, job.id, self.name, messages=heard.told(), steps=heard.steps)
+                        jobs.heartbeat(
+                            transaction, job.id, self.name, messages=output.new_messages(), steps=output.steps
+                        )
                 except JobLost:
                     raise
                 except StoreError as error:
                     logger.warning("%s", error)
 
-    def _finish(self, job: JobRecord, state: JobState, heard: _Heard) -> None:
-        messages = heard.told()
+    def _finish(self, job: JobRecord, state: JobState, output: _JobOutput) -> None:
+        messages = output.new_messages()
 
         def finish(transaction: Transaction) -> JobRecord:
-            jobs.finish(transaction, job.id, self.name, state, heard.result, messages=messages, steps=heard.steps)
+            jobs.finish(transaction, job.id, self.name, state, output.result, messages=messages, steps=output.steps)
             ended = jobs.get(transaction, job.id)
             if ended.state == "done":
                 work.follow_up(transaction, ended)
@@ -285,11 +287,11 @@ class Worker:
             reason = f" ({ended.messages[-1]})" if ended.state == "failed" and ended.messages else ""
             logger.info("%s ended: %s%s", job.kind, ended.state, reason)
 
-    def _retry(self, job: JobRecord, reason: str, heard: _Heard) -> None:
-        messages = heard.told()
+    def _retry(self, job: JobRecord, reason: str, output: _JobOutput) -> None:
+        messages = output.new_messages()
 
         def retry(transaction: Transaction) -> JobRecord:
-            jobs.retry(transaction, job.id, self.name, reason, messages=messages, steps=heard.steps)
+            jobs.retry(transaction, job.id, self.name, reason, messages=messages, steps=output.steps)
             return jobs.get(transaction, job.id)
 
         now = self._write(retry)
@@ -315,7 +317,7 @@ class Worker:
                 time.sleep(POLL_SECONDS)
 
 
-class _Heard:
+class _JobOutput:
     """What a job's process has said so far."""
 
     def __init__(self) -> None:
@@ -342,10 +344,10 @@ class _Heard:
         logging.getLogger(f"task_{job.kind}").info("%s", text)
         self._new.append(text)
 
-    def told(self) -> list[str]:
+    def new_messages(self) -> list[str]:
         """What was said since the last call."""
-        told, self._new = self._new, []
-        return told
+        messages, self._new = self._new, []
+        return messages
 
 
 def _listen(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:

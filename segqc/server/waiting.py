@@ -53,14 +53,14 @@ class JobsDone(Response):
         Raises:
             RequestError: 503 if no worker takes the jobs.
         """
-        started = heard = time.monotonic()
+        started = last_seen = time.monotonic()
         while True:
             found, alive = await anyio.to_thread.run_sync(self._look)
             now = time.monotonic()
             if all(job.ended_at is not None for job in found.values()) or now - started > MAX_SECONDS:
                 break
-            heard = now if alive else heard
-            if now - heard > NO_WORKER_SECONDS:
+            last_seen = now if alive else last_seen
+            if now - last_seen > NO_WORKER_SECONDS:
                 raise RequestError(
                     503, "no worker takes the job: start one with 'segqc worker'. The job waits in the queue."
                 )

@@ -255,7 +255,7 @@ class LabelFiles:
         # what people put there comes back after what we wrote over it is undone
         return sorted(found, key=lambda arrival: arrival.plan.found is not None)
 
-    def leftovers(self) -> list[Path]:
+    def stale(self) -> list[Path]:
         """What dead processes left among the arrivals, untouched: unlocked folders, and old ones without a lock."""
         if not self._incoming.is_dir():
             return []

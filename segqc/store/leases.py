@@ -358,11 +358,11 @@ def listing(transaction: Transaction, *, state: LeaseState | None = None, scan: 
 def skip_reasons(transaction: Transaction) -> dict[int, str]:
     """Why scans were put aside, by lease, the last word of each annotator who gave one."""
     query = select(Event.detail).where(Event.object_kind == "scan", Event.verb.in_(("skipped", _EXPLAINED)))
-    told: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for detail in transaction.scalars(query.order_by(Event.id)):
         if detail is not None and isinstance(lease := detail.get("lease"), int) and "reason" in detail:
-            told[lease] = str(detail["reason"])
-    return told
+            reasons[lease] = str(detail["reason"])
+    return reasons
 
 
 def costs(transaction: Transaction) -> list[Cost]:

@@ -161,7 +161,7 @@ def check(store: Store, report: Report = silent) -> list[Finding]:
             "'segqc db check --repair' cleans it up",
             is_damage=False,
         )
-        for path in store.files.leftovers()
+        for path in store.files.stale()
     ]
     return found
 
@@ -169,7 +169,7 @@ def check(store: Store, report: Report = silent) -> list[Finding]:
 def repair(store: Store, report: Report = silent) -> Restored:
     """Repair what can be repaired without loss: leftovers of dead processes, and views that are missing or damaged."""
     store.recover()
-    for path in store.files.leftovers():
+    for path in store.files.stale():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return rebuild_views(store, report=report)
 
@@ -218,13 +218,13 @@ def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
             yield Finding(f"{path}: this label content is damaged", "replace it by the one of a backup")
         report(done, len(contents), "label contents")
     known = {store.files.object_path(*content) for content in contents}
-    strangers = [path for path in store.files.all_objects() if path not in known]
-    if not strangers:
+    untracked = [path for path in store.files.all_objects() if path not in known]
+    if not untracked:
         return
     with _settled(store) as transaction:
         known = {store.files.object_path(*content) for content in labels.contents(transaction)}
-        strangers = [path for path in strangers if path.exists() and path not in known]
-    for path in strangers:
+        untracked = [path for path in untracked if path.exists() and path not in known]
+    for path in untracked:
         yield Finding(f"{path}: no label version speaks of this file", "it may be removed", is_damage=False)
 
 
@@ -305,8 +305,8 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
         if _view_finding(store, current, views.get((current.scan_id, current.tag))) is not None:
             suspects.add((current.scan_id, current.tag))
         report(done, len(currents), "label files")
-    strangers = _files_without_row(store, views.values())
-    if not suspects and not strangers and len(views) == len(currents):
+    untracked = _files_without_row(store, views.values())
+    if not suspects and not untracked and len(views) == len(currents):
         return
     with _settled(store) as transaction:
         currents, views = _currents(transaction), _views(transaction)
@@ -321,11 +321,11 @@ def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
             Finding(f"{store.files.views / views[key].file}: noted as shown, but its label was removed", _RESTORE)
             for key in sorted(gone)
         ]
-        strangers &= _files_without_row(store, views.values())
+        untracked &= _files_without_row(store, views.values())
         names = set(transaction.scalars(select(Scan.name)))
         kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     yield from found
-    for path in sorted(strangers):
+    for path in sorted(untracked):
         if (file := str(path.relative_to(store.dataset))) in kept_aside:
             yield Finding(kept_aside[file], _ASIDE, is_damage=False)
         elif label_suffix(path.name) is not None and label_id(path) in names:

@@ -37,14 +37,14 @@ class PatientConnection(psycopg.Connection[Any]):
 
     def _limited(self, gen: Generator[Any, Any, T], limit: float) -> Generator[Any, Any, T]:
         # psycopg says every tenth of a second or so that nothing came
-        heard = time.monotonic()
+        last_seen = time.monotonic()
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
                 if ready:
-                    heard = time.monotonic()
-                elif time.monotonic() - heard > limit:
+                    last_seen = time.monotonic()
+                elif time.monotonic() - last_seen > limit:
                     gen.close()
                     self.pgconn.finish()
                     raise psycopg.OperationalError("the server does not answer")

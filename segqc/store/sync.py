@@ -161,14 +161,14 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
         return []
     places = {scan.patient: (scan.fold, scan.split) for scan in found}
     trained = any((store.own / name).is_dir() for name in ("models", "training"))
-    told: list[str] = []
+    messages: list[str] = []
     free: list[tuple[ScanRecord, str]] = []
     for scan, patient in moving:
         stays = f"{scan.file}: stays with the patient {scan.patient!r}, and not {patient!r} as the settings say"
         if scan.name in handed_out:
-            told.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
+            messages.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
         elif trained and scan.state != "unlabelled" and places.get(patient) != places[scan.patient]:
-            told.append(
+            messages.append(
                 f"{stays}, as networks were trained with it; move segqc/models and segqc/training away to begin anew"
             )
         elif store.is_writable:
@@ -178,7 +178,7 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
             for scan, patient in free:
                 scans.assign_patient(transaction, scan.name, patient, split_config, FOLDER)
         logger.warning("%d scans are of other patients now, as the settings say", len(free))
-    return told
+    return messages
 
 
 def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, split_config: SplitConfig) -> bool:
@@ -466,8 +466,8 @@ def _sentence(path: Path, file: str, error: Exception) -> str:
     if not isinstance(error, VolumeError):
         logger.error("%s", file, exc_info=error)
         return f"{file}: cannot be read ({type(error).__name__}: {error})"
-    told = str(error).replace(str(path), file)
-    return told if file in told else f"{file}: {told}"
+    messages = str(error).replace(str(path), file)
+    return messages if file in messages else f"{file}: {messages}"
 
 
 def _note(
