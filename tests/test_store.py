@@ -320,6 +320,18 @@ def test_a_block_runs_once_though_somebody_has_edited_the_file(store: Store, fol
     assert runs == 1
 
 
+def test_an_arrival_whose_lock_is_about_to_be_taken_is_left_alone(store: Store) -> None:
+    beginning = store.own / "incoming" / ".0123"
+    beginning.mkdir(parents=True)
+    (beginning / "lock").touch()
+    store.recover()
+    assert beginning.is_dir() and store.files.stale() == []
+    os.utime(beginning, (0, 0))
+    assert store.files.stale() == [beginning]
+    store.recover()
+    assert not beginning.exists()
+
+
 def test_labels_of_unknown_scans_are_refused_and_leave_nothing(store: Store, folder: Path) -> None:
     def files() -> set[Path]:
         return {path for path in store.own.rglob("*") if path.is_file() and not path.name.startswith("store.sqlite-")}

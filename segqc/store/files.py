@@ -125,11 +125,13 @@ class LabelFiles:
         Raises:
             OSError: if the disk is full or read-only; nothing is left then.
         """
-        folder = self._incoming / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+        name = uuid.uuid4().hex
+        beginning, folder = self._incoming / f".{name}", self._incoming / name
+        beginning.mkdir(parents=True)
+        lock = os.open(beginning / "lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            beginning.rename(folder)  # whoever looks for abandoned arrivals sees it with its lock taken, or not at all
             try:
                 sha256 = original = None
                 if source is not None:
@@ -244,9 +246,7 @@ class LabelFiles:
             return []
         found = []
         for folder in sorted(self._incoming.iterdir()):
-            if not folder.is_dir():
-                continue
-            if is_locked(folder / "lock"):
+            if not folder.is_dir() or is_locked(folder / "lock") or _is_beginning(folder):
                 continue
             try:
                 found.append(Arrival(folder, _PLAN.validate_json((folder / "plan.json").read_bytes())))
@@ -259,12 +259,11 @@ class LabelFiles:
         """What dead processes left among the arrivals, untouched: unlocked folders, and old ones without a lock."""
         if not self._incoming.is_dir():
             return []
-        old = time.time() - _SURELY_OVER_SECONDS
         found = []
         for path in sorted(self._incoming.iterdir()):
             lock = path / "lock"
             with contextlib.suppress(FileNotFoundError):  # its process has just ended cleanly
-                if not is_locked(lock) if lock.exists() else path.stat().st_mtime < old:
+                if not _is_beginning(path) and (not is_locked(lock) if lock.exists() else _is_old(path)):
                     found.append(path)
         return found
 
@@ -287,6 +286,18 @@ class LabelFiles:
         """All kept files."""
         if self.objects.is_dir():
             yield from (path for path in sorted(self.objects.rglob("*")) if path.is_file())
+
+
+def _is_beginning(arrival: Path) -> bool:
+    """Whether another process is about to take the arrival's lock."""
+    return arrival.name.startswith(".") and not _is_old(arrival)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return path.stat().st_mtime < time.time() - _SURELY_OVER_SECONDS
+    except FileNotFoundError:  # it has just begun, or ended cleanly
+        return False
 
 
 def contents_of(
