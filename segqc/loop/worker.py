@@ -125,7 +125,8 @@ class Worker:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._command = command or self._job_command
         self._heartbeat = heartbeat_seconds
-        self._ending = threading.Event()
+        # no Event: its lock cannot be taken twice, and one signal's handler may interrupt another's
+        self._ending = False
 
     def _job_command(self, job: JobRecord) -> list[str]:
         arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
@@ -133,7 +134,7 @@ class Worker:
 
     def end(self, *_: int | FrameType | None) -> None:
         """Take no more; the running job is stopped and put back into the queue. Serves as a signal's handler."""
-        self._ending.set()
+        self._ending = True
 
     def serve(self, *, until_idle: bool = False) -> None:
         """Work until `end` is called, or, if ``until_idle``, until no job waits."""
@@ -168,7 +169,7 @@ class Worker:
         left_behind = [path for path in own.parent.glob("*.lock") if is_abandoned(path)]
         # successors on this machine see by it at once that this worker has died
         with hold(own, "a worker"):
-            while not self._ending.is_set():
+            while not self._ending:
                 job = self._take()
                 if job is not None:
                     self._run(job)
@@ -177,7 +178,7 @@ class Worker:
                 if enough(job is None):
                     break
                 if job is None:
-                    self._ending.wait(POLL_SECONDS)
+                    time.sleep(POLL_SECONDS)
         own.unlink(missing_ok=True)
 
     def _take(self) -> JobRecord | None:
@@ -216,7 +217,7 @@ class Worker:
             _stop(process)
             self._finish(job, "stopped", output)
             return
-        if self._ending.is_set() and process.poll() is None:
+        if self._ending and process.poll() is None:
             _stop(process)
             self._write(lambda transaction: jobs.give_back(transaction, self.name))
             return
@@ -252,7 +253,7 @@ class Worker:
             JobLost: if the job shall stop, or was given to another worker.
         """
         last = 0.0
-        while not self._ending.is_set():
+        while not self._ending:
             try:
                 line = lines.get(timeout=min(POLL_SECONDS, self._heartbeat))
                 if line is None:
@@ -309,7 +310,8 @@ class Worker:
                 raise
             except StoreUnavailable as error:
                 logger.warning("%s", error)
-                if not self._ending.wait(POLL_SECONDS):
+                time.sleep(POLL_SECONDS)
+                if not self._ending:
                     continue
                 if tries_at_end == 0:
                     return None
