@@ -9,6 +9,7 @@ import logging
 import logging.handlers
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -104,7 +104,7 @@ def serve(
     ending = Ending()
     # also where they are ignored by inheritance, as SIGINT is in a script's background
     for sign in _SIGNALS:
-        signal.signal(sign, lambda *_: ending.cut())
+        signal.signal(sign, lambda *_: ending.begin(at_once=True))
     folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
     _refuse_read_only(folder)
     folder.own.mkdir(parents=True, exist_ok=True)
@@ -148,16 +148,18 @@ class Ending:
         self.files: Path | None = None
         self.traffic: Traffic | None = None
         self._reported = False
+        # a signal's handler may interrupt the holder of any lock, another handler included: it only writes to a pipe
+        self._signals, self._begin = os.pipe()
+        threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
-    def begin(self) -> None:
-        """Let the deadline run; called again, as by a second Ctrl-C, end at once."""
-        if self.begun.is_set():
-            self.cut()
+    def begin(self, *, at_once: bool = False) -> None:
+        """Let the deadline run, or end at once, as when called again (a second Ctrl-C). For signals' handlers."""
+        os.write(self._begin, b"\0\0" if at_once else b"\0")
+
+    def _watch(self) -> None:
+        os.read(self._signals, 1)
         self.begun.set()
-        threading.Thread(target=self._wait, name="deadline", daemon=True).start()
-
-    def _wait(self) -> None:
-        time.sleep(_DEADLINE_SECONDS)
+        select.select([self._signals], [], [], _DEADLINE_SECONDS)
         self.cut()
 
     def report(self) -> None:
