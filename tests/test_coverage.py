@@ -20,16 +20,16 @@ def draw(
 
 
 def test_coverage_is_near_the_level_over_resplits_and_in_strata_of_the_estimate() -> None:
-    x, truth, patients = draw(120)
+    x, truth, patients = draw(80)
     strata = quality_strata(x, (0.6, 0.8))
     found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0), strata=strata)
     assert list(found) == [ALL, "< 0.6", "0.6-0.8", ">= 0.8"]
     whole = found[ALL]
     assert whole.coverage is not None
     assert whole.error is not None
-    assert (whole.resplits, whole.level, whole.patients, whole.masks) == (20, 0.9, 120, x.size)
+    assert (whole.resplits, whole.level, whole.patients, whole.masks) == (20, 0.9, 80, x.size)
     assert abs(whole.coverage - 0.9) < 3 * whole.error
-    assert whole.error == pytest.approx(np.sqrt(0.9 * 0.1 / 120), rel=0.3)
+    assert whole.error == pytest.approx(np.sqrt(0.9 * 0.1 / 80), rel=0.3)
     for part in found.values():
         assert part.coverage is not None
         assert part.coverage > 0.8
@@ -59,7 +59,7 @@ def test_one_split_by_hand() -> None:
 
 
 def test_a_shift_is_seen_and_no_patient_is_on_both_sides() -> None:
-    easy, hard = draw(60, noise=0.3, seed=3), draw(60, noise=4.0, seed=4)
+    easy, hard = draw(40, noise=0.3, seed=3), draw(40, noise=4.0, seed=4)
     x, truth = np.r_[easy[0], hard[0]], np.r_[easy[1], hard[1]]
     is_hard = np.arange(x.size) >= easy[0].size
     groups = {"easy": ~is_hard, "hard": is_hard}
@@ -73,7 +73,7 @@ def test_a_shift_is_seen_and_no_patient_is_on_both_sides() -> None:
 
     worse, better = between(apart, "easy", "hard"), between(apart, "hard", "easy")
     assert worse.resplits == 1, "all patients are on one side already"
-    assert worse.patients == 60
+    assert worse.patients == 40
     assert worse.coverage < 0.6  # type: ignore[operator]
     assert better.coverage == 1.0 and better.error > 0  # type: ignore[operator]
     for name in groups:

@@ -24,7 +24,7 @@ from segqc.quality.intervals import (
 from segqc.quality.metrics import METRIC_NAMES, METRIC_RANGES, LinearCalibration, MetricName, fit_calibration
 from segqc.types import PredictionInterval
 
-RESAMPLES = 60
+RESAMPLES = 30
 NEW_PATIENTS = 20  # of each resample: its intervals are judged by more than one
 
 
@@ -68,7 +68,7 @@ def test_new_patients_are_covered_at_the_level_though_a_patients_masks_err_alike
         assert split_share.mean() >= level - tolerance(split_share)
         assert jackknife_share.mean() >= level - tolerance(jackknife_share), "far above the 2 level - 1 promised"
         ideal = math.ceil(level * (patients + 1)) / (patients + 1)
-        assert split_share.mean() <= ideal + 0.05, "hardly wider than needed"
+        assert split_share.mean() <= ideal + 0.02 + tolerance(split_share), "hardly wider than needed"
 
 
 def tolerance(shares: np.ndarray) -> float:
@@ -106,10 +106,10 @@ def likeliest_floor(estimates: np.ndarray, truth: np.ndarray) -> float:
 
 def test_the_scale_follows_the_residuals() -> None:
     rng = np.random.default_rng(5)
-    truth = rng.uniform(0.3, 1.0, 400)
-    names = [f"p{i}" for i in range(400)]
-    for wanted, scale in (({0.02, 0.05}, 0.02 + 1 - truth), ({1.0, 5.0}, np.ones(400))):
-        made = jackknife_plus(truth + 0.003 * rng.laplace(size=400) * scale, truth, names, "dice")
+    truth = rng.uniform(0.3, 1.0, 200)
+    names = [f"p{i}" for i in range(200)]
+    for wanted, scale in (({0.02, 0.05}, 0.02 + 1 - truth), ({1.0, 5.0}, np.ones(200))):
+        made = jackknife_plus(truth + 0.003 * rng.laplace(size=200) * scale, truth, names, "dice")
         assert {p.floor for p in made.patients} <= wanted
 
 
