@@ -24,7 +24,7 @@ RESULT_PARAMS: Final = ("result_extension", "result_dtype", "result_compress")
 
 
 class NetworkTask(InferTask):
-    """Inference by one of the folder's networks; listed before it is trained, so that clients see what will be there."""
+    """Inference by one of the folder's networks; listed before it is trained: clients see what there will be."""
 
     params = frozenset(RESULT_PARAMS)
 
