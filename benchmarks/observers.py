@@ -30,6 +30,7 @@ from segqc.evaluation.experiments.observers import (
     find_double_readings,
     read_structures,
 )
+from segqc.progress import LineProgress
 
 WANTED = {"removed": 0.85, "found": 0.98, "kept": 0.75}
 
@@ -59,9 +60,9 @@ def with_interval(share: Share) -> str:
 
 def curve_table(name: str, curve: WidthCurve) -> Table:
     table = Table("width", "removed", "mean", "found", "kept", title=f"{name}: large structures, choosing half")
-    for kind in curve[0].outcome.large.implanted[1:]:
+    for kind in curve.points[0].outcome.large.implanted[1:]:
         table.add_column(f"{kind.kind}: found / kept")
-    for point in curve:
+    for point in curve.points:
         group = point.outcome.large
         total, *kinds = group.implanted
         row = [f"{point.width:g}", number(group.removed.share), number(group.removed.mean)]
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=150)
     started = time.monotonic()
     readings = find_double_readings(options.data, options.first, options.second)
-    experiment = compare_observers(readings, read_structures(options.data), report=console.print)
+    experiment = compare_observers(readings, read_structures(options.data), progress=LineProgress())
     result = Result(
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"{platform.machine()}, {platform.system()}, CPU",

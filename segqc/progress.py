@@ -1,49 +1,63 @@
-"""How long work tells how far it is."""
+"""How long work reports how far it is: one protocol for all of it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 logger = logging.getLogger(__name__)
+
+_BAR_WIDTH = 20
 
 
 class Progress(Protocol):
     """What long work calls after each step."""
 
-    def step(self, done: int, total: int, message: str) -> None:
-        """Tell that ``done`` of ``total`` steps of the work named by ``message`` are finished."""
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        """Report that ``done`` of ``total`` steps of a task are finished.
+
+        Args:
+            done: finished steps.
+            total: all steps.
+            task: what is done; the same words in each step of it.
+            detail: what this step is about: a scan's name, a loss.
+        """
+
+
+class NoProgress:
+    """Reports nothing."""
+
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        """Do nothing."""
+
+
+NO_PROGRESS: Final[Progress] = NoProgress()
+
+
+class LineProgress:
+    """Progress as log lines, at most one per percent of a task; a subclass may write them elsewhere."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] = ("", -1)
+
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        """Write a line, unless there was one for this percentage."""
+        key = (task, 100 * done // max(1, total))
+        if key != self._last:
+            self._last = key
+            self.write(done, total, described(task, detail))
+
+    def write(self, done: int, total: int, message: str) -> None:
+        """Write a step to the log."""
+        logger.info("%s", step_line(done, total, message))
+
+
+def described(task: str, detail: str) -> str:
+    """A task with the detail of its step, where there is one."""
+    return f"{task}: {detail}" if detail else task
 
 
 def step_line(done: int, total: int, message: str) -> str:
     """A step as one line of text."""
-    filled = 20 * done // max(1, total)
-    return f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {message}"
-
-
-def log_step(done: int, total: int, message: str) -> None:
-    """Log a step."""
-    logger.info("%s", step_line(done, total, message))
-
-
-class LineProgress:
-    """Progress as lines, at most one per percent of a piece of work; they are log lines unless told otherwise."""
-
-    def __init__(self, tell: Callable[[int, int, str], None] = log_step) -> None:
-        self._tell = tell
-        self._last: tuple[str, int] = ("", -1)
-
-    def step(self, done: int, total: int, message: str) -> None:
-        """Tell the step, unless its percentage was told before."""
-        key = (message.split(":")[0], 100 * done // max(1, total))
-        if key != self._last:
-            self._last = key
-            self._tell(done, total, message)
-
-
-class NoProgress:
-    """Silence."""
-
-    def step(self, done: int, total: int, message: str) -> None:
-        """Do nothing."""
+    filled = _BAR_WIDTH * done // max(1, total)
+    return f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done}/{total} {message}"

@@ -36,7 +36,18 @@ from segqc.store.sync import SyncResult, sync
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, BERT, PLACING, Clock, label_map, new_database, save_final, save_mask, sync_scans
+from tests.store_kit import (
+    ANNA,
+    BERT,
+    PLACING,
+    Clock,
+    Steps,
+    label_map,
+    new_database,
+    save_final,
+    save_mask,
+    sync_scans,
+)
 
 SHAPE = (8, 8, 4)
 LIVER = Structure("liver", (1,))
@@ -203,11 +214,11 @@ def changed(path: Path, **entries: object) -> None:
 
 
 def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -> None:
-    reports: list[tuple[int, int, str]] = []
+    steps = Steps()
     case_list = decathlon.read_task(task)
     assert case_list.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
-    assert make_dataset(case_list, tmp_path / "s", link=True, report=lambda *r: reports.append(r)) == Imported(3, 2)
-    assert reports[-1] == (3, 3, "scans")
+    assert make_dataset(case_list, tmp_path / "s", link=True, progress=steps) == Imported(3, 2)
+    assert steps.seen[-1] == (3, 3, "scans")
     assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
     assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
     opened = plain(tmp_path / "s")

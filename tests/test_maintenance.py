@@ -23,7 +23,7 @@ from segqc.store.records import LabelRecord
 from segqc.store.store import Store
 from segqc.store.sync import SyncResult, sync
 from segqc.volumes import scan_id
-from tests.store_kit import ANNA, PLACING, Clock, label_map, make_scans, save_final, save_mask, sync_scans
+from tests.store_kit import ANNA, PLACING, Clock, Steps, label_map, make_scans, save_final, save_mask, sync_scans
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def sqlite_only(store: Store) -> None:
 
 def test_a_backup_can_be_restored(store: Store, folder: Path, final: LabelRecord, tmp_path: Path) -> None:
     sqlite_only(store)
-    reports: list[tuple[int, int, str]] = []
+    steps = Steps()
     backup = tmp_path / "backups" / "monday"
-    assert maintenance.backup(store, backup, also=["segqc.toml"], report=lambda *r: reports.append(r)) == 3
-    assert reports[-1][:2] == (3, 3)
+    assert maintenance.backup(store, backup, also=["segqc.toml"], progress=steps) == 3
+    assert steps.seen[-1][:2] == (3, 3)
     save_final(store, tmp_path, "scan_1", 9)  # after the backup: not in it
     assert sorted(p.name for p in backup.iterdir()) == ["segqc", "segqc.toml"]
     assert [p.name for p in (backup / "segqc").iterdir() if p.is_file()] == ["store.sqlite"]

@@ -225,20 +225,20 @@ def test_the_split_is_a_seeded_partition(count: int) -> None:
 
 def test_the_narrowest_width_that_meets_the_rule_is_chosen(experiment: ObserverExperiment) -> None:
     curve = experiment.curves[RELATIVE_CURVE]
-    removed = {p.width: p.outcome.large.removed.share or 0.0 for p in curve}
-    found = {p.width: min(e.found.share or 0.0 for e in p.outcome.large.implanted) for p in curve}
+    removed = {p.width: p.outcome.large.removed.share or 0.0 for p in curve.points}
+    found = {p.width: min(e.found.share or 0.0 for e in p.outcome.large.implanted) for p in curve.points}
     rule = ChoiceRule(min_removed=0.9, min_found=0.9, min_kept=0.0)
     allowed = [w for w in removed if removed[w] >= 0.9 and found[w] >= 0.9]
-    assert 0 < len(allowed) < len(curve)
+    assert 0 < len(allowed) < len(curve.points)
     assert choose_width(curve, rule) == min(allowed)
-    assert choose_width(curve[::-1], rule) == min(allowed)
+    assert choose_width(replace(curve, points=curve.points[::-1]), rule) == min(allowed)
     assert choose_width(curve, replace(rule, min_removed=1.1)) is None
     assert choose_width(curve, replace(rule, min_kept=1.1)) is None
 
 
 def test_a_study_keeps_its_halves_apart_and_turns_into_json_and_back(experiment: ObserverExperiment) -> None:
     assert len(experiment.choosing) == 2 and len(experiment.held) == 3
-    assert {p.outcome.large.cases for curve in experiment.curves.values() for p in curve} == {2}
+    assert {p.outcome.large.cases for curve in experiment.curves.values() for p in curve.points} == {2}
     assert {o.large.cases for o in experiment.on_held.values()} == {3}
     assert [g.name for g in experiment.on_held["plain 2 mm band"].groups] == ["over 5 ml", "all structures", "ball"]
     assert experiment.on_held["plain 2 mm band"].groups[1].cases == 6
@@ -248,7 +248,7 @@ def test_a_study_keeps_its_halves_apart_and_turns_into_json_and_back(experiment:
 
 def test_a_wider_band_removes_more_and_keeps_less(experiment: ObserverExperiment) -> None:
     for name in ("in mm, plain", "relative, plain"):
-        groups = [p.outcome.large for p in experiment.curves[name]]
+        groups = [p.outcome.large for p in experiment.curves[name].points]
         removed = [g.removed.share for g in groups]
         kept = [g.implanted[0].kept.share for g in groups]
         assert removed == sorted(removed) and removed[0] < removed[-1]

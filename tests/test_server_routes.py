@@ -551,7 +551,7 @@ def test_info_is_told_without_the_database(
         told = answer.json()
         assert told.pop("problem").startswith("the database is away")
         assert told == before
-        monkeypatch.setattr(app_instance(), "_told", {"name": "SegQC"})  # what the very first client would be told
+        monkeypatch.setattr(app_instance(), "_last_info", {"name": "SegQC"})  # what the very first client would be told
         assert client.get("/info/").json()["name"] == "SegQC"
         assert client.get("/datastore/").status_code == 503
     assert "problem" not in client.get("/info/").json()

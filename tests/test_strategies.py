@@ -12,11 +12,11 @@ from segqc.selection import strategies
 from segqc.server.actors import acting
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.monailabel.strategy import Sampling
 from segqc.store import events, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
-from strategies import Sampling
 from tests.server_kit import assess, make_dataset
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"

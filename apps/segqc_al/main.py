@@ -1,188 +1,34 @@
-"""The MONAI Label app: wires a dataset folder, its networks and the strategies."""
+"""The MONAI Label app: names the inference tasks, the trainings and the strategies that a dataset folder is served by.
+
+They are in `segqc.server.monailabel`. MONAI Label starts the class in this file that is derived from its own.
+"""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-from typing import Any
-
-from lib.infers.segmentation import Segmentation
-from lib.infers.segqc import LikelyErrors
-from lib.trainers.segmentation import SegmentationTraining
-from lib.trainers.segqc import SegqcTraining
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore
-from monailabel.interfaces.tasks.infer_v2 import InferTask
-from monailabel.interfaces.tasks.scoring import ScoringMethod
-from monailabel.interfaces.tasks.strategy import Strategy
-from monailabel.interfaces.tasks.train import TrainTask
 
-import segqc
-from segqc.loop.jobs import LIKELY_ERRORS_TAG
-from segqc.loop.requests import TrainRequest, request_of
-from segqc.selection import scores, strategies
-from segqc.server.checks import known
-from segqc.server.client_labels import from_client
-from segqc.server.context import AppContext
-from segqc.server.errors import RequestError
-from segqc.server.monailabel.datastore import StoreDatastore
-from segqc.server.uploads import Uploads
-from segqc.store import jobs, labels
-from segqc.store.database import StoreUnavailable
-from segqc.store.labels import NewLabel
-from segqc.store.records import Actor, LabelRecord
-from segqc.types import label_names
-from segqc.volumes import read_labels, temporary_labels
-from strategies import PoolScoring, Sampling
-
-_MAX_FINDINGS = 100
+import strategies
+from segqc.server.monailabel import app, infer, strategy, train
 
 
-class SegqcApp(MONAILabelApp):
+class SegqcApp(app.DatasetApp, MONAILabelApp):
     """Segmentation, its quality estimate, and the next scan to correct."""
 
-    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self.context = AppContext(Path(studies))
-        self.uploads = Uploads()
-        super().__init__(
-            app_dir=app_dir,
-            studies=studies,
-            conf=conf,
-            name="SegQC",
-            description="Segments scans, estimates how good each mask is, and asks for the right correction next",
-            version=segqc.__version__,
-        )
-        # MONAI Label would queue all methods at each request for a sample; here a training queues what follows it
-        self._auto_update_scoring = False
-        self._told: dict[str, Any] = {
-            **{"name": self.name, "description": self.description, "version": self.version, "labels": []},
-            **{part: {} for part in ("models", "trainers", "strategies", "scoring", "train_stats", "datastore")},
+    def init_infers(self) -> dict[str, infer.NetworkTask]:
+        """The mask first: clients run the first model that shares a label."""
+        return {"segmentation": infer.Segmentation(self.context), "segqc": infer.LikelyErrors(self.context)}
+
+    def init_trainers(self) -> dict[str, train.NetworkTraining]:
+        """Both networks."""
+        return {
+            "segmentation": train.NetworkTraining(self.context, "segmentation"),
+            "segqc": train.NetworkTraining(self.context, "segqc"),
         }
 
-    def init_datastore(self) -> Datastore:
-        """The dataset folder's store; other kinds of datastore are not served."""
-        if self.studies.startswith(("http://", "https://")):
-            raise ValueError(f"{self.studies}: is an address; this app serves a folder of scans.")
-        return StoreDatastore(self.context.dataset)
+    def init_strategies(self) -> dict[str, strategy.Sampling]:
+        """What chooses the next scan."""
+        return strategies.sampling(self.context)
 
-    def init_infers(self) -> dict[str, InferTask]:
-        """The mask first: clients run the first model that shares a label."""
-        return {"segmentation": Segmentation(self.context), "segqc": LikelyErrors(self.context)}
-
-    def init_trainers(self) -> dict[str, TrainTask]:
-        """Both networks."""
-        return {"segmentation": SegmentationTraining(self.context), "segqc": SegqcTraining(self.context)}
-
-    def init_strategies(self) -> dict[str, Strategy]:
-        """The default first. MONAI Label's OHIF panel always asks for "random": that name is the default, too."""
-        default = known("strategy", self.context.settings.server.strategy, strategies())
-        made = {name: Sampling(name, self.context.dataset) for name in {default: None, **dict.fromkeys(strategies())}}
-        return {**made, "random": made[default]}
-
-    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        """The scores of all strategies that have one."""
-        return {method: PoolScoring(method, self.context.dataset) for method in scores()}
-
-    def info(self) -> dict[str, Any]:
-        """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
-
-        ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that
-        were, the first ones where there are many. While the
-        database is away, clients are told what they were told last, and ``problem`` says so.
-        """
-        try:
-            self._told = self._info()
-        except StoreUnavailable as error:
-            return {**self._told, "problem": f"{error.clause}; what is told here may be out of date"}
-        return self._told
-
-    def _info(self) -> dict[str, Any]:
-        aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MAX_FINDINGS]]
-        told = super().info()
-        running, stats = self._running(), told["train_stats"]
-        # 3D Slicer and OHIF show the first one only
-        told["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
-        remarks = self.datastore().remarks()[:_MAX_FINDINGS]
-        return {**told, "labels": list(self.context.labels()), "findings": aside, "remarks": remarks}
-
-    def _running(self) -> str | None:
-        """The network that is trained now, or first of those that wait; None where there is none."""
-        with self.context.dataset.store.read() as transaction:
-            waiting = jobs.open_jobs(transaction, "train")
-        first = min(waiting, key=lambda job: job.state != "running", default=None)
-        request = request_of(first) if first is not None else None
-        return request.model if isinstance(request, TrainRequest) else None
-
-    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Run an inference task on a scan of the datastore, or on a file that the server itself has put down.
-
-        Args:
-            request: ``model``; ``image``, a scan's id, or ``image_file``, a path; ``label`` (a path), ``label_tag``,
-                ``save_label`` and the task's own parameters.
-            datastore: where scans are; the app's own by default.
-        """
-        store = datastore if datastore is not None else self.datastore()
-        name = known("model", request.get("model", ""), self._infers)
-        task = self._infers[name]
-        task_request = copy.deepcopy(request)
-        judged: LabelRecord | None = None
-        if "image_file" in request:
-            task_request["image"] = request["image_file"]
-        else:
-            image = known("image", request.get("image", ""), store.list_images())
-            content = self.context.dataset.verify_scan(image).sha256
-            task_request.update(image=store.get_image_uri(image), image_id=image)
-            if name == "segqc" and not request.get("label"):
-                judged = self._mask_to_judge(image, request.get("label_tag"))
-        if judged is not None:
-            task_request["label"] = str(self.context.dataset.store.label_file(judged))
-        path, params = task(task_request)
-        if judged is not None:
-            params.update(label_tag=judged.tag, label_version=judged.id, label_sha256=judged.sha256)
-        saved: str | None = None
-        if request.get("save_label") and "image_file" not in request:
-            tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
-            if tag == "final":
-                raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
-            saved = self._save(image, Path(path), tag, name, params, judged, content)
-        return {"label": saved or path, "tag": "original", "file": path, "params": params}
-
-    def _mask_to_judge(self, image: str, tag: str | None) -> LabelRecord | None:
-        """The mask with the wanted tag; else the scan's current one: final, or what an annotator would start from.
-
-        Raises:
-            RequestError: 404 if there is no label with the wanted tag.
-        """
-        with self.context.dataset.store.read() as transaction:
-            found = labels.tags(transaction, image)
-        if tag is None:
-            return next((found[own] for own in (labels.FINAL, labels.RETURNED, labels.ORIGINAL) if own in found), None)
-        if tag not in found:
-            raise RequestError(
-                404, f"the scan {image!r} has no label with the tag {tag!r}; it has: {', '.join(found) or 'none'}."
-            )
-        return found[tag]
-
-    def _save(
-        self,
-        image: str,
-        path: Path,
-        tag: str,
-        name: str,
-        params: dict[str, Any],
-        parent: LabelRecord | None,
-        content: str | None,
-    ) -> str:
-        """Keep a network's label map of a scan's content; it is the network's, not that of whoever asked for it."""
-        version = params["model_version"]
-        with self.context.dataset.store.write() as transaction:
-            pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
-        source, info = Actor(kind="network", name=version, identified_by="program"), {"model": name, "params": params}
-        above = parent.id if parent is not None else None
-        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info, scan_sha256=content)
-        kept = read_labels(path)
-        if name == "segmentation":
-            kept = from_client(kept, label_names(self.context.segmenter().structures))
-        with temporary_labels(kept) as stored:
-            self.context.dataset.store.save_label(label, stored)
-        return image
+    def init_scoring_methods(self) -> dict[str, strategy.PoolScoring]:
+        """What scores the scans that wait."""
+        return strategies.scoring(self.context)

@@ -243,7 +243,7 @@ def readings(
         with shown_progress() as progress:
             for i, (name, path) in enumerate(found.items(), start=1):
                 add_reading(dataset, name, path, Actor(kind="person", name=reader, identified_by="command"))
-                progress.step(i, len(found), f"readings: {name}")
+                progress.step(i, len(found), "readings", name)
     pairs = [pair for name in names for pair in inter_rater(dataset, name)]
     if not pairs and add is None:
         raise CommandError(f"{folder}: no scan was read by two annotators yet")

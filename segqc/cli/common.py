@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -19,12 +19,14 @@ from segqc.errors import SegqcError
 from segqc.text import spreadsheet_cell, visible
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
     from segqc.loop.dataset import Dataset
+    from segqc.progress import Progress
     from segqc.settings import Settings
-    from segqc.store.maintenance import Report
     from segqc.store.records import Actor
     from segqc.store.store import Store
-    from segqc.training import Progress
     from segqc.types import PredictionInterval
 
 logger = logging.getLogger(__name__)
@@ -87,26 +89,6 @@ def open_store(folder: Path) -> Store:
     return dataset_at(folder, None).store
 
 
-@contextmanager
-def progress() -> Iterator[Report]:
-    """A bar on the error stream where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _done, _total, _what: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
-
-        def report(done: int, total: int, what: str) -> None:
-            task = tasks[what] if what in tasks else tasks.setdefault(what, bars.add_task(what))
-            bars.update(bars.task_ids[task], completed=done, total=total)
-
-        yield report
-
-
 def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object] | None = None) -> Dataset:
     """A dataset folder, with its own settings file or another one, and flags over it."""
     from segqc.loop.dataset import Dataset
@@ -117,13 +99,18 @@ def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """A bar for each piece of work on a terminal, and log lines elsewhere; both on the error stream."""
-    if not sys.stderr.isatty():
-        from segqc.training import LineProgress
+def shown_progress(*, log_lines: bool = True) -> Iterator[Progress]:
+    """A bar for each task on a terminal; elsewhere log lines, or nothing. Both go to the error stream.
 
-        logging.getLogger("segqc").setLevel(logging.INFO)
-        yield LineProgress()
+    Args:
+        log_lines: whether there are lines where the error stream is no terminal.
+    """
+    from segqc.progress import NO_PROGRESS, LineProgress
+
+    if not sys.stderr.isatty():
+        if log_lines:
+            logging.getLogger("segqc").setLevel(logging.INFO)
+        yield LineProgress() if log_lines else NO_PROGRESS
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -137,22 +124,23 @@ def shown_progress() -> Iterator[Progress]:
         TextColumn("{task.description}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
-        yield _RichProgress(lambda total, text: bars.add_task(text, total=total), bars.update)
+        yield BarProgress(bars)
 
 
-class _RichProgress:
-    """Progress as bars: one for each piece of work, told apart by its message up to the colon."""
+class BarProgress:
+    """Progress as bars of a terminal, one for each task."""
 
-    def __init__(self, add: Callable[[int, str], int], update: Callable[..., None]) -> None:
-        self._add, self._update = add, update
-        self._bars: dict[str, int] = {}
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
 
-    def step(self, done: int, total: int, message: str) -> None:
-        """Move the bar of this piece of work."""
-        work = message.split(":")[0]
-        if work not in self._bars:
-            self._bars[work] = self._add(total, message)
-        self._update(self._bars[work], completed=done, total=total, description=message)
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        """Move the bar of a task."""
+        from segqc.progress import described
+
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total)
+        self._bars.update(self._tasks[task], completed=done, total=total, description=described(task, detail))
 
 
 def shown(value: Cell) -> str:

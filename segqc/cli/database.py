@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from segqc.cli.common import CommandError, StudiesFolder, kept_store, progress, settings_of
+from segqc.cli.common import CommandError, StudiesFolder, kept_store, settings_of, shown_progress
 from segqc.text import visible
 
 DATABASE_PLACE: Final = "segqc/store.sqlite"
@@ -28,8 +28,8 @@ def backup(
     from segqc.settings import SETTINGS_FILE
     from segqc.store import maintenance
 
-    with progress() as report:
-        count = maintenance.backup(kept_store(folder), target, also=[SETTINGS_FILE], report=report)
+    with shown_progress(log_lines=False) as progress:
+        count = maintenance.backup(kept_store(folder), target, also=[SETTINGS_FILE], progress=progress)
     typer.echo(f"{target}: the database and {count} label contents")
     if settings_of(folder).store.url is not None:
         typer.echo(f"the settings name the database by its url; where the backup is restored, it is {DATABASE_PLACE}")
@@ -55,9 +55,9 @@ def restore(
             f"{folder}/{SETTINGS_FILE}: names a database outside the folder, which is restored by {where}; "
             f"without [store] url, it is {DATABASE_PLACE}"
         )
-    with progress() as report:
-        done = bring_back(backup, folder, settings_file=SETTINGS_FILE, report=report)
-        findings = maintenance.check(kept_store(folder), report)
+    with shown_progress(log_lines=False) as progress:
+        done = bring_back(backup, folder, settings_file=SETTINGS_FILE, progress=progress)
+        findings = maintenance.check(kept_store(folder), progress)
     if done.upgraded_from is not None:
         typer.echo(f"{folder}: the tables were of revision {done.upgraded_from} and were upgraded")
     for finding in findings:
@@ -86,11 +86,11 @@ def check(
     from segqc.store import maintenance
 
     store = kept_store(folder)
-    with progress() as report:
+    with shown_progress(log_lines=False) as progress:
         if repair:
-            restored = maintenance.repair(store, report)
+            restored = maintenance.repair(store, progress)
             typer.echo(f"{folder}: {restored.written} label files written again")
-        findings = maintenance.check(store, report)
+        findings = maintenance.check(store, progress)
     for finding in findings:
         typer.echo(visible(f"{finding.what}; {finding.remedy}"))
     damaged = sum(finding.is_damage for finding in findings)
@@ -119,8 +119,8 @@ def restore_views(
     """Write the label files below labels/ again where they are missing or damaged."""
     from segqc.store import maintenance
 
-    with progress() as report:
-        restored = maintenance.rebuild_views(kept_store(folder), overwrite=overwrite, report=report)
+    with shown_progress(log_lines=False) as progress:
+        restored = maintenance.rebuild_views(kept_store(folder), overwrite=overwrite, progress=progress)
     typer.echo(f"{folder}: {restored.written} label files written again")
     for path in restored.edited:
         typer.echo(f"{path}: was changed by somebody and is left as it is; --overwrite replaces it")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import CommandError, StudiesFolder, kept_store, open_store, progress, settings_of
+from segqc.cli.common import CommandError, StudiesFolder, kept_store, open_store, settings_of, shown_progress
 
 if TYPE_CHECKING:
     from segqc.io.case_list import CaseList, Imported
@@ -81,16 +81,16 @@ def import_dicom(
     """
     from segqc.io.dicom import make_dataset
 
-    with progress() as report:
-        found = make_dataset(source, folder, patient_tag=patient_tag, report=report)
+    with shown_progress(log_lines=False) as progress:
+        found = make_dataset(source, folder, patient_tag=patient_tag, progress=progress)
     _finish(folder, found)
 
 
 def _import(case_list: CaseList, folder: Path, *, link: bool) -> None:
     from segqc.io.case_list import make_dataset
 
-    with progress() as report:
-        found = make_dataset(case_list, folder, link=link, report=report)
+    with shown_progress(log_lines=False) as progress:
+        found = make_dataset(case_list, folder, link=link, progress=progress)
     _finish(folder, found)
 
 
@@ -125,8 +125,8 @@ def import_archive(
     """Put what [bold]segqc export archive[/bold] wrote into the new store of a folder with the same scans."""
     from segqc.io.archive import import_archive as put
 
-    with progress() as report:
-        counts = put(source, kept_store(folder), report)
+    with shown_progress(log_lines=False) as progress:
+        counts = put(source, kept_store(folder), progress)
     _say(folder, counts)
 
 
@@ -138,8 +138,8 @@ def export_local(folder: StudiesFolder, target: Target, link: Link = False) -> N
     """Write scans, all current labels and notes as a folder that MONAI Label's LocalDatastore opens."""
     from segqc.io.local_datastore import write_datastore
 
-    with progress() as report:
-        count = write_datastore(open_store(folder), target, link=link, report=report)
+    with shown_progress(log_lines=False) as progress:
+        count = write_datastore(open_store(folder), target, link=link, progress=progress)
     typer.echo(f"{target}: {count.scans} scans, {count.labels} labels")
 
 
@@ -150,8 +150,8 @@ def export_decathlon(
     """Write a task folder as in the Medical Segmentation Decathlon; scans without a final label are its test scans."""
     from segqc.io.decathlon import write_task
 
-    with progress() as report:
-        count = write_task(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    with shown_progress(log_lines=False) as progress:
+        count = write_task(_dataset(folder, only_approved=only_approved), target, link=link, progress=progress)
     typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
 
 
@@ -162,8 +162,8 @@ def export_nnunet(
     """Write an nnU-Net v2 raw data folder; scans without a final label are its test scans."""
     from segqc.io.nnunet import write_raw
 
-    with progress() as report:
-        count = write_raw(_dataset(folder, only_approved=only_approved), target, link=link, report=report)
+    with shown_progress(log_lines=False) as progress:
+        count = write_raw(_dataset(folder, only_approved=only_approved), target, link=link, progress=progress)
     typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
 
 
@@ -190,8 +190,8 @@ def export_archive(folder: StudiesFolder, target: Target) -> None:
     """Write all rows and all label versions, to import them elsewhere, on SQLite or PostgreSQL."""
     from segqc.io.archive import export_archive as write
 
-    with progress() as report:
-        counts = write(open_store(folder), target, report)
+    with shown_progress(log_lines=False) as progress:
+        counts = write(open_store(folder), target, progress)
     _say(target, counts)
 
 

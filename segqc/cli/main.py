@@ -465,14 +465,14 @@ def predict(
     failed: list[str] = []
     with shown_progress() as progress:
         for i, (path, target) in enumerate(zip(scans, targets, strict=True)):
-            progress.step(i, len(scans), f"segmenting: {path.name}")
+            progress.step(i, len(scans), "segmenting", path.name)
             try:
                 write_labels(segmenter.predict(read_scan(path)).labels, target)
             except VolumeError as error:
                 if len(scans) == 1:
                     raise
                 failed.append(str(error))
-        progress.step(len(scans), len(scans), "segmenting: done")
+        progress.step(len(scans), len(scans), "segmenting", "done")
     made = len(scans) - len(failed)
     if made:
         typer.echo(f"{out}: {made} mask{'s' if made > 1 else ''}")
@@ -743,7 +743,7 @@ def simulate(
                     "worst slices": " ".join(map(str, done.worst_slices)),
                 }
             )
-            progress.step(len(rows), count, f"correcting: {done.scan}")
+            progress.step(len(rows), count, "correcting", done.scan)
     if not rows:
         raise CommandError(f"{url}: no scan is left to correct")
     emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")

@@ -89,7 +89,7 @@ def evaluate(
             manifest = MAKE_MASKS[experiment](run, progress)
             check_masks(run, manifest)
             fixed = f"{len(manifest.masks)} masks by {len(manifest.sources)} networks are fixed"
-            progress.step(1, 1, f"{experiment}: {fixed}")
+            progress.step(1, 1, experiment, fixed)
         parallel_map(run, training_masks, folds, progress)
     with timed(run, "networks that are compared"):
         parallel_map(run, train, trainings(run, ablations=ablations), progress)
@@ -127,7 +127,7 @@ def observer_experiment(run: Run, folder: Path, progress: Progress) -> ObserverE
                 readings,
                 read_structures(folder),
                 base=run.settings.extraction,
-                report=lambda what: progress.step(0, 1, what),
+                progress=progress,
             )
             return NamedObservers(whole.name, found)
         except (SegqcError, ValueError) as error:

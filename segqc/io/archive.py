@@ -31,10 +31,11 @@ from sqlalchemy import JSON, Column, LargeBinary, Table, func, insert, select, t
 from sqlalchemy.exc import StatementError
 
 from segqc.io.case_list import ExchangeError, read_json, refuse_existing, write_json
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import labels
 from segqc.store.database import REVISION, StoreError, Transaction
 from segqc.store.files import LabelFiles, sha256_of
-from segqc.store.maintenance import Report, copy_contents, rebuild_views, silent
+from segqc.store.maintenance import copy_contents, rebuild_views
 from segqc.store.schema import Base, Folder, LabelVersion, LabelView, Scan, UtcDateTime
 from segqc.store.store import Store
 from segqc.volumes import atomic_write
@@ -66,7 +67,7 @@ class _Archive:
 _ARCHIVE: Final = TypeAdapter(_Archive)
 
 
-def export_archive(store: Store, folder: Path, report: Report = silent) -> dict[str, int]:
+def export_archive(store: Store, folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, int]:
     """Write all rows, of one state, and the content of all label versions; others may go on working.
 
     Returns:
@@ -86,12 +87,12 @@ def export_archive(store: Store, folder: Path, report: Report = silent) -> dict[
                 rows = _write_rows(transaction, table, path)
                 tables[table.name] = _TableFile(rows, sha256_of(path))
             contents = sorted(labels.contents(transaction))
-        copy_contents(store.files, contents, _files(temporary), report)
+        copy_contents(store.files, contents, _files(temporary), progress)
         write_json(temporary / _FILE, _ARCHIVE, _Archive(REVISION, tables))
     return {name: file.rows for name, file in tables.items()}
 
 
-def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[str, int]:
+def import_archive(folder: Path, store: Store, progress: Progress = NO_PROGRESS) -> dict[str, int]:
     """Put an archive into a store that holds nothing yet: the same rows with the same ids, contents, and label files.
 
     The scans have to be in the dataset folder by themselves; one that is not counts as missing until it is.
@@ -126,7 +127,7 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
         raise ExchangeError(f"{found[0]}: labels lie in the folder already; move them away first")
     _refuse_rows(store)
     with _taken_back_on_error(store.files):
-        copy_contents(_files(folder), sorted(contents), store.files, report)
+        copy_contents(_files(folder), sorted(contents), store.files, progress)
         try:
             with store.write() as transaction:
                 for table in _TABLES:
@@ -137,7 +138,7 @@ def import_archive(folder: Path, store: Store, report: Report = silent) -> dict[
             reason = str(error.orig).strip().splitlines()[0]
             raise ExchangeError(f"{folder}: its rows contradict each other ({reason}); export it again") from error
     try:
-        rebuild_views(store, report=report)
+        rebuild_views(store, progress=progress)
     except (OSError, StoreError) as error:
         reason = error.clause if isinstance(error, StoreError) else str(error)
         raise ExchangeError(

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from segqc.errors import SegqcError
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
-from segqc.store.maintenance import Report, silent
 from segqc.store.store import Store
 from segqc.text import TextError, decode_text, printable
 from segqc.types import Structure, label_names, values_in
@@ -152,7 +152,9 @@ def place(source: Path, target: Path, *, link: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ import
 
 
-def make_dataset(case_list: CaseList, folder: Path, *, link: bool = False, report: Report = silent) -> Imported:
+def make_dataset(
+    case_list: CaseList, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS
+) -> Imported:
     """Make a dataset folder out of a data set; its label maps become final labels.
 
     Every file is checked first. A scan that cannot be used is left aside with its label; a label map that cannot be
@@ -162,7 +164,7 @@ def make_dataset(case_list: CaseList, folder: Path, *, link: bool = False, repor
         case_list: what to put into it.
         folder: the dataset folder; it must be new or empty.
         link: make hard links to the scans instead of copies.
-        report: told about each case.
+        progress: told about each case.
 
     Raises:
         ExchangeError: if the folder is not empty, or a link cannot be made.
@@ -180,7 +182,7 @@ def make_dataset(case_list: CaseList, folder: Path, *, link: bool = False, repor
                     labelled += 1
             except _NotUsable as found:
                 left_aside.append(found.item)
-            report(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "scans")
         if taken:
             write_settings(temporary, {s.name: s.values for s in case_list.structures})
     return Imported(len(taken), labelled, tuple(left_aside))

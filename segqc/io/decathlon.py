@@ -25,7 +25,7 @@ from segqc.io.case_list import (
     write_json,
     write_label,
 )
-from segqc.store.maintenance import Report, silent
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.text import printable
 from segqc.types import Structure
 from segqc.volumes import SCAN_SUFFIXES, atomic_write, label_suffix, scan_id, scan_suffix
@@ -130,7 +130,7 @@ def _listed(folder: Path, file: str) -> Path:
     return path
 
 
-def write_task(case_list: CaseList, folder: Path, *, link: bool = False, report: Report = silent) -> Count:
+def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS) -> Count:
     """Write a task folder: labelled scans as ``imagesTr`` with ``labelsTr``, the others as ``imagesTs``.
 
     The format knows one name for each value: a value that is only part of a structure is named after it and itself.
@@ -154,7 +154,7 @@ def write_task(case_list: CaseList, folder: Path, *, link: bool = False, report:
                 label = f"labelsTr/{case.name}{NIFTI}"
                 write_label(case.label, temporary / label, np.arange(256, dtype=np.uint8), list(names))
                 training.append({"image": f"./{image}", "label": f"./{label}"})
-            report(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "scans")
         task: dict[str, JsonValue] = {
             "name": case_list.folder.name,
             "description": ", ".join(s.name for s in case_list.structures),

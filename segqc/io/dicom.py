@@ -21,8 +21,8 @@ from segqc.io.case_list import (
     sentence_of,
     write_json,
 )
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.settings import write_settings
-from segqc.store.maintenance import Report, silent
 from segqc.text import printable
 from segqc.volumes import (
     DicomVolume,
@@ -41,7 +41,9 @@ _JSON: Final[TypeAdapter[dict[str, JsonValue]]] = TypeAdapter(dict[str, JsonValu
 _MAX_NAME_BYTES: Final = 180
 
 
-def make_dataset(source: Path, folder: Path, *, patient_tag: str = "PatientID", report: Report = silent) -> Imported:
+def make_dataset(
+    source: Path, folder: Path, *, patient_tag: str = "PatientID", progress: Progress = NO_PROGRESS
+) -> Imported:
     """Make a dataset folder out of all volumes that lie as DICOM files in a folder and below it.
 
     A volume becomes a ``.nii.gz`` named after its folders (``7/axial`` is ``7_axial``), and after its series' number
@@ -53,7 +55,7 @@ def make_dataset(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
         source: the folder.
         folder: the dataset folder; it must be new or empty.
         patient_tag: the tag, written to the folder's settings.
-        report: told about each file looked at, and each volume.
+        progress: told about each file looked at, and each volume.
 
     Raises:
         ExchangeError: if there are no DICOM files, or the dataset folder is not empty.
@@ -64,7 +66,7 @@ def make_dataset(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
     unreadable: list[LeftAside] = []
     files = list(_files(source, unreadable))
     looked = iter(range(1, len(files) + 1))
-    contents = sort_into_volumes(files, tick=lambda: report(next(looked), len(files), "files"))
+    contents = sort_into_volumes(files, tick=lambda: progress.step(next(looked), len(files), "files"))
     if not (contents.volumes or contents.left_out or unreadable):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
     left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
@@ -86,7 +88,7 @@ def make_dataset(source: Path, folder: Path, *, patient_tag: str = "PatientID", 
                 kept: dict[str, JsonValue] = {tag: value for tag, value in values.items() if value is not None}
                 write_json(temporary / f"{name}.json", _JSON, kept)
                 taken += 1
-            report(done, len(contents.volumes), "volumes")
+            progress.step(done, len(contents.volumes), "volumes")
         if taken:
             write_settings(temporary, {}, patient_tag=patient_tag)
     return Imported(taken, 0, tuple(left_aside))

@@ -21,8 +21,8 @@ from segqc.io.case_list import (
     refuse_existing,
     write_json,
 )
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels, scans
-from segqc.store.maintenance import Report, silent
 from segqc.store.records import JsonObject
 from segqc.store.store import Store, suffix_of
 from segqc.text import printable
@@ -134,7 +134,7 @@ def _unused(folder: Path, file: str) -> LeftAside:
     return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 
 
-def write_datastore(store: Store, folder: Path, *, link: bool = False, report: Report = silent) -> Count:
+def write_datastore(store: Store, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS) -> Count:
     """Write the scans whose files are there, with all their current labels, as a folder that MONAI Label opens.
 
     Raises:
@@ -163,7 +163,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, report: R
                     own[tag] = _Data(label.suffix, infos.get(label.id, {}))
                     count += 1
             objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
-            report(done, len(found), "scans")
+            progress.step(done, len(found), "scans")
         name = store.dataset.name
         write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
     return Count(len(found), count)

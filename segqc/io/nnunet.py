@@ -25,7 +25,7 @@ from segqc.io.case_list import (
     write_json,
     write_label,
 )
-from segqc.store.maintenance import Report, silent
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.types import Structure
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, atomic_write, label_id, label_suffix
 
@@ -131,7 +131,7 @@ def _images(folder: Path, part: str, ending: str, left_aside: list[LeftAside]) -
         left_aside.append(LeftAside(shown, reason))
 
 
-def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, report: Report = silent) -> Count:
+def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS) -> Count:
     """Write a raw data folder: labelled scans as ``imagesTr`` with ``labelsTr``, the others as ``imagesTs``.
 
     The format wants label values without gaps: where there are any, values are renumbered in their order. A structure
@@ -155,7 +155,7 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, report: 
             if case.label is not None:
                 write_label(case.label, temporary / "labelsTr" / f"{case.name}{NIFTI}", renumbered, values)
                 count += 1
-            report(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "scans")
         more: dict[str, JsonValue] = {
             "channel_names": {"0": "unknown"},
             "numTraining": count,

@@ -100,7 +100,7 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
     entries = entries[: request.max_batch_size or None]
     pair, failed = publish(dataset), dict[str, str]()
     for i, entry in enumerate(entries):
-        progress.step(i, len(entries), f"inference: {entry.id}")
+        progress.step(i, len(entries), "inference", entry.id)
         try:
             scan = dataset.read_scan(entry)
             if network == "segmentation" or assessor is None:
@@ -125,7 +125,7 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
             # one bad file must not keep all other scans from their masks
             logger.warning("%s is left out: %s", entry.id, error)
             failed[entry.id] = str(error)
-    progress.step(len(entries), len(entries), "inference: done")
+    progress.step(len(entries), len(entries), "inference", "done")
     return BatchResult(model=network, done=len(entries) - len(failed), failed=failed)
 
 
@@ -151,7 +151,7 @@ def _round(dataset: Dataset, job: int, request: RoundRequest, progress: Progress
     ]
     for name, step in steps:
         if name not in done:
-            progress.step(0, 1, f"round: {name}")
+            progress.step(0, 1, "round", name)
             done[name] = step()
             with dataset.store.write() as transaction:
                 jobs.finish_step(transaction, number, name, done[name])

@@ -55,7 +55,7 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
     known = {} if force or assessor is not None else dataset.score_versions(method)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
-        progress.step(i, len(entries), f"scoring by {method}: {entry.id}")
+        progress.step(i, len(entries), f"scoring by {method}", entry.id)
         try:
             if assessor is not None:
                 fresh = _score_segqc(dataset, entry, segmenter, assessor, force)
@@ -69,7 +69,7 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
             failed[entry.id] = str(error)
             continue
         scored, skipped = scored + fresh, skipped + (not fresh)
-    progress.step(len(entries), len(entries), f"scoring by {method}: done")
+    progress.step(len(entries), len(entries), f"scoring by {method}", "done")
     return ScoringSummary(scored, skipped, failed)
 
 

@@ -74,8 +74,11 @@ def _say(line: _Step | _Result) -> None:
     sys.stdout.flush()
 
 
-def _say_step(done: int, total: int, message: str) -> None:
-    _say(_Step(done, total, message))
+class _JobProgress(LineProgress):
+    """Progress as lines of JSON for the worker, whose child this process is."""
+
+    def write(self, done: int, total: int, message: str) -> None:
+        _say(_Step(done, total, message))
 
 
 def run_job(folder: Path, number: int) -> int:
@@ -87,7 +90,7 @@ def run_job(folder: Path, number: int) -> int:
     with dataset.store.read() as transaction:
         job = jobs.get(transaction, number)
     try:
-        result = work.run(dataset, job, LineProgress(_say_step))
+        result = work.run(dataset, job, _JobProgress())
     except (SegqcError, OSError) as error:
         sys.stdout.write(f"{_one_line(error)}\n")
         return error.exit_code if isinstance(error, SegqcError) else SegqcError.exit_code

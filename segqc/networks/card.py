@@ -22,6 +22,8 @@ class ModelCard:
     ``members`` networks of the plan answer together, with the mean of their logits. With ``average_flips`` the answer
     is the mean over in-plane flips; with ``hide_mask`` half of these are looked at without the mask.
     ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
+    ``scores`` are the measures on the cases that validate, by the words that are shown. ``accuracy`` sums them up, from
+    0 to 1: the mean Dice of a segmentation network, one minus the mean error of SegQC-Net's estimated Dice.
     """
 
     kind: NetworkName
@@ -35,6 +37,7 @@ class ModelCard:
     transposes: bool = False
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    accuracy: float | None = None
     members: int = 1
     map_calibration: tuple[MapCalibration, ...] = ()
 

@@ -87,11 +87,18 @@ class AppContext:
         """
         return _required(self.assessors, "segqc")
 
+    def model(self, network: NetworkName) -> Segmenter | Assessor | None:
+        """A current network, or None where none is trained yet.
+
+        Raises:
+            ModelError: if what lies there is foreign, damaged, or cannot be read.
+        """
+        return self.segmenters.get() if network == "segmentation" else self.assessors.get()
+
     def has(self, network: NetworkName) -> bool:
         """Whether a usable model file is there."""
-        cache = self.segmenters if network == "segmentation" else self.assessors
         try:
-            return cache.get() is not None
+            return self.model(network) is not None
         except ModelError:
             return False
 

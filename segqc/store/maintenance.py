@@ -10,13 +10,14 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from sqlalchemy import func, select, text
 
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
@@ -24,16 +25,9 @@ from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import OWN_FOLDER, Store
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
-Report: TypeAlias = Callable[[int, int, str], None]
-"""Told how far a long piece of work is: done, of how many, and what it is."""
-
 _LABELLED: Final = ("submitted", "approved")
 _ASIDE: Final = "until then it is not taken in"
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
-
-
-def silent(_done: int, _total: int, _what: str) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,7 @@ class Restored:
 # ------------------------------------------------------------------------------------------------------------ backup
 
 
-def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Report = silent) -> int:
+def backup(store: Store, target: Path, *, also: Sequence[str] = (), progress: Progress = NO_PROGRESS) -> int:
     """Copy a store's database and label contents while others work on it.
 
     The copy holds ``segqc/`` as it is in a dataset folder; `restore.restore` brings it back.
@@ -68,7 +62,7 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
         store: the store, on SQLite.
         target: the folder to make.
         also: names of files of the dataset folder to copy along, where they exist (its settings).
-        report: told about each copied file.
+        progress: told about each copied file.
 
     Returns:
         The number of copied label contents.
@@ -94,7 +88,7 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
                 contents = sorted(labels.contents(transaction))
         finally:
             copy.close()
-        copy_contents(store.files, contents, LabelFiles(temporary, own), report)
+        copy_contents(store.files, contents, LabelFiles(temporary, own), progress)
         for name in also:
             if (store.dataset / name).is_file():
                 shutil.copy2(store.dataset / name, temporary / name)
@@ -102,7 +96,7 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
 
 
 def copy_contents(
-    source: LabelFiles, contents: Sequence[tuple[str, str]], target: LabelFiles, report: Report = silent
+    source: LabelFiles, contents: Sequence[tuple[str, str]], target: LabelFiles, progress: Progress = NO_PROGRESS
 ) -> None:
     """Copy label contents, given as address and suffix, where the target does not have them yet.
 
@@ -115,7 +109,7 @@ def copy_contents(
             with atomic_write(wanted) as temporary:
                 _copy_checked(kept, sha256, temporary)
                 temporary.chmod(0o444)
-        report(done, len(contents), "label contents")
+        progress.step(done, len(contents), "label contents")
 
 
 def _copy_checked(kept: Path, sha256: str, target: Path) -> None:
@@ -146,14 +140,14 @@ def upgrade(store: Store) -> tuple[str | None, str]:
 # ------------------------------------------------------------------------------------------------------------- check
 
 
-def check(store: Store, report: Report = silent) -> list[Finding]:
+def check(store: Store, progress: Progress = NO_PROGRESS) -> list[Finding]:
     """Look for what is wrong in a store: in the database itself, in its files, and between both.
 
     Every content is hashed, which takes about as long as reading all label files twice. Nothing is changed.
     """
     found = list(_database_findings(store))
-    found += _content_findings(store, report)
-    found += _view_findings(store, report)
+    found += _content_findings(store, progress)
+    found += _view_findings(store, progress)
     found += _scan_findings(store)
     found += [
         Finding(
@@ -166,12 +160,12 @@ def check(store: Store, report: Report = silent) -> list[Finding]:
     return found
 
 
-def repair(store: Store, report: Report = silent) -> Restored:
+def repair(store: Store, progress: Progress = NO_PROGRESS) -> Restored:
     """Repair what can be repaired without loss: leftovers of dead processes, and views that are missing or damaged."""
     store.recover()
     for path in store.files.stale():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return rebuild_views(store, report=report)
+    return rebuild_views(store, progress=progress)
 
 
 def damages(transaction: Transaction) -> Iterator[str]:
@@ -207,7 +201,7 @@ def _database_findings(store: Store) -> Iterator[Finding]:
                 yield Finding(f"the scan {name!r} is {state}, but has a final label", "save its label once more")
 
 
-def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
+def _content_findings(store: Store, progress: Progress) -> Iterator[Finding]:
     with store.read() as transaction:
         contents = sorted(labels.contents(transaction))
     for done, (sha256, suffix) in enumerate(contents, 1):
@@ -216,7 +210,7 @@ def _content_findings(store: Store, report: Report) -> Iterator[Finding]:
             yield Finding(f"{path}: this label content is missing", "copy it from a backup")
         elif sha256_of(path) != sha256:
             yield Finding(f"{path}: this label content is damaged", "replace it by the one of a backup")
-        report(done, len(contents), "label contents")
+        progress.step(done, len(contents), "label contents")
     known = {store.files.object_path(*content) for content in contents}
     untracked = [path for path in store.files.all_objects() if path not in known]
     if not untracked:
@@ -297,14 +291,14 @@ def _views(transaction: Transaction) -> dict[tuple[int, str], _View]:
     }
 
 
-def _view_findings(store: Store, report: Report) -> Iterator[Finding]:
+def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
     with store.read() as transaction:
         currents, views = _currents(transaction), _views(transaction)
     suspects = set()
     for done, current in enumerate(currents, 1):
         if _view_finding(store, current, views.get((current.scan_id, current.tag))) is not None:
             suspects.add((current.scan_id, current.tag))
-        report(done, len(currents), "label files")
+        progress.step(done, len(currents), "label files")
     untracked = _files_without_row(store, views.values())
     if not suspects and not untracked and len(views) == len(currents):
         return
@@ -366,7 +360,7 @@ def _files_without_row(store: Store, views: Iterable[_View]) -> set[Path]:
     return {path for path in files if path not in noted}
 
 
-def rebuild_views(store: Store, *, overwrite: bool = False, report: Report = silent) -> Restored:
+def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress = NO_PROGRESS) -> Restored:
     """Show every current label below ``labels/`` again where its file is missing or damaged.
 
     A file that somebody edited is left as it is unless ``overwrite``.
@@ -380,7 +374,7 @@ def rebuild_views(store: Store, *, overwrite: bool = False, report: Report = sil
     for done, current in enumerate(currents, 1):
         if _view_finding(store, current, views.get((current.scan_id, current.tag))) is not None:
             wrong.append(current)
-        report(done, len(currents), "label files")
+        progress.step(done, len(currents), "label files")
     edited: list[Path] = []
     with store.write() as transaction:
         latest, views = set(_currents(transaction)), _views(transaction)

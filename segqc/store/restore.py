@@ -18,10 +18,10 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import labels, maintenance
 from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreError, StoreReadOnly
 from segqc.store.files import LabelFiles, is_locked
-from segqc.store.maintenance import Report, silent
 from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
 from segqc.volumes import atomic_write, scan_suffix
 
@@ -48,7 +48,7 @@ class RestoredBackup:
     not_in_backup: tuple[str, ...] = ()
 
 
-def restore(backup: Path, dataset: Path, *, settings_file: str, report: Report = silent) -> RestoredBackup:
+def restore(backup: Path, dataset: Path, *, settings_file: str, progress: Progress = NO_PROGRESS) -> RestoredBackup:
     """Put a backup's database and labels in the place of those of a dataset folder, which stay in a folder aside.
 
     Scans and networks stay as they are, and so do the settings where the folder has some.
@@ -57,7 +57,7 @@ def restore(backup: Path, dataset: Path, *, settings_file: str, report: Report =
         backup: a folder that `maintenance.backup` made; it is only read.
         dataset: the dataset folder, whose store lies in it.
         settings_file: the name of the settings file, copied where the folder has none.
-        report: told about each copied file.
+        progress: told about each copied file.
 
     Raises:
         StoreError: if the backup is none or is damaged, or somebody works on the folder. Nothing has changed then.
@@ -83,7 +83,7 @@ def restore(backup: Path, dataset: Path, *, settings_file: str, report: Report =
         staging = dataset / _STAGING
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            contents, shown, before = _prepare(backup, staging, report)
+            contents, shown, before = _prepare(backup, staging, progress)
             aside = _change_places(staging, dataset)
             if not (dataset / settings_file).exists() and (backup / settings_file).is_file():
                 shutil.copy2(backup / settings_file, dataset / settings_file)
@@ -110,7 +110,7 @@ def _refuse_live(own: Path) -> None:
             )
 
 
-def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str]:
+def _prepare(backup: Path, staging: Path, progress: Progress) -> tuple[int, int, str]:
     """Make the whole store in a folder of its own; returns its contents, its shown labels, and the revision before."""
     own = staging / OWN_FOLDER
     own.mkdir(parents=True)
@@ -128,8 +128,8 @@ def _prepare(backup: Path, staging: Path, report: Report) -> tuple[int, int, str
         maintenance.upgrade(store)
         with store.read() as transaction:
             contents = sorted(labels.contents(transaction))
-        maintenance.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, report)
-        shown = maintenance.rebuild_views(store, report=report).written
+        maintenance.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, progress)
+        shown = maintenance.rebuild_views(store, progress=progress).written
     except StoreDamaged as error:
         raise StoreError(
             f"{backup}: this backup cannot be restored: its database is damaged; take an earlier one; "

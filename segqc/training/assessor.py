@@ -273,9 +273,15 @@ def calibrated(
         replace(fit_structure(e, t, patients), largest_box_mm2=box)
         for e, t, box in zip(estimates, truths, boxes, strict=True)
     )
-    scores = {f"dice error {s.name}": _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
-    kept = {name: value for name, value in scores.items() if value is not None}
-    return Assessor(replace(assessor.card, calibration=calibration, scores=kept), assessor.network)
+    errors = {s.name: _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
+    known = {name: error for name, error in errors.items() if error is not None}
+    card = replace(
+        assessor.card,
+        calibration=calibration,
+        scores={f"dice error {name}": error for name, error in known.items()},
+        accuracy=1.0 - sum(known.values()) / len(known) if known else None,
+    )
+    return Assessor(card, assessor.network)
 
 
 def _fit_maps(

@@ -337,7 +337,7 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
 
     def after_step(engine: Engine) -> None:
         losses.append(float(engine.state.output[0]["loss"]))
-        progress.step(engine.state.iteration, job.epochs * steps, f"{job.name}: loss {losses[-1]:.3f}")
+        progress.step(engine.state.iteration, job.epochs * steps, job.name, f"loss {losses[-1]:.3f}")
 
     def after_epoch(engine: Engine) -> None:
         validation = engine.state.metrics.get("validation_loss") if job.validation else None

@@ -154,4 +154,4 @@ def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[in
     means = np.nanmean(np.array(rows, float), axis=0)
     scores = {f"dice {s.name}": round(float(m), 4) for s, m in zip(segmenter.structures, means, strict=True)}
     scores["dice"] = round(float(np.nanmean(means)), 4)
-    return Segmenter(replace(segmenter.card, scores=scores), segmenter.network)
+    return Segmenter(replace(segmenter.card, scores=scores, accuracy=scores["dice"]), segmenter.network)

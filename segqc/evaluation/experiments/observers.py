@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from segqc.progress import NO_PROGRESS, Progress
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.error_maps import (
     PLAIN_EXTRACTION,
@@ -38,13 +39,17 @@ from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
 ErrorKind: TypeAlias = Literal["missing slice", "leak", "cut"]
-WidthCurve: TypeAlias = tuple["WidthOutcome", ...]
-Report: TypeAlias = Callable[[str], None]
+WidthUnit: TypeAlias = Literal["mm", "share"]
 
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 EVERY_BOX = BoxSettings(min_distance_voxels=0.0, min_area_mm2=0.0, max_slice_share=1.0)
 RESAMPLES = 1000
 _LABEL_LINE = re.compile(r'\s*(?P<value>[0-9]+)[\s,;]+(?:"(?P<quoted>[^"]+)"|(?P<name>[^\s,;"][^;"]*?))\s*')
+_TASK = "experts' masks"
+_WIDTH_LABELS: Mapping[WidthUnit, str] = {
+    "mm": "band's radius, mm",
+    "share": "share of the mask that the erosion may take",
+}
 _KIND_COLOURS: Mapping[str, str] = {"missing slice": "#009E73", "leak": "#D55E00", "cut": "#CC79A7"}
 
 
@@ -170,10 +175,31 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WidthOutcome:
-    """One width of a curve: in mm, or the share of the mask that the erosion may take."""
+    """One width of a curve."""
 
     width: float
     outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class WidthCurve:
+    """What becomes of differences and errors over the band's width.
+
+    Attributes:
+        unit: of the widths: the band's radius in mm, or the share of the mask that the erosion may take.
+        points: one for each width, in ascending order.
+    """
+
+    unit: WidthUnit
+    points: tuple[WidthOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CurveSettings:
+    """The settings of extraction along a curve, by width in its unit."""
+
+    unit: WidthUnit
+    by_width: Mapping[float, ExtractionSettings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,18 +549,22 @@ RELATIVE_WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RELATIVE_CURVE = "relative, grown back"
 
 
-def curve_settings(base: ExtractionSettings) -> dict[str, dict[float, ExtractionSettings]]:
-    """The settings of each curve by width: bands in mm and bands relative to the mask, with and without growing back.
+def curve_settings(base: ExtractionSettings) -> dict[str, CurveSettings]:
+    """The settings of each curve: bands in mm and bands relative to the mask, with and without growing back.
 
     Args:
         base: the settings that stay as they are along a curve; those without growing back are the paper's steps.
     """
     plain = PLAIN_EXTRACTION
     return {
-        "in mm, plain": {w: replace(plain, band_mm=w) for w in ABSOLUTE_WIDTHS_MM},
-        "relative, plain": {w: replace(plain, band_mm=base.band_mm, max_band_share=w) for w in RELATIVE_WIDTHS},
-        "in mm, grown back": {w: replace(base, band_mm=w, max_band_share=1.0) for w in ABSOLUTE_WIDTHS_MM},
-        RELATIVE_CURVE: {w: replace(base, max_band_share=w) for w in RELATIVE_WIDTHS},
+        "in mm, plain": CurveSettings("mm", {w: replace(plain, band_mm=w) for w in ABSOLUTE_WIDTHS_MM}),
+        "relative, plain": CurveSettings(
+            "share", {w: replace(plain, band_mm=base.band_mm, max_band_share=w) for w in RELATIVE_WIDTHS}
+        ),
+        "in mm, grown back": CurveSettings(
+            "mm", {w: replace(base, band_mm=w, max_band_share=1.0) for w in ABSOLUTE_WIDTHS_MM}
+        ),
+        RELATIVE_CURVE: CurveSettings("share", {w: replace(base, max_band_share=w) for w in RELATIVE_WIDTHS}),
     }
 
 
@@ -549,7 +579,7 @@ def split_scans(scans: Sequence[str], seed: int) -> tuple[tuple[str, ...], tuple
 
 def choose_width(curve: WidthCurve, rule: ChoiceRule) -> float | None:
     """The narrowest width of a curve that meets the rule; None if there is none."""
-    return min((point.width for point in curve if _meets(point.outcome.large, rule)), default=None)
+    return min((point.width for point in curve.points if _meets(point.outcome.large, rule)), default=None)
 
 
 def _meets(group: Group, rule: ChoiceRule) -> bool:
@@ -570,7 +600,7 @@ def compare_observers(
     settings: ObserverSettings | None = None,
     base: ExtractionSettings | None = None,
     rule: ChoiceRule | None = None,
-    report: Report | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> ObserverExperiment:
     """Measure curves on one half of the scans, choose the band's width there, and report it on the other half.
 
@@ -580,7 +610,7 @@ def compare_observers(
         settings: what is implanted and counted.
         base: the settings of extraction beside the width.
         rule: how the width is chosen on the curve of relative widths that grows back.
-        report: called with each message on progress.
+        progress: reports before each curve, and before the held half.
 
     Raises:
         ValueError: with fewer than two scans, or two of one name.
@@ -590,24 +620,25 @@ def compare_observers(
     by_scan = {reading.scan: reading for reading in readings}
     if len(by_scan) < 2 or len(by_scan) < len(readings):
         raise ValueError(f"the experiment needs two or more scans of different names, got {[r.scan for r in readings]}")
-    tell = report or (lambda _: None)
     choosing, held = split_scans(list(by_scan), settings.seed)
     cases = [case for scan in choosing for case in read_cases(by_scan[scan], structures, settings)]
+    wanted = curve_settings(base)
+    steps = len(wanted) + 1
     curves = {}
-    for name, of_width in curve_settings(base).items():
-        tell(f"{name}: {len(of_width)} widths on {len(choosing)} scans")
-        curves[name] = tuple(
-            WidthOutcome(w, measure(cases, extraction, settings)) for w, extraction in of_width.items()
-        )
+    for done, (name, curve) in enumerate(wanted.items()):
+        progress.step(done, steps, _TASK, f"{name}, {len(curve.by_width)} widths on {len(choosing)} scans")
+        points = (WidthOutcome(w, measure(cases, extraction, settings)) for w, extraction in curve.by_width.items())
+        curves[name] = WidthCurve(curve.unit, tuple(points))
     width = choose_width(curves[RELATIVE_CURVE], rule)
     compared = {"plain 2 mm band": PLAIN_EXTRACTION}
     if width is not None:
         chosen = replace(base, max_band_share=width)
         same_band = replace(PLAIN_EXTRACTION, band_mm=base.band_mm, max_band_share=width)
         compared = {"chosen": chosen, "the chosen band, plain": same_band, **compared}
-    tell(f"{len(compared)} settings on {len(held)} held scans")
+    progress.step(steps - 1, steps, _TASK, f"{len(compared)} settings on {len(held)} held scans")
     cases = [case for scan in held for case in read_cases(by_scan[scan], structures, settings)]
     on_held = {name: measure(cases, extraction, settings) for name, extraction in compared.items()}
+    progress.step(steps, steps, _TASK, "done")
     return ObserverExperiment(settings, rule, choosing, held, curves, width, RELATIVE_CURVE, on_held)
 
 
@@ -628,9 +659,7 @@ def draw_curves(experiment: ObserverExperiment, path: Path) -> None:
     for ax, name in zip(grid.ravel(), names, strict=False):
         _draw_curve(ax, experiment.curves[name])
         ax.set_title(name, fontsize=10)
-        ax.set_xlabel(
-            "band's radius, mm" if name.startswith("in mm") else "share of the mask that the erosion may take"
-        )
+        ax.set_xlabel(_WIDTH_LABELS[experiment.curves[name].unit])
         if name == experiment.chosen_from and experiment.chosen is not None:
             ax.axvline(experiment.chosen, color="black", linestyle=":", label="chosen")
     for ax in grid[:, 0]:
@@ -645,8 +674,8 @@ def draw_curves(experiment: ObserverExperiment, path: Path) -> None:
 
 
 def _draw_curve(ax: Axes, curve: WidthCurve) -> None:
-    widths = [point.width for point in curve]
-    groups = [point.outcome.large for point in curve]
+    widths = [point.width for point in curve.points]
+    groups = [point.outcome.large for point in curve.points]
     removed = [_or_nan(group.removed.share) for group in groups]
     ax.plot(widths, removed, color="#0072B2", marker="o", markersize=3, label="experts' difference removed")
     intervals = [group.removed.interval or (math.nan, math.nan) for group in groups]

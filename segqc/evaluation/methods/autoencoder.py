@@ -205,7 +205,7 @@ def _fit_lines(
     metrics: list[list[Metrics]] = [[] for _ in structures]
     total = sum(len(s.masks) for s in train)
     for i, measured in enumerate(measured_masks(train, structures)):
-        progress.step(i, total, "autoencoder: shape features")
+        progress.step(i, total, "autoencoder", "shape features")
         for k, of_structure in enumerate(untaught.features(measured.mask)):
             features[k].append(of_structure)
             metrics[k].append(measured.metrics[k])

@@ -329,9 +329,7 @@ def coverage_figure(result: ExperimentResult, structure: str, kinds: Sequence[st
 
 def observer_figures(name: str, experiment: ObserverExperiment) -> Iterator[Figure]:
     """What error extraction removes and keeps over the band's width, on the half of the scans it was chosen on."""
-    points = experiment.curves.get(experiment.chosen_from, ())
-    if not points:
-        return
+    points = experiment.curves[experiment.chosen_from].points
     end = slug(name)
     widths = np.array([p.width for p in points])
     groups = [p.outcome.large for p in points]

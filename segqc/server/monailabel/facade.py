@@ -9,29 +9,11 @@ from typing import Any, Protocol
 
 from monailabel.interfaces.utils.app import app_instance
 
-from segqc.networks.card import NetworkName
 from segqc.server.checks import JsonObject
 from segqc.server.context import AppContext
 from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.monailabel.train import NetworkTraining
 from segqc.server.uploads import Uploads
-
-
-class Trainer(Protocol):
-    """The training of one network."""
-
-    network: NetworkName
-
-    def config(self) -> dict[str, Any]:
-        """What a client may choose, with the values of now."""
-        ...
-
-    def job(self, request: Mapping[str, Any]) -> tuple[JsonObject, list[str]]:
-        """What a worker is asked for, and which parameters of a request are ignored."""
-        ...
-
-    def check(self, choices: Mapping[str, Any], labelled: int) -> None:
-        """Refuse a training that cannot work."""
-        ...
 
 
 class Session(Protocol):
@@ -109,9 +91,9 @@ class App:
         return list(self._instance._infers)
 
     @property
-    def trainers(self) -> Mapping[str, Trainer]:
+    def trainers(self) -> Mapping[str, NetworkTraining]:
         """The trainings, by network."""
-        trainers: Mapping[str, Trainer] = self._instance._trainers
+        trainers: Mapping[str, NetworkTraining] = self._instance._trainers
         return trainers
 
     @property

@@ -1,10 +1,10 @@
-"""What both training tasks share: their settings, their run, and what they tell of the current model."""
+"""MONAI Label's training tasks: what a request may set, and what clients are told of the current model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
@@ -12,45 +12,37 @@ from monailabel.interfaces.tasks.train import TrainTask
 from segqc.loop.jobs import chosen_settings
 from segqc.loop.requests import TrainRequest, request_of
 from segqc.loop.training import train
-from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
 from segqc.plots import read_curve
 from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
-from segqc.server.context import AppContext, ModelCache
+from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName, SettingsError
 from segqc.store import jobs
 from segqc.training import LineProgress, TrainingSettings
 
 # What a client may choose, by the library's own names; the rest is in the dataset folder's segqc.toml.
-CHOICES = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
-ALIASES = {"max_epochs": "epochs", "train_batch_size": "batch"}
+CHOICES: Final = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
+ALIASES: Final = {"max_epochs": "epochs", "train_batch_size": "batch"}
+_DESCRIPTIONS: Final[Mapping[NetworkName, str]] = {
+    "segmentation": "Trains the segmentation network on all final labels",
+    "segqc": "Trains SegQC-Net on cross-fitted masks of all scans with a final label",
+}
 
 
 class NetworkTraining(TrainTask):
     """A training on all final labels of the dataset folder."""
 
-    def __init__(
-        self, context: AppContext, network: NetworkName, description: str, choices: tuple[str, ...] = CHOICES
-    ) -> None:
-        super().__init__(description)
+    def __init__(self, context: AppContext, network: NetworkName) -> None:
+        super().__init__(_DESCRIPTIONS[network])
         self.context = context
         self.network = network
-        self.choices = choices
+        self.choices = (*CHOICES, "fold_epochs") if network == "segqc" else CHOICES
 
     @property
     def params(self) -> frozenset[str]:
         """What a request may set."""
         return frozenset((*self.choices, *ALIASES))
-
-    @property
-    def cache(self) -> ModelCache[Any]:
-        """Where the trained network lies."""
-        raise NotImplementedError
-
-    def accuracy(self, card: ModelCard) -> float | None:
-        """One number from 0 to 1: how good the model is on the cases that validate; None if none did."""
-        raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
         """What a client may choose, with the values of now."""
@@ -98,15 +90,14 @@ class NetworkTraining(TrainTask):
         """What is known of the current model; clients show ``best_metric`` as its accuracy, 0 to 1."""
         progress = self._progress()
         try:
-            model = self.cache.get()
+            model = self.context.model(self.network)
         except ModelError as error:
             return {**progress, "problem": str(error)}
         if model is None:
             return progress
         told: dict[str, Any] = {"version": model.version, "scores": model.card.scores, "patients": len(model.card.seen)}
-        accuracy = self.accuracy(model.card)
-        if accuracy is not None:
-            told["best_metric"] = accuracy
+        if model.card.accuracy is not None:
+            told["best_metric"] = model.card.accuracy
         return {**told, **progress}
 
     def _progress(self) -> dict[str, Any]:

@@ -1,25 +1,28 @@
-"""Which scan to correct next: what the store hands out, as MONAI Label's clients are told of it."""
+"""MONAI Label's strategies and scoring methods: the next scan as its clients are told of it, and the pool's scores."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.dataset import Dataset
-from segqc.selection import strategies
+from segqc.loop.scoring import score
+from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
 from segqc.server.checks import text_param
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord
+from segqc.training import LineProgress
 from segqc.types import Assessment, PredictionInterval
 
-Answer = dict[str, Any]  # MONAI Label's form: JSON
+Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
-WORST_SLICES = 5
+WORST_SLICES: Final = 5
 
 
 def describe(assessment: Assessment | None) -> Answer:
@@ -62,7 +65,7 @@ def _told(interval: PredictionInterval | None) -> Answer | None:
     return None if interval is None else dataclasses.asdict(interval)
 
 
-class Sampling(Strategy):  # type: ignore[misc]  # MONAI Label has no types
+class Sampling(Strategy):
     """Hands out a scan to whoever asks, in one of the orders of `segqc.selection`.
 
     An audit or a validation draw looks to the annotator like any other scan: who knows that this one is a test works
@@ -148,3 +151,17 @@ def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:
         f"The scan {scan!r} that you had was put aside as skipped, as you asked for another one; {back}. Please say "
         f'why you skipped it: POST /segqc/leases/{scan}/skip with {{"reason": "..."}}, or next time send skip_reason.'
     )
+
+
+class PoolScoring(ScoringMethod):
+    """One method over all scans that wait for a label; what the current models have scored is left as it is."""
+
+    def __init__(self, method: str, dataset: Dataset) -> None:
+        super().__init__(score_of(method).description)
+        self.method = method
+        self.dataset = dataset
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, object]:
+        """Score at once; the server's routes leave it to a worker."""
+        summary = score(self.dataset, self.method, LineProgress(), force=bool(request.get("force", False)))
+        return {"method": self.method, **dataclasses.asdict(summary)}

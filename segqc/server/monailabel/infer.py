@@ -1,0 +1,137 @@
+"""MONAI Label's inference tasks: the mask of a scan, and the likely errors of a mask with its assessment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import nrrd
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from segqc.server.client_labels import client_names, to_client
+from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
+from segqc.server.errors import RequestError
+from segqc.settings import NetworkName
+from segqc.types import label_names
+from segqc.volumes import SCAN_SUFFIXES, Volume, read_labels, read_scan, write_labels
+
+RESULT_PARAMS: Final = ("result_extension", "result_dtype", "result_compress")
+
+
+class NetworkTask(InferTask):
+    """Inference by one of the folder's networks; listed before it is trained: clients see what there will be."""
+
+    params = frozenset(RESULT_PARAMS)
+
+    def __init__(self, context: AppContext, network: NetworkName, labels: Mapping[str, int], description: str) -> None:
+        super().__init__(
+            type=InferType.SEGMENTATION,  # the only type that both 3D Slicer and OHIF list
+            labels=dict(labels),
+            dimension=3,
+            description=description,
+        )
+        self.context = context
+        self.network = network
+
+    def info(self) -> dict[str, Any]:
+        """What clients are told."""
+        return {**super().info(), "trained": self.context.has(self.network)}
+
+    def is_valid(self) -> bool:
+        """Always listed; without a model the call itself says what to do."""
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """The model file, or None where there is none (unless ``validate`` is False)."""
+        path = self.context.dataset.model_path(self.network)
+        return str(path) if path.is_file() or not validate else None
+
+
+class Segmentation(NetworkTask):
+    """The mask of a scan, by the current segmentation network."""
+
+    def __init__(self, context: AppContext) -> None:
+        names = client_names(context.labels())
+        super().__init__(context, "segmentation", names, "Segments a scan with the current segmentation network")
+
+    def info(self) -> dict[str, Any]:
+        """What clients are told; the labels are those of now."""
+        self.labels = client_names(self.context.labels())
+        return super().info()
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Segment the scan at ``request["image"]``."""
+        segmenter = self.context.segmenter()
+        labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.context.settings.intake)).labels
+        names = label_names(segmenter.structures)
+        return write_result(to_client(labels, names), request), {
+            "label_names": client_names(names),
+            "model_version": segmenter.version,
+        }
+
+
+class LikelyErrors(NetworkTask):
+    """SegQC-Net on the scan's current mask or that with the wanted tag; on a new mask where the scan has none.
+
+    The answer says which one: ``assessed`` is "label" or "segmentation" (a new mask); of a stored label,
+    ``label_tag``, ``label_version`` and ``label_sha256`` are told.
+    """
+
+    params = frozenset((*RESULT_PARAMS, "label_tag"))
+
+    def __init__(self, context: AppContext) -> None:
+        description = "Shows where a scan's mask is likely to be wrong, and estimates how good it is"
+        super().__init__(context, "segqc", {LIKELY_ERROR: LIKELY_ERROR_VALUE}, description)
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
+        assessor = self.context.assessor()
+        limits = self.context.settings.intake
+        scan = read_scan(Path(request["image"]), limits=limits)
+        made_by: str | None = None
+        if request.get("label"):
+            labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
+            assessed = "label"
+        else:
+            segmenter = self.context.segmenter()
+            labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
+        name = str(request.get("image_id") or "scan")
+        result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
+        interval = result.assessment.dice_interval
+        return write_result(assessor.likely_errors(result, scan), request), {
+            "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
+            "model_version": assessor.version,
+            "assessed": assessed,
+            "label_tag": None,
+            "label_version": None,
+            "label_sha256": None,
+            "estimated_dice": result.assessment.dice,
+            "estimated_dice_interval": dataclasses.asdict(interval) if interval is not None else None,
+            "worst_slices": list(result.assessment.worst_slices()),
+            "assessment": json.loads(result.assessment.to_json()),
+        }
+
+
+def write_result(labels: Volume, request: Mapping[str, Any]) -> str:
+    """Write a label map for the client that asked; the server removes the file when it is sent.
+
+    Raises:
+        RequestError: 400 for a format that cannot be written.
+    """
+    suffix = str(request.get("result_extension") or ".nii.gz")
+    if suffix not in SCAN_SUFFIXES:
+        raise RequestError(400, f"result_extension {suffix!r} is not one of {', '.join(SCAN_SUFFIXES)}.")
+    handle, name = tempfile.mkstemp(prefix="segqc-", suffix=suffix)
+    os.close(handle)
+    write_labels(labels, Path(name))
+    if suffix == ".nrrd" and request.get("result_compress") is False:
+        # OHIF's reader takes raw voxels only
+        voxels, header = nrrd.read(name)
+        header["encoding"] = "raw"
+        nrrd.write(name, voxels, header)
+    return name
