@@ -217,7 +217,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "segqc", "serve", str(folder), "--port", str(port)]
     log = (folder / "load.log").open("wb")
     process = subprocess.Popen([*command, "--no-bootstrap", "--no-worker"], stdout=log, stderr=subprocess.STDOUT)
     wait_for(lambda: answers(port), process)

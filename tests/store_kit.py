@@ -52,6 +52,14 @@ class Clock:
         self.now += dt.timedelta(**span)
 
 
+def fork() -> int:
+    """`os.fork` for tests: a child that waits for a lock of a thread that only its parent has is ended by the system."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(600)
+    return child
+
+
 @contextlib.contextmanager
 def running_postgresql() -> Iterator[str]:
     """Start a PostgreSQL of our own, on a socket only; gives the URL of its server, without a database."""

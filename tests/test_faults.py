@@ -38,7 +38,7 @@ from segqc.store.store import LabelChange, Store
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, bundle, make_scans, save_final, sync_scans
+from tests.store_kit import ANNA, bundle, fork, make_scans, save_final, sync_scans
 
 KILLS = int(os.environ.get("SEGQC_KILLS", "20"))
 CROWD_SECONDS = float(os.environ.get("SEGQC_CROWD_SECONDS", "10"))
@@ -64,7 +64,7 @@ def content(path: Path, seed: int) -> Path:
 
 def in_child(work: Callable[[], None]) -> int:
     """Run work in a forked process; it exits with 0, or 1 and a traceback."""
-    child = os.fork()
+    child = fork()
     if child:
         return child
     try:
@@ -172,7 +172,7 @@ def started(folder: Path, log_file: Path) -> tuple[subprocess.Popen[bytes], str]
     from tests.e2e.test_server import free_port
 
     port = free_port()
-    command = [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
+    command = [sys.executable, "-m", "segqc", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
     with log_file.open("ab") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -261,7 +261,7 @@ def test_a_backup_made_under_load_is_brought_back_after_a_kill_under_load(tmp_pa
                 assert answer.status_code == 200, answer.text
 
     def segqc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "segqc.cli.main", *map(str, arguments)]
+        command = [sys.executable, "-m", "segqc", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def count(dataset: Path) -> int:

@@ -29,7 +29,7 @@ from segqc.store.store import Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_dataset
-from tests.store_kit import ANNA, BERT, PLACING, label_map, make_scans, save_final, save_mask, sync_scans
+from tests.store_kit import ANNA, BERT, PLACING, fork, label_map, make_scans, save_final, save_mask, sync_scans
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
 
@@ -474,7 +474,7 @@ def test_an_edit_outlives_a_process_that_dies_while_it_replaces_it(
     edit = sha256_of(final(folder, "scan_0"))
     label_map(tmp_path / "next.nii.gz", 4)
     store.database.engine.dispose()
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             dying = Store(folder, url, intake=store.intake)

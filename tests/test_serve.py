@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -29,7 +30,7 @@ def _start(folder: Path, temporary: Path) -> subprocess.Popen[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     temporary.mkdir()
-    serve = [sys.executable, "-m", "segqc.cli.main", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
+    serve = [sys.executable, "-m", "segqc", "serve", str(folder), "--port", str(port), "--no-bootstrap"]
     return subprocess.Popen(
         [*_IN_BACKGROUND, *serve],
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -55,8 +56,13 @@ def _assert_nothing_is_left(folder: Path, temporary: Path) -> None:
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or ())]
 
 
-@pytest.mark.parametrize("moment", ["starting ...", "SegQC answers", "takes jobs"])
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sign", "moment"),
+    [
+        *itertools.product((signal.SIGINT, signal.SIGTERM), ("starting ...", "SegQC answers", "takes jobs")),
+        (signal.SIGHUP, "takes jobs"),
+    ],
+)
 def test_a_server_in_the_background_of_a_script_ends_by(sign: signal.Signals, moment: str, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "studies", scans=2, finals=1)
     server = _start(folder, tmp_path / "temporary")
@@ -75,7 +81,7 @@ def test_a_server_that_gets_many_signals_at_once_ends(moment: str, tmp_path: Pat
     server = _start(folder, tmp_path / "temporary")
     said = _read_until(server, moment)
     for _ in range(20):  # as Ctrl-C held down, and what `timeout` and a service manager send meanwhile
-        for sign in (signal.SIGINT, signal.SIGTERM):
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             server.send_signal(sign)
     said += server.communicate()[1]
     assert server.returncode == 0, said

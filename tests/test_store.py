@@ -38,6 +38,7 @@ from tests.store_kit import (
     PLACING,
     Clock,
     bundle,
+    fork,
     label_map,
     make_scans,
     save_final,
@@ -418,7 +419,7 @@ def test_a_process_that_dies_in_a_submission_leaves_all_or_nothing(
             os._exit(9)
         return real_show(*arguments)  # type: ignore[arg-type]
 
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             dying.files.put, dying.files._show = put, show  # type: ignore[assignment,method-assign]

@@ -91,7 +91,7 @@ def test_names_are_kept_where_the_locale_knows_ascii_only(tmp_path: Path) -> Non
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment["PYTHONPATH"] = str(Path(main.__file__).parents[2])
     found = subprocess.run(
-        [sys.executable, "-m", "segqc.cli.main", "scans", folder, "--csv"],
+        [sys.executable, "-m", "segqc", "scans", folder, "--csv"],
         env=environment,
         capture_output=True,
         check=True,

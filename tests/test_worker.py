@@ -119,6 +119,36 @@ def test_a_worker_that_ends_gives_its_job_back(dataset: Dataset) -> None:
     assert not alive(int(given.messages[0]))
 
 
+SLEEPER = """
+import signal, sys
+from pathlib import Path
+from segqc.loop.dataset import Dataset
+from segqc.loop.processes import ending_signals
+from segqc.loop.worker import Worker
+
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+worker = Worker(Dataset(Path(sys.argv[1])), ("train",), command=lambda _: [sys.executable, "-c", code])
+for sign in ending_signals():
+    signal.signal(sign, worker.end)
+worker.serve()
+"""
+
+
+def test_a_worker_that_gets_several_signals_at_once_ends_and_gives_its_job_back(dataset: Dataset) -> None:
+    job = put(dataset)
+    worker = subprocess.Popen([sys.executable, "-c", SLEEPER, str(dataset.folder)], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: bool(state(dataset, job).messages), 120)
+    pid = int(state(dataset, job).messages[0])
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * 20:
+        worker.send_signal(sign)
+    said = worker.communicate()[1]
+    assert (worker.returncode, said) == (0, "")
+    assert not alive(pid)
+    given = state(dataset, job)
+    assert (given.state, given.worker, given.attempts) == ("queued", None, 0)
+    assert not list((dataset.own / "workers").iterdir())
+
+
 STEP = '{"done": 1, "total": 2, "message": "m"}'
 SUICIDE = "import os, signal; print('epoch 1', flush=True); os.kill(os.getpid(), signal.{sign})"
 
@@ -337,7 +367,7 @@ def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "studies", scans=7, finals=5)
     dataset = Dataset(folder)
     job = put(dataset, "round")
-    command = [sys.executable, "-m", "segqc.cli.main", "worker", str(folder), "--until-idle"]
+    command = [sys.executable, "-m", "segqc", "worker", str(folder), "--until-idle"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def trained() -> bool:

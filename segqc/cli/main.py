@@ -118,6 +118,7 @@ def main() -> None:
     # NumPy's matrices are of 4 x 4 here: its threads would double the cost of a request (PyTorch has its own)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _log_to_stderr(logging.WARNING, LineFormatter("%(levelname)s: %(message)s"))
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs each exception that passes through a training
     try:
         app()
     except (SegqcError, OSError) as error:
@@ -651,7 +652,7 @@ def worker(
 
     The server starts a worker by itself. More may run, also on other machines that see the folder and the database.
     """
-    from segqc.loop.processes import die_with_parent
+    from segqc.loop.processes import die_with_parent, ending_signals
 
     if parent is not None:
         die_with_parent(signal.SIGTERM, parent)
@@ -662,7 +663,7 @@ def worker(
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     _log_jobs()
     taker = Worker(dataset_at(folder, config), kind or KINDS)
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in ending_signals():
         signal.signal(sign, taker.end)
     taker.serve(until_idle=until_idle)
 
@@ -679,6 +680,7 @@ def run_round(
     continues after its last finished step. If another process is doing a round already, this one waits for it, and
     takes it over if that process dies.
     """
+    from segqc.loop.processes import ending_signals
     from segqc.loop.requests import RoundRequest, enqueue
     from segqc.loop.worker import Worker
     from segqc.store import jobs
@@ -697,12 +699,12 @@ def run_round(
     )
     _log_jobs()
     taker = Worker(dataset, ("round",))
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in ending_signals():
         signal.signal(sign, taker.end)
     ended = taker.serve_until_ended(job.id)
     if ended.state != "done":
         left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
-        reason = f": {ended.messages[-1].removesuffix('.')}" if ended.messages else ""
+        reason = f": {ended.messages[-1].removesuffix('.')}" if ended.state == "failed" and ended.messages else ""
         raise CommandError(f"{folder}: the round is {ended.state}{reason}{left}")
     typer.echo(f"{folder}: the round is done")
 
@@ -769,7 +771,3 @@ def _assessor(folder: Path, model: Path | None) -> Assessor:
     if found is None:
         raise CommandError(f"{folder}: no SegQC network; name one with --model or --dataset, or train it first")
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import signal
+import sys
+import time
 from collections.abc import Mapping
+from types import FrameType
 from typing import Final
 
+_ONE_WISH_SECONDS: Final = 2.0
 _PR_SET_PDEATHSIG: Final = 1
 _SHELL_OFFSET: Final = 128  # shells and containers report a death by signal n as exit status 128 + n
 
@@ -28,6 +32,36 @@ _USUAL_CAUSES: Final[Mapping[signal.Signals, str]] = {
 }
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a process to end: Ctrl-C, a service manager's, and that of a closed terminal.
+
+    Interrupts also where they are ignored by inheritance, as in a script's background; a closed terminal only where
+    that is not ignored, as by ``nohup``.
+    """
+    asked = (signal.SIGINT, signal.SIGTERM)
+    return asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*asked, signal.SIGHUP)
+
+
+def exit_by_signals() -> None:
+    """Let the signals that end this process raise `SystemExit`: no traceback, and what is temporary is removed.
+
+    The exit status is 128 plus the signal's number. A signal that is ignored by inheritance stays so.
+    """
+    last = -math.inf
+
+    def leave(number: int, _: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        # several at once, as `timeout` and an impatient user send them, must not cut the clean-up short
+        if now - last > _ONE_WISH_SECONDS:
+            last = now
+            sys.exit(_SHELL_OFFSET + number)
+
+    for sign in ending_signals():
+        if signal.getsignal(sign) is not signal.SIG_IGN:
+            signal.signal(sign, leave)
+
+
 def die_with_parent(sign: signal.Signals, parent: int) -> None:
     """Have the kernel send this process a signal when its parent has died, however it died (Linux).
 
@@ -35,6 +69,8 @@ def die_with_parent(sign: signal.Signals, parent: int) -> None:
         sign: the signal.
         parent: the parent's process id; if it has died by now, the signal comes at once.
     """
+    import ctypes  # here: a process's first imports are those that it cannot leave quietly yet
+
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, int(sign))

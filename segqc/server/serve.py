@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
+from segqc.loop.processes import ending_signals
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ _REQUEST_GRACE_SECONDS = 8
 _WORKER_GRACE_SECONDS = 13.0
 _DEADLINE_SECONDS = 16.0
 _WORKER_PAUSE_SECONDS = 5.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_WISH_SECONDS = 1.0
+_LAST_SECONDS = 2
+_IN_ORDER, _AT_ONCE = b"\0", b"\1"
 
 
 class ServeError(SegqcError):
@@ -103,7 +107,7 @@ def serve(
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
     ending = Ending()
     # also where they are ignored by inheritance, as SIGINT is in a script's background
-    for sign in _SIGNALS:
+    for sign in ending_signals():
         signal.signal(sign, lambda *_: ending.begin(at_once=True))
     folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
     _refuse_read_only(folder)
@@ -150,16 +154,24 @@ class Ending:
         self._reported = False
         # a signal's handler may interrupt the holder of any lock, another handler included: it only writes to a pipe
         self._signals, self._begin = os.pipe()
+        os.set_blocking(self._begin, False)
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def begin(self, *, at_once: bool = False) -> None:
         """Let the deadline run, or end at once, as when called again (a second Ctrl-C). For signals' handlers."""
-        os.write(self._begin, b"\0\0" if at_once else b"\0")
+        with contextlib.suppress(BlockingIOError):  # full: it has been asked for often enough
+            os.write(self._begin, _AT_ONCE if at_once else _IN_ORDER)
 
     def _watch(self) -> None:
-        os.read(self._signals, 1)
-        self.begun.set()
-        select.select([self._signals], [], [], _DEADLINE_SECONDS)
+        if os.read(self._signals, 1) != _AT_ONCE:
+            self.begun.set()
+            # `timeout` sends its signal twice: what comes together is one wish, and requests may end
+            time.sleep(_ONE_WISH_SECONDS)
+            os.set_blocking(self._signals, False)
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._signals, 1024):
+                    pass
+            select.select([self._signals], [], [], _DEADLINE_SECONDS - _ONE_WISH_SECONDS)
         self.cut()
 
     def report(self) -> None:
@@ -171,12 +183,21 @@ class Ending:
 
     def cut(self) -> None:
         """End the process here and now, and say whose requests are cut off."""
+        if self.files is not None:
+            _remove_in_use(self.files)
+        signal.alarm(_LAST_SECONDS)  # the system ends it where even a last line cannot be told: a terminal is stopped
         for request in list(self.traffic.open.values()) if self.traffic is not None else ():
             request.log_cut()
         self.report()
-        if self.files is not None:
-            shutil.rmtree(self.files, ignore_errors=True)
         os._exit(0)
+
+
+def _remove_in_use(folder: Path) -> None:
+    """Remove a folder that others write to: first from where they look for it."""
+    aside = folder.with_name(f"{folder.name}-removed")
+    with contextlib.suppress(OSError):
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -202,7 +223,8 @@ def _answer(
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            super().handle_exit(sig, frame)
+            if not self.should_exit:  # of a second one, uvicorn would cut off what is being answered
+                super().handle_exit(sig, frame)
             ending.begin()
 
     ending.traffic = app.state.traffic
@@ -221,7 +243,7 @@ def _answer(
         if not server.should_exit:
             server.handle_exit(sign, frame)
 
-    for sign in _SIGNALS:
+    for sign in ending_signals():
         signal.signal(sign, end)
     logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     with beside:
@@ -235,7 +257,7 @@ def _working(dataset: Dataset, ended: threading.Event) -> Iterator[None]:
     def keep() -> None:
         while not ended.is_set():
             process = subprocess.Popen(
-                [sys.executable, "-m", "segqc.cli.main", "worker", str(dataset.folder), "--parent", str(os.getpid())],
+                [sys.executable, "-m", "segqc", "worker", str(dataset.folder), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches it through us only
             )
