@@ -53,7 +53,7 @@ class Clock:
 
 
 def fork() -> int:
-    """`os.fork` for tests: a child that waits for a lock of a thread that only its parent has is ended by the system."""
+    """`os.fork` for tests: a child that waits for a lock that only its parent can give back is ended by the system."""
     child = os.fork()
     if child == 0:
         signal.alarm(600)
