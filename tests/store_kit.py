@@ -43,7 +43,7 @@ class Clock:
 
 
 def fork() -> int:
-    """`os.fork` for tests: a child that waits for a lock of a thread that only its parent has is ended by the system."""
+    """`os.fork`; the system ends a child that hangs, as where it waits for a lock that only the parent's thread has."""
     child = os.fork()
     if child == 0:
         signal.alarm(600)
