@@ -29,16 +29,6 @@ BERT = Actor(kind="person", name="bert", identified_by="client-id")
 PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
-class Steps:
-    """Progress that remembers its steps."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int, str]] = []
-
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
-        self.seen.append((done, total, task))
-
-
 class Clock:
     """A time that passes when the test says so."""
 
@@ -53,7 +43,7 @@ class Clock:
 
 
 def fork() -> int:
-    """`os.fork` for tests: a child that waits for a lock that only its parent can give back is ended by the system."""
+    """`os.fork`; the system ends a child that hangs, as where it waits for a lock that only the parent's thread has."""
     child = os.fork()
     if child == 0:
         signal.alarm(600)

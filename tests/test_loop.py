@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from segqc.cli.main import app
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import hold
-from segqc.loop.requests import NETWORKS, RoundResult
+from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
 from segqc.networks.model import ModelError, TrainedNetwork
@@ -23,7 +26,7 @@ from segqc.store import assessments, jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
 from segqc.training import NoProgress
-from segqc.training.cases import Case, TooFewCases, label_values, read_case
+from segqc.training.cases import Case, CaseError, TooFewCases, label_values, read_case
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from tests.test_training import make_cases
@@ -115,7 +118,7 @@ def test_a_damaged_model_does_not_spoil_the_training_of_the_other_nor_its_own(
 ) -> None:
     for network in ("segmentation", "segqc"):
         dataset.model_path(network).write_bytes(b"damaged")
-    card = train(dataset, "segmentation", NoProgress())
+    card = train(dataset, "segmentation", NoProgress()).card
     assert any("segqc.pt: not a readable SegQC model" in message for message in caplog.messages)
     segmenter = dataset.segmenter()
     assert segmenter is not None
@@ -335,6 +338,32 @@ def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
     assert str(by_id["c1"].labels) not in str(raised.value)
 
 
+def test_what_a_training_leaves_out_is_named_at_its_end(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "s", 5, 0)
+    damaged = next(case for case in dataset.cases() if case.id == "c1")
+    damaged.labels.chmod(0o644)
+    damaged.labels.write_bytes(b"damaged")
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "train", {"model": "segmentation"}, SERVER)
+    result = work.run(dataset, job, NoProgress())
+    assert isinstance(result, TrainResult)
+    assert (result.used, list(result.left_out)) == (4, ["c1"])
+    assert "labels/final/c1.nii.gz" in result.left_out["c1"]
+    told = CliRunner().invoke(app, ["train", "segmentation", str(dataset.folder)])
+    assert told.exit_code == 0, told.output
+    assert "4 labelled scans used, 1 left out" in told.stdout
+    assert result.left_out["c1"] in told.stdout
+
+
+def test_a_training_reads_within_the_folder_s_limits(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "s", 4, 0).folder
+    (folder / "segqc.toml").write_text(SETTINGS + "[intake]\nmax_voxels = 1024\n")
+    case = Dataset(folder).cases()[0]
+    assert read_case(case, (1,))[0].shape == (16, 16, 4)
+    with pytest.raises(CaseError, match="the scan 'c0'"):
+        read_case(replace(case, limits=replace(case.limits, max_voxels=1023)), (1,))
+
+
 @pytest.mark.parametrize("at", ["masks of fold 2/2", "calibration"])
 def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
@@ -352,10 +381,11 @@ def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
                 shutil.copyfile(dataset.folder / "c5.nii.gz", dataset.folder / f"{named}.nii.gz")
 
     replacing = Replacing()
-    card = train(dataset, "segqc", replacing)
+    trained = train(dataset, "segqc", replacing)
     assert replacing.done
+    assert (trained.used, list(trained.left_out)) == (len(dataset.cases()), [named])
     assert sum(f"left out of the training: the scan '{named}'" in message for message in caplog.messages) == 1
-    assert set(card.seen) == {case.patient for case in dataset.cases()}, "the new content has no label"
+    assert set(trained.card.seen) == {case.patient for case in dataset.cases()}, "the new content has no label"
 
 
 def test_a_scan_whose_file_is_written_again_as_it_was_stays_in_the_training(dataset: Dataset) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from tests.server_kit import make_dataset
 
+pytestmark = pytest.mark.usefixtures("hangups")
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LISTEN = """
 import sys, tempfile, time

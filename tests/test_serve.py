@@ -18,7 +18,7 @@ import psutil
 
 from tests.server_kit import make_dataset
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("hangups")]
 
 
 # A shell without job control has the processes of its background ignore interrupts. A shell, not a `preexec_fn`: after

@@ -134,6 +134,7 @@ worker.serve()
 """
 
 
+@pytest.mark.usefixtures("hangups")
 def test_a_worker_that_gets_several_signals_at_once_ends_and_gives_its_job_back(dataset: Dataset) -> None:
     job = put(dataset)
     worker = subprocess.Popen([sys.executable, "-c", SLEEPER, str(dataset.folder)], stderr=subprocess.PIPE, text=True)

@@ -281,11 +281,16 @@ def _train(
     settings = dataset.settings.training_settings(network)
     with shown_progress() as progress:
         chosen = settings.paper_recipe() if paper_recipe else settings
-        card = train(dataset, network, progress, chosen, purpose="segqc train")
+        trained = train(dataset, network, progress, chosen, purpose="segqc train")
     path = dataset.model_path(network)
-    rows: list[Row] = [{"measure": name, "value": value} for name, value in card.scores.items()]
+    rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
+    extra |= {"used": trained.used, "left_out": dict(trained.left_out)}
     emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+    if not as_json:
+        typer.echo(f"{folder}: {trained.used} labelled scans used, {len(trained.left_out)} left out")
+        for reason in trained.left_out.values():
+            typer.echo(visible(reason))
 
 
 @app.command()

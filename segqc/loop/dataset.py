@@ -267,7 +267,8 @@ class Dataset:
             if final is None or scan.missing_since is not None:
                 continue
             shown = str(self.store.view_file(final).relative_to(self.folder))
-            found.append(Case(scan.name, scan.patient, path, self.store.label_file(final), shown, scan.sha256))
+            limits = self.settings.intake
+            found.append(Case(scan.name, scan.patient, path, self.store.label_file(final), shown, scan.sha256, limits))
         return found
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:

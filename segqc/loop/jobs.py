@@ -81,8 +81,11 @@ def _train(
 ) -> TrainResult:
     settings = chosen_settings(dataset, request.model, request.settings)
     purpose = f"a worker's {kind} job"
-    card = train(dataset, request.model, progress, settings, purpose=purpose, wait=True, stage=stage)
-    return TrainResult(network=request.model, scores=dict(card.scores))
+    trained = train(dataset, request.model, progress, settings, purpose=purpose, wait=True, stage=stage)
+    if trained.left_out:  # the last lines of a job are what clients show
+        reasons = "; ".join(trained.left_out.values())
+        logger.warning("%d scans used, %d left out: %s", trained.used, len(trained.left_out), reasons)
+    return TrainResult(network=request.model, scores=trained.card.scores, used=trained.used, left_out=trained.left_out)
 
 
 def _score(dataset: Dataset, request: ScoringRequest, progress: Progress) -> ScoringResult:

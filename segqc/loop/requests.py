@@ -80,6 +80,8 @@ class TrainResult:
 
     network: NetworkName
     scores: Mapping[str, float]  # of the network's card
+    used: int  # scans
+    left_out: Mapping[str, str]  # why, by scan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

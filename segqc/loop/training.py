@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,21 @@ class TrainingBusy(DatasetError):  # noqa: N818 - the finding, not the exception
     """Another process trains the same network of the same folder."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        card: of the network.
+        used: how many scans it was made of, those that validated included.
+        left_out: why others were not, a sentence each, by the scan's name.
+    """
+
+    card: ModelCard
+    used: int
+    left_out: Mapping[str, str]
+
+
 def train(
     dataset: Dataset,
     network: NetworkName,
@@ -41,10 +57,10 @@ def train(
     purpose: str = "a training",
     wait: bool = False,
     stage: bool = False,
-) -> ModelCard:
+) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
 
-    A scan that can't be used, or whose label can't, is left out with a warning.
+    A scan that can't be used, or whose label can't, is left out, and named in what is returned.
 
     The file of the model is replaced in one step when the training is done; until then the old model serves. One
     process at a time trains a network of a folder: its checkpoints are one training's.
@@ -69,35 +85,35 @@ def train(
     path = dataset.staged_path(network) if stage else dataset.model_path(network)
     model_status(path)  # what no model file can take the place of shows before the training
     with _alone(dataset, network, progress, purpose, wait=wait):
-        trained = _learn(dataset, network, progress, settings, folder)
+        model, used, left_out = _learn(dataset, network, progress, settings, folder)
         if (folder / "curve.json").is_file():
             draw_curve(folder / "curve.json", folder / "curve.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(path)
+        model.save(path)
     if not stage:
         publish(dataset)
-    return trained.card
+    return Trained(model.card, used, left_out)
 
 
 def _learn(
     dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
-) -> Segmenter | Assessor:
-    """Train on the cases that can be used."""
+) -> tuple[Segmenter | Assessor, int, dict[str, str]]:
+    """Train on the cases that can be used; returns how many, too, and why others cannot."""
     learn = train_segmentation if network == "segmentation" else train_assessor
     patient_splits, structures, cases = dict(dataset.patient_splits()), dataset.structures, dataset.cases()
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
     while True:
         try:
-            trained: Segmenter | Assessor = learn(cases, structures, patient_splits, settings, folder, progress)
-            return trained
+            model: Segmenter | Assessor = learn(cases, structures, patient_splits, settings, folder, progress)
+            return model, len(cases), left_out
         except CaseError as error:
             logger.warning("left out of the training: %s", error)
-            left_out.append(str(error))
+            left_out[error.case] = str(error)
             cases = [case for case in cases if case.id != error.case]
         except TooFewCases as error:
             if not left_out:
                 raise
-            raise TooFewCases(f"{error.clause}; left out: {'; '.join(left_out)}") from error
+            raise TooFewCases(f"{error.clause}; left out: {'; '.join(left_out.values())}") from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from segqc.errors import SegqcError
 from segqc.networks.inference import canonical_scan
 from segqc.networks.plan import NetworkPlan, Spacing, Triple
 from segqc.types import FloatArray, LabelArray, Structure
-from segqc.volumes import Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
+from segqc.volumes import ReadLimits, Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
 from segqc.volumes.intake import content_sha256
 
 
@@ -41,7 +41,7 @@ class Case:
 
     ``labels_shown`` is how the user knows the label file, where that is another one. ``content`` is the SHA-256 of the
     scan that the labels are of; a file that holds something else by now is no part of the case. None takes what is
-    there.
+    there. ``limits`` bound what is read.
     """
 
     id: str
@@ -50,6 +50,7 @@ class Case:
     labels: Path
     labels_shown: str | None = None
     content: str | None = None
+    limits: ReadLimits = field(default_factory=ReadLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +94,14 @@ def read_case(case: Case, values: Sequence[int]) -> tuple[Volume, Volume]:
     """
     scan = _read_scan(case)
     try:
-        return scan, read_labels(case.labels, scan=scan, values=values)
+        return scan, read_labels(case.labels, scan=scan, values=values, limits=case.limits)
     except (VolumeError, OSError) as error:
         raise CaseError(case, error) from error
 
 
 def _read_scan(case: Case) -> Volume:
     try:
-        scan = read_scan(case.scan)
+        scan = read_scan(case.scan, limits=case.limits)
         replaced = case.content is not None and case.content != content_sha256(case.scan)
     except (VolumeError, OSError) as error:
         raise CaseError(case, error) from error

@@ -127,5 +127,5 @@ class NetworkTraining(TrainTask):
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train and publish at once; the server's routes leave it to a worker."""
         choices, _ = self.job({key: value for key, value in request.items() if key != "model"})
-        card = train(self.context.dataset, self.network, LineProgress(), self.settings(choices))
-        return {"network": self.network, "scores": card.scores}
+        trained = train(self.context.dataset, self.network, LineProgress(), self.settings(choices))
+        return {"network": self.network, "scores": trained.card.scores}
