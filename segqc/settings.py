@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
 
+import tomlkit
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "segqc.toml"
 _PREFIX = "SEGQC_"
+_HEADING = "Settings of this dataset folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
 _ALIKE = 0.75  # from 0 to 1, see difflib
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
@@ -448,24 +449,23 @@ def write_settings(
     Returns:
         The file's path.
     """
-    path = folder / SETTINGS_FILE
-    lines = [
-        "# Settings of this dataset folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
-    ]
+    document = tomlkit.document()
+    document.add(tomlkit.comment(_HEADING))
     if patient_tag:
-        lines += ["", "# the DICOM tag that names a scan's patient", f"patient_tag = {_text(patient_tag)}"]
-    if structures:
-        lines += ["", "# name = the label values that belong to it", "[structures]"]
-        lines += [f"{_text(name)} = [{', '.join(map(str, values))}]" for name, values in structures.items()]
-    if patients:
-        lines += ["", "# patient = the scans of this patient: they stay together when networks are trained and judged"]
-        lines += ["[patients]"]
-        lines += [f"{_text(name)} = [{', '.join(map(_text, scans))}]" for name, scans in patients.items()]
+        document.add(tomlkit.nl())
+        document.add("patient_tag", tomlkit.item(patient_tag).comment("the DICOM tag that names a scan's patient"))
+    tables = (
+        ("structures", structures, "name = the label values that belong to it"),
+        ("patients", patients or {}, "patient = the scans of this patient: training and evaluation keep them together"),
+    )
+    for name, entries, meaning in tables:
+        if entries:
+            table = tomlkit.table()
+            table.comment(meaning)
+            table.update({key: list(values) for key, values in entries.items()})
+            document.add(tomlkit.nl())
+            document.add(name, table)
+    path = folder / SETTINGS_FILE
     with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text(tomlkit.dumps(document), encoding="utf-8")
     return path
-
-
-def _text(value: str) -> str:
-    # every JSON string is a TOML basic string
-    return json.dumps(value, ensure_ascii=False)

@@ -144,13 +144,31 @@ def test_a_missing_named_file_is_an_error(tmp_path: Path) -> None:
         load_settings(tmp_path, config=tmp_path / "none.toml")
 
 
-def test_written_settings_come_back_whatever_the_names(tmp_path: Path) -> None:
-    structures = {"left lobe": (1,), 'so-called "core"': (2, 3), "Große": (4,)}
-    write_settings(tmp_path, structures, {"P 1": ("P 1_ED", "P 1_ES")})
+@pytest.mark.parametrize(
+    "name",
+    [
+        "left lobe",
+        'so-called "core"',
+        "Große",
+        "a.b",
+        "# no comment",
+        "[x]",
+        "C:\\new",
+        "a\tb",
+        "del\x7f",
+        "\U0001f9e0",
+    ],
+)
+def test_written_settings_come_back_whatever_the_names(tmp_path: Path, name: str) -> None:
+    structures = {"liver": (1,), **({name: (2, 3)} if name.isprintable() else {})}  # their names are lines of text
+    write_settings(tmp_path, structures, {"P 1": ("P 1_ED", "P 1_ES"), name: (name,)})
     settings = load_settings(tmp_path)
     assert settings.structures == structures
+    assert settings.patient_of(Path(f"{name}.nii.gz")) == name
     assert settings.patient_of(Path("P 1_ES.nii.gz")) == "P 1"
     assert settings.patient_of(Path("other.nrrd")) == "other"
+    write_settings(tmp_path, {}, patient_tag=name)
+    assert load_settings(tmp_path).patient_tag == name
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
