@@ -17,11 +17,11 @@ from typing import Final, TypeAlias
 
 from sqlalchemy import func, select, text
 
-from segqc.store import findings, labels
+from segqc.store import bundles, findings, labels
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
-from segqc.store.store import OWN_FOLDER, Store
+from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 Report: TypeAlias = Callable[[int, int, str], None]
@@ -60,7 +60,7 @@ class Restored:
 
 
 def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Report = silent) -> int:
-    """Copy a store's database and label contents while others work on it.
+    """Copy a store's database, label contents, and the bundle that serves, while others work on it.
 
     The copy holds ``segqc/`` as it is in a dataset folder; `restore.restore` brings it back.
 
@@ -92,9 +92,13 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), report: Repo
                         "earlier backup (segqc db restore BACKUP FOLDER)"
                     )
                 contents = sorted(labels.contents(transaction))
+                serving = bundles.serving_number(transaction)
         finally:
             copy.close()
         copy_contents(store.files, contents, LabelFiles(temporary, own), report)
+        bundle = store.own / MODELS_FOLDER / str(serving)
+        if bundle.is_dir():  # where it is lost, 'segqc db check' says so: the labels are worth a copy all the same
+            shutil.copytree(bundle, own / MODELS_FOLDER / bundle.name)
         for name in also:
             if (store.dataset / name).is_file():
                 shutil.copy2(store.dataset / name, temporary / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,18 @@ class Segmentation(InferTask):
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        """The model file, or None where there is none (unless ``validate`` is False)."""
-        path = self.context.segmenters.path
-        return str(path) if os.path.isfile(path) or not validate else None
+        """The model file, or None where there is none."""
+        path = self.context.model_file("segmentation")
+        return str(path) if path is not None else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment the scan at ``request["image"]``."""
-        segmenter = self.context.segmenter()
+        bundle = self.context.bundle("segmentation")
+        segmenter = bundle.segmenter()
         labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.context.settings.intake)).labels
         names = label_names(segmenter.structures)
         return write_result(to_client(labels, names), request), {
             "label_names": client_names(names),
             "model_version": segmenter.version,
+            "bundle": bundle.number,
         }

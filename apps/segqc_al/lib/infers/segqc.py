@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,14 @@ class LikelyErrors(InferTask):
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        """The model file, or None where there is none (unless ``validate`` is False)."""
-        path = self.context.assessors.path
-        return str(path) if os.path.isfile(path) or not validate else None
+        """The model file, or None where there is none."""
+        path = self.context.model_file("segqc")
+        return str(path) if path is not None else None
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
-        assessor = self.context.assessor()
+        bundle = self.context.bundle("segqc")
+        assessor = bundle.assessor()
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
@@ -57,7 +57,7 @@ class LikelyErrors(InferTask):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
-            segmenter = self.context.segmenter()
+            segmenter = bundle.segmenter()
             labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
         name = str(request.get("image_id") or "scan")
         result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
@@ -65,6 +65,7 @@ class LikelyErrors(InferTask):
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
+            "bundle": bundle.number,
             "assessed": assessed,
             "label_tag": None,
             "label_version": None,

@@ -16,7 +16,7 @@ from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
 from segqc.plots import read_curve
 from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
-from segqc.server.context import AppContext, ModelCache
+from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName, SettingsError
 from segqc.store import jobs
@@ -42,11 +42,6 @@ class NetworkTraining(TrainTask):
     def params(self) -> frozenset[str]:
         """What a request may set."""
         return frozenset((*self.choices, *ALIASES))
-
-    @property
-    def cache(self) -> ModelCache[Any]:
-        """Where the trained network lies."""
-        raise NotImplementedError
 
     def accuracy(self, card: ModelCard) -> float | None:
         """One number from 0 to 1: how good the model is on the cases that validate; None if none did."""
@@ -98,7 +93,7 @@ class NetworkTraining(TrainTask):
         """What is known of the current model; clients show ``best_metric`` as its accuracy, 0 to 1."""
         progress = self._progress()
         try:
-            model = self.cache.get()
+            model = self.context.model(self.network)
         except ModelError as error:
             return {**progress, "problem": str(error)}
         if model is None:

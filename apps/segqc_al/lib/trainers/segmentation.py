@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lib.trainers.network import NetworkTraining
 from segqc.networks.card import ModelCard
-from segqc.networks.segmenter import Segmenter
-from segqc.server.context import AppContext, ModelCache
+from segqc.server.context import AppContext
 
 
 class SegmentationTraining(NetworkTraining):
@@ -13,11 +12,6 @@ class SegmentationTraining(NetworkTraining):
 
     def __init__(self, context: AppContext) -> None:
         super().__init__(context, "segmentation", "Trains the segmentation network on all final labels")
-
-    @property
-    def cache(self) -> ModelCache[Segmenter]:
-        """Where the trained network lies."""
-        return self.context.segmenters
 
     def accuracy(self, card: ModelCard) -> float | None:
         """The mean Dice over the structures."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lib.trainers.network import CHOICES, NetworkTraining
-from segqc.networks.assessor import Assessor
 from segqc.networks.card import ModelCard
-from segqc.server.context import AppContext, ModelCache
+from segqc.server.context import AppContext
 
 
 class SegqcTraining(NetworkTraining):
@@ -14,11 +13,6 @@ class SegqcTraining(NetworkTraining):
     def __init__(self, context: AppContext) -> None:
         description = "Trains SegQC-Net on cross-fitted masks of all scans with a final label"
         super().__init__(context, "segqc", description, (*CHOICES, "fold_epochs"))
-
-    @property
-    def cache(self) -> ModelCache[Assessor]:
-        """Where the trained network lies."""
-        return self.context.assessors
 
     def accuracy(self, card: ModelCard) -> float | None:
         """One minus the structures' mean error."""
