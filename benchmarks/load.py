@@ -39,11 +39,13 @@ from rich.table import Table
 
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
-from segqc.networks.card import ModelCard
+from segqc.networks.bundle import model_name
+from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.plan import plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
 from segqc.store import assessments, labels
+from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.store.store import LabelChange
@@ -104,25 +106,29 @@ def make_folder(folder: Path, count: int) -> None:
         write_scan(draw(i)[0], folder / f"scan_{i:05d}.nii.gz")
     dataset = Dataset(folder)
     store, rng = dataset.store, np.random.default_rng(0)
-    with store.write() as transaction:
-        pair = labels.bundle(transaction, "seg", "qc")
+    bundle = publish_untrained(dataset)
     network = Actor(kind="network", name="seg", identified_by="program")
     with temporary_labels(draw(0)[1]) as mask:
         for start in range(0, count, BATCH):
             names = [f"scan_{i:05d}" for i in range(start, min(start + BATCH, count))]
-            new = [LabelChange(NewLabel(n, "original", "network", network, bundle=pair.id), mask) for n in names]
+            new = [LabelChange(NewLabel(n, "original", "network", network, bundle=bundle), mask) for n in names]
             with store.change_labels(new) as change:
                 for label in change.versions:
-                    assessments.write(change.transaction, assessment_of(label.scan, rng), label.id)
+                    assessments.write(change.transaction, assessment_of(label.scan, rng), label.id, bundle)
     store.close()
-    values = (1, 2)
-    for kind, channels, outputs in (("segmentation", 1, 3), ("segqc", 3, 2)):
-        plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
-        card = ModelCard(kind, plan, STRUCTURES, values, seen=("scan_00000",), scores={"dice": 0.5})  # type: ignore[arg-type]
-        path = dataset.model_path(kind)  # type: ignore[arg-type]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        built = build_network(plan, seed=1)
-        (Segmenter(card, built) if kind == "segmentation" else Assessor(card, built)).save(path)
+
+
+def publish_untrained(dataset: Dataset) -> int:
+    """Publish networks that have learned nothing; the bundle's number."""
+    kinds: tuple[tuple[NetworkName, int, int], ...] = (("segmentation", 1, 3), ("segqc", 3, 2))
+    with dataset.bundles.workspace() as work:
+        files = {kind: work / model_name(kind) for kind, _, _ in kinds}
+        for kind, channels, outputs in kinds:
+            plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
+            card = ModelCard(kind, plan, STRUCTURES, (1, 2), seen=("scan_00000",), scores={"dice": 0.5})
+            built = build_network(plan, seed=1)
+            (Segmenter(card, built) if kind == "segmentation" else Assessor(card, built)).save(files[kind])
+        return dataset.bundles.publish(files, SERVER, "a benchmark")
 
 
 # -------------------------------------------------------------------------------------------------------- the crowd

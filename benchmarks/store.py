@@ -33,7 +33,8 @@ from sqlalchemy import bindparam, event, text
 
 from segqc.selection import segqc as worst_first
 from segqc.split import SplitConfig
-from segqc.store import assessments, events, labels, leases, scans
+from segqc.store import assessments, bundles, events, labels, leases, scans
+from segqc.store.bundles import NewBundle
 from segqc.store.database import DATABASE_FILE
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -46,6 +47,7 @@ from segqc.volumes import scan_id
 
 SIZES = (1_000, 10_000, 100_000)
 REPETITIONS = 300
+BUNDLE = 1
 SLICES = 40
 LABEL_BYTES = 50_000
 RULES = LeaseRules(repeat_seconds=0)
@@ -82,8 +84,11 @@ def make_folder(folder: Path, count: int) -> None:
 def fill(store: Store) -> None:
     """Give every scan a mask and an estimate, as after a scoring."""
     with store.write() as transaction:
+        new = NewBundle(id=BUNDLE, segmenter_version="seg", assessor_version="qc", reason="a benchmark")
+        bundles.add(transaction, new, events.SERVER)
+        bundles.serve(transaction, BUNDLE, events.SERVER)
         values = {
-            "bundle": labels.bundle(transaction, "seg", "qc").id,
+            "bundle": BUNDLE,
             "actor": events.actor_id(transaction, Actor(kind="network", name="seg", identified_by="program")),
             "at": transaction.now,
         }
@@ -131,7 +136,7 @@ class Ours:
             mask = labels.current(transaction, made.scan, "original")
             if mask is None:
                 raise RuntimeError(f"{made.scan} has no mask")
-            assessments.write(transaction, made, mask.id)
+            assessments.write(transaction, made, mask.id, BUNDLE)
 
     def update_info(self, i: int) -> None:
         with self.store.write() as transaction:

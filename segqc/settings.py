@@ -123,6 +123,19 @@ class StoreSettings(BaseModel):
     url: str | None = None
 
 
+class ModelsSettings(BaseModel):
+    """The table ``[models]``.
+
+    Attributes:
+        keep: of how many bundles the files are kept, beside the one that serves and those that running jobs may need;
+            the oldest ones go first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: int = Field(default=5, ge=0)
+
+
 class Settings(BaseSettings):
     """All settings of a dataset folder; read with `load_settings`."""
 
@@ -139,6 +152,7 @@ class Settings(BaseSettings):
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
     server: ServerSettings = Field(default_factory=ServerSettings)
+    models: ModelsSettings = Field(default_factory=ModelsSettings)
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()

@@ -13,11 +13,12 @@ import numpy as np
 
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
-from segqc.networks.card import ModelCard
+from segqc.networks.bundle import model_name
+from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.plan import plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
-from segqc.store import labels
+from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.types import (
@@ -33,6 +34,7 @@ from segqc.types import (
     StructureQuality,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
+from tests.store_kit import bundle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -79,20 +81,29 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
     return folder
 
 
-def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> None:
-    """Untrained networks, saved where the server finds them."""
-    dataset = Dataset(folder)
+def save_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> dict[NetworkName, Path]:
+    """Files of untrained networks."""
+    folder.mkdir(parents=True, exist_ok=True)
     values = tuple(value for structure in structures for value in structure.values)
-    for kind, channels, outputs in (
+    kinds: tuple[tuple[NetworkName, int, int], ...] = (
         ("segmentation", 1, 1 + len(values)),
         ("segqc", 1 + len(structures), len(structures)),
-    ):
+    )
+    files: dict[NetworkName, Path] = {}
+    for kind, channels, outputs in kinds:
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
-        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})  # type: ignore[arg-type]
+        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})
         network = build_network(plan, seed=1)
-        path = dataset.model_path(kind)  # type: ignore[arg-type]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(path)
+        files[kind] = folder / model_name(kind)
+        (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(files[kind])
+    return files
+
+
+def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> int:
+    """Publish untrained networks; the bundle's number."""
+    dataset = Dataset(folder)
+    with dataset.bundles.workspace() as work:
+        return dataset.bundles.publish(save_models(work, structures), SERVER, "a test")
 
 
 def make_assessment(
@@ -126,14 +137,13 @@ def assess(
     half_width: float | None = None,
 ) -> None:
     """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
-    with dataset.store.write() as transaction:
-        pair = labels.bundle(transaction, "seg", "qc")
+    pair = bundle(dataset.store, "seg", "qc")
     label = NewLabel(
         scan, "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
     )
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
-    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept)
+    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept, pair.id)
 
 
 @contextlib.contextmanager

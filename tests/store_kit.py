@@ -18,10 +18,15 @@ import numpy as np
 from sqlalchemy import create_engine, text
 
 from segqc.split import SplitConfig
+from segqc.store import assessments, bundles, labels
+from segqc.store.bundles import NewBundle
+from segqc.store.database import Transaction
+from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, BundleRecord, LabelRecord
 from segqc.store.store import Store
 from segqc.store.sync import sync
+from segqc.types import Assessment
 from segqc.volumes import Volume, scan_id, write_labels
 
 ANNA = Actor(kind="person", name="anna", identified_by="client-id")
@@ -125,11 +130,36 @@ def sync_scans(store: Store) -> None:
     sync(store, scan_id, PLACING)
 
 
-def bundle(store: Store, segmenter: str = "seg1", assessor: str | None = "qc1") -> BundleRecord:
-    from segqc.store import labels
+def serve_pair(transaction: Transaction, segmenter: str | None, assessor: str | None) -> BundleRecord:
+    """Let a bundle of these networks, without files, serve; published now where there is none."""
+    found = next(
+        (
+            published.bundle
+            for published in bundles.listing(transaction)
+            if (published.bundle.segmenter_version, published.bundle.assessor_version) == (segmenter, assessor)
+        ),
+        None,
+    )
+    if found is None:
+        number = bundles.last_number(transaction) + 1
+        new = NewBundle(id=number, segmenter_version=segmenter, assessor_version=assessor, reason="a test")
+        found = bundles.add(transaction, new, SERVER).bundle
+    bundles.serve(transaction, found.id, SERVER)
+    return found
 
+
+def bundle(store: Store, segmenter: str | None = "seg1", assessor: str | None = "qc") -> BundleRecord:
+    """The serving bundle of these networks."""
     with store.write() as transaction:
-        return labels.bundle(transaction, segmenter, assessor)
+        return serve_pair(transaction, segmenter, assessor)
+
+
+def write_assessment(transaction: Transaction, assessment: Assessment, label_version: int) -> int:
+    """Keep an assessment as one of the serving bundle, which is one of its networks."""
+    source = labels.get(transaction, label_version).bundle
+    segmenter = source.segmenter_version if source is not None else "seg1"
+    pair = serve_pair(transaction, segmenter, assessment.assessor_version)
+    return assessments.write(transaction, assessment, label_version, pair.id)
 
 
 def save_mask(store: Store, folder: Path, scan: str, value: int, segmenter: str = "seg1") -> LabelRecord:

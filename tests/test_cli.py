@@ -27,6 +27,7 @@ from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
 from segqc.quality.metrics import true_metrics
 from segqc.server.client_labels import to_client
+from segqc.store.events import SERVER
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
@@ -95,7 +96,7 @@ assert not imported("torch", "monai", "matplotlib")
 
 
 def test_help_names_all_commands_and_neither_it_nor_listings_need_torch(tmp_path: Path) -> None:
-    listings = [f"{command} {tmp_path}" for command in ("scans", "leases", "costs")]
+    listings = [f"{command} {tmp_path}" for command in ("scans", "leases", "costs", "models list")]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, "--help", *listings],
         capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
@@ -438,12 +439,17 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     assert "in brackets the interval" in messages
     assert all(term in messages for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
     assert messages.count("(not enough data)") == 8  # four metrics of two structures
-    path = Dataset(dataset).model_path("segqc")
-    model = Assessor.load(path)
+    opened = Dataset(dataset)
+    model = opened.assessor()
+    assert model is not None
     known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
     calibration = fit_structure(known, known[::-1], [f"p{i}" for i in range(9)])
-    Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(path)
-    expected = Assessor.load(path).assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
+    with opened.bundles.workspace() as work:
+        Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(work / "segqc.pt")
+        opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
+    calibrated = opened.assessor()
+    assert calibrated is not None
+    expected = calibrated.assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
     messages = run("assess", scan, mask, "--no-picture").out
     assert "in brackets the 90% interval" in messages
     assert "not enough data" not in messages

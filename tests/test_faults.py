@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from segqc.selection import segqc as worst_first
-from segqc.store import assessments, corrections, labels, leases, scans
+from segqc.store import corrections, labels, leases, scans
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
@@ -38,7 +38,7 @@ from segqc.store.store import LabelChange, Store
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, bundle, fork, make_scans, save_final, sync_scans
+from tests.store_kit import ANNA, bundle, fork, make_scans, save_final, sync_scans, write_assessment
 
 KILLS = int(os.environ.get("SEGQC_KILLS", "20"))
 CROWD_SECONDS = float(os.environ.get("SEGQC_CROWD_SECONDS", "10"))
@@ -105,7 +105,7 @@ def score(store: Store, scan: str, source: Path, pair: int) -> None:
     network = Actor(kind="network", name="seg1", identified_by="program")
     mask = store.save_label(NewLabel(scan, "original", "network", network, bundle=pair), source)
     with store.write() as transaction:
-        assessments.write(
+        write_assessment(
             transaction, replace(make_assessment(scan, random.random()), segmenter_version="seg1"), mask.id
         )
 

@@ -29,7 +29,7 @@ from segqc.store.store import Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_dataset
-from tests.store_kit import ANNA, BERT, PLACING, fork, label_map, make_scans, save_final, save_mask, sync_scans
+from tests.store_kit import ANNA, BERT, PLACING, bundle, fork, label_map, make_scans, save_final, save_mask, sync_scans
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
 
@@ -634,7 +634,7 @@ def test_an_estimate_is_of_the_content_that_was_read(dataset: Dataset, folder: P
         dataset.read_scan(entry)
     made = make_assessment("scan_0", 0.7)
     with pytest.raises(ScanReplaced):
-        dataset.write_assessment(made, mask, content=entry.sha256)
+        dataset.write_assessment(made, mask, bundle(dataset.store).id, content=entry.sha256)
     with pytest.raises(ScanReplaced):
         dataset.write_score("tta", "scan_0", 0.5, "seg", entry.sha256)
     with dataset.store.read() as transaction:
@@ -736,13 +736,12 @@ def test_no_estimate_is_shown_of_a_mask_that_is_not_there_any_more(
     dataset: Dataset, folder: Path, tmp_path: Path, how: str
 ) -> None:
     write_labels(draw_case(0)[1], tmp_path / "m.nii.gz")
-    with dataset.store.write() as transaction:
-        pair = labels.bundle(transaction, "seg", "qc")
+    pair = bundle(dataset.store, "seg")
     label = NewLabel(
         "scan_0", "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
     )
     mask = dataset.store.save_label(label, tmp_path / "m.nii.gz")
-    dataset.write_assessment(make_assessment("scan_0", 0.7), mask)
+    dataset.write_assessment(make_assessment("scan_0", 0.7), mask, pair.id)
     assert record(dataset, "scan_0").ranking_dice == 0.7
     path = folder / "labels" / "original" / "scan_0.nii.gz"
     if how == "removed":

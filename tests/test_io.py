@@ -47,6 +47,7 @@ from tests.store_kit import (
     save_final,
     save_mask,
     sync_scans,
+    write_assessment,
 )
 
 SHAPE = (8, 8, 4)
@@ -456,7 +457,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
     mask = save_mask(store, folder.parent, "scan_1", 5)
     with store.write() as transaction:
         written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
-        assessments.write(transaction, written, mask.id)
+        write_assessment(transaction, written, mask.id)
         assessments.write_score(transaction, "scan_1", "tta", 0.25, "seg1")
         lease = leases.acquire(transaction, ANNA, "segqc", worst_first.order, LeaseRules(0.1, validation_share=0))
         assert lease is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from contextlib import ExitStack
@@ -20,9 +21,11 @@ from segqc.loop.locks import hold
 from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
+from segqc.networks.bundle import NetworkBundle
+from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
-from segqc.store import assessments, jobs, scans
+from segqc.store import jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
 from segqc.training import NoProgress
@@ -96,33 +99,28 @@ def test_scans_and_labels_are_found_by_name(trained: Dataset) -> None:
 
 
 def test_a_training_publishes_model_curve_and_picture(trained: Dataset) -> None:
-    for network in ("segmentation", "segqc"):
-        assert trained.model_path(network).is_file()  # type: ignore[arg-type]
-        assert (trained.training_folder(network) / "curve.png").stat().st_size > 1000  # type: ignore[arg-type]
+    for network in NETWORKS:
+        path = trained.model_path(network)
+        assert path is not None
+        assert path.is_file()
+        assert (trained.training_folder(network) / "curve.png").stat().st_size > 1000
     assert trained.segmenter() is not None
     assessor = trained.assessor()
     assert assessor is not None
     assert assessor.settings.boxes.min_area_mm2 == 4.0
 
 
-def test_a_folder_in_the_place_of_a_model_is_named_before_the_training(dataset: Dataset) -> None:
-    path = dataset.model_path("segmentation")
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(ModelError, match=r"segmentation\.pt: is a folder"):
-        train(dataset, "segmentation", Count(die_at=0))
-
-
-def test_a_damaged_model_does_not_spoil_the_training_of_the_other_nor_its_own(
-    dataset: Dataset, caplog: pytest.LogCaptureFixture
-) -> None:
-    for network in ("segmentation", "segqc"):
-        dataset.model_path(network).write_bytes(b"damaged")
+def test_a_damaged_bundle_does_not_spoil_the_next_training(dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = dataset.bundle()
+    assert bundle is not None
+    for network in NETWORKS:
+        damage(bundle, network)
     card = train(dataset, "segmentation", NoProgress()).card
-    assert any("segqc.pt: not a readable SegQC model" in message for message in caplog.messages)
+    assert any("segqc.pt: is damaged" in message for message in caplog.messages)
     segmenter = dataset.segmenter()
     assert segmenter is not None
     assert segmenter.card == card
+    assert dataset.assessor() is None, "what is damaged is not published again"
 
 
 def test_all_scans_without_a_final_label_are_assessed(dataset: Dataset) -> None:
@@ -213,18 +211,35 @@ class Lines:
             raise KeyboardInterrupt
 
 
-def perturbed(network: TrainedNetwork) -> Any:
+def perturbed(network: TrainedNetwork | None) -> Any:
     """A network of other weights, and so of another version."""
-    for parameter in network.network.parameters():
+    assert network is not None
+    other = copy.deepcopy(network.network)
+    for parameter in other.parameters():
         parameter.data.add_(1e-3)
-    return type(network)(network.card, network.network)
+    return type(network)(network.card, other)
+
+
+def damage(bundle: NetworkBundle, network: NetworkName) -> None:
+    """Change a published model file."""
+    path = bundle.path(network)
+    assert path is not None
+    content = path.read_bytes()
+    path.unlink()  # it may be linked to from other bundles
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def models(dataset: Dataset) -> dict[NetworkName, bytes]:
+    """The model files that serve."""
+    paths = {network: dataset.model_path(network) for network in NETWORKS}
+    return {network: path.read_bytes() for network, path in paths.items() if path is not None}
 
 
 @pytest.fixture
 def quick_trainings(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of the copied folder give a new version at once."""
-    monkeypatch.setattr("segqc.loop.training.train_segmentation", lambda *_: perturbed(dataset.segmenter()))  # type: ignore[arg-type]
-    monkeypatch.setattr("segqc.loop.training.train_assessor", lambda *_: perturbed(dataset.assessor()))  # type: ignore[arg-type]
+    monkeypatch.setattr("segqc.loop.training.train_segmentation", lambda *_: perturbed(dataset.segmenter()))
+    monkeypatch.setattr("segqc.loop.training.train_assessor", lambda *_: perturbed(dataset.assessor()))
 
 
 @pytest.mark.usefixtures("quick_trainings")
@@ -232,14 +247,14 @@ def quick_trainings(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_network_is_trained_by_one_process_at_a_time(dataset: Dataset, network: Any) -> None:
     other: Any = "segqc" if network == "segmentation" else "segmentation"
     lock = dataset.training_folder(network) / "training.lock"
-    before = dataset.model_path(network).read_bytes()
+    before = models(dataset)[network]
     with hold(lock, "segqc train"):
         with pytest.raises(TrainingBusy, match=rf"{network} .* segqc train \(process {os.getpid()} on .*, since"):
             train(dataset, network, NoProgress())
-        assert dataset.model_path(network).read_bytes() == before
+        assert models(dataset)[network] == before
         train(dataset, other, NoProgress())
     train(dataset, network, NoProgress())
-    assert dataset.model_path(network).read_bytes() != before
+    assert models(dataset)[network] != before
 
 
 @pytest.mark.usefixtures("quick_trainings")
@@ -280,7 +295,7 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     during = in_use()
     assert (during == before) is ("score" not in die_at and "scoring" not in die_at)
     assert during == before or not {*during} & {*before}, "both networks are replaced together"
-    assert len(told()) == 1
+    assert told() <= {during}, "no estimate of another bundle is told"
     ranked = {s.name for s in stored_scans(dataset) if s.ranking_dice is not None}
     assert ranked == set(dataset.assessments()), "ranked by what is told"
     result = work.run(dataset, job, Lines())
@@ -288,7 +303,10 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     assert set(result.steps) == {"train segmentation", "train segqc", "publish", "score"}
     assert told() == {in_use()}
     assert len(dataset.assessments()) == 3
-    assert not any(dataset.staged_path(network).exists() for network in NETWORKS)
+    assert [path.name for path in (dataset.own / "models").iterdir() if path.name.startswith(".")] == []
+    assert not list((dataset.own / "training" / "rounds").iterdir())
+    numbers = [status.number for status in dataset.bundles.listing()]
+    assert numbers == [1, 2, 3], "a round publishes once, however often it is continued"
 
 
 def stored_scans(dataset: Dataset) -> list[ScanRecord]:
@@ -296,19 +314,20 @@ def stored_scans(dataset: Dataset) -> list[ScanRecord]:
         return scans.listing(transaction)
 
 
-def test_a_scoring_by_networks_that_were_replaced_meanwhile_ranks_nothing(dataset: Dataset) -> None:
+def test_a_scoring_by_a_bundle_that_was_replaced_meanwhile_ranks_nothing(dataset: Dataset) -> None:
     score(dataset, "segqc", NoProgress())
-    with dataset.store.write() as transaction:
-        assessments.serve(transaction, "newer", "newer")
+    before = dataset.bundle()
+    assert before is not None
+    with dataset.bundles.workspace() as work:
+        perturbed(dataset.assessor()).save(work / "segqc.pt")
+        dataset.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
     assert dataset.assessments() == {}
-    segmenter, assessor = dataset.segmenter(), dataset.assessor()
-    assert segmenter is not None
-    assert assessor is not None
-    assess_scan(dataset, dataset.scan("c5"), segmenter, assessor)
+    assess_scan(dataset, dataset.scan("c5"), before)
     assert all(scan.ranking_dice is None for scan in stored_scans(dataset))
-    score(dataset, "segqc", NoProgress())  # by the models in use: they serve again
-    assert set(dataset.assessments()) == {"c5", "c6", "c7"}
+    dataset.bundles.serve(before.number, SERVER)
+    assert set(dataset.assessments()) == {"c5", "c6", "c7"}, "what it said counts again"
     assert sum(scan.ranking_dice is not None for scan in stored_scans(dataset)) == 3
+    assert score(dataset, "segqc", NoProgress()).skipped == 3
 
 
 def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(

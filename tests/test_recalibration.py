@@ -19,12 +19,12 @@ from segqc.loop.scoring import keep_mask
 from segqc.loop.submission import Opened, submit_label
 from segqc.networks.assessor import Assessor
 from segqc.networks.model import ModelError
-from segqc.networks.segmenter import Segmenter
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.intervals import StructureIntervals, split_conformal
 from segqc.quality.metrics import LinearCalibration
 from segqc.selection import segqc as worst_first
-from segqc.store import assessments, corrections, leases
+from segqc.store import assessments, bundles, corrections, leases
+from segqc.store.events import SERVER
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
@@ -47,11 +47,11 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert assessor is not None
     known = StructureCalibration(LINE, LinearCalibration(), LinearCalibration(), LinearCalibration(), None)
     card = replace(assessor.card, calibration=(known, known), seen=())
-    judging, segmenter = Assessor(card, assessor.network), made.segmenter()
-    judging.save(made.model_path("segqc"))
-    assert segmenter is not None
+    with made.bundles.workspace() as work:
+        Assessor(card, assessor.network).save(work / "segqc.pt")
+        made.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
     for i in range(12):
-        judge(made, f"scan_{i}", 0.5 + i / 50, segmenter, judging)
+        judge(made, f"scan_{i}", 0.5 + i / 50)
     made.store.close()
     return folder
 
@@ -62,14 +62,17 @@ def dataset(judged: Path, tmp_path: Path) -> Dataset:
     return Dataset(shutil.copytree(judged, tmp_path / "s"))
 
 
-def judge(dataset: Dataset, scan: str, dice: float, segmenter: Segmenter, assessor: Assessor) -> None:
+def judge(dataset: Dataset, scan: str, dice: float) -> None:
     """A mask of the segmentation network, and an assessment of it that SegQC-Net might have made."""
+    bundle = dataset.bundle()
+    assert bundle is not None
     truth = draw_case(int(scan.removeprefix("scan_")))[1]
-    mask = keep_mask(dataset, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), segmenter)
-    told = replace(make_assessment(scan, dice), segmenter_version=segmenter.version, assessor_version=assessor.version)
+    mask = keep_mask(dataset, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), bundle)
+    told = make_assessment(scan, dice)
     raw = Metrics((dice - 0.1) / 0.8, 0.5, 0.1, 0.0)
     quality = replace(told.structures[0], raw=replace(told.structures[0].raw, metrics=raw), intervals=WIDE)
-    dataset.write_assessment(replace(told, structures=(quality, replace(quality, name="spleen"))), mask)
+    told = replace(told, structures=(quality, replace(quality, name="spleen")))
+    dataset.write_assessment(told, mask, bundle.number)
 
 
 def correct(dataset: Dataset, rules: LeaseRules, count: int, opened: Opened | None = None) -> list[str]:
@@ -131,10 +134,10 @@ def test_with_too_few_audited_patients_the_training_s_intervals_stay(dataset: Da
     correct(dataset, AUDIT, 8)
     found = audit(dataset, model(dataset))
     assert [(a.patients, a.intervals) for a in found] == [(8, None)] * 2
-    before = dataset.model_path("segqc").read_bytes()
+    before = dataset.bundle()
     with pytest.raises(ModelError, match="enough patients"):
-        use(dataset, model(dataset), found)
-    assert dataset.model_path("segqc").read_bytes() == before
+        use(dataset, model(dataset), found, ANNA)
+    assert dataset.bundle() is before
 
 
 def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_shown(dataset: Dataset) -> None:
@@ -142,27 +145,28 @@ def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_sh
     with dataset.store.write() as transaction:
         held = leases.acquire(transaction, ANNA, "segqc", worst_first.order, WORST)
     assert held is not None
+    with dataset.store.read() as transaction:
+        shown = assessments.read(transaction, held.assessment or 0)
     old = model(dataset)
-    assert use(dataset, old, audit(dataset, old)) == 2
+    assert use(dataset, old, audit(dataset, old), ANNA) == 3
     new = model(dataset)
     assert new.version == old.version
     made = new.card.calibration[0].intervals
     assert isinstance(made, StructureIntervals)
     with dataset.store.read() as transaction:
-        told = {
-            f"scan_{i}": assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited
-        }
-    for scan, found in told.items():
+        assert assessments.read(transaction, held.assessment or 0) == shown, "what was shown stays"
+        told = [assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited]
+        published = bundles.listing(transaction)
+    assert [(b.actor, b.reason, b.is_serving) for b in published][-1] == (ANNA, "intervals of audit draws", True)
+    assert len(told) == 3
+    for found in told:
         assert found is not None
         quality = found[1].structures[0]
-        raw, shown = quality.raw.metrics.dice, quality.estimated.dice
+        raw, estimated = quality.raw.metrics.dice, quality.estimated.dice
         assert raw is not None
-        if scan == held.scan:
-            assert quality.intervals == WIDE
-        else:
-            assert quality.intervals.dice == made.dice.interval(raw, shown=shown)
-            assert quality.intervals.dice is not None
-            assert quality.intervals.dice.low <= quality.estimated.dice <= quality.intervals.dice.high  # type: ignore[operator]
+        assert quality.intervals.dice == made.dice.interval(raw, shown=estimated)
+        assert quality.intervals.dice is not None
+        assert quality.intervals.dice.low <= quality.estimated.dice <= quality.intervals.dice.high  # type: ignore[operator]
 
 
 def test_the_command(dataset: Dataset) -> None:

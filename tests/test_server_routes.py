@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from fastapi.testclient import TestClient
 from monailabel.config import settings
 from monailabel.interfaces.utils.app import app_instance, clear_cache
 from monailabel.utils.others.generic import file_checksum
+from sqlalchemy import update
 
 from segqc.loop.dataset import Dataset
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError
 from segqc.server.serve import default_app_dir
-from segqc.store import assessments, corrections, jobs, labels, leases
+from segqc.store import bundles, corrections, events, jobs, leases
 from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Transaction
 from segqc.store.events import SERVER
+from segqc.store.schema import Bundle
 from segqc.types import Assessment
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
 from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset
@@ -69,8 +72,14 @@ def client(base: Path) -> Iterator[TestClient]:
 def models(base: Path) -> Iterator[None]:
     add_models(base)
     yield
-    for network in ("segmentation", "segqc"):
-        Dataset(base).model_path(network).unlink()  # type: ignore[arg-type]
+    forget_models(base)
+
+
+def forget_models(base: Path) -> None:
+    """Let no bundle serve, and remove the files of all."""
+    with Dataset(base).store.write() as transaction:
+        transaction.execute(update(Bundle).values(serving=False))
+    shutil.rmtree(Dataset(base).own / "models")
 
 
 def studies_of(client: TestClient) -> Dataset:
@@ -394,39 +403,58 @@ def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path
 
 
 @pytest.mark.usefixtures("models")
-def test_another_model_file_is_another_model(client: TestClient, base: Path) -> None:
-    context = app_instance().context
-    first = context.segmenter()
-    assert context.segmenter() is first
-    path = context.segmenters.path
-    content = path.read_bytes()
-    assert client.put("/model/segmentation", files={"file": ("m.pt", content)}).status_code == 200
-    again = context.segmenter()
-    assert again is not first
-    assert again.version == first.version
-    assert client.put("/model/segqc", files={"file": ("m.pt", content)}).status_code == 422  # another kind
-    path.write_bytes(b"damaged")
-    response = client.post("/infer/segmentation?image=scan_1")
-    assert response.status_code == 409
-    assert "segmentation.pt" in response.json()["detail"]
-
-
-@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("network", ["segmentation", "segqc"])
-def test_an_uploaded_model_serves_and_the_pool_is_scored_anew(
+def test_an_uploaded_model_is_a_bundle_that_serves_and_the_pool_is_scored_by_it(
     client: TestClient, base: Path, network: NetworkName
 ) -> None:
     context, store = app_instance().context, studies_of(client).store
+    before, first = context.bundle(network), context.model(network)
+    assert context.model(network) is first, "loaded once"
     with store.write() as transaction:
-        assessments.serve(transaction, "other", "pair")
         for job in jobs.open_jobs(transaction, "scoring"):
             jobs.stop(transaction, job.id, SERVER)
-    content = context.dataset.model_path(network).read_bytes()
-    assert client.put(f"/model/{network}", files={"file": ("m.pt", content)}).status_code == 200
+    content = before.path(network).read_bytes()
+    answer = client.put(f"/model/{network}?client_id=anna", files={"file": ("m.pt", content)})
+    assert answer.status_code == 200
+    after = context.bundle(network)
+    assert after.number == before.number + 1 == answer.json()["bundle"]
+    assert answer.json()["checksum"] == f"SHA256:{hashlib.sha256(content).hexdigest()}"
+    assert context.model(network) is not first
+    assert {n: e.version for n, e in after.manifest.networks.items()} == {
+        n: e.version for n, e in before.manifest.networks.items()
+    }
     with store.read() as transaction:
-        pair = labels.bundle(transaction, context.segmenter().version, context.assessor().version)
-        assert assessments.serving(transaction) == pair.id
+        published = bundles.serving(transaction)
+        assert published is not None
+        assert (published.bundle.id, published.parent, published.reason) == (after.number, before.number, "upload")
+        assert published.actor.kind == "person"
+        told = events.history(transaction, "bundle", after.number)
+        assert [(e.verb, e.actor) for e in told] == [("published", published.actor), ("served", published.actor)]
         assert [job.request for job in jobs.open_jobs(transaction, "scoring")] == [{"method": "segqc"}]
+    assert client.get(f"/model/{network}").content == content
+
+
+@pytest.mark.usefixtures("models")
+def test_a_model_of_another_kind_and_a_removal_are_refused(client: TestClient, base: Path) -> None:
+    context = app_instance().context
+    before = context.bundle("segqc")
+    content = before.path("segmentation").read_bytes()
+    answer = client.put("/model/segqc", files={"file": ("m.pt", content)})
+    assert answer.status_code == 422
+    assert "the uploaded file is no segqc model: is a segmentation model" in answer.json()["detail"]
+    assert client.delete("/model/segqc").status_code == 409
+    assert context.bundle("segqc") is before
+    assert not list((context.dataset.own / "incoming").glob("model-*"))
+
+
+def _empty(path: Path) -> None:
+    path.unlink()
+    path.touch()
+
+
+def _text(path: Path) -> None:
+    path.unlink()
+    path.write_text("to be trained")
 
 
 def _folder(path: Path) -> None:
@@ -435,14 +463,18 @@ def _folder(path: Path) -> None:
 
 
 def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1000])
 
 
 def _pickle(path: Path) -> None:
+    path.unlink()
     torch.save({"epoch": 3, "state_dict": {}}, path)
 
 
 def _arbitrary_pickle(path: Path) -> None:
+    path.unlink()
     path.write_bytes(pickle.dumps(SystemExit("run")))
 
 
@@ -463,12 +495,13 @@ def _pipe(path: Path) -> None:
 
 def _other_kind(path: Path) -> None:
     other = {"segmentation.pt": "segqc.pt", "segqc.pt": "segmentation.pt"}[path.name]
+    path.unlink()
     path.write_bytes(path.with_name(other).read_bytes())
 
 
 JUNK = {
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("to be trained"),
+    "empty": _empty,
+    "text": _text,
     "folder": _folder,
     "truncated": _truncate,
     "another program's": _pickle,
@@ -483,10 +516,11 @@ JUNK = {
 @pytest.mark.parametrize("network", ["segmentation", "segqc"])
 @pytest.mark.parametrize("junk", list(JUNK))
 def test_whatever_lies_in_the_place_of_a_model_is_named(
-    client: TestClient, base: Path, network: Any, junk: str
+    client: TestClient, base: Path, network: NetworkName, junk: str
 ) -> None:
     add_models(base)
     path = Dataset(base).model_path(network)
+    assert path is not None
     content = path.read_bytes()
     try:
         JUNK[junk](path)
@@ -501,22 +535,65 @@ def test_whatever_lies_in_the_place_of_a_model_is_named(
         with pytest.raises(ModelError, match=re.escape(str(path))):
             dataset.segmenter() if network == "segmentation" else dataset.assessor()
         assert client.get(f"/model/{network}").status_code in (200, 404)
-        answer = client.put(f"/model/{network}", files={"file": ("m.pt", content)})
-        if path.is_file() and not path.is_symlink():  # an upload mends a damaged file
-            assert answer.status_code == 200
-            assert "problem" not in client.get("/info/").json()["train_stats"][network]
-        else:
-            assert answer.status_code == 409
-            assert str(path) in answer.json()["detail"]
+        assert client.put(f"/model/{network}", files={"file": ("m.pt", content)}).status_code == 200
+        told = client.get("/info/").json()
+        assert "problem" not in told["train_stats"][network], "an upload makes a new bundle"
+        assert told["models"]["segmentation"]["trained"], "with the other network"
+        assert told["models"]["segqc"]["trained"]
     finally:
-        shutil.rmtree(path.parent)
+        forget_models(base)
+
+
+def _no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def _file_for_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"junk")
+
+
+def _no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _junk_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_bytes(b"{")
+
+
+def _other_bundle(folder: Path) -> None:
+    """A folder of another dataset under this number."""
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes().replace(b"a test", b"another")
+    manifest.unlink()
+    manifest.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [_no_folder, _file_for_folder, _no_manifest, _junk_manifest, _other_bundle])
+def test_whatever_lies_in_the_place_of_a_bundle_is_named(
+    client: TestClient, base: Path, spoil: Callable[[Path], None]
+) -> None:
+    folder = Dataset(base).own / "models" / str(add_models(base))
+    try:
+        spoil(folder)
+        answer = client.get("/info/")
+        assert answer.status_code == 200
+        for network in ("segmentation", "segqc"):
+            assert str(folder) in answer.json()["train_stats"][network]["problem"]
+            inference = client.post(f"/infer/{network}?image=scan_1")
+            assert inference.status_code == 409
+            assert "segqc models serve" in inference.json()["detail"]
+            assert client.get(f"/model/{network}").status_code == 404
+    finally:
+        forget_models(base)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
 def test_a_model_that_cannot_be_seen_is_named(
     client: TestClient, base: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Dataset(base).model_path("segqc").parent
+    folder = Dataset(base).own / "models" / str(add_models(base))
     stat = Path.stat
 
     def refuse(self: Path, **options: Any) -> os.stat_result:
@@ -525,13 +602,17 @@ def test_a_model_that_cannot_be_seen_is_named(
         return stat(self, **options)
 
     monkeypatch.setattr(Path, "stat", refuse)
-    answer = client.get("/info/")
-    assert answer.status_code == 200
-    for network, stats in answer.json()["train_stats"].items():
-        assert f"{network}.pt: cannot be read ({str(error.strerror).lower()})" in stats["problem"]
-    assert client.post("/infer/segqc?image=scan_1").status_code == 409
-    with pytest.raises(ModelError, match="cannot be read"):
-        Dataset(base).segmenter()
+    try:
+        answer = client.get("/info/")
+        assert answer.status_code == 200
+        for stats in answer.json()["train_stats"].values():
+            assert f"manifest.json: cannot be read ({str(error.strerror).lower()})" in stats["problem"]
+        assert client.post("/infer/segqc?image=scan_1").status_code == 409
+        with pytest.raises(ModelError, match="cannot be read"):
+            Dataset(base).segmenter()
+    finally:
+        monkeypatch.undo()
+        forget_models(base)
 
 
 @pytest.mark.parametrize("lost", [StoreUnavailable, StoreDamaged])

@@ -26,7 +26,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
 from segqc.store.scans import UnknownScan
-from segqc.store.schema import OPEN_STATES, LeaseRow
+from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
 from segqc.types import Metrics
@@ -44,6 +44,7 @@ from tests.store_kit import (
     save_final,
     save_mask,
     sync_scans,
+    write_assessment,
 )
 
 COUNT = 12
@@ -491,14 +492,15 @@ def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> No
     written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
     assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
-        number = assessments.write(transaction, written, mask.id)
+        number = write_assessment(transaction, written, mask.id)
     with store.read() as transaction:
         assert assessments.ranking_intervals(transaction) == {"scan_1": written.dice_interval}
-        assert not assessments.was_shown(transaction, number)
         assert assessments.read(transaction, number) == written
         assert assessments.latest(transaction, "scan_1") == (number, written)
         assert scans.get(transaction, "scan_1").ranking_dice == 0.7
-        assert assessments.label_of(transaction, number) == mask.id
+        assert mask.bundle is not None
+        assert assessments.of_bundle(transaction, mask.id, mask.bundle.id) == written
+        assert assessments.of_bundle(transaction, mask.id, mask.bundle.id + 1) is None
 
 
 def test_the_interval_is_that_of_the_ranking_estimate_not_of_an_equal_one(store: Store, folder: Path) -> None:
@@ -506,8 +508,8 @@ def test_the_interval_is_that_of_the_ranking_estimate_not_of_an_equal_one(store:
     final = save_final(store, folder.parent, "scan_1", 6)
     ranking, other = (make_assessment("scan_1", 0.7, half_width=width) for width in (0.1, 0.2))
     with store.write() as transaction:
-        assessments.write(transaction, ranking, mask.id)
-        assessments.write(transaction, other, final.id)
+        write_assessment(transaction, ranking, mask.id)
+        write_assessment(transaction, other, final.id)
     with store.read() as transaction:
         assert assessments.ranking_intervals(transaction) == {"scan_1": ranking.dice_interval}
 
@@ -515,7 +517,7 @@ def test_the_interval_is_that_of_the_ranking_estimate_not_of_an_equal_one(store:
 def test_a_new_mask_is_not_ranked_by_the_old_ones_estimate(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
     with store.write() as transaction:
-        assessments.write(transaction, make_assessment("scan_1", 0.7), mask.id)
+        write_assessment(transaction, make_assessment("scan_1", 0.7), mask.id)
     save_mask(store, folder.parent, "scan_1", 6, segmenter="seg2")
     with store.read() as transaction:
         assert scans.get(transaction, "scan_1").ranking_dice is None
@@ -526,14 +528,13 @@ def test_old_assessments_are_thinned_unless_they_were_shown(store: Store, folder
     mask = save_mask(store, folder.parent, "scan_1", 5)
     versions = [replace(make_assessment("scan_1", 0.5), assessor_version=f"qc{i}") for i in range(3)]
     with store.write() as transaction:
-        first = assessments.write(transaction, versions[0], mask.id)
+        first = write_assessment(transaction, versions[0], mask.id)
     assert take(store, ANNA).assessment == first
     with store.write() as transaction:
-        second = assessments.write(transaction, versions[1], mask.id)
-        third = assessments.write(transaction, versions[2], mask.id)
+        second = write_assessment(transaction, versions[1], mask.id)
+        third = write_assessment(transaction, versions[2], mask.id)
     with store.read() as transaction:
         assert [assessments.read(transaction, i) is not None for i in (first, second, third)] == [True, False, True]
-        assert [assessments.was_shown(transaction, i) for i in (first, second, third)] == [True, False, False]
 
 
 def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, folder: Path) -> None:
@@ -545,8 +546,8 @@ def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, fo
     written = replace(make_assessment("scan_1", 0.8), structures=parts)
     with store.write() as transaction:
         numbers = [
-            assessments.write(transaction, written, told.id),
-            assessments.write(transaction, make_assessment("scan_2", 0.7), silent.id),
+            write_assessment(transaction, written, told.id),
+            write_assessment(transaction, make_assessment("scan_2", 0.7), silent.id),
         ]
     with store.read() as transaction:
         assert assessments.ranking_intervals(transaction) == {"scan_1": wide.intervals.dice, "scan_2": None}
@@ -560,7 +561,7 @@ def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, fo
 def test_an_assessment_of_another_scans_mask_is_refused(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
     with pytest.raises(StoreError, match="scan_1"), store.write() as transaction:
-        assessments.write(transaction, make_assessment("scan_2", 0.7), mask.id)
+        write_assessment(transaction, make_assessment("scan_2", 0.7), mask.id)
 
 
 def test_scores_are_replaced(store: Store) -> None:
@@ -579,7 +580,7 @@ def assess_all(store: Store, folder: Path) -> None:
     for i in range(COUNT):
         mask = save_mask(store, folder.parent, f"scan_{i}", i + 1)
         with store.write() as transaction:
-            assessments.write(transaction, make_assessment(f"scan_{i}", 0.9 - i / 100), mask.id)
+            write_assessment(transaction, make_assessment(f"scan_{i}", 0.9 - i / 100), mask.id)
 
 
 def test_two_annotators_get_different_scans_worst_first(store: Store, folder: Path) -> None:
@@ -743,7 +744,7 @@ def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folde
     for i in range(COUNT):
         mask = save_mask(store, folder.parent, f"scan_{i}", i + 1)
         with store.write() as transaction:
-            assessments.write(transaction, make_assessment(f"scan_{i}", 0.5 + i / 100, half_width=0.1), mask.id)
+            write_assessment(transaction, make_assessment(f"scan_{i}", 0.5 + i / 100, half_width=0.1), mask.id)
     audits = LeaseRules(audit_share=1.0, validation_share=0.0)
     whole = replace(PART, opened_slices=None)
     audited = [take(store, ANNA, audits).scan]
@@ -760,7 +761,7 @@ def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folde
         dice = 0.5 + int(checked.scan.removeprefix("scan_")) / 100
         said = make_assessment(checked.scan, dice, half_width=0.1).structures[0]
         assert (checked.patient, checked.structure) == (checked.scan, "liver")
-        assert (checked.segmenter_version, checked.assessor_version) == ("seg", "qc")
+        assert (checked.segmenter_version, checked.assessor_version) == ("seg1", "qc")
         assert (checked.estimated, checked.intervals) == (said.estimated, said.intervals)
         assert checked.true == PART.structures[0].metrics
     clock.pass_(minutes=1)
@@ -776,7 +777,7 @@ def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder:
     clock.pass_(minutes=12)
     with store.write() as transaction:  # a later estimate must not take the place of the one that was shown
         later = replace(make_assessment(lease.scan, 0.99), assessor_version="later")
-        assessments.write(transaction, later, lease.label_version or 0)
+        write_assessment(transaction, later, lease.label_version or 0)
     submit(store, folder, lease.scan, ANNA, 40)
     with store.read() as transaction:
         (found,) = corrections.listing(transaction)
@@ -943,7 +944,12 @@ def test_a_round_continues_after_its_finished_steps(store: Store) -> None:
         jobs.finish_step(transaction, number, "train segmentation", {"dice": 0.8})
     with store.write() as transaction:
         assert jobs.begin_round(transaction, job, 12) == (number, {"train segmentation": {"dice": 0.8}})
-        jobs.finish_round(transaction, number, pair.id)
+        jobs.finish_step(transaction, number, "publish", {"bundle": pair.id}, bundle=pair.id)
+        jobs.finish_step(transaction, number, "score", {})
+        jobs.finish_round(transaction, number)
+    with store.read() as transaction:
+        row = transaction.get_one(RoundRow, number)
+        assert (row.bundle_id, row.ended_at is not None) == (pair.id, True)
 
 
 def test_the_last_assessments_of_all_scans_are_those_of_each(store: Store, folder: Path) -> None:
@@ -955,8 +961,7 @@ def test_the_last_assessments_of_all_scans_are_those_of_each(store: Store, folde
     removed = save_mask(store, folder.parent, "scan_4", 6)
     with store.write() as transaction:
         for i, mask in enumerate((first, second, second, returned, thinned, removed)):
-            made = replace(make_assessment(mask.scan, 0.1 * i), assessor_version=f"qc{i}")
-            assessments.write(transaction, made, mask.id)
+            write_assessment(transaction, make_assessment(mask.scan, 0.1 * i), mask.id)
         transaction.execute(
             text("UPDATE assessment_structure SET detail = NULL WHERE assessment_id IN "
                  "(SELECT id FROM assessment WHERE label_version_id = :version)"),

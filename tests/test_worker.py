@@ -378,8 +378,9 @@ def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
     wait_for(trained, 240)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    before = dataset.staged_path("segmentation").stat().st_ino
-    assert not dataset.model_path("segmentation").exists(), "both networks are published together"
+    (staged,) = (dataset.own / "training" / "rounds").glob("*/segmentation.pt")
+    before = staged.read_bytes()
+    assert dataset.bundle() is None, "both networks are published together"
     Worker(dataset).serve(until_idle=True)
     ended = state(dataset, job)
     assert (ended.state, ended.attempts) == ("done", 2), ended.messages
@@ -387,5 +388,8 @@ def test_a_real_round_survives_the_kill_of_its_worker(tmp_path: Path) -> None:
     steps = ended.result["steps"]
     assert isinstance(steps, dict)
     assert set(steps) == {"train segmentation", "train segqc", "publish", "score"}
-    assert dataset.model_path("segmentation").stat().st_ino == before, "a finished step is not done twice"
+    path = dataset.model_path("segmentation")
+    assert path is not None
+    assert path.read_bytes() == before, "a finished step is not done twice"
+    assert [(s.number, s.problem) for s in dataset.bundles.listing()] == [(1, None)]
     assert len(dataset.assessments()) == 2

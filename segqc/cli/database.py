@@ -21,9 +21,9 @@ def backup(
     folder: StudiesFolder,
     target: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder to make.", show_default=False)],
 ) -> None:
-    """Copy the database, every label version and the settings, also while the server runs.
+    """Copy the database, every label version, the serving bundle and the settings, also while the server runs.
 
-    [bold]segqc db restore[/bold] brings it back. Scans and networks are not part of it.
+    [bold]segqc db restore[/bold] brings it back. Scans and other bundles are not part of it.
     """
     from segqc.settings import SETTINGS_FILE
     from segqc.store import maintenance
@@ -42,8 +42,9 @@ def restore(
 ) -> None:
     """Restore a backup: its database and labels replace those of the folder, which are set aside, not deleted.
 
-    Scans, networks and the folder's settings stay. Stop the server and the workers first.
+    Scans, bundles of networks and the folder's settings stay. Stop the server and the workers first.
     """
+    from segqc.loop.publishing import Bundles
     from segqc.settings import SETTINGS_FILE
     from segqc.store import maintenance
     from segqc.store.restore import restore as bring_back
@@ -57,7 +58,8 @@ def restore(
         )
     with shown_progress(log_lines=False) as progress:
         done = bring_back(backup, folder, settings_file=SETTINGS_FILE, progress=progress)
-        findings = maintenance.check(kept_store(folder), progress)
+        store = kept_store(folder)
+        findings = [*maintenance.check(store, progress), *Bundles(store, settings_of(folder)).findings()]
     if done.upgraded_from is not None:
         typer.echo(f"{folder}: the tables were of revision {done.upgraded_from} and were upgraded")
     for finding in findings:
@@ -83,14 +85,17 @@ def check(
 
     The exit code is 1 if something is damaged or missing; files that are not taken in harm nothing.
     """
+    from segqc.loop.publishing import Bundles
     from segqc.store import maintenance
 
     store = kept_store(folder)
+    bundles = Bundles(store, settings_of(folder))
     with shown_progress(log_lines=False) as progress:
         if repair:
             restored = maintenance.repair(store, progress)
+            bundles.sweep()
             typer.echo(f"{folder}: {restored.written} label files written again")
-        findings = maintenance.check(store, progress)
+        findings = [*maintenance.check(store, progress), *bundles.findings()]
     for finding in findings:
         typer.echo(visible(f"{finding.what}; {finding.remedy}"))
     damaged = sum(finding.is_damage for finding in findings)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export
+from segqc.cli import annotation, database, evaluation, import_export, models
 from segqc.cli.common import (
     NOT_ENOUGH_DATA,
     AsCsv,
@@ -70,6 +70,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
 app.add_typer(evaluation.app)
 app.add_typer(database.app, name="db")
+app.add_typer(models.app, name="models")
 app.add_typer(import_export.import_app, name="import")
 app.add_typer(import_export.export_app, name="export")
 
@@ -281,7 +282,7 @@ def _train(
     settings = dataset.settings.training_settings(network)
     with shown_progress() as progress:
         chosen = settings.paper_recipe() if paper_recipe else settings
-        trained = train(dataset, network, progress, chosen, purpose="segqc train")
+        trained = train(dataset, network, progress, chosen, actor=me(), purpose="segqc train")
     path = dataset.model_path(network)
     rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
@@ -420,7 +421,7 @@ def intervals(
     ]
     emit(rows, f"{folder}: {LEVEL:.0%} intervals on audit draws", as_json=as_json, as_csv=as_csv, key="structures")
     if use:
-        renewed = use_them(dataset, assessor, found)
+        renewed = use_them(dataset, assessor, found, me())
         typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
 
 

@@ -169,6 +169,7 @@ _WHO: Final = (
     ActorRow.identified_by.label("identified_by"),
 )
 _PAIR: Final = (
+    Bundle.id.label("bundle"),
     Bundle.segmenter_version.label("segmenter_version"),
     Bundle.assessor_version.label("assessor_version"),
 )

@@ -6,7 +6,7 @@
     <folder>/labels/final/<id>.nii.gz     labels that a person submitted
     <folder>/labels/original/<id>.nii.gz  masks that the segmentation network made
     <folder>/segqc.toml                   settings
-    <folder>/segqc/                       the store, every label version, models, trainings
+    <folder>/segqc/                       the store, every label version, bundles of networks, trainings
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from segqc.errors import SegqcError
+from segqc.loop.errors import DatasetError as DatasetError
+from segqc.loop.publishing import Bundles
+from segqc.networks.bundle import NetworkBundle
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, findings, labels, remarks, scans
@@ -38,10 +40,6 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.training.cases import Case
 
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
-
-
-class DatasetError(SegqcError):
-    """A dataset folder can't be used; says what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,42 +274,49 @@ class Dataset:
         with self.store.read() as transaction:
             return {s.patient: PatientSplit(s.fold, s.split) for s in scans.listing(transaction)}
 
-    def model_path(self, network: NetworkName) -> Path:
-        """Where the current model of a network lies."""
-        return self.own / "models" / f"{network}.pt"
+    @functools.cached_property
+    def bundles(self) -> Bundles:
+        """The folder's bundles: pairs of networks that were published together."""
+        return Bundles(self.store, self.settings)
 
-    def staged_path(self, network: NetworkName) -> Path:
-        """Where a round keeps its model of a network until both are trained."""
-        return self.own / "models" / "next" / f"{network}.pt"
+    def bundle(self) -> NetworkBundle | None:
+        """The bundle that serves; None before the first training.
+
+        Raises:
+            ModelError: if its files are missing, or its manifest is damaged.
+        """
+        return self.bundles.serving()
+
+    def model_path(self, network: NetworkName) -> Path | None:
+        """The model file of a network that serves; None before its first training.
+
+        Raises:
+            ModelError: as for `bundle`.
+        """
+        bundle = self.bundle()
+        return bundle.path(network) if bundle is not None else None
 
     def training_folder(self, network: NetworkName) -> Path:
         """Where checkpoints and learning curve of a network lie."""
         return self.own / "training" / network
 
     def segmenter(self) -> Segmenter | None:
-        """The current segmentation network; ``None`` before the first training.
+        """The segmentation network that serves; None before the first training.
 
         Raises:
-            ModelError: if what lies in its place is no model file that can be read.
+            ModelError: if its files are missing or damaged.
         """
-        from segqc.networks.model import model_status
-        from segqc.networks.segmenter import Segmenter
-
-        path = self.model_path("segmentation")
-        return Segmenter.load(path) if model_status(path) is not None else None
+        bundle = self.bundle()
+        return bundle.segmenter() if bundle is not None and bundle.holds("segmentation") else None
 
     def assessor(self) -> Assessor | None:
-        """The current SegQC-Net with this folder's settings; ``None`` before the first training.
+        """The SegQC-Net that serves, with this folder's settings; None before the first training.
 
         Raises:
-            ModelError: if what lies in its place is no model file that can be read.
+            ModelError: if its files are missing or damaged.
         """
-        from segqc.networks.assessor import AssessmentSettings, Assessor
-        from segqc.networks.model import model_status
-
-        path = self.model_path("segqc")
-        settings = AssessmentSettings(extraction=self.settings.extraction, boxes=self.settings.boxes)
-        return Assessor.load(path, settings) if model_status(path) is not None else None
+        bundle = self.bundle()
+        return bundle.assessor() if bundle is not None and bundle.holds("segqc") else None
 
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""
@@ -327,15 +332,17 @@ class Dataset:
             found = assessments.latest_of_all(transaction)
         return {name: found[name] for name in there if name in found}
 
-    def write_assessment(self, assessment: Assessment, mask: LabelRecord, *, content: str | None = None) -> None:
-        """Keep an assessment of a stored mask.
+    def write_assessment(
+        self, assessment: Assessment, mask: LabelRecord, bundle: int, *, content: str | None = None
+    ) -> None:
+        """Keep a bundle's assessment of a stored mask.
 
         Raises:
             ScanReplaced: if the scan has another content by now than the one that was assessed.
         """
         with self.store.write() as transaction:
             scans.expect(transaction, assessment.scan, content)
-            assessments.write(transaction, assessment, mask.id)
+            assessments.write(transaction, assessment, mask.id, bundle)
 
     def mask(self, name: str) -> LabelRecord | None:
         """The current mask of a scan: what a network made, or a person put there as such."""
@@ -343,29 +350,28 @@ class Dataset:
             return labels.current(transaction, name, ORIGINAL)
 
     def save_mask(
-        self, name: str, source: Path, segmenter: Segmenter, *, tag: str = ORIGINAL, content: str | None = None
+        self, name: str, source: Path, bundle: NetworkBundle, *, tag: str = ORIGINAL, content: str | None = None
     ) -> LabelRecord:
-        """Keep a network's mask of a scan.
+        """Keep a mask of a scan that a bundle's segmentation network made.
 
         Args:
             name: the scan's name.
             source: the mask's file.
-            segmenter: the network.
+            bundle: the bundle.
             tag: the label's tag.
             content: the scan's content (sha256) that the mask was made of; None where nobody knows.
 
         Raises:
             ScanReplaced: if the scan has another content by now.
         """
-        with self.store.write() as transaction:
-            pair = labels.bundle(transaction, segmenter.version)
+        segmenter = bundle.segmenter()
         # what clients of MONAI Label look for: which value is which structure
         info: JsonObject = {
             "model": "segmentation",
             "params": {"label_names": dict(label_names(segmenter.structures)), "model_version": segmenter.version},
         }
         network = Actor(kind="network", name=segmenter.version, identified_by="program")
-        label = NewLabel(name, tag, "network", network, bundle=pair.id, info=info, scan_sha256=content)
+        label = NewLabel(name, tag, "network", network, bundle=bundle.number, info=info, scan_sha256=content)
         return self.store.save_label(label, source)
 
     def score_versions(self, method: str) -> dict[str, str]:

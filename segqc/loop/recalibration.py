@@ -9,7 +9,8 @@ import numpy as np
 
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
-from segqc.networks.model import ModelError
+from segqc.networks.bundle import model_name
+from segqc.networks.model_file import ModelError
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.intervals import (
     DEFAULT_FLOOR,
@@ -20,8 +21,8 @@ from segqc.quality.intervals import (
     split_conformal,
 )
 from segqc.quality.metrics import MetricName
-from segqc.store import assessments, corrections
-from segqc.store.records import CheckedEstimate
+from segqc.store import assessments, corrections, labels
+from segqc.store.records import Actor, CheckedEstimate
 from segqc.types import Assessment, StructureQuality
 
 
@@ -65,7 +66,7 @@ def audit(dataset: Dataset, assessor: Assessor, *, simulated: bool = False, leve
         One of each structure, in the model's order.
     """
     segmenter = dataset.segmenter()
-    pair = (segmenter.version if segmenter is not None else "", assessor.version)
+    pair = (segmenter.version if segmenter is not None else None, assessor.version)
     with dataset.store.read() as transaction:
         found = corrections.audited(transaction, simulated=simulated)
     seen = set(assessor.card.seen)
@@ -122,11 +123,17 @@ def _conformal(
     )
 
 
-def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit]) -> int:
-    """Make the intervals of audit draws those of the model, where there are enough; estimates and version stay.
+def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Actor) -> int:
+    """Publish a bundle with the intervals of audit draws, where there are enough; estimates and versions stay.
 
-    Assessments of waiting scans get the new intervals at once, but for those that an annotator was shown: they stay
-    what was shown.
+    The waiting scans' assessments are the new bundle's at once, with the new intervals; what an annotator was shown
+    stays as it was.
+
+    Args:
+        dataset: the folder.
+        assessor: the current SegQC-Net.
+        found: what `audit` found.
+        actor: who wants it.
 
     Returns:
         The number of assessments with new intervals.
@@ -141,18 +148,20 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit]) -> int:
         for old, new in zip(assessor.card.calibration, found, strict=True)
     )
     updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
-    updated.save(dataset.model_path("segqc"))
     waiting = [entry.id for entry in dataset.waiting()]
     count = 0
-    with dataset.store.write() as transaction:
-        for name in waiting:
-            latest = assessments.latest(transaction, name)
-            if latest is None or latest[1].assessor_version != updated.version:
-                continue
-            number, old = latest
-            if not assessments.was_shown(transaction, number):
-                assessments.write(transaction, _renewed(old, updated), assessments.label_of(transaction, number))
-                count += 1
+    with dataset.bundles.workspace() as work:
+        path = work / model_name("segqc")
+        updated.save(path)
+        with dataset.bundles.publishing({"segqc": path}, actor, "intervals of audit draws") as publication:
+            for name in waiting:
+                start = labels.start_of(publication.transaction, name)
+                if start is None or publication.parent is None:
+                    continue
+                old = assessments.of_bundle(publication.transaction, start.id, publication.parent)
+                if old is not None and old.assessor_version == updated.version:
+                    assessments.write(publication.transaction, _renewed(old, updated), start.id, publication.number)
+                    count += 1
     return count
 
 

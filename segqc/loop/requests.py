@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias, assert_never
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from segqc.loop.dataset import DatasetError
+from segqc.loop.errors import DatasetError
 from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.database import Transaction
+from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import Actor, JobRecord, JsonObject
 
@@ -160,6 +161,12 @@ def result_to_json(result: JobResult) -> JsonObject:
 def enqueue(transaction: Transaction, request: JobRequest, actor: Actor, *, messages: Sequence[str] = ()) -> JobRecord:
     """Put a job at the end of its kind's queue; ``messages`` are its first lines."""
     return jobs.enqueue(transaction, request.kind, request_to_json(request), actor, messages=messages)
+
+
+def enqueue_scoring(transaction: Transaction) -> None:
+    """Put a scoring of the pool, unless one waits already; what has a current score is left as it is."""
+    if not any(job.state == "queued" for job in jobs.open_jobs(transaction, "scoring")):
+        enqueue(transaction, ScoringRequest(method="segqc"), SERVER)
 
 
 def title(request: JobRequest) -> str:

@@ -6,8 +6,9 @@ import logging
 from dataclasses import dataclass
 
 from segqc.loop.dataset import Dataset, ScanEntry
-from segqc.networks.assessor import AssessmentResult, Assessor
-from segqc.networks.model import ModelError
+from segqc.networks.assessor import AssessmentResult
+from segqc.networks.bundle import NetworkBundle
+from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Segmenter
 from segqc.selection import score_of, scores
 from segqc.store import assessments
@@ -32,10 +33,8 @@ class ScoringSummary:
 def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
-    "segqc" makes a mask where the current segmentation network has not made one, and assesses it; from its start on
-    only the current networks' estimates count, so that scans are never ranked by those of different ones. Every
-    other score is a function of the segmentation network's predictions under test-time augmentation. The lowest score
-    is the worst.
+    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it. Every other score is
+    a function of that network's predictions under test-time augmentation. The lowest score is the worst.
 
     Args:
         dataset: the folder.
@@ -47,22 +46,20 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
         StrategyError: if there is no such strategy, or it has no score.
         ModelError: if a network that the method needs is not trained yet.
     """
-    segmenter, assessor = _networks(dataset, method)
-    if assessor is not None:
-        with dataset.store.write() as transaction:
-            assessments.serve(transaction, segmenter.version, assessor.version)
+    bundle = _bundle(dataset, method)
+    by_estimate = score_of(method).function is None
     entries = dataset.waiting()
-    known = {} if force or assessor is not None else dataset.score_versions(method)
+    known = {} if force or by_estimate else dataset.score_versions(method)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}", entry.id)
         try:
-            if assessor is not None:
-                fresh = _score_segqc(dataset, entry, segmenter, assessor, force)
+            if by_estimate:
+                fresh = _score_segqc(dataset, entry, bundle, force)
             else:
-                fresh = known.get(entry.id) != segmenter.version
+                fresh = known.get(entry.id) != bundle.segmenter().version
                 if fresh:
-                    _write_scores(dataset, entry, segmenter)
+                    _write_scores(dataset, entry, bundle.segmenter())
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
@@ -73,17 +70,18 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
     return ScoringSummary(scored, skipped, failed)
 
 
-def _networks(dataset: Dataset, method: str) -> tuple[Segmenter, Assessor | None]:
+def _bundle(dataset: Dataset, method: str) -> NetworkBundle:
+    """The bundle that serves, with the networks that the method needs."""
     needs_assessor = score_of(method).function is None  # an unknown method is told before a missing network
-    segmenter = dataset.segmenter()
-    if segmenter is None:
+    bundle = dataset.bundle()
+    if bundle is None or not bundle.holds("segmentation"):
         raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")
-    if not needs_assessor:
-        return segmenter, None
-    assessor = dataset.assessor()
-    if assessor is None:
-        raise ModelError("scoring by segqc needs a SegQC network; train one first (segqc train segqc)")
-    return segmenter, assessor
+    bundle.segmenter()  # while its files are there: an old bundle's may go
+    if needs_assessor:
+        if not bundle.holds("segqc"):
+            raise ModelError("scoring by segqc needs a SegQC network; train one first (segqc train segqc)")
+        bundle.assessor()
+    return bundle
 
 
 def mask_to_assess(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> LabelRecord | None:
@@ -93,34 +91,35 @@ def mask_to_assess(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> 
     return None if outdated else mask
 
 
-def _score_segqc(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor, force: bool) -> bool:
-    mask = mask_to_assess(dataset, entry, segmenter)
+def _score_segqc(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle, force: bool) -> bool:
+    mask = mask_to_assess(dataset, entry, bundle.segmenter())
     if mask is not None and not force:
         with dataset.store.read() as transaction:
-            found = assessments.latest_of(transaction, mask.id)
-        if found is not None and found[1].assessor_version == assessor.version:
-            return False
-    assess_scan(dataset, entry, segmenter, assessor)
+            if assessments.of_bundle(transaction, mask.id, bundle.number) is not None:
+                return False
+    assess_scan(dataset, entry, bundle)
     return True
 
 
-def assess_scan(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter, assessor: Assessor) -> AssessmentResult:
-    """Assess a scan's mask, made now where there is none of the current network; keep mask and assessment.
+def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> AssessmentResult:
+    """Assess a scan's mask, made now where there is none of the bundle's network; keep mask and assessment.
 
     Raises:
+        ModelError: if the bundle has not both networks.
         VolumeError: if scan or mask can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
+    segmenter, assessor = bundle.segmenter(), bundle.assessor()
     scan = dataset.read_scan(entry)
     mask = mask_to_assess(dataset, entry, segmenter)
     if mask is None:
         labels = segmenter.predict(scan).labels
-        mask = keep_mask(dataset, entry.id, labels, segmenter, content=entry.sha256)
+        mask = keep_mask(dataset, entry.id, labels, bundle, content=entry.sha256)
     else:
         labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
     result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=source)
-    dataset.write_assessment(result.assessment, mask, content=entry.sha256)
+    dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     return result
 
 
@@ -128,14 +127,14 @@ def keep_mask(
     dataset: Dataset,
     name: str,
     labels: Volume,
-    segmenter: Segmenter,
+    bundle: NetworkBundle,
     tag: str = ORIGINAL,
     *,
     content: str | None = None,
 ) -> LabelRecord:
-    """Store a network's mask of a scan, of the content that it was made of; see `Dataset.save_mask`."""
+    """Store a bundle's mask of a scan, of the content that it was made of; see `Dataset.save_mask`."""
     with temporary_labels(labels) as path:
-        return dataset.save_mask(name, path, segmenter, tag=tag, content=content)
+        return dataset.save_mask(name, path, bundle, tag=tag, content=content)
 
 
 def _write_scores(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:

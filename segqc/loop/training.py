@@ -1,24 +1,26 @@
-"""Train one of the two networks on a dataset folder and publish it there."""
+"""Train one of the two networks on a dataset folder, and publish it there."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import Holder, LockHeld, hold
+from segqc.loop.requests import TrainResult
 from segqc.networks.assessor import Assessor
+from segqc.networks.bundle import model_name
 from segqc.networks.card import ModelCard, NetworkName
-from segqc.networks.model import ModelError, model_status
 from segqc.networks.segmenter import Segmenter
 from segqc.plots import draw_curve
-from segqc.store import labels
+from segqc.settings import SettingsError, build
+from segqc.store.events import SERVER
+from segqc.store.records import Actor
 from segqc.training import Progress, TrainingSettings
 from segqc.training.assessor import train_assessor
 from segqc.training.cases import CaseError, TooFewCases
@@ -48,50 +50,92 @@ class Trained:
     left_out: Mapping[str, str]
 
 
+def training_result(network: NetworkName, trained: Trained) -> TrainResult:
+    """What a job keeps of a training; scans that were left out are logged: a job's last lines are what clients show."""
+    if trained.left_out:
+        reasons = "; ".join(trained.left_out.values())
+        logger.warning("%d scans used, %d left out: %s", trained.used, len(trained.left_out), reasons)
+    return TrainResult(
+        network=network, scores=dict(trained.card.scores), used=trained.used, left_out=dict(trained.left_out)
+    )
+
+
+def chosen_settings(dataset: Dataset, network: NetworkName, choices: Mapping[str, object]) -> TrainingSettings:
+    """The folder's settings of a training, with a request's choices over them.
+
+    Raises:
+        SettingsError: if a choice is unknown or can't be used.
+    """
+    own = dataset.settings.training_settings(network)
+    checked = build(TrainingSettings, choices, "params")
+    try:
+        return replace(own, **{name: getattr(checked, name) for name in choices})
+    except ValueError as error:  # two settings that do not go together
+        raise SettingsError(f"params: {error}") from error
+
+
 def train(
     dataset: Dataset,
     network: NetworkName,
     progress: Progress,
     settings: TrainingSettings | None = None,
     *,
+    actor: Actor = SERVER,
     purpose: str = "a training",
     wait: bool = False,
-    stage: bool = False,
 ) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
 
-    A scan that can't be used, or whose label can't, is left out, and named in what is returned.
-
-    The file of the model is replaced in one step when the training is done; until then the old model serves. One
-    process at a time trains a network of a folder: its checkpoints are one training's.
+    A scan that can't be used, or whose label can't, is left out, and named in what is returned. The model is published
+    with the other network of the bundle that serves then; until that, the bundle before serves.
 
     Args:
         dataset: the folder.
         network: "segmentation" or "segqc".
         progress: told after each step.
         settings: how to train; by default what the folder's settings say.
+        actor: who wants the training.
         purpose: what this process is, for others that want to train the same network.
         wait: whether to wait for another process that trains this network.
-        stage: whether to keep the model aside until `publish_staged`.
 
     Raises:
         TrainingBusy: if another process trains this network, unless told to wait.
         TooFewCases: if too few scans are labelled.
         DatasetError: if nothing says what the structures are.
-        ModelError: if something else than a model file lies where the model belongs.
     """
-    settings = settings or dataset.settings.training_settings(network)
-    folder = dataset.training_folder(network)
-    path = dataset.staged_path(network) if stage else dataset.model_path(network)
-    model_status(path)  # what no model file can take the place of shows before the training
+    path = dataset.training_folder(network) / model_name(network)
     with _alone(dataset, network, progress, purpose, wait=wait):
-        model, used, left_out = _learn(dataset, network, progress, settings, folder)
-        if (folder / "curve.json").is_file():
-            draw_curve(folder / "curve.json", folder / "curve.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model.save(path)
-    if not stage:
-        publish(dataset)
+        trained = _train_model(dataset, network, progress, settings, path)
+        dataset.bundles.publish({network: path}, actor, f"training of {network}")
+        path.unlink(missing_ok=True)
+    return trained
+
+
+def train_unpublished(
+    dataset: Dataset,
+    network: NetworkName,
+    progress: Progress,
+    settings: TrainingSettings,
+    path: Path,
+    *,
+    purpose: str = "a training",
+) -> Trained:
+    """Train a network as `train` does, waiting for its turn, and keep the model in a file of its own."""
+    with _alone(dataset, network, progress, purpose, wait=True):
+        return _train_model(dataset, network, progress, settings, path)
+
+
+def _train_model(
+    dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings | None, path: Path
+) -> Trained:
+    """Train on the cases that can be used, one process at a time: its checkpoints are one training's."""
+    folder = dataset.training_folder(network)
+    settings = settings or dataset.settings.training_settings(network)
+    model, used, left_out = _learn(dataset, network, progress, settings, folder)
+    if (folder / "curve.json").is_file():
+        draw_curve(folder / "curve.json", folder / "curve.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save(path)
     return Trained(model.card, used, left_out)
 
 
@@ -137,35 +181,3 @@ def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: 
                     progress.step(0, 1, f"waits for the training of {network} by {actor}")
             time.sleep(_POLL_SECONDS)
         yield
-
-
-def publish(dataset: Dataset) -> int:
-    """Note which pair of networks is in use from now on; returns its number.
-
-    A model file that can't be read is none, with a warning: the training of the other network is not in vain.
-    """
-    segmenter, assessor = _version(dataset.segmenter), _version(dataset.assessor)
-    with dataset.store.write() as transaction:
-        pair = labels.bundle(transaction, segmenter or "", assessor)
-    return pair.id
-
-
-def _version(load: Callable[[], Segmenter | Assessor | None]) -> str | None:
-    try:
-        model = load()
-    except ModelError as error:
-        logger.warning("%s", error)
-        return None
-    return model.version if model is not None else None
-
-
-def publish_staged(dataset: Dataset) -> int:
-    """Put the models that were kept aside in the place of the current ones, and note the pair; returns its number.
-
-    Interrupted, it can be called again.
-    """
-    kinds: tuple[NetworkName, ...] = ("segmentation", "segqc")
-    for network in kinds:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(dataset.staged_path(network), dataset.model_path(network))
-    return publish(dataset)

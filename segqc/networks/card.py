@@ -42,4 +42,4 @@ class ModelCard:
     map_calibration: tuple[MapCalibration, ...] = ()
 
 
-_CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)
+CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

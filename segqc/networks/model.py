@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,42 +11,16 @@ import torch
 from pydantic.main import IncEx
 from torch import nn
 
-from segqc.errors import SegqcError
-from segqc.networks.card import _CARDS, ModelCard, NetworkName
+from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
 from segqc.networks.inference import sliding_window
+from segqc.networks.model_file import ModelError as ModelError
+from segqc.networks.model_file import model_status
 from segqc.networks.unet import MeanOfNetworks, StemUNet
 from segqc.types import Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FORMAT = 2  # 2: with a smoothing layer behind the stem
-
-
-class ModelError(SegqcError):
-    """A model file is missing, foreign or damaged."""
-
-
-def model_status(path: Path) -> os.stat_result | None:
-    """What the file system knows of a model file; None where there is none.
-
-    Raises:
-        ModelError: if something else lies there, or nobody can see what.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise ModelError(
-                f"{path}: is a link to a file that is not there; mend it, or remove it and train the network again"
-            ) from None
-        return None
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise ModelError(f"{path}: cannot be read ({reason}); let SegQC read this file and its folder") from error
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "something else"
-        raise ModelError(f"{path}: is {what}, not a model file; remove it and train the network again")
-    return status
 
 
 class TrainedNetwork:
@@ -78,7 +50,7 @@ class TrainedNetwork:
         """Write card and weights into one file, atomically."""
         state = {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
         with atomic_write(path) as temporary:
-            torch.save({"segqc": _FORMAT, "card": _CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
+            torch.save({"segqc": _FORMAT, "card": CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
 
     @classmethod
     def _read(cls, path: Path) -> tuple[ModelCard, nn.Module]:
@@ -90,7 +62,7 @@ class TrainedNetwork:
                 raise ModelError(
                     f"{path}: model format {content['segqc']}; this version reads format {_FORMAT}: train it again"
                 )
-            card = _CARDS.validate_json(content["card"])
+            card = CARDS.validate_json(content["card"])
             if card.kind != cls.kind:
                 raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted")
             members = [StemUNet(card.plan) for _ in range(card.members)]
@@ -140,7 +112,7 @@ def _version(card: ModelCard, network: nn.Module) -> str:
     left_out |= {"members": True} if card.members == 1 else {}
     left_out |= {} if card.map_calibration else {"map_calibration": True}
     left_out |= {} if card.hide_mask else {"hide_mask": True}
-    digest = hashlib.sha256(_CARDS.dump_json(card, exclude=left_out))
+    digest = hashlib.sha256(CARDS.dump_json(card, exclude=left_out))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -31,9 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
 from segqc.errors import SegqcError, sentence
-from segqc.loop.jobs import enqueue_scoring
-from segqc.loop.requests import NETWORKS, TrainRequest, enqueue, request_of
-from segqc.networks.model import ModelError
+from segqc.loop.requests import NETWORKS, TrainRequest, enqueue, enqueue_scoring, request_of
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
 from segqc.server.monailabel.auth import current_user, signed_in_user
@@ -185,10 +183,10 @@ def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.
 
 def _preload(instance: App) -> None:
     """Load the models before the first annotator waits for them, and find out what clients are told at first."""
-    for cache in (instance.context.segmenters, instance.context.assessors):
+    for network in NETWORKS:
         try:
-            cache.get()
-        except ModelError as error:
+            instance.context.model(network)
+        except (SegqcError, OSError) as error:
             logger.warning("%s", error)
     try:
         instance.info()

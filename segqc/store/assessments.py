@@ -11,14 +11,13 @@ from pydantic import TypeAdapter
 from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
-from segqc.store import events, labels, scans
+from segqc.store import labels, scans
 from segqc.store.database import StoreError, Transaction
 from segqc.store.schema import (
     AssessmentRow,
     AssessmentStructure,
     Bundle,
     Correction,
-    Event,
     LabelVersion,
     LeaseRow,
     Scan,
@@ -46,19 +45,14 @@ _GEOMETRY: Final = TypeAdapter(_Geometry)
 _DETAIL: Final = TypeAdapter(_Detail)
 _BATCH_SIZE: Final = 10_000  # of SQLite's 32,766 values in one statement
 _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fifth larger
-_SERVES: Final = "serves"  # the event of a bundle whose estimates count from then on
 
 
-def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
-    """Let the estimates of one pair of networks count from now on: scans are ranked and estimates told by it alone.
+SERVING_BUNDLE: Final = select(Bundle.id).where(Bundle.serving)
+_COUNTS: Final = AssessmentRow.bundle_id == SERVING_BUNDLE.scalar_subquery()
 
-    Scans that another pair ranked have no estimate until this one has assessed them. Before the first call all pairs'
-    estimates count.
-    """
-    pair = labels.bundle(transaction, segmenter, assessor)
-    if serving(transaction) == pair.id:
-        return
-    events.record(transaction, events.SERVER, _SERVES, "bundle", pair.id)
+
+def rank_anew(transaction: Transaction) -> None:
+    """Rank scans by the serving bundle's estimates alone; a scan that it has not assessed has none."""
     transaction.flush()
     transaction.execute(
         update(Scan)
@@ -66,40 +60,13 @@ def serve(transaction: Transaction, segmenter: str, assessor: str) -> None:
         .values(ranking_dice=None)
         .execution_options(synchronize_session=False)
     )
-    last = _ranking(transaction)  # of a pair that has served before
+    last = _ranking(transaction)  # of a bundle that has served before
     if last:
         transaction.execute(update(Scan), [{"id": scan, "ranking_dice": dice} for scan, (_, dice) in last.items()])
     transaction.expire_all()  # what was read before is not what these rows hold now
 
 
-def serving(transaction: Transaction) -> int | None:
-    """The bundle whose estimates count; None where all do."""
-    return transaction.rows(_SERVING).scalar()
-
-
-def _counts() -> ColumnElement[bool]:
-    """Whether an assessment is one of the serving pair: of its own masks, or of those that no network made."""
-    serves, pair = _SERVING.scalar_subquery(), aliased(Bundle)
-    counting = (
-        select(Bundle.id)
-        .join(pair, pair.assessor_version == Bundle.assessor_version)
-        .where(
-            pair.id == serves, or_(Bundle.segmenter_version == "", Bundle.segmenter_version == pair.segmenter_version)
-        )
-    )
-    return or_(serves.is_(None), AssessmentRow.bundle_id.in_(counting))
-
-
-_SERVING: Final = (
-    select(Event.object_id)
-    .where(Event.object_kind == "bundle", Event.verb == _SERVES)
-    .order_by(Event.id.desc())
-    .limit(1)
-)
-_COUNTS: Final = _counts()
-
-
-def write(transaction: Transaction, assessment: Assessment, label_version: int) -> int:
+def write(transaction: Transaction, assessment: Assessment, label_version: int, bundle: int) -> int:
     """Keep what a bundle says of a label version; an earlier word of the same bundle is replaced.
 
     If the version is what an annotator would start from, and the bundle serves, the scan is ranked by it. Older
@@ -113,14 +80,12 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int) 
     if label.scan != assessment.scan:
         raise StoreError(f"the label version {label_version} is of the scan {label.scan!r}, not {assessment.scan!r}")
     scan = scans.find(transaction, assessment.scan)
-    source = assessment.segmenter_version or (label.bundle.segmenter_version if label.bundle else "")
-    pair = labels.bundle(transaction, source, assessment.assessor_version)
     geometry = _Geometry(assessment.mask_sha256, assessment.through_plane_axis, assessment.shape, assessment.spacing_mm)
     row = transaction.scalar(
-        select(AssessmentRow).where(AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == pair.id)
+        select(AssessmentRow).where(AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == bundle)
     )
     if row is None:
-        row = AssessmentRow(scan_id=scan.id, label_version_id=label_version, bundle_id=pair.id)
+        row = AssessmentRow(scan_id=scan.id, label_version_id=label_version, bundle_id=bundle)
         transaction.add(row)
     else:
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
@@ -130,8 +95,8 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int) 
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
     transaction.add_all(_structure(row.id, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
     start = labels.start_of(transaction, assessment.scan)
-    counts = transaction.scalar(select(AssessmentRow.id).where(AssessmentRow.id == row.id, _COUNTS))
-    if start is not None and start.id == label_version and counts is not None:
+    serves = transaction.rows(SERVING_BUNDLE).scalar() == bundle
+    if serves and start is not None and start.id == label_version:
         scan.ranking_dice = assessment.dice
         scan.foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
     transaction.flush()
@@ -154,11 +119,6 @@ def _structure(assessment_id: int, structure_id: int, position: int, quality: St
         detail=zlib.compress(_DETAIL.dump_json(_Detail(quality.raw, quality.extracted)), _QUICK),
         **_ends(quality.intervals),
     )
-
-
-def was_shown(transaction: Transaction, assessment_id: int) -> bool:
-    """Whether an annotator was shown this assessment."""
-    return bool(transaction.scalar(select(_shown()).where(AssessmentRow.id == assessment_id)))
 
 
 def _shown() -> ColumnElement[bool]:
@@ -228,9 +188,20 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
     row = transaction.execute(_HEAD, {"assessment": assessment_id}).first()
     if row is None:
         raise StoreError(f"there is no assessment {assessment_id}")
-    head, scan, pair = row
     parts = transaction.execute(_PARTS, {"assessment": assessment_id})
-    return _assessment(head, scan, pair, [(part, name) for part, name in parts])
+    return _assessment(*row, [(part, name) for part, name in parts])
+
+
+def _heads() -> Select[AssessmentRow, str, str | None, str | None]:
+    """Assessments with the scan's name, the version of the network that made the mask, and SegQC-Net's."""
+    source = aliased(Bundle)
+    return (
+        select(AssessmentRow, Scan.name, source.segmenter_version, Bundle.assessor_version)
+        .join(Scan, AssessmentRow.scan_id == Scan.id)
+        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
+        .join(LabelVersion, AssessmentRow.label_version_id == LabelVersion.id)
+        .outerjoin(source, LabelVersion.bundle_id == source.id)
+    )
 
 
 def _parts() -> Select[AssessmentStructure, str]:
@@ -242,12 +213,7 @@ def _parts() -> Select[AssessmentStructure, str]:
 
 
 # built once: building a query takes longer than running it
-_HEAD: Final = (
-    select(AssessmentRow, Scan.name, Bundle)
-    .join(Scan, AssessmentRow.scan_id == Scan.id)
-    .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-    .where(AssessmentRow.id == bindparam("assessment"))
-)
+_HEAD: Final = _heads().where(AssessmentRow.id == bindparam("assessment"))
 _LATEST_ID: Final = (
     select(AssessmentRow.id)
     .where(AssessmentRow.label_version_id == bindparam("label_version"), _COUNTS)
@@ -261,7 +227,11 @@ _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("a
 
 
 def _assessment(
-    head: AssessmentRow, scan: str, pair: Bundle, structures: Sequence[tuple[AssessmentStructure, str]]
+    head: AssessmentRow,
+    scan: str,
+    segmenter_version: str | None,
+    assessor_version: str | None,
+    structures: Sequence[tuple[AssessmentStructure, str]],
 ) -> Assessment | None:
     geometry = _GEOMETRY.validate_python(head.geometry)
     qualities = []
@@ -284,8 +254,8 @@ def _assessment(
     return Assessment(
         scan=scan,
         mask_sha256=geometry.mask_sha256,
-        segmenter_version=pair.segmenter_version or None,
-        assessor_version=pair.assessor_version,
+        segmenter_version=segmenter_version,
+        assessor_version=assessor_version or "",
         through_plane_axis=geometry.through_plane_axis,
         shape=geometry.shape,
         spacing_mm=geometry.spacing_mm,
@@ -294,43 +264,46 @@ def _assessment(
 
 
 def latest(transaction: Transaction, scan: str) -> tuple[int, Assessment] | None:
-    """The serving pair's last assessment of the label that an annotator would start from, with its number."""
+    """The serving bundle's last assessment of the label that an annotator would start from, with its number."""
     start = labels.start_of(transaction, scan)
     return None if start is None else latest_of(transaction, start.id)
 
 
 def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
-    """The serving pair's last assessment of the label that an annotator would start from, of all scans with one."""
+    """The serving bundle's last assessment of the label that an annotator would start from, of all scans with one."""
     starts = labels.starts(transaction)
     candidates = AssessmentRow.label_version_id.in_(labels.current_versions((labels.RETURNED, labels.ORIGINAL)))
-    query = (
-        select(AssessmentRow, Scan.name, Bundle)
-        .join(Scan, AssessmentRow.scan_id == Scan.id)
-        .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
-        .where(candidates, _COUNTS)
-        .order_by(AssessmentRow.made_at, AssessmentRow.id)
-    )
-    rows = transaction.execute(query)
-    heads = {scan: (head, pair) for head, scan, pair in rows if starts[scan] == head.label_version_id}
+    rows = transaction.execute(_heads().where(candidates, _COUNTS).order_by(AssessmentRow.made_at, AssessmentRow.id))
+    heads = {row[1]: row for row in rows if starts[row[1]] == row[0].label_version_id}
     parts: dict[int, list[tuple[AssessmentStructure, str]]] = {}
     found = transaction.execute(
         _parts().join(AssessmentRow, AssessmentStructure.assessment_id == AssessmentRow.id).where(candidates)
     )
     for part, name in found:
         parts.setdefault(part.assessment_id, []).append((part, name))
-    made = {scan: _assessment(head, scan, pair, parts.get(head.id, [])) for scan, (head, pair) in heads.items()}
+    made = {scan: _assessment(*row, parts.get(row[0].id, [])) for scan, row in heads.items()}
     return {scan: assessment for scan, assessment in made.items() if assessment is not None}
 
 
 def latest_of(transaction: Transaction, label_version: int) -> tuple[int, Assessment] | None:
-    """The serving pair's last assessment of a label version, with its number."""
+    """The serving bundle's last assessment of a label version, with its number."""
     found = latest_id(transaction, label_version)
     assessment = read(transaction, found) if found is not None else None
     return None if found is None or assessment is None else (found, assessment)
 
 
+def of_bundle(transaction: Transaction, label_version: int, bundle: int) -> Assessment | None:
+    """What a bundle, serving or not, says of a label version; None where it says nothing, or it was thinned."""
+    found = transaction.scalar(
+        select(AssessmentRow.id).where(
+            AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == bundle
+        )
+    )
+    return read(transaction, found) if found is not None else None
+
+
 def latest_id(transaction: Transaction, label_version: int) -> int | None:
-    """The number of the serving pair's last assessment of a label version."""
+    """The number of the serving bundle's last assessment of a label version."""
     return transaction.rows(_LATEST_ID, {"label_version": label_version}).scalar()
 
 
@@ -381,15 +354,3 @@ def scores(transaction: Transaction, method: str) -> Mapping[str, tuple[float, s
         select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id).where(Score.method == method)
     )
     return {name: (value, version) for name, value, version in transaction.execute(query)}
-
-
-def label_of(transaction: Transaction, assessment_id: int) -> int:
-    """The label version that an assessment speaks of."""
-    found = transaction.scalar(
-        select(LabelVersion.id)
-        .join(AssessmentRow, AssessmentRow.label_version_id == LabelVersion.id)
-        .where(AssessmentRow.id == assessment_id)
-    )
-    if found is None:
-        raise StoreError(f"there is no assessment {assessment_id}")
-    return found

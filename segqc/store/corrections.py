@@ -7,6 +7,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 from sqlalchemy import and_, select
+from sqlalchemy.orm import aliased
 
 from segqc.store import events, leases, scans
 from segqc.store.assessments import intervals_of, structure_ids
@@ -28,6 +29,7 @@ from segqc.store.schema import (
     Bundle,
     Correction,
     CorrectionStructure,
+    LabelVersion,
     LeaseRow,
     Patient,
     Scan,
@@ -119,13 +121,16 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
         transaction: what to read in.
         simulated: whether simulated corrections are wanted, instead of people's.
     """
-    shown, true = AssessmentStructure, CorrectionStructure
+    shown, true, source = AssessmentStructure, CorrectionStructure, aliased(Bundle)
+    versions = (source.segmenter_version, Bundle.assessor_version)
     query = (
-        select(Patient.name, Scan.name, StructureName.name, Bundle, shown, true)
+        select(Patient.name, Scan.name, StructureName.name, *versions, shown, true)
         .select_from(Correction)
         .join(LeaseRow, LeaseRow.id == Correction.lease_id)
         .join(AssessmentRow, AssessmentRow.id == Correction.assessment_id)
         .join(Bundle, Bundle.id == AssessmentRow.bundle_id)
+        .join(LabelVersion, LabelVersion.id == Correction.from_version_id)
+        .outerjoin(source, source.id == LabelVersion.bundle_id)
         .join(Scan, Scan.id == Correction.scan_id)
         .join(Patient, Patient.id == Scan.patient_id)
         .join(true, true.correction_id == Correction.id)
@@ -147,13 +152,13 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             patient=patient,
             scan=scan,
             structure=structure,
-            segmenter_version=pair.segmenter_version,
-            assessor_version=pair.assessor_version,
+            segmenter_version=segmenter,
+            assessor_version=assessor,
             estimated=Metrics(said.dice, said.iou, said.arvd, said.rvd),
             intervals=intervals_of(said),
             true=Metrics(found.dice, found.iou, found.arvd, found.rvd),
         )
-        for patient, scan, structure, pair, said, found in transaction.execute(query)
+        for patient, scan, structure, segmenter, assessor, said, found in transaction.execute(query)
     ]
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, func, select, update
 
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction
@@ -249,6 +249,11 @@ def open_jobs(transaction: Transaction, kind: str) -> list[JobRecord]:
     return listing(transaction, kind, states=_OPEN)
 
 
+def running_since(transaction: Transaction) -> dt.datetime | None:
+    """When the oldest job that runs now was first started; None where none runs."""
+    return transaction.scalar(select(func.min(JobRow.started_at)).where(JobRow.state == "running"))
+
+
 def _records(transaction: Transaction, query: Select[JobRow, ActorRow]) -> list[JobRecord]:
     rows = transaction.execute(query.join(ActorRow, JobRow.actor_id == ActorRow.id))
     return [
@@ -290,15 +295,18 @@ def begin_round(transaction: Transaction, job: int, labelled: int) -> tuple[int,
     return row.id, {step.name: step.result for step in steps}
 
 
-def finish_step(transaction: Transaction, round_id: int, name: str, result: JsonObject) -> None:
-    """Note that a step of a round is done."""
+def finish_step(
+    transaction: Transaction, round_id: int, name: str, result: JsonObject, *, bundle: int | None = None
+) -> None:
+    """Note that a step of a round is done, and which bundle came of it, if one did."""
     row = transaction.get_one(RoundRow, round_id)
+    row.bundle_id = bundle if bundle is not None else row.bundle_id
     transaction.add(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
     events.record(transaction, events.SERVER, "step finished", "job", row.job_id, {"step": name})
 
 
-def finish_round(transaction: Transaction, round_id: int, bundle: int | None) -> None:
-    """Note that a round is done, and which bundle came of it."""
+def finish_round(transaction: Transaction, round_id: int) -> None:
+    """Note that a round is done."""
     row = transaction.get_one(RoundRow, round_id)
-    row.ended_at, row.bundle_id = transaction.now, bundle
+    row.ended_at = transaction.now
     events.record(transaction, events.SERVER, "finished", "round", round_id)

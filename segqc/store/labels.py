@@ -24,7 +24,7 @@ READER: Final = "reader-"
 class NewLabel:
     """What is known of a label version before it is one.
 
-    ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the row of the pair whose network made it.
+    ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the number of the bundle whose network made it.
     ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is
     another. ``scan_sha256`` is the scan's content that the label map was made for; None where nobody knows.
     """
@@ -320,23 +320,8 @@ def update_info(transaction: Transaction, version: int, more: JsonObject) -> Non
     transaction.merge(LabelInfo(label_version_id=version, info={**info(transaction, version), **more}))
 
 
-def bundle(transaction: Transaction, segmenter: str, assessor: str | None = None) -> BundleRecord:
-    """The pair of these networks, published now if it is new."""
-    row = transaction.scalar(
-        select(Bundle).where(Bundle.segmenter_version == segmenter, Bundle.assessor_version == (assessor or ""))
-    )
-    if row is None:
-        row = Bundle(segmenter_version=segmenter, assessor_version=assessor or "", published_at=transaction.now)
-        transaction.add(row)
-        transaction.flush()
-        events.record(transaction, events.SERVER, "published", "bundle", row.id)
-    return _bundle(row)
-
-
 def _bundle(row: Bundle) -> BundleRecord:
-    return BundleRecord(
-        id=row.id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version or None
-    )
+    return BundleRecord(id=row.id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version)
 
 
 def _records() -> Select[*tuple[Any, ...]]:
@@ -391,7 +376,7 @@ def _record(row: Row[*tuple[Any, ...]]) -> LabelRecord:
     made_by = None
     if row.bundle_id is not None:
         made_by = BundleRecord(
-            id=row.bundle_id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version or None
+            id=row.bundle_id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version
         )
     return LabelRecord(
         id=row.id,

@@ -18,11 +18,11 @@ from typing import Final
 from sqlalchemy import func, select, text
 
 from segqc.progress import NO_PROGRESS, Progress
-from segqc.store import findings, labels
+from segqc.store import bundles, findings, labels
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
-from segqc.store.store import OWN_FOLDER, Store
+from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 _LABELLED: Final = ("submitted", "approved")
@@ -54,7 +54,7 @@ class Restored:
 
 
 def backup(store: Store, target: Path, *, also: Sequence[str] = (), progress: Progress = NO_PROGRESS) -> int:
-    """Copy a store's database and label contents while others work on it.
+    """Copy a store's database, label contents, and the bundle that serves, while others work on it.
 
     The copy holds ``segqc/`` as it is in a dataset folder; `restore.restore` brings it back.
 
@@ -86,9 +86,13 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), progress: Pr
                         "earlier backup (segqc db restore BACKUP FOLDER)"
                     )
                 contents = sorted(labels.contents(transaction))
+                serving = bundles.serving_number(transaction)
         finally:
             copy.close()
         copy_contents(store.files, contents, LabelFiles(temporary, own), progress)
+        bundle = store.own / MODELS_FOLDER / str(serving)
+        if bundle.is_dir():  # where it is lost, 'segqc db check' says so: the labels are worth a copy all the same
+            shutil.copytree(bundle, own / MODELS_FOLDER / bundle.name)
         for name in also:
             if (store.dataset / name).is_file():
                 shutil.copy2(store.dataset / name, temporary / name)

@@ -71,9 +71,22 @@ class FindingRecord:
 class BundleRecord:
     """A segmentation network and the SegQC-Net that judges it."""
 
-    id: int
-    segmenter_version: str
+    id: int  # the number of its folder
+    segmenter_version: str | None  # None while there is no segmentation network
     assessor_version: str | None  # None while there is no SegQC-Net
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedBundle:
+    """A bundle and how it came to be."""
+
+    bundle: BundleRecord
+    manifest_sha256: str | None  # of the manifest in its folder; None where the bundle has no files
+    parent: int | None  # the bundle that served before, of which it may hold a network
+    reason: str  # what it was published for, such as "training of segqc"
+    actor: Actor
+    published_at: dt.datetime
+    is_serving: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +182,14 @@ class CorrectionRecord:
 class CheckedEstimate:
     """What was estimated of one structure when its scan was handed out, beside what the correction showed to be true.
 
-    Both versions are those of the estimate's bundle.
+    The versions are those of the network that made the mask, and of the SegQC-Net that assessed it.
     """
 
     patient: str
     scan: str  # its name
     structure: str  # its name
-    segmenter_version: str
-    assessor_version: str
+    segmenter_version: str | None  # None where no network made the mask
+    assessor_version: str | None
     estimated: Metrics
     intervals: MetricIntervals
     true: Metrics

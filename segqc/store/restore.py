@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import labels, maintenance
 from segqc.store.database import DATABASE_FILE, REVISION, StoreDamaged, StoreError, StoreReadOnly
-from segqc.store.files import LabelFiles, is_locked
-from segqc.store.store import OWN_FOLDER, RESTORING_FILE, Store
+from segqc.store.files import LabelFiles, is_locked, sha256_of
+from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, RESTORING_FILE, Store
 from segqc.volumes import atomic_write, scan_suffix
 
 _STAGING: Final = ".segqc-restoring"
@@ -51,7 +51,8 @@ class RestoredBackup:
 def restore(backup: Path, dataset: Path, *, settings_file: str, progress: Progress = NO_PROGRESS) -> RestoredBackup:
     """Put a backup's database and labels in the place of those of a dataset folder, which stay in a folder aside.
 
-    Scans and networks stay as they are, and so do the settings where the folder has some.
+    Scans stay as they are, and so do the settings where the folder has some. The bundle that served when the backup was
+    made comes back where the folder has not got it; all others stay.
 
     Args:
         backup: a folder that `maintenance.backup` made; it is only read.
@@ -130,6 +131,8 @@ def _prepare(backup: Path, staging: Path, progress: Progress) -> tuple[int, int,
             contents = sorted(labels.contents(transaction))
         maintenance.copy_contents(LabelFiles(backup, backup / OWN_FOLDER), contents, store.files, progress)
         shown = maintenance.rebuild_views(store, progress=progress).written
+        if (backup / OWN_FOLDER / MODELS_FOLDER).is_dir():
+            shutil.copytree(backup / OWN_FOLDER / MODELS_FOLDER, own / MODELS_FOLDER)
     except StoreDamaged as error:
         raise StoreError(
             f"{backup}: this backup cannot be restored: its database is damaged; take an earlier one; "
@@ -168,8 +171,24 @@ def _change_places(staging: Path, dataset: Path) -> Path | None:
     for name in ("labels", f"{OWN_FOLDER}/labels", f"{OWN_FOLDER}/{DATABASE_FILE}"):
         if (staging / name).exists():
             (staging / name).rename(dataset / name)
+    for bundle in sorted((staging / OWN_FOLDER / MODELS_FOLDER).glob("*")):
+        target = own / MODELS_FOLDER / bundle.name
+        if target.exists() and not _is_same_bundle(bundle, target):
+            kept = aside / target.relative_to(dataset)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            target.rename(kept)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            bundle.rename(target)
     marker.unlink()
     return aside if aside.exists() else None
+
+
+def _is_same_bundle(one: Path, other: Path) -> bool:
+    """Whether all files of a bundle are in the other folder, too."""
+    return all(
+        (other / path.name).is_file() and sha256_of(other / path.name) == sha256_of(path) for path in one.iterdir()
+    )
 
 
 def _unused(dataset: Path) -> Path:

@@ -203,17 +203,28 @@ class FindingRow(Base):
 
 
 class Bundle(Base):
-    """A segmentation network and the SegQC-Net that judges it: an estimate belongs to the pair.
+    """A segmentation network and the SegQC-Net that judges it, as published: an estimate belongs to the bundle.
 
-    ``assessor_version`` is empty while there is no SegQC-Net yet.
+    ``id`` is the number of its folder, ``segqc/models/<id>/``; ``manifest_sha256`` is the address of the manifest in
+    it, NULL where the bundle has no files. At most one bundle serves. The row stays when the files are removed.
     """
 
     __tablename__ = "bundle"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    segmenter_version: Mapped[str]
-    assessor_version: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    segmenter_version: Mapped[str | None]
+    assessor_version: Mapped[str | None]
+    manifest_sha256: Mapped[str | None]
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
+    reason: Mapped[str]
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     published_at: Mapped[dt.datetime]
-    __table_args__ = (UniqueConstraint("segmenter_version", "assessor_version"),)
+    serving: Mapped[bool]
+    __table_args__ = (
+        Index("uq_bundle_serving", "serving", unique=True,
+              sqlite_where=text("serving"), postgresql_where=text("serving")),
+        CheckConstraint("segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name="networks"),
+        CheckConstraint("parent_id < id", name="parent"),
+    )  # fmt: skip
 
 
 class LabelVersion(Base):

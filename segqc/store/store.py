@@ -42,6 +42,7 @@ from segqc.volumes import SCAN_SUFFIXES, VolumeError, atomic_write, label_id, la
 logger = logging.getLogger(__name__)
 
 OWN_FOLDER: Final = "segqc"
+MODELS_FOLDER: Final = "models"  # below it: a folder a bundle, named by the bundle's number
 _FOLDER_ID: Final = "folder-id"  # the file that tells a database outside of the folder whose it is
 RESTORING_FILE: Final = "restoring"  # is there while a restore puts the store into place
 _ANY: Final = AnyContent()

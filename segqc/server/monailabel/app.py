@@ -147,12 +147,12 @@ class DatasetApp(MONAILabelApp):
     ) -> str:
         """Keep a network's label map of a scan's content; it is the network's, not that of whoever asked for it."""
         version = params["model_version"]
-        with self.context.dataset.store.write() as transaction:
-            pair = labels.bundle(transaction, *((version,) if name == "segmentation" else ("", version)))
         source = Actor(kind="network", name=version, identified_by="program")
         info: JsonObject = {"model": name, "params": params}
         above = parent.id if parent is not None else None
-        label = NewLabel(image, tag, "network", source, parent=above, bundle=pair.id, info=info, scan_sha256=content)
+        label = NewLabel(
+            image, tag, "network", source, parent=above, bundle=params["bundle"], info=info, scan_sha256=content
+        )
         kept = read_labels(path)
         if name == "segmentation":
             kept = from_client(kept, label_names(self.context.segmenter().structures))

@@ -47,9 +47,9 @@ class NetworkTask(InferTask):
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        """The model file, or None where there is none (unless ``validate`` is False)."""
-        path = self.context.dataset.model_path(self.network)
-        return str(path) if path.is_file() or not validate else None
+        """The model file, or None where there is none."""
+        path = self.context.model_file(self.network)
+        return str(path) if path is not None else None
 
 
 class Segmentation(NetworkTask):
@@ -66,12 +66,14 @@ class Segmentation(NetworkTask):
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Segment the scan at ``request["image"]``."""
-        segmenter = self.context.segmenter()
+        bundle = self.context.bundle("segmentation")
+        segmenter = bundle.segmenter()
         labels = segmenter.predict(read_scan(Path(request["image"]), limits=self.context.settings.intake)).labels
         names = label_names(segmenter.structures)
         return write_result(to_client(labels, names), request), {
             "label_names": client_names(names),
             "model_version": segmenter.version,
+            "bundle": bundle.number,
         }
 
 
@@ -90,7 +92,8 @@ class LikelyErrors(NetworkTask):
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
-        assessor = self.context.assessor()
+        bundle = self.context.bundle("segqc")
+        assessor = bundle.assessor()
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
@@ -98,7 +101,7 @@ class LikelyErrors(NetworkTask):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
-            segmenter = self.context.segmenter()
+            segmenter = bundle.segmenter()
             labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
         name = str(request.get("image_id") or "scan")
         result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
@@ -106,6 +109,7 @@ class LikelyErrors(NetworkTask):
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
+            "bundle": bundle.number,
             "assessed": assessed,
             "label_tag": None,
             "label_version": None,

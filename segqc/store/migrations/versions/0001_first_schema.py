@@ -34,14 +34,30 @@ def upgrade() -> None:
     )
     op.create_table(
         "bundle",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("segmenter_version", sa.String(), nullable=False),
-        sa.Column("assessor_version", sa.String(), nullable=False),
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("segmenter_version", sa.String(), nullable=True),
+        sa.Column("assessor_version", sa.String(), nullable=True),
+        sa.Column("manifest_sha256", sa.String(), nullable=True),
+        sa.Column("parent_id", sa.Integer(), nullable=True),
+        sa.Column("reason", sa.String(), nullable=False),
+        sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_bundle")),
-        sa.UniqueConstraint(
-            "segmenter_version", "assessor_version", name=op.f("uq_bundle_segmenter_version_assessor_version")
+        sa.Column("serving", sa.Boolean(), nullable=False),
+        sa.CheckConstraint(
+            "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
+        sa.CheckConstraint("parent_id < id", name=op.f("ck_bundle_parent")),
+        sa.ForeignKeyConstraint(["actor_id"], ["actor.id"], name=op.f("fk_bundle_actor_id")),
+        sa.ForeignKeyConstraint(["parent_id"], ["bundle.id"], name=op.f("fk_bundle_parent_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_bundle")),
+    )
+    op.create_index(
+        "uq_bundle_serving",
+        "bundle",
+        ["serving"],
+        unique=True,
+        sqlite_where=sa.text("serving"),
+        postgresql_where=sa.text("serving"),
     )
     op.create_table(
         "finding",

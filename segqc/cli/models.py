@@ -1,0 +1,69 @@
+"""``segqc models``: the bundles of networks of a dataset folder, and which one serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from segqc.cli.common import AsCsv, AsJson, Row, StudiesFolder, emit, kept_store, me, settings_of
+
+if TYPE_CHECKING:
+    from segqc.loop.publishing import Bundles, BundleStatus
+
+app = typer.Typer(no_args_is_help=True, help="List the bundles of networks of a dataset folder, or let one serve.")
+
+_TERMS: Final = (
+    "A bundle is a segmentation network and the SegQC-Net that assesses its masks, published together in "
+    "segqc/models/<bundle>/. One serves. reason: what it was published for. Files of old bundles are removed "
+    "([models] keep in segqc.toml); their rows stay."
+)
+_MEGABYTE: Final = 1e6
+
+
+@app.command("list")
+def list_bundles(folder: StudiesFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """List all bundles: their networks, who published them and why, which one serves, and whether it is intact."""
+    rows = [_row(status) for status in _bundles(folder).listing()]
+    emit(rows, f"{folder}: bundles", as_json=as_json, as_csv=as_csv, key="bundles", terms=_TERMS)
+
+
+@app.command()
+def serve(
+    folder: StudiesFolder,
+    number: Annotated[int, typer.Argument(metavar="BUNDLE", help="The bundle's number.", show_default=False)],
+) -> None:
+    """Let a bundle serve from now on: in one step, and without a restart of the server.
+
+    The scans that wait have no estimate until the bundle has assessed them: a worker does so, or 'segqc score'.
+    """
+    changed = _bundles(folder).serve(number, me())
+    typer.echo(f"{folder}: bundle {number} serves{'' if changed else ' already'}")
+
+
+def _bundles(folder: Path) -> Bundles:
+    from segqc.loop.publishing import Bundles
+
+    return Bundles(kept_store(folder), settings_of(folder))
+
+
+def _row(status: BundleStatus) -> Row:
+    published, files = status.published, status.files
+    made = published.published_at if published is not None else files.manifest.made_at if files is not None else None
+    if published is not None:
+        pair = published.bundle
+        versions = {"segmentation": pair.segmenter_version, "segqc": pair.assessor_version}
+    else:
+        versions = {n: e.version for n, e in files.manifest.networks.items()} if files is not None else {}
+    return {
+        "bundle": status.number,
+        "made": made.isoformat(timespec="seconds") if made is not None else None,
+        "segmentation": versions.get("segmentation"),
+        "segqc": versions.get("segqc"),
+        "by": published.actor.name if published is not None else None,
+        "reason": published.reason if published is not None else "not recorded: its process died",
+        "serving": published is not None and published.is_serving,
+        "MB": files.size() / _MEGABYTE if files is not None else None,
+        "files": "intact" if status.problem is None else "removed" if status.is_removed else status.problem,
+    }

@@ -1,0 +1,359 @@
+"""The bundles of a dataset folder: publish one, let one serve, and remove old ones.
+
+A bundle is complete on the disk before a row speaks of it, and the transaction that adds the row lets it serve. Folders
+change with the store's write lock held, so that whatever a process that died has left can be told from what another one
+is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segqc.errors import SegqcError
+from segqc.loop.requests import enqueue_scoring
+from segqc.networks.bundle import (
+    NETWORKS,
+    Manifest,
+    NetworkBundle,
+    NetworkSource,
+    bundle_folders,
+    leftovers,
+    model_name,
+    set_aside,
+    source_of,
+    write_bundle,
+)
+from segqc.networks.card import NetworkName
+from segqc.networks.model_file import ModelError, model_status
+from segqc.settings import Settings
+from segqc.store import bundles, events, jobs
+from segqc.store.bundles import NewBundle
+from segqc.store.database import Transaction
+from segqc.store.events import FOLDER, SERVER
+from segqc.store.maintenance import Finding
+from segqc.store.records import Actor, PublishedBundle
+from segqc.store.store import MODELS_FOLDER, Store
+
+if TYPE_CHECKING:
+    from segqc.networks.assessor import AssessmentSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """A bundle that serves as soon as its transaction is committed."""
+
+    transaction: Transaction
+    number: int
+    parent: int | None  # the bundle that served before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleStatus:
+    """A bundle as the store and the folder know it; at least one of both does."""
+
+    number: int
+    published: PublishedBundle | None  # None where a process died before it was recorded
+    files: NetworkBundle | None  # None where its files were removed, or its manifest is damaged
+    is_removed: bool  # it has no folder any more
+    problem: str | None  # why it cannot serve; None where it can
+
+
+class Bundles:
+    """The bundles of one dataset folder: folders in ``segqc/models/``, and the store's rows."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.folder = store.own / MODELS_FOLDER
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._loaded: NetworkBundle | None = None
+
+    def serving(self) -> NetworkBundle | None:
+        """The bundle that serves; None before the first training. Its networks are loaded once.
+
+        A folder whose store knows no bundle, as its database is new, adopts the newest intact bundle that lies in it.
+
+        Raises:
+            ModelError: if its files are missing, or its manifest is damaged.
+        """
+        with self.store.read() as transaction:
+            number = bundles.serving_number(transaction)
+        if number is None:
+            number = self._adopt()
+        if number is None:
+            return None
+        with self._lock:
+            if self._loaded is None or self._loaded.number != number:
+                self._loaded = self.open(number)
+            return self._loaded
+
+    def open(self, number: int) -> NetworkBundle:
+        """A bundle by its number, serving or not.
+
+        Raises:
+            StoreError: if there is no such bundle.
+            ModelError: if its files are missing, or its manifest is damaged.
+        """
+        with self.store.read() as transaction:
+            return self._open(bundles.get(transaction, number))
+
+    def _open(self, published: PublishedBundle) -> NetworkBundle:
+        folder = self.folder / str(published.bundle.id)
+        return NetworkBundle.open(folder, self._assessment_settings, sha256=published.manifest_sha256)
+
+    def _assessment_settings(self) -> AssessmentSettings:
+        from segqc.networks.assessor import AssessmentSettings
+
+        return AssessmentSettings(extraction=self._settings.extraction, boxes=self._settings.boxes)
+
+    # -------------------------------------------------------------------------------------------------------- publish
+
+    @contextlib.contextmanager
+    def publishing(self, files: Mapping[NetworkName, Path], actor: Actor, reason: str) -> Iterator[Publication]:
+        """Publish networks: with the other network of the bundle that serves, they make a new one, which serves then.
+
+        What the block does in the transaction is done with it, or not at all.
+
+        Args:
+            files: the model files; they are left where they are.
+            actor: who publishes.
+            reason: why, such as "training of segqc".
+
+        Raises:
+            ModelError: if a file is no model of its network.
+            OSError: if the disk is full or read-only. Nothing has changed then.
+        """
+        sources = {network: source_of(path, network) for network, path in files.items()}
+        with self.store.write() as transaction:
+            self._sweep()
+            parent = bundles.serving(transaction)
+            sources = {**self._carried(parent, sources), **sources}
+            number = max(bundles.last_number(transaction), *bundle_folders(self.folder), 0) + 1
+            manifest = Manifest(
+                number=number,
+                made_at=transaction.now,
+                made_by=actor.name,
+                reason=reason,
+                parent=parent.bundle.id if parent is not None else None,
+                networks={network: source.entry for network, source in sources.items()},
+            )
+            sha256 = write_bundle(self.folder, manifest, sources)
+            try:
+                bundles.add(transaction, _new(manifest, sha256), actor)
+                self._let_serve(transaction, number, actor)
+                yield Publication(transaction=transaction, number=number, parent=manifest.parent)
+                transaction.flush()
+            except BaseException:
+                shutil.rmtree(self.folder / str(number), ignore_errors=True)
+                raise
+        try:
+            self.prune()
+        except (SegqcError, OSError) as error:  # the new bundle serves: old ones go the next time
+            logger.warning("old bundles could not be removed: %s", error)
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder for model files that are about to be published, on the same disk; it is gone afterwards."""
+        incoming = self.store.own / "incoming"  # what is left there is found by 'segqc db check'
+        incoming.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="model-", dir=incoming) as folder:
+            yield Path(folder)
+
+    def publish(self, files: Mapping[NetworkName, Path], actor: Actor, reason: str) -> int:
+        """Publish networks as `publishing` does; returns the new bundle's number."""
+        with self.publishing(files, actor, reason) as publication:
+            return publication.number
+
+    def _carried(
+        self, parent: PublishedBundle | None, new: Mapping[NetworkName, NetworkSource]
+    ) -> dict[NetworkName, NetworkSource]:
+        """The networks of the bundle before that stay; a damaged one does not, with a warning."""
+        carried: dict[NetworkName, NetworkSource] = {}
+        if parent is None:
+            return carried
+        try:
+            bundle = self._open(parent)
+        except ModelError as error:
+            logger.warning("%s", error)
+            return carried
+        for network in bundle.manifest.networks.keys() - new.keys():
+            try:
+                carried[network] = bundle.verify(network)
+            except ModelError as error:
+                logger.warning("%s", error)
+        return carried
+
+    def _let_serve(self, transaction: Transaction, number: int, actor: Actor) -> bool:
+        """Let a bundle serve, and have the pool scored by it, unless a job that runs or waits will see to that."""
+        changed = bundles.serve(transaction, number, actor)
+        pair = bundles.get(transaction, number).bundle
+        coming = [*jobs.open_jobs(transaction, "train"), *jobs.open_jobs(transaction, "round")]
+        if changed and not coming and pair.segmenter_version is not None and pair.assessor_version is not None:
+            enqueue_scoring(transaction)
+        return changed
+
+    # ---------------------------------------------------------------------------------------------------------- serve
+
+    def serve(self, number: int, actor: Actor) -> bool:
+        """Let an intact bundle serve; returns whether it did not before.
+
+        Raises:
+            StoreError: if there is no such bundle.
+            ModelError: if its files are missing or damaged.
+        """
+        folder = bundle_folders(self.folder).get(number)
+        if folder is not None:  # before the write lock is taken: this may take seconds
+            NetworkBundle.open(folder).verify_all()
+        with self.store.write() as transaction:
+            if folder is not None:
+                self._record_found(transaction, [folder])
+            self._open(bundles.get(transaction, number))  # still there, and the one that was published
+            return self._let_serve(transaction, number, actor)
+
+    def _record_found(self, transaction: Transaction, folders: Iterable[Path]) -> None:
+        """Record the bundles of which only the folder is known; damaged ones are left out."""
+        known = {published.bundle.id for published in bundles.listing(transaction)}
+        for folder in folders:
+            if int(folder.name) in known:
+                continue
+            try:
+                bundle = NetworkBundle.open(folder)
+            except ModelError as error:
+                logger.warning("%s", error)
+                continue
+            new = _new(bundle.manifest, bundle.sha256)
+            reason = f"{new.reason}, by {bundle.manifest.made_by}"
+            parent = new.parent if new.parent in known else None
+            bundles.add(
+                transaction, replace(new, parent=parent, reason=reason, published_at=bundle.manifest.made_at), FOLDER
+            )
+            known.add(bundle.number)
+
+    def _adopt(self) -> int | None:
+        """Let the newest intact bundle of the folder serve, where the store knows of none; returns its number.
+
+        Model files that somebody put into ``segqc/models/`` become a bundle where there is none.
+
+        Raises:
+            ModelError: if there are bundles or model files, but no intact ones.
+        """
+        folders, problem = bundle_folders(self.folder), None
+        loose = {network: self.folder / model_name(network) for network in NETWORKS}
+        if not self.store.is_writable or not (folders or any(model_status(path) for path in loose.values())):
+            return None
+        for folder in reversed(folders.values()):
+            try:
+                NetworkBundle.open(folder).verify_all()
+            except ModelError as error:
+                problem = problem or error
+                continue
+            with self.store.write() as transaction:
+                if (serving := bundles.serving_number(transaction)) is not None:
+                    return serving  # another process was faster
+                number = int(folder.name)
+                self._record_found(transaction, folders.values())
+                self._let_serve(transaction, number, FOLDER)
+            logger.info("%s: serves from now on, as the newest intact bundle of a folder with a new store", folder)
+            return number
+        if problem is not None:
+            raise problem
+        found = {network: path for network, path in loose.items() if model_status(path) is not None}
+        number = self.publish(found, FOLDER, "model files found in the folder")
+        for path in found.values():
+            path.unlink(missing_ok=True)
+        return number
+
+    # ----------------------------------------------------------------------------------------------------- old bundles
+
+    def prune(self) -> list[int]:
+        """Remove the files of old bundles; returns their numbers. Rows and events stay.
+
+        Kept are the bundle that serves, those that have served since the oldest running job began, and the newest
+        others, as many as the setting ``[models] keep`` says.
+        """
+        removed, hidden = [], []
+        with self.store.write() as transaction:
+            self._sweep()
+            since = jobs.running_since(transaction)
+            needed = bundles.served_since(transaction, since) if since is not None else set()
+            if (serving := bundles.serving_number(transaction)) is not None:
+                needed.add(serving)
+            others = [number for number in bundle_folders(self.folder) if number not in needed]
+            for number in others[: max(0, len(others) - self._settings.models.keep)]:
+                events.record(transaction, SERVER, "files removed", "bundle", number)
+                hidden.append(set_aside(self.folder / str(number)))
+                removed.append(number)
+        for path in hidden:
+            shutil.rmtree(path, ignore_errors=True)
+        return removed
+
+    def sweep(self) -> list[Path]:
+        """Remove what processes that died have left of bundles that were being written or removed."""
+        with self.store.write():
+            return self._sweep()
+
+    def _sweep(self) -> list[Path]:
+        """The same, by whoever holds the write lock."""
+        found = leftovers(self.folder)
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    def listing(self) -> list[BundleStatus]:
+        """All bundles, oldest first; every file is read and hashed."""
+        with self.store.read() as transaction:
+            known = {published.bundle.id: published for published in bundles.listing(transaction)}
+        folders = bundle_folders(self.folder)
+        return [self._status(number, known.get(number)) for number in sorted(known.keys() | folders.keys())]
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the bundles: see `maintenance.check`."""
+        found = []
+        for status in self.listing():
+            serves = status.published is not None and status.published.is_serving
+            if status.problem is not None and (serves or not status.is_removed):
+                found.append(Finding(status.problem.removesuffix("."), "or copy its folder from a backup"))
+            elif status.published is None:
+                what = f"{self.folder / str(status.number)}: the store does not know this bundle"
+                remedy = f"'segqc models serve FOLDER {status.number}' lets it serve, or remove it"
+                found.append(Finding(what, remedy, is_damage=False))
+        what = "left over from a process that died while it published or removed a bundle"
+        found += [
+            Finding(f"{path}: {what}", "'segqc db check --repair' cleans it up", is_damage=False)
+            for path in leftovers(self.folder)
+        ]
+        return found
+
+    def _status(self, number: int, published: PublishedBundle | None) -> BundleStatus:
+        files = problem = None
+        try:
+            sha256 = published.manifest_sha256 if published is not None else None
+            files = NetworkBundle.open(self.folder / str(number), sha256=sha256)
+            files.verify_all()
+        except ModelError as error:
+            problem = str(error)
+        is_removed = number not in bundle_folders(self.folder)
+        return BundleStatus(number=number, published=published, files=files, is_removed=is_removed, problem=problem)
+
+
+def _new(manifest: Manifest, sha256: str) -> NewBundle:
+    """The row of a bundle with this manifest."""
+    versions = {network: entry.version for network, entry in manifest.networks.items()}
+    return NewBundle(
+        id=manifest.number,
+        segmenter_version=versions.get("segmentation"),
+        assessor_version=versions.get("segqc"),
+        manifest_sha256=sha256,
+        parent=manifest.parent,
+        reason=manifest.reason,
+    )

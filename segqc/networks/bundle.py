@@ -1,0 +1,341 @@
+"""Bundles: a folder with a segmentation network and its SegQC-Net, published together and never changed.
+
+::
+
+    <number>/segmentation.pt     the segmentation network
+    <number>/segqc.pt            SegQC-Net with its calibration
+    <number>/segmentation.json   the card of each, to be read without PyTorch
+    <number>/segqc.json
+    <number>/manifest.json       who made it and why, and the hashes of all other files
+
+A network that was never trained is missing. Reading a manifest and verifying files need no PyTorch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, get_args
+
+from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
+
+from segqc.networks.card import CARDS, NetworkName
+from segqc.networks.model_file import ModelError, model_status
+
+if TYPE_CHECKING:
+    from segqc.networks.assessor import AssessmentSettings, Assessor
+    from segqc.networks.segmenter import Segmenter
+
+MANIFEST: Final = "manifest.json"
+NETWORKS: Final[tuple[NetworkName, ...]] = get_args(NetworkName)
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
+_LEFTOVER: Final = ".bundle-"  # begins the names of folders that are being written or removed
+_NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+_REMEDY: Final = "let an intact bundle serve (segqc models serve FOLDER BUNDLE), or train again (segqc train)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkEntry:
+    """A network of a bundle: its version, and the hashes of its two files."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    version: str
+    model_sha256: str
+    card_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a bundle's folder holds, and how it came to be."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    number: Annotated[int, Field(ge=1)]
+    made_at: AwareDatetime
+    made_by: str  # the actor's name
+    reason: str  # such as "training of segqc"
+    parent: int | None  # the bundle that served before, of which it may hold a network
+    networks: Annotated[dict[NetworkName, NetworkEntry], Field(min_length=1)]
+
+
+_MANIFESTS: Final[TypeAdapter[Manifest]] = TypeAdapter(Manifest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSource:
+    """A network that becomes part of a bundle: the file of its model, and its card as JSON."""
+
+    model: Path
+    card: bytes = field(repr=False)
+    entry: NetworkEntry
+
+
+class NetworkBundle:
+    """A bundle as it lies in its folder; each network is verified and loaded when it is first asked for.
+
+    Threads may share it.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, sha256: str, settings: Callable[[], AssessmentSettings] | None = None
+    ) -> None:
+        self.folder = folder
+        self.sha256 = sha256  # of the manifest's file
+        self.manifest = manifest
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._segmenter: Segmenter | None = None
+        self._assessor: Assessor | None = None
+
+    @classmethod
+    def open(
+        cls, folder: Path, settings: Callable[[], AssessmentSettings] | None = None, *, sha256: str | None = None
+    ) -> NetworkBundle:
+        """Read a bundle's manifest.
+
+        Args:
+            folder: its folder, named by its number.
+            settings: gives the settings of its SegQC-Net; asked when that is loaded.
+            sha256: the manifest's address, where it is known.
+
+        Raises:
+            ModelError: if the folder or its manifest is missing, damaged, or another bundle's.
+        """
+        path = folder / MANIFEST
+        if os.path.isfile(folder):
+            raise ModelError(f"{folder}: is a file, not a bundle; {_REMEDY}")
+        if model_status(path) is None and not os.path.isdir(folder):
+            raise ModelError(f"{folder}: the files of bundle {folder.name} are gone; {_REMEDY}")
+        try:
+            content = _content(path)
+            manifest = _MANIFESTS.validate_json(content)
+        except ValidationError as error:
+            raise ModelError(f"{path}: not a bundle's manifest; {_REMEDY}") from error
+        if str(manifest.number) != folder.name or (sha256 is not None and _sha256(content) != sha256):
+            raise ModelError(f"{folder}: is not the bundle {folder.name} that was published here; {_REMEDY}")
+        return cls(folder, manifest, _sha256(content), settings)
+
+    @property
+    def number(self) -> int:
+        """The bundle's number."""
+        return self.manifest.number
+
+    def holds(self, network: NetworkName) -> bool:
+        """Whether the bundle has this network."""
+        return network in self.manifest.networks
+
+    def path(self, network: NetworkName) -> Path | None:
+        """The model file of a network; None where the bundle has none."""
+        return self.folder / model_name(network) if self.holds(network) else None
+
+    def size(self) -> int:
+        """The size of its model files, in bytes; missing ones count nothing."""
+        return sum(path.stat().st_size for path in map(self.path, NETWORKS) if path is not None and path.is_file())
+
+    def verify(self, network: NetworkName) -> NetworkSource:
+        """Compare the files of a network with the manifest; returns them, to become part of another bundle.
+
+        Raises:
+            ModelError: if the bundle has no such network, or a file is missing or damaged.
+        """
+        entry = self.manifest.networks.get(network)
+        if entry is None:
+            raise ModelError(f"{self.folder}: holds no network {network!r}; train it first (segqc train {network})")
+        model, card = self.folder / model_name(network), self.folder / _card_name(network)
+        if model_status(model) is None:
+            raise ModelError(f"{model}: is missing; {_REMEDY}")
+        if _file_sha256(model) != entry.model_sha256:
+            raise ModelError(f"{model}: is damaged; {_REMEDY}")
+        content = _content(card)
+        if _sha256(content) != entry.card_sha256:
+            raise ModelError(f"{card}: is damaged; {_REMEDY}")
+        return NetworkSource(model=model, card=content, entry=entry)
+
+    def verify_all(self) -> None:
+        """Compare all files with the manifest.
+
+        Raises:
+            ModelError: if one is missing or damaged.
+        """
+        for network in self.manifest.networks:
+            self.verify(network)
+
+    def segmenter(self) -> Segmenter:
+        """The segmentation network.
+
+        Raises:
+            ModelError: if the bundle has none, or its files are missing or damaged.
+        """
+        from segqc.networks.segmenter import Segmenter
+
+        with self._lock:
+            if self._segmenter is None:
+                self._segmenter = Segmenter.load(self.verify("segmentation").model)
+            return self._segmenter
+
+    def assessor(self) -> Assessor:
+        """SegQC-Net.
+
+        Raises:
+            ModelError: if the bundle has none, or its files are missing or damaged.
+        """
+        from segqc.networks.assessor import Assessor
+
+        with self._lock:
+            if self._assessor is None:
+                settings = self._settings() if self._settings is not None else None
+                self._assessor = Assessor.load(self.verify("segqc").model, settings)
+            return self._assessor
+
+
+def model_name(network: NetworkName) -> str:
+    """The name of a network's model file."""
+    return f"{network}.pt"
+
+
+def _card_name(network: NetworkName) -> str:
+    return f"{network}.json"
+
+
+def bundle_folders(models: Path) -> dict[int, Path]:
+    """The folders of bundles by number, oldest first.
+
+    Raises:
+        ModelError: if nobody can see what lies there.
+    """
+    try:
+        names = os.listdir(models)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _unreadable(models, error) from error
+    found = {int(name): models / name for name in names if _NUMBER.fullmatch(name)}
+    return {number: path for number, path in sorted(found.items()) if os.path.isdir(path)}
+
+
+def source_of(path: Path, network: NetworkName) -> NetworkSource:
+    """A model file that is to become part of a bundle; it is loaded, so that only what can be loaded is published.
+
+    Raises:
+        ModelError: if it is missing, foreign or damaged, or another network's.
+    """
+    from segqc.networks.assessor import Assessor
+    from segqc.networks.segmenter import Segmenter
+
+    model = Segmenter.load(path) if network == "segmentation" else Assessor.load(path)
+    card = CARDS.dump_json(model.card, indent=1)
+    entry = NetworkEntry(version=model.version, model_sha256=_file_sha256(path), card_sha256=_sha256(card))
+    return NetworkSource(model=path, card=card, entry=entry)
+
+
+def write_bundle(models: Path, manifest: Manifest, sources: Mapping[NetworkName, NetworkSource]) -> str:
+    """Put a bundle into its folder, which is there as a whole, on the disk, or not at all.
+
+    Model files are linked where the file system has links, and copied elsewhere.
+
+    Args:
+        models: the folder of all bundles.
+        manifest: what the bundle holds.
+        sources: its networks.
+
+    Returns:
+        The address of the manifest.
+
+    Raises:
+        OSError: if the disk is full or read-only, or there is a bundle of this number; nothing is left then.
+    """
+    hidden = models / f"{_LEFTOVER}{manifest.number}"
+    content = _MANIFESTS.dump_json(manifest, indent=1)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        for network, source in sources.items():
+            _link(source.model, hidden / model_name(network))
+            _write(hidden / _card_name(network), source.card)
+        _write(hidden / MANIFEST, content)
+        _sync(hidden)
+        hidden.rename(models / str(manifest.number))
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    _sync(models)
+    return _sha256(content)
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a bundle's folder out of the way in one step; returns the hidden folder, to be removed."""
+    hidden = folder.with_name(f"{_LEFTOVER}{folder.name}-removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    return hidden
+
+
+def leftovers(models: Path) -> list[Path]:
+    """What is left of bundles that were being written or removed; those of living processes are among them."""
+    return sorted(models.glob(f"{_LEFTOVER}*")) if models.is_dir() else []
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+    target.chmod(0o444)  # a published file is never written again
+    _sync(target)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    path.chmod(0o444)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Let a file's content, or a folder's names, outlast a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _content(path: Path) -> bytes:
+    """A small file of a bundle.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    if model_status(path) is None:
+        raise ModelError(f"{path}: is missing; {_REMEDY}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ModelError:
+    reason = (error.strerror or type(error).__name__).lower()
+    return ModelError(f"{path}: cannot be read ({reason}); let SegQC read this file and its folder")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

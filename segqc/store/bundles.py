@@ -1,0 +1,132 @@
+"""Bundles: which pairs of networks were published, by whom and why, and which one serves.
+
+A bundle's files are the business of whoever publishes it; here are its number, the versions of its networks, and the
+rule that at most one bundle serves.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import func, select, update
+
+from segqc.store import assessments, events
+from segqc.store.database import StoreError, Transaction
+from segqc.store.records import Actor, BundleRecord, PublishedBundle
+from segqc.store.schema import ActorRow, Bundle, Event
+
+_SERVED: Final = "served"  # the event of a bundle that serves from then on
+_RECORDS: Final = select(Bundle, ActorRow).join(ActorRow, Bundle.actor_id == ActorRow.id)
+_SERVING: Final = _RECORDS.where(Bundle.serving)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBundle:
+    """What is known of a bundle before it is one."""
+
+    id: int  # the number of its folder; larger than that of every earlier bundle
+    segmenter_version: str | None = None
+    assessor_version: str | None = None
+    manifest_sha256: str | None = None  # of the manifest in its folder; None where it has no files
+    parent: int | None = None  # the bundle that it was made of
+    reason: str
+    published_at: dt.datetime | None = None  # None for now
+
+
+def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBundle:
+    """Record a bundle; it does not serve yet.
+
+    Raises:
+        IntegrityError: if there is a bundle of this number, or the new one has no network.
+    """
+    transaction.add(
+        Bundle(
+            id=new.id,
+            segmenter_version=new.segmenter_version,
+            assessor_version=new.assessor_version,
+            manifest_sha256=new.manifest_sha256,
+            parent_id=new.parent,
+            reason=new.reason,
+            actor_id=events.actor_id(transaction, actor),
+            published_at=new.published_at or transaction.now,
+            serving=False,
+        )
+    )
+    transaction.flush()
+    events.record(transaction, actor, "published", "bundle", new.id, {"parent": new.parent, "reason": new.reason})
+    return get(transaction, new.id)
+
+
+def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
+    """Let a bundle serve from now on; returns whether it did not before.
+
+    Scans are ranked, and estimates told, by the serving bundle alone: those that another bundle ranked have no estimate
+    until this one has assessed them.
+
+    Raises:
+        StoreError: if there is no such bundle.
+    """
+    if get(transaction, number).is_serving:
+        return False
+    for others, serving in ((Bundle.serving, False), (Bundle.id == number, True)):
+        transaction.execute(
+            update(Bundle).where(others).values(serving=serving).execution_options(synchronize_session=False)
+        )
+    transaction.expire_all()  # what was read before is not what these rows hold now
+    events.record(transaction, actor, _SERVED, "bundle", number)
+    assessments.rank_anew(transaction)
+    return True
+
+
+def serving(transaction: Transaction) -> PublishedBundle | None:
+    """The bundle that serves; None before the first one."""
+    row = transaction.execute(_SERVING).first()
+    return None if row is None else _record(*row)
+
+
+def serving_number(transaction: Transaction) -> int | None:
+    """The number of the bundle that serves; None before the first one."""
+    return transaction.rows(assessments.SERVING_BUNDLE).scalar()
+
+
+def get(transaction: Transaction, number: int) -> PublishedBundle:
+    """A bundle by its number.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    row = transaction.execute(_RECORDS.where(Bundle.id == number)).first()
+    if row is None:
+        raise StoreError(f"there is no bundle {number}; 'segqc models list FOLDER' shows those that there are")
+    return _record(*row)
+
+
+def listing(transaction: Transaction) -> list[PublishedBundle]:
+    """All bundles, oldest first."""
+    return [_record(*row) for row in transaction.execute(_RECORDS.order_by(Bundle.id))]
+
+
+def last_number(transaction: Transaction) -> int:
+    """The number of the newest bundle; 0 where there is none."""
+    return transaction.scalar(select(func.max(Bundle.id))) or 0
+
+
+def served_since(transaction: Transaction, time: dt.datetime) -> set[int]:
+    """The bundles that served at a time or later."""
+    served = select(Event.object_id).where(Event.object_kind == "bundle", Event.verb == _SERVED)
+    before = transaction.scalar(served.where(Event.at < time).order_by(Event.id.desc()).limit(1))
+    return {*transaction.scalars(served.where(Event.at >= time)), *([] if before is None else [before])}
+
+
+def _record(row: Bundle, actor: ActorRow) -> PublishedBundle:
+    return PublishedBundle(
+        bundle=BundleRecord(id=row.id, segmenter_version=row.segmenter_version, assessor_version=row.assessor_version),
+        manifest_sha256=row.manifest_sha256,
+        parent=row.parent_id,
+        reason=row.reason,
+        actor=events.actor_of(actor),
+        published_at=row.published_at,
+        is_serving=row.serving,
+    )

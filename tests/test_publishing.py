@@ -1,0 +1,542 @@
+"""Bundles: whole or not there at all, one serves, and whatever happens to their files has one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import IntegrityError
+from typer.testing import CliRunner
+
+from segqc.cli import main
+from segqc.loop import publishing
+from segqc.loop.publishing import Bundles
+from segqc.networks import bundle as bundle_files
+from segqc.networks.bundle import NETWORKS, NetworkBundle, bundle_folders, model_name
+from segqc.networks.card import CARDS, NetworkName
+from segqc.networks.model import ModelError
+from segqc.settings import ModelsSettings, Settings
+from segqc.store import bundles, events, jobs, maintenance
+from segqc.store.bundles import NewBundle
+from segqc.store.database import Database, StoreError
+from segqc.store.events import FOLDER, SERVER
+from segqc.store.restore import restore
+from segqc.store.schema import Bundle
+from segqc.store.store import Store
+from tests.server_kit import save_models
+from tests.store_kit import ANNA, BERT, Clock, serve_pair
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[NetworkName, Path]:
+    """Model files of both networks."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "studies").mkdir()
+    return tmp_path / "studies"
+
+
+@pytest.fixture
+def store(folder: Path, url: str | None, clock: Clock) -> Iterator[Store]:
+    opened = Store.open(folder, url, clock=clock)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def shelf(store: Store) -> Bundles:
+    """The bundles of a new folder."""
+    return Bundles(store, Settings())
+
+
+def serving(shelf: Bundles) -> int | None:
+    """The number of the bundle that serves; there is never more than one."""
+    with shelf.store.read() as transaction:
+        assert (transaction.scalar(select(func.count()).where(Bundle.serving)) or 0) <= 1
+        return bundles.serving_number(transaction)
+
+
+def told(shelf: Bundles, number: int) -> list[tuple[str, str]]:
+    with shelf.store.read() as transaction:
+        return [(event.verb, event.actor.name) for event in events.history(transaction, "bundle", number)]
+
+
+def problems(shelf: Bundles) -> dict[int, str | None]:
+    return {status.number: status.problem for status in shelf.listing()}
+
+
+# ------------------------------------------------------------------------------------------------------------ publish
+
+
+def test_a_bundle_holds_both_networks_their_cards_and_the_hashes_of_all(
+    shelf: Bundles, files: dict[NetworkName, Path]
+) -> None:
+    assert shelf.serving() is None
+    assert shelf.publish(files, ANNA, "a test") == 1
+    bundle = shelf.serving()
+    assert bundle is not None
+    names = {f"{network}.{end}" for network in NETWORKS for end in ("pt", "json")} | {"manifest.json"}
+    assert {path.name for path in bundle.folder.iterdir()} == names
+    for network in NETWORKS:
+        path = bundle.path(network)
+        assert path is not None
+        assert path.read_bytes() == files[network].read_bytes()
+        card = CARDS.validate_json((bundle.folder / f"{network}.json").read_bytes())
+        model = bundle.segmenter() if network == "segmentation" else bundle.assessor()
+        assert card == model.card
+        assert bundle.manifest.networks[network].version == model.version
+    assert (bundle.manifest.parent, bundle.manifest.made_by, bundle.manifest.reason) == (None, "anna", "a test")
+    with shelf.store.read() as transaction:
+        published = bundles.serving(transaction)
+    assert published is not None
+    assert published.bundle.segmenter_version == bundle.segmenter().version
+    assert published.bundle.assessor_version == bundle.assessor().version
+    assert (published.manifest_sha256, published.actor) == (bundle.sha256, ANNA)
+    assert told(shelf, 1) == [("published", "anna"), ("served", "anna")]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_is_published_with_the_other_one_of_the_bundle_before(
+    shelf: Bundles, files: dict[NetworkName, Path], network: NetworkName
+) -> None:
+    other: NetworkName = "segqc" if network == "segmentation" else "segmentation"
+    shelf.publish({network: files[network]}, ANNA, "first")
+    alone = shelf.serving()
+    assert alone is not None
+    assert (alone.holds(network), alone.holds(other)) == (True, False)
+    with pytest.raises(ModelError, match=f"holds no network '{other}'; train it first"):
+        alone.assessor() if other == "segqc" else alone.segmenter()
+    assert shelf.publish({other: files[other]}, BERT, "second") == 2
+    both = shelf.serving()
+    assert both is not None
+    both.verify_all()
+    assert set(both.manifest.networks) == set(NETWORKS)
+    assert (both.manifest.parent, both.manifest.networks[network]) == (1, alone.manifest.networks[network])
+    assert problems(shelf) == {1: None, 2: None}, "the one before stays whole"
+
+
+def test_what_cannot_be_loaded_is_not_published(shelf: Bundles, files: dict[NetworkName, Path], tmp_path: Path) -> None:
+    shelf.publish(files, ANNA, "a test")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for network, path in (
+        ("segmentation", tmp_path / "junk.pt"),
+        ("segqc", files["segmentation"]),
+        ("segqc", tmp_path / "missing.pt"),
+    ):
+        with pytest.raises(ModelError, match=path.name):
+            shelf.publish({network: path}, ANNA, "a test")  # type: ignore[dict-item]
+    assert problems(shelf) == {1: None}
+
+
+def test_a_block_that_fails_publishes_nothing(shelf: Bundles, files: dict[NetworkName, Path]) -> None:
+    shelf.publish(files, ANNA, "a test")
+    with pytest.raises(RuntimeError), shelf.publishing(files, ANNA, "another") as publication:
+        assert (publication.number, publication.parent) == (2, 1)
+        raise RuntimeError
+    assert (serving(shelf), list(bundle_folders(shelf.folder))) == (1, [1])
+    assert told(shelf, 2) == []
+
+
+def test_trainings_that_end_at_the_same_time_do_not_lose_each_others_network(
+    folder: Path, url: str | None, files: dict[NetworkName, Path]
+) -> None:
+    before = Bundles(Store.open(folder, url), Settings())
+    barrier, failures = threading.Barrier(4), list[BaseException]()
+
+    def publish(network: NetworkName) -> None:
+        try:
+            own = Bundles(Store.open(folder, url), Settings())
+            barrier.wait()
+            own.publish({network: files[network]}, ANNA, network)
+            own.store.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=publish, args=(network,)) for network in NETWORKS * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert serving(before) == 4
+    assert problems(before) == dict.fromkeys(range(1, 5))
+    bundle = before.serving()
+    assert bundle is not None
+    assert set(bundle.manifest.networks) == set(NETWORKS)
+    parents = [b.published.parent for b in before.listing() if b.published is not None]
+    assert parents == [None, 1, 2, 3]
+    before.store.close()
+
+
+def test_two_bundles_never_serve(store: Store) -> None:
+    with store.write() as transaction:
+        serve_pair(transaction, "seg", None)
+        serve_pair(transaction, None, "qc")
+        assert bundles.serving_number(transaction) == 2
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        transaction.execute(text("UPDATE bundle SET serving = true"))
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        bundles.add(transaction, NewBundle(id=3, reason="no network"), SERVER)
+    with pytest.raises(StoreError, match="there is no bundle 7"), store.write() as transaction:
+        bundles.serve(transaction, 7, SERVER)
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_the_commit(patch: pytest.MonkeyPatch) -> None:
+    """Die when all is written, and the transaction is not committed."""
+    write: Callable[[Database], AbstractContextManager[Any]] = Database.write
+
+    def written(self: Database) -> AbstractContextManager[Any]:
+        patch.setattr("sqlalchemy.Connection.commit", _die)
+        return write(self)
+
+    patch.setattr(Database, "write", written)
+
+
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "while model files are linked": lambda patch: patch.setattr(bundle_files, "_link", _die),
+    "while the manifest is written": lambda patch: patch.setattr(bundle_files, "_write", _die),
+    "before the folder has its name": lambda patch: patch.setattr(Path, "rename", _die),
+    "before the row": lambda patch: patch.setattr(bundles, "add", _die),
+    "before it serves": lambda patch: patch.setattr(bundles, "serve", _die),
+    "at the commit": _at_the_commit,
+    "before old files go": lambda patch: patch.setattr(Bundles, "prune", _die),
+    "while old files go": lambda patch: patch.setattr(publishing, "set_aside", lambda f: (
+        bundle_files.set_aside(f), _die())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kill", list(KILLS))
+def test_a_kill_at_any_step_leaves_one_whole_bundle_that_serves(
+    folder: Path, files: dict[NetworkName, Path], kill: str
+) -> None:
+    settings = Settings(models=ModelsSettings(keep=1))
+    first = Bundles(Store.open(folder), settings)
+    for _ in range(2):
+        first.publish(files, ANNA, "a test")
+    first.store.close()
+    child = os.fork()
+    if child == 0:
+        try:
+            own = Bundles(Store.open(folder), settings)
+            with pytest.MonkeyPatch.context() as patch:
+                KILLS[kill](patch)
+                own.publish(files, BERT, "killed")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    after = Bundles(Store.open(folder), settings)
+    committed = "files go" in kill
+    assert serving(after) == (3 if committed else 2)
+    bundle = after.serving()
+    assert bundle is not None
+    bundle.verify_all()
+    last = max(bundle_folders(after.folder))
+    assert after.publish(files, ANNA, "the next") == last + 1
+    after.prune()
+    assert not [path for path in after.folder.iterdir() if path.name.startswith(".")]
+    assert len(bundle_folders(after.folder)) == 2
+    assert all(status.problem is None or status.is_removed for status in after.listing())
+    assert [finding for finding in after.findings() if finding.is_damage] == []
+    after.store.close()
+
+
+# ------------------------------------------------------------------------------------------------- damage and adoption
+
+
+def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Write a file anew: others may be linked to the old one."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(change(content))
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "model": lambda folder: _rewrite(folder / "segqc.pt", _flip),
+    "model cut short": lambda folder: _rewrite(folder / "segqc.pt", lambda content: content[:-1]),
+    "model gone": lambda folder: (folder / "segqc.pt").unlink(),
+    "card": lambda folder: _rewrite(folder / "segqc.json", _flip),
+    "card gone": lambda folder: (folder / "segqc.json").unlink(),
+    "manifest": lambda folder: _rewrite(folder / "manifest.json", lambda content: content[:-5]),
+    "manifest of a later format": lambda folder: _rewrite(
+        folder / "manifest.json", lambda content: content.replace(b'"format": 1', b'"format": 2')
+    ),
+    "manifest with more": lambda folder: _rewrite(
+        folder / "manifest.json", lambda content: content.replace(b"{", b'{"more": 1,', 1)
+    ),
+    "manifest of another one": lambda folder: _rewrite(
+        folder / "manifest.json", lambda content: content.replace(b"a test", b"b test")
+    ),
+    "manifest gone": lambda folder: (folder / "manifest.json").unlink(),
+    "all gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_damaged_bundle_is_one_sentence_with_a_remedy_and_the_remedy_works(
+    shelf: Bundles, files: dict[NetworkName, Path], damage: str
+) -> None:
+    shelf.publish(files, ANNA, "a test")
+    shelf.publish(files, ANNA, "a test")
+    DAMAGE[damage](shelf.folder / "2")
+    own = Bundles(shelf.store, Settings())  # one that has loaded nothing
+    with pytest.raises(
+        ModelError, match=r"models/2.*; let an intact bundle serve \(segqc models serve FOLDER BUNDLE\)"
+    ):
+        bundle = own.serving()
+        assert bundle is not None
+        bundle.assessor()
+    assert [path for path, problem in problems(own).items() if problem] == [2]
+    assert [finding.is_damage for finding in own.findings()] == [True]
+    assert own.serve(1, BERT)
+    bundle = own.serving()
+    assert bundle is not None
+    assert bundle.assessor().version
+    with pytest.raises(ModelError, match="models/2"):
+        own.serve(2, BERT)
+    assert serving(own) == 1
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """A folder with the bundles of another one, and no database."""
+    shutil.copytree(folder / "segqc" / "models", target / "segqc" / "models")
+    return target
+
+
+def test_a_folder_with_a_new_store_adopts_its_newest_intact_bundle(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    for _ in range(3):
+        first.publish(files, ANNA, "a test")
+    first.store.close()
+    target = copied(folder, tmp_path / "copy")
+    DAMAGE["model"](target / "segqc" / "models" / "3")
+    stores = [Store.open(target) for _ in range(2)]
+    for store in stores:  # the second one finds it done
+        bundle = Bundles(store, Settings()).serving()
+        assert bundle is not None
+        assert bundle.number == 2
+        bundle.segmenter()
+    shelf = Bundles(stores[0], Settings())
+    assert told(shelf, 2) == [("published", "folder"), ("served", "folder")]
+    published = {s.number: s.published for s in shelf.listing()}
+    assert published[1] is not None, "the others can serve again"
+    assert published[1].reason == "a test, by anna"
+    assert published[1].actor == FOLDER
+    assert shelf.publish(files, ANNA, "a test") == 4, "numbers are never given twice"
+
+
+def test_a_folder_with_damaged_bundles_only_says_so(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    first.publish(files, ANNA, "a test")
+    first.store.close()
+    target = copied(folder, tmp_path / "copy")
+    DAMAGE["manifest"](target / "segqc" / "models" / "1")
+    shelf = Bundles(Store.open(target), Settings())
+    with pytest.raises(ModelError, match="models/1"):
+        shelf.serving()
+    assert shelf.publish(files, ANNA, "a test") == 2
+    assert shelf.serving() is not None
+
+
+def test_model_files_that_somebody_puts_there_become_the_first_bundle(
+    shelf: Bundles, files: dict[NetworkName, Path]
+) -> None:
+    shelf.folder.mkdir(parents=True)
+    loose = {network: shelf.folder / model_name(network) for network in NETWORKS}
+    loose["segmentation"].write_bytes(b"junk")
+    with pytest.raises(ModelError, match=r"models/segmentation\.pt: not a readable SegQC model file"):
+        shelf.serving()
+    for network, path in loose.items():
+        shutil.copyfile(files[network], path)
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert (bundle.number, set(bundle.manifest.networks)) == (1, set(NETWORKS))
+    assert told(shelf, 1) == [("published", "folder"), ("served", "folder")]
+    assert [path.name for path in shelf.folder.iterdir()] == ["1"]
+    loose["segqc"].write_bytes(b"junk")
+    assert shelf.serving() is bundle, "what lies there beside a bundle is nobody's"
+
+
+# --------------------------------------------------------------------------------------------------- serve and remove
+
+
+def test_a_bundle_that_served_serves_again_and_everybody_sees_it(
+    shelf: Bundles, files: dict[NetworkName, Path], folder: Path, url: str | None
+) -> None:
+    other = Bundles(Store.open(folder, url), Settings())
+    shelf.publish(files, ANNA, "a test")
+    shelf.publish({"segqc": files["segqc"]}, ANNA, "a test")
+    second = other.serving()
+    assert second is not None
+    assert other.serving() is second, "loaded once"
+    with shelf.store.write() as transaction:
+        for job in jobs.open_jobs(transaction, "scoring"):
+            jobs.stop(transaction, job.id, SERVER)
+    assert shelf.serve(1, BERT)
+    assert not shelf.serve(1, BERT), "it serves already"
+    first = other.serving()
+    assert first is not None
+    assert first.number == 1
+    assert told(shelf, 1) == [("published", "anna"), ("served", "anna"), ("served", "bert")]
+    with shelf.store.read() as transaction:
+        assert len(jobs.open_jobs(transaction, "scoring")) == 1, "the scans that wait are scored by it"
+    assert shelf.publish({"segqc": files["segqc"]}, ANNA, "a test") == 3
+    third = other.serving()
+    assert third is not None
+    assert third.manifest.parent == 1, "on top of the one that served"
+    other.store.close()
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, [6]), (2, [4, 5, 6]), (5, [1, 2, 3, 4, 5, 6])])
+def test_the_files_of_old_bundles_go_and_their_rows_stay(
+    store: Store, files: dict[NetworkName, Path], keep: int, kept: list[int]
+) -> None:
+    shelf = Bundles(store, Settings(models=ModelsSettings(keep=keep)))
+    for _ in range(6):
+        shelf.publish({"segqc": files["segqc"]}, ANNA, "a test")
+    assert list(bundle_folders(shelf.folder)) == kept
+    listed = shelf.listing()
+    assert [status.number for status in listed if status.published is not None] == [1, 2, 3, 4, 5, 6]
+    assert [status.number for status in listed if not status.is_removed] == kept
+    assert shelf.findings() == [], "what was removed by the rule is no damage"
+    bundle = shelf.serving()
+    assert bundle is not None
+    bundle.verify_all()
+    if 1 not in kept:
+        assert told(shelf, 1)[-1] == ("files removed", "server")
+        with pytest.raises(ModelError, match="the files of bundle 1 are gone"):
+            shelf.serve(1, ANNA)
+
+
+def test_no_bundle_goes_that_serves_or_that_a_running_job_may_need(
+    store: Store, files: dict[NetworkName, Path], clock: Clock
+) -> None:
+    shelf = Bundles(store, Settings(models=ModelsSettings(keep=0)))
+    shelf.publish(files, ANNA, "a test")
+    clock.pass_(minutes=1)
+    with store.write() as transaction:
+        job = jobs.enqueue(transaction, "batch_infer", {"model": "segmentation"}, ANNA)
+        assert jobs.claim(transaction, "w1", ["batch_infer"]) is not None
+    for _ in range(2):
+        clock.pass_(minutes=1)
+        shelf.publish(files, ANNA, "a test")
+    assert list(bundle_folders(shelf.folder)) == [1, 2, 3]
+    with store.write() as transaction:
+        jobs.finish(transaction, job.id, "w1", "done", {})
+    clock.pass_(minutes=1)
+    assert shelf.serve(1, ANNA)
+    assert shelf.prune() == [2, 3]
+    assert serving(shelf) == 1
+
+
+# ------------------------------------------------------------------------------------------------ commands and backups
+
+
+def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[NetworkName, Path]) -> None:
+    def run(*arguments: str, code: int = 0) -> str:
+        result = CliRunner().invoke(main.app, ["models", *arguments])
+        assert result.exit_code == code, result.output
+        return result.output if code == 0 else str(result.exception)
+
+    assert json.loads(run("list", str(folder), "--json")) == {"bundles": []}
+    shelf = Bundles(Store.open(folder), Settings())
+    shelf.publish({"segmentation": files["segmentation"]}, ANNA, "training of segmentation")
+    shelf.publish({"segqc": files["segqc"]}, BERT, "training of segqc")
+    DAMAGE["card"](shelf.folder / "2")
+    first, second = json.loads(run("list", str(folder), "--json"))["bundles"]
+    assert {key: first[key] for key in ("bundle", "segqc", "by", "reason", "serving", "files")} == {
+        "bundle": 1, "segqc": None, "by": "anna", "reason": "training of segmentation", "serving": False,
+        "files": "intact",
+    }  # fmt: skip
+    assert first["segmentation"] == second["segmentation"]
+    assert (second["by"], second["serving"]) == ("bert", True)
+    assert "segqc.json: is damaged" in second["files"]
+    assert "bundle 1 serves" in run("serve", str(folder), "1")
+    assert "bundle 1 serves already" in run("serve", str(folder), "1")
+    assert serving(shelf) == 1
+    assert "is damaged" in run("serve", str(folder), "2", code=1)
+    assert "there is no bundle 9" in run("serve", str(folder), "9", code=1)
+    assert run("list", str(folder), "--csv").startswith("bundle,made,segmentation,segqc,by,reason,serving,MB,files\n1,")
+    shelf.store.close()
+
+
+def test_a_bundle_whose_process_died_before_its_row_can_serve(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path
+) -> None:
+    shelf = Bundles(Store.open(folder), Settings())
+    shelf.publish(files, ANNA, "a test")
+    other = Bundles(Store.open(copied(folder, tmp_path / "copy")), Settings())
+    other.publish(files, ANNA, "a test")
+    shutil.copytree(other.folder / "2", shelf.folder / "2")
+    (shelf.folder / ".bundle-3").mkdir()
+    assert [(finding.is_damage, finding.what) for finding in shelf.findings()] == [
+        (False, f"{shelf.folder / '2'}: the store does not know this bundle"),
+        (False, f"{shelf.folder / '.bundle-3'}: left over from a process that died while it published or removed a "
+                "bundle"),
+    ]  # fmt: skip
+    assert serving(shelf) == 1
+    shelf.sweep()
+    assert shelf.serve(2, BERT)
+    assert shelf.findings() == []
+    for own in (shelf, other):
+        own.store.close()
+
+
+@pytest.mark.parametrize("there", ["nothing", "the same bundle", "another bundle of its number"])
+def test_a_backup_brings_the_bundle_back_that_served(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path, there: str
+) -> None:
+    shelf = Bundles(Store.open(folder), Settings())
+    for _ in range(2):
+        shelf.publish(files, ANNA, "a test")
+    maintenance.backup(shelf.store, tmp_path / "backup")
+    assert [path.name for path in (tmp_path / "backup" / "segqc" / "models").iterdir()] == ["2"]
+    shelf.publish(files, ANNA, "a test")
+    shelf.store.close()
+    target = folder
+    if there != "the same bundle":
+        target = tmp_path / "new"
+        target.mkdir()
+    if there == "another bundle of its number":
+        others = Bundles(Store.open(target), Settings())
+        for _ in range(2):
+            others.publish(files, BERT, "another")
+        others.store.close()
+    done = restore(tmp_path / "backup", target, settings_file="segqc.toml")
+    restored = Bundles(Store.open(target), Settings())
+    bundle = restored.serving()
+    assert bundle is not None
+    assert (bundle.number, bundle.manifest.made_by) == (2, "anna")
+    bundle.verify_all()
+    if there == "another bundle of its number":
+        assert done.aside is not None
+        aside = NetworkBundle.open(done.aside / "segqc" / "models" / "2")
+        assert aside.manifest.made_by == "bert", "set aside, not lost"
+    assert restored.publish(files, ANNA, "a test") == (4 if there == "the same bundle" else 3)
+    restored.store.close()
