@@ -34,6 +34,16 @@ BERT = Actor(kind="person", name="bert", identified_by="client-id")
 PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
+class Steps:
+    """Progress that remembers its steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, str]] = []
+
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        self.seen.append((done, total, task))
+
+
 class Clock:
     """A time that passes when the test says so."""
 

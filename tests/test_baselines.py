@@ -506,9 +506,9 @@ def test_losses_fall(train: Train, tmp_path: Path) -> None:
     losses: list[float] = []
 
     class Listen:
-        def step(self, done: int, total: int, message: str) -> None:
-            if ": loss " in message:
-                losses.append(float(message.rsplit(" ", 1)[1]))
+        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+            if detail.startswith("loss "):
+                losses.append(float(detail.split()[1]))
 
     train(sets, SINGLE, placed([s.case for s in sets], share=0.0), settings, tmp_path / "t", Listen())
     assert len(losses) == 48

@@ -25,6 +25,7 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
+from segqc.progress import described
 from segqc.store import jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
@@ -83,7 +84,7 @@ class Count:
     def __init__(self, die_at: int | None = None) -> None:
         self.die_at = die_at
 
-    def step(self, done: int, total: int, message: str) -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
         if done == self.die_at:
             raise KeyboardInterrupt
 
@@ -205,7 +206,8 @@ class Lines:
         self.messages: list[str] = []
         self.die_at = die_at
 
-    def step(self, done: int, total: int, message: str) -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        message = described(task, detail)
         self.messages.append(message)
         if message.startswith(self.die_at):
             raise KeyboardInterrupt
@@ -394,7 +396,8 @@ def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     class Replacing:
         done = False
 
-        def step(self, done: int, total: int, message: str) -> None:
+        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+            message = described(task, detail)
             if message.startswith(at) and not self.done:
                 self.done = True
                 shutil.copyfile(dataset.folder / "c5.nii.gz", dataset.folder / f"{named}.nii.gz")

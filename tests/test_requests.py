@@ -56,3 +56,18 @@ def test_what_no_job_can_do_is_refused_by_name(kind: str, fields: dict[str, obje
     with pytest.raises(DatasetError) as caught:
         parse_request(kind, fields)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 10**10, 1.5, None, "", "-1", "1.5", "many", "1e3", [1], {}, "9" * 5000, float("inf")]
+)
+def test_the_number_of_scans_is_an_integer_within_its_bounds(value: object) -> None:
+    with pytest.raises(DatasetError, match="batch_infer request: max_batch_size: ") as caught:
+        parse_request("batch_infer", {"model": "segqc", "max_batch_size": value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", [0, 7, "7", 1_000_000_000])
+def test_the_number_of_scans_may_come_as_text(value: object) -> None:
+    request = parse_request("batch_infer", {"model": "segqc", "max_batch_size": value})
+    assert isinstance(request, BatchRequest) and request.max_batch_size == int(str(value))

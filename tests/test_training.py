@@ -14,6 +14,7 @@ import torch
 from segqc.networks.assessor import Assessor
 from segqc.networks.device import DeviceMemoryError, device_of_choice
 from segqc.networks.segmenter import Segmenter
+from segqc.progress import described
 from segqc.settings import SettingsError, build
 from segqc.split import PatientSplit, SplitConfig, split_patients
 from segqc.training import NoProgress, TrainingSettings
@@ -81,7 +82,8 @@ class KillAt:
     def __init__(self, step: int, work: str) -> None:
         self.at, self.work, self.seen = step, work, 0
 
-    def step(self, done: int, total: int, message: str) -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        message = described(task, detail)
         if message.startswith(self.work):
             self.seen += 1
             if self.seen == self.at:

@@ -19,6 +19,7 @@ from segqc.store.records import Actor, JobRecord, JsonObject
 JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
+_MAX_SCANS: Final = 1_000_000_000
 NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 
 
@@ -54,7 +55,7 @@ class BatchRequest:
     model: NetworkName
     images: BatchImages = "all"
     label_tag: str = ORIGINAL  # of the masks
-    max_batch_size: int = Field(default=0, ge=0)  # the most scans; 0 for no limit
+    max_batch_size: int = Field(default=0, ge=0, le=_MAX_SCANS)  # the most scans; 0 for no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

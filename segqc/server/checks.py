@@ -31,10 +31,6 @@ MAX_ID_BYTES: Final = 200
 MAX_JSON_DEPTH: Final = 32
 _MAX_INTEGER: Final = 2**63 - 1
 
-
-# The smallest and the largest of the integers that requests set; those of trainings are bounded by `TrainingSettings`.
-BOUNDS: Final[Mapping[str, tuple[int, int]]] = {"max_batch_size": (0, 1_000_000_000)}
-
 # Fields that decide what is read, run or written. They have their own place in a request, `params` does not set them.
 RESERVED_PARAMS = frozenset({
     "image", "images", "image_id", "model", "method", "strategy", "label", "session", "description", "bundle_path",
@@ -201,23 +197,12 @@ def choose_params(params: Mapping[str, JsonValue], allowed: Collection[str]) -> 
     """Keep the parameters that a call understands; others are ignored, as clients send what other servers know.
 
     Raises:
-        RequestError: 400 if a parameter tries to set a field that has its own place in the request, or is a number
-            out of its bounds.
+        RequestError: 400 if a parameter tries to set a field that has its own place in the request.
     """
     forbidden = sorted(RESERVED_PARAMS & params.keys() - set(allowed))
     if forbidden:
         raise RequestError(400, f"params may not set {', '.join(map(repr, forbidden))}: it has its own field.")
-    chosen = {key: value for key, value in params.items() if key in allowed}
-    for name in BOUNDS.keys() & chosen.keys():
-        _check_integer(name, chosen[name], *BOUNDS[name])
-    return chosen
-
-
-def _check_integer(name: str, value: JsonValue, low: int, high: int) -> None:
-    """Refuse what is no integer within the bounds; it may be text, as clients with forms send it."""
-    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high):
-        raise RequestError(400, f"{name} must be an integer from {low} to {high}.")
+    return {key: value for key, value in params.items() if key in allowed}
 
 
 def refuse_unknown(params: Mapping[str, JsonValue], understood: Collection[str], what: str) -> None:
