@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from sqlalchemy import (
     Connection,
     CursorResult,
     Engine,
+    Insert,
     Select,
     Table,
     create_engine,
@@ -72,6 +74,7 @@ _OWN_TABLES: Final = frozenset({"scan", "label_version"})  # what tells our tabl
 _OWN_REVISION: Final = re.compile(r"\d{4}")
 _ALEMBIC: Final = threading.Lock()  # what it works on is global to the process
 _WRITER_LOCK: Final = 0x5E69C  # of PostgreSQL's advisory locks, any number of our own
+_TAKE_WRITER_LOCK: Final = text("SELECT pg_advisory_xact_lock(:key)")
 
 
 class StoreError(SegqcError):
@@ -100,16 +103,23 @@ class Transaction(Session):
     """One transaction; everything in it happens at one time, ``now`` (UTC)."""
 
     now: dt.datetime
+    core: Connection
+    """The connection itself: `execute` costs three times as much, as it also makes objects of tables' rows."""
 
     def rows(self, query: Select[*Ts], parameters: Parameters = MappingProxyType({})) -> CursorResult[*Ts]:
-        """Read columns; a third of the cost of `execute`, which also makes objects of tables' rows."""
+        """Read columns."""
         self.flush()
-        return self.connection().execute(query, parameters)
+        return self.core.execute(query, parameters)
 
     def insert(self, table: type[DeclarativeBase], **values: object) -> int:
         """Add a row at once and return its number; for what is added all the time a tenth of an object's cost."""
-        made = self.connection().execute(cast(Table, table.__table__).insert(), values)
+        made = self.core.execute(_insert(table), values)
         return 0 if made.inserted_primary_key is None else int(made.inserted_primary_key[0])
+
+
+@functools.cache
+def _insert(table: type[DeclarativeBase]) -> Insert:
+    return cast(Table, table.__table__).insert()
 
 
 class json_array(FunctionElement[list[str]]):  # noqa: N801 - called like SQL's own functions
@@ -268,14 +278,22 @@ class Database:
             raise StoreReadOnly(
                 f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
             )
-        with self._told(), self.engine.connect().execution_options(**self._options(write=write)) as connection:
+        with self._told(), self.engine.connect() as connection:
             self._breaker.reset()
-            if write:
-                # the write lock first, and only then the time: times in the store are in the order of the commits
-                connection.begin()
-            if write and not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITER_LOCK})
+            # the write lock first, and only then the time: times in the store are in the order of the commits
+            self._begin(connection, write=write)
             yield connection
+
+    def _begin(self, connection: Connection, *, write: bool) -> None:
+        if self.is_sqlite:
+            connection.begin()
+            # a reader that turns writer can meet "database is locked" whatever the timeout: say at once who writes
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        elif write:
+            connection.execute(_TAKE_WRITER_LOCK, {"key": _WRITER_LOCK})
+        else:
+            # it shows each statement another state unless told otherwise; writers hold a lock and need the newest
+            connection.execution_options(isolation_level="REPEATABLE READ")
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -314,14 +332,10 @@ class Database:
         path = Path(str(self.url.database)).absolute()
         return path, _log_of(path)
 
-    def _options(self, *, write: bool) -> dict[str, bool | str]:
-        # PostgreSQL shows each statement another state unless told otherwise; writers hold a lock and need the newest
-        return {"segqc_write": write} if write or self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-
     @contextlib.contextmanager
     def _session(self, connection: Connection) -> Iterator[Transaction]:
         with Transaction(bind=connection, expire_on_commit=False, join_transaction_mode="rollback_only") as transaction:
-            transaction.now = self.clock()
+            transaction.now, transaction.core = self.clock(), connection
             yield transaction
 
     @property
@@ -432,15 +446,9 @@ def _engine(url: URL, patience_seconds: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself: `on_begin` says how
+        connection.isolation_level = None  # the driver begins nothing by itself: `Database` says how
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        # a reader that turns writer can meet "database is locked" whatever the timeout: say at once who writes
-        write = connection.get_execution_options().get("segqc_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
 

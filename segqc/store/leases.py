@@ -306,7 +306,7 @@ def submitted(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord 
     if last is None:
         return None
     closed = {"lease": last.id, "closed_at": transaction.now}
-    transaction.connection().execute(_SUBMITTED, closed)
+    transaction.core.execute(_SUBMITTED, closed)
     scans.find(transaction, scan).readings += 1
     return replace(last, state="submitted", closed_at=transaction.now)
 
