@@ -84,7 +84,9 @@ def make_folder(folder: Path, count: int) -> None:
 def fill(store: Store) -> None:
     """Give every scan a mask and an estimate, as after a scoring."""
     with store.write() as transaction:
-        new = NewBundle(id=BUNDLE, segmenter_version="seg", assessor_version="qc", reason="a benchmark")
+        new = NewBundle(
+            id=BUNDLE, segmenter_version="seg", assessor_version="qc", manifest_sha256="0" * 64, reason="a benchmark"
+        )
         bundles.add(transaction, new, events.SERVER)
         bundles.serve(transaction, BUNDLE, events.SERVER)
         values = {

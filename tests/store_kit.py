@@ -152,7 +152,13 @@ def serve_pair(transaction: Transaction, segmenter: str | None, assessor: str | 
     )
     if found is None:
         number = bundles.last_number(transaction) + 1
-        new = NewBundle(id=number, segmenter_version=segmenter, assessor_version=assessor, reason="a test")
+        new = NewBundle(
+            id=number,
+            segmenter_version=segmenter,
+            assessor_version=assessor,
+            manifest_sha256="0" * 64,
+            reason="a test",
+        )
         found = bundles.add(transaction, new, SERVER).bundle
     bundles.serve(transaction, found.id, SERVER)
     return found

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.store import labels, maintenance
 from segqc.store.database import REVISION, StoreDamaged, StoreError
 from segqc.store.records import LabelRecord
+from segqc.store.schema import Bundle
 from segqc.store.store import Store
 from segqc.store.sync import SyncResult, sync
 from segqc.volumes import scan_id
@@ -323,6 +324,8 @@ def test_files_that_harm_nothing_are_told_and_are_no_failure(store: Store, folde
     stray = store.files.objects / "ab" / "stray.nii.gz"
     stray.parent.mkdir(exist_ok=True)
     stray.touch()
+    with store.write() as transaction:
+        transaction.execute(update(Bundle).values(serving=False))  # one that serves needs its files
     assert {finding.is_damage for finding in maintenance.check(store)} == {False}
     if store.database.is_sqlite:
         said = run("check", folder)

@@ -188,7 +188,7 @@ def test_two_bundles_never_serve(store: Store) -> None:
     with pytest.raises(IntegrityError), store.write() as transaction:
         transaction.execute(text("UPDATE bundle SET serving = true"))
     with pytest.raises(IntegrityError), store.write() as transaction:
-        bundles.add(transaction, NewBundle(id=3, reason="no network"), SERVER)
+        bundles.add(transaction, NewBundle(id=3, manifest_sha256="0" * 64, reason="no network"), SERVER)
     with pytest.raises(StoreError, match="there is no bundle 7"), store.write() as transaction:
         bundles.serve(transaction, 7, SERVER)
 

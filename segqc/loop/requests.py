@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias, assert_never
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from segqc.loop.errors import DatasetError
+from segqc.networks.bundle import NETWORKS as NETWORKS
 from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.database import Transaction
@@ -20,7 +21,6 @@ JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
 _MAX_SCANS: Final = 1_000_000_000
-NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

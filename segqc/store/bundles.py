@@ -29,7 +29,7 @@ class NewBundle:
     id: int  # the number of its folder; larger than that of every earlier bundle
     segmenter_version: str | None = None
     assessor_version: str | None = None
-    manifest_sha256: str | None = None  # of the manifest in its folder; None where it has no files
+    manifest_sha256: str  # of the manifest in its folder
     parent: int | None = None  # the bundle that it was made of
     reason: str
     published_at: dt.datetime | None = None  # None for now

@@ -81,7 +81,7 @@ class PublishedBundle:
     """A bundle and how it came to be."""
 
     bundle: BundleRecord
-    manifest_sha256: str | None  # of the manifest in its folder; None where the bundle has no files
+    manifest_sha256: str  # of the manifest in its folder
     parent: int | None  # the bundle that served before, of which it may hold a network
     reason: str  # what it was published for, such as "training of segqc"
     actor: Actor

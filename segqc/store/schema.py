@@ -206,14 +206,14 @@ class Bundle(Base):
     """A segmentation network and the SegQC-Net that judges it, as published: an estimate belongs to the bundle.
 
     ``id`` is the number of its folder, ``segqc/models/<id>/``; ``manifest_sha256`` is the address of the manifest in
-    it, NULL where the bundle has no files. At most one bundle serves. The row stays when the files are removed.
+    it. At most one bundle serves. The row stays when the files are removed.
     """
 
     __tablename__ = "bundle"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     segmenter_version: Mapped[str | None]
     assessor_version: Mapped[str | None]
-    manifest_sha256: Mapped[str | None]
+    manifest_sha256: Mapped[str]
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     reason: Mapped[str]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))

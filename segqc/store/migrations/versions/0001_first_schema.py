@@ -37,7 +37,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("segmenter_version", sa.String(), nullable=True),
         sa.Column("assessor_version", sa.String(), nullable=True),
-        sa.Column("manifest_sha256", sa.String(), nullable=True),
+        sa.Column("manifest_sha256", sa.String(), nullable=False),
         sa.Column("parent_id", sa.Integer(), nullable=True),
         sa.Column("reason", sa.String(), nullable=False),
         sa.Column("actor_id", sa.Integer(), nullable=False),
