@@ -105,37 +105,38 @@ def serve(
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
-    ending = Ending()
-    # also where they are ignored by inheritance, as SIGINT is in a script's background
-    for sign in ending_signals():
-        signal.signal(sign, lambda *_: ending.begin(at_once=True))
-    folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
-    _refuse_read_only(folder)
-    folder.own.mkdir(parents=True, exist_ok=True)
-    _allow_files()
-    alone = _lock(folder)  # held until the process ends
-    listener = _listen(host, port)
-    port = listener.getsockname()[1]
-    log_file = folder.own / "server.log"
-    conf = {
-        "bootstrap": str(bootstrap).lower(),
-        "inference_slots": str(inference_slots),
-        "upload_limit_mb": str(upload_limit_mb),
-        "upload_total_mb": str(upload_total_mb),
-        "upload_pause_seconds": str(upload_pause_seconds),
-        "allowed_hosts": " ".join([host, *allowed_hosts]),
-        "log_file": str(log_file),
-        "user_header": user_header or "",
-    }
-    _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
-    _set_logging(log_file)
-    folder.store.close()  # a database that cannot be used shows at once
-    logger.info("SegQC serves %s; starting ...", folder.folder)
-    shown = host if ":" not in host else f"[{host}]"
-    with listener, _temporary_files() as temporary:
-        ending.files = temporary
+    # before the signals are listened to: an end that comes at any moment finds what it has to remove
+    with _temporary_files() as temporary:
+        ending = Ending(temporary)
+        # also where they are ignored by inheritance, as SIGINT is in a script's background
+        for sign in ending_signals():
+            signal.signal(sign, lambda *_: ending.begin(at_once=True))
+        folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
+        _refuse_read_only(folder)
+        folder.own.mkdir(parents=True, exist_ok=True)
+        _allow_files()
+        alone = _lock(folder)  # held until the process ends
+        listener = _listen(host, port)
+        port = listener.getsockname()[1]
+        log_file = folder.own / "server.log"
+        conf = {
+            "bootstrap": str(bootstrap).lower(),
+            "inference_slots": str(inference_slots),
+            "upload_limit_mb": str(upload_limit_mb),
+            "upload_total_mb": str(upload_total_mb),
+            "upload_pause_seconds": str(upload_pause_seconds),
+            "allowed_hosts": " ".join([host, *allowed_hosts]),
+            "log_file": str(log_file),
+            "user_header": user_header or "",
+        }
+        _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
+        _set_logging(log_file)
+        folder.store.close()  # a database that cannot be used shows at once
+        logger.info("SegQC serves %s; starting ...", folder.folder)
+        shown = host if ":" not in host else f"[{host}]"
         beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
-        _answer(listener, f"http://{shown}:{port}/", beside, ending)
+        with listener:
+            _answer(listener, f"http://{shown}:{port}/", beside, ending)
     alone.release()
     ending.report()
 
@@ -147,9 +148,14 @@ class Ending:
     files appear whole or not at all, and the database undoes what was not committed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: Path) -> None:
+        """Wait for it.
+
+        Args:
+            files: the folder of temporary files, to be removed then.
+        """
         self.begun = threading.Event()
-        self.files: Path | None = None
+        self._files = files
         self.traffic: Traffic | None = None
         self._reported = False
         # a signal's handler may interrupt the holder of any lock, another handler included: it only writes to a pipe
@@ -183,8 +189,7 @@ class Ending:
 
     def cut(self) -> None:
         """End the process here and now, and say whose requests are cut off."""
-        if self.files is not None:
-            _remove_in_use(self.files)
+        _remove_in_use(self._files)
         signal.alarm(_LAST_SECONDS)  # the system ends it where even a last line cannot be told: a terminal is stopped
         for request in list(self.traffic.open.values()) if self.traffic is not None else ():
             request.log_cut()
