@@ -261,7 +261,7 @@ class Settings(BaseSettings):
         """The patient that a scan file should be of which was taken in as one of `patient`.
 
         The table ``[patients]`` counts for every scan, the other rules for those that are their own patients as nothing
-        named another one. What was told since, by DICOM tags that came later, stays.
+        named another one. What became known since, by DICOM tags that came later, stays.
 
         Raises:
             VolumeError: if the file that should have the tag can't be read.

@@ -322,8 +322,8 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert "in brackets the 90% interval" in table
     assert "0.50 (0.40-0.60)" in table
     assert table.count("(not enough data)") == 3
-    told = {r["scan"]: r["estimated Dice interval"] for r in json.loads(run("rank", ranked, "--json").out)["scans"]}
-    assert told == {"scan_2": {"low": 0.4, "high": 0.6, "level": 0.9}, "scan_4": None, "scan_3": None, "scan_1": None}
+    output = {r["scan"]: r["estimated Dice interval"] for r in json.loads(run("rank", ranked, "--json").out)["scans"]}
+    assert output == {"scan_2": {"low": 0.4, "high": 0.6, "level": 0.9}, "scan_4": None, "scan_3": None, "scan_1": None}
     listed = run("scans", ranked).out
     assert "0.50 (0.40-0.60)" in listed
     assert listed.count("(not enough data)") == 3
@@ -332,17 +332,17 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
 
 def test_rank_with_truths_tells_how_well_both_agree(run: Run, ranked: Path) -> None:
     messages = run("rank", ranked, "--truth", ranked / "truth", "--json")
-    told = json.loads(messages.out)
+    output = json.loads(messages.out)
     true = {}
     for i in (1, 2, 3, 4):
         mask = read_labels(ranked / "labels/original" / f"scan_{i}.nii.gz").array
         truth = read_labels(ranked / "truth" / f"scan_{i}.nii.gz").array
         true[f"scan_{i}"] = min(true_metrics(s.mask(mask), s.mask(truth)).dice or 0.0 for s in STRUCTURES)
-    assert {row["scan"]: row["true Dice"] for row in told["scans"]} == pytest.approx(true)
-    estimated = {row["scan"]: row["estimated Dice"] for row in told["scans"]}
+    assert {row["scan"]: row["true Dice"] for row in output["scans"]} == pytest.approx(true)
+    estimated = {row["scan"]: row["estimated Dice"] for row in output["scans"]}
     x, y = [estimated[n] for n in true], list(true.values())
-    assert told["agreement"]["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert told["agreement"]["mae"] == pytest.approx(np.mean(np.abs(np.subtract(x, y))))
+    assert output["agreement"]["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert output["agreement"]["mae"] == pytest.approx(np.mean(np.abs(np.subtract(x, y))))
     text = run("rank", ranked, "--truth", ranked / "truth").out
     assert "Spearman" in text
     assert "constant" in text
@@ -409,11 +409,11 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Pat
     picture, errors = tmp_path / "a.png", tmp_path / "e.nii.gz"
     messages = run("assess", scan, mask, "--json", "--picture", picture, "--errors", errors)
     assert messages.code == 0, messages.err
-    told = Assessment.from_json(messages.out)
+    output = Assessment.from_json(messages.out)
     expected = Dataset(dataset).assessor()
     assert expected is not None
     result = expected.assess(read_scan(scan), read_labels(mask), scan_id="scan_0")
-    assert told == result.assessment
+    assert output == result.assessment
     assert picture.read_bytes().startswith(b"\x89PNG")
     written = read_labels(errors, scan=read_scan(scan)).array
     assert np.array_equal(written > 0, (result.errors >= 0.5).any(axis=0))
@@ -509,8 +509,8 @@ class FakeServer:
     def next_sample(self, strategy: str, params: dict[str, str]) -> dict[str, object]:
         left = [name for name in self.order if name not in self.submitted]
         interval = {"low": 0.1, "high": 0.4, "level": 0.9}
-        told = {"estimated_dice": 0.25, "estimated_dice_interval": interval, "worst_slices": [3, 1]}
-        return {"id": left[0], "strategy": strategy, **told} if left else {}
+        output = {"estimated_dice": 0.25, "estimated_dice_interval": interval, "worst_slices": [3, 1]}
+        return {"id": left[0], "strategy": strategy, **output} if left else {}
 
     def download_label(self, scan: str, tag: str) -> str:
         stored = read_labels(self.folder / "labels" / tag / f"{scan}.nii.gz")

@@ -155,12 +155,12 @@ def test_residuals_are_cross_fitted() -> None:
 @pytest.mark.parametrize(("level", "needed"), [(0.5, 1), (0.8, 4), (0.9, 9), (0.95, 19), (0.99, 99)])
 def test_with_too_few_patients_there_is_no_interval(level: float, needed: int) -> None:
     assert patients_needed(level) == needed
-    for patients, told in ((needed - 1, False), (needed, True)):
+    for patients, output in ((needed - 1, False), (needed, True)):
         names = [f"p{i}" for i in range(patients)]
         # three masks each: it is patients that count
         made = split_conformal([0.8] * 3 * patients, [0.7] * 3 * patients, names * 3, "dice")
-        assert (made.interval(0.8, level=level) is not None) is told
-        assert np.isnan(made.bounds(np.array([0.8]), level=level)[0][0]) != told
+        assert (made.interval(0.8, level=level) is not None) is output
+        assert np.isnan(made.bounds(np.array([0.8]), level=level)[0][0]) != output
 
 
 def test_nothing_at_all_and_undefined_numbers() -> None:

@@ -74,9 +74,9 @@ def test_the_headline_tells_the_interval_or_that_there_is_not_enough_data(tmp_pa
     draw_assessment(scan, labels, result, tmp_path / "a.svg")
     assert "liver 0.80 (no interval: not enough data)" in (tmp_path / "a.svg").read_text()
     (quality,) = result.assessment.structures
-    told = replace(quality, intervals=MetricIntervals(dice=PredictionInterval(0.724, 0.9, 0.9)))
+    output = replace(quality, intervals=MetricIntervals(dice=PredictionInterval(0.724, 0.9, 0.9)))
     draw_assessment(
-        scan, labels, replace(result, assessment=replace(result.assessment, structures=(told,))), tmp_path / "b.svg"
+        scan, labels, replace(result, assessment=replace(result.assessment, structures=(output,))), tmp_path / "b.svg"
     )
     assert "liver 0.80 (0.72-0.90)" in (tmp_path / "b.svg").read_text()
 

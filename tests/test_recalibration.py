@@ -68,11 +68,11 @@ def judge(dataset: Dataset, scan: str, dice: float) -> None:
     assert bundle is not None
     truth = draw_case(int(scan.removeprefix("scan_")))[1]
     mask = keep_mask(dataset, scan, Volume(np.roll(truth.array, 2, axis=0), truth.affine), bundle)
-    told = make_assessment(scan, dice)
+    made = make_assessment(scan, dice)
     raw = Metrics((dice - 0.1) / 0.8, 0.5, 0.1, 0.0)
-    quality = replace(told.structures[0], raw=replace(told.structures[0].raw, metrics=raw), intervals=WIDE)
-    told = replace(told, structures=(quality, replace(quality, name="spleen")))
-    dataset.write_assessment(told, mask, bundle.number)
+    quality = replace(made.structures[0], raw=replace(made.structures[0].raw, metrics=raw), intervals=WIDE)
+    made = replace(made, structures=(quality, replace(quality, name="spleen")))
+    dataset.write_assessment(made, mask, bundle.number)
 
 
 def correct(dataset: Dataset, rules: LeaseRules, count: int, opened: Opened | None = None) -> list[str]:
@@ -104,7 +104,7 @@ def test_residuals_are_of_audit_draws_and_of_the_estimate_that_was_shown(dataset
     assert len({*worst, *audited}) == 11
     liver, spleen = audit(dataset, model(dataset))
     assert (liver.structure, liver.patients, liver.estimates) == ("liver", 9, 9)
-    assert (spleen.patients, spleen.told, spleen.covered) == (9, 9, 9)
+    assert (spleen.patients, spleen.with_interval, spleen.covered) == (9, 9, 9)
     with dataset.store.read() as transaction:
         truths = {c.scan: c.change.structures[0].metrics.dice for c in corrections.listing(transaction)}
     said = estimates(dataset, audited)
@@ -155,11 +155,11 @@ def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_sh
     assert isinstance(made, StructureIntervals)
     with dataset.store.read() as transaction:
         assert assessments.read(transaction, held.assessment or 0) == shown, "what was shown stays"
-        told = [assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited]
+        with_interval = [assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited]
         published = bundles.listing(transaction)
     assert [(b.actor, b.reason, b.is_serving) for b in published][-1] == (ANNA, "intervals of audit draws", True)
-    assert len(told) == 3
-    for found in told:
+    assert len(with_interval) == 3
+    for found in with_interval:
         assert found is not None
         quality = found[1].structures[0]
         raw, estimated = quality.raw.metrics.dice, quality.estimated.dice
@@ -178,8 +178,8 @@ def test_the_command(dataset: Dataset) -> None:
     correct(dataset, AUDIT, 4)
     assert "not enough data" in run()
     correct(dataset, AUDIT, 5)
-    told = json.loads(run("--json"))["structures"][0]
-    assert {k: told[k] for k in ("audited patients", "wanted", "with interval", "covered", "new intervals")} == {
+    shown = json.loads(run("--json"))["structures"][0]
+    assert {k: shown[k] for k in ("audited patients", "wanted", "with interval", "covered", "new intervals")} == {
         "audited patients": 9, "wanted": 9, "with interval": 9, "covered": 9, "new intervals": "ready",
     }  # fmt: skip
     assert "3 waiting scans" in run("--use")

@@ -110,8 +110,8 @@ def test_monai_labels_own_datastore_can_read_the_folder(store: StoreDatastore, f
 
 
 def test_everything_is_told_in_monai_labels_form(store: StoreDatastore) -> None:
-    told = json.loads(json.dumps(store.json()))
-    assert told["objects"]["scan_0"]["labels"]["final"]["ext"] == ".nii.gz"
-    other = told["objects"]["scan_1"]
+    output = json.loads(json.dumps(store.json()))
+    assert output["objects"]["scan_0"]["labels"]["final"]["ext"] == ".nii.gz"
+    other = output["objects"]["scan_1"]
     assert (other["image"]["info"]["name"], other["image"]["ext"], other["labels"]) == ("scan_1.nii.gz", ".nii.gz", {})
     assert other["image"]["info"]["ts"] > 0

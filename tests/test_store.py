@@ -246,13 +246,13 @@ def test_a_patient_that_is_told_later_brings_its_role_and_fold(store: Store, fol
                     scans.assign_patient(transaction, name, known.patient, PLACING, ANNA)
             with store.read() as transaction:
                 scan = scans.get(transaction, name)
-                (told,) = [
+                (output,) = [
                     event.detail
                     for event in events.history(transaction, "scan", scan.id)
                     if event.verb == "patient assigned" and event.detail == {"patient": known.patient}
                 ] or [None]
             assert (scan.patient, scan.fold, scan.split) == (known.patient, known.fold, known.split)
-            assert told is not None or scan.name == of
+            assert output is not None or scan.name == of
             assert (name in in_queue(store, known.split)) == (name != "scan_11")
     with store.write() as transaction:
         scans.assign_patient(transaction, "scan_5", "nobody before", PLACING, ANNA)
@@ -542,11 +542,11 @@ def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, fo
     wide = make_assessment("scan_1", 0.6, half_width=0.3).structures[0]
     absent = replace(make_assessment("scan_1", 0.1, half_width=0.01).structures[0], name="spleen", present=False)
     parts = (narrow, replace(wide, name="kidney"), absent)
-    told, silent = save_mask(store, folder.parent, "scan_1", 5), save_mask(store, folder.parent, "scan_2", 6)
+    output, silent = save_mask(store, folder.parent, "scan_1", 5), save_mask(store, folder.parent, "scan_2", 6)
     written = replace(make_assessment("scan_1", 0.8), structures=parts)
     with store.write() as transaction:
         numbers = [
-            write_assessment(transaction, written, told.id),
+            write_assessment(transaction, written, output.id),
             write_assessment(transaction, make_assessment("scan_2", 0.7), silent.id),
         ]
     with store.read() as transaction:

@@ -138,8 +138,8 @@ def test_user_is_told_which_geometry_is_used(tmp_path):
     path = tmp_path / "scan.nii"
     assert shown(save(path, straight, 1, straight, 1)) == ""
     assert shown(save(path, straight, 1, straight, 0)) == ""
-    told = shown(save(path, straight, 1, moved, 2))
-    assert "6.16 mm apart; the qform is used" in told
+    output = shown(save(path, straight, 1, moved, 2))
+    assert "6.16 mm apart; the qform is used" in output
     assert "the sform is used" in shown(save(path, straight, 1, moved, 1))
     assert "orientation" in shown(save(path, straight, 0, straight, 0))
     assert "voxel size contradicts its sform; 1 x 1 x 2 mm" in shown(

@@ -14,8 +14,8 @@ from segqc.cli.common import (
     AsJson,
     CommandError,
     ConfigFile,
+    DatasetFolder,
     Row,
-    StudiesFolder,
     brackets,
     dataset_at,
     emit,
@@ -55,7 +55,7 @@ Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show
 
 
 @app.command()
-def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the scans with patient, fold, split, state, and the estimated Dice of those that wait.
 
     Below them, the files that were not taken in, and why, and remarks on those that were.
@@ -99,8 +99,8 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
         for s in found
     ]
     title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
-    told = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": told, "remarks": remarks})
+    rows_aside = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": rows_aside, "remarks": remarks})
     if aside and not as_json:
         typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
         for finding in aside:
@@ -113,7 +113,7 @@ def scans(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = Fa
 
 @app.command()
 def labels(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     scan: Scan,
     restore: Annotated[
         int | None, typer.Option(metavar="VERSION", help="Make this version the current one of its tag again.")
@@ -200,7 +200,7 @@ class Decision(StrEnum):
 
 @app.command()
 def review(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     scan: Scan,
     decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
     reason: Annotated[str | None, typer.Option(help="Why; required for reject and exclude.")] = None,
@@ -216,7 +216,7 @@ def review(
 
 @app.command()
 def readings(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     scan: Annotated[str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all with readings).")] = None,
     add: Annotated[
         Path | None,
@@ -269,7 +269,7 @@ def readings(
 
 @app.command()
 def consensus(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     scan: Scan,
     by: Annotated[
         str, typer.Option(help="staple, majority, or the name of the reader whose label is taken.")
@@ -285,7 +285,7 @@ def consensus(
 
 @app.command()
 def leases(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     every: Annotated[bool, typer.Option("--all", help="Also list leases that have ended.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -334,7 +334,7 @@ def leases(
 
 
 @app.command()
-def costs(folder: StudiesFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+def costs(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans."""
     from segqc.store import leases as stored
 

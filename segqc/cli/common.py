@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-StudiesFolder = Annotated[
+DatasetFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Dataset folder: scans, and labels/final.", show_default=False)
 ]
 
@@ -158,8 +158,8 @@ def estimate(
     Where there is no interval, JSON says null and a table "not enough data".
     """
     if as_json:
-        told = None if interval is None else dataclasses.asdict(interval)
-        return {name: value, f"{name} interval": told}
+        bounds = None if interval is None else dataclasses.asdict(interval)
+        return {name: value, f"{name} interval": bounds}
     if as_csv:
         ends = (interval.low, interval.high, interval.level) if interval is not None else (None, None, None)
         return {name: value, **dict(zip((f"{name} low", f"{name} high", f"{name} level"), ends, strict=True))}

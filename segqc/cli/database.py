@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from segqc.cli.common import CommandError, StudiesFolder, kept_store, settings_of, shown_progress
+from segqc.cli.common import CommandError, DatasetFolder, kept_store, settings_of, shown_progress
 from segqc.text import visible
 
 DATABASE_PLACE: Final = "segqc/store.sqlite"
@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Back up, check and upgrade the sto
 
 @app.command()
 def backup(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     target: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder to make.", show_default=False)],
 ) -> None:
     """Copy the database, every label version, the serving bundle and the settings, also while the server runs.
@@ -38,7 +38,7 @@ def backup(
 @app.command()
 def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder of the backup.", show_default=False)],
-    folder: StudiesFolder,
+    folder: DatasetFolder,
 ) -> None:
     """Restore a backup: its database and labels replace those of the folder, which are set aside, not deleted.
 
@@ -75,7 +75,7 @@ def restore(
 
 @app.command()
 def check(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     repair: Annotated[
         bool,
         typer.Option("--repair", help="Repair what loses nothing: label files in labels/, leftovers of crashes."),
@@ -105,7 +105,7 @@ def check(
 
 
 @app.command()
-def upgrade(folder: StudiesFolder) -> None:
+def upgrade(folder: DatasetFolder) -> None:
     """Bring the database's tables to this version of segqc; back it up first."""
     from segqc.store import maintenance
     from segqc.store.store import Store
@@ -116,7 +116,7 @@ def upgrade(folder: StudiesFolder) -> None:
 
 @app.command("restore-views")
 def restore_views(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Also overwrite files that somebody changed: the changes are lost.")
     ] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import CommandError, StudiesFolder, kept_store, open_store, settings_of, shown_progress
+from segqc.cli.common import CommandError, DatasetFolder, kept_store, open_store, settings_of, shown_progress
 
 if TYPE_CHECKING:
     from segqc.io.case_list import CaseList, Imported
@@ -41,7 +41,7 @@ class Form(StrEnum):
 
 
 @import_app.command("local")
-def import_local(folder: StudiesFolder) -> None:
+def import_local(folder: DatasetFolder) -> None:
     """Take over a folder of MONAI Label's LocalDatastore, in place: scans, labels, and the notes in its JSON file."""
     from segqc.io.local_datastore import read_datastore, take_notes
 
@@ -134,7 +134,7 @@ def import_archive(
 
 
 @export_app.command("local")
-def export_local(folder: StudiesFolder, target: Target, link: Link = False) -> None:
+def export_local(folder: DatasetFolder, target: Target, link: Link = False) -> None:
     """Write scans, all current labels and notes as a folder that MONAI Label's LocalDatastore opens."""
     from segqc.io.local_datastore import write_datastore
 
@@ -145,7 +145,7 @@ def export_local(folder: StudiesFolder, target: Target, link: Link = False) -> N
 
 @export_app.command("decathlon")
 def export_decathlon(
-    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+    folder: DatasetFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
 ) -> None:
     """Write a task folder as in the Medical Segmentation Decathlon; scans without a final label are its test scans."""
     from segqc.io.decathlon import write_task
@@ -157,7 +157,7 @@ def export_decathlon(
 
 @export_app.command("nnunet")
 def export_nnunet(
-    folder: StudiesFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
+    folder: DatasetFolder, target: Target, only_approved: OnlyApproved = False, link: Link = False
 ) -> None:
     """Write an nnU-Net v2 raw data folder; scans without a final label are its test scans."""
     from segqc.io.nnunet import write_raw
@@ -175,7 +175,7 @@ def _dataset(folder: Path, *, only_approved: bool) -> CaseList:
 
 @export_app.command("tables")
 def export_tables(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the tables.", show_default=False)],
     form: Annotated[Form, typer.Option("--format", help="File format.")] = Form.CSV,
 ) -> None:
@@ -186,7 +186,7 @@ def export_tables(
 
 
 @export_app.command("archive")
-def export_archive(folder: StudiesFolder, target: Target) -> None:
+def export_archive(folder: DatasetFolder, target: Target) -> None:
     """Write all rows and all label versions, to import them elsewhere, on SQLite or PostgreSQL."""
     from segqc.io.archive import export_archive as write
 

@@ -29,8 +29,8 @@ from segqc.cli.common import (
     Cell,
     CommandError,
     ConfigFile,
+    DatasetFolder,
     Row,
-    StudiesFolder,
     brackets,
     dataset_at,
     emit,
@@ -235,7 +235,7 @@ NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network (def
 
 @train_app.command("segmentation")
 def train_segmentation(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     epochs: Epochs = None,
     size: NetworkSize = None,
     seed: TrainingSeed = None,
@@ -248,7 +248,7 @@ def train_segmentation(
 
 @train_app.command("segqc")
 def train_segqc(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     epochs: Epochs = None,
     size: NetworkSize = None,
     seed: TrainingSeed = None,
@@ -296,7 +296,7 @@ def _train(
 
 @app.command()
 def score(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     method: Annotated[
         str,
         typer.Option(
@@ -325,7 +325,7 @@ def score(
 
 @app.command()
 def rank(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     method: Annotated[str, typer.Option(callback=_scored, help="The strategy whose scores to order by.")] = "segqc",
     truth: Annotated[
         Path | None,
@@ -382,7 +382,7 @@ def rank(
 
 @app.command()
 def intervals(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     use: Annotated[
         bool, typer.Option("--use", help="From now on, make intervals from the audit draws instead of the training.")
     ] = False,
@@ -413,7 +413,7 @@ def intervals(
             "wanted": patients_needed(),
             "audited estimates": a.estimates,
             "mean Dice error": a.mean_error,
-            "with interval": a.told,
+            "with interval": a.with_interval,
             "covered": a.covered,
             "new intervals": "ready" if a.intervals is not None else NOT_ENOUGH_DATA,
         }
@@ -602,7 +602,7 @@ def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
 
 @app.command()
 def serve(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine only).")
     ] = None,
@@ -644,7 +644,7 @@ def serve(
 
 @app.command()
 def worker(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     kind: Annotated[
         list[str] | None, typer.Option(help="Run only these kinds of jobs: train, scoring, batch_infer, round; repeat.")
     ] = None,
@@ -676,7 +676,7 @@ def worker(
 
 @app.command("round")
 def run_round(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     put: Annotated[bool, typer.Option("--put", help="Only enqueue the round; a running worker does it.")] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -717,7 +717,7 @@ def run_round(
 
 @app.command()
 def simulate(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="The running server (default: http://127.0.0.1:8000).")
     ] = None,

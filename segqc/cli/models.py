@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from segqc.cli.common import AsCsv, AsJson, Row, StudiesFolder, emit, kept_store, me, settings_of
+from segqc.cli.common import AsCsv, AsJson, DatasetFolder, Row, emit, kept_store, me, settings_of
 
 if TYPE_CHECKING:
     from segqc.loop.publishing import Bundles, BundleStatus
@@ -23,7 +23,7 @@ _MEGABYTE: Final = 1e6
 
 
 @app.command("list")
-def list_bundles(folder: StudiesFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List all bundles: their networks, who published them and why, which one serves, and whether it is intact."""
     rows = [_row(status) for status in _bundles(folder).listing()]
     emit(rows, f"{folder}: bundles", as_json=as_json, as_csv=as_csv, key="bundles", terms=_TERMS)
@@ -31,7 +31,7 @@ def list_bundles(folder: StudiesFolder, as_json: AsJson = False, as_csv: AsCsv =
 
 @app.command()
 def serve(
-    folder: StudiesFolder,
+    folder: DatasetFolder,
     number: Annotated[int, typer.Argument(metavar="BUNDLE", help="The bundle's number.", show_default=False)],
 ) -> None:
     """Let a bundle serve from now on: in one step, and without a restart of the server.

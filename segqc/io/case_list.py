@@ -164,7 +164,7 @@ def make_dataset(
         case_list: what to put into it.
         folder: the dataset folder; it must be new or empty.
         link: make hard links to the scans instead of copies.
-        progress: told about each case.
+        progress: called for each case.
 
     Raises:
         ExchangeError: if the folder is not empty, or a link cannot be made.

@@ -55,7 +55,7 @@ def make_dataset(
         source: the folder.
         folder: the dataset folder; it must be new or empty.
         patient_tag: the tag, written to the folder's settings.
-        progress: told about each file looked at, and each volume.
+        progress: called for each file looked at, and each volume.
 
     Raises:
         ExchangeError: if there are no DICOM files, or the dataset folder is not empty.

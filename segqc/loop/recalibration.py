@@ -35,7 +35,7 @@ class Audit:
         patients: how many patients have an audited estimate of the Dice.
         estimates: how many audited estimates there are.
         mean_error: mean absolute error of the Dice; None without an audited one.
-        told: how many of the estimates came with an interval.
+        with_interval: how many of the estimates came with an interval.
         covered: how many of these intervals held the truth.
         intervals: what intervals are made of, from these draws; None with too few patients.
     """
@@ -44,7 +44,7 @@ class Audit:
     patients: int
     estimates: int
     mean_error: float | None
-    told: int
+    with_interval: int
     covered: int
     intervals: StructureIntervals | None
 
@@ -84,8 +84,8 @@ def _audit(
     errors = [
         abs(c.estimated.dice - c.true.dice) for c in found if c.estimated.dice is not None and c.true.dice is not None
     ]
-    told = [(c.intervals.dice, c.true.dice) for c in found]
-    held = [i.low <= truth <= i.high for i, truth in told if i is not None and truth is not None]
+    with_interval = [(c.intervals.dice, c.true.dice) for c in found]
+    held = [i.low <= truth <= i.high for i, truth in with_interval if i is not None and truth is not None]
     made = StructureIntervals(
         dice=_conformal("dice", found, calibration),
         iou=_conformal("iou", found, calibration),
@@ -100,7 +100,7 @@ def _audit(
         patients=patients,
         estimates=len(errors),
         mean_error=float(np.mean(errors)) if errors else None,
-        told=len(held),
+        with_interval=len(held),
         covered=sum(held),
         intervals=made if enough else None,
     )

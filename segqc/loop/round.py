@@ -32,7 +32,7 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
         dataset: the folder.
         job: the job; whoever asked for it publishes the bundle.
         request: how to train.
-        progress: told after each step.
+        progress: called after each step.
 
     Raises:
         TooFewCases: if too few scans are labelled.

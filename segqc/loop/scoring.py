@@ -39,7 +39,7 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
     Args:
         dataset: the folder.
         method: the strategy whose score is wanted.
-        progress: told after each scan.
+        progress: called after each scan.
         force: score again what has a current score.
 
     Raises:
@@ -72,7 +72,7 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
 
 def _bundle(dataset: Dataset, method: str) -> NetworkBundle:
     """The bundle that serves, with the networks that the method needs."""
-    needs_assessor = score_of(method).function is None  # an unknown method is told before a missing network
+    needs_assessor = score_of(method).function is None  # an unknown method is reported before a missing network
     bundle = dataset.bundle()
     if bundle is None or not bundle.holds("segmentation"):
         raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")

@@ -92,7 +92,7 @@ def train(
     Args:
         dataset: the folder.
         network: "segmentation" or "segqc".
-        progress: told after each step.
+        progress: called after each step.
         settings: how to train; by default what the folder's settings say.
         actor: who wants the training.
         purpose: what this process is, for others that want to train the same network.

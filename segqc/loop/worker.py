@@ -84,7 +84,7 @@ class _JobProgress(LineProgress):
 def run_job(folder: Path, number: int) -> int:
     """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can solve.
 
-    A mistake of ours is told with its traceback; the last line is what it was.
+    A mistake of ours is logged with its traceback; the last line is what it was.
     """
     dataset = Dataset(folder)
     with dataset.store.read() as transaction:

@@ -182,7 +182,7 @@ def _watch(datastore: StoreDatastore, ended: threading.Event, looked: threading.
 
 
 def _preload(instance: App) -> None:
-    """Load the models before the first annotator waits for them, and find out what clients are told at first."""
+    """Load the models before the first annotator waits for them, and find out what clients see at first."""
     for network in NETWORKS:
         try:
             instance.context.model(network)
@@ -241,8 +241,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     ) -> JSONResponse:
         # what a client sent may be no text that can be sent back, or very long
         shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
-        told = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
-        return JSONResponse(told if image is None else {**told, "image": image}, status, headers)
+        body = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
+        return JSONResponse(body if image is None else {**body, "image": image}, status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Label values towards clients of MONAI Label: 1, 2, ... in the order of the names that they are told.
+"""Label values towards clients of MONAI Label: 1, 2, ... in the order of the names that they get.
 
 3D Slicer takes the value n for the n-th name, whatever the settings say. Label maps are stored with the settings'
 values, and translated on their way out and back.

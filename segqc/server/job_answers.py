@@ -125,7 +125,7 @@ def _as_running(job: JobRecord) -> JsonObject:
 def to_json(job: JobRecord) -> JsonObject:
     """The fields of MONAI Label's task, and what the store knows beside them."""
     request = request_of(job)
-    told: JsonObject = {
+    body: JsonObject = {
         "id": job.public_id,
         "status": _STATUS[job.state],
         "request": _as_asked(request),
@@ -140,10 +140,10 @@ def to_json(job: JobRecord) -> JsonObject:
         "put_by": job.actor.name,
     }
     if job.result is not None:
-        told["result"] = job.result
+        body["result"] = job.result
     if job.ended_at is not None:
-        told["end_ts"] = _local(job.ended_at)
-    return told
+        body["end_ts"] = _local(job.ended_at)
+    return body
 
 
 def _as_asked(request: JobRequest) -> JsonObject:

@@ -168,7 +168,7 @@ def submit(
             where it was not all.
 
     Returns:
-        What the client is told of it.
+        What the client sees of it.
 
     Raises:
         RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be read.
@@ -188,10 +188,10 @@ def submit(
         checked=scan,
         file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
     )
-    told: JsonObject = {"version": done.label.id}
+    body: JsonObject = {"version": done.label.id}
     if done.correction is not None:
-        told["correction"] = done.correction
-    return told
+        body["correction"] = done.correction
+    return body
 
 
 def _opened(params: JsonObject) -> Opened:
@@ -215,11 +215,11 @@ def stored_info(params: JsonObject, names: Mapping[str, int]) -> JsonObject:
         for entry in cast(list[JsonValue], params.get("label_info") or [])
         if isinstance(entry, dict)
     }
-    told: list[JsonValue] = [
+    body: list[JsonValue] = [
         {**sent.get(name.strip().casefold(), {}), "name": name, "idx": value}
         for name, value in client_names(names).items()
     ]
-    return {**params, "label_info": told}
+    return {**params, "label_info": body}
 
 
 def _values_by_name(params: JsonObject) -> dict[str, int] | None:
@@ -235,10 +235,10 @@ def _values_by_name(params: JsonObject) -> dict[str, int] | None:
             if len(names) > 255:
                 raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")
             return {str(name): value for value, name in enumerate(names, start=1)}
-    told = params.get("label_names")
-    if isinstance(told, dict) and told:
-        values = {name: value for name, value in told.items() if type(value) is int and 0 < value < 256}
-        if len(values) < len(told) or len(set(values.values())) < len(values):
+    body = params.get("label_names")
+    if isinstance(body, dict) and body:
+        values = {name: value for name, value in body.items() if type(value) is int and 0 < value < 256}
+        if len(values) < len(body) or len(set(values.values())) < len(values):
             raise RequestError(422, "label_names gives each name a value of its own, from 1 to 255.")
         return values
     return None

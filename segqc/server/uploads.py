@@ -93,10 +93,10 @@ def take_slice(dataset: Dataset, image: str | None, path: Path, actor: Actor) ->
     tag = dataset.settings.patient_tag or _DEFAULT_TAG
     try:
         check_dicom_image(path)
-        told = {name: read_dicom_tag(path, name) for name in (tag, _SERIES)}
+        found = {name: read_dicom_tag(path, name) for name in (tag, _SERIES)}
     except VolumeError as error:
         raise RequestError(422, str(error).replace(str(path), path.name)) from error
-    too_long = [name for name, value in told.items() if value is not None and len(value) > MAX_VALUE]
+    too_long = [name for name, value in found.items() if value is not None and len(value) > MAX_VALUE]
     if too_long:
         raise RequestError(422, f"{path.name} has a {too_long[0]} of more than {MAX_VALUE} characters; repair it.")
     if image is None:
@@ -105,11 +105,11 @@ def take_slice(dataset: Dataset, image: str | None, path: Path, actor: Actor) ->
         )
     scan = dataset.folder / dataset.verify_scan(image).file
     sidecar = scan.with_name(f"{scan_id(scan)}.json")
-    _check_slice(path, scan, read_tag(scan, _SERIES), told[_SERIES], image)
+    _check_slice(path, scan, read_tag(scan, _SERIES), found[_SERIES], image)
     with dataset.store.write() as transaction:
         if not sidecar.exists():
             with atomic_write(sidecar) as temporary:
-                kept = {name: value for name, value in told.items() if value is not None}
+                kept = {name: value for name, value in found.items() if value is not None}
                 temporary.write_bytes(_SIDECAR.dump_json(kept, indent=1) + b"\n")
         known, patient = scans.get(transaction, image), _patient(dataset.settings, scan, tag)
         if known.patient == patient:

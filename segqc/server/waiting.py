@@ -68,8 +68,10 @@ class JobsDone(Response):
                 # the body was read before: what still comes is the client's leaving
                 if (await receive())["type"] == "http.disconnect":
                     return
-        told: dict[str, JsonObject] = {name: to_json(found[public]) for name, public in self._names.items()}
-        answer = next(iter(told.values())) if self._single else {name: {"result": job} for name, job in told.items()}
+        answers: dict[str, JsonObject] = {name: to_json(found[public]) for name, public in self._names.items()}
+        answer = (
+            next(iter(answers.values())) if self._single else {name: {"result": job} for name, job in answers.items()}
+        )
         await JSONResponse(answer)(scope, receive, send)
 
     def _look(self) -> tuple[dict[str, JobRecord], bool]:

@@ -129,7 +129,7 @@ def _shown() -> ColumnElement[bool]:
 
 
 def _ends(intervals: MetricIntervals) -> dict[str, float]:
-    """The columns of a structure's intervals; those that are not told stay NULL."""
+    """The columns of a structure's intervals; undefined ones stay NULL."""
     columns: dict[str, float] = {}
     for metric in fields(intervals):
         interval: PredictionInterval | None = getattr(intervals, metric.name)
@@ -325,9 +325,9 @@ def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int,
 def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval | None]:
     """The interval of the estimated Dice that each scan is ranked by."""
     ranking = _ranking(transaction)
-    told = dice_intervals(transaction, [number for number, _ in ranking.values()])
+    found = dice_intervals(transaction, [number for number, _ in ranking.values()])
     query = select(Scan.id, Scan.name).where(Scan.ranking_dice.is_not(None))
-    return {name: told.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
+    return {name: found.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
 
 
 def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:

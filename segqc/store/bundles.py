@@ -62,7 +62,7 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
 def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
     """Let a bundle serve from now on; returns whether it did not before.
 
-    Scans are ranked, and estimates told, by the serving bundle alone: those that another bundle ranked have no estimate
+    Scans are ranked, and estimates shown, by the serving bundle alone: those that another bundle ranked have no estimate
     until this one has assessed them.
 
     Raises:

@@ -278,7 +278,7 @@ class Database:
             raise StoreReadOnly(
                 f"{self.shown}: is read-only, and this has to write; make its folder writable, or copy it"
             )
-        with self._told(), self.engine.connect() as connection:
+        with self._as_store_errors(), self.engine.connect() as connection:
             self._breaker.reset()
             # the write lock first, and only then the time: times in the store are in the order of the commits
             self._begin(connection, write=write)
@@ -296,7 +296,7 @@ class Database:
             connection.execution_options(isolation_level="REPEATABLE READ")
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_store_errors(self) -> Iterator[None]:
         """Tell of the driver's errors as `StoreUnavailable`; at once where the server has just not answered."""
         if not self._breaker.lets_through():
             raise StoreUnavailable(f"{self.shown}: the database does not answer; try again")
@@ -364,7 +364,7 @@ class Database:
                 return None
             if self.is_writable:
                 engine = _looking_engine(path, self._patience_seconds)
-        with self._told(), engine.connect() as connection:
+        with self._as_store_errors(), engine.connect() as connection:
             tables = set(inspect(connection).get_table_names())
             if "alembic_version" in tables and tables & _OWN_TABLES:
                 found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -379,7 +379,7 @@ class Database:
         """Bring the schema to this program's revision; two processes may do so at once."""
         from alembic import command
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration would be told to the user
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration would be shown to the user
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with _ALEMBIC, self._connection(write=True) as connection:

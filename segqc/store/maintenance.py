@@ -62,7 +62,7 @@ def backup(store: Store, target: Path, *, also: Sequence[str] = (), progress: Pr
         store: the store, on SQLite.
         target: the folder to make.
         also: names of files of the dataset folder to copy along, where they exist (its settings).
-        progress: told about each copied file.
+        progress: called for each copied file.
 
     Returns:
         The number of copied label contents.

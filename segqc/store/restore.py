@@ -58,7 +58,7 @@ def restore(backup: Path, dataset: Path, *, settings_file: str, progress: Progre
         backup: a folder that `maintenance.backup` made; it is only read.
         dataset: the dataset folder, whose store lies in it.
         settings_file: the name of the settings file, copied where the folder has none.
-        progress: told about each copied file.
+        progress: called for each copied file.
 
     Raises:
         StoreError: if the backup is none or is damaged, or somebody works on the folder. Nothing has changed then.

@@ -283,7 +283,7 @@ def _patients(transaction: Transaction, wanted: set[str]) -> dict[str, tuple[int
 
 
 def assign_patient(transaction: Transaction, name: str, patient: str, split_config: SplitConfig, actor: Actor) -> None:
-    """Note whose scan it is, where that was told after the scan came; a patient seen for the first time is placed.
+    """Note whose scan it is, where that became known after the scan came; a patient seen for the first time is placed.
 
     Raises:
         UnknownScan: if there is none of this name.

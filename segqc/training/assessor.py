@@ -249,7 +249,7 @@ def calibrated(
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
             Their masks are spread over the qualities (`subsample`): the intervals are those of a random mask of such a
             spread.
-        progress: told after each case.
+        progress: called after each case.
     """
     structures = assessor.structures
     maps = _fit_maps(assessor, unseen, progress)

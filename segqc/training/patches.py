@@ -143,7 +143,7 @@ def centred_start(labels: LabelArray, patch: Triple) -> Triple:
 
 
 def _interesting(example: Example) -> Indices:
-    """Flat indices of the voxels worth centring a patch on; at most 5000 of them, evenly thinned."""
+    """Flat indices of the voxels worth centring a patch on; at most 5000 of them, evenly subsampled."""
     interest = example.truth > 0
     if example.mask is not None:
         interest = interest | (example.mask > 0)

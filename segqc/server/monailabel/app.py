@@ -56,26 +56,26 @@ class DatasetApp(MONAILabelApp):
         return StoreDatastore(self.context.dataset)
 
     def info(self) -> dict[str, Any]:
-        """What clients are told; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
+        """What clients see; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
         ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that
         were, the first ones where there are many. While the
-        database is away, clients are told what they were told last, and ``problem`` says so.
+        database is away, clients get the last answer again, and ``problem`` says so.
         """
         try:
             self._last_info = self._info()
         except StoreUnavailable as error:
-            return {**self._last_info, "problem": f"{error.clause}; what is told here may be out of date"}
+            return {**self._last_info, "problem": f"{error.clause}; this answer may be out of date"}
         return self._last_info
 
     def _info(self) -> dict[str, Any]:
         aside = [{"file": f.file, "message": f.sentence} for f in self.datastore().findings()[:_MAX_FINDINGS]]
-        told = super().info()
-        running, stats = self._running(), told["train_stats"]
+        body = super().info()
+        running, stats = self._running(), body["train_stats"]
         # 3D Slicer and OHIF show the first one only
-        told["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
+        body["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
         remarks = self.datastore().remarks()[:_MAX_FINDINGS]
-        return {**told, "labels": list(self.context.labels()), "findings": aside, "remarks": remarks}
+        return {**body, "labels": list(self.context.labels()), "findings": aside, "remarks": remarks}
 
     def _running(self) -> str | None:
         """The network that is trained now, or first of those that wait; None where there is none."""

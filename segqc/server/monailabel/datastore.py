@@ -47,7 +47,7 @@ class StoreDatastore(Datastore):
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        self._studies = dataset
+        self._dataset = dataset
         self._store = dataset.store
         self._findings: list[FindingRecord] = []
         self._remarks: list[str] = []
@@ -112,7 +112,7 @@ class StoreDatastore(Datastore):
         with self._store.read() as transaction:
             files = {s.name: s.file for s in scans.listing(transaction, states=("submitted", "approved"))}
         labelled = sorted(self._labelled(None).items())
-        return [(self._studies.folder / files[name], label) for name, label in labelled if name in files]
+        return [(self._dataset.folder / files[name], label) for name, label in labelled if name in files]
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -144,7 +144,7 @@ class StoreDatastore(Datastore):
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
-        return str(self._studies.folder / self.scan(image_id).file)
+        return str(self._dataset.folder / self.scan(image_id).file)
 
     def get_image(self, image_id: str, params: object = None) -> io.BytesIO:
         """A scan's file."""
@@ -185,7 +185,7 @@ class StoreDatastore(Datastore):
         scan_file = Path(image_filename)
         name = check_image_id(image_id or scan_id(scan_file))
         try:
-            added = self._studies.add_scan(scan_file, name)
+            added = self._dataset.add_scan(scan_file, name)
         except ScanExists as error:
             if self._is_same_scan(error.name, name, scan_file):
                 return name
@@ -199,11 +199,11 @@ class StoreDatastore(Datastore):
         if there != name:
             return False
         try:
-            kept = self._studies.verify_scan(name)
+            kept = self._dataset.verify_scan(name)
             if kept.state == "excluded":
                 return False
-            limits = self._studies.settings.intake
-            one, other = (read_scan(path, limits=limits) for path in (self._studies.folder / kept.file, scan_file))
+            limits = self._dataset.settings.intake
+            one, other = (read_scan(path, limits=limits) for path in (self._dataset.folder / kept.file, scan_file))
         except (VolumeError, UnknownScan):
             return False
         same_grid = one.shape == other.shape and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
@@ -261,23 +261,23 @@ class StoreDatastore(Datastore):
             "name": self._store.view_file(label).name,
             "client_id": label.actor.name,
         }
-        told = {**made, **noted, "version": label.id, "source": label.source, "actor": label.actor.name}
-        if label.tag != LIKELY_ERRORS_TAG and self._studies.settings.structures:
+        body = {**made, **noted, "version": label.id, "source": label.source, "actor": label.actor.name}
+        if label.tag != LIKELY_ERRORS_TAG and self._dataset.settings.structures:
             # 3D Slicer names the values of a mask by these, in their order
             names = self._client_names
-            params = told.get("params")
-            told["params"] = {**(params if isinstance(params, dict) else {}), "label_names": names}
-            told.setdefault("label_info", [{"name": name, "idx": value} for name, value in names.items()])
-        meta = told.get("segmentationMeta")
+            params = body.get("params")
+            body["params"] = {**(params if isinstance(params, dict) else {}), "label_names": names}
+            body.setdefault("label_info", [{"name": name, "idx": value} for name, value in names.items()])
+        meta = body.get("segmentationMeta")
         if isinstance(meta, dict):  # the Reviewer wants every field
-            told["segmentationMeta"] = {**dict.fromkeys(REVIEW_FIELDS, ""), **meta}
+            body["segmentationMeta"] = {**dict.fromkeys(REVIEW_FIELDS, ""), **meta}
         elif meta is not None:
-            del told["segmentationMeta"]
-        return told
+            del body["segmentationMeta"]
+        return body
 
     @functools.cached_property
     def _client_names(self) -> Mapping[str, int]:
-        return client_names(label_names(self._studies.settings.structure_list()))
+        return client_names(label_names(self._dataset.settings.structure_list()))
 
     def review_label(self, image_id: str, label_tag: str, info: Info, actor: Actor) -> None:
         """Make the Reviewer's decision on a label (``segmentationMeta``) the scan's review; twice is once.
@@ -296,7 +296,7 @@ class StoreDatastore(Datastore):
                 self._store.review(image_id, "rejected", actor, comment or "flagged in the Reviewer")
             return
         final = self._label(image_id, FINAL)
-        if label_tag.startswith("version_") and self._studies.settings.annotation.approved_version_is_final:
+        if label_tag.startswith("version_") and self._dataset.settings.annotation.approved_version_is_final:
             if final is None or final.sha256 != label.sha256:
                 self._store.restore_label(label.id, actor, FINAL)
             state = self.scan(image_id).state
@@ -324,7 +324,7 @@ class StoreDatastore(Datastore):
         source = "annotator" if actor.kind == "person" else "import"
         label = NewLabel(image_id, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
         scan_file = Path(label_filename)
-        content = self._store.intake.labels(scan_file, self._studies.folder / scan.file, "the label map")
+        content = self._store.intake.labels(scan_file, self._dataset.folder / scan.file, "the label map")
         with temporary_labels(content.labels) as read:
             kept = scan_file if content.is_plain and scan_suffix(scan_file.name) is not None else read
             self._store.save_label(label, kept)
@@ -339,8 +339,8 @@ class StoreDatastore(Datastore):
 
     def refresh(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Take in what has changed in the folder."""
-        self._studies.sync(stop=stop)
-        self._findings, self._remarks = self._studies.findings(), self._studies.remarks()
+        self._dataset.sync(stop=stop)
+        self._findings, self._remarks = self._dataset.findings(), self._dataset.remarks()
 
     def findings(self) -> list[FindingRecord]:
         """What was not taken in, as of the last `refresh`; does not wait for the database."""
@@ -356,7 +356,7 @@ class StoreDatastore(Datastore):
         Args:
             limit_cases: at most so many scans.
         """
-        structures = self._studies.settings.structure_list()
+        structures = self._dataset.settings.structure_list()
         names = label_names(structures) if structures else None
         handle, path = tempfile.mkstemp(prefix="segqc-", suffix=".zip")
         os.close(handle)

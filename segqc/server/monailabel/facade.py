@@ -22,7 +22,7 @@ class Session(Protocol):
     image: str
 
     def to_json(self) -> JsonObject:
-        """What clients are told of it."""
+        """What clients see of it."""
         ...
 
 
@@ -44,7 +44,7 @@ class Sessions(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inference:
-    """What an inference task made: a temporary file, and what is told with it."""
+    """What an inference task made: a temporary file, and what is sent with it."""
 
     file: Path
     params: JsonObject
@@ -107,9 +107,9 @@ class App:
         return list(self._instance._scoring_methods)
 
     def info(self) -> JsonObject:
-        """What clients are told of the server."""
-        told: JsonObject = self._instance.info()
-        return told
+        """What clients see of the server."""
+        body: JsonObject = self._instance.info()
+        return body
 
     def infer_params(self, model: str) -> frozenset[str]:
         """The parameters of an inference task's own."""
@@ -128,8 +128,8 @@ class App:
 
     def on_save_label(self, image: str, label: str) -> JsonObject:
         """What MONAI Label's app says of a label that was stored."""
-        told: JsonObject | None = self._instance.on_save_label(image, label)
-        return told or {}
+        body: JsonObject | None = self._instance.on_save_label(image, label)
+        return body or {}
 
 
 def current_app() -> App:

@@ -39,7 +39,7 @@ class NetworkTask(InferTask):
         self.network = network
 
     def info(self) -> dict[str, Any]:
-        """What clients are told."""
+        """What clients see."""
         return {**super().info(), "trained": self.context.has(self.network)}
 
     def is_valid(self) -> bool:
@@ -60,7 +60,7 @@ class Segmentation(NetworkTask):
         super().__init__(context, "segmentation", names, "Segments a scan with the current segmentation network")
 
     def info(self) -> dict[str, Any]:
-        """What clients are told; the labels are those of now."""
+        """What clients see; the labels are those of now."""
         self.labels = client_names(self.context.labels())
         return super().info()
 
@@ -81,7 +81,7 @@ class LikelyErrors(NetworkTask):
     """SegQC-Net on the scan's current mask or that with the wanted tag; on a new mask where the scan has none.
 
     The answer says which one: ``assessed`` is "label" or "segmentation" (a new mask); of a stored label,
-    ``label_tag``, ``label_version`` and ``label_sha256`` are told.
+    ``label_tag``, ``label_version`` and ``label_sha256`` are named.
     """
 
     params = frozenset((*RESULT_PARAMS, "label_tag"))

@@ -1,4 +1,4 @@
-"""MONAI Label's strategies and scoring methods: the next scan as its clients are told of it, and the pool's scores."""
+"""MONAI Label's strategies and scoring methods: the next scan as its clients see it, and the pool's scores."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def describe(assessment: Assessment | None) -> Answer:
     ]
     return {
         "estimated_dice": assessment.dice,
-        "estimated_dice_interval": _told(assessment.dice_interval),
+        "estimated_dice_interval": _as_json(assessment.dice_interval),
         "estimated_dice_by_structure": {q.name: q.estimated.dice for q in assessment.structures if q.present},
         "estimated_dice_interval_by_structure": {
-            q.name: _told(q.intervals.dice) for q in assessment.structures if q.present
+            q.name: _as_json(q.intervals.dice) for q in assessment.structures if q.present
         },
         "worst_slices": list(slices),
         "boxes": boxes,
@@ -61,7 +61,7 @@ def describe(assessment: Assessment | None) -> Answer:
     }
 
 
-def _told(interval: PredictionInterval | None) -> Answer | None:
+def _as_json(interval: PredictionInterval | None) -> Answer | None:
     return None if interval is None else dataclasses.asdict(interval)
 
 

@@ -1,4 +1,4 @@
-"""MONAI Label's training tasks: what a request may set, and what clients are told of the current model."""
+"""MONAI Label's training tasks: what a request may set, and what clients see of the current model."""
 
 from __future__ import annotations
 
@@ -95,10 +95,14 @@ class NetworkTraining(TrainTask):
             return {**progress, "problem": str(error)}
         if model is None:
             return progress
-        told: dict[str, Any] = {"version": model.version, "scores": model.card.scores, "patients": len(model.card.seen)}
+        stats: dict[str, Any] = {
+            "version": model.version,
+            "scores": model.card.scores,
+            "patients": len(model.card.seen),
+        }
         if model.card.accuracy is not None:
-            told["best_metric"] = model.card.accuracy
-        return {**told, **progress}
+            stats["best_metric"] = model.card.accuracy
+        return {**stats, **progress}
 
     def _progress(self) -> dict[str, Any]:
         """How far the last training came; 3D Slicer's bar shows ``epoch`` of ``total_epochs``."""
@@ -112,8 +116,8 @@ class NetworkTraining(TrainTask):
             problem = f"{curve}: not a readable learning curve; the next training writes it anew"
             return {"epoch": 0, "total_epochs": wanted, "problem": problem}
         epoch = len(points)
-        told = [dataclasses.asdict(point) for point in points]
-        return {"epoch": epoch, "total_epochs": max(epoch, wanted), "curve": told}
+        curve_points = [dataclasses.asdict(point) for point in points]
+        return {"epoch": epoch, "total_epochs": max(epoch, wanted), "curve": curve_points}
 
     def _wanted_epochs(self) -> int:
         """The epochs of the last training that was asked for; by default those of the settings."""

@@ -91,10 +91,10 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: str, t
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
         submitted = read_submission(received, dataset.folder / scan.file, names, info, configured=named, limits=limits)
         actor, info = user.actor(info), stored_info(info, names) if named else info
-        told = submit(dataset, scan, submitted, received, tag, actor, info)
+        body = submit(dataset, scan, submitted, received, tag, actor, info)
     if "segmentationMeta" in info:
         app.datastore.review_label(scan.name, tag, info, actor)
-    return {**app.on_save_label(scan.name, scan.name), **told, "image": image, "label": scan.name}
+    return {**app.on_save_label(scan.name, scan.name), **body, "image": image, "label": scan.name}
 
 
 @router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)

@@ -16,7 +16,7 @@ router = APIRouter()
 
 @router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
 def open_leases() -> list[JsonObject]:
-    """Tell which scan is handed out to whom, and until when; how it was drawn is not told to annotators."""
+    """Tell which scan is handed out to whom, and until when; annotators do not see how it was drawn."""
     with open_store().read() as transaction:
         found = leases.listing(transaction, state="open")
     return [{"scan": f.scan, "to": f.actor.name, "until": f.expires_at.isoformat()} for f in found]

@@ -56,6 +56,6 @@ def scan_events(scan: str) -> list[JsonObject]:
 
 
 def _to_json(record: LabelRecord | EventRecord) -> JsonObject:
-    """A record of the store as clients are told of it."""
-    told: JsonObject = TypeAdapter(type(record)).dump_python(record, mode="json")
-    return told
+    """A record of the store as clients see it."""
+    body: JsonObject = TypeAdapter(type(record)).dump_python(record, mode="json")
+    return body

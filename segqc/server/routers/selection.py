@@ -27,7 +27,7 @@ async def next_sample(request: Request, strategy: str, user: AskingUser, params:
 
 
 def next_scan(strategy: str, user: RequestUser, params: Params) -> JsonObject:
-    """Hand out the scan to correct next, as clients are told of it; an empty object where none is left."""
+    """Hand out the scan to correct next, as clients see it; an empty object where none is left."""
     app = current_app()
     known("strategy", strategy, app.strategies)
     chosen = choose_params(params or {}, SAMPLE_PARAMS)
@@ -37,15 +37,15 @@ def next_scan(strategy: str, user: RequestUser, params: Params) -> JsonObject:
         return {}
     scan = app.datastore.scan(answer["id"])
     # the strategy's own words win over what happens to be noted of the scan
-    told: JsonObject = {**app.datastore.scan_info(scan), **answer, "requested_strategy": strategy}
+    body: JsonObject = {**app.datastore.scan_info(scan), **answer, "requested_strategy": strategy}
     interval = answer.get("estimated_dice_interval")
-    told["name"] = _title(
+    body["name"] = _title(
         scan.name,
         Path(answer["path"]).name,
         answer.get("estimated_dice"),
         PredictionInterval(**interval) if interval is not None else None,
     )
-    return told
+    return body
 
 
 def _title(scan: str, file_name: str, dice: float | None, interval: PredictionInterval | None) -> str:
