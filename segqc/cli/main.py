@@ -59,7 +59,8 @@ The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folde
 [bold]score[/bold] assesses all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
 scans to 3D Slicer, worst first.
 
-Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage.
+Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage, 130 ended
+by Ctrl-C, 143 by SIGTERM; serve and worker end with 0 by a signal.
 """
 
 app = typer.Typer(
