@@ -76,13 +76,12 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
     for structure in looked_at:
         mask, truth = structure.mask(before), structure.mask(after)
         changed |= mask != truth
-        by_slice = true_slice_metrics(mask, truth, axis)
         parts.append(
             StructureChange(
                 name=structure.name,
                 metrics=true_metrics(mask, truth),
                 voxels_changed=int((mask != truth).sum()),
-                slices=tuple(by_slice.at(i) for i in range(len(slices))),
+                slices=true_slice_metrics(mask, truth, axis).each(),
             )
         )
     in_plane = tuple(a for a in range(3) if a != axis)

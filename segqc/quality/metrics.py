@@ -16,6 +16,7 @@ estimates equal the true metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -91,6 +92,11 @@ class SliceMetrics:
     def at(self, index: int) -> Metrics:
         """Return one slice's metrics, None where undefined."""
         return Metrics(*(_number(values[index]) for values in (self.dice, self.iou, self.arvd, self.rvd)))
+
+    def each(self) -> tuple[Metrics, ...]:
+        """Return all slices' metrics, as `at` does a slice's."""
+        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1).tolist()
+        return tuple(Metrics(*(None if math.isnan(value) else value for value in row)) for row in table)
 
     def mean(self, where: BoolArray | None = None) -> SliceMeans:
         """Average over the counted slices.

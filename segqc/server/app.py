@@ -57,7 +57,7 @@ SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 INFERENCE_NICENESS: Final = 10
-ANNOTATION_SLOTS: Final = 2  # one waits for the disk while the other computes
+ANNOTATION_SLOTS: Final = 3  # two wait for the disk or a core while one computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 

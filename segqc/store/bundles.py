@@ -62,8 +62,8 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
 def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
     """Let a bundle serve from now on; returns whether it did not before.
 
-    Scans are ranked, and estimates shown, by the serving bundle alone: those that another bundle ranked have no estimate
-    until this one has assessed them.
+    Scans are ranked, and estimates shown, by the serving bundle alone: scans that another bundle ranked have no
+    estimate until this one has assessed them.
 
     Raises:
         StoreError: if there is no such bundle.

@@ -6,7 +6,7 @@ import zlib
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import and_, select
+from sqlalchemy import and_, insert, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, leases, scans
@@ -38,6 +38,7 @@ from segqc.store.schema import (
 from segqc.types import Metrics
 
 _SLICES: Final = TypeAdapter(tuple[Metrics, ...])
+_ADD_STRUCTURES: Final = insert(CorrectionStructure.__table__)  # type: ignore[arg-type]  # a Table, though it is not said
 
 
 def add(
@@ -73,28 +74,26 @@ def add(
         simulated=simulated,
     )
     ids = structure_ids(transaction, [s.name for s in change.structures])
-    for position, part in enumerate(change.structures):
-        _add_structure(transaction, number, ids[part.name], position, part)
+    parts = [_structure(number, ids[part.name], i, part) for i, part in enumerate(change.structures)]
+    if parts:
+        transaction.core.execute(_ADD_STRUCTURES, parts)
     detail: JsonObject = {"from": start.id, "to": end.id, "correction": number}
     events.record(transaction, actor, "corrected", "scan", scan.id, detail)
     return number
 
 
-def _add_structure(
-    transaction: Transaction, correction_id: int, structure_id: int, position: int, part: StructureChange
-) -> None:
-    transaction.insert(
-        CorrectionStructure,
-        correction_id=correction_id,
-        structure_id=structure_id,
-        position=position,
-        dice=part.metrics.dice,
-        iou=part.metrics.iou,
-        arvd=part.metrics.arvd,
-        rvd=part.metrics.rvd,
-        voxels_changed=part.voxels_changed,
-        slices=zlib.compress(_SLICES.dump_json(part.slices)),
-    )
+def _structure(correction_id: int, structure_id: int, position: int, part: StructureChange) -> dict[str, object]:
+    return {
+        "correction_id": correction_id,
+        "structure_id": structure_id,
+        "position": position,
+        "dice": part.metrics.dice,
+        "iou": part.metrics.iou,
+        "arvd": part.metrics.arvd,
+        "rvd": part.metrics.rvd,
+        "voxels_changed": part.voxels_changed,
+        "slices": zlib.compress(_SLICES.dump_json(part.slices)),
+    }
 
 
 def listing(transaction: Transaction, scan: str | None = None) -> list[CorrectionRecord]:

@@ -170,24 +170,41 @@ def _open(
 ) -> LeaseRecord:
     name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
     begun = _begin(transaction, choice.scan_id, name, actor, rules)
-    number = transaction.insert(
-        LeaseRow,
-        scan_id=choice.scan_id,
-        actor_id=actor_id,
-        state="open",
+    lease = LeaseRecord(
+        id=0,
+        scan=name,
+        actor=actor,
         slot=begun.slot,
+        state="open",
         handed_out_at=transaction.now,
         expires_at=begun.expires_at,
+        closed_at=None,
         strategy=choice.order or strategy,
         score=choice.score if draw == "strategy" else ranking_dice,
         draw=draw,
         probability=probability,
         pool=choice.pool,
-        label_version_id=begun.label_version_id,
-        assessment_id=begun.assessment_id,
+        label_version=begun.label_version_id,
+        assessment=begun.assessment_id,
+    )
+    number = transaction.insert(
+        LeaseRow,
+        scan_id=choice.scan_id,
+        actor_id=actor_id,
+        state=lease.state,
+        slot=lease.slot,
+        handed_out_at=lease.handed_out_at,
+        expires_at=lease.expires_at,
+        strategy=lease.strategy,
+        score=lease.score,
+        draw=lease.draw,
+        probability=lease.probability,
+        pool=lease.pool,
+        label_version_id=lease.label_version,
+        assessment_id=lease.assessment,
     )
     events.record(transaction, actor, "handed out", "scan", choice.scan_id, {"lease": number})
-    return get(transaction, number)
+    return replace(lease, id=number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +324,8 @@ def submitted(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord 
         return None
     closed = {"lease": last.id, "closed_at": transaction.now}
     transaction.core.execute(_SUBMITTED, closed)
-    scans.find(transaction, scan).readings += 1
+    transaction.core.execute(_READ_ONCE_MORE, {"scan": scan})
+    transaction.expire(scans.find(transaction, scan), ["readings"])
     return replace(last, state="submitted", closed_at=transaction.now)
 
 
@@ -403,6 +421,7 @@ _SUBMITTED: Final = (
     .where(LeaseRow.id == bindparam("lease"))
     .values(state="submitted", closed_at=bindparam("closed_at"))
 )
+_READ_ONCE_MORE: Final = update(Scan).where(Scan.name == bindparam("scan")).values(readings=Scan.readings + 1)
 _SLOTS: Final = select(LeaseRow.slot).where(LeaseRow.scan_id == bindparam("scan"), LeaseRow.state == _OPEN)
 _OVER: Final = select(LeaseRow.id).where(
     LeaseRow.state == _OPEN, LeaseRow.expires_at <= bindparam("now", type_=UtcDateTime())

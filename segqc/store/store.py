@@ -315,13 +315,13 @@ class Store:
         if not self.is_writable:
             raise StoreReadOnly(f"{self.dataset}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
-        with tempfile.TemporaryDirectory(prefix="segqc-") as work, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             # edits are found when the transaction begins: what is tried again has not come to the block yet
             for _ in range(_TRIES):
                 try:
                     change = stack.enter_context(self._change([*edits, *changes], len(edits)))
                 except _Unseen as unseen:
-                    edits = []
+                    edits, work = [], stack.enter_context(tempfile.TemporaryDirectory(prefix="segqc-"))
                     for file, (scan, tag) in unseen.files.items():
                         with contextlib.suppress(FileNotFoundError):  # removed since
                             edits.append(self._edit(scan, tag, Path(file).name, Path(work)))

@@ -121,10 +121,10 @@ class App:
         made = self._instance.infer(request)
         return Inference(file=Path(made["file"]), params=made["params"])
 
-    def next_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The scan that a strategy hands out; empty where none is left."""
-        answer: dict[str, Any] = self._instance.next_sample(request)
-        return answer
+    def next_sample(self, strategy: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The scan that a strategy hands out, by its id; empty where none is left."""
+        answer: dict[str, Any] | None = self._instance._strategies[strategy](request, self.datastore)
+        return answer or {}
 
     def on_save_label(self, image: str, label: str) -> JsonObject:
         """What MONAI Label's app says of a label that was stored."""

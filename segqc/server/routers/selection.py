@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Final
 
 from fastapi import APIRouter, Request
@@ -32,16 +31,19 @@ def next_scan(strategy: str, user: RequestUser, params: Params) -> JsonObject:
     known("strategy", strategy, app.strategies)
     chosen = choose_params(params or {}, SAMPLE_PARAMS)
     with acting(user.actor(chosen)):
-        answer = app.next_sample({**chosen, "strategy": strategy})
+        answer = app.next_sample(strategy, chosen)
     if not answer:
         return {}
     scan = app.datastore.scan(answer["id"])
+    path = app.context.dataset.folder / scan.file
     # the strategy's own words win over what happens to be noted of the scan
-    body: JsonObject = {**app.datastore.scan_info(scan), **answer, "requested_strategy": strategy}
+    body: JsonObject = {
+        **app.datastore.scan_info(scan), **answer, "path": str(path), "requested_strategy": strategy,
+    }  # fmt: skip
     interval = answer.get("estimated_dice_interval")
     body["name"] = _title(
         scan.name,
-        Path(answer["path"]).name,
+        path.name,
         answer.get("estimated_dice"),
         PredictionInterval(**interval) if interval is not None else None,
     )
