@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic.main import IncEx
 from torch import nn
 
 from segqc.networks.card import CARDS, ModelCard, NetworkName
@@ -64,7 +63,7 @@ class TrainedNetwork:
                 )
             card = CARDS.validate_json(content["card"])
             if card.kind != cls.kind:
-                raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted")
+                raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted: name or train that")
             members = [StemUNet(card.plan) for _ in range(card.members)]
             network = members[0] if card.members == 1 else MeanOfNetworks(members)
             network.load_state_dict(content["weights"])
@@ -107,12 +106,8 @@ def load_content(path: Path) -> dict[str, Any]:
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    # models of before there were intervals, several members, calibrated maps, or hidden masks keep their version
-    left_out: dict[str, IncEx | bool] = {"calibration": {"__all__": {"intervals"}}}
-    left_out |= {"members": True} if card.members == 1 else {}
-    left_out |= {} if card.map_calibration else {"map_calibration": True}
-    left_out |= {} if card.hide_mask else {"hide_mask": True}
-    digest = hashlib.sha256(CARDS.dump_json(card, exclude=left_out))
+    # intervals say how sure the estimates are, and leave them as they are: new ones make no other network
+    digest = hashlib.sha256(CARDS.dump_json(card, exclude={"calibration": {"__all__": {"intervals"}}}))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
