@@ -239,7 +239,7 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._patience_seconds = patience_seconds
         self._shown = shown
-        self._pen = FairLock()
+        self._write_lock = FairLock()
         self._breaker = CircuitBreaker(_PAUSE_SECONDS, 2 * patience_seconds)
         self.is_writable = not self.is_sqlite or _is_writable(Path(str(self.url.database)))
         self.engine = _engine(self.url, patience_seconds) if self.is_writable else _read_only_engine(self.url)
@@ -265,12 +265,12 @@ class Database:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """The turn of this thread among the process's writers; who waits for it holds no connection."""
-        if not self._pen.acquire(self._patience_seconds):
+        if not self._write_lock.acquire(self._patience_seconds):
             raise StoreUnavailable(f"{self.shown}: the database is locked or too busy; try again")
         try:
             yield
         finally:
-            self._pen.release()
+            self._write_lock.release()
 
     @contextlib.contextmanager
     def _connection(self, *, write: bool) -> Iterator[Connection]:
