@@ -282,6 +282,22 @@ def test_a_browser_is_known_again_by_its_cookie(client: TestClient) -> None:
     assert client.post("/activelearning/random").json()["id"] != first.json()["id"]
 
 
+@pytest.mark.parametrize("opened", [{"opened_slices": [99]}, {"opened_structures": ["kidney"]}])
+def test_what_was_opened_is_checked_though_nothing_was_handed_out(
+    client: TestClient, tmp_path: Path, opened: dict[str, object]
+) -> None:
+    content = volume_bytes(tmp_path, draw_case(0)[1])
+    params = {"client_id": "somebody who was handed nothing", **opened}
+    for tag in ("final", "draft"):
+        answer = client.put(
+            f"/datastore/label?image=scan_0&tag={tag}",
+            data={"params": json.dumps(params)},
+            files={"label": ("m.nii.gz", content)},
+        )
+        assert answer.status_code == 400
+        assert "opened" in answer.json()["detail"]
+
+
 def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     client: TestClient, base: Path, tmp_path: Path
 ) -> None:

@@ -62,14 +62,7 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
     """
     axis = through_plane_axis(end)
-    count = end.array.shape[axis]
-    slices = tuple(range(count)) if opened.slices is None else tuple(sorted(set(opened.slices)))
-    if not slices or slices[0] < 0 or slices[-1] >= count:
-        raise OpenedError(f"opened slices are numbers from 0 to {count - 1}, got {list(opened.slices or ())}")
-    names = {s.name for s in structures}
-    if unknown := sorted(set(opened.structures or ()) - names):
-        raise OpenedError(f"there is no structure {unknown[0]!r} to be opened; there are {', '.join(sorted(names))}")
-    looked_at = [s for s in structures if opened.structures is None or s.name in opened.structures]
+    slices, looked_at = _opened_part(end, structures, opened)
     before, after = (np.take(volume.array, slices, axis=axis) for volume in (start, end))
     before, after = _in_use(before, after, axis)
     parts, changed = [], np.zeros(before.shape, bool)
@@ -93,6 +86,20 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
         opened_slices=opened.slices if opened.slices is None else slices,
         opened_structures=opened.structures,
     )
+
+
+def _opened_part(
+    end: Volume, structures: tuple[Structure, ...], opened: Opened
+) -> tuple[tuple[int, ...], list[Structure]]:
+    """The slices and structures that were looked at."""
+    count = end.array.shape[through_plane_axis(end)]
+    slices = tuple(range(count)) if opened.slices is None else tuple(sorted(set(opened.slices)))
+    if not slices or slices[0] < 0 or slices[-1] >= count:
+        raise OpenedError(f"opened slices are numbers from 0 to {count - 1}, got {list(opened.slices or ())}")
+    names = {s.name for s in structures}
+    if unknown := sorted(set(opened.structures or ()) - names):
+        raise OpenedError(f"there is no structure {unknown[0]!r} to be opened; there are {', '.join(sorted(names))}")
+    return slices, [s for s in structures if opened.structures is None or s.name in opened.structures]
 
 
 def _in_use(before: LabelArray, after: LabelArray, axis: int) -> tuple[LabelArray, LabelArray]:
@@ -141,6 +148,8 @@ def submit_label(
             was checked.
         OSError: if it can't be written; nothing has changed then.
     """
+    if opened != ALL:  # wrong also where nothing was handed out that the label could be compared with
+        _opened_part(end, dataset.structures, opened)
     now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
     with dataset.store.read() as transaction:
         handed_out_before = leases.of_replaced(transaction, scan, actor)
