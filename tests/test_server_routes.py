@@ -305,6 +305,8 @@ def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     with dataset.store.write() as transaction:
         for i in range(4):
             leases.release(transaction, f"scan_{i}", SERVER)
+    for i in range(1, 4):
+        assess(dataset, f"scan_{i}", 0.5)
     sample = client.post("/activelearning/segqc", json={"client_id": "anna"}).json()
     scan = sample["id"]
     content = volume_bytes(tmp_path, draw_case(int(scan[-1]))[1])
