@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, func, select, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 from typer.testing import CliRunner
 
 from segqc.cli import main
@@ -27,7 +27,7 @@ from segqc.networks.model import ModelError
 from segqc.settings import ModelsSettings, Settings
 from segqc.store import bundles, events, jobs, maintenance
 from segqc.store.bundles import NewBundle
-from segqc.store.database import Database, StoreError
+from segqc.store.database import Database, StoreError, StoreUnavailable
 from segqc.store.events import FOLDER, SERVER
 from segqc.store.restore import restore
 from segqc.store.schema import Bundle
@@ -347,6 +347,38 @@ def test_a_folder_with_a_new_store_adopts_its_newest_intact_bundle(
     assert published[1].reason == "a test, by anna"
     assert published[1].actor == FOLDER
     assert shelf.publish(files, ANNA, "a test") == 4, "numbers are never given twice"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_first_publication_with_a_new_store_carries_the_other_network_over(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path, network: NetworkName
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    first.publish(files, ANNA, "a test")
+    first.store.close()
+    shelf = Bundles(Store.open(copied(folder, tmp_path / "copy")), Settings())
+    assert shelf.publish({network: files[network]}, ANNA, f"training of {network}") == 2
+    serving = shelf.serving()
+    assert serving is not None
+    assert set(serving.manifest.networks) == set(NETWORKS)
+    assert serving.manifest.parent == 1
+
+
+def test_a_commit_that_fails_leaves_nothing(
+    folder: Path, files: dict[NetworkName, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Bundles(Store.open(folder), Settings())
+    shelf.publish(files, ANNA, "a test")
+    before = sorted(shelf.folder.rglob("*"))
+
+    def full(_: Connection) -> None:
+        raise OperationalError("COMMIT", {}, Exception("database or disk is full"))
+
+    with monkeypatch.context() as patch, pytest.raises(StoreUnavailable, match="disk is full"):
+        patch.setattr(Connection, "commit", full)
+        shelf.publish(files, ANNA, "another")
+    assert sorted(shelf.folder.rglob("*")) == before
+    assert shelf.publish(files, ANNA, "the next") == 2
 
 
 def test_a_folder_with_damaged_bundles_only_says_so(

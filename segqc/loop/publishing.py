@@ -36,7 +36,7 @@ from segqc.networks.model_file import ModelError, model_status
 from segqc.settings import Settings
 from segqc.store import bundles, events, jobs
 from segqc.store.bundles import NewBundle
-from segqc.store.database import Transaction
+from segqc.store.database import StoreUnavailable, Transaction
 from segqc.store.events import FOLDER, SERVER
 from segqc.store.maintenance import Finding
 from segqc.store.records import Actor, PublishedBundle
@@ -53,6 +53,7 @@ class Publication:
     """A bundle that serves as soon as its transaction is committed."""
 
     transaction: Transaction
+    manifest: Manifest
     number: int
     parent: int | None  # the bundle that served before
 
@@ -134,28 +135,34 @@ class Bundles:
             OSError: if the disk is full or read-only. Nothing has changed then.
         """
         sources = {network: source_of(path, network) for network, path in files.items()}
-        with self.store.write() as transaction:
-            self._sweep()
-            parent = bundles.serving(transaction)
-            sources = {**self._carried(parent, sources), **sources}
-            number = max(bundles.last_number(transaction), *bundle_folders(self.folder), 0) + 1
-            manifest = Manifest(
-                number=number,
-                made_at=transaction.now,
-                made_by=actor.name,
-                reason=reason,
-                parent=parent.bundle.id if parent is not None else None,
-                networks={network: source.entry for network, source in sources.items()},
-            )
-            sha256 = write_bundle(self.folder, manifest, sources)
-            try:
+        try:
+            self._adopt_newest()  # its other network is carried over
+        except ModelError as error:
+            logger.warning("%s", error)
+        written: int | None = None
+        try:
+            with self.store.write() as transaction:
+                self._sweep()
+                parent = bundles.serving(transaction)
+                sources = {**self._carried(parent, sources), **sources}
+                number = max(bundles.last_number(transaction), *bundle_folders(self.folder), 0) + 1
+                manifest = Manifest(
+                    number=number,
+                    made_at=transaction.now,
+                    made_by=actor.name,
+                    reason=reason,
+                    parent=parent.bundle.id if parent is not None else None,
+                    networks={network: source.entry for network, source in sources.items()},
+                )
+                sha256 = write_bundle(self.folder, manifest, sources)
+                written = number
                 bundles.add(transaction, _new(manifest, sha256), actor)
                 self._let_serve(transaction, number, actor)
-                yield Publication(transaction=transaction, number=number, parent=manifest.parent)
-                transaction.flush()
-            except BaseException:
-                shutil.rmtree(self.folder / str(number), ignore_errors=True)
-                raise
+                yield Publication(transaction=transaction, manifest=manifest, number=number, parent=manifest.parent)
+        except BaseException:
+            if written is not None:
+                self._remove_unrecorded(written)
+            raise
         try:
             self.prune()
         except (SegqcError, OSError) as error:  # the new bundle serves: old ones go the next time
@@ -173,6 +180,12 @@ class Bundles:
         """Publish networks as `publishing` does; returns the new bundle's number."""
         with self.publishing(files, actor, reason) as publication:
             return publication.number
+
+    def _remove_unrecorded(self, number: int) -> None:
+        """Remove a bundle whose transaction failed; where the database is away, 'segqc db check' finds it later."""
+        with contextlib.suppress(StoreUnavailable), self.store.read() as transaction:
+            if number not in {published.bundle.id for published in bundles.listing(transaction)}:
+                shutil.rmtree(self.folder / str(number), ignore_errors=True)
 
     def _carried(
         self, parent: PublishedBundle | None, new: Mapping[NetworkName, NetworkSource]
@@ -247,10 +260,28 @@ class Bundles:
         Raises:
             ModelError: if there are bundles or model files, but no intact ones.
         """
-        folders, problem = bundle_folders(self.folder), None
         loose = {network: self.folder / model_name(network) for network in NETWORKS}
-        if not self.store.is_writable or not (folders or any(model_status(path) for path in loose.values())):
+        if not self.store.is_writable:
             return None
+        adopted = self._adopt_newest()
+        found = {network: path for network, path in loose.items() if model_status(path) is not None}
+        if adopted is not None or not found:
+            return adopted
+        number = self.publish(found, FOLDER, "model files found in the folder")
+        for path in found.values():
+            path.unlink(missing_ok=True)
+        return number
+
+    def _adopt_newest(self) -> int | None:
+        """The part of `_adopt` that concerns bundles; returns the number of the one that serves then.
+
+        Raises:
+            ModelError: if there are bundles, but no intact ones.
+        """
+        with self.store.read() as transaction:
+            if (serving := bundles.serving_number(transaction)) is not None:
+                return serving
+        folders, problem = bundle_folders(self.folder), None
         for folder in reversed(folders.values()):
             try:
                 NetworkBundle.open(folder).verify_all()
@@ -267,11 +298,7 @@ class Bundles:
             return number
         if problem is not None:
             raise problem
-        found = {network: path for network, path in loose.items() if model_status(path) is not None}
-        number = self.publish(found, FOLDER, "model files found in the folder")
-        for path in found.values():
-            path.unlink(missing_ok=True)
-        return number
+        return None
 
     # ----------------------------------------------------------------------------------------------------- old bundles
 

@@ -32,15 +32,15 @@ def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target)
         try:
-            number = bundles.publish({network: path}, user.actor(), "upload")
+            with bundles.publishing({network: path}, user.actor(), "upload") as publication:
+                manifest = publication.manifest
         except ModelError as error:
             message = error.clause.removeprefix(str(path)).removeprefix(": ")
             raise RequestError(422, f"the uploaded file is no {model} model: {message}") from error
-    manifest = bundles.open(number).manifest
     return {
         "checksum": f"SHA256:{manifest.networks[network].model_sha256}",
         "modified_time": int(manifest.made_at.timestamp()),
-        "bundle": number,
+        "bundle": manifest.number,
     }
 
 
