@@ -180,8 +180,12 @@ def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) ->
     dataset = make_dataset(tmp_path / "s", 2, 1)
     with pytest.raises(ModelError, match="train one first"):
         score(dataset, "segqc", NoProgress())
-    with pytest.raises(TooFewCases, match="at least 4 patients, found 2"):
+    with pytest.raises(TooFewCases, match="at least 4 patients, found 2") as raised:
         train(dataset, "segqc", NoProgress())
+    assert "not accepted" not in str(raised.value)
+    (dataset.folder / "broken.nii.gz").write_bytes(b"broken")
+    with pytest.raises(TooFewCases, match="1 file was not accepted, 'segqc scans FOLDER' says why"):
+        train(Dataset(dataset.folder), "segqc", NoProgress())
     (tmp_path / "new").mkdir()
     with pytest.raises(DatasetError, match=r"write a table such as \[structures\]"):
         _ = Dataset(tmp_path / "new").structures

@@ -13,7 +13,7 @@ from segqc.text import visible
 DATABASE_PLACE: Final = "segqc/store.sqlite"
 _MAX_NAMED: Final = 20
 
-app = typer.Typer(no_args_is_help=True, help="Back up, check and upgrade the store of a dataset folder.")
+app = typer.Typer(no_args_is_help=True, help="Back up, restore, check and upgrade the store of a dataset folder.")
 
 
 @app.command()

@@ -62,7 +62,7 @@ def _row(status: BundleStatus) -> Row:
         "segmentation": versions.get("segmentation"),
         "segqc": versions.get("segqc"),
         "by": published.actor.name if published is not None else None,
-        "reason": published.reason if published is not None else "not recorded: its process died",
+        "reason": published.reason if published is not None else "not recorded",
         "serving": published is not None and published.is_serving,
         "MB": files.size() / _MEGABYTE if files is not None else None,
         "files": "intact" if status.problem is None else "removed" if status.is_removed else status.problem,

@@ -155,9 +155,11 @@ def _learn(
             left_out[error.case] = str(error)
             cases = [case for case in cases if case.id != error.case]
         except TooFewCases as error:
-            if not left_out:
-                raise
-            raise TooFewCases(f"{error.clause}; left out: {'; '.join(left_out.values())}") from error
+            why = [f"left out: {'; '.join(left_out.values())}"] if left_out else []
+            if aside := len(dataset.findings()):
+                files = "1 file was" if aside == 1 else f"{aside} files were"
+                why.append(f"{files} not accepted, 'segqc scans FOLDER' says why")
+            raise TooFewCases("; ".join([error.clause, *why])) from error
 
 
 @contextlib.contextmanager
