@@ -89,10 +89,12 @@ def _statements_are_compiled_once() -> Iterator[None]:
 
 @pytest.fixture
 def hangups() -> Iterator[None]:
-    """What is started gets the signal of a closed terminal, also where the tests themselves ignore it (nohup)."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """What is started gets hangups and interrupts, also where the tests ignore them (nohup, a script's background)."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, hangup)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture(autouse=True)
