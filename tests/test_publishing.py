@@ -381,6 +381,30 @@ def test_a_commit_that_fails_leaves_nothing(
     assert shelf.publish(files, ANNA, "the next") == 2
 
 
+@pytest.mark.parametrize("name", [".bundle-3", ".bundle-2-removed", "3"])
+@pytest.mark.parametrize("kind", ["file", "dead link", "link to a folder"])
+def test_what_lies_where_a_bundle_belongs_hinders_no_publication(
+    folder: Path, files: dict[NetworkName, Path], tmp_path: Path, name: str, kind: str
+) -> None:
+    shelf = Bundles(Store.open(folder), Settings(models=ModelsSettings(keep=0)))
+    for reason in ("first", "second"):
+        shelf.publish(files, ANNA, reason)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    if kind == "file":
+        (shelf.folder / name).touch()
+    else:
+        (shelf.folder / name).symlink_to(elsewhere if kind == "link to a folder" else tmp_path / "nowhere")
+    number = shelf.publish(files, ANNA, "a test")
+    assert number == (4 if name == "3" else 3)
+    serving = shelf.serving()
+    assert serving is not None
+    serving.verify_all()
+    assert not [path for path in shelf.folder.iterdir() if path.name.startswith(".bundle-")]
+    assert (elsewhere / "kept").exists()
+
+
 def test_a_folder_with_damaged_bundles_only_says_so(
     folder: Path, files: dict[NetworkName, Path], tmp_path: Path
 ) -> None:

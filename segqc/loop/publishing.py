@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from segqc.networks.bundle import (
     NetworkBundle,
     NetworkSource,
     bundle_folders,
+    last_number,
     leftovers,
     model_name,
     set_aside,
@@ -41,6 +41,7 @@ from segqc.store.events import FOLDER, SERVER
 from segqc.store.maintenance import Finding
 from segqc.store.records import Actor, PublishedBundle
 from segqc.store.store import MODELS_FOLDER, Store
+from segqc.volumes import remove
 
 if TYPE_CHECKING:
     from segqc.networks.assessor import AssessmentSettings
@@ -145,7 +146,7 @@ class Bundles:
                 self._sweep()
                 parent = bundles.serving(transaction)
                 sources = {**self._carried(parent, sources), **sources}
-                number = max(bundles.last_number(transaction), *bundle_folders(self.folder), 0) + 1
+                number = max(bundles.last_number(transaction), last_number(self.folder)) + 1
                 manifest = Manifest(
                     number=number,
                     made_at=transaction.now,
@@ -185,7 +186,7 @@ class Bundles:
         """Remove a bundle whose transaction failed; where the database is away, 'segqc db check' finds it later."""
         with contextlib.suppress(StoreUnavailable), self.store.read() as transaction:
             if number not in {published.bundle.id for published in bundles.listing(transaction)}:
-                shutil.rmtree(self.folder / str(number), ignore_errors=True)
+                remove(self.folder / str(number))
 
     def _carried(
         self, parent: PublishedBundle | None, new: Mapping[NetworkName, NetworkSource]
@@ -321,7 +322,7 @@ class Bundles:
                 hidden.append(set_aside(self.folder / str(number)))
                 removed.append(number)
         for path in hidden:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         return removed
 
     def sweep(self) -> list[Path]:
@@ -333,7 +334,7 @@ class Bundles:
         """The same, by whoever holds the write lock."""
         found = leftovers(self.folder)
         for path in found:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         return found
 
     def listing(self) -> list[BundleStatus]:

@@ -28,6 +28,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationEr
 
 from segqc.networks.card import CARDS, NetworkName
 from segqc.networks.model_file import ModelError, model_status
+from segqc.volumes import remove, sync
 
 if TYPE_CHECKING:
     from segqc.networks.assessor import AssessmentSettings, Assessor
@@ -212,14 +213,22 @@ def bundle_folders(models: Path) -> dict[int, Path]:
     Raises:
         ModelError: if nobody can see what lies there.
     """
+    return {number: path for number, path in _numbered(models).items() if os.path.isdir(path)}
+
+
+def last_number(models: Path) -> int:
+    """The largest number that is taken, by a bundle's folder or by whatever else lies there; 0 where there is none."""
+    return max(_numbered(models), default=0)
+
+
+def _numbered(models: Path) -> dict[int, Path]:
     try:
         names = os.listdir(models)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise _unreadable(models, error) from error
-    found = {int(name): models / name for name in names if _NUMBER.fullmatch(name)}
-    return {number: path for number, path in sorted(found.items()) if os.path.isdir(path)}
+    return dict(sorted((int(name), models / name) for name in names if _NUMBER.fullmatch(name)))
 
 
 def source_of(path: Path, network: NetworkName) -> NetworkSource:
@@ -255,26 +264,26 @@ def write_bundle(models: Path, manifest: Manifest, sources: Mapping[NetworkName,
     """
     hidden = models / f"{_LEFTOVER}{manifest.number}"
     content = _MANIFESTS.dump_json(manifest, indent=1)
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove(hidden)
     hidden.mkdir(parents=True)
     try:
         for network, source in sources.items():
             _link(source.model, hidden / model_name(network))
             _write(hidden / _card_name(network), source.card)
         _write(hidden / MANIFEST, content)
-        _sync(hidden)
+        sync(hidden)
         hidden.rename(models / str(manifest.number))
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove(hidden)
         raise
-    _sync(models)
+    sync(models)
     return _sha256(content)
 
 
 def set_aside(folder: Path) -> Path:
     """Take a bundle's folder out of the way in one step; returns the hidden folder, to be removed."""
     hidden = folder.with_name(f"{_LEFTOVER}{folder.name}-removed")
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove(hidden)
     folder.rename(hidden)
     return hidden
 
@@ -292,22 +301,13 @@ def _link(source: Path, target: Path) -> None:
             raise
         shutil.copyfile(source, target)
     target.chmod(0o444)  # a published file is never written again
-    _sync(target)
+    sync(target)
 
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     path.chmod(0o444)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Let a file's content, or a folder's names, outlast a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _content(path: Path) -> bytes:

@@ -23,7 +23,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.volumes import LABEL_SUFFIXES, atomic_write
+from segqc.volumes import LABEL_SUFFIXES, atomic_write, sync
 
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
@@ -193,7 +193,7 @@ class LabelFiles:
         folders |= {self.views / arrival.plan.tag for arrival in arrivals if arrival.plan.found is None}
         for folder in sorted(folders):
             with contextlib.suppress(FileNotFoundError):  # no label is shown under the tag
-                _sync_folder(folder)
+                sync(folder)
 
     def keep(self, arrival: Arrival, known: Collection[str]) -> None:
         """Put the contents of an abandoned arrival into place that rows speak of, where they are not."""
@@ -201,7 +201,7 @@ class LabelFiles:
             if sha256 in known and waiting.is_file() and not kept.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(waiting, kept)
-                _sync_folder(kept.parent)
+                sync(kept.parent)
 
     def _contents(self, arrival: Arrival) -> list[tuple[Path, Path]]:
         """Where each new content waits, and where it is kept."""
@@ -215,7 +215,7 @@ class LabelFiles:
         try:
             _copy_to(content, [temporary])
             state = self._show(temporary, file)
-            _sync_folder((self.views / file).parent)
+            sync((self.views / file).parent)
             return state
         finally:
             temporary.unlink(missing_ok=True)
@@ -369,15 +369,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder outlast a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_locked(path: Path) -> bool:

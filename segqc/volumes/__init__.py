@@ -11,7 +11,7 @@ World coordinates are RAS millimetres throughout (NIfTI's convention); NRRD and 
 
 from __future__ import annotations
 
-from segqc.volumes.atomic import atomic_write
+from segqc.volumes.atomic import atomic_write, remove, sync
 from segqc.volumes.dicom import check_dicom_image, read_dicom_volume
 from segqc.volumes.dicom_headers import is_dicom_image, read_dataset
 from segqc.volumes.dicom_series import (
@@ -77,9 +77,11 @@ __all__ = [
     "read_labels",
     "read_nrrd_header",
     "read_scan",
+    "remove",
     "scan_id",
     "scan_suffix",
     "sort_into_volumes",
+    "sync",
     "temporary_labels",
     "through_plane_axis",
     "to_canonical",

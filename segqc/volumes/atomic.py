@@ -31,8 +31,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = hidden / path.name
         yield temporary
         if temporary.is_file():
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if Path(str(error.filename)).is_relative_to(hidden):
@@ -40,6 +39,24 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Let a file's content, or the names in a folder, outlast a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, as far as that can be; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _naming(path: Path, error: OSError) -> OSError:
