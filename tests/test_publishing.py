@@ -469,6 +469,24 @@ def test_a_bundle_that_served_serves_again_and_everybody_sees_it(
     other.store.close()
 
 
+@pytest.mark.parametrize("kind", ["train", "round"])
+def test_the_pool_is_scored_by_what_serves_whatever_becomes_of_the_jobs_that_wait(
+    shelf: Bundles, files: dict[NetworkName, Path], kind: str
+) -> None:
+    with shelf.store.write() as transaction:
+        waiting = jobs.enqueue(transaction, kind, {}, ANNA)
+    shelf.publish({"segmentation": files["segmentation"]}, ANNA, "half a pair")
+    with shelf.store.read() as transaction:
+        assert not jobs.open_jobs(transaction, "scoring"), "without SegQC-Net there is nothing to score by"
+    shelf.publish({"segqc": files["segqc"]}, ANNA, "the other half")
+    shelf.publish(files, ANNA, "both again")
+    with shelf.store.write() as transaction:
+        jobs.stop(transaction, waiting.id, ANNA)
+    with shelf.store.read() as transaction:
+        (scoring,) = jobs.listing(transaction, "scoring")
+    assert (scoring.state, scoring.request, scoring.actor) == ("queued", {"method": "segqc"}, SERVER)
+
+
 @pytest.mark.parametrize(("keep", "kept"), [(0, [6]), (2, [4, 5, 6]), (5, [1, 2, 3, 4, 5, 6])])
 def test_the_files_of_old_bundles_go_and_their_rows_stay(
     store: Store, files: dict[NetworkName, Path], keep: int, kept: list[int]

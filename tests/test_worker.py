@@ -22,7 +22,6 @@ from segqc.loop.locks import hold
 from segqc.loop.worker import Worker, run_job
 from segqc.store import events, jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable
-from segqc.store.events import SERVER
 from segqc.store.records import JobRecord
 from tests.server_kit import make_dataset
 from tests.store_kit import ANNA
@@ -350,17 +349,6 @@ def test_a_job_gives_way_to_the_server_and_its_threads_do_not_spin(
     niceness, policy = state(dataset, job).messages[0].split()
     assert int(niceness) > 0
     assert policy == (wanted or "PASSIVE"), "who set it knows better"
-
-
-def test_after_the_last_training_the_pool_is_scored(dataset: Dataset) -> None:
-    put(dataset, code=""), put(dataset, code="raise SystemExit(1)")
-    third = put(dataset, code="")
-    worker = Worker(dataset, ("train",), command=python)
-    worker.serve(until_idle=True)
-    assert state(dataset, third).state == "done"
-    with dataset.store.read() as transaction:
-        (scoring,) = jobs.listing(transaction, "scoring")
-    assert (scoring.request, scoring.actor) == ({"method": "segqc"}, SERVER)
 
 
 @pytest.mark.server

@@ -16,7 +16,6 @@ from segqc.loop.requests import (
     ScoringResult,
     TrainRequest,
     TrainResult,
-    enqueue_scoring,
     request_of,
 )
 from segqc.loop.round import run_round
@@ -24,8 +23,6 @@ from segqc.loop.scoring import keep_mask, mask_to_assess, score
 from segqc.loop.training import chosen_settings as chosen_settings
 from segqc.loop.training import train, training_result
 from segqc.networks.model_file import ModelError
-from segqc.store import jobs
-from segqc.store.database import Transaction
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, JobRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
@@ -107,9 +104,3 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
             failed[entry.id] = str(error)
     progress.step(len(entries), len(entries), "inference", "done")
     return BatchResult(model=network, done=len(entries) - len(failed), failed=failed)
-
-
-def follow_up(transaction: Transaction, job: JobRecord) -> None:
-    """What a finished job calls for: after the last waiting training, the pool is scored by the new networks."""
-    if job.kind == "train" and not jobs.open_jobs(transaction, "train"):
-        enqueue_scoring(transaction)

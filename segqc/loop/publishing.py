@@ -208,11 +208,10 @@ class Bundles:
         return carried
 
     def _let_serve(self, transaction: Transaction, number: int, actor: Actor) -> bool:
-        """Let a bundle serve, and have the pool scored by it, unless a job that runs or waits will see to that."""
+        """Let a bundle serve, and have the pool scored by it: no other job can be relied on to come to its end."""
         changed = bundles.serve(transaction, number, actor)
         pair = bundles.get(transaction, number).bundle
-        coming = [*jobs.open_jobs(transaction, "train"), *jobs.open_jobs(transaction, "round")]
-        if changed and not coming and pair.segmenter_version is not None and pair.assessor_version is not None:
+        if changed and pair.segmenter_version is not None and pair.assessor_version is not None:
             enqueue_scoring(transaction)
         return changed
 

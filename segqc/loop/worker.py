@@ -281,10 +281,7 @@ class Worker:
 
         def finish(transaction: Transaction) -> JobRecord:
             jobs.finish(transaction, job.id, self.name, state, output.result, messages=messages, steps=output.steps)
-            ended = jobs.get(transaction, job.id)
-            if ended.state == "done":
-                work.follow_up(transaction, ended)
-            return ended
+            return jobs.get(transaction, job.id)
 
         ended = self._write(finish)
         if ended is not None:
