@@ -9,12 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.util import LRUCache
 
 from segqc.store.store import Store
 from tests.store_kit import Clock, new_database, running_postgresql
+
+# Two runs draw the same; new examples are looked for by the tests that throw requests for a given time.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,9 @@ def affine_of(rotation: np.ndarray, spacing=SPACING, origin=(-40.0, 30.0, 12.0))
 
 
 def turned(*degrees: float) -> np.ndarray:
-    return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+    matrix = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+    # ITK's singular value decomposition fails on numbers below the normal range of single precision
+    return np.where(np.abs(matrix) < np.finfo(np.float32).tiny, 0.0, matrix)
 
 
 def save(path: Path, qform: np.ndarray, q_code: int, sform: np.ndarray, s_code: int, **fields: object) -> Path:
