@@ -1,7 +1,7 @@
 """Three data sets on which estimates are hard, as the dataset folders that a user would have.
 
-Each is fixed in a manifest (``benchmarks/harder/<set>.json``): which scans are labelled for which seed, which ones wait in
-the development pool and in the test pool, and what was done to them. The manifests were drawn once, by a seeded
+Each is fixed in a manifest (``benchmarks/harder/<set>.json``): which scans are labelled for which seed, which ones wait
+in the development pool and in the test pool, and what was done to them. The manifests were drawn once, by a seeded
 generator, before anything was trained on them:
 
     python benchmarks/harder_sets.py --data $SEGQC_DATA
@@ -169,8 +169,8 @@ def phantoms() -> HarderSet:
 
 
 def _draw_site(rng: np.random.Generator) -> Site:
-    gamma, bias, noise = rng.uniform(0.4, 0.55), rng.uniform(0.2, 0.4), rng.uniform(0.06, 0.1)
-    return Site(*(round(float(x), 3) for x in (gamma, bias, noise)), seed=int(rng.integers(2**31)))
+    gamma, bias, noise = (round(float(rng.uniform(*between)), 3) for between in ((0.4, 0.55), (0.2, 0.4), (0.06, 0.1)))
+    return Site(gamma, bias, noise, seed=int(rng.integers(2**31)))
 
 
 def _by_name(scans: Sequence[HarderScan]) -> tuple[HarderScan, ...]:
@@ -190,8 +190,8 @@ DRAWN: Mapping[str, Callable[[Path], HarderSet]] = {
 def build(fixed: HarderSet, seed: int, pool: Pool, data: Path, folder: Path) -> None:
     """Make a set's dataset folder, or add to it the scans that it lacks.
 
-    Labels of the labelled scans become ``labels/final/``, those of the others ``truth/``. The development pool is always
-    there, so that folds and roles of the patients do not depend on which pool was asked for first.
+    Labels of the labelled scans become ``labels/final/``, those of the others ``truth/``. The development pool is
+    always there, so that folds and roles of the patients do not depend on which pool was asked for first.
 
     Args:
         fixed: the set.
