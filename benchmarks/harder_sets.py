@@ -29,6 +29,8 @@ from segqc.volumes import Volume, atomic_write, read_labels, read_scan, write_la
 MANIFESTS = Path(__file__).parent / "harder"
 SEEDS = (0, 1, 2)
 Pool: TypeAlias = Literal["development", "test"]
+Split: TypeAlias = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class HarderScan:
 
     id: str
     patient: str
-    split: Literal["train", "test"]
+    split: Split
     subset: str
     labelled: tuple[int, ...] = ()
     site: Site | None = None
@@ -94,7 +96,7 @@ class HarderSet:
 
     name: str
     data: str | None
-    structures: dict[str, tuple[int, ...]]
+    structures: Mapping[str, tuple[int, ...]]
     thick: int
     seen: str
     scans: tuple[HarderScan, ...]
@@ -124,7 +126,7 @@ def sunnybrook(data: Path) -> HarderSet:
     """Left ventricles of heart failure are labelled (13 patients), those of hypertrophy and of healthy hearts wait."""
     splits = json.loads((data / "splits.json").read_text(encoding="utf-8"))
     scans = []
-    for split in ("train", "test"):
+    for split in SPLITS:
         for patient in splits[f"{split}_patients"]:
             seen = patient.startswith("SC-HF-")
             for phase in ("ED", "ES"):
@@ -139,7 +141,7 @@ def hippocampus(data: Path) -> HarderSet:
     splits = json.loads((data / "splits.json").read_text(encoding="utf-8"))
     rng = np.random.default_rng(20261129)
     scans = []
-    for split, others in (("train", 47), ("test", 25)):
+    for split, others in zip(SPLITS, (47, 25), strict=True):
         names = [splits[split][int(i)] for i in rng.permutation(len(splits[split]))]
         for number, name in enumerate(names):
             site = _draw_site(rng) if number >= len(names) - others else None
@@ -154,7 +156,7 @@ def phantoms() -> HarderSet:
     """The sample phantoms' kind: of 36 drawn ones the easier half has the 12 labelled ones; 24 more are the test's."""
     rng = np.random.default_rng(20261130)
     scans = []
-    for split, count, first in (("train", 36, 0), ("test", 24, 100_000)):
+    for split, count, first in zip(SPLITS, (36, 24), (0, 100_000), strict=True):
         difficulties = np.linspace(0, 1, count)[rng.permutation(count)].round(3).tolist()
         easy = [i for i, difficulty in enumerate(difficulties) if difficulty < 0.5]
         chosen = {seed: {easy[int(i)] for i in rng.permutation(len(easy))[:12]} for seed in SEEDS}
