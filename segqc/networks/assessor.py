@@ -17,7 +17,7 @@ from segqc.networks.card import ModelCard
 from segqc.networks.inference import network_input
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.calibration import StructureCalibration
+from segqc.quality.calibration import MapCalibration, StructureCalibration
 from segqc.quality.error_maps import ExtractionSettings, extract_errors
 from segqc.quality.intervals import LEVEL
 from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
@@ -100,13 +100,10 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        z = self.output_logits(scan, labels)
-        if self.card.map_calibration:
-            z = np.stack([c.apply(logits) for c, logits in zip(self.card.map_calibration, z, strict=True)])
+        logits = self.output_logits(scan, labels)
         if self.card.output_form == "truth":
-            masks = np.stack([s.mask(labels.array) for s in self.structures])
-            np.negative(z, out=z, where=masks)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return z
+            logits = truth_as_error(logits, np.stack([s.mask(labels.array) for s in self.structures]))
+        return calibrated_maps(logits, self.card.map_calibration)
 
     def output_logits(self, scan: Volume, labels: Volume) -> FloatArray:
         """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
@@ -251,6 +248,16 @@ def _answers_to_flips(
     members = [m for m in tta_group(transposes=False) if sum(m.flips) in along]
     answers = run(torch.cat([m.apply(x) for m in members])).split(len(x))
     return [m.invert(answer) for m, answer in zip(members, answers, strict=True)]
+
+
+def truth_as_error(logits: FloatArray, masks: BoolArray) -> FloatArray:
+    """The truth's logits z read as the error's, (1 - 2M) z; of the masks' shape."""
+    return np.where(masks, -logits, logits)
+
+
+def calibrated_maps(logits: FloatArray, maps: Sequence[MapCalibration]) -> FloatArray:
+    """Error logits (L, n0, n1, n2) after calibration; without one, as they are."""
+    return np.stack([c.apply(z) for c, z in zip(maps, logits, strict=True)]) if maps else logits
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:

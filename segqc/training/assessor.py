@@ -292,10 +292,10 @@ def _fit_maps(
         progress.step(i, len(unseen), "calibration of the maps")
         scan, truth = read_case(mask_set.case, assessor.values)
         for mask in mask_set.masks:
-            logits = judge.output_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
-            for structure, of_structure, z in zip(assessor.structures, known, logits, strict=True):
-                of_structure.append(known_map(z, structure.mask(mask), structure.mask(truth.array)))
-    return tuple(fit_map(of_structure, assessor.card.output_form) for of_structure in known)
+            logits = judge.error_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
+            for structure, of_structure, e in zip(assessor.structures, known, logits, strict=True):
+                of_structure.append(known_map(e, structure.mask(mask), structure.mask(truth.array)))
+    return tuple(fit_map(of_structure) for of_structure in known)
 
 
 def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:

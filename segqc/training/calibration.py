@@ -1,8 +1,8 @@
 """From a network's logits to calibrated maps, and from estimates and truths to calibrated estimates with intervals.
 
-The map first: Platt scaling of the logits moves estimates of all qualities, each metric and each slice, the way that a
-line through one metric's estimates can't. Then a line per 3D metric takes what is left, where it does so for patients
-that it was not fitted on (method, "Calibration").
+The map first: Platt scaling of the error's logits moves estimates of all qualities, each metric and each slice, the way
+that a line through one metric's estimates can't. Then a line per 3D metric takes what is left, where it does so for
+patients that it was not fitted on (method, "Calibration").
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import least_squares
 
-from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
+from segqc.quality.calibration import MapCalibration, StructureCalibration
 from segqc.quality.intervals import StructureIntervals, jackknife_plus
 from segqc.quality.metrics import METRIC_NAMES, MIN_CALIBRATION_CASES, fit_calibration, true_metrics
 from segqc.types import BoolArray, FloatArray, Metrics
@@ -30,7 +30,7 @@ _NOISE, _LOG_SCALE, _SHIFT = 0.03, 0.3, 0.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnownMap:
-    """The network's logits around one structure of a mask, counted, and the mask's true Dice (None: undefined).
+    """The error's logits around one structure of a mask, counted, and the mask's true Dice (None: undefined).
 
     ``counts`` is (2, steps): outside the mask, and inside.
     """
@@ -43,7 +43,7 @@ def known_map(logits: FloatArray, mask: BoolArray, truth: BoolArray) -> KnownMap
     """Count voxels by logit, outside and inside a mask: all that an estimated Dice depends on.
 
     Args:
-        logits: the network's, (n0, n1, n2), before any calibration.
+        logits: of the error, (n0, n1, n2), before any calibration.
         mask: one structure's, of the same shape.
         truth: its truth.
     """
@@ -52,14 +52,13 @@ def known_map(logits: FloatArray, mask: BoolArray, truth: BoolArray) -> KnownMap
     return KnownMap(np.asarray(table.reshape(2, -1), np.int64), true_metrics(mask, truth).dice)
 
 
-def fit_map(known: Sequence[KnownMap], form: OutputForm) -> MapCalibration:
-    """Fit the Platt scaling of a structure's logits, by the squared error of the estimated Dice of known masks.
+def fit_map(known: Sequence[KnownMap]) -> MapCalibration:
+    """Fit the Platt scaling of a structure's error logits, by the squared error of the estimated Dice of known masks.
 
     The network must not have trained from their patients. With fewer than three masks it is the identity.
 
     Args:
         known: what the network says of masks whose true Dice is known.
-        form: what its logits are of.
     """
     usable = [k for k in known if k.dice is not None]
     if len(usable) < MIN_CALIBRATION_CASES:
@@ -70,7 +69,7 @@ def fit_map(known: Sequence[KnownMap], form: OutputForm) -> MapCalibration:
     def residuals(parameters: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         log_scale, shift = parameters
         p = 1 / (1 + np.exp(-np.clip(np.exp(log_scale) * _CENTRES + shift, -30, 30)))
-        shared = inside @ (p if form == "truth" else 1 - p)
+        shared = inside @ (1 - p)
         truth = shared + outside @ p
         dice = 2 * shared / np.maximum(size + truth, 1e-9)
         return np.concatenate([dice - true, [_NOISE * log_scale / _LOG_SCALE, _NOISE * shift / _SHIFT]])
