@@ -21,7 +21,7 @@ from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.store import Store
 from segqc.text import TextError, decode_text, printable
-from segqc.types import Structure, label_names, values_in
+from segqc.types import Structure, label_names, structures_of_values, values_in
 from segqc.volumes import (
     Volume,
     VolumeError,
@@ -276,7 +276,7 @@ def _value_structures(cases: Iterable[Case]) -> tuple[Structure, ...]:
     for case in cases:
         if case.label is not None:
             values |= values_in(read_labels(case.label).array)
-    return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
+    return structures_of_values(values)
 
 
 def write_image(source: Path, target: Path, *, link: bool) -> None:

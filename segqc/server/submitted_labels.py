@@ -109,7 +109,9 @@ def _by_names(labels: LabelMap, values: Mapping[str, int], names: Mapping[str, i
     table: LabelArray = np.zeros(256, np.uint8)
     for segment, value in values.items():
         key = segment.strip().casefold()
-        if key in LIKELY_ERROR_NAMES and value in found:
+        if value not in found:
+            continue  # a segment without a voxel may have any name
+        if key in LIKELY_ERROR_NAMES:
             raise _likely_errors_refused(segment)
         if key in NO_STRUCTURES:
             continue
