@@ -13,7 +13,7 @@ from segqc.loop.dataset import Dataset
 from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
 from segqc.types import LabelArray, PredictionInterval, Structure, segment_names
-from segqc.volumes import LABEL_SUFFIXES, read_labels, read_scan
+from segqc.volumes import LABEL_SUFFIXES, as_spelled, read_labels, read_scan
 
 MIN_FOR_CORRELATION = 3
 
@@ -71,7 +71,7 @@ def worst_dice(dice: Mapping[str, float | None]) -> float:
 
 def find_labels(folder: Path, scan: str) -> Path | None:
     """The label file of a scan in a folder of label files, if there is one."""
-    candidates = (folder / f"{scan}{suffix}" for suffix in LABEL_SUFFIXES)
+    candidates = (as_spelled(folder / f"{scan}{suffix}") for suffix in LABEL_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from segqc.text import caseless
 from segqc.types import values_in
 from segqc.volumes.grid import GridPlacement, place_labels
 from segqc.volumes.inputs import InputFile
@@ -151,12 +152,12 @@ def _check_place(file: InputFile, segment: Segment, layers: int) -> None:
 
 def _value_of(file: InputFile, segment: Segment, names: Mapping[str, int] | None) -> int:
     """The label value of a segment, 0 for one that is no structure."""
-    key = segment.name.strip().casefold()
+    key = caseless(segment.name)
     if key in NO_STRUCTURES:
         return 0
     if names is None:
         return segment.value
-    known = {name.strip().casefold(): value for name, value in names.items()}
+    known = {caseless(name): value for name, value in names.items()}
     if key not in known:
         raise file.error(
             f"has the segment {segment.name!r}, which is none of the structures {', '.join(names)}; "
