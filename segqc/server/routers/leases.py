@@ -9,7 +9,7 @@ from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import USER
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.routers.selection import next_scan
-from segqc.store import leases
+from segqc.store import leases, scans
 
 router = APIRouter()
 
@@ -30,7 +30,7 @@ def skip_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
     if reason is None:
         raise RequestError(400, 'say why: {"reason": "..."}.')
     with open_store().write() as transaction:
-        lease = leases.skip(transaction, scan, user.actor(wanted), reason)
+        lease = leases.skip(transaction, scans.get(transaction, scan).name, user.actor(wanted), reason)
     return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": reason}
 
 

@@ -22,7 +22,7 @@ router = APIRouter()
 def label_history(scan: str) -> list[JsonObject]:
     """Tell who made which version of a scan's labels, from which, and when; oldest first."""
     with open_store().read() as transaction:
-        return [_to_json(version) for version in labels.history(transaction, scan)]
+        return [_to_json(version) for version in labels.history(transaction, scans.get(transaction, scan).name)]
 
 
 @router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
@@ -30,7 +30,7 @@ def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)],
     """Make an earlier version the current label of its tag again; it becomes a version of its own."""
     store = open_store()
     with store.read() as transaction:
-        if version not in [v.id for v in labels.history(transaction, scan)]:
+        if version not in [v.id for v in labels.history(transaction, scans.get(transaction, scan).name)]:
             raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
     return _to_json(store.restore_label(version, user.actor()))
 
@@ -42,6 +42,8 @@ def review_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObjec
     state = STATE_OF[known("decision", str(wanted.get("decision", "")), STATE_OF)]
     reason = wanted.get("reason")
     store = open_store()
+    with store.read() as transaction:
+        scan = scans.get(transaction, scan).name
     store.review(scan, state, user.actor(wanted), str(reason) if reason is not None else None)
     with store.read() as transaction:
         now = scans.get(transaction, scan)
