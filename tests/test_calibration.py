@@ -11,7 +11,7 @@ from segqc.networks.assessor import sigmoid, truth_as_error
 from segqc.quality.calibration import MapCalibration
 from segqc.quality.metrics import EmptyRule, estimated_metrics
 from segqc.training.assessor import with_maps
-from segqc.training.calibration import KnownMap, fit_map, known_map
+from segqc.training.calibration import KnownMap, LogitCounts, fit_map, known_map
 from segqc.types import BoolArray, FloatArray
 from tests.test_assessor import assessor, world
 
@@ -36,13 +36,13 @@ def distorted(logits: FloatArray) -> FloatArray:
 
 
 def test_the_scaling_that_was_undone_is_found() -> None:
-    known = [known_map(distorted(e), mask, truth) for e, mask, truth in map(scene, range(60))]
+    known = [known_map(distorted(e), mask, truth, f"{n}") for n, (e, mask, truth) in enumerate(map(scene, range(60)))]
     found = fit_map(known)
     assert found.scale == pytest.approx(1.6, abs=0.15)
     assert found.shift == pytest.approx(-0.5, abs=0.15)
     before, after = [], []
     for e, mask, truth in map(scene, range(100, 130)):
-        true = known_map(e, mask, truth).dice
+        true = known_map(e, mask, truth, "").dice
         for errors, logits in ((before, distorted(e)), (after, found.apply(distorted(e)))):
             dice = estimated_metrics(mask, sigmoid(logits), empty=RULE).dice
             assert dice is not None
@@ -52,7 +52,7 @@ def test_the_scaling_that_was_undone_is_found() -> None:
 
 
 def test_right_logits_are_left_alone() -> None:
-    found = fit_map([known_map(*scene(seed)) for seed in range(60)])
+    found = fit_map([known_map(*scene(seed), f"{seed}") for seed in range(60)])
     assert found.scale == pytest.approx(1.0, abs=0.1)
     assert found.shift == pytest.approx(0.0, abs=0.1)
 
@@ -74,11 +74,11 @@ def test_the_truth_s_logits_are_the_error_s_but_for_their_sign_in_the_mask() -> 
 
 
 def test_few_masks_change_little_and_too_few_nothing() -> None:
-    known = [known_map(distorted(e), mask, truth) for e, mask, truth in map(scene, range(4))]
+    known = [known_map(distorted(e), mask, truth, f"{n}") for n, (e, mask, truth) in enumerate(map(scene, range(4)))]
     assert fit_map(known[:2]) == MapCalibration()
     assert fit_map([replace(k, dice=None) for k in known]) == MapCalibration()
     # one mask seen thrice can be met by many scalings: the one nearest to none is taken
-    lone = fit_map([known[0]] * 3)
+    lone = fit_map([replace(known[0], patient=name) for name in "abc"])
     assert abs(np.log(lone.scale)) < np.log(1.6)
     assert abs(lone.shift) < 1.0
 
@@ -86,10 +86,47 @@ def test_few_masks_change_little_and_too_few_nothing() -> None:
 def test_a_mask_that_is_empty_or_misses_everything_stops_no_fit() -> None:
     e, mask, truth = scene(0)
     none, z = np.zeros_like(mask), truth_as_error(e, mask)
-    odd = [known_map(z, none, truth), known_map(e, mask, none), KnownMap(known_map(z, none, none).counts, 1.0)]
-    found = fit_map([*odd, *(known_map(*scene(seed)) for seed in range(1, 20))])
+    odd = [known_map(z, none, truth, "a"), known_map(e, mask, none, "b")]
+    odd.append(replace(known_map(z, none, none, "c"), dice=1.0))
+    found = fit_map([*odd, *(known_map(*scene(seed), f"{seed}") for seed in range(1, 20))])
     assert 0.5 < found.scale < 2
     assert abs(found.shift) < 1
+
+
+@pytest.mark.parametrize("fear", [1.0, 2.0])
+def test_what_helps_no_patient_that_is_left_out_is_not_used(fear: float) -> None:
+    known = []
+    for sign, patient in ((1, "fears too much"), (-1, "fears too little")):
+        for e, mask, truth in map(scene, range(4)):
+            known.append(known_map(np.asarray(e + sign * fear, np.float32), mask, truth, patient))
+    one = known[:4]
+    assert fit_map([*one[:2], *(replace(k, patient="another") for k in one[2:])]).shift < -0.5
+    assert fit_map(known) == MapCalibration()
+    assert fit_map(one) == MapCalibration(), "of one patient nobody is left out"
+
+
+def counts(inside: dict[float, int], outside: dict[float, int]) -> LogitCounts:
+    """Voxels by logit."""
+    values, masks = [], []
+    for of, is_mask in ((inside, True), (outside, False)):
+        for logit, number in of.items():
+            values += [logit] * number
+            masks += [is_mask] * number
+    mask = np.array(masks).reshape(-1, 1, 1)
+    return known_map(np.array(values, np.float32).reshape(mask.shape), mask, mask, "").counts
+
+
+@pytest.mark.parametrize(("vague_is_better", "used"), [(True, False), (False, True)])
+def test_what_turns_the_order_round_is_not_used(vague_is_better: bool, used: bool) -> None:
+    # a shift moves the estimates of masks with much doubt around them, 0.95, and not those of the others, 0.90
+    vague, sure = counts({-20: 100}, {-3: 222, -20: 500}), counts({-20: 100, 20: 22}, {-20: 500})
+    known = []
+    for number in range(10):
+        apart = 0.002 * number
+        known.append(KnownMap(vague, 0.87 + apart, f"{number}"))
+        known.append(KnownMap(sure, (0.82 if vague_is_better else 0.92) + apart / 3, f"{number}"))
+    found = fit_map(known)
+    assert (found != MapCalibration()) is used
 
 
 @pytest.mark.parametrize("form", ["truth", "direct"])

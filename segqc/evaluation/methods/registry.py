@@ -429,7 +429,7 @@ def _fit_maps(
                 continue
             for structure, of_structure, e in zip(structures, known, logits(mask.assessed), strict=True):
                 labels, truth = (structure.mask(volume.array) for volume in (mask.assessed.labels, mask.truth))
-                of_structure.append(known_map(e, labels, truth))
+                of_structure.append(known_map(e, labels, truth, mask.patient))
     return tuple(fit_map(of_structure) for of_structure in known)
 
 
