@@ -37,7 +37,7 @@ from segqc.quality.error_maps import ExtractionSettings
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, first_problem
 from segqc.training.spec import TrainingSettings
 from segqc.types import Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
@@ -320,7 +320,7 @@ def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(dict(table))
     except ValidationError as error:
-        raise ValueError(_sentence(error, f"[{name}]")) from error
+        raise ValueError(f"[{name}]: {first_problem(error.errors())}") from error
 
 
 def _names(kind: type) -> list[str]:
@@ -375,7 +375,7 @@ def load_settings(
     try:
         return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
     except ValidationError as error:
-        raise SettingsError(_sentence(error, _origin(path))) from error
+        raise SettingsError(f"{_origin(path)}: {first_problem(error.errors())}") from error
     finally:
         _file_table.reset(token)
 
@@ -435,14 +435,6 @@ def _meant(name: str) -> str | None:
         "training": _names(TrainingSettings),
     }
     return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)
-
-
-def _sentence(error: ValidationError, origin: str) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ": ".join(filter(None, (origin, place, f"{message}{more}")))
 
 
 def write_settings(
