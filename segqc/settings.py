@@ -37,7 +37,7 @@ from segqc.quality.error_maps import ExtractionSettings
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.text import TextError, decode_text, first_problem
+from segqc.text import TextError, caseless, decode_text, first_problem, nfc
 from segqc.training.spec import TrainingSettings
 from segqc.types import Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
@@ -187,7 +187,7 @@ class Settings(BaseSettings):
             if not values or not all(1 <= v <= 255 for v in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
         # files and clients name structures: whatever the case, and beside segments that are none
-        folded = [name.strip().casefold() for name in value]
+        folded = [caseless(name) for name in value]
         for name, key in zip(value, folded, strict=True):
             if not key or not name.isprintable():
                 raise ValueError(f"{name!r} is no name of a structure; give it one line of text")
@@ -231,26 +231,26 @@ class Settings(BaseSettings):
             re.compile(value or "")
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
-        return value
+        return value and nfc(value)
 
     def patient_of(self, scan: Path) -> str:
         """The patient that a scan file is of.
 
         From the table ``[patients]``; else the DICOM tag ``patient_tag`` that came along with the file
         (`tags.read_tag`); else what ``patient_pattern`` finds in the scan's id (its first group, or all that it
-        matches); else the scan's own id.
+        matches); else the scan's own id. Names of patients are of one Unicode form (NFC).
 
         Raises:
             VolumeError: if the file that should have the tag can't be read.
         """
-        name = scan_id(scan)
+        name = nfc(scan_id(scan))
         named = self._patients_by_scan.get(name)
         if named is not None:
             return named
         if self.patient_tag is not None:
             tagged = read_tag(scan, self.patient_tag)
             if tagged is not None:
-                return tagged
+                return nfc(tagged)
             _tell_of_untagged(self.patient_tag)
         found = re.search(self.patient_pattern, name) if self.patient_pattern else None
         if found is None:
@@ -266,8 +266,9 @@ class Settings(BaseSettings):
         Raises:
             VolumeError: if the file that should have the tag can't be read.
         """
-        named = self._patients_by_scan.get(scan_id(scan))
-        if named is not None or patient != scan_id(scan):
+        name = nfc(scan_id(scan))
+        named = self._patients_by_scan.get(name)
+        if named is not None or patient != name:
             return named or patient
         return self.patient_of(scan)
 
@@ -278,7 +279,7 @@ class Settings(BaseSettings):
 
     @functools.cached_property
     def _patients_by_scan(self) -> dict[str, str]:
-        return {scan: patient for patient, scans in self.patients.items() for scan in scans}
+        return {nfc(scan): nfc(patient) for patient, scans in self.patients.items() for scan in scans}
 
     def split_config(self) -> SplitConfig:
         """How new patients get their fold and role: by the settings ``[training]``."""

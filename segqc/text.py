@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeAlias, TypeVar
@@ -113,6 +114,22 @@ def spreadsheet_cell(value: T) -> T | str:
         return value
     text = value.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
+
+
+def nfc(name: str) -> str:
+    """A name in the form in which names are compared: each letter and its accents are one character (Unicode's NFC).
+
+    Programs on macOS write them apart (NFD), so that one name may come in two forms.
+
+    >>> nfc("e\u0301") == "\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def caseless(name: str) -> str:
+    """A name as it is compared where its case and the blanks around it do not count."""
+    return nfc(name).strip().casefold()
 
 
 def slug(text: str) -> str:

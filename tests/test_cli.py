@@ -31,7 +31,7 @@ from segqc.store.events import SERVER
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
-from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset
+from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -423,6 +423,18 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Pat
         assert messages.code != 0
         assert "exists already; name a new file" in messages.err
     assert (scan.read_bytes(), mask.read_bytes()) == before
+
+
+def test_assess_reads_named_segments_by_their_names(run: Run, dataset: Path, tmp_path: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
+    expected = run("assess", scan, mask, "--json", "--no-picture")
+    named = tmp_path / "mask.seg.nrrd"
+    write_segmentation(named, ("Segment_1", "spleen", "liver"))
+    assert run("assess", scan, named, "--json", "--no-picture").out == expected.out
+    write_segmentation(named, ("spleen", "liver"), {"liver": "Segment_1"})
+    found = run("assess", scan, named, "--no-picture")
+    assert found.code == 1
+    assert "has the segment 'Segment_1', which is none of the structures liver, spleen" in found.err
 
 
 def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, dataset: Path) -> None:

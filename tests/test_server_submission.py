@@ -58,6 +58,18 @@ def test_whether_the_file_itself_says_the_same_plainly(tmp_path: Path, scan: Pat
     assert not read_submission(tmp_path / "turned.nii.gz", scan, NAMES, LabelParams()).is_plain
 
 
+@pytest.mark.parametrize("unknown", ["Segment_3", "kidney", "likely error"])
+@pytest.mark.parametrize("way", ["label_info", "label_names"])
+def test_segments_without_a_voxel_may_have_any_name(tmp_path: Path, scan: Path, unknown: str, way: str) -> None:
+    names = ("spleen", unknown, "liver")
+    params = info(*names) if way == "label_info" else {way: {name: i for i, name in enumerate(names, 1)}}
+    read = read_submission(submit(tmp_path / "m.nrrd", {1: 3, 3: 8}), scan, NAMES, params)  # type: ignore[arg-type]
+    assert (read.volume.array[3] == 4).all()
+    assert (read.volume.array[8] == 1).all()
+    with pytest.raises(RequestError, match=unknown):
+        read_submission(submit(tmp_path / "n.nrrd", {2: 3}), scan, NAMES, params)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])
 def test_likely_errors_that_hide_structures_are_refused(tmp_path: Path, scan: Path, name: str) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})

@@ -22,6 +22,7 @@ from segqc.cli.common import (
     estimate,
     me,
     refuse_overwriting,
+    scan_named,
     shown_progress,
 )
 from segqc.text import visible
@@ -131,6 +132,7 @@ def labels(
     if (export is None) != (out is None):
         raise typer.BadParameter("--export and --out belong together", param_hint="--export")
     dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
     with dataset.store.read() as transaction:
         history = {version.id: version for version in stored.history(transaction, scan)}
         changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
@@ -210,6 +212,7 @@ def review(
     from segqc.loop.review import STATE_OF
 
     dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
     dataset.store.review(scan, STATE_OF[decision.value], me(), reason)
     typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
@@ -235,7 +238,7 @@ def readings(
     if (add is None) != (reader is None):
         raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
     dataset = dataset_at(folder, config)
-    names = [scan] if scan is not None else [entry.id for entry in dataset.scans()]
+    names = [scan_named(dataset, scan)] if scan is not None else [entry.id for entry in dataset.scans()]
     if add is not None and reader is not None:
         found = {name: path for name in names if (path := find_labels(add, name)) is not None}
         if not found:
@@ -279,7 +282,9 @@ def consensus(
     """Make one final label from several annotators' labels of a scan."""
     from segqc.loop.readers import make_consensus
 
-    made = make_consensus(dataset_at(folder, config), scan, by, me())
+    dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
+    made = make_consensus(dataset, scan, by, me())
     typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
 
 

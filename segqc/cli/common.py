@@ -98,6 +98,18 @@ def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object
     return Dataset(folder, load_settings(folder, config, overrides))
 
 
+def scan_named(dataset: Dataset, name: str) -> str:
+    """The name in the store of the scan that a user calls so, in whatever Unicode form.
+
+    Raises:
+        UnknownScan: if there is none.
+    """
+    from segqc.store import scans
+
+    with dataset.store.read() as transaction:
+        return scans.get(transaction, name).name
+
+
 @contextmanager
 def shown_progress(*, log_lines: bool = True) -> Iterator[Progress]:
     """A bar for each task on a terminal; elsewhere log lines, or nothing. Both go to the error stream.

@@ -513,6 +513,7 @@ def assess(
     JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
     """
     from segqc.plots import draw_assessment
+    from segqc.types import segment_names
     from segqc.volumes import read_labels, read_scan, scan_id, write_labels
 
     for named in (picture, errors):
@@ -520,7 +521,7 @@ def assess(
             refuse_overwriting(named)
     assessor = _assessor(_models_folder(dataset, scan), model)
     volume = read_scan(scan)
-    labels = read_labels(mask, scan=volume)
+    labels = read_labels(mask, scan=volume, values=assessor.values, names=segment_names(assessor.structures))
     result = assessor.assess(volume, labels, scan_id=scan_id(scan))
     if errors is not None:
         write_labels(assessor.likely_errors(result, volume), errors)

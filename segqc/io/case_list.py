@@ -20,8 +20,8 @@ from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.store import Store
-from segqc.text import TextError, decode_text, first_problem, printable
-from segqc.types import Structure, label_names, values_in
+from segqc.text import TextError, caseless, decode_text, first_problem, printable
+from segqc.types import Structure, label_names, structures_of_values, values_in
 from segqc.volumes import (
     Volume,
     VolumeError,
@@ -193,14 +193,14 @@ def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link
     shown = relative_name(case.image, source)
     if printable(case.name) != case.name:
         raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8 or holds control characters; rename the file.")
-    if case.name.casefold() in taken:
+    if caseless(case.name) in taken:
         raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
     try:
         check_scan(case.image, shown=shown)
     except VolumeError as error:
         raise _NotUsable(shown, sentence_of(error, case.image, shown)) from error
     place(case.image, target / f"{case.name}{scan_suffix(case.image.name)}", link=link)
-    taken.add(case.name.casefold())
+    taken.add(caseless(case.name))
 
 
 def _place_label(case: Case, label: Path, case_list: CaseList, target: Path) -> None:
@@ -269,7 +269,7 @@ def _value_structures(cases: Iterable[Case]) -> tuple[Structure, ...]:
     for case in cases:
         if case.label is not None:
             values |= values_in(read_labels(case.label).array)
-    return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
+    return structures_of_values(values)
 
 
 def write_image(source: Path, target: Path, *, link: bool) -> None:

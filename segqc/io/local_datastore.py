@@ -24,8 +24,8 @@ from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels, scans
 from segqc.store.records import JsonObject
 from segqc.store.store import Store, suffix_of
-from segqc.text import first_problem, printable
-from segqc.volumes import atomic_write
+from segqc.text import first_problem, nfc, printable
+from segqc.volumes import as_spelled, atomic_write
 
 _FILE: Final = "datastore_v2.json"
 _PROGRAM: Final = "MONAI Label's LocalDatastore"
@@ -102,12 +102,12 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
     scans_found = labels_found = 0
     with store.write() as transaction:
         left_aside = {f.file: LeftAside(f.file, f.sentence) for f in findings.listing(transaction)}
-        by_file = {scan.file: scan for scan in scans.listing(transaction) if scan.missing_since is None}
+        by_file = {nfc(scan.file): scan for scan in scans.listing(transaction) if scan.missing_since is None}
         tags = {tag for entry in datastore.objects.values() for tag in entry.labels}
         current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
         for name, entry in datastore.objects.items():
             file = f"{name}{entry.image.ext}"
-            scan = by_file.get(file)
+            scan = by_file.get(nfc(file))
             if scan is None:
                 left_aside.setdefault(file, _unused(store.dataset, file))
                 continue
@@ -128,7 +128,7 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
 
 def _unused(folder: Path, file: str) -> LeftAside:
     shown = printable(file)
-    if os.path.lexists(folder / file):
+    if os.path.lexists(as_spelled(folder / file)):
         return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not taken in; see segqc scans.")
     return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 

@@ -16,6 +16,7 @@ from segqc.server.errors import RequestError
 from segqc.server.parameters import LabelParams, SegmentNames
 from segqc.store.records import Actor, JsonObject, ScanRecord
 from segqc.store.store import suffix_of
+from segqc.text import caseless
 from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
@@ -60,7 +61,7 @@ def read_submission(
     file = InputFile(path, limits, "the submitted label map")
     try:
         source = open_labels(file)
-        own = [s for s in source.segments or () if s.name.strip().casefold() not in NO_STRUCTURES]
+        own = [s for s in source.segments or () if caseless(s.name) not in NO_STRUCTURES]
         # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
         named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
         if source.segments is not None:
@@ -82,7 +83,7 @@ def read_submission(
 
 def _check_no_likely_errors(layers: Array, segments: Sequence[Segment]) -> None:
     for segment in segments:
-        is_error = segment.name.strip().casefold() in LIKELY_ERROR_NAMES
+        is_error = caseless(segment.name) in LIKELY_ERROR_NAMES
         if is_error and segment.layer < len(layers) and (layers[segment.layer] == segment.value).any():
             raise _likely_errors_refused(segment.name)
 
@@ -104,11 +105,13 @@ def _by_names(labels: LabelMap, values: Mapping[str, int], names: Mapping[str, i
             f"the submitted label map holds the value {unnamed[0]}, but label_info names {len(values)} segments; "
             "values count the segments in the order of label_info, from 1.",
         )
-    known = {name.strip().casefold(): value for name, value in names.items()}
+    known = {caseless(name): value for name, value in names.items()}
     table: LabelArray = np.zeros(256, np.uint8)
     for segment, value in values.items():
-        key = segment.strip().casefold()
-        if key in LIKELY_ERROR_NAMES and value in found:
+        key = caseless(segment)
+        if value not in found:
+            continue  # a segment without a voxel may have any name
+        if key in LIKELY_ERROR_NAMES:
             raise _likely_errors_refused(segment)
         if key in NO_STRUCTURES:
             continue
@@ -195,10 +198,9 @@ def stored_info(params: LabelParams, names: Mapping[str, int]) -> JsonObject:
     """What is noted of a kept label map: the client's params, with ``label_info`` as clients get the label map back."""
     if _values_by_name(params) is None:
         return params.to_json()
-    sent = {str(entry.get("name")).strip().casefold(): entry for entry in params.label_info or []}
+    sent = {caseless(str(entry.get("name"))): entry for entry in params.label_info or []}
     body: list[JsonValue] = [
-        {**sent.get(name.strip().casefold(), {}), "name": name, "idx": value}
-        for name, value in client_names(names).items()
+        {**sent.get(caseless(name), {}), "name": name, "idx": value} for name, value in client_names(names).items()
     ]
     return {**params.to_json(), "label_info": body}
 
@@ -209,7 +211,7 @@ def _values_by_name(params: SegmentNames) -> dict[str, int] | None:
     if any(names):
         if not all(isinstance(name, str) and name for name in names):
             raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
-        if len({str(name).strip().casefold() for name in names}) < len(names):
+        if len({caseless(str(name)) for name in names}) < len(names):
             raise RequestError(422, "label_info names a segment twice; give each segment a name of its own.")
         if len(names) > 255:
             raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")

@@ -23,6 +23,7 @@ from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
+from segqc.text import nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 _LABELLED: Final = ("submitted", "approved")
@@ -320,13 +321,13 @@ def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
             for key in sorted(gone)
         ]
         untracked &= _files_without_row(store, views.values())
-        names = set(transaction.scalars(select(Scan.name)))
+        names = set(map(nfc, transaction.scalars(select(Scan.name))))
         kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     yield from found
     for path in sorted(untracked):
         if (file := str(path.relative_to(store.dataset))) in kept_aside:
             yield Finding(kept_aside[file], _ASIDE, is_damage=False)
-        elif label_suffix(path.name) is not None and label_id(path) in names:
+        elif label_suffix(path.name) is not None and nfc(label_id(path)) in names:
             yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN, is_damage=False)
         else:
             yield Finding(

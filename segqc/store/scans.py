@@ -15,6 +15,8 @@ from segqc.store import events
 from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.records import Actor, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Patient, Scan
+from segqc.text import nfc
+from segqc.volumes import scan_suffix
 
 # From which states a scan may come into another by hand; a submission is `labels`' business.
 _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
@@ -94,13 +96,18 @@ def find(transaction: Transaction, name: str) -> Scan:
 
 
 def get(transaction: Transaction, name: str) -> ScanRecord:
-    """A scan.
+    """A scan, by its name in any Unicode form; see `text.nfc`.
 
     Raises:
         UnknownScan: if there is none.
     """
     for row in transaction.rows(_RECORD_OF, {"name": name}):
         return ScanRecord(**row._mapping)
+    if not name.isascii():
+        wanted = nfc(name)
+        alike = [other for other in names(transaction, missing=True) if nfc(other) == wanted]
+        if len(alike) == 1:
+            return get(transaction, alike[0])
     raise UnknownScan(f"there is no scan {name!r}")
 
 
@@ -196,7 +203,7 @@ def sync(
         split_config: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
             labelled at the start are spread over both roles.
         actor: the event's actor.
-        labelled: ids of scans that have a final label already.
+        labelled: ids of scans that have a final label already, in Unicode's form NFC.
     """
     files = select(Scan.file)
     if len(found) <= _IN_ONE_QUERY:
@@ -234,13 +241,13 @@ def sync(
 
 def _named_apart(transaction: Transaction, new: Sequence[FoundScan]) -> list[FoundScan]:
     wanted = select(Scan.name)
-    if len(new) <= _IN_ONE_QUERY:
+    if len(new) <= _IN_ONE_QUERY and all(f.file.isascii() for f in new):
         wanted = wanted.where(Scan.name.in_([name for f in new for name in (f.name, f.file)]))
-    taken = set(transaction.scalars(wanted)) if new else set()
+    taken = set(map(nfc, transaction.scalars(wanted))) if new else set()
     apart = []
     for f in sorted(new, key=lambda f: f.file):
-        name = f.file if f.name in taken else f.name
-        taken.add(name)
+        name = f.file if nfc(f.name) in taken else f.name
+        taken.add(nfc(name))
         apart.append(replace(f, name=name))
     return apart
 
@@ -259,7 +266,7 @@ def _placed(
     """Row and role of each patient of the new scans; patients seen for the first time are placed."""
     wanted = {f.patient for f in new}
     known = _patients(transaction, wanted)
-    first = sorted({f.patient for f in new if f.name in labelled} - known.keys())
+    first = sorted({f.patient for f in new if nfc(f.name) in labelled} - known.keys())
     others = sorted(wanted - known.keys() - set(first))
     if first or others:
         already = transaction.scalar(select(func.count()).select_from(Patient)) or 0
@@ -298,6 +305,11 @@ def assign_patient(transaction: Transaction, name: str, patient: str, split_conf
     events.record(transaction, actor, "patient assigned", "scan", scan.id, {"patient": patient})
 
 
+def rename_file(transaction: Transaction, scan: Known, file: str) -> None:
+    """Note that a scan's file has its name in another Unicode form now; the scan's own name stays."""
+    transaction.get_one(Scan, scan.id).file = file
+
+
 def mark_missing(transaction: Transaction, files: Collection[str], actor: Actor) -> int:
     """Note that scan files are gone from the folder: their history stays, they are not handed out any more."""
     gone = [known for file, known in known_files(transaction, files).items() if file in files and not known.missing]
@@ -325,7 +337,7 @@ def retire(transaction: Transaction, scan_id: int, actor: Actor) -> str:
     """
     scan = transaction.get_one(Scan, scan_id)
     name, length = scan.name, 8
-    end = scan.file.removeprefix(name)
+    end = scan_suffix(scan.file) or ""
     while transaction.scalar(select(Scan.id).where(Scan.name == f"{name}@{(scan.sha256 or '')[:length]}")) is not None:
         length += 1
     scan.name = f"{name}@{(scan.sha256 or '')[:length]}"

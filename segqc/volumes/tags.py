@@ -18,6 +18,7 @@ from segqc.text import TextError, decode_text, first_problem
 from segqc.volumes import (
     NRRD_SUFFIXES,
     VolumeError,
+    as_spelled,
     dicom_files,
     is_dicom_image,
     read_dataset,
@@ -48,7 +49,7 @@ def read_tag(scan: Path, tag: str) -> str | None:
     keyword, number = _named(tag)
     if scan.is_dir():
         return _in_series(scan, keyword, number)
-    sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    sidecar = as_spelled(scan.with_name(f"{scan_id(scan)}.json"))
     value = _in_pairs(sidecar, _read_sidecar(sidecar), keyword, number) if sidecar.is_file() else None
     if value is None and scan.name.lower().endswith(NRRD_SUFFIXES):
         value = _in_pairs(scan, read_nrrd_header(scan), keyword, number)

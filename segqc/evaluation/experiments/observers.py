@@ -34,7 +34,7 @@ from segqc.quality.error_maps import (
     extract_errors,
     padded_box,
 )
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, nfc
 from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
@@ -267,12 +267,12 @@ def find_double_readings(folder: Path, first: str, second: str) -> tuple[DoubleR
     Raises:
         ValueError: if there is none.
     """
-    files = {label_id(path): path for path in sorted(folder.iterdir()) if label_suffix(path.name)}
+    files = {nfc(label_id(path)): path for path in sorted(folder.iterdir()) if label_suffix(path.name)}
     suffix = f"_{first}"
     found = []
     for name, path in files.items():
         scan = name.removesuffix(suffix)
-        other = files.get(f"{scan}_{second}")
+        other = files.get(nfc(f"{scan}_{second}"))
         if name.endswith(suffix) and other is not None:
             found.append(DoubleReading(scan, path, other))
     if not found:

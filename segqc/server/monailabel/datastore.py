@@ -30,6 +30,7 @@ from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, S
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.sync import ScanExists
+from segqc.text import nfc
 from segqc.types import label_names
 from segqc.volumes import VolumeError, read_labels, read_scan, scan_id, scan_suffix, temporary_labels
 
@@ -188,7 +189,7 @@ class StoreDatastore(Datastore):
             added = self._dataset.add_scan(scan_file, name)
         except ScanExists as error:
             if self._is_same_scan(error.name, name, scan_file):
-                return name
+                return error.name
             raise RequestError(409, str(error), image=error.name) from error
         if image_info:
             self.update_image_info(added.name, image_info)
@@ -196,10 +197,10 @@ class StoreDatastore(Datastore):
 
     def _is_same_scan(self, there: str, name: str, scan_file: Path) -> bool:
         """Whether a scan that is there has the voxels and the grid of an uploaded one, in whatever format."""
-        if there != name:
+        if nfc(there) != nfc(name):
             return False
         try:
-            kept = self._dataset.verify_scan(name)
+            kept = self._dataset.verify_scan(there)
             if kept.state == "excluded":
                 return False
             limits = self._dataset.settings.intake
@@ -211,8 +212,7 @@ class StoreDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""
-        self.scan(image_id)
-        self._store.review(image_id, "excluded", current_actor(), "removed through MONAI Label")
+        self._store.review(self.scan(image_id).name, "excluded", current_actor(), "removed through MONAI Label")
 
     # --------------------------------------------------------------------------------------------------------- labels
 
@@ -228,14 +228,14 @@ class StoreDatastore(Datastore):
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """The current labels of a scan: their ids (the scan's own) by tag."""
-        self.scan(image_id)
+        name = self.scan(image_id).name
         with self._store.read() as transaction:
-            return {tag: image_id for tag in labels.tags(transaction, image_id)}
+            return {tag: name for tag in labels.tags(transaction, name)}
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
         """The id of a scan's label under a tag; empty where there is none."""
-        self.scan(image_id)
-        return image_id if self._label(image_id, tag) is not None else ""
+        name = self.scan(image_id).name
+        return name if self._label(name, tag) is not None else ""
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
         """The path of a current label's kept content, which nobody edits; empty where there is none."""
@@ -322,13 +322,13 @@ class StoreDatastore(Datastore):
         tag = check_tag(_tag(label_tag))
         actor = current_actor()
         source = "annotator" if actor.kind == "person" else "import"
-        label = NewLabel(image_id, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
+        label = NewLabel(scan.name, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
         scan_file = Path(label_filename)
         content = self._store.intake.labels(scan_file, self._dataset.folder / scan.file, "the label map")
         with temporary_labels(content.labels) as read:
             kept = scan_file if content.is_plain and scan_suffix(scan_file.name) is not None else read
             self._store.save_label(label, kept)
-        return image_id
+        return scan.name
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Take a label away; it stays in the history."""
@@ -392,7 +392,7 @@ class StoreDatastore(Datastore):
             noted = labels.infos(transaction)
         found = {
             s.name: {
-                "image": {"info": self.scan_info(s), "ext": s.file.removeprefix(s.name)},
+                "image": {"info": self.scan_info(s), "ext": s.suffix},
                 "labels": {
                     label.tag: {"info": self._label_info(label, noted.get(label.id, {})), "ext": label.suffix}
                     for label in _in_order(by_scan[s.name] for by_scan in current.values() if s.name in by_scan)

@@ -122,7 +122,8 @@ class Sampling(Strategy):
         while True:
             with self.dataset.store.write() as transaction:
                 if wanted is not None:
-                    lease: LeaseRecord | None = leases.resume(transaction, wanted, actor, rules)
+                    name = scans.get(transaction, wanted).name
+                    lease: LeaseRecord | None = leases.resume(transaction, name, actor, rules)
                 else:
                     lease = leases.acquire(transaction, actor, self.name, self._order, rules, skip_reason=reason)
                 if lease is None:

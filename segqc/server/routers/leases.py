@@ -8,7 +8,7 @@ from segqc.server.monailabel.auth import USER
 from segqc.server.parameters import SampleBody, SkipBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.routers.selection import next_scan
-from segqc.store import leases
+from segqc.store import leases, scans
 from segqc.store.records import JsonObject
 
 router = APIRouter()
@@ -26,7 +26,8 @@ def open_leases() -> list[JsonObject]:
 def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
     """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
     with open_store().write() as transaction:
-        lease = leases.skip(transaction, scan, user.actor(params.client_id), params.reason)
+        name = scans.get(transaction, scan).name
+        lease = leases.skip(transaction, name, user.actor(params.client_id), params.reason)
     return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": params.reason}
 
 

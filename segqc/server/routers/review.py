@@ -22,7 +22,7 @@ router = APIRouter()
 def label_history(scan: str) -> list[JsonObject]:
     """Tell who made which version of a scan's labels, from which, and when; oldest first."""
     with open_store().read() as transaction:
-        return [_to_json(version) for version in labels.history(transaction, scan)]
+        return [_to_json(version) for version in labels.history(transaction, scans.get(transaction, scan).name)]
 
 
 @router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
@@ -34,7 +34,7 @@ def restore_label(
     """Make an earlier version the current label of its tag again; it becomes a version of its own."""
     store = open_store()
     with store.read() as transaction:
-        if version not in [v.id for v in labels.history(transaction, scan)]:
+        if version not in [v.id for v in labels.history(transaction, scans.get(transaction, scan).name)]:
             raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
     return _to_json(store.restore_label(version, user.actor()))
 
@@ -43,6 +43,8 @@ def restore_label(
 def review_scan(scan: str, user: AskingUser, params: ReviewBody) -> JsonObject:
     """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
     store = open_store()
+    with store.read() as transaction:
+        scan = scans.get(transaction, scan).name
     store.review(scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason)
     with store.read() as transaction:
         now = scans.get(transaction, scan)

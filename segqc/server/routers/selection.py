@@ -12,7 +12,7 @@ from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import SampleBody, SampleParams
 from segqc.server.routers.dependencies import AskingUser, in_turn
-from segqc.store.records import JsonObject
+from segqc.store.records import JsonObject, ScanRecord
 from segqc.types import PredictionInterval
 
 router = APIRouter()
@@ -40,17 +40,16 @@ def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObj
     }  # fmt: skip
     interval = answer.get("estimated_dice_interval")
     body["name"] = _title(
-        scan.name,
-        path.name,
+        scan,
         answer.get("estimated_dice"),
         PredictionInterval(**interval) if interval is not None else None,
     )
     return body
 
 
-def _title(scan: str, file_name: str, dice: float | None, interval: PredictionInterval | None) -> str:
+def _title(scan: ScanRecord, dice: float | None, interval: PredictionInterval | None) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if dice is None:
-        return file_name
+        return scan.file
     between = f", {interval}" if interval is not None else ""
-    return f"{scan} (estimated Dice {dice:.2f}{between}){file_name.removeprefix(scan)}"
+    return f"{scan.name} (estimated Dice {dice:.2f}{between}){scan.suffix}"
