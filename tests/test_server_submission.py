@@ -62,12 +62,12 @@ def test_whether_the_file_itself_says_the_same_plainly(tmp_path: Path, scan: Pat
 @pytest.mark.parametrize("way", ["label_info", "label_names"])
 def test_segments_without_a_voxel_may_have_any_name(tmp_path: Path, scan: Path, unknown: str, way: str) -> None:
     names = ("spleen", unknown, "liver")
-    params = info(*names) if way == "label_info" else {way: {name: i for i, name in enumerate(names, 1)}}
-    read = read_submission(submit(tmp_path / "m.nrrd", {1: 3, 3: 8}), scan, NAMES, params)  # type: ignore[arg-type]
+    params = info(*names) if way == "label_info" else LabelParams(**{way: {name: i for i, name in enumerate(names, 1)}})
+    read = read_submission(submit(tmp_path / "m.nrrd", {1: 3, 3: 8}), scan, NAMES, params)
     assert (read.volume.array[3] == 4).all()
     assert (read.volume.array[8] == 1).all()
     with pytest.raises(RequestError, match=unknown):
-        read_submission(submit(tmp_path / "n.nrrd", {2: 3}), scan, NAMES, params)  # type: ignore[arg-type]
+        read_submission(submit(tmp_path / "n.nrrd", {2: 3}), scan, NAMES, params)
 
 
 @pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])
