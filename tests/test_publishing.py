@@ -487,9 +487,9 @@ def test_whatever_lies_in_the_place_of_a_file_is_damage_with_its_remedy(
 
 NASTY = st.sampled_from([
     None, True, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, -(10**18), 10**18, 1.5, 1e308, "", "x" * 10_000, "a\0b",
-    "\x1b[2J", "\u202e", "segqc", [], {}, [[]], {"segqc": {}}, {"": ""}, "0001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00",
-    "9999-12-31T23:59:59-12:00", "1970-01-01T00:00:00Z", "2020-01-01", "2020-01-01T00:00:00",
-    "2020-01-01T00:00:00+00:00",
+    "\x1b[2J", "\u202e", "segqc", [], {}, [[]], {"segqc": {}}, {"": ""}, "0001-01-01T00:00:00Z",
+    "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "1970-01-01T00:00:00Z", "2020-01-01",
+    "2020-01-01T00:00:00", "2020-01-01T00:00:00+00:00",
 ])  # fmt: skip
 FIELDS = st.sampled_from(
     ["format", "number", "made_at", "made_by", "reason", "parent", "networks", "networks.segqc", "networks.other",
@@ -511,7 +511,7 @@ def two_bundles(tmp_path_factory: pytest.TempPathFactory, files: dict[NetworkNam
     return folder
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(FIELDS, NASTY, min_size=1, max_size=3), cut=st.one_of(st.none(), st.binary(max_size=20)))
 @example(changes={"made_at": "0001-01-01T00:00:00+14:00"}, cut=None)
 @example(changes={"made_by": "a\0b"}, cut=None)
