@@ -246,7 +246,7 @@ def readings(
         with shown_progress() as progress:
             for i, (name, path) in enumerate(found.items(), start=1):
                 add_reading(dataset, name, path, Actor(kind="person", name=reader, identified_by="command"))
-                progress.step(i, len(found), "readings", name)
+                progress.step(i, len(found), "adding readings", name, unit="readings")
     pairs = [pair for name in names for pair in inter_rater(dataset, name)]
     if not pairs and add is None:
         raise CommandError(f"{folder}: no scan was read by two annotators yet")

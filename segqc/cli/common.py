@@ -125,14 +125,14 @@ def shown_progress(*, log_lines: bool = True) -> Iterator[Progress]:
         yield LineProgress() if log_lines else NO_PROGRESS
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.description}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
@@ -143,16 +143,25 @@ class BarProgress:
     """Progress as bars of a terminal, one for each task."""
 
     def __init__(self, bars: Bars) -> None:
+        from segqc.progress import TimeLeft
+
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._time = TimeLeft()
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         """Move the bar of a task."""
         from segqc.progress import described
 
+        left = self._time.after(done, total, task)
         if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(task, total=total)
-        self._bars.update(self._tasks[task], completed=done, total=total, description=described(task, detail))
+            self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, left=left)
+        bar = self._tasks[task]
+        self._bars.update(bar, completed=done, total=total, description=described(task, detail), left=left)
+
+    def message(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(visible(text), markup=False, highlight=False)
 
 
 def shown(value: Cell) -> str:

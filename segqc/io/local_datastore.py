@@ -163,7 +163,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
                     own[tag] = _Data(label.suffix, infos.get(label.id, {}))
                     count += 1
             objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
-            progress.step(done, len(found), "scans")
+            progress.step(done, len(found), "exporting")
         name = store.dataset.name
         write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
     return Count(len(found), count)

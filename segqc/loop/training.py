@@ -180,6 +180,6 @@ def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: 
                     ) from held
                 if reported is None or reported != held.holder:
                     reported = held.holder
-                    progress.step(0, 1, f"waits for the training of {network} by {actor}")
+                    progress.message(f"waits for the training of {network} by {actor}")
             time.sleep(_POLL_SECONDS)
         yield
