@@ -267,6 +267,30 @@ def test_a_network_is_trained_by_one_process_at_a_time(dataset: Dataset, network
 
 
 @pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize("folds", [2, 3])
+def test_a_number_of_folds_that_came_too_late_is_named(
+    dataset: Dataset, folds: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(dataset.settings.training_settings("segqc"), folds=folds)
+    train(dataset, "segqc", NoProgress(), settings)
+    assert ("the patients are in 2 folds, though the settings say folds = 3" in caplog.text) == (folds == 3)
+
+
+@pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize(("network", "ensemble"), [("segmentation", True), ("segqc", False), ("segqc", True)])
+def test_a_training_says_of_how_many_patients_its_scores_are(
+    dataset: Dataset, network: NetworkName, ensemble: bool
+) -> None:
+    settings = replace(dataset.settings.training_settings(network), ensemble=ensemble)
+    trained = train(dataset, network, NoProgress(), settings)
+    labelled = {case.patient for case in dataset.cases()}
+    validating = {p for p, split in dataset.patient_splits().items() if split.split == "validation"} & labelled
+    measured = labelled if network == "segqc" and ensemble else validating
+    assert (trained.patients, trained.measured) == (5, len(measured))
+    assert 0 < len(validating) < 5
+
+
+@pytest.mark.usefixtures("quick_trainings")
 def test_a_job_waits_for_another_training_and_says_so(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Lines()
     with ExitStack() as held:

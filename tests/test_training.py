@@ -288,6 +288,12 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     again = KillAt(-1, "network for masks, fold 2 of 2: epoch")
     assert train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", again).version == model.version
     assert again.seen == 0, "finished folds are not trained again"
+    kept = KillAt(-1, "masks by the network for masks")
+    own = replace(QUICK, epochs=1, ensemble=False, scan_only_share=0.0, mask_deformation=1.0, patience=3, loss="dice")
+    masks = sorted((tmp_path / "t" / "masks").iterdir())
+    train_assessor(cases, STRUCTURES, patient_splits, own, tmp_path / "t", kept)
+    assert kept.seen == len(cases)
+    assert sorted((tmp_path / "t" / "masks").iterdir()) == masks, "SegQC-Net's own settings ask for no other masks"
 
 
 def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:

@@ -288,7 +288,9 @@ def _train(
     rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
     extra |= {"used": trained.used, "left_out": dict(trained.left_out)}
-    emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+    extra |= {"patients": trained.patients, "measured_patients": trained.measured}
+    title = f"{network}, measured on {trained.measured} of {trained.patients} patients, without their own labels"
+    emit(rows, title, as_json=as_json, extra=extra, key="scores")
     if not as_json:
         typer.echo(f"{folder}: {trained.used} labelled scans used, {len(trained.left_out)} left out")
         for reason in trained.left_out.values():
