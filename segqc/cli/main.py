@@ -471,6 +471,7 @@ def predict(
     targets = [out if to_file else out / f"{scan_id(path)}.nii.gz" for path in scans]
     for target in targets:
         refuse_overwriting(target)
+    _refuse_missing(*scans)
     segmenter = _segmenter(_models_folder(dataset, scans[0]), model)
     failed: list[str] = []
     with shown_progress() as progress:
@@ -521,8 +522,9 @@ def assess(
     for named in (picture, errors):
         if named is not None:
             refuse_overwriting(named)
-    assessor = _assessor(_models_folder(dataset, scan), model)
+    _refuse_missing(scan, mask)
     volume = read_scan(scan)
+    assessor = _assessor(_models_folder(dataset, scan), model)
     labels = read_labels(mask, scan=volume, values=assessor.values, names=segment_names(assessor.structures))
     result = assessor.assess(volume, labels, scan_id=scan_id(scan))
     if errors is not None:
@@ -759,6 +761,13 @@ def simulate(
     if not rows:
         raise CommandError(f"{url}: no scan is left to correct")
     emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
+
+
+def _refuse_missing(*paths: Path) -> None:
+    """Refuse paths that lead nowhere, before networks are looked for where they lead."""
+    for path in paths:
+        if not path.exists():
+            raise CommandError(f"{path}: there is no such file; check the path")
 
 
 def _models_folder(dataset: Path | None, scan: Path) -> Path:
