@@ -323,7 +323,7 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert "of the worst structure" not in messages.out
     table = run("rank", ranked).out
     assert "estimated Dice: of the worst structure" in table
-    assert "in brackets the 90% interval" in table
+    assert "in brackets: 90% prediction intervals" in table
     assert "0.50 (0.40-0.60)" in table
     assert table.count("(not enough data)") == 3
     output = {r["scan"]: r["estimated Dice interval"] for r in json.loads(run("rank", ranked, "--json").out)["scans"]}
@@ -452,7 +452,7 @@ def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, datase
 def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, dataset: Path) -> None:
     scan, mask = dataset / "scan_0.nii.gz", dataset / "labels/final/scan_0.nii.gz"
     messages = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the interval" in messages
+    assert "in brackets: prediction intervals" in messages
     assert all(term in messages for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
     assert messages.count("(not enough data)") == 8  # four metrics of two structures
     opened = Dataset(dataset)
@@ -467,7 +467,7 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     assert calibrated is not None
     expected = calibrated.assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
     messages = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the 90% interval" in messages
+    assert "in brackets: 90% prediction intervals" in messages
     assert "not enough data" not in messages
     lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
     whole = [line for line in lines if not line["slice"]]

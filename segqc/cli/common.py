@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
@@ -31,8 +31,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAKE_PANEL: Final = "Make a dataset folder"
+ESTIMATE_PANEL: Final = "Train, estimate, rank"
+ANNOTATE_PANEL: Final = "Serve and annotate"
+KEEP_PANEL: Final = "Keep and pass on"
+"""Headings of the list of commands."""
+
 DatasetFolder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Dataset folder: scans, and labels/final.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Dataset folder: the scans, and the masks that people made in labels/final.",
+        show_default=False,
+    ),
+]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Dataset folder to make; new or empty.", show_default=False)
 ]
 
 
@@ -190,7 +204,7 @@ def estimate(
 def brackets(intervals: Iterable[PredictionInterval | None]) -> str:
     """What the brackets behind estimates are, for a table's title."""
     level = next((interval.level for interval in intervals if interval is not None), None)
-    return " (in brackets the interval)" if level is None else f" (in brackets the {level:.0%} interval)"
+    return f" (in brackets: {'' if level is None else f'{level:.0%} '}prediction intervals)"
 
 
 def emit(

@@ -130,7 +130,7 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
 def _unused(folder: Path, file: str) -> LeftAside:
     shown = printable(file)
     if os.path.lexists(as_spelled(folder / file)):
-        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not taken in; see segqc scans.")
+        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not accepted; see segqc scans.")
     return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 
 

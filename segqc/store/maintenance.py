@@ -27,7 +27,7 @@ from segqc.text import nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 _LABELLED: Final = ("submitted", "approved")
-_ASIDE: Final = "until then it is not taken in"
+_ASIDE: Final = "until then it is not used"
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
 
 
