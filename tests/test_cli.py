@@ -320,9 +320,9 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert rows[0]["worst slices"].split()[0] == "2"
     assert [rows[0][f"estimated Dice {what}"] for what in ("low", "high", "level")] == ["0.4", "0.6", "0.9"]
     assert rows[1]["estimated Dice low"] == ""
-    assert "of the worst structure" not in messages.out
+    assert "worst structure" not in messages.out
     table = run("rank", ranked).out
-    assert "estimated Dice: of the worst structure" in table
+    assert "estimated Dice: of the scan's worst structure" in table
     assert "in brackets: 90% prediction intervals" in table
     assert "0.50 (0.40-0.60)" in table
     assert table.count("(not enough data)") == 3
