@@ -44,9 +44,9 @@ from segqc.quality.error_maps import ExtractionSettings
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.text import TextError, caseless, decode_text, nfc
+from segqc.text import TextError, caseless, decode_text, first_problem, nfc
 from segqc.training.spec import TrainingSettings
-from segqc.types import Structure, label_names
+from segqc.types import BackendName, Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
 from segqc.volumes.tags import read_tag
 
@@ -143,6 +143,18 @@ class ModelsSettings(BaseModel):
     keep: int = Field(default=5, ge=0)
 
 
+class InferenceSettings(BaseModel):
+    """The table ``[inference]``.
+
+    Attributes:
+        backend: what computes the networks; "auto" is the fastest that is installed and right on this machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: BackendName = "auto"
+
+
 class Settings(BaseSettings):
     """All settings of a dataset folder; read with `load_settings`."""
 
@@ -158,6 +170,7 @@ class Settings(BaseSettings):
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
+    inference: InferenceSettings = Field(default_factory=InferenceSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
 
@@ -328,7 +341,7 @@ def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(dict(table))
     except ValidationError as error:
-        raise ValueError(_sentence(error, f"[{name}]")) from error
+        raise ValueError(f"[{name}]: {first_problem(error.errors())}") from error
 
 
 def _names(kind: type) -> list[str]:
@@ -478,6 +491,7 @@ def _meant(name: str) -> str | None:
         return f"{close[0]}__{rest}"
     tables: dict[str, Iterable[str]] = {
         **{table: _names(kind) for table, kind in _TABLES.items()},
+        "inference": InferenceSettings.model_fields,
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
         "training": _names(TrainingSettings),
@@ -488,14 +502,11 @@ def _meant(name: str) -> str | None:
 def _sentence(error: ValidationError | UnreadableVariable, origin: str) -> str:
     if isinstance(error, UnreadableVariable):
         return f"{origin}: is no JSON; docs/settings.md shows how tables and lists are written"
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
+    first, *others = error.errors()
     if first["type"] == "extra_forbidden":
         *tables, name = map(str, first["loc"])
-        place, message = "", _no_setting(name, tables[0] if tables else "")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ": ".join(filter(None, (origin, place, f"{message}{more}")))
+        first["loc"], first["msg"] = (), _no_setting(name, tables[0] if tables else "")
+    return f"{origin}: {first_problem([first, *others])}"
 
 
 def write_settings(

@@ -15,7 +15,6 @@ from segqc.io.case_list import (
     ExchangeError,
     Imported,
     LeftAside,
-    first_finding,
     place,
     read_json,
     refuse_existing,
@@ -25,7 +24,7 @@ from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels, scans
 from segqc.store.records import JsonObject
 from segqc.store.store import Store, suffix_of
-from segqc.text import nfc, printable
+from segqc.text import first_problem, nfc, printable
 from segqc.volumes import as_spelled, atomic_write
 
 _FILE: Final = "datastore_v2.json"
@@ -89,7 +88,7 @@ def read_datastore(folder: Path) -> Datastore:
             objects[name] = _OBJECT.validate_python(entry)
         except ValidationError as error:
             shown = printable(name)
-            reason = f"{shown}: its entry in {_FILE} cannot be read ({first_finding(error)}); repair it."
+            reason = f"{shown}: its entry in {_FILE} cannot be read ({first_problem(error.errors())}); repair it."
             left_aside.append(LeftAside(shown, reason))
     return Datastore(objects, tuple(left_aside))
 

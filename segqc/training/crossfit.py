@@ -123,20 +123,49 @@ def crossfit_masks(
         progress: reports after each step.
         only: the folds whose cases' masks are made; by default all.
     """
-    folds, sets = sorted({patient_splits[c.patient].fold for c in cases}), list[MaskSet]()
+    folds, sets = folds_of_cases(cases, patient_splits), list[MaskSet]()
     for fold in folds if only is None else only:
         held = [c for c in cases if patient_splits[c.patient].fold == fold]
-        trained = [
-            c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
-        ]
-        name = f"network for masks, fold {folds.index(fold) + 1} of {len(folds)}"
-        networks = train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+        networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
         for i, case in enumerate(held):
             stored = masks_file(networks, case, settings, folder / "masks")
             kept = ", kept from an earlier run" if stored.is_file() else ""
-            progress.step(i, len(held), f"masks by the {name}", f"{case.id}{kept}")
+            progress.step(i, len(held), f"masks by the {_name_of(fold, folds)}", f"{case.id}{kept}")
             sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
+
+
+def train_fold(
+    fold: int,
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    patient_splits: dict[str, PatientSplit],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[Segmenter]:
+    """Train a fold's network, which sees the training patients of the other folds only, or take over a finished one.
+
+    Arguments as of `crossfit_masks`.
+
+    Returns:
+        The network, and itself at early epochs.
+    """
+    trained = [
+        c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
+    ]
+    name = _name_of(fold, folds_of_cases(cases, patient_splits))
+    return train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+
+
+def folds_of_cases(cases: Sequence[Case], patient_splits: dict[str, PatientSplit]) -> list[int]:
+    """The folds that the cases' patients are in, ascending."""
+    return sorted({patient_splits[c.patient].fold for c in cases})
+
+
+def _name_of(fold: int, folds: Sequence[int]) -> str:
+    return f"network for masks, fold {folds.index(fold) + 1} of {len(folds)}"
 
 
 def train_mask_sources(
