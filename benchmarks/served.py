@@ -430,7 +430,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
     structures = list(dict.fromkeys(m.structure for m in first.masks))
     subsets = [ALL, *dict.fromkeys(m.subset for m in first.masks)]
     subsets = subsets if len(subsets) > 2 else [ALL]
-    title = f"{first.set}, {first.pool} pool, {first.label}, seeds {', '.join(str(r.seed) for r in results)}"
+    seeds = f"seed{'s' * (len(results) > 1)} {', '.join(str(r.seed) for r in results)}"
+    title = f"{first.set}, {first.pool} pool, {first.label}, {seeds}"
     rows = {(s, subset): mean([numbers(r, s, subset) for r in results]) for s in structures for subset in subsets}
     dice = Table(
         "dice",
@@ -591,7 +592,7 @@ def main() -> None:
     for results in kept(arguments.label, arguments.pool).values():
         for table in tables(results):
             if arguments.command == "table" and arguments.markdown:
-                print(f"{table.title}\n\n{to_markdown(table)}")
+                print(to_markdown(table))
             else:
                 show(table, console)
 

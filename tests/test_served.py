@@ -176,6 +176,14 @@ def test_tables_have_a_row_for_each_subset_and_each_witness(served: ModuleType) 
         assert all(row[2] is None for row in table.rows if row[1] in served.ORDERS)
 
 
+@pytest.mark.parametrize("label", ["before", "error-logit"])
+def test_the_docs_show_what_the_kept_results_give(served: ModuleType, label: str) -> None:
+    shown = (BENCHMARKS.parent / "docs" / "measurements.md").read_text(encoding="utf-8")
+    for results in served.kept(label, "development").values():
+        dice, *_ = served.tables(results)
+        assert served.to_markdown(dice).strip() in shown
+
+
 def test_a_test_pool_is_measured_once_for_each_label(
     served: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,16 +12,16 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
-from segqc.server.checks import JsonObject, known
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.names import known
 from segqc.server.uploads import Uploads
 from segqc.store import jobs, labels
 from segqc.store.database import StoreUnavailable
 from segqc.store.labels import NewLabel
-from segqc.store.records import Actor, LabelRecord
+from segqc.store.records import Actor, JsonObject, LabelRecord
 from segqc.types import label_names
 from segqc.volumes import read_labels, temporary_labels
 

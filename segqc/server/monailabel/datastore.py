@@ -21,9 +21,9 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.loop.dataset import Dataset
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import current_actor
-from segqc.server.checks import check_image_id, check_tag, usable_image_id
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.names import check_image_id, check_tag, usable_image_id
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState

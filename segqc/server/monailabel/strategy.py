@@ -14,7 +14,6 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
-from segqc.server.checks import text_param
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord
 from segqc.training import LineProgress
@@ -88,10 +87,9 @@ class Sampling(Strategy):
             datastore: MONAI Label's; not asked.
 
         Raises:
-            RequestError: 400 if one of them is no text.
             StoreError: if the scan cannot be had back.
         """
-        reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
+        reason, wanted = request.get("skip_reason") or None, request.get("resume") or None
         lease, skipped, shown = self._hand_out(reason, wanted)
         if lease is None:
             return None
