@@ -39,7 +39,7 @@ from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
 from segqc.text import TextError, caseless, decode_text, first_problem, nfc
 from segqc.training.spec import TrainingSettings
-from segqc.types import Structure, label_names
+from segqc.types import BackendName, Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
 from segqc.volumes.tags import read_tag
 
@@ -136,6 +136,18 @@ class ModelsSettings(BaseModel):
     keep: int = Field(default=5, ge=0)
 
 
+class InferenceSettings(BaseModel):
+    """The table ``[inference]``.
+
+    Attributes:
+        backend: what computes the networks; "auto" is the fastest that is installed and right on this machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: BackendName = "auto"
+
+
 class Settings(BaseSettings):
     """All settings of a dataset folder; read with `load_settings`."""
 
@@ -151,6 +163,7 @@ class Settings(BaseSettings):
     extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
     boxes: BoxSettings = Field(default_factory=BoxSettings)
     training: Table = Field(default_factory=dict)
+    inference: InferenceSettings = Field(default_factory=InferenceSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
 
@@ -431,6 +444,7 @@ def _meant(name: str) -> str | None:
         return f"{close[0]}__{rest}"
     tables: dict[str, Iterable[str]] = {
         **{table: _names(kind) for table, kind in _TABLES.items()},
+        "inference": InferenceSettings.model_fields,
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
         "training": _names(TrainingSettings),

@@ -37,6 +37,7 @@ from segqc.evaluation.methods.simple import (
 )
 from segqc.evaluation.methods.soft_input import SourcedMasks, train_soft_input
 from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta, entropy_map
+from segqc.networks.backends import Backend
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import Segmenter
@@ -161,7 +162,7 @@ def test_scan_only_gives_one_truth_and_its_difference_from_each_mask(affine: np.
     scan, labels, truth = world()
     scan = Volume(scan.array + np.random.default_rng(0).normal(0, 0.3, scan.shape).astype(np.float32), affine)
     model = assessor(average_flips=True)
-    model.network = Soft()
+    model.backend = Backend("pytorch", Soft())
     method = ScanOnly([model, model])
     t = method.truth(scan)
     for array in (labels.array, truth, np.zeros_like(truth)):

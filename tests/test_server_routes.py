@@ -371,7 +371,7 @@ def test_a_full_gpu_is_told_and_is_no_fault_of_the_request(client: TestClient, m
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("segqc.networks.inference.sliding_window_inference", full)
+    monkeypatch.setattr("segqc.networks.backends.Backend.__call__", full)
     for network in ("segmentation", "segqc"):
         answer = client.post(f"/infer/{network}?image=scan_1", data={"params": "{}"})
         assert answer.status_code == 503

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segqc.networks.assessor import Assessor
-from segqc.networks.device import DeviceMemoryError, device_of_choice
+from segqc.networks.device import DeviceMemoryError, device_of_choice, has_bfloat16
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
 from segqc.settings import SettingsError, build
@@ -33,7 +33,7 @@ from segqc.training.crossfit import (
     subsample,
     train_mask_sources,
 )
-from segqc.training.engine import EpochRecord, _Ahead, has_bfloat16, moving_validation
+from segqc.training.engine import EpochRecord, _Ahead, moving_validation
 from segqc.training.patches import Patch, PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure

@@ -766,7 +766,7 @@ def _models_folder(dataset: Path | None, scan: Path) -> Path:
 def _segmenter(folder: Path, model: Path | None) -> Segmenter:
     from segqc.networks.segmenter import Segmenter
 
-    found = Segmenter.load(model) if model is not None else dataset_at(folder, None).segmenter()
+    found = Segmenter.load(model, "auto") if model is not None else dataset_at(folder, None).segmenter()
     if found is None:
         raise CommandError(f"{folder}: no segmentation network; name one with --model or --dataset, or train it first")
     return found
@@ -775,7 +775,7 @@ def _segmenter(folder: Path, model: Path | None) -> Segmenter:
 def _assessor(folder: Path, model: Path | None) -> Assessor:
     from segqc.networks.assessor import Assessor
 
-    found = Assessor.load(model) if model is not None else dataset_at(folder, None).assessor()
+    found = Assessor.load(model, backend="auto") if model is not None else dataset_at(folder, None).assessor()
     if found is None:
         raise CommandError(f"{folder}: no SegQC network; name one with --model or --dataset, or train it first")
     return found

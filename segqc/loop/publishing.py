@@ -114,7 +114,12 @@ class Bundles:
 
     def _open(self, published: PublishedBundle) -> NetworkBundle:
         folder = self.folder / str(published.bundle.id)
-        return NetworkBundle.open(folder, self._assessment_settings, sha256=published.manifest_sha256)
+        return NetworkBundle.open(
+            folder,
+            self._assessment_settings,
+            backend=self._settings.inference.backend,
+            sha256=published.manifest_sha256,
+        )
 
     def _assessment_settings(self) -> AssessmentSettings:
         from segqc.networks.assessor import AssessmentSettings

@@ -29,7 +29,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationEr
 
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.model_file import ModelError, model_status
-from segqc.types import Structure
+from segqc.types import BackendName, Structure
 from segqc.volumes import remove, sync
 
 if TYPE_CHECKING:
@@ -115,25 +115,37 @@ class NetworkBundle:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, sha256: str, settings: Callable[[], AssessmentSettings] | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        sha256: str,
+        settings: Callable[[], AssessmentSettings] | None = None,
+        backend: BackendName = "pytorch",
     ) -> None:
         self.folder = folder
         self.sha256 = sha256  # of the manifest's file
         self.manifest = manifest
         self._settings = settings
+        self._backend = backend
         self._lock = threading.Lock()
         self._segmenter: Segmenter | None = None
         self._assessor: Assessor | None = None
 
     @classmethod
     def open(
-        cls, folder: Path, settings: Callable[[], AssessmentSettings] | None = None, *, sha256: str | None = None
+        cls,
+        folder: Path,
+        settings: Callable[[], AssessmentSettings] | None = None,
+        *,
+        backend: BackendName = "pytorch",
+        sha256: str | None = None,
     ) -> NetworkBundle:
         """Read a bundle's manifest.
 
         Args:
             folder: its folder, named by its number.
             settings: gives the settings of its SegQC-Net; asked when that is loaded.
+            backend: what computes its networks.
             sha256: the manifest's address, where it is known.
 
         Raises:
@@ -151,7 +163,7 @@ class NetworkBundle:
             raise ModelError(f"{path}: not {_A_MANIFEST}; {_REMEDY}") from error
         if str(manifest.number) != folder.name or (sha256 is not None and _sha256(content) != sha256):
             raise ModelError(f"{folder}: is not the bundle {folder.name} that was published here; {_REMEDY}")
-        return cls(folder, manifest, _sha256(content), settings)
+        return cls(folder, manifest, _sha256(content), settings, backend)
 
     @property
     def number(self) -> int:
@@ -202,12 +214,13 @@ class NetworkBundle:
 
         Raises:
             ModelError: if the bundle has none, or its files are missing or damaged.
+            BackendError: if the backend cannot compute it on this machine.
         """
         from segqc.networks.segmenter import Segmenter
 
         with self._lock:
             if self._segmenter is None:
-                self._segmenter = Segmenter.load(self.verify("segmentation").model)
+                self._segmenter = Segmenter.load(self.verify("segmentation").model, self._backend)
             return self._segmenter
 
     def assessor(self) -> Assessor:
@@ -215,13 +228,14 @@ class NetworkBundle:
 
         Raises:
             ModelError: if the bundle has none, or its files are missing or damaged.
+            BackendError: if the backend cannot compute it on this machine.
         """
         from segqc.networks.assessor import Assessor
 
         with self._lock:
             if self._assessor is None:
                 settings = self._settings() if self._settings is not None else None
-                self._assessor = Assessor.load(self.verify("segqc").model, settings)
+                self._assessor = Assessor.load(self.verify("segqc").model, settings, self._backend)
             return self._assessor
 
 

@@ -89,7 +89,7 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
         transaction.add(row)
     else:
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
-    row.dice, row.made_at = assessment.dice, transaction.now
+    row.dice, row.backend, row.made_at = assessment.dice, assessment.backend, transaction.now
     row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
     transaction.flush()
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
@@ -260,6 +260,7 @@ def _assessment(
         shape=geometry.shape,
         spacing_mm=geometry.spacing_mm,
         structures=tuple(qualities),
+        backend=head.backend,
     )
 
 

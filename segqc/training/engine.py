@@ -24,7 +24,7 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segqc.networks.device import device_of_choice, in_device_memory
+from segqc.networks.device import device_of_choice, has_bfloat16, in_device_memory
 from segqc.networks.inference import window_batch_size
 from segqc.networks.model import load_content
 from segqc.networks.plan import NetworkPlan
@@ -184,13 +184,6 @@ def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
         mean.append(EpochRecord(points[0].epoch, loss, sum(measured) / len(measured) if measured else None))
     with atomic_write(folder / "curve.json") as temporary:
         temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1), encoding="utf-8")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; without them it would be slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 class _MixedPrecision(nn.Module):

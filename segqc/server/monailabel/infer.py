@@ -17,7 +17,7 @@ from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName
-from segqc.types import label_names
+from segqc.types import BoolArray, label_names
 from segqc.volumes import SCAN_SUFFIXES, Volume, read_labels, read_scan, write_labels
 
 RESULT_PARAMS: Final = ("result_extension", "result_dtype", "result_compress")
@@ -97,14 +97,17 @@ class LikelyErrors(NetworkTask):
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
         made_by: str | None = None
+        plausible: BoolArray | None = None
         if request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
         else:
             segmenter = bundle.segmenter()
-            labels, made_by, assessed = segmenter.predict(scan).labels, segmenter.version, "segmentation"
+            prediction = segmenter.predict(scan)
+            labels, plausible = prediction.labels, prediction.plausible
+            made_by, assessed = segmenter.version, "segmentation"
         name = str(request.get("image_id") or "scan")
-        result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by)
+        result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by, plausible=plausible)
         interval = result.assessment.dice_interval
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
