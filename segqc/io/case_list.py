@@ -175,7 +175,7 @@ def make_dataset(
                     labelled += 1
             except _NotUsable as found:
                 left_aside.append(found.item)
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "importing")
         if taken:
             write_settings(temporary, {s.name: s.values for s in case_list.structures})
     return Imported(len(taken), labelled, tuple(left_aside))

@@ -129,7 +129,7 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
 def _unused(folder: Path, file: str) -> LeftAside:
     shown = printable(file)
     if os.path.lexists(as_spelled(folder / file)):
-        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not taken in; see segqc scans.")
+        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not accepted; see segqc scans.")
     return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 
 
@@ -162,7 +162,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
                     own[tag] = _Data(label.suffix, infos.get(label.id, {}))
                     count += 1
             objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
-            progress.step(done, len(found), "scans")
+            progress.step(done, len(found), "exporting")
         name = store.dataset.name
         write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
     return Count(len(found), count)
