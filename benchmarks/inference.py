@@ -1,8 +1,9 @@
 """How long do a mask and its assessment take? By scan size and backend, beside another checkout in the same run.
 
-Networks of the default plan, trained for some steps to find a bright ball, so that there are masks and plausible voxels
-as of a trained network. Each backend, and the other checkout, has a process of its own with one thread; they take turns
-at every task, and the least seconds of some rounds count: of the processor, or of the clock on a GPU.
+Networks of the default plan have their windows to look at, but what they answer is replaced by the truth of a phantom:
+so there are masks and plausible voxels as of trained ones. Each backend, and the other checkout, has a process of its
+own with one thread; they take turns at every task, and the least seconds of some rounds count: of the processor, or of
+the clock on a GPU.
 
 "assess" is told where the segmenter holds structures possible, as whenever a new mask is assessed; "assess anywhere" is
 not. "convolutions" are those of predicting alone, back to back, each in the layout that oneDNN computes fastest.
@@ -16,7 +17,7 @@ Scans that the result has already are left out: delete it to measure anew.
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import datetime
 import json
 import math
@@ -25,7 +26,6 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,13 +37,12 @@ from rich.table import Table
 from torch import nn
 
 from segqc.networks.assessor import Assessor
-from segqc.networks.card import ModelCard, NetworkName
-from segqc.networks.inference import network_input
-from segqc.networks.plan import NetworkPlan, Spacing, Triple, plan_network
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import Spacing, Triple, plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import MeanOfNetworks, build_network
-from segqc.types import BoolArray, Structure
-from segqc.volumes import Volume, canonical_frame
+from segqc.types import Structure
+from segqc.volumes import Volume
 
 SCANS: dict[str, tuple[Triple, Spacing]] = {
     "hippocampus, 36 x 50 x 36": ((36, 50, 36), (1.0, 1.0, 1.0)),
@@ -53,16 +52,15 @@ SCANS: dict[str, tuple[Triple, Spacing]] = {
 }
 BEFORE = "before"
 BACKENDS = ("pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16")
-STEPS = 30
 MEMBERS = 3
-ROUNDS = 5
+BRIGHT = 2.0  # of a normalised scan: what lies between body and ball
 ENOUGH_SECONDS = 20.0  # a task that took so long in all is not repeated
 GAMMAS = (0.7, 0.85, 1.2)  # with none, four contrasts of four flips
 CHANNELS_LAST = torch.channels_last_3d
 
 
-def phantom(shape: Triple, spacing: Spacing) -> tuple[Volume, BoolArray]:
-    """A noisy body, an elliptic cylinder in air, with a bright ball in it; and where the ball is."""
+def phantom(shape: Triple, spacing: Spacing) -> Volume:
+    """A noisy body, an elliptic cylinder in air, with a bright ball in it."""
     axes = [(np.arange(n, dtype=np.float32) - n / 2) * s for n, s in zip(shape, spacing, strict=True)]
     extents = [n * s for n, s in zip(shape, spacing, strict=True)]
     x, y = axes[0][:, None, None], axes[1][:, None]
@@ -71,37 +69,19 @@ def phantom(shape: Triple, spacing: Spacing) -> tuple[Volume, BoolArray]:
     array = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
     inside = radius < 0.25 * min(extents)
     array = np.abs(array) * 0.1 + body * (array + 1 + 2 * inside)
-    return Volume(array, np.diag([*spacing, 1.0])), inside
+    return Volume(array, np.diag([*spacing, 1.0]))
 
 
-def trained(kind: NetworkName, plan: NetworkPlan, scan: Volume, truth: BoolArray, file: Path) -> nn.Module:
-    """A network that has learned, in a few steps on this scan, to find the ball; kept in a file."""
-    network = build_network(plan).train()
-    if file.is_file():
-        network.load_state_dict(torch.load(file))
-        return network.eval()
-    optimiser = torch.optim.Adam(network.parameters(), 5e-3)
-    rng = np.random.default_rng(0)
-    frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
-    whole = network_input(scan, truth[None], frame)
-    missing = [max(0, size - n) for size, n in zip(plan.patch, whole.shape[2:], strict=True)]
-    whole = nn.functional.pad(whole, [n for side in reversed(missing) for n in (0, side)])
-    for step in range(STEPS):
-        a, b, c = (
-            slice(start, start + size)
-            for size, n in zip(plan.patch, whole.shape[2:], strict=True)
-            for start in [(n - size) // 2 if step % 2 else int(rng.integers(n - size + 1))]  # the ball is in the middle
-        )
-        x = whole[..., a, b, c]
-        z = network(x[:, : plan.in_channels])
-        z = z[:, 1] - z[:, 0] if kind == "segmentation" else z[:, 0]
-        losses = nn.functional.binary_cross_entropy_with_logits(z, x[:, 1], reduction="none")
-        loss = losses[x[:, 1] == 0].mean() + (losses * x[:, 1]).sum() / x[:, 1].sum().clamp(min=1)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    torch.save(network.state_dict(), file)
-    return network.eval()
+def finding_the_ball(compute: Callable[[torch.Tensor], torch.Tensor], channels: int) -> nn.Module:
+    """A network that takes its time, but answers that there is a structure where the scan is bright."""
+
+    class Answers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            compute(x)
+            z = 6 * (x[:, :1] - BRIGHT)
+            return torch.cat([torch.zeros_like(z), z], dim=1) if channels == 2 else z
+
+    return Answers()
 
 
 def clock() -> float:
@@ -153,53 +133,53 @@ def _convolution(
     return lambda: nn.functional.conv3d(x, weight, None, stride, padding)
 
 
-def serve(name: str, backend: str, folder: Path) -> None:
+def serve(name: str, backend: str) -> None:
     """Do the tasks whose names come by standard input, and answer each with a number by standard output."""
     torch.set_num_threads(1)
     shape, spacing = SCANS[name]
-    scan, truth = phantom(shape, spacing)
+    scan = phantom(shape, spacing)
 
     def fresh() -> Volume:
         return Volume(scan.array, scan.affine)  # nothing that is kept of another one is of use
 
     structures = (Structure("ball", (1,)),)
     plans = [plan_network(spacing, shape, in_channels=n, out_channels=3 - n) for n in (1, 2)]
-    segmenting = trained("segmentation", plans[0], scan, truth, folder / "segmentation.pt")
-    judging = trained("segqc", plans[1], scan, truth, folder / "segqc.pt")
-    members = [copy.deepcopy(judging) for _ in range(MEMBERS)]
-    with torch.no_grad():
-        for factor, member in enumerate(members):  # equal ones could be computed once
-            for parameter in member.parameters():
-                parameter *= 1 + 1e-4 * factor
-    mean = MeanOfNetworks(members)
-    cards = [
-        ModelCard("segmentation", plans[0], structures, (1,), ()),
-        ModelCard("segqc", plans[1], structures, (1,), ()),
-        ModelCard("segqc", plans[1], structures, (1,), (), members=MEMBERS),
-    ]
+    networks = [build_network(plan).eval() for plan in plans]
+    mean = MeanOfNetworks([build_network(plans[1], seed=seed) for seed in range(MEMBERS)]).eval()
     by = () if backend == BEFORE else (backend,)
-    segmenter = Segmenter(cards[0], segmenting, *by)
-    assessor, ensemble = (Assessor(card, net, None, *by) for card, net in zip(cards[1:], (judging, mean), strict=True))
+    card = ModelCard("segqc", plans[1], structures, (1,), ())
+    segmenter = Segmenter(ModelCard("segmentation", plans[0], structures, (1,), ()), networks[0], *by)
+    assessor = Assessor(card, networks[1], None, *by)
+    ensemble = Assessor(dataclasses.replace(card, members=MEMBERS), mean, None, *by)
+    for model in (segmenter, assessor, ensemble):
+        channels = model.card.plan.out_channels
+        if backend == BEFORE:
+            model.network = finding_the_ball(model.network, channels)
+        else:
+            model.backend = dataclasses.replace(
+                model.backend, compute=finding_the_ball(model.backend.compute, channels)
+            )
     prediction = segmenter.predict(fresh())
     plausible = {} if backend == BEFORE else {"plausible": prediction.plausible}
-    assessed = assessor.assess(fresh(), prediction.labels, scan_id="s", **plausible).assessment
+    mask = np.roll(prediction.labels.array, shape[0] // 16, axis=0)  # wrong at two sides, and
+    mask[..., shape[2] // 2] = 0  # in a slice
+    labels = Volume(mask, scan.affine)
+    assessed = assessor.assess(fresh(), labels, scan_id="s", **plausible).assessment
 
     def windows() -> int:
         looked: list[int] = []
-        hook = segmenting.register_forward_pre_hook(lambda _, inputs: looked.append(len(inputs[0])))
-        Segmenter(cards[0], segmenting).predict(fresh())
+        hook = networks[0].register_forward_pre_hook(lambda _, inputs: looked.append(len(inputs[0])))
+        Segmenter(segmenter.card, networks[0]).predict(fresh())
         hook.remove()
         return sum(looked)
 
     tasks: dict[str, Callable[[], float]] = {
         "predict": lambda: seconds(lambda: segmenter.predict(fresh())),
-        "assess": lambda: seconds(lambda: assessor.assess(fresh(), prediction.labels, scan_id="s", **plausible)),
-        "assess anywhere": lambda: seconds(lambda: assessor.assess(fresh(), prediction.labels, scan_id="s")),
-        "assess by three": lambda: seconds(
-            lambda: ensemble.assess(fresh(), prediction.labels, scan_id="s", **plausible)
-        ),
+        "assess": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s", **plausible)),
+        "assess anywhere": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s")),
+        "assess by three": lambda: seconds(lambda: ensemble.assess(fresh(), labels, scan_id="s", **plausible)),
         "TTA-16": lambda: seconds(lambda: segmenter.predict_tta(fresh(), GAMMAS)),
-        "convolutions": lambda: convolutions(segmenting, plans[0].patch, bfloat16=backend.endswith("bfloat16")),
+        "convolutions": lambda: convolutions(networks[0], plans[0].patch, bfloat16=backend.endswith("bfloat16")),
         "windows": lambda: float(windows()),
         "estimated Dice": lambda: assessed.dice,
         "peak GiB": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -211,10 +191,10 @@ def serve(name: str, backend: str, folder: Path) -> None:
 class Worker:
     """A process that serves the tasks of one scan by one backend, or by the other checkout."""
 
-    def __init__(self, name: str, backend: str, folder: Path, checkout: Path) -> None:
+    def __init__(self, name: str, backend: str, checkout: Path) -> None:
         self.backend = backend
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, backend, str(folder)],
+            [sys.executable, __file__, "--serve", name, backend],
             env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -239,31 +219,30 @@ class Worker:
         return (errors.strip().splitlines() or [""])[-1]
 
 
-def measure(name: str, checkouts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+def measure(name: str, checkouts: Mapping[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """All numbers of one scan, by backend."""
-    with tempfile.TemporaryDirectory() as folder:
-        workers = []
-        for backend, checkout in checkouts.items():
-            worker = Worker(name, backend, Path(folder), checkout)
-            if worker.ask("estimated Dice") is None:  # also waits until it is ready
-                print(f"{name}, {backend}: {worker.end()}", file=sys.stderr)
-            else:
-                workers.append(worker)
-        rows: dict[str, dict[str, float]] = {worker.backend: {} for worker in workers}
-        for task in ("predict", "assess", "assess anywhere", "assess by three", "TTA-16", "convolutions"):
-            spent = dict.fromkeys(rows, 0.0)
-            for _ in range(ROUNDS):
-                for worker in workers:
-                    if spent[worker.backend] < ENOUGH_SECONDS:
-                        answer = worker.ask(task)
-                        assert answer is not None, worker.end()
-                        spent[worker.backend] += answer
-                        rows[worker.backend][task] = min(answer, rows[worker.backend].get(task, math.inf))
-        for worker in workers:
-            row = rows[worker.backend]
-            row |= {task: worker.ask(task) or 0.0 for task in ("windows", "estimated Dice", "peak GiB")}
-            row["convolutions"] *= row["windows"]
-            worker.end()
+    workers = []
+    for backend, checkout in checkouts.items():
+        worker = Worker(name, backend, checkout)
+        if worker.ask("estimated Dice") is None:  # also waits until it is ready
+            print(f"{name}, {backend}: {worker.end()}", file=sys.stderr)
+        else:
+            workers.append(worker)
+    rows: dict[str, dict[str, float]] = {worker.backend: {} for worker in workers}
+    for task in ("predict", "assess", "assess anywhere", "assess by three", "TTA-16", "convolutions"):
+        spent = dict.fromkeys(rows, 0.0)
+        for _ in range(rounds):
+            for worker in workers:
+                if spent[worker.backend] < ENOUGH_SECONDS:
+                    answer = worker.ask(task)
+                    assert answer is not None, worker.end()
+                    spent[worker.backend] += answer
+                    rows[worker.backend][task] = min(answer, rows[worker.backend].get(task, math.inf))
+    for worker in workers:
+        row = rows[worker.backend]
+        row |= {task: worker.ask(task) or 0.0 for task in ("windows", "estimated Dice", "peak GiB")}
+        row["convolutions"] *= row["windows"]
+        worker.end()
     return {backend: {task: round(value, 4) for task, value in row.items()} for backend, row in rows.items()}
 
 
@@ -291,12 +270,12 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, to compare with")
     parser.add_argument("--scans", nargs="+", choices=list(SCANS), default=list(SCANS), metavar="SCAN")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, metavar="BACKEND")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "inference.json")
-    parser.add_argument("--serve", nargs=3, metavar=("SCAN", "BACKEND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("SCAN", "BACKEND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        name, backend, folder = arguments.serve
-        serve(name, backend, Path(folder))
+        serve(*arguments.serve)
         return
     checkouts = {BEFORE: arguments.before.resolve()} if arguments.before is not None else {}
     checkouts |= dict.fromkeys(arguments.backends, Path(__file__).resolve().parents[1])
@@ -311,7 +290,7 @@ def main() -> None:
         result = json.loads(arguments.out.read_text(encoding="utf-8"))
     for name in arguments.scans:
         if name not in result["seconds"]:
-            result["seconds"][name] = measure(name, checkouts)
+            result["seconds"][name] = measure(name, checkouts, arguments.rounds)
             result["ratios"][name] = ratios(result["seconds"][name])
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for kind in ("seconds", "ratios"):

@@ -569,11 +569,11 @@ def test_soft_input_looks_at_the_makers_soft_output_of_each_mask(tmp_path: Path)
     (other,) = method.estimate(replace(mask, source=sources[1]))
     assert one.metrics != other.metrics, "another soft output is another answer"
     assert method.estimate(replace(mask, source=None)) == (SILENT,)
-    again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(2, "soft input"))
+    again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input: epoch"))
     assert again.estimate(mask)[0].metrics == one.metrics, "the training is taken over"
     other_soft = [replace(m, sources=sources[::-1]) for m in made]
     with pytest.raises(KilledError):
-        train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(2, "soft input"))
+        train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input: epoch"))
 
 
 def test_scan_only_trains_without_masks(tmp_path: Path) -> None:
