@@ -1,25 +1,33 @@
-"""How long do a mask and its assessment take? Processor seconds per backend and scan size, on one thread.
+"""How long do a mask and its assessment take? By scan size and backend, beside another checkout in the same run.
 
-Networks of the default plan, taught for some steps to find a bright ball, so that there are masks and plausible voxels
-as of a trained network. "convolutions alone" runs each convolution of the windows that were looked at, back to back, by
-PyTorch in float32: their share of the time of predicting is what the rest leaves to them.
+Networks of the default plan have their windows to look at, but what they answer is replaced by the truth of a phantom:
+so there are masks and plausible voxels as of trained ones. Each backend, and the other checkout, has a process of its
+own with one thread; they take turns at every task, and the least seconds of some rounds count: of the processor, or of
+the clock on a GPU.
 
-    python benchmarks/inference.py
+"assess" is told where the segmenter holds structures possible, as whenever a new mask is assessed; "assess anywhere" is
+not. "convolutions" are those of predicting alone, back to back, each in the layout that oneDNN computes fastest.
+
+    git worktree add ../before COMMIT
+    python benchmarks/inference.py --before ../before
+
+Scans that the result has already are left out: delete it to measure anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +37,11 @@ from rich.table import Table
 from torch import nn
 
 from segqc.networks.assessor import Assessor
-from segqc.networks.backends import BackendError
-from segqc.networks.card import ModelCard, NetworkName
-from segqc.networks.inference import all_windows, canonical_scan, not_air, windows_near
-from segqc.networks.plan import NetworkPlan, Spacing, Triple, plan_network
+from segqc.networks.card import ModelCard
+from segqc.networks.plan import Spacing, Triple, plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import MeanOfNetworks, build_network
-from segqc.types import BackendName, Structure
+from segqc.types import Structure
 from segqc.volumes import Volume
 
 SCANS: dict[str, tuple[Triple, Spacing]] = {
@@ -44,142 +50,255 @@ SCANS: dict[str, tuple[Triple, Spacing]] = {
     "256 x 256 x 48": ((256, 256, 48), (1.0, 1.0, 3.0)),
     "512 x 512 x 200": ((512, 512, 200), (0.7, 0.7, 2.0)),
 }
-BACKENDS: tuple[BackendName, ...] = ("pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16")
-STEPS = 25
+BEFORE = "before"
+BACKENDS = ("pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16")
 MEMBERS = 3
+BRIGHT = 2.0  # of a normalised scan: what lies between body and ball
+ENOUGH_SECONDS = 20.0  # a task that took so long in all is not repeated
+GAMMAS = (0.7, 0.85, 1.2)  # with none, four contrasts of four flips
+CHANNELS_LAST = torch.channels_last_3d
 
 
-def ball(shape: Triple, spacing: Spacing) -> tuple[Volume, Volume]:
-    """A noisy body with a bright ball in it, and the ball's mask."""
+def phantom(shape: Triple, spacing: Spacing) -> Volume:
+    """A noisy body, an elliptic cylinder in air, with a bright ball in it."""
     axes = [(np.arange(n, dtype=np.float32) - n / 2) * s for n, s in zip(shape, spacing, strict=True)]
-    radius = np.sqrt(axes[0][:, None, None] ** 2 + axes[1][:, None] ** 2 + axes[2] ** 2)
-    extent = min(n * s for n, s in zip(shape, spacing, strict=True))
+    extents = [n * s for n, s in zip(shape, spacing, strict=True)]
+    x, y = axes[0][:, None, None], axes[1][:, None]
+    body = (x / (0.48 * extents[0])) ** 2 + (y / (0.4 * extents[1])) ** 2 < 1
+    radius = np.sqrt(x**2 + y**2 + axes[2] ** 2)
     array = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
-    array += (radius < 2 * extent).astype(np.float32) + 2 * (radius < 0.25 * extent)
-    affine = np.diag([*spacing, 1.0])
-    return Volume(array, affine), Volume((radius < 0.25 * extent).astype(np.uint8), affine)
+    inside = radius < 0.25 * min(extents)
+    array = np.abs(array) * 0.1 + body * (array + 1 + 2 * inside)
+    return Volume(array, np.diag([*spacing, 1.0]))
 
 
-def taught(kind: NetworkName, plan: NetworkPlan) -> nn.Module:
-    """A network that has learned, in a few steps, to find what is bright."""
-    network = build_network(plan).train()
-    optimiser = torch.optim.Adam(network.parameters(), 5e-3)
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        place = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in plan.patch), indexing="ij"))
-        centre = torch.rand(3, 1, 1, 1, generator=rng) - 0.5
-        truth = ((place - centre).norm(dim=0) < 0.4).float()
-        image = 3 * truth + 0.3 * torch.randn(plan.patch, generator=rng)
-        x = torch.stack([image, truth][: plan.in_channels])[None]
-        z = network(x)
-        if kind == "segmentation":
-            loss = nn.functional.cross_entropy(z, truth[None].long())
-        else:
-            loss = nn.functional.binary_cross_entropy_with_logits(z[0, 0], truth)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return network.eval()
+def finding_the_ball(compute: Callable[[torch.Tensor], torch.Tensor], channels: int) -> nn.Module:
+    """A network that takes its time, but answers that there is a structure where the scan is bright."""
+
+    class Answers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            compute(x)
+            z = 6 * (x[:, :1] - BRIGHT)
+            return torch.cat([torch.zeros_like(z), z], dim=1) if channels == 2 else z
+
+    return Answers()
 
 
-def card(kind: NetworkName, plan: NetworkPlan, members: int = 1) -> ModelCard:
-    return ModelCard(kind, plan, (Structure("ball", (1,)),), (1,), (), members=members)
+def clock() -> float:
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The least processor seconds of some repeats."""
-    least = math.inf
-    for _ in range(repeats):
-        started = time.process_time()
-        work()
-        least = min(least, time.process_time() - started)
-    return least
+def seconds(work: Callable[[], object]) -> float:
+    started = clock()
+    work()
+    return clock() - started
 
 
-def convolutions(network: nn.Module, x: torch.Tensor, repeats: int) -> float:
-    """Processor seconds of the network's convolutions alone on a window, by PyTorch."""
-    calls: list[tuple[nn.Module, torch.Tensor]] = []
+def convolutions(network: nn.Module, patch: Triple, *, bfloat16: bool) -> float:
+    """Seconds of a window's convolutions, each alone and in its fastest layout."""
+    calls: list[tuple[nn.Conv3d | nn.ConvTranspose3d, torch.Tensor]] = []
     hooks = [
         module.register_forward_hook(lambda m, inputs, _: calls.append((m, inputs[0])))
         for module in network.modules()
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
     ]
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    total = 0.0
     with torch.inference_mode():
-        network(x)
+        network(torch.randn(1, 1, *patch))
         for hook in hooks:
             hook.remove()
-        return seconds(lambda: [module(inputs) for module, inputs in calls], repeats)
+        for module, x in calls:
+            works: list[Callable[[], object]] = []
+            for order in ((0, 1, 2), (2, 0, 1)):
+                axes = (0, 1, *(2 + axis for axis in order))
+                x_, weight = (t.detach().to(dtype).permute(axes).contiguous() for t in (x, module.weight))
+                stride, padding = ([int(sizes[axis]) for axis in order] for sizes in (module.stride, module.padding))
+                for layout in (torch.contiguous_format, CHANNELS_LAST):
+                    x_, weight = x_.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+                    works.append(_convolution(module, x_, weight, stride, padding))
+            for work in works:
+                work()
+            total += min(seconds(work) for work in works for _ in range(3))
+    return total
 
 
-def measure(name: str, backend: BackendName, repeats: int) -> dict[str, float]:
-    """All numbers of one scan by one backend, in this process."""
+def _convolution(
+    module: nn.Module, x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Callable[[], object]:
+    if isinstance(module, nn.ConvTranspose3d):
+        return lambda: nn.functional.conv_transpose3d(x, weight, None, stride, padding)
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return lambda: torch.mkldnn_convolution(x, weight, None, padding, stride, [1, 1, 1], 1)
+    return lambda: nn.functional.conv3d(x, weight, None, stride, padding)
+
+
+def serve(name: str, backend: str) -> None:
+    """Do the tasks whose names come by standard input, and answer each with a number by standard output."""
     torch.set_num_threads(1)
     shape, spacing = SCANS[name]
-    scan, labels = ball(shape, spacing)
+    scan = phantom(shape, spacing)
 
     def fresh() -> Volume:
         return Volume(scan.array, scan.affine)  # nothing that is kept of another one is of use
 
+    structures = (Structure("ball", (1,)),)
     plans = [plan_network(spacing, shape, in_channels=n, out_channels=3 - n) for n in (1, 2)]
-    segmenting, judging = taught("segmentation", plans[0]), taught("segqc", plans[1])
-    segmenter = Segmenter(card("segmentation", plans[0]), segmenting, backend)
-    assessor = Assessor(card("segqc", plans[1]), judging, None, backend)
-    mean = MeanOfNetworks([copy.deepcopy(judging) for _ in range(MEMBERS)])
-    ensemble = Assessor(card("segqc", plans[1], MEMBERS), mean, None, backend)
-    prediction = segmenter.predict(scan)
-    gammas = (0.7, 0.85, 1.2)  # four flips, four contrasts
-    row = {
-        "predict": seconds(lambda: segmenter.predict(fresh()), repeats),
-        "assess": seconds(lambda: assessor.assess(fresh(), prediction.labels, scan_id="s"), repeats),
-        "assess near": seconds(
-            lambda: assessor.assess(fresh(), prediction.labels, scan_id="s", plausible=prediction.plausible), repeats
-        ),
-        "assess by three": seconds(lambda: ensemble.assess(fresh(), prediction.labels, scan_id="s"), repeats),
-        "TTA-16": seconds(lambda: segmenter.predict_tta(fresh(), gammas), max(1, repeats // 3)),
+    networks = [build_network(plan).eval() for plan in plans]
+    mean = MeanOfNetworks([build_network(plans[1], seed=seed) for seed in range(MEMBERS)]).eval()
+    by = () if backend == BEFORE else (backend,)
+    card = ModelCard("segqc", plans[1], structures, (1,), ())
+    segmenter = Segmenter(ModelCard("segmentation", plans[0], structures, (1,), ()), networks[0], *by)
+    assessor = Assessor(card, networks[1], None, *by)
+    ensemble = Assessor(dataclasses.replace(card, members=MEMBERS), mean, None, *by)
+    for model in (segmenter, assessor, ensemble):
+        channels = model.card.plan.out_channels
+        if backend == BEFORE:
+            model.network = finding_the_ball(model.network, channels)
+        else:
+            model.backend = dataclasses.replace(
+                model.backend, compute=finding_the_ball(model.backend.compute, channels)
+            )
+    prediction = segmenter.predict(fresh())
+    plausible = {} if backend == BEFORE else {"plausible": prediction.plausible}
+    mask = np.roll(prediction.labels.array, shape[0] // 16, axis=0)  # wrong at two sides, and
+    mask[..., shape[2] // 2] = 0  # in a slice
+    labels = Volume(mask, scan.affine)
+    assessed = assessor.assess(fresh(), labels, scan_id="s", **plausible).assessment
+
+    def windows() -> int:
+        looked: list[int] = []
+        hook = networks[0].register_forward_pre_hook(lambda _, inputs: looked.append(len(inputs[0])))
+        Segmenter(segmenter.card, networks[0]).predict(fresh())
+        hook.remove()
+        return sum(looked)
+
+    tasks: dict[str, Callable[[], float]] = {
+        "predict": lambda: seconds(lambda: segmenter.predict(fresh())),
+        "assess": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s", **plausible)),
+        "assess anywhere": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s")),
+        "assess by three": lambda: seconds(lambda: ensemble.assess(fresh(), labels, scan_id="s", **plausible)),
+        "TTA-16": lambda: seconds(lambda: segmenter.predict_tta(fresh(), GAMMAS)),
+        "convolutions": lambda: convolutions(networks[0], plans[0].patch, bfloat16=backend.endswith("bfloat16")),
+        "windows": lambda: float(windows()),
+        "estimated Dice": lambda: assessed.dice,
+        "peak GiB": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    window = torch.randn(1, 1, *plans[0].patch)
-    if backend == "pytorch":
-        frame = segmenter.frame(scan)
-        image = canonical_scan(scan, frame)
-        windows = windows_near(all_windows(image.shape, plans[0].patch), not_air(image))
-        row["convolutions alone"] = convolutions(segmenting, window, repeats) * len(windows)
-    row["dice"] = assessor.map_metrics(scan, labels)[0].dice or 0.0
-    row["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return row
+    for line in sys.stdin:
+        print(json.dumps(tasks[line.strip()]()), flush=True)
+
+
+class Worker:
+    """A process that serves the tasks of one scan by one backend, or by the other checkout."""
+
+    def __init__(self, name: str, backend: str, checkout: Path) -> None:
+        self.backend = backend
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", name, backend],
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, task: str) -> float | None:
+        """The task's number; None where this backend is not to be had."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(task + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        answer = self._process.stdout.readline()
+        return float(json.loads(answer)) if answer else None
+
+    def end(self) -> str:
+        """End the process; what it said in the end."""
+        _, errors = self._process.communicate()
+        return (errors.strip().splitlines() or [""])[-1]
+
+
+def measure(name: str, checkouts: Mapping[str, Path], rounds: int) -> dict[str, dict[str, float]]:
+    """All numbers of one scan, by backend."""
+    workers = []
+    for backend, checkout in checkouts.items():
+        worker = Worker(name, backend, checkout)
+        if worker.ask("estimated Dice") is None:  # also waits until it is ready
+            print(f"{name}, {backend}: {worker.end()}", file=sys.stderr)
+        else:
+            workers.append(worker)
+    rows: dict[str, dict[str, float]] = {worker.backend: {} for worker in workers}
+    for task in ("predict", "assess", "assess anywhere", "assess by three", "TTA-16", "convolutions"):
+        spent = dict.fromkeys(rows, 0.0)
+        for _ in range(rounds):
+            for worker in workers:
+                if spent[worker.backend] < ENOUGH_SECONDS:
+                    answer = worker.ask(task)
+                    assert answer is not None, worker.end()
+                    spent[worker.backend] += answer
+                    rows[worker.backend][task] = min(answer, rows[worker.backend].get(task, math.inf))
+    for worker in workers:
+        row = rows[worker.backend]
+        row |= {task: worker.ask(task) or 0.0 for task in ("windows", "estimated Dice", "peak GiB")}
+        row["convolutions"] *= row["windows"]
+        worker.end()
+    return {backend: {task: round(value, 4) for task, value in row.items()} for backend, row in rows.items()}
+
+
+def ratios(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What the numbers of one scan amount to, by backend."""
+    before = rows.get(BEFORE)
+    result = {}
+    for backend, row in rows.items():
+        result[backend] = {
+            "TTA-16 / assess": row["TTA-16"] / row["assess"],
+            "convolutions / predict": row["convolutions"] / row["predict"],
+        }
+        if before is not None:
+            result[backend] |= {
+                "TTA-16 before / assess": before["TTA-16"] / row["assess"],
+                "predict before / predict": before["predict"] / row["predict"],
+                "assess before / assess": before["assess"] / row["assess"],
+            }
+    return {backend: {name: round(value, 2) for name, value in row.items()} for backend, row in result.items()}
 
 
 def main() -> None:
-    """Measure each scan and backend in a process of its own."""
+    """Measure each scan, and keep the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs=2, metavar=("SCAN", "BACKEND"), help="one case, in this process")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, to compare with")
+    parser.add_argument("--scans", nargs="+", choices=list(SCANS), default=list(SCANS), metavar="SCAN")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, metavar="BACKEND")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "inference.json")
+    parser.add_argument("--serve", nargs=2, metavar=("SCAN", "BACKEND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
-        name, backend = arguments.case
-        try:
-            row = {key: round(value, 3) for key, value in measure(name, backend, arguments.repeats).items()}
-        except BackendError as error:
-            raise SystemExit(str(error)) from error
-        sys.stdout.write(json.dumps(row))
+    if arguments.serve:
+        serve(*arguments.serve)
         return
-    rows: dict[str, dict[str, float]] = {}
-    for name in SCANS:
-        for backend in BACKENDS:
-            command = [sys.executable, __file__, "--repeats", str(arguments.repeats), "--case", name, backend]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                rows[f"{name}, {backend}"] = json.loads(done.stdout)
-            result = {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread, PyTorch {torch.__version__}",
-                "processor seconds": rows,
-            }
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # of a run cut off, too
-    table = Table("scan, backend", *next(iter(rows.values())))
-    for name, row in rows.items():
-        table.add_row(name, *(f"{value:g}" for value in row.values()))
-    Console().print(table)
+    checkouts = {BEFORE: arguments.before.resolve()} if arguments.before is not None else {}
+    checkouts |= dict.fromkeys(arguments.backends, Path(__file__).resolve().parents[1])
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {platform.system()}, one thread, PyTorch {torch.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "seconds": {},
+        "ratios": {},
+    }
+    if arguments.out.is_file():
+        result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for name in arguments.scans:
+        if name not in result["seconds"]:
+            result["seconds"][name] = measure(name, checkouts, arguments.rounds)
+            result["ratios"][name] = ratios(result["seconds"][name])
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for kind in ("seconds", "ratios"):
+        rows = [(scan, backend, row) for scan, of in result[kind].items() for backend, row in of.items()]
+        table = Table("scan", "backend", *rows[-1][2])
+        for scan, backend, row in rows:
+            table.add_row(scan, backend, *(f"{value:g}" for value in row.values()))
+        Console(width=160).print(table)
 
 
 if __name__ == "__main__":

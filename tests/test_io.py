@@ -42,6 +42,7 @@ from tests.store_kit import (
     PLACING,
     Clock,
     Steps,
+    answer_lease,
     label_map,
     new_database,
     save_final,
@@ -476,7 +477,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
     )
     source = label_map(folder.parent / "submitted.nii.gz", 6)
     with store.change_labels([LabelChange(NewLabel("scan_1", "final", "annotator", ANNA), source)]) as changing:
-        lease = leases.submitted(changing.transaction, "scan_1", ANNA)
+        lease = answer_lease(changing.transaction, "scan_1", ANNA)
         corrections.add(changing.transaction, mask, changing.versions[0], change, ANNA, lease=lease)
         return changing.versions[0]
 

@@ -216,10 +216,11 @@ def emit(
     extra: Mapping[str, object] | None = None,
     key: str = "rows",
     terms: str = "",
+    empty: str = "",
 ) -> None:
     """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV.
 
-    ``terms``, what the columns mean, is printed below a table only.
+    ``terms``, what the columns mean, is printed below a table only; ``empty`` in the place of one without rows.
     """
     if as_json and as_csv:
         raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
@@ -241,6 +242,9 @@ def emit(
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: nothing is to be cut off
     typer.secho(visible(title), bold=True)
+    if empty and not rows:
+        typer.echo(empty)
+        return
     table = Table(box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(Text(visible(name)), justify="left" if rows and isinstance(rows[0][name], str) else "right")

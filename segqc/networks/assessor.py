@@ -314,7 +314,10 @@ class Assessor(TrainedNetwork):
         sums = error.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
         return ErrorView(
             metrics=metrics,
-            slices=tuple(SliceQuality(i, per_slice.at(i), float(s)) for i, s in enumerate(sums)),
+            slices=tuple(
+                SliceQuality(i, of_slice, error_sum)
+                for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
+            ),
             boxes=find_boxes(error, axis, scan.spacing_mm, boxes),
         )
 

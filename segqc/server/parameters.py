@@ -150,7 +150,7 @@ class ReviewParams(Params):
     """What a reviewer decides."""
 
     decision: Decision
-    reason: Line | None = Field(None, description="Why; a rejection needs a reason.")
+    reason: Line | None = Field(None, description="Why; needed to reject or to exclude.")
 
 
 class ScoringParams(Params):

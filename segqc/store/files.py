@@ -239,7 +239,7 @@ class LabelFiles:
     def lying(self, scan: str, tag: str, *also: str) -> list[str]:
         """The files below ``labels/`` that show, or may show, a scan's label under a tag, in any format."""
         names = dict.fromkeys([*self._names(scan, tag), *also])
-        return [name for name in names if (self.views / name).is_file()]
+        return [name for name in names if os.path.isfile(os.path.join(self.views, name))]
 
     def _names(self, scan: str, tag: str) -> list[str]:
         names = [f"{scan}{suffix}" for suffix in LABEL_SUFFIXES]

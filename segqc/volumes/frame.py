@@ -25,6 +25,7 @@ SMOOTHING_RATIO = 1.5
 """Linear downsampling by more than this is preceded by a Gaussian, against aliasing."""
 
 _GAUSSIAN_REACH = 4.0  # in standard deviations
+_ROWS = 16  # of a resampling matrix that are multiplied at once
 
 MAX_CANONICAL_VOXELS: Final = 1 << 30
 """More voxels than networks and memory can take: a scan's spacing is wrong, or does not go with the target's."""
@@ -261,18 +262,24 @@ def _resample_axis(array: Array, axis: int, size: int, order: int, wanted: slice
         # Whole-number arithmetic: no centre falls on the wrong side of a voxel's edge.
         return np.take(array, ((2 * np.arange(wanted.start, wanted.stop) + 1) * old) // (2 * size), axis=axis)
     weights = _weights(old, size)[wanted].astype(np.result_type(array.dtype, np.float32))
-    if axis == -1:
-        return cast(Array, array @ weights.T)
-    if axis == -2:
-        return cast(Array, weights @ array)
-    flat = weights @ array.reshape(*array.shape[:-2], -1)
-    return cast(Array, flat.reshape(*flat.shape[:-1], *array.shape[-2:]))
+    after = array.shape[array.ndim + axis + 1 :]
+    flat = array.reshape(-1, old, math.prod(after)) if after else array.reshape(-1, old)
+    result = np.empty((len(flat), len(weights), *flat.shape[2:]), weights.dtype)
+    for begin in range(0, len(weights), _ROWS):  # a few rows of the matrix have zeros but in a narrow band
+        rows = weights[begin : begin + _ROWS]
+        there = np.flatnonzero(rows.any(axis=0))
+        band = slice(int(there[0]), int(there[-1]) + 1)
+        if after:
+            np.matmul(rows[:, band], flat[:, band], out=result[:, begin : begin + _ROWS])
+        else:
+            result[:, begin : begin + _ROWS] = flat[:, band] @ rows[:, band].T
+    return result.reshape(*array.shape[: array.ndim + axis], len(weights), *after)
 
 
 def _weights(old: int, new: int) -> npt.NDArray[np.float64]:
     """The matrix (new, old) of linear interpolation, after a Gaussian where it shrinks by more than `SMOOTHING_RATIO`.
 
-    A product with a matrix that is mostly zeros is still many times as fast as filtering and picking voxels.
+    A product with a banded matrix is many times as fast as filtering and picking voxels.
     """
     matrix = np.eye(old)
     if old / new > SMOOTHING_RATIO:

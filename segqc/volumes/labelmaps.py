@@ -13,7 +13,7 @@ from segqc.text import caseless
 from segqc.types import values_in
 from segqc.volumes.grid import GridPlacement, place_labels
 from segqc.volumes.inputs import InputFile
-from segqc.volumes.volume import Array, Segment, Source, Volume
+from segqc.volumes.volume import Array, Grid, Segment, Source, Volume
 
 LIKELY_ERROR_NAMES: Final = frozenset({"likely error", "likely error (scribbles)"})
 NO_STRUCTURES: Final = LIKELY_ERROR_NAMES | {"background", "foreground_scribbles", "background_scribbles"}
@@ -33,7 +33,7 @@ class LabelMap:
 def load_labels(
     file: InputFile,
     source: Source,
-    scan: Volume | None = None,
+    scan: Grid | None = None,
     values: Collection[int] | None = None,
     names: Mapping[str, int] | None = None,
 ) -> LabelMap:
@@ -58,7 +58,7 @@ def load_labels(
 def _load(
     file: InputFile,
     source: Source,
-    scan: Volume | None,
+    scan: Grid | None,
     placement: GridPlacement | None,
     values: Collection[int] | None,
     names: Mapping[str, int] | None,

@@ -40,6 +40,20 @@ REVIEW_FIELDS: Final = ("status", "level", "approvedBy", "comment", "editTime")
 SHOWN_STATES: Final[tuple[ScanState, ...]] = ("unlabelled", "rejected", "submitted", "approved")
 
 
+def scan_info(scan: ScanRecord) -> Info:
+    """What is noted of a scan."""
+    noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
+    # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
+    checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
+    return {
+        **noted,
+        **scan.info,
+        **checksum,
+        "state": scan.state,
+        **({"reason": scan.reason} if scan.reason else {}),
+    }
+
+
 class StoreDatastore(Datastore):
     """A dataset folder as MONAI Label sees it: scans by id, and a current label under each tag.
 
@@ -141,7 +155,7 @@ class StoreDatastore(Datastore):
             if scan.state != "excluded" and scan.missing_since is None:
                 return scan
             break
-        raise ImageNotFoundException(f"Image {image_id} not found")
+        raise ImageNotFoundException(f"there is no image {image_id!r}.")
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
@@ -153,20 +167,7 @@ class StoreDatastore(Datastore):
 
     def get_image_info(self, image_id: str) -> Info:
         """What is noted of a scan."""
-        return self.scan_info(self.scan(image_id))
-
-    def scan_info(self, scan: ScanRecord) -> Info:
-        """What is noted of a scan that was just looked up."""
-        noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
-        # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
-        checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
-        return {
-            **noted,
-            **scan.info,
-            **checksum,
-            "state": scan.state,
-            **({"reason": scan.reason} if scan.reason else {}),
-        }
+        return scan_info(self.scan(image_id))
 
     def update_image_info(self, image_id: str, info: Info) -> None:
         """Add to what is noted of a scan."""
@@ -174,7 +175,7 @@ class StoreDatastore(Datastore):
             try:
                 scans.update_info(transaction, image_id, info)
             except UnknownScan as error:
-                raise ImageNotFoundException(f"Image {image_id} not found") from error
+                raise ImageNotFoundException(f"there is no image {image_id!r}.") from error
 
     def add_image(self, image_id: str, image_filename: str, image_info: Info | None) -> str:
         """Put a scan into the folder under an id; a file that is there is never replaced.
@@ -223,7 +224,7 @@ class StoreDatastore(Datastore):
     def _known_label(self, label_id: str, label_tag: str) -> LabelRecord:
         label = self._label(label_id, label_tag)
         if label is None:
-            raise LabelNotFoundException(f"Label {label_id} with tag {_tag(label_tag)} not found")
+            raise LabelNotFoundException(f"the image {label_id!r} has no label with the tag {_tag(label_tag)!r}.")
         return label
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
@@ -392,7 +393,7 @@ class StoreDatastore(Datastore):
             noted = labels.infos(transaction)
         found = {
             s.name: {
-                "image": {"info": self.scan_info(s), "ext": s.suffix},
+                "image": {"info": scan_info(s), "ext": s.suffix},
                 "labels": {
                     label.tag: {"info": self._label_info(label, noted.get(label.id, {})), "ext": label.suffix}
                     for label in _in_order(by_scan[s.name] for by_scan in current.values() if s.name in by_scan)

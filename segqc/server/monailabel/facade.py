@@ -113,7 +113,7 @@ class App:
         return body
 
     def infer(self, request: Mapping[str, Any]) -> Inference:
-        """Run an inference task, as `SegqcApp.infer` describes."""
+        """Run an inference task, as `DatasetApp.infer` describes."""
         made = self._instance.infer(request)
         return Inference(file=Path(made["file"]), params=made["params"])
 

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 
 from segqc.server.actors import RequestUser, request_user
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.exceptions import ImageNotFoundException
 from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
 from segqc.store.records import JsonObject, ScanRecord
@@ -91,20 +90,13 @@ def known_scan(image: str) -> ScanRecord:
     """The scan that a client calls so.
 
     Raises:
-        RequestError: 404 if there is none.
+        ImageNotFoundException: if there is none; clients get 404.
     """
-    try:
-        return current_app().datastore.scan(image)
-    except ImageNotFoundException as error:
-        raise RequestError(404, f"there is no image {image!r}.") from error
+    return current_app().datastore.scan(image)
 
 
 def known_image(image: str) -> str:
-    """The id of the scan that a client calls so.
-
-    Raises:
-        RequestError: 404 if there is none.
-    """
+    """The id of the scan that a client calls so; fails as `known_scan` does."""
     return known_scan(image).name
 
 
@@ -128,7 +120,8 @@ def known_label(label: str, tag: str) -> str:
     """The id of the scan that a client calls so, which has a label map under the tag.
 
     Raises:
-        RequestError: 404 if there is no such scan or label map.
+        ImageNotFoundException: if there is no such scan; clients get 404.
+        RequestError: 404 if it has no such label map.
     """
     image = known_image(label)
     if not current_app().datastore.get_label_uri(image, tag):

@@ -7,7 +7,7 @@ import shutil
 from fastapi import APIRouter, UploadFile
 
 from segqc.loop.requests import NETWORKS
-from segqc.networks.bundle import model_name
+from segqc.networks.bundle import StructuresDiffer, model_name
 from segqc.networks.model_file import ModelError
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN
@@ -23,7 +23,8 @@ router = APIRouter()
 def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
     """Publish an uploaded model, if it can be loaded and is of the same kind: a new bundle, which serves at once.
 
-    The bundle's other network is that of the bundle before. The scans that wait are scored by it.
+    The bundle's other network is that of the bundle before; it has to know the same structures. The scans that wait
+    are scored by the new bundle.
     """
     network = known("model", model, NETWORKS)
     bundles = current_app().context.dataset.bundles
@@ -32,8 +33,10 @@ def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target)
         try:
-            with bundles.publishing({network: path}, user.actor(), "upload") as publication:
+            with bundles.publishing({network: path}, user.actor(), "upload", only_as_pair=True) as publication:
                 manifest = publication.manifest
+        except StructuresDiffer:
+            raise
         except ModelError as error:
             message = error.clause.removeprefix(str(path)).removeprefix(": ")
             raise RequestError(422, f"the uploaded file is no {model} model: {message}") from error

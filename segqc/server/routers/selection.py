@@ -12,8 +12,7 @@ from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import SampleBody, SampleParams
 from segqc.server.routers.dependencies import AskingUser, in_turn
-from segqc.store.records import JsonObject, ScanRecord
-from segqc.types import PredictionInterval
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
@@ -30,26 +29,4 @@ def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObj
     known("strategy", strategy, app.strategies)
     with acting(user.actor(params.client_id)):
         answer = app.next_sample(strategy, params)
-    if not answer:
-        return {}
-    scan = app.datastore.scan(answer["id"])
-    path = app.context.dataset.folder / scan.file
-    # the strategy's own words win over what happens to be noted of the scan
-    body: JsonObject = {
-        **app.datastore.scan_info(scan), **answer, "path": str(path), "requested_strategy": strategy,
-    }  # fmt: skip
-    interval = answer.get("estimated_dice_interval")
-    body["name"] = _title(
-        scan,
-        answer.get("estimated_dice"),
-        PredictionInterval(**interval) if interval is not None else None,
-    )
-    return body
-
-
-def _title(scan: ScanRecord, dice: float | None, interval: PredictionInterval | None) -> str:
-    """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
-    if dice is None:
-        return scan.file
-    between = f", {interval}" if interval is not None else ""
-    return f"{scan.name} (estimated Dice {dice:.2f}{between}){scan.suffix}"
+    return {**answer, "requested_strategy": strategy} if answer else {}
