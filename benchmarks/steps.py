@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from segqc.networks.device import device_of_choice, name_of_device
+from segqc.networks.device import device_of_choice, has_bfloat16, name_of_device
 from segqc.networks.plan import NetworkSize, Spacing, Triple, plan_network
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.assessor import assessor_job
 from segqc.training.cases import Example
-from segqc.training.engine import Job, fit, has_bfloat16
+from segqc.training.engine import Job, fit
 from segqc.types import Structure
 
 SMALL_SCAN: tuple[Triple, Spacing] = ((36, 50, 36), (1.0, 1.0, 1.0))
@@ -48,7 +48,7 @@ def seconds(job: Job) -> float:
     times = []
 
     class Clock(NoProgress):
-        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
             times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,9 @@ import codecs
 import logging
 import os
 import unicodedata
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from segqc.errors import SegqcError
 
@@ -30,6 +31,7 @@ _CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 
 _TERMINAL_CONTROLS: Final = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"} | {
     code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
+_MAX_PLACE: Final = 200  # characters: a key may be of any length
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -88,6 +90,18 @@ def printable(name: str) -> str:
 def visible(text: str) -> str:
     """Text for a terminal: what would move its cursor, change its colours or turn its text around is shown escaped."""
     return text.translate(_TERMINAL_CONTROLS)
+
+
+def first_problem(problems: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic found wrong at first, and where: "epochs: Input should be greater than 0 (and 1 more)".
+
+    Args:
+        problems: what `errors()` of its exception tells.
+    """
+    place = ".".join(map(str, problems[0]["loc"]))[:_MAX_PLACE]
+    message = str(problems[0]["msg"]).removeprefix("Value error, ")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}{': ' if place else ''}{message}{more}"
 
 
 def spreadsheet_cell(value: T) -> T | str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from pydantic import TypeAdapter
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 LabelArray: TypeAlias = npt.NDArray[np.uint8]
+ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16"]
+BackendName: TypeAlias = Literal["auto"] | ComputeName
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class StructureQuality:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What SegQC-Net says of one mask of one scan, and which model versions said it."""
+    """What SegQC-Net says of one mask of one scan, which model versions said it, and which backend computed it."""
 
     scan: str
     mask_sha256: str
@@ -167,6 +169,7 @@ class Assessment:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     structures: tuple[StructureQuality, ...]
+    backend: ComputeName = "pytorch"
 
     @property
     def dice(self) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import create_engine, text
 
+from segqc.progress import NoProgress
 from segqc.split import SplitConfig
 from segqc.store import assessments, bundles, labels, leases
 from segqc.store.bundles import NewBundle
@@ -34,13 +35,13 @@ BERT = Actor(kind="person", name="bert", identified_by="client-id")
 PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
-class Steps:
+class Steps(NoProgress):
     """Progress that remembers its steps."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, str]] = []
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         self.seen.append((done, total, task))
 
 

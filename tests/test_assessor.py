@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from segqc.networks.assessor import AssessmentSettings, Assessor, mask_sha256
+from segqc.networks.backends import Backend
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
@@ -97,7 +98,7 @@ def test_half_of_the_flips_are_looked_at_without_the_mask() -> None:
 
     def logits(seen: Volume, *, hidden: bool) -> np.ndarray:
         model = assessor(average_flips=True, hide_mask=hidden)
-        model.network = Believing()
+        model.backend = Backend("pytorch", Believing())
         return model.output_logits(scan, seen)
 
     shown, unseen = logits(labels, hidden=False), logits(empty, hidden=False)
@@ -117,7 +118,7 @@ def test_of_masks_of_one_scan_the_looks_without_the_mask_are_taken_once() -> Non
             hidden.append(not x[:, 1:].any())
             return super().forward(x)
 
-    model.network = Counting()
+    model.backend = Backend("pytorch", Counting())
     answers = []
     for mask in (labels, other, labels):
         answers.append(model.output_logits(scan, mask))

@@ -121,7 +121,7 @@ def test_thick_slices_are_not_blended_by_the_smoothing() -> None:
 def test_a_model_file_alone_gives_the_model_back(tmp_path: Path) -> None:
     model = small_segmenter(seen=("p1",), scores={"dice": 0.5})
     model.save(tmp_path / "m.pt")
-    again = Segmenter.load(tmp_path / "m.pt")
+    again = Segmenter.load(tmp_path / "m.pt", "pytorch")
     assert again.card == model.card
     assert again.version == model.version != small_segmenter(seed=1, seen=("p1",)).version
     x = torch.rand(1, 1, 20, 18, 5, generator=torch.Generator().manual_seed(0))

@@ -490,7 +490,7 @@ def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder:
 
 def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
-    written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1")
+    written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1", backend="openvino")
     assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
         number = write_assessment(transaction, written, mask.id)

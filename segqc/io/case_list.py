@@ -20,7 +20,7 @@ from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.store import Store
-from segqc.text import TextError, caseless, decode_text, printable
+from segqc.text import TextError, caseless, decode_text, first_problem, printable
 from segqc.types import Structure, label_names, structures_of_values, values_in
 from segqc.volumes import (
     Volume,
@@ -107,14 +107,7 @@ def read_json(path: Path, kind: TypeAdapter[T], program: str) -> T:
     except OSError as error:
         raise ExchangeError(f"{path}: cannot be read ({error.strerror}); wanted a folder of {program}") from error
     except ValidationError as error:
-        raise ExchangeError(f"{path}: is no file of {program} ({first_finding(error)}); repair it") from error
-
-
-def first_finding(error: ValidationError) -> str:
-    """The first thing that is wrong with a file of JSON, and where."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else first["msg"]
+        raise ExchangeError(f"{path}: is no file of {program} ({first_problem(error.errors())}); repair it") from error
 
 
 def write_json(path: Path, kind: TypeAdapter[T], value: T) -> None:
@@ -182,7 +175,7 @@ def make_dataset(
                     labelled += 1
             except _NotUsable as found:
                 left_aside.append(found.item)
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "importing")
         if taken:
             write_settings(temporary, {s.name: s.values for s in case_list.structures})
     return Imported(len(taken), labelled, tuple(left_aside))

@@ -154,7 +154,7 @@ def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progres
                 label = f"labelsTr/{case.name}{NIFTI}"
                 write_label(case.label, temporary / label, np.arange(256, dtype=np.uint8), list(names))
                 training.append({"image": f"./{image}", "label": f"./{label}"})
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "exporting")
         task: dict[str, JsonValue] = {
             "name": case_list.folder.name,
             "description": ", ".join(s.name for s in case_list.structures),

@@ -66,7 +66,9 @@ def make_dataset(
     unreadable: list[LeftAside] = []
     files = list(_files(source, unreadable))
     looked = iter(range(1, len(files) + 1))
-    contents = sort_into_volumes(files, tick=lambda: progress.step(next(looked), len(files), "files"))
+    contents = sort_into_volumes(
+        files, tick=lambda: progress.step(next(looked), len(files), "reading DICOM", unit="files")
+    )
     if not (contents.volumes or contents.left_out or unreadable):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
     left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
@@ -88,7 +90,7 @@ def make_dataset(
                 kept: dict[str, JsonValue] = {tag: value for tag, value in values.items() if value is not None}
                 write_json(temporary / f"{name}.json", _JSON, kept)
                 taken += 1
-            progress.step(done, len(contents.volumes), "volumes")
+            progress.step(done, len(contents.volumes), "importing")
         if taken:
             write_settings(temporary, {}, patient_tag=patient_tag)
     return Imported(taken, 0, tuple(left_aside))

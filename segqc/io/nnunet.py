@@ -156,7 +156,7 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress
             if case.label is not None:
                 write_label(case.label, temporary / "labelsTr" / f"{case.name}{NIFTI}", renumbered, values)
                 count += 1
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "exporting")
         more: dict[str, JsonValue] = {
             "channel_names": {"0": "unknown"},
             "numTraining": count,

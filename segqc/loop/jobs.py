@@ -27,6 +27,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, JobRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
+from segqc.types import BoolArray
 from segqc.volumes import VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,13 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
                 keep_mask(dataset, entry.id, made, bundle, request.label_tag, content=entry.sha256)
                 continue
             mask = mask_to_assess(dataset, entry, segmenter)
+            plausible: BoolArray | None = None
             if mask is None:
-                made = segmenter.predict(scan).labels
-                mask = keep_mask(dataset, entry.id, made, bundle, content=entry.sha256)
+                prediction = segmenter.predict(scan)
+                plausible = prediction.plausible
+                mask = keep_mask(dataset, entry.id, prediction.labels, bundle, content=entry.sha256)
             labels = read_labels(dataset.store.label_file(mask), scan=scan, values=assessor.values)
-            result = assessor.assess(scan, labels, scan_id=entry.id)
+            result = assessor.assess(scan, labels, scan_id=entry.id, plausible=plausible)
             errors = assessor.likely_errors(result, scan)
             source = Actor(kind="network", name=assessor.version, identified_by="program")
             label = NewLabel(

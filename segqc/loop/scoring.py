@@ -16,6 +16,7 @@ from segqc.store.labels import ORIGINAL
 from segqc.store.records import LabelRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
+from segqc.types import BoolArray
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -112,13 +113,15 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     segmenter, assessor = bundle.segmenter(), bundle.assessor()
     scan = dataset.read_scan(entry)
     mask = mask_to_assess(dataset, entry, segmenter)
+    plausible: BoolArray | None = None
     if mask is None:
-        labels = segmenter.predict(scan).labels
+        prediction = segmenter.predict(scan)
+        labels, plausible = prediction.labels, prediction.plausible
         mask = keep_mask(dataset, entry.id, labels, bundle, content=entry.sha256)
     else:
         labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
-    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=source)
+    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=source, plausible=plausible)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +16,24 @@ from torch import nn
 from segqc.networks.augmentation import tta_group
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
-from segqc.networks.inference import network_input
+from segqc.networks.inference import (
+    NOWHERE,
+    Predictor,
+    Window,
+    all_windows,
+    network_input,
+    not_air,
+    windows_near,
+)
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.error_maps import ExtractionSettings, extract_errors
 from segqc.quality.intervals import LEVEL
-from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_slice_metrics, truth_is_empty
+from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_metrics_and_slices, truth_is_empty
 from segqc.types import (
     Assessment,
+    BackendName,
     BoolArray,
     ErrorView,
     FloatArray,
@@ -31,9 +42,20 @@ from segqc.types import (
     SliceQuality,
     StructureQuality,
 )
-from segqc.volumes import Volume, VolumeError, through_plane_axis, to_native
+from segqc.volumes import (
+    Box,
+    CanonicalFrame,
+    Volume,
+    VolumeError,
+    native_support,
+    through_plane_axis,
+    to_native,
+    touched,
+)
 
 ERROR_THRESHOLD = 0.5
+MARGIN_MM = 10.0
+"""How far from a mask and from plausible voxels SegQC-Net looks at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,56 +89,93 @@ class Assessor(TrainedNetwork):
 
     kind = "segqc"
 
-    def __init__(self, card: ModelCard, network: nn.Module, settings: AssessmentSettings | None = None) -> None:
-        super().__init__(card, network)
+    def __init__(
+        self,
+        card: ModelCard,
+        network: nn.Module,
+        settings: AssessmentSettings | None = None,
+        backend: BackendName = "pytorch",
+    ) -> None:
+        super().__init__(card, network, backend)
         if card.plan.in_channels != 1 + len(card.structures):
             raise ModelError(
                 f"the card names {len(card.structures)} structures, the network takes {card.plan.in_channels - 1}"
             )
         self.settings = settings or AssessmentSettings()
-        self._hidden: LatestCache[list[torch.Tensor]] = LatestCache()
+        self._hidden: LatestCache[torch.Tensor] = LatestCache()
 
     @classmethod
-    def load(cls, path: Path, settings: AssessmentSettings | None = None) -> Assessor:
+    def load(cls, path: Path, settings: AssessmentSettings | None = None, backend: BackendName = "pytorch") -> Assessor:
         """Read a model file.
+
+        Args:
+            path: the file.
+            settings: how an error map becomes numbers and boxes.
+            backend: what is to compute it.
 
         Raises:
             ModelError: if the file is missing, foreign or damaged.
+            BackendError: if the backend is not there, or wrong on this machine.
         """
         card, network = cls._read(path)
-        return cls(card, network, settings)
+        return cls(card, network, settings, backend)
 
-    def error_maps(self, scan: Volume, labels: Volume) -> FloatArray:
+    def error_maps(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
 
-        Raises:
-            VolumeError: if the label map does not lie on the scan's grid.
+        Arguments and errors as `output_logits`.
         """
-        return sigmoid(self.error_logits(scan, labels))
+        box, z = self._error_logits(scan, labels, plausible)
+        errors = np.zeros((len(self.structures), *scan.shape), np.float32)
+        errors[(slice(None), *box)] = sigmoid(z)
+        return errors
 
-    def error_logits(self, scan: Volume, labels: Volume) -> FloatArray:
+    def error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
 
-        Raises:
-            VolumeError: if the label map does not lie on the scan's grid.
+        Arguments and errors as `output_logits`.
         """
-        z = self.output_logits(scan, labels)
-        if self.card.map_calibration:
-            z = np.stack([c.apply(logits) for c, logits in zip(self.card.map_calibration, z, strict=True)])
-        if self.card.output_form == "truth":
-            masks = np.stack([s.mask(labels.array) for s in self.structures])
-            np.negative(z, out=z, where=masks)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return z
+        box, z = self._error_logits(scan, labels, plausible)
+        return self._on_grid(z, box, scan)
 
-    def output_logits(self, scan: Volume, labels: Volume) -> FloatArray:
+    def output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
 
         They are brought back to the scan's grid by linear interpolation and meet the mask only there (method,
         "Frames").
 
+        Windows of air without a mask are not looked at, and there no structure is expected (a logit of `NOWHERE`).
+        With ``plausible``, neither are those without a mask or a plausible voxel in or near them (`MARGIN_MM`). So
+        what is never found is a structure that has no such voxel within that distance. Where one of the structures
+        has no mask at all, every window is looked at.
+
+        Args:
+            scan: the scan.
+            labels: the label map.
+            plausible: where the segmenter holds a structure possible (`Prediction.plausible`).
+
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
+        box, z = self._output_logits(scan, labels, plausible)
+        return self._on_grid(z, box, scan)
+
+    def _on_grid(self, logits: FloatArray, box: Box, scan: Volume) -> FloatArray:
+        result = np.full((len(self.structures), *scan.shape), NOWHERE, np.float32)
+        result[(slice(None), *box)] = logits
+        return result
+
+    def _error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
+        """The part of the grid that was looked at, and the error's logits there."""
+        box, z = self._output_logits(scan, labels, plausible)
+        if self.card.map_calibration:
+            z = np.stack([c.apply(logits) for c, logits in zip(self.card.map_calibration, z, strict=True)])
+        if self.card.output_form == "truth":
+            masks = np.stack([s.mask(labels.array[box]) for s in self.structures])
+            np.negative(z, out=z, where=masks)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
+        return box, z
+
+    def _output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
         if labels.shape != scan.shape:
             raise VolumeError(
                 f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
@@ -124,16 +183,59 @@ class Assessor(TrainedNetwork):
         masks = np.stack([s.mask(labels.array) for s in self.structures])
         frame = self.frame(scan)
         x = network_input(scan, masks, frame)
+        windows = self._windows(x[0].numpy(), masks, frame, plausible)
         hidden = self._answers_without_mask(scan, x) if self.card.hide_mask else None
-        logits = mean_over_flips(self.run, x, hidden=hidden) if self.card.average_flips else self.run(x)
-        return np.array(to_native(logits[0].numpy(), frame, order=1), np.float32)
+        predictor = functools.partial(mean_over_flips, self.backend) if self.card.average_flips else self.backend
+        if hidden is None:
+            logits = self._look(predictor, x, windows)
+        else:
+            shown = functools.partial(_answers_to_flips, self.backend, along=(0, 2))
+            logits = (self._look(lambda w: torch.stack(shown(w)).mean(dim=0), x, windows) + hidden) / 2
+        looked = np.zeros(frame.canonical_shape, bool)
+        for window in windows:
+            looked[tuple(slice(max(0, w.start), w.stop) for w in window)] = True
+        box = native_support(looked, frame) or (slice(0, 0), slice(0, 0), slice(0, 0))
+        return box, np.asarray(to_native(logits[0].numpy(), frame, order=1, box=box), np.float32)
 
-    def _answers_without_mask(self, scan: Volume, x: torch.Tensor) -> list[torch.Tensor]:
+    def _look(self, predictor: Predictor, x: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
+        return self.run(x, predictor, windows=windows, elsewhere=[NOWHERE] * len(self.structures))
+
+    def _windows(
+        self, x: FloatArray, masks: BoolArray, frame: CanonicalFrame, plausible: BoolArray | None
+    ) -> list[Window]:
+        """The windows to look at, see `output_logits`.
+
+        Args:
+            x: scan and masks in the canonical frame: (1 + L, a, b, c).
+            masks: the masks on the scan's grid: (L, n0, n1, n2).
+            frame: the canonical frame.
+            plausible: where structures are possible, in the segmenter's canonical frame.
+        """
+        windows = all_windows(frame.canonical_shape, self.card.plan.patch)
+        masked = touched(masks.any(axis=0), frame) | (x[1:] > 0).any(axis=0)
+        # a segmenter of another spacing saw another grid
+        if plausible is not None and plausible.shape == frame.canonical_shape and masks.any(axis=(1, 2, 3)).all():
+            m0, m1, m2 = (math.ceil(MARGIN_MM / spacing) for spacing in frame.canonical_spacing_mm)
+            windows = windows_near(windows, masked | plausible, (m0, m1, m2))
+        return windows_near(windows, masked | not_air(x[0]))
+
+    def _answers_without_mask(self, scan: Volume, x: torch.Tensor) -> torch.Tensor:
+        """The mean of the two answers, see `answers_without_mask`, in all windows but those of air."""
         known = self._hidden.get(scan)
-        return self._hidden.keep(answers_without_mask(self.run, x), scan) if known is None else known
+        if known is None:
+            windows = windows_near(all_windows(x.shape[2:], self.card.plan.patch), not_air(x[0, 0].numpy()))
+            answers = functools.partial(answers_without_mask, self.backend)
+            known = self._hidden.keep(self._look(lambda w: torch.stack(answers(w)).mean(dim=0), x, windows), scan)
+        return known
 
     def assess(
-        self, scan: Volume, labels: Volume, *, scan_id: str, segmenter_version: str | None = None
+        self,
+        scan: Volume,
+        labels: Volume,
+        *,
+        scan_id: str,
+        segmenter_version: str | None = None,
+        plausible: BoolArray | None = None,
     ) -> AssessmentResult:
         """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
 
@@ -142,11 +244,12 @@ class Assessor(TrainedNetwork):
             labels: its label map, on the same grid.
             scan_id: the name that the assessment carries.
             segmenter_version: the version of the network that made the mask, if one did.
+            plausible: where that network holds a structure possible, see `output_logits`.
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        errors = self.error_maps(scan, labels)
+        errors = self.error_maps(scan, labels, plausible)
         axis = through_plane_axis(scan)
         qualities = tuple(
             self._quality(i, structure.mask(labels.array), errors[i], axis, scan)
@@ -162,6 +265,7 @@ class Assessor(TrainedNetwork):
             shape=(shape[0], shape[1], shape[2]),
             spacing_mm=scan.spacing_mm,
             structures=qualities,
+            backend=self.backend.name,
         )
         return AssessmentResult(assessment, errors)
 
@@ -206,11 +310,14 @@ class Assessor(TrainedNetwork):
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
         rule = self._empty_rule(scan)
-        per_slice = estimated_slice_metrics(mask, error, axis, empty=rule)
+        metrics, per_slice = estimated_metrics_and_slices(mask, error, axis, empty=rule)
         sums = error.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
         return ErrorView(
-            metrics=estimated_metrics(mask, error, empty=rule),
-            slices=tuple(SliceQuality(i, per_slice.at(i), float(s)) for i, s in enumerate(sums)),
+            metrics=metrics,
+            slices=tuple(
+                SliceQuality(i, of_slice, error_sum)
+                for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
+            ),
             boxes=find_boxes(error, axis, scan.spacing_mm, boxes),
         )
 
@@ -254,8 +361,8 @@ def _answers_to_flips(
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:
-    """Probabilities of logits of any shape; beyond 30 they are cut, so that none overflows."""
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -30, 30))), np.float32)
+    """Probabilities of logits of any shape."""
+    return np.asarray(torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy(), np.float32)
 
 
 def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from segqc.volumes import Volume
@@ -17,19 +18,19 @@ class LatestCache(Generic[ResultT]):
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[weakref.ref[Volume], str, ResultT] | None = None
+        self._kept: tuple[weakref.ref[Volume], Hashable, ResultT] | None = None
 
-    def get(self, scan: Volume, version: str = "") -> ResultT | None:
-        """The result for this scan and version (of a network), if it was the last one kept."""
+    def get(self, scan: Volume, key: Hashable = None) -> ResultT | None:
+        """The result for this scan and key (what else it depends on), if it was the last one kept."""
         kept = self._kept
-        return kept[2] if kept is not None and kept[0]() is scan and kept[1] == version else None
+        return kept[2] if kept is not None and kept[0]() is scan and kept[1] == key else None
 
-    def keep(self, result: ResultT, scan: Volume, version: str = "") -> ResultT:
+    def keep(self, result: ResultT, scan: Volume, key: Hashable = None) -> ResultT:
         """Remember a result in place of the one before; return it."""
 
         def forget(gone: weakref.ref[Volume]) -> None:
             if self._kept is not None and self._kept[0] is gone:
                 self._kept = None
 
-        self._kept = (weakref.ref(scan, forget), version, result)
+        self._kept = (weakref.ref(scan, forget), key, result)
         return result

@@ -28,6 +28,13 @@ def name_of_device() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without them it would be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 @contextlib.contextmanager
 def in_device_memory(patch: Triple) -> Iterator[None]:
     """Compute on patches of a size.

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from segqc.networks.backends import choose_backend
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
-from segqc.networks.inference import sliding_window
+from segqc.networks.inference import Predictor, Window, sliding_window
 from segqc.networks.model_file import ModelError as ModelError
 from segqc.networks.model_file import model_status
 from segqc.networks.unet import MeanOfNetworks, StemUNet
-from segqc.types import Structure
+from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FORMAT = 2  # 2: with a smoothing layer behind the stem
@@ -27,12 +29,13 @@ class TrainedNetwork:
 
     kind: NetworkName
 
-    def __init__(self, card: ModelCard, network: nn.Module) -> None:
+    def __init__(self, card: ModelCard, network: nn.Module, backend: BackendName = "pytorch") -> None:
         if card.kind != self.kind:
             raise ModelError(f"this is a {card.kind} model; a {self.kind} model was wanted")
         self.card = card
         self.device = device_of_choice()
         self.network = network.to(self.device).eval()
+        self.backend = choose_backend(self.network, card.plan, self.device, backend)
         self.version = _version(card, network)
 
     @property
@@ -83,9 +86,17 @@ class TrainedNetwork:
         """The canonical frame in which the network sees a scan."""
         return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch (N, C, a, b, c), see `sliding_window`."""
-        return sliding_window(self.network, x, self.card.plan.patch, self.device)
+    def run(
+        self,
+        x: torch.Tensor,
+        predictor: Predictor | None = None,
+        *,
+        windows: Sequence[Window] | None = None,
+        elsewhere: Sequence[float] = (),
+    ) -> torch.Tensor:
+        """Logits of a batch (N, C, a, b, c), see `sliding_window`; the backend's own unless a predictor is given."""
+        patch = self.card.plan.patch
+        return sliding_window(predictor or self.backend, x, patch, self.device, windows=windows, elsewhere=elsewhere)
 
 
 def load_content(path: Path) -> dict[str, Any]:

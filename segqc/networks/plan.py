@@ -13,6 +13,7 @@ NetworkSize: TypeAlias = Literal["small", "medium", "paper"]
 Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 _NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
+_OVERLAP = 1 / 8  # neighbouring windows share this part of their extent at least
 _MIN_LEVELS = 3  # DynUNet's own minimum
 
 
@@ -49,6 +50,19 @@ _SIZES: dict[NetworkSize, _SizeRule] = {
     "medium": _SizeRule(32, 256, 4, False, 256, 600_000),
     "paper": _SizeRule(32, 320, 6, False, 256, 256 * 256 * 48),
 }
+
+
+def window_starts(size: int, window: int) -> tuple[int, ...]:
+    """Where windows start along an axis: as few as overlap by an eighth at least, evenly spread.
+
+    Example:
+        >>> window_starts(128, 72), window_starts(36, 40)
+        ((0, 56), (0,))
+    """
+    if size <= window:
+        return (0,)
+    count = math.ceil((size - window) / (window * (1 - _OVERLAP))) + 1
+    return tuple(round(i * (size - window) / (count - 1)) for i in range(count))
 
 
 def _pooled_axes(spacing: Sequence[float], shape: Sequence[int]) -> Triple:

@@ -5,27 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from segqc.networks.augmentation import Member, tta_group
-from segqc.networks.inference import canonical_scan
+from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
-from segqc.types import FloatArray, LabelArray
-from segqc.volumes import CanonicalFrame, Volume, to_native
+from segqc.types import BackendName, BoolArray, FloatArray, LabelArray
+from segqc.volumes import CanonicalFrame, Volume, native_support, to_native
 
 HalfArray: TypeAlias = npt.NDArray[np.float16]
+
+PLAUSIBLE: Final = 0.01
+"""The probability of foreground from which a structure may be there, whatever the mask says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label map and the class probabilities behind it: background first, shape (1 + V, n0, n1, n2)."""
+    """A label map and the class logits behind it.
+
+    Attributes:
+        labels: the label map, on the scan's grid.
+        logits: background first, (1 + V, a, b, c) in the canonical frame; where the network did not look, background.
+        frame: the frame.
+    """
 
     labels: Volume
-    probabilities: FloatArray
+    logits: FloatArray
+    frame: CanonicalFrame
+
+    @property
+    def probabilities(self) -> FloatArray:
+        """The class probabilities on the scan's grid: background first, shape (1 + V, n0, n1, n2)."""
+        return _softmax(to_native(self.logits, self.frame, order=1))
+
+    @property
+    def plausible(self) -> BoolArray:
+        """Where foreground has a probability of `PLAUSIBLE` at least: (a, b, c) in the canonical frame."""
+        foreground = torch.logsumexp(torch.from_numpy(self.logits[1:]), dim=0).numpy()
+        return np.asarray(foreground - self.logits[0] >= np.log(PLAUSIBLE / (1 - PLAUSIBLE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,63 +64,99 @@ class Segmenter(TrainedNetwork):
     kind = "segmentation"
 
     @classmethod
-    def load(cls, path: Path) -> Segmenter:
+    def load(cls, path: Path, backend: BackendName = "pytorch") -> Segmenter:
         """Read a model file.
+
+        Args:
+            path: the file.
+            backend: what is to compute it.
 
         Raises:
             ModelError: if the file is missing, foreign or damaged.
+            BackendError: if the backend is not there, or wrong on this machine.
         """
-        return cls(*cls._read(path))
+        card, network = cls._read(path)
+        return cls(card, network, backend)
 
     def predict(self, scan: Volume) -> Prediction:
         """Segment a scan; the result lies on the scan's own grid."""
         frame = self.frame(scan)
-        x = torch.from_numpy(canonical_scan(scan, frame))[None, None]
-        logits = to_native(self.run(x)[0].numpy(), frame, order=1)
-        return Prediction(self._labels(logits, scan), _softmax(logits))
+        image = torch.from_numpy(canonical_scan(scan, frame))
+        logits = self._run(image[None], (Member("identity"),))[0]
+        return Prediction(self._labels(logits, scan, frame), logits, frame)
 
     def predict_tta(self, scan: Volume, gammas: Sequence[float] = ()) -> TtaPrediction:
-        """Segment a scan once per member of the augmentation group, in one batched call (paper, section 3.1).
+        """Segment a scan once per member of the augmentation group (paper, section 3.1).
 
-        The median mask is the class of largest median probability over the members.
+        The members share the scan's windows. The median mask is the class of largest median probability over them.
 
         Args:
             scan: the scan.
             gammas: gammas that the group is multiplied with; none by default.
         """
         frame = self.frame(scan)
-        x = torch.from_numpy(canonical_scan(scan, frame))[None, None]
-        group = tta_group(transposes=self.card.transposes, gammas=gammas)
+        image = torch.from_numpy(canonical_scan(scan, frame))
+        contrasts = [Member("contrast", gamma=gamma).apply(image) for gamma in (None, *gammas)]
+        logits = self._run(torch.stack(contrasts), tta_group(transposes=self.card.transposes))
         # half precision: the whole group of a 512 x 512 x 200 scan must stay in memory for the median
-        probabilities = self._member_probabilities(x, group)
-        median = np.median(probabilities, axis=0).astype(np.float32)
+        probabilities = np.empty(logits.shape, np.float16)
+        for member, of_member in zip(probabilities, logits, strict=True):
+            member[:] = torch.softmax(torch.from_numpy(of_member), dim=0).numpy()
+        del logits
+        median = _median(probabilities)
         mean = probabilities.mean(axis=0, dtype=np.float32)
-        members = tuple(self._member_labels(p, frame, scan) for p in probabilities)
+        members = tuple(
+            np.asarray(self._labels(_log(p.astype(np.float32)), scan, frame).array, np.uint8) for p in probabilities
+        )
         return TtaPrediction(
-            labels=self._labels(to_native(_log(median), frame, order=1), scan),
+            labels=self._labels(_log(median), scan, frame),
             members=members,
             mean_probabilities=_normalised(to_native(mean, frame, order=1)),
         )
 
-    def _member_probabilities(self, x: torch.Tensor, group: Sequence[Member]) -> HalfArray:
-        """Probabilities (members, 1 + V, a, b, c) in the canonical frame; members of one shape run as one batch."""
-        result = np.empty((len(group), self.card.plan.out_channels, *x.shape[2:]), np.float16)
-        for transposed in (False, True):
-            chosen = [i for i, member in enumerate(group) if member.transpose is transposed]
-            if not chosen:
-                continue
-            batch = torch.cat([group[i].apply(x) for i in chosen])
-            for i, logits in zip(chosen, self.run(batch), strict=True):
-                result[i] = torch.softmax(group[i].invert(logits), dim=0).numpy()
-        return result
+    def _run(self, contrasts: torch.Tensor, members: Sequence[Member]) -> FloatArray:
+        """Logits (G * M, 1 + V, a, b, c) of a scan in G contrasts (G, a, b, c), of M members each, brought back."""
+        windows = windows_near(all_windows(contrasts.shape[1:], self.card.plan.patch), not_air(contrasts[0].numpy()))
 
-    def _member_labels(self, probabilities: HalfArray, frame: CanonicalFrame, scan: Volume) -> LabelArray:
-        logits = to_native(_log(probabilities.astype(np.float32)), frame, order=1)
-        return np.asarray(self._labels(logits, scan).array, np.uint8)
+        def of_members(inputs: torch.Tensor) -> torch.Tensor:
+            answers: dict[tuple[int, int], torch.Tensor] = {}
+            for transpose in (False, True):  # members of one shape go together
+                chosen = [
+                    (g, m) for g in range(len(contrasts)) for m, of in enumerate(members) if of.transpose is transpose
+                ]
+                if chosen:
+                    batch = torch.cat([members[m].apply(inputs[:, g : g + 1]) for g, m in chosen])
+                    answers |= zip(chosen, self.backend(batch).split(len(inputs)), strict=True)
+            return torch.cat([members[m].invert(answers[g, m]) for g, m in sorted(answers)], dim=1)
 
-    def _labels(self, logits: FloatArray, scan: Volume) -> Volume:
-        table = np.array((0, *self.values), np.uint8)
-        return Volume(table[logits.argmax(axis=0)], scan.affine, scan.acquisition_axis)
+        count = len(contrasts) * len(members)
+        elsewhere = (0.0, *[NOWHERE] * len(self.values)) * count
+        logits = self.run(contrasts[None], of_members, windows=windows, elsewhere=elsewhere)
+        return np.asarray(logits[0].numpy().reshape(count, -1, *contrasts.shape[1:]), np.float32)
+
+    def _labels(self, logits: FloatArray, scan: Volume, frame: CanonicalFrame) -> Volume:
+        """The label map of logits in the canonical frame: of largest logit after linear interpolation."""
+        labels = np.zeros(frame.native_shape, np.uint8)
+        # interpolated logits of a class exceed the background's only near voxels where they do so
+        box = native_support((logits[1:] > logits[0]).any(axis=0), frame)
+        if box is not None:
+            found = np.zeros(labels[box].shape, np.uint8)
+            best = np.zeros(found.shape, np.float32)
+            for value, of_class in zip(self.values, logits[1:], strict=True):
+                above = to_native(of_class - logits[0], frame, order=1, box=box)
+                better = above > best
+                found[better] = value
+                np.maximum(best, above, out=best)
+            labels[box] = found
+        return Volume(labels, scan.affine, scan.acquisition_axis)
+
+
+def _median(probabilities: HalfArray) -> FloatArray:
+    """The median over the members."""
+    result = np.empty(probabilities.shape[1:], np.float32)
+    for c in range(result.shape[0]):  # a class at a time: the members are sorted in single precision
+        result[c] = np.median(probabilities[:, c].astype(np.float32), axis=0, overwrite_input=True)
+    return result
 
 
 def _log(probabilities: FloatArray) -> FloatArray:

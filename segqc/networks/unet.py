@@ -28,6 +28,27 @@ def depth_to_space(x: torch.Tensor, factors: Triple) -> torch.Tensor:
     return x.reshape(n, c // math.prod(f), a * f[0], b * f[1], d * f[2])
 
 
+class _Conv3d(nn.Conv3d):
+    """A convolution that a CPU always computes by oneDNN, when it infers.
+
+    PyTorch leaves small inputs, as a single window is in the lower levels, to code that takes three times as long.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, channels, a, b, c) of a batch (N, channels, a, b, c)."""
+        plain = (
+            input.device.type != "cpu"
+            or input.dtype != torch.float32
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available()
+        )
+        if plain:
+            return super().forward(input)
+        padding = [int(n) for n in self.padding]
+        return torch.mkldnn_convolution(input, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
+
+
 class StemUNet(nn.Module):
     """MONAI's DynUNet behind a space-to-depth stem; returns logits of the input's spatial shape.
 
@@ -49,6 +70,9 @@ class StemUNet(nn.Module):
             upsample_kernel_size=plan.strides[1:],
             filters=plan.filters,
         )
+        for module in self.unet.modules():
+            if type(module) is nn.Conv3d:
+                module.__class__ = _Conv3d
         self.smoothing = None if blocks == 1 else _binomial_filter(plan.out_channels, plan.stem)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

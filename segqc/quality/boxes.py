@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, maximum_bipartite_matching
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from segqc.quality.error_maps import bounding_box, label_slices, likely_wrong
 from segqc.types import BoolArray, ErrorBox, FloatArray
@@ -159,16 +159,31 @@ def _united(corners: Corners, min_distance: float) -> Corners:
         for side in (0, 1):
             gap = start[:, None, side] - stop[None, :, side]
             squared += np.clip(np.maximum(gap, gap.T), 0, far) ** 2
-        rows, columns = np.nonzero(squared < min_distance**2)
-        if len(rows) == len(corners):  # each is near itself only
+        near = squared < min_distance**2
+        if np.count_nonzero(near) == len(corners):  # each is near itself only
             return corners
-        near = csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(corners), len(corners)))
-        count, group = connected_components(near, directed=False)
+        count, group = _groups(near)
         united = np.empty((count, 4), np.int32)
         united[:, :2], united[:, 2:] = np.iinfo(np.int32).max, -1
         np.minimum.at(united[:, :2], group, start)
         np.maximum.at(united[:, 2:], group, stop)
         corners = united
+
+
+def _groups(near: BoolArray) -> tuple[int, npt.NDArray[np.intp]]:
+    """Connected components of a small graph, given by its matrix: how many, and the one that each node is in.
+
+    Each node takes the least number among its neighbours until none changes: many times as fast here as SciPy's, which
+    makes a sparse matrix first.
+    """
+    group = np.arange(len(near))
+    while True:
+        least = np.where(near, group, len(near)).min(axis=1)
+        least = least[least]  # a neighbour's number names a node of the same component
+        if np.array_equal(least, group):
+            numbers, group = np.unique(group, return_inverse=True)
+            return len(numbers), group
+        group = least
 
 
 def box_iou(a: ErrorBox, b: ErrorBox) -> float:

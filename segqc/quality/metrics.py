@@ -24,6 +24,7 @@ from typing import Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from segqc.quality.error_maps import bounding_box
 from segqc.types import BoolArray, FloatArray, Metrics
 
 MetricName: TypeAlias = Literal["dice", "iou", "arvd", "rvd"]
@@ -186,6 +187,17 @@ def estimated_slice_metrics(mask: BoolArray, error: FloatArray, axis: int, *, em
     return _estimated(mask, error, _in_plane(axis), empty)
 
 
+def estimated_metrics_and_slices(
+    mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule
+) -> tuple[Metrics, SliceMetrics]:
+    """Both `estimated_metrics` and `estimated_slice_metrics`, by one look at each voxel."""
+    _check(mask, error)
+    mask, over = mask.astype(bool, copy=False), _in_plane(axis)
+    sums = _error_sums(mask, error, over)
+    whole = _from_sums(sums.total(), mask, error, (0, 1, 2), empty)
+    return whole.at(0), _from_sums(sums, mask, error, over, empty)
+
+
 def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> bool:
     """Whether the estimated truth counts as empty in the whole volume; arguments and errors as `estimated_metrics`.
 
@@ -217,18 +229,46 @@ def _of_counts(in_mask: Values, in_truth: Values, in_both: Values) -> SliceMetri
 def _estimated(mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule) -> SliceMetrics:
     _check(mask, error)
     mask = mask.astype(bool, copy=False)
-    in_mask = _counts(mask, over)
+    return _from_sums(_error_sums(mask, error, over), mask, error, over, empty)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ErrorSums:
+    """Voxels of the mask, and the error's sums everywhere and in the mask; arrays over slices, or of one number."""
+
+    in_mask: Values
+    wrong: Values
+    wrong_in_mask: Values
+
+    def total(self) -> _ErrorSums:
+        return _ErrorSums(*(values.sum(keepdims=True) for values in (self.in_mask, self.wrong, self.wrong_in_mask)))
+
+
+def _error_sums(mask: BoolArray, error: FloatArray, over: Axes) -> _ErrorSums:
     wrong = np.atleast_1d(error.sum(axis=over, dtype=np.float64))
-    wrong_in_mask = np.atleast_1d(np.sum(error, axis=over, dtype=np.float64, where=mask))
-    right = in_mask - wrong_in_mask
-    in_truth = np.maximum(right + (wrong - wrong_in_mask), 0.0)  # rounding may leave -1e-16
+    in_mask, wrong_in_mask = np.zeros_like(wrong), np.zeros_like(wrong)
+    box = bounding_box(mask)
+    if box is not None:
+        part = slice(None) if len(over) == 3 else box[next(a for a in range(3) if a not in over)]
+        in_mask[part] = np.count_nonzero(mask[box], axis=over)
+        wrong_in_mask[part] = np.sum(error[box], axis=over, dtype=np.float64, where=mask[box])
+    return _ErrorSums(in_mask, wrong, wrong_in_mask)
+
+
+def _from_sums(sums: _ErrorSums, mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule) -> SliceMetrics:
+    right = sums.in_mask - sums.wrong_in_mask
+    in_truth = np.maximum(right + (sums.wrong - sums.wrong_in_mask), 0.0)  # rounding may leave -1e-16
     blank = in_truth * empty.voxel_volume_mm3 < empty.max_sum_mm3
     if blank.any():
+        if len(over) < 3:  # only in the slices that may be
+            axis = next(a for a in range(3) if a not in over)
+            part = tuple(blank if a == axis else slice(None) for a in range(3))
+            mask, error = mask[part], error[part]
         # M(1-E) + (1-M)E reaches one half where E is at most one half inside the mask, or at least that outside it
         peaks = np.where(mask, error <= PEAK_OF_A_TRUTH, error >= PEAK_OF_A_TRUTH)
-        blank &= ~np.atleast_1d(peaks.any(axis=over))
+        blank[blank] = ~np.atleast_1d(peaks.any(axis=over))
     in_both, in_truth = np.where(blank, 0.0, right), np.where(blank, 0.0, in_truth)
-    return _ratios(in_mask, in_truth, in_both, wrong)
+    return _ratios(sums.in_mask, in_truth, in_both, sums.wrong)
 
 
 def _ratios(in_mask: Values, in_truth: Values, in_both: Values, wrong: Values) -> SliceMetrics:

@@ -89,7 +89,7 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
         transaction.add(row)
     else:
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
-    row.dice, row.made_at = assessment.dice, transaction.now
+    row.dice, row.backend, row.made_at = assessment.dice, assessment.backend, transaction.now
     row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
     transaction.flush()
     number = row.id
@@ -261,6 +261,7 @@ def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...
         shape=geometry.shape,
         spacing_mm=geometry.spacing_mm,
         structures=tuple(qualities),
+        backend=head.backend,
     )
 
 

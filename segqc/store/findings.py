@@ -79,7 +79,7 @@ def record(transaction: Transaction, found: Iterable[Finding], checks: str) -> N
 @functools.lru_cache(maxsize=10_000)  # a server looks every few seconds
 def tell(sentence: str) -> None:
     """Log a finding, once in a process."""
-    logger.warning("not taken in: %s", sentence)
+    logger.warning("not accepted: %s", sentence)
 
 
 def clear(transaction: Transaction, files: Collection[str]) -> None:

@@ -38,6 +38,7 @@ from segqc.store.records import (
     LeaseState,
     ScanState,
 )
+from segqc.types import ComputeName
 
 OPEN_STATES: Final = ("unlabelled", "rejected")
 
@@ -287,10 +288,12 @@ class AssessmentRow(Base):
     label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
     bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
     dice: Mapped[float]
+    backend: Mapped[ComputeName] = mapped_column(String)
     geometry: Mapped[JsonObject] = mapped_column(Json)
     made_at: Mapped[dt.datetime]
     __table_args__ = (
         UniqueConstraint("label_version_id", "bundle_id"),
+        CheckConstraint(_one_of("backend", get_args(ComputeName)), name="backend"),
         Index("ix_assessment_scan", "scan_id", "id"),
         {"sqlite_autoincrement": True},
     )

@@ -24,7 +24,7 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segqc.networks.device import device_of_choice, in_device_memory
+from segqc.networks.device import device_of_choice, has_bfloat16, in_device_memory
 from segqc.networks.inference import window_batch_size
 from segqc.networks.model import load_content
 from segqc.networks.plan import NetworkPlan
@@ -37,6 +37,7 @@ from segqc.volumes import atomic_write
 
 logger = logging.getLogger(__name__)
 
+STEPS = "steps"  # of a training, each of one batch
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
 EARLIER_WEIGHT = 0.8  # of an epoch against the next one, in the mean validation loss that is compared
 
@@ -137,6 +138,9 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
             trainer = _trainer(training, progress)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
             trainer.run()
+    else:
+        steps = job.settings.steps_per_epoch
+        progress.step(training.done * steps, training.done * steps, job.name, "done by an earlier run", unit=STEPS)
     return training.fitted()
 
 
@@ -184,13 +188,6 @@ def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
         mean.append(EpochRecord(points[0].epoch, loss, sum(measured) / len(measured) if measured else None))
     with atomic_write(folder / "curve.json") as temporary:
         temporary.write_text(json.dumps([dataclasses.asdict(record) for record in mean], indent=1), encoding="utf-8")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; without them it would be slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 class _MixedPrecision(nn.Module):
@@ -337,7 +334,8 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
 
     def after_step(engine: Engine) -> None:
         losses.append(float(engine.state.output[0]["loss"]))
-        progress.step(engine.state.iteration, job.epochs * steps, job.name, f"loss {losses[-1]:.3f}")
+        at = f"epoch {engine.state.epoch} of {job.epochs}, loss {losses[-1]:.3f}"
+        progress.step(engine.state.iteration, job.epochs * steps, job.name, at, unit=STEPS)
 
     def after_epoch(engine: Engine) -> None:
         validation = engine.state.metrics.get("validation_loss") if job.validation else None

@@ -25,11 +25,14 @@ from segqc.volumes.files import read_grid, read_labels, read_scan, temporary_lab
 from segqc.volumes.frame import (
     SMOOTHING_RATIO,
     THROUGH_PLANE_RATIO,
+    Box,
     CanonicalFrame,
     canonical_frame,
+    native_support,
     through_plane_axis,
     to_canonical,
     to_native,
+    touched,
 )
 from segqc.volumes.labelmaps import NO_STRUCTURES
 from segqc.volumes.limits import ReadLimits
@@ -58,6 +61,7 @@ __all__ = [
     "THROUGH_PLANE_RATIO",
     "AffineArray",
     "Array",
+    "Box",
     "CanonicalFrame",
     "DicomContents",
     "DicomVolume",
@@ -73,6 +77,7 @@ __all__ = [
     "is_scan_path",
     "label_id",
     "label_suffix",
+    "native_support",
     "read_dataset",
     "read_dicom_volume",
     "read_grid",
@@ -88,6 +93,7 @@ __all__ = [
     "through_plane_axis",
     "to_canonical",
     "to_native",
+    "touched",
     "visible_files",
     "write_labels",
     "write_scan",

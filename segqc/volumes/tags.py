@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, first_problem
 from segqc.volumes import (
     NRRD_SUFFIXES,
     VolumeError,
@@ -71,7 +71,7 @@ def _read_sidecar(path: Path) -> Mapping[str, JsonValue]:
     except (OSError, TextError, ValidationError) as error:
         match error:
             case ValidationError():
-                reason = error.errors()[0]["msg"]
+                reason = first_problem(error.errors())
             case TextError():
                 reason = error.clause
             case _:

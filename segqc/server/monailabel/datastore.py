@@ -21,9 +21,9 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.loop.dataset import Dataset
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import current_actor
-from segqc.server.checks import check_image_id, check_tag, usable_image_id
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.names import check_image_id, check_tag, usable_image_id
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState
@@ -155,7 +155,7 @@ class StoreDatastore(Datastore):
             if scan.state != "excluded" and scan.missing_since is None:
                 return scan
             break
-        raise ImageNotFoundException(f"Image {image_id} not found")
+        raise ImageNotFoundException(f"there is no image {image_id!r}.")
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
@@ -175,7 +175,7 @@ class StoreDatastore(Datastore):
             try:
                 scans.update_info(transaction, image_id, info)
             except UnknownScan as error:
-                raise ImageNotFoundException(f"Image {image_id} not found") from error
+                raise ImageNotFoundException(f"there is no image {image_id!r}.") from error
 
     def add_image(self, image_id: str, image_filename: str, image_info: Info | None) -> str:
         """Put a scan into the folder under an id; a file that is there is never replaced.
@@ -224,7 +224,7 @@ class StoreDatastore(Datastore):
     def _known_label(self, label_id: str, label_tag: str) -> LabelRecord:
         label = self._label(label_id, label_tag)
         if label is None:
-            raise LabelNotFoundException(f"Label {label_id} with tag {_tag(label_tag)} not found")
+            raise LabelNotFoundException(f"the image {label_id!r} has no label with the tag {_tag(label_tag)!r}.")
         return label
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
-from segqc.server.checks import text_param
 from segqc.server.monailabel.datastore import scan_info
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
@@ -98,10 +97,9 @@ class Sampling(Strategy):
             datastore: MONAI Label's; not asked.
 
         Raises:
-            RequestError: 400 if one of them is no text.
             StoreError: if the scan cannot be had back.
         """
-        reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
+        reason, wanted = request.get("skip_reason") or None, request.get("resume") or None
         handed_out = self._hand_out(reason, wanted)
         if handed_out is None:
             return None
