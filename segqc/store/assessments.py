@@ -197,7 +197,8 @@ def _heads() -> Select[*tuple[Any, ...]]:
     source = aliased(Bundle)
     return (
         select(
-            AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry, Scan.name.label("scan"),
+            AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry, AssessmentRow.backend,
+            Scan.name.label("scan"),
             source.segmenter_version, Bundle.assessor_version,
         )
         .join(Scan, AssessmentRow.scan_id == Scan.id)
