@@ -16,7 +16,6 @@ estimates equal the true metrics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -96,8 +95,11 @@ class SliceMetrics:
 
     def each(self) -> tuple[Metrics, ...]:
         """Return all slices' metrics, as `at` does a slice's."""
-        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1).tolist()
-        return tuple(Metrics(*(None if math.isnan(value) else value for value in row)) for row in table)
+        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1)
+        undefined = np.isnan(table)
+        values = table.astype(object)
+        values[undefined] = None
+        return tuple(Metrics(*row) for row in values.tolist())
 
     def mean(self, where: BoolArray | None = None) -> SliceMeans:
         """Average over the counted slices.
