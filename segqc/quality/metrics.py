@@ -189,13 +189,13 @@ def estimated_slice_metrics(mask: BoolArray, error: FloatArray, axis: int, *, em
 
 def estimated_metrics_and_slices(
     mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule
-) -> tuple[Metrics, SliceMetrics]:
-    """Both `estimated_metrics` and `estimated_slice_metrics`, by one look at each voxel."""
+) -> tuple[Metrics, SliceMetrics, Values]:
+    """Both `estimated_metrics` and `estimated_slice_metrics`, and the slices' error sums, by one look at each voxel."""
     _check(mask, error)
     mask, over = mask.astype(bool, copy=False), _in_plane(axis)
     sums = _error_sums(mask, error, over)
     whole = _from_sums(sums.total(), mask, error, (0, 1, 2), empty)
-    return whole.at(0), _from_sums(sums, mask, error, over, empty)
+    return whole.at(0), _from_sums(sums, mask, error, over, empty), sums.wrong
 
 
 def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> bool:
