@@ -48,7 +48,7 @@ def seconds(job: Job) -> float:
     times = []
 
     class Clock(NoProgress):
-        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
             times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
@@ -29,7 +29,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import SettingsError as UnreadableVariable
 
 from segqc.errors import SegqcError
 from segqc.quality.boxes import BoxSettings
@@ -37,7 +44,7 @@ from segqc.quality.error_maps import ExtractionSettings
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, caseless, decode_text, first_problem, nfc
 from segqc.training.spec import TrainingSettings
 from segqc.types import BackendName, Structure, label_names
 from segqc.volumes import NO_STRUCTURES, ReadLimits, atomic_write, scan_id
@@ -200,7 +207,7 @@ class Settings(BaseSettings):
             if not values or not all(1 <= v <= 255 for v in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name}: wanted one or more different label values from 1 to 255, got {list(values)}")
         # files and clients name structures: whatever the case, and beside segments that are none
-        folded = [name.strip().casefold() for name in value]
+        folded = [caseless(name) for name in value]
         for name, key in zip(value, folded, strict=True):
             if not key or not name.isprintable():
                 raise ValueError(f"{name!r} is no name of a structure; give it one line of text")
@@ -244,26 +251,26 @@ class Settings(BaseSettings):
             re.compile(value or "")
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
-        return value
+        return value and nfc(value)
 
     def patient_of(self, scan: Path) -> str:
         """The patient that a scan file is of.
 
         From the table ``[patients]``; else the DICOM tag ``patient_tag`` that came along with the file
         (`tags.read_tag`); else what ``patient_pattern`` finds in the scan's id (its first group, or all that it
-        matches); else the scan's own id.
+        matches); else the scan's own id. Names of patients are of one Unicode form (NFC).
 
         Raises:
             VolumeError: if the file that should have the tag can't be read.
         """
-        name = scan_id(scan)
+        name = nfc(scan_id(scan))
         named = self._patients_by_scan.get(name)
         if named is not None:
             return named
         if self.patient_tag is not None:
             tagged = read_tag(scan, self.patient_tag)
             if tagged is not None:
-                return tagged
+                return nfc(tagged)
             _tell_of_untagged(self.patient_tag)
         found = re.search(self.patient_pattern, name) if self.patient_pattern else None
         if found is None:
@@ -279,8 +286,9 @@ class Settings(BaseSettings):
         Raises:
             VolumeError: if the file that should have the tag can't be read.
         """
-        named = self._patients_by_scan.get(scan_id(scan))
-        if named is not None or patient != scan_id(scan):
+        name = nfc(scan_id(scan))
+        named = self._patients_by_scan.get(name)
+        if named is not None or patient != name:
             return named or patient
         return self.patient_of(scan)
 
@@ -291,7 +299,7 @@ class Settings(BaseSettings):
 
     @functools.cached_property
     def _patients_by_scan(self) -> dict[str, str]:
-        return {scan: patient for patient, scans in self.patients.items() for scan in scans}
+        return {nfc(scan): nfc(patient) for patient, scans in self.patients.items() for scan in scans}
 
     def split_config(self) -> SplitConfig:
         """How new patients get their fold and role: by the settings ``[training]``."""
@@ -333,7 +341,7 @@ def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(dict(table))
     except ValidationError as error:
-        raise ValueError(_sentence(error, f"[{name}]")) from error
+        raise ValueError(f"[{name}]: {first_problem(error.errors())}") from error
 
 
 def _names(kind: type) -> list[str]:
@@ -344,11 +352,27 @@ def _refuse_unknown(name: str, table: Mapping[str, object], kind: type) -> None:
     known = _names(kind)
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise ValueError(f"[{name}] has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        raise ValueError(_unknown(unknown[0], name, known))
+
+
+def _no_setting(name: str, table: str) -> str:
+    kind = Settings.model_fields[table].annotation if table else Settings
+    known = list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    return _unknown(name, table, known)
+
+
+def _unknown(name: str, table: str, known: Sequence[str]) -> str:
+    where = f"[{table}] has no setting" if table else "there is no setting or table"
+    if close := difflib.get_close_matches(name, known, 1, _ALIKE):
+        return f"{where} {name!r}; did you mean {close[0]!r}?"
+    return f"{where} {name!r}; {'it has' if table else 'there are'} {', '.join(known)}"
 
 
 # a variable of its own for each thread and task, so that the class is built once: that takes longer than all reading
 _file_table: ContextVar[Mapping[str, object]] = ContextVar("_file_table")
+_variables: ContextVar[Collection[str] | None] = ContextVar(
+    "_variables", default=None
+)  # those that count; None for all
 
 
 class _FromFile(Settings):
@@ -363,6 +387,10 @@ class _FromFile(Settings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        only = _variables.get()
+        if only is not None and isinstance(env_settings, EnvSettingsSource):
+            wanted = {name.lower() for name in only}
+            env_settings.env_vars = {n: text for n, text in env_settings.env_vars.items() if n.lower() in wanted}
         return (init_settings, env_settings, InitSettingsSource(settings_cls, dict(_file_table.get())))
 
 
@@ -383,14 +411,40 @@ def load_settings(
     if config is not None and not config.is_file():
         raise SettingsError(f"{config}: no such settings file")
     table = _read_toml(path) if path is not None and os.path.lexists(path) else {}
-
-    token = _file_table.set(table)
+    flags = dict(overrides or {})
     try:
-        return _FromFile(**dict(overrides or {}))  # type: ignore[arg-type]
-    except ValidationError as error:
-        raise SettingsError(_sentence(error, _origin(path))) from error
+        return _settings_of(table, flags)
+    except (ValidationError, UnreadableVariable) as error:
+        raise SettingsError(_blame(error, path, table, flags)) from error
+
+
+def _settings_of(
+    table: Mapping[str, object], flags: Mapping[str, object], variables: Collection[str] | None = None
+) -> Settings:
+    """The settings by a file's table, flags, and the environment's variables: all, or those given."""
+    tokens = _file_table.set(table), _variables.set(variables)
+    try:
+        return _FromFile(**flags)  # type: ignore[arg-type]
     finally:
-        _file_table.reset(token)
+        _file_table.reset(tokens[0])
+        _variables.reset(tokens[1])
+
+
+def _blame(
+    error: ValidationError | UnreadableVariable,
+    path: Path | None,
+    table: Mapping[str, object],
+    flags: Mapping[str, object],
+) -> str:
+    """What is wrong, and where: in the file, or in the first variable that cannot be used with it."""
+    file = str(path) if path is not None and path.is_file() else "settings"
+    variables = sorted(name for name in os.environ if name.upper().startswith(_PREFIX))
+    for origin, only in ((file, ()), *((f"the environment variable {name}", (name,)) for name in variables)):
+        try:
+            _settings_of(table, flags, only)
+        except (ValidationError, UnreadableVariable) as found:
+            return _sentence(found, origin)
+    return _sentence(error, " and ".join([file, *variables]))
 
 
 def _read_toml(path: Path) -> dict[str, object]:
@@ -403,12 +457,6 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path}: not a TOML file: it is nested too deep") from error
     except (TextError, ValueError) as error:  # no text, no TOML, or an integer of thousands of digits
         raise SettingsError(f"{path}: not a TOML file: {error}") from error
-
-
-def _origin(path: Path | None) -> str:
-    named = str(path) if path is not None and path.is_file() else "settings"
-    variables = sorted(name for name in os.environ if name.upper().startswith("SEGQC_") and name != "SEGQC_DATA")
-    return f"{named} and {', '.join(variables)}" if variables else named
 
 
 def ignored_variables() -> list[str]:
@@ -451,12 +499,14 @@ def _meant(name: str) -> str | None:
     return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)
 
 
-def _sentence(error: ValidationError, origin: str) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ": ".join(filter(None, (origin, place, f"{message}{more}")))
+def _sentence(error: ValidationError | UnreadableVariable, origin: str) -> str:
+    if isinstance(error, UnreadableVariable):
+        return f"{origin}: is no JSON; docs/settings.md shows how tables and lists are written"
+    first, *others = error.errors()
+    if first["type"] == "extra_forbidden":
+        *tables, name = map(str, first["loc"])
+        first["loc"], first["msg"] = (), _no_setting(name, tables[0] if tables else "")
+    return f"{origin}: {first_problem([first, *others])}"
 
 
 def write_settings(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import unicodedata
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from segqc.errors import SegqcError
 
@@ -29,6 +31,7 @@ _CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 
 _TERMINAL_CONTROLS: Final = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"} | {
     code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
+_MAX_PLACE: Final = 200  # characters: a key may be of any length
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -89,6 +92,18 @@ def visible(text: str) -> str:
     return text.translate(_TERMINAL_CONTROLS)
 
 
+def first_problem(problems: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic found wrong at first, and where: "epochs: Input should be greater than 0 (and 1 more)".
+
+    Args:
+        problems: what `errors()` of its exception tells.
+    """
+    place = ".".join(map(str, problems[0]["loc"]))[:_MAX_PLACE]
+    message = str(problems[0]["msg"]).removeprefix("Value error, ")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}{': ' if place else ''}{message}{more}"
+
+
 def spreadsheet_cell(value: T) -> T | str:
     """A cell for a CSV table: text that a spreadsheet would run as a formula has an apostrophe in front.
 
@@ -99,6 +114,22 @@ def spreadsheet_cell(value: T) -> T | str:
         return value
     text = value.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
+
+
+def nfc(name: str) -> str:
+    """A name in the form in which names are compared: each letter and its accents are one character (Unicode's NFC).
+
+    Programs on macOS write them apart (NFD), so that one name may come in two forms.
+
+    >>> nfc("e\u0301") == "\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def caseless(name: str) -> str:
+    """A name as it is compared where its case and the blanks around it do not count."""
+    return nfc(name).strip().casefold()
 
 
 def slug(text: str) -> str:

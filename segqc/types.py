@@ -11,6 +11,7 @@ Conventions, everywhere:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -40,6 +41,15 @@ class Structure:
         return mask
 
 
+def structures_of_values(values: Iterable[int]) -> tuple[Structure, ...]:
+    """A structure for each label value, ascending: what stands for names where nobody has given any.
+
+    >>> [structure.name for structure in structures_of_values({3, 1})]
+    ['label 1', 'label 3']
+    """
+    return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
+
+
 def values_in(labels: LabelArray) -> set[int]:
     """The values that occur in a label map, but for 0 (background)."""
     counts = np.bincount(labels.ravel(order="K"), minlength=1)  # np.unique would sort all voxels
@@ -58,6 +68,12 @@ def label_names(structures: tuple[Structure, ...]) -> dict[str, int]:
             plain = structure.name if len(structure.values) == 1 else f"{structure.name} {value}"
             names.setdefault(value, plain)
     return {names[value]: value for value in sorted(names)}
+
+
+def segment_names(structures: tuple[Structure, ...]) -> dict[str, int] | None:
+    """The names and values by which the segments that a file names are read; None where nobody named the structures."""
+    values = sorted({value for structure in structures for value in structure.values})
+    return None if structures == structures_of_values(values) else label_names(structures)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from segqc.selection import scores
 from segqc.selection import strategies as registered
-from segqc.server.checks import known
 from segqc.server.context import AppContext
 from segqc.server.monailabel.strategy import PoolScoring, Sampling
+from segqc.server.names import known
 
 
 def sampling(context: AppContext) -> dict[str, Sampling]:

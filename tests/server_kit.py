@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import nrrd
 import numpy as np
 
 from segqc.loop.dataset import Dataset
@@ -67,6 +69,21 @@ def draw_case(index: int) -> tuple[Volume, Volume]:
         labels[((grid - shift[:, None, None, None]) ** 2).sum(axis=0) < rng.uniform(0.1, 0.2)] = value
     image: FloatArray = (40.0 * (labels > 0) + 20.0 * (labels > 1) + rng.normal(0, 8, SHAPE)).astype(np.float32)
     return Volume(image, AFFINE), Volume(labels, AFFINE)
+
+
+def write_segmentation(
+    path: Path, segments: Sequence[str] = ("spleen", "liver"), renamed: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """The first case's label map as a ``.seg.nrrd`` with the values 1, 2, ...; what is no structure has no voxel."""
+    truth = draw_case(0)[1].array
+    array = np.zeros(SHAPE, np.uint8)
+    header = {"space": "right-anterior-superior", "space directions": AFFINE[:3, :3], "space origin": [0, 0, 0]}
+    value_of = {s.name: s.values[0] for s in STRUCTURES}
+    for number, name in enumerate(segments, 1):
+        array[truth == value_of.get(name, 255)] = number
+        header |= {f"Segment{number - 1}_ID": name, f"Segment{number - 1}_Name": renamed.get(name, name)}
+        header |= {f"Segment{number - 1}_LabelValue": str(number), f"Segment{number - 1}_Layer": "0"}
+    nrrd.write(str(path), array, header)
 
 
 def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CONFIG) -> Path:

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import create_engine, text
 
+from segqc.progress import NoProgress
 from segqc.split import SplitConfig
-from segqc.store import assessments, bundles, labels
+from segqc.store import assessments, bundles, labels, leases
 from segqc.store.bundles import NewBundle
 from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
-from segqc.store.records import Actor, BundleRecord, LabelRecord
+from segqc.store.records import Actor, BundleRecord, LabelRecord, LeaseRecord
 from segqc.store.store import Store
 from segqc.store.sync import sync
 from segqc.types import Assessment
@@ -34,13 +35,13 @@ BERT = Actor(kind="person", name="bert", identified_by="client-id")
 PLACING = SplitConfig(folds=3, validation_share=0.25)
 
 
-class Steps:
+class Steps(NoProgress):
     """Progress that remembers its steps."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, str]] = []
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         self.seen.append((done, total, task))
 
 
@@ -190,3 +191,9 @@ def save_final(store: Store, folder: Path, scan: str, value: int, actor: Actor =
     """A person's label of a scan."""
     label = NewLabel(scan, "final", "annotator", actor)
     return store.save_label(label, label_map(folder / "incoming.nii.gz", value))
+
+
+def answer_lease(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
+    """What a submission does with the last lease of a scan to an annotator."""
+    last = leases.last_of(transaction, scan, actor)
+    return None if last is None else leases.submitted(transaction, last)

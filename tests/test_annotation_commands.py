@@ -121,7 +121,7 @@ def test_scans_tells_what_is_not_taken_in_and_what_was_replaced(folder: Path) ->
     old = rows[f"scan_1@{before[:8]}"]
     assert (old["state"], old["estimated Dice"], old["patient"]) == ("replaced", None, "scan_1")
     table = run("scans", folder)
-    assert "2 files are not taken in" in table
+    assert "2 files were not accepted" in table
     assert table.index("scan_0") < table.index("labels/final/nobody.nii.gz")
     done = CliRunner().invoke(main.app, ["scans", str(folder), "--csv"])
     assert "nobody" not in done.stdout

@@ -462,12 +462,12 @@ def test_trainings_resume_are_not_repeated_and_judge_any_mask(train: Train, tmp_
     work = {train_regression: "regression", train_map_and_score: "map-and-score", train_autoencoder: "autoencoder"}
     straight = train(*arguments, tmp_path / "a", NoProgress())
     with pytest.raises(KilledError):
-        train(*arguments, tmp_path / "b", KillAt(4, work[train] + ": loss"))
-    steps = KillAt(-1, work[train] + ": loss")
+        train(*arguments, tmp_path / "b", KillAt(4, work[train] + ": epoch"))
+    steps = KillAt(-1, work[train] + ": epoch")
     resumed = train(*arguments, tmp_path / "b", steps)
     assert steps.seen == 4, "one epoch of two steps was done, two were left"
     assert (tmp_path / "a" / "curve.json").read_text() == (tmp_path / "b" / "curve.json").read_text()
-    again = KillAt(-1, work[train] + ": loss")
+    again = KillAt(-1, work[train] + ": epoch")
     loaded = train(*arguments, tmp_path / "a", again)
     assert again.seen == 0
 
@@ -506,10 +506,10 @@ def test_losses_fall(train: Train, tmp_path: Path) -> None:
     settings = replace(QUICK, epochs=12, steps_per_epoch=4, batch=4, learning_rate=5e-3)
     losses: list[float] = []
 
-    class Listen:
-        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
-            if detail.startswith("loss "):
-                losses.append(float(detail.split()[1]))
+    class Listen(NoProgress):
+        def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
+            if "loss " in detail:
+                losses.append(float(detail.split()[-1]))
 
     train(sets, SINGLE, placed([s.case for s in sets], share=0.0), settings, tmp_path / "t", Listen())
     assert len(losses) == 48
@@ -568,11 +568,11 @@ def test_soft_input_looks_at_the_makers_soft_output_of_each_mask(tmp_path: Path)
     (other,) = method.estimate(replace(mask, source=sources[1]))
     assert one.metrics != other.metrics, "another soft output is another answer"
     assert method.estimate(replace(mask, source=None)) == (SILENT,)
-    again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
+    again = train_soft_input(made, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input: epoch"))
     assert again.estimate(mask)[0].metrics == one.metrics, "the training is taken over"
     other_soft = [replace(m, sources=sources[::-1]) for m in made]
     with pytest.raises(KilledError):
-        train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input"))
+        train_soft_input(other_soft, SINGLE, settings, 10.0, tmp_path / "t", KillAt(1, "soft input: epoch"))
 
 
 def test_scan_only_trains_without_masks(tmp_path: Path) -> None:

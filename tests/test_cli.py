@@ -31,7 +31,7 @@ from segqc.store.events import SERVER
 from segqc.training.calibration import fit_structure
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
-from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset
+from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,7 +154,11 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
         (["train", "segmentation", tmp_path / "s"], "labelled"),
         (["train", "segqc", tmp_path / "bad"], "server.port"),
         (["predict", scan, "-o", tmp_path / "o"], "--model"),
+        (["predict", scan, tmp_path / "none.nii", "-o", tmp_path / "o"], "none.nii: there is no such file"),
         (["assess", scan, scan], "--model"),
+        (["assess", tmp_path / "no" / "scan.nii", scan], "scan.nii: there is no such file"),
+        (["assess", scan, tmp_path / "no" / "mask.nii"], "mask.nii: there is no such file"),
+        (["assess", broken, scan], "broken.nii.gz"),
         (["assess", scan, scan, "--model", broken], "broken.nii.gz"),
         (["prepare", empty, tmp_path / "new"], "images/"),
         (["simulate", empty], "truth"),
@@ -316,10 +320,10 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert rows[0]["worst slices"].split()[0] == "2"
     assert [rows[0][f"estimated Dice {what}"] for what in ("low", "high", "level")] == ["0.4", "0.6", "0.9"]
     assert rows[1]["estimated Dice low"] == ""
-    assert "of the worst structure" not in messages.out
+    assert "worst structure" not in messages.out
     table = run("rank", ranked).out
-    assert "estimated Dice: of the worst structure" in table
-    assert "in brackets the 90% interval" in table
+    assert "estimated Dice: of the scan's worst structure" in table
+    assert "in brackets: 90% prediction intervals" in table
     assert "0.50 (0.40-0.60)" in table
     assert table.count("(not enough data)") == 3
     output = {r["scan"]: r["estimated Dice interval"] for r in json.loads(run("rank", ranked, "--json").out)["scans"]}
@@ -425,6 +429,18 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Pat
     assert (scan.read_bytes(), mask.read_bytes()) == before
 
 
+def test_assess_reads_named_segments_by_their_names(run: Run, dataset: Path, tmp_path: Path) -> None:
+    scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
+    expected = run("assess", scan, mask, "--json", "--no-picture")
+    named = tmp_path / "mask.seg.nrrd"
+    write_segmentation(named, ("Segment_1", "spleen", "liver"))
+    assert run("assess", scan, named, "--json", "--no-picture").out == expected.out
+    write_segmentation(named, ("spleen", "liver"), {"liver": "Segment_1"})
+    found = run("assess", scan, named, "--no-picture")
+    assert found.code == 1
+    assert "has the segment 'Segment_1', which is none of the structures liver, spleen" in found.err
+
+
 def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, dataset: Path) -> None:
     scan, mask = dataset / "scan_0.nii.gz", dataset / "labels" / "final" / "scan_0.nii.gz"
     rows = list(csv.DictReader(io.StringIO(run("assess", scan, mask, "--csv", "--no-picture").out)))
@@ -436,7 +452,7 @@ def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, datase
 def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, dataset: Path) -> None:
     scan, mask = dataset / "scan_0.nii.gz", dataset / "labels/final/scan_0.nii.gz"
     messages = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the interval" in messages
+    assert "in brackets: prediction intervals" in messages
     assert all(term in messages for term in ("Estimates, made without a true mask", "ARVD:", "RVD:", "error sum:"))
     assert messages.count("(not enough data)") == 8  # four metrics of two structures
     opened = Dataset(dataset)
@@ -451,7 +467,7 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     assert calibrated is not None
     expected = calibrated.assess(read_scan(scan), read_labels(mask), scan_id="scan_0").assessment
     messages = run("assess", scan, mask, "--no-picture").out
-    assert "in brackets the 90% interval" in messages
+    assert "in brackets: 90% prediction intervals" in messages
     assert "not enough data" not in messages
     lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
     whole = [line for line in lines if not line["slice"]]

@@ -138,6 +138,19 @@ def test_counts_give_the_brute_force_s_average_precision_and_dice(seed: int) -> 
         assert (sum(found.wrong), sum(found.right)) == ((wrong & inside).sum(), (~wrong & inside).sum())
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("precision", [0.15, 0.5, 0.9, 1.0])
+def test_recall_is_of_the_wrong_voxels_alone_and_the_largest_at_a_precision(seed: int, precision: float) -> None:
+    error, wrong, mask = case(seed)
+    counts = count_voxels(error, wrong, mask)
+    for found, inside in ((counts.false_positive, mask), (counts.false_negative, ~mask)):
+        e, w = error[inside], wrong[inside]
+        for threshold in (0.1, 0.5, 0.7):
+            assert found.recall(threshold) == pytest.approx((e[w] >= np.float32(threshold)).mean())
+        reached = [(e[w] >= t).mean() for t in np.unique(e) if w[e >= t].mean() >= precision]
+        assert found.recall_at_precision(precision) == pytest.approx(max(reached, default=0.0))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
 def test_average_precision_is_scikit_learn_s(seed: int) -> None:
@@ -190,6 +203,7 @@ def test_nothing_wrong_is_undefined_or_false_alarm() -> None:
     right = np.zeros(SHAPE, bool)
     calm = count_voxels(np.full(SHAPE, 0.1, np.float32), right, right).both
     assert calm.average_precision is None and calm.dice() is None
+    assert calm.recall() is None and calm.recall_at_precision(0.5) is None
     alarm = count_voxels(np.full(SHAPE, 0.9, np.float32), right, right).both
     assert alarm.average_precision is None and alarm.dice() == 0
     assert ErrorMapCounts().dice() is None and ErrorMapCounts().average_precision is None

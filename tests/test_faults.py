@@ -38,7 +38,7 @@ from segqc.store.store import LabelChange, Store
 from segqc.types import Metrics
 from segqc.volumes import Volume, write_labels
 from tests.server_kit import make_assessment
-from tests.store_kit import ANNA, bundle, fork, make_scans, save_final, sync_scans, write_assessment
+from tests.store_kit import ANNA, answer_lease, bundle, fork, make_scans, save_final, sync_scans, write_assessment
 
 KILLS = int(os.environ.get("SEGQC_KILLS", "20"))
 CROWD_SECONDS = float(os.environ.get("SEGQC_CROWD_SECONDS", "10"))
@@ -86,7 +86,7 @@ def submit(store: Store, scan: str, source: Path, actor: Actor, tag: str = "fina
     """What a submission does: version, lease and correction in one transaction."""
     with store.change_labels([LabelChange(NewLabel(scan, tag, "annotator", actor), source)]) as changing:
         transaction = changing.transaction
-        lease = leases.submitted(transaction, scan, actor)
+        lease = answer_lease(transaction, scan, actor)
         if lease is not None and lease.label_version is not None:
             none = Metrics(None, None, None, None)
             change = Change(

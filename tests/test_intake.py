@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nrrd
 import numpy as np
 import pytest
 
@@ -28,7 +27,15 @@ from segqc.store.scans import ScanReplaced
 from segqc.store.store import Store
 from segqc.store.sync import ScanExists, sync
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
-from tests.server_kit import AFFINE, CONFIG, SHAPE, STRUCTURES, draw_case, make_assessment, make_dataset
+from tests.server_kit import (
+    AFFINE,
+    CONFIG,
+    SHAPE,
+    draw_case,
+    make_assessment,
+    make_dataset,
+    write_segmentation,
+)
 from tests.store_kit import ANNA, BERT, PLACING, bundle, fork, label_map, make_scans, save_final, save_mask, sync_scans
 
 RULES = LeaseRules(audit_share=0.0, validation_share=0.0)
@@ -288,19 +295,6 @@ def test_a_large_folder_is_taken_in_batch_by_batch(tmp_path: Path, monkeypatch: 
 # --------------------------------------------------------------------------------------------------------- suffixes
 
 
-def write_segmentation(path: Path, order: tuple[str, ...] = ("spleen", "liver")) -> None:
-    """A ``.seg.nrrd`` whose values are 1, 2 in an order of its own."""
-    truth = draw_case(0)[1].array
-    array = np.zeros(SHAPE, np.uint8)
-    header = {"space": "right-anterior-superior", "space directions": AFFINE[:3, :3], "space origin": [0, 0, 0]}
-    value_of = {s.name: s.values[0] for s in STRUCTURES}
-    for number, name in enumerate(order, 1):
-        array[truth == value_of[name]] = number
-        header |= {f"Segment{number - 1}_ID": name, f"Segment{number - 1}_Name": name}
-        header |= {f"Segment{number - 1}_LabelValue": str(number), f"Segment{number - 1}_Layer": "0"}
-    nrrd.write(str(path), array, header)
-
-
 def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(dataset: Dataset, folder: Path) -> None:
     path = final(folder, "scan_0", ".seg.nrrd")
     write_segmentation(path)
@@ -319,6 +313,19 @@ def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(dataset: Datase
     dataset.store.restore_label(version.id, BERT)
     assert np.array_equal(read_labels(final(folder, "scan_0")).array, draw_case(0)[1].array)
     assert check(dataset.store) == []
+
+
+@pytest.mark.parametrize("segments", [("spleen", "liver", "Segment_3"), ("Segment_1", "kidney", "liver", "spleen")])
+def test_a_segment_without_a_voxel_keeps_no_label_out(
+    dataset: Dataset, folder: Path, segments: tuple[str, ...]
+) -> None:
+    write_segmentation(final(folder, "scan_0", ".seg.nrrd"), segments)
+    write_segmentation(final(folder, "scan_1", ".seg.nrrd"), segments, {"liver": "Segment_2"})
+    dataset.sync()
+    (version,) = history(dataset, "scan_0")
+    assert np.array_equal(read_labels(dataset.store.label_file(version)).array, draw_case(0)[1].array)
+    (finding,) = dataset.findings()
+    assert "labels/final/scan_1.seg.nrrd: has the segment 'Segment_2', which is none of" in finding.sentence
 
 
 @pytest.mark.parametrize("suffix", [".NII.GZ", ".Nii", ".NRRD", ".nii"])

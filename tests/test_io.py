@@ -42,6 +42,7 @@ from tests.store_kit import (
     PLACING,
     Clock,
     Steps,
+    answer_lease,
     label_map,
     new_database,
     save_final,
@@ -219,7 +220,7 @@ def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -
     case_list = decathlon.read_task(task)
     assert case_list.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
     assert make_dataset(case_list, tmp_path / "s", link=True, progress=steps) == Imported(3, 2)
-    assert steps.seen[-1] == (3, 3, "scans")
+    assert steps.seen[-1] == (3, 3, "exporting")
     assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
     assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
     opened = plain(tmp_path / "s")
@@ -476,7 +477,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
     )
     source = label_map(folder.parent / "submitted.nii.gz", 6)
     with store.change_labels([LabelChange(NewLabel("scan_1", "final", "annotator", ANNA), source)]) as changing:
-        lease = leases.submitted(changing.transaction, "scan_1", ANNA)
+        lease = answer_lease(changing.transaction, "scan_1", ANNA)
         corrections.add(changing.transaction, mask, changing.versions[0], change, ANNA, lease=lease)
         return changing.versions[0]
 

@@ -78,13 +78,13 @@ def dataset(trained: Dataset, tmp_path: Path) -> Dataset:
     return Dataset(tmp_path / "s")
 
 
-class Count:
+class Count(NoProgress):
     """Counts the scans that a scoring begins; may die at one."""
 
     def __init__(self, die_at: int | None = None) -> None:
         self.die_at = die_at
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         if done == self.die_at:
             raise KeyboardInterrupt
 
@@ -203,18 +203,21 @@ def test_scans_of_one_patient_share_fold_and_role(tmp_path: Path) -> None:
 # ---- one training at a time, and rounds ----------------------------------------------------------------------------
 
 
-class Lines:
+class Lines(NoProgress):
     """Keeps what it is told; may die at a message."""
 
     def __init__(self, die_at: str = "\0") -> None:
         self.messages: list[str] = []
         self.die_at = die_at
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         message = described(task, detail)
         self.messages.append(message)
         if message.startswith(self.die_at):
             raise KeyboardInterrupt
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
 
 def perturbed(network: TrainedNetwork | None) -> Any:
@@ -246,6 +249,7 @@ def quick_trainings(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of the copied folder give a new version at once."""
     monkeypatch.setattr("segqc.loop.training.train_segmentation", lambda *_: perturbed(dataset.segmenter()))
     monkeypatch.setattr("segqc.loop.training.train_assessor", lambda *_: perturbed(dataset.assessor()))
+    monkeypatch.setattr("segqc.loop.training.draw_curve", lambda *_: None)  # takes longer than all else
 
 
 @pytest.mark.usefixtures("quick_trainings")
@@ -261,6 +265,30 @@ def test_a_network_is_trained_by_one_process_at_a_time(dataset: Dataset, network
         train(dataset, other, NoProgress())
     train(dataset, network, NoProgress())
     assert models(dataset)[network] != before
+
+
+@pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize("folds", [2, 3])
+def test_a_number_of_folds_that_came_too_late_is_named(
+    dataset: Dataset, folds: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(dataset.settings.training_settings("segqc"), folds=folds)
+    train(dataset, "segqc", NoProgress(), settings)
+    assert ("the patients are in 2 folds, though the settings say folds = 3" in caplog.text) == (folds == 3)
+
+
+@pytest.mark.usefixtures("quick_trainings")
+@pytest.mark.parametrize(("network", "ensemble"), [("segmentation", True), ("segqc", False), ("segqc", True)])
+def test_a_training_says_of_how_many_patients_its_scores_are(
+    dataset: Dataset, network: NetworkName, ensemble: bool
+) -> None:
+    settings = replace(dataset.settings.training_settings(network), ensemble=ensemble)
+    trained = train(dataset, network, NoProgress(), settings)
+    labelled = {case.patient for case in dataset.cases()}
+    validating = {p for p, split in dataset.patient_splits().items() if split.split == "validation"} & labelled
+    measured = labelled if network == "segqc" and ensemble else validating
+    assert (trained.patients, trained.measured) == (5, len(measured))
+    assert 0 < len(validating) < 5
 
 
 @pytest.mark.usefixtures("quick_trainings")
@@ -389,7 +417,7 @@ def test_a_training_reads_within_the_folder_s_limits(tmp_path: Path) -> None:
         read_case(replace(case, limits=replace(case.limits, max_voxels=1023)), (1,))
 
 
-@pytest.mark.parametrize("at", ["masks of fold 2/2", "calibration"])
+@pytest.mark.parametrize("at", ["masks by the network for masks, fold 2 of 2", "calibration"])
 def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
 ) -> None:
@@ -397,10 +425,10 @@ def test_a_scan_that_is_replaced_during_a_training_is_no_part_of_what_follows(
     validating = {p for p, placement in dataset.patient_splits().items() if placement.split == "validation"}
     named = next(case.id for case in dataset.cases() if case.patient not in validating)
 
-    class Replacing:
+    class Replacing(NoProgress):
         done = False
 
-        def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+        def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
             message = described(task, detail)
             if message.startswith(at) and not self.done:
                 self.done = True

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from typer.testing import CliRunner
@@ -21,7 +26,7 @@ from segqc.cli import main
 from segqc.loop import publishing
 from segqc.loop.publishing import Bundles
 from segqc.networks import bundle as bundle_files
-from segqc.networks.bundle import NETWORKS, NetworkBundle, bundle_folders, model_name
+from segqc.networks.bundle import NETWORKS, NetworkBundle, StructuresDiffer, bundle_folders, model_name
 from segqc.networks.card import CARDS, NetworkName
 from segqc.networks.model import ModelError
 from segqc.settings import ModelsSettings, Settings
@@ -32,7 +37,8 @@ from segqc.store.events import FOLDER, SERVER
 from segqc.store.restore import restore
 from segqc.store.schema import Bundle
 from segqc.store.store import Store
-from tests.server_kit import save_models
+from segqc.types import Structure
+from tests.server_kit import STRUCTURES, save_models
 from tests.store_kit import ANNA, BERT, Clock, serve_pair
 
 
@@ -381,6 +387,193 @@ def test_a_commit_that_fails_leaves_nothing(
     assert shelf.publish(files, ANNA, "the next") == 2
 
 
+OTHER_STRUCTURES = (STRUCTURES[0], Structure("kidney", (3,)))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_of_other_structures_is_refused_as_one_of_a_pair_and_goes_alone_after_a_training(
+    shelf: Bundles,
+    files: dict[NetworkName, Path],
+    tmp_path: Path,
+    network: NetworkName,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other: NetworkName = "segqc" if network == "segmentation" else "segmentation"
+    foreign = save_models(tmp_path / "foreign", OTHER_STRUCTURES)
+    shelf.publish(files, ANNA, "a test")
+    for tried in ({network: foreign[network]}, {network: foreign[network], other: files[other]}):
+        refused = pytest.raises(StructuresDiffer, match=r"kidney \[3\], liver \[1\].*segqc round")
+        with refused as caught, shelf.publishing(tried, ANNA, "upload", only_as_pair=True):
+            pass
+        assert caught.value.status == 409
+        assert bundle_folders(shelf.folder).keys() == {serving(shelf)} == {1}
+    assert shelf.publish({network: foreign[network]}, ANNA, f"training of {network}") == 2
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert (bundle.holds(network), bundle.holds(other)) == (True, False)
+    assert f"without {other}" in caplog.text
+    assert shelf.publish({other: foreign[other]}, ANNA, f"training of {other}") == 3
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert bundle.segmenter().structures == OTHER_STRUCTURES
+
+
+def test_the_order_of_the_structures_makes_no_other_pair(
+    shelf: Bundles, files: dict[NetworkName, Path], tmp_path: Path
+) -> None:
+    turned = save_models(tmp_path / "turned", STRUCTURES[::-1])
+    shelf.publish(files, ANNA, "a test")
+    shelf.publish({"segqc": turned["segqc"]}, ANNA, "a test")
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert bundle.manifest.networks.keys() == set(NETWORKS)
+    bundle.verify_all()
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made, chdir(path.parent):
+        made.bind(path.name)
+
+
+def _huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 10**12)
+
+
+PLACED: dict[str, Callable[[Path], object]] = {
+    "a folder": Path.mkdir,
+    "a pipe": _pipe,
+    "a socket": _socket,
+    "a terabyte": _huge,
+    "a dead link": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "zeros without end": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "placed"),
+    [(file, placed) for file in ("manifest.json", "segqc.json") for placed in PLACED]
+    + [("segqc.pt", placed) for placed in PLACED if placed != "a terabyte"],  # a model may be of any size
+)
+def test_whatever_lies_in_the_place_of_a_file_is_damage_with_its_remedy(
+    folder: Path, files: dict[NetworkName, Path], file: str, placed: str
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    for _ in range(2):
+        first.publish(files, ANNA, "a test")
+    first.store.close()
+    path = first.folder / "2" / file
+    path.unlink()
+    PLACED[placed](path)
+    (folder / "segqc" / "store.sqlite").unlink()
+    shelf = Bundles(Store.open(folder), Settings())
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert bundle.number == 1, "the newest intact one is adopted"
+    told = problems(shelf)
+    assert told[1] is None
+    assert str(path) in str(told[2])
+    assert "train" in str(told[2]) or "let SegQC read" in str(told[2])
+    assert ("not a model file" in str(told[2])) <= (file == "segqc.pt")
+    with pytest.raises(ModelError, match=re.escape(str(path))):
+        shelf.serve(2, BERT)
+    assert shelf.publish(files, ANNA, "a test") == 3
+    shelf.store.close()
+
+
+NASTY = st.sampled_from([
+    None, True, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, -(10**18), 10**18, 1.5, 1e308, "", "x" * 10_000, "a\0b",
+    "\x1b[2J", "\u202e", "segqc", [], {}, [[]], {"segqc": {}}, {"": ""}, "0001-01-01T00:00:00Z",
+    "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "1970-01-01T00:00:00Z", "2020-01-01",
+    "2020-01-01T00:00:00", "2020-01-01T00:00:00+00:00",
+])  # fmt: skip
+FIELDS = st.sampled_from(
+    ["format", "number", "made_at", "made_by", "reason", "parent", "networks", "networks.segqc", "networks.other",
+     "networks.segqc.version", "networks.segqc.model_sha256", "networks.segmentation.card_sha256", "more"]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_bundles(tmp_path_factory: pytest.TempPathFactory, files: dict[NetworkName, Path]) -> Path:
+    """A folder with bundles 1 and 2, and no database."""
+    folder = tmp_path_factory.mktemp("bundles") / "studies"
+    folder.mkdir()
+    shelf = Bundles(Store.open(folder), Settings())
+    for _ in range(2):
+        shelf.publish(files, ANNA, "a test")
+    shelf.store.close()
+    for path in (folder / "segqc").glob("store.sqlite*"):
+        path.unlink()
+    return folder
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(FIELDS, NASTY, min_size=1, max_size=3), cut=st.one_of(st.none(), st.binary(max_size=20)))
+@example(changes={"made_at": "0001-01-01T00:00:00+14:00"}, cut=None)
+@example(changes={"made_by": "a\0b"}, cut=None)
+@example(changes={"parent": 9}, cut=None)
+@example(changes={}, cut=b"[" * 20)
+def test_no_manifest_stops_a_server_or_a_command(
+    two_bundles: Path, changes: dict[str, object], cut: bytes | None
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(two_bundles / "segqc", folder / "segqc", copy_function=os.link)
+        manifest = folder / "segqc" / "models" / "2" / "manifest.json"
+        body = json.loads(manifest.read_bytes())
+        for field, value in changes.items():
+            *above, last = field.split(".")
+            inner = body
+            for part in above:
+                inner = inner.get(part) if isinstance(inner, dict) else None
+            if isinstance(inner, dict):
+                inner[last] = value
+        manifest.unlink()
+        manifest.write_bytes(json.dumps(body).encode() if cut is None else cut)
+        shelf = Bundles(Store.open(folder), Settings())
+        bundle = shelf.serving()
+        assert bundle is not None
+        assert bundle.number in (1, 2)
+        assert (problems(shelf)[2] is None) == (bundle.number == 2)
+        if bundle.number == 1:
+            with pytest.raises(ModelError, match="2"):
+                shelf.serve(2, BERT)
+        shelf.findings()
+        shelf.store.close()
+        listed = CliRunner().invoke(main.app, ["models", "list", str(folder)])
+        assert listed.exit_code == 0, listed.output
+
+
+def test_folders_of_other_names_are_no_bundles(shelf: Bundles, files: dict[NetworkName, Path]) -> None:
+    shelf.publish(files, ANNA, "a test")
+    names = ["0", "01", "-1", "1e3", "1000000000", "99999999999999999999", "\u0663", "2 ", "x", ".hidden", "\udcff"]
+    for name in names:
+        shutil.copytree(shelf.folder / "1", shelf.folder / name)
+    assert problems(shelf) == {1: None}
+    assert shelf.findings() == []
+    assert shelf.publish(files, ANNA, "a test") == 2
+    assert shelf.prune() == []
+    assert {path.name for path in shelf.folder.iterdir()} == {*names, "1", "2"}
+
+
+def test_after_the_last_number_the_folder_that_has_it_is_named(shelf: Bundles, files: dict[NetworkName, Path]) -> None:
+    stray = shelf.folder / str(bundle_files.LAST_NUMBER)
+    stray.mkdir(parents=True)
+    with pytest.raises(ModelError, match=f"{stray}: no bundle can have a larger number; rename"):
+        shelf.publish(files, ANNA, "a test")
+    assert [path.name for path in shelf.folder.iterdir()] == [stray.name]
+    stray.rename(stray.with_name("stray"))
+    assert shelf.publish(files, ANNA, "a test") == 1
+    for number in (2, 2**31, 10**30):
+        with pytest.raises(StoreError, match=f"there is no bundle {number}"):
+            shelf.serve(number, BERT)
+
+
 @pytest.mark.parametrize("name", [".bundle-3", ".bundle-2-removed", "3"])
 @pytest.mark.parametrize("kind", ["file", "dead link", "link to a folder"])
 def test_what_lies_where_a_bundle_belongs_hinders_no_publication(
@@ -539,6 +732,7 @@ def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[N
         return result.output if code == 0 else str(result.exception)
 
     assert json.loads(run("list", str(folder), "--json")) == {"bundles": []}
+    assert "No network was trained here yet" in run("list", str(folder))
     shelf = Bundles(Store.open(folder), Settings())
     shelf.publish({"segmentation": files["segmentation"]}, ANNA, "training of segmentation")
     shelf.publish({"segqc": files["segqc"]}, BERT, "training of segqc")
@@ -551,7 +745,10 @@ def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[N
     assert first["segmentation"] == second["segmentation"]
     assert (second["by"], second["serving"]) == ("bert", True)
     assert "segqc.json: is damaged" in second["files"]
-    assert "bundle 1 serves" in run("serve", str(folder), "1")
+    served = run("serve", str(folder), "1")
+    assert "bundle 1 serves" in served
+    assert "holds no network segqc: masks get no estimates" in served
+    assert f"segqc train segqc {folder}" in served
     assert "bundle 1 serves already" in run("serve", str(folder), "1")
     assert serving(shelf) == 1
     assert "is damaged" in run("serve", str(folder), "2", code=1)

@@ -71,6 +71,8 @@ def test_a_server_in_the_background_of_a_script_ends_by(sign: signal.Signals, mo
     said += server.communicate()[1]
     assert server.returncode == 0, said
     assert "SegQC has ended." in said
+    if moment == "takes jobs":
+        assert "SegQC is ending: the worker stops its job" in said
     assert "Traceback" not in said
     _assert_nothing_is_left(folder, tmp_path / "temporary")
 

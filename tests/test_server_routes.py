@@ -35,9 +35,9 @@ from segqc.store import bundles, corrections, events, jobs, leases
 from segqc.store.database import Database, StoreDamaged, StoreUnavailable, Transaction
 from segqc.store.events import SERVER
 from segqc.store.schema import Bundle
-from segqc.types import Assessment
+from segqc.types import Assessment, Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
-from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset
+from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset, save_models
 
 pytestmark = pytest.mark.server
 
@@ -143,7 +143,7 @@ BAD_REQUESTS = [
             ("fold_epochs", 2),
         )
     ],
-    ("POST", "/train/segmentation", {"json": {"epochs": 10**30}}, 422),
+    ("POST", "/train/segmentation", {"json": {"epochs": 10**30}}, 400),
     ("POST", "/train/segmentation", {"json": {"epochs": 3, "max_epochs": 3}}, 400),
     ("POST", "/train/", {"json": {"segmentatoin": {}}}, 400),
     ("POST", "/segqc/round", {"json": {"segqc": {"learning_rat": 1}}}, 400),
@@ -330,7 +330,7 @@ def test_an_annotator_is_told_what_was_recorded_and_a_reviewer_sends_it_back(
     assert correction.change.opened_slices == (2, 3)
     assert len(correction.change.structures[0].slices) == 2
     review = f"/segqc/review/{scan}"
-    assert client.post(review, json={"decision": "shred"}).status_code == 404
+    assert client.post(review, json={"decision": "shred"}).status_code == 400
     assert client.post(review, json={"decision": "reject"}).status_code == 409
     rejected = client.post(review, json={"decision": "reject", "reason": "a gap", "client_id": "berta"})
     assert rejected.json() == {"scan": scan, "state": "rejected", "reason": "a gap"}
@@ -463,6 +463,19 @@ def test_a_model_of_another_kind_and_a_removal_are_refused(client: TestClient, b
     assert client.delete("/model/segqc").status_code == 409
     assert context.bundle("segqc") is before
     assert not list((context.dataset.own / "incoming").glob("model-*"))
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("network", ["segmentation", "segqc"])
+def test_a_model_of_other_structures_is_refused_beside_the_one_that_serves(
+    client: TestClient, base: Path, tmp_path: Path, network: NetworkName
+) -> None:
+    bundle = app_instance().context.bundle(network)
+    content = save_models(tmp_path, (Structure("kidney", (2,)),))[network].read_bytes()
+    answer = client.put(f"/model/{network}", files={"file": ("m.pt", content)})
+    assert answer.status_code == 409
+    assert f"{network} knows kidney [2]" in answer.json()["detail"]
+    assert app_instance().context.bundle(network) is bundle
 
 
 def _empty(path: Path) -> None:

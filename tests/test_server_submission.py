@@ -9,6 +9,7 @@ import pytest
 from segqc.server.client_labels import client_names, from_client, to_client
 from segqc.server.context import label_names
 from segqc.server.errors import RequestError
+from segqc.server.parameters import LabelParams
 from segqc.server.submitted_labels import read_submission, stored_info
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, write_labels
@@ -31,13 +32,13 @@ def submit(path: Path, blocks: dict[int, int], affine: np.ndarray = AFFINE) -> P
     return path
 
 
-def info(*names: str) -> dict[str, object]:
-    return {"label_info": [{"name": name, "idx": 7 + i} for i, name in enumerate(names)]}
+def info(*names: str) -> LabelParams:
+    return LabelParams(label_info=[{"name": name, "idx": 7 + i} for i, name in enumerate(names)])
 
 
 def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
-    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver")).volume  # type: ignore[arg-type]
+    labels = read_submission(path, scan, NAMES, info("Spleen", "likely error (scribbles)", "liver")).volume
     assert (labels.array[3] == 4).all()
     assert (labels.array[8] == 1).all()
     assert np.allclose(labels.affine, AFFINE)
@@ -45,23 +46,35 @@ def test_segments_count_in_their_order_and_empty_likely_errors_are_dropped(tmp_p
 
 def test_whether_the_file_itself_says_the_same_plainly(tmp_path: Path, scan: Path) -> None:
     same = submit(tmp_path / "same.nii.gz", {1: 3, 4: 8})
-    assert read_submission(same, scan, NAMES, {}).is_plain
+    assert read_submission(same, scan, NAMES, LabelParams()).is_plain
     renumbered = submit(tmp_path / "renumbered.nii.gz", {1: 3, 2: 8})
-    assert not read_submission(renumbered, scan, NAMES, info("liver", "spleen")).is_plain  # type: ignore[arg-type]
-    numbered = {"label_names": {"liver": 1, "spleen": 4}}
-    assert read_submission(same, scan, NAMES, numbered).is_plain  # type: ignore[arg-type]
+    assert not read_submission(renumbered, scan, NAMES, info("liver", "spleen")).is_plain
+    numbered = LabelParams(label_names={"liver": 1, "spleen": 4})
+    assert read_submission(same, scan, NAMES, numbered).is_plain
     turn = np.diag([-1.0, 1.0, 1.0, 1.0])
     turn[0, 3] = SHAPE[0] - 1
     turned = read_labels(same)
     write_labels(Volume(turned.array[::-1], turned.affine @ turn), tmp_path / "turned.nii.gz")
-    assert not read_submission(tmp_path / "turned.nii.gz", scan, NAMES, {}).is_plain
+    assert not read_submission(tmp_path / "turned.nii.gz", scan, NAMES, LabelParams()).is_plain
+
+
+@pytest.mark.parametrize("unknown", ["Segment_3", "kidney", "likely error"])
+@pytest.mark.parametrize("way", ["label_info", "label_names"])
+def test_segments_without_a_voxel_may_have_any_name(tmp_path: Path, scan: Path, unknown: str, way: str) -> None:
+    names = ("spleen", unknown, "liver")
+    params = info(*names) if way == "label_info" else LabelParams(**{way: {name: i for i, name in enumerate(names, 1)}})
+    read = read_submission(submit(tmp_path / "m.nrrd", {1: 3, 3: 8}), scan, NAMES, params)
+    assert (read.volume.array[3] == 4).all()
+    assert (read.volume.array[8] == 1).all()
+    with pytest.raises(RequestError, match=unknown):
+        read_submission(submit(tmp_path / "n.nrrd", {2: 3}), scan, NAMES, params)
 
 
 @pytest.mark.parametrize("name", ["likely error", "Likely Error", "likely error (scribbles)"])
 def test_likely_errors_that_hide_structures_are_refused(tmp_path: Path, scan: Path, name: str) -> None:
     path = submit(tmp_path / "m.nrrd", {1: 3, 3: 8})
     with pytest.raises(RequestError, match="remove or hide the segment first") as caught:
-        read_submission(path, scan, NAMES, info("liver", "spleen", name))  # type: ignore[arg-type]
+        read_submission(path, scan, NAMES, info("liver", "spleen", name))
     assert caught.value.status == 422
 
 
@@ -85,42 +98,43 @@ def test_an_unedited_label_map_comes_back_as_it_was_stored(
         stored[2 * index + 1] = value
     delivered = to_client(Volume(stored, AFFINE), names)
     told = client_names(names)
-    params: dict[str, object] = {"label_names": told}
+    params = LabelParams(label_names=dict(told))
     path = tmp_path / "m.nrrd"
     if way == "label_info":
-        params = {"label_info": [{"name": name, "idx": 9 + i} for i, name in enumerate(told)]}
+        params = LabelParams(label_info=[{"name": name, "idx": 9 + i} for i, name in enumerate(told)])
     elif way == "reordered":
         order = list(reversed(told))
         table = np.zeros(256, np.uint8)
         for position, name in enumerate(order, start=1):
             table[told[name]] = position
         delivered = Volume(table[delivered.array], AFFINE)
-        params = {"label_info": [{"name": name} for name in order]}
+        params = LabelParams(label_info=[{"name": name} for name in order])
     write_labels(delivered, path)
     if way == "seg.nrrd":
-        params = {}
+        params = LabelParams()
         voxels, header = nrrd.read(str(path))
         for number, (name, value) in enumerate(reversed(told.items())):
             header |= {f"Segment{number}_Name": name, f"Segment{number}_LabelValue": str(value),
                        f"Segment{number}_Layer": "0", f"Segment{number}_ID": f"Segment_{number}"}  # fmt: skip
         path = tmp_path / "m.seg.nrrd"
         nrrd.write(str(path), voxels, header)
-    assert np.array_equal(read_submission(path, scan, names, params).volume.array, stored)  # type: ignore[arg-type]
+    assert np.array_equal(read_submission(path, scan, names, params).volume.array, stored)
     assert np.array_equal(from_client(to_client(Volume(stored, AFFINE), names), names).array, stored)
 
 
 def test_values_that_could_be_read_either_way_are_refused(tmp_path: Path, scan: Path) -> None:
     names = {"body": 2, "placenta": 3, "brain": 7}
-    assert set(np.unique(read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, {}).volume.array)) == {0, 7}
+    plain = read_submission(submit(tmp_path / "a.nrrd", {7: 3}), scan, names, LabelParams())
+    assert set(np.unique(plain.volume.array)) == {0, 7}
     with pytest.raises(RequestError, match="send label_info") as caught:
-        read_submission(submit(tmp_path / "b.nrrd", {2: 3, 3: 5}), scan, names, {})
+        read_submission(submit(tmp_path / "b.nrrd", {2: 3, 3: 5}), scan, names, LabelParams())
     assert caught.value.status == 422
 
 
 def test_what_is_noted_fits_what_clients_get_back() -> None:
     names = {"body": 2, "placenta": 4, "brain": 7}
     sent = {"label_info": [{"name": "brain", "idx": 1, "color": [1, 0, 0]}, {"name": "body", "idx": 5}], "by": "me"}
-    noted = stored_info(sent, names)  # type: ignore[arg-type]
+    noted = stored_info(LabelParams(**sent), names)
     assert noted == {
         "label_info": [
             {"name": "body", "idx": 1},
@@ -129,31 +143,31 @@ def test_what_is_noted_fits_what_clients_get_back() -> None:
         ],
         "by": "me",
     }
-    assert stored_info(noted, names) == noted
-    assert stored_info({"by": "me"}, names) == {"by": "me"}
+    assert stored_info(LabelParams(**noted), names) == noted
+    assert stored_info(LabelParams(by="me"), names) == {"by": "me"}
 
 
 def test_without_names_values_are_as_they_are(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 4: 5})
-    for params in ({}, {"label_info": [{"color": [1, 0, 0]}]}):
+    for params in (LabelParams(), LabelParams(label_info=[{"color": [1, 0, 0]}])):
         assert set(np.unique(read_submission(path, scan, NAMES, params).volume.array)) == {0, 1, 4}
 
 
 @pytest.mark.parametrize(
     ("blocks", "params", "messages"),
     [
-        ({2: 3}, {}, "value"),
+        ({2: 3}, LabelParams(), "value"),
         ({3: 3}, info("liver", "spleen"), "holds the value 3"),
         ({1: 3}, info("kidney"), "kidney"),
-        ({1: 3}, {"label_info": [{"name": "liver"}, {}]}, "name all"),
+        ({1: 3}, LabelParams(label_info=[{"name": "liver"}, {}]), "name all"),
     ],
 )
 def test_what_is_no_structure_is_refused(
-    tmp_path: Path, scan: Path, blocks: dict[int, int], params: dict[str, object], messages: str
+    tmp_path: Path, scan: Path, blocks: dict[int, int], params: LabelParams, messages: str
 ) -> None:
     path = submit(tmp_path / "m.nii.gz", blocks)
     with pytest.raises(RequestError, match=messages) as caught:
-        read_submission(path, scan, NAMES, params)  # type: ignore[arg-type]
+        read_submission(path, scan, NAMES, params)
     assert caught.value.status == 422
 
 
@@ -164,7 +178,7 @@ def test_another_grid_or_no_volume_is_refused_without_telling_server_paths(tmp_p
     broken.write_bytes(b"not a volume")
     for path in (submit(tmp_path / "m.nii.gz", {1: 3}, shifted), broken):
         with pytest.raises(RequestError) as caught:
-            read_submission(path, scan, NAMES, {})
+            read_submission(path, scan, NAMES, LabelParams())
         assert caught.value.status == 422
         assert str(path) not in str(caught.value)
 
@@ -172,7 +186,7 @@ def test_another_grid_or_no_volume_is_refused_without_telling_server_paths(tmp_p
 def test_unconfigured_structures_may_be_new(tmp_path: Path, scan: Path) -> None:
     path = submit(tmp_path / "m.nii.gz", {1: 3, 2: 5})
     params = info("label 1", "something new")
-    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False).volume  # type: ignore[arg-type]
+    labels = read_submission(path, scan, {"label 1": 1}, params, configured=False).volume
     assert set(np.unique(labels.array)) == {0, 1, 2}
 
 

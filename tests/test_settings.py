@@ -75,7 +75,7 @@ def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
         ("[boxes]\nthreshold = 2", ["threshold", "(0, 1]"]),
         ("[extraction]\nband = 2", ["band", "band_mm"]),
         ("[server]\nport = 99999", ["server.port", "65535"]),
-        ("[server]\nprot = 80", ["server.prot"]),
+        ("[server]\nprot = 80", ["[server]", "'prot'", "'port'"]),
         ("[structures]\na = [0]", ["structures", "1 to 255", "[0]"]),
         ("[structures]\na = [1, 1]", ["different", "[1, 1]"]),
         ("[structures]\na = [300]", ["300"]),
@@ -123,10 +123,47 @@ def test_settings_that_go_together_may_be_in_both_tables(tmp_path: Path) -> None
     assert load_settings(tmp_path).training_settings("segqc").hide_mask
 
 
-def test_a_wrong_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEGQC_SERVER__PORT", "none")
-    with pytest.raises(SettingsError, match="SEGQC_SERVER__PORT"):
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SEGQC_SERVER__PORT", "none", "server.port: Input should be a valid integer"),
+        ("SEGQC_SERVER__PRT", "90", r"\[server\] has no setting 'prt'; did you mean 'port'\?"),
+        ("segqc_store__name", "x", r"\[store\] has no setting 'name'; it has url"),
+        ("SEGQC_TRAINING__EPOCS", "3", r"\[training\] has no setting 'epocs'; did you mean 'epochs'\?"),
+        ("SEGQC_TRAINING__SEGQC__EPOCHS", "-1", "epochs must be"),
+        ("SEGQC_BOXES__X", "1", r"\[boxes\] has no setting 'x'; it has threshold"),
+        ("SEGQC_STRUCTURES", "{liver", "is no JSON"),
+        ("SEGQC_PATIENT_PATTERN", "(", "not a regular expression"),
+    ],
+)
+def test_a_wrong_variable_is_named_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    write(tmp_path, "[structures]\nliver = 1\n[server]\nport = 80\n")
+    monkeypatch.setenv("SEGQC_MODELS__KEEP", "3")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^the environment variable {variable}: .*{message}") as raised:
         load_settings(tmp_path)
+    assert "segqc.toml" not in str(raised.value)
+    assert "SEGQC_MODELS__KEEP" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[server]\nprt = 80\n", r"\[server\] has no setting 'prt'; did you mean 'port'\?"),
+        ("[servr]\nport = 80\n", r"there is no setting or table 'servr'; did you mean 'server'\?"),
+        ("[trainnig]\nepochs = 80\n", r"there is no setting or table 'trainnig'; did you mean 'training'\?"),
+    ],
+)
+def test_a_wrong_file_is_named_and_no_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, message: str
+) -> None:
+    write(tmp_path, table)
+    monkeypatch.setenv("SEGQC_SERVER__PORT", "90")
+    with pytest.raises(SettingsError, match=rf"segqc\.toml: {message}") as raised:
+        load_settings(tmp_path)
+    assert "SEGQC_SERVER__PORT" not in str(raised.value)
 
 
 def test_settings_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:

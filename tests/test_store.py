@@ -37,6 +37,7 @@ from tests.store_kit import (
     BERT,
     PLACING,
     Clock,
+    answer_lease,
     bundle,
     fork,
     label_map,
@@ -663,7 +664,7 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
     third = Actor(kind="person", name="cleo", identified_by="client-id")
     assert take(store, third, rules, sequential.order).scan != a.scan
     with store.write() as transaction:
-        assert leases.submitted(transaction, a.scan, ANNA) is not None
+        assert answer_lease(transaction, a.scan, ANNA) is not None
     assert take(store, ANNA, rules, sequential.order).scan != a.scan
 
 
@@ -734,7 +735,7 @@ PART = change(0.8)
 def submit(store: Store, folder: Path, scan: str, actor: Actor, value: int, change: Change = PART) -> int:
     source = label_map(folder.parent / "submitted.nii.gz", value)
     with store.change_labels([LabelChange(NewLabel(scan, "final", "annotator", actor), source)]) as changing:
-        lease = leases.submitted(changing.transaction, scan, actor)
+        lease = answer_lease(changing.transaction, scan, actor)
         assert lease is not None
         start = labels.get(changing.transaction, lease.label_version or 0)
         return corrections.add(changing.transaction, start, changing.versions[0], change, actor, lease=lease)

@@ -173,7 +173,7 @@ def test_a_scan_waits_until_its_side_car_can_be_read(tmp_path: Path, caplog: pyt
         dataset = Dataset(tmp_path)
         assert patients(dataset) == {"b": "seven"}
         dataset.refresh()
-    assert sum("not taken in" in m and "a.nii" in m and "a.json" in m for m in caplog.messages) == 1
+    assert sum("not accepted" in m and "a.nii" in m and "a.json" in m for m in caplog.messages) == 1
     assert [finding.file for finding in dataset.findings()] == ["a.nii"]
     assert any("a.nii" in finding.what for finding in check(dataset.store))
     (tmp_path / "a.json").write_text('{"PatientID": "seven"}')  # in place: the folder itself shows no change

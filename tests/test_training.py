@@ -76,13 +76,13 @@ class KilledError(Exception):
     """Stands for a killed process."""
 
 
-class KillAt:
+class KillAt(NoProgress):
     """A progress that ends the training in the middle of a step, as a killed process would."""
 
     def __init__(self, step: int, work: str) -> None:
         self.at, self.work, self.seen = step, work, 0
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         message = described(task, detail)
         if message.startswith(self.work):
             self.seen += 1
@@ -145,7 +145,7 @@ def test_batches_made_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     straight = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "a", NoProgress())
     monkeypatch.setattr(training_fit, "_loader", lambda training: _Ahead(loader(training)))
     with pytest.raises(KilledError):
-        train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", KillAt(4, "segqc: loss"))
+        train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", KillAt(4, "SegQC-Net: epoch"))
     ahead = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", NoProgress())
     assert ahead.version == straight.version
 
@@ -285,9 +285,15 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     assert model.card.accuracy == 1 - model.card.scores["dice error ball"]
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
-    again = KillAt(-1, "fold")
+    again = KillAt(-1, "network for masks, fold 2 of 2: epoch")
     assert train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", again).version == model.version
     assert again.seen == 0, "finished folds are not trained again"
+    kept = KillAt(-1, "masks by the network for masks")
+    own = replace(QUICK, epochs=1, ensemble=False, scan_only_share=0.0, mask_deformation=1.0, patience=3, loss="dice")
+    masks = sorted((tmp_path / "t" / "masks").iterdir())
+    train_assessor(cases, STRUCTURES, patient_splits, own, tmp_path / "t", kept)
+    assert kept.seen == len(cases)
+    assert sorted((tmp_path / "t" / "masks").iterdir()) == masks, "SegQC-Net's own settings ask for no other masks"
 
 
 def test_the_papers_recipe_can_be_chosen(tmp_path: Path) -> None:

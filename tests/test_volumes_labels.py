@@ -128,6 +128,35 @@ def test_cropped_segmentation_is_put_in_its_place(tmp_path):
         read_labels(tmp_path / "a.nrrd", scan=SCAN)
 
 
+@pytest.mark.parametrize("empty", ["Segment_4", "Segment_1", "lung", "Body", "likely error", "background"])
+@pytest.mark.parametrize("value", [4, 255])
+@pytest.mark.parametrize("position", [0, 3])
+def test_segments_without_a_voxel_may_have_any_name(tmp_path, empty, value, position):
+    segments = [(name, value, 0) for name, value in NAMES.items()]
+    segments.insert(position, (empty, value, 0))
+    path = write_seg(tmp_path / "a.seg.nrrd", LABELS, segments)
+    found = check_labels(path, SCAN, (1, 2, 3), NAMES)
+    np.testing.assert_array_equal(found.labels.array, LABELS)
+    assert found.is_plain
+    np.testing.assert_array_equal(read_labels(path, scan=SCAN).array, LABELS)
+
+
+def test_empty_segments_of_layers_may_have_any_name(tmp_path):
+    masks = np.stack([LABELS == 1, LABELS == 2, LABELS == 0, LABELS == 3]).astype(np.uint8)
+    masks[2] = 0
+    segments = [("placenta", 1, 0), ("body", 1, 1), ("Segment_3", 1, 2), ("Segment_4", 2, 0), ("brain", 1, 3)]
+    path = write_seg(tmp_path / "a.seg.nrrd", masks, segments, axis=0)
+    np.testing.assert_array_equal(read_labels(path, scan=SCAN, values=(1, 2, 3), names=NAMES).array, LABELS)
+
+
+@pytest.mark.parametrize("segments", [[("Segment_1", 1, 0)], [("Segment_1", 1, 0), ("placenta", 2, 0)]])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 1)])
+def test_a_segmentation_without_a_voxel_is_an_empty_label_map(tmp_path, segments, shape):
+    path = write_seg(tmp_path / "a.seg.nrrd", np.zeros(shape, np.uint8), segments)
+    found = read_labels(path, scan=SCAN, values=(1, 2, 3), names=NAMES).array
+    np.testing.assert_array_equal(found, np.zeros(SHAPE, np.uint8))
+
+
 @pytest.mark.parametrize(
     ("segments", "finding"),
     [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc.cli.common import (
+    ANNOTATE_PANEL,
     AsCsv,
     AsJson,
     CommandError,
@@ -22,6 +23,7 @@ from segqc.cli.common import (
     estimate,
     me,
     refuse_overwriting,
+    scan_named,
     shown_progress,
 )
 from segqc.text import visible
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_SCAN_TERMS: Final = (
+    "fold: patients of one fold are left out together when networks are trained for masks. split: whether the patient "
+    "trains networks or validates them. state: unlabelled = waits for a label; in progress = handed out; submitted, "
+    "approved, rejected, excluded; missing = its file is gone; replaced = its file holds another scan now. estimated "
+    "Dice: of the mask of a scan that waits, without a true mask."
+)
 _VERSION_TERMS: Final = (
     "tags: original = by the segmentation network; final = what trains; returned = rejected or reopened, to be "
     "corrected again; reader-1, reader-2, ... = one annotator's each; others, such as version_1, = as a client named "
@@ -51,14 +59,19 @@ _COST_TERMS: Final = (
     "patients. hours: from hand-out to submission, summed over the submitted scans."
 )
 
-Scan = Annotated[str, typer.Argument(metavar="SCAN", help="The scan's id.", show_default=False)]
+Scan = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCAN", help="The scan's id: its file name without .nii, .nii.gz or .nrrd.", show_default=False
+    ),
+]
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """List the scans with patient, fold, split, state, and the estimated Dice of those that wait.
+    """List all scans: patient, fold, split, state, and the estimated Dice of those that wait.
 
-    Below them, the files that were not taken in, and why, and remarks on those that were.
+    Below them: the files that were not accepted, each with the reason, and remarks on those that were.
     """
     from segqc.store import assessments, findings
     from segqc.store import leases as leased
@@ -100,18 +113,19 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
     ]
     title = f"{folder}: {len(rows)} scans{brackets(intervals.values())}"
     rows_aside = [{"file": f.file, "kind": f.kind, "message": f.sentence} for f in aside]
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra={"findings": rows_aside, "remarks": remarks})
+    extra: dict[str, object] = {"findings": rows_aside, "remarks": remarks}
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", extra=extra, terms=_SCAN_TERMS)
     if aside and not as_json:
-        typer.secho(f"{folder}: {len(aside)} files are not taken in", bold=True, err=as_csv)
+        typer.secho(f"{folder}: {len(aside)} files were not accepted", bold=True, err=as_csv)
         for finding in aside:
             typer.echo(visible(finding.sentence), err=as_csv)
     if remarks and not as_json:
-        typer.secho(f"{folder}: {len(remarks)} remarks", bold=True, err=as_csv)
+        typer.secho(f"{folder}: {len(remarks)} remarks on files that were accepted", bold=True, err=as_csv)
         for remark in remarks:
             typer.echo(visible(remark), err=as_csv)
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def labels(
     folder: DatasetFolder,
     scan: Scan,
@@ -131,6 +145,7 @@ def labels(
     if (export is None) != (out is None):
         raise typer.BadParameter("--export and --out belong together", param_hint="--export")
     dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
     with dataset.store.read() as transaction:
         history = {version.id: version for version in stored.history(transaction, scan)}
         changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
@@ -198,11 +213,11 @@ class Decision(StrEnum):
     REOPEN = "reopen"
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def review(
     folder: DatasetFolder,
     scan: Scan,
-    decision: Annotated[Decision, typer.Argument(help="What to do with it.", show_default=False)],
+    decision: Annotated[Decision, typer.Argument(metavar="DECISION", help="What to do with it.", show_default=False)],
     reason: Annotated[str | None, typer.Option(help="Why; required for reject and exclude.")] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -210,14 +225,17 @@ def review(
     from segqc.loop.review import STATE_OF
 
     dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
     dataset.store.review(scan, STATE_OF[decision.value], me(), reason)
     typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def readings(
     folder: DatasetFolder,
-    scan: Annotated[str | None, typer.Argument(metavar="[SCAN]", help="One scan (default: all with readings).")] = None,
+    scan: Annotated[
+        str | None, typer.Argument(metavar="SCAN", help="One scan's id (default: all with readings).")
+    ] = None,
     add: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="First add this folder's label files, named like the scans, as readings."),
@@ -235,7 +253,7 @@ def readings(
     if (add is None) != (reader is None):
         raise typer.BadParameter("--add and --reader belong together", param_hint="--add")
     dataset = dataset_at(folder, config)
-    names = [scan] if scan is not None else [entry.id for entry in dataset.scans()]
+    names = [scan_named(dataset, scan)] if scan is not None else [entry.id for entry in dataset.scans()]
     if add is not None and reader is not None:
         found = {name: path for name in names if (path := find_labels(add, name)) is not None}
         if not found:
@@ -243,7 +261,7 @@ def readings(
         with shown_progress() as progress:
             for i, (name, path) in enumerate(found.items(), start=1):
                 add_reading(dataset, name, path, Actor(kind="person", name=reader, identified_by="command"))
-                progress.step(i, len(found), "readings", name)
+                progress.step(i, len(found), "adding readings", name, unit="readings")
     pairs = [pair for name in names for pair in inter_rater(dataset, name)]
     if not pairs and add is None:
         raise CommandError(f"{folder}: no scan was read by two annotators yet")
@@ -267,7 +285,7 @@ def readings(
         emit(means, "by structure")
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def consensus(
     folder: DatasetFolder,
     scan: Scan,
@@ -279,19 +297,21 @@ def consensus(
     """Make one final label from several annotators' labels of a scan."""
     from segqc.loop.readers import make_consensus
 
-    made = make_consensus(dataset_at(folder, config), scan, by, me())
+    dataset = dataset_at(folder, config)
+    scan = scan_named(dataset, scan)
+    made = make_consensus(dataset, scan, by, me())
     typer.echo(f"{scan}: the final label is now version {made.id}, by {by}")
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def leases(
     folder: DatasetFolder,
-    every: Annotated[bool, typer.Option("--all", help="Also list leases that have ended.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list what was handed out before.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """List who has which scan, and which strategy or draw chose it."""
+    """List the scans that are handed out: to whom, until when, and what chose them."""
     from segqc.selection import scores
     from segqc.store import assessments
     from segqc.store import leases as stored
@@ -333,7 +353,7 @@ def leases(
     emit(rows, title, as_json=as_json, as_csv=as_csv, key="leases", terms=_LEASE_TERMS)
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def costs(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans."""
     from segqc.store import leases as stored

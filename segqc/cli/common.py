@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
@@ -31,8 +31,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAKE_PANEL: Final = "Make a dataset folder"
+ESTIMATE_PANEL: Final = "Train, estimate, rank"
+ANNOTATE_PANEL: Final = "Serve and annotate"
+KEEP_PANEL: Final = "Keep and pass on"
+"""Headings of the list of commands."""
+
 DatasetFolder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Dataset folder: scans, and labels/final.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Dataset folder: the scans, and the masks that people made in labels/final.",
+        show_default=False,
+    ),
+]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Dataset folder to make; new or empty.", show_default=False)
 ]
 
 
@@ -98,6 +112,18 @@ def dataset_at(folder: Path, config: Path | None, overrides: Mapping[str, object
     return Dataset(folder, load_settings(folder, config, overrides))
 
 
+def scan_named(dataset: Dataset, name: str) -> str:
+    """The name in the store of the scan that a user calls so, in whatever Unicode form.
+
+    Raises:
+        UnknownScan: if there is none.
+    """
+    from segqc.store import scans
+
+    with dataset.store.read() as transaction:
+        return scans.get(transaction, name).name
+
+
 @contextmanager
 def shown_progress(*, log_lines: bool = True) -> Iterator[Progress]:
     """A bar for each task on a terminal; elsewhere log lines, or nothing. Both go to the error stream.
@@ -113,14 +139,14 @@ def shown_progress(*, log_lines: bool = True) -> Iterator[Progress]:
         yield LineProgress() if log_lines else NO_PROGRESS
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.description}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
@@ -131,16 +157,25 @@ class BarProgress:
     """Progress as bars of a terminal, one for each task."""
 
     def __init__(self, bars: Bars) -> None:
+        from segqc.progress import TimeLeft
+
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._time = TimeLeft()
 
-    def step(self, done: int, total: int, task: str, detail: str = "") -> None:
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         """Move the bar of a task."""
         from segqc.progress import described
 
+        left = self._time.after(done, total, task)
         if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(task, total=total)
-        self._bars.update(self._tasks[task], completed=done, total=total, description=described(task, detail))
+            self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, left=left)
+        bar = self._tasks[task]
+        self._bars.update(bar, completed=done, total=total, description=described(task, detail), left=left)
+
+    def message(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(visible(text), markup=False, highlight=False)
 
 
 def shown(value: Cell) -> str:
@@ -169,7 +204,7 @@ def estimate(
 def brackets(intervals: Iterable[PredictionInterval | None]) -> str:
     """What the brackets behind estimates are, for a table's title."""
     level = next((interval.level for interval in intervals if interval is not None), None)
-    return " (in brackets the interval)" if level is None else f" (in brackets the {level:.0%} interval)"
+    return f" (in brackets: {'' if level is None else f'{level:.0%} '}prediction intervals)"
 
 
 def emit(
@@ -181,10 +216,11 @@ def emit(
     extra: Mapping[str, object] | None = None,
     key: str = "rows",
     terms: str = "",
+    empty: str = "",
 ) -> None:
     """Print rows on the standard stream: as a table, as one JSON object with all of ``extra``, or as CSV.
 
-    ``terms``, what the columns mean, is printed below a table only.
+    ``terms``, what the columns mean, is printed below a table only; ``empty`` in the place of one without rows.
     """
     if as_json and as_csv:
         raise typer.BadParameter("choose one of the two", param_hint="--json and --csv")
@@ -206,6 +242,9 @@ def emit(
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: nothing is to be cut off
     typer.secho(visible(title), bold=True)
+    if empty and not rows:
+        typer.echo(empty)
+        return
     table = Table(box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(Text(visible(name)), justify="left" if rows and isinstance(rows[0][name], str) else "right")

@@ -42,7 +42,8 @@ def restore(
 ) -> None:
     """Restore a backup: its database and labels replace those of the folder, which are set aside, not deleted.
 
-    Scans, bundles of networks and the folder's settings stay. Stop the server and the workers first.
+    The bundle of networks that served comes back, too; a different one of the same number is set aside. Other bundles,
+    scans and the folder's settings stay. Stop the server and the workers first.
     """
     from segqc.loop.publishing import Bundles
     from segqc.settings import SETTINGS_FILE

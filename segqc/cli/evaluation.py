@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import AsJson, CommandError, Row, emit, shown_progress, structure_flag
+from segqc.cli.common import ESTIMATE_PANEL, AsJson, CommandError, Row, emit, shown_progress, structure_flag
 
 if TYPE_CHECKING:
     from segqc.evaluation.experiments.comparison import ExperimentName, ExperimentResult
@@ -38,9 +38,12 @@ EXPERIMENTS: dict[Experiment, tuple[ExperimentName, ...]] = {
 }
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def evaluate(
-    experiment: Annotated[Experiment, typer.Argument(help="Which experiment.", show_default=False)],
+    experiment: Annotated[
+        Experiment,
+        typer.Argument(metavar="EXPERIMENT", help="What to measure.", show_default=False),
+    ],
     data: Annotated[
         Path,
         typer.Argument(

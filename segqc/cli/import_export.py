@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import CommandError, DatasetFolder, kept_store, open_store, settings_of, shown_progress
+from segqc.cli.common import CommandError, DatasetFolder, NewFolder, kept_store, open_store, settings_of, shown_progress
 
 if TYPE_CHECKING:
     from segqc.io.case_list import CaseList, Imported
@@ -19,9 +19,6 @@ export_app = typer.Typer(no_args_is_help=True, help="Write a dataset folder for 
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder to read.", show_default=False)]
 Target = Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to make; new or empty.", show_default=False)]
-NewFolder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Dataset folder to make; new or empty.", show_default=False)
-]
 Link = Annotated[
     bool, typer.Option("--link", help="Make hard links to the scans instead of copies, where no conversion is needed.")
 ]

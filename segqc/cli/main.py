@@ -23,6 +23,10 @@ import typer
 from segqc import __version__
 from segqc.cli import annotation, database, evaluation, import_export, models
 from segqc.cli.common import (
+    ANNOTATE_PANEL,
+    ESTIMATE_PANEL,
+    KEEP_PANEL,
+    MAKE_PANEL,
     NOT_ENOUGH_DATA,
     AsCsv,
     AsJson,
@@ -30,6 +34,7 @@ from segqc.cli.common import (
     CommandError,
     ConfigFile,
     DatasetFolder,
+    NewFolder,
     Row,
     brackets,
     dataset_at,
@@ -52,28 +57,32 @@ if TYPE_CHECKING:
     from segqc.types import Assessment, MetricIntervals
 
 
-EXAMPLES = """Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.
-
-A *dataset folder* holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people have drawn.
-The usual order: [bold]phantom[/bold] or [bold]prepare[/bold] makes such a folder, [bold]train[/bold] trains on it,
-[bold]score[/bold] assesses all unlabelled scans, [bold]rank[/bold] shows the order, and [bold]serve[/bold] hands the
-scans to 3D Slicer, worst first.
-
-Exit codes: 0 done, 1 something could not be done (one sentence on the error stream says what), 2 wrong usage, 130 ended
-by Ctrl-C, 143 by SIGTERM; serve and worker end with 0 by a signal.
-"""
+EXAMPLES = (
+    "Estimate how good segmentation masks are, see where they are wrong, and correct the worst first.\n\n"
+    "A *dataset folder* (FOLDER) holds scans (.nii, .nii.gz, .nrrd) and, in labels/final, the masks that people made "
+    "of some of them. SegQC keeps its own files in FOLDER/segqc and its settings in FOLDER/segqc.toml.\n\n"
+    "The usual order: **phantom**, **prepare** or **import** makes such a folder, **train segmentation** and **train "
+    "segqc** train on it, **score** makes and assesses the masks of all other scans, **rank** shows the order, and "
+    "**serve** hands the scans to 3D Slicer, worst first. **round** does both trainings and the scoring in one.\n\n"
+    "Exit codes: 0 done; 1 something could not be done (one sentence on the error stream says what); 2 wrong usage; "
+    "130 ended by Ctrl-C; 143 ended by SIGTERM. A signal ends serve and worker with 0."
+)
 
 app = typer.Typer(
-    help=EXAMPLES, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False
+    help=EXAMPLES,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a dataset folder's final labels.")
-app.add_typer(train_app, name="train")
+app.add_typer(train_app, name="train", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
 app.add_typer(evaluation.app)
-app.add_typer(database.app, name="db")
-app.add_typer(models.app, name="models")
-app.add_typer(import_export.import_app, name="import")
-app.add_typer(import_export.export_app, name="export")
+app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
+app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
+app.add_typer(import_export.import_app, name="import", rich_help_panel=MAKE_PANEL)
+app.add_typer(import_export.export_app, name="export", rich_help_panel=KEEP_PANEL)
 
 
 def _scored(method: str) -> str:
@@ -108,7 +117,9 @@ Seed = Annotated[int, typer.Option(help="Decides every random draw: the same see
 ModelsOf = Annotated[
     Path | None,
     typer.Option(
-        "--dataset", metavar="FOLDER", help="Use the model of this dataset folder (default: the scan's folder)."
+        "--dataset",
+        metavar="FOLDER",
+        help="Use the networks of this dataset folder (default: the folder that the scan lies in).",
     ),
 ]
 ModelFile = Annotated[Path | None, typer.Option("--model", metavar="FILE", help="Use this model file (.pt).")]
@@ -182,9 +193,9 @@ def _common(
 # ---- make a folder -------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE_PANEL)
 def phantom(
-    folder: Annotated[Path, typer.Argument(help="Dataset folder to make.", show_default=False)],
+    folder: NewFolder,
     scans: Annotated[int, typer.Option(min=1, help="Number of scans.")] = 24,
     labelled: Annotated[int, typer.Option(min=0, help="How many of them get a final label.")] = 8,
     seed: Seed = 0,
@@ -198,12 +209,13 @@ def phantom(
     typer.echo(f"{folder}: {scans} scans, {labelled} of them with a final label")
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE_PANEL)
 def prepare(
     labelled_data: Annotated[
-        Path, typer.Argument(help="Data set: images/, labels/ and perhaps splits.json.", show_default=False)
+        Path,
+        typer.Argument(metavar="DATA", help="Data set: images/, labels/ and perhaps splits.json.", show_default=False),
     ],
-    folder: Annotated[Path, typer.Argument(help="Dataset folder to make; new or empty.", show_default=False)],
+    folder: NewFolder,
     labelled: Annotated[int, typer.Option(min=0, help="Number of scans with a final label.")] = 30,
     unlabelled: Annotated[
         int, typer.Option(min=0, help="Number of scans without one; their truth goes to truth/.")
@@ -227,7 +239,9 @@ def prepare(
 
 # ---- train and score -----------------------------------------------------------------------------------------------
 
-Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training (default: from the settings).")]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Length of the training, in epochs (default: from the settings).")
+]
 TrainingSeed = Annotated[
     int | None, typer.Option("--seed", help="Decides every random draw (default: from the settings).")
 ]
@@ -243,7 +257,11 @@ def train_segmentation(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the network that makes the masks."""
+    """Train the segmentation network, which makes the masks.
+
+    It says at the start what it trains and, after some steps, how long that takes. A training that was stopped goes on
+    from its last finished epoch.
+    """
     _train(folder, "segmentation", _given(epochs=epochs, size=size, seed=seed), config, as_json)
 
 
@@ -254,12 +272,20 @@ def train_segqc(
     size: NetworkSize = None,
     seed: TrainingSeed = None,
     paper_recipe: Annotated[
-        bool, typer.Option("--paper-recipe", help="The paper's own: error as direct output, Dice loss, rate 5e-4.")
+        bool,
+        typer.Option(
+            "--paper-recipe", help="Train as in the paper: error as direct output, Dice loss, learning rate 5e-4."
+        ),
     ] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train SegQC-Net, which estimates how good masks are; first trains small segmentation networks on folds."""
+    """Train SegQC-Net, which estimates how good masks are. This takes longest of all: minutes to hours.
+
+    It learns from masks of networks that have not seen the scan. So it first trains a segmentation network for each
+    fold of the patients, and then SegQC-Nets, by default one for each fold, too. It says at the start what it trains
+    and, after some steps, how long that takes. A training that was stopped goes on from its last finished epoch.
+    """
     given = _given(epochs=epochs, size=size, seed=seed)
     _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe)
 
@@ -288,24 +314,26 @@ def _train(
     rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
     extra |= {"used": trained.used, "left_out": dict(trained.left_out)}
-    emit(rows, f"{network}, on the cases that validate", as_json=as_json, extra=extra, key="scores")
+    extra |= {"patients": trained.patients, "measured_patients": trained.measured}
+    title = f"{network}, measured on {trained.measured} of {trained.patients} patients, without their own labels"
+    emit(rows, title, as_json=as_json, extra=extra, key="scores")
     if not as_json:
         typer.echo(f"{folder}: {trained.used} labelled scans used, {len(trained.left_out)} left out")
         for reason in trained.left_out.values():
             typer.echo(visible(reason))
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def score(
     folder: DatasetFolder,
     method: Annotated[
         str,
         typer.Option(
             callback=_scored,
-            help="A strategy with a score. segqc: SegQC-Net; tta and entropy: baselines from test-time augmentation.",
+            help="What to score by. segqc: SegQC-Net's estimate; tta and entropy: baselines without SegQC-Net.",
         ),
     ] = "segqc",
-    force: Annotated[bool, typer.Option("--force", help="Score again what has a current score.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also score scans that have a current score.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -324,10 +352,12 @@ def score(
         raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def rank(
     folder: DatasetFolder,
-    method: Annotated[str, typer.Option(callback=_scored, help="The strategy whose scores to order by.")] = "segqc",
+    method: Annotated[
+        str, typer.Option(callback=_scored, help="Whose scores to order by: segqc, tta or entropy.")
+    ] = "segqc",
     truth: Annotated[
         Path | None,
         typer.Option(
@@ -339,7 +369,7 @@ def rank(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Print the scored scans, worst first."""
+    """List the scored scans, worst first, with the slices to look at first."""
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
     from segqc.selection import score_of
@@ -381,7 +411,7 @@ def rank(
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def intervals(
     folder: DatasetFolder,
     use: Annotated[
@@ -443,9 +473,9 @@ def _agreement_text(found: Agreement, *, is_dice: bool) -> str:
 # ---- single scans --------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def predict(
-    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Scans to segment.", show_default=False)],
+    scans: Annotated[list[Path], typer.Argument(metavar="SCAN", help="The scans' files.", show_default=False)],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="Mask to write, or, without a suffix, a folder of masks.", show_default=False),
@@ -469,6 +499,7 @@ def predict(
     targets = [out if to_file else out / f"{scan_id(path)}.nii.gz" for path in scans]
     for target in targets:
         refuse_overwriting(target)
+    _refuse_missing(*scans)
     segmenter = _segmenter(_models_folder(dataset, scans[0]), model)
     failed: list[str] = []
     with shown_progress() as progress:
@@ -490,10 +521,12 @@ def predict(
         raise CommandError(f"{len(failed)} of {len(scans)} scans could not be segmented")
 
 
-@app.command()
+@app.command(rich_help_panel=ESTIMATE_PANEL)
 def assess(
-    scan: Annotated[Path, typer.Argument(help="The scan.", show_default=False)],
-    mask: Annotated[Path, typer.Argument(help="Its mask: a label file on the scan's grid.", show_default=False)],
+    scan: Annotated[Path, typer.Argument(metavar="SCAN", help="The scan's file.", show_default=False)],
+    mask: Annotated[
+        Path, typer.Argument(metavar="MASK", help="Its mask: a label file on the scan's grid.", show_default=False)
+    ],
     dataset: ModelsOf = None,
     model: ModelFile = None,
     picture: Annotated[
@@ -513,14 +546,16 @@ def assess(
     JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
     """
     from segqc.plots import draw_assessment
+    from segqc.types import segment_names
     from segqc.volumes import read_labels, read_scan, scan_id, write_labels
 
     for named in (picture, errors):
         if named is not None:
             refuse_overwriting(named)
-    assessor = _assessor(_models_folder(dataset, scan), model)
+    _refuse_missing(scan, mask)
     volume = read_scan(scan)
-    labels = read_labels(mask, scan=volume)
+    assessor = _assessor(_models_folder(dataset, scan), model)
+    labels = read_labels(mask, scan=volume, values=assessor.values, names=segment_names(assessor.structures))
     result = assessor.assess(volume, labels, scan_id=scan_id(scan))
     if errors is not None:
         write_labels(assessor.likely_errors(result, volume), errors)
@@ -601,7 +636,7 @@ def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
 # ---- server --------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def serve(
     folder: DatasetFolder,
     host: Annotated[
@@ -612,11 +647,15 @@ def serve(
         bool | None,
         typer.Option(
             "--bootstrap/--no-bootstrap",
-            help="Train first small networks at the start where there are none (default: yes).",
+            help="Train first, small networks at the start if there are none (default: yes).",
         ),
     ] = None,
     worker: Annotated[
-        bool, typer.Option("--worker/--no-worker", help="Start a worker beside the server; without, run segqc worker.")
+        bool,
+        typer.Option(
+            "--worker/--no-worker",
+            help="Also start a worker, which trains and scores; otherwise run segqc worker yourself.",
+        ),
     ] = True,
 ) -> None:
     """Serve a dataset folder to annotation clients (3D Slicer): worst estimated mask first."""
@@ -643,7 +682,7 @@ def serve(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def worker(
     folder: DatasetFolder,
     kind: Annotated[
@@ -675,10 +714,12 @@ def worker(
     taker.serve(until_idle=until_idle)
 
 
-@app.command("round")
+@app.command("round", rich_help_panel=ESTIMATE_PANEL)
 def run_round(
     folder: DatasetFolder,
-    put: Annotated[bool, typer.Option("--put", help="Only enqueue the round; a running worker does it.")] = False,
+    put: Annotated[
+        bool, typer.Option("--put", help="Only put the round into the queue; a running worker does it.")
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Train both networks on all final labels, then segment and score all other scans.
@@ -716,7 +757,7 @@ def run_round(
     typer.echo(f"{folder}: the round is done")
 
 
-@app.command()
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def simulate(
     folder: DatasetFolder,
     server: Annotated[
@@ -728,7 +769,7 @@ def simulate(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Play an annotator: ask a running server for the next scan, replace its mask by the truth, submit it as final."""
+    """Play an annotator, to try a server: take the next scan, submit its true labels as final."""
     try:
         from segqc.server.annotator import annotate
     except ImportError as error:
@@ -756,6 +797,13 @@ def simulate(
     if not rows:
         raise CommandError(f"{url}: no scan is left to correct")
     emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
+
+
+def _refuse_missing(*paths: Path) -> None:
+    """Refuse paths that lead nowhere, before networks are looked for where they lead."""
+    for path in paths:
+        if not path.exists():
+            raise CommandError(f"{path}: there is no such file; check the path")
 
 
 def _models_folder(dataset: Path | None, scan: Path) -> Path:

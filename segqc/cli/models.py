@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,6 +12,7 @@ from segqc.cli.common import AsCsv, AsJson, DatasetFolder, Row, emit, kept_store
 
 if TYPE_CHECKING:
     from segqc.loop.publishing import Bundles, BundleStatus
+    from segqc.networks.card import NetworkName
 
 app = typer.Typer(no_args_is_help=True, help="List the bundles of networks of a dataset folder, or let one serve.")
 
@@ -19,6 +21,14 @@ _TERMS: Final = (
     "segqc/models/<bundle>/. One serves. reason: what it was published for. Files of old bundles are removed "
     "([models] keep in segqc.toml); their rows stay."
 )
+_NONE: Final = (
+    "No network was trained here yet. Label some scans and train both (segqc round FOLDER), or run the server, which "
+    "trains first ones once enough scans are labelled."
+)
+_WITHOUT: Final[Mapping[NetworkName, str]] = {
+    "segmentation": "scans get no masks",
+    "segqc": "masks get no estimates, and scans are drawn at random",
+}
 _MEGABYTE: Final = 1e6
 
 
@@ -26,7 +36,7 @@ _MEGABYTE: Final = 1e6
 def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List all bundles: their networks, who published them and why, which one serves, and whether it is intact."""
     rows = [_row(status) for status in _bundles(folder).listing()]
-    emit(rows, f"{folder}: bundles", as_json=as_json, as_csv=as_csv, key="bundles", terms=_TERMS)
+    emit(rows, f"{folder}: bundles", as_json=as_json, as_csv=as_csv, key="bundles", terms=_TERMS, empty=_NONE)
 
 
 @app.command()
@@ -38,8 +48,13 @@ def serve(
 
     The scans that wait have no estimate until the bundle has assessed them: a worker does so, or 'segqc score'.
     """
-    changed = _bundles(folder).serve(number, me())
+    bundles = _bundles(folder)
+    changed = bundles.serve(number, me())
     typer.echo(f"{folder}: bundle {number} serves{'' if changed else ' already'}")
+    bundle = bundles.open(number)
+    for network, lost in _WITHOUT.items():
+        if not bundle.holds(network):
+            typer.echo(f"it holds no network {network}: {lost} until it is trained (segqc train {network} {folder})")
 
 
 def _bundles(folder: Path) -> Bundles:

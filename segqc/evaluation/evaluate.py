@@ -89,7 +89,7 @@ def evaluate(
             manifest = MAKE_MASKS[experiment](run, progress)
             check_masks(run, manifest)
             fixed = f"{len(manifest.masks)} masks by {len(manifest.sources)} networks are fixed"
-            progress.step(1, 1, experiment, fixed)
+            progress.message(f"{experiment}: {fixed}")
         parallel_map(run, training_masks, folds, progress)
     with timed(run, "networks that are compared"):
         parallel_map(run, train, trainings(run, ablations=ablations), progress)

@@ -20,8 +20,8 @@ from segqc.settings import write_settings
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.store import Store
-from segqc.text import TextError, decode_text, printable
-from segqc.types import Structure, label_names, values_in
+from segqc.text import TextError, caseless, decode_text, first_problem, printable
+from segqc.types import Structure, label_names, structures_of_values, values_in
 from segqc.volumes import (
     Volume,
     VolumeError,
@@ -107,14 +107,7 @@ def read_json(path: Path, kind: TypeAdapter[T], program: str) -> T:
     except OSError as error:
         raise ExchangeError(f"{path}: cannot be read ({error.strerror}); wanted a folder of {program}") from error
     except ValidationError as error:
-        raise ExchangeError(f"{path}: is no file of {program} ({first_finding(error)}); repair it") from error
-
-
-def first_finding(error: ValidationError) -> str:
-    """The first thing that is wrong with a file of JSON, and where."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else first["msg"]
+        raise ExchangeError(f"{path}: is no file of {program} ({first_problem(error.errors())}); repair it") from error
 
 
 def write_json(path: Path, kind: TypeAdapter[T], value: T) -> None:
@@ -182,7 +175,7 @@ def make_dataset(
                     labelled += 1
             except _NotUsable as found:
                 left_aside.append(found.item)
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "importing")
         if taken:
             write_settings(temporary, {s.name: s.values for s in case_list.structures})
     return Imported(len(taken), labelled, tuple(left_aside))
@@ -200,14 +193,14 @@ def _place_scan(case: Case, source: Path, target: Path, taken: set[str], *, link
     shown = relative_name(case.image, source)
     if printable(case.name) != case.name:
         raise _NotUsable(shown, f"{shown}: has a name that is not UTF-8 or holds control characters; rename the file.")
-    if case.name.casefold() in taken:
+    if caseless(case.name) in taken:
         raise _NotUsable(shown, f"{shown}: another scan has the same name; rename one.")
     try:
         check_scan(case.image, shown=shown)
     except VolumeError as error:
         raise _NotUsable(shown, sentence_of(error, case.image, shown)) from error
     place(case.image, target / f"{case.name}{scan_suffix(case.image.name)}", link=link)
-    taken.add(case.name.casefold())
+    taken.add(caseless(case.name))
 
 
 def _place_label(case: Case, label: Path, case_list: CaseList, target: Path) -> None:
@@ -276,7 +269,7 @@ def _value_structures(cases: Iterable[Case]) -> tuple[Structure, ...]:
     for case in cases:
         if case.label is not None:
             values |= values_in(read_labels(case.label).array)
-    return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
+    return structures_of_values(values)
 
 
 def write_image(source: Path, target: Path, *, link: bool) -> None:

@@ -28,7 +28,7 @@ from segqc.io.case_list import (
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.text import printable
 from segqc.types import Structure
-from segqc.volumes import SCAN_SUFFIXES, atomic_write, label_suffix, scan_id, scan_suffix
+from segqc.volumes import SCAN_SUFFIXES, as_spelled, atomic_write, label_suffix, scan_id, scan_suffix
 
 _PROGRAM: Final = "the Medical Segmentation Decathlon"
 _FILE: Final = "dataset.json"
@@ -100,7 +100,7 @@ def read_task(folder: Path) -> CaseList:
             except ExchangeError as error:
                 left_aside.append(LeftAside(printable(label), str(error)))
         cases.append(Case(scan_id(scan), scan, mask))
-    used = {os.path.normpath(folder / file) for files in listed for file in files if file is not None}
+    used = {os.path.normpath(as_spelled(folder / file)) for files in listed for file in files if file is not None}
     for path in _lying(folder):
         if str(path) not in used:
             shown = relative_name(path, folder)
@@ -119,7 +119,7 @@ def _lying(folder: Path) -> Iterator[Path]:
 def _listed(folder: Path, file: str) -> Path:
     shown = printable(file)
     try:
-        path = folder / file
+        path = as_spelled(folder / file)
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ExchangeError(f"{shown}: is listed in {_FILE}, but is not in its folder; copy it there.")
         found = path.is_file()
@@ -154,7 +154,7 @@ def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progres
                 label = f"labelsTr/{case.name}{NIFTI}"
                 write_label(case.label, temporary / label, np.arange(256, dtype=np.uint8), list(names))
                 training.append({"image": f"./{image}", "label": f"./{label}"})
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "exporting")
         task: dict[str, JsonValue] = {
             "name": case_list.folder.name,
             "description": ", ".join(s.name for s in case_list.structures),

@@ -23,7 +23,7 @@ from segqc.io.case_list import (
 )
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.settings import write_settings
-from segqc.text import printable
+from segqc.text import caseless, nfc, printable
 from segqc.volumes import (
     DicomVolume,
     VolumeError,
@@ -66,7 +66,9 @@ def make_dataset(
     unreadable: list[LeftAside] = []
     files = list(_files(source, unreadable))
     looked = iter(range(1, len(files) + 1))
-    contents = sort_into_volumes(files, tick=lambda: progress.step(next(looked), len(files), "files"))
+    contents = sort_into_volumes(
+        files, tick=lambda: progress.step(next(looked), len(files), "reading DICOM", unit="files")
+    )
     if not (contents.volumes or contents.left_out or unreadable):
         raise ExchangeError(f"{source}: holds no DICOM files; name a folder of DICOM series")
     left_aside = unreadable + [_left(source, entry.files, entry.reason) for entry in contents.left_out]
@@ -88,7 +90,7 @@ def make_dataset(
                 kept: dict[str, JsonValue] = {tag: value for tag, value in values.items() if value is not None}
                 write_json(temporary / f"{name}.json", _JSON, kept)
                 taken += 1
-            progress.step(done, len(contents.volumes), "volumes")
+            progress.step(done, len(contents.volumes), "importing")
         if taken:
             write_settings(temporary, {}, patient_tag=patient_tag)
     return Imported(taken, 0, tuple(left_aside))
@@ -136,9 +138,9 @@ def _named(source: Path, volumes: Sequence[DicomVolume]) -> list[tuple[str, Dico
         for volume, more in zip(group, _suffixes(group), strict=True):
             name = whole = _short(f"{base}_{more}" if more else base)
             number = 2
-            while name.casefold() in used:
+            while caseless(name) in used:
                 name, number = f"{whole}_{number}", number + 1
-            used.add(name.casefold())
+            used.add(caseless(name))
             named.append((name, volume))
     return named
 
@@ -158,14 +160,14 @@ def _suffixes(group: Sequence[DicomVolume]) -> list[str]:
     ]
     for choose in choices:
         found = ["_".join(_plain(part) for part in choose(volume) if part) for volume in group]
-        if len({name.casefold() for name in found}) == len(group):
+        if len({caseless(name) for name in found}) == len(group):
             break
     return found
 
 
 def _plain(text: str) -> str:
     """A part of a file's name: letters of any script, digits, and what names of scans commonly hold."""
-    return re.sub(r"[^\w .,+=@()\[\]-]+", "-", printable(text)).strip(" .-")
+    return re.sub(r"[^\w .,+=@()\[\]-]+", "-", printable(nfc(text))).strip(" .-")
 
 
 def _short(name: str) -> str:

@@ -15,7 +15,6 @@ from segqc.io.case_list import (
     ExchangeError,
     Imported,
     LeftAside,
-    first_finding,
     place,
     read_json,
     refuse_existing,
@@ -25,8 +24,8 @@ from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels, scans
 from segqc.store.records import JsonObject
 from segqc.store.store import Store, suffix_of
-from segqc.text import printable
-from segqc.volumes import atomic_write
+from segqc.text import first_problem, nfc, printable
+from segqc.volumes import as_spelled, atomic_write
 
 _FILE: Final = "datastore_v2.json"
 _PROGRAM: Final = "MONAI Label's LocalDatastore"
@@ -89,7 +88,7 @@ def read_datastore(folder: Path) -> Datastore:
             objects[name] = _OBJECT.validate_python(entry)
         except ValidationError as error:
             shown = printable(name)
-            reason = f"{shown}: its entry in {_FILE} cannot be read ({first_finding(error)}); repair it."
+            reason = f"{shown}: its entry in {_FILE} cannot be read ({first_problem(error.errors())}); repair it."
             left_aside.append(LeftAside(shown, reason))
     return Datastore(objects, tuple(left_aside))
 
@@ -103,12 +102,12 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
     scans_found = labels_found = 0
     with store.write() as transaction:
         left_aside = {f.file: LeftAside(f.file, f.sentence) for f in findings.listing(transaction)}
-        by_file = {scan.file: scan for scan in scans.listing(transaction) if scan.missing_since is None}
+        by_file = {nfc(scan.file): scan for scan in scans.listing(transaction) if scan.missing_since is None}
         tags = {tag for entry in datastore.objects.values() for tag in entry.labels}
         current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
         for name, entry in datastore.objects.items():
             file = f"{name}{entry.image.ext}"
-            scan = by_file.get(file)
+            scan = by_file.get(nfc(file))
             if scan is None:
                 left_aside.setdefault(file, _unused(store.dataset, file))
                 continue
@@ -129,8 +128,8 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
 
 def _unused(folder: Path, file: str) -> LeftAside:
     shown = printable(file)
-    if os.path.lexists(folder / file):
-        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not taken in; see segqc scans.")
+    if os.path.lexists(as_spelled(folder / file)):
+        return LeftAside(shown, f"{shown}: is listed in {_FILE} and was not accepted; see segqc scans.")
     return LeftAside(shown, f"{shown}: is listed in {_FILE}, but not there; put the file back or forget it.")
 
 
@@ -163,7 +162,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
                     own[tag] = _Data(label.suffix, infos.get(label.id, {}))
                     count += 1
             objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
-            progress.step(done, len(found), "scans")
+            progress.step(done, len(found), "exporting")
         name = store.dataset.name
         write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
     return Count(len(found), count)

@@ -26,6 +26,7 @@ from segqc.io.case_list import (
     write_label,
 )
 from segqc.progress import NO_PROGRESS, Progress
+from segqc.text import nfc
 from segqc.types import Structure
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, atomic_write, label_id, label_suffix
 
@@ -82,7 +83,7 @@ def read_raw(folder: Path) -> CaseList:
     masks = _masks(folder / "labelsTr", left_aside)
     cases = []
     for name, image in _images(folder, "imagesTr", raw.file_ending, left_aside):
-        mask = masks.pop(name, None)
+        mask = masks.pop(nfc(name), None)
         if mask is None:
             shown = relative_name(image, folder)
             left_aside.append(
@@ -104,10 +105,10 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _masks(folder: Path, left_aside: list[LeftAside]) -> dict[str, Path]:
-    """Label maps by the case's name."""
+    """Label maps by the case's name, in the form in which names are compared."""
     found: dict[str, Path] = {}
     for path in _visible(folder):
-        shown, name = relative_name(path, folder.parent), label_id(path)
+        shown, name = relative_name(path, folder.parent), nfc(label_id(path))
         if label_suffix(path.name) is None:
             reason = f"{shown}: is no label map of a known format; convert it to one of {', '.join(LABEL_SUFFIXES)}."
             left_aside.append(LeftAside(shown, reason))
@@ -155,7 +156,7 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress
             if case.label is not None:
                 write_label(case.label, temporary / "labelsTr" / f"{case.name}{NIFTI}", renumbered, values)
                 count += 1
-            progress.step(done, len(case_list.cases), "scans")
+            progress.step(done, len(case_list.cases), "exporting")
         more: dict[str, JsonValue] = {
             "channel_names": {"0": "unknown"},
             "numTraining": count,

@@ -12,8 +12,8 @@ from scipy import stats
 from segqc.loop.dataset import Dataset
 from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
-from segqc.types import LabelArray, PredictionInterval, Structure
-from segqc.volumes import LABEL_SUFFIXES, read_labels, read_scan
+from segqc.types import LabelArray, PredictionInterval, Structure, segment_names
+from segqc.volumes import LABEL_SUFFIXES, as_spelled, read_labels, read_scan
 
 MIN_FOR_CORRELATION = 3
 
@@ -71,7 +71,7 @@ def worst_dice(dice: Mapping[str, float | None]) -> float:
 
 def find_labels(folder: Path, scan: str) -> Path | None:
     """The label file of a scan in a folder of label files, if there is one."""
-    candidates = (folder / f"{scan}{suffix}" for suffix in LABEL_SUFFIXES)
+    candidates = (as_spelled(folder / f"{scan}{suffix}") for suffix in LABEL_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -94,13 +94,14 @@ def rank(
     assessments = {name: a for name, a in dataset.assessments().items() if name in entries}
     known = {n: a.dice for n, a in assessments.items()} if method == "segqc" else dataset.scores(method)
     scores = {name: value for name, value in known.items() if name in entries}
+    names = segment_names(dataset.structures) if truth is not None else None
     ranked = []
     for place, name in enumerate(order_scans(scores), start=1):
         by_structure: dict[str, float | None] = {}
         mask, true_path = entries[name].original, find_labels(truth, name) if truth is not None else None
         if mask is not None and true_path is not None:
             scan = read_scan(entries[name].image)
-            labels, true = read_labels(mask, scan=scan), read_labels(true_path, scan=scan)
+            labels, true = read_labels(mask, scan=scan), read_labels(true_path, scan=scan, names=names)
             by_structure = dice_by_structure(labels.array, true.array, dataset.structures)
         ranked.append(
             RankedScan(

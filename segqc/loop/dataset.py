@@ -30,7 +30,7 @@ from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
-from segqc.types import Assessment, Structure, label_names, values_in
+from segqc.types import Assessment, Structure, label_names, structures_of_values, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
 
 if TYPE_CHECKING:  # these import PyTorch, and most commands need none
@@ -249,7 +249,7 @@ class Dataset:
                 f"{self.folder}: no structures are named in segqc.toml and no final label shows any; "
                 "write a table such as [structures] liver = [1]"
             )
-        return tuple(Structure(f"label {v}", (v,)) for v in sorted(values))
+        return structures_of_values(values)
 
     def cases(self) -> list[Case]:
         """The scans with a final label that nobody rejected, ready to train on."""

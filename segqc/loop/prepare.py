@@ -12,7 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from segqc.loop.dataset import DatasetError
 from segqc.settings import write_settings
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix, scan_id
 
 _SPLITS: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
@@ -95,9 +95,9 @@ def labelled_pairs(dataset: Path) -> dict[str, tuple[Path, Path]]:
     images, labels = dataset / "images", dataset / "labels"
     if not images.is_dir() or not labels.is_dir():
         raise DatasetError(f"{dataset}: wanted a folder with images/ and labels/")
-    by_id = {label_id(path): path for path in sorted(labels.iterdir()) if label_suffix(path.name) is not None}
+    by_id = {nfc(label_id(path)): path for path in sorted(labels.iterdir()) if label_suffix(path.name) is not None}
     scans = {scan_id(path): path for path in sorted(images.iterdir()) if path.is_file() and is_scan_path(path)}
-    pairs = {name: (path, by_id[name]) for name, path in scans.items() if name in by_id}
+    pairs = {name: (path, by_id[nfc(name)]) for name, path in scans.items() if nfc(name) in by_id}
     if not pairs:
         raise DatasetError(f"{dataset}: no scan in images/ has a file of the same name in labels/")
     return pairs
@@ -121,15 +121,15 @@ def scans_by_patient(dataset: Path, split: str | None, names: Sequence[str]) -> 
     entry = splits.get(split, splits.get(f"{split}_patients"))
     if not isinstance(entry, list):
         raise DatasetError(f"{path}: no split named {split!r}; it has {', '.join(splits)}")
-    items = {str(item) for listed in splits.values() if isinstance(listed, list) for item in listed}
+    items = {nfc(str(item)) for listed in splits.values() if isinstance(listed, list) for item in listed}
     owner = {name: _owner(name, items) for name in names}
-    groups = {item: [name for name in names if owner[name] == item] for item in map(str, entry)}
+    groups = {item: [name for name in names if owner[name] == item] for item in (nfc(str(item)) for item in entry)}
     return {item: members for item, members in groups.items() if members}
 
 
 def _owner(name: str, items: Collection[str]) -> str | None:
     """The item of a splits file that a scan is of: its own name, or the longest that it begins with before a ``_``."""
-    parts = name.split("_")
+    parts = nfc(name).split("_")
     beginnings = ("_".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((beginning for beginning in beginnings if beginning in items), None)
 

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING
 from segqc.errors import SegqcError
 from segqc.loop.requests import enqueue_scoring
 from segqc.networks.bundle import (
+    LAST_NUMBER,
     NETWORKS,
     Manifest,
     NetworkBundle,
     NetworkSource,
+    StructuresDiffer,
     bundle_folders,
+    check_pair,
     last_number,
     leftovers,
     model_name,
@@ -126,8 +129,13 @@ class Bundles:
     # -------------------------------------------------------------------------------------------------------- publish
 
     @contextlib.contextmanager
-    def publishing(self, files: Mapping[NetworkName, Path], actor: Actor, reason: str) -> Iterator[Publication]:
+    def publishing(
+        self, files: Mapping[NetworkName, Path], actor: Actor, reason: str, *, only_as_pair: bool = False
+    ) -> Iterator[Publication]:
         """Publish networks: with the other network of the bundle that serves, they make a new one, which serves then.
+
+        The other network is left out, with a warning, where it knows other structures: it cannot assess the masks, or
+        make the masks, of a network that was trained after [structures] had changed.
 
         What the block does in the transaction is done with it, or not at all.
 
@@ -135,12 +143,16 @@ class Bundles:
             files: the model files; they are left where they are.
             actor: who publishes.
             reason: why, such as "training of segqc".
+            only_as_pair: whether to refuse a network rather than to leave the other one out.
 
         Raises:
-            ModelError: if a file is no model of its network.
+            ModelError: if a file is no model of its network, or no number is left for a bundle.
+            StructuresDiffer: if the files know different structures; or one and the network that serves, where they
+                are to be a pair.
             OSError: if the disk is full or read-only. Nothing has changed then.
         """
         sources = {network: source_of(path, network) for network, path in files.items()}
+        check_pair(sources)
         try:
             self._adopt_newest()  # its other network is carried over
         except ModelError as error:
@@ -150,8 +162,8 @@ class Bundles:
             with self.store.write() as transaction:
                 self._sweep()
                 parent = bundles.serving(transaction)
-                sources = {**self._carried(parent, sources), **sources}
-                number = max(bundles.last_number(transaction), last_number(self.folder)) + 1
+                sources = self._with_carried(parent, sources, only_as_pair=only_as_pair)
+                number = self._next_number(transaction)
                 manifest = Manifest(
                     number=number,
                     made_at=transaction.now,
@@ -193,24 +205,38 @@ class Bundles:
             if number not in {published.bundle.id for published in bundles.listing(transaction)}:
                 remove(self.folder / str(number))
 
-    def _carried(
-        self, parent: PublishedBundle | None, new: Mapping[NetworkName, NetworkSource]
+    def _next_number(self, transaction: Transaction) -> int:
+        number = max(bundles.last_number(transaction), last_number(self.folder)) + 1
+        if number > LAST_NUMBER:
+            last = self.folder / str(LAST_NUMBER)
+            raise ModelError(f"{last}: no bundle can have a larger number; rename this folder or remove it")
+        return number
+
+    def _with_carried(
+        self, parent: PublishedBundle | None, new: dict[NetworkName, NetworkSource], *, only_as_pair: bool
     ) -> dict[NetworkName, NetworkSource]:
-        """The networks of the bundle before that stay; a damaged one does not, with a warning."""
-        carried: dict[NetworkName, NetworkSource] = {}
+        """New networks with those of the bundle before that stay; a damaged one does not, with a warning."""
         if parent is None:
-            return carried
+            return new
         try:
             bundle = self._open(parent)
         except ModelError as error:
             logger.warning("%s", error)
-            return carried
+            return new
+        pair = new
         for network in bundle.manifest.networks.keys() - new.keys():
             try:
-                carried[network] = bundle.verify(network)
+                pair = {network: bundle.verify(network), **new}
+                check_pair(pair)
+            except StructuresDiffer as error:
+                if only_as_pair:
+                    raise
+                logger.warning("%s: the new bundle is without %s: %s", bundle.folder, network, error)
+                pair = new
             except ModelError as error:
                 logger.warning("%s", error)
-        return carried
+                pair = new
+        return pair
 
     def _let_serve(self, transaction: Transaction, number: int, actor: Actor) -> bool:
         """Let a bundle serve, and have the pool scored by it: no other job can be relied on to come to its end."""

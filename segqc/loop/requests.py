@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, TypeAlias, assert_never
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, assert_never
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -16,11 +16,12 @@ from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import Actor, JobRecord, JsonObject
+from segqc.text import first_problem
 
 JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
-_MAX_SCANS: Final = 1_000_000_000
+MAX_SCANS: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class BatchRequest:
     model: NetworkName
     images: BatchImages = "all"
     label_tag: str = ORIGINAL  # of the masks
-    max_batch_size: int = Field(default=0, ge=0, le=_MAX_SCANS)  # the most scans; 0 for no limit
+    max_batch_size: Annotated[int, Field(ge=0, le=MAX_SCANS)] = 0  # the most scans; 0 for no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +133,7 @@ def parse_request(kind: str, request: Mapping[str, object]) -> JobRequest:
     try:
         read: JobRequest = _REQUESTS[kind].validate_python(dict(request))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DatasetError(f"{kind} request: {place}: {first['msg']}") from error
+        raise DatasetError(f"{kind} request: {first_problem(error.errors())}") from error
     return read
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from segqc.store.records import ScanState
 
-STATE_OF: Final[Mapping[str, ScanState]] = {
+Decision: TypeAlias = Literal["approve", "reject", "exclude", "reopen"]
+
+STATE_OF: Final[Mapping[Decision, ScanState]] = {
     "approve": "approved",
     "reject": "rejected",
     "exclude": "excluded",

@@ -66,9 +66,10 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
         finish("score", result_to_json(ScoringResult(method=_METHOD, **dataclasses.asdict(summary))))
 
     steps: dict[str, Callable[[], None]] = {f"train {network}": partial(train_one, network) for network in NETWORKS}
-    for name, step in {**steps, "publish": publish, "score": score_pool}.items():
+    steps |= {"publish": publish, "score": score_pool}
+    for number_done, (name, step) in enumerate(steps.items()):
         if name not in done:
-            progress.step(0, 1, "round", name)
+            progress.step(number_done, len(steps), "round", name, unit="parts")
             step()
     shutil.rmtree(folder, ignore_errors=True)
     with dataset.store.write() as transaction:

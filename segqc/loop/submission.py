@@ -11,7 +11,7 @@ import numpy as np
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.loop.readers import inter_rater, readings
-from segqc.quality.metrics import true_metrics, true_slice_metrics
+from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
@@ -63,24 +63,28 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
     """
     axis = through_plane_axis(end)
     slices, looked_at = _opened_part(end, structures, opened)
-    before, after = (np.take(volume.array, slices, axis=axis) for volume in (start, end))
+    before, after = start.array, end.array
+    if opened.slices is not None:
+        before, after = (np.take(array, slices, axis=axis) for array in (before, after))
     before, after = _in_use(before, after, axis)
     parts, changed = [], np.zeros(before.shape, bool)
     for structure in looked_at:
         mask, truth = structure.mask(before), structure.mask(after)
-        changed |= mask != truth
+        differs = mask != truth
+        changed |= differs
+        metrics, by_slice = true_metrics_with_slices(mask, truth, axis)
         parts.append(
             StructureChange(
                 name=structure.name,
-                metrics=true_metrics(mask, truth),
-                voxels_changed=int((mask != truth).sum()),
-                slices=true_slice_metrics(mask, truth, axis).each(),
+                metrics=metrics,
+                voxels_changed=int(np.count_nonzero(differs)),
+                slices=by_slice.each(),
             )
         )
     in_plane = tuple(a for a in range(3) if a != axis)
     return Change(
         through_plane_axis=axis,
-        voxels_changed=int(changed.sum()),
+        voxels_changed=int(np.count_nonzero(changed)),
         slices_changed=int(changed.any(axis=in_plane).sum()),
         structures=tuple(parts),
         opened_slices=opened.slices if opened.slices is None else slices,
@@ -151,13 +155,12 @@ def submit_label(
     if opened != ALL:  # wrong also where nothing was handed out that the label could be compared with
         _opened_part(end, dataset.structures, opened)
     now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
+    if checked is not None and checked.sha256 != now.sha256:
+        raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
     with dataset.store.read() as transaction:
-        handed_out_before = leases.of_replaced(transaction, scan, actor)
-        if handed_out_before or (checked is not None and checked.sha256 != now.sha256):
-            raise ScanReplaced(
-                f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
-            )
-        lease, start = _handed_out(transaction, scan, actor) if tag == FINAL else (None, None)
+        lease, start = _handed_out(transaction, scan, actor)
+    if tag != FINAL:
+        lease = start = None
     if lease is not None and dataset.settings.annotation.readers > 1:
         with dataset.store.read() as transaction:
             tag = labels.reader_tag(transaction, scan, actor)
@@ -169,7 +172,7 @@ def submit_label(
         dataset.store.change_labels([LabelChange(label, path)]) as changing,
     ):
         kept, correction = changing.versions[0], None
-        answered = leases.submitted(changing.transaction, scan, actor) if lease is not None else None
+        answered = leases.submitted(changing.transaction, lease) if lease is not None else None
         if answered is not None and start is not None and change is not None:
             correction = corrections.add(
                 changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
@@ -186,11 +189,16 @@ def _compare_readers(dataset: Dataset, scan: str) -> None:
         return
     detail: JsonObject = {"pairs": [[p.first, p.second, p.structure, p.dice] for p in pairs]}
     with dataset.store.write() as transaction:
-        events.record(transaction, events.SERVER, "readers compared", "scan", scans.find(transaction, scan).id, detail)
+        number = scans.number_of(transaction, scan)
+        events.record(transaction, events.SERVER, "readers compared", "scan", number, detail)
 
 
 def _handed_out(transaction: Transaction, scan: str, actor: Actor) -> tuple[LeaseRecord | None, LabelRecord | None]:
-    """The lease that a submission answers, and the label that was handed out with it."""
+    """The lease that a submission answers, and the label that was handed out with it.
+
+    Raises:
+        ScanReplaced: if another content was handed out than the scan has now.
+    """
     lease = leases.last_of(transaction, scan, actor)
     if lease is None or lease.label_version is None:
         return lease, None

@@ -23,7 +23,7 @@ from segqc.store.events import SERVER
 from segqc.store.records import Actor
 from segqc.training import Progress, TrainingSettings
 from segqc.training.assessor import train_assessor
-from segqc.training.cases import CaseError, TooFewCases
+from segqc.training.cases import Case, CaseError, TooFewCases
 from segqc.training.segmentation import train_segmentation
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,15 @@ class Trained:
     Attributes:
         card: of the network.
         used: how many scans it was made of, those that validated included.
+        patients: how many patients they are of.
+        measured: how many of the patients its scores were measured on: their labels did not train what was measured.
         left_out: why others were not, a sentence each, by the scan's name.
     """
 
     card: ModelCard
     used: int
+    patients: int
+    measured: int
     left_out: Mapping[str, str]
 
 
@@ -131,25 +135,47 @@ def _train_model(
     """Train on the cases that can be used, one process at a time: its checkpoints are one training's."""
     folder = dataset.training_folder(network)
     settings = settings or dataset.settings.training_settings(network)
-    model, used, left_out = _learn(dataset, network, progress, settings, folder)
+    trained = _learn(dataset, network, progress, settings, folder)
     if (folder / "curve.json").is_file():
         draw_curve(folder / "curve.json", folder / "curve.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.save(path)
-    return Trained(model.card, used, left_out)
+    trained.model.save(path)
+    cases, splits = trained.cases, dataset.patient_splits()
+    # each network of an ensemble is measured on the fold that it has not seen: together, on all
+    is_measured_on_all = network == "segqc" and settings.ensemble
+    measured = {c.patient for c in cases if is_measured_on_all or splits[c.patient].split == "validation"}
+    patients = len({c.patient for c in cases})
+    return Trained(trained.model.card, len(cases), patients, len(measured), trained.left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """A trained network, the cases that could be used, and why others could not."""
+
+    model: Segmenter | Assessor
+    cases: list[Case]
+    left_out: dict[str, str]
 
 
 def _learn(
     dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
-) -> tuple[Segmenter | Assessor, int, dict[str, str]]:
-    """Train on the cases that can be used; returns how many, too, and why others cannot."""
+) -> _Learned:
+    """Train on the cases that can be used."""
     learn = train_segmentation if network == "segmentation" else train_assessor
     patient_splits, structures, cases = dict(dataset.patient_splits()), dataset.structures, dataset.cases()
+    folds = len({split.fold for split in patient_splits.values()})
+    if network == "segqc" and min(settings.folds, len(patient_splits)) != folds:
+        logger.warning(
+            "the patients are in %d folds, though the settings say folds = %d: a patient keeps the fold that it got "
+            "with its first scan, and the setting is for new patients",
+            folds,
+            settings.folds,
+        )
     left_out: dict[str, str] = {}
     while True:
         try:
             model: Segmenter | Assessor = learn(cases, structures, patient_splits, settings, folder, progress)
-            return model, len(cases), left_out
+            return _Learned(model, cases, left_out)
         except CaseError as error:
             logger.warning("left out of the training: %s", error)
             left_out[error.case] = str(error)
@@ -180,6 +206,6 @@ def _alone(dataset: Dataset, network: NetworkName, progress: Progress, purpose: 
                     ) from held
                 if reported is None or reported != held.holder:
                     reported = held.holder
-                    progress.step(0, 1, f"waits for the training of {network} by {actor}")
+                    progress.message(f"waits for the training of {network} by {actor}")
             time.sleep(_POLL_SECONDS)
         yield

@@ -221,6 +221,9 @@ class Worker:
             self._finish(job, "stopped", output)
             return
         if self._ending and process.poll() is None:
+            logger.info(
+                "%s is being stopped; it goes on from its last finished step when a worker runs again", job.kind
+            )
             _stop(process)
             self._write(lambda transaction: jobs.give_back(transaction, self.name))
             return

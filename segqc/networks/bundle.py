@@ -13,22 +13,23 @@ A network that was never trained is missing. Reading a manifest and verifying fi
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import hashlib
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, TypeAlias, get_args
 
 from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
 
-from segqc.networks.card import CARDS, NetworkName
+from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.model_file import ModelError, model_status
-from segqc.types import BackendName
+from segqc.types import BackendName, Structure
 from segqc.volumes import remove, sync
 
 if TYPE_CHECKING:
@@ -37,10 +38,20 @@ if TYPE_CHECKING:
 
 MANIFEST: Final = "manifest.json"
 NETWORKS: Final[tuple[NetworkName, ...]] = get_args(NetworkName)
+LAST_NUMBER: Final = 999_999_999  # of nine digits, as databases keep it
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
+_MAX_FILE_BYTES: Final = 100_000_000  # of a manifest or a card
 _LEFTOVER: Final = ".bundle-"  # begins the names of folders that are being written or removed
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+_A_MANIFEST: Final = "a bundle's manifest"
 _REMEDY: Final = "let an intact bundle serve (segqc models serve FOLDER BUNDLE), or train again (segqc train)"
+
+
+# what a database can keep, and a clock in any time zone can show
+_Text: TypeAlias = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+_Time: TypeAlias = Annotated[
+    AwareDatetime, Field(ge=dt.datetime(1971, 1, 1, tzinfo=dt.UTC), lt=dt.datetime(9999, 1, 1, tzinfo=dt.UTC))
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,7 @@ class NetworkEntry:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    version: str
+    version: _Text
     model_sha256: str
     card_sha256: str
 
@@ -61,12 +72,17 @@ class Manifest:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    number: Annotated[int, Field(ge=1)]
-    made_at: AwareDatetime
-    made_by: str  # the actor's name
-    reason: str  # such as "training of segqc"
+    number: Annotated[int, Field(ge=1, le=LAST_NUMBER)]
+    made_at: _Time
+    made_by: _Text  # the actor's name
+    reason: _Text  # such as "training of segqc"
     parent: int | None  # the bundle that served before, of which it may hold a network
     networks: Annotated[dict[NetworkName, NetworkEntry], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        """Check that the bundle before is an earlier one."""
+        if self.parent is not None and not 0 < self.parent < self.number:
+            raise ValueError("its parent is no earlier bundle")
 
 
 _MANIFESTS: Final[TypeAdapter[Manifest]] = TypeAdapter(Manifest)
@@ -79,6 +95,17 @@ class NetworkSource:
     model: Path
     card: bytes = field(repr=False)
     entry: NetworkEntry
+
+    def read_card(self) -> ModelCard:
+        """The card.
+
+        Raises:
+            ModelError: if it is of another format.
+        """
+        try:
+            return CARDS.validate_json(self.card)
+        except ValidationError as error:
+            raise ModelError(f"{self.model}: its card is of another version of SegQC; {_REMEDY}") from error
 
 
 class NetworkBundle:
@@ -127,13 +154,13 @@ class NetworkBundle:
         path = folder / MANIFEST
         if os.path.isfile(folder):
             raise ModelError(f"{folder}: is a file, not a bundle; {_REMEDY}")
-        if model_status(path) is None and not os.path.isdir(folder):
+        if model_status(path, _A_MANIFEST, _REMEDY) is None and not os.path.isdir(folder):
             raise ModelError(f"{folder}: the files of bundle {folder.name} are gone; {_REMEDY}")
         try:
-            content = _content(path)
+            content = _content(path, _A_MANIFEST)
             manifest = _MANIFESTS.validate_json(content)
         except ValidationError as error:
-            raise ModelError(f"{path}: not a bundle's manifest; {_REMEDY}") from error
+            raise ModelError(f"{path}: not {_A_MANIFEST}; {_REMEDY}") from error
         if str(manifest.number) != folder.name or (sha256 is not None and _sha256(content) != sha256):
             raise ModelError(f"{folder}: is not the bundle {folder.name} that was published here; {_REMEDY}")
         return cls(folder, manifest, _sha256(content), settings, backend)
@@ -165,23 +192,22 @@ class NetworkBundle:
         if entry is None:
             raise ModelError(f"{self.folder}: holds no network {network!r}; train it first (segqc train {network})")
         model, card = self.folder / model_name(network), self.folder / _card_name(network)
-        if model_status(model) is None:
+        if model_status(model, remedy=_REMEDY) is None:
             raise ModelError(f"{model}: is missing; {_REMEDY}")
         if _file_sha256(model) != entry.model_sha256:
             raise ModelError(f"{model}: is damaged; {_REMEDY}")
-        content = _content(card)
+        content = _content(card, "a model's card")
         if _sha256(content) != entry.card_sha256:
             raise ModelError(f"{card}: is damaged; {_REMEDY}")
         return NetworkSource(model=model, card=content, entry=entry)
 
     def verify_all(self) -> None:
-        """Compare all files with the manifest.
+        """Compare all files with the manifest, and the networks with each other.
 
         Raises:
-            ModelError: if one is missing or damaged.
+            ModelError: if one is missing or damaged, or they know different structures.
         """
-        for network in self.manifest.networks:
-            self.verify(network)
+        check_pair({network: self.verify(network) for network in self.manifest.networks})
 
     def segmenter(self) -> Segmenter:
         """The segmentation network.
@@ -261,6 +287,31 @@ def source_of(path: Path, network: NetworkName) -> NetworkSource:
     return NetworkSource(model=path, card=card, entry=entry)
 
 
+class StructuresDiffer(ModelError):  # noqa: N818 - the finding, not the exception, is what callers name
+    """Two networks that cannot make a bundle, as they know different structures."""
+
+
+def check_pair(sources: Mapping[NetworkName, NetworkSource]) -> None:
+    """Check that the networks of a bundle know the same structures: one assesses the other's masks.
+
+    Raises:
+        StructuresDiffer: if they do not.
+        ModelError: if a card cannot be read.
+    """
+    known = {network: frozenset(source.read_card().structures) for network, source in sources.items()}
+    if len(set(known.values())) > 1:
+        told = " and ".join(f"{network} {_named(structures)}" for network, structures in known.items())
+        raise StructuresDiffer(
+            f"the networks of a bundle know the same structures, but {told}; train both with the structures of "
+            "segqc.toml (segqc round)"
+        )
+
+
+def _named(structures: Iterable[Structure]) -> str:
+    """Structures in words: "knows liver [1] and cord [2, 3]"."""
+    return f"knows {', '.join(sorted(f'{s.name} {list(s.values)}' for s in structures))}"
+
+
 def write_bundle(models: Path, manifest: Manifest, sources: Mapping[NetworkName, NetworkSource]) -> str:
     """Put a bundle into its folder, which is there as a whole, on the disk, or not at all.
 
@@ -325,14 +376,17 @@ def _write(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, what: str) -> bytes:
     """A small file of a bundle.
 
     Raises:
-        ModelError: if it cannot be read.
+        ModelError: if it cannot be read, or is not small.
     """
-    if model_status(path) is None:
+    status = model_status(path, what, _REMEDY)
+    if status is None:
         raise ModelError(f"{path}: is missing; {_REMEDY}")
+    if status.st_size > _MAX_FILE_BYTES:
+        raise ModelError(f"{path}: is too large for {what}; {_REMEDY}")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -16,7 +16,6 @@ estimates equal the true metrics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -96,8 +95,11 @@ class SliceMetrics:
 
     def each(self) -> tuple[Metrics, ...]:
         """Return all slices' metrics, as `at` does a slice's."""
-        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1).tolist()
-        return tuple(Metrics(*(None if math.isnan(value) else value for value in row)) for row in table)
+        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1)
+        undefined = np.isnan(table)
+        values = table.astype(object)
+        values[undefined] = None
+        return tuple(Metrics(*row) for row in values.tolist())
 
     def mean(self, where: BoolArray | None = None) -> SliceMeans:
         """Average over the counted slices.
@@ -152,6 +154,12 @@ def true_slice_metrics(mask: BoolArray, truth: BoolArray, axis: int) -> SliceMet
     return _true(mask, truth, _in_plane(axis))
 
 
+def true_metrics_with_slices(mask: BoolArray, truth: BoolArray, axis: int) -> tuple[Metrics, SliceMetrics]:
+    """What `true_metrics` and `true_slice_metrics` return, for one look at the voxels; errors as theirs."""
+    counts = _overlap(mask, truth, _in_plane(axis))
+    return _of_counts(*(count.sum(keepdims=True) for count in counts)).at(0), _of_counts(*counts)
+
+
 def estimated_metrics(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> Metrics:
     """Estimate a mask's metrics from the probability that each of its voxels is wrong, in 3D.
 
@@ -204,9 +212,17 @@ def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> b
 
 
 def _true(mask: BoolArray, truth: BoolArray, over: Axes) -> SliceMetrics:
+    return _of_counts(*_overlap(mask, truth, over))
+
+
+def _overlap(mask: BoolArray, truth: BoolArray, over: Axes) -> tuple[Values, Values, Values]:
+    """Voxels of the mask, of the truth, and of both."""
     _check(mask, truth)
     mask, truth = mask.astype(bool, copy=False), truth.astype(bool, copy=False)
-    in_mask, in_truth, in_both = (_counts(array, over) for array in (mask, truth, mask & truth))
+    return _counts(mask, over), _counts(truth, over), _counts(mask & truth, over)
+
+
+def _of_counts(in_mask: Values, in_truth: Values, in_both: Values) -> SliceMetrics:
     return _ratios(in_mask, in_truth, in_both, in_mask + in_truth - 2 * in_both)
 
 
@@ -278,7 +294,11 @@ def _in_plane(axis: int) -> Axes:
 
 
 def _counts(mask: BoolArray, over: Axes) -> Values:
-    return np.array(np.count_nonzero(mask, axis=over), np.float64, ndmin=1)
+    if len(over) == mask.ndim:
+        return np.array([np.count_nonzero(mask)], np.float64)
+    first, *others = over
+    counts = np.count_nonzero(mask, axis=first)  # over several axes at once NumPy takes several times as long
+    return np.array(counts.sum(axis=tuple(axis - 1 for axis in others)), np.float64)
 
 
 def _number(value: np.float64) -> float | None:

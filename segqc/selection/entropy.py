@@ -33,7 +33,7 @@ STRATEGY: Final = Strategy(
     order=lowest_score("entropy"),
     score=Score(
         description="Baseline: entropy of the mean prediction under test-time augmentation",
-        legend="score: minus the mean entropy of the network's answers; 0 is the surest.",
+        legend="score: minus the mean entropy of the segmentation network's answers; 0 is the surest.",
         function=negative_entropy,
     ),
 )

@@ -38,7 +38,8 @@ STRATEGY: Final = Strategy(
     order=order,
     score=Score(
         description="Masks and SegQC-Net's assessments; the order of the default strategy",
-        legend="estimated Dice: of the worst structure, without a true mask. worst slices: largest error sum first.",
+        legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best. worst slices: to "
+        "look at first, by their sums of error probabilities.",
         function=None,
         is_dice=True,
     ),

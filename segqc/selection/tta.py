@@ -34,7 +34,7 @@ STRATEGY: Final = Strategy(
     order=lowest_score("tta"),
     score=Score(
         description="Baseline: agreement of the predictions under test-time augmentation",
-        legend="estimated Dice: agreement of the network's masks of one scan under flips and other contrasts.",
+        legend="estimated Dice: how well the network's masks of one scan agree under flips and other contrasts.",
         function=tta_dice,
         is_dice=True,
     ),

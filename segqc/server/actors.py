@@ -6,14 +6,15 @@ import contextlib
 import contextvars
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Final
 
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 from pydantic import JsonValue
 
 from segqc.server.monailabel.auth import USER, User
 from segqc.server.monailabel.config import settings
+from segqc.server.parameters import ClientId
 from segqc.store.events import SERVER
 from segqc.store.records import Actor
 
@@ -28,24 +29,24 @@ _current: contextvars.ContextVar[Actor] = contextvars.ContextVar("actor", defaul
 class RequestUser:
     """Who makes a request."""
 
-    def __init__(self, request: Request, response: Response, user: User) -> None:
-        self._request, self._response, self._user = request, response, user
+    def __init__(self, request: Request, response: Response, user: User, client_id: str | None) -> None:
+        self._request, self._response, self._user, self._client_id = request, response, user, client_id
 
-    def actor(self, params: Mapping[str, JsonValue] | None = None) -> Actor:
+    def actor(self, client_id: JsonValue = None) -> Actor:
         """Tell who it is.
 
         The signed-in user, where users sign in; else whom a trusted proxy's header names, where one is configured;
         else what the client calls itself (MONAI Label's ``client_id``); else a browser, known again by a cookie.
 
         Args:
-            params: the request's parameters.
+            client_id: what the client calls itself, as it sent it; by default what the address says.
         """
         if settings.MONAI_LABEL_AUTH_ENABLE:
             return Actor(kind="person", name=self._user.username, identified_by="signed-in")
         header = self._request.app.state.user_header
         if header and (name := self._request.headers.get(header)) and _NAME.fullmatch(name):
             return Actor(kind="person", name=name, identified_by="trusted-header")
-        client = (params or {}).get("client_id") or self._request.query_params.get("client_id")
+        client = client_id or self._client_id
         if isinstance(client, str) and _NAME.fullmatch(client):
             return Actor(kind="person", name=client, identified_by="client-id")
         known = self._request.cookies.get(COOKIE, "")
@@ -68,9 +69,10 @@ async def request_user(
     request: Request,
     response: Response,
     user: Annotated[User, USER],
+    client_id: Annotated[ClientId | None, Query()] = None,
 ) -> RequestUser:
     """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
-    return RequestUser(request, response, user)
+    return RequestUser(request, response, user, client_id)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from segqc.errors import SegqcError
 from segqc.loop.agreement import dice_by_structure, find_labels, worst_dice
 from segqc.server.client_labels import from_client
 from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
-from segqc.types import PredictionInterval, Structure, label_names
+from segqc.types import PredictionInterval, Structure, label_names, segment_names
 from segqc.volumes import VolumeError, read_labels
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _correct(
 ) -> Correction:
     try:
         shown = _mask(client, scan)
-        true = read_labels(truth)
+        true = read_labels(truth, names=segment_names(structures))
         names = label_names(structures)
         dice = dice_by_structure(from_client(read_labels(shown), names).array, true.array, structures)
         client.save_label(scan, str(truth), tag="final", params={"simulated": True, "label_names": names})

@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -49,6 +50,7 @@ from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.store import jobs
 from segqc.store.events import SERVER
+from segqc.text import first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 INFERENCE_NICENESS: Final = 10
+# So many new objects before garbage is looked for: by Python's default of 700, a request pays for it several times.
+GARBAGE_OBJECTS: Final = 20_000
 ANNOTATION_SLOTS: Final = 3  # two wait for the disk or a core while one computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
@@ -81,6 +85,13 @@ class OtherSlash:
         await self._router(scope, receive, send)
 
 
+class Refusal(BaseModel):
+    """What clients get where a request is refused."""
+
+    detail: str = Field(description="What is wrong with it, and what to do, in a sentence.")
+    image: str | None = Field(None, description="The scan that it is about, where the client may call it otherwise.")
+
+
 def create_app() -> FastAPI:
     """Build the application that MONAI Label's settings describe."""
     conf = settings.MONAI_LABEL_APP_CONF
@@ -92,6 +103,7 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
+        responses={"4XX": {"description": "Refused", "model": Refusal}},
         form_limits={"max_files": 4096, "max_fields": 16, "max_part_size": 1_000_000},
     )
     app.router.default = OtherSlash(app.router.app)
@@ -194,6 +206,7 @@ def _preload(instance: App) -> None:
         logger.warning("%s", error)
     # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
     gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
 
 
 def _bootstrap(instance: App, looked: threading.Event) -> None:
@@ -241,8 +254,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     ) -> JSONResponse:
         # what a client sent may be no text that can be sent back, or very long
         shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
-        body = {"detail": shown.encode("utf-8", "backslashreplace").decode()}
-        return JSONResponse(body if image is None else {**body, "image": image}, status, headers)
+        body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
+        return JSONResponse(body.model_dump(exclude_none=True), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -258,9 +271,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = " ".join(str(part) for part in first["loc"])[:200]
-        return refuse(422, f"{place}: {first['msg'].removeprefix('Value error, ')}")
+        return refuse(422, first_problem(error.errors()))
 
     @app.exception_handler(MONAILabelException)
     async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:

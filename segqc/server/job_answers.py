@@ -18,10 +18,9 @@ from segqc.loop.requests import (
     request_to_json,
     title,
 )
-from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.store import jobs
-from segqc.store.records import Actor, JobRecord, JobState
+from segqc.store.records import Actor, JobRecord, JobState, JsonObject
 from segqc.store.store import Store
 
 _STATUS: Final[dict[JobState, str]] = {

@@ -107,7 +107,7 @@ def serve(
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
     # before the signals are listened to: an end that comes at any moment finds what it has to remove
     with _temporary_files() as temporary:
-        ending = Ending(temporary)
+        ending = Ending(temporary, worker=worker)
         # also where they are ignored by inheritance, as SIGINT is in a script's background
         for sign in ending_signals():
             signal.signal(sign, lambda *_: ending.begin(at_once=True))
@@ -148,13 +148,15 @@ class Ending:
     files appear whole or not at all, and the database undoes what was not committed.
     """
 
-    def __init__(self, files: Path) -> None:
+    def __init__(self, files: Path, *, worker: bool) -> None:
         """Wait for it.
 
         Args:
             files: the folder of temporary files, to be removed then.
+            worker: whether a worker beside the server ends with it.
         """
         self.begun = threading.Event()
+        self._worker = worker
         self._files = files
         self.traffic: Traffic | None = None
         self._reported = False
@@ -170,6 +172,8 @@ class Ending:
 
     def _watch(self) -> None:
         if os.read(self._signals, 1) != _AT_ONCE:
+            # in a thread of its own: a terminal that is stopped must not hold up the deadline
+            threading.Thread(target=logger.info, args=(self._waits(),), name="ending", daemon=True).start()
             self.begun.set()
             # `timeout` sends its signal twice: what comes together is one wish, and requests may end
             time.sleep(_ONE_WISH_SECONDS)
@@ -179,6 +183,14 @@ class Ending:
                     pass
             select.select([self._signals], [], [], _DEADLINE_SECONDS - _ONE_WISH_SECONDS)
         self.cut()
+
+    def _waits(self) -> str:
+        """What the end waits for."""
+        count = len(self.traffic.open) if self.traffic is not None else 0
+        requests = f"{count} open request{'s' if count > 1 else ''} may end" if count else ""
+        worker = "the worker stops its job, which goes on at the next start" if self._worker else ""
+        waits = ", and ".join(filter(None, (requests, worker))) or "connections are closed"
+        return f"SegQC is ending: {waits} (at most {_DEADLINE_SECONDS:.0f} s; Ctrl-C again ends it at once)."
 
     def report(self) -> None:
         """Log that the server has ended; a thread that still computes may keep the process until the deadline."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from pydantic import JsonValue
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.submission import Opened, submit_label
-from segqc.server.checks import JsonObject
 from segqc.server.client_labels import client_names
 from segqc.server.errors import RequestError
-from segqc.store.records import Actor, ScanRecord
+from segqc.server.parameters import LabelParams, SegmentNames
+from segqc.store.records import Actor, JsonObject, ScanRecord
 from segqc.store.store import suffix_of
+from segqc.text import caseless
 from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
 from segqc.volumes.files import open_labels
@@ -32,7 +32,7 @@ def read_submission(
     path: Path,
     scan_path: Path,
     names: Mapping[str, int],
-    params: JsonObject,
+    params: SegmentNames,
     *,
     configured: bool = True,
     limits: ReadLimits | None = None,
@@ -40,8 +40,8 @@ def read_submission(
     """Read a submitted label map onto its scan's grid, with the stored label values.
 
     A file that names its segments (``.seg.nrrd``) is read by these names. Otherwise 3D Slicer numbers the exported
-    segments 1, 2, ... in the order of ``params["label_info"]`` and skips some; so values are read by that order where
-    names are given, or as ``params["label_names"]`` says. Without names they are the stored values, if they can't be
+    segments 1, 2, ... in the order of ``params.label_info`` and skips some; so values are read by that order where
+    names are given, or as ``params.label_names`` says. Without names they are the stored values, if they can't be
     anything else.
 
     Args:
@@ -61,7 +61,7 @@ def read_submission(
     file = InputFile(path, limits, "the submitted label map")
     try:
         source = open_labels(file)
-        own = [s for s in source.segments or () if s.name.strip().casefold() not in NO_STRUCTURES]
+        own = [s for s in source.segments or () if caseless(s.name) not in NO_STRUCTURES]
         # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
         named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
         if source.segments is not None:
@@ -83,7 +83,7 @@ def read_submission(
 
 def _check_no_likely_errors(layers: Array, segments: Sequence[Segment]) -> None:
     for segment in segments:
-        is_error = segment.name.strip().casefold() in LIKELY_ERROR_NAMES
+        is_error = caseless(segment.name) in LIKELY_ERROR_NAMES
         if is_error and segment.layer < len(layers) and (layers[segment.layer] == segment.value).any():
             raise _likely_errors_refused(segment.name)
 
@@ -105,11 +105,13 @@ def _by_names(labels: LabelMap, values: Mapping[str, int], names: Mapping[str, i
             f"the submitted label map holds the value {unnamed[0]}, but label_info names {len(values)} segments; "
             "values count the segments in the order of label_info, from 1.",
         )
-    known = {name.strip().casefold(): value for name, value in names.items()}
+    known = {caseless(name): value for name, value in names.items()}
     table: LabelArray = np.zeros(256, np.uint8)
     for segment, value in values.items():
-        key = segment.strip().casefold()
-        if key in LIKELY_ERROR_NAMES and value in found:
+        key = caseless(segment)
+        if value not in found:
+            continue  # a segment without a voxel may have any name
+        if key in LIKELY_ERROR_NAMES:
             raise _likely_errors_refused(segment)
         if key in NO_STRUCTURES:
             continue
@@ -153,7 +155,8 @@ def submit(
     file: Path,
     tag: str,
     actor: Actor,
-    params: JsonObject,
+    params: LabelParams,
+    info: JsonObject,
 ) -> JsonObject:
     """Keep a checked label map; a final one made of what was handed out is a correction.
 
@@ -164,27 +167,24 @@ def submit(
         file: the file that it was read from; it is kept as it came where it is a plain ``.nii.gz``.
         tag: the tag.
         actor: who submits it.
-        params: what the client sent with it; ``opened_slices`` and ``opened_structures`` say which part was looked at,
-            where it was not all.
+        params: what the client sent with it.
+        info: what is noted of it.
 
     Returns:
         What the client sees of it.
 
     Raises:
-        RequestError: 400 if ``opened_slices`` or ``opened_structures`` can't be read.
-        OpenedError: 400 if they name what does not exist.
+        OpenedError: 400 if it names slices or structures as opened that do not exist.
     """
-    opened = _opened(params)
-    simulated = params.get("simulated") is True
     done = submit_label(
         dataset,
         scan.name,
         labels.volume,
         tag,
         actor,
-        info=params,
-        opened=opened,
-        simulated=simulated,
+        info=info,
+        opened=Opened(params.opened_slices, params.opened_structures),
+        simulated=params.simulated,
         checked=scan,
         file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
     )
@@ -194,51 +194,31 @@ def submit(
     return body
 
 
-def _opened(params: JsonObject) -> Opened:
-    slices, structures = params.get("opened_slices"), params.get("opened_structures")
-    if slices is not None and not (isinstance(slices, list) and all(type(i) is int for i in slices)):
-        raise RequestError(400, "opened_slices is not a list of slice numbers.")
-    if structures is not None and not (isinstance(structures, list) and all(isinstance(n, str) for n in structures)):
-        raise RequestError(400, "opened_structures is not a list of structures' names.")
-    return Opened(
-        tuple(int(str(i)) for i in slices) if slices is not None else None,
-        tuple(str(n) for n in structures) if structures is not None else None,
-    )
-
-
-def stored_info(params: JsonObject, names: Mapping[str, int]) -> JsonObject:
+def stored_info(params: LabelParams, names: Mapping[str, int]) -> JsonObject:
     """What is noted of a kept label map: the client's params, with ``label_info`` as clients get the label map back."""
     if _values_by_name(params) is None:
-        return params
-    sent = {
-        str(entry.get("name")).strip().casefold(): entry
-        for entry in cast(list[JsonValue], params.get("label_info") or [])
-        if isinstance(entry, dict)
-    }
+        return params.to_json()
+    sent = {caseless(str(entry.get("name"))): entry for entry in params.label_info or []}
     body: list[JsonValue] = [
-        {**sent.get(name.strip().casefold(), {}), "name": name, "idx": value}
-        for name, value in client_names(names).items()
+        {**sent.get(caseless(name), {}), "name": name, "idx": value} for name, value in client_names(names).items()
     ]
-    return {**params, "label_info": body}
+    return {**params.to_json(), "label_info": body}
 
 
-def _values_by_name(params: JsonObject) -> dict[str, int] | None:
+def _values_by_name(params: SegmentNames) -> dict[str, int] | None:
     """Names of the segments and their values in the file; None where the client gave none."""
-    info = params.get("label_info")
-    if isinstance(info, list) and info:
-        names = [entry.get("name") if isinstance(entry, dict) else None for entry in info]
-        if any(names):
-            if not all(isinstance(name, str) and name for name in names):
-                raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
-            if len({str(name).strip().casefold() for name in names}) < len(names):
-                raise RequestError(422, "label_info names a segment twice; give each segment a name of its own.")
-            if len(names) > 255:
-                raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")
-            return {str(name): value for value, name in enumerate(names, start=1)}
-    body = params.get("label_names")
-    if isinstance(body, dict) and body:
-        values = {name: value for name, value in body.items() if type(value) is int and 0 < value < 256}
-        if len(values) < len(body) or len(set(values.values())) < len(values):
+    names = [entry.get("name") for entry in params.label_info or []]
+    if any(names):
+        if not all(isinstance(name, str) and name for name in names):
+            raise RequestError(422, "label_info names some segments only; name all, in the order of their values.")
+        if len({caseless(str(name)) for name in names}) < len(names):
+            raise RequestError(422, "label_info names a segment twice; give each segment a name of its own.")
+        if len(names) > 255:
+            raise RequestError(422, f"label_info names {len(names)} segments; a label map has 255 values at most.")
+        return {str(name): value for value, name in enumerate(names, start=1)}
+    if params.label_names:
+        values = {name: value for name, value in params.label_names.items() if type(value) is int and 0 < value < 256}
+        if len(values) < len(params.label_names) or len(set(values.values())) < len(values):
             raise RequestError(422, "label_names gives each name a value of its own, from 1 to 255.")
         return values
     return None

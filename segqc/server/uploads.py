@@ -22,7 +22,8 @@ from segqc.server.errors import RequestError
 from segqc.settings import Settings
 from segqc.store import scans
 from segqc.store.records import Actor
-from segqc.volumes import VolumeError, atomic_write, check_dicom_image, read_grid, scan_id
+from segqc.text import nfc
+from segqc.volumes import VolumeError, as_spelled, atomic_write, check_dicom_image, read_grid, scan_id
 from segqc.volumes.tags import read_dicom_tag, read_tag
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def take_slice(dataset: Dataset, image: str | None, path: Path, actor: Actor) ->
             409, "a single DICOM file is taken after the scan that it belongs to; upload the scan first, as one file."
         )
     scan = dataset.folder / dataset.verify_scan(image).file
-    sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    sidecar = as_spelled(scan.with_name(f"{scan_id(scan)}.json"))
     _check_slice(path, scan, read_tag(scan, _SERIES), found[_SERIES], image)
     with dataset.store.write() as transaction:
         if not sidecar.exists():
@@ -141,4 +142,4 @@ def _check_slice(path: Path, scan: Path, series: str | None, own: str | None, im
 def _patient(settings: Settings, scan: Path, tag: str) -> str:
     """Whose scan it is by the settings; by its side-car, where they leave that open."""
     named = settings.patient_of(scan)
-    return (read_tag(scan, tag) or named) if named == scan_id(scan) else named
+    return (read_tag(scan, tag) or named) if named == nfc(scan_id(scan)) else named

@@ -13,12 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from segqc.loop.requests import KINDS, JobKind
-from segqc.server.checks import JsonObject
 from segqc.server.errors import RequestError
 from segqc.server.job_answers import to_json
 from segqc.store import jobs
 from segqc.store.database import utc_now
-from segqc.store.records import JobRecord
+from segqc.store.records import JobRecord, JsonObject
 from segqc.store.store import Store
 
 POLL_SECONDS: Final = 1.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, delete, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
 from segqc.store import labels, scans
@@ -79,29 +79,30 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
     label = labels.get(transaction, label_version)
     if label.scan != assessment.scan:
         raise StoreError(f"the label version {label_version} is of the scan {label.scan!r}, not {assessment.scan!r}")
-    scan = scans.find(transaction, assessment.scan)
+    scan_id = scans.number_of(transaction, assessment.scan)
     geometry = _Geometry(assessment.mask_sha256, assessment.through_plane_axis, assessment.shape, assessment.spacing_mm)
     row = transaction.scalar(
         select(AssessmentRow).where(AssessmentRow.label_version_id == label_version, AssessmentRow.bundle_id == bundle)
     )
     if row is None:
-        row = AssessmentRow(scan_id=scan.id, label_version_id=label_version, bundle_id=bundle)
+        row = AssessmentRow(scan_id=scan_id, label_version_id=label_version, bundle_id=bundle)
         transaction.add(row)
     else:
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
     row.dice, row.backend, row.made_at = assessment.dice, assessment.backend, transaction.now
     row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
     transaction.flush()
+    number = row.id
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
-    transaction.add_all(_structure(row.id, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
+    transaction.add_all(_structure(number, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
     start = labels.start_of(transaction, assessment.scan)
     serves = transaction.rows(SERVING_BUNDLE).scalar() == bundle
     if serves and start is not None and start.id == label_version:
-        scan.ranking_dice = assessment.dice
-        scan.foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
+        foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
+        scans.rank(transaction, scan_id, assessment.dice, foreground)
     transaction.flush()
-    _thin(transaction, scan.id, row.id)
-    return row.id
+    _thin(transaction, scan_id, number)
+    return number
 
 
 def _structure(assessment_id: int, structure_id: int, position: int, quality: StructureQuality) -> AssessmentStructure:
@@ -139,7 +140,7 @@ def _ends(intervals: MetricIntervals) -> dict[str, float]:
     return columns
 
 
-def intervals_of(part: AssessmentStructure) -> MetricIntervals:
+def intervals_of(part: AssessmentStructure | Row[*tuple[Any, ...]]) -> MetricIntervals:
     """The prediction intervals in a structure's row."""
     level = part.interval_level
     return MetricIntervals(
@@ -158,7 +159,7 @@ def _interval(low: float | None, high: float | None, level: float | None) -> Pre
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
     """Rows of structures by name, added where they are new."""
-    known = {name: i for name, i in transaction.rows(_STRUCTURES, {"names": list(wanted)})}
+    known = {name: i for name, i in transaction.rows(_STRUCTURES)}
     for name in wanted:
         if name not in known:
             row = StructureName(name=name)
@@ -185,64 +186,65 @@ def read(transaction: Transaction, assessment_id: int) -> Assessment | None:
     Raises:
         StoreError: if there is none of this number.
     """
-    row = transaction.execute(_HEAD, {"assessment": assessment_id}).first()
-    if row is None:
+    head = transaction.rows(_HEAD, {"assessment": assessment_id}).first()
+    if head is None:
         raise StoreError(f"there is no assessment {assessment_id}")
-    parts = transaction.execute(_PARTS, {"assessment": assessment_id})
-    return _assessment(*row, [(part, name) for part, name in parts])
+    return _assessment(head, transaction.rows(_PARTS, {"assessment": assessment_id}).all())
 
 
-def _heads() -> Select[AssessmentRow, str, str | None, str | None]:
+def _heads() -> Select[*tuple[Any, ...]]:
     """Assessments with the scan's name, the version of the network that made the mask, and SegQC-Net's."""
     source = aliased(Bundle)
     return (
-        select(AssessmentRow, Scan.name, source.segmenter_version, Bundle.assessor_version)
+        select(
+            AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry, AssessmentRow.backend,
+            Scan.name.label("scan"),
+            source.segmenter_version, Bundle.assessor_version,
+        )
         .join(Scan, AssessmentRow.scan_id == Scan.id)
         .join(Bundle, AssessmentRow.bundle_id == Bundle.id)
         .join(LabelVersion, AssessmentRow.label_version_id == LabelVersion.id)
         .outerjoin(source, LabelVersion.bundle_id == source.id)
-    )
+    )  # fmt: skip
 
 
-def _parts() -> Select[AssessmentStructure, str]:
+def _parts() -> Select[*tuple[Any, ...]]:
+    """The columns of structures' rows, and the structures' names."""
     return (
-        select(AssessmentStructure, StructureName.name)
+        select(*AssessmentStructure.__table__.columns, StructureName.name)
         .join(StructureName, AssessmentStructure.structure_id == StructureName.id)
         .order_by(AssessmentStructure.position)
     )
 
 
+def latest_number(label_version: ColumnElement[int | None]) -> Select[int]:
+    """A query for the number of the serving bundle's last assessment of a label version."""
+    return (
+        select(AssessmentRow.id)
+        .where(AssessmentRow.label_version_id == label_version, _COUNTS)
+        .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
+        .limit(1)
+    )
+
+
 # built once: building a query takes longer than running it
 _HEAD: Final = _heads().where(AssessmentRow.id == bindparam("assessment"))
-_LATEST_ID: Final = (
-    select(AssessmentRow.id)
-    .where(AssessmentRow.label_version_id == bindparam("label_version"), _COUNTS)
-    .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
-    .limit(1)
-)
-_STRUCTURES: Final = select(StructureName.name, StructureName.id).where(
-    StructureName.name.in_(bindparam("names", expanding=True))
-)
+_LATEST_ID: Final = latest_number(bindparam("label_version"))
+_STRUCTURES: Final = select(StructureName.name, StructureName.id)  # there are few
 _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
 
 
-def _assessment(
-    head: AssessmentRow,
-    scan: str,
-    segmenter_version: str | None,
-    assessor_version: str | None,
-    structures: Sequence[tuple[AssessmentStructure, str]],
-) -> Assessment | None:
+def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...]]]) -> Assessment | None:
     geometry = _GEOMETRY.validate_python(head.geometry)
     qualities = []
-    for part, name in structures:
+    for part in parts:
         if part.detail is None:
             return None
         detail = _DETAIL.validate_json(zlib.decompress(part.detail))
         estimated = Metrics(part.dice, part.iou, part.arvd, part.rvd)
         qualities.append(
             StructureQuality(
-                name,
+                part.name,
                 part.present,
                 part.mask_volume_ml,
                 estimated,
@@ -252,10 +254,10 @@ def _assessment(
             )
         )
     return Assessment(
-        scan=scan,
+        scan=head.scan,
         mask_sha256=geometry.mask_sha256,
-        segmenter_version=segmenter_version,
-        assessor_version=assessor_version or "",
+        segmenter_version=head.segmenter_version,
+        assessor_version=head.assessor_version or "",
         through_plane_axis=geometry.through_plane_axis,
         shape=geometry.shape,
         spacing_mm=geometry.spacing_mm,
@@ -275,14 +277,14 @@ def latest_of_all(transaction: Transaction) -> dict[str, Assessment]:
     starts = labels.starts(transaction)
     candidates = AssessmentRow.label_version_id.in_(labels.current_versions((labels.RETURNED, labels.ORIGINAL)))
     rows = transaction.execute(_heads().where(candidates, _COUNTS).order_by(AssessmentRow.made_at, AssessmentRow.id))
-    heads = {row[1]: row for row in rows if starts[row[1]] == row[0].label_version_id}
-    parts: dict[int, list[tuple[AssessmentStructure, str]]] = {}
+    heads = {row.scan: row for row in rows if starts[row.scan] == row.label_version_id}
+    parts: dict[int, list[Row[*tuple[Any, ...]]]] = {}
     found = transaction.execute(
         _parts().join(AssessmentRow, AssessmentStructure.assessment_id == AssessmentRow.id).where(candidates)
     )
-    for part, name in found:
-        parts.setdefault(part.assessment_id, []).append((part, name))
-    made = {scan: _assessment(*row, parts.get(row[0].id, [])) for scan, row in heads.items()}
+    for part in found:
+        parts.setdefault(part.assessment_id, []).append(part)
+    made = {scan: _assessment(head, parts.get(head.id, [])) for scan, head in heads.items()}
     return {scan: assessment for scan, assessment in made.items() if assessment is not None}
 
 
@@ -345,8 +347,8 @@ def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:
 
 def write_score(transaction: Transaction, scan: str, method: str, value: float, version: str) -> None:
     """Keep a baseline's score of a scan; the lowest is the worst."""
-    row = scans.find(transaction, scan)
-    transaction.merge(Score(scan_id=row.id, method=method, value=value, version=version, made_at=transaction.now))
+    scan_id = scans.number_of(transaction, scan)
+    transaction.merge(Score(scan_id=scan_id, method=method, value=value, version=version, made_at=transaction.now))
 
 
 def scores(transaction: Transaction, method: str) -> Mapping[str, tuple[float, str]]:

@@ -17,6 +17,7 @@ from segqc.store.database import StoreError, Transaction
 from segqc.store.records import Actor, BundleRecord, PublishedBundle
 from segqc.store.schema import ActorRow, Bundle, Event
 
+_MAX_NUMBER: Final = 2**31 - 1  # that a column can hold
 _SERVED: Final = "served"  # the event of a bundle that serves from then on
 _RECORDS: Final = select(Bundle, ActorRow).join(ActorRow, Bundle.actor_id == ActorRow.id)
 _SERVING: Final = _RECORDS.where(Bundle.serving)
@@ -97,7 +98,7 @@ def get(transaction: Transaction, number: int) -> PublishedBundle:
     Raises:
         StoreError: if there is none.
     """
-    row = transaction.execute(_RECORDS.where(Bundle.id == number)).first()
+    row = transaction.execute(_RECORDS.where(Bundle.id == number)).first() if number <= _MAX_NUMBER else None
     if row is None:
         raise StoreError(f"there is no bundle {number}; 'segqc models list FOLDER' shows those that there are")
     return _record(*row)

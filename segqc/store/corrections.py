@@ -55,10 +55,10 @@ def add(
 
     With a lease, the assessment is the one that was shown at hand-out (method, "Leaks"), never a later one.
     """
-    scan = scans.find(transaction, end.scan)
+    scan_id = scans.number_of(transaction, end.scan)
     number = transaction.insert(
         Correction,
-        scan_id=scan.id,
+        scan_id=scan_id,
         from_version_id=start.id,
         to_version_id=end.id,
         lease_id=lease.id if lease is not None else None,
@@ -78,7 +78,7 @@ def add(
     if parts:
         transaction.core.execute(_ADD_STRUCTURES, parts)
     detail: JsonObject = {"from": start.id, "to": end.id, "correction": number}
-    events.record(transaction, actor, "corrected", "scan", scan.id, detail)
+    events.record(transaction, actor, "corrected", "scan", scan_id, detail)
     return number
 
 

@@ -23,7 +23,8 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.volumes import LABEL_SUFFIXES, atomic_write, sync
+from segqc.text import nfc
+from segqc.volumes import LABEL_SUFFIXES, as_spelled, atomic_write, sync
 
 _CHUNK: Final = 1 << 20
 _CLOCK_TICK_NS: Final = 50_000_000
@@ -104,8 +105,8 @@ class LabelFiles:
         return self.objects / sha256[:2] / f"{sha256}{suffix}"
 
     def view_name(self, scan: str, tag: str, suffix: str) -> str:
-        """The path of a label relative to ``labels/``."""
-        return f"{tag}/{scan}{suffix}"
+        """The path of a label relative to ``labels/``; a file that is there keeps its Unicode form."""
+        return f"{tag}/{as_spelled(self.views / tag / f'{scan}{suffix}').name}"
 
     @contextlib.contextmanager
     def arriving(
@@ -237,8 +238,15 @@ class LabelFiles:
 
     def lying(self, scan: str, tag: str, *also: str) -> list[str]:
         """The files below ``labels/`` that show, or may show, a scan's label under a tag, in any format."""
-        names = dict.fromkeys([*(self.view_name(scan, tag, suffix) for suffix in LABEL_SUFFIXES), *also])
-        return [name for name in names if (self.views / name).is_file()]
+        names = dict.fromkeys([*self._names(scan, tag), *also])
+        return [name for name in names if os.path.isfile(os.path.join(self.views, name))]
+
+    def _names(self, scan: str, tag: str) -> list[str]:
+        names = [f"{scan}{suffix}" for suffix in LABEL_SUFFIXES]
+        if not scan.isascii() and (self.views / tag).is_dir():  # in any Unicode form
+            wanted = {nfc(name) for name in names}
+            names += sorted(name for name in os.listdir(self.views / tag) if nfc(name) in wanted)
+        return [f"{tag}/{name}" for name in names]
 
     def abandoned(self) -> list[Arrival]:
         """Arrivals whose process died, each with its plan; those without a whole plan never began and are removed."""

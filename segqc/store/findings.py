@@ -12,6 +12,7 @@ from sqlalchemy import delete, select
 from segqc.store.database import Transaction
 from segqc.store.records import FindingKind, FindingRecord
 from segqc.store.schema import FindingRow
+from segqc.text import nfc
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Finding:
         kind: what it would be.
         sentence: what is wrong with it, and what to do.
         signature: of the file that was looked at.
-        scan: the name of the scan that a label would be of.
+        scan: the name of the scan that a label would be of, in any Unicode form.
     """
 
     file: str
@@ -65,7 +66,7 @@ def record(transaction: Transaction, found: Iterable[Finding], checks: str) -> N
             FindingRow(
                 file=finding.file,
                 kind=finding.kind,
-                scan=finding.scan,
+                scan=nfc(finding.scan) if finding.scan is not None else None,
                 sentence=finding.sentence,
                 signature=finding.signature,
                 checks=checks,
@@ -78,7 +79,7 @@ def record(transaction: Transaction, found: Iterable[Finding], checks: str) -> N
 @functools.lru_cache(maxsize=10_000)  # a server looks every few seconds
 def tell(sentence: str) -> None:
     """Log a finding, once in a process."""
-    logger.warning("not taken in: %s", sentence)
+    logger.warning("not accepted: %s", sentence)
 
 
 def clear(transaction: Transaction, files: Collection[str]) -> None:
@@ -90,7 +91,7 @@ def clear(transaction: Transaction, files: Collection[str]) -> None:
 
 def clear_labels_of(transaction: Transaction, scans: Collection[str]) -> None:
     """Forget what was found of scans' labels, as the scans are others now: they will be looked at again."""
-    wanted = sorted(scans)
+    wanted = sorted(map(nfc, scans))
     for start in range(0, len(wanted), _IN_ONE_QUERY):
         part = wanted[start : start + _IN_ONE_QUERY]
         transaction.execute(delete(FindingRow).where(FindingRow.scan.in_(part)))

@@ -13,8 +13,8 @@ import numpy as np
 
 from segqc import __version__
 from segqc.store.files import sha256_of
-from segqc.volumes import ReadLimits, Volume
-from segqc.volumes.intake import LabelContent, ScanContent, check_labels, check_scan, scan_grid
+from segqc.volumes import ReadLimits, Volume, read_grid
+from segqc.volumes.intake import LabelContent, ScanContent, check_labels, check_scan
 
 
 class Intake(Protocol):
@@ -88,5 +88,6 @@ class FileChecks:
     def labels(self, path: Path, scan: Path, shown: str) -> LabelContent:
         """Read a label map on its scan's grid."""
         values = tuple(self.names.values()) or None
-        grid = scan_grid(scan, self.limits)
-        return check_labels(path, grid, values, self.names or None, self.limits, shown=shown)
+        return check_labels(
+            path, read_grid(scan, limits=self.limits), values, self.names or None, self.limits, shown=shown
+        )

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Row, Select, String, bindparam, cast, delete, func, select, update
+from sqlalchemy import Row, ScalarSelect, Select, String, and_, bindparam, case, cast, delete, func, select, update
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
-from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource
+from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
 from segqc.store.schema import ActorRow, Bundle, LabelInfo, LabelVersion, LabelView, Scan
 
 FINAL: Final = "final"
@@ -94,14 +94,14 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     return kept, True
 
 
-def _tell_scan(transaction: Transaction, scan: Scan, label: NewLabel) -> None:
+def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> None:
     """A final label takes the scan out of the queue, its removal puts it back; another mask is not assessed yet."""
     if label.tag == FINAL and label.sha256 is not None and scan.state != "submitted":
         scans.set_state(transaction, scan, "submitted", label.actor)  # also an approved one: to be reviewed again
     elif label.tag == FINAL and label.sha256 is None and scan.state in ("submitted", "approved"):
         scans.set_state(transaction, scan, "unlabelled", label.actor)
     elif label.tag in (ORIGINAL, RETURNED):
-        scan.ranking_dice = scan.foreground = None
+        scans.rank(transaction, scan.id, None, None)
 
 
 def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None:
@@ -152,7 +152,7 @@ def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:
     Raises:
         UnknownScan: if there is no such scan.
     """
-    scans.find(transaction, scan)
+    scans.number_of(transaction, scan)
     found = [record for tag, record in tags(transaction, scan).items() if _reader_number(tag) is not None]
     return sorted(found, key=lambda record: _reader_number(record.tag) or 0)
 
@@ -175,7 +175,7 @@ def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
     Raises:
         UnknownScan: if there is no such scan.
     """
-    scans.find(transaction, scan)
+    scans.number_of(transaction, scan)
     return [_record(row) for row in transaction.rows(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
 
 
@@ -211,13 +211,13 @@ def counts(transaction: Transaction) -> dict[str, int]:
 
 def note_view(transaction: Transaction, version: LabelRecord, file: str, size: int, modified_ns: int) -> None:
     """Remember how the file that shows a version was left."""
-    scan = scans.find(transaction, version.scan)
+    scan_id, shown = transaction.rows(_SHOWN, {"scan": version.scan, "tag": version.tag}).one()
     left = {"label_version_id": version.id, "file": file, "size": size, "modified_ns": modified_ns}
-    if transaction.rows(_IS_SHOWN, {"scan_id": scan.id, "tag": version.tag}).scalar() is None:
-        transaction.insert(LabelView, scan_id=scan.id, tag=version.tag, **left)
+    if shown is None:
+        transaction.insert(LabelView, scan_id=scan_id, tag=version.tag, **left)
     else:
-        own = LabelView.scan_id == scan.id, LabelView.tag == version.tag
-        transaction.execute(update(LabelView).where(*own).values(left).execution_options(synchronize_session=False))
+        own = LabelView.scan_id == scan_id, LabelView.tag == version.tag
+        transaction.change(update(LabelView).where(*own).values(left))
 
 
 def views_of(transaction: Transaction, scan_id: int) -> list[tuple[str, ViewState]]:
@@ -239,8 +239,8 @@ def forget_views(transaction: Transaction, scan_id: int) -> list[tuple[str, View
 
 def forget_view(transaction: Transaction, scan: str, tag: str) -> None:
     """Remember that a tag shows nothing of a scan."""
-    row = scans.find(transaction, scan)
-    transaction.execute(delete(LabelView).where(LabelView.scan_id == row.id, LabelView.tag == tag))
+    scan_id = scans.number_of(transaction, scan)
+    transaction.execute(delete(LabelView).where(LabelView.scan_id == scan_id, LabelView.tag == tag))
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +340,18 @@ def _records() -> Select[*tuple[Any, ...]]:
     )  # fmt: skip
 
 
+def _current_number(tag: str) -> ScalarSelect[int | None]:
+    """In a query of scans: the number of the current version under a tag; NULL where there is none."""
+    return (
+        select(case((LabelVersion.sha256.is_not(None), LabelVersion.id)))
+        .where(LabelVersion.scan_id == Scan.id, LabelVersion.tag == tag)
+        .order_by(LabelVersion.id.desc())
+        .limit(1)
+        .correlate(Scan)
+        .scalar_subquery()
+    )
+
+
 def _last_of_each_tag() -> Select[int | None]:
     return (
         select(func.max(LabelVersion.id))
@@ -356,14 +368,18 @@ _CURRENT: Final = (
     .order_by(LabelVersion.id.desc())
     .limit(1)
 )
-_IS_SHOWN: Final = select(LabelView.tag).where(
-    LabelView.scan_id == bindparam("scan_id"), LabelView.tag == bindparam("tag")
+_SHOWN: Final = (
+    select(Scan.id, LabelView.tag)
+    .outerjoin(LabelView, and_(LabelView.scan_id == Scan.id, LabelView.tag == bindparam("tag")))
+    .where(Scan.name == bindparam("scan"))
 )
 _VIEW_OF: Final = (
     select(LabelView.file, LabelView.size, LabelView.modified_ns, LabelView.label_version_id)
     .join(Scan, Scan.id == LabelView.scan_id)
     .where(Scan.name == bindparam("scan"), LabelView.tag == bindparam("tag"))
 )
+START_OF_SCAN: Final = func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL))
+"""In a query of scans: the number of the version that an annotator starts from; see `start_of`."""
 _VERSION: Final = _records().where(LabelVersion.id == bindparam("version"))
 _TAGS: Final = _records().where(LabelVersion.id.in_(_last_of_each_tag()), LabelVersion.sha256.is_not(None))
 _SOME_TAGS: Final = _records().where(

@@ -92,9 +92,11 @@ def acquire(
     validation draw from those of validating patients, and the strategy chooses among those of training patients
     (method, "Leaks": scans chosen worst-first are a biased sample).
     """
-    expire(transaction)
     actor_id = events.actor_id(transaction, actor)
-    held = transaction.rows(_OPEN_OF, {"actor": actor_id}).scalar()
+    overdue, held, last = transaction.rows(_STANDING, {"actor": actor_id, "now": transaction.now}).one()
+    if overdue is not None:
+        expire(transaction)
+        held = transaction.rows(_OPEN_OF, {"actor": actor_id}).scalar()
     if held is not None:
         mine = transaction.get_one(LeaseRow, held)
         scan = transaction.get_one(Scan, mine.scan_id)
@@ -105,7 +107,7 @@ def acquire(
         else:
             _close(transaction, mine, "skipped", actor, skip_reason)
         transaction.flush()
-    rng = np.random.default_rng((rules.seed, transaction.rows(_LAST).scalar() or 0))
+    rng = np.random.default_rng((rules.seed, last or 0))
     chosen = _choose(transaction, actor_id, order, rules, rng)
     if chosen is None:
         return None
@@ -168,11 +170,10 @@ def _open(
     choice: Choice,
     rules: LeaseRules,
 ) -> LeaseRecord:
-    name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
-    begun = _begin(transaction, choice.scan_id, name, actor, rules)
+    begun = _begin(transaction, choice.scan_id, actor, rules)
     lease = LeaseRecord(
         id=0,
-        scan=name,
+        scan=begun.scan,
         actor=actor,
         slot=begun.slot,
         state="open",
@@ -180,7 +181,7 @@ def _open(
         expires_at=begun.expires_at,
         closed_at=None,
         strategy=choice.order or strategy,
-        score=choice.score if draw == "strategy" else ranking_dice,
+        score=choice.score if draw == "strategy" else begun.ranking_dice,
         draw=draw,
         probability=probability,
         pool=choice.pool,
@@ -211,21 +212,26 @@ def _open(
 class _Begun:
     """A lease that begins: its place among the scan's readers, its end, and the current mask with its estimate."""
 
+    scan: str
+    ranking_dice: float | None
     slot: int
     expires_at: dt.datetime
     label_version_id: int | None
     assessment_id: int | None
 
 
-def _begin(transaction: Transaction, scan_id: int, scan: str, actor: Actor, rules: LeaseRules) -> _Begun:
-    taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars())
-    start = labels.start_of(transaction, scan)
+def _begin(transaction: Transaction, scan_id: int, actor: Actor, rules: LeaseRules) -> _Begun:
+    # whoever labels a scan alone has got it because nobody else holds it
+    taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars()) if rules.readers > 1 else set()
+    shown = transaction.rows(_SHOWN, {"scan": scan_id}).one()
     minutes = rules.cookie_lease_minutes if actor.identified_by == "cookie" else rules.lease_minutes
     return _Begun(
+        shown.name,
+        shown.ranking_dice,
         next(i for i in range(len(taken) + 1) if i not in taken),
         transaction.now + dt.timedelta(minutes=minutes),
-        start.id if start is not None else None,
-        assessments.latest_id(transaction, start.id) if start is not None else None,
+        shown.start,
+        shown.assessment,
     )
 
 
@@ -278,7 +284,7 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     for other in transaction.scalars(select(LeaseRow).where(*mine)).all():
         _close(transaction, other, "released", actor)
     transaction.flush()
-    begun = _begin(transaction, row.scan_id, scan, actor, rules)
+    begun = _begin(transaction, row.scan_id, actor, rules)
     row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
     row.slot, row.expires_at = begun.slot, begun.expires_at
     row.label_version_id, row.assessment_id = begun.label_version_id, begun.assessment_id
@@ -289,7 +295,7 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
 
 def _last(transaction: Transaction, scan: str, actor: Actor) -> LeaseRow:
     """The last lease of a scan to an annotator."""
-    wanted = scans.find(transaction, scan).id, events.actor_id(transaction, actor)
+    wanted = scans.number_of(transaction, scan), events.actor_id(transaction, actor)
     query = select(LeaseRow).where(LeaseRow.scan_id == wanted[0], LeaseRow.actor_id == wanted[1])
     row = transaction.scalar(query.order_by(LeaseRow.id.desc()).limit(1))
     if row is None:
@@ -313,32 +319,30 @@ def _close(transaction: Transaction, row: LeaseRow, state: LeaseState, actor: Ac
     events.record(transaction, actor, state, "scan", row.scan_id, detail)
 
 
-def submitted(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
-    """Close the lease that an annotator's submission answers, and return it as it was handed out.
+def submitted(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
+    """Close the lease that an annotator's submission answers; None if it was answered before.
 
     A submission after its lease has ended is as good: the scan was handed out to this annotator, with that estimate.
-    None where the scan was never handed out to this annotator, or that hand-out was answered before.
     """
-    last = last_of(transaction, scan, actor)
-    if last is None:
+    if not transaction.change(_SUBMITTED, {"lease": lease.id, "closed_at": transaction.now}):
         return None
-    closed = {"lease": last.id, "closed_at": transaction.now}
-    transaction.core.execute(_SUBMITTED, closed)
-    transaction.core.execute(_READ_ONCE_MORE, {"scan": scan})
-    transaction.expire(scans.find(transaction, scan), ["readings"])
-    return replace(last, state="submitted", closed_at=transaction.now)
+    transaction.change(_READ_ONCE_MORE, {"scan": lease.scan})
+    return replace(lease, state="submitted", closed_at=transaction.now)
 
 
 def last_of(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
-    """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not."""
-    row = transaction.rows(_LAST_OF, {"scan": scan, **_named(actor)}).first()
-    return None if row is None or row.state == "submitted" else _record(row)
+    """The last hand-out of a scan to an annotator that was not answered yet, whether its lease is over or not.
 
-
-def of_replaced(transaction: Transaction, scan: str, actor: Actor) -> bool:
-    """Whether the last hand-out of a scan to an annotator was of another content than it has now, and not answered."""
-    row = transaction.rows(_LAST_OF_NAMED, {"scan": scan, **_named(actor)}).first()
-    return row is not None and row.former_name is not None and row.state not in ("submitted", "skipped")
+    Raises:
+        ScanReplaced: if the scan's file has another content now than the one that was handed out.
+    """
+    rows = transaction.rows(_LAST_OF, {"scan": scan, **_named(actor)}).all()
+    if rows and rows[0].former_name is not None and rows[0].state not in ("submitted", "skipped"):
+        raise scans.ScanReplaced(
+            f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
+        )
+    last = next((row for row in rows if row.scan == scan), None)
+    return None if last is None or last.state == "submitted" else _record(last)
 
 
 def _named(actor: Actor) -> dict[str, str]:
@@ -414,17 +418,27 @@ def _leases() -> Select[*tuple[Any, ...]]:
 
 # built once: building a query takes longer than running it
 _OPEN_OF: Final = select(LeaseRow.id).where(LeaseRow.actor_id == bindparam("actor"), LeaseRow.state == _OPEN)
-_LAST: Final = select(func.max(LeaseRow.id))
-_CHOSEN: Final = select(Scan.name, Scan.ranking_dice).where(Scan.id == bindparam("scan"))
+_SHOWN: Final = select(
+    Scan.name,
+    Scan.ranking_dice,
+    labels.START_OF_SCAN.label("start"),
+    assessments.latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery().label("assessment"),
+).where(Scan.id == bindparam("scan"))
 _SUBMITTED: Final = (
     update(LeaseRow)
-    .where(LeaseRow.id == bindparam("lease"))
+    .where(LeaseRow.id == bindparam("lease"), LeaseRow.state != "submitted")
     .values(state="submitted", closed_at=bindparam("closed_at"))
 )
 _READ_ONCE_MORE: Final = update(Scan).where(Scan.name == bindparam("scan")).values(readings=Scan.readings + 1)
 _SLOTS: Final = select(LeaseRow.slot).where(LeaseRow.scan_id == bindparam("scan"), LeaseRow.state == _OPEN)
 _OVER: Final = select(LeaseRow.id).where(
     LeaseRow.state == _OPEN, LeaseRow.expires_at <= bindparam("now", type_=UtcDateTime())
+)
+# whether the time of some lease is over, the actor's open lease, and the last lease of all
+_STANDING: Final = select(
+    _OVER.limit(1).scalar_subquery(),
+    _OPEN_OF.scalar_subquery(),
+    select(func.max(LeaseRow.id)).scalar_subquery(),
 )
 _LEASE: Final = _leases().where(LeaseRow.id == bindparam("lease"))
 _IS: Final = and_(
@@ -438,14 +452,11 @@ _SKIPPED_AT: Final = (
     .order_by(LeaseRow.id.desc())
     .limit(1)
 )
-_LAST_OF: Final = _leases().where(Scan.name == bindparam("scan"), _IS).order_by(LeaseRow.id.desc()).limit(1)
-_LAST_OF_NAMED: Final = (
-    select(LeaseRow.state, Scan.former_name)
-    .join(Scan, LeaseRow.scan_id == Scan.id)
-    .join(ActorRow, LeaseRow.actor_id == ActorRow.id)
+_LAST_OF: Final = (
+    _leases()
+    .add_columns(Scan.former_name)
     .where(or_(Scan.name == bindparam("scan"), Scan.former_name == bindparam("scan")), _IS)
     .order_by(LeaseRow.id.desc())
-    .limit(1)
 )
 
 

@@ -23,10 +23,11 @@ from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
+from segqc.text import nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
 _LABELLED: Final = ("submitted", "approved")
-_ASIDE: Final = "until then it is not taken in"
+_ASIDE: Final = "until then it is not used"
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
 
 
@@ -113,7 +114,7 @@ def copy_contents(
             with atomic_write(wanted) as temporary:
                 _copy_checked(kept, sha256, temporary)
                 temporary.chmod(0o444)
-        progress.step(done, len(contents), "label contents")
+        progress.step(done, len(contents), "label contents", unit="files")
 
 
 def _copy_checked(kept: Path, sha256: str, target: Path) -> None:
@@ -214,7 +215,7 @@ def _content_findings(store: Store, progress: Progress) -> Iterator[Finding]:
             yield Finding(f"{path}: this label content is missing", "copy it from a backup")
         elif sha256_of(path) != sha256:
             yield Finding(f"{path}: this label content is damaged", "replace it by the one of a backup")
-        progress.step(done, len(contents), "label contents")
+        progress.step(done, len(contents), "label contents", unit="files")
     known = {store.files.object_path(*content) for content in contents}
     untracked = [path for path in store.files.all_objects() if path not in known]
     if not untracked:
@@ -302,7 +303,7 @@ def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
     for done, current in enumerate(currents, 1):
         if _view_finding(store, current, views.get((current.scan_id, current.tag))) is not None:
             suspects.add((current.scan_id, current.tag))
-        progress.step(done, len(currents), "label files")
+        progress.step(done, len(currents), "label files", unit="files")
     untracked = _files_without_row(store, views.values())
     if not suspects and not untracked and len(views) == len(currents):
         return
@@ -320,13 +321,13 @@ def _view_findings(store: Store, progress: Progress) -> Iterator[Finding]:
             for key in sorted(gone)
         ]
         untracked &= _files_without_row(store, views.values())
-        names = set(transaction.scalars(select(Scan.name)))
+        names = set(map(nfc, transaction.scalars(select(Scan.name))))
         kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     yield from found
     for path in sorted(untracked):
         if (file := str(path.relative_to(store.dataset))) in kept_aside:
             yield Finding(kept_aside[file], _ASIDE, is_damage=False)
-        elif label_suffix(path.name) is not None and label_id(path) in names:
+        elif label_suffix(path.name) is not None and nfc(label_id(path)) in names:
             yield Finding(f"{path}: this label is not in the store yet", _TAKE_IN, is_damage=False)
         else:
             yield Finding(
@@ -378,7 +379,7 @@ def rebuild_views(store: Store, *, overwrite: bool = False, progress: Progress =
     for done, current in enumerate(currents, 1):
         if _view_finding(store, current, views.get((current.scan_id, current.tag))) is not None:
             wrong.append(current)
-        progress.step(done, len(currents), "label files")
+        progress.step(done, len(currents), "label files", unit="files")
     edited: list[Path] = []
     with store.write() as transaction:
         latest, views = set(_currents(transaction)), _views(transaction)

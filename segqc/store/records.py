@@ -12,7 +12,9 @@ from typing import Literal, TypeAlias
 from pydantic import JsonValue
 
 from segqc.split import Split
+from segqc.text import nfc
 from segqc.types import MetricIntervals, Metrics
+from segqc.volumes import scan_suffix
 
 JsonObject: TypeAlias = dict[str, JsonValue]
 ActorKind: TypeAlias = Literal["person", "network", "system"]
@@ -55,6 +57,12 @@ class ScanRecord:
     sha256: str | None  # its content; None until the file was read
     signature: str | None  # tells quickly whether the file still holds it (see `files.signature_of`)
     former_name: str | None  # its name until another content took the place of its file
+
+    @property
+    def suffix(self) -> str:
+        """What its file's name has beyond its own name, as it is spelt."""
+        end = scan_suffix(self.file) or ""
+        return "" if nfc(self.name) == nfc(self.file) else self.file[len(self.file) - len(end) :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

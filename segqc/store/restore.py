@@ -52,7 +52,7 @@ def restore(backup: Path, dataset: Path, *, settings_file: str, progress: Progre
     """Put a backup's database and labels in the place of those of a dataset folder, which stay in a folder aside.
 
     Scans stay as they are, and so do the settings where the folder has some. The bundle that served when the backup was
-    made comes back where the folder has not got it; all others stay.
+    made comes back; another one of its number is set aside, all others stay.
 
     Args:
         backup: a folder that `maintenance.backup` made; it is only read.

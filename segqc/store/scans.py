@@ -12,9 +12,11 @@ from sqlalchemy import bindparam, func, insert, select, update
 
 from segqc.split import Split, SplitConfig, split_patients
 from segqc.store import events
-from segqc.store.database import StoreError, Transaction, json_array
+from segqc.store.database import Parameters, StoreError, Transaction, json_array
 from segqc.store.records import Actor, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Patient, Scan
+from segqc.text import nfc
+from segqc.volumes import scan_suffix
 
 # From which states a scan may come into another by hand; a submission is `labels`' business.
 _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
@@ -46,8 +48,12 @@ _RECORD: Final = (
 )
 
 # built once: building a query takes longer than running it
-_SCAN: Final = select(Scan).where(Scan.name == bindparam("name"))
+_ID: Final = select(Scan.id).where(Scan.name == bindparam("name"))
 _RECORD_OF: Final = select(*_RECORD).join(Patient, Scan.patient_id == Patient.id).where(Scan.name == bindparam("name"))
+_CHANGE: Final = update(Scan).where(Scan.id == bindparam("scan"))
+_SET_STATE: Final = _CHANGE.values(state=bindparam("state"), reason=bindparam("reason"), queue=bindparam("queue"))
+_OPEN: Final = _SET_STATE.values(opened_at=bindparam("opened_at"), readings=0)
+_RANK: Final = _CHANGE.values(ranking_dice=bindparam("ranking_dice"), foreground=bindparam("foreground"))
 
 
 class UnknownScan(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -77,30 +83,31 @@ class FoundScan:
     remarks: tuple[str, ...] = ()
 
 
-def find(transaction: Transaction, name: str) -> Scan:
-    """The row of a scan.
+def number_of(transaction: Transaction, name: str) -> int:
+    """The number of a scan.
 
     Raises:
         UnknownScan: if there is none.
     """
-    found: dict[str, Scan] = transaction.info.setdefault("scans", {})
-    scan = found.get(name)
-    if scan is None or scan.name != name:  # it may have been renamed since
-        scan = transaction.scalar(_SCAN, {"name": name})
-        if scan is None:
-            raise UnknownScan(f"there is no scan {name!r}")
-        found[name] = scan
-    return scan
+    number = transaction.rows(_ID, {"name": name}).scalar()
+    if number is None:
+        raise UnknownScan(f"there is no scan {name!r}")
+    return number
 
 
 def get(transaction: Transaction, name: str) -> ScanRecord:
-    """A scan.
+    """A scan, by its name in any Unicode form; see `text.nfc`.
 
     Raises:
         UnknownScan: if there is none.
     """
     for row in transaction.rows(_RECORD_OF, {"name": name}):
-        return ScanRecord(**row._mapping)
+        return ScanRecord(**row._asdict())
+    if not name.isascii():
+        wanted = nfc(name)
+        alike = [other for other in names(transaction, missing=True) if nfc(other) == wanted]
+        if len(alike) == 1:
+            return get(transaction, alike[0])
     raise UnknownScan(f"there is no scan {name!r}")
 
 
@@ -113,7 +120,7 @@ def listing(
         query = query.where(Scan.state.in_(states))
     if names is not None:
         query = query.where(Scan.name.in_(names))
-    return [ScanRecord(**row._mapping) for row in transaction.execute(query)]
+    return [ScanRecord(**row._asdict()) for row in transaction.execute(query)]
 
 
 def names(transaction: Transaction, *, states: Collection[ScanState] | None = None, missing: bool = False) -> list[str]:
@@ -160,14 +167,14 @@ def known_files(transaction: Transaction, only: Collection[str] | None = None) -
     }
 
 
-def expect(transaction: Transaction, name: str, sha256: str | None) -> Scan:
-    """The row of a scan, if its content is still the one that something was made for; None expects nothing.
+def expect(transaction: Transaction, name: str, sha256: str | None) -> ScanRecord:
+    """A scan, if its content is still the one that something was made for; None expects nothing.
 
     Raises:
         UnknownScan: if there is none of this name.
         ScanReplaced: if it has another content.
     """
-    scan = find(transaction, name)
+    scan = get(transaction, name)
     if sha256 is not None and scan.sha256 is not None and scan.sha256 != sha256:
         raise ScanReplaced(f"the file of the scan {name!r} was replaced meanwhile")
     return scan
@@ -196,7 +203,7 @@ def sync(
         split_config: how new patients get fold and role; patients of ``labelled`` scans first, so that the few that are
             labelled at the start are spread over both roles.
         actor: the event's actor.
-        labelled: ids of scans that have a final label already.
+        labelled: ids of scans that have a final label already, in Unicode's form NFC.
     """
     files = select(Scan.file)
     if len(found) <= _IN_ONE_QUERY:
@@ -234,13 +241,13 @@ def sync(
 
 def _named_apart(transaction: Transaction, new: Sequence[FoundScan]) -> list[FoundScan]:
     wanted = select(Scan.name)
-    if len(new) <= _IN_ONE_QUERY:
+    if len(new) <= _IN_ONE_QUERY and all(f.file.isascii() for f in new):
         wanted = wanted.where(Scan.name.in_([name for f in new for name in (f.name, f.file)]))
-    taken = set(transaction.scalars(wanted)) if new else set()
+    taken = set(map(nfc, transaction.scalars(wanted))) if new else set()
     apart = []
     for f in sorted(new, key=lambda f: f.file):
-        name = f.file if f.name in taken else f.name
-        taken.add(name)
+        name = f.file if nfc(f.name) in taken else f.name
+        taken.add(nfc(name))
         apart.append(replace(f, name=name))
     return apart
 
@@ -259,7 +266,7 @@ def _placed(
     """Row and role of each patient of the new scans; patients seen for the first time are placed."""
     wanted = {f.patient for f in new}
     known = _patients(transaction, wanted)
-    first = sorted({f.patient for f in new if f.name in labelled} - known.keys())
+    first = sorted({f.patient for f in new if nfc(f.name) in labelled} - known.keys())
     others = sorted(wanted - known.keys() - set(first))
     if first or others:
         already = transaction.scalar(select(func.count()).select_from(Patient)) or 0
@@ -288,7 +295,7 @@ def assign_patient(transaction: Transaction, name: str, patient: str, split_conf
     Raises:
         UnknownScan: if there is none of this name.
     """
-    scan = find(transaction, name)
+    scan = transaction.get_one(Scan, number_of(transaction, name))
     row, split = _placed(transaction, [FoundScan(scan.name, scan.file, patient)], split_config, set())[patient]
     if scan.patient_id == row:
         return
@@ -296,6 +303,11 @@ def assign_patient(transaction: Transaction, name: str, patient: str, split_conf
     scan.patient_id, scan.queue = row, split if scan.queue is not None else None
     transaction.flush()
     events.record(transaction, actor, "patient assigned", "scan", scan.id, {"patient": patient})
+
+
+def rename_file(transaction: Transaction, scan: Known, file: str) -> None:
+    """Note that a scan's file has its name in another Unicode form now; the scan's own name stays."""
+    transaction.get_one(Scan, scan.id).file = file
 
 
 def mark_missing(transaction: Transaction, files: Collection[str], actor: Actor) -> int:
@@ -325,7 +337,7 @@ def retire(transaction: Transaction, scan_id: int, actor: Actor) -> str:
     """
     scan = transaction.get_one(Scan, scan_id)
     name, length = scan.name, 8
-    end = scan.file.removeprefix(name)
+    end = scan_suffix(scan.file) or ""
     while transaction.scalar(select(Scan.id).where(Scan.name == f"{name}@{(scan.sha256 or '')[:length]}")) is not None:
         length += 1
     scan.name = f"{name}@{(scan.sha256 or '')[:length]}"
@@ -357,41 +369,47 @@ def revive(transaction: Transaction, found: FoundScan, actor: Actor) -> str | No
 def _set_missing(transaction: Transaction, scan_id: int, missing: bool, actor: Actor) -> None:
     scan = transaction.get_one(Scan, scan_id)
     since = transaction.now if missing else None
-    queue = _queue(transaction, scan, scan.state, since)
-    scan.missing_since, scan.queue = since, queue
+    split = transaction.get_one(Patient, scan.patient_id).split
+    scan.missing_since, scan.queue = since, _queue(split, scan.state, since)
     events.record(transaction, actor, "missing" if missing else "returned", "scan", scan.id)
 
 
-def _queue(transaction: Transaction, scan: Scan, state: ScanState, missing: dt.datetime | None) -> Split | None:
-    if state not in OPEN_STATES or missing is not None:
-        return None
-    return transaction.get_one(Patient, scan.patient_id).split
+def _queue(split: Split, state: ScanState, missing_since: dt.datetime | None) -> Split | None:
+    return split if state in OPEN_STATES and missing_since is None else None
 
 
-def set_state(transaction: Transaction, scan: Scan, state: ScanState, actor: Actor, reason: str | None = None) -> None:
+def set_state(
+    transaction: Transaction, scan: ScanRecord, state: ScanState, actor: Actor, reason: str | None = None
+) -> None:
     """Put a scan into a state, and into or out of the queue; an event says who did it."""
-    before, queue = scan.state, _queue(transaction, scan, state, scan.missing_since)
-    scan.state, scan.reason, scan.queue = state, reason, queue
+    queue = _queue(scan.split, state, scan.missing_since)
+    values: Parameters = {"scan": scan.id, "state": state, "reason": reason, "queue": queue}
     if state in OPEN_STATES:
-        scan.opened_at, scan.readings = transaction.now, 0
-    events.record(transaction, actor, state, "scan", scan.id, {"before": before, "reason": reason})
+        transaction.change(_OPEN, {**values, "opened_at": transaction.now})
+    else:
+        transaction.change(_SET_STATE, values)
+    events.record(transaction, actor, state, "scan", scan.id, {"before": scan.state, "reason": reason})
 
 
-def review(transaction: Transaction, name: str, state: ScanState, actor: Actor, reason: str | None = None) -> Scan:
+def rank(transaction: Transaction, scan: int, ranking_dice: float | None, foreground: bool | None) -> None:
+    """Note the estimate of the mask that would be handed out; None where there is none."""
+    transaction.change(_RANK, {"scan": scan, "ranking_dice": ranking_dice, "foreground": foreground})
+
+
+def review(transaction: Transaction, name: str, state: ScanState, actor: Actor, reason: str | None = None) -> None:
     """Approve, reject, exclude or reopen ("unlabelled") a scan.
 
     Raises:
         UnknownScan: if there is none of this name.
         StoreError: if the scan is not in a state that allows it, or a reason is wanted and missing.
     """
-    scan = find(transaction, name)
+    scan = get(transaction, name)
     before = _BEFORE.get(state, ())
     if scan.state not in before:
         raise StoreError(f"the scan {name!r} is {scan.state}; only scans that are {' or '.join(before)} can be {state}")
     if state in ("rejected", "excluded") and not (reason and reason.strip()):
         raise StoreError(f"say why the scan {name!r} is {state}: a reason is wanted")
     set_state(transaction, scan, state, actor, reason.strip() if reason else None)
-    return scan
 
 
 def update_info(transaction: Transaction, name: str, info: Mapping[str, object]) -> None:
@@ -400,7 +418,7 @@ def update_info(transaction: Transaction, name: str, info: Mapping[str, object])
     Raises:
         UnknownScan: if there is none of this name.
     """
-    scan = find(transaction, name)
+    scan = get(transaction, name)
     transaction.execute(update(Scan).where(Scan.id == scan.id).values(info={**scan.info, **info}))
 
 

@@ -15,7 +15,6 @@ import shutil
 import stat
 import tempfile
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import FoundScan, Known
 from segqc.store.store import OWN_FOLDER, LabelChange, Store
-from segqc.text import printable
+from segqc.text import caseless, nfc, printable
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
 
 logger = logging.getLogger(__name__)
@@ -41,6 +40,10 @@ T = TypeVar("T")
 _BATCH: Final = 500
 _BATCH_SECONDS: Final = 2.0  # of reading, at most, are lost when the process dies
 _LABEL_BATCH: Final = 50
+_SAME_NAME: Final = (
+    "has the name of another scan file, {other}, but for the way in which accents are stored (Unicode's NFC and NFD); "
+    "rename one, or remove the copy"
+)
 _UNPRINTABLE: Final = "has a name that is not UTF-8 or holds control characters; rename the file"
 # Formats of images that are commonly put beside scans and would silently be left out. Settings and side-cars are not.
 _OTHER_FORMATS: Final = (".mha", ".mhd", ".dcm", ".ima", ".mgz", ".img", ".nhdr", ".mnc")
@@ -117,6 +120,7 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
         with store.write() as transaction:
             findings.clear(transaction, outdated)
     new, missing, replaced, changed = _sync_scans(store, patient_of, split_config, noted, stop)
+    changed = set(map(nfc, changed))
     noted = {file: finding for file, finding in noted.items() if finding.scan not in changed}
     added = removed = 0
     folders = _tag_folders(store)
@@ -230,8 +234,8 @@ def add_scan(
         with store.write() as transaction:  # alone: nobody else adds a file of this name, with whatever suffix
             for scan in _named_alike(transaction, name):
                 usable = scan.missing_since is None and scan.state != "excluded"
-                if usable and (scan.name, scan.sha256) == (name, content.sha256):
-                    return Added(name, new=False)
+                if usable and (nfc(scan.name), scan.sha256) == (nfc(name), content.sha256):
+                    return Added(scan.name, new=False)
                 raise ScanExists(scan.name)
             for found_name in os.listdir(store.dataset):
                 if scan_suffix(found_name) is not None and _alike(scan_id(found_name), name):
@@ -274,11 +278,7 @@ def _named_alike(transaction: Transaction, name: str) -> list[ScanRecord]:
 
 def _alike(one: str, other: str) -> bool:
     """Whether two names would be one on some file systems."""
-    return _folded(one) == _folded(other)
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return caseless(one) == caseless(other)
 
 
 # ------------------------------------------------------------------------------------------------------------- scans
@@ -304,6 +304,8 @@ def _sync_scans(
         marks = scans.marks(transaction)
     unsettled: set[str] = set()
     present: set[str] = set()
+    signatures: dict[str, str] = {}
+    refused: set[str] = set()  # with a name that may be another scan's
     misplaced: dict[str, Finding] = {}
     unreadable: dict[str, str] = {}
     settled = 0
@@ -315,20 +317,34 @@ def _sync_scans(
         elif scans.mark(name, raw_signature(status)) in marks:
             settled += 1
         elif scan_suffix(name) is not None:
-            if not _still(noted, name, signature_of(status)):
+            signatures[name] = signature_of(status)
+            if not _still(noted, name, signatures[name]):
                 unsettled.add(name)
+            elif not name.isascii():
+                refused.add(name)
         elif (finding := _misplaced(name)) is not None:
             misplaced[name] = finding
     for name, why in unreadable.items():
         if scan_suffix(name) is not None:
             misplaced[name] = Finding(name, "scan", f"{name}: {why}", "")
-    for name in _folders_of_images(store.dataset, {scan_id(name) for name in present}):
+    for name in _folders_of_images(store.dataset, {nfc(scan_id(name)) for name in present}):
         misplaced[name] = Finding(name, "other", f"{name}: {_NOT_LOOKED_INTO}", "")
     gone: list[str] = []
     known: dict[str, Known] = {}
     if unsettled or settled < len(marks):
         with store.read() as transaction:
             known = scans.known_files(transaction)
+        if settled < len(marks):
+            unsettled |= refused  # the file of that name may be gone
+        respelled, twins = _respelled(unsettled - known.keys(), known, present)
+        if respelled:
+            with store.write() as transaction:
+                for name, scan in respelled.items():
+                    scans.rename_file(transaction, scan, name)
+            known = {file: scan for file, scan in known.items() if scan not in respelled.values()} | respelled
+        for name, other in twins.items():
+            misplaced[name] = Finding(name, "scan", f"{name}: {_SAME_NAME.format(other=other)}", signatures[name])
+        unsettled -= twins.keys()
         # whoever has uploaded a scan since has put its file there
         absent = (file for file, scan in known.items() if not scan.missing and file not in present)
         gone = [file for file in absent if not os.path.isfile(store.dataset / file)]
@@ -345,10 +361,34 @@ def _sync_scans(
     return new, missing + lost, replaced, changed
 
 
+def _respelled(
+    new: Collection[str], known: Mapping[str, Known], present: Collection[str]
+) -> tuple[dict[str, Known], dict[str, str]]:
+    """Tell new files from known ones whose names differ in their Unicode form only.
+
+    Returns:
+        The scans that new files are of, as the file of the known name is gone (a copy made by macOS has other forms);
+        and the files that are left aside, each with the one that has the name already.
+    """
+    names = {nfc(file): file for file in known}
+    respelled: dict[str, Known] = {}
+    twins: dict[str, str] = {}
+    for name in sorted(new, key=lambda name: (name != nfc(name), name)):
+        other = names.get(nfc(name))
+        if other is None:
+            names[nfc(name)] = name
+        elif other in present:
+            twins[name] = other
+        else:
+            respelled[name] = known[other]
+            names[nfc(name)] = name
+    return respelled, twins
+
+
 def _labelled(store: Store) -> set[str]:
-    """Names of scans that have a file among the final labels."""
+    """Names of scans that have a file among the final labels, in the form in which names are compared."""
     final = store.files.views / labels.FINAL
-    return {label_id(name) for name in os.listdir(final)} if final.is_dir() else set()
+    return {nfc(label_id(name)) for name in os.listdir(final)} if final.is_dir() else set()
 
 
 def _folders_of_images(dataset: Path, names: Collection[str]) -> list[str]:
@@ -371,7 +411,7 @@ def _is_image(entry: os.DirEntry[str], names: Collection[str]) -> bool:
     if not os.path.isfile(entry):
         return False
     if label_suffix(entry.name) is not None:
-        return label_id(entry.name) not in names
+        return nfc(label_id(entry.name)) not in names
     if "." in entry.name:
         return entry.name.lower().endswith(_OTHER_FORMATS)
     with open(entry.path, "rb") as file:
@@ -405,7 +445,7 @@ def _sync_files(
 ) -> tuple[int, int, int, set[str]]:
     """Look at scan files that are new, changed or back; see `_sync_scans` for what is returned."""
     # patients of labelled scans are placed first, so that the few of the start are spread over both roles
-    work = sorted(files, key=lambda file: (scan_id(file) not in labelled, scans.natural_key(file)))
+    work = sorted(files, key=lambda file: (nfc(scan_id(file)) not in labelled, scans.natural_key(file)))
     new = lost = replaced = done = 0
     changed: set[str] = set()
     while done < len(work) and not stop():
@@ -620,7 +660,8 @@ class _LabelPass:
         with store.read() as transaction:
             self.left = labels.views(transaction, tag)
             self.scans = {scan.name: scan for scan in scans.listing(transaction) if scan.missing_since is None}
-        self.versions = {label_id(file): state.version for file, state in self.left.items()}
+        self.alike = {nfc(name): name for name in self.scans}
+        self.shown = {self._scan_of(file): file for file in self.left}
         self.findings: list[Finding] = []
 
     def run(
@@ -629,9 +670,9 @@ class _LabelPass:
         """Take in files that are new or were changed, and note removed ones; what cannot be read now is not removed."""
         by_scan: dict[str, list[str]] = {}
         known = [name for name in unsettled if self._has_scan(name)]
-        left = set(known) - self._only_touched([name for name in known if f"{self.tag}/{name}" in self.left])
-        for name in sorted(left, key=lambda name: -self.states[name].modified_ns):
-            by_scan.setdefault(label_id(name), []).append(name)
+        touched = self._only_touched([name for name in known if self._was_shown(name)])
+        for name in sorted(set(known) - touched, key=lambda name: -self.states[name].modified_ns):
+            by_scan.setdefault(self._scan_of(name), []).append(name)
         added = done = 0
         for batch in _batches(list(by_scan.items())):
             if stop():
@@ -643,12 +684,13 @@ class _LabelPass:
             done += len(batch)
             if len(by_scan) > _LABEL_BATCH:
                 logger.info("taking in labels/%s: %d of %d", self.tag, done, len(by_scan))
+        settled = by_scan.keys() | {self._scan_of(name) for name in touched}
         gone = [
-            label_id(file)
-            for file in self.left
+            scan
+            for scan, file in self.shown.items()
             if os.path.basename(file) not in self.states
             and os.path.basename(file) not in unreadable
-            and label_id(file) not in by_scan
+            and scan not in settled
             and not os.path.isfile(self.store.files.views / file)
         ]
         removals = [
@@ -661,8 +703,18 @@ class _LabelPass:
         file = f"labels/{self.tag}/{name}"
         self.findings.append(Finding(file, "label", sentence, self.signatures[name], scan))
 
+    def _scan_of(self, file: str) -> str:
+        """The name of the scan that a label file is of, in whatever Unicode form, or that it would be of."""
+        name = label_id(file)
+        return name if name in self.scans else self.alike.get(nfc(name), name)
+
+    def _was_shown(self, name: str) -> bool:
+        """Whether a file shows, or may show, what was shown by a file of this name in this or another Unicode form."""
+        shown = os.path.basename(self.shown.get(self._scan_of(name), ""))
+        return name == shown or (nfc(name) == nfc(shown) and shown not in self.states)
+
     def _has_scan(self, name: str) -> bool:
-        file, scan = f"labels/{self.tag}/{name}", label_id(name)
+        file, scan = f"labels/{self.tag}/{name}", self._scan_of(name)
         if label_suffix(name) is None:
             self._find(name, f"{file}: is of no format that labels are read from; use {', '.join(LABEL_SUFFIXES)}")
         elif scan not in self.scans:
@@ -681,7 +733,7 @@ class _LabelPass:
                     held[name] = sha256_of(self.store.files.views / self.tag / name)
             with self.store.write() as transaction:
                 for name, sha256 in held.items():
-                    label = labels.current(transaction, label_id(name), self.tag)
+                    label = labels.current(transaction, self._scan_of(name), self.tag)
                     if label is not None and sha256 in (label.sha256, label.submitted_sha256):
                         state = self.states[name]
                         labels.note_view(transaction, label, f"{self.tag}/{name}", state.size, state.modified_ns)
@@ -691,7 +743,7 @@ class _LabelPass:
     def _read(self, names: Sequence[str], work: Path) -> LabelChange | None:
         """The first of a scan's files that passes, as a change; the others before it are noted as findings."""
         for name in names:
-            scan = self.scans[label_id(name)]
+            scan = self.scans[self._scan_of(name)]
             try:
                 return self.store.label_from_file(scan, self.tag, name, work)
             except FileNotFoundError:
@@ -724,7 +776,8 @@ class _LabelPass:
         rows = {scan.name: scan.id for scan in scans.listing(transaction, names=sorted(names))}
         for name in names:
             last = labels.current(transaction, name, self.tag)
-            same = (last.id if last is not None else None) == self.versions.get(name)
+            shown = self.shown.get(name)
+            same = (last.id if last is not None else None) == (self.left[shown].version if shown is not None else None)
             if not same or rows.get(name) != self.scans[name].id:
                 overtaken.add(name)
         if overtaken:

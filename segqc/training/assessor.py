@@ -14,7 +14,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.unet import MeanOfNetworks
-from segqc.progress import Progress
+from segqc.progress import Progress, WholeEstimate
 from segqc.quality.boxes import largest_box_area_mm2
 from segqc.quality.calibration import MapCalibration
 from segqc.quality.error_maps import difference
@@ -23,9 +23,9 @@ from segqc.split import PatientSplit
 from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
 from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, subsample
-from segqc.training.engine import Job, Loss, PrepareBatch, fit, write_mean_curve
+from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
-from segqc.training.segmentation import check_enough, plan_for
+from segqc.training.segmentation import check_enough, counted, plan_for, sizes
 from segqc.training.spec import TrainingSettings
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
@@ -61,6 +61,16 @@ def train_assessor(
         raise TooFewCases("the SegQC network needs training patients in at least two folds; label more scans first")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
+    folds = len({patient_splits[c.patient].fold for c in cases})
+    members = len({p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"})
+    members = members if settings.ensemble else 1
+    progress.message(
+        f"SegQC-Net, on {counted(cases)}: first {folds} segmentation networks, one per fold, of {settings.fold_epochs} "
+        f"epochs each, whose masks it learns from; then {members} SegQC-Net{'s' if members > 1 else ''} of at most "
+        f"{settings.epochs} epochs each. {sizes(plan, settings)}"
+    )
+    epochs = folds * settings.fold_epochs + members * settings.epochs
+    progress = WholeEstimate(progress, epochs * settings.steps_per_epoch, STEPS)
     sets = crossfit_masks(cases, structures, patient_splits, plan, settings, folder, progress)
     return train_on_masks(sets, structures, patient_splits, settings, folder, progress)
 
@@ -83,7 +93,7 @@ def train_on_masks(
     folds = folds_of(sets, patient_splits)
     if not settings.ensemble or len(folds) < 2:
         plan, validation = _plan_of(sets, structures, settings), _validation(sets, patient_splits)
-        assessor = fit_assessor("segqc", plan, train, validation, structures, settings, folder, progress)
+        assessor = fit_assessor("SegQC-Net", plan, train, validation, structures, settings, folder, progress)
         return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
     members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
@@ -118,7 +128,7 @@ def train_member(
         if patient_splits[s.case.patient].split == "train" and patient_splits[s.case.patient].fold != folds[number]
     ]
     return fit_assessor(
-        f"segqc {number + 1}/{len(folds)}",
+        f"SegQC-Net {number + 1} of {len(folds)}",
         _plan_of(sets, structures, settings),
         trained,
         _validation(sets, patient_splits),

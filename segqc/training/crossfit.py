@@ -123,18 +123,49 @@ def crossfit_masks(
         progress: reports after each step.
         only: the folds whose cases' masks are made; by default all.
     """
-    folds, sets = sorted({patient_splits[c.patient].fold for c in cases}), list[MaskSet]()
+    folds, sets = folds_of_cases(cases, patient_splits), list[MaskSet]()
     for fold in folds if only is None else only:
         held = [c for c in cases if patient_splits[c.patient].fold == fold]
-        trained = [
-            c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
-        ]
-        name = f"fold {fold + 1}/{len(folds)}"
-        networks = train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+        networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
         for i, case in enumerate(held):
-            progress.step(i, len(held), f"masks of {name}")
+            stored = masks_file(networks, case, settings, folder / "masks")
+            kept = ", kept from an earlier run" if stored.is_file() else ""
+            progress.step(i, len(held), f"masks by the {_name_of(fold, folds)}", f"{case.id}{kept}")
             sets.append(stored_masks(networks, case, settings, folder / "masks"))
     return sets
+
+
+def train_fold(
+    fold: int,
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    patient_splits: dict[str, PatientSplit],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[Segmenter]:
+    """Train a fold's network, which sees the training patients of the other folds only, or take over a finished one.
+
+    Arguments as of `crossfit_masks`.
+
+    Returns:
+        The network, and itself at early epochs.
+    """
+    trained = [
+        c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
+    ]
+    name = _name_of(fold, folds_of_cases(cases, patient_splits))
+    return train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+
+
+def folds_of_cases(cases: Sequence[Case], patient_splits: dict[str, PatientSplit]) -> list[int]:
+    """The folds that the cases' patients are in, ascending."""
+    return sorted({patient_splits[c.patient].fold for c in cases})
+
+
+def _name_of(fold: int, folds: Sequence[int]) -> str:
+    return f"network for masks, fold {folds.index(fold) + 1} of {len(folds)}"
 
 
 def train_mask_sources(
@@ -163,7 +194,8 @@ def train_mask_sources(
     values = label_values(structures)
     early = early_epochs(settings.fold_epochs) if early is None else tuple(early)
     examples = [load_example(c, plan, values) for c in trained]
-    job = segmentation_job(name, plan, values, examples, [], settings, epochs=settings.fold_epochs, snapshots=early)
+    own = settings.of_mask_sources()
+    job = segmentation_job(name, plan, values, examples, [], own, epochs=settings.fold_epochs, snapshots=early)
     fitted = fit(job, folder, progress)
     last = segmenter_of(fitted, plan, structures, [c.patient for c in trained], settings)
     return [last, *(at_weights(last, fitted.snapshots[epoch]) for epoch in early)]
@@ -186,12 +218,17 @@ def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
     return Segmenter(segmenter.card, network)
 
 
-def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
-    """The masks of a case, from an earlier run with the same networks where there is one."""
+def masks_file(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> Path:
+    """Where the masks of a case are kept: another file for other networks, scans or labels."""
     content = case.content or content_sha256(case.scan)
     made_with = " ".join([*(n.version for n in networks), repr(settings.gammas), content])
     key = hashlib.sha256(made_with.encode() + case.labels.read_bytes()).hexdigest()[:16]
-    path = folder / f"{case.id}-{key}.npz"
+    return folder / f"{case.id}-{key}.npz"
+
+
+def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
+    """The masks of a case, from an earlier run with the same networks where there is one."""
+    path = masks_file(networks, case, settings, folder)
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as stored:

@@ -37,6 +37,7 @@ from segqc.volumes import atomic_write
 
 logger = logging.getLogger(__name__)
 
+STEPS = "steps"  # of a training, each of one batch
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
 EARLIER_WEIGHT = 0.8  # of an epoch against the next one, in the mean validation loss that is compared
 
@@ -137,6 +138,9 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
             trainer = _trainer(training, progress)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
             trainer.run()
+    else:
+        steps = job.settings.steps_per_epoch
+        progress.step(training.done * steps, training.done * steps, job.name, "done by an earlier run", unit=STEPS)
     return training.fitted()
 
 
@@ -330,7 +334,8 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
 
     def after_step(engine: Engine) -> None:
         losses.append(float(engine.state.output[0]["loss"]))
-        progress.step(engine.state.iteration, job.epochs * steps, job.name, f"loss {losses[-1]:.3f}")
+        at = f"epoch {engine.state.epoch} of {job.epochs}, loss {losses[-1]:.3f}"
+        progress.step(engine.state.iteration, job.epochs * steps, job.name, at, unit=STEPS)
 
     def after_epoch(engine: Engine) -> None:
         validation = engine.state.metrics.get("validation_loss") if job.validation else None

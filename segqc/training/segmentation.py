@@ -15,7 +15,7 @@ from monai.networks import one_hot
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan, plan_network
 from segqc.networks.segmenter import Segmenter
-from segqc.progress import Progress
+from segqc.progress import Progress, WholeEstimate
 from segqc.quality.metrics import true_metrics
 from segqc.split import PatientSplit
 from segqc.training.cases import (
@@ -28,7 +28,7 @@ from segqc.training.cases import (
     read_case,
     typical_geometry,
 )
-from segqc.training.engine import Fitted, Job, fit
+from segqc.training.engine import STEPS, Fitted, Job, fit
 from segqc.training.patches import Patch
 from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
@@ -55,6 +55,21 @@ def plan_for(cases: Sequence[Case], settings: TrainingSettings, *, in_channels: 
     spacing, shape = typical_geometry(cases)
     return plan_network(
         spacing, shape, in_channels=in_channels, out_channels=out_channels, size=settings.size, patch=settings.patch
+    )
+
+
+def counted(cases: Sequence[Case]) -> str:
+    """The number of labelled scans and of their patients, in words."""
+    patients = len({case.patient for case in cases})
+    return f"{len(cases)} labelled scans of {patients} patient{'s' if patients > 1 else ''}"
+
+
+def sizes(plan: NetworkPlan, settings: TrainingSettings) -> str:
+    """A sentence on what decides how long a training takes."""
+    patch = " x ".join(map(str, plan.patch))
+    return (
+        f"An epoch has {settings.steps_per_epoch} steps, each on {settings.batch} patches of {patch} voxels; the "
+        f"networks are of the size {settings.size}."
     )
 
 
@@ -125,6 +140,10 @@ def train_segmentation(
     check_enough(cases, settings, "segmentation")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
+    progress.message(
+        f"segmentation network, on {counted(cases)}: at most {settings.epochs} epochs. {sizes(plan, settings)}"
+    )
+    progress = WholeEstimate(progress, settings.epochs * settings.steps_per_epoch, STEPS)
     split = {split: [c for c in cases if patient_splits[c.patient].split == split] for split in ("train", "validation")}
     train = [load_example(c, plan, values) for c in split["train"]]
     validation = [load_example(c, plan, values) for c in split["validation"]]

@@ -100,6 +100,20 @@ class TrainingSettings:
                 "hide_mask needs average_flips, output_form 'truth', and scan_only_share or empty_mask_share over 0"
             )
 
+    def of_mask_sources(self) -> TrainingSettings:
+        """Those that the fold networks depend on, all else as by default: SegQC-Net's own leave them as they are."""
+        return TrainingSettings(
+            seed=self.seed,
+            size=self.size,
+            patch=self.patch,
+            steps_per_epoch=self.steps_per_epoch,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            flips=self.flips,
+            transposes=self.transposes,
+            mixed_precision=self.mixed_precision,
+        )
+
     def paper_recipe(self) -> TrainingSettings:
         """The paper's own SegQC-Net: error as direct output, Dice loss, learning rate 5e-4 (section 4.2)."""
         return replace(

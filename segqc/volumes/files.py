@@ -28,6 +28,7 @@ from segqc.volumes.suffixes import (
     scan_suffix,
 )
 from segqc.volumes.volume import (
+    Grid,
     Source,
     Volume,
     VolumeError,
@@ -68,15 +69,13 @@ def read_scan(path: str | os.PathLike[str], *, limits: ReadLimits | None = None)
     return load_scan(file, open_scan(file))
 
 
-def read_grid(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Volume:
-    """Read a scan's geometry only: its voxels are all 0, and take no memory.
+def read_grid(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Grid:
+    """Read where a scan lies, at the cost of a header.
 
     Raises:
         VolumeError: as `read_scan`, but for what is wrong with the voxels.
     """
-    source = open_scan(InputFile(Path(path), limits))
-    zeros = np.broadcast_to(np.float32(0), source.shape)
-    return Volume(zeros, source.affine, source.acquisition_axis, source.find_alternatives())
+    return open_scan(InputFile(Path(path), limits))
 
 
 def open_scan(file: InputFile) -> Source:

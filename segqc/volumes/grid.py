@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segqc.volumes.inputs import InputFile
-from segqc.volumes.volume import AffineArray, Array, Source, Volume, distance_of_grids, grid_tolerance
+from segqc.volumes.volume import AffineArray, Array, Grid, Source, distance_of_grids, grid_tolerance
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class GridPlacement:
         return whole
 
 
-def place_labels(file: InputFile, source: Source, scan: Volume) -> GridPlacement:
+def place_labels(file: InputFile, source: Source, scan: Grid) -> GridPlacement:
     """Find out how labels lie on their scan's grid.
 
     They must lie on whole voxels of it, by any of the affines that the scan's file states, in whatever order and
@@ -52,7 +52,10 @@ def place_labels(file: InputFile, source: Source, scan: Volume) -> GridPlacement
     Raises:
         VolumeError: if they do not lie so.
     """
-    for affine in (scan.affine, *scan.alternative_affines):
+    found = _place(source, scan.affine, scan)
+    if found is not None:
+        return found
+    for affine in scan.find_alternatives():
         found = _place(source, affine, scan)
         if found is not None:
             return found
@@ -67,7 +70,7 @@ def place_labels(file: InputFile, source: Source, scan: Volume) -> GridPlacement
     )
 
 
-def _place(source: Source, affine: AffineArray, scan: Volume) -> GridPlacement | None:
+def _place(source: Source, affine: AffineArray, scan: Grid) -> GridPlacement | None:
     to_scan = np.linalg.solve(affine, source.affine)
     if not np.abs(to_scan).max() < 1e6:
         return None

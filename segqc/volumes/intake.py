@@ -8,13 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from segqc.volumes.files import load_scan, open_labels, open_scan
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import load_labels
 from segqc.volumes.limits import ReadLimits
-from segqc.volumes.volume import Volume
+from segqc.volumes.volume import Grid, Volume
 
 _CHUNK = 1 << 20
 
@@ -68,20 +66,9 @@ def check_scan(
     return ScanContent(_sha256(file), source.shape, source.find_warnings())
 
 
-def scan_grid(path: str | os.PathLike[str], limits: ReadLimits | None = None) -> Volume:
-    """Read where a scan lies, at the cost of a header: a volume on its grid whose voxels are all zero.
-
-    Raises:
-        VolumeError: if the header cannot be used.
-    """
-    source = open_scan(InputFile(Path(path), limits, None))
-    zeros = np.broadcast_to(np.float32(0), source.shape)
-    return Volume(zeros, source.affine, source.acquisition_axis, source.find_alternatives())
-
-
 def check_labels(
     path: str | os.PathLike[str],
-    scan: Volume,
+    scan: Grid,
     values: Collection[int] | None = None,
     names: Mapping[str, int] | None = None,
     limits: ReadLimits | None = None,
@@ -92,7 +79,7 @@ def check_labels(
 
     Args:
         path: the file.
-        scan: the scan that it belongs to.
+        scan: where its scan lies.
         values: the label values allowed besides 0 (background); None allows all.
         names: the structures' names and label values; a file that names its segments is read by these.
         limits: bounds on its size and on the time that reading it takes; None for the defaults.

@@ -9,10 +9,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from segqc.text import caseless
 from segqc.types import values_in
 from segqc.volumes.grid import GridPlacement, place_labels
 from segqc.volumes.inputs import InputFile
-from segqc.volumes.volume import Array, Segment, Source, Volume
+from segqc.volumes.volume import Array, Grid, Segment, Source, Volume
 
 LIKELY_ERROR_NAMES: Final = frozenset({"likely error", "likely error (scribbles)"})
 NO_STRUCTURES: Final = LIKELY_ERROR_NAMES | {"background", "foreground_scribbles", "background_scribbles"}
@@ -32,7 +33,7 @@ class LabelMap:
 def load_labels(
     file: InputFile,
     source: Source,
-    scan: Volume | None = None,
+    scan: Grid | None = None,
     values: Collection[int] | None = None,
     names: Mapping[str, int] | None = None,
 ) -> LabelMap:
@@ -57,7 +58,7 @@ def load_labels(
 def _load(
     file: InputFile,
     source: Source,
-    scan: Volume | None,
+    scan: Grid | None,
     placement: GridPlacement | None,
     values: Collection[int] | None,
     names: Mapping[str, int] | None,
@@ -101,8 +102,15 @@ def _merge_segments(
     segments: Sequence[Segment],
     names: Mapping[str, int] | None,
 ) -> npt.NDArray[np.uint8]:
-    """Bring the layers' segments together in one label map, ``layers`` being ``(layer, n0, n1, n2)``."""
-    values = [_value_of(file, segment, len(layers), names) for segment in segments]
+    """Bring the layers' segments together in one label map, ``layers`` being ``(layer, n0, n1, n2)``.
+
+    A segment without a voxel may have any name: nothing of it is lost.
+    """
+    for segment in segments:
+        _check_place(file, segment, len(layers))
+    found = [values_in(layer) for layer in layers]
+    segments = [segment for segment in segments if segment.value in found[segment.layer]]
+    values = [_value_of(file, segment, names) for segment in segments]
     merged = np.zeros(layers.shape[1:], np.uint8)
     for number, layer in enumerate(layers):
         table = np.zeros(256, np.uint8)
@@ -116,7 +124,7 @@ def _merge_segments(
                     )
                 owners[segment.value] = segment
                 table[segment.value] = value
-        unnamed = sorted(values_in(layer) - owners.keys())
+        unnamed = sorted(found[number] - owners.keys())
         if unnamed:
             raise file.error(
                 f"holds the value {unnamed[0]}, which none of its segments has; save the segmentation again."
@@ -134,19 +142,22 @@ def _merge_segments(
     return merged
 
 
-def _value_of(file: InputFile, segment: Segment, layers: int, names: Mapping[str, int] | None) -> int:
-    """The label value of a segment, 0 for one that is no structure."""
+def _check_place(file: InputFile, segment: Segment, layers: int) -> None:
     if not 0 < segment.value < 256 or not 0 <= segment.layer < layers:
         raise file.error(
             f"gives the segment {segment.name!r} the value {segment.value} in the layer {segment.layer} of {layers}; "
             "save the segmentation again, with values from 1 to 255."
         )
-    key = segment.name.strip().casefold()
+
+
+def _value_of(file: InputFile, segment: Segment, names: Mapping[str, int] | None) -> int:
+    """The label value of a segment, 0 for one that is no structure."""
+    key = caseless(segment.name)
     if key in NO_STRUCTURES:
         return 0
     if names is None:
         return segment.value
-    known = {name.strip().casefold(): value for name, value in names.items()}
+    known = {caseless(name): value for name, value in names.items()}
     if key not in known:
         raise file.error(
             f"has the segment {segment.name!r}, which is none of the structures {', '.join(names)}; "

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from segqc.text import nfc
 from segqc.volumes.dicom_headers import is_dicom
 
 NIFTI_SUFFIXES: Final = (".nii.gz", ".nii")
@@ -14,6 +15,21 @@ SCAN_SUFFIXES: Final = NIFTI_SUFFIXES + NRRD_SUFFIXES
 """What scan files may end in, in any case; a ``.seg.nrrd`` is a segmentation and never a scan."""
 LABEL_SUFFIXES: Final = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
 """What label maps may end in, in any case."""
+
+
+def as_spelled(path: Path) -> Path:
+    """The path of a file by the name that it has on the disk, where it is of another Unicode form; see `text.nfc`.
+
+    A path whose file is there stays as it is, and so does one without such a file.
+    """
+    if path.name.isascii() or os.path.lexists(path):
+        return path
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return path
+    wanted = nfc(path.name)
+    return path.with_name(min((name for name in names if nfc(name) == wanted), default=path.name))
 
 
 def scan_suffix(name: str) -> str | None:

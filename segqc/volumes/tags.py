@@ -14,10 +14,11 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, first_problem
 from segqc.volumes import (
     NRRD_SUFFIXES,
     VolumeError,
+    as_spelled,
     dicom_files,
     is_dicom_image,
     read_dataset,
@@ -48,7 +49,7 @@ def read_tag(scan: Path, tag: str) -> str | None:
     keyword, number = _named(tag)
     if scan.is_dir():
         return _in_series(scan, keyword, number)
-    sidecar = scan.with_name(f"{scan_id(scan)}.json")
+    sidecar = as_spelled(scan.with_name(f"{scan_id(scan)}.json"))
     value = _in_pairs(sidecar, _read_sidecar(sidecar), keyword, number) if sidecar.is_file() else None
     if value is None and scan.name.lower().endswith(NRRD_SUFFIXES):
         value = _in_pairs(scan, read_nrrd_header(scan), keyword, number)
@@ -70,7 +71,7 @@ def _read_sidecar(path: Path) -> Mapping[str, JsonValue]:
     except (OSError, TextError, ValidationError) as error:
         match error:
             case ValidationError():
-                reason = error.errors()[0]["msg"]
+                reason = first_problem(error.errors())
             case TextError():
                 reason = error.clause
             case _:

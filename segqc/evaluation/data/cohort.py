@@ -14,7 +14,7 @@ from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.prepare import labelled_pairs, scans_by_patient
 from segqc.training.cases import Case
-from segqc.types import Structure
+from segqc.types import Structure, structures_of_values, values_in
 from segqc.volumes import read_labels
 
 TRAIN, TEST = "train", "test"
@@ -129,8 +129,7 @@ def split(labelled: Labelled, *, folds: int, seed: int, test_share: float, max_c
         )
     structures = labelled.structures
     if not structures:
-        found = sorted({int(v) for c in train for v in np.unique(read_labels(c.labels).array) if v > 0})
-        structures = tuple(Structure(f"label {value}", (value,)) for value in found)
+        structures = structures_of_values({v for c in train for v in values_in(read_labels(c.labels).array)})
     else:
         _check_structures(labelled, structures)
     name = labelled.folder.resolve().name

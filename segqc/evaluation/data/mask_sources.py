@@ -38,7 +38,7 @@ from segqc.training.cases import Case, label_values, load_example, read_case
 from segqc.training.crossfit import MaskSet, assert_unseen, at_weights, early_epochs, stored_masks, train_mask_sources
 from segqc.training.engine import fit
 from segqc.training.segmentation import plan_for, segmentation_job, segmenter_of, train_segmentation
-from segqc.types import BoolArray, LabelArray
+from segqc.types import BoolArray, LabelArray, segment_names
 from segqc.volumes import Volume, read_labels, through_plane_axis, write_labels
 
 SERVED = "served"
@@ -237,10 +237,11 @@ def _corrected_by_people(run: Run) -> Iterator[TestMask]:
         return
     else:
         starts = _starts_in_store(Dataset(Path(run.description.dataset)), cases)
+    named = segment_names(run.cohort.structures)
     for name, path in sorted(starts.items()):
         case = cases[name]
         scan, truth = read_case(case, label_values(run.cohort.structures))
-        mask = read_labels(path, scan=scan, values=label_values(run.cohort.structures))
+        mask = read_labels(path, scan=scan, values=label_values(run.cohort.structures), names=named)
         yield _record(run.folder / TEST_MASKS, case, CORRECTIONS, UNKNOWN_SOURCE, mask, truth)
 
 

@@ -208,7 +208,7 @@ def parallel_map(run: Run, work: Callable[[Run, Task], object], tasks: Iterable[
     if run.settings.workers < 2 or len(tasks) < 2:
         with _one_thread():
             for i, task in enumerate(tasks):
-                progress.step(i, len(tasks), step, str(task))
+                progress.step(i, len(tasks), step, str(task), unit="tasks")
                 work(run, task)
         return
     pool = ProcessPoolExecutor(
@@ -217,9 +217,9 @@ def parallel_map(run: Run, work: Callable[[Run, Task], object], tasks: Iterable[
     with pool:
         waiting = [pool.submit(_do, work, run, task) for task in tasks]
         for i, (task, future) in enumerate(zip(tasks, waiting, strict=True)):
-            progress.step(i, len(tasks), step, str(task))
+            progress.step(i, len(tasks), step, str(task), unit="tasks")
             future.result()
-    progress.step(len(tasks), len(tasks), step, "done")
+    progress.step(len(tasks), len(tasks), step, "done", unit="tasks")
 
 
 def _do(work: Callable[[Run, Task], object], run: Run, task: Task) -> None:

@@ -34,7 +34,7 @@ from segqc.quality.error_maps import (
     extract_errors,
     padded_box,
 )
-from segqc.text import TextError, decode_text
+from segqc.text import TextError, decode_text, nfc
 from segqc.types import BoolArray, ErrorBox, Structure
 from segqc.volumes import atomic_write, label_id, label_suffix, read_labels, through_plane_axis
 
@@ -267,12 +267,12 @@ def find_double_readings(folder: Path, first: str, second: str) -> tuple[DoubleR
     Raises:
         ValueError: if there is none.
     """
-    files = {label_id(path): path for path in sorted(folder.iterdir()) if label_suffix(path.name)}
+    files = {nfc(label_id(path)): path for path in sorted(folder.iterdir()) if label_suffix(path.name)}
     suffix = f"_{first}"
     found = []
     for name, path in files.items():
         scan = name.removesuffix(suffix)
-        other = files.get(f"{scan}_{second}")
+        other = files.get(nfc(f"{scan}_{second}"))
         if name.endswith(suffix) and other is not None:
             found.append(DoubleReading(scan, path, other))
     if not found:
@@ -626,7 +626,8 @@ def compare_observers(
     steps = len(wanted) + 1
     curves = {}
     for done, (name, curve) in enumerate(wanted.items()):
-        progress.step(done, steps, _TASK, f"{name}, {len(curve.by_width)} widths on {len(choosing)} scans")
+        detail = f"{name}, {len(curve.by_width)} widths on {len(choosing)} scans"
+        progress.step(done, steps, _TASK, detail, unit="parts")
         points = (WidthOutcome(w, measure(cases, extraction, settings)) for w, extraction in curve.by_width.items())
         curves[name] = WidthCurve(curve.unit, tuple(points))
     width = choose_width(curves[RELATIVE_CURVE], rule)
@@ -635,10 +636,10 @@ def compare_observers(
         chosen = replace(base, max_band_share=width)
         same_band = replace(PLAIN_EXTRACTION, band_mm=base.band_mm, max_band_share=width)
         compared = {"chosen": chosen, "the chosen band, plain": same_band, **compared}
-    progress.step(steps - 1, steps, _TASK, f"{len(compared)} settings on {len(held)} held scans")
+    progress.step(steps - 1, steps, _TASK, f"{len(compared)} settings on {len(held)} held scans", unit="parts")
     cases = [case for scan in held for case in read_cases(by_scan[scan], structures, settings)]
     on_held = {name: measure(cases, extraction, settings) for name, extraction in compared.items()}
-    progress.step(steps, steps, _TASK, "done")
+    progress.step(steps, steps, _TASK, "done", unit="parts")
     return ObserverExperiment(settings, rule, choosing, held, curves, width, RELATIVE_CURVE, on_held)
 
 

@@ -87,6 +87,26 @@ class ErrorMapCounts:
         """
         return _number(_dice(*self._rows(), threshold))
 
+    def recall(self, threshold: float = 0.5) -> float | None:
+        """Share of the wrong voxels whose probability reaches a threshold; None without wrong voxels.
+
+        Raises:
+            ValueError: if the threshold is no multiple of 1/STEPS in (0, 1].
+        """
+        wrong = np.array(self.wrong, np.float64)
+        return float(wrong[_first_step(threshold) :].sum() / wrong.sum()) if wrong.any() else None
+
+    def recall_at_precision(self, precision: float) -> float | None:
+        """The largest recall of a threshold at which this share of the chosen voxels is wrong; 0 where none is.
+
+        None without wrong voxels.
+        """
+        if not any(self.wrong):
+            return None
+        hits, false = (np.cumsum(counts[::-1], dtype=np.float64) for counts in (self.wrong, self.right))
+        precise = (hits > 0) & (hits >= precision * (hits + false))
+        return float(hits[precise].max(initial=0.0) / hits[-1])
+
     def _rows(self) -> tuple[Values, Values]:
         return np.array([self.wrong], np.float64), np.array([self.right], np.float64)
 
@@ -356,11 +376,16 @@ def _average_precision(wrong: Values, right: Values) -> Values:
 
 
 def _dice(wrong: Values, right: Values, threshold: float) -> Values:
+    first = _first_step(threshold)
+    hits, false = wrong[:, first:].sum(axis=1), right[:, first:].sum(axis=1)
+    return _ratio(2 * hits, hits + false + wrong.sum(axis=1))
+
+
+def _first_step(threshold: float) -> int:
     first = round(threshold * STEPS)
     if not 0 < threshold <= 1 or abs(first - threshold * STEPS) > _TOLERANCE:
         raise ValueError(f"voxels are counted in steps of 1/{STEPS}: no threshold of {threshold}")
-    hits, false = wrong[:, first:].sum(axis=1), right[:, first:].sum(axis=1)
-    return _ratio(2 * hits, hits + false + wrong.sum(axis=1))
+    return first
 
 
 def _ratio(part: Values, whole: Values) -> Values:

@@ -12,16 +12,16 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
-from segqc.server.checks import JsonObject, known
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import StoreDatastore
+from segqc.server.names import known
 from segqc.server.uploads import Uploads
 from segqc.store import jobs, labels
 from segqc.store.database import StoreUnavailable
 from segqc.store.labels import NewLabel
-from segqc.store.records import Actor, LabelRecord
+from segqc.store.records import Actor, JsonObject, LabelRecord
 from segqc.types import label_names
 from segqc.volumes import read_labels, temporary_labels
 
@@ -58,9 +58,8 @@ class DatasetApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients see; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
-        ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that
-        were, the first ones where there are many. While the
-        database is away, clients get the last answer again, and ``problem`` says so.
+        ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that were;
+        of many, the first ones. While the database is away, clients get the last answer again, and ``problem`` says so.
         """
         try:
             self._last_info = self._info()

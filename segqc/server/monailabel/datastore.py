@@ -21,15 +21,16 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from segqc.loop.dataset import Dataset
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import current_actor
-from segqc.server.checks import check_image_id, check_tag, usable_image_id
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.names import check_image_id, check_tag, usable_image_id
 from segqc.store import labels, scans
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.sync import ScanExists
+from segqc.text import nfc
 from segqc.types import label_names
 from segqc.volumes import VolumeError, read_labels, read_scan, scan_id, scan_suffix, temporary_labels
 
@@ -37,6 +38,20 @@ Info: TypeAlias = dict[str, Any]  # MONAI Label's own form: whatever JSON a clie
 
 REVIEW_FIELDS: Final = ("status", "level", "approvedBy", "comment", "editTime")
 SHOWN_STATES: Final[tuple[ScanState, ...]] = ("unlabelled", "rejected", "submitted", "approved")
+
+
+def scan_info(scan: ScanRecord) -> Info:
+    """What is noted of a scan."""
+    noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
+    # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
+    checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
+    return {
+        **noted,
+        **scan.info,
+        **checksum,
+        "state": scan.state,
+        **({"reason": scan.reason} if scan.reason else {}),
+    }
 
 
 class StoreDatastore(Datastore):
@@ -140,7 +155,7 @@ class StoreDatastore(Datastore):
             if scan.state != "excluded" and scan.missing_since is None:
                 return scan
             break
-        raise ImageNotFoundException(f"Image {image_id} not found")
+        raise ImageNotFoundException(f"there is no image {image_id!r}.")
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
@@ -152,20 +167,7 @@ class StoreDatastore(Datastore):
 
     def get_image_info(self, image_id: str) -> Info:
         """What is noted of a scan."""
-        return self.scan_info(self.scan(image_id))
-
-    def scan_info(self, scan: ScanRecord) -> Info:
-        """What is noted of a scan that was just looked up."""
-        noted = {"ts": int(scan.added_at.timestamp()), "name": Path(scan.file).name}
-        # as MONAI Label's clients compute it, to tell whether the copy that they have is of this content
-        checksum = {"checksum": f"SHA256:{scan.sha256}"} if scan.sha256 else {}
-        return {
-            **noted,
-            **scan.info,
-            **checksum,
-            "state": scan.state,
-            **({"reason": scan.reason} if scan.reason else {}),
-        }
+        return scan_info(self.scan(image_id))
 
     def update_image_info(self, image_id: str, info: Info) -> None:
         """Add to what is noted of a scan."""
@@ -173,7 +175,7 @@ class StoreDatastore(Datastore):
             try:
                 scans.update_info(transaction, image_id, info)
             except UnknownScan as error:
-                raise ImageNotFoundException(f"Image {image_id} not found") from error
+                raise ImageNotFoundException(f"there is no image {image_id!r}.") from error
 
     def add_image(self, image_id: str, image_filename: str, image_info: Info | None) -> str:
         """Put a scan into the folder under an id; a file that is there is never replaced.
@@ -188,7 +190,7 @@ class StoreDatastore(Datastore):
             added = self._dataset.add_scan(scan_file, name)
         except ScanExists as error:
             if self._is_same_scan(error.name, name, scan_file):
-                return name
+                return error.name
             raise RequestError(409, str(error), image=error.name) from error
         if image_info:
             self.update_image_info(added.name, image_info)
@@ -196,10 +198,10 @@ class StoreDatastore(Datastore):
 
     def _is_same_scan(self, there: str, name: str, scan_file: Path) -> bool:
         """Whether a scan that is there has the voxels and the grid of an uploaded one, in whatever format."""
-        if there != name:
+        if nfc(there) != nfc(name):
             return False
         try:
-            kept = self._dataset.verify_scan(name)
+            kept = self._dataset.verify_scan(there)
             if kept.state == "excluded":
                 return False
             limits = self._dataset.settings.intake
@@ -211,8 +213,7 @@ class StoreDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""
-        self.scan(image_id)
-        self._store.review(image_id, "excluded", current_actor(), "removed through MONAI Label")
+        self._store.review(self.scan(image_id).name, "excluded", current_actor(), "removed through MONAI Label")
 
     # --------------------------------------------------------------------------------------------------------- labels
 
@@ -223,19 +224,19 @@ class StoreDatastore(Datastore):
     def _known_label(self, label_id: str, label_tag: str) -> LabelRecord:
         label = self._label(label_id, label_tag)
         if label is None:
-            raise LabelNotFoundException(f"Label {label_id} with tag {_tag(label_tag)} not found")
+            raise LabelNotFoundException(f"the image {label_id!r} has no label with the tag {_tag(label_tag)!r}.")
         return label
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """The current labels of a scan: their ids (the scan's own) by tag."""
-        self.scan(image_id)
+        name = self.scan(image_id).name
         with self._store.read() as transaction:
-            return {tag: image_id for tag in labels.tags(transaction, image_id)}
+            return {tag: name for tag in labels.tags(transaction, name)}
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
         """The id of a scan's label under a tag; empty where there is none."""
-        self.scan(image_id)
-        return image_id if self._label(image_id, tag) is not None else ""
+        name = self.scan(image_id).name
+        return name if self._label(name, tag) is not None else ""
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
         """The path of a current label's kept content, which nobody edits; empty where there is none."""
@@ -322,13 +323,13 @@ class StoreDatastore(Datastore):
         tag = check_tag(_tag(label_tag))
         actor = current_actor()
         source = "annotator" if actor.kind == "person" else "import"
-        label = NewLabel(image_id, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
+        label = NewLabel(scan.name, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
         scan_file = Path(label_filename)
         content = self._store.intake.labels(scan_file, self._dataset.folder / scan.file, "the label map")
         with temporary_labels(content.labels) as read:
             kept = scan_file if content.is_plain and scan_suffix(scan_file.name) is not None else read
             self._store.save_label(label, kept)
-        return image_id
+        return scan.name
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Take a label away; it stays in the history."""
@@ -392,7 +393,7 @@ class StoreDatastore(Datastore):
             noted = labels.infos(transaction)
         found = {
             s.name: {
-                "image": {"info": self.scan_info(s), "ext": s.file.removeprefix(s.name)},
+                "image": {"info": scan_info(s), "ext": s.suffix},
                 "labels": {
                     label.tag: {"info": self._label_info(label, noted.get(label.id, {})), "ext": label.suffix}
                     for label in _in_order(by_scan[s.name] for by_scan in current.values() if s.name in by_scan)

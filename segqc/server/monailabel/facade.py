@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from monailabel.interfaces.utils.app import app_instance
 
-from segqc.server.checks import JsonObject
 from segqc.server.context import AppContext
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.train import NetworkTraining
+from segqc.server.parameters import SampleParams
 from segqc.server.uploads import Uploads
+from segqc.store.records import JsonObject
 
 
 class Session(Protocol):
@@ -111,19 +112,14 @@ class App:
         body: JsonObject = self._instance.info()
         return body
 
-    def infer_params(self, model: str) -> frozenset[str]:
-        """The parameters of an inference task's own."""
-        params: frozenset[str] = getattr(self._instance._infers[model], "params", frozenset())
-        return params
-
     def infer(self, request: Mapping[str, Any]) -> Inference:
-        """Run an inference task, as `SegqcApp.infer` describes."""
+        """Run an inference task, as `DatasetApp.infer` describes."""
         made = self._instance.infer(request)
         return Inference(file=Path(made["file"]), params=made["params"])
 
-    def next_sample(self, strategy: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    def next_sample(self, strategy: str, params: SampleParams) -> dict[str, Any]:
         """The scan that a strategy hands out, by its id; empty where none is left."""
-        answer: dict[str, Any] | None = self._instance._strategies[strategy](request, self.datastore)
+        answer: dict[str, Any] | None = self._instance._strategies[strategy](params.model_dump(), self.datastore)
         return answer or {}
 
     def on_save_label(self, image: str, label: str) -> JsonObject:

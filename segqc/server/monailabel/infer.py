@@ -8,25 +8,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import nrrd
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
-from segqc.server.errors import RequestError
 from segqc.settings import NetworkName
 from segqc.types import BoolArray, label_names
-from segqc.volumes import SCAN_SUFFIXES, Volume, read_labels, read_scan, write_labels
-
-RESULT_PARAMS: Final = ("result_extension", "result_dtype", "result_compress")
+from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
 
 class NetworkTask(InferTask):
     """Inference by one of the folder's networks; listed before it is trained: clients see what there will be."""
-
-    params = frozenset(RESULT_PARAMS)
 
     def __init__(self, context: AppContext, network: NetworkName, labels: Mapping[str, int], description: str) -> None:
         super().__init__(
@@ -84,8 +79,6 @@ class LikelyErrors(NetworkTask):
     ``label_tag``, ``label_version`` and ``label_sha256`` are named.
     """
 
-    params = frozenset((*RESULT_PARAMS, "label_tag"))
-
     def __init__(self, context: AppContext) -> None:
         description = "Shows where a scan's mask is likely to be wrong, and estimates how good it is"
         super().__init__(context, "segqc", {LIKELY_ERROR: LIKELY_ERROR_VALUE}, description)
@@ -125,14 +118,8 @@ class LikelyErrors(NetworkTask):
 
 
 def write_result(labels: Volume, request: Mapping[str, Any]) -> str:
-    """Write a label map for the client that asked; the server removes the file when it is sent.
-
-    Raises:
-        RequestError: 400 for a format that cannot be written.
-    """
-    suffix = str(request.get("result_extension") or ".nii.gz")
-    if suffix not in SCAN_SUFFIXES:
-        raise RequestError(400, f"result_extension {suffix!r} is not one of {', '.join(SCAN_SUFFIXES)}.")
+    """Write a label map in the format that the client asked for; the server removes the file when it is sent."""
+    suffix = request.get("result_extension") or ".nii.gz"
     handle, name = tempfile.mkstemp(prefix="segqc-", suffix=suffix)
     os.close(handle)
     write_labels(labels, Path(name))

@@ -14,9 +14,9 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
-from segqc.server.checks import text_param
+from segqc.server.monailabel.datastore import scan_info
 from segqc.store import assessments, leases, scans
-from segqc.store.records import LeaseRecord
+from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
 from segqc.types import Assessment, PredictionInterval
 
@@ -61,6 +61,15 @@ def describe(assessment: Assessment | None) -> Answer:
     }
 
 
+def _title(scan: ScanRecord, assessment: Assessment | None) -> str:
+    """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
+    if assessment is None or assessment.dice is None:
+        return scan.file
+    interval = assessment.dice_interval
+    between = f", {interval}" if interval is not None else ""
+    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}){scan.suffix}"
+
+
 def _as_json(interval: PredictionInterval | None) -> Answer | None:
     return None if interval is None else dataclasses.asdict(interval)
 
@@ -88,15 +97,18 @@ class Sampling(Strategy):
             datastore: MONAI Label's; not asked.
 
         Raises:
-            RequestError: 400 if one of them is no text.
             StoreError: if the scan cannot be had back.
         """
-        reason, wanted = text_param(request, "skip_reason"), text_param(request, "resume")
-        lease, skipped, shown = self._hand_out(reason, wanted)
-        if lease is None:
+        reason, wanted = request.get("skip_reason") or None, request.get("resume") or None
+        handed_out = self._hand_out(reason, wanted)
+        if handed_out is None:
             return None
+        lease, skipped, scan, shown = handed_out
         said: Answer = {
-            "id": lease.scan,
+            **scan_info(scan),
+            "id": scan.name,
+            "name": _title(scan, shown),
+            "path": str(self.dataset.folder / scan.file),
             "strategy": lease.strategy,
             "lease": lease.id,
             "lease_until": lease.expires_at.isoformat(),
@@ -118,27 +130,33 @@ class Sampling(Strategy):
 
     def _hand_out(
         self, reason: str | None, wanted: str | None
-    ) -> tuple[LeaseRecord | None, LeaseRecord | None, Assessment | None]:
-        """Take a scan whose file still holds what it is known for; what was put aside for it; and its assessment."""
+    ) -> tuple[LeaseRecord, LeaseRecord | None, ScanRecord, Assessment | None] | None:
+        """Take a scan whose file still holds what it is known for; None where none is left.
+
+        Returns:
+            The lease, the one that was put aside for it, the scan, and its assessment.
+        """
         rules, actor = self.dataset.settings.annotation, current_actor()
         while True:
             with self.dataset.store.write() as transaction:
                 if wanted is not None:
-                    lease: LeaseRecord | None = leases.resume(transaction, wanted, actor, rules)
+                    name = scans.get(transaction, wanted).name
+                    lease: LeaseRecord | None = leases.resume(transaction, name, actor, rules)
                 else:
                     lease = leases.acquire(transaction, actor, self.name, self._order, rules, skip_reason=reason)
                 if lease is None:
-                    return None, None, None
+                    return None
                 skipped = leases.skipped_for(transaction, lease) if wanted is None else None
             with self.dataset.store.read() as transaction:
                 scan = scans.get(transaction, lease.scan)
                 shown = assessments.read(transaction, lease.assessment) if lease.assessment is not None else None
             if self.dataset.is_unchanged(scan):
-                return lease, skipped, shown
+                return lease, skipped, scan, shown
             with self.dataset.store.read() as transaction:
                 now = leases.get(transaction, lease.id)
-                if now == lease and scans.get(transaction, now.scan).missing_since is None:
-                    return lease, skipped, shown  # only touched: the content is the same
+                scan = scans.get(transaction, now.scan)
+            if now == lease and scan.missing_since is None:
+                return lease, skipped, scan, shown  # only touched: the content is the same
 
 
 def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:

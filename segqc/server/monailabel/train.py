@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from monailabel.interfaces.datastore import Datastore
@@ -14,7 +14,6 @@ from segqc.loop.requests import TrainRequest, request_of
 from segqc.loop.training import train
 from segqc.networks.model import ModelError
 from segqc.plots import read_curve
-from segqc.server.checks import FOREIGN_TRAINING_PARAMS, choose_params, refuse_unknown
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName, SettingsError
@@ -24,10 +23,30 @@ from segqc.training import LineProgress, TrainingSettings
 # What a client may choose, by the library's own names; the rest is in the dataset folder's segqc.toml.
 CHOICES: Final = ("epochs", "steps_per_epoch", "learning_rate", "batch", "seed", "size")
 ALIASES: Final = {"max_epochs": "epochs", "train_batch_size": "batch"}
+# What MONAI Label's clients send with a training of any server. Devices, data loading and who validates are decided by
+# this server's settings; `client_id` says who asks.
+FOREIGN_PARAMS: Final = frozenset({
+    "name", "pretrained", "device", "early_stop_patience", "val_split", "val_batch_size", "multi_gpu", "gpus",
+    "dataset", "dataloader", "tracking", "tracking_uri", "tracking_experiment_name", "run_id",
+    "dataset_limit", "dataset_randomize", "amp", "n_saved", "train_random_seed", "val_interval", "client_id",
+})  # fmt: skip
+IGNORED_REASON: Final = "MONAI Label's parameters that this server has no use for; see [training] in its settings"
 _DESCRIPTIONS: Final[Mapping[NetworkName, str]] = {
     "segmentation": "Trains the segmentation network on all final labels",
     "segqc": "Trains SegQC-Net on cross-fitted masks of all scans with a final label",
 }
+
+
+def refuse_unknown(params: Collection[str], understood: Collection[str]) -> None:
+    """Refuse training parameters that nobody understands: a misspelt one must not be dropped silently.
+
+    Raises:
+        RequestError: 400 that names them and lists what there is.
+    """
+    unknown = sorted(set(params) - set(understood) - FOREIGN_PARAMS)
+    if unknown:
+        named = ", ".join(repr(name[:60]) for name in unknown[:5])
+        raise RequestError(400, f"there is no training parameter {named}; there are: {', '.join(sorted(understood))}.")
 
 
 class NetworkTraining(TrainTask):
@@ -66,8 +85,7 @@ class NetworkTraining(TrainTask):
         Raises:
             RequestError: 400 for a parameter that is unknown or given twice.
         """
-        choose_params(request, {*self.params, *FOREIGN_TRAINING_PARAMS})
-        refuse_unknown(request, {*self.params, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+        refuse_unknown(request, self.params)
         for alias, name in ALIASES.items():
             if {alias, name} <= request.keys():
                 raise RequestError(400, f"{alias} and {name} are the same: send one of them.")

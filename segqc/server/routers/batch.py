@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter
 
+from segqc.loop.requests import NETWORKS, BatchImages, BatchRequest
 from segqc.server import job_answers
-from segqc.server.checks import JsonObject, Params, check_tag, choose_params, known
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN, USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import AskingUser, checked_request, open_store
+from segqc.server.names import known
+from segqc.server.parameters import AllJobs, BatchBody, OnlyOpen, RunSync
+from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.waiting import described
+from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
-BATCH_PARAMS: Final = frozenset({"label_tag", "max_batch_size", "save_label"})
-
-
-class Images(StrEnum):
-    """Which scans a batch inference takes."""
-
-    all = "all"
-    labeled = "labeled"
-    unlabeled = "unlabeled"
-
 
 @router.get("/batch/infer", tags=["Infer"], dependencies=[USER], summary="Status of the last batch inference")
-def batch_status(all: bool = False, check_if_running: bool = False) -> Any:
+def batch_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
     """Tell how the batch inferences are."""
     return job_answers.status(open_store(), "batch_infer", every=all, only_running=check_if_running)
 
 
 @router.post("/batch/infer/{model}", tags=["Infer"], dependencies=[ADMIN], summary="Run inference on many scans")
 def batch_start(
-    user: AskingUser, model: str, images: Images = Images.all, params: Params = None, run_sync: bool = False
+    user: AskingUser, model: str, params: BatchBody, images: BatchImages = "all", run_sync: RunSync = False
 ) -> Any:
     """Queue an inference on all, all labelled or all unlabelled scans."""
     app = current_app()
-    known("model", model, app.models)
-    chosen = choose_params(params or {}, BATCH_PARAMS)
-    tag = check_tag(str(chosen.get("label_tag") or "original"))
-    if tag == "final" and model != "segqc":
+    network, tag = known("model", model, NETWORKS), params.label_tag or ORIGINAL
+    if tag == FINAL and network != "segqc":
         raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
     app.context.segmenter()
-    if model == "segqc":
+    if network == "segqc":
         app.context.assessor()
-    limit: JsonObject = {name: value for name, value in chosen.items() if name == "max_batch_size"}
-    request = checked_request("batch_infer", {**limit, "model": model, "images": images.value, "label_tag": tag})
-    job = job_answers.submit(open_store(), user.actor(params), request)
+    request = BatchRequest(model=network, images=images, label_tag=tag, max_batch_size=params.max_batch_size)
+    job = job_answers.submit(open_store(), user.actor(params.client_id), request)
     return described(open_store(), job, "batch_infer", wait=run_sync)
 
 

@@ -10,20 +10,27 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Final
 
-from fastapi import APIRouter, File, Query, Request, Response, UploadFile
+from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, acting
-from segqc.server.checks import JsonObject, check_image_id, check_tag, file_suffix, json_object, usable_image_id
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN, ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import (
+from segqc.server.names import check_image_id, check_tag, split_suffix, usable_image_id
+from segqc.server.parameters import (
     MAX_COUNT,
+    ImageInfo,
+    ImageText,
+    LabelInfoForm,
+    LabelParams,
+    LabelText,
+    ReviewerForm,
+)
+from segqc.server.routers.dependencies import (
     AskingUser,
-    FormText,
     SentOnce,
     check_received,
     in_turn,
@@ -34,6 +41,8 @@ from segqc.server.routers.dependencies import (
 )
 from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
+from segqc.store.labels import FINAL
+from segqc.store.records import JsonObject
 from segqc.store.store import suffix_of
 from segqc.volumes import LABEL_SUFFIXES, read_labels, write_labels
 
@@ -70,8 +79,8 @@ async def save_label(
     user: AskingUser,
     image: str,
     label: Annotated[UploadFile, File()],
-    params: FormText = "{}",
-    tag: str = "final",
+    params: LabelText,
+    tag: str = FINAL,
 ) -> JsonObject:
     """Store a label map of a scan, checked and brought to the configured label values.
 
@@ -80,18 +89,19 @@ async def save_label(
     return await in_turn(request, functools.partial(_save_label, user, image, label, params, tag))
 
 
-def _save_label(user: RequestUser, image: str, label: UploadFile, params: str, tag: str) -> JsonObject:
+def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
     app = current_app()
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
-    tag = check_tag(tag or "final")
-    info = json_object(params, "params")
+    tag = check_tag(tag or FINAL)  # clients may leave it empty
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        submitted = read_submission(received, dataset.folder / scan.file, names, info, configured=named, limits=limits)
-        actor, info = user.actor(info), stored_info(info, names) if named else info
-        body = submit(dataset, scan, submitted, received, tag, actor, info)
+        submitted = read_submission(
+            received, dataset.folder / scan.file, names, params, configured=named, limits=limits
+        )
+        actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
+        body = submit(dataset, scan, submitted, received, tag, actor, params, info)
     if "segmentationMeta" in info:
         app.datastore.review_label(scan.name, tag, info, actor)
     return {**app.on_save_label(scan.name, scan.name), **body, "image": image, "label": scan.name}
@@ -102,13 +112,12 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: str, t
 def add_image(
     user: AskingUser,
     file: Annotated[UploadFile, File()],
+    params: ImageText,
     image: str | None = None,
-    params: FormText = "{}",
 ) -> JsonObject:
     """Store a new scan. A DICOM file that the same client sends after it tells the scan's patient."""
     app = current_app()
-    info = json_object(params, "params")
-    actor = user.actor(info)
+    actor = user.actor(params.get("client_id"))
     client = user.client(actor)
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         if is_dicom_name(file.filename):
@@ -116,12 +125,11 @@ def add_image(
             with path.open("wb") as target:
                 shutil.copyfileobj(file.file, target)
             return {"image": take_slice(app.context.dataset, app.uploads.last(client), path, actor)}
-        suffix = file_suffix(file.filename, "the scan")
-        base = (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-        name = check_image_id(usable_image_id(image or base[: -len(suffix)]))
+        stem, _ = split_suffix(file.filename, "the scan")
+        name = check_image_id(usable_image_id(image or stem))
         path = receive(file, Path(folder), "scan", "the scan")
         check_received(path, "the scan")
-        added = app.datastore.add_image(name, str(path), info)
+        added = app.datastore.add_image(name, str(path), params)
     app.uploads.note(client, added)
     return {"image": added}
 
@@ -142,9 +150,9 @@ def image_info(image: str) -> JsonObject:
 
 
 @router.put("/datastore/image/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a scan")
-def update_image_info(image: str, info: FormText = "{}") -> None:
+def update_image_info(image: str, info: ImageInfo) -> None:
     """Add to what is noted of a scan."""
-    current_app().datastore.update_image_info(known_image(image), json_object(info, "info"))
+    current_app().datastore.update_image_info(known_image(image), info)
 
 
 @router.delete("/datastore/label", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a label map")
@@ -156,7 +164,9 @@ def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
 
 
 @router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
-def download_label(label: str, tag: str, check_only: bool = False) -> Response:
+def download_label(
+    label: str, tag: str, check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False
+) -> Response:
     """Send the current label map of a scan, with the values that clients count by."""
     image, context = known_label(label, tag), current_app().context
     path = Path(current_app().datastore.get_label_uri(image, tag))
@@ -179,27 +189,29 @@ def label_info(label: str, tag: str) -> JsonObject:
 
 
 @router.put("/datastore/label/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a label")
-def update_label_info(user: AskingUser, label: str, tag: str, info: FormText = "{}") -> None:
+def update_label_info(user: AskingUser, label: str, tag: str, form: Annotated[LabelInfoForm, Form()]) -> None:
     """Add to what is noted of a label map; the Reviewer's decision on it is a review of the scan."""
-    _note_label(user, label, tag, json_object(info, "info"))
+    _note_label(user, label, tag, form.info)
 
 
 @router.put("/datastore/updatelabelinfo", dependencies=[ANNOTATOR], include_in_schema=False)
-def update_label_info_before(user: AskingUser, label: str, tag: str, params: FormText = "{}") -> None:
+def update_label_info_before(user: AskingUser, label: str, tag: str, form: Annotated[ReviewerForm, Form()]) -> None:
     """Add to what is noted of a label map, by the older name that 3D Slicer's reviewer uses."""
-    _note_label(user, label, tag, json_object(params, "params"))
+    _note_label(user, label, tag, form.params)
 
 
-def _note_label(user: RequestUser, label: str, tag: str, info: JsonObject) -> None:
+def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) -> None:
     app = current_app()
     label = known_label(label, tag)
-    noted = stored_info(info, app.context.labels()) if app.context.settings.structures else info
+    noted = stored_info(params, app.context.labels()) if app.context.settings.structures else params.to_json()
     app.datastore.update_label_info(label, tag, noted)
-    app.datastore.review_label(label, tag, noted, user.actor(info))
+    app.datastore.review_label(label, tag, noted, user.actor(params.client_id))
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")
-def download_labelled(limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None) -> FileResponse:
+def download_labelled(
+    limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT, description="The most scans.")] = None,
+) -> FileResponse:
     """Send a ZIP archive of the scans with final labels."""
     store = current_app().datastore
     if not store.get_labeled_images():

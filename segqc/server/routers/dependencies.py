@@ -9,28 +9,23 @@ from typing import Annotated, Final
 
 import anyio
 import anyio.to_thread
-from fastapi import Depends, Form, Request, UploadFile
+from fastapi import Depends, Request, UploadFile
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.dataset import DatasetError
-from segqc.loop.requests import JobKind, JobRequest, parse_request
 from segqc.server.actors import RequestUser, request_user
-from segqc.server.checks import JsonObject, check_session_id, file_suffix
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.exceptions import ImageNotFoundException
 from segqc.server.monailabel.facade import Session, current_app
-from segqc.store.records import ScanRecord
+from segqc.server.names import check_session_id, split_suffix
+from segqc.store.records import JsonObject, ScanRecord
 from segqc.store.store import Store
 from segqc.volumes import SCAN_SUFFIXES, VolumeError
 from segqc.volumes.intake import check_scan
 
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
-MAX_COUNT: Final = 2**31 - 1
 
 AskingUser = Annotated[RequestUser, Depends(request_user)]
-FormText = Annotated[str, Form()]
 
 
 def open_store() -> Store:
@@ -72,7 +67,7 @@ class SentOnce(FileResponse):
 
 def receive(upload: UploadFile, folder: Path, stem: str, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> Path:
     """Write an uploaded scan or label map into a folder; its name is ours, but for the suffix."""
-    path = folder / f"{stem}{file_suffix(upload.filename, what, suffixes)}"
+    path = folder / f"{stem}{split_suffix(upload.filename, what, suffixes)[1]}"
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file)
     return path
@@ -95,20 +90,13 @@ def known_scan(image: str) -> ScanRecord:
     """The scan that a client calls so.
 
     Raises:
-        RequestError: 404 if there is none.
+        ImageNotFoundException: if there is none; clients get 404.
     """
-    try:
-        return current_app().datastore.scan(image)
-    except ImageNotFoundException as error:
-        raise RequestError(404, f"there is no image {image!r}.") from error
+    return current_app().datastore.scan(image)
 
 
 def known_image(image: str) -> str:
-    """The id of the scan that a client calls so.
-
-    Raises:
-        RequestError: 404 if there is none.
-    """
+    """The id of the scan that a client calls so; fails as `known_scan` does."""
     return known_scan(image).name
 
 
@@ -132,21 +120,10 @@ def known_label(label: str, tag: str) -> str:
     """The id of the scan that a client calls so, which has a label map under the tag.
 
     Raises:
-        RequestError: 404 if there is no such scan or label map.
+        ImageNotFoundException: if there is no such scan; clients get 404.
+        RequestError: 404 if it has no such label map.
     """
     image = known_image(label)
     if not current_app().datastore.get_label_uri(image, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return image
-
-
-def checked_request(kind: JobKind, fields: JsonObject) -> JobRequest:
-    """What a worker is asked for.
-
-    Raises:
-        RequestError: 400 for a value that cannot be used.
-    """
-    try:
-        return parse_request(kind, fields)
-    except DatasetError as error:
-        raise RequestError(400, str(error)) from error

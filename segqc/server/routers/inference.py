@@ -8,23 +8,22 @@ import json
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
 from requests_toolbelt import MultipartEncoder
 
-from segqc.server.checks import JsonObject, check_tag, choose_params, json_object, known
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import USER
 from segqc.server.monailabel.facade import Inference, current_app
-from segqc.server.routers.dependencies import FormText, SentOnce, check_received, known_image, known_session, receive
+from segqc.server.names import known
+from segqc.server.parameters import InferParams, InferText
+from segqc.server.routers.dependencies import SentOnce, check_received, known_image, known_session, receive
 from segqc.server.submitted_labels import read_submission
 from segqc.volumes import LABEL_SUFFIXES, VolumeError, write_labels
 
 router = APIRouter()
-
-INFER_PARAMS: Final = frozenset({"label_tag", "save_label"})
 
 
 class Output(StrEnum):
@@ -40,23 +39,23 @@ class Output(StrEnum):
 async def infer(
     request: Request,
     model: str,
+    params: InferText,
     image: str = "",
     session_id: str = "",
-    params: FormText = "{}",
     file: Annotated[UploadFile | None, File()] = None,
     label: Annotated[UploadFile | None, File()] = None,
     output: Output | None = None,
 ) -> Response:
     """Run an inference task on a scan of the datastore, of a session, or of the request itself."""
-    work = functools.partial(_infer, model, image, session_id, params, file, label, output)
+    work = functools.partial(_infer, model, params, image, session_id, file, label, output)
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
 def _infer(
     model: str,
+    params: InferParams,
     image: str,
     session_id: str,
-    params: str,
     file: UploadFile | None,
     label: UploadFile | None,
     output: Output | None,
@@ -65,11 +64,8 @@ def _infer(
     known("model", model, app.models)
     if output is Output.dicom_seg:
         raise RequestError(400, "DICOM SEG is made from scans on a DICOMweb server; these scans are files.")
-    chosen = choose_params(json_object(params, "params"), INFER_PARAMS | app.infer_params(model))
-    if "label_tag" in chosen:
-        check_tag(str(chosen["label_tag"]))
     with tempfile.TemporaryDirectory(prefix="segqc-") as name:
-        wanted: dict[str, Any] = {**chosen, "model": model}
+        wanted: dict[str, Any] = {**params.model_dump(), "model": model}
         if file is not None:
             received = receive(file, Path(name), "scan", "the scan")
             check_received(received, "the scan")
@@ -83,7 +79,7 @@ def _infer(
         if label is not None:
             received = receive(label, Path(name), "label", "the label map", LABEL_SUFFIXES)
             scan = Path(wanted["image_file"] if "image" not in wanted else app.datastore.get_image_uri(wanted["image"]))
-            wanted["label"] = str(_read_uploaded(received, scan, json_object(params, "params")))
+            wanted["label"] = str(_read_uploaded(received, scan, params))
         try:
             made = app.infer(wanted)
         except VolumeError as error:
@@ -92,7 +88,7 @@ def _infer(
     return _reply(made, output)
 
 
-def _read_uploaded(received: Path, scan: Path, params: JsonObject) -> Path:
+def _read_uploaded(received: Path, scan: Path, params: InferParams) -> Path:
     """Write an uploaded label map anew with the stored values, read as a submission is."""
     context = current_app().context
     configured, limits = bool(context.settings.structures), context.settings.intake

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from segqc.server.checks import JsonObject, Params, text_param
-from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import USER
+from segqc.server.parameters import SampleBody, SkipBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.routers.selection import next_scan
-from segqc.store import leases
+from segqc.store import leases, scans
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
@@ -23,18 +23,15 @@ def open_leases() -> list[JsonObject]:
 
 
 @router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")
-def skip_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
     """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
-    wanted = params or {}
-    reason = text_param(wanted, "reason")
-    if reason is None:
-        raise RequestError(400, 'say why: {"reason": "..."}.')
     with open_store().write() as transaction:
-        lease = leases.skip(transaction, scan, user.actor(wanted), reason)
-    return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": reason}
+        name = scans.get(transaction, scan).name
+        lease = leases.skip(transaction, name, user.actor(params.client_id), params.reason)
+    return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": params.reason}
 
 
 @router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
-def resume_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+def resume_scan(scan: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
-    return next_scan("random", user, {**(params or {}), "resume": scan})
+    return next_scan("random", user, params.model_copy(update={"resume": scan}))

@@ -7,14 +7,14 @@ import shutil
 from fastapi import APIRouter, UploadFile
 
 from segqc.loop.requests import NETWORKS
-from segqc.networks.bundle import model_name
-from segqc.networks.card import NetworkName
+from segqc.networks.bundle import StructuresDiffer, model_name
 from segqc.networks.model_file import ModelError
-from segqc.server.checks import JsonObject, known
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN
 from segqc.server.monailabel.facade import current_app
+from segqc.server.names import known
 from segqc.server.routers.dependencies import AskingUser
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
@@ -23,17 +23,20 @@ router = APIRouter()
 def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
     """Publish an uploaded model, if it can be loaded and is of the same kind: a new bundle, which serves at once.
 
-    The bundle's other network is that of the bundle before. The scans that wait are scored by it.
+    The bundle's other network is that of the bundle before; it has to know the same structures. The scans that wait
+    are scored by the new bundle.
     """
-    network = _network(model)
+    network = known("model", model, NETWORKS)
     bundles = current_app().context.dataset.bundles
     with bundles.workspace() as folder:
         path = folder / model_name(network)
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target)
         try:
-            with bundles.publishing({network: path}, user.actor(), "upload") as publication:
+            with bundles.publishing({network: path}, user.actor(), "upload", only_as_pair=True) as publication:
                 manifest = publication.manifest
+        except StructuresDiffer:
+            raise
         except ModelError as error:
             message = error.clause.removeprefix(str(path)).removeprefix(": ")
             raise RequestError(422, f"the uploaded file is no {model} model: {message}") from error
@@ -47,17 +50,7 @@ def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
 @router.delete("/model/{model}", tags=["Model"], dependencies=[ADMIN], summary="Refused: bundles never change")
 def delete_model(model: str) -> None:
     """Refuse to remove a model: the bundle that it is part of could not serve any more."""
-    _network(model)
+    known("model", model, NETWORKS)
     raise RequestError(
         409, "a published model is not removed; upload another one, or let another bundle serve (segqc models serve)."
     )
-
-
-def _network(model: str) -> NetworkName:
-    """The network that a client calls so.
-
-    Raises:
-        RequestError: 404 if there is none.
-    """
-    known("model", model, NETWORKS)
-    return "segmentation" if model == "segmentation" else "segqc"

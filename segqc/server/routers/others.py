@@ -11,13 +11,15 @@ from fastapi.responses import PlainTextResponse
 
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN
-from segqc.server.routers.dependencies import MAX_COUNT
+from segqc.server.parameters import MAX_COUNT
 
 router = APIRouter()
 
 
 @router.get("/logs/", tags=["Others"], dependencies=[ADMIN], summary="The server's last log lines")
-def logs(request: Request, lines: Annotated[int, Query(ge=1, le=MAX_COUNT)] = 300) -> PlainTextResponse:
+def logs(
+    request: Request, lines: Annotated[int, Query(ge=1, le=MAX_COUNT, description="How many.")] = 300
+) -> PlainTextResponse:
     """Send the last lines of the server's log."""
     path: Path | None = request.app.state.log_file
     if path is None or not path.is_file():

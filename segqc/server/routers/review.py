@@ -8,12 +8,12 @@ from fastapi import APIRouter, Query
 from pydantic import TypeAdapter
 
 from segqc.loop.review import STATE_OF
-from segqc.server.checks import JsonObject, Params, known
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import REVIEWER, USER
+from segqc.server.parameters import MAX_INTEGER, ReviewBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.store import events, labels, scans
-from segqc.store.records import EventRecord, LabelRecord
+from segqc.store.records import EventRecord, JsonObject, LabelRecord
 
 router = APIRouter()
 
@@ -22,27 +22,30 @@ router = APIRouter()
 def label_history(scan: str) -> list[JsonObject]:
     """Tell who made which version of a scan's labels, from which, and when; oldest first."""
     with open_store().read() as transaction:
-        return [_to_json(version) for version in labels.history(transaction, scan)]
+        return [_to_json(version) for version in labels.history(transaction, scans.get(transaction, scan).name)]
 
 
 @router.post("/segqc/labels/{scan}/restore", tags=["SegQC"], dependencies=[REVIEWER], summary="Restore a version")
-def restore_label(scan: str, version: Annotated[int, Query(ge=0, le=2**63 - 1)], user: AskingUser) -> JsonObject:
+def restore_label(
+    scan: str,
+    version: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="The version's number.")],
+    user: AskingUser,
+) -> JsonObject:
     """Make an earlier version the current label of its tag again; it becomes a version of its own."""
     store = open_store()
     with store.read() as transaction:
-        if version not in [v.id for v in labels.history(transaction, scan)]:
+        if version not in [v.id for v in labels.history(transaction, scans.get(transaction, scan).name)]:
             raise RequestError(404, f"the scan {scan!r} has no label version {version}.")
     return _to_json(store.restore_label(version, user.actor()))
 
 
 @router.post("/segqc/review/{scan}", tags=["SegQC"], dependencies=[REVIEWER], summary="Review a scan")
-def review_scan(scan: str, user: AskingUser, params: Params = None) -> JsonObject:
+def review_scan(scan: str, user: AskingUser, params: ReviewBody) -> JsonObject:
     """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
-    wanted = params or {}
-    state = STATE_OF[known("decision", str(wanted.get("decision", "")), STATE_OF)]
-    reason = wanted.get("reason")
     store = open_store()
-    store.review(scan, state, user.actor(wanted), str(reason) if reason is not None else None)
+    with store.read() as transaction:
+        scan = scans.get(transaction, scan).name
+    store.review(scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason)
     with store.read() as transaction:
         now = scans.get(transaction, scan)
     return {"scan": now.name, "state": now.state, "reason": now.reason}

@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 
-from segqc.loop.requests import JobRequest
+from segqc.loop.requests import ScoringRequest
 from segqc.server import job_answers
-from segqc.server.checks import JsonObject, Params, choose_params, known
 from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import AskingUser, checked_request, open_store
+from segqc.server.names import known
+from segqc.server.parameters import AllJobs, Enqueue, OnlyOpen, RunSync, ScoringBody, ScoringParams
+from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.waiting import all_described, described
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
 
 @router.get("/scoring/", tags=["Scoring"], dependencies=[USER], summary="Status of the last scoring")
-def scoring_status(all: bool = False, check_if_running: bool = False) -> Any:
+def scoring_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
     """Tell how the scorings are."""
     return job_answers.status(open_store(), "scoring", every=all, only_running=check_if_running)
 
 
 @router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
-def scoring_all(user: AskingUser, params: Params = None, run_sync: bool = False) -> Any:
+def scoring_all(user: AskingUser, params: ScoringBody, run_sync: RunSync = False) -> Any:
     """Queue all scoring methods."""
-    requests = {method: _scoring(method, params or {}) for method in current_app().scoring_methods}
-    store, actor = open_store(), user.actor(params)
+    requests = {method: _scoring(method, params) for method in current_app().scoring_methods}
+    store, actor = open_store(), user.actor(params.client_id)
     put = {method: job_answers.submit(store, actor, request) for method, request in requests.items()}
     return all_described(store, put, "scoring", wait=run_sync)
 
 
 @router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
 def scoring_start(
-    user: AskingUser, method: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    user: AskingUser, method: str, params: ScoringBody, run_sync: RunSync = False, enqueue: Enqueue = False
 ) -> Any:
     """Queue a scoring method."""
-    store, request = open_store(), _scoring(method, params or {})
-    job = job_answers.submit(store, user.actor(params), request, wait=enqueue)
+    store, request = open_store(), _scoring(method, params)
+    job = job_answers.submit(store, user.actor(params.client_id), request, wait=enqueue)
     return described(store, job, "scoring", wait=run_sync)
 
 
-def _scoring(method: str, params: Mapping[str, Any]) -> JobRequest:
+def _scoring(method: str, params: ScoringParams) -> ScoringRequest:
     app = current_app()
     known("scoring method", method, app.scoring_methods)
     app.context.segmenter()
     if method == "segqc":
         app.context.assessor()
-    return checked_request("scoring", {**choose_params(params, {"force"}), "method": method})
+    return ScoringRequest(method=method, force=params.force)
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")

@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import Final
 
 from fastapi import APIRouter, Request
 
 from segqc.server.actors import RequestUser, acting
-from segqc.server.checks import JsonObject, Params, choose_params, known
 from segqc.server.monailabel.auth import USER
 from segqc.server.monailabel.facade import current_app
+from segqc.server.names import known
+from segqc.server.parameters import SampleBody, SampleParams
 from segqc.server.routers.dependencies import AskingUser, in_turn
-from segqc.types import PredictionInterval
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
-SAMPLE_PARAMS: Final = frozenset({"label_tag", "labels", "client_id", "skip_reason", "resume"})
-
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], dependencies=[USER], summary="Get the next sample")
-async def next_sample(request: Request, strategy: str, user: AskingUser, params: Params = None) -> JsonObject:
+async def next_sample(request: Request, strategy: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
     return await in_turn(request, functools.partial(next_scan, strategy, user, params))
 
 
-def next_scan(strategy: str, user: RequestUser, params: Params) -> JsonObject:
+def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObject:
     """Hand out the scan to correct next, as clients see it; an empty object where none is left."""
     app = current_app()
     known("strategy", strategy, app.strategies)
-    chosen = choose_params(params or {}, SAMPLE_PARAMS)
-    with acting(user.actor(chosen)):
-        answer = app.next_sample(strategy, chosen)
-    if not answer:
-        return {}
-    scan = app.datastore.scan(answer["id"])
-    path = app.context.dataset.folder / scan.file
-    # the strategy's own words win over what happens to be noted of the scan
-    body: JsonObject = {
-        **app.datastore.scan_info(scan), **answer, "path": str(path), "requested_strategy": strategy,
-    }  # fmt: skip
-    interval = answer.get("estimated_dice_interval")
-    body["name"] = _title(
-        scan.name,
-        path.name,
-        answer.get("estimated_dice"),
-        PredictionInterval(**interval) if interval is not None else None,
-    )
-    return body
-
-
-def _title(scan: str, file_name: str, dice: float | None, interval: PredictionInterval | None) -> str:
-    """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
-    if dice is None:
-        return file_name
-    between = f", {interval}" if interval is not None else ""
-    return f"{scan} (estimated Dice {dice:.2f}{between}){file_name.removeprefix(scan)}"
+    with acting(user.actor(params.client_id)):
+        answer = app.next_sample(strategy, params)
+    return {**answer, "requested_strategy": strategy} if answer else {}

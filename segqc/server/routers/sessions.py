@@ -11,11 +11,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Query, UploadFile
 from fastapi.responses import FileResponse
 
-from segqc.server.checks import JsonObject, check_file_name
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import USER
 from segqc.server.monailabel.facade import current_app
-from segqc.server.routers.dependencies import MAX_COUNT, check_received, known_session
+from segqc.server.names import check_file_name
+from segqc.server.parameters import MAX_COUNT
+from segqc.server.routers.dependencies import check_received, known_session
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
@@ -23,8 +25,8 @@ router = APIRouter()
 @router.put("/session/", tags=["Session"], dependencies=[USER], summary="Open a session with a scan")
 def create_session(
     files: Annotated[list[UploadFile], File()],
-    uncompress: bool = False,
-    expiry: Annotated[int, Query(ge=0, le=MAX_COUNT)] = 0,
+    uncompress: Annotated[bool, Query(description="Refused: archives are not unpacked.")] = False,
+    expiry: Annotated[int, Query(ge=0, le=MAX_COUNT, description="Seconds to keep it; 0 for the default.")] = 0,
 ) -> JsonObject:
     """Keep an uploaded scan for a while: one file, or the files of one DICOM series."""
     if uncompress:
@@ -45,7 +47,11 @@ def create_session(
 
 
 @router.get("/session/{session_id}", tags=["Session"], dependencies=[USER], summary="What is known of a session")
-def get_session(session_id: str, update_ts: bool = False, image: bool = False) -> Any:
+def get_session(
+    session_id: str,
+    update_ts: Annotated[bool, Query(description="Whether to keep it for another while.")] = False,
+    image: Annotated[bool, Query(description="Whether to send its scan.")] = False,
+) -> Any:
     """Tell what is known of a session, or send its scan."""
     info = known_session(session_id, touch=update_ts)
     if not image:

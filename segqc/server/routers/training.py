@@ -11,12 +11,15 @@ from fastapi import APIRouter
 from segqc.loop.requests import TrainRequest
 from segqc.server import job_answers
 from segqc.server.actors import RequestUser
-from segqc.server.checks import FOREIGN_TRAINING_PARAMS, IGNORED_REASON, JsonObject, Params, known, refuse_unknown
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN, USER
 from segqc.server.monailabel.facade import current_app
+from segqc.server.monailabel.train import IGNORED_REASON, refuse_unknown
+from segqc.server.names import known
+from segqc.server.parameters import AllJobs, Enqueue, OnlyOpen, RunSync, TrainingBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.waiting import all_described, described
+from segqc.store.records import JsonObject
 
 router = APIRouter()
 
@@ -53,17 +56,17 @@ def _checked(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, RequestedTrai
     }
 
 
-def all_trainings(params: Params) -> dict[str, RequestedTraining]:
+def all_trainings(params: JsonObject) -> dict[str, RequestedTraining]:
     """The trainings of all networks, checked; ``params`` may hold an object for each.
 
     Raises:
         RequestError: 400 for a parameter that cannot be used, 409 with too few labels.
     """
-    trainers, wanted = current_app().trainers, params or {}
-    refuse_unknown(wanted, {*trainers, *FOREIGN_TRAINING_PARAMS}, "training parameter")
+    trainers = current_app().trainers
+    refuse_unknown(params, trainers)
     chosen = {}
     for model in trainers:
-        own = wanted.get(model, {})
+        own = params.get(model, {})
         if not isinstance(own, dict):
             raise RequestError(400, f"params[{model!r}] is not a JSON object.")
         chosen[model] = own
@@ -71,21 +74,21 @@ def all_trainings(params: Params) -> dict[str, RequestedTraining]:
 
 
 def _submit_training(
-    user: RequestUser, params: Params, training: RequestedTraining, *, enqueue: bool = False
+    user: RequestUser, params: JsonObject, training: RequestedTraining, *, enqueue: bool = False
 ) -> JsonObject:
-    actor, store = user.actor(params), open_store()
+    actor, store = user.actor(params.get("client_id")), open_store()
     answer = job_answers.submit(store, actor, training.request, wait=enqueue, messages=training.messages)
     return {**answer, "ignored": [*training.ignored]} if training.ignored else answer
 
 
 @router.get("/train/", tags=["Train"], dependencies=[USER], summary="Status of the last training")
-def train_status(all: bool = False, check_if_running: bool = False) -> Any:
+def train_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
     """Tell how the trainings are."""
     return job_answers.status(open_store(), "train", every=all, only_running=check_if_running)
 
 
 @router.post("/train/", tags=["Train"], dependencies=[ADMIN], summary="Train all networks")
-def train_all(user: AskingUser, params: Params = None, run_sync: bool = False) -> Any:
+def train_all(user: AskingUser, params: TrainingBody, run_sync: RunSync = False) -> Any:
     """Queue the trainings of all networks; ``params`` may hold an object for each."""
     put = {model: _submit_training(user, params, own) for model, own in all_trainings(params).items()}
     return all_described(open_store(), put, "train", wait=run_sync)
@@ -93,10 +96,10 @@ def train_all(user: AskingUser, params: Params = None, run_sync: bool = False) -
 
 @router.post("/train/{model}", tags=["Train"], dependencies=[ADMIN], summary="Train a network")
 def train_start(
-    user: AskingUser, model: str, params: Params = None, run_sync: bool = False, enqueue: bool = False
+    user: AskingUser, model: str, params: TrainingBody, run_sync: RunSync = False, enqueue: Enqueue = False
 ) -> Any:
     """Queue a training; where the same one is open already, tell of that one."""
-    job = _submit_training(user, params, _checked({model: params or {}})[model], enqueue=enqueue)
+    job = _submit_training(user, params, _checked({model: params})[model], enqueue=enqueue)
     return described(open_store(), job, "train", wait=run_sync)
 
 
