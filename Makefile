@@ -30,6 +30,8 @@ test: test-fast test-server
 
 # One thread per process: the networks of tests are tiny, and threads that wait for one another are slow beside others.
 test-fast test-server: export OMP_NUM_THREADS = 1
+# Bytecode is kept, whatever the environment says: each worker and each process of a test would compile all of it anew.
+test-fast test-server: export PYTHONDONTWRITEBYTECODE =
 
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not server and not slow" -n auto --maxprocesses 8 --dist loadfile

@@ -450,7 +450,8 @@ def _render_uterus(
     signal[(depth > -anatomy.wall_mm - 1.2) & (depth <= -anatomy.wall_mm)] = palette.muscle
     cavity = depth > 0
     inside = points[:, cavity]
-    values = palette.fluid * (1 + 0.02 * anatomy.lobules(inside))
+    lobules = anatomy.lobules(inside)
+    values = palette.fluid * (1 + 0.02 * lobules)
     cord = np.full(values.shape, np.inf, np.float32)
     for start, stop in itertools.pairwise(anatomy.cord):
         near = np.flatnonzero(np.abs(inside[2] - (start[2] + stop[2]) / 2) < 9 + abs(start[2] - stop[2]) / 2)
@@ -458,30 +459,29 @@ def _render_uterus(
             cord[near] = np.minimum(cord[near], _capsule(inside[:, near], start, stop, (4.2, 4.2)))
     values[cord < 0] = palette.cord
     values[cord < -2.6] = palette.heart
-    thickness = _placenta_thickness(inside, local[:, cavity], anatomy)
+    thickness = _placenta_thickness(lobules, local[:, cavity], anatomy)
     placenta = depth[cavity] < thickness
-    values[placenta] = _placenta_signal(inside[:, placenta], anatomy, palette)
+    values[placenta] = _placenta_signal(inside[:, placenta], lobules[placenta], anatomy, palette)
     signal[cavity] = values
     labels[cavity] = np.where(placenta, PLACENTA, 0).astype(np.uint8)
     return depth
 
 
-def _placenta_thickness(points: FloatArray, local: FloatArray, anatomy: _Anatomy) -> FloatArray:
+def _placenta_thickness(lobules: FloatArray, local: FloatArray, anatomy: _Anatomy) -> FloatArray:
     """Return the placenta's thickness in mm over each sample: a disc on the wall, thinning to a lobulated rim."""
     unit = local / anatomy.uterus_semi.astype(np.float32)[:, None]
     direction = anatomy.placenta_direction.astype(np.float32)
     cosine = np.tensordot(direction, unit, 1) / np.maximum(np.sqrt(np.sum(unit**2, axis=0)), 1e-3)
     angle = np.arccos(np.clip(cosine, -1, 1))
-    lobules = anatomy.lobules(points)
     reach = anatomy.placenta_angle * (1 + 0.06 * lobules)
     profile = np.clip(1 - (angle / reach) ** 2, 0, 1) ** np.float32(0.45)
     return np.asarray(anatomy.placenta_mm * profile * (1 + 0.11 * lobules), dtype=np.float32)
 
 
-def _placenta_signal(points: FloatArray, anatomy: _Anatomy, palette: _Palette) -> FloatArray:
+def _placenta_signal(points: FloatArray, lobules: FloatArray, anatomy: _Anatomy, palette: _Palette) -> FloatArray:
     """Return a mottled signal with dark septa between cotyledons and some bright lakes."""
     mottle = anatomy.texture(points)
-    septa = np.abs(anatomy.lobules(points)) < 0.1
+    septa = np.abs(lobules) < 0.1
     signal = palette.placenta * (1 + 0.07 * mottle + 0.04 * anatomy.fine_texture(points))
     signal = np.where(septa, 0.82 * signal, signal)
     return np.where(mottle > 2.1, 0.5 * (signal + palette.fluid), signal).astype(np.float32)

@@ -89,13 +89,15 @@ def test_a_shift_is_seen_and_no_patient_is_on_both_sides() -> None:
 
 def test_few_patients_and_undefined_numbers() -> None:
     x, truth, patients = draw(17)
-    found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0))[ALL]
+    found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0), resplits=2)[ALL]
     assert found.coverage is not None, "nine patients to calibrate on"
     found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0), level=0.95)[ALL]
     assert (found.coverage, found.error, found.width, found.resplits, found.patients) == (None, None, None, 0, 0)
     x[0] = np.nan
     strata = {"first": np.arange(x.size) < 1}
-    found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0), strata=strata)["first"]
+    found = resplit_coverage(x, truth, patients, "dice", rng=np.random.default_rng(0), strata=strata, resplits=2)[
+        "first"
+    ]
     assert (found.coverage, found.masks) == (None, 0)
     with pytest.raises(ValueError, match="as many"):
         resplit_coverage(x, truth[1:], patients, "dice", rng=np.random.default_rng(0))

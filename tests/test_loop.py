@@ -249,6 +249,7 @@ def quick_trainings(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of the copied folder give a new version at once."""
     monkeypatch.setattr("segqc.loop.training.train_segmentation", lambda *_: perturbed(dataset.segmenter()))
     monkeypatch.setattr("segqc.loop.training.train_assessor", lambda *_: perturbed(dataset.assessor()))
+    monkeypatch.setattr("segqc.loop.training.draw_curve", lambda *_: None)  # takes longer than all else
 
 
 @pytest.mark.usefixtures("quick_trainings")

@@ -307,8 +307,7 @@ class Assessor(TrainedNetwork):
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
         rule = self._empty_rule(scan)
-        metrics, per_slice = estimated_metrics_and_slices(mask, error, axis, empty=rule)
-        sums = error.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
+        metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule)
         return ErrorView(
             metrics=metrics,
             slices=tuple(

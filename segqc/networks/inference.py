@@ -110,7 +110,10 @@ def sliding_window(
             if not len(sums):
                 sums = torch.zeros(len(x), answers.shape[1], *x.shape[2:])
             for place, answer in zip(batch, answers, strict=True):
-                sums[place] += answer if one_covers_all else answer * weight
+                if one_covers_all:
+                    sums[place] = answer
+                else:
+                    sums[place].addcmul_(answer, weight)
                 weights[place] += weight
         if not len(sums):
             sums = torch.zeros(len(x), len(elsewhere), *x.shape[2:])

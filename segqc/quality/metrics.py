@@ -16,7 +16,6 @@ estimates equal the true metrics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -96,8 +95,11 @@ class SliceMetrics:
 
     def each(self) -> tuple[Metrics, ...]:
         """Return all slices' metrics, as `at` does a slice's."""
-        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1).tolist()
-        return tuple(Metrics(*(None if math.isnan(value) else value for value in row)) for row in table)
+        table = np.stack([self.dice, self.iou, self.arvd, self.rvd], axis=1)
+        undefined = np.isnan(table)
+        values = table.astype(object)
+        values[undefined] = None
+        return tuple(Metrics(*row) for row in values.tolist())
 
     def mean(self, where: BoolArray | None = None) -> SliceMeans:
         """Average over the counted slices.
@@ -187,13 +189,13 @@ def estimated_slice_metrics(mask: BoolArray, error: FloatArray, axis: int, *, em
 
 def estimated_metrics_and_slices(
     mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule
-) -> tuple[Metrics, SliceMetrics]:
-    """Both `estimated_metrics` and `estimated_slice_metrics`, by one look at each voxel."""
+) -> tuple[Metrics, SliceMetrics, Values]:
+    """Both `estimated_metrics` and `estimated_slice_metrics`, and the slices' error sums, by one look at each voxel."""
     _check(mask, error)
     mask, over = mask.astype(bool, copy=False), _in_plane(axis)
     sums = _error_sums(mask, error, over)
     whole = _from_sums(sums.total(), mask, error, (0, 1, 2), empty)
-    return whole.at(0), _from_sums(sums, mask, error, over, empty)
+    return whole.at(0), _from_sums(sums, mask, error, over, empty), sums.wrong
 
 
 def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> bool:

@@ -59,6 +59,8 @@ SPOOLED_BYTES: Final = 16_000
 WATCH_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 10.0
 INFERENCE_NICENESS: Final = 10
+# So many new objects before garbage is looked for: by Python's default of 700, a request pays for it several times.
+GARBAGE_OBJECTS: Final = 20_000
 ANNOTATION_SLOTS: Final = 3  # two wait for the disk or a core while one computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
@@ -204,6 +206,7 @@ def _preload(instance: App) -> None:
         logger.warning("%s", error)
     # what is loaded by now stays: looking through it for garbage would stop all requests for most of a second
     gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
 
 
 def _bootstrap(instance: App, looked: threading.Event) -> None:

@@ -217,14 +217,19 @@ def _parts() -> Select[*tuple[Any, ...]]:
     )
 
 
+def latest_number(label_version: ColumnElement[int | None]) -> Select[int]:
+    """A query for the number of the serving bundle's last assessment of a label version."""
+    return (
+        select(AssessmentRow.id)
+        .where(AssessmentRow.label_version_id == label_version, _COUNTS)
+        .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
+        .limit(1)
+    )
+
+
 # built once: building a query takes longer than running it
 _HEAD: Final = _heads().where(AssessmentRow.id == bindparam("assessment"))
-_LATEST_ID: Final = (
-    select(AssessmentRow.id)
-    .where(AssessmentRow.label_version_id == bindparam("label_version"), _COUNTS)
-    .order_by(AssessmentRow.made_at.desc(), AssessmentRow.id.desc())
-    .limit(1)
-)
+_LATEST_ID: Final = latest_number(bindparam("label_version"))
 _STRUCTURES: Final = select(StructureName.name, StructureName.id)  # there are few
 _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
 

@@ -116,11 +116,6 @@ def start_of(transaction: Transaction, scan: str) -> LabelRecord | None:
     return latest.get(RETURNED) or latest.get(ORIGINAL)
 
 
-def start_number(transaction: Transaction, scan_id: int) -> int | None:
-    """The number of the version that an annotator starts from; see `start_of`."""
-    return transaction.rows(_START, {"scan_id": scan_id}).scalar()
-
-
 def starts(transaction: Transaction) -> dict[str, int]:
     """The version that an annotator starts from, of every scan that has one; see `start_of`."""
     query = (
@@ -346,12 +341,13 @@ def _records() -> Select[*tuple[Any, ...]]:
 
 
 def _current_number(tag: str) -> ScalarSelect[int | None]:
-    """The number of the current version under a tag; NULL where there is none or it was removed."""
+    """In a query of scans: the number of the current version under a tag; NULL where there is none."""
     return (
         select(case((LabelVersion.sha256.is_not(None), LabelVersion.id)))
-        .where(LabelVersion.scan_id == bindparam("scan_id"), LabelVersion.tag == tag)
+        .where(LabelVersion.scan_id == Scan.id, LabelVersion.tag == tag)
         .order_by(LabelVersion.id.desc())
         .limit(1)
+        .correlate(Scan)
         .scalar_subquery()
     )
 
@@ -382,7 +378,8 @@ _VIEW_OF: Final = (
     .join(Scan, Scan.id == LabelView.scan_id)
     .where(Scan.name == bindparam("scan"), LabelView.tag == bindparam("tag"))
 )
-_START: Final = select(func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL)))
+START_OF_SCAN: Final = func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL))
+"""In a query of scans: the number of the version that an annotator starts from; see `start_of`."""
 _VERSION: Final = _records().where(LabelVersion.id == bindparam("version"))
 _TAGS: Final = _records().where(LabelVersion.id.in_(_last_of_each_tag()), LabelVersion.sha256.is_not(None))
 _SOME_TAGS: Final = _records().where(

@@ -170,11 +170,10 @@ def _open(
     choice: Choice,
     rules: LeaseRules,
 ) -> LeaseRecord:
-    name, ranking_dice = transaction.rows(_CHOSEN, {"scan": choice.scan_id}).one()
     begun = _begin(transaction, choice.scan_id, actor, rules)
     lease = LeaseRecord(
         id=0,
-        scan=name,
+        scan=begun.scan,
         actor=actor,
         slot=begun.slot,
         state="open",
@@ -182,7 +181,7 @@ def _open(
         expires_at=begun.expires_at,
         closed_at=None,
         strategy=choice.order or strategy,
-        score=choice.score if draw == "strategy" else ranking_dice,
+        score=choice.score if draw == "strategy" else begun.ranking_dice,
         draw=draw,
         probability=probability,
         pool=choice.pool,
@@ -213,6 +212,8 @@ def _open(
 class _Begun:
     """A lease that begins: its place among the scan's readers, its end, and the current mask with its estimate."""
 
+    scan: str
+    ranking_dice: float | None
     slot: int
     expires_at: dt.datetime
     label_version_id: int | None
@@ -222,13 +223,15 @@ class _Begun:
 def _begin(transaction: Transaction, scan_id: int, actor: Actor, rules: LeaseRules) -> _Begun:
     # whoever labels a scan alone has got it because nobody else holds it
     taken = set(transaction.rows(_SLOTS, {"scan": scan_id}).scalars()) if rules.readers > 1 else set()
-    start = labels.start_number(transaction, scan_id)
+    shown = transaction.rows(_SHOWN, {"scan": scan_id}).one()
     minutes = rules.cookie_lease_minutes if actor.identified_by == "cookie" else rules.lease_minutes
     return _Begun(
+        shown.name,
+        shown.ranking_dice,
         next(i for i in range(len(taken) + 1) if i not in taken),
         transaction.now + dt.timedelta(minutes=minutes),
-        start,
-        assessments.latest_id(transaction, start) if start is not None else None,
+        shown.start,
+        shown.assessment,
     )
 
 
@@ -415,7 +418,12 @@ def _leases() -> Select[*tuple[Any, ...]]:
 
 # built once: building a query takes longer than running it
 _OPEN_OF: Final = select(LeaseRow.id).where(LeaseRow.actor_id == bindparam("actor"), LeaseRow.state == _OPEN)
-_CHOSEN: Final = select(Scan.name, Scan.ranking_dice).where(Scan.id == bindparam("scan"))
+_SHOWN: Final = select(
+    Scan.name,
+    Scan.ranking_dice,
+    labels.START_OF_SCAN.label("start"),
+    assessments.latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery().label("assessment"),
+).where(Scan.id == bindparam("scan"))
 _SUBMITTED: Final = (
     update(LeaseRow)
     .where(LeaseRow.id == bindparam("lease"), LeaseRow.state != "submitted")

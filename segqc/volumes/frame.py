@@ -219,13 +219,19 @@ def touched(where: BoolArray, frame: CanonicalFrame) -> BoolArray:
         ValueError: if the array is not of the frame's native shape.
     """
     _check_spatial(where, frame.native_shape, 0)
-    view = np.flip(where.transpose(frame.permutation), _flipped_axes(frame))
-    indices = [
-        ((2 * index + 1) * new) // (2 * old)
-        for index, old, new in zip(np.nonzero(view), view.shape, frame.canonical_shape, strict=True)
-    ]
     result = np.zeros(frame.canonical_shape, bool)
-    result[tuple(indices)] = True
+    there = np.flatnonzero(where.any(axis=(1, 2)))
+    if len(there):
+        native = np.nonzero(where[there[0] : there[-1] + 1])
+        native[0][:] += there[0]
+        sizes = [frame.native_shape[axis] for axis in frame.permutation]
+        indices = [native[axis] for axis in frame.permutation]
+        result[
+            tuple(
+                ((2 * (old - 1 - index if flip else index) + 1) * new) // (2 * old)
+                for index, old, new, flip in zip(indices, sizes, frame.canonical_shape, frame.flips, strict=True)
+            )
+        ] = True
     return result
 
 

@@ -52,7 +52,10 @@ def place_labels(file: InputFile, source: Source, scan: Grid) -> GridPlacement:
     Raises:
         VolumeError: if they do not lie so.
     """
-    for affine in (scan.affine, *scan.find_alternatives()):
+    found = _place(source, scan.affine, scan)
+    if found is not None:
+        return found
+    for affine in scan.find_alternatives():
         found = _place(source, affine, scan)
         if found is not None:
             return found
