@@ -53,26 +53,25 @@ SCANS: dict[str, tuple[Triple, Spacing]] = {
 BEFORE = "before"
 BACKENDS = ("pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16")
 MEMBERS = 3
-BRIGHT = 2.0  # of a normalised scan: what lies between body and ball
+BRIGHT = 2.0  # of a normalised scan: what lies between body and ellipsoid
 ENOUGH_SECONDS = 20.0  # a task that took so long in all is not repeated
 GAMMAS = (0.7, 0.85, 1.2)  # with none, four contrasts of four flips
 CHANNELS_LAST = torch.channels_last_3d
 
 
 def phantom(shape: Triple, spacing: Spacing) -> Volume:
-    """A noisy body, an elliptic cylinder in air, with a bright ball in it."""
+    """A noisy body, an elliptic cylinder in air, with a bright ellipsoid in it."""
     axes = [(np.arange(n, dtype=np.float32) - n / 2) * s for n, s in zip(shape, spacing, strict=True)]
     extents = [n * s for n, s in zip(shape, spacing, strict=True)]
-    x, y = axes[0][:, None, None], axes[1][:, None]
-    body = (x / (0.48 * extents[0])) ** 2 + (y / (0.4 * extents[1])) ** 2 < 1
-    radius = np.sqrt(x**2 + y**2 + axes[2] ** 2)
+    x, y, z = axes[0][:, None, None] / extents[0], axes[1][:, None] / extents[1], axes[2] / extents[2]
+    body = (x / 0.48) ** 2 + (y / 0.4) ** 2 < 1
+    inside = (x**2 + y**2 + z**2) < 0.2**2
     array = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
-    inside = radius < 0.25 * min(extents)
     array = np.abs(array) * 0.1 + body * (array + 1 + 2 * inside)
     return Volume(array, np.diag([*spacing, 1.0]))
 
 
-def finding_the_ball(compute: Callable[[torch.Tensor], torch.Tensor], channels: int) -> nn.Module:
+def finding_what_is_bright(compute: Callable[[torch.Tensor], torch.Tensor], channels: int) -> nn.Module:
     """A network that takes its time, but answers that there is a structure where the scan is bright."""
 
     class Answers(nn.Module):
@@ -142,7 +141,7 @@ def serve(name: str, backend: str) -> None:
     def fresh() -> Volume:
         return Volume(scan.array, scan.affine)  # nothing that is kept of another one is of use
 
-    structures = (Structure("ball", (1,)),)
+    structures = (Structure("ellipsoid", (1,)),)
     plans = [plan_network(spacing, shape, in_channels=n, out_channels=3 - n) for n in (1, 2)]
     networks = [build_network(plan).eval() for plan in plans]
     mean = MeanOfNetworks([build_network(plans[1], seed=seed) for seed in range(MEMBERS)]).eval()
@@ -154,10 +153,10 @@ def serve(name: str, backend: str) -> None:
     for model in (segmenter, assessor, ensemble):
         channels = model.card.plan.out_channels
         if backend == BEFORE:
-            model.network = finding_the_ball(model.network, channels)
+            model.network = finding_what_is_bright(model.network, channels)
         else:
             model.backend = dataclasses.replace(
-                model.backend, compute=finding_the_ball(model.backend.compute, channels)
+                model.backend, compute=finding_what_is_bright(model.backend.compute, channels)
             )
     prediction = segmenter.predict(fresh())
     plausible = {} if backend == BEFORE else {"plausible": prediction.plausible}

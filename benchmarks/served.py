@@ -430,7 +430,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
     structures = list(dict.fromkeys(m.structure for m in first.masks))
     subsets = [ALL, *dict.fromkeys(m.subset for m in first.masks)]
     subsets = subsets if len(subsets) > 2 else [ALL]
-    title = f"{first.set}, {first.pool} pool, {first.label}, seeds {', '.join(str(r.seed) for r in results)}"
+    seeds = f"seed{'s' * (len(results) > 1)} {', '.join(str(r.seed) for r in results)}"
+    title = f"{first.set}, {first.pool} pool, {first.label}, {seeds}"
     rows = {(s, subset): mean([numbers(r, s, subset) for r in results]) for s in structures for subset in subsets}
     dice = Table(
         "dice",
@@ -482,32 +483,36 @@ def tables(results: Sequence[Result]) -> list[Table]:
         ),
         digits=2,
     )
-    return [dice, others, *(_witness_table(results, structure, title) for structure in structures)]
+    return [dice, others, *(_witness_table(results, structure, subsets, title) for structure in structures)]
 
 
-def _witness_table(results: Sequence[Result], structure: str, title: str) -> Table:
-    rows = []
-    for witness in (SHOWN, *results[0].masks[0].witnesses):
-        of_seeds = [(chosen(r, structure, ALL)) for r in results]
-        found = [witness_scores(masks, witness) for masks in of_seeds]
-        estimate = witness not in ORDERS
-        rows.append(
-            (
-                witness,
-                _mean([s.mae for s in found]) if estimate else None,
-                _mean([s.bias for s in found]) if estimate else None,
-                _mean([s.pearson for s in found]),
-                _mean([s.spearman for s in found]),
-                _mean([regret(masks, witness) for masks in of_seeds]),
+def _witness_table(results: Sequence[Result], structure: str, subsets: Sequence[str], title: str) -> Table:
+    rows: list[tuple[str | float | None, ...]] = []
+    for subset in subsets:
+        of_seeds = [chosen(r, structure, subset) for r in results]
+        for witness in (SHOWN, *results[0].masks[0].witnesses):
+            found = [witness_scores(masks, witness) for masks in of_seeds]
+            errors = [_mean([s.mae for s in found]), _mean([s.bias for s in found])]
+            rows.append(
+                (
+                    subset,
+                    witness,
+                    *([None, None] if witness in ORDERS else errors),
+                    _mean([s.pearson for s in found]),
+                    _mean([s.spearman for s in found]),
+                    _mean([regret(masks, witness) for masks in of_seeds]),
+                )
             )
-        )
-    rows.append(("best constant", _mean([numbers(r, structure, ALL).constant for r in results]), *(None,) * 4))
+        constant = _mean([numbers(r, structure, subset).constant for r in results])
+        rows.append((subset, "best constant", constant, *(None,) * 4))
     return Table(
         "witnesses",
         f"Witnesses of {structure}: {title}",
-        ("witness", "MAE", "bias", *_ORDER_COLUMNS),
+        ("scans", "witness", "MAE", "bias", *_ORDER_COLUMNS),
         tuple(rows),
         digits=dict.fromkeys(_ORDER_COLUMNS, 2),
+        best={"MAE": "lowest", "Spearman": "highest"},
+        group="scans",
     )
 
 
@@ -587,7 +592,7 @@ def main() -> None:
     for results in kept(arguments.label, arguments.pool).values():
         for table in tables(results):
             if arguments.command == "table" and arguments.markdown:
-                print(f"{table.title}\n\n{to_markdown(table)}")
+                print(to_markdown(table))
             else:
                 show(table, console)
 

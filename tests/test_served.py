@@ -169,8 +169,19 @@ def test_tables_have_a_row_for_each_subset_and_each_witness(served: ModuleType) 
         (structure, subset) for structure in ("left", served.WORST) for subset in (served.ALL, "seen", "unseen")
     }
     assert {row[0] for row in others.rows} == {"left"}
-    assert [row[0] for row in witnesses[0].rows][-1] == "best constant"
-    assert len(witnesses) == 2 and all(row[1] is None for row in witnesses[0].rows if row[0] in served.ORDERS)
+    assert len(witnesses) == 2
+    for table in witnesses:
+        assert list(dict.fromkeys(row[0] for row in table.rows)) == [served.ALL, "unseen", "seen"]
+        assert table.rows[-1][1] == "best constant"
+        assert all(row[2] is None for row in table.rows if row[1] in served.ORDERS)
+
+
+@pytest.mark.parametrize("label", ["before", "error-logit"])
+def test_the_docs_show_what_the_kept_results_give(served: ModuleType, label: str) -> None:
+    shown = (BENCHMARKS.parent / "docs" / "measurements.md").read_text(encoding="utf-8")
+    for results in served.kept(label, "development").values():
+        dice, *_ = served.tables(results)
+        assert served.to_markdown(dice).strip() in shown
 
 
 def test_a_test_pool_is_measured_once_for_each_label(

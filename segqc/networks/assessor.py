@@ -27,7 +27,7 @@ from segqc.networks.inference import (
 )
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.calibration import StructureCalibration
+from segqc.quality.calibration import MapCalibration, StructureCalibration
 from segqc.quality.error_maps import ExtractionSettings, extract_errors
 from segqc.quality.intervals import LEVEL
 from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_metrics_and_slices, truth_is_empty
@@ -168,12 +168,9 @@ class Assessor(TrainedNetwork):
     def _error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
         """The part of the grid that was looked at, and the error's logits there."""
         box, z = self._output_logits(scan, labels, plausible)
-        if self.card.map_calibration:
-            z = np.stack([c.apply(logits) for c, logits in zip(self.card.map_calibration, z, strict=True)])
         if self.card.output_form == "truth":
-            masks = np.stack([s.mask(labels.array[box]) for s in self.structures])
-            np.negative(z, out=z, where=masks)  # sigmoid((1 - 2M) z): the truth's logit read as an error's
-        return box, z
+            z = truth_as_error(z, np.stack([s.mask(labels.array[box]) for s in self.structures]))
+        return box, calibrated_maps(z, self.card.map_calibration)
 
     def _output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
         if labels.shape != scan.shape:
@@ -357,6 +354,16 @@ def _answers_to_flips(
     members = [m for m in tta_group(transposes=False) if sum(m.flips) in along]
     answers = run(torch.cat([m.apply(x) for m in members])).split(len(x))
     return [m.invert(answer) for m, answer in zip(members, answers, strict=True)]
+
+
+def truth_as_error(logits: FloatArray, masks: BoolArray) -> FloatArray:
+    """The truth's logits z read as the error's, (1 - 2M) z; of the masks' shape."""
+    return np.negative(logits, out=logits.copy(), where=masks)
+
+
+def calibrated_maps(logits: FloatArray, maps: Sequence[MapCalibration]) -> FloatArray:
+    """Error logits (L, n0, n1, n2) after calibration; without one, as they are."""
+    return np.stack([c.apply(z) for c, z in zip(maps, logits, strict=True)]) if maps else logits
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:

@@ -32,11 +32,15 @@ class StructureCalibration:
 
 @dataclass(frozen=True, slots=True)
 class MapCalibration:
-    """Platt scaling of the network's logits of one structure, before they are read as probabilities."""
+    """Platt scaling of the error's logits of one structure, before they are read as probabilities.
+
+    Of the error's and not of the truth's: a shift makes errors likelier inside and outside the mask alike, and not the
+    estimated truth larger or smaller.
+    """
 
     scale: float = 1.0
     shift: float = 0.0
 
     def apply(self, logits: FloatArray) -> FloatArray:
-        """The calibrated logits, of any shape."""
+        """The calibrated logits of errors, of any shape."""
         return np.asarray(np.float32(self.scale) * logits + np.float32(self.shift), np.float32)

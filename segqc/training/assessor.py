@@ -301,11 +301,12 @@ def _fit_maps(
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration of the maps")
         scan, truth = read_case(mask_set.case, assessor.values)
+        patient = mask_set.case.patient
         for mask in mask_set.masks:
-            logits = judge.output_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
-            for structure, of_structure, z in zip(assessor.structures, known, logits, strict=True):
-                of_structure.append(known_map(z, structure.mask(mask), structure.mask(truth.array)))
-    return tuple(fit_map(of_structure, assessor.card.output_form) for of_structure in known)
+            logits = judge.error_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
+            for structure, of_structure, e in zip(assessor.structures, known, logits, strict=True):
+                of_structure.append(known_map(e, structure.mask(mask), structure.mask(truth.array), patient))
+    return tuple(fit_map(of_structure) for of_structure in known)
 
 
 def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:

@@ -20,7 +20,7 @@ from segqc.evaluation.methods.estimates import (
     estimate_from_error_map,
     structure_masks,
 )
-from segqc.networks.assessor import Assessor, sigmoid
+from segqc.networks.assessor import Assessor, calibrated_maps, sigmoid, truth_as_error
 from segqc.networks.cache import LatestCache
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import Progress
@@ -68,7 +68,7 @@ class MapEstimator:
 class ScanOnly:
     """The truth from the scan alone: assessors of output form "truth" that are shown an empty mask.
 
-    The truth's logits are averaged over the assessors; they do not depend on the mask. See `train_scan_only`.
+    Their logits do not depend on the mask; read as an error's, they are calibrated and averaged. See `train_scan_only`.
 
     Raises:
         ValueError: if there is no assessor, their structures differ, or one's output is not the truth's logit.
@@ -83,20 +83,24 @@ class ScanOnly:
         self.assessors = tuple(assessors)
         self.structures = _common([a.structures for a in assessors])
         self.empty_under_mm3 = empty_under_mm3
-        self._last: LatestCache[FloatArray] = LatestCache()
+        self._last: LatestCache[list[FloatArray]] = LatestCache()
 
-    def truth(self, scan: Volume) -> FloatArray:
-        """The estimated truth's probability, one per structure: (L, n0, n1, n2), on the scan's grid."""
+    def truth_logits(self, scan: Volume) -> list[FloatArray]:
+        """Each assessor's logits of the truth, before calibration: (L, n0, n1, n2), on the scan's grid."""
         known = self._last.get(scan)
         if known is not None:
             return known
         empty = Volume(np.zeros(scan.shape, np.uint8), scan.affine, scan.acquisition_axis)
-        # no voxel is in the mask: the error's logit is the truth's
-        return self._last.keep(sigmoid(_mean([a.error_logits(scan, empty) for a in self.assessors])), scan)
+        return self._last.keep([a.output_logits(scan, empty) for a in self.assessors], scan)
 
     def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Compare the mask with the truth estimated from the scan."""
-        return _estimates_of_truth(mask, self.structures, self.truth(mask.scan), self.empty_under_mm3)
+        masks = structure_masks(mask.labels.array, self.structures)
+        errors = [
+            calibrated_maps(truth_as_error(logits, masks), assessor.card.map_calibration)
+            for assessor, logits in zip(self.assessors, self.truth_logits(mask.scan), strict=True)
+        ]
+        return _estimates(mask, self.structures, sigmoid(_mean(errors)), self.empty_under_mm3)
 
 
 class CrossFittedMean:

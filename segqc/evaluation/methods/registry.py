@@ -23,18 +23,17 @@ from segqc.evaluation.data.storage import ARRAYS, Arrays, Format, as_json
 from segqc.evaluation.methods.autoencoder import train_autoencoder
 from segqc.evaluation.methods.ensemble import MeanOfEstimators
 from segqc.evaluation.methods.ensembles import EnsemblePairs
-from segqc.evaluation.methods.estimates import EMPTY_UNDER_MM3, AssessedMask, Estimator
+from segqc.evaluation.methods.estimates import EMPTY_UNDER_MM3, AssessedMask, Estimator, structure_masks
 from segqc.evaluation.methods.map_and_score import train_map_and_score
 from segqc.evaluation.methods.maps import CrossFittedMean, MapEstimator, ScanOnly, SoftOutput
 from segqc.evaluation.methods.regression import train_regression
 from segqc.evaluation.methods.simple import MeasuredMask, fit_constant, fit_size_regression, measured_masks
 from segqc.evaluation.methods.soft_input import SoftInput, SourcedMasks, train_soft_input
 from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta
-from segqc.networks.assessor import Assessor
-from segqc.networks.cache import LatestCache
+from segqc.networks.assessor import Assessor, truth_as_error
 from segqc.networks.card import ModelCard
 from segqc.networks.segmenter import Segmenter
-from segqc.quality.calibration import MapCalibration, OutputForm
+from segqc.quality.calibration import MapCalibration
 from segqc.split import PatientSplit
 from segqc.text import slug
 from segqc.training import LineProgress
@@ -44,7 +43,6 @@ from segqc.training.crossfit import MaskSet, masks_of, sources_of_masks
 from segqc.training.segmentation import plan_for
 from segqc.training.spec import TrainingSettings
 from segqc.types import BoolArray, FloatArray, Structure
-from segqc.volumes import Volume
 
 Change: TypeAlias = Callable[[TrainingSettings], TrainingSettings]
 
@@ -195,10 +193,12 @@ class WithSoftInput(Trained):
         network = self._network(run, folds[0])
 
         def logits(_fold: int) -> Callable[[AssessedMask], FloatArray]:
-            return lambda mask: network.truth_logits(mask, _source(mask))
+            return lambda mask: truth_as_error(
+                network.truth_logits(mask, _source(mask)), structure_masks(mask.labels.array, network.structures)
+            )
 
         path = f"networks/{slug(self.name)}/maps.json"
-        return network.with_maps(run.cached(path, _MAPS, lambda: _fit_maps(run, self, logits, "truth")))
+        return network.with_maps(run.cached(path, _MAPS, lambda: _fit_maps(run, self, logits)))
 
     def _network(self, run: Run, fold: int) -> SoftInput:
         s = run.settings
@@ -402,27 +402,24 @@ def _calibrated(
     """The assessors of some folds, their maps calibrated on the masks that calibrate a method; blind, without them."""
 
     def logits(fold: int) -> Callable[[AssessedMask], FloatArray]:
-        assessor, last = assessor_of(fold), LatestCache[FloatArray]()
-
-        def of(mask: AssessedMask) -> FloatArray:
-            if not blind:
-                return assessor.output_logits(mask.scan, mask.labels)
-            empty = Volume(np.zeros_like(mask.labels.array), mask.scan.affine, mask.scan.acquisition_axis)
-            known = last.get(mask.scan)
-            return last.keep(assessor.output_logits(mask.scan, empty), mask.scan) if known is None else known
-
-        return of
+        assessor = assessor_of(fold)
+        if not blind:
+            return lambda mask: assessor.error_logits(mask.scan, mask.labels)
+        alone = ScanOnly([assessor])
+        return lambda mask: truth_as_error(
+            alone.truth_logits(mask.scan)[0], structure_masks(mask.labels.array, assessor.structures)
+        )
 
     assessors = [assessor_of(fold) for fold in folds]
-    path, form = f"networks/{slug(method.name)}/maps.json", assessors[0].card.output_form
-    maps = run.cached(path, _MAPS, lambda: _fit_maps(run, method, logits, form))
+    path = f"networks/{slug(method.name)}/maps.json"
+    maps = run.cached(path, _MAPS, lambda: _fit_maps(run, method, logits))
     return [with_maps(assessor, maps) for assessor in assessors]
 
 
 def _fit_maps(
-    run: Run, method: Method, logits_of: Callable[[int], Callable[[AssessedMask], FloatArray]], form: OutputForm
+    run: Run, method: Method, logits_of: Callable[[int], Callable[[AssessedMask], FloatArray]]
 ) -> tuple[MapCalibration, ...]:
-    """Calibrate a method's maps on the calibrating masks, each as the network of its fold sees it."""
+    """Calibrate a method's error maps on the calibrating masks, each as the network of its fold sees it."""
     structures = run.cohort.structures
     known: list[list[KnownMap]] = [[] for _ in structures]
     for fold in calibrating_folds(run, method.name):
@@ -430,10 +427,10 @@ def _fit_maps(
         for mask in calibration_masks(run, fold):
             if method.of_one_source and mask.early:
                 continue
-            for structure, of_structure, z in zip(structures, known, logits(mask.assessed), strict=True):
+            for structure, of_structure, e in zip(structures, known, logits(mask.assessed), strict=True):
                 labels, truth = (structure.mask(volume.array) for volume in (mask.assessed.labels, mask.truth))
-                of_structure.append(known_map(z, labels, truth))
-    return tuple(fit_map(of_structure, form) for of_structure in known)
+                of_structure.append(known_map(e, labels, truth, mask.patient))
+    return tuple(fit_map(of_structure) for of_structure in known)
 
 
 def _leaking(run: Run, masks: MaskSet, fold: int) -> MaskSet:

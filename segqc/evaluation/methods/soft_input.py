@@ -22,14 +22,19 @@ from segqc.evaluation.methods.estimates import (
     structure_masks,
 )
 from segqc.evaluation.methods.maps import structure_probabilities
-from segqc.networks.assessor import answers_without_mask, mean_over_flips, sigmoid
+from segqc.networks.assessor import (
+    answers_without_mask,
+    calibrated_maps,
+    mean_over_flips,
+    sigmoid,
+    truth_as_error,
+)
 from segqc.networks.device import device_of_choice
 from segqc.networks.inference import network_input, sliding_window
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import Progress
 from segqc.quality.calibration import MapCalibration
-from segqc.quality.error_maps import estimated_truth
 from segqc.training.assessor import assessor_job, mask_examples
 from segqc.training.cases import label_values, read_case
 from segqc.training.crossfit import MaskSet
@@ -68,7 +73,7 @@ class SoftInput:
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
         self.settings = settings
-        self.maps = tuple(maps) or (MapCalibration(),) * len(self.structures)
+        self.maps = tuple(maps)
 
     def with_maps(self, maps: tuple[MapCalibration, ...]) -> SoftInput:
         """The same network with calibrated maps, one per structure."""
@@ -79,9 +84,8 @@ class SoftInput:
         if mask.source is None:
             return (SILENT,) * len(self.structures)
         logits = self.truth_logits(mask, mask.source)
-        truth = sigmoid(np.stack([c.apply(z) for c, z in zip(self.maps, logits, strict=True)]))
         masks = structure_masks(mask.labels.array, self.structures)
-        errors = estimated_truth(masks, truth)  # M(1-T) + (1-M)T is its own inverse
+        errors = sigmoid(calibrated_maps(truth_as_error(logits, masks), self.maps))
         axis, empty = through_plane_axis(mask.scan), empty_rule(mask.scan, self.empty_under_mm3)
         return tuple(estimate_from_error_map(m, e, axis, empty) for m, e in zip(masks, errors, strict=True))
 
