@@ -20,6 +20,7 @@ from segqc.quality.metrics import (
     estimated_slice_metrics,
     fit_calibration,
     true_metrics,
+    true_metrics_with_slices,
     true_slice_metrics,
     truth_is_empty,
 )
@@ -111,6 +112,16 @@ def test_estimates_equal_the_truth_when_the_error_map_is_the_difference(
     estimated, true = estimated_slice_metrics(mask, error, axis, empty=rule), true_slice_metrics(mask, truth, axis)
     for name in (*METRIC_NAMES, "truth_voxels", "counted"):
         np.testing.assert_array_equal(getattr(estimated, name), getattr(true, name), err_msg=name)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_whole_and_its_slices_are_counted_together(axis: int, share: float) -> None:
+    mask, truth = np.random.default_rng(1).random((2, 7, 5, 6)) < share
+    whole, slices = true_metrics_with_slices(mask, truth, axis)
+    assert whole == true_metrics(mask, truth)
+    assert slices.each() == true_slice_metrics(mask, truth, axis).each()
+    assert slices.truth_voxels.tolist() == [truth.take(i, axis).sum() for i in range(truth.shape[axis])]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])

@@ -26,7 +26,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
 from segqc.store.scans import UnknownScan
-from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow
+from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
 from segqc.types import Metrics
@@ -666,6 +666,29 @@ def test_every_reader_gets_a_scan_once(store: Store, folder: Path) -> None:
     with store.write() as transaction:
         assert answer_lease(transaction, a.scan, ANNA) is not None
     assert take(store, ANNA, rules, sequential.order).scan != a.scan
+
+
+def test_a_hand_out_is_answered_once(store: Store) -> None:
+    """Of two submissions that were measured at the same time one closes the lease, whatever both have read before."""
+    lease = take(store, ANNA, PLAIN, sequential.order)
+    with store.write() as transaction:
+        first = leases.submitted(transaction, lease)
+    assert first is not None
+    assert first.state == "submitted"
+    with store.write() as transaction:
+        assert leases.submitted(transaction, lease) is None
+        assert transaction.get_one(Scan, scans.number_of(transaction, lease.scan)).readings == 1
+
+
+def test_a_change_is_seen_by_objects_of_the_same_transaction(store: Store) -> None:
+    with store.write() as transaction:
+        row = transaction.get_one(Scan, scans.number_of(transaction, "scan_1"))
+        assert row.ranking_dice is None
+        scans.rank(transaction, row.id, 0.25, True)
+        assert (row.ranking_dice, row.foreground) == (0.25, True)
+        row.ranking_dice = 0.5
+        scans.set_state(transaction, scans.get(transaction, "scan_1"), "excluded", ANNA, "a test")
+        assert (row.ranking_dice, row.state, row.queue) == (0.5, "excluded", None)
 
 
 def test_audit_draws_are_uniform_among_all_waiting_scans(store: Store, clock: Clock) -> None:

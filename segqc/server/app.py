@@ -61,7 +61,7 @@ FIRST_LOOK_SECONDS = 10.0
 INFERENCE_NICENESS: Final = 10
 # So many new objects before garbage is looked for: by Python's default of 700, a request pays for it several times.
 GARBAGE_OBJECTS: Final = 20_000
-ANNOTATION_SLOTS: Final = 3  # two wait for the disk or a core while one computes
+ANNOTATION_SLOTS: Final = 2  # one waits for the disk while another computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
 FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
 
