@@ -5,8 +5,9 @@ so there are masks and plausible voxels as of trained ones. Each backend, and th
 own with one thread; they take turns at every task, and the least seconds of some rounds count: of the processor, or of
 the clock on a GPU.
 
-"assess" is told where the segmenter holds structures possible, as whenever a new mask is assessed; "assess anywhere" is
-not. "convolutions" are those of predicting alone, back to back, each in the layout that oneDNN computes fastest.
+"assess" is of a scan that was just segmented, as whenever a new mask is assessed: where structures are possible is
+known, and what was kept of the scan. "assess anywhere" is of a mask alone. "convolutions" are those of predicting
+alone, back to back, each in the layout that oneDNN computes fastest.
 
     git worktree add ../before COMMIT
     python benchmarks/inference.py --before ../before
@@ -158,12 +159,13 @@ def serve(name: str, backend: str) -> None:
             model.backend = dataclasses.replace(
                 model.backend, compute=finding_what_is_bright(model.backend.compute, channels)
             )
-    prediction = segmenter.predict(fresh())
+    segmented = fresh()
+    prediction = segmenter.predict(segmented)
     plausible = {} if backend == BEFORE else {"plausible": prediction.plausible}
     mask = np.roll(prediction.labels.array, shape[0] // 16, axis=0)  # wrong at two sides, and
     mask[..., shape[2] // 2] = 0  # in a slice
     labels = Volume(mask, scan.affine)
-    assessed = assessor.assess(fresh(), labels, scan_id="s", **plausible).assessment
+    assessed = assessor.assess(segmented, labels, scan_id="s", **plausible).assessment
 
     def windows() -> int:
         looked: list[int] = []
@@ -174,9 +176,9 @@ def serve(name: str, backend: str) -> None:
 
     tasks: dict[str, Callable[[], float]] = {
         "predict": lambda: seconds(lambda: segmenter.predict(fresh())),
-        "assess": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s", **plausible)),
+        "assess": lambda: seconds(lambda: assessor.assess(segmented, labels, scan_id="s", **plausible)),
         "assess anywhere": lambda: seconds(lambda: assessor.assess(fresh(), labels, scan_id="s")),
-        "assess by three": lambda: seconds(lambda: ensemble.assess(fresh(), labels, scan_id="s", **plausible)),
+        "assess by three": lambda: seconds(lambda: ensemble.assess(segmented, labels, scan_id="s", **plausible)),
         "TTA-16": lambda: seconds(lambda: segmenter.predict_tta(fresh(), GAMMAS)),
         "convolutions": lambda: convolutions(networks[0], plans[0].patch, bfloat16=backend.endswith("bfloat16")),
         "windows": lambda: float(windows()),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from segqc.networks.backends import choose_backend
+from segqc.networks.cache import LatestCache
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
 from segqc.networks.inference import Predictor, Window, sliding_window
@@ -21,6 +22,7 @@ from segqc.networks.unet import MeanOfNetworks, StemUNet
 from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
+_FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
 _FORMAT = 2  # 2: with a smoothing layer behind the stem
 
 
@@ -84,7 +86,9 @@ class TrainedNetwork:
 
     def frame(self, scan: Volume) -> CanonicalFrame:
         """The canonical frame in which the network sees a scan."""
-        return canonical_frame(scan, spacing_mm=self.card.plan.spacing_mm)
+        spacing = self.card.plan.spacing_mm
+        known = _FRAMES.get(scan, spacing)
+        return _FRAMES.keep(canonical_frame(scan, spacing_mm=spacing), scan, spacing) if known is None else known
 
     def run(
         self,
