@@ -220,7 +220,7 @@ def test_a_decathlon_task_becomes_a_studies_folder(task: Path, tmp_path: Path) -
     case_list = decathlon.read_task(task)
     assert case_list.structures == (Structure("liver", (1,)), Structure("liver tumour", (2,)))
     assert make_dataset(case_list, tmp_path / "s", link=True, progress=steps) == Imported(3, 2)
-    assert steps.seen[-1] == (3, 3, "exporting")
+    assert steps.seen[-1] == (3, 3, "importing")
     assert (tmp_path / "s" / "a.nii.gz").samefile(task / "imagesTr" / "a.nii.gz")
     assert "liver tumour" in (tmp_path / "s" / "segqc.toml").read_text()
     opened = plain(tmp_path / "s")

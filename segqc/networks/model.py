@@ -23,7 +23,7 @@ from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 2  # 2: with a smoothing layer behind the stem
+_FORMAT = 3  # 2: with a smoothing layer behind the stem; 3: maps are calibrated on the logits of errors
 
 
 class TrainedNetwork:
