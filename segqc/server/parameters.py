@@ -7,6 +7,7 @@ send what other servers know; a listed key whose value cannot be used is refused
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 from fastapi import Body, Form, Query
@@ -176,12 +177,22 @@ class SegmentNames(BaseModel):
 
 
 class InferParams(Params, SegmentNames):
-    """Inference on one scan; the segments' names are those of an uploaded label map."""
+    """Inference on one scan; the segments' names are those of an uploaded label map.
+
+    What else is sent reaches the inference task if it is one of the task's own parameters.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     label_tag: Tag | None = Field(None, description="The stored label map to assess; or where the mask is kept.")
     save_label: bool = Field(False, description="Whether to keep what is made.")
     result_extension: Literal[".nii.gz", ".nii", ".nrrd"] | None = None
     result_compress: bool | None = None
+
+    def for_task(self, own: Collection[str]) -> JsonObject:
+        """What a task gets that has these parameters of its own."""
+        further = {name: value for name, value in (self.model_extra or {}).items() if name in own}
+        return {**self.model_dump(include=set(InferParams.model_fields)), **further}
 
 
 class LabelParams(SegmentNames):

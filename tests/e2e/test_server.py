@@ -168,7 +168,7 @@ def test_first_networks_are_trained_and_the_pool_is_scored(server: Server) -> No
     trainings = server.get("/train/?all=true").json()
     assert [(t["request"]["model"], t["status"]) for t in trainings] == [("segmentation", "DONE"), ("segqc", "DONE")]
     assert server.get("/scoring/").json()["status"] == "DONE"
-    assert "fold 1/2" in server.log.read_text()  # progress is seen at the terminal
+    assert "fold 1 of 2" in server.log.read_text()  # progress is seen at the terminal
     info = server.client.info()
     assert 0 <= info["train_stats"]["segmentation"]["best_metric"] <= 1
     assert info["datastore"]["label_tags"] == {"final": 5, "original": 3}

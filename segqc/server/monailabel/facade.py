@@ -112,6 +112,11 @@ class App:
         body: JsonObject = self._instance.info()
         return body
 
+    def own_params(self, model: str) -> frozenset[str]:
+        """The parameters that an inference task takes beside those of every task: its ``params``, where it has them."""
+        names: frozenset[str] = getattr(self._instance._infers[model], "params", frozenset())
+        return names
+
     def infer(self, request: Mapping[str, Any]) -> Inference:
         """Run an inference task, as `DatasetApp.infer` describes."""
         made = self._instance.infer(request)

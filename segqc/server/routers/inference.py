@@ -65,7 +65,7 @@ def _infer(
     if output is Output.dicom_seg:
         raise RequestError(400, "DICOM SEG is made from scans on a DICOMweb server; these scans are files.")
     with tempfile.TemporaryDirectory(prefix="segqc-") as name:
-        wanted: dict[str, Any] = {**params.model_dump(), "model": model}
+        wanted: dict[str, Any] = {**params.for_task(app.own_params(model)), "model": model}
         if file is not None:
             received = receive(file, Path(name), "scan", "the scan")
             check_received(received, "the scan")
