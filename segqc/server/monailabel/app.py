@@ -58,7 +58,7 @@ class DatasetApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """What clients see; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
-        ``findings`` are the files of the folder that were not taken in, ``remarks`` what is to know of those that were;
+        ``findings`` are the files of the folder that were not accepted, ``remarks`` what is to know of those that were;
         of many, the first ones. While the database is away, clients get the last answer again, and ``problem`` says so.
         """
         try:
