@@ -54,10 +54,19 @@ def refused(model: Any, value: object) -> str:
 def test_what_clients_send_to_any_server_is_ignored(model: type[BaseModel]) -> None:
     needed = NEEDED.get(model, {})
     foreign = {"client_id": None, "device": "cuda", "roi_size": [96, 96, 96], "result_dtype": "uint16", "labels": [{}]}
-    assert parse(model, {**needed, **foreign}) == model(**needed)
+    fields = set(model.model_fields)  # an inference keeps the rest, for tasks that take it
+    assert parse(model, {**needed, **foreign}).model_dump(include=fields) == model(**needed).model_dump()
     assert parse(model, {**needed, "client_id": "anna"}) == model(**needed, client_id="anna")
     if not needed:
         assert parse(model, None) == parse(model, {}) == model()
+
+
+def test_an_inference_task_gets_what_it_takes_and_nothing_else() -> None:
+    params = parse(InferParams, {"seconds": 3, "image_file": "/etc/passwd", "label_tag": "final"})
+    assert isinstance(params, InferParams)
+    given = params.for_task({"seconds", "clicks"})
+    assert (given["seconds"], given["label_tag"]) == (3, "final")
+    assert given.keys() == {*InferParams.model_fields, "seconds"}
 
 
 @pytest.mark.parametrize("model", COMMANDS)
