@@ -128,10 +128,10 @@ def crossfit_masks(
         held = [c for c in cases if patient_splits[c.patient].fold == fold]
         networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
         for i, case in enumerate(held):
-            stored = masks_file(networks, case, settings, folder / "masks")
-            kept = ", kept from an earlier run" if stored.is_file() else ""
+            path = masks_file(networks, case, settings, folder / "masks")
+            kept = ", kept from an earlier run" if path.is_file() else ""
             progress.step(i, len(held), f"masks by the {_name_of(fold, folds)}", f"{case.id}{kept}")
-            sets.append(stored_masks(networks, case, settings, folder / "masks"))
+            sets.append(_masks_at(path, networks, case, settings))
     return sets
 
 
@@ -228,7 +228,10 @@ def masks_file(networks: Sequence[Segmenter], case: Case, settings: TrainingSett
 
 def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> MaskSet:
     """The masks of a case, from an earlier run with the same networks where there is one."""
-    path = masks_file(networks, case, settings, folder)
+    return _masks_at(masks_file(networks, case, settings, folder), networks, case, settings)
+
+
+def _masks_at(path: Path, networks: Sequence[Segmenter], case: Case, settings: TrainingSettings) -> MaskSet:
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -236,7 +239,7 @@ def stored_masks(networks: Sequence[Segmenter], case: Case, settings: TrainingSe
         except Exception as error:  # of many kinds on damaged files, without a common base
             logger.warning("%s: unreadable masks (%s), made anew", path, error)
     made = masks_of(networks, case, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         np.savez_compressed(temporary, masks=made.masks, dice=np.array(made.dice))
     return made
