@@ -217,6 +217,21 @@ def test_the_scan_in_the_canonical_frame_is_made_once() -> None:
     assert canonical_scan(scan, coarse).shape == to_canonical(scan.array, coarse, order=1).shape
 
 
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [
+        ((256, 256, 10), (1.25, 1.25, 8.0)),
+        ((256, 256, 48), (1.0, 1.0, 3.0)),
+        ((512, 512, 200), (0.7, 0.7, 2.0)),
+        ((128, 128, 24), (1.2, 1.2, 4.0)),
+    ],
+)
+def test_a_planned_patch_covers_its_scans_with_little_overlap(shape: Triple, spacing: Spacing) -> None:
+    made = plan_network(spacing, shape, in_channels=1, out_channels=2)
+    extent = [round(n * s / t) for n, s, t in zip(shape, spacing, made.spacing_mm, strict=True)]
+    assert len(all_windows(extent, made.patch)) * math.prod(made.patch) < 1.5 * math.prod(extent)
+
+
 def network_of(shape: Triple, spacing: Spacing, members: int) -> tuple[NetworkPlan, nn.Module]:
     made = plan_network(spacing, shape, in_channels=2, out_channels=1)
     networks = [build_network(made, seed=i) for i in range(members)]

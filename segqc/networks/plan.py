@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -14,6 +15,7 @@ Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 _NEAR_ISOTROPIC = 2.0  # axes within this factor of the finest spacing are pooled together (nnU-Net's rule)
 _OVERLAP = 1 / 8  # neighbouring windows share this part of their extent at least
+_FLEXIBILITY = 1.35  # how far an axis of the patch may be from what is balanced, so that windows overlap less
 _MIN_LEVELS = 3  # DynUNet's own minimum
 
 
@@ -124,7 +126,9 @@ def plan_network(
         strides.append(stride)
         kernels.append(_kernel(current))
     total = np.prod([stem, *strides], axis=0)
-    fitted = tuple(int(math.ceil(n / t) * t) for n, t in zip(window, total, strict=True))
+    fitted = [int(math.ceil(n / t) * t) for n, t in zip(window, total, strict=True)]
+    if patch is None:
+        fitted = _tiling(fitted, extent, total.tolist())
     filters = tuple(min(rule.max_filters, rule.base_filters * 2**level) for level in range(len(strides)))
     return NetworkPlan(
         in_channels=in_channels,
@@ -136,6 +140,28 @@ def plan_network(
         strides=tuple(strides),
         filters=filters,
     )
+
+
+def _tiling(patch: Sequence[int], extent: Sequence[int], factors: Sequence[int]) -> list[int]:
+    """The patch, near a balanced one and no larger, whose windows over the extent hold the fewest voxels in all."""
+    choices = [
+        [
+            size
+            for size in range(factor, math.ceil(length / factor) * factor + 1, factor)
+            if balanced / _FLEXIBILITY <= size <= balanced * _FLEXIBILITY
+        ]
+        for balanced, length, factor in zip(patch, extent, factors, strict=True)
+    ]
+
+    def voxels(sizes: Iterable[int]) -> int:
+        return math.prod(size * len(window_starts(length, size)) for size, length in zip(sizes, extent, strict=True))
+
+    def distance(sizes: Iterable[int]) -> float:
+        return sum(abs(math.log(size / balanced)) for size, balanced in zip(sizes, patch, strict=True))
+
+    largest = math.prod(patch)
+    fitting = [sizes for sizes in itertools.product(*choices) if math.prod(sizes) <= largest]
+    return list(min(fitting, key=lambda sizes: (voxels(sizes), distance(sizes))))
 
 
 def _kernel(spacing: Sequence[float]) -> Triple:
