@@ -21,6 +21,7 @@ from segqc.networks.inference import (
     Predictor,
     Window,
     all_windows,
+    box_around,
     network_input,
     not_air,
     windows_near,
@@ -28,9 +29,17 @@ from segqc.networks.inference import (
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.calibration import MapCalibration, StructureCalibration
-from segqc.quality.error_maps import ExtractionSettings, extract_errors
+from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors, padded_box
 from segqc.quality.intervals import LEVEL
-from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_metrics_and_slices, truth_is_empty
+from segqc.quality.metrics import (
+    PEAK_OF_A_TRUTH,
+    EmptyRule,
+    Values,
+    estimated_metrics,
+    estimated_metrics_and_slices,
+    slice_sums,
+    truth_is_empty,
+)
 from segqc.types import (
     Assessment,
     BackendName,
@@ -54,6 +63,7 @@ from segqc.volumes import (
 )
 
 ERROR_THRESHOLD = 0.5
+_NOTHING: Box = (slice(0, 0), slice(0, 0), slice(0, 0))
 MARGIN_MM = 10.0
 """How far from a mask and from plausible voxels SegQC-Net looks at least."""
 
@@ -125,18 +135,15 @@ class Assessor(TrainedNetwork):
 
         Arguments and errors as `output_logits`.
         """
-        box, z = self._error_logits(scan, labels, plausible)
-        errors = np.zeros((len(self.structures), *scan.shape), np.float32)
-        errors[(slice(None), *box)] = sigmoid(z)
-        return errors
+        return self._error_maps(scan, self._masks(scan, labels), plausible)[0]
 
     def error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
 
         Arguments and errors as `output_logits`.
         """
-        box, z = self._error_logits(scan, labels, plausible)
-        return self._on_grid(z, box, scan)
+        z, box = self._error_logits(scan, self._masks(scan, labels), plausible)
+        return _on_grid(z, box, scan, NOWHERE)
 
     def output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
@@ -157,27 +164,34 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        box, z = self._output_logits(scan, labels, plausible)
-        return self._on_grid(z, box, scan)
+        z, box = self._output_logits(scan, self._masks(scan, labels), plausible)
+        return _on_grid(z, box, scan, NOWHERE)
 
-    def _on_grid(self, logits: FloatArray, box: Box, scan: Volume) -> FloatArray:
-        result = np.full((len(self.structures), *scan.shape), NOWHERE, np.float32)
-        result[(slice(None), *box)] = logits
-        return result
-
-    def _error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
-        """The part of the grid that was looked at, and the error's logits there."""
-        box, z = self._output_logits(scan, labels, plausible)
-        if self.card.output_form == "truth":
-            z = truth_as_error(z, np.stack([s.mask(labels.array[box]) for s in self.structures]))
-        return box, calibrated_maps(z, self.card.map_calibration)
-
-    def _output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
+    def _masks(self, scan: Volume, labels: Volume) -> BoolArray:
         if labels.shape != scan.shape:
             raise VolumeError(
                 f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
             )
-        masks = np.stack([s.mask(labels.array) for s in self.structures])
+        return np.stack([structure.mask(labels.array) for structure in self.structures])
+
+    def _error_maps(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
+        """The error maps, and the part of the grid that was looked at: beyond it they are zero."""
+        z, box = self._error_logits(scan, masks, plausible)
+        return _on_grid(torch.from_numpy(z).sigmoid_().numpy(), box, scan, 0), box
+
+    def _error_logits(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
+        """The error's logits where was looked, and the part of the grid that this is."""
+        z, box = self._output_logits(scan, masks, plausible)
+        if self.card.output_form == "truth":
+            for of_structure, mask in zip(z, masks[(slice(None), *box)], strict=True):
+                inside = bounding_box(mask) or _NOTHING
+                of_structure[inside] = truth_as_error(of_structure[inside], mask[inside])
+        if self.card.map_calibration:
+            for of_structure, calibration in zip(z, self.card.map_calibration, strict=True):
+                calibration.apply(of_structure, out=of_structure)
+        return z, box
+
+    def _output_logits(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
         frame = self.frame(scan)
         x = network_input(scan, masks, frame)
         windows = self._windows(x[0].numpy(), masks, frame, plausible)
@@ -188,11 +202,8 @@ class Assessor(TrainedNetwork):
         else:
             shown = functools.partial(_answers_to_flips, self.backend, along=(0, 2))
             logits = (self._look(lambda w: torch.stack(shown(w)).mean(dim=0), x, windows) + hidden) / 2
-        looked = np.zeros(frame.canonical_shape, bool)
-        for window in windows:
-            looked[tuple(slice(max(0, w.start), w.stop) for w in window)] = True
-        box = native_support(looked, frame) or (slice(0, 0), slice(0, 0), slice(0, 0))
-        return box, np.asarray(to_native(logits[0].numpy(), frame, order=1, box=box), np.float32)
+        box = native_support(box_around(windows), frame)
+        return np.asarray(to_native(logits[0].numpy(), frame, order=1, box=box), np.float32), box
 
     def _look(self, predictor: Predictor, x: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
         return self.run(x, predictor, windows=windows, elsewhere=[NOWHERE] * len(self.structures))
@@ -246,11 +257,12 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        errors = self.error_maps(scan, labels, plausible)
+        masks = self._masks(scan, labels)
+        errors, looked = self._error_maps(scan, masks, plausible)
         axis = through_plane_axis(scan)
         qualities = tuple(
-            self._quality(i, structure.mask(labels.array), errors[i], axis, scan)
-            for i, structure in enumerate(self.structures)
+            self._quality(i, mask, error, looked, axis, scan)
+            for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
         shape = scan.array.shape
         assessment = Assessment(
@@ -282,39 +294,61 @@ class Assessor(TrainedNetwork):
     def _empty_rule(self, scan: Volume) -> EmptyRule:
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 
-    def _quality(self, index: int, mask: BoolArray, error: FloatArray, axis: int, scan: Volume) -> StructureQuality:
+    def _quality(
+        self, index: int, mask: BoolArray, error: FloatArray, looked: Box, axis: int, scan: Volume
+    ) -> StructureQuality:
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
-        extracted = extract_errors(error, mask, axis, scan.spacing_mm, extraction)
         calibration = self.card.calibration[index] if self.card.calibration else None
         boxes = self.settings.boxes
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
-        raw = self._view(mask, error, axis, scan, boxes)
+        # All but adding up is done where the mask and likely errors are, which is a small part of the slices.
+        likely = error[looked] >= min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
+        margin = [
+            n if a == axis else 1 + int(extraction.band_mm / scan.spacing_mm[a]) for a, n in enumerate(scan.shape)
+        ]
+        part = _part(mask[looked] | likely, looked, margin, scan.shape)
+        elsewhere = -slice_sums(error[part], axis)
+        elsewhere[looked[axis]] += slice_sums(error[looked], axis)
+        of_mask, of_error = mask[part].copy(), error[part].copy()  # NumPy is faster on what lies together
+        raw = self._view(of_mask, of_error, part, elsewhere, axis, scan, boxes)
+        extracted = extract_errors(of_error, of_mask, axis, scan.spacing_mm, extraction)
         estimated = _calibrated(raw.metrics, calibration)
         made_of = calibration.intervals if calibration is not None else None
+        voxels = np.count_nonzero(of_mask)
         return StructureQuality(
             name=name,
-            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
-            mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
+            present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
+            mask_volume_ml=voxels * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
-            extracted=self._view(mask, extracted, axis, scan, boxes),
+            extracted=self._view(of_mask, extracted, part, elsewhere, axis, scan, boxes),
             intervals=made_of.of(raw.metrics, estimated, level=self.settings.interval_level)
             if made_of is not None
             else MetricIntervals(),
         )
 
-    def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
+    def _view(
+        self,
+        mask: BoolArray,
+        error: FloatArray,
+        part: Box,
+        elsewhere: Values,
+        axis: int,
+        scan: Volume,
+        boxes: BoxSettings,
+    ) -> ErrorView:
+        """Metrics and boxes of a part of the scan, with the error's sum in the rest of each slice."""
         rule = self._empty_rule(scan)
-        metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule)
+        metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule, elsewhere=elsewhere)
         return ErrorView(
             metrics=metrics,
             slices=tuple(
                 SliceQuality(i, of_slice, error_sum)
                 for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
             ),
-            boxes=find_boxes(error, axis, scan.spacing_mm, boxes),
+            boxes=find_boxes(error, axis, scan.spacing_mm, boxes, part=part, shape=scan.shape),
         )
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:
@@ -369,6 +403,24 @@ def calibrated_maps(logits: FloatArray, maps: Sequence[MapCalibration]) -> Float
 def sigmoid(logits: FloatArray) -> FloatArray:
     """Probabilities of logits of any shape."""
     return np.asarray(torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy(), np.float32)
+
+
+def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> FloatArray:
+    """Values (L, ...) of a part of the scan's grid, with another one in the rest: (L, n0, n1, n2)."""
+    if values.shape[1:] == scan.shape:
+        return values
+    result = np.zeros((len(values), *scan.shape), np.float32)  # memory that costs nothing where nothing is written
+    if elsewhere:
+        result[:] = elsewhere
+    result[(slice(None), *box)] = values
+    return result
+
+
+def _part(where: BoolArray, looked: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
+    """The box around voxels of a part of the grid that was looked at, widened by a margin."""
+    inner = bounding_box(where) or _NOTHING
+    a, b, c = (slice(i.start + o.start, i.stop + o.start) for i, o in zip(inner, looked, strict=True))
+    return padded_box((a, b, c), margin, shape)
 
 
 def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from segqc.networks.augmentation import Member, tta_group
 from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
+from segqc.quality.error_maps import bounding_box
 from segqc.types import BackendName, BoolArray, FloatArray, LabelArray
 from segqc.volumes import CanonicalFrame, Volume, native_support, to_native
 
@@ -45,8 +48,9 @@ class Prediction:
     @property
     def plausible(self) -> BoolArray:
         """Where foreground has a probability of `PLAUSIBLE` at least: (a, b, c) in the canonical frame."""
-        foreground = torch.logsumexp(torch.from_numpy(self.logits[1:]), dim=0).numpy()
-        return np.asarray(foreground - self.logits[0] >= np.log(PLAUSIBLE / (1 - PLAUSIBLE)))
+        background, *classes = torch.from_numpy(self.logits)
+        foreground = functools.reduce(torch.logaddexp, classes)
+        return np.asarray((foreground - background >= math.log(PLAUSIBLE / (1 - PLAUSIBLE))).numpy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +142,9 @@ class Segmenter(TrainedNetwork):
         """The label map of logits in the canonical frame: of largest logit after linear interpolation."""
         labels = np.zeros(frame.native_shape, np.uint8)
         # interpolated logits of a class exceed the background's only near voxels where they do so
-        box = native_support((logits[1:] > logits[0]).any(axis=0), frame)
-        if box is not None:
+        above_background = bounding_box((logits[1:] > logits[0]).any(axis=0))
+        if above_background is not None:
+            box = native_support(above_background, frame)
             found = np.zeros(labels[box].shape, np.uint8)
             best = np.zeros(found.shape, np.float32)
             for value, of_class in zip(self.values, logits[1:], strict=True):
