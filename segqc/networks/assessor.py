@@ -63,7 +63,6 @@ from segqc.volumes import (
 )
 
 ERROR_THRESHOLD = 0.5
-_NOTHING: Box = (slice(0, 0), slice(0, 0), slice(0, 0))
 MARGIN_MM = 10.0
 """How far from a mask and from plausible voxels SegQC-Net looks at least."""
 
@@ -184,8 +183,9 @@ class Assessor(TrainedNetwork):
         z, box = self._output_logits(scan, masks, plausible)
         if self.card.output_form == "truth":
             for of_structure, mask in zip(z, masks[(slice(None), *box)], strict=True):
-                inside = bounding_box(mask) or _NOTHING
-                of_structure[inside] = truth_as_error(of_structure[inside], mask[inside])
+                inside = bounding_box(mask)
+                if inside is not None:
+                    of_structure[inside] = truth_as_error(of_structure[inside], mask[inside])
         if self.card.map_calibration:
             for of_structure, calibration in zip(z, self.card.map_calibration, strict=True):
                 calibration.apply(of_structure, out=of_structure)
@@ -303,52 +303,36 @@ class Assessor(TrainedNetwork):
         boxes = self.settings.boxes
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
-        # All but adding up is done where the mask and likely errors are, which is a small part of the slices.
-        likely = error[looked] >= min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
-        margin = [
-            n if a == axis else 1 + int(extraction.band_mm / scan.spacing_mm[a]) for a, n in enumerate(scan.shape)
-        ]
-        part = _part(mask[looked] | likely, looked, margin, scan.shape)
-        elsewhere = -slice_sums(error[part], axis)
-        elsewhere[looked[axis]] += slice_sums(error[looked], axis)
-        of_mask, of_error = mask[part].copy(), error[part].copy()  # NumPy is faster on what lies together
-        raw = self._view(of_mask, of_error, part, elsewhere, axis, scan, boxes)
-        extracted = extract_errors(of_error, of_mask, axis, scan.spacing_mm, extraction)
+        least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
+        part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
+        raw = self._view(part, part.error, boxes, scan)
+        extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         estimated = _calibrated(raw.metrics, calibration)
         made_of = calibration.intervals if calibration is not None else None
-        voxels = np.count_nonzero(of_mask)
+        voxels = np.count_nonzero(part.mask)
         return StructureQuality(
             name=name,
             present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
             mask_volume_ml=voxels * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
-            extracted=self._view(of_mask, extracted, part, elsewhere, axis, scan, boxes),
+            extracted=self._view(part, extracted, boxes, scan),
             intervals=made_of.of(raw.metrics, estimated, level=self.settings.interval_level)
             if made_of is not None
             else MetricIntervals(),
         )
 
-    def _view(
-        self,
-        mask: BoolArray,
-        error: FloatArray,
-        part: Box,
-        elsewhere: Values,
-        axis: int,
-        scan: Volume,
-        boxes: BoxSettings,
-    ) -> ErrorView:
-        """Metrics and boxes of a part of the scan, with the error's sum in the rest of each slice."""
-        rule = self._empty_rule(scan)
-        metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule, elsewhere=elsewhere)
+    def _view(self, part: _PartOfSlices, error: FloatArray, boxes: BoxSettings, scan: Volume) -> ErrorView:
+        metrics, per_slice, sums = estimated_metrics_and_slices(
+            part.mask, error, 0, empty=self._empty_rule(scan), elsewhere=part.elsewhere
+        )
         return ErrorView(
             metrics=metrics,
             slices=tuple(
                 SliceQuality(i, of_slice, error_sum)
                 for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
             ),
-            boxes=find_boxes(error, axis, scan.spacing_mm, boxes, part=part, shape=scan.shape),
+            boxes=find_boxes(error, 0, part.spacing_mm, boxes, part=part.box, shape=part.shape),
         )
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:
@@ -416,11 +400,56 @@ def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> Fl
     return result
 
 
-def _part(where: BoolArray, looked: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
-    """The box around voxels of a part of the grid that was looked at, widened by a margin."""
-    inner = bounding_box(where) or _NOTHING
-    a, b, c = (slice(i.start + o.start, i.stop + o.start) for i, o in zip(inner, looked, strict=True))
-    return padded_box((a, b, c), margin, shape)
+@dataclass(frozen=True, slots=True)
+class _PartOfSlices:
+    """The part of all slices where a structure's mask and likely errors are: the slices first, then their own axes.
+
+    Attributes:
+        mask: of the part.
+        error: of the part.
+        elsewhere: the error's sum in the rest of each slice.
+        box: the part's place in the scan.
+        shape: the scan's.
+        spacing_mm: the voxels'.
+    """
+
+    mask: BoolArray
+    error: FloatArray
+    elsewhere: Values
+    box: Box
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+
+def _part_of_slices(
+    mask: BoolArray, error: FloatArray, looked: Box, axis: int, scan: Volume, least: float, reach_mm: float
+) -> _PartOfSlices:
+    """Find the part around a mask and errors.
+
+    Args:
+        mask: the mask, on the scan's grid.
+        error: its error map.
+        looked: the part of the grid that was looked at.
+        axis: the through-plane axis.
+        scan: the scan.
+        least: the error probability from which a voxel belongs to the part.
+        reach_mm: how far around the mask the part reaches.
+    """
+    inner = bounding_box(mask[looked] | (error[looked] >= least)) or (slice(0, 0), slice(0, 0), slice(0, 0))
+    i, j, k = (slice(side.start + o.start, side.stop + o.start) for side, o in zip(inner, looked, strict=True))
+    margin = [n if a == axis else 1 + int(reach_mm / scan.spacing_mm[a]) for a, n in enumerate(scan.shape)]
+    box = padded_box((i, j, k), margin, scan.shape)
+    elsewhere = -slice_sums(error[box], axis)
+    elsewhere[looked[axis]] += slice_sums(error[looked], axis)
+    first, second = (a for a in range(3) if a != axis)
+    return _PartOfSlices(
+        np.ascontiguousarray(mask[box].transpose(axis, first, second)),
+        np.ascontiguousarray(error[box].transpose(axis, first, second)),
+        elsewhere,
+        (box[axis], box[first], box[second]),
+        (scan.shape[axis], scan.shape[first], scan.shape[second]),
+        (scan.spacing_mm[axis], scan.spacing_mm[first], scan.spacing_mm[second]),
+    )
 
 
 def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
