@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_a
 from segqc.networks.plan import NetworkPlan, Spacing, Triple, plan_network, window_starts
 from segqc.networks.segmenter import PLAUSIBLE, Segmenter
 from segqc.networks.unet import MeanOfNetworks, build_network
-from segqc.quality.error_maps import bounding_box
+from segqc.quality.boxes import BoxSettings, find_boxes
+from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors
+from segqc.quality.metrics import EmptyRule, estimated_metrics_and_slices
 from segqc.types import BackendName, ComputeName, Structure
 from segqc.volumes import Volume, canonical_frame, native_support, to_canonical, to_native, touched
 
@@ -170,6 +173,41 @@ def test_without_a_mask_of_a_structure_every_window_is_looked_at() -> None:
     assert errors[labels.array > 0].min() > 0.9
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("spacing", [SPACING, (1.5, 1.5, 3.0)])
+@pytest.mark.parametrize("balls", [0, 1])
+def test_an_assessment_is_read_off_the_whole_error_map(order: tuple[int, ...], spacing: Spacing, balls: int) -> None:
+    """Though most of it is worked out near the mask and likely errors."""
+    scan, labels = world()
+    rng = np.random.default_rng(1)
+    for corner in rng.integers(0, (92, 92, 15), (12, 3)):  # errors anywhere, at the border too
+        part = tuple(
+            slice(begin, begin + int(size)) for begin, size in zip(corner, rng.integers(9, 16, 3), strict=True)
+        )
+        scan.array[part] = rng.uniform(1.8, 2.6)
+    labels.array[:, 40:] = 0
+    labels.array[...] *= balls
+    affine = AFFINE[:, [*order, 3]]
+    scan, labels = (Volume(np.ascontiguousarray(v.array.transpose(order)), affine) for v in (scan, labels))
+    model = assessor(Linear(1))
+    object.__setattr__(model.card.plan, "spacing_mm", spacing)
+    where = np.zeros(model.frame(scan).canonical_shape, bool)
+    result = model.assess(scan, labels, scan_id="s", plausible=where)
+    error, mask, axis = result.errors[0], labels.array > 0, order.index(2)
+    quality = result.assessment.structures[0]
+    extracted = extract_errors(error, mask, axis, scan.spacing_mm, ExtractionSettings())
+    rule = EmptyRule(10.0, scan.voxel_volume_mm3)
+    assert quality.present and (balls == 0 or (error == 0).any()), "a part was not looked at"
+    for view, of in ((quality.raw, error), (quality.extracted, extracted)):
+        whole, slices, sums = estimated_metrics_and_slices(mask, of, axis, empty=rule)
+        assert list(astuple(view.metrics)) == pytest.approx(list(astuple(whole)), rel=1e-9)
+        for got, wanted in zip(view.slices, slices.each(), strict=True):
+            assert list(astuple(got.metrics)) == pytest.approx(list(astuple(wanted)), rel=1e-9, abs=1e-9)
+        assert [s.error_sum for s in view.slices] == pytest.approx(sums.tolist(), rel=1e-9, abs=1e-9)
+        assert view.boxes == find_boxes(of, axis, scan.spacing_mm, BoxSettings())
+    assert quality.raw.boxes
+
+
 def test_plausible_voxels_are_those_of_one_in_a_hundred() -> None:
     scan, _ = world()
     prediction = segmenter(build_network(plan(1))).predict(scan)
@@ -209,6 +247,40 @@ def test_a_box_of_the_native_grid_is_the_part_of_the_whole(target: Spacing, sign
     assert values[support].max() > 0
     values[support] = 0
     assert not values.any(), "outside of the box there is nothing"
+
+
+@pytest.mark.parametrize("target", [(1.0, 1.0, 3.0), (2.5, 2.0, 3.0), (0.7, 0.6, 2.0), (1.0, 4.1, 7.0)])
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
+def test_a_scan_stored_the_other_way_round_is_the_same_to_networks(target: Spacing, axes: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).normal(size=(17, 22, 9)).astype(np.float32)
+    reverse = np.eye(4)
+    for axis in axes:
+        reverse[axis, axis], reverse[axis, 3] = -1, array.shape[axis] - 1
+    one, other = Volume(array, AFFINE), Volume(np.flip(array, axes), AFFINE @ reverse)
+    frame, reversed_frame = (canonical_frame(v, spacing_mm=target) for v in (one, other))
+    assert sum(reversed_frame.flips) == len(axes)
+    for order in (0, 1):
+        canonical = to_canonical(one.array, frame, order=order)
+        np.testing.assert_allclose(to_canonical(other.array, reversed_frame, order=order), canonical, atol=1e-5)
+        native, reversed_native = (to_native(canonical, f, order=order) for f in (frame, reversed_frame))
+        np.testing.assert_allclose(np.flip(reversed_native, axes), native, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [(1.0, 1.0, 3.0), (2.5, 2.0, 3.0), (0.7, 4.1, 2.0)])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
+def test_touched_voxels_hold_the_centre_of_one(target: Spacing, signs: Triple) -> None:
+    scan = Volume(np.zeros((9, 17, 22), np.float32), AFFINE[:, [2, 0, 1, 3]] @ np.diag([*signs, 1]))
+    frame = canonical_frame(scan, spacing_mm=target)
+    where = np.random.default_rng(0).random(scan.shape) < 0.02
+    wanted = np.zeros(frame.canonical_shape, bool)
+    for voxel in np.argwhere(where):
+        there = []
+        for axis, size, flip in zip(frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+            old = scan.shape[axis]
+            index = old - 1 - voxel[axis] if flip else voxel[axis]
+            there.append(int((index + 0.5) * size / old))
+        wanted[tuple(there)] = True
+    np.testing.assert_array_equal(touched(where, frame), wanted)
 
 
 def test_the_scan_in_the_canonical_frame_is_made_once() -> None:
