@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import shutil
 from dataclasses import astuple
 
 import numpy as np
@@ -327,6 +328,33 @@ def test_openvino_computes_the_same_on_windows_of_any_shape(shape: Triple, spaci
             torch.testing.assert_close(backend(x), network(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_network_computes_the_same() -> None:
+    made = NetworkPlan(
+        2, 1, (1.0, 1.0, 3.0), (8, 8, 4), (1, 1, 1), ((3, 3, 3),) * 3, ((1, 1, 1), (2, 2, 1), (2, 2, 1)), (4, 6, 6)
+    )
+    network = build_network(made).eval()
+    backend = choose_backend(network, made, CPU, "compile")
+    x = torch.rand(2, 2, *made.patch)
+    with torch.inference_mode():
+        torch.testing.assert_close(backend(x), network(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_does_not_compile_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: object, **__: object) -> object:
+        def compute(_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such header")
+
+        return compute
+
+    made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    with pytest.raises(BackendError, match=r"'compile' does not compile .*choose 'auto'"):
+        choose_backend(network, made, CPU, "compile")
+
+
 def test_a_backend_that_computes_something_else_is_refused_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
 
@@ -343,13 +371,14 @@ def test_a_backend_that_computes_something_else_is_refused_and_passed_over(monke
     assert choose_backend(network, made, CPU, "auto").name == "pytorch-bfloat16"
 
 
-@pytest.mark.parametrize("wanted", ["openvino", "openvino-bfloat16", "pytorch-bfloat16"])
+@pytest.mark.parametrize("wanted", ["openvino", "openvino-bfloat16", "pytorch-bfloat16", "compile"])
 def test_a_backend_that_is_not_there_is_named_with_what_to_do(
     wanted: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
     monkeypatch.setattr(backends, "has_bfloat16", lambda _: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(BackendError, match=rf"'{wanted}' .*choose 'auto'"):
         choose_backend(network, made, CPU, wanted)
     assert choose_backend(network, made, CPU, "auto").name == "pytorch"
