@@ -205,6 +205,9 @@ def touched(where: BoolArray, frame: CanonicalFrame) -> BoolArray:
         where: the native voxels, of shape ``frame.native_shape``.
         frame: from `canonical_frame`.
 
+    Returns:
+        An array of shape ``frame.canonical_shape``; without resampling, a view.
+
     Raises:
         ValueError: if the array is not of the frame's native shape.
     """
