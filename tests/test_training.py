@@ -15,6 +15,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.device import DeviceMemoryError, device_of_choice, has_bfloat16
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
+from segqc.quality.stacking import DICE_OF_SERVED
 from segqc.settings import SettingsError, build
 from segqc.split import PatientSplit, SplitConfig, split_patients
 from segqc.training import NoProgress, TrainingSettings
@@ -233,6 +234,11 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
     # the whole group and the median of the trained network, one mask of each early one
     assert len(masks.masks) == 5 + len(sources) - 1 == len(masks.dice)
     assert sources_of_masks(len(sources), QUICK) == (0,) * 5 + tuple(range(1, len(sources)))
+    plain = sources[0].predict(read_scan(cases[3].scan))
+    assert masks.served is not None
+    assert np.array_equal(masks.served.mask, plain.labels.array), "what would be served"
+    assert masks.served.soft == sources[0].soft_outputs(plain, STRUCTURES)
+    assert subsample(masks, 2).served is masks.served
     assert np.array_equal(masks.masks[-1], sources[-1].predict(read_scan(cases[3].scan)).labels.array)
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
         masks_of(sources, cases[1], QUICK)
@@ -247,7 +253,11 @@ def test_masks_are_kept_for_one_content_of_scan_and_label(tmp_path: Path) -> Non
     first = stored_masks(sources, case, QUICK, folder)
     (kept,) = folder.iterdir()
     before = kept.stat().st_mtime_ns
-    assert np.array_equal(stored_masks(sources, case, QUICK, folder).masks, first.masks)
+    same = stored_masks(sources, case, QUICK, folder)
+    assert np.array_equal(same.masks, first.masks)
+    assert first.served is not None and same.served is not None
+    assert np.array_equal(same.served.mask, first.served.mask)
+    assert same.served.soft == first.served.soft
     assert kept.stat().st_mtime_ns == before
     # another scan with the same label, as after a change of intensities
     write_scan(Volume(-read_scan(case.scan).array, read_scan(case.scan).affine), case.scan)
@@ -277,11 +287,12 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
     assert len(model.card.map_calibration) == 1
-    intervals = model.card.calibration[0].intervals
-    assert intervals is not None
     validating = {c.patient for c in cases if patient_splits[c.patient].split == "validation"}
-    assert len(intervals.dice.patients) == len(validating)
-    assert {len(p.scores) for p in intervals.dice.patients} == {VALIDATION_MASKS}
+    for kind, masks in (("served", 1), ("strange", VALIDATION_MASKS)):
+        intervals = model.card.calibration[0].kinds[kind].intervals  # type: ignore[index]
+        assert intervals is not None
+        assert len(intervals.dice.patients) == len(validating)
+        assert {len(p.scores) for p in intervals.dice.patients} == {masks}, kind
     assert model.card.accuracy == 1 - model.card.scores["dice error ball"]
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
@@ -426,8 +437,10 @@ def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_p
         assert not torch.allclose(alone[0], alone[1])
     trained.save(tmp_path / "model.pt")
     assert Assessor.load(tmp_path / "model.pt").version == trained.version
-    intervals = trained.card.calibration[0].intervals
-    assert intervals is not None and intervals.dice is not None
+    served = trained.card.calibration[0].kinds["served"]
+    assert served.intervals is not None
+    assert len(served.intervals.dice.patients) == served.dice.patients == len(cases)
+    assert {c.choice for c in served.dice.candidates} == set(DICE_OF_SERVED)
     assert len(json.loads((tmp_path / "t" / "curve.json").read_text())) == 2
     again = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
     assert again.version == trained.version

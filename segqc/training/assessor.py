@@ -274,7 +274,8 @@ def calibrated(
     maps = _fit_maps(assessor, unseen, progress)
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
-    volumes = _log_volumes([s.case for _, s in unseen], structures)
+    cases = {s.case.id: s.case for s in (*train, *(s for _, s in unseen))}
+    volumes = _log_volumes(list(cases.values()), structures)
     known: dict[MaskKind, list[tuple[KnownMask, ...]]] = {"served": [], "strange": []}
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration")
