@@ -206,7 +206,7 @@ def assessor_job(
         validation=validation,
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
-        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
+        scan_only_share=settings.scan_only_share,
         first_bias=_FIRST_BIAS,
     )
 
