@@ -272,14 +272,15 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        empty = self._empty_rule(scan)
+        empty = self.empty_rule(scan)
         errors = self.error_maps(scan, labels)
         return tuple(
             estimated_metrics(structure.mask(labels.array), error, empty=empty)
             for structure, error in zip(self.structures, errors, strict=True)
         )
 
-    def _empty_rule(self, scan: Volume) -> EmptyRule:
+    def empty_rule(self, scan: Volume) -> EmptyRule:
+        """When the estimated truth of a structure in this scan counts as empty."""
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 
     def _quality(self, index: int, mask: BoolArray, error: FloatArray, axis: int, scan: Volume) -> StructureQuality:
@@ -291,11 +292,11 @@ class Assessor(TrainedNetwork):
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         raw = self._view(mask, error, axis, scan, boxes)
-        estimated = _calibrated(raw.metrics, calibration)
+        estimated = calibrated_metrics(raw.metrics, calibration)
         made_of = calibration.intervals if calibration is not None else None
         return StructureQuality(
             name=name,
-            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
+            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self.empty_rule(scan)),
             mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
@@ -306,7 +307,7 @@ class Assessor(TrainedNetwork):
         )
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
-        rule = self._empty_rule(scan)
+        rule = self.empty_rule(scan)
         metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule)
         return ErrorView(
             metrics=metrics,
@@ -371,7 +372,8 @@ def sigmoid(logits: FloatArray) -> FloatArray:
     return np.asarray(torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy(), np.float32)
 
 
-def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
+def calibrated_metrics(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
+    """Metrics read off a calibrated map, after their own lines; without a calibration, as they are."""
     if calibration is None:
         return metrics
     values = {name: getattr(metrics, name) for name in ("dice", "iou", "arvd", "rvd")}

@@ -17,7 +17,6 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from segqc.quality.metrics import MetricName, Values
 
@@ -482,9 +481,14 @@ def rank_regret(estimated: Numbers, true: Numbers) -> float | None:
     x, gain = np.array(estimated, np.float64), 1 - np.array(true, np.float64)
     if x.size < MIN_PATIENTS:
         return None
-    place, best = rankdata(x), rankdata(-gain)
+    place, best = _mid_ranks(x), _mid_ranks(-gain)
     most = float(((best - best.mean()) * gain).sum())
     return 1 - float(((place - place.mean()) * gain).sum()) / most if abs(most) > _TOLERANCE else None
+
+
+def _mid_ranks(values: Values) -> Values:
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(sizes) - (sizes - 1) / 2)[group], np.float64)
 
 
 def patient_index(patients: Sequence[str]) -> tuple[Indices, int]:

@@ -19,14 +19,16 @@ from segqc.quality.boxes import largest_box_area_mm2
 from segqc.quality.calibration import MapCalibration
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
+from segqc.quality.report_card import report_card
 from segqc.split import PatientSplit
 from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, subsample
+from segqc.training.crossfit import MaskSet, crossfit_masks, sources_of_masks, stratified_weights, subsample
 from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes
 from segqc.training.spec import TrainingSettings
+from segqc.training.unseen import CalibrationMasks, served_masks, unseen_masks
 from segqc.types import Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
 
@@ -94,18 +96,19 @@ def train_on_masks(
     if not settings.ensemble or len(folds) < 2:
         plan, validation = _plan_of(sets, structures, settings), _validation(sets, patient_splits)
         assessor = fit_assessor("SegQC-Net", plan, train, validation, structures, settings, folder, progress)
-        return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
+        unseen = [(assessor, s) for s in _validating(sets, patient_splits)]
+        return calibrated(assessor, train, unseen, settings, progress)
     members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
-        (member, subsample(s, VALIDATION_MASKS))
+        (member, s)
         for fold, member in zip(folds, members, strict=True)
         for s in train
         if patient_splits[s.case.patient].fold == fold
     ]
     together = ensemble(members)
-    validation = _validation(sets, patient_splits)
-    return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
+    unseen += [(together, s) for s in _validating(sets, patient_splits)]
+    return calibrated(together, train, unseen, settings, progress)
 
 
 def train_member(
@@ -150,7 +153,11 @@ def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings:
 
 def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
     """A few masks of each case that validates: more would make validating longer than training, and say little new."""
-    return [subsample(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
+    return [subsample(s, VALIDATION_MASKS) for s in _validating(sets, patient_splits)]
+
+
+def _validating(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
+    return [s for s in sets if patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -248,27 +255,35 @@ def _loss(settings: TrainingSettings) -> Loss:
 
 
 def calibrated(
-    assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
+    assessor: Assessor,
+    train: Sequence[MaskSet],
+    unseen: Sequence[tuple[Assessor, MaskSet]],
+    settings: TrainingSettings,
+    progress: Progress,
 ) -> Assessor:
-    """Fit each structure's calibrations and intervals on masks of unseen patients, and note the largest error box.
+    """Fit each structure's calibrations and intervals on masks of unseen patients, and note what they are worth.
+
+    The largest error box is noted, too.
 
     Args:
         assessor: what is calibrated.
         train: the masks that it was trained on.
         unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
-            Their masks are spread over the qualities (`subsample`): the intervals are those of a random mask of such a
-            spread.
+            Of their masks some are taken, spread over the qualities (`subsample`): the intervals are those of a random
+            mask of such a spread. The report card is of the mask of each that is like those that are served.
+        settings: how the masks were made.
         progress: called after each case.
     """
     structures = assessor.structures
-    maps = _fit_maps(assessor, unseen, progress)
+    spread = [(judge, subsample(s, VALIDATION_MASKS)) for judge, s in unseen]
+    maps = _fit_maps(assessor, spread, progress)
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     patients: list[str] = []
     estimates: list[list[Metrics]] = [[] for _ in structures]
     truths: list[list[Metrics]] = [[] for _ in structures]
-    for i, (judge, mask_set) in enumerate(unseen):
+    for i, (judge, mask_set) in enumerate(spread):
         progress.step(i, len(unseen), "calibration")
         scan, truth = read_case(mask_set.case, assessor.values)
         for mask in mask_set.masks:
@@ -283,6 +298,11 @@ def calibrated(
         replace(fit_structure(e, t, patients), largest_box_mm2=box)
         for e, t, box in zip(estimates, truths, boxes, strict=True)
     )
+    members = sources_of_masks(1, settings).count(0) - 1
+    served = [served_masks(judges[id(judge)], mask_set, members) for judge, mask_set in unseen]
+    fitted = [CalibrationMasks(e, t, patients) for e, t in zip(estimates, truths, strict=True)]
+    by_structure = list(zip(*served, strict=True)) if served else [()] * len(structures)
+    report = report_card(unseen_masks(structures, by_structure, fitted, progress))
     errors = {s.name: _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
     known = {name: error for name, error in errors.items() if error is not None}
     card = replace(
@@ -290,6 +310,7 @@ def calibrated(
         calibration=calibration,
         scores={f"dice error {name}": error for name, error in known.items()},
         accuracy=1.0 - sum(known.values()) / len(known) if known else None,
+        report=report,
     )
     return Assessor(card, assessor.network)
 
