@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from segqc.evaluation.statistics import curves
-from segqc.quality.error_counts import count_voxels
 from segqc.quality.estimation import ConfidenceInterval, rank_regret
 from segqc.quality.report_card import (
     AT_RANDOM,
@@ -25,58 +24,9 @@ from segqc.quality.report_card import (
     report_card,
     to_json,
 )
-from segqc.types import Metrics, PredictionInterval
+from tests.report_kit import metrics, simulated
 
 RNG = np.random.default_rng
-
-
-def metrics(dice: float | None, rvd: float = 0.0) -> Metrics:
-    return Metrics(dice, None if dice is None else dice / (2 - dice), abs(rvd), rvd)
-
-
-def simulated(
-    seed: int,
-    *,
-    patients: int = 40,
-    noise: float = 0.03,
-    shift: float = 0.0,
-    worthless: bool = False,
-    tta_noise: float | None = None,
-    structures: int = 1,
-    scans_each: int = 1,
-    spread: float = 0.3,
-) -> list[UnseenMask]:
-    """Masks with a Dice from 0.95 down by the spread, and estimates with some error; worthless ones know nothing."""
-    rng, found = RNG(seed), list[UnseenMask]()
-    noises = RNG(seed + 1000)  # of its own, so that other noise leaves the truths as they are
-    wrong = np.zeros((4, 4, 4), bool)
-    wrong[:2] = True
-    mask = np.zeros_like(wrong)
-    mask[:, :2] = True
-    for patient in range(patients):
-        for scan in range(scans_each):
-            for structure in range(structures):
-                true = float(rng.uniform(0.95 - spread, 0.95))
-                guess = (
-                    float(noises.uniform(0.95 - spread, 0.95)) if worthless else true + float(noises.normal(0, noise))
-                )
-                estimated = float(np.clip(guess + shift, 0, 1))
-                # all errors inside the mask are found, none of those outside
-                probability = np.where(wrong & mask, 0.9, 0.1).astype(np.float32)
-                witness = {} if tta_noise is None else {"tta": true + float(noises.normal(0, tta_noise))}
-                found.append(
-                    UnseenMask(
-                        patient=f"p{patient}",
-                        scan=f"p{patient} scan {scan}",
-                        structure=f"s{structure}",
-                        true=metrics(true, 0.2),
-                        estimated=metrics(estimated, -0.2),
-                        interval=PredictionInterval(estimated - 0.05, estimated + 0.05, 0.9),
-                        errors=count_voxels(probability, wrong, mask),
-                        witnesses=witness,
-                    )
-                )
-    return found
 
 
 def share(of: Callable[[ReportCard], bool], cards: list[ReportCard]) -> float:

@@ -332,11 +332,14 @@ def _found(counts: ErrorMapCounts) -> FoundErrors:
 def is_worse(new: ReportCard, served: ReportCard) -> str | None:
     """Why estimates are worse than those that serve; None where they are not, or nobody can tell.
 
-    Both cards are compared on the scans that both have, by the same bootstrap draws of their patients. The new
+    Both cards are compared on the scans that both have, by the same bootstrap draws of their patients; cards of other
+    structures are not compared. The new
     estimates are worse where their error is larger beyond the interval of the difference, unless the new masks differ
     more in quality, which their error then has to be measured by; or where their order is, and not because all masks
     became good.
     """
+    if {s.structure for s in new.structures} != {s.structure for s in served.structures}:
+        return None
     before = {s.scan: s for s in served.scans}
     pairs = [(s, before[s.scan]) for s in new.scans if s.scan in before and before[s.scan].patient == s.patient]
     patients = [s.patient for s, _ in pairs]
