@@ -25,10 +25,11 @@ from segqc.loop.agreement import agreement
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
+from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
 from segqc.server.client_labels import to_client
 from segqc.store.events import SERVER
-from segqc.training.calibration import fit_structure
+from segqc.training.calibration import KnownMask, fit_masks
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 from tests.report_kit import good_card, worthless_card
@@ -489,7 +490,8 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     model = opened.assessor()
     assert model is not None
     known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
-    calibration = fit_structure(known, known[::-1], [f"p{i}" for i in range(9)])
+    masks = [KnownMask(f"p{i}", f"s{i}", *pair) for i, pair in enumerate(zip(known, known[::-1], strict=True))]
+    calibration = StructureCalibration({"strange": fit_masks("strange", masks)})
     with opened.bundles.workspace() as work:
         Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(work / "segqc.pt")
         opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")

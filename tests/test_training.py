@@ -277,7 +277,7 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
     assert len(model.card.map_calibration) == 1
-    intervals = model.card.calibration[0].intervals
+    intervals = model.card.calibration[0].of("strange").intervals
     assert intervals is not None
     validating = {c.patient for c in cases if patient_splits[c.patient].split == "validation"}
     assert len(intervals.dice.patients) == len(validating)
@@ -429,7 +429,7 @@ def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_p
         assert not torch.allclose(alone[0], alone[1])
     trained.save(tmp_path / "model.pt")
     assert Assessor.load(tmp_path / "model.pt").version == trained.version
-    intervals = trained.card.calibration[0].intervals
+    intervals = trained.card.calibration[0].of("strange").intervals
     assert intervals is not None and intervals.dice is not None
     assert len(json.loads((tmp_path / "t" / "curve.json").read_text())) == 2
     again = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())

@@ -2,82 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from segqc.progress import NoProgress
 from segqc.quality.error_counts import SignedCounts
 from segqc.quality.report_card import UnseenMask, report_card
-from segqc.training.unseen import CalibrationMasks, ServedMask, unseen_masks
-from segqc.types import Metrics, Structure
+from segqc.training.calibration import KnownMask, fit_masks, held_out_masks
+from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
+from segqc.types import Metrics, Structure, Witnesses
 
-STRUCTURES = (Structure("s0", (1,)), Structure("s1", (2,)))
-MASKS = 4  # of each patient, to calibrate on
+STRUCTURE = Structure("liver", (1,))
 
 
 def metrics(dice: float) -> Metrics:
     return Metrics(dice, dice / (2 - dice), 1 - dice, 0.5 - dice)
 
 
-def of_patients(
-    count: int, seed: int = 0, *, bias: float = 0.2
-) -> tuple[list[list[ServedMask]], list[CalibrationMasks]]:
-    """Served masks and masks to calibrate on, of estimates that are too low by a bias."""
+def known(count: int, *, noise: float = 0.03) -> list[KnownMask]:
+    """Served masks of as many patients, with maps that are too good, and a soft output that knows nothing."""
     rng = np.random.default_rng(0)
-    served, fitted = [], []
-    for _ in STRUCTURES:
-        true = rng.uniform(0.5, 0.95, (count, MASKS + 1))
-        raw = np.clip(true - bias + rng.normal(0, 0.02, true.shape), 0, 1)
-        served.append([
-            ServedMask(f"p{i}", f"scan {i}", metrics(raw[i, 0]), metrics(true[i, 0]), SignedCounts(), true[i, 0])
-            for i in range(count)
-        ])  # fmt: skip
-        flat = [(i, k) for i in range(count) for k in range(1, MASKS + 1)]
-        estimates, truths = ([metrics(float(a[i, k])) for i, k in flat] for a in (raw, true))
-        fitted.append(CalibrationMasks(estimates, truths, [f"p{i}" for i, _ in flat]))
-    return served, fitted
-
-
-def estimates(count: int, served: list[list[ServedMask]], fitted: list[CalibrationMasks]) -> list[UnseenMask]:
-    found = unseen_masks(STRUCTURES, served, fitted, NoProgress())
-    assert {(m.patient, m.structure) for m in found} == {(f"p{i}", s.name) for i in range(count) for s in STRUCTURES}
-    assert len(found) == count * len(STRUCTURES)
+    found = []
+    for i in range(count):
+        true = float(rng.uniform(0.4, 0.85))
+        raw = float(np.clip(true + 0.1 + rng.normal(0, noise), 0, 1))
+        witnesses = Witnesses(soft=float(rng.uniform(0.8, 0.9)), entropy=-0.1, size=-1.0)
+        found.append(KnownMask(f"p{i}", f"scan {i}", metrics(raw), metrics(true), witnesses))
     return found
 
 
+def unseen(masks: list[KnownMask]) -> dict[str, UnseenMask]:
+    held_out = held_out_masks("served", masks, fit_masks("served", masks))
+    errors = [ServedErrors(SignedCounts(), tta=0.9)] * len(masks)
+    found = unseen_masks(STRUCTURE, held_out, errors)
+    assert [(m.patient, m.scan, m.true) for m in found] == [(k.patient, k.scan, k.true) for k in masks]
+    return {m.patient: m for m in found}
+
+
 @pytest.mark.parametrize("count", [12, 25])
-def test_what_is_known_of_a_patient_changes_nothing_in_its_own_estimate(count: int) -> None:
-    served, fitted = of_patients(count)
-    before = {(m.patient, m.structure): m for m in estimates(count, served, fitted)}
-    absurd = [
-        replace(f, truths=[metrics(0.01) if p == "p3" else t for p, t in zip(f.patients, f.truths, strict=True)])
-        for f in fitted
-    ]
-    after = {(m.patient, m.structure): m for m in estimates(count, served, absurd)}
-    for structure in STRUCTURES:
-        mine = ("p3", structure.name)
-        assert after[mine] == before[mine]
-        assert after["p0", structure.name] != before["p0", structure.name], "others are calibrated by it"
+def test_the_truth_of_a_patient_changes_nothing_in_its_own_estimate(count: int) -> None:
+    masks = known(count)
+    before = unseen(masks)
+    absurd = [replace(mask, true=metrics(0.01)) if mask.patient == "p3" else mask for mask in masks]
+    after = unseen(absurd)
+    assert after["p3"].estimated == before["p3"].estimated
+    assert any(after[p].estimated != before[p].estimated for p in before), "others are calibrated by it"
 
 
-def test_the_lines_of_the_others_are_used_and_the_intervals_hold() -> None:
-    served, fitted = of_patients(40, bias=0.2)
-    found = estimates(40, served, fitted)
-    errors = [abs(m.estimated.dice - m.true.dice) for m in found if m.estimated.dice and m.true.dice]
-    assert np.mean(errors) < 0.05, "a bias of 0.2 is known from the others"
-    card = report_card(found)
+def test_estimates_are_those_of_the_others_and_intervals_hold() -> None:
+    card = report_card(list(unseen(known(40)).values()))
     assert card.worst.figures is not None and card.worst.figures.coverage is not None
+    assert card.worst.estimate_verdict == "better than the constant"
     assert card.worst.figures.coverage >= 0.75
-    assert set(card.witnesses) == {"tta"}
+    assert set(card.witnesses) == {"tta", "soft", "entropy", "size"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_few_patients_give_estimates_without_intervals(count: int) -> None:
-    assert all(m.interval is None for m in estimates(count, *of_patients(count)))
-    assert report_card(estimates(count, *of_patients(count))).worst.figures is None
+def test_few_patients_give_estimates_without_a_verdict(count: int) -> None:
+    found = list(unseen(known(count)).values())
+    assert all(m.interval is None for m in found)
+    assert report_card(found).worst.figures is None
 
 
-def test_no_patients_give_nothing() -> None:
-    assert unseen_masks(STRUCTURES, [[], []], [CalibrationMasks([], [], [])] * 2, NoProgress()) == []
+def test_errors_of_a_served_mask_are_counted_apart_and_tta_agrees_or_not() -> None:
+    truth = np.zeros((4, 4, 2), np.uint8)
+    truth[:2] = 1
+    mask = np.zeros_like(truth)
+    mask[1:3] = 1  # a row of voxels is missed, another one wrongly included
+
+    def of(probability: Callable[[np.ndarray], np.ndarray]) -> ServedErrors:
+        errors = probability(mask != truth).astype(np.float32)[None]
+        return served_errors((STRUCTURE,), errors, mask, truth, [mask, mask, mask])[0]
+
+    found = of(lambda wrong: np.where(wrong, 0.8, 0.2))
+    assert (found.counts.false_negative.recall(), found.counts.false_positive.recall()) == (1.0, 1.0)
+    assert sum(found.counts.false_negative.wrong) == sum(found.counts.false_positive.wrong) == 8
+    assert found.tta == 1.0
+    only_included = of(lambda wrong: np.where(wrong & (mask > 0), 0.8, 0.2))
+    assert (only_included.counts.false_negative.recall(), only_included.counts.false_positive.recall()) == (0.0, 1.0)
+    shifted = served_errors((STRUCTURE,), (mask != truth).astype(np.float32)[None], mask, truth, [mask, truth])[0]
+    assert shifted.tta == 0.5

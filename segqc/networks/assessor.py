@@ -26,8 +26,9 @@ from segqc.networks.inference import (
     windows_near,
 )
 from segqc.networks.model import ModelError, TrainedNetwork
+from segqc.networks.segmenter import SoftOutput
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.calibration import MapCalibration, StructureCalibration
+from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
 from segqc.quality.error_maps import ExtractionSettings, extract_errors
 from segqc.quality.intervals import LEVEL
 from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_metrics_and_slices, truth_is_empty
@@ -37,10 +38,11 @@ from segqc.types import (
     BoolArray,
     ErrorView,
     FloatArray,
-    MetricIntervals,
+    MaskKind,
     Metrics,
     SliceQuality,
     StructureQuality,
+    Witnesses,
 )
 from segqc.volumes import (
     Box,
@@ -233,6 +235,7 @@ class Assessor(TrainedNetwork):
         scan_id: str,
         segmenter_version: str | None = None,
         plausible: BoolArray | None = None,
+        soft: Sequence[SoftOutput] | None = None,
     ) -> AssessmentResult:
         """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
 
@@ -242,14 +245,17 @@ class Assessor(TrainedNetwork):
             scan_id: the name that the assessment carries.
             segmenter_version: the version of the network that made the mask, if one did.
             plausible: where that network holds a structure possible, see `output_logits`.
+            soft: what the segmentation network of the same bundle says of each structure of the mask, if it is the one
+                that made it: the mask is then a served one, and any other a strange one.
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
         errors = self.error_maps(scan, labels, plausible)
+        kind: MaskKind = "strange" if soft is None else "served"
         axis = through_plane_axis(scan)
         qualities = tuple(
-            self._quality(i, structure.mask(labels.array), errors[i], axis, scan)
+            self._quality(i, structure.mask(labels.array), errors[i], axis, scan, kind, soft[i] if soft else None)
             for i, structure in enumerate(self.structures)
         )
         shape = scan.array.shape
@@ -263,6 +269,7 @@ class Assessor(TrainedNetwork):
             spacing_mm=scan.spacing_mm,
             structures=qualities,
             backend=self.backend.name,
+            mask_kind=kind,
         )
         return AssessmentResult(assessment, errors)
 
@@ -272,18 +279,26 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        empty = self.empty_rule(scan)
+        empty = self._empty_rule(scan)
         errors = self.error_maps(scan, labels)
         return tuple(
             estimated_metrics(structure.mask(labels.array), error, empty=empty)
             for structure, error in zip(self.structures, errors, strict=True)
         )
 
-    def empty_rule(self, scan: Volume) -> EmptyRule:
-        """When the estimated truth of a structure in this scan counts as empty."""
+    def _empty_rule(self, scan: Volume) -> EmptyRule:
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 
-    def _quality(self, index: int, mask: BoolArray, error: FloatArray, axis: int, scan: Volume) -> StructureQuality:
+    def _quality(
+        self,
+        index: int,
+        mask: BoolArray,
+        error: FloatArray,
+        axis: int,
+        scan: Volume,
+        kind: MaskKind,
+        soft: SoftOutput | None,
+    ) -> StructureQuality:
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
         extracted = extract_errors(error, mask, axis, scan.spacing_mm, extraction)
@@ -292,22 +307,22 @@ class Assessor(TrainedNetwork):
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         raw = self._view(mask, error, axis, scan, boxes)
-        estimated = calibrated_metrics(raw.metrics, calibration)
-        made_of = calibration.intervals if calibration is not None else None
+        witnesses = witnesses_of(mask, scan, soft, calibration.sizes if calibration is not None else None)
+        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
+        estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
-            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self.empty_rule(scan)),
+            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
             mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
             extracted=self._view(mask, extracted, axis, scan, boxes),
-            intervals=made_of.of(raw.metrics, estimated, level=self.settings.interval_level)
-            if made_of is not None
-            else MetricIntervals(),
+            intervals=of_kind.intervals_of(raw.metrics, witnesses, estimated, level=self.settings.interval_level),
+            witnesses=witnesses,
         )
 
     def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
-        rule = self.empty_rule(scan)
+        rule = self._empty_rule(scan)
         metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule)
         return ErrorView(
             metrics=metrics,
@@ -372,9 +387,17 @@ def sigmoid(logits: FloatArray) -> FloatArray:
     return np.asarray(torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy(), np.float32)
 
 
-def calibrated_metrics(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
-    """Metrics read off a calibrated map, after their own lines; without a calibration, as they are."""
-    if calibration is None:
-        return metrics
-    values = {name: getattr(metrics, name) for name in ("dice", "iou", "arvd", "rvd")}
-    return Metrics(**{n: None if v is None else float(getattr(calibration, n).apply(v)) for n, v in values.items()})
+def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: TrainingSizes | None) -> Witnesses:
+    """What speaks of a mask beside its error map.
+
+    Args:
+        mask: of one structure, (n0, n1, n2).
+        scan: for the size of its voxels.
+        soft: what the network says that made the mask, if one did.
+        sizes: the structure's sizes in the training, where they are known.
+    """
+    return Witnesses(
+        soft=None if soft is None else soft.dice,
+        entropy=None if soft is None else -soft.entropy,
+        size=None if sizes is None else sizes.witness(mask, scan.voxel_volume_mm3),
+    )

@@ -38,7 +38,7 @@ from segqc.store.records import (
     LeaseState,
     ScanState,
 )
-from segqc.types import ComputeName
+from segqc.types import ComputeName, MaskKind
 
 OPEN_STATES: Final = ("unlabelled", "rejected")
 
@@ -294,11 +294,13 @@ class AssessmentRow(Base):
     bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
     dice: Mapped[float]
     backend: Mapped[ComputeName] = mapped_column(String)
+    mask_kind: Mapped[MaskKind] = mapped_column(String)
     geometry: Mapped[JsonObject] = mapped_column(Json)
     made_at: Mapped[dt.datetime]
     __table_args__ = (
         UniqueConstraint("label_version_id", "bundle_id"),
         CheckConstraint(_one_of("backend", get_args(ComputeName)), name="backend"),
+        CheckConstraint(_one_of("mask_kind", get_args(MaskKind)), name="mask_kind"),
         Index("ix_assessment_scan", "scan_id", "id"),
         {"sqlite_autoincrement": True},
     )

@@ -114,8 +114,11 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
+        task_request["label_made_by"] = None  # whatever the client says
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
+            if assessed.bundle is not None and assessed.tag != LIKELY_ERRORS_TAG:
+                task_request["label_made_by"] = assessed.bundle.segmenter_version
         path, params = task(task_request)
         if assessed is not None:
             params.update(label_tag=assessed.tag, label_version=assessed.id, label_sha256=assessed.sha256)

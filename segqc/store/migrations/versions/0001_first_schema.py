@@ -262,12 +262,14 @@ def upgrade() -> None:
         sa.Column("bundle_id", sa.Integer(), nullable=False),
         sa.Column("dice", sa.Double(), nullable=False),
         sa.Column("backend", sa.String(), nullable=False),
+        sa.Column("mask_kind", sa.String(), nullable=False),
         sa.Column("geometry", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
             "backend IN ('pytorch', 'pytorch-bfloat16', 'openvino', 'openvino-bfloat16')",
             name=op.f("ck_assessment_backend"),
         ),
+        sa.CheckConstraint("mask_kind IN ('served', 'strange')", name=op.f("ck_assessment_mask_kind")),
         sa.ForeignKeyConstraint(["bundle_id"], ["bundle.id"], name=op.f("fk_assessment_bundle_id")),
         sa.ForeignKeyConstraint(
             ["label_version_id"], ["label_version.id"], name=op.f("fk_assessment_label_version_id")

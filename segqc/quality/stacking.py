@@ -1,0 +1,367 @@
+"""The estimate of a metric from several witnesses: fitted and chosen on masks of unseen patients.
+
+SegQC-Net's error map is one witness of a mask's Dice. The network that made the mask is another: its soft output, and
+the entropy of it, cost nothing more. So is the size of the mask beside those of the training. Which of them to believe
+is decided on cross-fitted masks whose truth is known, by cross-validation with the patient as unit (`fit_estimate`).
+
+All models are monotone: a witness that speaks better of a mask never lowers its estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+from scipy.stats import rankdata
+
+from segqc.quality.metrics import METRIC_RANGES, MIN_CALIBRATION_CASES, MetricName, Values, fit_calibration
+from segqc.types import BoolArray
+
+WitnessName: TypeAlias = Literal["map", "soft", "entropy", "size"]
+WitnessValues: TypeAlias = Mapping[WitnessName, Values]
+Choice: TypeAlias = Literal["map", "pooled", "line", "soft", "entropy", "size", "stack", "constant"]
+
+DICE_OF_SERVED: Final[tuple[Choice, ...]] = ("pooled", "map", "line", "soft", "entropy", "size", "stack", "constant")
+"""What the Dice of served masks is chosen among, the simplest first."""
+DICE_OF_OTHERS: Final[tuple[Choice, ...]] = ("map", "line")
+"""Of other masks nothing but the map is known; that they are of many qualities makes the constant worthless."""
+VOLUME_CHOICES: Final[tuple[Choice, ...]] = ("map", "line", "constant")
+"""What RVD and ARVD are chosen among."""
+
+MIN_PATIENTS: Final = 8
+"""With fewer patients nothing is chosen: estimates are read off the error map as it is.
+
+So many are left of the nine that a 90% interval needs at least, when one is left out.
+"""
+_PARTS: Final = 10  # of a cross-validation over patients
+_NOISE: Final = 2.0  # standard errors by which an error or an order may seem worse
+_CHANCE: Final = 1.645  # standard errors from which an order is better than chance
+_EDGE: Final = 0.01  # logits are of Dice within [_EDGE, 1 - _EDGE]
+_MIN_ENTROPY: Final = 1e-3
+_MIN_SIZE: Final = -4.0  # standard deviations; a size further away is no worse
+_POOLED: Final[Mapping[WitnessName, float]] = MappingProxyType({"map": 1.0, "soft": 0.3})
+_RESIDUAL, _PRIOR = 0.05, 0.1  # standard deviations: of a Dice, and of what is believed of a stack's weights
+_ORDER_SLOPE: Final = 0.01  # of a constant, per standard deviation of the witness that orders
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateModel:
+    """A metric as a monotone function of witnesses: ``link(intercept + sum of weight * feature)``.
+
+    With the link "identity" the only feature is the metric as read off the error map; with "logit" features are as in
+    `_feature`, and the result is a Dice.
+
+    Attributes:
+        link: the scale on which witnesses add up.
+        intercept: the constant part.
+        weights: of each witness that is used, none below 0.
+    """
+
+    link: Literal["identity", "logit"]
+    intercept: float
+    weights: Mapping[WitnessName, float]
+
+    def apply(self, values: WitnessValues) -> Values:
+        """The estimates of many masks, not clipped to the metric's range; the map's own where a witness is unknown.
+
+        Args:
+            values: of each witness, an array over masks, NaN where unknown; "map" is always there.
+        """
+        total = np.full(values["map"].shape, self.intercept, np.float64)
+        for name, weight in self.weights.items():
+            if self.link == "identity":
+                total += weight * values[name]
+            else:
+                total += weight * _feature(name, values.get(name, np.full(total.shape, np.nan)))
+        estimates = total if self.link == "identity" else _expit(total)
+        return np.where(np.isnan(estimates) | np.isnan(values["map"]), values["map"], estimates)
+
+
+AS_IT_IS: Final = EstimateModel("identity", 0.0, {"map": 1.0})
+"""The metric as read off the error map."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What cross-validation says of one choice: its mean absolute error, and the rank correlation of its order.
+
+    ``spearman`` is None where the choice gives no order, or nothing is ordered by the metric.
+    """
+
+    choice: Choice
+    mae: float
+    spearman: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenEstimate:
+    """A fitted model, and how it was chosen; small enough to lie on a model's card.
+
+    Attributes:
+        model: of the choice, fitted on all patients.
+        choice: what was chosen.
+        patients: how many patients have a mask with known witnesses and truth.
+        candidates: what it was chosen among; none with too few patients.
+        ordered_by: where the constant was chosen, the witness whose order it keeps.
+    """
+
+    model: EstimateModel = AS_IT_IS
+    choice: Choice = "map"
+    patients: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    ordered_by: WitnessName | None = None
+
+
+NOTHING_CHOSEN: Final = ChosenEstimate()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownMasks:
+    """Masks with a known truth: arrays over masks, of unseen patients.
+
+    Attributes:
+        values: of each witness.
+        true: the true metric.
+        patients: whose mask it is, as numbers from 0.
+    """
+
+    values: WitnessValues
+    true: Values
+    patients: npt.NDArray[np.int64]
+
+    def where(self, chosen: BoolArray) -> KnownMasks:
+        """Some of the masks, patients' numbers as they are."""
+        return KnownMasks({n: v[chosen] for n, v in self.values.items()}, self.true[chosen], self.patients[chosen])
+
+    @property
+    def count(self) -> int:
+        """The number of patients."""
+        return len(np.unique(self.patients))
+
+    def per_patient(self, numbers: Values) -> Values:
+        """The mean over each patient's masks of one number a mask: patients count alike."""
+        index = np.unique(self.patients, return_inverse=True)[1]
+        return np.asarray(np.bincount(index, numbers) / np.bincount(index), np.float64)
+
+
+def known_masks(
+    values: Mapping[WitnessName, Sequence[float | None] | Values],
+    true: Sequence[float | None] | Values,
+    patients: Sequence[str],
+) -> KnownMasks:
+    """Masks of which the truth and all witnesses are known; the others are left out.
+
+    Raises:
+        ValueError: if they differ in length.
+    """
+    arrays = {name: np.array(v, np.float64) for name, v in values.items()}
+    truth, names = np.array(true, np.float64), np.array(patients, np.str_)
+    if {a.shape for a in arrays.values()} | {truth.shape} != {names.shape}:
+        sizes = ", ".join(str(a.size) for a in arrays.values())
+        raise ValueError(
+            f"estimates are fitted on a number, a truth and a patient of each mask, got {sizes}, {truth.size} and "
+            f"{names.size}"
+        )
+    defined = np.isfinite(truth) & np.all([np.isfinite(a) for a in arrays.values()], axis=0)
+    index = np.unique(names[defined], return_inverse=True)[1].astype(np.int64)
+    return KnownMasks({n: a[defined] for n, a in arrays.items()}, truth[defined], index)
+
+
+def iou_of_dice(dice: float) -> float:
+    """The IoU of a mask with this Dice.
+
+    >>> round(iou_of_dice(0.8), 3)
+    0.667
+    """
+    return dice / (2.0 - dice)
+
+
+def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice]) -> ChosenEstimate:
+    """Choose a model by cross-validation over patients, and fit it on all masks.
+
+    A Dice orders scans. A choice whose order is worse than the best one beyond its noise, two standard errors of the
+    difference by the jackknife over patients, is out. Of the others, the first one of ``choices`` is taken whose error
+    is within two standard errors of the least, by the patients' paired differences. With one, of 15 patients a nearly
+    flat line is chosen time and again, which on scans of another site is three times as wrong as the map. So the
+    constant is used only where everything else is worse. It keeps the order of the best witness that is better than
+    chance, of the map where none is: its estimates differ by almost nothing.
+
+    Args:
+        masks: with known truth; the networks must not have trained from their patients.
+        metric: what is estimated.
+        choices: the candidates, the simplest first. Those of witnesses that ``masks`` lack are left out.
+    """
+    if masks.count < MIN_PATIENTS:
+        return ChosenEstimate(patients=masks.count)
+    choices = [c for c in choices if _needs(c) <= masks.values.keys()]
+    ordered_by = _best_order(masks)
+    estimates = {c: _cross_validated(masks, metric, c, ordered_by) for c in choices}
+    errors = {c: masks.per_patient(np.abs(e - masks.true)) for c, e in estimates.items()}
+    orders = {c: _order(masks, c, e, ordered_by) for c, e in estimates.items()} if metric == "dice" else {}
+    allowed = _keeping_order(masks, orders) if orders else list(choices)
+    best = min(allowed, key=lambda c: float(errors[c].mean()))
+    choice = next(c for c in allowed if _within_noise(errors[c] - errors[best]))
+    return ChosenEstimate(
+        model=_fit(masks, metric, choice, ordered_by),
+        choice=choice,
+        patients=masks.count,
+        candidates=tuple(
+            Candidate(c, float(errors[c].mean()), _spearman(orders[c], masks.true) if c in orders else None)
+            for c in choices
+        ),
+        ordered_by=ordered_by if choice == "constant" and metric == "dice" else None,
+    )
+
+
+def _needs(choice: Choice) -> set[WitnessName]:
+    if choice == "pooled":
+        return {"map", "soft"}
+    if choice == "stack":
+        return {"map", "soft", "entropy", "size"}
+    return {choice} if choice in ("soft", "entropy", "size") else {"map"}
+
+
+def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: WitnessName) -> EstimateModel:
+    """A choice's model, fitted on masks."""
+    if choice == "map":
+        return AS_IT_IS
+    if choice == "line" and metric == "dice":
+        return _ridge(masks, ("map",), {"map": 1.0})
+    if choice == "line":
+        line = fit_calibration(masks.values["map"], masks.true, metric=metric)
+        return EstimateModel("identity", line.intercept, {"map": line.slope})
+    if choice == "constant" and metric != "dice":
+        return EstimateModel("identity", float(np.median(masks.true)), {})
+    if choice == "constant":
+        feature = _feature(ordered_by, masks.values[ordered_by])
+        weight = _ORDER_SLOPE / max(float(feature.std()), 1e-6)
+        level = float(np.median(_logit(masks.true)))
+        return EstimateModel("logit", level - weight * float(np.median(feature)), {ordered_by: weight})
+    if choice == "pooled":
+        return _pooled(masks)
+    if choice == "stack":
+        return _ridge(masks, ("map", "soft", "entropy", "size"), _POOLED)
+    line = fit_calibration(_feature(choice, masks.values[choice]), _logit(masks.true))
+    return EstimateModel("logit", line.intercept, {choice: line.slope})
+
+
+def _pooled(masks: KnownMasks) -> EstimateModel:
+    """The map's logit, lowered where the network that made the mask is less sure than it usually is.
+
+    A logarithmic pool of the map's Dice and the soft output's, the latter's mean made zero: soft outputs are far too
+    optimistic. Its weight is fixed: masks that the labelled patients do not have, of another scanner, are where it is
+    of use, so it cannot be fitted on them.
+    """
+    centre = float(_feature("soft", masks.values["soft"]).mean())
+    return EstimateModel("logit", -_POOLED["soft"] * centre, dict(_POOLED))
+
+
+def _ridge(masks: KnownMasks, names: Sequence[WitnessName], prior: Mapping[WitnessName, float]) -> EstimateModel:
+    """The logit of the Dice as a sum over witnesses, by least squares, ridge towards given weights and no intercept.
+
+    Residuals are weighted so that they are about those of the Dice, and so that a patient counts once.
+    """
+    features = np.stack([_feature(name, masks.values[name]) for name in names], axis=1)
+    centres = np.where([name == "map" for name in names], 0.0, features.mean(axis=0))
+    truth = np.clip(masks.true, _EDGE, 1 - _EDGE)
+    counts = np.bincount(masks.patients)[masks.patients]
+    weights = truth * (1 - truth) / _RESIDUAL / np.sqrt(counts)
+    # the intercept may be negative: as a difference of two numbers that may not
+    design = np.column_stack([np.ones(truth.size), -np.ones(truth.size), features - centres])
+    beliefs = np.eye(1 + len(names))
+    beliefs = np.column_stack([beliefs[:, 0], -beliefs[:, 0], beliefs[:, 1:]])
+    wanted = np.array([0.0, *(prior.get(name, 0.0) for name in names)])
+    up, down, *found = nnls(
+        np.vstack([design * weights[:, None], beliefs / _PRIOR]),
+        np.concatenate([_logit(truth) * weights, wanted / _PRIOR]),
+    )[0]
+    used = {name: float(weight) for name, weight in zip(names, found, strict=True) if weight > 0}
+    return EstimateModel("logit", float(up - down - np.dot(found, centres)), used)
+
+
+def _cross_validated(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: WitnessName) -> Values:
+    """Each mask's estimate by a model that was fitted without its patient."""
+    numbers = np.unique(masks.patients, return_inverse=True)[1]
+    estimates = np.empty(masks.true.size)
+    for part in range(min(_PARTS, masks.count)):
+        left_out = numbers % _PARTS == part
+        model = _fit(masks.where(~left_out), metric, choice, ordered_by)
+        estimates[left_out] = model.apply(masks.where(left_out).values)
+    low, high = METRIC_RANGES[metric]
+    return np.clip(estimates, low, high)
+
+
+def _order(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: WitnessName) -> Values:
+    """What orders masks: of one witness it is the witness, whatever was fitted; of several what cross-validation gave.
+
+    Estimates by models of different parts cannot be compared as closely as one witness's values.
+    """
+    if choice == "stack":
+        return estimates
+    if choice == "pooled":
+        return EstimateModel("logit", 0.0, dict(_POOLED)).apply(masks.values)
+    if choice == "constant":
+        return masks.values[ordered_by]
+    return masks.values["map" if choice in ("map", "line") else choice]  # type: ignore[index]
+
+
+def _best_order(masks: KnownMasks) -> WitnessName:
+    """The witness whose order is best, where it is better than chance; else the map."""
+    found = {name: _spearman(values, masks.true) for name, values in masks.values.items()}
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] > _CHANCE / np.sqrt(masks.count - 1) else "map"
+
+
+def _keeping_order(masks: KnownMasks, orders: Mapping[Choice, Values]) -> list[Choice]:
+    """The choices whose order is not worse than the best one beyond its noise."""
+    found = {choice: _spearman(values, masks.true) for choice, values in orders.items()}
+    best = max(found, key=lambda choice: found[choice])
+
+    def lost_without(choice: Choice, patient: int) -> float:
+        others = masks.patients != patient
+        true = masks.true[others]
+        return _spearman(orders[best][others], true) - _spearman(orders[choice][others], true)
+
+    allowed = []
+    for choice in found:
+        lost = found[best] - found[choice]
+        if lost > 0:
+            without = np.array([lost_without(choice, patient) for patient in np.unique(masks.patients)])
+            noise = np.sqrt((without.size - 1) * without.var())
+        if lost <= 0 or lost <= _NOISE * noise:
+            allowed.append(choice)
+    return allowed
+
+
+def _within_noise(differences: Values) -> bool:
+    return bool(differences.mean() <= _NOISE * differences.std(ddof=1) / np.sqrt(differences.size))
+
+
+def _spearman(values: Values, true: Values) -> float:
+    """Spearman's correlation; 0 where one side is flat."""
+    if true.size < MIN_CALIBRATION_CASES or np.ptp(values) == 0 or np.ptp(true) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(values), rankdata(true))[0, 1])
+
+
+def _feature(name: WitnessName, values: Values) -> Values:
+    """A witness on a scale on which it adds to a logit."""
+    if name in ("map", "soft"):
+        return _logit(values)
+    if name == "entropy":
+        return np.asarray(-np.log(np.maximum(-values, _MIN_ENTROPY)), np.float64)
+    return np.maximum(values, _MIN_SIZE)
+
+
+def _logit(dice: Values) -> Values:
+    p = np.clip(dice, _EDGE, 1 - _EDGE)
+    return np.asarray(np.log(p / (1 - p)), np.float64)
+
+
+def _expit(z: Values) -> Values:
+    return np.asarray(1 / (1 + np.exp(-np.clip(z, -30, 30))), np.float64)
