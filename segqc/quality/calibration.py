@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from segqc.quality.intervals import LEVEL, StructureIntervals
-from segqc.quality.metrics import METRIC_RANGES, MetricName
-from segqc.quality.stacking import NOTHING_CHOSEN, ChosenEstimate, WitnessName, iou_of_dice
+from segqc.quality.metrics import METRIC_NAMES, METRIC_RANGES, MetricName
+from segqc.quality.stacking import NOTHING_CHOSEN, ChosenEstimate, WitnessName, arvd_of_dice, iou_of_dice
 from segqc.types import BoolArray, FloatArray, MaskKind, MetricIntervals, Metrics, Witnesses
 
 OutputForm: TypeAlias = Literal["truth", "direct"]
@@ -61,12 +61,12 @@ class MaskCalibration:
             raw: as read off the error map.
             witnesses: what speaks of the mask beside it.
         """
-        dice = _estimate("dice", self.dice, dice_witnesses(raw, witnesses))
+        dice = _estimate("dice", self.dice, said_of("dice", raw, witnesses))
         return Metrics(
             dice=dice,
             iou=None if dice is None else iou_of_dice(dice),
-            arvd=None if raw.arvd is None else _estimate("arvd", self.arvd, {"map": raw.arvd}),
-            rvd=None if raw.rvd is None else _estimate("rvd", self.rvd, {"map": raw.rvd}),
+            arvd=_estimate("arvd", self.arvd, said_of("arvd", raw, witnesses)),
+            rvd=_estimate("rvd", self.rvd, said_of("rvd", raw, witnesses)),
         )
 
     def intervals_of(
@@ -75,14 +75,26 @@ class MaskCalibration:
         """The intervals of these estimates; undefined ones without `intervals`."""
         if self.intervals is None:
             return MetricIntervals()
-        return self.intervals.of(dice_witnesses(raw, witnesses), raw, estimated, level=level)
+        said = {metric: said_of(metric, raw, witnesses) for metric in METRIC_NAMES}
+        return self.intervals.of(said, estimated, level=level)
 
 
-def dice_witnesses(raw: Metrics, witnesses: Witnesses) -> dict[WitnessName, float]:
-    """What is known of a mask's Dice, by witness."""
-    said: dict[WitnessName, float | None] = {
-        "map": raw.dice, "soft": witnesses.soft, "entropy": witnesses.entropy, "size": witnesses.size
-    }  # fmt: skip
+def said_of(metric: MetricName, raw: Metrics, witnesses: Witnesses) -> dict[WitnessName, float]:
+    """What is known of one metric of a mask, by witness; nothing where it is undefined on the error map.
+
+    Args:
+        metric: the metric.
+        raw: as read off the error map.
+        witnesses: what speaks of the mask beside it.
+    """
+    of_map: float | None = getattr(raw, metric)
+    if of_map is None:
+        return {}
+    said: dict[WitnessName, float | None] = {"map": of_map}
+    if metric == "dice":
+        said |= {"soft": witnesses.soft, "entropy": witnesses.entropy, "size": witnesses.size}
+    elif metric == "arvd":
+        said["dice"] = None if raw.dice is None else arvd_of_dice(raw.dice)
     return {name: value for name, value in said.items() if value is not None}
 
 

@@ -152,24 +152,26 @@ class StructureIntervals:
     drawn: Literal["validation", "audit"] = "validation"
 
     def of(
-        self, dice: Mapping[WitnessName, float], raw: Metrics, estimated: Metrics, *, level: float = LEVEL
+        self, said: Mapping[MetricName, Mapping[WitnessName, float]], estimated: Metrics, *, level: float = LEVEL
     ) -> MetricIntervals:
         """The intervals of one mask.
 
         Args:
-            dice: what each witness says of the Dice.
-            raw: the metrics as read off the error map.
+            said: what each witness says of each metric; nothing where the metric is undefined.
             estimated: the numbers shown.
             level: wanted coverage.
         """
-        of_dice = self.dice.interval(dice, level=level, shown=estimated.dice) if "map" in dice else None
+
+        def of_metric(made: ConformalCalibration, shown: float | None) -> PredictionInterval | None:
+            known = said[made.metric]
+            return made.interval(known, level=level, shown=shown) if known else None
+
+        dice = of_metric(self.dice, estimated.dice)
         return MetricIntervals(
-            dice=of_dice,
-            iou=None
-            if of_dice is None
-            else PredictionInterval(iou_of_dice(of_dice.low), iou_of_dice(of_dice.high), level),
-            arvd=None if raw.arvd is None else self.arvd.interval(raw.arvd, level=level, shown=estimated.arvd),
-            rvd=None if raw.rvd is None else self.rvd.interval(raw.rvd, level=level, shown=estimated.rvd),
+            dice=dice,
+            iou=None if dice is None else PredictionInterval(iou_of_dice(dice.low), iou_of_dice(dice.high), level),
+            arvd=of_metric(self.arvd, estimated.arvd),
+            rvd=of_metric(self.rvd, estimated.rvd),
         )
 
 

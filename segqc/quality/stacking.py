@@ -17,21 +17,22 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
-from scipy.stats import rankdata
 
-from segqc.quality.metrics import METRIC_RANGES, MIN_CALIBRATION_CASES, MetricName, Values, fit_calibration
+from segqc.quality.metrics import METRIC_RANGES, MetricName, Values, fit_calibration
 from segqc.types import BoolArray
 
-WitnessName: TypeAlias = Literal["map", "soft", "entropy", "size"]
+WitnessName: TypeAlias = Literal["map", "soft", "entropy", "size", "dice"]
 WitnessValues: TypeAlias = Mapping[WitnessName, Values]
-Choice: TypeAlias = Literal["map", "pooled", "line", "soft", "entropy", "size", "stack", "constant"]
+Choice: TypeAlias = Literal["map", "pooled", "line", "soft", "entropy", "size", "stack", "dice", "constant"]
 
 DICE_OF_SERVED: Final[tuple[Choice, ...]] = ("pooled", "map", "line", "soft", "entropy", "size", "stack", "constant")
 """What the Dice of served masks is chosen among, the simplest first."""
 DICE_OF_OTHERS: Final[tuple[Choice, ...]] = ("map", "line")
 """Of other masks nothing but the map is known; that they are of many qualities makes the constant worthless."""
-VOLUME_CHOICES: Final[tuple[Choice, ...]] = ("map", "line", "constant")
-"""What RVD and ARVD are chosen among."""
+RVD_CHOICES: Final[tuple[Choice, ...]] = ("constant", "map", "line")
+"""Of RVD the constant comes first: where little truth is expected, the map's ratio of two sizes may be anything."""
+ARVD_CHOICES: Final[tuple[Choice, ...]] = ("dice", "map", "line", "constant")
+"""ARVD is (2 + RVD) (1 - Dice). With an RVD of 0 the Dice gives it, without a small denominator."""
 
 MIN_PATIENTS: Final = 8
 """With fewer patients nothing is chosen: estimates are read off the error map as it is.
@@ -53,8 +54,9 @@ _ORDER_SLOPE: Final = 0.01  # of a constant, per standard deviation of the witne
 class EstimateModel:
     """A metric as a monotone function of witnesses: ``link(intercept + sum of weight * feature)``.
 
-    With the link "identity" the only feature is the metric as read off the error map; with "logit" features are as in
-    `_feature`, and the result is a Dice.
+    With the link "identity" features are the witnesses as they are: the metric as read off the error map, or, of the
+    ARVD, what the map's Dice makes of it (`arvd_of_dice`). With "logit" they are as in `_feature`, and the result is a
+    Dice.
 
     Attributes:
         link: the scale on which witnesses add up.
@@ -181,11 +183,20 @@ def iou_of_dice(dice: float) -> float:
     return dice / (2.0 - dice)
 
 
+def arvd_of_dice(dice: float) -> float:
+    """The ARVD of a mask with this Dice that is as large as the truth.
+
+    >>> round(arvd_of_dice(0.8), 3)
+    0.4
+    """
+    return 2.0 * (1.0 - dice)
+
+
 def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice]) -> ChosenEstimate:
     """Choose a model by cross-validation over patients, and fit it on all masks.
 
     A Dice orders scans. A choice whose order is worse than the best one beyond its noise, two standard errors of the
-    difference by the jackknife over patients, is out. Of the others, the first one of ``choices`` is taken whose error
+    difference with the patient as unit, is out. Of the others, the first one of ``choices`` is taken whose error
     is within two standard errors of the least, by the patients' paired differences. With one, of 15 patients a nearly
     flat line is chosen time and again, which on scans of another site is three times as wrong as the map. So the
     constant is used only where everything else is worse. It keeps the order of the best witness that is better than
@@ -202,8 +213,10 @@ def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice
     ordered_by = _best_order(masks)
     estimates = {c: _cross_validated(masks, metric, c, ordered_by) for c in choices}
     errors = {c: masks.per_patient(np.abs(e - masks.true)) for c, e in estimates.items()}
-    orders = {c: _order(masks, c, e, ordered_by) for c, e in estimates.items()} if metric == "dice" else {}
-    allowed = _keeping_order(masks, orders) if orders else list(choices)
+    orders: dict[Choice, _Order] = {}
+    if metric == "dice":
+        orders = {c: _order_of(_ordering(masks, c, e, ordered_by), masks) for c, e in estimates.items()}
+    allowed = _keeping_order(orders) if orders else list(choices)
     best = min(allowed, key=lambda c: float(errors[c].mean()))
     choice = next(c for c in allowed if _within_noise(errors[c] - errors[best]))
     return ChosenEstimate(
@@ -211,8 +224,7 @@ def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice
         choice=choice,
         patients=masks.count,
         candidates=tuple(
-            Candidate(c, float(errors[c].mean()), _spearman(orders[c], masks.true) if c in orders else None)
-            for c in choices
+            Candidate(c, float(errors[c].mean()), orders[c].correlation if c in orders else None) for c in choices
         ),
         ordered_by=ordered_by if choice == "constant" and metric == "dice" else None,
     )
@@ -223,30 +235,33 @@ def _needs(choice: Choice) -> set[WitnessName]:
         return {"map", "soft"}
     if choice == "stack":
         return {"map", "soft", "entropy", "size"}
-    return {choice} if choice in ("soft", "entropy", "size") else {"map"}
+    return {choice} if choice in ("soft", "entropy", "size", "dice") else {"map"}
 
 
 def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: WitnessName) -> EstimateModel:
     """A choice's model, fitted on masks."""
     if choice == "map":
         return AS_IT_IS
+    if choice == "dice":
+        return EstimateModel("identity", 0.0, {"dice": 1.0})
     if choice == "line" and metric == "dice":
         return _ridge(masks, ("map",), {"map": 1.0})
     if choice == "line":
         line = fit_calibration(masks.values["map"], masks.true, metric=metric)
         return EstimateModel("identity", line.intercept, {"map": line.slope})
     if choice == "constant" and metric != "dice":
-        return EstimateModel("identity", float(np.median(masks.true)), {})
+        return EstimateModel("identity", float(np.median(masks.per_patient(masks.true))), {})
     if choice == "constant":
-        feature = _feature(ordered_by, masks.values[ordered_by])
+        feature = masks.per_patient(_feature(ordered_by, masks.values[ordered_by]))
         weight = _ORDER_SLOPE / max(float(feature.std()), 1e-6)
-        level = float(np.median(_logit(masks.true)))
+        level = float(np.median(masks.per_patient(_logit(masks.true))))
         return EstimateModel("logit", level - weight * float(np.median(feature)), {ordered_by: weight})
     if choice == "pooled":
         return _pooled(masks)
     if choice == "stack":
         return _ridge(masks, ("map", "soft", "entropy", "size"), _POOLED)
-    line = fit_calibration(_feature(choice, masks.values[choice]), _logit(masks.true))
+    feature = masks.per_patient(_feature(choice, masks.values[choice]))
+    line = fit_calibration(feature, masks.per_patient(_logit(masks.true)))
     return EstimateModel("logit", line.intercept, {choice: line.slope})
 
 
@@ -257,7 +272,7 @@ def _pooled(masks: KnownMasks) -> EstimateModel:
     optimistic. Its weight is fixed: masks that the labelled patients do not have, of another scanner, are where it is
     of use, so it cannot be fitted on them.
     """
-    centre = float(_feature("soft", masks.values["soft"]).mean())
+    centre = float(masks.per_patient(_feature("soft", masks.values["soft"])).mean())
     return EstimateModel("logit", -_POOLED["soft"] * centre, dict(_POOLED))
 
 
@@ -267,7 +282,9 @@ def _ridge(masks: KnownMasks, names: Sequence[WitnessName], prior: Mapping[Witne
     Residuals are weighted so that they are about those of the Dice, and so that a patient counts once.
     """
     features = np.stack([_feature(name, masks.values[name]) for name in names], axis=1)
-    centres = np.where([name == "map" for name in names], 0.0, features.mean(axis=0))
+    centres = [
+        0.0 if n == "map" else float(masks.per_patient(f).mean()) for n, f in zip(names, features.T, strict=True)
+    ]
     truth = np.clip(masks.true, _EDGE, 1 - _EDGE)
     counts = np.bincount(masks.patients)[masks.patients]
     weights = truth * (1 - truth) / _RESIDUAL / np.sqrt(counts)
@@ -296,7 +313,7 @@ def _cross_validated(masks: KnownMasks, metric: MetricName, choice: Choice, orde
     return np.clip(estimates, low, high)
 
 
-def _order(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: WitnessName) -> Values:
+def _ordering(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: WitnessName) -> Values:
     """What orders masks: of one witness it is the witness, whatever was fitted; of several what cross-validation gave.
 
     Estimates by models of different parts cannot be compared as closely as one witness's values.
@@ -312,41 +329,56 @@ def _order(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: Wit
 
 def _best_order(masks: KnownMasks) -> WitnessName:
     """The witness whose order is best, where it is better than chance; else the map."""
-    found = {name: _spearman(values, masks.true) for name, values in masks.values.items()}
+    found = {name: _order_of(values, masks).correlation for name, values in masks.values.items()}
     best = max(found, key=lambda name: found[name])
     return best if found[best] > _CHANCE / np.sqrt(masks.count - 1) else "map"
 
 
-def _keeping_order(masks: KnownMasks, orders: Mapping[Choice, Values]) -> list[Choice]:
+def _keeping_order(orders: Mapping[Choice, _Order]) -> list[Choice]:
     """The choices whose order is not worse than the best one beyond its noise."""
-    found = {choice: _spearman(values, masks.true) for choice, values in orders.items()}
-    best = max(found, key=lambda choice: found[choice])
-
-    def lost_without(choice: Choice, patient: int) -> float:
-        others = masks.patients != patient
-        true = masks.true[others]
-        return _spearman(orders[best][others], true) - _spearman(orders[choice][others], true)
-
-    allowed = []
-    for choice in found:
-        lost = found[best] - found[choice]
-        if lost > 0:
-            without = np.array([lost_without(choice, patient) for patient in np.unique(masks.patients)])
-            noise = np.sqrt((without.size - 1) * without.var())
-        if lost <= 0 or lost <= _NOISE * noise:
-            allowed.append(choice)
-    return allowed
+    best = max(orders.values(), key=lambda order: order.correlation)
+    return [
+        choice
+        for choice, order in orders.items()
+        if best.correlation - order.correlation <= _NOISE * _standard_error(best.influence - order.influence)
+    ]
 
 
 def _within_noise(differences: Values) -> bool:
-    return bool(differences.mean() <= _NOISE * differences.std(ddof=1) / np.sqrt(differences.size))
+    return bool(differences.mean() <= _NOISE * _standard_error(differences))
 
 
-def _spearman(values: Values, true: Values) -> float:
-    """Spearman's correlation; 0 where one side is flat."""
-    if true.size < MIN_CALIBRATION_CASES or np.ptp(values) == 0 or np.ptp(true) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(values), rankdata(true))[0, 1])
+def _standard_error(of_patients: Values) -> float:
+    return float(of_patients.std(ddof=1) / np.sqrt(of_patients.size))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Order:
+    """Spearman's correlation of an order with the truth, and each patient's influence on it."""
+
+    correlation: float
+    influence: Values
+
+
+def _order_of(values: Values, masks: KnownMasks) -> _Order:
+    """How well values order masks, each patient counting once; a correlation of 0 where one side is flat."""
+    weights = 1.0 / np.bincount(masks.patients)[masks.patients]
+    x, y = (_standardised(_ranks(v, weights), weights) for v in (values, masks.true))
+    correlation = float(np.dot(weights, x * y) / weights.sum())
+    return _Order(correlation, masks.per_patient(x * y - correlation * (x * x + y * y) / 2))
+
+
+def _standardised(values: Values, weights: Values) -> Values:
+    centred = values - np.dot(weights, values) / weights.sum()
+    deviation = np.sqrt(np.dot(weights, centred * centred) / weights.sum())
+    return np.asarray(centred / deviation if deviation > 0 else centred, np.float64)
+
+
+def _ranks(values: Values, weights: Values) -> Values:
+    """The weight of what is below each value, and half of what equals it."""
+    index = np.unique(values, return_inverse=True)[1]
+    of_value = np.bincount(index, weights)
+    return np.asarray((np.cumsum(of_value) - of_value / 2)[index], np.float64)
 
 
 def _feature(name: WitnessName, values: Values) -> Values:

@@ -7,8 +7,9 @@ where it does so for patients that it was not fitted on (`segqc.quality.stacking
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -16,13 +17,14 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
-from segqc.quality.calibration import MapCalibration, MaskCalibration, dice_witnesses
+from segqc.quality.calibration import MapCalibration, MaskCalibration, said_of
 from segqc.quality.intervals import LEVEL, ConformalCalibration, StructureIntervals, held_out, jackknife
 from segqc.quality.metrics import MIN_CALIBRATION_CASES, MetricName, Values, true_metrics
 from segqc.quality.stacking import (
+    ARVD_CHOICES,
     DICE_OF_OTHERS,
     DICE_OF_SERVED,
-    VOLUME_CHOICES,
+    RVD_CHOICES,
     Choice,
     ChosenEstimate,
     KnownMasks,
@@ -40,6 +42,9 @@ _CENTRES = np.arange(-_EDGE, _EDGE, _STEP) + _STEP / 2
 # what is believed before a mask is seen: with few masks the map stays what the network made it
 _NOISE, _LOG_SCALE, _SHIFT = 0.03, 0.3, 0.5
 _METRICS: Final[tuple[MetricName, ...]] = ("dice", "arvd", "rvd")  # the IoU follows from the Dice
+_WITNESSES: Final[Mapping[MetricName, tuple[WitnessName, ...]]] = MappingProxyType(
+    {"dice": ("map", "soft", "entropy", "size"), "arvd": ("map", "dice"), "rvd": ("map",)}
+)
 _PARTS = 5  # of a cross-validation over patients
 _ERRORS = 2.0  # standard errors that are noise
 
@@ -223,8 +228,10 @@ def held_out_masks(kind: MaskKind, known: Sequence[KnownMask], calibration: Mask
 
 
 def _choices(kind: MaskKind, metric: MetricName) -> Sequence[Choice]:
-    if metric != "dice":
-        return VOLUME_CHOICES
+    if metric == "rvd":
+        return RVD_CHOICES
+    if metric == "arvd":
+        return ARVD_CHOICES
     return DICE_OF_SERVED if kind == "served" else DICE_OF_OTHERS
 
 
@@ -239,20 +246,13 @@ def _fit(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tupl
 
 def _known_masks(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tuple[KnownMasks, list[int]]:
     """The masks whose truth and witnesses are known, and which they are."""
-    names: Sequence[WitnessName] = ("map", "soft", "entropy", "size")
-    if kind != "served" or metric != "dice":
-        names = ("map",)
-    said = [dice_witnesses(k.raw, k.witnesses) if metric == "dice" else _map_of(k, metric) for k in known]
-    rows = [
-        i for i, values in enumerate(said) if values.keys() >= set(names) and getattr(known[i].true, metric) is not None
-    ]
-    return known_masks(
+    names = _WITNESSES[metric] if kind == "served" or metric != "dice" else ("map",)
+    said = [said_of(metric, k.raw, k.witnesses) for k in known]
+    true: list[float | None] = [getattr(k.true, metric) for k in known]
+    rows = [i for i, values in enumerate(said) if values.keys() >= set(names) and true[i] is not None]
+    masks = known_masks(
         {name: [said[i][name] for i in rows] for name in names},
-        [getattr(known[i].true, metric) for i in rows],
+        [true[i] for i in rows],
         [known[i].patient for i in rows],
-    ), rows
-
-
-def _map_of(known: KnownMask, metric: MetricName) -> dict[WitnessName, float]:
-    value: float | None = getattr(known.raw, metric)
-    return {} if value is None else {"map": value}
+    )
+    return masks, rows
