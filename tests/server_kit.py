@@ -20,6 +20,7 @@ from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.plan import plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
+from segqc.quality.report_card import ReportCard
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
@@ -98,8 +99,10 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
     return folder
 
 
-def save_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> dict[NetworkName, Path]:
-    """Files of untrained networks."""
+def save_models(
+    folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None
+) -> dict[NetworkName, Path]:
+    """Files of untrained networks; SegQC-Net with a report card, where one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
@@ -109,18 +112,19 @@ def save_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) ->
     files: dict[NetworkName, Path] = {}
     for kind, channels, outputs in kinds:
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
-        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})
+        own = report if kind == "segqc" else None
+        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5}, report=own)
         network = build_network(plan, seed=1)
         files[kind] = folder / model_name(kind)
         (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(files[kind])
     return files
 
 
-def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> int:
+def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None) -> int:
     """Publish untrained networks; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
-        return dataset.bundles.publish(save_models(work, structures), SERVER, "a test")
+        return dataset.bundles.publish(save_models(work, structures, report), SERVER, "a test")
 
 
 def make_assessment(
@@ -152,15 +156,18 @@ def assess(
     volume_ml: float = 5.0,
     mask: Volume | None = None,
     half_width: float | None = None,
+    number: int | None = None,
 ) -> None:
-    """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
-    pair = bundle(dataset.store, "seg", "qc")
-    label = NewLabel(
-        scan, "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
-    )
+    """A network's mask of a scan, and an assessment of it with a given estimated Dice, by a bundle without files.
+
+    With a number, they are by the bundle of this number.
+    """
+    number = bundle(dataset.store, "seg", "qc").id if number is None else number
+    network = Actor(kind="network", name="seg", identified_by="program")
+    label = NewLabel(scan, "original", "network", network, bundle=number)
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
-    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept, pair.id)
+    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept, number)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
+from segqc.quality.report_card import AT_RANDOM
 from segqc.store import jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
@@ -140,6 +141,38 @@ def test_all_scans_without_a_final_label_are_assessed(dataset: Dataset) -> None:
     for scan, assessment in first.items():
         assert again[scan].mask_kind == "served"
         assert again[scan].structures[0].witnesses == assessment.structures[0].witnesses
+
+
+# ----------------------------------------------------------------------------------------- what the estimates are worth
+
+
+@pytest.fixture(scope="module")
+def worthless(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A folder whose labels have nothing to do with their scans, and networks that nothing could be learnt of."""
+    folder = tmp_path_factory.mktemp("studies")
+    make_dataset(folder, 12, 5)
+    finals = sorted((folder / "labels" / "final").iterdir())
+    contents = [path.read_bytes() for path in finals]
+    for path, content in zip(finals, [*contents[5:], *contents[:5]], strict=True):
+        path.write_bytes(content)
+    (folder / "segqc.toml").write_text(SETTINGS.replace("ensemble = false", "ensemble = true"))
+    dataset = Dataset(folder)
+    for network in NETWORKS:
+        train(dataset, network, NoProgress())
+    return dataset
+
+
+def test_worthless_estimates_are_told_and_their_order_is_not_used(worthless: Dataset) -> None:
+    card = worthless.report_card()
+    assert card is not None
+    assert card.worst.patients == 12, "each labelled patient is checked by networks that have not seen it"
+    assert card.worst.order_verdict == "not better than chance"
+    score(worthless, "segqc", NoProgress())
+    listed = CliRunner().invoke(app, ["rank", str(worthless.folder)])
+    assert listed.exit_code == 0, listed.output
+    assert "the estimates' order is not better than chance on 12 patients" in listed.output
+    assert ("in random order" in listed.output) == (card.ranked_by == AT_RANDOM)
+    assert set(worthless.scores("tta")) == ({f"c{i}" for i in range(12, 17)} if card.ranked_by == "tta" else set())
 
 
 def test_an_interrupted_scoring_goes_on_and_a_finished_one_does_nothing(dataset: Dataset) -> None:

@@ -355,6 +355,9 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
         assert len(intervals.dice.patients) == len(validating)
         assert {len(p.scores) for p in intervals.dice.patients} == {masks}, kind
     assert model.card.accuracy == 1 - model.card.scores["dice error ball"]
+    assert model.card.report is not None
+    assert {scan.patient for scan in model.card.report.scans} == validating
+    assert [s.structure for s in model.card.report.structures] == ["ball"]
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
     again = KillAt(-1, "network for masks, fold 2 of 2: epoch")

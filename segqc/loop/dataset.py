@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from segqc.loop.errors import DatasetError as DatasetError
 from segqc.loop.publishing import Bundles
 from segqc.networks.bundle import NetworkBundle
+from segqc.networks.model_file import ModelError
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, findings, labels, remarks, scans
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
 
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
@@ -317,6 +319,17 @@ class Dataset:
         """
         bundle = self.bundle()
         return bundle.assessor() if bundle is not None and bundle.holds("segqc") else None
+
+    def report_card(self) -> ReportCard | None:
+        """What the estimates of the bundle that serves are worth; None where they were not checked.
+
+        None, too, where the bundle's files are missing or damaged: whatever needs them says so.
+        """
+        try:
+            bundle = self.bundle()
+        except ModelError:
+            return None
+        return bundle.manifest.report if bundle is not None else None
 
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""

@@ -57,7 +57,10 @@ def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
 def _train(dataset: Dataset, job: JobRecord, request: TrainRequest, progress: Progress) -> TrainResult:
     settings = chosen_settings(dataset, request.model, request.settings)
     purpose = "a worker's train job"
-    trained = train(dataset, request.model, progress, settings, actor=job.actor, purpose=purpose, wait=True)
+    trained = train(
+        dataset, request.model, progress, settings,
+        actor=job.actor, purpose=purpose, wait=True, serve=request.serve,
+    )  # fmt: skip
     return training_result(request.model, trained)
 
 

@@ -156,7 +156,8 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
     with dataset.bundles.workspace() as work:
         path = work / model_name("segqc")
         updated.save(path)
-        with dataset.bundles.publishing({"segqc": path}, actor, "intervals of audit draws") as publication:
+        reason = "intervals of audit draws"
+        with dataset.bundles.publishing({"segqc": path}, actor, reason, even_if_worse=True) as publication:
             for name in waiting:
                 start = labels.start_of(publication.transaction, name)
                 if start is None or publication.parent is None:

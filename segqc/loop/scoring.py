@@ -33,8 +33,9 @@ class ScoringSummary:
 def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
-    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it. Every other score is
-    a function of that network's predictions under test-time augmentation. The lowest score is the worst.
+    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it; where its report card
+    lets another score order the scans, that one is computed, too. Every other score is a function of that network's
+    predictions under test-time augmentation. The lowest score is the worst.
 
     Args:
         dataset: the folder.
@@ -67,6 +68,9 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
             continue
         scored, skipped = scored + fresh, skipped + (not fresh)
     progress.step(len(entries), len(entries), f"scoring by {method}", "done")
+    report = bundle.manifest.report if by_estimate else None
+    if report is not None and report.ranked_by != method and report.ranked_by in scores():
+        failed |= score(dataset, report.ranked_by, progress, force=force).failed
     return ScoringSummary(scored, skipped, failed)
 
 

@@ -207,7 +207,9 @@ class Bundle(Base):
     """A segmentation network and the SegQC-Net that judges it, as published: an estimate belongs to the bundle.
 
     ``id`` is the number of its folder, ``segqc/models/<id>/``; ``manifest_sha256`` is the address of the manifest in
-    it. At most one bundle serves. The row stays when the files are removed.
+    it. At most one bundle serves. The row stays when the files are removed. ``ranked_by`` is the strategy whose order
+    takes the place of the estimates' where that is known to be noise; ``held_because`` says why the bundle does not
+    serve by itself.
     """
 
     __tablename__ = "bundle"
@@ -220,11 +222,14 @@ class Bundle(Base):
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     published_at: Mapped[dt.datetime]
     serving: Mapped[bool]
+    ranked_by: Mapped[str | None]
+    held_because: Mapped[str | None]
     __table_args__ = (
         Index("uq_bundle_serving", "serving", unique=True,
               sqlite_where=text("serving"), postgresql_where=text("serving")),
         CheckConstraint("segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name="networks"),
         CheckConstraint("parent_id < id", name="parent"),
+        CheckConstraint("NOT serving OR held_because IS NULL", name="held"),
     )  # fmt: skip
 
 

@@ -27,14 +27,16 @@ from segqc.quality.calibration import (
 )
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
+from segqc.quality.report_card import report_card
 from segqc.split import PatientSplit
-from segqc.training.calibration import KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
+from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, subsample
+from segqc.training.crossfit import MaskSet, crossfit_masks, sources_of_masks, stratified_weights, subsample
 from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes
 from segqc.training.spec import TrainingSettings
+from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
 from segqc.types import LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
@@ -102,18 +104,19 @@ def train_on_masks(
     if not settings.ensemble or len(folds) < 2:
         plan, validation = _plan_of(sets, structures, settings), _validation(sets, patient_splits)
         assessor = fit_assessor("SegQC-Net", plan, train, validation, structures, settings, folder, progress)
-        return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
+        unseen = [(assessor, s) for s in _validating(sets, patient_splits)]
+        return calibrated(assessor, train, unseen, settings, progress)
     members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
-        (member, subsample(s, VALIDATION_MASKS))
+        (member, s)
         for fold, member in zip(folds, members, strict=True)
         for s in train
         if patient_splits[s.case.patient].fold == fold
     ]
     together = ensemble(members)
-    validation = _validation(sets, patient_splits)
-    return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
+    unseen += [(together, s) for s in _validating(sets, patient_splits)]
+    return calibrated(together, train, unseen, settings, progress)
 
 
 def train_member(
@@ -158,7 +161,11 @@ def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings:
 
 def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
     """A few masks of each case that validates: more would make validating longer than training, and say little new."""
-    return [subsample(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
+    return [subsample(s, VALIDATION_MASKS) for s in _validating(sets, patient_splits)]
+
+
+def _validating(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
+    return [s for s in sets if patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -256,9 +263,15 @@ def _loss(settings: TrainingSettings) -> Loss:
 
 
 def calibrated(
-    assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
+    assessor: Assessor,
+    train: Sequence[MaskSet],
+    unseen: Sequence[tuple[Assessor, MaskSet]],
+    settings: TrainingSettings,
+    progress: Progress,
 ) -> Assessor:
-    """Fit each structure's calibrations and intervals on masks of unseen patients, and note the largest error box.
+    """Fit each structure's calibrations and intervals on masks of unseen patients, and note what they are worth.
+
+    The largest error box is noted, too.
 
     Served masks, one of each scan, are calibrated by themselves, as they are much alike; strange ones on masks that are
     spread over the qualities (`subsample`): their intervals are those of a random mask of such a spread.
@@ -268,15 +281,19 @@ def calibrated(
         train: the masks that it was trained on.
         unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
+        settings: how the masks were made.
         progress: called after each case.
     """
     structures = assessor.structures
-    maps = _fit_maps(assessor, unseen, progress)
+    spread = [(judge, subsample(s, VALIDATION_MASKS)) for judge, s in unseen]
+    maps = _fit_maps(assessor, spread, progress)
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     cases = {s.case.id: s.case for s in (*train, *(s for _, s in unseen))}
     volumes = _log_volumes(list(cases.values()), structures)
+    members = sources_of_masks(1, settings).count(0) - 1
     known: dict[MaskKind, list[tuple[KnownMask, ...]]] = {"served": [], "strange": []}
+    errors: list[tuple[ServedErrors, ...]] = []
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration")
         case = mask_set.case
@@ -284,9 +301,10 @@ def calibrated(
             patient: v for patient, v in volumes.items() if patient in judge.card.seen and patient != case.patient
         }
         look = _Unseen(judges[id(judge)], case, *read_case(case, assessor.values), _sizes(others, len(structures)))
-        known["strange"] += [look.at(mask) for mask in mask_set.masks]
+        known["strange"] += [look.at(mask) for mask in subsample(mask_set, VALIDATION_MASKS).masks]
         if mask_set.served is not None:
             known["served"].append(look.at(mask_set.served.mask, mask_set.served.soft))
+            errors.append(look.errors_of(mask_set.served.mask, list(mask_set.masks[: 1 + members])))
     of_structure = [{kind: [row[k] for row in rows] for kind, rows in known.items()} for k in range(len(structures))]
     calibration = tuple(
         StructureCalibration({kind: fit_masks(kind, masks) for kind, masks in of_kind.items() if masks}, sizes, box)
@@ -297,13 +315,24 @@ def calibrated(
             strict=True,
         )
     )
-    errors = {s.name: _mean_error(c, k) for s, c, k in zip(structures, calibration, of_structure, strict=True)}
-    accurate = {name: error for name, error in errors.items() if error is not None}
+    kind: MaskKind = "served" if known["served"] else "strange"
+    held_out = [
+        held_out_masks(kind, of_kind[kind], c.of(kind)) if of_kind[kind] else ()
+        for c, of_kind in zip(calibration, of_structure, strict=True)
+    ]
+    unseen_served = [
+        mask
+        for k, structure in enumerate(structures)
+        for mask in unseen_masks(structure, held_out[k] if errors else (), [row[k] for row in errors])
+    ]
+    mean_errors = {s.name: _mean_error(masks) for s, masks in zip(structures, held_out, strict=True)}
+    accurate = {name: error for name, error in mean_errors.items() if error is not None}
     card = replace(
         assessor.card,
         calibration=calibration,
         scores={f"dice error {name}": error for name, error in accurate.items()},
         accuracy=1.0 - sum(accurate.values()) / len(accurate) if accurate else None,
+        report=report_card(unseen_served),
     )
     return Assessor(card, assessor.network)
 
@@ -328,6 +357,12 @@ class _Unseen:
             witnesses = witnesses_of(held, self.scan, soft[k] if soft else None, self.sizes[k])
             found.append(KnownMask(self.case.patient, self.case.id, raw[k], true, witnesses))
         return tuple(found)
+
+    def errors_of(self, mask: LabelArray, group: Sequence[LabelArray]) -> tuple[ServedErrors, ...]:
+        """What the error maps of a served mask find; ``group`` are the masks under test-time augmentation."""
+        errors = self.judge.error_maps(self.scan, Volume(mask, self.scan.affine, self.scan.acquisition_axis))
+        truth = np.asarray(self.truth.array, np.uint8)
+        return served_errors(self.judge.structures, errors, mask, truth, group)
 
 
 def _log_volumes(cases: Sequence[Case], structures: Sequence[Structure]) -> dict[str, list[float]]:
@@ -363,13 +398,9 @@ def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:
     return Assessor(replace(assessor.card, map_calibration=maps), assessor.network)
 
 
-def _mean_error(calibration: StructureCalibration, known: Mapping[MaskKind, Sequence[KnownMask]]) -> float | None:
-    """The mean error of the estimated Dice of served masks, where there are any, with no part of the mask's patient."""
-    kind: MaskKind = "served" if known["served"] else "strange"
-    if not known[kind]:
-        return None
-    found = held_out_masks(kind, known[kind], calibration.of(kind))
-    pairs = [(m.estimated.dice, m.known.true.dice) for m in found]
+def _mean_error(held_out: Sequence[HeldOutMask]) -> float | None:
+    """The mean error of the estimated Dice, made with no part of the mask's patient."""
+    pairs = [(m.estimated.dice, m.known.true.dice) for m in held_out]
     errors = [abs(estimate - true) for estimate, true in pairs if estimate is not None and true is not None]
     return round(float(np.mean(errors)), 4) if errors else None
 

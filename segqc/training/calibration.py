@@ -246,8 +246,10 @@ def _fit(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tupl
 
 def _known_masks(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tuple[KnownMasks, list[int]]:
     """The masks whose truth and witnesses are known, and which they are."""
-    names = _WITNESSES[metric] if kind == "served" or metric != "dice" else ("map",)
+    wanted = _WITNESSES[metric] if kind == "served" or metric != "dice" else ("map",)
     said = [said_of(metric, k.raw, k.witnesses) for k in known]
+    # of one or two patients nobody knows the others' sizes
+    names = [name for name in wanted if name == "map" or any(name in values for values in said)]
     true: list[float | None] = [getattr(k.true, metric) for k in known]
     rows = [i for i, values in enumerate(said) if values.keys() >= set(names) and true[i] is not None]
     masks = known_masks(

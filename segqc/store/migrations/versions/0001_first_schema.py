@@ -43,10 +43,13 @@ def upgrade() -> None:
         sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("serving", sa.Boolean(), nullable=False),
+        sa.Column("ranked_by", sa.String(), nullable=True),
+        sa.Column("held_because", sa.String(), nullable=True),
         sa.CheckConstraint(
             "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
         sa.CheckConstraint("parent_id < id", name=op.f("ck_bundle_parent")),
+        sa.CheckConstraint("NOT serving OR held_because IS NULL", name=op.f("ck_bundle_held")),
         sa.ForeignKeyConstraint(["actor_id"], ["actor.id"], name=op.f("fk_bundle_actor_id")),
         sa.ForeignKeyConstraint(["parent_id"], ["bundle.id"], name=op.f("fk_bundle_parent_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bundle")),
