@@ -96,19 +96,20 @@ class Job:
 class Fitted:
     """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``.
 
-    ``best_epoch`` is whose weights it has. ``bound`` is what ended the training, None where it got no better.
+    ``best_epoch`` is whose weights it has, None where epochs were not compared: then it has the last ones. ``bound`` is
+    what ended the training, None where it got no better.
     """
 
     network: nn.Module
     history: tuple[EpochRecord, ...]
     snapshots: dict[int, Weights]
-    best_epoch: int
+    best_epoch: int | None
     bound: Bound | None
 
     @property
     def was_improving(self) -> bool | None:
-        """Whether the validation loss was still getting better at the end; None where nothing validates."""
-        if self.history[-1].validation_loss is None:
+        """Whether the validation loss was still getting better at the end; None where epochs were not compared."""
+        if self.best_epoch is None:
             return None
         return self.bound is not None and self.best_epoch > (1 - _LAST) * len(self.history)
 
@@ -116,7 +117,7 @@ class Fitted:
         """A sentence on how long the training was, and whether longer would have been better."""
         whole = f"{name}: {len(self.history)} epochs"
         if self.was_improving is None:
-            return f"{whole}; no patient validates, so nothing says whether more of them would help."
+            return f"{whole}; as no patient validates it, nothing says whether more of them would help."
         if self.was_improving:
             setting = "epochs" if self.bound == "epochs" else "max_minutes"
             return f"{whole}, and it was still improving at the end: it may become better with larger '{setting}'."
@@ -249,7 +250,7 @@ class _Training:
         self.history: list[EpochRecord] = []
         self.best_loss = math.inf
         self.best: Weights | None = None
-        self.best_epoch = 0
+        self.best_epoch: int | None = None
         self.snapshots: dict[int, Weights] = {}
 
     @property
@@ -265,7 +266,7 @@ class _Training:
     @property
     def is_exhausted(self) -> bool:
         """Whether the validation loss has not become better for long enough."""
-        return self.best is not None and self.done - self.best_epoch >= self.job.settings.patience
+        return self.best_epoch is not None and self.done - self.best_epoch >= self.job.settings.patience
 
     @property
     def is_over(self) -> bool:
@@ -302,9 +303,7 @@ class _Training:
         bound: Bound | None = None
         if not self.is_exhausted:
             bound = "epochs" if self.epochs == self.job.epochs else "minutes"
-        return Fitted(
-            self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch or self.done, bound
-        )
+        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch, bound)
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.pt`` and ``curve.json``."""
