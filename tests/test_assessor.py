@@ -19,13 +19,14 @@ from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
 from segqc.networks.plan import NetworkPlan
+from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import build_network
 from segqc.quality.boxes import BoxSettings
-from segqc.quality.calibration import MaskCalibration, StructureCalibration
+from segqc.quality.calibration import MaskCalibration, StructureCalibration, TrainingSizes
 from segqc.quality.metrics import METRIC_NAMES, true_metrics
 from segqc.quality.stacking import ChosenEstimate, EstimateModel
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, MetricIntervals, Metrics, Structure
+from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Witnesses
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -185,6 +186,30 @@ def test_calibration_shifts_the_shown_numbers_only() -> None:
     assert quality.estimated.dice == pytest.approx(0.5 * quality.raw.metrics.dice + 0.2)
     assert quality.estimated.iou == pytest.approx(quality.estimated.dice / (2 - quality.estimated.dice))
     assert quality.estimated.rvd == quality.raw.metrics.rvd
+
+
+def test_each_kind_of_mask_has_its_own_calibration_and_the_answer_says_which() -> None:
+    scan, labels, _ = world()
+
+    def shifted(by: float) -> MaskCalibration:
+        return MaskCalibration(dice=ChosenEstimate(EstimateModel("identity", -by, {"map": 1.0}), "line"))
+
+    by_soft = ChosenEstimate(EstimateModel("logit", 0.0, {"soft": 1.0}), "soft")
+    both = StructureCalibration({"served": MaskCalibration(dice=by_soft), "strange": shifted(0.2)}, TrainingSizes(7, 2))
+    model = assessor(calibration=(both, StructureCalibration({"strange": shifted(0.1)})))
+    served = model.assess(scan, labels, scan_id="s", soft=(SoftOutput(0.7, 0.3), SoftOutput(0.9, 0.1))).assessment
+    strange = model.assess(scan, labels, scan_id="s").assessment
+    assert (served.mask_kind, strange.mask_kind) == ("served", "strange")
+    raw = [q.raw.metrics.dice for q in served.structures]
+    assert served.structures[0].estimated.dice == pytest.approx(0.7)
+    assert strange.structures[0].estimated.dice == pytest.approx(raw[0] - 0.2)
+    for assessment in (served, strange):  # what has no calibration of its own is taken as any other mask
+        assert assessment.structures[1].estimated.dice == pytest.approx(raw[1] - 0.1)
+    volume = float((labels.array == 1).sum()) * 3.0
+    size = -abs(np.log(volume) - 7) / 2
+    assert served.structures[0].witnesses == Witnesses(0.7, -0.3, pytest.approx(size))
+    assert strange.structures[0].witnesses == Witnesses(None, None, pytest.approx(size))
+    assert Assessment.from_json(served.to_json()) == served
 
 
 def calibrated_on(patients: int) -> StructureCalibration:

@@ -132,6 +132,15 @@ def test_all_scans_without_a_final_label_are_assessed(dataset: Dataset) -> None:
     for entry in dataset.scans()[5:]:
         assert entry.original is not None
         assert read_labels(entry.original).shape == read_scan(entry.image).shape
+    first = dataset.assessments()
+    for assessment in first.values():
+        assert assessment.mask_kind == "served"
+        assert None not in (w := assessment.structures[0].witnesses, w.soft, w.entropy, w.size)
+    score(dataset, "segqc", NoProgress(), force=True)  # of the masks that are stored now
+    again = dataset.assessments()
+    for scan, assessment in first.items():
+        assert again[scan].mask_kind == "served"
+        assert again[scan].structures[0].witnesses == assessment.structures[0].witnesses
 
 
 # ----------------------------------------------------------------------------------------- what the estimates are worth
@@ -192,6 +201,8 @@ def test_a_mask_that_changed_is_assessed_again(dataset: Dataset) -> None:
     assert before is not None
     assert after is not None
     assert after.segmenter_version is None, "a person made it"
+    assert (before.mask_kind, after.mask_kind) == ("served", "strange")
+    assert after.structures[0].witnesses.soft is None, "the network says nothing of a person's mask"
     assert before.mask_sha256 != after.mask_sha256
 
 

@@ -213,7 +213,7 @@ def assessor_job(
         validation=validation,
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
-        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
+        scan_only_share=settings.scan_only_share,
         first_bias=_FIRST_BIAS,
     )
 
@@ -289,7 +289,8 @@ def calibrated(
     maps = _fit_maps(assessor, spread, progress)
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
-    volumes = _log_volumes([s.case for _, s in unseen], structures)
+    cases = {s.case.id: s.case for s in (*train, *(s for _, s in unseen))}
+    volumes = _log_volumes(list(cases.values()), structures)
     members = sources_of_masks(1, settings).count(0) - 1
     known: dict[MaskKind, list[tuple[KnownMask, ...]]] = {"served": [], "strange": []}
     errors: list[tuple[ServedErrors, ...]] = []
