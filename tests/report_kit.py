@@ -20,7 +20,8 @@ def simulated(
     noise: float = 0.03,
     shift: float = 0.0,
     worthless: bool = False,
-    tta_noise: float | None = None,
+    witness_noise: float | None = None,
+    witness: str = "tta",
     structures: int = 1,
     scans_each: int = 1,
     spread: float = 0.3,
@@ -28,7 +29,7 @@ def simulated(
     """Masks with a Dice from 0.95 down by the spread, and estimates with some error; worthless ones know nothing."""
     rng, found = np.random.default_rng(seed), list[UnseenMask]()
     # of their own, so that other noise leaves the rest as it is
-    noises, of_tta = np.random.default_rng(seed + 1000), np.random.default_rng(seed + 2000)
+    noises, of_witness = np.random.default_rng(seed + 1000), np.random.default_rng(seed + 2000)
     wrong = np.zeros((4, 4, 4), bool)
     wrong[:2] = True
     mask = np.zeros_like(wrong)
@@ -43,7 +44,7 @@ def simulated(
                 estimated = float(np.clip(guess + shift, 0, 1))
                 # all errors inside the mask are found, none of those outside
                 probability = np.where(wrong & mask, 0.9, 0.1).astype(np.float32)
-                witness = {} if tta_noise is None else {"tta": true + float(of_tta.normal(0, tta_noise))}
+                said = {} if witness_noise is None else {witness: true + float(of_witness.normal(0, witness_noise))}
                 found.append(
                     UnseenMask(
                         patient=f"p{patient}",
@@ -53,7 +54,7 @@ def simulated(
                         estimated=metrics(estimated, -0.2),
                         interval=PredictionInterval(estimated - 0.05, estimated + 0.05, 0.9),
                         errors=count_voxels(probability, wrong, mask),
-                        witnesses=witness,
+                        witnesses=said,
                     )
                 )
     return found
@@ -64,6 +65,6 @@ def good_card(patients: int = 30) -> ReportCard:
     return report_card(simulated(1, patients=patients))
 
 
-def worthless_card(patients: int = 30, *, tta_noise: float | None = None) -> ReportCard:
-    """Of estimates that know nothing; with a noise of TTA, that orders instead where it is small enough."""
-    return report_card(simulated(1, patients=patients, worthless=True, tta_noise=tta_noise))
+def worthless_card(patients: int = 30, *, witness_noise: float | None = None, witness: str = "tta") -> ReportCard:
+    """Of estimates that know nothing; a witness with a noise orders instead where that is small enough."""
+    return report_card(simulated(1, patients=patients, worthless=True, witness_noise=witness_noise, witness=witness))

@@ -25,6 +25,7 @@ from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.types import (
+    NO_WITNESSES,
     Assessment,
     ErrorBox,
     ErrorView,
@@ -35,6 +36,7 @@ from segqc.types import (
     SliceQuality,
     Structure,
     StructureQuality,
+    Witnesses,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 from tests.store_kit import bundle
@@ -128,7 +130,12 @@ def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES, rep
 
 
 def make_assessment(
-    scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0, half_width: float | None = None
+    scan: str,
+    dice: float,
+    worst: int = 2,
+    volume_ml: float = 5.0,
+    half_width: float | None = None,
+    witnesses: Witnesses = NO_WITNESSES,
 ) -> Assessment:
     """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it.
 
@@ -144,7 +151,7 @@ def make_assessment(
             PredictionInterval(max(0.0, v - half_width), v + half_width, 0.9) for v in (dice, dice / (2 - dice), 0.1)
         )
         intervals = MetricIntervals(*ends)
-    quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals)
+    quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals, witnesses)
     return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))
 
 
@@ -157,6 +164,7 @@ def assess(
     mask: Volume | None = None,
     half_width: float | None = None,
     number: int | None = None,
+    witnesses: Witnesses = NO_WITNESSES,
 ) -> None:
     """A network's mask of a scan, and an assessment of it with a given estimated Dice, by a bundle without files.
 
@@ -167,7 +175,8 @@ def assess(
     label = NewLabel(scan, "original", "network", network, bundle=number)
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
-    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept, number)
+    made = make_assessment(scan, dice, worst, volume_ml, half_width, witnesses)
+    dataset.write_assessment(made, kept, number)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from segqc.store.events import SERVER
 from segqc.store.schema import Bundle
 from segqc.types import Assessment, Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset, save_models
 
 pytestmark = pytest.mark.server
@@ -246,6 +247,19 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert {"tta", "foreground-random", "sequential", "uniform-random", "random"} <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
+
+
+@pytest.mark.parametrize("worthless", [False, True])
+def test_info_tells_what_the_estimates_are_worth(client: TestClient, base: Path, worthless: bool) -> None:
+    assert client.get("/info/").json()["report_card"] is None
+    add_models(base, report=worthless_card() if worthless else good_card())
+    card = client.get("/info/").json()["report_card"]
+    forget_models(base)
+    assert (card["order"], card["worst"]["patients"]) == (
+        "not better than chance" if worthless else "better than chance", 30,
+    )  # fmt: skip
+    assert ("Ordered at random" in card["messages"][1]) is worthless
+    assert "scans" not in card, "no patient is named to clients"
 
 
 def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
+from segqc.loop.agreement import rank
 from segqc.loop.dataset import Dataset
 from segqc.quality.report_card import ReportCard
 from segqc.selection import strategies
@@ -17,6 +19,7 @@ from segqc.store import events, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
+from segqc.types import NO_WITNESSES, Witnesses
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import add_models, assess, make_dataset
 from tests.store_kit import answer_lease
@@ -176,14 +179,16 @@ def test_what_cannot_be_had_back_is_refused_and_changes_nothing(dataset: Dataset
 # ---------------------------------------------------------------------------------------------- what the order is worth
 
 
-def reported(folder: Path, card: ReportCard, config: str = NO_DRAWS) -> Dataset:
+def reported(
+    folder: Path, card: ReportCard, config: str = NO_DRAWS, witnesses: Sequence[Witnesses] = (NO_WITNESSES,) * 4
+) -> Dataset:
     """Four assessed scans, waiting, by a bundle with a report card."""
     make_dataset(folder, scans=4, finals=0)
     (folder / "segqc.toml").write_text((folder / "segqc.toml").read_text() + "validation_share = 0.0\n" + config)
     number = add_models(folder, report=card)
     dataset = Dataset(folder)
     for i, dice in enumerate((0.9, 0.4, 0.7, 0.95)):
-        assess(dataset, f"scan_{i}", dice, number=number)
+        assess(dataset, f"scan_{i}", dice, number=number, witnesses=witnesses[i])
     return dataset
 
 
@@ -220,7 +225,7 @@ def test_an_order_that_is_noise_is_no_order(tmp_path: Path) -> None:
 
 
 def test_the_best_witness_orders_where_it_has_scores(tmp_path: Path) -> None:
-    dataset = reported(tmp_path / "s", worthless_card(tta_noise=0.01))
+    dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01))
     first, second = people(2)
     assert ask(dataset, "segqc", first)["strategy"] == "uniform-random", "no scan has a score yet"
     for name, value in (("scan_0", 0.9), ("scan_1", 0.8), ("scan_2", 0.3), ("scan_3", 0.31)):
@@ -229,7 +234,19 @@ def test_the_best_witness_orders_where_it_has_scores(tmp_path: Path) -> None:
         (lease,) = leases.listing(transaction, state="open")
     answer = ask(dataset, "segqc", second)
     assert (answer["id"], answer["strategy"]) == ("scan_3" if lease.scan == "scan_2" else "scan_2", "tta")
-    assert "Ordered by the strategy 'tta': the estimates' order is not better than chance" in str(answer["note"])
+    assert "Ordered by how well the network's masks of a scan agree" in str(answer["note"])
+    assert "the estimates' order is not better than chance" in str(answer["note"])
+
+
+@pytest.mark.parametrize("witness", ["soft", "soft-entropy", "size"])
+def test_a_witness_that_lies_with_the_assessments_orders_at_once(tmp_path: Path, witness: str) -> None:
+    known = [Witnesses(soft=value, entropy=value, size=value) for value in (-0.3, -0.2, -0.9, -0.1)]
+    dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01, witness=witness), witnesses=known)
+    answer = ask(dataset)
+    assert (answer["id"], answer["strategy"]) == ("scan_2", witness)
+    assert dataset.scores(witness) == {f"scan_{i}": value for i, value in enumerate((-0.3, -0.2, -0.9, -0.1))}
+    assert [scan.id for scan in rank(dataset).scans] == ["scan_2", "scan_0", "scan_1", "scan_3"]
+    assert rank(dataset).by == witness
 
 
 def test_a_test_looks_like_any_other_scan_there_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from segqc.quality.error_counts import SignedCounts
 from segqc.quality.report_card import UnseenMask, report_card
+from segqc.quality.witnesses import ORDERS
 from segqc.training.calibration import KnownMask, fit_masks, held_out_masks
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
 from segqc.types import Metrics, Structure, Witnesses
@@ -56,7 +57,7 @@ def test_estimates_are_those_of_the_others_and_intervals_hold() -> None:
     assert card.worst.figures is not None and card.worst.figures.coverage is not None
     assert card.worst.estimate_verdict == "better than the constant"
     assert card.worst.figures.coverage >= 0.75
-    assert set(card.witnesses) == {"tta", "soft", "entropy", "size"}
+    assert set(card.witnesses) == {"tta", "soft", "soft-entropy", "size"} == set(ORDERS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])

@@ -21,9 +21,10 @@ from segqc.loop.errors import DatasetError as DatasetError
 from segqc.loop.publishing import Bundles
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
+from segqc.quality.witnesses import named_witnesses, worst_witness
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
-from segqc.store import assessments, findings, labels, remarks, scans
+from segqc.store import assessments, bundles, findings, labels, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
@@ -356,6 +357,12 @@ class Dataset:
         with self.store.write() as transaction:
             scans.expect(transaction, assessment.scan, content)
             assessments.write(transaction, assessment, mask.id, bundle)
+            ranked_by = bundles.ranked_by(transaction)
+            said = [named_witnesses(quality.witnesses) for quality in assessment.structures]
+            value = worst_witness(ranked_by, said) if ranked_by is not None else None
+            if ranked_by is not None and value is not None:  # the scan is ranked by it, not by the estimate
+                version = assessment.segmenter_version or assessment.assessor_version
+                assessments.write_score(transaction, assessment.scan, ranked_by, value, version)
 
     def mask(self, name: str) -> LabelRecord | None:
         """The current mask of a scan: what a network made, or a person put there as such."""

@@ -31,6 +31,7 @@ from segqc.quality.estimation import (
 from segqc.quality.intervals import LEVEL as INTERVAL_LEVEL
 from segqc.quality.intervals import patients_needed
 from segqc.quality.metrics import MetricName, Values
+from segqc.quality.witnesses import ORDERS, worst_witness
 from segqc.types import Metrics, PredictionInterval
 
 EstimateVerdict: TypeAlias = Literal["better than the constant", "not better than the constant", "too few patients"]
@@ -56,7 +57,7 @@ class UnseenMask:
         true: its true metrics.
         estimated: the estimates to show, made without anything of the patient.
         interval: the prediction interval of the Dice, made likewise; None where there are too few patients for one.
-        witnesses: other numbers that are lower for worse masks, by the names of the strategies that order by them.
+        witnesses: other numbers that are lower for worse masks, by the names that scores and leases have them under.
         errors: the voxels of the error map against the true errors.
     """
 
@@ -164,7 +165,7 @@ class ReportCard:
     Attributes:
         worst: of each scan's worst structure: what scans are ranked by, and the verdicts are about.
         structures: of each structure.
-        witnesses: the rank correlation of each witness with the true Dice, by the strategy's name.
+        witnesses: the rank correlation of each witness with the true Dice, by its name.
         scans: the numbers behind ``worst``, to compare two cards by.
     """
 
@@ -233,14 +234,15 @@ def _worst(structures: Sequence[UnseenMask]) -> _Scan | None:
     if not known or not true:
         return None
     estimated, lowest = min(known, key=lambda pair: pair[0])
-    names = set[str].intersection(*(set(m.witnesses) for m in structures))
+    said = [m.witnesses for m in structures]
+    witnesses = {name: worst_witness(name, said) for name in structures[0].witnesses}
     return _Scan(
         patient=lowest.patient,
         scan=lowest.scan,
         true=min(true),
         estimated=estimated,
         interval=lowest.interval,
-        witnesses={name: min(m.witnesses[name] for m in structures) for name in sorted(names)},
+        witnesses={name: value for name, value in witnesses.items() if value is not None},
     )
 
 
@@ -405,7 +407,7 @@ def order_sentence(card: ReportCard, used: str | None = None) -> str:
     if used == BY_ESTIMATE:
         how = "Do not rely on the order of the estimates"
     else:
-        how = "Ordered at random" if used == AT_RANDOM else f"Ordered by the strategy {used!r}"
+        how = "Ordered at random" if used == AT_RANDOM else f"Ordered {ORDERS.get(used, f'by {used}')}"
     return f"{how}: the estimates' order is not better than chance on {worst.patients} patients ({found})."
 
 

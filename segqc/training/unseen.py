@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from segqc.quality.error_counts import SignedCounts, count_voxels
 from segqc.quality.report_card import UnseenMask
-from segqc.quality.witnesses import tta_agreement
+from segqc.quality.witnesses import TTA, named_witnesses, tta_agreement
 from segqc.training.calibration import HeldOutMask
-from segqc.types import FloatArray, LabelArray, Structure, Witnesses
+from segqc.types import FloatArray, LabelArray, Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,7 @@ def unseen_masks(
             estimated=mask.estimated,
             interval=mask.interval,
             errors=own.counts,
-            witnesses={"tta": own.tta, **witness_values(mask.known.witnesses)},
+            witnesses={TTA: own.tta, **named_witnesses(mask.known.witnesses)},
         )
         for mask, own in zip(held_out, errors, strict=True)
     ]
-
-
-def witness_values(witnesses: Witnesses) -> dict[str, float]:
-    """The witnesses that are known, by name."""
-    named = {field.name: getattr(witnesses, field.name) for field in fields(witnesses)}
-    return {name: value for name, value in named.items() if value is not None}
