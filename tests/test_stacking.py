@@ -287,3 +287,14 @@ def test_iou_and_dice_are_one_number() -> None:
 def test_what_differs_in_length_is_refused() -> None:
     with pytest.raises(ValueError, match="got 2, 1 and 2"):
         known_masks({"map": [0.5, 0.6]}, [0.5], ["a", "b"])
+
+
+@pytest.mark.parametrize(("bias", "choice"), [(0.0, "map"), (0.4, "constant")])
+def test_the_constant_is_a_last_resort(bias: float, choice: Choice) -> None:
+    """A map that is a little worse than a constant stays, as it follows what the labelled patients do not have."""
+    masks = served(8, 15, noise={"map": 0.3}, spread=0.25)
+    off = replace(masks, values={**masks.values, "map": masks.values["map"] - bias})
+    chosen = fit_estimate(off, "dice", ("map", "constant"))
+    errors = {c.choice: c.mae for c in chosen.candidates}
+    assert errors["constant"] < errors["map"]
+    assert chosen.choice == choice

@@ -205,9 +205,9 @@ def fit_estimates(
 
     A Dice orders scans. A choice whose order is worse than the best one by more than two standard errors of the
     difference is out. Of the others, the first one of ``choices`` is taken whose error is within two standard errors
-    of the least, by the patients' paired differences; with one, luck would choose among so many. So the constant is
-    used only where everything else is worse. It keeps the order of the best witness that is better than chance, of the
-    map where none is: its estimates differ by almost nothing.
+    of the least, by the patients' paired differences; with one, luck would choose among so many. A constant that comes
+    last is a last resort: used only where all others are worse by more than two standard errors. It keeps the order of
+    the best witness that is better than chance, of the map where none is: its estimates differ by almost nothing.
 
     Args:
         structures: masks with known truth, whose patients are numbered alike; the networks must not have trained from
@@ -288,8 +288,12 @@ def _choose(trials: Sequence[_Trial]) -> Choice:
                 for choice, of in found.items()
             }
         )
-    best = min(allowed, key=lambda choice: float(errors[choice].mean()))
-    return next(choice for choice in allowed if _within_noise(errors[choice] - errors[best]))
+    last_resort = len(allowed) > 1 and allowed[-1] == "constant"
+    usual = allowed[:-1] if last_resort else allowed
+    best = min(usual, key=lambda choice: float(errors[choice].mean()))
+    if last_resort and not _within_noise(errors[best] - errors["constant"]):
+        return "constant"
+    return next(choice for choice in usual if _within_noise(errors[choice] - errors[best]))
 
 
 def _needs(choice: Choice) -> set[WitnessName]:
