@@ -218,7 +218,7 @@ def calibrated_on(patients: int) -> StructureCalibration:
         KnownMask(f"p{i}", f"s{i}", Metrics(d, None, 1 - d, 0.0), Metrics(d - 0.1, None, 1 - d, 0.0))
         for i, d in enumerate(np.linspace(0.5, 0.95, patients))
     ]
-    return StructureCalibration({"strange": fit_masks("strange", known)})
+    return StructureCalibration({"strange": fit_masks("strange", [known])[0]})
 
 
 def test_an_estimate_comes_with_the_interval_of_its_structure_where_there_were_enough_patients() -> None:

@@ -491,7 +491,7 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     assert model is not None
     known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
     masks = [KnownMask(f"p{i}", f"s{i}", *pair) for i, pair in enumerate(zip(known, known[::-1], strict=True))]
-    calibration = StructureCalibration({"strange": fit_masks("strange", masks)})
+    calibration = StructureCalibration({"strange": fit_masks("strange", [masks])[0]})
     with opened.bundles.workspace() as work:
         Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(work / "segqc.pt")
         opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")

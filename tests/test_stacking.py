@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 from scipy.stats import spearmanr
 
 from segqc.quality.intervals import held_out, jackknife
-from segqc.quality.metrics import METRIC_RANGES
+from segqc.quality.metrics import METRIC_RANGES, MetricName
 from segqc.quality.stacking import (
     ARVD_CHOICES,
     AS_IT_IS,
@@ -25,7 +26,7 @@ from segqc.quality.stacking import (
     KnownMasks,
     WitnessName,
     arvd_of_dice,
-    fit_estimate,
+    fit_estimates,
     iou_of_dice,
     known_masks,
 )
@@ -56,6 +57,15 @@ def served(
     }
     names = [f"p{i:03}" for i in np.repeat(np.arange(patients), scans)]
     return known_masks(values, expit(z), names)  # type: ignore[arg-type]
+
+
+def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice]) -> ChosenEstimate:
+    """Of a single structure."""
+    return fit_estimates([masks], metric, choices)[0]
+
+
+def without_patients(masks: KnownMasks, choices: Sequence[Choice]) -> Callable[[int], EstimateModel]:
+    return lambda patient: fit_estimate(masks.where(masks.patients != patient), "dice", choices).model
 
 
 def error(chosen: ChosenEstimate, masks: KnownMasks) -> float:
@@ -150,6 +160,21 @@ def test_masks_of_one_patient_do_not_count_as_patients() -> None:
     assert found.choice == wanted.choice
 
 
+def test_all_structures_have_one_choice() -> None:
+    """The first structure alone would do without the entropy; the second one has nothing else."""
+    first = served(0, noise={"map": 0.1, "soft": 5.0, "entropy": 5.0})
+    second = served(1, noise={"map": 2.0, "soft": 2.0, "entropy": 0.05})
+    alone = [fit_estimate(masks, "dice", ("map", "stack")).choice for masks in (first, second)]
+    assert alone == ["map", "stack"]
+    both = fit_estimates([first, second], "dice", ("map", "stack"))
+    assert [c.choice for c in both] == ["stack", "stack"]
+    assert both[0].model != both[1].model, "each has its own weights"
+    rare = second.where(second.patients < MIN_PATIENTS - 1)
+    assert [c.choice for c in fit_estimates([first, rare], "dice", ("map", "stack"))] == ["map", "map"]
+    missing = second.where(second.patients % 3 > 0)  # not every patient has every structure
+    assert [c.patients for c in fit_estimates([first, missing], "dice", ("map", "stack"))] == [60, 40]
+
+
 def test_few_patients_choose_nothing() -> None:
     masks = served(0, MIN_PATIENTS - 1, scans=5, noise={"map": 3.0})
     assert fit_estimate(masks, "dice", DICE_OF_SERVED) == ChosenEstimate(patients=MIN_PATIENTS - 1)
@@ -219,15 +244,11 @@ def test_the_arvd_follows_from_the_dice_of_a_mask_of_the_truth_s_size() -> None:
 def test_held_out_estimates_have_nothing_of_their_patient() -> None:
     """A patient's truth changes everything but what is said of its own mask."""
     masks = served(5, 20, noise={"map": 0.8})
-
-    def fit(some: KnownMasks) -> EstimateModel:
-        return fit_estimate(some, "dice", DICE_OF_SERVED).model
-
-    first = held_out(jackknife(masks, "dice", fit), masks)
+    first = held_out(jackknife(masks, "dice", without_patients(masks, DICE_OF_SERVED)), masks)
     true = masks.true.copy()
     true[7] = 0.02
     other = replace(masks, true=true)
-    second = held_out(jackknife(other, "dice", fit), other)
+    second = held_out(jackknife(other, "dice", without_patients(other, DICE_OF_SERVED)), other)
     assert first.estimates[7] == second.estimates[7]
     assert (first.low[7], first.high[7]) != (second.low[0], second.high[0])
     assert not np.isnan(first.low).any()
@@ -238,7 +259,7 @@ def test_held_out_intervals_hold_about_as_often_as_promised() -> None:
     hits = []
     for seed in range(5):
         masks = served(seed, 24, noise={"map": 0.6, "soft": 0.6})
-        made = jackknife(masks, "dice", lambda some: fit_estimate(some, "dice", ("pooled", "map", "line")).model)
+        made = jackknife(masks, "dice", without_patients(masks, ("pooled", "map", "line")))
         said = held_out(made, masks)
         hits.append((said.low <= masks.true) & (masks.true <= said.high))
         new = served(50 + seed, 60, noise={"map": 0.6, "soft": 0.6})

@@ -232,7 +232,7 @@ def test_a_training_that_still_improves_says_so(tmp_path: Path) -> None:
     )
     none_validate = dict.fromkeys((c.patient for c in cases), PatientSplit(0, "train"))
     train_segmentation(cases, STRUCTURES, none_validate, QUICK, tmp_path / "u", said)
-    assert said.messages[-1].endswith("no patient validates, so nothing says whether more of them would help.")
+    assert said.messages[-1].endswith("as no patient validates it, nothing says whether more of them would help.")
 
 
 def test_a_bound_on_time_shortens_all_parts_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

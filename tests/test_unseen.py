@@ -35,7 +35,7 @@ def known(count: int, *, noise: float = 0.03) -> list[KnownMask]:
 
 
 def unseen(masks: list[KnownMask]) -> dict[str, UnseenMask]:
-    held_out = held_out_masks("served", masks, fit_masks("served", masks))
+    held_out = held_out_masks("served", masks, fit_masks("served", [masks])[0])
     errors = [ServedErrors(SignedCounts(), tta=0.9)] * len(masks)
     found = unseen_masks(STRUCTURE, held_out, errors)
     assert [(m.patient, m.scan, m.true) for m in found] == [(k.patient, k.scan, k.true) for k in masks]

@@ -223,28 +223,27 @@ def jackknife_plus(
     """
     masks = known_masks({"map": x}, truth, patients)
 
-    def line(known: KnownMasks) -> EstimateModel:
+    def line(without: int) -> EstimateModel:
+        known = masks.where(masks.patients != without)
         fitted = fit_calibration(known.values["map"], known.true, metric=metric, patients=known.patients)
         return EstimateModel("identity", fitted.intercept, {"map": fitted.slope})
 
     return jackknife(masks, metric, line)
 
 
-def jackknife(
-    masks: KnownMasks, metric: MetricName, fit: Callable[[KnownMasks], EstimateModel]
-) -> ConformalCalibration:
+def jackknife(masks: KnownMasks, metric: MetricName, fit: Callable[[int], EstimateModel]) -> ConformalCalibration:
     """Calibrate intervals around any estimate, chosen and fitted once without each patient.
 
     Args:
         masks: of patients that the network has not trained from.
         metric: the metric.
-        fit: makes the model of some of the masks; all that is chosen on them belongs in it.
+        fit: makes the model that is chosen and fitted without a patient, of this number.
     """
     found = []
     for patient in np.unique(masks.patients):
         own = masks.where(masks.patients == patient)
         others = masks.where(masks.patients != patient)
-        model = fit(others)
+        model = fit(int(patient))
         floor = _fit_floor(_estimates(model, others.values, metric), others.true, metric)
         found.append(_scores(_estimates(model, own.values, metric), own.true, model, floor, metric))
     return ConformalCalibration(metric, tuple(found))

@@ -2,7 +2,7 @@
 
 SegQC-Net's error map is one witness of a mask's Dice. The network that made the mask is another: its soft output, and
 the entropy of it, cost nothing more. So is the size of the mask beside those of the training. Which of them to believe
-is decided on cross-fitted masks whose truth is known, by cross-validation with the patient as unit (`fit_estimate`).
+is decided on cross-fitted masks whose truth is known, by cross-validation with the patient as unit (`fit_estimates`).
 
 All models are monotone: a witness that speaks better of a mask never lowers its estimate.
 """
@@ -129,7 +129,7 @@ class KnownMasks:
     Attributes:
         values: of each witness.
         true: the true metric.
-        patients: whose mask it is, as numbers from 0.
+        patients: whose mask it is, as numbers.
     """
 
     values: WitnessValues
@@ -158,6 +158,8 @@ def known_masks(
 ) -> KnownMasks:
     """Masks of which the truth and all witnesses are known; the others are left out.
 
+    Patients are numbered in the order of their names, those of all masks given.
+
     Raises:
         ValueError: if they differ in length.
     """
@@ -170,8 +172,8 @@ def known_masks(
             f"{names.size}"
         )
     defined = np.isfinite(truth) & np.all([np.isfinite(a) for a in arrays.values()], axis=0)
-    index = np.unique(names[defined], return_inverse=True)[1].astype(np.int64)
-    return KnownMasks({n: a[defined] for n, a in arrays.items()}, truth[defined], index)
+    index = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    return KnownMasks({n: a[defined] for n, a in arrays.items()}, truth[defined], index[defined])
 
 
 def iou_of_dice(dice: float) -> float:
@@ -192,42 +194,102 @@ def arvd_of_dice(dice: float) -> float:
     return 2.0 * (1.0 - dice)
 
 
-def fit_estimate(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice]) -> ChosenEstimate:
-    """Choose a model by cross-validation over patients, and fit it on all masks.
+def fit_estimates(
+    structures: Sequence[KnownMasks], metric: MetricName, choices: Sequence[Choice]
+) -> tuple[ChosenEstimate, ...]:
+    """Choose a kind of model by cross-validation over patients, and fit it on the masks of each structure.
 
-    A Dice orders scans. A choice whose order is worse than the best one beyond its noise, two standard errors of the
-    difference with the patient as unit, is out. Of the others, the first one of ``choices`` is taken whose error
-    is within two standard errors of the least, by the patients' paired differences. With one, of 15 patients a nearly
-    flat line is chosen time and again, which on scans of another site is three times as wrong as the map. So the
-    constant is used only where everything else is worse. It keeps the order of the best witness that is better than
-    chance, of the map where none is: its estimates differ by almost nothing.
+    All structures have the same choice: the worst one of a scan is then the worst by one measure, and there is more to
+    choose by. Errors and orders are means over structures, with the patient as unit.
+
+    A Dice orders scans. A choice whose order is worse than the best one by more than two standard errors of the
+    difference is out. Of the others, the first one of ``choices`` is taken whose error is within two standard errors
+    of the least, by the patients' paired differences. With one, of 15 patients a nearly flat line is chosen time and
+    again, which on scans of another site is three times as wrong as the map. So the constant is used only where
+    everything else is worse. It keeps the order of the best witness that is better than chance, of the map where none
+    is: its estimates differ by almost nothing.
 
     Args:
-        masks: with known truth; the networks must not have trained from their patients.
+        structures: masks with known truth, whose patients are numbered alike; the networks must not have trained from
+            these patients.
         metric: what is estimated.
-        choices: the candidates, the simplest first. Those of witnesses that ``masks`` lack are left out.
+        choices: the candidates, the simplest first. Those of witnesses that the masks lack are left out.
+
+    Returns:
+        One of each structure; as read off the error map where a structure has fewer than `MIN_PATIENTS` patients.
     """
-    if masks.count < MIN_PATIENTS:
-        return ChosenEstimate(patients=masks.count)
-    choices = [c for c in choices if _needs(c) <= masks.values.keys()]
+    tried = [_try(masks, metric, choices) if masks.count >= MIN_PATIENTS else None for masks in structures]
+    choice = _choose([trial for trial in tried if trial is not None])
+    return tuple(
+        trial.fit(choice) if trial is not None else ChosenEstimate(patients=masks.count)
+        for trial, masks in zip(tried, structures, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """What cross-validation says of one structure's masks.
+
+    Attributes:
+        masks, metric: what was tried.
+        ordered_by: the witness whose order a constant keeps.
+        errors: of each choice, every patient's mean absolute error.
+        orders: of each choice; of the Dice only.
+    """
+
+    masks: KnownMasks
+    metric: MetricName
+    ordered_by: WitnessName
+    errors: dict[Choice, Values]
+    orders: dict[Choice, _Order]
+
+    def fit(self, choice: Choice) -> ChosenEstimate:
+        """The choice's model, fitted on all masks, and the record of how it was chosen."""
+        return ChosenEstimate(
+            model=_fit(self.masks, self.metric, choice, self.ordered_by),
+            choice=choice,
+            patients=self.masks.count,
+            candidates=tuple(
+                Candidate(c, float(errors.mean()), self.orders[c].correlation if c in self.orders else None)
+                for c, errors in self.errors.items()
+            ),
+            ordered_by=self.ordered_by if choice == "constant" and self.metric == "dice" else None,
+        )
+
+
+def _try(masks: KnownMasks, metric: MetricName, choices: Sequence[Choice]) -> _Trial:
     ordered_by = _best_order(masks)
-    estimates = {c: _cross_validated(masks, metric, c, ordered_by) for c in choices}
-    errors = {c: masks.per_patient(np.abs(e - masks.true)) for c, e in estimates.items()}
+    known = [choice for choice in choices if _needs(choice) <= masks.values.keys()]
+    estimates = {choice: _cross_validated(masks, metric, choice, ordered_by) for choice in known}
+    errors = {choice: masks.per_patient(np.abs(e - masks.true)) for choice, e in estimates.items()}
     orders: dict[Choice, _Order] = {}
     if metric == "dice":
         orders = {c: _order_of(_ordering(masks, c, e, ordered_by), masks) for c, e in estimates.items()}
-    allowed = _keeping_order(orders) if orders else list(choices)
-    best = min(allowed, key=lambda c: float(errors[c].mean()))
-    choice = next(c for c in allowed if _within_noise(errors[c] - errors[best]))
-    return ChosenEstimate(
-        model=_fit(masks, metric, choice, ordered_by),
-        choice=choice,
-        patients=masks.count,
-        candidates=tuple(
-            Candidate(c, float(errors[c].mean()), orders[c].correlation if c in orders else None) for c in choices
-        ),
-        ordered_by=ordered_by if choice == "constant" and metric == "dice" else None,
-    )
+    return _Trial(masks, metric, ordered_by, errors, orders)
+
+
+def _choose(trials: Sequence[_Trial]) -> Choice:
+    """The choice for all structures, see `fit_estimates`."""
+    if not trials:
+        return "map"
+    numbers = np.concatenate([np.unique(trial.masks.patients) for trial in trials])
+    index = np.unique(numbers, return_inverse=True)[1]
+
+    def over_structures(of_patients: Sequence[Values]) -> Values:
+        return np.asarray(np.bincount(index, np.concatenate(of_patients)) / np.bincount(index), np.float64)
+
+    errors = {choice: over_structures([t.errors[choice] for t in trials]) for choice in trials[0].errors}
+    allowed = list(errors)
+    if trials[0].orders:
+        found = {choice: [t.orders[choice] for t in trials] for choice in errors}
+        allowed = _keeping_order(
+            {
+                choice: _Order(float(np.mean([o.correlation for o in of])), over_structures([o.influence for o in of]))
+                for choice, of in found.items()
+            }
+        )
+    best = min(allowed, key=lambda choice: float(errors[choice].mean()))
+    return next(choice for choice in allowed if _within_noise(errors[choice] - errors[best]))
 
 
 def _needs(choice: Choice) -> set[WitnessName]:

@@ -306,14 +306,11 @@ def calibrated(
             known["served"].append(look.at(mask_set.served.mask, mask_set.served.soft))
             errors.append(look.errors_of(mask_set.served.mask, list(mask_set.masks[: 1 + members])))
     of_structure = [{kind: [row[k] for row in rows] for kind, rows in known.items()} for k in range(len(structures))]
+    fitted = {kind: fit_masks(kind, [of[kind] for of in of_structure]) for kind, rows in known.items() if rows}
+    sizes, boxes = _sizes(volumes, len(structures)), _largest_boxes(train, structures, assessor.values)
     calibration = tuple(
-        StructureCalibration({kind: fit_masks(kind, masks) for kind, masks in of_kind.items() if masks}, sizes, box)
-        for of_kind, sizes, box in zip(
-            of_structure,
-            _sizes(volumes, len(structures)),
-            _largest_boxes(train, structures, assessor.values),
-            strict=True,
-        )
+        StructureCalibration({kind: of_all[k] for kind, of_all in fitted.items()}, sizes[k], boxes[k])
+        for k in range(len(structures))
     )
     kind: MaskKind = "served" if known["served"] else "strange"
     held_out = [

@@ -29,7 +29,7 @@ from segqc.quality.stacking import (
     ChosenEstimate,
     KnownMasks,
     WitnessName,
-    fit_estimate,
+    fit_estimates,
     iou_of_dice,
     known_masks,
 )
@@ -171,7 +171,7 @@ class KnownMask:
     witnesses: Witnesses = NO_WITNESSES
 
 
-def fit_masks(kind: MaskKind, known: Sequence[KnownMask]) -> MaskCalibration:
+def fit_masks(kind: MaskKind, structures: Sequence[Sequence[KnownMask]]) -> tuple[MaskCalibration, ...]:
     """Calibrate the metrics of one kind of masks, and their intervals (`segqc.quality.stacking`, `.intervals`).
 
     Each estimate is chosen and fitted on all patients; each patient's residuals are against one that was chosen and
@@ -179,11 +179,16 @@ def fit_masks(kind: MaskKind, known: Sequence[KnownMask]) -> MaskCalibration:
 
     Args:
         kind: the kind of masks.
-        known: masks of patients that neither of the networks has trained from.
+        structures: of each structure, the same masks, of patients that neither of the networks has trained from.
+
+    Returns:
+        One of each structure.
     """
-    made = {metric: _fit(kind, metric, known) for metric in _METRICS}
-    intervals = StructureIntervals(made["dice"][1], made["arvd"][1], made["rvd"][1])
-    return MaskCalibration(made["dice"][0], made["arvd"][0], made["rvd"][0], intervals)
+    dice, arvd, rvd = (_fit(kind, metric, structures) for metric in _METRICS)
+    return tuple(
+        MaskCalibration(d.chosen, a.chosen, r.chosen, StructureIntervals(d.intervals, a.intervals, r.intervals))
+        for d, a, r in zip(dice, arvd, rvd, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +205,7 @@ def held_out_masks(kind: MaskKind, known: Sequence[KnownMask], calibration: Mask
 
     Args:
         kind: the kind of masks.
-        known: the masks.
+        known: the masks, of one structure.
         calibration: what `fit_masks` made of them.
     """
     if calibration.intervals is None:
@@ -235,13 +240,25 @@ def _choices(kind: MaskKind, metric: MetricName) -> Sequence[Choice]:
     return DICE_OF_SERVED if kind == "served" else DICE_OF_OTHERS
 
 
-def _fit(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tuple[ChosenEstimate, ConformalCalibration]:
-    masks, _ = _known_masks(kind, metric, known)
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """One metric of one structure."""
+
+    chosen: ChosenEstimate
+    intervals: ConformalCalibration
+
+
+def _fit(kind: MaskKind, metric: MetricName, structures: Sequence[Sequence[KnownMask]]) -> list[_Fitted]:
+    masks = [_known_masks(kind, metric, known)[0] for known in structures]
     choices = _choices(kind, metric)
-    return (
-        fit_estimate(masks, metric, choices),
-        jackknife(masks, metric, lambda some: fit_estimate(some, metric, choices).model),
-    )
+    without = {
+        int(patient): fit_estimates([m.where(m.patients != patient) for m in masks], metric, choices)
+        for patient in np.unique(np.concatenate([m.patients for m in masks]))
+    }
+    return [
+        _Fitted(chosen, jackknife(m, metric, {p: of_all[k].model for p, of_all in without.items()}.__getitem__))
+        for k, (chosen, m) in enumerate(zip(fit_estimates(masks, metric, choices), masks, strict=True))
+    ]
 
 
 def _known_masks(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tuple[KnownMasks, list[int]]:
@@ -252,9 +269,5 @@ def _known_masks(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask])
     names = [name for name in wanted if name == "map" or any(name in values for values in said)]
     true: list[float | None] = [getattr(k.true, metric) for k in known]
     rows = [i for i, values in enumerate(said) if values.keys() >= set(names) and true[i] is not None]
-    masks = known_masks(
-        {name: [said[i][name] for i in rows] for name in names},
-        [true[i] for i in rows],
-        [known[i].patient for i in rows],
-    )
+    masks = known_masks({name: [s.get(name) for s in said] for name in names}, true, [k.patient for k in known])
     return masks, rows

@@ -1,9 +1,8 @@
 """One training, on MONAI's engines: learning curve, early stopping, checkpoints that resume at an epoch's boundary.
 
-The learning rate is constant, and the network that is kept is the exponential moving average of the weights. So a
-training needs no length beforehand: the average's validation loss is smooth, and the training ends when that gets no
-better (compare Morales-Brotons, Vogels & Hendrikx, "Exponential moving average of weights in deep learning", TMLR
-2024).
+What is kept is the exponential moving average of the weights. Its validation loss is smooth, so that a training can end
+when that gets no better (compare Morales-Brotons, Vogels & Hendrikx, "Exponential moving average of weights in deep
+learning", TMLR 2024). The learning rate falls to zero at the most epochs that are allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Final, Literal, TypeAlias
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import IgniteMetricHandler, ValidationHandler, from_engine
+from monai.handlers import IgniteMetricHandler, LrScheduleHandler, ValidationHandler, from_engine
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -49,6 +48,7 @@ logger = logging.getLogger(__name__)
 STEPS = "steps"  # of a training, each of one batch
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
 _DECAY: Final = 0.99  # of the weights' moving average, at each step; smaller in the first steps
+_POWER: Final = 0.9  # of the learning rate's fall
 _LAST: Final = 0.1  # of a training; one whose best epoch lies in this part was still improving
 
 Weights: TypeAlias = dict[str, torch.Tensor]
@@ -96,19 +96,20 @@ class Job:
 class Fitted:
     """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``.
 
-    ``best_epoch`` is whose weights it has. ``bound`` is what ended the training, None where it got no better.
+    ``best_epoch`` is whose weights it has, None where epochs were not compared: then it has the last ones. ``bound`` is
+    what ended the training, None where it got no better.
     """
 
     network: nn.Module
     history: tuple[EpochRecord, ...]
     snapshots: dict[int, Weights]
-    best_epoch: int
+    best_epoch: int | None
     bound: Bound | None
 
     @property
     def was_improving(self) -> bool | None:
-        """Whether the validation loss was still getting better at the end; None where nothing validates."""
-        if self.history[-1].validation_loss is None:
+        """Whether the validation loss was still getting better at the end; None where epochs were not compared."""
+        if self.best_epoch is None:
             return None
         return self.bound is not None and self.best_epoch > (1 - _LAST) * len(self.history)
 
@@ -116,7 +117,7 @@ class Fitted:
         """A sentence on how long the training was, and whether longer would have been better."""
         whole = f"{name}: {len(self.history)} epochs"
         if self.was_improving is None:
-            return f"{whole}; no patient validates, so nothing says whether more of them would help."
+            return f"{whole}; as no patient validates it, nothing says whether more of them would help."
         if self.was_improving:
             setting = "epochs" if self.bound == "epochs" else "max_minutes"
             return f"{whole}, and it was still improving at the end: it may become better with larger '{setting}'."
@@ -235,18 +236,21 @@ class _Training:
         settings = job.settings
         self.job = job
         self.device = device_of_choice()
+        self.epochs = job.epochs
         self.network = _first_network(job).to(self.device)
         if self.device.type == "cpu":
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_moving_average)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda epoch: float(max(0.0, 1 - epoch / self.epochs) ** _POWER)
+        )
         self.fingerprint = fingerprint(job)
-        self.epochs = job.epochs
         self.history: list[EpochRecord] = []
         self.best_loss = math.inf
         self.best: Weights | None = None
-        self.best_epoch = 0
+        self.best_epoch: int | None = None
         self.snapshots: dict[int, Weights] = {}
 
     @property
@@ -262,7 +266,7 @@ class _Training:
     @property
     def is_exhausted(self) -> bool:
         """Whether the validation loss has not become better for long enough."""
-        return self.best is not None and self.done - self.best_epoch >= self.job.settings.patience
+        return self.best_epoch is not None and self.done - self.best_epoch >= self.job.settings.patience
 
     @property
     def is_over(self) -> bool:
@@ -299,9 +303,7 @@ class _Training:
         bound: Bound | None = None
         if not self.is_exhausted:
             bound = "epochs" if self.epochs == self.job.epochs else "minutes"
-        return Fitted(
-            self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch or self.done, bound
-        )
+        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch, bound)
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.pt`` and ``curve.json``."""
@@ -313,6 +315,7 @@ class _Training:
                     "network": self.network.state_dict(),
                     "average": self.average.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
                     "epochs": self.epochs,
                     "history": history,
                     "best_loss": self.best_loss,
@@ -342,6 +345,7 @@ class _Training:
         self.network.load_state_dict(content["network"])
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
         self.epochs = content["epochs"]
         self.history = [EpochRecord(**record) for record in content["history"]]
         self.best_loss, self.best, self.best_epoch = (content[name] for name in ("best_loss", "best", "best_epoch"))
@@ -414,6 +418,7 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     if job.validation:
         _validate_each_epoch(trainer, training)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
+    LrScheduleHandler(training.scheduler, print_lr=False).attach(trainer)
     return trainer
 
 

@@ -67,7 +67,7 @@ class TrainingSettings:
     gammas: tuple[float, ...] = (0.7,)
     output_form: OutputForm = "truth"
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
-    scan_only_share: float = 0.4
+    scan_only_share: float = 0.2
     empty_mask_share: float = 0.0
     mask_deformation: float = 0.0
     average_flips: bool = False
