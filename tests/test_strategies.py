@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
+from segqc.cli.main import app
 from segqc.loop.agreement import rank
 from segqc.loop.dataset import Dataset
 from segqc.quality.report_card import ReportCard
@@ -247,6 +249,9 @@ def test_a_witness_that_lies_with_the_assessments_orders_at_once(tmp_path: Path,
     assert dataset.scores(witness) == {f"scan_{i}": value for i, value in enumerate((-0.3, -0.2, -0.9, -0.1))}
     assert [scan.id for scan in rank(dataset).scans] == ["scan_2", "scan_0", "scan_1", "scan_3"]
     assert rank(dataset).by == witness
+    listed = CliRunner().invoke(app, ["leases", str(dataset.folder), "--json"])
+    (lease,) = json.loads(listed.output)["leases"]
+    assert (lease["strategy"], lease["estimated Dice"]) == (witness, None), "what it was chosen by is no Dice"
 
 
 def test_a_test_looks_like_any_other_scan_there_too(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ TITLE: Final = "what the estimated Dice is worth, on masks of patients that the 
 TERMS: Final = (
     "MAE: mean absolute error of the estimated Dice; constant: that of the best single number for all. MAE/constant: "
     "below 1, the estimate is better than a constant. Spearman: rank correlation with the true Dice; above 0, the "
-    "order is better than chance. In brackets: 95% confidence intervals. regret: what correcting in this order loses "
+    "order is better than chance. In brackets: 90% confidence intervals. regret: what correcting in this order loses "
     "of the best order's gain; 0 is the best order, 1 a random one. 90% hold: share of prediction intervals that hold "
     "the truth."
 )
