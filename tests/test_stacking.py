@@ -196,6 +196,8 @@ def test_a_witness_that_is_not_known_leaves_the_map_s_word() -> None:
     model = EstimateModel("logit", 0.3, {"map": 0.8, "soft": 0.5})
     dice = np.array([0.3, 0.9])
     np.testing.assert_array_equal(model.apply({"map": dice}), dice)
+    by_dice = EstimateModel("identity", 0.0, {"dice": 1.0})
+    np.testing.assert_array_equal(by_dice.apply({"map": dice}), dice)
     known = model.apply({"map": dice, "soft": np.array([np.nan, 0.9])})
     assert known[0] == 0.3
     assert known[1] != 0.9

@@ -76,11 +76,10 @@ class EstimateModel:
             values: of each witness, an array over masks, NaN where unknown; "map" is always there.
         """
         total = np.full(values["map"].shape, self.intercept, np.float64)
+        unknown = np.full(total.shape, np.nan)
         for name, weight in self.weights.items():
-            if self.link == "identity":
-                total += weight * values[name]
-            else:
-                total += weight * _feature(name, values.get(name, np.full(total.shape, np.nan)))
+            said = values.get(name, unknown)
+            total += weight * (said if self.link == "identity" else _feature(name, said))
         estimates = total if self.link == "identity" else _expit(total)
         return np.where(np.isnan(estimates) | np.isnan(values["map"]), values["map"], estimates)
 
