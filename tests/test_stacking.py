@@ -94,7 +94,7 @@ def test_without_anything_to_gain_the_map_keeps_its_say(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_where_nothing_is_known_the_constant_errs_least_and_scans_keep_an_order(seed: int) -> None:
-    noise: dict[WitnessName, float] = {"map": 3.0, "soft": 3.0, "entropy": 3.0}
+    noise: dict[WitnessName, float] = {"map": 1.5, "soft": 3.0, "entropy": 3.0}
     masks = served(seed, 120, noise=noise, spread=0.2)
     chosen = fit_estimate(masks, "dice", DICE_OF_SERVED)
     new = served(100 + seed, 300, noise=noise, spread=0.2)
@@ -287,3 +287,14 @@ def test_iou_and_dice_are_one_number() -> None:
 def test_what_differs_in_length_is_refused() -> None:
     with pytest.raises(ValueError, match="got 2, 1 and 2"):
         known_masks({"map": [0.5, 0.6]}, [0.5], ["a", "b"])
+
+
+@pytest.mark.parametrize(("bias", "choice"), [(0.0, "map"), (0.4, "constant")])
+def test_the_constant_is_a_last_resort(bias: float, choice: Choice) -> None:
+    """A map that is a little worse than a constant stays, as it follows what the labelled patients do not have."""
+    masks = served(8, 15, noise={"map": 0.3}, spread=0.25)
+    off = replace(masks, values={**masks.values, "map": masks.values["map"] - bias})
+    chosen = fit_estimate(off, "dice", ("map", "constant"))
+    errors = {c.choice: c.mae for c in chosen.candidates}
+    assert errors["constant"] < errors["map"]
+    assert chosen.choice == choice

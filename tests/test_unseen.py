@@ -13,7 +13,7 @@ from segqc.quality.report_card import UnseenMask, report_card
 from segqc.quality.witnesses import ORDERS
 from segqc.training.calibration import KnownMask, fit_masks, held_out_masks
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
-from segqc.types import Metrics, Structure, Witnesses
+from segqc.types import MetricIntervals, Metrics, Structure, Witnesses
 
 STRUCTURE = Structure("liver", (1,))
 
@@ -40,6 +40,15 @@ def unseen(masks: list[KnownMask]) -> dict[str, UnseenMask]:
     found = unseen_masks(STRUCTURE, held_out, errors)
     assert [(m.patient, m.scan, m.true) for m in found] == [(k.patient, k.scan, k.true) for k in masks]
     return {m.patient: m for m in found}
+
+
+def test_without_any_mask_the_numbers_are_the_map_s() -> None:
+    (nothing,) = fit_masks("strange", [[]])
+    raw = Metrics(0.8, 0.8 / 1.2, 0.3, -0.1)
+    estimated = nothing.estimates(raw, Witnesses(0.9, -0.2, -1.0))
+    assert (estimated.dice, estimated.arvd, estimated.rvd) == (0.8, 0.3, -0.1)
+    assert nothing.intervals_of(raw, Witnesses(), raw) == MetricIntervals()
+    assert held_out_masks("strange", [], nothing) == ()
 
 
 @pytest.mark.parametrize("count", [12, 25])

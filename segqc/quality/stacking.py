@@ -46,6 +46,7 @@ _EDGE: Final = 0.01  # logits are of Dice within [_EDGE, 1 - _EDGE]
 _MIN_ENTROPY: Final = 1e-3
 _MIN_SIZE: Final = -4.0  # standard deviations; a size further away is no worse
 _POOLED: Final[Mapping[WitnessName, float]] = MappingProxyType({"map": 1.0, "soft": 0.3})
+_ALONE: Final[Mapping[WitnessName, float]] = MappingProxyType({"soft": 1.0, "entropy": 1.0, "size": 0.3})
 _RESIDUAL, _PRIOR = 0.05, 0.1  # standard deviations: of a Dice, and of what is believed of a stack's weights
 _ORDER_SLOPE: Final = 0.01  # of a constant, per standard deviation of the witness that orders
 
@@ -204,10 +205,9 @@ def fit_estimates(
 
     A Dice orders scans. A choice whose order is worse than the best one by more than two standard errors of the
     difference is out. Of the others, the first one of ``choices`` is taken whose error is within two standard errors
-    of the least, by the patients' paired differences. With one, of 15 patients a nearly flat line is chosen time and
-    again, which on scans of another site is three times as wrong as the map. So the constant is used only where
-    everything else is worse. It keeps the order of the best witness that is better than chance, of the map where none
-    is: its estimates differ by almost nothing.
+    of the least, by the patients' paired differences; with one, luck would choose among so many. A constant that comes
+    last is a last resort: used only where all others are worse by more than two standard errors. It keeps the order of
+    the best witness that is better than chance, of the map where none is: its estimates differ by almost nothing.
 
     Args:
         structures: masks with known truth, whose patients are numbered alike; the networks must not have trained from
@@ -288,8 +288,12 @@ def _choose(trials: Sequence[_Trial]) -> Choice:
                 for choice, of in found.items()
             }
         )
-    best = min(allowed, key=lambda choice: float(errors[choice].mean()))
-    return next(choice for choice in allowed if _within_noise(errors[choice] - errors[best]))
+    last_resort = len(allowed) > 1 and allowed[-1] == "constant"
+    usual = allowed[:-1] if last_resort else allowed
+    best = min(usual, key=lambda choice: float(errors[choice].mean()))
+    if last_resort and not _within_noise(errors[best] - errors["constant"]):
+        return "constant"
+    return next(choice for choice in usual if _within_noise(errors[choice] - errors[best]))
 
 
 def _needs(choice: Choice) -> set[WitnessName]:
@@ -322,9 +326,8 @@ def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: Witn
         return _pooled(masks)
     if choice == "stack":
         return _ridge(masks, ("map", "soft", "entropy", "size"), _POOLED)
-    feature = masks.per_patient(_feature(choice, masks.values[choice]))
-    line = fit_calibration(feature, masks.per_patient(_logit(masks.true)))
-    return EstimateModel("logit", line.intercept, {choice: line.slope})
+    level = float(masks.per_patient(_logit(masks.true)).mean())
+    return _ridge(masks, (choice,), {choice: _ALONE[choice]}, level)
 
 
 def _pooled(masks: KnownMasks) -> EstimateModel:
@@ -338,10 +341,14 @@ def _pooled(masks: KnownMasks) -> EstimateModel:
     return EstimateModel("logit", -_POOLED["soft"] * centre, dict(_POOLED))
 
 
-def _ridge(masks: KnownMasks, names: Sequence[WitnessName], prior: Mapping[WitnessName, float]) -> EstimateModel:
-    """The logit of the Dice as a sum over witnesses, by least squares, ridge towards given weights and no intercept.
+def _ridge(
+    masks: KnownMasks, names: Sequence[WitnessName], prior: Mapping[WitnessName, float], level: float = 0.0
+) -> EstimateModel:
+    """The logit of the Dice as a level and a sum over witnesses, by least squares, ridge towards what is given.
 
-    Residuals are weighted so that they are about those of the Dice, and so that a patient counts once.
+    Least squares alone make the function of a few patients, who are much alike, nearly flat: of scans of another site
+    it would say that they are as good. Residuals are weighted so that they are about those of the Dice, and so that a
+    patient counts once.
     """
     features = np.stack([_feature(name, masks.values[name]) for name in names], axis=1)
     centres = [
@@ -357,10 +364,10 @@ def _ridge(masks: KnownMasks, names: Sequence[WitnessName], prior: Mapping[Witne
     wanted = np.array([0.0, *(prior.get(name, 0.0) for name in names)])
     up, down, *found = nnls(
         np.vstack([design * weights[:, None], beliefs / _PRIOR]),
-        np.concatenate([_logit(truth) * weights, wanted / _PRIOR]),
+        np.concatenate([(_logit(truth) - level) * weights, wanted / _PRIOR]),
     )[0]
     used = {name: float(weight) for name, weight in zip(names, found, strict=True) if weight > 0}
-    return EstimateModel("logit", float(up - down - np.dot(found, centres)), used)
+    return EstimateModel("logit", float(level + up - down - np.dot(found, centres)), used)
 
 
 def _cross_validated(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: WitnessName) -> Values:

@@ -306,7 +306,11 @@ def calibrated(
             known["served"].append(look.at(mask_set.served.mask, mask_set.served.soft))
             errors.append(look.errors_of(mask_set.served.mask, list(mask_set.masks[: 1 + members])))
     of_structure = [{kind: [row[k] for row in rows] for kind, rows in known.items()} for k in range(len(structures))]
-    fitted = {kind: fit_masks(kind, [of[kind] for of in of_structure]) for kind, rows in known.items() if rows}
+    fitted = {
+        kind: fit_masks(kind, [of[kind] for of in of_structure])
+        for kind, rows in known.items()
+        if rows or kind == "strange"
+    }
     sizes, boxes = _sizes(volumes, len(structures)), _largest_boxes(train, structures, assessor.values)
     calibration = tuple(
         StructureCalibration({kind: of_all[k] for kind, of_all in fitted.items()}, sizes[k], boxes[k])
