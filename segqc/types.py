@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 LabelArray: TypeAlias = npt.NDArray[np.uint8]
-ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16"]
+ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16", "compile"]
 BackendName: TypeAlias = Literal["auto"] | ComputeName
 MaskKind: TypeAlias = Literal["served", "strange"]
 """What is known of a mask's origin: made by the bundle's own segmentation network, or anything else.

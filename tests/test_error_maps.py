@@ -59,16 +59,16 @@ def test_difference_and_estimated_truth_are_each_other_s_inverse() -> None:
 @pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.3), (0.2, 0.2), (3.0, 0.5)])
 @pytest.mark.parametrize("radius", [0.4, 1.0, 2.0, 3.7])
 def test_dilation_is_scipy_s_with_a_disk_in_mm(spacing: tuple[float, float], radius: float) -> None:
-    mask = np.random.default_rng(3).random((25, 21, 3)) < 0.01
+    mask = np.random.default_rng(3).random((3, 25, 21)) < 0.01
     reach = [int(np.ceil(radius / s)) for s in spacing]
     i, j = (np.arange(-r, r + 1) * s for r, s in zip(reach, spacing, strict=True))
     disk = np.hypot(i[:, None], j[None]) <= radius + 1e-9
-    wanted = ndimage.binary_dilation(mask, structure=disk[:, :, None])
+    wanted = ndimage.binary_dilation(mask, structure=disk[None])
     np.testing.assert_array_equal(dilate_in_plane(mask, radius, spacing), wanted)
 
 
 def test_dilation_reaches_past_small_volumes() -> None:
-    mask = np.zeros((2, 1, 2), bool)
+    mask = np.zeros((2, 2, 1), bool)
     mask[0, 0, 0] = True
     assert dilate_in_plane(mask, 50.0, (1.0, 1.0)).sum() == 2
 

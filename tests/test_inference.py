@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import shutil
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_a
 from segqc.networks.plan import NetworkPlan, Spacing, Triple, plan_network, window_starts
 from segqc.networks.segmenter import PLAUSIBLE, Segmenter
 from segqc.networks.unet import MeanOfNetworks, build_network
+from segqc.quality.boxes import BoxSettings, find_boxes
+from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors
+from segqc.quality.metrics import EmptyRule, estimated_metrics_and_slices
 from segqc.types import BackendName, ComputeName, Structure
 from segqc.volumes import Volume, canonical_frame, native_support, to_canonical, to_native, touched
 
@@ -169,6 +174,41 @@ def test_without_a_mask_of_a_structure_every_window_is_looked_at() -> None:
     assert errors[labels.array > 0].min() > 0.9
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("spacing", [SPACING, (1.5, 1.5, 3.0)])
+@pytest.mark.parametrize("balls", [0, 1])
+def test_an_assessment_is_read_off_the_whole_error_map(order: tuple[int, ...], spacing: Spacing, balls: int) -> None:
+    """Though most of it is worked out near the mask and likely errors."""
+    scan, labels = world()
+    rng = np.random.default_rng(1)
+    for corner in rng.integers(0, (92, 92, 15), (12, 3)):  # errors anywhere, at the border too
+        part = tuple(
+            slice(begin, begin + int(size)) for begin, size in zip(corner, rng.integers(9, 16, 3), strict=True)
+        )
+        scan.array[part] = rng.uniform(1.8, 2.6)
+    labels.array[:, 40:] = 0
+    labels.array[...] *= balls
+    affine = AFFINE[:, [*order, 3]]
+    scan, labels = (Volume(np.ascontiguousarray(v.array.transpose(order)), affine) for v in (scan, labels))
+    model = assessor(Linear(1))
+    object.__setattr__(model.card.plan, "spacing_mm", spacing)
+    where = np.zeros(model.frame(scan).canonical_shape, bool)
+    result = model.assess(scan, labels, scan_id="s", plausible=where)
+    error, mask, axis = result.errors[0], labels.array > 0, order.index(2)
+    quality = result.assessment.structures[0]
+    extracted = extract_errors(error, mask, axis, scan.spacing_mm, ExtractionSettings())
+    rule = EmptyRule(10.0, scan.voxel_volume_mm3)
+    assert quality.present and (balls == 0 or (error == 0).any()), "a part was not looked at"
+    for view, of in ((quality.raw, error), (quality.extracted, extracted)):
+        whole, slices, sums = estimated_metrics_and_slices(mask, of, axis, empty=rule)
+        assert list(astuple(view.metrics)) == pytest.approx(list(astuple(whole)), rel=1e-9)
+        for got, wanted in zip(view.slices, slices.each(), strict=True):
+            assert list(astuple(got.metrics)) == pytest.approx(list(astuple(wanted)), rel=1e-9, abs=1e-9)
+        assert [s.error_sum for s in view.slices] == pytest.approx(sums.tolist(), rel=1e-9, abs=1e-9)
+        assert view.boxes == find_boxes(of, axis, scan.spacing_mm, BoxSettings())
+    assert quality.raw.boxes
+
+
 def test_plausible_voxels_are_those_of_one_in_a_hundred() -> None:
     scan, _ = world()
     prediction = segmenter(build_network(plan(1))).predict(scan)
@@ -224,12 +264,47 @@ def test_a_box_of_the_native_grid_is_the_part_of_the_whole(target: Spacing, sign
         np.testing.assert_allclose(to_native(array, frame, order=order, box=box), whole[(slice(None), *box)], atol=1e-6)
     where = np.zeros(frame.canonical_shape, bool)
     where[tuple(n // 2 for n in where.shape)] = True
-    support = native_support(where, frame)
+    middle = bounding_box(where)
+    assert middle is not None
+    support = native_support(middle, frame)
     values = to_native(where.astype(np.float32), frame, order=1)
-    assert support is not None and values[support].max() > 0
+    assert values[support].max() > 0
     values[support] = 0
     assert not values.any(), "outside of the box there is nothing"
-    assert native_support(np.zeros_like(where), frame) is None
+
+
+@pytest.mark.parametrize("target", [(1.0, 1.0, 3.0), (2.5, 2.0, 3.0), (0.7, 0.6, 2.0), (1.0, 4.1, 7.0)])
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
+def test_a_scan_stored_the_other_way_round_is_the_same_to_networks(target: Spacing, axes: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).normal(size=(17, 22, 9)).astype(np.float32)
+    reverse = np.eye(4)
+    for axis in axes:
+        reverse[axis, axis], reverse[axis, 3] = -1, array.shape[axis] - 1
+    one, other = Volume(array, AFFINE), Volume(np.flip(array, axes), AFFINE @ reverse)
+    frame, reversed_frame = (canonical_frame(v, spacing_mm=target) for v in (one, other))
+    assert sum(reversed_frame.flips) == len(axes)
+    for order in (0, 1):
+        canonical = to_canonical(one.array, frame, order=order)
+        np.testing.assert_allclose(to_canonical(other.array, reversed_frame, order=order), canonical, atol=1e-5)
+        native, reversed_native = (to_native(canonical, f, order=order) for f in (frame, reversed_frame))
+        np.testing.assert_allclose(np.flip(reversed_native, axes), native, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [(1.0, 1.0, 3.0), (2.5, 2.0, 3.0), (0.7, 4.1, 2.0)])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
+def test_touched_voxels_hold_the_centre_of_one(target: Spacing, signs: Triple) -> None:
+    scan = Volume(np.zeros((9, 17, 22), np.float32), AFFINE[:, [2, 0, 1, 3]] @ np.diag([*signs, 1]))
+    frame = canonical_frame(scan, spacing_mm=target)
+    where = np.random.default_rng(0).random(scan.shape) < 0.02
+    wanted = np.zeros(frame.canonical_shape, bool)
+    for voxel in np.argwhere(where):
+        there = []
+        for axis, size, flip in zip(frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+            old = scan.shape[axis]
+            index = old - 1 - voxel[axis] if flip else voxel[axis]
+            there.append(int((index + 0.5) * size / old))
+        wanted[tuple(there)] = True
+    np.testing.assert_array_equal(touched(where, frame), wanted)
 
 
 def test_the_scan_in_the_canonical_frame_is_made_once() -> None:
@@ -276,6 +351,33 @@ def test_openvino_computes_the_same_on_windows_of_any_shape(shape: Triple, spaci
             torch.testing.assert_close(backend(x), network(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_network_computes_the_same() -> None:
+    made = NetworkPlan(
+        2, 1, (1.0, 1.0, 3.0), (8, 8, 4), (1, 1, 1), ((3, 3, 3),) * 3, ((1, 1, 1), (2, 2, 1), (2, 2, 1)), (4, 6, 6)
+    )
+    network = build_network(made).eval()
+    backend = choose_backend(network, made, CPU, "compile")
+    x = torch.rand(2, 2, *made.patch)
+    with torch.inference_mode():
+        torch.testing.assert_close(backend(x), network(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_does_not_compile_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: object, **__: object) -> object:
+        def compute(_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such header")
+
+        return compute
+
+    made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    with pytest.raises(BackendError, match=r"'compile' does not compile .*choose 'auto'"):
+        choose_backend(network, made, CPU, "compile")
+
+
 def test_a_backend_that_computes_something_else_is_refused_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
 
@@ -292,13 +394,14 @@ def test_a_backend_that_computes_something_else_is_refused_and_passed_over(monke
     assert choose_backend(network, made, CPU, "auto").name == "pytorch-bfloat16"
 
 
-@pytest.mark.parametrize("wanted", ["openvino", "openvino-bfloat16", "pytorch-bfloat16"])
+@pytest.mark.parametrize("wanted", ["openvino", "openvino-bfloat16", "pytorch-bfloat16", "compile"])
 def test_a_backend_that_is_not_there_is_named_with_what_to_do(
     wanted: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, network = network_of((20, 22, 18), (1.0, 1.0, 1.0), 1)
     monkeypatch.setattr(backends, "has_bfloat16", lambda _: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(BackendError, match=rf"'{wanted}' .*choose 'auto'"):
         choose_backend(network, made, CPU, wanted)
     assert choose_backend(network, made, CPU, "auto").name == "pytorch"

@@ -21,6 +21,7 @@ from segqc.networks.inference import (
     Predictor,
     Window,
     all_windows,
+    box_around,
     network_input,
     not_air,
     windows_near,
@@ -29,9 +30,17 @@ from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import SoftOutput
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
-from segqc.quality.error_maps import ExtractionSettings, extract_errors
+from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors, padded_box
 from segqc.quality.intervals import LEVEL
-from segqc.quality.metrics import EmptyRule, estimated_metrics, estimated_metrics_and_slices, truth_is_empty
+from segqc.quality.metrics import (
+    PEAK_OF_A_TRUTH,
+    EmptyRule,
+    Values,
+    estimated_metrics,
+    estimated_metrics_and_slices,
+    slice_sums,
+    truth_is_empty,
+)
 from segqc.types import (
     Assessment,
     BackendName,
@@ -127,18 +136,15 @@ class Assessor(TrainedNetwork):
 
         Arguments and errors as `output_logits`.
         """
-        box, z = self._error_logits(scan, labels, plausible)
-        errors = np.zeros((len(self.structures), *scan.shape), np.float32)
-        errors[(slice(None), *box)] = sigmoid(z)
-        return errors
+        return self._error_maps(scan, self._masks(scan, labels), plausible)[0]
 
     def error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
 
         Arguments and errors as `output_logits`.
         """
-        box, z = self._error_logits(scan, labels, plausible)
-        return self._on_grid(z, box, scan)
+        z, box = self._error_logits(scan, self._masks(scan, labels), plausible)
+        return _on_grid(z, box, scan, NOWHERE)
 
     def output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The network's own logits, of truth or error as its card says, before any calibration: (L, n0, n1, n2).
@@ -159,27 +165,35 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        box, z = self._output_logits(scan, labels, plausible)
-        return self._on_grid(z, box, scan)
+        z, box = self._output_logits(scan, self._masks(scan, labels), plausible)
+        return _on_grid(z, box, scan, NOWHERE)
 
-    def _on_grid(self, logits: FloatArray, box: Box, scan: Volume) -> FloatArray:
-        result = np.full((len(self.structures), *scan.shape), NOWHERE, np.float32)
-        result[(slice(None), *box)] = logits
-        return result
-
-    def _error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
-        """The part of the grid that was looked at, and the error's logits there."""
-        box, z = self._output_logits(scan, labels, plausible)
-        if self.card.output_form == "truth":
-            z = truth_as_error(z, np.stack([s.mask(labels.array[box]) for s in self.structures]))
-        return box, calibrated_maps(z, self.card.map_calibration)
-
-    def _output_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None) -> tuple[Box, FloatArray]:
+    def _masks(self, scan: Volume, labels: Volume) -> BoolArray:
         if labels.shape != scan.shape:
             raise VolumeError(
                 f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
             )
-        masks = np.stack([s.mask(labels.array) for s in self.structures])
+        return np.stack([structure.mask(labels.array) for structure in self.structures])
+
+    def _error_maps(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
+        """The error maps, and the part of the grid that was looked at: beyond it they are zero."""
+        z, box = self._error_logits(scan, masks, plausible)
+        return _on_grid(torch.from_numpy(z).sigmoid_().numpy(), box, scan, 0), box
+
+    def _error_logits(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
+        """The error's logits where was looked, and the part of the grid that this is."""
+        z, box = self._output_logits(scan, masks, plausible)
+        if self.card.output_form == "truth":
+            for of_structure, mask in zip(z, masks[(slice(None), *box)], strict=True):
+                inside = bounding_box(mask)
+                if inside is not None:
+                    of_structure[inside] = truth_as_error(of_structure[inside], mask[inside])
+        if self.card.map_calibration:
+            for of_structure, calibration in zip(z, self.card.map_calibration, strict=True):
+                calibration.apply(of_structure, out=of_structure)
+        return z, box
+
+    def _output_logits(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
         frame = self.frame(scan)
         x = network_input(scan, masks, frame)
         windows = self._windows(x[0].numpy(), masks, frame, plausible)
@@ -190,11 +204,8 @@ class Assessor(TrainedNetwork):
         else:
             shown = functools.partial(_answers_to_flips, self.backend, along=(0, 2))
             logits = (self._look(lambda w: torch.stack(shown(w)).mean(dim=0), x, windows) + hidden) / 2
-        looked = np.zeros(frame.canonical_shape, bool)
-        for window in windows:
-            looked[tuple(slice(max(0, w.start), w.stop) for w in window)] = True
-        box = native_support(looked, frame) or (slice(0, 0), slice(0, 0), slice(0, 0))
-        return box, np.asarray(to_native(logits[0].numpy(), frame, order=1, box=box), np.float32)
+        box = native_support(box_around(windows), frame)
+        return np.asarray(to_native(logits[0].numpy(), frame, order=1, box=box), np.float32), box
 
     def _look(self, predictor: Predictor, x: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
         return self.run(x, predictor, windows=windows, elsewhere=[NOWHERE] * len(self.structures))
@@ -251,12 +262,13 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        errors = self.error_maps(scan, labels, plausible)
+        masks = self._masks(scan, labels)
+        errors, looked = self._error_maps(scan, masks, plausible)
         kind: MaskKind = "strange" if soft is None else "served"
         axis = through_plane_axis(scan)
         qualities = tuple(
-            self._quality(i, structure.mask(labels.array), errors[i], axis, scan, kind, soft[i] if soft else None)
-            for i, structure in enumerate(self.structures)
+            self._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
+            for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
         shape = scan.array.shape
         assessment = Assessment(
@@ -294,6 +306,7 @@ class Assessor(TrainedNetwork):
         index: int,
         mask: BoolArray,
         error: FloatArray,
+        looked: Box,
         axis: int,
         scan: Volume,
         kind: MaskKind,
@@ -301,36 +314,40 @@ class Assessor(TrainedNetwork):
     ) -> StructureQuality:
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
-        extracted = extract_errors(error, mask, axis, scan.spacing_mm, extraction)
         calibration = self.card.calibration[index] if self.card.calibration else None
         boxes = self.settings.boxes
         if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
-        raw = self._view(mask, error, axis, scan, boxes)
-        witnesses = witnesses_of(mask, scan, soft, calibration.sizes if calibration is not None else None)
+        least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
+        part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
+        raw = self._view(part, part.error, boxes, scan)
+        extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
+        voxels = np.count_nonzero(part.mask)
+        witnesses = witnesses_of(part.mask, scan, soft, calibration.sizes if calibration is not None else None)
         of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
         estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
-            present=bool(mask.any()) or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
-            mask_volume_ml=float(mask.sum()) * scan.voxel_volume_mm3 / 1000.0,
+            present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
+            mask_volume_ml=voxels * scan.voxel_volume_mm3 / 1000.0,
             estimated=estimated,
             raw=raw,
-            extracted=self._view(mask, extracted, axis, scan, boxes),
+            extracted=self._view(part, extracted, boxes, scan),
             intervals=of_kind.intervals_of(raw.metrics, witnesses, estimated, level=self.settings.interval_level),
             witnesses=witnesses,
         )
 
-    def _view(self, mask: BoolArray, error: FloatArray, axis: int, scan: Volume, boxes: BoxSettings) -> ErrorView:
-        rule = self._empty_rule(scan)
-        metrics, per_slice, sums = estimated_metrics_and_slices(mask, error, axis, empty=rule)
+    def _view(self, part: _PartOfSlices, error: FloatArray, boxes: BoxSettings, scan: Volume) -> ErrorView:
+        metrics, per_slice, sums = estimated_metrics_and_slices(
+            part.mask, error, 0, empty=self._empty_rule(scan), elsewhere=part.elsewhere
+        )
         return ErrorView(
             metrics=metrics,
             slices=tuple(
                 SliceQuality(i, of_slice, error_sum)
                 for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
             ),
-            boxes=find_boxes(error, axis, scan.spacing_mm, boxes),
+            boxes=find_boxes(error, 0, part.spacing_mm, boxes, part=part.box, shape=part.shape),
         )
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:
@@ -391,7 +408,7 @@ def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: 
     """What speaks of a mask beside its error map.
 
     Args:
-        mask: of one structure, (n0, n1, n2).
+        mask: of one structure, or the part of it that has voxels.
         scan: for the size of its voxels.
         soft: what the network says that made the mask, if one did.
         sizes: the structure's sizes in the training, where they are known.
@@ -400,4 +417,67 @@ def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: 
         soft=None if soft is None else soft.dice,
         entropy=None if soft is None else -soft.entropy,
         size=None if sizes is None else sizes.witness(mask, scan.voxel_volume_mm3),
+    )
+
+
+def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> FloatArray:
+    """Values (L, ...) of a part of the scan's grid, with another one in the rest: (L, n0, n1, n2)."""
+    if values.shape[1:] == scan.shape:
+        return values
+    result = np.zeros((len(values), *scan.shape), np.float32)  # memory that costs nothing where nothing is written
+    if elsewhere:
+        result[:] = elsewhere
+    result[(slice(None), *box)] = values
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _PartOfSlices:
+    """The part of all slices where a structure's mask and likely errors are: the slices first, then their own axes.
+
+    Attributes:
+        mask: of the part.
+        error: of the part.
+        elsewhere: the error's sum in the rest of each slice.
+        box: the part's place in the scan.
+        shape: the scan's.
+        spacing_mm: the voxels'.
+    """
+
+    mask: BoolArray
+    error: FloatArray
+    elsewhere: Values
+    box: Box
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+
+def _part_of_slices(
+    mask: BoolArray, error: FloatArray, looked: Box, axis: int, scan: Volume, least: float, reach_mm: float
+) -> _PartOfSlices:
+    """Find the part around a mask and errors.
+
+    Args:
+        mask: the mask, on the scan's grid.
+        error: its error map.
+        looked: the part of the grid that was looked at.
+        axis: the through-plane axis.
+        scan: the scan.
+        least: the error probability from which a voxel belongs to the part.
+        reach_mm: how far around the mask the part reaches.
+    """
+    inner = bounding_box(mask[looked] | (error[looked] >= least)) or (slice(0, 0), slice(0, 0), slice(0, 0))
+    i, j, k = (slice(side.start + o.start, side.stop + o.start) for side, o in zip(inner, looked, strict=True))
+    margin = [n if a == axis else 1 + int(reach_mm / scan.spacing_mm[a]) for a, n in enumerate(scan.shape)]
+    box = padded_box((i, j, k), margin, scan.shape)
+    elsewhere = -slice_sums(error[box], axis)
+    elsewhere[looked[axis]] += slice_sums(error[looked], axis)
+    first, second = (a for a in range(3) if a != axis)
+    return _PartOfSlices(
+        np.ascontiguousarray(mask[box].transpose(axis, first, second)),
+        np.ascontiguousarray(error[box].transpose(axis, first, second)),
+        elsewhere,
+        (box[axis], box[first], box[second]),
+        (scan.shape[axis], scan.shape[first], scan.shape[second]),
+        (scan.spacing_mm[axis], scan.spacing_mm[first], scan.spacing_mm[second]),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,7 +21,12 @@ from segqc.types import BackendName, ComputeName
 
 logger = logging.getLogger(__name__)
 
-TOLERANCES: Final[dict[ComputeName, float]] = {"openvino": 1e-3, "openvino-bfloat16": 0.1, "pytorch-bfloat16": 0.1}
+TOLERANCES: Final[dict[ComputeName, float]] = {
+    "openvino": 1e-3,
+    "openvino-bfloat16": 0.1,
+    "pytorch-bfloat16": 0.1,
+    "compile": 1e-3,
+}
 """The largest difference from PyTorch in float32, of a logit, in standard deviations of the logits."""
 
 
@@ -48,8 +55,9 @@ def choose_backend(network: nn.Module, plan: NetworkPlan, device: torch.device, 
     """Make a network ready, by the backend that is wanted, and check it.
 
     "auto" takes the first one that is there and right: on a CPU OpenVINO, in bfloat16 where the CPU has instructions
-    for it; else PyTorch, in bfloat16 where the CPU or GPU has. Each is compared with PyTorch in float32 on noise of the
-    plan's patch, by `TOLERANCES`.
+    for it; else PyTorch, in bfloat16 where the CPU or GPU has. "compile", PyTorch's compiler, is never taken: it
+    works for half a minute on each network and shape of windows. Each is compared with PyTorch in float32 on noise of
+    the plan's patch, by `TOLERANCES`.
 
     Args:
         network: the network, on the device.
@@ -86,9 +94,19 @@ def _checked(name: ComputeName, network: nn.Module, plan: NetworkPlan, device: t
         assert isinstance(network, StemUNet | MeanOfNetworks)
         threads = torch.get_num_threads()
         backend = Backend(name, OpenVinoNetwork(network, plan.in_channels, bfloat16=bfloat16, threads=threads))
+    elif name == "compile":
+        backend = Backend(name, _one_by_one(torch.compile(network, dynamic=False, options={"freezing": True})))
     else:
         backend = Backend(name, _in_bfloat16(network, device))
-    difference = difference_from_float32(backend, network, plan, device)
+    try:
+        difference = difference_from_float32(backend, network, plan, device)
+    except RuntimeError as error:
+        if name != "compile":
+            raise
+        raise BackendError(
+            f"the inference backend 'compile' does not compile this network here ({type(error).__name__}); choose "
+            "'auto' or 'pytorch' in [inference]"
+        ) from error
     if not difference <= TOLERANCES[name]:  # which NaN is not, either
         raise BackendError(
             f"the inference backend {name!r} computes wrong logits on this machine (they differ from PyTorch's in "
@@ -101,6 +119,10 @@ def _missing(name: ComputeName, network: nn.Module, device: torch.device) -> str
     """What a backend lacks here, as the rest of a sentence."""
     if name.endswith("-bfloat16") and not has_bfloat16(device):
         return "needs instructions for bfloat16, which this machine does not have"
+    if name == "compile":
+        if device.type == "cpu":
+            return None if shutil.which(os.environ.get("CXX", "g++")) else "needs a C++ compiler (g++, or $CXX)"
+        return None if importlib.util.find_spec("triton") else "needs triton (pip install triton)"
     if not name.startswith("openvino"):
         return None
     if device.type != "cpu":
@@ -121,7 +143,7 @@ def difference_from_float32(backend: Backend, network: nn.Module, plan: NetworkP
     return float((got - expected).abs().max() / expected.std().clamp(min=1e-6))
 
 
-def _one_by_one(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _one_by_one(network: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """A CPU computes windows one after the other: together they would not stay in its caches."""
 
     def compute(x: torch.Tensor) -> torch.Tensor:

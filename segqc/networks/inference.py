@@ -45,6 +45,15 @@ def all_windows(shape: Sequence[int], patch: Triple) -> list[Window]:
     return windows
 
 
+def box_around(windows: Sequence[Window]) -> Window:
+    """The smallest box that holds all windows."""
+    a, b, c = (
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*windows, strict=True)
+    )
+    return a, b, c
+
+
 def windows_near(windows: Sequence[Window], where: BoolArray, margin: Triple = (0, 0, 0)) -> list[Window]:
     """The windows that hold a voxel of ``where`` (a, b, c), or come as near to one as ``margin`` voxels."""
     return [
@@ -165,5 +174,5 @@ def canonical_scan(scan: Volume, frame: CanonicalFrame) -> FloatArray:
 def network_input(scan: Volume, masks: BoolArray, frame: CanonicalFrame) -> torch.Tensor:
     """Scan and masks (L, n0, n1, n2) as channels in the canonical frame: (1, 1 + L, a, b, c)."""
     image = canonical_scan(scan, frame)
-    channels = to_canonical(masks.astype(np.float32), frame, order=0)
-    return torch.from_numpy(np.concatenate([image[None], channels]).astype(np.float32))[None]
+    channels = to_canonical(masks, frame, order=0)
+    return torch.from_numpy(np.concatenate([image[None], channels], dtype=np.float32))[None]

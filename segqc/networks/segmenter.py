@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from segqc.networks.augmentation import Member, tta_group
 from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
-from segqc.quality.error_maps import entropy_map
+from segqc.quality.error_maps import bounding_box, entropy_map
 from segqc.types import BackendName, BoolArray, FloatArray, LabelArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, native_support, to_native
 
@@ -52,8 +53,8 @@ class Prediction:
     @property
     def foreground_log_odds(self) -> FloatArray:
         """The logit of the probability of foreground: (a, b, c) in the canonical frame."""
-        foreground = torch.logsumexp(torch.from_numpy(self.logits[1:]), dim=0).numpy()
-        return np.asarray(foreground - self.logits[0], np.float32)
+        background, *classes = torch.from_numpy(self.logits)
+        return np.asarray((functools.reduce(torch.logaddexp, classes) - background).numpy(), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,9 @@ class Segmenter(TrainedNetwork):
         """The label map of logits in the canonical frame: of largest logit after linear interpolation."""
         labels = np.zeros(frame.native_shape, np.uint8)
         # interpolated logits of a class exceed the background's only near voxels where they do so
-        box = native_support((logits[1:] > logits[0]).any(axis=0), frame)
-        if box is not None:
+        above_background = bounding_box((logits[1:] > logits[0]).any(axis=0))
+        if above_background is not None:
+            box = native_support(above_background, frame)
             found = np.zeros(labels[box].shape, np.uint8)
             best = np.zeros(found.shape, np.float32)
             for value, of_class in zip(self.values, logits[1:], strict=True):

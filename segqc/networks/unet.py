@@ -38,6 +38,7 @@ class _Conv3d(nn.Conv3d):
         """(N, channels, a, b, c) of a batch (N, channels, a, b, c)."""
         plain = (
             input.device.type != "cpu"
+            or torch.compiler.is_compiling()
             or input.dtype != torch.float32
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from segqc.quality.error_maps import bounding_box, label_slices, likely_wrong
+from segqc.quality.error_maps import Box, bounding_box, label_slices, likely_wrong
 from segqc.types import BoolArray, ErrorBox, FloatArray
 
 # rows of (start0, start1, stop0, stop1), half-open, in one slice
@@ -48,7 +49,13 @@ class BoxSettings:
 
 
 def find_boxes(
-    error: FloatArray | BoolArray, axis: int, spacing_mm: Sequence[float], settings: BoxSettings
+    error: FloatArray | BoolArray,
+    axis: int,
+    spacing_mm: Sequence[float],
+    settings: BoxSettings,
+    *,
+    part: Box | None = None,
+    shape: Sequence[int] | None = None,
 ) -> tuple[ErrorBox, ...]:
     """Find the boxes of likely errors in every slice (paper, section 3.4).
 
@@ -60,6 +67,8 @@ def find_boxes(
         axis: the through-plane axis.
         spacing_mm: the voxel spacing, three numbers.
         settings: thresholds.
+        part: the box of a scan that the array is, where it is not all of it.
+        shape: that scan's.
 
     Returns:
         Boxes by slice, then by their first corner. A box's area is the rectangle's; mean and peak error are over all
@@ -82,7 +91,9 @@ def find_boxes(
     axis %= 3
     first, second = (a for a in range(3) if a != axis)
     voxel_mm2 = spacing_mm[first] * spacing_mm[second]
-    upper = _largest_area(error.shape[first] * error.shape[second] * voxel_mm2, settings)
+    whole = error.shape if shape is None else shape
+    upper = _largest_area(whole[first] * whole[second] * voxel_mm2, settings)
+    begin = (0, 0, 0) if part is None else tuple(side.start for side in part)
     slices, corners = _component_boxes(error, axis, settings.threshold)
     if not len(slices):
         return ()
@@ -93,15 +104,16 @@ def find_boxes(
     corners[:, [0, 2]] += (slices * apart)[:, None]
     planes = np.moveaxis(error, axis, 0)
     boxes = []
-    for part in np.split(corners, _portions(slices)):
-        for a0, a1, b0, b1 in unite_boxes(part, settings.min_distance_voxels).tolist():
+    for portion in np.split(corners, _portions(slices)):
+        for a0, a1, b0, b1 in unite_boxes(portion, settings.min_distance_voxels).tolist():
             index, a0 = divmod(a0, apart)
             b0 -= index * apart
             area = (b0 - a0) * (b1 - a1) * voxel_mm2
             if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
                 inside = planes[index, a0:b0, a1:b1]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
-                boxes.append(ErrorBox(index, (a0, a1), (b0, b1), area, mean, peak))
+                start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
+                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak))
     return tuple(boxes)
 
 
@@ -281,15 +293,10 @@ def _component_boxes(
     if around is None:
         return np.empty(0, np.int32), np.empty((0, 4), np.int32)
     labels, _ = label_slices(wrong[around], axis)
-    voxels = np.stack(np.nonzero(labels), axis=1).astype(np.int32)
-    component = labels[tuple(voxels.T)]
-    order = np.argsort(component, kind="stable")
-    voxels, starts = voxels[order], np.flatnonzero(np.diff(component[order], prepend=0))
-    offset = np.array([part.start for part in around], np.int32)
-    first = np.minimum.reduceat(voxels, starts) + offset
-    last = np.maximum.reduceat(voxels, starts) + offset
+    found = [[side for part in of for side in (part.start, part.stop)] for of in ndimage.find_objects(labels)]
+    sides = np.array(found, np.int32).reshape(-1, 3, 2) + np.array([part.start for part in around], np.int32)[:, None]
     in_plane = [a for a in range(3) if a != axis]
-    return first[:, axis], np.concatenate([first[:, in_plane], last[:, in_plane] + 1], axis=1)
+    return sides[:, axis, 0], sides[:, in_plane].transpose(0, 2, 1).reshape(-1, 4)
 
 
 def _largest_area(slice_mm2: float, settings: BoxSettings) -> float:

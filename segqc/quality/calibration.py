@@ -139,6 +139,7 @@ class MapCalibration:
     scale: float = 1.0
     shift: float = 0.0
 
-    def apply(self, logits: FloatArray) -> FloatArray:
-        """The calibrated logits of errors, of any shape."""
-        return np.asarray(np.float32(self.scale) * logits + np.float32(self.shift), np.float32)
+    def apply(self, logits: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
+        """The calibrated logits of errors, of any shape; ``out`` may be the logits themselves."""
+        scaled = np.multiply(logits, np.float32(self.scale), out=out, dtype=np.float32)
+        return np.add(scaled, np.float32(self.shift), out=scaled)

@@ -182,23 +182,39 @@ def estimated_metrics(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -
         >>> estimated_metrics(mask, error, empty=EmptyRule())
         Metrics(dice=0.857..., iou=0.75, arvd=0.333..., rvd=0.333...)
     """
-    return _estimated(mask, error, (0, 1, 2), empty).at(0)
+    return _from_sums(_error_sums(mask, error, 2).total(), mask, error, (0, 1, 2), empty).at(0)
 
 
 def estimated_slice_metrics(mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule) -> SliceMetrics:
     """Estimate a mask's metrics in every slice along ``axis``; arguments and errors as `estimated_metrics`."""
-    return _estimated(mask, error, _in_plane(axis), empty)
+    return _from_sums(_error_sums(mask, error, axis), mask, error, _in_plane(axis), empty)
 
 
 def estimated_metrics_and_slices(
-    mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule
+    mask: BoolArray, error: FloatArray, axis: int, *, empty: EmptyRule, elsewhere: Values | float = 0.0
 ) -> tuple[Metrics, SliceMetrics, Values]:
-    """Both `estimated_metrics` and `estimated_slice_metrics`, and the slices' error sums, by one look at each voxel."""
-    _check(mask, error)
-    mask, over = mask.astype(bool, copy=False), _in_plane(axis)
-    sums = _error_sums(mask, error, over)
+    """Both `estimated_metrics` and `estimated_slice_metrics`, and the slices' error sums, by one look at each voxel.
+
+    Args:
+        mask: (n0, n1, n2).
+        error: probabilities, of the mask's shape.
+        axis: the through-plane axis.
+        empty: when the estimated truth counts as empty.
+        elsewhere: the error's sum in the rest of each slice, where the arrays are a part of the slices; the rest holds
+            no voxel of the mask, and none that is wrong with a probability of one half.
+
+    Raises:
+        ValueError: if the arrays are not 3-D or differ in shape.
+    """
+    sums = _error_sums(mask, error, axis, elsewhere)
     whole = _from_sums(sums.total(), mask, error, (0, 1, 2), empty)
-    return whole.at(0), _from_sums(sums, mask, error, over, empty), sums.wrong
+    return whole.at(0), _from_sums(sums, mask, error, _in_plane(axis), empty), sums.wrong
+
+
+def slice_sums(values: FloatArray, axis: int) -> Values:
+    """The sums of all slices of (n0, n1, n2) along an axis, in double precision."""
+    first, second = _in_plane(axis)  # over both at once NumPy takes twice as long
+    return np.asarray(values.sum(axis=first, dtype=np.float64).sum(axis=second - 1))
 
 
 def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> bool:
@@ -211,7 +227,8 @@ def truth_is_empty(mask: BoolArray, error: FloatArray, *, empty: EmptyRule) -> b
         >>> truth_is_empty(mask, np.full((4, 4, 3), 0.01), empty=EmptyRule(max_sum_mm3=10, voxel_volume_mm3=1))
         True
     """
-    return not _estimated(mask, error, (0, 1, 2), empty).truth_voxels[0]
+    sums = _error_sums(mask, error, 2).total()
+    return not _from_sums(sums, mask, error, (0, 1, 2), empty).truth_voxels[0]
 
 
 def _true(mask: BoolArray, truth: BoolArray, over: Axes) -> SliceMetrics:
@@ -229,12 +246,6 @@ def _of_counts(in_mask: Values, in_truth: Values, in_both: Values) -> SliceMetri
     return _ratios(in_mask, in_truth, in_both, in_mask + in_truth - 2 * in_both)
 
 
-def _estimated(mask: BoolArray, error: FloatArray, over: Axes, empty: EmptyRule) -> SliceMetrics:
-    _check(mask, error)
-    mask = mask.astype(bool, copy=False)
-    return _from_sums(_error_sums(mask, error, over), mask, error, over, empty)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _ErrorSums:
     """Voxels of the mask, and the error's sums everywhere and in the mask; arrays over slices, or of one number."""
@@ -247,14 +258,14 @@ class _ErrorSums:
         return _ErrorSums(*(values.sum(keepdims=True) for values in (self.in_mask, self.wrong, self.wrong_in_mask)))
 
 
-def _error_sums(mask: BoolArray, error: FloatArray, over: Axes) -> _ErrorSums:
-    wrong = np.atleast_1d(error.sum(axis=over, dtype=np.float64))
+def _error_sums(mask: BoolArray, error: FloatArray, axis: int, elsewhere: Values | float = 0.0) -> _ErrorSums:
+    _check(mask, error)
+    wrong = slice_sums(error, axis) + elsewhere
     in_mask, wrong_in_mask = np.zeros_like(wrong), np.zeros_like(wrong)
     box = bounding_box(mask)
     if box is not None:
-        part = slice(None) if len(over) == 3 else box[next(a for a in range(3) if a not in over)]
-        in_mask[part] = np.count_nonzero(mask[box], axis=over)
-        wrong_in_mask[part] = np.sum(error[box], axis=over, dtype=np.float64, where=mask[box])
+        in_mask[box[axis]] = _counts(mask[box], _in_plane(axis))
+        wrong_in_mask[box[axis]] = slice_sums(np.where(mask[box], error[box], 0), axis)
     return _ErrorSums(in_mask, wrong, wrong_in_mask)
 
 
@@ -263,13 +274,9 @@ def _from_sums(sums: _ErrorSums, mask: BoolArray, error: FloatArray, over: Axes,
     in_truth = np.maximum(right + (sums.wrong - sums.wrong_in_mask), 0.0)  # rounding may leave -1e-16
     blank = in_truth * empty.voxel_volume_mm3 < empty.max_sum_mm3
     if blank.any():
-        if len(over) < 3:  # only in the slices that may be
-            axis = next(a for a in range(3) if a not in over)
-            part = tuple(blank if a == axis else slice(None) for a in range(3))
-            mask, error = mask[part], error[part]
         # M(1-E) + (1-M)E reaches one half where E is at most one half inside the mask, or at least that outside it
         peaks = np.where(mask, error <= PEAK_OF_A_TRUTH, error >= PEAK_OF_A_TRUTH)
-        blank[blank] = ~np.atleast_1d(peaks.any(axis=over))
+        blank &= ~peaks.any(axis=over)
     in_both, in_truth = np.where(blank, 0.0, right), np.where(blank, 0.0, in_truth)
     return _ratios(sums.in_mask, in_truth, in_both, sums.wrong)
 

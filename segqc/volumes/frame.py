@@ -139,10 +139,14 @@ def to_canonical(array: Array, frame: CanonicalFrame, *, order: int) -> Array:
         ValueError: if the array's last three axes are not the frame's native shape, or the order is neither 0 nor 1.
     """
     _check_spatial(array, frame.native_shape, order)
-    leading = tuple(range(array.ndim - 3))
-    view = array.transpose(*leading, *(array.ndim - 3 + axis for axis in frame.permutation))
-    view = np.flip(view, _flipped_axes(frame))
-    return _resample(view, frame.canonical_shape, order)
+    samplings = [np.empty(0)] * 3
+    for axis, size, flip in zip(frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+        old = frame.native_shape[axis]
+        sampling = _sampling(old, size, order)
+        if flip:
+            sampling = sampling[:, ::-1] if sampling.ndim == 2 else old - 1 - sampling
+        samplings[axis] = sampling
+    return _copied(_resample(array, samplings, order).transpose(_axes(array, frame.permutation)), array)
 
 
 def to_native(array: Array, frame: CanonicalFrame, *, order: int, box: Box | None = None) -> Array:
@@ -163,49 +167,35 @@ def to_native(array: Array, frame: CanonicalFrame, *, order: int, box: Box | Non
             nor 1.
     """
     _check_spatial(array, frame.canonical_shape, order)
-    n0, n1, n2 = (frame.native_shape[axis] for axis in frame.permutation)
-    wanted = None
-    if box is not None:
-        sides = [box[axis].indices(frame.native_shape[axis])[:2] for axis in frame.permutation]
-        w0, w1, w2 = (
-            slice(n - stop, n - start) if flip else slice(start, stop)
-            for (start, stop), n, flip in zip(sides, (n0, n1, n2), frame.flips, strict=True)
-        )
-        wanted = (w0, w1, w2)
-    resampled = _resample(array, (n0, n1, n2), order, wanted)
-    view = np.flip(resampled, _flipped_axes(frame))
-    leading = tuple(range(array.ndim - 3))
-    inverse = np.argsort(frame.permutation).tolist()
-    return np.ascontiguousarray(view.transpose(*leading, *(array.ndim - 3 + axis for axis in inverse)))
+    samplings = [np.empty(0)] * 3
+    for axis, old, flip in zip(frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+        sampling = _sampling(old, frame.native_shape[axis], order)
+        sampling = sampling[::-1] if flip else sampling
+        samplings[axis] = sampling if box is None else sampling[box[axis]]
+    in_native_order = array.transpose(_axes(array, np.argsort(frame.permutation).tolist()))
+    return _copied(_resample(in_native_order, samplings, order), array)
 
 
-def native_support(where: BoolArray, frame: CanonicalFrame) -> Box | None:
-    """The box of native voxels that voxels of the canonical frame have a part in, by `to_native` of order 1.
+def native_support(box: Box, frame: CanonicalFrame) -> Box:
+    """The native voxels that the voxels of a canonical box have a part in, by `to_native` of order 1.
 
     Args:
-        where: the canonical voxels, of shape ``frame.canonical_shape``.
+        box: in canonical axis order; it may reach beyond the frame.
         frame: from `canonical_frame`.
 
     Returns:
-        The box in native axis order; None where there is no voxel.
-
-    Raises:
-        ValueError: if the array is not of the frame's canonical shape.
+        Their box, in native axis order.
     """
-    _check_spatial(where, frame.canonical_shape, 1)
-    if not where.any():
-        return None
-    box = [slice(0)] * 3
-    for k, axis in enumerate(frame.permutation):
-        old, new = frame.canonical_shape[k], frame.native_shape[axis]
-        there = np.flatnonzero(where.any(axis=tuple(a for a in range(3) if a != k)))
+    result = [slice(0)] * 3
+    for part, axis, old, flip in zip(box, frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+        new = frame.native_shape[axis]
         # an interpolated value depends on the two nearest voxels, and on more where it is smoothed before
         reach = 1 + (math.ceil(_GAUSSIAN_REACH * _deviation(old, new)) + 1 if old / new > SMOOTHING_RATIO else 0)
         centres = _centres(old, new)
-        near = np.flatnonzero((centres > there[0] - reach) & (centres < there[-1] + reach))
+        near = np.flatnonzero((centres > part.start - reach) & (centres < part.stop - 1 + reach))
         start, stop = (int(near[0]), int(near[-1]) + 1) if len(near) else (0, 0)
-        box[axis] = slice(new - stop, new - start) if frame.flips[k] else slice(start, stop)
-    return (box[0], box[1], box[2])
+        result[axis] = slice(new - stop, new - start) if flip else slice(start, stop)
+    return (result[0], result[1], result[2])
 
 
 def touched(where: BoolArray, frame: CanonicalFrame) -> BoolArray:
@@ -219,24 +209,27 @@ def touched(where: BoolArray, frame: CanonicalFrame) -> BoolArray:
         ValueError: if the array is not of the frame's native shape.
     """
     _check_spatial(where, frame.native_shape, 0)
-    result = np.zeros(frame.canonical_shape, bool)
-    there = np.flatnonzero(where.any(axis=(1, 2)))
-    if len(there):
-        native = np.nonzero(where[there[0] : there[-1] + 1])
-        native[0][:] += there[0]
-        sizes = [frame.native_shape[axis] for axis in frame.permutation]
-        indices = [native[axis] for axis in frame.permutation]
-        result[
-            tuple(
-                ((2 * (old - 1 - index if flip else index) + 1) * new) // (2 * old)
-                for index, old, new, flip in zip(indices, sizes, frame.canonical_shape, frame.flips, strict=True)
-            )
-        ] = True
-    return result
+    result = where
+    for axis, new, flip in zip(frame.permutation, frame.canonical_shape, frame.flips, strict=True):
+        old = where.shape[axis]
+        result = np.moveaxis(result, axis, 0)
+        result = result[::-1] if flip else result
+        if new != old:
+            holders = ((2 * np.arange(old) + 1) * new) // (2 * old)
+            first, last = np.flatnonzero(np.diff(holders, prepend=-1)), np.flatnonzero(np.diff(holders, append=new))
+            held = result[first]
+            for step in range(1, int((last - first).max()) + 1):  # np.logical_or.reduceat takes ten times as long
+                held |= result[np.minimum(first + step, last)]
+            result = np.zeros((new, *held.shape[1:]), bool)
+            result[holders[first]] = held
+        result = np.moveaxis(result, 0, axis)
+    return result.transpose(frame.permutation)
 
 
-def _flipped_axes(frame: CanonicalFrame) -> tuple[int, ...]:
-    return tuple(axis - 3 for axis, flip in enumerate(frame.flips) if flip)
+def _axes(array: Array, spatial: Sequence[int]) -> tuple[int, ...]:
+    """An order of all axes that moves the last three only."""
+    leading = array.ndim - 3
+    return (*range(leading), *(leading + axis for axis in spatial))
 
 
 def _check_spatial(array: Array, shape: tuple[int, int, int], order: int) -> None:
@@ -246,32 +239,51 @@ def _check_spatial(array: Array, shape: tuple[int, int, int], order: int) -> Non
         raise ValueError(f"The order of interpolation must be 0 (nearest) or 1 (linear), not {order}.")
 
 
-def _resample(array: Array, shape: tuple[int, int, int], order: int, box: Box | None = None) -> Array:
-    """Resample the last three axes to a shape over the same field of view, one axis after the other; always a copy.
-
-    Of the result only a box is made, where one is given.
-    """
-    out = array if order == 0 else array.astype(np.result_type(array.dtype, np.float32), copy=False)
-    # Shrinking axes first keeps what the later axes work on small.
-    wanted = [slice(0, n) for n in shape] if box is None else list(box)
-    for axis in sorted(range(3), key=lambda a: (wanted[a].stop - wanted[a].start) / array.shape[a - 3]):
-        out = _resample_axis(out, axis - 3, shape[axis], order, wanted[axis])
-    return np.array(out, order="C", copy=True)
-
-
-def _resample_axis(array: Array, axis: int, size: int, order: int, wanted: slice) -> Array:
-    """Resample one axis; voxel ``i`` of the result is centred at ``(i + 1/2) * old / new - 1/2`` of the old grid."""
-    old = array.shape[axis]
-    if size == old:
-        return array[(slice(None),) * (array.ndim + axis) + (wanted,)]
+def _sampling(old: int, new: int, order: int) -> Array:
+    """How an axis is resampled: the voxels to pick (new,), or the matrix of their weights (new, old)."""
+    if new == old:
+        return np.arange(old)
     if order == 0:
         # Whole-number arithmetic: no centre falls on the wrong side of a voxel's edge.
-        return np.take(array, ((2 * np.arange(wanted.start, wanted.stop) + 1) * old) // (2 * size), axis=axis)
-    weights = _weights(old, size)[wanted].astype(np.result_type(array.dtype, np.float32))
+        return ((2 * np.arange(new) + 1) * old) // (2 * new)
+    return _weights(old, new)
+
+
+def _resample(array: Array, samplings: Sequence[Array], order: int) -> Array:
+    """Resample the last three axes, one after the other; where voxels are only cut out or flipped, it is a view."""
+    parts = [_part(sampling) for sampling in samplings]
+    a, b, c = parts
+    out = array[..., a, b, c]
+    out = out if order == 0 else out.astype(np.result_type(array.dtype, np.float32), copy=False)
+    # Shrinking axes first keeps what the later axes work on small.
+    for axis in sorted(range(3), key=lambda a: len(samplings[a]) / out.shape[a - 3]):
+        if samplings[axis].ndim == 2:
+            out = _resample_axis(out, axis - 3, samplings[axis][:, parts[axis]])
+        elif parts[axis] == slice(None):
+            out = np.take(out, samplings[axis], axis=axis - 3)
+    return out
+
+
+def _part(sampling: Array) -> slice:
+    """The part of an axis that is looked at, all that is to do where neighbours are picked in a row."""
+    if sampling.ndim == 2:
+        used = np.flatnonzero(sampling.any(axis=0))
+        return slice(int(used[0]), int(used[-1]) + 1)
+    first, last = int(sampling[0]), int(sampling[-1])
+    step = 1 if last >= first else -1
+    if np.array_equal(sampling, np.arange(first, last + step, step)):
+        return slice(first, last + step if last + step >= 0 else None, step)
+    return slice(None)
+
+
+def _resample_axis(array: Array, axis: int, sampling: Array) -> Array:
+    """Resample one axis by a matrix of weights (new, old)."""
+    old, new = array.shape[axis], len(sampling)
+    weights = sampling.astype(array.dtype)
     after = array.shape[array.ndim + axis + 1 :]
     flat = array.reshape(-1, old, math.prod(after)) if after else array.reshape(-1, old)
-    result = np.empty((len(flat), len(weights), *flat.shape[2:]), weights.dtype)
-    for begin in range(0, len(weights), _ROWS):  # a few rows of the matrix have zeros but in a narrow band
+    result = np.empty((len(flat), new, *flat.shape[2:]), array.dtype)
+    for begin in range(0, new, _ROWS):  # a few rows of the matrix have zeros but in a narrow band
         rows = weights[begin : begin + _ROWS]
         there = np.flatnonzero(rows.any(axis=0))
         band = slice(int(there[0]), int(there[-1]) + 1)
@@ -279,7 +291,13 @@ def _resample_axis(array: Array, axis: int, size: int, order: int, wanted: slice
             np.matmul(rows[:, band], flat[:, band], out=result[:, begin : begin + _ROWS])
         else:
             result[:, begin : begin + _ROWS] = flat[:, band] @ rows[:, band].T
-    return result.reshape(*array.shape[: array.ndim + axis], len(weights), *after)
+    return result.reshape(*array.shape[: array.ndim + axis], new, *after)
+
+
+def _copied(result: Array, array: Array) -> Array:
+    """A C-ordered result that shares no memory with what it was made from."""
+    result = np.ascontiguousarray(result)
+    return result.copy() if np.may_share_memory(result, array) else result
 
 
 def _weights(old: int, new: int) -> npt.NDArray[np.float64]:

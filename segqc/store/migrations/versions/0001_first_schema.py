@@ -266,7 +266,7 @@ def upgrade() -> None:
         sa.Column("geometry", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
-            "backend IN ('pytorch', 'pytorch-bfloat16', 'openvino', 'openvino-bfloat16')",
+            "backend IN ('pytorch', 'pytorch-bfloat16', 'openvino', 'openvino-bfloat16', 'compile')",
             name=op.f("ck_assessment_backend"),
         ),
         sa.CheckConstraint("mask_kind IN ('served', 'strange')", name=op.f("ck_assessment_mask_kind")),
