@@ -42,8 +42,6 @@ from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta
 from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_markdown
 from segqc.evaluation.statistics import curves
-from segqc.evaluation.statistics.detection import SignedCounts, count_voxels
-from segqc.evaluation.statistics.estimation import Scores, scores
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.loop.training import train
@@ -51,7 +49,9 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.card import NetworkName
 from segqc.networks.device import name_of_device
 from segqc.networks.segmenter import Segmenter
+from segqc.quality.error_counts import SignedCounts, count_voxels
 from segqc.quality.error_maps import difference
+from segqc.quality.estimation import Scores, scores
 from segqc.quality.metrics import MetricName, true_metrics
 from segqc.training import LineProgress
 from segqc.training.assessor import with_maps

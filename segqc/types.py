@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,11 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 LabelArray: TypeAlias = npt.NDArray[np.uint8]
 ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16", "compile"]
 BackendName: TypeAlias = Literal["auto"] | ComputeName
+MaskKind: TypeAlias = Literal["served", "strange"]
+"""What is known of a mask's origin: made by the bundle's own segmentation network, or anything else.
+
+Estimates and intervals are calibrated for each kind by itself.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +145,28 @@ class ErrorView:
 
 
 @dataclass(frozen=True, slots=True)
+class Witnesses:
+    """What speaks of one structure's mask beside the error map, the higher the better; None where it is not known.
+
+    Attributes:
+        soft: the Dice of the mask against the soft output of the network that made it.
+        entropy: minus the entropy of that output, in nats per voxel of the mask.
+        size: minus the distance of the mask's log volume from the training's mean, in standard deviations.
+    """
+
+    soft: float | None = None
+    entropy: float | None = None
+    size: float | None = None
+
+
+NO_WITNESSES: Final = Witnesses()
+
+
+@dataclass(frozen=True, slots=True)
 class StructureQuality:
     """The assessment of one structure.
 
-    ``estimated`` are the numbers to show: the map's metrics after the model's calibration.
+    ``estimated`` are the numbers to show, made of ``raw`` and ``witnesses`` by the model's calibration.
     ``raw`` is read off the error map as it is, ``extracted`` off the map after error extraction (paper, section 3.3).
     ``intervals`` belong to ``estimated``.
     """
@@ -155,11 +178,15 @@ class StructureQuality:
     raw: ErrorView
     extracted: ErrorView
     intervals: MetricIntervals = MetricIntervals()
+    witnesses: Witnesses = NO_WITNESSES
 
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What SegQC-Net says of one mask of one scan, which model versions said it, and which backend computed it."""
+    """What SegQC-Net says of one mask of one scan, which model versions said it, and which backend computed it.
+
+    ``mask_kind`` says which of the model's calibrations estimates and intervals are by.
+    """
 
     scan: str
     mask_sha256: str
@@ -170,6 +197,7 @@ class Assessment:
     spacing_mm: tuple[float, float, float]
     structures: tuple[StructureQuality, ...]
     backend: ComputeName = "pytorch"
+    mask_kind: MaskKind = "strange"
 
     @property
     def dice(self) -> float:

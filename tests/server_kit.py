@@ -20,10 +20,12 @@ from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.plan import plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
+from segqc.quality.report_card import ReportCard
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.types import (
+    NO_WITNESSES,
     Assessment,
     ErrorBox,
     ErrorView,
@@ -34,6 +36,7 @@ from segqc.types import (
     SliceQuality,
     Structure,
     StructureQuality,
+    Witnesses,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 from tests.store_kit import bundle
@@ -98,8 +101,10 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
     return folder
 
 
-def save_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> dict[NetworkName, Path]:
-    """Files of untrained networks."""
+def save_models(
+    folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None
+) -> dict[NetworkName, Path]:
+    """Files of untrained networks; SegQC-Net with a report card, where one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
@@ -109,22 +114,28 @@ def save_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) ->
     files: dict[NetworkName, Path] = {}
     for kind, channels, outputs in kinds:
         plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
-        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5})
+        own = report if kind == "segqc" else None
+        card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5}, report=own)
         network = build_network(plan, seed=1)
         files[kind] = folder / model_name(kind)
         (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(files[kind])
     return files
 
 
-def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES) -> int:
+def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None) -> int:
     """Publish untrained networks; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
-        return dataset.bundles.publish(save_models(work, structures), SERVER, "a test")
+        return dataset.bundles.publish(save_models(work, structures, report), SERVER, "a test")
 
 
 def make_assessment(
-    scan: str, dice: float, worst: int = 2, volume_ml: float = 5.0, half_width: float | None = None
+    scan: str,
+    dice: float,
+    worst: int = 2,
+    volume_ml: float = 5.0,
+    half_width: float | None = None,
+    witnesses: Witnesses = NO_WITNESSES,
 ) -> Assessment:
     """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it.
 
@@ -140,7 +151,7 @@ def make_assessment(
             PredictionInterval(max(0.0, v - half_width), v + half_width, 0.9) for v in (dice, dice / (2 - dice), 0.1)
         )
         intervals = MetricIntervals(*ends)
-    quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals)
+    quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals, witnesses)
     return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))
 
 
@@ -152,15 +163,20 @@ def assess(
     volume_ml: float = 5.0,
     mask: Volume | None = None,
     half_width: float | None = None,
+    number: int | None = None,
+    witnesses: Witnesses = NO_WITNESSES,
 ) -> None:
-    """A network's mask of a scan, and an assessment of it with a given estimated Dice."""
-    pair = bundle(dataset.store, "seg", "qc")
-    label = NewLabel(
-        scan, "original", "network", Actor(kind="network", name="seg", identified_by="program"), bundle=pair.id
-    )
+    """A network's mask of a scan, and an assessment of it with a given estimated Dice, by a bundle without files.
+
+    With a number, they are by the bundle of this number.
+    """
+    number = bundle(dataset.store, "seg", "qc").id if number is None else number
+    network = Actor(kind="network", name="seg", identified_by="program")
+    label = NewLabel(scan, "original", "network", network, bundle=number)
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
-    dataset.write_assessment(make_assessment(scan, dice, worst, volume_ml, half_width), kept, pair.id)
+    made = make_assessment(scan, dice, worst, volume_ml, half_width, witnesses)
+    dataset.write_assessment(made, kept, number)
 
 
 @contextlib.contextmanager

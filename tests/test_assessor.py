@@ -19,12 +19,14 @@ from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
 from segqc.networks.model import ModelError
 from segqc.networks.plan import NetworkPlan
+from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import build_network
 from segqc.quality.boxes import BoxSettings
-from segqc.quality.calibration import StructureCalibration
-from segqc.quality.metrics import METRIC_NAMES, LinearCalibration, true_metrics
-from segqc.training.calibration import fit_structure
-from segqc.types import Assessment, MetricIntervals, Metrics, Structure
+from segqc.quality.calibration import MaskCalibration, StructureCalibration, TrainingSizes
+from segqc.quality.metrics import METRIC_NAMES, true_metrics
+from segqc.quality.stacking import ChosenEstimate, EstimateModel
+from segqc.training.calibration import KnownMask, fit_masks
+from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Witnesses
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -79,7 +81,7 @@ def test_a_network_that_knows_the_truth_gives_the_true_numbers(form: str, flips:
         true = true_metrics(structure.mask(labels.array), structure.mask(truth))
         for name in ("dice", "iou", "arvd", "rvd"):
             assert getattr(quality.raw.metrics, name) == pytest.approx(getattr(true, name), abs=1e-3)
-        assert quality.estimated == quality.raw.metrics
+            assert getattr(quality.estimated, name) == pytest.approx(getattr(quality.raw.metrics, name))
         assert quality.present
     assert result.assessment.dice == min(q.raw.metrics.dice for q in result.assessment.structures)  # type: ignore[type-var]
 
@@ -174,23 +176,49 @@ def test_a_perfect_mask_is_perfect_and_an_absent_structure_does_not_count() -> N
 
 
 def test_calibration_shifts_the_shown_numbers_only() -> None:
-    line = LinearCalibration(0.5, 0.2)
-    same = LinearCalibration()
-    calibration = StructureCalibration(dice=line, iou=same, arvd=same, rvd=same, largest_box_mm2=None)
+    line = ChosenEstimate(EstimateModel("identity", 0.2, {"map": 0.5}), "line")
+    calibration = StructureCalibration({"strange": MaskCalibration(dice=line)})
     scan, labels, _ = world()
     quality = (
         assessor(calibration=(calibration, calibration)).assess(scan, labels, scan_id="s").assessment.structures[0]
     )
     assert quality.raw.metrics.dice is not None
     assert quality.estimated.dice == pytest.approx(0.5 * quality.raw.metrics.dice + 0.2)
-    assert quality.estimated.iou == quality.raw.metrics.iou
+    assert quality.estimated.iou == pytest.approx(quality.estimated.dice / (2 - quality.estimated.dice))
+    assert quality.estimated.rvd == quality.raw.metrics.rvd
+
+
+def test_each_kind_of_mask_has_its_own_calibration_and_the_answer_says_which() -> None:
+    scan, labels, _ = world()
+
+    def shifted(by: float) -> MaskCalibration:
+        return MaskCalibration(dice=ChosenEstimate(EstimateModel("identity", -by, {"map": 1.0}), "line"))
+
+    by_soft = ChosenEstimate(EstimateModel("logit", 0.0, {"soft": 1.0}), "soft")
+    both = StructureCalibration({"served": MaskCalibration(dice=by_soft), "strange": shifted(0.2)}, TrainingSizes(7, 2))
+    model = assessor(calibration=(both, StructureCalibration({"strange": shifted(0.1)})))
+    served = model.assess(scan, labels, scan_id="s", soft=(SoftOutput(0.7, 0.3), SoftOutput(0.9, 0.1))).assessment
+    strange = model.assess(scan, labels, scan_id="s").assessment
+    assert (served.mask_kind, strange.mask_kind) == ("served", "strange")
+    raw = [q.raw.metrics.dice for q in served.structures]
+    assert served.structures[0].estimated.dice == pytest.approx(0.7)
+    assert strange.structures[0].estimated.dice == pytest.approx(raw[0] - 0.2)
+    for assessment in (served, strange):  # what has no calibration of its own is taken as any other mask
+        assert assessment.structures[1].estimated.dice == pytest.approx(raw[1] - 0.1)
+    volume = float((labels.array == 1).sum()) * 3.0
+    size = -abs(np.log(volume) - 7) / 2
+    assert served.structures[0].witnesses == Witnesses(0.7, -0.3, pytest.approx(size))
+    assert strange.structures[0].witnesses == Witnesses(None, None, pytest.approx(size))
+    assert Assessment.from_json(served.to_json()) == served
 
 
 def calibrated_on(patients: int) -> StructureCalibration:
-    """Calibration and intervals of a map that is always 0.1 too good in Dice and IoU."""
-    estimates = [Metrics(d, d / (2 - d), 1 - d, 0.0) for d in np.linspace(0.5, 0.95, patients)]
-    truths = [Metrics(e.dice - 0.1, e.iou - 0.1, e.arvd, e.rvd) for e in estimates]  # type: ignore[operator]
-    return fit_structure(estimates, truths, [f"p{i}" for i in range(patients)])
+    """Calibration and intervals of a map whose Dice is always 0.1 too good."""
+    known = [
+        KnownMask(f"p{i}", f"s{i}", Metrics(d, None, 1 - d, 0.0), Metrics(d - 0.1, None, 1 - d, 0.0))
+        for i, d in enumerate(np.linspace(0.5, 0.95, patients))
+    ]
+    return StructureCalibration({"strange": fit_masks("strange", [known])[0]})
 
 
 def test_an_estimate_comes_with_the_interval_of_its_structure_where_there_were_enough_patients() -> None:
@@ -199,10 +227,12 @@ def test_an_estimate_comes_with_the_interval_of_its_structure_where_there_were_e
     assessment = model.assess(scan, labels, scan_id="s").assessment
     told, silent = assessment.structures
     assert silent.intervals == MetricIntervals()
-    made = model.card.calibration[0].intervals
-    for name in METRIC_NAMES:
+    made = model.card.calibration[0].of("strange").intervals
+    for name in ("dice", "arvd", "rvd"):
         interval, raw = getattr(told.intervals, name), getattr(told.raw.metrics, name)
         assert interval == getattr(made, name).interval(raw, level=0.9, shown=getattr(told.estimated, name))
+    for name in METRIC_NAMES:
+        interval = getattr(told.intervals, name)
         assert interval.low <= getattr(told.estimated, name) <= interval.high
     assert told.intervals.dice.high < told.raw.metrics.dice  # type: ignore[union-attr, operator]
     worst = min(assessment.structures, key=lambda q: q.estimated.dice or 0.0)
@@ -238,8 +268,10 @@ def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_pa
         assert (loaded.card, loaded.version) == (card, made.version)
         return made.version
 
-    assert version() == version(intervals=None) != model.version
-    assert version(dice=replace(fitted.dice, slope=0.5)) != version()
+    strange = fitted.of("strange")
+    assert version() == version(kinds={"strange": replace(strange, intervals=None)}) != model.version
+    other = replace(strange.dice, model=replace(strange.dice.model, intercept=0.5))
+    assert version(kinds={"strange": replace(strange, dice=other)}) != version()
 
 
 def small_assessor() -> Assessor:

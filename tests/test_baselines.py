@@ -36,13 +36,14 @@ from segqc.evaluation.methods.simple import (
     surface_mm2,
 )
 from segqc.evaluation.methods.soft_input import SourcedMasks, train_soft_input
-from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta, entropy_map
+from segqc.evaluation.methods.tta import SoftmaxEntropy, Tta
 from segqc.networks.assessor import sigmoid
 from segqc.networks.backends import Backend
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
+from segqc.quality.error_maps import entropy_map
 from segqc.quality.metrics import EmptyRule, true_metrics, true_slice_metrics
 from segqc.selection.entropy import entropy
 from segqc.selection.tta import tta_dice

@@ -25,12 +25,14 @@ from segqc.loop.agreement import agreement
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
+from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
 from segqc.server.client_labels import to_client
 from segqc.store.events import SERVER
-from segqc.training.calibration import fit_structure
+from segqc.training.calibration import KnownMask, fit_masks
 from segqc.types import Assessment, Metrics, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,6 +336,35 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert table.index("scan_2") < table.index("scan_4") < table.index("scan_3") < table.index("scan_1")
 
 
+@pytest.mark.parametrize("worthless", [False, True])
+def test_rank_says_what_the_order_is_worth_and_uses_none_that_is_noise(
+    run: Run, tmp_path: Path, worthless: bool
+) -> None:
+    orders = []
+    for seed in range(3):
+        folder = make_dataset(tmp_path / f"s{seed}", scans=5, finals=0)
+        (folder / "segqc.toml").write_text(f"{CONFIG}\n[annotation]\nseed = {seed}\n")
+        number = add_models(folder, report=worthless_card() if worthless else good_card())
+        dataset = Dataset(folder)
+        for i in range(5):
+            assess(dataset, f"scan_{i}", 0.5 + i / 10, number=number)
+        listed = run("rank", folder, "--csv")
+        rows = list(csv.DictReader(io.StringIO(listed.out)))
+        orders.append([row["scan"] for row in rows])
+        assert {row["ordered by"] for row in rows} == {"uniform-random" if worthless else "segqc"}
+        assert run("rank", folder, "--csv").out == listed.out, "the same each time"
+        wanted = "Ordered at random: the estimates' order is not better than chance on 30 patients"
+        for text in (run("rank", folder).out, listed.err):
+            assert (wanted in text) is worthless
+            assert ("Do not rely on the estimated Dice" in text) is worthless
+        assert ("in random order" in run("rank", folder).out) is worthless
+        card = json.loads(run("rank", folder, "--json").out)["report_card"]
+        assert (card["order"] == "not better than chance") is worthless
+    by_estimate = [[f"scan_{i}" for i in range(5)]] * 3
+    assert (orders == by_estimate) is not worthless
+    assert (len({tuple(order) for order in orders}) > 1) is worthless, "another seed is another order"
+
+
 def test_rank_with_truths_tells_how_well_both_agree(run: Run, ranked: Path) -> None:
     messages = run("rank", ranked, "--truth", ranked / "truth", "--json")
     output = json.loads(messages.out)
@@ -459,7 +490,8 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
     model = opened.assessor()
     assert model is not None
     known = [Metrics(d, d, 0.1, 0.0) for d in np.linspace(0.3, 0.9, 9)]
-    calibration = fit_structure(known, known[::-1], [f"p{i}" for i in range(9)])
+    masks = [KnownMask(f"p{i}", f"s{i}", *pair) for i, pair in enumerate(zip(known, known[::-1], strict=True))]
+    calibration = StructureCalibration({"strange": fit_masks("strange", [masks])[0]})
     with opened.bundles.workspace() as work:
         Assessor(replace(model.card, calibration=(calibration, calibration)), model.network).save(work / "segqc.pt")
         opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")

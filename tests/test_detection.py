@@ -8,19 +8,16 @@ from pydantic import TypeAdapter
 
 from segqc.evaluation.statistics.detection import (
     MIN_IOUS,
-    STEPS,
     DetectionScores,
-    ErrorMapCounts,
     ErrorMapScores,
-    SignedCounts,
     choose_threshold,
-    count_voxels,
     detection_over_thresholds,
     detection_scores,
     error_map_scores,
 )
-from segqc.evaluation.statistics.estimation import patient_index, resample
 from segqc.quality.boxes import match_boxes
+from segqc.quality.error_counts import STEPS, ErrorMapCounts, SignedCounts, count_voxels
+from segqc.quality.estimation import patient_index, resample
 from segqc.types import ErrorBox
 
 SHAPE = (6, 7, 4)

@@ -216,6 +216,29 @@ def test_plausible_voxels_are_those_of_one_in_a_hundred() -> None:
     np.testing.assert_array_equal(prediction.plausible, foreground >= PLAUSIBLE)
 
 
+def test_the_soft_output_s_dice_and_entropy_are_those_of_the_probabilities() -> None:
+    scan, _ = world()
+    network = segmenter(build_network(plan(1), seed=3))
+    prediction = network.predict(scan)
+    p, mask = prediction.probabilities[1], prediction.labels.array > 0
+    assert 0 < mask.mean() < 1
+    (soft,) = network.soft_outputs(prediction, network.structures)
+    expected = 2 * p[mask].sum() / (mask.sum() + p.sum())
+    entropy = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum() / mask.sum()
+    assert (soft.dice, soft.entropy) == (pytest.approx(expected, rel=1e-3), pytest.approx(entropy, rel=1e-3))
+
+
+def test_a_soft_output_of_nothing_is_right_where_nothing_is_expected() -> None:
+    dark = Volume(np.ones((96, 96, 16), np.float32), AFFINE)
+    dark.array[::95, ::95, ::15] = 0
+    network = segmenter(Linear(2))
+    prediction = network.predict(dark)
+    assert not prediction.labels.array.any()
+    (soft,) = network.soft_outputs(prediction, network.structures)
+    assert soft.dice == 1.0
+    assert soft.entropy < 1
+
+
 def test_a_mask_smaller_than_the_networks_voxels_is_looked_at() -> None:
     scan, labels = world()
     model = assessor(Linear(1))

@@ -22,6 +22,7 @@ from segqc.quality.intervals import (
     split_conformal,
 )
 from segqc.quality.metrics import METRIC_NAMES, METRIC_RANGES, LinearCalibration, MetricName, fit_calibration
+from segqc.quality.stacking import AS_IT_IS, EstimateModel
 from segqc.types import PredictionInterval
 
 RESAMPLES = 30
@@ -58,7 +59,7 @@ def test_new_patients_are_covered_at_the_level_though_a_patients_masks_err_alike
         owner = np.unique(new_names, return_inverse=True)[1]
         # a fixed line stands for one fitted elsewhere
         line = LinearCalibration(1.25, -0.19, 0.0, 1.0)
-        split = split_conformal(line.apply(x), truth, names, "dice", line)
+        split = split_conformal(line.apply(x), truth, names, "dice", EstimateModel("identity", -0.19, {"map": 1.25}))
         made = {"split": split, "jackknife": jackknife_plus(x, truth, names, "dice")}
         for name, level in shares:
             inside = covered(made[name], new_x, new_truth, level)
@@ -148,7 +149,7 @@ def test_residuals_are_cross_fitted() -> None:
     x = np.array([0.5, 0.5, 0.5, 0.9])
     truth = np.array([0.5, 0.52, 0.48, 0.2])
     last = jackknife_plus(x, truth, ["a", "b", "c", "d"], "dice").patients[-1]
-    assert (last.slope, last.intercept) == (1.0, 0.0)  # the others are alike
+    assert last.model == AS_IT_IS  # the others are alike
     assert last.scores[0] == pytest.approx(0.7 / (last.floor + 0.1))
 
 
@@ -208,7 +209,7 @@ def test_a_higher_level_holds_the_lower_one_and_bad_masks_have_wider_intervals()
 
 
 def test_the_estimate_beside_the_interval_is_in_it() -> None:
-    made = ConformalCalibration("dice", tuple(PatientScores(1.0, 0.0, DEFAULT_FLOOR, (0.01,)) for _ in range(9)))
+    made = ConformalCalibration("dice", tuple(PatientScores(AS_IT_IS, DEFAULT_FLOOR, (0.01,)) for _ in range(9)))
     assert made.interval(0.8, shown=0.95) == PredictionInterval(
         pytest.approx(0.8 - 0.01 * (0.2 + DEFAULT_FLOOR)), 0.95, 0.9
     )

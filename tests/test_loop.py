@@ -21,12 +21,14 @@ from segqc.loop.locks import hold
 from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
+from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
-from segqc.store import jobs, scans
+from segqc.quality.report_card import AT_RANDOM
+from segqc.store import bundles, jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
 from segqc.training import NoProgress
@@ -131,6 +133,79 @@ def test_all_scans_without_a_final_label_are_assessed(dataset: Dataset) -> None:
     for entry in dataset.scans()[5:]:
         assert entry.original is not None
         assert read_labels(entry.original).shape == read_scan(entry.image).shape
+    first = dataset.assessments()
+    for assessment in first.values():
+        assert assessment.mask_kind == "served"
+        assert None not in (w := assessment.structures[0].witnesses, w.soft, w.entropy, w.size)
+    score(dataset, "segqc", NoProgress(), force=True)  # of the masks that are stored now
+    again = dataset.assessments()
+    for scan, assessment in first.items():
+        assert again[scan].mask_kind == "served"
+        assert again[scan].structures[0].witnesses == assessment.structures[0].witnesses
+
+
+# ----------------------------------------------------------------------------------------- what the estimates are worth
+
+
+@pytest.fixture(scope="module")
+def worthless(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A folder whose labels have nothing to do with their scans, and networks that nothing could be learnt of."""
+    folder = tmp_path_factory.mktemp("studies")
+    make_dataset(folder, 12, 5)
+    finals = sorted((folder / "labels" / "final").iterdir())
+    contents = [path.read_bytes() for path in finals]
+    for path, content in zip(finals, [*contents[5:], *contents[:5]], strict=True):
+        path.write_bytes(content)
+    (folder / "segqc.toml").write_text(SETTINGS.replace("ensemble = false", "ensemble = true"))
+    dataset = Dataset(folder)
+    for network in NETWORKS:
+        train(dataset, network, NoProgress())
+    return dataset
+
+
+def test_worthless_estimates_are_told_and_their_order_is_not_used(worthless: Dataset) -> None:
+    card = worthless.report_card()
+    assert card is not None
+    assert card.worst.patients == 12, "each labelled patient is checked by networks that have not seen it"
+    assert card.worst.order_verdict == "not better than chance"
+    score(worthless, "segqc", NoProgress())
+    listed = CliRunner().invoke(app, ["rank", str(worthless.folder)])
+    assert listed.exit_code == 0, listed.output
+    assert "the estimates' order is not better than chance on 12 patients" in listed.output
+    assert ("in random order" in listed.output) == (card.ranked_by == AT_RANDOM)
+    assert set(worthless.scores("tta")) == ({f"c{i}" for i in range(12, 17)} if card.ranked_by == "tta" else set())
+
+
+def test_a_training_whose_estimates_are_worse_does_not_serve_unless_it_is_told_to(
+    worthless: Dataset, tmp_path: Path
+) -> None:
+    shutil.copytree(worthless.folder, tmp_path / "s")
+    dataset = Dataset(tmp_path / "s")
+    assessor = dataset.assessor()
+    assert assessor is not None and assessor.card.report is not None
+    # as if the estimates of the same scans had been perfect before
+    perfect = replace(
+        assessor.card.report, scans=tuple(replace(s, estimated=s.true) for s in assessor.card.report.scans)
+    )
+    with dataset.bundles.publishing(
+        {"segqc": saved(Assessor(replace(assessor.card, report=perfect), assessor.network), tmp_path)},
+        SERVER, "a test", even_if_worse=True,
+    ) as publication:  # fmt: skip
+        before = publication.number
+    held = train(dataset, "segqc", NoProgress())
+    assert held.held_because is not None and "12 patients" in held.held_because
+    assert held.bundle == before + 1
+    bundle = dataset.bundle()
+    assert bundle is not None and bundle.number == before
+    told = train(dataset, "segqc", NoProgress(), serve=True)
+    bundle = dataset.bundle()
+    assert bundle is not None and bundle.number == told.bundle == before + 2
+    assert told.held_because is None
+
+
+def saved(model: TrainedNetwork, folder: Path) -> Path:
+    model.save(folder / "model.pt")
+    return folder / "model.pt"
 
 
 def test_an_interrupted_scoring_goes_on_and_a_finished_one_does_nothing(dataset: Dataset) -> None:
@@ -159,6 +234,8 @@ def test_a_mask_that_changed_is_assessed_again(dataset: Dataset) -> None:
     assert before is not None
     assert after is not None
     assert after.segmenter_version is None, "a person made it"
+    assert (before.mask_kind, after.mask_kind) == ("served", "strange")
+    assert after.structures[0].witnesses.soft is None, "the network says nothing of a person's mask"
     assert before.mask_sha256 != after.mask_sha256
 
 
@@ -335,6 +412,10 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     result = work.run(dataset, job, Lines())
     assert isinstance(result, RoundResult)
     assert set(result.steps) == {"train segmentation", "train segqc", "publish", "score"}
+    with dataset.store.read() as transaction:
+        made = bundles.serving(transaction)
+        assert made is not None
+        assert jobs.bundle_of_round(transaction, job.id) == result.steps["publish"]["bundle"] == made.bundle.id
     assert told() == {in_use()}
     assert len(dataset.assessments()) == 3
     assert [path.name for path in (dataset.own / "models").iterdir() if path.name.startswith(".")] == []

@@ -29,6 +29,7 @@ from segqc.networks import bundle as bundle_files
 from segqc.networks.bundle import NETWORKS, NetworkBundle, StructuresDiffer, bundle_folders, model_name
 from segqc.networks.card import CARDS, NetworkName
 from segqc.networks.model import ModelError
+from segqc.quality.report_card import AT_RANDOM
 from segqc.settings import ModelsSettings, Settings
 from segqc.store import bundles, events, jobs, maintenance
 from segqc.store.bundles import NewBundle
@@ -38,6 +39,7 @@ from segqc.store.restore import restore
 from segqc.store.schema import Bundle
 from segqc.store.store import Store
 from segqc.types import Structure
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import STRUCTURES, save_models
 from tests.store_kit import ANNA, BERT, Clock, serve_pair
 
@@ -722,6 +724,106 @@ def test_no_bundle_goes_that_serves_or_that_a_running_job_may_need(
     assert serving(shelf) == 1
 
 
+# ----------------------------------------------------------------------------------------------------------- are held
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[NetworkName, Path]]:
+    """Model files whose estimates are good, worthless, and checked on too few patients."""
+    cards = {"good": good_card(), "worthless": worthless_card(), "few": worthless_card(patients=5)}
+    return {
+        name: save_models(tmp_path_factory.mktemp(name), report=card) for name, card in cards.items()
+    }  # fmt: skip
+
+
+def test_a_bundle_of_worse_estimates_is_kept_and_does_not_serve_by_itself(
+    shelf: Bundles, checked: dict[str, dict[NetworkName, Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert shelf.publish(checked["good"], ANNA, "first") == 1
+    with shelf.publishing(checked["worthless"], BERT, "a short training") as publication:
+        assert (publication.number, publication.parent) == (2, 1)
+        assert publication.held_because is not None
+        assert "on 30 patients that both were checked on, its estimated Dice is off by" in publication.held_because
+    assert serving(shelf) == 1
+    assert told(shelf, 2) == [("published", "bert"), ("held", "bert")]
+    assert any("bundle 2 is held" in m and "segqc models serve FOLDER 2" in m for m in caplog.messages)
+    held = [status.published.held_because for status in shelf.listing() if status.published is not None]
+    assert held == [None, publication.held_because]
+    assert problems(shelf) == {1: None, 2: None}
+    assert shelf.serve(2, ANNA)
+    assert serving(shelf) == 2
+    with shelf.store.read() as transaction:
+        assert bundles.get(transaction, 2).held_because is None, "somebody lets it serve"
+        assert bundles.ranked_by(transaction) == AT_RANDOM
+    assert told(shelf, 2)[-1] == ("served", "anna")
+
+
+@pytest.mark.parametrize(
+    "first, second", [("worthless", "good"), ("good", "few"), ("few", "worthless"), ("good", "good")]
+)
+def test_a_bundle_serves_where_its_estimates_are_not_known_to_be_worse(
+    shelf: Bundles, checked: dict[str, dict[NetworkName, Path]], first: str, second: str
+) -> None:
+    shelf.publish(checked[first], ANNA, "first")
+    shelf.publish(checked[second], ANNA, "second")
+    assert serving(shelf) == 2
+
+
+def test_worse_estimates_serve_where_they_are_wanted_or_carried_over(
+    shelf: Bundles, checked: dict[str, dict[NetworkName, Path]]
+) -> None:
+    shelf.publish(checked["good"], ANNA, "first")
+    with shelf.publishing({"segqc": checked["worthless"]["segqc"]}, ANNA, "wanted", even_if_worse=True) as publication:
+        assert publication.held_because is None
+    assert serving(shelf) == 2
+    shelf.publish({"segmentation": checked["good"]["segmentation"]}, ANNA, "training of segmentation")
+    assert serving(shelf) == 3
+    bundle = shelf.serving()
+    assert bundle is not None
+    assert bundle.manifest.report == bundle.assessor().card.report == worthless_card()
+
+
+def test_a_damaged_bundle_does_not_serve_on(shelf: Bundles, checked: dict[str, dict[NetworkName, Path]]) -> None:
+    shelf.publish(checked["good"], ANNA, "first")
+    manifest = shelf.folder / "1" / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text("junk")
+    shelf.publish(checked["worthless"], ANNA, "second")
+    assert serving(shelf) == 2
+
+
+def test_what_is_held_does_not_serve_at_the_same_time(
+    shelf: Bundles, checked: dict[str, dict[NetworkName, Path]]
+) -> None:
+    shelf.publish(checked["good"], ANNA, "first")
+    with pytest.raises(IntegrityError), shelf.store.write() as transaction:
+        bundles.hold(transaction, 1, "worse", ANNA)
+
+
+def test_the_commands_show_what_is_held_and_why(folder: Path, checked: dict[str, dict[NetworkName, Path]]) -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(main.app, ["models", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    shelf = Bundles(Store.open(folder), Settings())
+    for name in ("good", "worthless"):
+        shelf.publish(checked[name], ANNA, name)
+    good, held = json.loads(run("list", str(folder), "--json"))["bundles"]
+    assert (good["serving"], held["serving"]) == (True, False)
+    assert good["held because"] is None and "is off by" in held["held because"]
+    assert (good["checked patients"], held["checked patients"]) == (30, 30)
+    shown = run("show", str(folder), "2")
+    assert "bundle 2 does not serve: held, on 30 patients" in shown
+    assert "Do not rely on the estimated Dice" in shown and "Ordered at random" in shown
+    assert "missed" in shown and "ARVD constant" in shown
+    body = json.loads(run("show", str(folder), "1", "--json"))
+    assert (body["serving"], body["report_card"]["estimate"]) == (True, "better than the constant")
+    run("serve", str(folder), "2")
+    assert "bundle 2 serves" in run("show", str(folder), "2")
+    shelf.store.close()
+
+
 # ------------------------------------------------------------------------------------------------ commands and backups
 
 
@@ -742,6 +844,9 @@ def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[N
         "bundle": 1, "segqc": None, "by": "anna", "reason": "training of segmentation", "serving": False,
         "files": "intact",
     }  # fmt: skip
+    for bundle in (first, second):
+        unknown = ("checked patients", "MAE/constant", "Spearman", "held because")
+        assert [bundle[column] for column in unknown] == [None] * 4, "untrained networks were never checked"
     assert first["segmentation"] == second["segmentation"]
     assert (second["by"], second["serving"]) == ("bert", True)
     assert "segqc.json: is damaged" in second["files"]
@@ -753,7 +858,8 @@ def test_the_commands_list_bundles_and_let_one_serve(folder: Path, files: dict[N
     assert serving(shelf) == 1
     assert "is damaged" in run("serve", str(folder), "2", code=1)
     assert "there is no bundle 9" in run("serve", str(folder), "9", code=1)
-    assert run("list", str(folder), "--csv").startswith("bundle,made,segmentation,segqc,by,reason,serving,MB,files\n1,")
+    columns = "bundle,made,segmentation,segqc,by,reason,serving,checked patients,MAE/constant,Spearman,held because"
+    assert run("list", str(folder), "--csv").startswith(f"{columns},MB,files\n1,")
     shelf.store.close()
 
 

@@ -19,9 +19,9 @@ from segqc.loop.scoring import keep_mask
 from segqc.loop.submission import Opened, submit_label
 from segqc.networks.assessor import Assessor
 from segqc.networks.model import ModelError
-from segqc.quality.calibration import StructureCalibration
+from segqc.quality.calibration import MaskCalibration, StructureCalibration
 from segqc.quality.intervals import StructureIntervals, split_conformal
-from segqc.quality.metrics import LinearCalibration
+from segqc.quality.stacking import ChosenEstimate, EstimateModel
 from segqc.selection import segqc as worst_first
 from segqc.store import assessments, bundles, corrections, leases
 from segqc.store.events import SERVER
@@ -32,7 +32,7 @@ from segqc.volumes import Volume
 from tests.server_kit import add_models, draw_case, make_assessment, make_dataset
 
 ANNA = Actor(kind="person", name="anna", identified_by="client-id")
-LINE = LinearCalibration(0.8, 0.1, 0.0, 1.0)
+LINE = EstimateModel("identity", 0.1, {"map": 0.8})
 AUDIT, WORST = LeaseRules(audit_share=1.0, validation_share=0.0), LeaseRules(audit_share=0.0, validation_share=0.0)
 WIDE = MetricIntervals(dice=PredictionInterval(0.0, 1.0, 0.9))
 
@@ -45,7 +45,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Dataset(folder)
     assessor = made.assessor()
     assert assessor is not None
-    known = StructureCalibration(LINE, LinearCalibration(), LinearCalibration(), LinearCalibration(), None)
+    served = MaskCalibration(dice=ChosenEstimate(LINE, "line"))
+    known = StructureCalibration({"served": served, "strange": MaskCalibration()})
     card = replace(assessor.card, calibration=(known, known), seen=())
     with made.bundles.workspace() as work:
         Assessor(card, assessor.network).save(work / "segqc.pt")
@@ -71,7 +72,7 @@ def judge(dataset: Dataset, scan: str, dice: float) -> None:
     made = make_assessment(scan, dice)
     raw = Metrics((dice - 0.1) / 0.8, 0.5, 0.1, 0.0)
     quality = replace(made.structures[0], raw=replace(made.structures[0].raw, metrics=raw), intervals=WIDE)
-    made = replace(made, structures=(quality, replace(quality, name="spleen")))
+    made = replace(made, structures=(quality, replace(quality, name="spleen")), mask_kind="served")
     dataset.write_assessment(made, mask, bundle.number)
 
 
@@ -151,8 +152,9 @@ def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_sh
     assert use(dataset, old, audit(dataset, old), ANNA) == 3
     new = model(dataset)
     assert new.version == old.version
-    made = new.card.calibration[0].intervals
+    made = new.card.calibration[0].of("served").intervals
     assert isinstance(made, StructureIntervals)
+    assert new.card.calibration[0].of("strange").intervals is None, "no strange mask was audited"
     with dataset.store.read() as transaction:
         assert assessments.read(transaction, held.assessment or 0) == shown, "what was shown stays"
         with_interval = [assessments.latest(transaction, f"scan_{i}") for i in range(12) if f"scan_{i}" not in audited]
@@ -183,4 +185,4 @@ def test_the_command(dataset: Dataset) -> None:
         "audited patients": 9, "wanted": 9, "with interval": 9, "covered": 9, "new intervals": "ready",
     }  # fmt: skip
     assert "3 waiting scans" in run("--use")
-    assert model(dataset).card.calibration[0].intervals is not None
+    assert model(dataset).card.calibration[0].of("served").intervals is not None

@@ -37,6 +37,7 @@ from segqc.store.events import SERVER
 from segqc.store.schema import Bundle
 from segqc.types import Assessment, Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import CONFIG, add_models, assess, draw_case, make_dataset, save_models
 
 pytestmark = pytest.mark.server
@@ -248,6 +249,19 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
 
 
+@pytest.mark.parametrize("worthless", [False, True])
+def test_info_tells_what_the_estimates_are_worth(client: TestClient, base: Path, worthless: bool) -> None:
+    assert client.get("/info/").json()["report_card"] is None
+    add_models(base, report=worthless_card() if worthless else good_card())
+    card = client.get("/info/").json()["report_card"]
+    forget_models(base)
+    assert (card["order"], card["worst"]["patients"]) == (
+        "not better than chance" if worthless else "better than chance", 30,
+    )  # fmt: skip
+    assert ("Ordered at random" in card["messages"][1]) is worthless
+    assert "scans" not in card, "no patient is named to clients"
+
+
 def test_next_sample_keeps_the_strategys_words(client: TestClient, base: Path) -> None:
     first = client.post("/activelearning/segqc", json={"client_id": "first"}).json()
     assert first["strategy"] == "uniform-random"
@@ -389,7 +403,7 @@ def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient,
     missing = client.post("/infer/segqc?image=scan_0", data={"params": '{"label_tag": "reader-1"}'})
     assert (missing.status_code, "final" in missing.json()["detail"]) == (404, True)
     assessment = Assessment.from_json(json.dumps(answer["assessment"]))
-    assert assessment.scan == "scan_0"
+    assert (assessment.scan, assessment.mask_kind) == ("scan_0", "strange")
     assert answer["estimated_dice_interval"] is None, "not enough data: these networks never met a validating patient"
     assert [q.name for q in assessment.structures] == ["liver", "spleen"]
     truth = read_labels(base / "labels" / "final" / "scan_0.nii.gz")
@@ -397,9 +411,13 @@ def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient,
     assert assessment.structures[0].mask_volume_ml == pytest.approx(volume_ml)
     answer = client.post("/infer/segqc?image=scan_1&output=json").json()
     assert (answer["assessed"], answer["label_tag"]) == ("segmentation", None)
+    assert answer["assessment"]["mask_kind"] == "served"
+    made_by = json.dumps({"label_made_by": answer["assessment"]["segmenter_version"]})
     uploaded = volume_bytes(tmp_path, draw_case(1)[1])
-    answer = client.post("/infer/segqc?image=scan_1&output=json", files={"label": ("m.nii.gz", uploaded)}).json()
-    assert answer["assessed"] == "label"
+    for params in ("{}", made_by):  # a client cannot say so
+        files = {"label": ("m.nii.gz", uploaded)}
+        answer = client.post("/infer/segqc?image=scan_1&output=json", files=files, data={"params": params}).json()
+        assert (answer["assessed"], answer["assessment"]["mask_kind"]) == ("label", "strange")
     image = client.post("/infer/segqc?image=scan_1&output=image").content
     (tmp_path / "errors.nii.gz").write_bytes(image)
     read_labels(tmp_path / "errors.nii.gz", scan=read_scan(base / "scan_1.nii.gz"), values=(1,))
@@ -411,6 +429,8 @@ def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path
     saved = client.post("/infer/segmentation?image=scan_1&output=json", data={"params": '{"save_label": true}'})
     assert saved.status_code == 200
     mask = (masks / "original" / "scan_1.nii.gz").read_bytes()
+    stored = client.post("/infer/segqc?image=scan_1&output=json").json()
+    assert (stored["assessed"], stored["assessment"]["mask_kind"]) == ("label", "served"), "of the network, if stored"
     for params in ({"save_label": True}, {"save_label": True, "label_tag": "original"}):
         assert client.post("/infer/segqc?image=scan_1", data={"params": json.dumps(params)}).status_code == 200
     assert (masks / "original" / "scan_1.nii.gz").read_bytes() == mask

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy import stats
 
-from segqc.evaluation.statistics.estimation import (
+from segqc.quality.estimation import (
     Comparison,
     ConfidenceInterval,
     Outcome,

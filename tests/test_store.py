@@ -29,7 +29,7 @@ from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
-from segqc.types import Metrics
+from segqc.types import Metrics, Witnesses
 from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
 from tests.store_kit import (
@@ -491,6 +491,8 @@ def test_a_change_that_is_still_going_on_is_not_cleaned_up(store: Store, folder:
 def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> None:
     mask = save_mask(store, folder.parent, "scan_1", 5)
     written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1", backend="openvino")
+    known = replace(written.structures[0], witnesses=Witnesses(0.9, -0.2, -1.5))
+    written = replace(written, structures=(known, *written.structures[1:]), mask_kind="served")
     assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
         number = write_assessment(transaction, written, mask.id)

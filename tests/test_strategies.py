@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
+from segqc.cli.main import app
+from segqc.loop.agreement import rank
 from segqc.loop.dataset import Dataset
+from segqc.quality.report_card import ReportCard
 from segqc.selection import strategies
 from segqc.server.actors import acting
 from segqc.server.monailabel.datastore import StoreDatastore
@@ -16,7 +21,9 @@ from segqc.store import events, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
-from tests.server_kit import assess, make_dataset
+from segqc.types import NO_WITNESSES, Witnesses
+from tests.report_kit import good_card, worthless_card
+from tests.server_kit import add_models, assess, make_dataset
 from tests.store_kit import answer_lease
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
@@ -169,3 +176,100 @@ def test_what_cannot_be_had_back_is_refused_and_changes_nothing(dataset: Dataset
         leases.skip(transaction, "scan_2", ANNA, "late")
     with pytest.raises(StoreError, match="was submitted"):
         ask(dataset, "sequential", resume="scan_2")
+
+
+# ---------------------------------------------------------------------------------------------- what the order is worth
+
+
+def reported(
+    folder: Path, card: ReportCard, config: str = NO_DRAWS, witnesses: Sequence[Witnesses] = (NO_WITNESSES,) * 4
+) -> Dataset:
+    """Four assessed scans, waiting, by a bundle with a report card."""
+    make_dataset(folder, scans=4, finals=0)
+    (folder / "segqc.toml").write_text((folder / "segqc.toml").read_text() + "validation_share = 0.0\n" + config)
+    number = add_models(folder, report=card)
+    dataset = Dataset(folder)
+    for i, dice in enumerate((0.9, 0.4, 0.7, 0.95)):
+        assess(dataset, f"scan_{i}", dice, number=number, witnesses=witnesses[i])
+    return dataset
+
+
+def people(count: int) -> list[Actor]:
+    return [Actor(kind="person", name=f"a{i}", identified_by="client-id") for i in range(count)]
+
+
+def test_a_good_order_is_used_and_said_to_be_good(tmp_path: Path) -> None:
+    dataset = reported(tmp_path / "s", good_card())
+    answer = ask(dataset)
+    assert (answer["id"], answer["strategy"], "note" in answer) == ("scan_1", "segqc", False)
+    assert answer["name"] == "scan_1 (estimated Dice 0.40).nii.gz"
+    worth = answer["reliability"]
+    assert isinstance(worth, dict)
+    assert (worth["estimate"], worth["order"]) == ("better than the constant", "better than chance")
+    assert "better than a constant: on masks of 30 patients" in worth["messages"][0]
+
+
+def test_an_order_that_is_noise_is_no_order(tmp_path: Path) -> None:
+    firsts = set()
+    for seed in range(6):
+        dataset = reported(tmp_path / f"s{seed}", worthless_card(), f"{NO_DRAWS}seed = {seed}\n")
+        answer = ask(dataset)
+        firsts.add(answer["id"])
+        assert answer["strategy"] == "uniform-random"
+        note = str(answer["note"])
+        assert "Ordered at random: the estimates' order is not better than chance on 30 patients" in note
+        assert "Do not rely on the estimated Dice" in note
+        assert ", unreliable)" in str(answer["name"])
+        with dataset.store.read() as transaction:
+            (lease,) = leases.listing(transaction, state="open")
+        assert (lease.strategy, lease.draw, lease.score, lease.pool) == ("uniform-random", "strategy", None, 4)
+    assert len(firsts) > 1
+
+
+def test_the_best_witness_orders_where_it_has_scores(tmp_path: Path) -> None:
+    dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01))
+    first, second = people(2)
+    assert ask(dataset, "segqc", first)["strategy"] == "uniform-random", "no scan has a score yet"
+    for name, value in (("scan_0", 0.9), ("scan_1", 0.8), ("scan_2", 0.3), ("scan_3", 0.31)):
+        dataset.write_score("tta", name, value, "seg")
+    with dataset.store.read() as transaction:
+        (lease,) = leases.listing(transaction, state="open")
+    answer = ask(dataset, "segqc", second)
+    assert (answer["id"], answer["strategy"]) == ("scan_3" if lease.scan == "scan_2" else "scan_2", "tta")
+    assert "Ordered by how well the network's masks of a scan agree" in str(answer["note"])
+    assert "the estimates' order is not better than chance" in str(answer["note"])
+
+
+@pytest.mark.parametrize("witness", ["soft", "soft-entropy", "size"])
+def test_a_witness_that_lies_with_the_assessments_orders_at_once(tmp_path: Path, witness: str) -> None:
+    known = [Witnesses(soft=value, entropy=value, size=value) for value in (-0.3, -0.2, -0.9, -0.1)]
+    dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01, witness=witness), witnesses=known)
+    answer = ask(dataset)
+    assert (answer["id"], answer["strategy"]) == ("scan_2", witness)
+    assert dataset.scores(witness) == {f"scan_{i}": value for i, value in enumerate((-0.3, -0.2, -0.9, -0.1))}
+    assert [scan.id for scan in rank(dataset).scans] == ["scan_2", "scan_0", "scan_1", "scan_3"]
+    assert rank(dataset).by == witness
+    listed = CliRunner().invoke(app, ["leases", str(dataset.folder), "--json"])
+    (lease,) = json.loads(listed.output)["leases"]
+    assert (lease["strategy"], lease["estimated Dice"]) == (witness, None), "what it was chosen by is no Dice"
+
+
+def test_a_test_looks_like_any_other_scan_there_too(tmp_path: Path) -> None:
+    always = NO_DRAWS.replace("audit_share = 0.0", "audit_share = 1.0")
+    test = ask(reported(tmp_path / "test", worthless_card(), always))
+    other = ask(reported(tmp_path / "other", worthless_card()))
+    assert test.keys() == other.keys()
+    assert [test[key] for key in ("strategy", "note")] == [other[key] for key in ("strategy", "note")]
+
+
+def test_of_few_patients_nothing_is_said_against_the_order(tmp_path: Path) -> None:
+    answer = ask(reported(tmp_path / "s", worthless_card(patients=5)))
+    assert (answer["id"], answer["strategy"], "note" in answer) == ("scan_1", "segqc", False)
+    assert isinstance(answer["reliability"], dict)
+    assert answer["reliability"]["order"] == "too few patients"
+    assert "unreliable" not in str(answer["name"])
+
+
+def test_a_bundle_without_a_card_has_no_reliability(dataset: Dataset) -> None:
+    assess(dataset, "scan_0", 0.5)
+    assert ask(dataset)["reliability"] is None

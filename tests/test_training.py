@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from segqc.networks.assessor import Assessor
 from segqc.networks.device import DeviceMemoryError, device_of_choice, has_bfloat16
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
+from segqc.quality.stacking import DICE_OF_SERVED
 from segqc.settings import SettingsError, build
 from segqc.split import PatientSplit, SplitConfig, split_patients
-from segqc.training import NoProgress, TrainingSettings
-from segqc.training import engine as training_fit
+from segqc.training import NoProgress, TrainingSettings, engine
 from segqc.training.assessor import VALIDATION_MASKS, train_assessor
 from segqc.training.cases import Case, TooFewCases, make_example, read_case
 from segqc.training.corruptions import deformed, sampling_grid
@@ -33,7 +36,7 @@ from segqc.training.crossfit import (
     subsample,
     train_mask_sources,
 )
-from segqc.training.engine import EpochRecord, _Ahead, moving_validation
+from segqc.training.engine import _Ahead
 from segqc.training.patches import Patch, PatchDataset, cut
 from segqc.training.segmentation import plan_for, train_segmentation
 from segqc.types import Structure
@@ -90,6 +93,24 @@ class KillAt(NoProgress):
                 raise KilledError
 
 
+class Recorded(NoProgress):
+    """A progress that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+class Held(torch.nn.Module):
+    """A network of one weight."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(value.clone())
+
+
 def test_a_killed_training_resumes_at_the_epoch_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
     straight = train_segmentation(cases, STRUCTURES, placed(cases), QUICK, tmp_path / "a", NoProgress())
@@ -140,10 +161,10 @@ def test_a_device_without_instructions_for_it_trains_in_float32(
 
 
 def test_batches_made_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases, loader = make_cases(tmp_path, 5), training_fit._loader
+    cases, loader = make_cases(tmp_path, 5), engine._loader
     settings = replace(QUICK, mask_deformation=2.0, empty_mask_share=0.3)
     straight = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "a", NoProgress())
-    monkeypatch.setattr(training_fit, "_loader", lambda training: _Ahead(loader(training)))
+    monkeypatch.setattr(engine, "_loader", lambda training, patches: _Ahead(loader(training, patches)))
     with pytest.raises(KilledError):
         train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", KillAt(4, "SegQC-Net: epoch"))
     ahead = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "b", NoProgress())
@@ -181,7 +202,7 @@ def test_validating_patches_together_gives_the_loss_of_one_by_one(
     patient_splits = placed(cases, share=0.5)
     assert sum(p.split == "validation" for p in patient_splits.values()) > 2
     for batch_size in (1, 2, 100):
-        monkeypatch.setattr(training_fit, "window_batch_size", lambda _patch, n=batch_size: n)
+        monkeypatch.setattr(engine, "window_batch_size", lambda _patch, n=batch_size: n)
         folder = tmp_path / str(batch_size)
         train_segmentation(
             cases, STRUCTURES, patient_splits, replace(QUICK, mixed_precision=False), folder, NoProgress()
@@ -190,22 +211,63 @@ def test_validating_patches_together_gives_the_loss_of_one_by_one(
     np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-4)
 
 
-def test_training_stops_early_when_validation_gets_no_better(tmp_path: Path) -> None:
+def test_training_ends_when_validation_gets_no_better(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
-    settings = replace(QUICK, epochs=30, patience=1, learning_rate=0.1)
-    train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", NoProgress())
+    said = Recorded()
+    settings = replace(QUICK, epochs=60, patience=3, learning_rate=0.1)
+    train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", said)
+    losses = [point["validation_loss"] for point in json.loads((tmp_path / "t" / "curve.json").read_text())]
+    assert len(losses) < 60
+    best = int(np.argmin(losses)) + 1
+    assert best == len(losses) - 3
+    assert said.messages[-1] == f"segmentation: {len(losses)} epochs, the best was epoch {best}."
+
+
+def test_a_training_that_still_improves_says_so(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 5)
+    said = Recorded()
+    train_segmentation(cases, STRUCTURES, placed(cases), replace(QUICK, epochs=3), tmp_path / "t", said)
+    assert said.messages[-1] == (
+        "segmentation: 3 epochs, and it was still improving at the end: it may become better with larger 'epochs'."
+    )
+    none_validate = dict.fromkeys((c.patient for c in cases), PatientSplit(0, "train"))
+    train_segmentation(cases, STRUCTURES, none_validate, QUICK, tmp_path / "u", said)
+    assert said.messages[-1].endswith("as no patient validates it, nothing says whether more of them would help.")
+
+
+def test_a_bound_on_time_shortens_all_parts_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = make_cases(tmp_path, 5)
+    ticks = itertools.count(step=60.0)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    seen: list[int] = []
+    finish = engine._Training.finish_epoch
+
+    def note(training: engine._Training, epoch: int, train_loss: float, validation_loss: float | None) -> None:
+        seen.append(training.scan_only_epochs)
+        finish(training, epoch, train_loss, validation_loss)
+
+    monkeypatch.setattr(engine._Training, "finish_epoch", note)
+    settings = replace(QUICK, epochs=40, patience=40, max_minutes=4.0, scan_only_share=0.5, ensemble=False)
+    said = Recorded()
+    train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", said)
     curve = json.loads((tmp_path / "t" / "curve.json").read_text())
-    assert len(curve) < 30
-    averages = [moving_validation([EpochRecord(**point) for point in curve[: n + 1]]) for n in range(len(curve))]
-    assert averages[-1] >= min(averages[:-1])
+    assert len(curve) == 4, "an epoch takes a minute"
+    assert seen[-4:] == [2, 2, 2, 2]
+    told = [text for text in said.messages if text.startswith("SegQC-Net: ")]
+    assert told[-1].startswith("SegQC-Net: 4 epochs")
 
 
-def test_one_lucky_epoch_is_not_taken_for_the_best() -> None:
-    losses = [1.8, 1.4, 0.9, 1.3, 1.2, 1.1, 1.0]  # of one patient who validates: the third epoch is an outlier
-    averages = [moving_validation([EpochRecord(i + 1, 1.0, v) for i, v in enumerate(losses[:n])]) for n in range(1, 8)]
-    assert int(np.argmin(averages)) == 6
-    assert averages[1] == pytest.approx((1.8 * 0.8 + 1.4) / 1.8)
-    assert moving_validation([EpochRecord(1, 1.0, None)]) is None
+def test_the_average_of_the_weights_is_what_is_kept(tmp_path: Path) -> None:
+    """Against the mean of the weights after each step, as PyTorch's own moving average has it."""
+    weights = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(400)]
+    average = AveragedModel(Held(weights[0]), multi_avg_fn=engine._moving_average)
+    expected = weights[0].clone()
+    for step, value in enumerate(weights):
+        average.update_parameters(Held(value))
+        if step:
+            decay = min(0.99, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.module.weight.data, expected)
 
 
 def test_too_few_cases_are_named(tmp_path: Path) -> None:
@@ -233,6 +295,11 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
     # the whole group and the median of the trained network, one mask of each early one
     assert len(masks.masks) == 5 + len(sources) - 1 == len(masks.dice)
     assert sources_of_masks(len(sources), QUICK) == (0,) * 5 + tuple(range(1, len(sources)))
+    plain = sources[0].predict(read_scan(cases[3].scan))
+    assert masks.served is not None
+    assert np.array_equal(masks.served.mask, plain.labels.array), "what would be served"
+    assert masks.served.soft == sources[0].soft_outputs(plain, STRUCTURES)
+    assert subsample(masks, 2).served is masks.served
     assert np.array_equal(masks.masks[-1], sources[-1].predict(read_scan(cases[3].scan)).labels.array)
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
         masks_of(sources, cases[1], QUICK)
@@ -247,7 +314,11 @@ def test_masks_are_kept_for_one_content_of_scan_and_label(tmp_path: Path) -> Non
     first = stored_masks(sources, case, QUICK, folder)
     (kept,) = folder.iterdir()
     before = kept.stat().st_mtime_ns
-    assert np.array_equal(stored_masks(sources, case, QUICK, folder).masks, first.masks)
+    same = stored_masks(sources, case, QUICK, folder)
+    assert np.array_equal(same.masks, first.masks)
+    assert first.served is not None and same.served is not None
+    assert np.array_equal(same.served.mask, first.served.mask)
+    assert same.served.soft == first.served.soft
     assert kept.stat().st_mtime_ns == before
     # another scan with the same label, as after a change of intensities
     write_scan(Volume(-read_scan(case.scan).array, read_scan(case.scan).affine), case.scan)
@@ -277,12 +348,16 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
     assert len(model.card.map_calibration) == 1
-    intervals = model.card.calibration[0].intervals
-    assert intervals is not None
     validating = {c.patient for c in cases if patient_splits[c.patient].split == "validation"}
-    assert len(intervals.dice.patients) == len(validating)
-    assert {len(p.scores) for p in intervals.dice.patients} == {VALIDATION_MASKS}
+    for kind, masks in (("served", 1), ("strange", VALIDATION_MASKS)):
+        intervals = model.card.calibration[0].kinds[kind].intervals  # type: ignore[index]
+        assert intervals is not None
+        assert len(intervals.dice.patients) == len(validating)
+        assert {len(p.scores) for p in intervals.dice.patients} == {masks}, kind
     assert model.card.accuracy == 1 - model.card.scores["dice error ball"]
+    assert model.card.report is not None
+    assert {scan.patient for scan in model.card.report.scans} == validating
+    assert [s.structure for s in model.card.report.structures] == ["ball"]
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
     again = KillAt(-1, "network for masks, fold 2 of 2: epoch")
@@ -426,8 +501,10 @@ def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_p
         assert not torch.allclose(alone[0], alone[1])
     trained.save(tmp_path / "model.pt")
     assert Assessor.load(tmp_path / "model.pt").version == trained.version
-    intervals = trained.card.calibration[0].intervals
-    assert intervals is not None and intervals.dice is not None
+    served = trained.card.calibration[0].kinds["served"]
+    assert served.intervals is not None
+    assert len(served.intervals.dice.patients) == served.dice.patients == len(cases)
+    assert {c.choice for c in served.dice.candidates} == set(DICE_OF_SERVED)
     assert len(json.loads((tmp_path / "t" / "curve.json").read_text())) == 2
     again = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
     assert again.version == trained.version

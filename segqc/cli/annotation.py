@@ -312,6 +312,7 @@ def leases(
     as_csv: AsCsv = False,
 ) -> None:
     """List the scans that are handed out: to whom, until when, and what chose them."""
+    from segqc.quality.witnesses import ORDERS
     from segqc.selection import scores
     from segqc.store import assessments
     from segqc.store import leases as stored
@@ -327,6 +328,8 @@ def leases(
     chosen_by = {lease.id: known.get(lease.strategy) for lease in found if lease.draw == "strategy"}
     other_score = {lease for lease, score in chosen_by.items() if score is not None and score.function is not None}
     no_dice = {lease for lease, score in chosen_by.items() if score is not None and not score.is_dice}
+    by_witness = {lease.id for lease in found if lease.strategy in ORDERS.keys() - known.keys()}
+    other_score, no_dice = other_score | by_witness, no_dice | by_witness
     rows: list[Row] = [
         {
             "scan": lease.scan,

@@ -46,6 +46,7 @@ from segqc.cli.common import (
     shown_progress,
     structure_flag,
 )
+from segqc.cli.report_cards import print_card
 from segqc.errors import SegqcError, sentence
 from segqc.text import LineFormatter, visible
 
@@ -246,6 +247,9 @@ TrainingSeed = Annotated[
     int | None, typer.Option("--seed", help="Decides every random draw (default: from the settings).")
 ]
 NetworkSize = Annotated[Size | None, typer.Option(help="Size of the network (default: from the settings).")]
+ServeWorse = Annotated[
+    bool, typer.Option("--serve", help="Let the new networks serve even if their estimates are worse than today's.")
+]
 
 
 @train_app.command("segmentation")
@@ -277,6 +281,7 @@ def train_segqc(
             "--paper-recipe", help="Train as in the paper: error as direct output, Dice loss, learning rate 5e-4."
         ),
     ] = False,
+    serve: ServeWorse = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -285,9 +290,12 @@ def train_segqc(
     It learns from masks of networks that have not seen the scan. So it first trains a segmentation network for each
     fold of the patients, and then SegQC-Nets, by default one for each fold, too. It says at the start what it trains
     and, after some steps, how long that takes. A training that was stopped goes on from its last finished epoch.
+
+    At the end it prints what the estimates are worth. Where they are worse than those of the networks that serve, the
+    new network is kept, and does not serve by itself.
     """
     given = _given(epochs=epochs, size=size, seed=seed)
-    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe)
+    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe, serve=serve)
 
 
 def _given(**flags: int | str | None) -> dict[str, int | str]:
@@ -302,25 +310,41 @@ def _train(
     as_json: bool,
     *,
     paper_recipe: bool = False,
+    serve: bool = False,
 ) -> None:
     from segqc.loop.training import train
+    from segqc.networks.bundle import model_name
+    from segqc.quality.report_card import to_json
 
     dataset = dataset_at(folder, config, {"training": {network: dict(flags)}} if flags else {})
     settings = dataset.settings.training_settings(network)
     with shown_progress() as progress:
         chosen = settings.paper_recipe() if paper_recipe else settings
-        trained = train(dataset, network, progress, chosen, actor=me(), purpose="segqc train")
-    path = dataset.model_path(network)
+        trained = train(dataset, network, progress, chosen, actor=me(), purpose="segqc train", serve=serve)
+    path = dataset.bundles.folder / str(trained.bundle) / model_name(network)
     rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}
     extra |= {"used": trained.used, "left_out": dict(trained.left_out)}
-    extra |= {"patients": trained.patients, "measured_patients": trained.measured}
+    extra |= {"patients": trained.patients, "measured_patients": trained.measured, "bundle": trained.bundle}
+    report = trained.card.report
+    if as_json:
+        extra |= {"report_card": None if report is None else to_json(report), "held_because": trained.held_because}
     title = f"{network}, measured on {trained.measured} of {trained.patients} patients, without their own labels"
     emit(rows, title, as_json=as_json, extra=extra, key="scores")
     if not as_json:
         typer.echo(f"{folder}: {trained.used} labelled scans used, {len(trained.left_out)} left out")
         for reason in trained.left_out.values():
             typer.echo(visible(reason))
+        print_card(report)
+        _tell_held(folder, trained.bundle, trained.held_because)
+
+
+def _tell_held(folder: Path, bundle: int | None, reason: str | None) -> None:
+    if reason is not None:
+        typer.echo(
+            f"bundle {bundle} is held, and the one before serves on: {reason}; 'segqc models serve {folder} {bundle}' "
+            "lets it serve"
+        )
 
 
 @app.command(rich_help_panel=ESTIMATE_PANEL)
@@ -369,15 +393,21 @@ def rank(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """List the scored scans, worst first, with the slices to look at first."""
+    """List the scored scans, worst first, with the slices to look at first.
+
+    Where the estimates' order is known not to be better than chance, it says so, and lists the scans in another order.
+    """
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
+    from segqc.quality.report_card import AT_RANDOM, estimate_sentence, order_sentence, to_json
     from segqc.selection import score_of
 
     wanted = score_of(method)
     if truth is not None and not truth.is_dir():
         raise CommandError(f"{truth}: no such folder of true labels")
-    ranked = order(dataset_at(folder, config), method, truth=truth, include_final=include_final)
+    dataset = dataset_at(folder, config)
+    ranking = order(dataset, method, truth=truth, include_final=include_final)
+    ranked = ranking.scans
     if not ranked:
         raise CommandError(f"{folder}: no scan has a score of the method {method}; run segqc score first")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
@@ -391,6 +421,7 @@ def rank(
                 else {"estimated Dice" if wanted.is_dice else "score": scan.score}
             ),
             "worst slices": " ".join(map(str, scan.worst_slices)),
+            **({"ordered by": ranking.by} if as_json or as_csv else {}),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
             **({f"true {name}": scan.true_by_structure.get(name) for name in names} if len(names) > 1 else {}),
         }
@@ -403,10 +434,15 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    title = f"{folder}: worst first, by {method}"
+    title = f"{folder}: in random order" if ranking.by == AT_RANDOM else f"{folder}: worst first, by {ranking.by}"
+    card = dataset.report_card() if wanted.function is None else None
     if wanted.function is None:
         title += brackets(scan.interval for scan in ranked)
+        extra["report_card"] = None if card is None else to_json(card)
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
+    if card is not None and not as_json:
+        for text in (estimate_sentence(card), order_sentence(card, ranking.by)):
+            typer.echo(text, err=as_csv)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
 
@@ -720,23 +756,24 @@ def run_round(
     put: Annotated[
         bool, typer.Option("--put", help="Only put the round into the queue; a running worker does it.")
     ] = False,
+    serve: ServeWorse = False,
     config: ConfigFile = None,
 ) -> None:
     """Train both networks on all final labels, then segment and score all other scans.
 
-    The new networks replace the old ones together, when both are trained. A round that was stopped or killed
-    continues after its last finished step. If another process is doing a round already, this one waits for it, and
-    takes it over if that process dies.
+    The new networks replace the old ones together, when both are trained, unless their estimates are worse. A round
+    that was stopped or killed continues after its last finished step. If another process is doing a round already,
+    this one waits for it, and takes it over if that process dies. At the end it prints what the estimates are worth.
     """
     from segqc.loop.processes import ending_signals
     from segqc.loop.requests import RoundRequest, enqueue
     from segqc.loop.worker import Worker
-    from segqc.store import jobs
+    from segqc.store import bundles, jobs
 
     dataset = dataset_at(folder, config)
     with dataset.store.write() as transaction:
         waiting = jobs.open_jobs(transaction, "round")
-        job = waiting[0] if waiting else enqueue(transaction, RoundRequest(), me())
+        job = waiting[0] if waiting else enqueue(transaction, RoundRequest(serve=serve), me())
     if put:
         typer.echo(f"{folder}: a round {'waits already' if waiting else 'was queued'}, as job {job.public_id}")
         return
@@ -755,6 +792,12 @@ def run_round(
         reason = f": {ended.messages[-1].removesuffix('.')}" if ended.state == "failed" and ended.messages else ""
         raise CommandError(f"{folder}: the round is {ended.state}{reason}{left}")
     typer.echo(f"{folder}: the round is done")
+    with dataset.store.read() as transaction:
+        number = jobs.bundle_of_round(transaction, job.id)
+        held = bundles.get(transaction, number).held_because if number is not None else None
+    if number is not None:
+        print_card(dataset.bundles.open(number).manifest.report)
+        _tell_held(folder, number, held)
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)

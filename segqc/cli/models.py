@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc.cli.common import AsCsv, AsJson, DatasetFolder, Row, emit, kept_store, me, settings_of
+from segqc.cli.report_cards import print_card, summary
 
 if TYPE_CHECKING:
     from segqc.loop.publishing import Bundles, BundleStatus
@@ -18,8 +20,9 @@ app = typer.Typer(no_args_is_help=True, help="List the bundles of networks of a 
 
 _TERMS: Final = (
     "A bundle is a segmentation network and the SegQC-Net that assesses its masks, published together in "
-    "segqc/models/<bundle>/. One serves. reason: what it was published for. Files of old bundles are removed "
-    "([models] keep in segqc.toml); their rows stay."
+    "segqc/models/<bundle>/. One serves. reason: what it was published for. MAE/constant, Spearman: what its estimated "
+    "Dice is worth (segqc models show). held because: why it does not serve by itself. Files of old bundles are "
+    "removed ([models] keep in segqc.toml); their rows stay."
 )
 _NONE: Final = (
     "No network was trained here yet. Label some scans and train both (segqc round FOLDER), or run the server, which "
@@ -31,6 +34,8 @@ _WITHOUT: Final[Mapping[NetworkName, str]] = {
 }
 _MEGABYTE: Final = 1e6
 
+BundleNumber = Annotated[int, typer.Argument(metavar="BUNDLE", help="The bundle's number.", show_default=False)]
+
 
 @app.command("list")
 def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
@@ -40,10 +45,34 @@ def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv =
 
 
 @app.command()
-def serve(
-    folder: DatasetFolder,
-    number: Annotated[int, typer.Argument(metavar="BUNDLE", help="The bundle's number.", show_default=False)],
-) -> None:
+def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -> None:
+    """Show what a bundle's estimates are worth: its report card."""
+    from segqc.quality.report_card import to_json
+    from segqc.store import bundles
+
+    shelf = _bundles(folder)
+    card = shelf.open(number).manifest.report
+    with shelf.store.read() as transaction:
+        published = bundles.get(transaction, number)
+    if as_json:
+        body = {
+            "bundle": number,
+            "serving": published.is_serving,
+            "held_because": published.held_because,
+            "report_card": None if card is None else to_json(card),
+        }
+        typer.echo(json.dumps(body, indent=1))
+        return
+    state = "serves" if published.is_serving else "does not serve"
+    held = f": held, {published.held_because}" if published.held_because is not None else ""
+    typer.echo(f"{folder}: bundle {number} {state}{held}")
+    if card is None:
+        typer.echo("it has no report card: its estimates were never checked (segqc train segqc makes one)")
+    print_card(card, more=True)
+
+
+@app.command()
+def serve(folder: DatasetFolder, number: BundleNumber) -> None:
     """Let a bundle serve from now on: in one step, and without a restart of the server.
 
     The scans that wait have no estimate until the bundle has assessed them: a worker does so, or 'segqc score'.
@@ -79,6 +108,8 @@ def _row(status: BundleStatus) -> Row:
         "by": published.actor.name if published is not None else None,
         "reason": published.reason if published is not None else "not recorded",
         "serving": published is not None and published.is_serving,
+        **summary(files.manifest.report if files is not None else None),
+        "held because": published.held_because if published is not None else None,
         "MB": files.size() / _MEGABYTE if files is not None else None,
         "files": "intact" if status.problem is None else "removed" if status.is_removed else status.problem,
     }

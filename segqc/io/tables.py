@@ -213,6 +213,7 @@ def _assessments() -> Query:
             LabelVersion.sha256.label("label_sha256"),
             *_PAIR,
             AssessmentRow.made_at.label("made_at"),
+            AssessmentRow.mask_kind.label("mask_kind"),
             AssessmentRow.dice.label("scan_estimated_dice"),
             StructureName.name.label("structure"),
             AssessmentStructure.present.label("present"),

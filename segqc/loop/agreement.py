@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from scipy import stats
 from segqc.loop.dataset import Dataset
 from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
+from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE
+from segqc.store import bundles
 from segqc.types import LabelArray, PredictionInterval, Structure, segment_names
 from segqc.volumes import LABEL_SUFFIXES, as_spelled, read_labels, read_scan
 
@@ -33,6 +36,17 @@ class RankedScan:
     true_dice: float | None
     true_by_structure: Mapping[str, float | None]
     interval: PredictionInterval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The scored scans of a folder in an order, the first to correct first.
+
+    ``by`` is the strategy whose order it is: where the estimates' order is known to be noise, another one's.
+    """
+
+    by: str
+    scans: tuple[RankedScan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +89,11 @@ def find_labels(folder: Path, scan: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def rank(
-    dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, include_final: bool = False
-) -> list[RankedScan]:
+def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, include_final: bool = False) -> Ranking:
     """Order the scored scans of a dataset folder, worst first.
+
+    Where the report card of the bundle that serves says that the estimates' order is not better than chance, scans are
+    in the order of a witness that is, or at random: the same order each time.
 
     Args:
         dataset: the folder.
@@ -95,8 +110,9 @@ def rank(
     known = {n: a.dice for n, a in assessments.items()} if method == "segqc" else dataset.scores(method)
     scores = {name: value for name, value in known.items() if name in entries}
     names = segment_names(dataset.structures) if truth is not None else None
+    by, order = _order(dataset, scores) if method == "segqc" else (method, order_scans(scores))
     ranked = []
-    for place, name in enumerate(order_scans(scores), start=1):
+    for place, name in enumerate(order, start=1):
         by_structure: dict[str, float | None] = {}
         mask, true_path = entries[name].original, find_labels(truth, name) if truth is not None else None
         if mask is not None and true_path is not None:
@@ -114,7 +130,22 @@ def rank(
                 assessments[name].dice_interval if method == "segqc" else None,
             )
         )
-    return ranked
+    return Ranking(by, tuple(ranked))
+
+
+def _order(dataset: Dataset, estimates: Mapping[str, float]) -> tuple[str, list[str]]:
+    """Scans in the order that the strategy "segqc" has for them, and the name of the strategy whose order it is."""
+    with dataset.store.read() as transaction:
+        ranked_by, bundle = bundles.ranked_by(transaction), bundles.serving_number(transaction)
+    if ranked_by is None:
+        return BY_ESTIMATE, order_scans(estimates)
+    seed = dataset.settings.annotation.seed
+    # a number of each scan's own: the others keep their order when one is labelled
+    at_random = sorted(estimates, key=lambda name: hashlib.sha256(f"{seed} {bundle} {name}".encode()).digest())
+    witness = {name: score for name, score in dataset.scores(ranked_by).items() if name in estimates}
+    if ranked_by == AT_RANDOM or not witness:
+        return AT_RANDOM, at_random
+    return ranked_by, [*order_scans(witness), *(name for name in at_random if name not in witness)]
 
 
 def agreement(estimated: Sequence[float], true: Sequence[float]) -> Agreement:

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Literal
 from segqc.loop.errors import DatasetError as DatasetError
 from segqc.loop.publishing import Bundles
 from segqc.networks.bundle import NetworkBundle
+from segqc.networks.model_file import ModelError
+from segqc.quality.witnesses import named_witnesses, worst_witness
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
-from segqc.store import assessments, findings, labels, remarks, scans
+from segqc.store import assessments, bundles, findings, labels, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
 
 LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
@@ -318,6 +321,17 @@ class Dataset:
         bundle = self.bundle()
         return bundle.assessor() if bundle is not None and bundle.holds("segqc") else None
 
+    def report_card(self) -> ReportCard | None:
+        """What the estimates of the bundle that serves are worth; None where they were not checked.
+
+        None, too, where the bundle's files are missing or damaged: whatever needs them says so.
+        """
+        try:
+            bundle = self.bundle()
+        except ModelError:
+            return None
+        return bundle.manifest.report if bundle is not None else None
+
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""
         with self.store.read() as transaction:
@@ -343,6 +357,12 @@ class Dataset:
         with self.store.write() as transaction:
             scans.expect(transaction, assessment.scan, content)
             assessments.write(transaction, assessment, mask.id, bundle)
+            ranked_by = bundles.ranked_by(transaction)
+            said = [named_witnesses(quality.witnesses) for quality in assessment.structures]
+            value = worst_witness(ranked_by, said) if ranked_by is not None else None
+            if ranked_by is not None and value is not None:  # the scan is ranked by it, not by the estimate
+                version = assessment.segmenter_version or assessment.assessor_version
+                assessments.write_score(transaction, assessment.scan, ranked_by, value, version)
 
     def mask(self, name: str) -> LabelRecord | None:
         """The current mask of a scan: what a network made, or a person put there as such."""

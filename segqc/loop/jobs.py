@@ -19,7 +19,7 @@ from segqc.loop.requests import (
     request_of,
 )
 from segqc.loop.round import run_round
-from segqc.loop.scoring import keep_mask, mask_to_assess, score
+from segqc.loop.scoring import assess, current_mask, keep_mask, score
 from segqc.loop.training import chosen_settings as chosen_settings
 from segqc.loop.training import train, training_result
 from segqc.networks.model_file import ModelError
@@ -27,8 +27,7 @@ from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, JobRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
-from segqc.types import BoolArray
-from segqc.volumes import VolumeError, read_labels, temporary_labels
+from segqc.volumes import VolumeError, temporary_labels
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,10 @@ def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
 def _train(dataset: Dataset, job: JobRecord, request: TrainRequest, progress: Progress) -> TrainResult:
     settings = chosen_settings(dataset, request.model, request.settings)
     purpose = "a worker's train job"
-    trained = train(dataset, request.model, progress, settings, actor=job.actor, purpose=purpose, wait=True)
+    trained = train(
+        dataset, request.model, progress, settings,
+        actor=job.actor, purpose=purpose, wait=True, serve=request.serve,
+    )  # fmt: skip
     return training_result(request.model, trained)
 
 
@@ -85,14 +87,9 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
                 made = segmenter.predict(scan).labels
                 keep_mask(dataset, entry.id, made, bundle, request.label_tag, content=entry.sha256)
                 continue
-            mask = mask_to_assess(dataset, entry, segmenter)
-            plausible: BoolArray | None = None
-            if mask is None:
-                prediction = segmenter.predict(scan)
-                plausible = prediction.plausible
-                mask = keep_mask(dataset, entry.id, prediction.labels, bundle, content=entry.sha256)
-            labels = read_labels(dataset.store.label_file(mask), scan=scan, values=assessor.values)
-            result = assessor.assess(scan, labels, scan_id=entry.id, plausible=plausible)
+            mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
+            version = mask.bundle.segmenter_version if mask.bundle is not None else None
+            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=version)
             errors = assessor.likely_errors(result, scan)
             source = Actor(kind="network", name=assessor.version, identified_by="program")
             label = NewLabel(

@@ -36,6 +36,7 @@ from segqc.networks.bundle import (
 )
 from segqc.networks.card import NetworkName
 from segqc.networks.model_file import ModelError, model_status
+from segqc.quality.report_card import BY_ESTIMATE, ReportCard, is_worse
 from segqc.settings import Settings
 from segqc.store import bundles, events, jobs
 from segqc.store.bundles import NewBundle
@@ -54,12 +55,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """A bundle that serves as soon as its transaction is committed."""
+    """A bundle that serves as soon as its transaction is committed, unless it is held."""
 
     transaction: Transaction
     manifest: Manifest
     number: int
     parent: int | None  # the bundle that served before
+    held_because: str | None  # why it does not serve by itself; None where it does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +132,17 @@ class Bundles:
 
     @contextlib.contextmanager
     def publishing(
-        self, files: Mapping[NetworkName, Path], actor: Actor, reason: str, *, only_as_pair: bool = False
+        self,
+        files: Mapping[NetworkName, Path],
+        actor: Actor,
+        reason: str,
+        *,
+        only_as_pair: bool = False,
+        even_if_worse: bool = False,
     ) -> Iterator[Publication]:
         """Publish networks: with the other network of the bundle that serves, they make a new one, which serves then.
+
+        A bundle whose report card is worse than that of the bundle that serves is kept, and does not serve by itself.
 
         The other network is left out, with a warning, where it knows other structures: it cannot assess the masks, or
         make the masks, of a network that was trained after [structures] had changed.
@@ -144,6 +154,7 @@ class Bundles:
             actor: who publishes.
             reason: why, such as "training of segqc".
             only_as_pair: whether to refuse a network rather than to leave the other one out.
+            even_if_worse: whether the new bundle serves in any case.
 
         Raises:
             ModelError: if a file is no model of its network, or no number is left for a bundle.
@@ -158,6 +169,8 @@ class Bundles:
         except ModelError as error:
             logger.warning("%s", error)
         written: int | None = None
+        held: str | None = None
+        report = sources["segqc"].read_card().report if "segqc" in sources else None
         try:
             with self.store.write() as transaction:
                 self._sweep()
@@ -171,20 +184,46 @@ class Bundles:
                     reason=reason,
                     parent=parent.bundle.id if parent is not None else None,
                     networks={network: source.entry for network, source in sources.items()},
+                    report=sources["segqc"].read_card().report if "segqc" in sources else None,
                 )
                 sha256 = write_bundle(self.folder, manifest, sources)
                 written = number
                 bundles.add(transaction, _new(manifest, sha256), actor)
-                self._let_serve(transaction, number, actor)
-                yield Publication(transaction=transaction, manifest=manifest, number=number, parent=manifest.parent)
+                held = None if even_if_worse else self._is_worse(report, parent)
+                if held is None:
+                    self._let_serve(transaction, number, actor)
+                else:
+                    bundles.hold(transaction, number, held, actor)
+                yield Publication(
+                    transaction=transaction,
+                    manifest=manifest,
+                    number=number,
+                    parent=manifest.parent,
+                    held_because=held,
+                )
         except BaseException:
             if written is not None:
                 self._remove_unrecorded(written)
             raise
+        if held is not None:
+            logger.warning(
+                "bundle %d is held, and the one before serves on: %s; 'segqc models serve FOLDER %d' lets it serve",
+                *(written, held, written),
+            )
         try:
             self.prune()
         except (SegqcError, OSError) as error:  # the new bundle serves: old ones go the next time
             logger.warning("old bundles could not be removed: %s", error)
+
+    def _is_worse(self, report: ReportCard | None, parent: PublishedBundle | None) -> str | None:
+        """Why new estimates are worse than those that serve; None where they are not, or nobody can tell."""
+        if report is None or parent is None:
+            return None
+        try:
+            served = self._open(parent).manifest.report
+        except ModelError:
+            return None  # a damaged bundle is no reason to keep on serving it
+        return is_worse(report, served) if served is not None else None
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
@@ -414,4 +453,9 @@ def _new(manifest: Manifest, sha256: str) -> NewBundle:
         manifest_sha256=sha256,
         parent=manifest.parent,
         reason=manifest.reason,
+        ranked_by=_ranked_by(manifest.report),
     )
+
+
+def _ranked_by(report: ReportCard | None) -> str | None:
+    return None if report is None or report.ranked_by == BY_ESTIMATE else report.ranked_by

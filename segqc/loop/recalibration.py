@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import model_name
 from segqc.networks.model_file import ModelError
-from segqc.quality.calibration import StructureCalibration
+from segqc.quality.calibration import MaskCalibration, StructureCalibration
 from segqc.quality.intervals import (
     DEFAULT_FLOOR,
     LEVEL,
@@ -21,9 +22,12 @@ from segqc.quality.intervals import (
     split_conformal,
 )
 from segqc.quality.metrics import MetricName
+from segqc.quality.stacking import NOTHING_CHOSEN, ChosenEstimate
 from segqc.store import assessments, corrections, labels
 from segqc.store.records import Actor, CheckedEstimate
-from segqc.types import Assessment, StructureQuality
+from segqc.types import Assessment, MaskKind, StructureQuality
+
+_KIND: Final[MaskKind] = "served"  # audit draws are of scans with the serving network's masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +75,15 @@ def audit(dataset: Dataset, assessor: Assessor, *, simulated: bool = False, leve
         found = corrections.audited(transaction, simulated=simulated)
     seen = set(assessor.card.seen)
     found = [c for c in found if (c.segmenter_version, c.assessor_version) == pair and c.patient not in seen]
-    calibrations = assessor.card.calibration or (None,) * len(assessor.structures)
+    known = assessor.card.calibration or (None,) * len(assessor.structures)
+    calibrations = [c.of(_KIND) if c is not None else None for c in known]
     return tuple(
         _audit(structure.name, [c for c in found if c.structure == structure.name], calibration, level)
         for structure, calibration in zip(assessor.structures, calibrations, strict=True)
     )
 
 
-def _audit(
-    name: str, found: Sequence[CheckedEstimate], calibration: StructureCalibration | None, level: float
-) -> Audit:
+def _audit(name: str, found: Sequence[CheckedEstimate], calibration: MaskCalibration | None, level: float) -> Audit:
     errors = [
         abs(c.estimated.dice - c.true.dice) for c in found if c.estimated.dice is not None and c.true.dice is not None
     ]
@@ -88,7 +91,6 @@ def _audit(
     held = [i.low <= truth <= i.high for i, truth in with_interval if i is not None and truth is not None]
     made = StructureIntervals(
         dice=_conformal("dice", found, calibration),
-        iou=_conformal("iou", found, calibration),
         arvd=_conformal("arvd", found, calibration),
         rvd=_conformal("rvd", found, calibration),
         drawn="audit",
@@ -107,18 +109,19 @@ def _audit(
 
 
 def _conformal(
-    metric: MetricName, found: Sequence[CheckedEstimate], calibration: StructureCalibration | None
+    metric: MetricName, found: Sequence[CheckedEstimate], calibration: MaskCalibration | None
 ) -> ConformalCalibration:
     earlier: ConformalCalibration | None = None
     if calibration is not None and calibration.intervals is not None:
         earlier = getattr(calibration.intervals, metric)
+    chosen: ChosenEstimate = getattr(calibration, metric) if calibration is not None else NOTHING_CHOSEN
     floors = [p.floor for p in earlier.patients] if earlier is not None else []
     return split_conformal(
         [getattr(c.estimated, metric) for c in found],
         [getattr(c.true, metric) for c in found],
         [c.patient for c in found],
         metric,
-        getattr(calibration, metric) if calibration is not None else None,
+        chosen.model,
         float(np.median(floors)) if floors else DEFAULT_FLOOR,
     )
 
@@ -144,7 +147,7 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
     if all(a.intervals is None for a in found):
         raise ModelError("no structure has enough patients among the audit draws of the current networks")
     calibration = tuple(
-        replace(old, intervals=new.intervals) if new.intervals is not None else old
+        old.with_intervals(_KIND, new.intervals) if new.intervals is not None else old
         for old, new in zip(assessor.card.calibration, found, strict=True)
     )
     updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
@@ -153,7 +156,8 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
     with dataset.bundles.workspace() as work:
         path = work / model_name("segqc")
         updated.save(path)
-        with dataset.bundles.publishing({"segqc": path}, actor, "intervals of audit draws") as publication:
+        reason = "intervals of audit draws"
+        with dataset.bundles.publishing({"segqc": path}, actor, reason, even_if_worse=True) as publication:
             for name in waiting:
                 start = labels.start_of(publication.transaction, name)
                 if start is None or publication.parent is None:
@@ -170,9 +174,11 @@ def _renewed(assessment: Assessment, assessor: Assessor) -> Assessment:
     level = assessor.settings.interval_level
 
     def renewed(quality: StructureQuality, calibration: StructureCalibration) -> StructureQuality:
-        if calibration.intervals is None:
+        of_kind = calibration.of(assessment.mask_kind)
+        if of_kind.intervals is None:
             return quality
-        return replace(quality, intervals=calibration.intervals.of(quality.raw.metrics, quality.estimated, level=level))
+        said = (quality.raw.metrics, quality.witnesses, quality.estimated)
+        return replace(quality, intervals=of_kind.intervals_of(*said, level=level))
 
     pairs = zip(assessment.structures, assessor.card.calibration, strict=True)
     return replace(assessment, structures=tuple(renewed(q, c) for q, c in pairs))

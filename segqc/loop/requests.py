@@ -33,6 +33,7 @@ class TrainRequest:
 
     model: NetworkName
     settings: JsonObject = field(default_factory=dict)  # over those of the folder, by the names of `TrainingSettings`
+    serve: bool = False  # even if its estimates are worse than those that serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class RoundRequest:
 
     segmentation: JsonObject = field(default_factory=dict)  # as `TrainRequest.settings`
     segqc: JsonObject = field(default_factory=dict)  # as `TrainRequest.settings`
+    serve: bool = False  # as `TrainRequest.serve`
 
     def training(self, network: NetworkName) -> TrainRequest:
         """The training of one of the networks."""
@@ -85,6 +87,8 @@ class TrainResult:
     scores: Mapping[str, float]  # of the network's card
     used: int  # scans
     left_out: Mapping[str, str]  # why, by scan
+    bundle: int | None = None  # that it was published as; None where a round publishes both networks together
+    held_because: str | None = None  # why this bundle does not serve; None where it does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,8 +56,9 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
 
     def publish() -> None:
         files = {network: folder / model_name(network) for network in NETWORKS}
-        with dataset.bundles.publishing(files, job.actor, f"round {number}") as publication:
-            result: JsonObject = {"bundle": publication.number}
+        reason = f"round {number}"
+        with dataset.bundles.publishing(files, job.actor, reason, even_if_worse=request.serve) as publication:
+            result: JsonObject = {"bundle": publication.number, "held_because": publication.held_because}
             jobs.finish_step(publication.transaction, number, "publish", result, bundle=publication.number)
         done["publish"] = result
 

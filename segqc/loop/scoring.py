@@ -9,14 +9,13 @@ from segqc.loop.dataset import Dataset, ScanEntry
 from segqc.networks.assessor import AssessmentResult
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
-from segqc.networks.segmenter import Segmenter
+from segqc.networks.segmenter import Prediction, Segmenter
 from segqc.selection import score_of, scores
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import LabelRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
-from segqc.types import BoolArray
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,9 @@ class ScoringSummary:
 def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
-    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it. Every other score is
-    a function of that network's predictions under test-time augmentation. The lowest score is the worst.
+    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it; where its report card
+    lets another score order the scans, that one is computed, too. Every other score is a function of that network's
+    predictions under test-time augmentation. The lowest score is the worst.
 
     Args:
         dataset: the folder.
@@ -68,6 +68,9 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
             continue
         scored, skipped = scored + fresh, skipped + (not fresh)
     progress.step(len(entries), len(entries), f"scoring by {method}", "done")
+    report = bundle.manifest.report if by_estimate else None
+    if report is not None and report.ranked_by != method and report.ranked_by in scores():
+        failed |= score(dataset, report.ranked_by, progress, force=force).failed
     return ScoringSummary(scored, skipped, failed)
 
 
@@ -110,20 +113,59 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
         VolumeError: if scan or mask can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
-    segmenter, assessor = bundle.segmenter(), bundle.assessor()
     scan = dataset.read_scan(entry)
-    mask = mask_to_assess(dataset, entry, segmenter)
-    plausible: BoolArray | None = None
-    if mask is None:
-        prediction = segmenter.predict(scan)
-        labels, plausible = prediction.labels, prediction.plausible
-        mask = keep_mask(dataset, entry.id, labels, bundle, content=entry.sha256)
-    else:
-        labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
+    mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
-    result = assessor.assess(scan, labels, scan_id=entry.id, segmenter_version=source, plausible=plausible)
+    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     return result
+
+
+def current_mask(
+    dataset: Dataset, entry: ScanEntry, scan: Volume, bundle: NetworkBundle
+) -> tuple[LabelRecord, Volume, Prediction | None]:
+    """A scan's mask, made and kept now where there is none of the bundle's network, and that network's prediction.
+
+    The prediction, made anew for a mask that is stored, is None of a mask that another one made.
+    """
+    segmenter = bundle.segmenter()
+    mask = mask_to_assess(dataset, entry, segmenter)
+    if mask is None:
+        prediction = segmenter.predict(scan)
+        mask = keep_mask(dataset, entry.id, prediction.labels, bundle, content=entry.sha256)
+        return mask, prediction.labels, prediction
+    labels = read_labels(dataset.store.label_file(mask), scan=scan, values=segmenter.values)
+    return mask, labels, segmenter.predict(scan) if mask.bundle is not None else None
+
+
+def assess(
+    bundle: NetworkBundle,
+    scan: Volume,
+    labels: Volume,
+    prediction: Prediction | None,
+    *,
+    scan_id: str,
+    segmenter_version: str | None,
+) -> AssessmentResult:
+    """Assess a mask by a bundle, as a served one where its own network made it.
+
+    Args:
+        bundle: with both networks.
+        scan: the scan.
+        labels: its label map.
+        prediction: the bundle's network's, if it has made the label map.
+        scan_id: the name that the assessment carries.
+        segmenter_version: of the network that made the label map, if one did.
+    """
+    assessor = bundle.assessor()
+    return assessor.assess(
+        scan,
+        labels,
+        scan_id=scan_id,
+        segmenter_version=segmenter_version,
+        plausible=None if prediction is None else prediction.plausible,
+        soft=None if prediction is None else bundle.segmenter().soft_outputs(prediction, assessor.structures),
+    )
 
 
 def keep_mask(

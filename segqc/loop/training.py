@@ -45,6 +45,8 @@ class Trained:
         patients: how many patients they are of.
         measured: how many of the patients its scores were measured on: their labels did not train what was measured.
         left_out: why others were not, a sentence each, by the scan's name.
+        bundle: the bundle that it was published as; None before that.
+        held_because: why this bundle does not serve; None where it does.
     """
 
     card: ModelCard
@@ -52,6 +54,8 @@ class Trained:
     patients: int
     measured: int
     left_out: Mapping[str, str]
+    bundle: int | None = None
+    held_because: str | None = None
 
 
 def training_result(network: NetworkName, trained: Trained) -> TrainResult:
@@ -60,7 +64,12 @@ def training_result(network: NetworkName, trained: Trained) -> TrainResult:
         reasons = "; ".join(trained.left_out.values())
         logger.warning("%d scans used, %d left out: %s", trained.used, len(trained.left_out), reasons)
     return TrainResult(
-        network=network, scores=dict(trained.card.scores), used=trained.used, left_out=dict(trained.left_out)
+        network=network,
+        scores=dict(trained.card.scores),
+        used=trained.used,
+        left_out=dict(trained.left_out),
+        bundle=trained.bundle,
+        held_because=trained.held_because,
     )
 
 
@@ -87,11 +96,13 @@ def train(
     actor: Actor = SERVER,
     purpose: str = "a training",
     wait: bool = False,
+    serve: bool = False,
 ) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
 
     A scan that can't be used, or whose label can't, is left out, and named in what is returned. The model is published
-    with the other network of the bundle that serves then; until that, the bundle before serves.
+    with the other network of the bundle that serves then; until that, the bundle before serves, and after it too where
+    the new one's estimates are worse.
 
     Args:
         dataset: the folder.
@@ -101,6 +112,7 @@ def train(
         actor: who wants the training.
         purpose: what this process is, for others that want to train the same network.
         wait: whether to wait for another process that trains this network.
+        serve: whether the new bundle serves even if its estimates are worse.
 
     Raises:
         TrainingBusy: if another process trains this network, unless told to wait.
@@ -110,7 +122,9 @@ def train(
     path = dataset.training_folder(network) / model_name(network)
     with _alone(dataset, network, progress, purpose, wait=wait):
         trained = _train_model(dataset, network, progress, settings, path)
-        dataset.bundles.publish({network: path}, actor, f"training of {network}")
+        why = f"training of {network}"
+        with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve) as publication:
+            trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
         path.unlink(missing_ok=True)
     return trained
 

@@ -27,8 +27,9 @@ from segqc.networks.inference import (
     windows_near,
 )
 from segqc.networks.model import ModelError, TrainedNetwork
+from segqc.networks.segmenter import SoftOutput
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.calibration import MapCalibration, StructureCalibration
+from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
 from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors, padded_box
 from segqc.quality.intervals import LEVEL
 from segqc.quality.metrics import (
@@ -46,10 +47,11 @@ from segqc.types import (
     BoolArray,
     ErrorView,
     FloatArray,
-    MetricIntervals,
+    MaskKind,
     Metrics,
     SliceQuality,
     StructureQuality,
+    Witnesses,
 )
 from segqc.volumes import (
     Box,
@@ -244,6 +246,7 @@ class Assessor(TrainedNetwork):
         scan_id: str,
         segmenter_version: str | None = None,
         plausible: BoolArray | None = None,
+        soft: Sequence[SoftOutput] | None = None,
     ) -> AssessmentResult:
         """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
 
@@ -253,15 +256,18 @@ class Assessor(TrainedNetwork):
             scan_id: the name that the assessment carries.
             segmenter_version: the version of the network that made the mask, if one did.
             plausible: where that network holds a structure possible, see `output_logits`.
+            soft: what the segmentation network of the same bundle says of each structure of the mask, if it is the one
+                that made it: the mask is then a served one, and any other a strange one.
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
         masks = self._masks(scan, labels)
         errors, looked = self._error_maps(scan, masks, plausible)
+        kind: MaskKind = "strange" if soft is None else "served"
         axis = through_plane_axis(scan)
         qualities = tuple(
-            self._quality(i, mask, error, looked, axis, scan)
+            self._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
             for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
         shape = scan.array.shape
@@ -275,6 +281,7 @@ class Assessor(TrainedNetwork):
             spacing_mm=scan.spacing_mm,
             structures=qualities,
             backend=self.backend.name,
+            mask_kind=kind,
         )
         return AssessmentResult(assessment, errors)
 
@@ -295,7 +302,15 @@ class Assessor(TrainedNetwork):
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 
     def _quality(
-        self, index: int, mask: BoolArray, error: FloatArray, looked: Box, axis: int, scan: Volume
+        self,
+        index: int,
+        mask: BoolArray,
+        error: FloatArray,
+        looked: Box,
+        axis: int,
+        scan: Volume,
+        kind: MaskKind,
+        soft: SoftOutput | None,
     ) -> StructureQuality:
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
@@ -307,9 +322,10 @@ class Assessor(TrainedNetwork):
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
         raw = self._view(part, part.error, boxes, scan)
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
-        estimated = _calibrated(raw.metrics, calibration)
-        made_of = calibration.intervals if calibration is not None else None
         voxels = np.count_nonzero(part.mask)
+        witnesses = witnesses_of(part.mask, scan, soft, calibration.sizes if calibration is not None else None)
+        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
+        estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
             present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
@@ -317,9 +333,8 @@ class Assessor(TrainedNetwork):
             estimated=estimated,
             raw=raw,
             extracted=self._view(part, extracted, boxes, scan),
-            intervals=made_of.of(raw.metrics, estimated, level=self.settings.interval_level)
-            if made_of is not None
-            else MetricIntervals(),
+            intervals=of_kind.intervals_of(raw.metrics, witnesses, estimated, level=self.settings.interval_level),
+            witnesses=witnesses,
         )
 
     def _view(self, part: _PartOfSlices, error: FloatArray, boxes: BoxSettings, scan: Volume) -> ErrorView:
@@ -389,6 +404,22 @@ def sigmoid(logits: FloatArray) -> FloatArray:
     return np.asarray(torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy(), np.float32)
 
 
+def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: TrainingSizes | None) -> Witnesses:
+    """What speaks of a mask beside its error map.
+
+    Args:
+        mask: of one structure, or the part of it that has voxels.
+        scan: for the size of its voxels.
+        soft: what the network says that made the mask, if one did.
+        sizes: the structure's sizes in the training, where they are known.
+    """
+    return Witnesses(
+        soft=None if soft is None else soft.dice,
+        entropy=None if soft is None else -soft.entropy,
+        size=None if sizes is None else sizes.witness(mask, scan.voxel_volume_mm3),
+    )
+
+
 def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> FloatArray:
     """Values (L, ...) of a part of the scan's grid, with another one in the rest: (L, n0, n1, n2)."""
     if values.shape[1:] == scan.shape:
@@ -450,10 +481,3 @@ def _part_of_slices(
         (scan.shape[axis], scan.shape[first], scan.shape[second]),
         (scan.spacing_mm[axis], scan.spacing_mm[first], scan.spacing_mm[second]),
     )
-
-
-def _calibrated(metrics: Metrics, calibration: StructureCalibration | None) -> Metrics:
-    if calibration is None:
-        return metrics
-    values = {name: getattr(metrics, name) for name in ("dice", "iou", "arvd", "rvd")}
-    return Metrics(**{n: None if v is None else float(getattr(calibration, n).apply(v)) for n, v in values.items()})

@@ -29,6 +29,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationEr
 
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.model_file import ModelError, model_status
+from segqc.quality.report_card import ReportCard
 from segqc.types import BackendName, Structure
 from segqc.volumes import remove, sync
 
@@ -78,6 +79,7 @@ class Manifest:
     reason: _Text  # such as "training of segqc"
     parent: int | None  # the bundle that served before, of which it may hold a network
     networks: Annotated[dict[NetworkName, NetworkEntry], Field(min_length=1)]
+    report: ReportCard | None = None  # of its SegQC-Net; None without one, or where its estimates were never checked
 
     def __post_init__(self) -> None:
         """Check that the bundle before is an earlier one."""

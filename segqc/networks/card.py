@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from segqc.networks.plan import NetworkPlan
 from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
+from segqc.quality.report_card import ReportCard
 from segqc.types import Structure
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
@@ -24,6 +25,7 @@ class ModelCard:
     ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
     ``scores`` are the measures on the cases that validate, by the words that are shown. ``accuracy`` sums them up, from
     0 to 1: the mean Dice of a segmentation network, one minus the mean error of SegQC-Net's estimated Dice.
+    ``report`` says what SegQC-Net's estimates are worth; it is no part of a model's version.
     """
 
     kind: NetworkName
@@ -40,6 +42,7 @@ class ModelCard:
     accuracy: float | None = None
     members: int = 1
     map_calibration: tuple[MapCalibration, ...] = ()
+    report: ReportCard | None = None
 
 
 CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

@@ -23,7 +23,7 @@ from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 3  # 2: with a smoothing layer behind the stem; 3: maps are calibrated on the logits of errors
+_FORMAT = 4  # 3: maps calibrated on the logits of errors; 4: served masks calibrated by themselves, report card
 
 
 class TrainedNetwork:
@@ -121,8 +121,9 @@ def load_content(path: Path) -> dict[str, Any]:
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    # intervals say how sure the estimates are, and leave them as they are: new ones make no other network
-    digest = hashlib.sha256(CARDS.dump_json(card, exclude={"calibration": {"__all__": {"intervals"}}}))
+    # intervals and report say how sure the estimates are, and leave them as they are: new ones make no other network
+    intervals = {"__all__": {"kinds": {"__all__": {"intervals"}}}}
+    digest = hashlib.sha256(CARDS.dump_json(card, exclude={"calibration": intervals, "report": True}))
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

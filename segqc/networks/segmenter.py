@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ import torch
 from segqc.networks.augmentation import Member, tta_group
 from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
-from segqc.quality.error_maps import bounding_box
-from segqc.types import BackendName, BoolArray, FloatArray, LabelArray
+from segqc.quality.error_maps import bounding_box, entropy_map
+from segqc.types import BackendName, BoolArray, FloatArray, LabelArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, native_support, to_native
 
 HalfArray: TypeAlias = npt.NDArray[np.float16]
 
 PLAUSIBLE: Final = 0.01
 """The probability of foreground from which a structure may be there, whatever the mask says."""
+_NEGLIGIBLE: Final = 1e-4  # a probability of foreground that adds nothing to a soft output's sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,26 @@ class Prediction:
     @property
     def plausible(self) -> BoolArray:
         """Where foreground has a probability of `PLAUSIBLE` at least: (a, b, c) in the canonical frame."""
+        return np.asarray(self.foreground_log_odds >= _log_odds(PLAUSIBLE))
+
+    @property
+    def foreground_log_odds(self) -> FloatArray:
+        """The logit of the probability of foreground: (a, b, c) in the canonical frame."""
         background, *classes = torch.from_numpy(self.logits)
-        foreground = functools.reduce(torch.logaddexp, classes)
-        return np.asarray((foreground - background >= math.log(PLAUSIBLE / (1 - PLAUSIBLE))).numpy())
+        return np.asarray((functools.reduce(torch.logaddexp, classes) - background).numpy(), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftOutput:
+    """What a network's soft output says of one structure of its own mask.
+
+    Attributes:
+        dice: the mask's Dice with the probabilities in place of the truth.
+        entropy: of the probabilities, in nats per voxel of the mask.
+    """
+
+    dice: float
+    entropy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,28 @@ class Segmenter(TrainedNetwork):
         image = torch.from_numpy(canonical_scan(scan, frame))
         logits = self._run(image[None], (Member("identity"),))[0]
         return Prediction(self._labels(logits, scan, frame), logits, frame)
+
+    def soft_outputs(self, prediction: Prediction, structures: Sequence[Structure]) -> tuple[SoftOutput, ...]:
+        """What its own probabilities say of its mask of each structure, in the canonical frame.
+
+        Args:
+            prediction: of this network.
+            structures: structures of its label values.
+        """
+        near = prediction.foreground_log_odds >= _log_odds(_NEGLIGIBLE)
+        logits = prediction.logits[:, near]  # a copy; elsewhere nothing is to be added up
+        labels = np.where(logits[1:].max(axis=0) > logits[0], np.array(self.values)[logits[1:].argmax(axis=0)], 0)
+        probabilities = _softmax(logits)
+        found = []
+        for structure in structures:
+            p = probabilities[[1 + self.values.index(value) for value in structure.values]].sum(axis=0)
+            mask = structure.mask(labels)
+            size, expected = float(np.count_nonzero(mask)), float(p.sum(dtype=np.float64))
+            shared = float(p[mask].sum(dtype=np.float64))
+            # less than a voxel's worth of truth, and no mask: absent, and rightly so
+            dice = 2 * shared / (size + expected) if size or expected >= 1 else 1.0
+            found.append(SoftOutput(dice, float(entropy_map(p).sum(dtype=np.float64)) / max(1.0, size)))
+        return tuple(found)
 
     def predict_tta(self, scan: Volume, gammas: Sequence[float] = ()) -> TtaPrediction:
         """Segment a scan once per member of the augmentation group (paper, section 3.1).
@@ -162,6 +201,10 @@ def _median(probabilities: HalfArray) -> FloatArray:
     for c in range(result.shape[0]):  # a class at a time: the members are sorted in single precision
         result[c] = np.median(probabilities[:, c].astype(np.float32), axis=0, overwrite_input=True)
     return result
+
+
+def _log_odds(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def _log(probabilities: FloatArray) -> FloatArray:

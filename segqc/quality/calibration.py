@@ -2,32 +2,130 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from segqc.quality.intervals import StructureIntervals
-from segqc.quality.metrics import LinearCalibration
-from segqc.types import FloatArray
+from segqc.quality.intervals import LEVEL, StructureIntervals
+from segqc.quality.metrics import METRIC_NAMES, METRIC_RANGES, MetricName
+from segqc.quality.stacking import NOTHING_CHOSEN, ChosenEstimate, WitnessName, arvd_of_dice, iou_of_dice
+from segqc.types import BoolArray, FloatArray, MaskKind, MetricIntervals, Metrics, Witnesses
 
 OutputForm: TypeAlias = Literal["truth", "direct"]
+_MIN_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSizes:
+    """The sizes of a structure in the training: mean and standard deviation of the logarithm of its mm^3."""
+
+    mean: float
+    deviation: float
+
+    def witness(self, mask: BoolArray, voxel_volume_mm3: float) -> float:
+        """Minus the distance of a mask's size from the mean, in standard deviations."""
+        return -abs(log_volume(mask, voxel_volume_mm3) - self.mean) / self.deviation
+
+
+def training_sizes(log_volumes: Sequence[float]) -> TrainingSizes | None:
+    """The mean and spread of sizes, see `log_volume`; None with fewer than two."""
+    if len(log_volumes) < 2:
+        return None
+    return TrainingSizes(float(np.mean(log_volumes)), max(float(np.std(log_volumes)), _MIN_DEVIATION))
+
+
+def log_volume(mask: BoolArray, voxel_volume_mm3: float) -> float:
+    """The logarithm of a mask's volume in mm^3; an empty mask counts as half a voxel."""
+    return float(np.log(max(float(np.count_nonzero(mask)), 0.5) * voxel_volume_mm3))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskCalibration:
+    """How one kind of masks of one structure is estimated.
+
+    ``intervals`` are no part of a model's version: they are made anew from audit draws, and the estimates stay what
+    they were.
+    """
+
+    dice: ChosenEstimate = NOTHING_CHOSEN
+    arvd: ChosenEstimate = NOTHING_CHOSEN
+    rvd: ChosenEstimate = NOTHING_CHOSEN
+    intervals: StructureIntervals | None = None
+
+    def estimates(self, raw: Metrics, witnesses: Witnesses) -> Metrics:
+        """The numbers to show of a mask; None where the error map's metric is undefined.
+
+        Args:
+            raw: as read off the error map.
+            witnesses: what speaks of the mask beside it.
+        """
+        dice = _estimate("dice", self.dice, said_of("dice", raw, witnesses))
+        return Metrics(
+            dice=dice,
+            iou=None if dice is None else iou_of_dice(dice),
+            arvd=_estimate("arvd", self.arvd, said_of("arvd", raw, witnesses)),
+            rvd=_estimate("rvd", self.rvd, said_of("rvd", raw, witnesses)),
+        )
+
+    def intervals_of(
+        self, raw: Metrics, witnesses: Witnesses, estimated: Metrics, *, level: float = LEVEL
+    ) -> MetricIntervals:
+        """The intervals of these estimates; undefined ones without `intervals`."""
+        if self.intervals is None:
+            return MetricIntervals()
+        said = {metric: said_of(metric, raw, witnesses) for metric in METRIC_NAMES}
+        return self.intervals.of(said, estimated, level=level)
+
+
+def said_of(metric: MetricName, raw: Metrics, witnesses: Witnesses) -> dict[WitnessName, float]:
+    """What is known of one metric of a mask, by witness; nothing where it is undefined on the error map.
+
+    Args:
+        metric: the metric.
+        raw: as read off the error map.
+        witnesses: what speaks of the mask beside it.
+    """
+    of_map: float | None = getattr(raw, metric)
+    if of_map is None:
+        return {}
+    said: dict[WitnessName, float | None] = {"map": of_map}
+    if metric == "dice":
+        said |= {"soft": witnesses.soft, "entropy": witnesses.entropy, "size": witnesses.size}
+    elif metric == "arvd":
+        said["dice"] = None if raw.dice is None else arvd_of_dice(raw.dice)
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _estimate(metric: MetricName, chosen: ChosenEstimate, said: Mapping[WitnessName, float]) -> float | None:
+    if "map" not in said:
+        return None
+    values = {name: np.array([value], np.float64) for name, value in said.items()}
+    return float(np.clip(chosen.model.apply(values), *METRIC_RANGES[metric])[0])
 
 
 @dataclass(frozen=True, slots=True)
 class StructureCalibration:
-    """Linear calibration of the four 3D metrics of one structure, and the largest error box seen in training.
+    """What is known of one structure from masks of unseen patients.
 
-    ``intervals`` is None in model files from before there were intervals. They are no part of a model's version: they
-    are made anew from audit draws, and the estimates stay what they were.
+    Attributes:
+        kinds: the calibration of each kind of masks; "strange" is always there.
+        sizes: the sizes of the structure in the training.
+        largest_box_mm2: the area of the largest error box in the training.
     """
 
-    dice: LinearCalibration
-    iou: LinearCalibration
-    arvd: LinearCalibration
-    rvd: LinearCalibration
-    largest_box_mm2: float | None
-    intervals: StructureIntervals | None = None
+    kinds: Mapping[MaskKind, MaskCalibration]
+    sizes: TrainingSizes | None = None
+    largest_box_mm2: float | None = None
+
+    def of(self, kind: MaskKind) -> MaskCalibration:
+        """The calibration of a kind of masks, that of strange masks where the kind has none of its own."""
+        return self.kinds.get(kind, self.kinds["strange"])
+
+    def with_intervals(self, kind: MaskKind, intervals: StructureIntervals) -> StructureCalibration:
+        """The same estimates with other intervals of one kind of masks."""
+        return replace(self, kinds={**self.kinds, kind: replace(self.of(kind), intervals=intervals)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,13 @@ def difference(mask: BoolArray, truth: BoolArray) -> BoolArray:
     return np.logical_xor(mask, truth)
 
 
+def entropy_map(probability: FloatArray) -> FloatArray:
+    """Voxel-wise entropy (nats) of a structure being there or not, of the probability's shape; 0 where it is sure."""
+    p = np.clip(probability, 1e-6, 1.0)
+    q = np.clip(1.0 - probability, 1e-6, 1.0)
+    return np.asarray(-(p * np.log(p)) - q * np.log(q), np.float32)
+
+
 def estimated_truth(mask: BoolArray, error: FloatArray) -> FloatArray:
     """Return M(1 - E) + (1 - M)E: the truth's probability in every voxel, of the mask's shape."""
     return np.where(mask, 1 - error, error)

@@ -1,33 +1,35 @@
 """Prediction intervals of estimated metrics: conformal, on cross-fitted residuals, with the patient as unit.
 
-The residuals are ``truth - estimate``. Each patient k has a calibration line that was fitted without it, and the scores
-``|truth - line_k(x)| / scale`` of its masks, x being the metric as read off the error map. The interval of a new x is
-between the weighted quantiles of ``line_k(x) - score * scale`` and of ``line_k(x) + score * scale`` over all patients:
-the jackknife+ of Barber, Candes, Ramdas & Tibshirani ("Predictive inference with the jackknife+", Annals of
-Statistics 49, 2021), in its form for groups (Lee, Barber & Willett, "Distribution-free inference with hierarchical
-data", 2023; Dunn, Wasserman & Ramdas, "Distribution-free prediction sets for two-layer hierarchical models", JASA
-118, 2023). A patient's n masks weigh 1/n each, so that a patient counts once however many masks it has, and one patient
-more, the new one, is thought to lie at infinity.
+The residuals are ``truth - estimate``. Each patient k has a model that was chosen and fitted without it, and the scores
+``|truth - model_k(x)| / scale`` of its masks, x being what is known of a mask: the metric as read off the error map
+and the other witnesses (`segqc.quality.stacking`). The interval of a new x is between the weighted quantiles of
+``model_k(x) - score * scale`` and of ``model_k(x) + score * scale`` over all patients: the jackknife+ of Barber,
+Candes, Ramdas & Tibshirani ("Predictive inference with the jackknife+", Annals of Statistics 49, 2021), in its form for
+groups (Lee, Barber & Willett, "Distribution-free inference with hierarchical data", 2023; Dunn, Wasserman & Ramdas,
+"Distribution-free prediction sets for two-layer hierarchical models", JASA 118, 2023). A patient's n masks weigh 1/n
+each, so that a patient counts once however many masks it has, and one patient more, the new one, is thought to lie at
+infinity.
 
 What is promised, for a random mask of a new patient exchangeable with the calibrating ones, whatever the network:
 
-* all lines alike, because none was fitted on these patients (split conformal): coverage of at least ``level``;
-* lines fitted without their patient (jackknife+): at least ``2 level - 1``, and in practice about ``level``.
+* all models alike, because none was fitted on these patients (split conformal): coverage of at least ``level``;
+* models chosen and fitted without their patient (jackknife+): at least ``2 level - 1``, in practice about ``level``.
 
 Where the x of calibrating patients are of fold networks and the new one is of all of them together, nothing is proven:
 it has to be measured (`segqc.evaluation.statistics.coverage`). An ensemble should err less than its members, and the
 intervals then be rather too wide.
 
-The promise holds on average over patients, not in every stratum, and not for other patients than the calibrating ones.
+The promise holds on average over patients, not in every stratum, and not for other patients than the calibrating ones,
+nor for masks of another kind (`segqc.types.MaskKind`).
 Bad masks have larger residuals: ``scale`` is a floor plus the estimate's distance from a perfect mask. The floor is
-fitted with the line, without patient k too, so that it costs nothing of the promise.
+fitted with the model, without patient k too, so that it costs nothing of the promise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -36,10 +38,18 @@ import numpy as np
 from segqc.quality.metrics import (
     METRIC_RANGES,
     MIN_CALIBRATION_CASES,
-    LinearCalibration,
     MetricName,
     Values,
     fit_calibration,
+)
+from segqc.quality.stacking import (
+    AS_IT_IS,
+    EstimateModel,
+    KnownMasks,
+    WitnessName,
+    WitnessValues,
+    iou_of_dice,
+    known_masks,
 )
 from segqc.types import MetricIntervals, Metrics, PredictionInterval
 
@@ -55,13 +65,12 @@ class PatientScores:
     """One patient's part of a calibration.
 
     Attributes:
-        slope, intercept: the calibration line that was fitted without this patient.
+        model: what makes estimates, chosen and fitted without this patient.
         floor: of the residuals' scale, fitted likewise.
-        scores: of its masks, ``|truth - line(x)|`` over the scale there, ascending.
+        scores: of its masks, ``|truth - estimate|`` over the scale there, ascending.
     """
 
-    slope: float
-    intercept: float
+    model: EstimateModel
     floor: float
     scores: tuple[float, ...]
 
@@ -78,75 +87,92 @@ class ConformalCalibration:
     metric: MetricName
     patients: tuple[PatientScores, ...]
 
-    def interval(self, x: float, *, level: float = LEVEL, shown: float | None = None) -> PredictionInterval | None:
+    def interval(
+        self, x: float | Mapping[WitnessName, float], *, level: float = LEVEL, shown: float | None = None
+    ) -> PredictionInterval | None:
         """The prediction interval of one mask; None where there are too few patients for the level.
 
         Args:
-            x: the metric as read off the error map, before any calibration.
+            x: the metric as read off the error map, before any calibration; or what each witness says.
             level: wanted coverage, over 0 and under 1.
             shown: the estimate that the interval stands beside; it is widened to hold it, should it not.
 
         Raises:
             ValueError: if the level is not between 0 and 1.
         """
-        low, high = (float(v[0]) for v in self.bounds(np.array([x], np.float64), level=level))
+        said: Mapping[WitnessName, float] = x if isinstance(x, Mapping) else {"map": x}
+        values = {name: np.array([value], np.float64) for name, value in said.items()}
+        low, high = (float(v[0]) for v in self.bounds(values, level=level))
         if math.isnan(low):
             return None
         if shown is not None:
             low, high = min(low, shown), max(high, shown)
         return PredictionInterval(low, high, level)
 
-    def bounds(self, x: Values, *, level: float = LEVEL) -> tuple[Values, Values]:
-        """Lower and upper ends for many masks: arrays of the length of ``x``, NaN where x is, or with too few patients.
+    def bounds(self, x: Values | WitnessValues, *, level: float = LEVEL) -> tuple[Values, Values]:
+        """Lower and upper ends for many masks: NaN where the error map's metric is, or with too few patients.
+
+        Args:
+            x: the metric as read off the error maps, an array over masks; or an array of each witness.
+            level: wanted coverage.
 
         Raises:
             ValueError: if the level is not between 0 and 1.
         """
+        values: WitnessValues = x if isinstance(x, Mapping) else {"map": x}
+        unknown = np.isnan(values["map"])
         if len(self.patients) < patients_needed(level):
-            return np.full(x.shape, np.nan), np.full(x.shape, np.nan)
+            return np.full(unknown.shape, np.nan), np.full(unknown.shape, np.nan)
         counts = [len(p.scores) for p in self.patients]
         weights = np.repeat(1.0 / np.array(counts, np.float64), counts)
         scores = np.concatenate([p.scores for p in self.patients])
-        fitted = np.array([(p.slope, p.intercept, p.floor) for p in self.patients], np.float64)
-        slopes, intercepts, floors = fitted.repeat(counts, axis=0).T
+        floors = np.repeat([p.floor for p in self.patients], counts)
         lowest, highest = METRIC_RANGES[self.metric]
-        centres = np.clip(x[:, None] * slopes + intercepts, lowest, highest)  # (masks, scores)
+        centres = np.stack([p.model.apply(values) for p in self.patients], axis=1)
+        centres = np.clip(centres, lowest, highest).repeat(counts, axis=1)  # (masks, scores)
         reach = scores * _scale(centres, floors, self.metric)
         rank = level * (len(self.patients) + 1)
         low = -_weighted_quantile(reach - centres, weights, rank)
         high = _weighted_quantile(centres + reach, weights, rank)
-        unknown = np.isnan(x)
         low, high = (np.where(unknown, np.nan, np.clip(v, lowest, highest)) for v in (low, high))
         return low, high
 
 
 @dataclass(frozen=True, slots=True)
 class StructureIntervals:
-    """What intervals of one structure's four 3D metrics are made of.
+    """What intervals of one structure's 3D metrics are made of; the Dice's give those of the IoU.
 
-    ``drawn`` says whose residuals they are: those of patients that validate a training, or of audit draws.
+    ``drawn`` says whose residuals they are: those of patients that a network has not seen in training, or of audit
+    draws.
     """
 
     dice: ConformalCalibration
-    iou: ConformalCalibration
     arvd: ConformalCalibration
     rvd: ConformalCalibration
     drawn: Literal["validation", "audit"] = "validation"
 
-    def of(self, raw: Metrics, estimated: Metrics, *, level: float = LEVEL) -> MetricIntervals:
-        """The intervals of one mask: ``raw`` is read off the error map, ``estimated`` are the numbers shown."""
+    def of(
+        self, said: Mapping[MetricName, Mapping[WitnessName, float]], estimated: Metrics, *, level: float = LEVEL
+    ) -> MetricIntervals:
+        """The intervals of one mask.
+
+        Args:
+            said: what each witness says of each metric; nothing where the metric is undefined.
+            estimated: the numbers shown.
+            level: wanted coverage.
+        """
+
+        def of_metric(made: ConformalCalibration, shown: float | None) -> PredictionInterval | None:
+            known = said[made.metric]
+            return made.interval(known, level=level, shown=shown) if known else None
+
+        dice = of_metric(self.dice, estimated.dice)
         return MetricIntervals(
-            dice=_interval(self.dice, raw.dice, estimated.dice, level),
-            iou=_interval(self.iou, raw.iou, estimated.iou, level),
-            arvd=_interval(self.arvd, raw.arvd, estimated.arvd, level),
-            rvd=_interval(self.rvd, raw.rvd, estimated.rvd, level),
+            dice=dice,
+            iou=None if dice is None else PredictionInterval(iou_of_dice(dice.low), iou_of_dice(dice.high), level),
+            arvd=of_metric(self.arvd, estimated.arvd),
+            rvd=of_metric(self.rvd, estimated.rvd),
         )
-
-
-def _interval(
-    made: ConformalCalibration, raw: float | None, estimated: float | None, level: float
-) -> PredictionInterval | None:
-    return None if raw is None else made.interval(raw, level=level, shown=estimated)
 
 
 def patients_needed(level: float = LEVEL) -> int:
@@ -174,7 +200,8 @@ def jackknife_plus(
 ) -> ConformalCalibration:
     """Calibrate intervals on masks that line and scale are fitted on as well: once without each patient.
 
-    The network must not have trained from these patients. Pairs with an undefined number are left out.
+    The network must not have trained from these patients. Pairs with an undefined number are left out. What is fitted
+    is a line, see `fit_calibration`.
 
     Args:
         x: the metric as read off the error map, one per mask.
@@ -194,14 +221,59 @@ def jackknife_plus(
         >>> jackknife_plus(estimates[1:], truths[1:], patients[1:], "dice").interval(0.9) is None  # only eight patients
         True
     """
-    values, true, names = _defined(x, truth, patients)
+    masks = known_masks({"map": x}, truth, patients)
+
+    def line(without: int) -> EstimateModel:
+        known = masks.where(masks.patients != without)
+        fitted = fit_calibration(known.values["map"], known.true, metric=metric, patients=known.patients)
+        return EstimateModel("identity", fitted.intercept, {"map": fitted.slope})
+
+    return jackknife(masks, metric, line)
+
+
+def jackknife(masks: KnownMasks, metric: MetricName, fit: Callable[[int], EstimateModel]) -> ConformalCalibration:
+    """Calibrate intervals around any estimate, chosen and fitted once without each patient.
+
+    Args:
+        masks: of patients that the network has not trained from.
+        metric: the metric.
+        fit: makes the model that is chosen and fitted without a patient, of this number.
+    """
     found = []
-    for name in np.unique(names):
-        own = names == name
-        line = fit_calibration(values[~own], true[~own], metric=metric, patients=names[~own])
-        floor = _fit_floor(line.apply(values[~own]), true[~own], metric)
-        found.append(_scores(line.apply(values[own]), true[own], line, floor, metric))
+    for patient in np.unique(masks.patients):
+        own = masks.where(masks.patients == patient)
+        others = masks.where(masks.patients != patient)
+        model = fit(int(patient))
+        floor = _fit_floor(_estimates(model, others.values, metric), others.true, metric)
+        found.append(_scores(_estimates(model, own.values, metric), own.true, model, floor, metric))
     return ConformalCalibration(metric, tuple(found))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """What is said of masks whose patient had no part in it: estimates and ends of intervals, arrays over masks."""
+
+    estimates: Values
+    low: Values
+    high: Values
+
+
+def held_out(calibration: ConformalCalibration, masks: KnownMasks, *, level: float = LEVEL) -> HeldOut:
+    """The estimate of each mask by its patient's own model, and the interval around it by the others' scores.
+
+    Args:
+        calibration: what `jackknife` made of the masks.
+        masks: the same masks.
+        level: wanted coverage.
+    """
+    estimates, low, high = (np.full(masks.true.shape, np.nan) for _ in range(3))
+    for patient, scores in zip(np.unique(masks.patients), calibration.patients, strict=True):
+        own = masks.patients == patient
+        values = masks.where(own).values
+        others = (replace(p, model=scores.model, floor=scores.floor) for p in calibration.patients if p is not scores)
+        estimates[own] = _estimates(scores.model, values, calibration.metric)
+        low[own], high[own] = replace(calibration, patients=tuple(others)).bounds(values, level=level)
+    return HeldOut(estimates, low, high)
 
 
 def split_conformal(
@@ -209,17 +281,17 @@ def split_conformal(
     truth: Sequence[float | None] | Values,
     patients: Sequence[str],
     metric: MetricName,
-    line: LinearCalibration | None = None,
+    model: EstimateModel = AS_IT_IS,
     floor: float = DEFAULT_FLOOR,
 ) -> ConformalCalibration:
-    """Calibrate intervals on patients that neither the network nor the calibration line has trained from.
+    """Calibrate intervals on patients that neither the network nor the calibration has trained from.
 
     Args:
         estimates: the estimates as they are shown, one per mask.
         truth: the true metric of each.
         patients: whose mask it is.
         metric: the metric.
-        line: what makes these estimates out of the metric that is read off the error map; by default nothing does.
+        model: what makes these estimates out of the witnesses; by default they are read off the error map.
         floor: of the residuals' scale, chosen without these patients too.
 
     Raises:
@@ -232,30 +304,19 @@ def split_conformal(
         >>> str(calibration.interval(0.90)), str(calibration.interval(0.60))  # worse masks have wider intervals
         ('0.86-0.94', '0.50-0.70')
     """
-    values, true, names = _defined(estimates, truth, patients)
-    line = line or LinearCalibration()
-    found = (_scores(values[names == name], true[names == name], line, floor, metric) for name in np.unique(names))
+    masks = known_masks({"map": estimates}, truth, patients)
+    parts = (masks.where(masks.patients == patient) for patient in np.unique(masks.patients))
+    found = (_scores(own.values["map"], own.true, model, floor, metric) for own in parts)
     return ConformalCalibration(metric, tuple(found))
 
 
-def _defined(
-    x: Sequence[float | None] | Values, truth: Sequence[float | None] | Values, patients: Sequence[str]
-) -> tuple[Values, Values, np.ndarray[tuple[int, ...], np.dtype[np.str_]]]:
-    values, true, names = np.array(x, np.float64), np.array(truth, np.float64), np.array(patients, np.str_)
-    if not values.shape == true.shape == names.shape or values.ndim != 1:
-        raise ValueError(
-            f"an interval needs an estimate, a truth and a patient of each mask, got {values.size}, {true.size} and "
-            f"{names.size}"
-        )
-    defined = np.isfinite(values) & np.isfinite(true)
-    return values[defined], true[defined], names[defined]
+def _estimates(model: EstimateModel, values: WitnessValues, metric: MetricName) -> Values:
+    return np.asarray(np.clip(model.apply(values), *METRIC_RANGES[metric]), np.float64)
 
 
-def _scores(
-    estimates: Values, true: Values, line: LinearCalibration, floor: float, metric: MetricName
-) -> PatientScores:
+def _scores(estimates: Values, true: Values, model: EstimateModel, floor: float, metric: MetricName) -> PatientScores:
     scores = np.sort(np.abs(true - estimates) / _scale(estimates, floor, metric))
-    return PatientScores(line.slope, line.intercept, floor, tuple(scores.tolist()))
+    return PatientScores(model, floor, tuple(scores.tolist()))
 
 
 def _scale(estimates: Values, floor: float | Values, metric: MetricName) -> Values:

@@ -12,6 +12,9 @@ With M the mask, T the truth, E the error probability and T^ = M(1 - E) + (1 - M
 Empty masks: both empty is perfect (1, 1, 0, 0) and not counted in averages over slices; only T empty gives Dice and
 IoU 0 and leaves ARVD and RVD undefined; only M empty gives Dice and IoU 0, ARVD 1, RVD -1. Where E = |T - M|, the
 estimates equal the true metrics.
+
+ARVD is the paper's: the summed difference over the size of T. It is not the size of RVD, |RVD|, in which what is missed
+and what is wrongly included cancel out, and which it is never below.
 """
 
 from __future__ import annotations
@@ -340,7 +343,7 @@ def fit_calibration(
     true: Sequence[float | None] | Values,
     *,
     metric: MetricName | None = None,
-    patients: Sequence[str] | npt.NDArray[np.str_] | None = None,
+    patients: Sequence[str] | npt.NDArray[np.str_ | np.int64] | None = None,
 ) -> LinearCalibration:
     """Fit the line of least absolute errors, on estimates of networks that have not seen these truths.
 

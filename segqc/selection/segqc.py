@@ -1,14 +1,22 @@
-"""The lowest estimated Dice first, by SegQC-Net: the default."""
+"""The lowest estimated Dice first, by SegQC-Net: the default.
+
+Where the report card of the serving bundle says that this order is not better than chance, the best witness that is
+better orders, and without one the draw is uniform: see `segqc.quality.report_card`.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from sqlalchemy import Select, select
 
+from segqc.quality.report_card import AT_RANDOM
+from segqc.selection.lowest_score import lowest_score
 from segqc.selection.strategy import Score, Strategy
+from segqc.store import bundles
 from segqc.store.database import Parameters, Transaction
 from segqc.store.orders import Choice, Waiting, otherwise_uniform
 from segqc.store.schema import Scan
@@ -17,7 +25,13 @@ from segqc.store.schema import Scan
 def order(
     transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
 ) -> Choice | None:
-    """The lowest estimated Dice; while nothing is assessed, a uniform draw."""
+    """The lowest estimated Dice; while nothing is assessed, or where its order is known to be noise, another order."""
+    ranked_by = bundles.ranked_by(transaction)
+    if ranked_by == AT_RANDOM:
+        return otherwise_uniform(transaction, waiting, parameters, rng)
+    if ranked_by is not None:
+        choice = lowest_score(ranked_by)(transaction, waiting, parameters, rng)
+        return choice if choice is None or choice.order is not None else replace(choice, order=ranked_by)
     row = transaction.rows(_query(waiting), parameters).first()
     return Choice(row[0], row[1]) if row is not None else otherwise_uniform(transaction, waiting, parameters, rng)
 

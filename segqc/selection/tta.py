@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from segqc.quality.metrics import true_metrics
+from segqc.quality.witnesses import tta_agreement
 from segqc.selection.lowest_score import lowest_score
 from segqc.selection.strategy import Score, Strategy
 
@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 
 def tta_dice(prediction: TtaPrediction, structures: Sequence[Structure]) -> float:
     """The worst structure's median Dice between each member's mask and the median mask; 1 where none has one."""
-    medians = []
-    for structure in structures:
-        median = structure.mask(prediction.labels.array)
-        dice = [true_metrics(median, structure.mask(member)).dice for member in prediction.members]
-        known = [value for value in dice if value is not None]
-        if known:
-            medians.append(float(np.median(known)))
-    return min(medians, default=1.0)
+    labels = np.asarray(prediction.labels.array, np.uint8)
+    return tta_agreement(labels, prediction.members, structures)
 
 
 STRATEGY: Final = Strategy(

@@ -24,7 +24,7 @@ from segqc.store.schema import (
     Score,
     StructureName,
 )
-from segqc.types import Assessment, ErrorView, MetricIntervals, Metrics, PredictionInterval, StructureQuality
+from segqc.types import Assessment, ErrorView, MetricIntervals, Metrics, PredictionInterval, StructureQuality, Witnesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class _Geometry:
 class _Detail:
     raw: ErrorView
     extracted: ErrorView
+    witnesses: Witnesses
 
 
 _GEOMETRY: Final = TypeAdapter(_Geometry)
@@ -90,6 +91,7 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
     else:
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
     row.dice, row.backend, row.made_at = assessment.dice, assessment.backend, transaction.now
+    row.mask_kind = assessment.mask_kind
     row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
     transaction.flush()
     number = row.id
@@ -117,7 +119,7 @@ def _structure(assessment_id: int, structure_id: int, position: int, quality: St
         iou=estimated.iou,
         arvd=estimated.arvd,
         rvd=estimated.rvd,
-        detail=zlib.compress(_DETAIL.dump_json(_Detail(quality.raw, quality.extracted)), _QUICK),
+        detail=zlib.compress(_DETAIL.dump_json(_Detail(quality.raw, quality.extracted, quality.witnesses)), _QUICK),
         **_ends(quality.intervals),
     )
 
@@ -197,7 +199,8 @@ def _heads() -> Select[*tuple[Any, ...]]:
     source = aliased(Bundle)
     return (
         select(
-            AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry, AssessmentRow.backend,
+            AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry,
+            AssessmentRow.backend, AssessmentRow.mask_kind,
             Scan.name.label("scan"),
             source.segmenter_version, Bundle.assessor_version,
         )
@@ -251,6 +254,7 @@ def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...
                 detail.raw,
                 detail.extracted,
                 intervals_of(part),
+                detail.witnesses,
             )
         )
     return Assessment(
@@ -263,6 +267,7 @@ def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...
         spacing_mm=geometry.spacing_mm,
         structures=tuple(qualities),
         backend=head.backend,
+        mask_kind=head.mask_kind,
     )
 
 

@@ -21,6 +21,7 @@ _MAX_NUMBER: Final = 2**31 - 1  # that a column can hold
 _SERVED: Final = "served"  # the event of a bundle that serves from then on
 _RECORDS: Final = select(Bundle, ActorRow).join(ActorRow, Bundle.actor_id == ActorRow.id)
 _SERVING: Final = _RECORDS.where(Bundle.serving)
+_RANKED_BY: Final = select(Bundle.ranked_by).where(Bundle.serving)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class NewBundle:
     manifest_sha256: str  # of the manifest in its folder
     parent: int | None = None  # the bundle that it was made of
     reason: str
+    ranked_by: str | None = None  # see `PublishedBundle`
     published_at: dt.datetime | None = None  # None for now
 
 
@@ -53,6 +55,7 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
             actor_id=events.actor_id(transaction, actor),
             published_at=new.published_at or transaction.now,
             serving=False,
+            ranked_by=new.ranked_by,
         )
     )
     transaction.flush()
@@ -60,8 +63,25 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
     return get(transaction, new.id)
 
 
+def hold(transaction: Transaction, number: int, reason: str, actor: Actor) -> None:
+    """Note why a bundle that was published does not serve by itself; `serve` lets it.
+
+    Raises:
+        StoreError: if there is no such bundle.
+    """
+    get(transaction, number)
+    transaction.execute(
+        update(Bundle)
+        .where(Bundle.id == number)
+        .values(held_because=reason)
+        .execution_options(synchronize_session=False)
+    )
+    transaction.expire_all()
+    events.record(transaction, actor, "held", "bundle", number, {"reason": reason})
+
+
 def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
-    """Let a bundle serve from now on; returns whether it did not before.
+    """Let a bundle serve from now on, held or not; returns whether it did not before.
 
     Scans are ranked, and estimates shown, by the serving bundle alone: scans that another bundle ranked have no
     estimate until this one has assessed them.
@@ -71,10 +91,11 @@ def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
     """
     if get(transaction, number).is_serving:
         return False
-    for others, serving in ((Bundle.serving, False), (Bundle.id == number, True)):
-        transaction.execute(
-            update(Bundle).where(others).values(serving=serving).execution_options(synchronize_session=False)
-        )
+    for others, values in (
+        (Bundle.serving, {"serving": False}),
+        (Bundle.id == number, {"serving": True, "held_because": None}),
+    ):
+        transaction.execute(update(Bundle).where(others).values(values).execution_options(synchronize_session=False))
     transaction.expire_all()  # what was read before is not what these rows hold now
     events.record(transaction, actor, _SERVED, "bundle", number)
     assessments.rank_anew(transaction)
@@ -90,6 +111,11 @@ def serving(transaction: Transaction) -> PublishedBundle | None:
 def serving_number(transaction: Transaction) -> int | None:
     """The number of the bundle that serves; None before the first one."""
     return transaction.rows(assessments.SERVING_BUNDLE).scalar()
+
+
+def ranked_by(transaction: Transaction) -> str | None:
+    """The strategy whose order the estimates' order of the serving bundle is replaced by; None for their own."""
+    return transaction.rows(_RANKED_BY).scalar()
 
 
 def get(transaction: Transaction, number: int) -> PublishedBundle:
@@ -130,4 +156,6 @@ def _record(row: Bundle, actor: ActorRow) -> PublishedBundle:
         actor=events.actor_of(actor),
         published_at=row.published_at,
         is_serving=row.serving,
+        ranked_by=row.ranked_by,
+        held_because=row.held_because,
     )

@@ -295,6 +295,11 @@ def begin_round(transaction: Transaction, job: int, labelled: int) -> tuple[int,
     return row.id, {step.name: step.result for step in steps}
 
 
+def bundle_of_round(transaction: Transaction, job: int) -> int | None:
+    """The bundle that came of a job's round; None before it was published, or where the job is no round."""
+    return transaction.scalar(select(RoundRow.bundle_id).where(RoundRow.job_id == job))
+
+
 def finish_step(
     transaction: Transaction, round_id: int, name: str, result: JsonObject, *, bundle: int | None = None
 ) -> None:

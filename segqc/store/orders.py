@@ -31,7 +31,7 @@ class Waiting:
 class Choice:
     """A scan's row, the score it was chosen by, and out of how many waiting scans it was drawn, where it was drawn.
 
-    ``order`` is set where the wanted order had nothing to go by and another one chose.
+    ``order`` is set where the wanted order had nothing to go by, or is known to be noise, and another one chose.
     """
 
     scan_id: int
@@ -85,6 +85,6 @@ def _uniform(waiting: Waiting) -> _Uniform:
 def otherwise_uniform(
     transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
 ) -> Choice | None:
-    """What an order answers that has nothing to go by yet: a uniform draw that says so."""
+    """What an order answers that has nothing to go by: a uniform draw that says so."""
     choice = uniform(transaction, waiting, parameters, rng)
     return None if choice is None else Choice(choice.scan_id, pool=choice.pool, order="uniform-random")

@@ -95,6 +95,8 @@ class PublishedBundle:
     actor: Actor
     published_at: dt.datetime
     is_serving: bool
+    ranked_by: str | None  # the strategy whose order its estimates' order is replaced by; None for their own
+    held_because: str | None  # why it does not serve by itself; None where it does, did, or was let to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from segqc.store.records import (
     LeaseState,
     ScanState,
 )
-from segqc.types import ComputeName
+from segqc.types import ComputeName, MaskKind
 
 OPEN_STATES: Final = ("unlabelled", "rejected")
 
@@ -207,7 +207,9 @@ class Bundle(Base):
     """A segmentation network and the SegQC-Net that judges it, as published: an estimate belongs to the bundle.
 
     ``id`` is the number of its folder, ``segqc/models/<id>/``; ``manifest_sha256`` is the address of the manifest in
-    it. At most one bundle serves. The row stays when the files are removed.
+    it. At most one bundle serves. The row stays when the files are removed. ``ranked_by`` is the strategy whose order
+    takes the place of the estimates' where that is known to be noise; ``held_because`` says why the bundle does not
+    serve by itself.
     """
 
     __tablename__ = "bundle"
@@ -220,11 +222,14 @@ class Bundle(Base):
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     published_at: Mapped[dt.datetime]
     serving: Mapped[bool]
+    ranked_by: Mapped[str | None]
+    held_because: Mapped[str | None]
     __table_args__ = (
         Index("uq_bundle_serving", "serving", unique=True,
               sqlite_where=text("serving"), postgresql_where=text("serving")),
         CheckConstraint("segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name="networks"),
         CheckConstraint("parent_id < id", name="parent"),
+        CheckConstraint("NOT serving OR held_because IS NULL", name="held"),
     )  # fmt: skip
 
 
@@ -289,11 +294,13 @@ class AssessmentRow(Base):
     bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
     dice: Mapped[float]
     backend: Mapped[ComputeName] = mapped_column(String)
+    mask_kind: Mapped[MaskKind] = mapped_column(String)
     geometry: Mapped[JsonObject] = mapped_column(Json)
     made_at: Mapped[dt.datetime]
     __table_args__ = (
         UniqueConstraint("label_version_id", "bundle_id"),
         CheckConstraint(_one_of("backend", get_args(ComputeName)), name="backend"),
+        CheckConstraint(_one_of("mask_kind", get_args(MaskKind)), name="mask_kind"),
         Index("ix_assessment_scan", "scan_id", "id"),
         {"sqlite_autoincrement": True},
     )

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from monai.losses import DiceLoss
 
-from segqc.networks.assessor import Assessor
+from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.card import ModelCard
 from segqc.networks.plan import NetworkPlan
+from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import MeanOfNetworks
 from segqc.progress import Progress, WholeEstimate
 from segqc.quality.boxes import largest_box_area_mm2
-from segqc.quality.calibration import MapCalibration
+from segqc.quality.calibration import (
+    MapCalibration,
+    StructureCalibration,
+    TrainingSizes,
+    log_volume,
+    training_sizes,
+)
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
+from segqc.quality.report_card import report_card
 from segqc.split import PatientSplit
-from segqc.training.calibration import KnownMap, fit_map, fit_structure, known_map
+from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
-from segqc.training.crossfit import MaskSet, crossfit_masks, stratified_weights, subsample
+from segqc.training.crossfit import MaskSet, crossfit_masks, sources_of_masks, stratified_weights, subsample
 from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes
 from segqc.training.spec import TrainingSettings
-from segqc.types import Metrics, Structure
+from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
+from segqc.types import LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
@@ -94,18 +104,19 @@ def train_on_masks(
     if not settings.ensemble or len(folds) < 2:
         plan, validation = _plan_of(sets, structures, settings), _validation(sets, patient_splits)
         assessor = fit_assessor("SegQC-Net", plan, train, validation, structures, settings, folder, progress)
-        return calibrated(assessor, train, [(assessor, s) for s in validation], progress)
+        unseen = [(assessor, s) for s in _validating(sets, patient_splits)]
+        return calibrated(assessor, train, unseen, settings, progress)
     members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
-        (member, subsample(s, VALIDATION_MASKS))
+        (member, s)
         for fold, member in zip(folds, members, strict=True)
         for s in train
         if patient_splits[s.case.patient].fold == fold
     ]
     together = ensemble(members)
-    validation = _validation(sets, patient_splits)
-    return calibrated(together, train, [*unseen, *((together, s) for s in validation)], progress)
+    unseen += [(together, s) for s in _validating(sets, patient_splits)]
+    return calibrated(together, train, unseen, settings, progress)
 
 
 def train_member(
@@ -150,7 +161,11 @@ def _plan_of(sets: Sequence[MaskSet], structures: Sequence[Structure], settings:
 
 def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
     """A few masks of each case that validates: more would make validating longer than training, and say little new."""
-    return [subsample(s, VALIDATION_MASKS) for s in sets if patient_splits[s.case.patient].split == "validation"]
+    return [subsample(s, VALIDATION_MASKS) for s in _validating(sets, patient_splits)]
+
+
+def _validating(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
+    return [s for s in sets if patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -198,7 +213,7 @@ def assessor_job(
         validation=validation,
         prepare=_prepare(structures, settings),
         loss=_loss(settings),
-        empty_mask_epochs=round(settings.epochs * settings.scan_only_share),
+        scan_only_share=settings.scan_only_share,
         first_bias=_FIRST_BIAS,
     )
 
@@ -248,50 +263,120 @@ def _loss(settings: TrainingSettings) -> Loss:
 
 
 def calibrated(
-    assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
+    assessor: Assessor,
+    train: Sequence[MaskSet],
+    unseen: Sequence[tuple[Assessor, MaskSet]],
+    settings: TrainingSettings,
+    progress: Progress,
 ) -> Assessor:
-    """Fit each structure's calibrations and intervals on masks of unseen patients, and note the largest error box.
+    """Fit each structure's calibrations and intervals on masks of unseen patients, and note what they are worth.
+
+    The largest error box is noted, too.
+
+    Served masks, one of each scan, are calibrated by themselves, as they are much alike; strange ones on masks that are
+    spread over the qualities (`subsample`): their intervals are those of a random mask of such a spread.
 
     Args:
         assessor: what is calibrated.
         train: the masks that it was trained on.
         unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
             ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
-            Their masks are spread over the qualities (`subsample`): the intervals are those of a random mask of such a
-            spread.
+        settings: how the masks were made.
         progress: called after each case.
     """
     structures = assessor.structures
-    maps = _fit_maps(assessor, unseen, progress)
+    spread = [(judge, subsample(s, VALIDATION_MASKS)) for judge, s in unseen]
+    maps = _fit_maps(assessor, spread, progress)
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
-    patients: list[str] = []
-    estimates: list[list[Metrics]] = [[] for _ in structures]
-    truths: list[list[Metrics]] = [[] for _ in structures]
+    cases = {s.case.id: s.case for s in (*train, *(s for _, s in unseen))}
+    volumes = _log_volumes(list(cases.values()), structures)
+    members = sources_of_masks(1, settings).count(0) - 1
+    known: dict[MaskKind, list[tuple[KnownMask, ...]]] = {"served": [], "strange": []}
+    errors: list[tuple[ServedErrors, ...]] = []
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration")
-        scan, truth = read_case(mask_set.case, assessor.values)
-        for mask in mask_set.masks:
-            patients.append(mask_set.case.patient)
-            labels = Volume(mask, scan.affine, scan.acquisition_axis)
-            metrics = judges[id(judge)].map_metrics(scan, labels)
-            for k, structure in enumerate(structures):
-                estimates[k].append(metrics[k])
-                truths[k].append(true_metrics(structure.mask(mask), structure.mask(truth.array)))
-    boxes = _largest_boxes(train, structures, assessor.values)
+        case = mask_set.case
+        others = {
+            patient: v for patient, v in volumes.items() if patient in judge.card.seen and patient != case.patient
+        }
+        look = _Unseen(judges[id(judge)], case, *read_case(case, assessor.values), _sizes(others, len(structures)))
+        known["strange"] += [look.at(mask) for mask in subsample(mask_set, VALIDATION_MASKS).masks]
+        if mask_set.served is not None:
+            known["served"].append(look.at(mask_set.served.mask, mask_set.served.soft))
+            errors.append(look.errors_of(mask_set.served.mask, list(mask_set.masks[: 1 + members])))
+    of_structure = [{kind: [row[k] for row in rows] for kind, rows in known.items()} for k in range(len(structures))]
+    fitted = {
+        kind: fit_masks(kind, [of[kind] for of in of_structure])
+        for kind, rows in known.items()
+        if rows or kind == "strange"
+    }
+    sizes, boxes = _sizes(volumes, len(structures)), _largest_boxes(train, structures, assessor.values)
     calibration = tuple(
-        replace(fit_structure(e, t, patients), largest_box_mm2=box)
-        for e, t, box in zip(estimates, truths, boxes, strict=True)
+        StructureCalibration({kind: of_all[k] for kind, of_all in fitted.items()}, sizes[k], boxes[k])
+        for k in range(len(structures))
     )
-    errors = {s.name: _mean_error(e, t) for s, e, t in zip(structures, estimates, truths, strict=True)}
-    known = {name: error for name, error in errors.items() if error is not None}
+    kind: MaskKind = "served" if known["served"] else "strange"
+    held_out = [
+        held_out_masks(kind, of_kind[kind], c.of(kind)) if of_kind[kind] else ()
+        for c, of_kind in zip(calibration, of_structure, strict=True)
+    ]
+    unseen_served = [
+        mask
+        for k, structure in enumerate(structures)
+        for mask in unseen_masks(structure, held_out[k] if errors else (), [row[k] for row in errors])
+    ]
+    mean_errors = {s.name: _mean_error(masks) for s, masks in zip(structures, held_out, strict=True)}
+    accurate = {name: error for name, error in mean_errors.items() if error is not None}
     card = replace(
         assessor.card,
         calibration=calibration,
-        scores={f"dice error {name}": error for name, error in known.items()},
-        accuracy=1.0 - sum(known.values()) / len(known) if known else None,
+        scores={f"dice error {name}": error for name, error in accurate.items()},
+        accuracy=1.0 - sum(accurate.values()) / len(accurate) if accurate else None,
+        report=report_card(unseen_served),
     )
     return Assessor(card, assessor.network)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unseen:
+    """A case, and a network that has not trained from its patient; ``sizes`` are of the others' structures."""
+
+    judge: Assessor
+    case: Case
+    scan: Volume
+    truth: Volume
+    sizes: Sequence[TrainingSizes | None]
+
+    def at(self, mask: LabelArray, soft: Sequence[SoftOutput] | None = None) -> tuple[KnownMask, ...]:
+        """What is said, and what is true, of each structure of a mask; ``soft`` is what its network says of it."""
+        raw = self.judge.map_metrics(self.scan, Volume(mask, self.scan.affine, self.scan.acquisition_axis))
+        found = []
+        for k, structure in enumerate(self.judge.structures):
+            held = structure.mask(mask)
+            true = true_metrics(held, structure.mask(self.truth.array))
+            witnesses = witnesses_of(held, self.scan, soft[k] if soft else None, self.sizes[k])
+            found.append(KnownMask(self.case.patient, self.case.id, raw[k], true, witnesses))
+        return tuple(found)
+
+    def errors_of(self, mask: LabelArray, group: Sequence[LabelArray]) -> tuple[ServedErrors, ...]:
+        """What the error maps of a served mask find; ``group`` are the masks under test-time augmentation."""
+        errors = self.judge.error_maps(self.scan, Volume(mask, self.scan.affine, self.scan.acquisition_axis))
+        truth = np.asarray(self.truth.array, np.uint8)
+        return served_errors(self.judge.structures, errors, mask, truth, group)
+
+
+def _log_volumes(cases: Sequence[Case], structures: Sequence[Structure]) -> dict[str, list[float]]:
+    """Each patient's mean log volume of each structure."""
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for case in cases:
+        scan, truth = read_case(case, label_values(structures))
+        found[case.patient].append([log_volume(s.mask(truth.array), scan.voxel_volume_mm3) for s in structures])
+    return {patient: np.mean(volumes, axis=0).tolist() for patient, volumes in found.items()}
+
+
+def _sizes(volumes: Mapping[str, Sequence[float]], structures: int) -> list[TrainingSizes | None]:
+    return [training_sizes([of_patient[k] for of_patient in volumes.values()]) for k in range(structures)]
 
 
 def _fit_maps(
@@ -314,12 +399,10 @@ def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:
     return Assessor(replace(assessor.card, map_calibration=maps), assessor.network)
 
 
-def _mean_error(estimates: Sequence[Metrics], truths: Sequence[Metrics]) -> float | None:
-    errors = [
-        abs(e.dice - t.dice)
-        for e, t in zip(estimates, truths, strict=True)
-        if e.dice is not None and t.dice is not None
-    ]
+def _mean_error(held_out: Sequence[HeldOutMask]) -> float | None:
+    """The mean error of the estimated Dice, made with no part of the mask's patient."""
+    pairs = [(m.estimated.dice, m.known.true.dice) for m in held_out]
+    errors = [abs(estimate - true) for estimate, true in pairs if estimate is not None and true is not None]
     return round(float(np.mean(errors)), 4) if errors else None
 
 

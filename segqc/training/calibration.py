@@ -1,25 +1,39 @@
 """From a network's logits to calibrated maps, and from estimates and truths to calibrated estimates with intervals.
 
 The map first: Platt scaling of the error's logits moves estimates of all qualities, each metric and each slice, the way
-that a line through one metric's estimates can't. Then a line per 3D metric takes what is left, where it does so for
-patients that it was not fitted on (method, "Calibration").
+that a line through one metric's estimates can't. Then what is left is taken by an estimate per kind of mask and metric,
+where it does so for patients that it was not fitted on (`segqc.quality.stacking`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
-from segqc.quality.calibration import MapCalibration, StructureCalibration
-from segqc.quality.intervals import StructureIntervals, jackknife_plus
-from segqc.quality.metrics import METRIC_NAMES, MIN_CALIBRATION_CASES, Values, fit_calibration, true_metrics
-from segqc.types import BoolArray, FloatArray, Metrics
+from segqc.quality.calibration import MapCalibration, MaskCalibration, said_of
+from segqc.quality.intervals import LEVEL, ConformalCalibration, StructureIntervals, held_out, jackknife
+from segqc.quality.metrics import MIN_CALIBRATION_CASES, MetricName, Values, true_metrics
+from segqc.quality.stacking import (
+    ARVD_CHOICES,
+    DICE_OF_OTHERS,
+    DICE_OF_SERVED,
+    RVD_CHOICES,
+    Choice,
+    ChosenEstimate,
+    KnownMasks,
+    WitnessName,
+    fit_estimates,
+    iou_of_dice,
+    known_masks,
+)
+from segqc.types import NO_WITNESSES, BoolArray, FloatArray, MaskKind, Metrics, PredictionInterval, Witnesses
 
 LogitCounts: TypeAlias = npt.NDArray[np.int64]
 
@@ -27,6 +41,10 @@ _EDGE, _STEP = 20.0, 0.05  # logits are counted from -_EDGE to _EDGE, those beyo
 _CENTRES = np.arange(-_EDGE, _EDGE, _STEP) + _STEP / 2
 # what is believed before a mask is seen: with few masks the map stays what the network made it
 _NOISE, _LOG_SCALE, _SHIFT = 0.03, 0.3, 0.5
+_METRICS: Final[tuple[MetricName, ...]] = ("dice", "arvd", "rvd")  # the IoU follows from the Dice
+_WITNESSES: Final[Mapping[MetricName, tuple[WitnessName, ...]]] = MappingProxyType(
+    {"dice": ("map", "soft", "entropy", "size"), "arvd": ("map", "dice"), "rvd": ("map",)}
+)
 _PARTS = 5  # of a cross-validation over patients
 _ERRORS = 2.0  # standard errors that are noise
 
@@ -135,30 +153,121 @@ def _rank_correlation(estimated: Values, true: Values) -> float:
     return float(spearmanr(estimated, true).statistic)
 
 
-def fit_structure(
-    estimates: Sequence[Metrics], truths: Sequence[Metrics], patients: Sequence[str]
-) -> StructureCalibration:
-    """Calibrate one structure's four 3D metrics and their intervals (method, "Calibration"; `segqc.quality.intervals`).
+@dataclass(frozen=True, slots=True)
+class KnownMask:
+    """One structure of a mask whose truth is known, and what is said of it.
 
-    The network must not have trained from these patients: they validate, or each estimate is of the fold network that
-    has not seen its patient. The line is fitted on all masks, each patient's residuals are against a line without it;
-    the two numbers of the map's scaling before it are of all patients.
+    Attributes:
+        patient, scan: whose mask it is.
+        raw: the metrics as read off the error map of a network that has not seen the patient.
+        true: the true ones.
+        witnesses: what speaks of the mask beside the map.
+    """
+
+    patient: str
+    scan: str
+    raw: Metrics
+    true: Metrics
+    witnesses: Witnesses = NO_WITNESSES
+
+
+def fit_masks(kind: MaskKind, structures: Sequence[Sequence[KnownMask]]) -> tuple[MaskCalibration, ...]:
+    """Calibrate the metrics of one kind of masks, and their intervals (`segqc.quality.stacking`, `.intervals`).
+
+    Each estimate is chosen and fitted on all patients; each patient's residuals are against one that was chosen and
+    fitted without it. The two numbers of the map's scaling before it are of all patients.
 
     Args:
-        estimates: as read off the error maps, one per mask.
-        truths: the true metrics, in the same order.
-        patients: whose mask it is.
+        kind: the kind of masks.
+        structures: of each structure, the same masks, of patients that neither of the networks has trained from.
 
     Returns:
-        The calibration, without a largest error box.
-
-    Raises:
-        ValueError: if the three differ in length.
+        One of each structure.
     """
-    columns = {
-        name: ([getattr(e, name) for e in estimates], [getattr(t, name) for t in truths]) for name in METRIC_NAMES
+    dice, arvd, rvd = (_fit(kind, metric, structures) for metric in _METRICS)
+    return tuple(
+        MaskCalibration(d.chosen, a.chosen, r.chosen, StructureIntervals(d.intervals, a.intervals, r.intervals))
+        for d, a, r in zip(dice, arvd, rvd, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutMask:
+    """The final estimates of a mask and the interval of its Dice, chosen and fitted without its patient."""
+
+    known: KnownMask
+    estimated: Metrics
+    interval: PredictionInterval | None
+
+
+def held_out_masks(kind: MaskKind, known: Sequence[KnownMask], calibration: MaskCalibration) -> tuple[HeldOutMask, ...]:
+    """What is said of the masks that a calibration was fitted on, each time without the mask's own patient.
+
+    Args:
+        kind: the kind of masks.
+        known: the masks, of one structure.
+        calibration: what `fit_masks` made of them.
+    """
+    if calibration.intervals is None:
+        raise ValueError("estimates of held-out patients need a calibration with intervals")
+    columns: dict[MetricName, list[float | None]] = {}
+    ends: list[PredictionInterval | None] = [None] * len(known)
+    for metric in _METRICS:
+        made: ConformalCalibration = getattr(calibration.intervals, metric)
+        masks, rows = _known_masks(kind, metric, known)
+        found = held_out(made, masks)
+        columns[metric] = [None] * len(known)
+        for row, estimate, low, high in zip(rows, found.estimates, found.low, found.high, strict=True):
+            columns[metric][row] = float(estimate)
+            if metric == "dice" and not np.isnan(low):
+                ends[row] = PredictionInterval(float(low), float(high), LEVEL)
+    dice = columns["dice"]
+    return tuple(
+        HeldOutMask(
+            mask,
+            Metrics(dice[i], None if (d := dice[i]) is None else iou_of_dice(d), columns["arvd"][i], columns["rvd"][i]),
+            ends[i],
+        )
+        for i, mask in enumerate(known)
+    )
+
+
+def _choices(kind: MaskKind, metric: MetricName) -> Sequence[Choice]:
+    if metric == "rvd":
+        return RVD_CHOICES
+    if metric == "arvd":
+        return ARVD_CHOICES
+    return DICE_OF_SERVED if kind == "served" else DICE_OF_OTHERS
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """One metric of one structure."""
+
+    chosen: ChosenEstimate
+    intervals: ConformalCalibration
+
+
+def _fit(kind: MaskKind, metric: MetricName, structures: Sequence[Sequence[KnownMask]]) -> list[_Fitted]:
+    masks = [_known_masks(kind, metric, known)[0] for known in structures]
+    choices = _choices(kind, metric)
+    without = {
+        int(patient): fit_estimates([m.where(m.patients != patient) for m in masks], metric, choices)
+        for patient in np.unique(np.concatenate([m.patients for m in masks]))
     }
-    lines = {name: fit_calibration(x, truth, metric=name, patients=patients) for name, (x, truth) in columns.items()}
-    made = {name: jackknife_plus(x, truth, patients, name) for name, (x, truth) in columns.items()}
-    intervals = StructureIntervals(made["dice"], made["iou"], made["arvd"], made["rvd"])
-    return StructureCalibration(**lines, largest_box_mm2=None, intervals=intervals)
+    return [
+        _Fitted(chosen, jackknife(m, metric, {p: of_all[k].model for p, of_all in without.items()}.__getitem__))
+        for k, (chosen, m) in enumerate(zip(fit_estimates(masks, metric, choices), masks, strict=True))
+    ]
+
+
+def _known_masks(kind: MaskKind, metric: MetricName, known: Sequence[KnownMask]) -> tuple[KnownMasks, list[int]]:
+    """The masks whose truth and witnesses are known, and which they are."""
+    wanted = _WITNESSES[metric] if kind == "served" or metric != "dice" else ("map",)
+    said = [said_of(metric, k.raw, k.witnesses) for k in known]
+    # of one or two patients nobody knows the others' sizes
+    names = [name for name in wanted if name == "map" or any(name in values for values in said)]
+    true: list[float | None] = [getattr(k.true, metric) for k in known]
+    rows = [i for i, values in enumerate(said) if values.keys() >= set(names) and true[i] is not None]
+    masks = known_masks({name: [s.get(name) for s in said] for name in names}, true, [k.patient for k in known])
+    return masks, rows

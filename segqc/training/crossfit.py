@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from segqc.networks.plan import NetworkPlan
-from segqc.networks.segmenter import Segmenter
+from segqc.networks.segmenter import Segmenter, SoftOutput
 from segqc.networks.unet import StemUNet
 from segqc.progress import Progress
 from segqc.quality.metrics import true_metrics
@@ -35,12 +35,29 @@ class LeakError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ServedMask:
+    """The plain prediction of a case by a network that has not seen it: what the product would serve.
+
+    Attributes:
+        mask: on the scan's grid, (n0, n1, n2).
+        soft: what the network's soft output says of each structure.
+    """
+
+    mask: LabelArray
+    soft: tuple[SoftOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MaskSet:
-    """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures."""
+    """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures.
+
+    ``served`` is None where no network of the case's fold has made the masks.
+    """
 
     case: Case
     masks: LabelArray
     dice: tuple[float, ...]
+    served: ServedMask | None = None
 
 
 def assert_unseen(segmenter: Segmenter, case: Case) -> None:
@@ -58,8 +75,8 @@ def masks_of(
 ) -> MaskSet:
     """Make the masks of a case: per network each member of the augmentation group and the median (paper, 3.1).
 
-    The first network gives the whole group; the further ones (early epochs) give one mask each, as the members of a
-    group look much alike and cost as much as the first one's.
+    The first network gives the whole group, and the mask that would be served; the further ones (early epochs) give one
+    mask each, as the members of a group look much alike and cost as much as the first one's.
 
     Args:
         segmenters: the networks.
@@ -72,16 +89,20 @@ def masks_of(
     """
     scan, truth = read_case(case, segmenters[0].values)
     masks: list[LabelArray] = []
+    served: ServedMask | None = None
     for i, segmenter in enumerate(segmenters):
         if not allow_seen:
             assert_unseen(segmenter, case)
         if i == 0:
+            plain = segmenter.predict(scan)
+            soft = segmenter.soft_outputs(plain, segmenter.structures)
+            served = ServedMask(np.asarray(plain.labels.array, np.uint8), soft)
             tta = segmenter.predict_tta(scan, gammas=settings.gammas)
             masks += [np.asarray(tta.labels.array, np.uint8), *tta.members]
         else:
             masks.append(np.asarray(segmenter.predict(scan).labels.array, np.uint8))
     dice = tuple(mean_dice(mask, truth, segmenters[0].structures) for mask in masks)
-    return MaskSet(case, np.stack(masks), dice)
+    return MaskSet(case, np.stack(masks), dice, served)
 
 
 def sources_of_masks(sources: int, settings: TrainingSettings) -> tuple[int, ...]:
@@ -235,13 +256,23 @@ def _masks_at(path: Path, networks: Sequence[Segmenter], case: Case, settings: T
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]))
+                soft = tuple(SoftOutput(*row) for row in stored["soft"].tolist())
+                served = ServedMask(stored["served"], soft)
+                return MaskSet(case, stored["masks"], tuple(float(d) for d in stored["dice"]), served)
         except Exception as error:  # of many kinds on damaged files, without a common base
             logger.warning("%s: unreadable masks (%s), made anew", path, error)
     made = masks_of(networks, case, settings)
+    if made.served is None:
+        raise ValueError(f"case {case.id}: no network made its masks")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, masks=made.masks, dice=np.array(made.dice))
+        np.savez_compressed(
+            temporary,
+            masks=made.masks,
+            dice=np.array(made.dice),
+            served=made.served.mask,
+            soft=np.array([(soft.dice, soft.entropy) for soft in made.served.soft]),
+        )
     return made
 
 
@@ -251,7 +282,7 @@ def subsample(mask_set: MaskSet, most: int) -> MaskSet:
         return mask_set
     order = np.argsort(mask_set.dice, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, most).round().astype(int)]
-    return MaskSet(mask_set.case, mask_set.masks[chosen], tuple(mask_set.dice[int(i)] for i in chosen))
+    return replace(mask_set, masks=mask_set.masks[chosen], dice=tuple(mask_set.dice[int(i)] for i in chosen))
 
 
 def stratified_weights(dice: Sequence[float]) -> tuple[float, ...]:

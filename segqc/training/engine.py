@@ -1,4 +1,9 @@
-"""One training, on MONAI's engines: learning curve, early stopping, checkpoints that resume at an epoch's boundary."""
+"""One training, on MONAI's engines: learning curve, early stopping, checkpoints that resume at an epoch's boundary.
+
+What is kept is the exponential moving average of the weights. Its validation loss is smooth, so that a training can end
+when that gets no better (compare Morales-Brotons, Vogels & Hendrikx, "Exponential moving average of weights in deep
+learning", TMLR 2024). The learning rate falls to zero at the most epochs that are allowed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,14 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from ignite.engine import Engine, Events
@@ -22,6 +29,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler, LrScheduleHandler, ValidationHandler, from_engine
 from monai.utils import set_determinism
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from segqc.networks.device import device_of_choice, has_bfloat16, in_device_memory
@@ -39,12 +47,15 @@ logger = logging.getLogger(__name__)
 
 STEPS = "steps"  # of a training, each of one batch
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
-EARLIER_WEIGHT = 0.8  # of an epoch against the next one, in the mean validation loss that is compared
+_DECAY: Final = 0.99  # of the weights' moving average, at each step; smaller in the first steps
+_POWER: Final = 0.9  # of the learning rate's fall
+_LAST: Final = 0.1  # of a training; one whose best epoch lies in this part was still improving
 
 Weights: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PrepareBatch: TypeAlias = Callable[[Patch], tuple[torch.Tensor, torch.Tensor]]
 NetworkBuilder: TypeAlias = Callable[[NetworkPlan], nn.Module]
+Bound: TypeAlias = Literal["epochs", "minutes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class Job:
 
     ``build`` makes another network than the plan's U-Net, its first weights drawn from torch's generator; ``variant``
     then names it and its loss, as plan and settings do not tell it from others. One tensor comes out of a network.
+    ``epochs`` are the most, fewer where their bound on time does not allow so many; in the first part of these,
+    ``scan_only_share``, the mask input is empty.
     """
 
     name: str
@@ -72,7 +85,7 @@ class Job:
     validation: Sequence[Example]
     prepare: PrepareBatch
     loss: Loss
-    empty_mask_epochs: int = 0
+    scan_only_share: float = 0.0
     first_bias: float | None = None
     snapshots: tuple[int, ...] = ()
     build: NetworkBuilder | None = None
@@ -81,11 +94,34 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``."""
+    """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``.
+
+    ``best_epoch`` is whose weights it has, None where epochs were not compared: then it has the last ones. ``bound`` is
+    what ended the training, None where it got no better.
+    """
 
     network: nn.Module
     history: tuple[EpochRecord, ...]
     snapshots: dict[int, Weights]
+    best_epoch: int | None
+    bound: Bound | None
+
+    @property
+    def was_improving(self) -> bool | None:
+        """Whether the validation loss was still getting better at the end; None where epochs were not compared."""
+        if self.best_epoch is None:
+            return None
+        return self.bound is not None and self.best_epoch > (1 - _LAST) * len(self.history)
+
+    def told(self, name: str) -> str:
+        """A sentence on how long the training was, and whether longer would have been better."""
+        whole = f"{name}: {len(self.history)} epochs"
+        if self.was_improving is None:
+            return f"{whole}; as no patient validates it, nothing says whether more of them would help."
+        if self.was_improving:
+            setting = "epochs" if self.bound == "epochs" else "max_minutes"
+            return f"{whole}, and it was still improving at the end: it may become better with larger '{setting}'."
+        return f"{whole}, the best was epoch {self.best_epoch}."
 
 
 @functools.cache
@@ -101,7 +137,7 @@ def fingerprint(job: Job) -> str:
     """What a checkpoint must agree on to be continued: plan, settings, length and the examples' contents."""
     # how the network is asked later is no matter of its training
     settings = dataclasses.replace(job.settings, average_flips=False, hide_mask=False)
-    digest = hashlib.sha256(repr((job.plan, settings, job.epochs, job.empty_mask_epochs, job.snapshots)).encode())
+    digest = hashlib.sha256(repr((job.plan, settings, job.epochs, job.scan_only_share, job.snapshots)).encode())
     digest.update(job.variant.encode())
     for example in (*job.train, *job.validation):
         digest.update(f"{example.case}{example.weight}".encode())
@@ -114,9 +150,10 @@ def fingerprint(job: Job) -> str:
 def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int], None] | None = None) -> Fitted:
     """Train a network, or continue or return a training of the same fingerprint found in ``folder``.
 
-    The best weights on the validation examples are returned, the last ones where there are none; see
-    `moving_validation`. Every draw is a function of (seed, number of the draw), so an interrupted training resumes
-    exactly at an epoch's boundary.
+    The training ends when the moving average of the weights gets no better on the validation examples for
+    ``patience`` epochs, or at its bound; its best weights are returned, the last ones where nothing validates. How many
+    epochs ``max_minutes`` allow is decided by the first one. Every draw is a function of (seed, number of the draw), so
+    an interrupted training resumes exactly at an epoch's boundary.
 
     Args:
         job: what to train.
@@ -133,7 +170,7 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     training.restore(folder)
     if from_epoch:
         from_epoch(training.done)
-    if training.done < job.epochs and not training.exhausted:
+    if not training.is_over:
         with _same_every_time(job.settings.seed, training.device), in_device_memory(job.plan.patch):
             trainer = _trainer(training, progress)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: training.save(folder))
@@ -141,7 +178,9 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     else:
         steps = job.settings.steps_per_epoch
         progress.step(training.done * steps, training.done * steps, job.name, "done by an earlier run", unit=STEPS)
-    return training.fitted()
+    fitted = training.fitted()
+    progress.message(fitted.told(job.name))
+    return fitted
 
 
 @contextlib.contextmanager
@@ -156,19 +195,6 @@ def _same_every_time(seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def moving_validation(history: Sequence[EpochRecord]) -> float | None:
-    """Mean of a learning curve's validation losses, later epochs weighing more; None where nothing validates.
-
-    It decides which epoch is the best one: of few patients the loss of a single epoch is mostly noise, and the luckiest
-    epoch is often an early one that has not learned the small structures yet. (nnU-Net averages for the same reason.)
-    """
-    losses = [point.validation_loss for point in history if point.validation_loss is not None]
-    if not losses:
-        return None
-    weights = [EARLIER_WEIGHT**age for age in reversed(range(len(losses)))]
-    return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def write_mean_curve(members: Sequence[Path], folder: Path) -> None:
@@ -204,25 +230,27 @@ class _MixedPrecision(nn.Module):
 
 
 class _Training:
-    """A job's network, optimizer and schedule, and what came of them so far: all that a checkpoint holds."""
+    """A job's network and optimizer, and what came of them so far: all that a checkpoint holds."""
 
     def __init__(self, job: Job) -> None:
         settings = job.settings
         self.job = job
         self.device = device_of_choice()
+        self.epochs = job.epochs
         self.network = _first_network(job).to(self.device)
         if self.device.type == "cpu":
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        mixed = settings.mixed_precision and has_bfloat16(self.device)
-        self.computes: nn.Module = _MixedPrecision(self.network) if mixed else self.network
+        self.average = AveragedModel(self.network, multi_avg_fn=_moving_average)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-        self.scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, total_iters=job.epochs, power=0.9)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda epoch: float(max(0.0, 1 - epoch / self.epochs) ** _POWER)
+        )
         self.fingerprint = fingerprint(job)
         self.history: list[EpochRecord] = []
-        self.best_loss = float("inf")
+        self.best_loss = math.inf
         self.best: Weights | None = None
-        self.since_best = 0
+        self.best_epoch: int | None = None
         self.snapshots: dict[int, Weights] = {}
 
     @property
@@ -231,14 +259,34 @@ class _Training:
         return len(self.history)
 
     @property
-    def exhausted(self) -> bool:
+    def scan_only_epochs(self) -> int:
+        """For how many epochs the mask input is empty."""
+        return round(self.epochs * self.job.scan_only_share)
+
+    @property
+    def is_exhausted(self) -> bool:
         """Whether the validation loss has not become better for long enough."""
-        return bool(self.job.validation) and self.since_best >= self.job.settings.patience
+        return self.best_epoch is not None and self.done - self.best_epoch >= self.job.settings.patience
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no further epoch."""
+        return self.done >= self.epochs or self.is_exhausted
+
+    def computing(self, network: nn.Module) -> nn.Module:
+        """A network as its convolutions are to be computed here."""
+        mixed = self.job.settings.mixed_precision and has_bfloat16(self.device)
+        return _MixedPrecision(network) if mixed else network
 
     def prepare(self, batch: Patch, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and target of a batch, on the device; MONAI's engines give more arguments than are needed."""
         image, target = self.job.prepare(batch)
         return image.to(self.device), target.to(self.device)
+
+    def bound_by(self, seconds: float) -> None:
+        """Allow no more epochs, each of so many seconds, than the bound on time does; at least two."""
+        allowed = int(60 * self.job.settings.max_minutes / max(seconds, 1e-9))
+        self.epochs = min(self.epochs, max(2, allowed))
 
     def finish_epoch(self, epoch: int, train_loss: float, validation_loss: float | None) -> None:
         """Note an epoch on the learning curve, and keep its weights where they are asked for or the best so far."""
@@ -246,19 +294,16 @@ class _Training:
         if epoch in self.job.snapshots:
             self.snapshots[epoch] = self._weights()
         # while the mask input is empty the validation loss speaks of another task
-        average = moving_validation(self.history[self.job.empty_mask_epochs :])
-        if average is None:
-            return
-        if average < self.best_loss:
-            self.best_loss, self.best, self.since_best = average, self._weights(), 0
-        else:
-            self.since_best += 1
+        if validation_loss is not None and epoch > self.scan_only_epochs and validation_loss < self.best_loss:
+            self.best_loss, self.best, self.best_epoch = validation_loss, self._weights(), epoch
 
     def fitted(self) -> Fitted:
         """The result: the best weights where epochs were compared, the last ones otherwise."""
-        if self.best is not None:
-            self.network.load_state_dict(self.best)
-        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots)
+        self.network.load_state_dict(self.best or self._weights())
+        bound: Bound | None = None
+        if not self.is_exhausted:
+            bound = "epochs" if self.epochs == self.job.epochs else "minutes"
+        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch, bound)
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.pt`` and ``curve.json``."""
@@ -268,12 +313,14 @@ class _Training:
                 {
                     "fingerprint": self.fingerprint,
                     "network": self.network.state_dict(),
+                    "average": self.average.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
+                    "epochs": self.epochs,
                     "history": history,
                     "best_loss": self.best_loss,
                     "best": self.best,
-                    "since_best": self.since_best,
+                    "best_epoch": self.best_epoch,
                     "snapshots": self.snapshots,
                 },
                 temporary,
@@ -296,14 +343,25 @@ class _Training:
             logger.info("%s: of other data or settings, training anew", path)
             return
         self.network.load_state_dict(content["network"])
+        self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
+        self.epochs = content["epochs"]
         self.history = [EpochRecord(**record) for record in content["history"]]
-        self.best_loss, self.best = content["best_loss"], content["best"]
-        self.since_best, self.snapshots = content["since_best"], content["snapshots"]
+        self.best_loss, self.best, self.best_epoch = (content[name] for name in ("best_loss", "best", "best_epoch"))
+        self.snapshots = content["snapshots"]
 
     def _weights(self) -> Weights:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.average.module.state_dict().items()}
+
+
+@torch.no_grad()
+def _moving_average(
+    averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], steps: torch.Tensor | int
+) -> None:
+    """Move the averages towards the weights, after so many steps: at first by much, as the first weights are random."""
+    decay = min(_DECAY, (1 + int(steps)) / (10 + int(steps)))
+    torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
 
 def _first_network(job: Job) -> nn.Module:
@@ -318,11 +376,13 @@ def _first_network(job: Job) -> nn.Module:
 def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     """MONAI's engine for the epochs that are left."""
     job, steps = training.job, training.job.settings.steps_per_epoch
+    per_epoch = steps * job.settings.batch
+    patches = PatchDataset(job.train, job.plan, job.settings, empty_until=training.scan_only_epochs * per_epoch)
     trainer = SupervisedTrainer(
         device=training.device,
-        max_epochs=job.epochs,
-        train_data_loader=_loader(training),
-        network=training.computes,
+        max_epochs=training.epochs,
+        train_data_loader=_loader(training, patches),
+        network=training.computing(training.network),
         optimizer=training.optimizer,
         loss_function=job.loss,
         epoch_length=steps,
@@ -331,18 +391,22 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     trainer.state.epoch = training.done
     trainer.state.iteration = training.done * steps
     losses: list[float] = []
+    started = time.monotonic()
 
     def after_step(engine: Engine) -> None:
+        training.average.update_parameters(training.network)
         losses.append(float(engine.state.output[0]["loss"]))
-        at = f"epoch {engine.state.epoch} of {job.epochs}, loss {losses[-1]:.3f}"
-        progress.step(engine.state.iteration, job.epochs * steps, job.name, at, unit=STEPS)
+        at = f"epoch {engine.state.epoch} of {training.epochs}, loss {losses[-1]:.3f}"
+        progress.step(engine.state.iteration, training.epochs * steps, job.name, at, unit=STEPS)
 
     def after_epoch(engine: Engine) -> None:
+        if engine.state.epoch == 1:
+            training.bound_by(time.monotonic() - started)
+            patches.empty_until = training.scan_only_epochs * per_epoch
         validation = engine.state.metrics.get("validation_loss") if job.validation else None
         training.finish_epoch(engine.state.epoch, sum(losses) / max(1, len(losses)), validation)
         losses.clear()
-        if training.exhausted:
-            logger.info("%s: no better for %d epochs, stopped", job.name, job.settings.patience)
+        if training.is_over:
             engine.terminate()
 
     def before_step(engine: Engine) -> None:
@@ -353,16 +417,15 @@ def _trainer(training: _Training, progress: Progress) -> SupervisedTrainer:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)
     if job.validation:
         _validate_each_epoch(trainer, training)
-    LrScheduleHandler(training.scheduler, print_lr=False).attach(trainer)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
+    LrScheduleHandler(training.scheduler, print_lr=False).attach(trainer)
     return trainer
 
 
-def _loader(training: _Training) -> Iterable[Patch]:
-    job, settings = training.job, training.job.settings
-    per_epoch = settings.steps_per_epoch * settings.batch
-    dataset = PatchDataset(job.train, job.plan, settings, empty_until=job.empty_mask_epochs * per_epoch)
-    batches = DataLoader(dataset, batch_size=settings.batch, sampler=Draws(training.done * per_epoch))
+def _loader(training: _Training, patches: PatchDataset) -> Iterable[Patch]:
+    settings = training.job.settings
+    draws = Draws(training.done * settings.steps_per_epoch * settings.batch)
+    batches = DataLoader(patches, batch_size=settings.batch, sampler=draws)
     return _Ahead(batches) if training.device.type == "cuda" else batches
 
 
@@ -398,7 +461,7 @@ def _validate_each_epoch(trainer: SupervisedTrainer, training: _Training) -> Non
         val_data_loader=[
             torch.utils.data.default_collate(patches[i : i + batch_size]) for i in range(0, len(patches), batch_size)
         ],
-        network=training.computes,
+        network=training.computing(training.average.module),
         prepare_batch=training.prepare,
         key_val_metric={"validation_loss": metric},
         metric_cmp_fn=lambda new, best: new < best,

@@ -22,13 +22,16 @@ _WHOLE_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
 }
 _SHARES: Final = ("scan_only_share", "empty_mask_share")
 _LARGEST_PATCH: Final = 4096  # voxels along an axis
+_MOST_MINUTES: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
     """How networks are trained.
 
-    ``epochs`` are of ``steps_per_epoch`` batches each, whatever the number of cases. ``fold_epochs`` is the length of
+    ``epochs`` are of ``steps_per_epoch`` batches each, whatever the number of cases. A training ends when the
+    validation loss has got no better for ``patience`` epochs, after ``epochs`` at the latest, and takes about
+    ``max_minutes`` at most: what its first epoch takes tells how many these allow. ``fold_epochs`` is the length of
     the cross-fitted segmentation networks that only make SegQC-Net's training masks. ``scan_only_share`` is the first
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
@@ -49,12 +52,13 @@ class TrainingSettings:
     seed: int = 0
     size: NetworkSize = "small"
     patch: Triple | None = None
-    epochs: int = 30
-    fold_epochs: int = 15
+    epochs: int = 60
+    fold_epochs: int = 20
     steps_per_epoch: int = 20
     batch: int = 2
     learning_rate: float = 2e-3
     patience: int = 15
+    max_minutes: float = 60.0
     folds: int = 3
     validation_share: float = 0.15
     min_cases: int = 4
@@ -63,7 +67,7 @@ class TrainingSettings:
     gammas: tuple[float, ...] = (0.7,)
     output_form: OutputForm = "truth"
     loss: Literal["cross-entropy", "dice"] = "cross-entropy"
-    scan_only_share: float = 0.4
+    scan_only_share: float = 0.2
     empty_mask_share: float = 0.0
     mask_deformation: float = 0.0
     average_flips: bool = False
@@ -88,6 +92,8 @@ class TrainingSettings:
             raise ValueError("validation_share must be from 0 to below 1")
         if not 0 < self.learning_rate <= 1:
             raise ValueError("learning_rate must be above 0 and at most 1")
+        if not 0 < self.max_minutes <= _MOST_MINUTES:
+            raise ValueError(f"max_minutes must be above 0 and at most {_MOST_MINUTES}")
         if not 0 <= self.mask_deformation <= 100:
             raise ValueError("mask_deformation must be from 0 to 100 voxels")
         if not all(0 < contrast <= 10 for contrast in self.gammas):
@@ -109,6 +115,7 @@ class TrainingSettings:
             steps_per_epoch=self.steps_per_epoch,
             batch=self.batch,
             learning_rate=self.learning_rate,
+            max_minutes=self.max_minutes,
             flips=self.flips,
             transposes=self.transposes,
             mixed_precision=self.mixed_precision,

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from segqc.evaluation.data.settings import EvaluationSettings
 from segqc.evaluation.data.storage import Format, load_arrays, save_arrays
 from segqc.evaluation.methods.estimates import AssessedMask, Estimator, slice_sums
-from segqc.evaluation.statistics.detection import STEPS, ErrorMapCounts, SignedCounts, count_voxels
 from segqc.quality.boxes import BoxSettings, find_boxes
+from segqc.quality.error_counts import STEPS, ErrorMapCounts, SignedCounts, count_voxels
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import METRIC_NAMES, SliceMetrics, Values, true_metrics, true_slice_metrics
 from segqc.types import BoolArray, ErrorBox, FloatArray, Metrics, Structure

@@ -52,9 +52,10 @@ from segqc.evaluation.methods.registry import (
     methods,
     one_network,
 )
-from segqc.evaluation.statistics import curves, detection, estimation
+from segqc.evaluation.statistics import curves, detection
 from segqc.evaluation.statistics.coverage import ALL, Coverage, quality_strata, resplit_coverage, shift_coverage
 from segqc.networks.segmenter import Segmenter
+from segqc.quality import estimation
 from segqc.quality.boxes import largest_box_area_mm2
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import METRIC_NAMES, MetricName, Values, fit_calibration

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from segqc.evaluation.methods.averages import average_metrics, average_slices
 from segqc.evaluation.methods.estimates import (
     NO_METRICS,
@@ -22,6 +20,7 @@ from segqc.evaluation.methods.estimates import (
 from segqc.evaluation.methods.maps import structure_probabilities
 from segqc.networks.cache import LatestCache
 from segqc.networks.segmenter import Segmenter, TtaPrediction
+from segqc.quality.error_maps import entropy_map
 from segqc.quality.metrics import SliceMetrics, true_metrics, true_slice_metrics
 from segqc.types import FloatArray, LabelArray, Metrics, Structure
 from segqc.volumes import Volume, through_plane_axis
@@ -104,13 +103,6 @@ def tta_slice_metrics(prediction: TtaPrediction, structure: Structure, axis: int
     median = structure.mask(prediction.labels.array)
     members = [true_slice_metrics(median, structure.mask(member), axis) for member in prediction.members]
     return average_slices(members, "median")
-
-
-def entropy_map(probability: FloatArray) -> FloatArray:
-    """Voxel-wise entropy (nats) of a structure being there or not, of the probability's shape; 0 where it is sure."""
-    p = np.clip(probability, 1e-6, 1.0)
-    q = np.clip(1.0 - probability, 1e-6, 1.0)
-    return np.asarray(-(p * np.log(p)) - q * np.log(q), np.float32)
 
 
 def _entropy_estimates(

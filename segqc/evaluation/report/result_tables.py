@@ -27,10 +27,10 @@ from segqc.evaluation.methods.registry import (
     one_network,
 )
 from segqc.evaluation.report.document import UNDEFINED, Cell, Table
-from segqc.evaluation.statistics import estimation
 from segqc.evaluation.statistics.coverage import ALL
 from segqc.evaluation.statistics.curves import OPTIMAL, RANDOM, RANDOM_NONEMPTY, SEQUENTIAL
 from segqc.evaluation.statistics.detection import DetectionScores
+from segqc.quality import estimation
 from segqc.quality.metrics import METRIC_NAMES, MetricName
 from segqc.text import slug
 

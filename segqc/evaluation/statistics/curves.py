@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from segqc.evaluation.statistics.estimation import (
+from segqc.quality.estimation import (
     LEVEL,
     ConfidenceInterval,
     Counts,

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segqc.evaluation.statistics.estimation import (
+from segqc.quality.boxes import Detection, match_boxes, match_boxes_at
+from segqc.quality.error_counts import STEPS, ErrorMapCounts, average_precisions, dice_of_counts, ratios
+from segqc.quality.estimation import (
     LEVEL,
     ConfidenceInterval,
     Indices,
@@ -19,14 +21,11 @@ from segqc.evaluation.statistics.estimation import (
     percentile_interval,
     with_resamples,
 )
-from segqc.quality.boxes import Detection, match_boxes, match_boxes_at
 from segqc.quality.metrics import Values
-from segqc.types import BoolArray, ErrorBox, FloatArray
+from segqc.types import ErrorBox
 
 MIN_IOUS = (0.05, 0.10, 0.15, 0.20)
 DRAWS = 1000
-STEPS = 1000  # an error probability is kept as a whole number of 1/STEPS, rounded down
-_TOLERANCE = 1e-3  # of a step: 0.3 in single precision is 300 steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,85 +50,6 @@ class DetectionScores:
     matched: int
     precision: ConfidenceInterval
     recall: ConfidenceInterval
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorMapCounts:
-    """Voxels by error probability, of one mask or of the sum of several.
-
-    Attributes:
-        wrong: voxels that are truly wrong, by their probability in steps of 1/STEPS, STEPS + 1 numbers.
-        right: the other voxels.
-    """
-
-    wrong: tuple[int, ...] = (0,) * (STEPS + 1)
-    right: tuple[int, ...] = (0,) * (STEPS + 1)
-
-    def __add__(self, other: ErrorMapCounts) -> ErrorMapCounts:
-        return ErrorMapCounts(
-            tuple(a + b for a, b in zip(self.wrong, other.wrong, strict=True)),
-            tuple(a + b for a, b in zip(self.right, other.right, strict=True)),
-        )
-
-    @property
-    def average_precision(self) -> float | None:
-        """Average precision over all thresholds (sum of precision times rise in recall); None without wrong voxels.
-
-        That of the probabilities rounded down to steps of 1/STEPS.
-        """
-        return _number(_average_precision(*self._rows()))
-
-    def dice(self, threshold: float = 0.5) -> float | None:
-        """Dice of the voxels whose probability reaches a threshold with the wrong ones; None without either.
-
-        Raises:
-            ValueError: if the threshold is no multiple of 1/STEPS in (0, 1].
-        """
-        return _number(_dice(*self._rows(), threshold))
-
-    def recall(self, threshold: float = 0.5) -> float | None:
-        """Share of the wrong voxels whose probability reaches a threshold; None without wrong voxels.
-
-        Raises:
-            ValueError: if the threshold is no multiple of 1/STEPS in (0, 1].
-        """
-        wrong = np.array(self.wrong, np.float64)
-        return float(wrong[_first_step(threshold) :].sum() / wrong.sum()) if wrong.any() else None
-
-    def recall_at_precision(self, precision: float) -> float | None:
-        """The largest recall of a threshold at which this share of the chosen voxels is wrong; 0 where none is.
-
-        None without wrong voxels.
-        """
-        if not any(self.wrong):
-            return None
-        hits, false = (np.cumsum(counts[::-1], dtype=np.float64) for counts in (self.wrong, self.right))
-        precise = (hits > 0) & (hits >= precision * (hits + false))
-        return float(hits[precise].max(initial=0.0) / hits[-1])
-
-    def _rows(self) -> tuple[Values, Values]:
-        return np.array([self.wrong], np.float64), np.array([self.right], np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class SignedCounts:
-    """Counts apart for the two signs of error, which share out the voxels.
-
-    Attributes:
-        false_positive: voxels of the mask: wrong where the truth lacks the structure.
-        false_negative: voxels outside the mask: wrong where the truth has it.
-    """
-
-    false_positive: ErrorMapCounts = ErrorMapCounts()
-    false_negative: ErrorMapCounts = ErrorMapCounts()
-
-    def __add__(self, other: SignedCounts) -> SignedCounts:
-        return SignedCounts(self.false_positive + other.false_positive, self.false_negative + other.false_negative)
-
-    @property
-    def both(self) -> ErrorMapCounts:
-        """All voxels."""
-        return self.false_positive + self.false_negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +116,7 @@ def detection_scores(
         table = np.array([(d.predicted, d.true, d.matched) for d in found], np.float64).reshape(-1, 3)
         sums = copies @ _by_patient(table, index, count)
         predicted_sum, true_sum, matched = sums[:, 0], sums[:, 1], sums[:, 2]
-        precision, recall = _ratio(matched, predicted_sum), _ratio(matched, true_sum)
+        precision, recall = ratios(matched, predicted_sum), ratios(matched, true_sum)
         scores.append(
             DetectionScores(
                 threshold=threshold,
@@ -285,31 +205,6 @@ def choose_threshold(
     return min(precise) if precise else max(reached, key=lambda t: (reached[t], t))
 
 
-def count_voxels(error: FloatArray, wrong: BoolArray, mask: BoolArray) -> SignedCounts:
-    """Count the voxels of one error map by probability, sign and truth.
-
-    Args:
-        error: error probabilities, (n0, n1, n2).
-        wrong: the true error, of the same shape: |T - M|, or that after error extraction.
-        mask: the mask under assessment.
-
-    Raises:
-        ValueError: if shapes differ, or a probability is not in [0, 1].
-    """
-    if not error.shape == wrong.shape == mask.shape:
-        raise ValueError(f"an error map is compared on one grid, got {error.shape}, {wrong.shape} and {mask.shape}")
-    if error.size and not (error.min() >= 0 and error.max() <= 1):
-        raise ValueError(f"error probabilities lie in [0, 1], got {error.min()} to {error.max()}")
-    # one number for probability, truth and sign, in single precision: this runs over all voxels
-    step = (error.astype(np.float32, copy=False) * np.float32(STEPS) + np.float32(_TOLERANCE)).astype(np.int32)
-    kind = 2 * mask.astype(bool, copy=False).view(np.uint8) + wrong.astype(bool, copy=False).view(np.uint8)
-    table = np.bincount((step + (STEPS + 1) * kind.astype(np.int32)).ravel(), minlength=4 * (STEPS + 1))
-    outside_right, outside_wrong, inside_right, inside_wrong = (
-        tuple(row) for row in table.reshape(4, STEPS + 1).tolist()
-    )
-    return SignedCounts(ErrorMapCounts(inside_wrong, inside_right), ErrorMapCounts(outside_wrong, outside_right))
-
-
 def error_map_scores(
     counts: Sequence[ErrorMapCounts],
     patients: Sequence[str],
@@ -340,7 +235,7 @@ def error_map_scores(
         np.array(rows, np.float64).reshape(-1, STEPS + 1)
         for rows in ([c.wrong for c in counts], [c.right for c in counts])
     )
-    own = _dice(wrong, right, threshold)
+    own = dice_of_counts(wrong, right, threshold)
     defined = ~np.isnan(own)
     means = copies @ _by_patient(np.stack([np.where(defined, own, 0.0), defined], axis=1), index, count)
     pooled = [copies @ _by_patient(rows, index, count) for rows in (wrong, right)]
@@ -354,10 +249,10 @@ def error_map_scores(
         masks=len(counts),
         patients=count,
         wrong_share=float(wrong.sum() / voxels) if voxels else None,
-        pooled_dice=interval(_dice(pooled[0], pooled[1], threshold)),
-        mean_dice=interval(_ratio(means[:, 0], means[:, 1])),
+        pooled_dice=interval(dice_of_counts(pooled[0], pooled[1], threshold)),
+        mean_dice=interval(ratios(means[:, 0], means[:, 1])),
         counted=int(defined.sum()),
-        average_precision=interval(_average_precision(pooled[0], pooled[1])),
+        average_precision=interval(average_precisions(pooled[0], pooled[1])),
     )
 
 
@@ -366,31 +261,3 @@ def _by_patient(table: Values, index: Indices, patients: int) -> Values:
     sums = np.zeros((patients, table.shape[1]))
     np.add.at(sums, index, table)
     return sums
-
-
-def _average_precision(wrong: Values, right: Values) -> Values:
-    """Average precision of rows of counts by rising probability, (rows, STEPS + 1)."""
-    hits = np.cumsum(wrong[:, ::-1], axis=1)
-    precision = _ratio(hits, hits + np.cumsum(right[:, ::-1], axis=1))
-    return _ratio(np.nansum(precision * wrong[:, ::-1], axis=1), hits[:, -1])
-
-
-def _dice(wrong: Values, right: Values, threshold: float) -> Values:
-    first = _first_step(threshold)
-    hits, false = wrong[:, first:].sum(axis=1), right[:, first:].sum(axis=1)
-    return _ratio(2 * hits, hits + false + wrong.sum(axis=1))
-
-
-def _first_step(threshold: float) -> int:
-    first = round(threshold * STEPS)
-    if not 0 < threshold <= 1 or abs(first - threshold * STEPS) > _TOLERANCE:
-        raise ValueError(f"voxels are counted in steps of 1/{STEPS}: no threshold of {threshold}")
-    return first
-
-
-def _ratio(part: Values, whole: Values) -> Values:
-    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
-
-
-def _number(values: Values) -> float | None:
-    return None if np.isnan(values[0]) else float(values[0])

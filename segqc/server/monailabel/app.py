@@ -12,6 +12,7 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
+from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
@@ -59,7 +60,8 @@ class DatasetApp(MONAILabelApp):
         """What clients see; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
         ``findings`` are the files of the folder that were not accepted, ``remarks`` what is to know of those that were;
-        of many, the first ones. While the database is away, clients get the last answer again, and ``problem`` says so.
+        of many, the first ones. ``report_card`` says what the estimates are worth. While the database is away, clients
+        get the last answer again, and ``problem`` says so.
         """
         try:
             self._last_info = self._info()
@@ -74,7 +76,14 @@ class DatasetApp(MONAILabelApp):
         # 3D Slicer and OHIF show the first one only
         body["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
         remarks = self.datastore().remarks()[:_MAX_FINDINGS]
-        return {**body, "labels": list(self.context.labels()), "findings": aside, "remarks": remarks}
+        card = self.context.dataset.report_card()
+        return {
+            **body,
+            "labels": list(self.context.labels()),
+            "findings": aside,
+            "remarks": remarks,
+            "report_card": None if card is None else to_json(card),
+        }
 
     def _running(self) -> str | None:
         """The network that is trained now, or first of those that wait; None where there is none."""
@@ -105,8 +114,11 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
+        task_request["label_made_by"] = None  # whatever the client says
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
+            if assessed.bundle is not None and assessed.tag != LIKELY_ERRORS_TAG:
+                task_request["label_made_by"] = assessed.bundle.segmenter_version
         path, params = task(task_request)
         if assessed is not None:
             params.update(label_tag=assessed.tag, label_version=assessed.id, label_sha256=assessed.sha256)

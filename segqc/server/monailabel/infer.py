@@ -13,10 +13,12 @@ from typing import Any
 import nrrd
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from segqc.loop.scoring import assess
+from segqc.networks.segmenter import Prediction
 from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.settings import NetworkName
-from segqc.types import BoolArray, label_names
+from segqc.types import label_names
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
 
@@ -84,23 +86,26 @@ class LikelyErrors(NetworkTask):
         super().__init__(context, "segqc", {LIKELY_ERROR: LIKELY_ERROR_VALUE}, description)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``."""
+        """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``.
+
+        ``request["label_made_by"]`` is the version of the network that made the label map, if one did.
+        """
         bundle = self.context.bundle("segqc")
         assessor = bundle.assessor()
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
-        made_by: str | None = None
-        plausible: BoolArray | None = None
+        made_by: str | None = request.get("label_made_by")
+        prediction: Prediction | None = None
         if request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
+            if bundle.holds("segmentation") and made_by == bundle.segmenter().version:
+                prediction = bundle.segmenter().predict(scan)
         else:
-            segmenter = bundle.segmenter()
-            prediction = segmenter.predict(scan)
-            labels, plausible = prediction.labels, prediction.plausible
-            made_by, assessed = segmenter.version, "segmentation"
+            prediction = bundle.segmenter().predict(scan)
+            labels, made_by, assessed = prediction.labels, bundle.segmenter().version, "segmentation"
         name = str(request.get("image_id") or "scan")
-        result = assessor.assess(scan, labels, scan_id=name, segmenter_version=made_by, plausible=plausible)
+        result = assess(bundle, scan, labels, prediction, scan_id=name, segmenter_version=made_by)
         interval = result.assessment.dice_interval
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},

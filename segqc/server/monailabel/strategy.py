@@ -12,6 +12,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
+from segqc.quality.report_card import BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
 from segqc.server.monailabel.datastore import scan_info
@@ -61,13 +62,26 @@ def describe(assessment: Assessment | None) -> Answer:
     }
 
 
-def _title(scan: ScanRecord, assessment: Assessment | None) -> str:
+def reliability(card: ReportCard | None) -> Answer:
+    """Whether estimated Dice and order can be relied on, in an annotator's words; None without a report card."""
+    if card is None:
+        return {"reliability": None}
+    said = {"estimate": card.worst.estimate_verdict, "order": card.worst.order_verdict}
+    return {"reliability": {**said, "messages": [estimate_sentence(card), order_sentence(card)]}}
+
+
+def _is_noise(card: ReportCard | None) -> bool:
+    return card is not None and card.worst.estimate_verdict == "not better than the constant"
+
+
+def _title(scan: ScanRecord, assessment: Assessment | None, card: ReportCard | None) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if assessment is None or assessment.dice is None:
         return scan.file
     interval = assessment.dice_interval
     between = f", {interval}" if interval is not None else ""
-    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}){scan.suffix}"
+    worth = ", unreliable" if _is_noise(card) else ""
+    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
 
 
 def _as_json(interval: PredictionInterval | None) -> Answer | None:
@@ -104,29 +118,42 @@ class Sampling(Strategy):
         if handed_out is None:
             return None
         lease, skipped, scan, shown = handed_out
+        card = self.dataset.report_card()
+        strategy = self._shown_strategy(lease, card)
         said: Answer = {
             **scan_info(scan),
             "id": scan.name,
-            "name": _title(scan, shown),
+            "name": _title(scan, shown, card),
             "path": str(self.dataset.folder / scan.file),
-            "strategy": lease.strategy,
+            "strategy": strategy,
             "lease": lease.id,
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             **describe(shown),
+            **reliability(card),
         }
         notes = []
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
-        if lease.strategy != self.name and wanted is None:
+        if wanted is None and self.name == BY_ESTIMATE and card is not None and card.ranked_by != BY_ESTIMATE:
+            notes.append(order_sentence(card, strategy))
+        elif wanted is None and strategy != self.name:
             notes.append(
                 f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
                 "scored then); this one was drawn uniformly at random."
             )
+        if shown is not None and card is not None and _is_noise(card):
+            notes.append(estimate_sentence(card))
         if notes:
             said["note"] = " ".join(notes)
         return said
+
+    def _shown_strategy(self, lease: LeaseRecord, card: ReportCard | None) -> str:
+        """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
+        if lease.draw == "strategy" or lease.strategy != BY_ESTIMATE or card is None:
+            return lease.strategy
+        return card.ranked_by
 
     def _hand_out(
         self, reason: str | None, wanted: str | None

@@ -21,7 +21,9 @@ router = APIRouter()
 def start_round(user: AskingUser, params: TrainingBody) -> JsonObject:
     """Queue a round: train both networks, then segment and score all scans that wait."""
     trainings = all_trainings(params)
-    request = RoundRequest(**{model: own.request.settings for model, own in trainings.items()})
+    request = RoundRequest(
+        segmentation=trainings["segmentation"].request.settings, segqc=trainings["segqc"].request.settings
+    )
     messages = [f"{model}: {line}" for model, own in trainings.items() for line in own.messages]
     return job_answers.submit(open_store(), user.actor(params.get("client_id")), request, messages=messages)
 

@@ -43,10 +43,13 @@ def upgrade() -> None:
         sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("serving", sa.Boolean(), nullable=False),
+        sa.Column("ranked_by", sa.String(), nullable=True),
+        sa.Column("held_because", sa.String(), nullable=True),
         sa.CheckConstraint(
             "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
         sa.CheckConstraint("parent_id < id", name=op.f("ck_bundle_parent")),
+        sa.CheckConstraint("NOT serving OR held_because IS NULL", name=op.f("ck_bundle_held")),
         sa.ForeignKeyConstraint(["actor_id"], ["actor.id"], name=op.f("fk_bundle_actor_id")),
         sa.ForeignKeyConstraint(["parent_id"], ["bundle.id"], name=op.f("fk_bundle_parent_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bundle")),
@@ -259,12 +262,14 @@ def upgrade() -> None:
         sa.Column("bundle_id", sa.Integer(), nullable=False),
         sa.Column("dice", sa.Double(), nullable=False),
         sa.Column("backend", sa.String(), nullable=False),
+        sa.Column("mask_kind", sa.String(), nullable=False),
         sa.Column("geometry", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
             "backend IN ('pytorch', 'pytorch-bfloat16', 'openvino', 'openvino-bfloat16', 'compile')",
             name=op.f("ck_assessment_backend"),
         ),
+        sa.CheckConstraint("mask_kind IN ('served', 'strange')", name=op.f("ck_assessment_mask_kind")),
         sa.ForeignKeyConstraint(["bundle_id"], ["bundle.id"], name=op.f("fk_assessment_bundle_id")),
         sa.ForeignKeyConstraint(
             ["label_version_id"], ["label_version.id"], name=op.f("fk_assessment_label_version_id")

@@ -1,0 +1,58 @@
+"""Other witnesses of how good a mask is than SegQC-Net's map: lower for worse masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from segqc.quality.metrics import true_metrics
+from segqc.types import LabelArray, Structure, Witnesses
+
+TTA: Final = "tta"
+ORDERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        TTA: "by how well the network's masks of a scan agree under flips and other contrasts",
+        "soft": "by how well the segmentation network's soft output agrees with its mask",
+        "soft-entropy": "by how sure the segmentation network is of its mask",
+        "size": "by how usual the mask's size is",
+    }
+)
+"""The orders by a witness alone, in words, by the name that scores and leases have them under."""
+
+
+def named_witnesses(witnesses: Witnesses) -> dict[str, float]:
+    """The witnesses that an assessment holds, of those that are known, by their names in `ORDERS`."""
+    values = {"soft": witnesses.soft, "soft-entropy": witnesses.entropy, "size": witnesses.size}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def worst_witness(name: str, structures: Sequence[Mapping[str, float]]) -> float | None:
+    """What a witness says of the structure that it holds for the worst one; None where it knows not all of them.
+
+    Args:
+        name: of the witness.
+        structures: what the witnesses say of each structure.
+    """
+    known = [of_structure[name] for of_structure in structures if name in of_structure]
+    return min(known) if known and len(known) == len(structures) else None
+
+
+def tta_agreement(labels: LabelArray, members: Sequence[LabelArray], structures: Iterable[Structure]) -> float:
+    """The worst structure's median Dice between each member's mask and the median mask; 1 where none has one.
+
+    Args:
+        labels: the median mask of predictions under test-time augmentation, (n0, n1, n2).
+        members: each member's own mask, of the same shape.
+        structures: the structures to compare.
+    """
+    medians = []
+    for structure in structures:
+        median = structure.mask(labels)
+        dice = [true_metrics(median, structure.mask(member)).dice for member in members]
+        known = [value for value in dice if value is not None]
+        if known:
+            medians.append(float(np.median(known)))
+    return min(medians, default=1.0)
