@@ -265,7 +265,7 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path: Path) -> None:
     for step, value in enumerate(weights):
         average.update_parameters(Held(value))
         if step:
-            decay = min(0.99, (1 + step) / (10 + step))
+            decay = min(0.99, step / (20 + step))
             expected = decay * expected + (1 - decay) * value
     torch.testing.assert_close(average.module.weight.data, expected)
 

@@ -360,7 +360,7 @@ def _moving_average(
     averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], steps: torch.Tensor | int
 ) -> None:
     """Move the averages towards the weights, after so many steps: at first by much, as the first weights are random."""
-    decay = min(_DECAY, (1 + int(steps)) / (10 + int(steps)))
+    decay = min(_DECAY, int(steps) / (20 + int(steps)))
     torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
 
