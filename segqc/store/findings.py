@@ -59,8 +59,8 @@ def record(transaction: Transaction, found: Iterable[Finding], checks: str) -> N
     """Note why files are not taken in, in place of what was noted of them before."""
     for finding in found:
         before = transaction.get(FindingRow, finding.file)
-        same = before is not None and before.checks == checks
-        if same and before is not None and (before.sentence, before.signature) == (finding.sentence, finding.signature):
+        if before is not None and (before.checks, before.sentence) == (checks, finding.sentence):
+            before.signature = finding.signature  # a file just written had none yet
             continue
         transaction.merge(
             FindingRow(
