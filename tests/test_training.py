@@ -235,6 +235,16 @@ def test_a_training_that_still_improves_says_so(tmp_path: Path) -> None:
     assert said.messages[-1].endswith("as no patient validates it, nothing says whether more of them would help.")
 
 
+def test_without_masks_of_unseen_patients_estimates_are_the_map_s_own(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 4)
+    none_validate = {c.patient: PatientSplit(i % 2, "train") for i, c in enumerate(cases)}
+    trained = train_assessor(cases, STRUCTURES, none_validate, QUICK, tmp_path / "t", NoProgress())
+    scan, truth = read_case(cases[0], (1,))
+    (quality,) = trained.assess(scan, truth, scan_id="c0").assessment.structures
+    assert quality.estimated.dice == quality.raw.metrics.dice
+    assert quality.intervals.dice is None
+
+
 def test_a_bound_on_time_shortens_all_parts_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = make_cases(tmp_path, 5)
     ticks = itertools.count(step=60.0)

@@ -120,8 +120,11 @@ class StructureCalibration:
     largest_box_mm2: float | None = None
 
     def of(self, kind: MaskKind) -> MaskCalibration:
-        """The calibration of a kind of masks, that of strange masks where the kind has none of its own."""
-        return self.kinds.get(kind, self.kinds["strange"])
+        """The calibration of a kind of masks: that of strange masks where the kind has none of its own, or else none.
+
+        A training without masks of unseen patients has nothing to calibrate on.
+        """
+        return self.kinds.get(kind, self.kinds.get("strange", MaskCalibration()))
 
     def with_intervals(self, kind: MaskKind, intervals: StructureIntervals) -> StructureCalibration:
         """The same estimates with other intervals of one kind of masks."""
