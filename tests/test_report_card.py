@@ -98,7 +98,8 @@ def test_of_few_patients_nothing_is_said(patients: int) -> None:
     assert (card.worst.estimate_verdict, card.worst.order_verdict) == ("too few patients",) * 2
     assert card.ranked_by == BY_ESTIMATE, "nothing speaks against it yet"
     for sentence in (estimate_sentence(card), order_sentence(card)):
-        assert f"{patients} patients could be checked, {MIN_PATIENTS} are needed" in sentence
+        counted = "1 patient" if patients == 1 else f"{patients} patients"
+        assert f": {counted} could be checked, {MIN_PATIENTS} are needed" in sentence
 
 
 def test_without_masks_there_is_a_card_that_says_nothing() -> None:

@@ -417,8 +417,9 @@ def order_sentence(card: ReportCard, used: str | None = None) -> str:
 
 
 def _too_few(what: str, patients: int) -> str:
+    checked = "1 patient" if patients == 1 else f"{patients} patients"
     return (
-        f"Nobody can tell yet {what}: {patients} patients could be checked, {MIN_PATIENTS} are needed; label scans of "
+        f"Nobody can tell yet {what}: {checked} could be checked, {MIN_PATIENTS} are needed; label scans of "
         "more patients."
     )
 
