@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,19 +32,7 @@ from segqc.quality.estimation import (
     stratified,
 )
 
-STATISTICS: tuple[Statistic, ...] = (
-    "mae",
-    "bias",
-    "pearson",
-    "spearman",
-    "aurc",
-    "aurc_optimal",
-    "aurc_excess",
-    "truth_mean",
-    "truth_sd",
-    "constant_mae",
-    "median_mae",
-)
+STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 
 def data(seed: int, n: int = 40, patients: int = 9) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -170,7 +170,6 @@ class Bundles:
             logger.warning("%s", error)
         written: int | None = None
         held: str | None = None
-        report = sources["segqc"].read_card().report if "segqc" in sources else None
         try:
             with self.store.write() as transaction:
                 self._sweep()
@@ -189,7 +188,7 @@ class Bundles:
                 sha256 = write_bundle(self.folder, manifest, sources)
                 written = number
                 bundles.add(transaction, _new(manifest, sha256), actor)
-                held = None if even_if_worse else self._is_worse(report, parent)
+                held = None if even_if_worse else self._is_worse(manifest.report if "segqc" in files else None, parent)
                 if held is None:
                     self._let_serve(transaction, number, actor)
                 else:

@@ -285,14 +285,19 @@ class Assessor(TrainedNetwork):
         )
         return AssessmentResult(assessment, errors)
 
-    def map_metrics(self, scan: Volume, labels: Volume) -> tuple[Metrics, ...]:
+    def map_metrics(self, scan: Volume, labels: Volume, errors: FloatArray | None = None) -> tuple[Metrics, ...]:
         """The 3D metrics of each structure as read off its error map: `assess`'s raw ones, without all the rest.
+
+        Args:
+            scan: the scan.
+            labels: the label map.
+            errors: its `error_maps`, where they are known.
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
         empty = self._empty_rule(scan)
-        errors = self.error_maps(scan, labels)
+        errors = self.error_maps(scan, labels) if errors is None else errors
         return tuple(
             estimated_metrics(structure.mask(labels.array), error, empty=empty)
             for structure, error in zip(self.structures, errors, strict=True)

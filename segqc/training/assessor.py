@@ -37,7 +37,7 @@ from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes
 from segqc.training.spec import TrainingSettings
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
-from segqc.types import LabelArray, MaskKind, Structure
+from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
@@ -301,10 +301,13 @@ def calibrated(
             patient: v for patient, v in volumes.items() if patient in judge.card.seen and patient != case.patient
         }
         look = _Unseen(judges[id(judge)], case, *read_case(case, assessor.values), _sizes(others, len(structures)))
-        known["strange"] += [look.at(mask) for mask in subsample(mask_set, VALIDATION_MASKS).masks]
-        if mask_set.served is not None:
-            known["served"].append(look.at(mask_set.served.mask, mask_set.served.soft))
-            errors.append(look.errors_of(mask_set.served.mask, list(mask_set.masks[: 1 + members])))
+        for mask in subsample(mask_set, VALIDATION_MASKS).masks:
+            known["strange"].append(look.at(mask, look.error_maps(mask)))
+        if (served := mask_set.served) is not None:
+            maps_of_served = look.error_maps(served.mask)
+            known["served"].append(look.at(served.mask, maps_of_served, served.soft))
+            truth, group = np.asarray(look.truth.array, np.uint8), list(mask_set.masks[: 1 + members])
+            errors.append(served_errors(structures, maps_of_served, served.mask, truth, group))
     of_structure = [{kind: [row[k] for row in rows] for kind, rows in known.items()} for k in range(len(structures))]
     fitted = {
         kind: fit_masks(kind, [of[kind] for of in of_structure])
@@ -348,9 +351,21 @@ class _Unseen:
     truth: Volume
     sizes: Sequence[TrainingSizes | None]
 
-    def at(self, mask: LabelArray, soft: Sequence[SoftOutput] | None = None) -> tuple[KnownMask, ...]:
-        """What is said, and what is true, of each structure of a mask; ``soft`` is what its network says of it."""
-        raw = self.judge.map_metrics(self.scan, Volume(mask, self.scan.affine, self.scan.acquisition_axis))
+    def error_maps(self, mask: LabelArray) -> FloatArray:
+        """The error maps of a mask: (L, n0, n1, n2)."""
+        return self.judge.error_maps(self.scan, self._on_grid(mask))
+
+    def at(
+        self, mask: LabelArray, errors: FloatArray, soft: Sequence[SoftOutput] | None = None
+    ) -> tuple[KnownMask, ...]:
+        """What is said, and what is true, of each structure of a mask.
+
+        Args:
+            mask: the label map.
+            errors: its error maps.
+            soft: what its network says of it.
+        """
+        raw = self.judge.map_metrics(self.scan, self._on_grid(mask), errors)
         found = []
         for k, structure in enumerate(self.judge.structures):
             held = structure.mask(mask)
@@ -359,11 +374,8 @@ class _Unseen:
             found.append(KnownMask(self.case.patient, self.case.id, raw[k], true, witnesses))
         return tuple(found)
 
-    def errors_of(self, mask: LabelArray, group: Sequence[LabelArray]) -> tuple[ServedErrors, ...]:
-        """What the error maps of a served mask find; ``group`` are the masks under test-time augmentation."""
-        errors = self.judge.error_maps(self.scan, Volume(mask, self.scan.affine, self.scan.acquisition_axis))
-        truth = np.asarray(self.truth.array, np.uint8)
-        return served_errors(self.judge.structures, errors, mask, truth, group)
+    def _on_grid(self, mask: LabelArray) -> Volume:
+        return Volume(mask, self.scan.affine, self.scan.acquisition_axis)
 
 
 def _log_volumes(cases: Sequence[Case], structures: Sequence[Structure]) -> dict[str, list[float]]:

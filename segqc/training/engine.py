@@ -361,7 +361,8 @@ def _moving_average(
 ) -> None:
     """Move the averages towards the weights, after so many steps: at first by much, as the first weights are random."""
     decay = min(_DECAY, int(steps) / (20 + int(steps)))
-    torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+    for average, weight in zip(averages, weights, strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def _first_network(job: Job) -> nn.Module:
