@@ -746,7 +746,10 @@ def test_a_bundle_of_worse_estimates_is_kept_and_does_not_serve_by_itself(
         assert "on 30 patients that both were checked on, its estimated Dice is off by" in publication.held_because
     assert serving(shelf) == 1
     assert told(shelf, 2) == [("published", "bert"), ("held", "bert")]
-    assert any("bundle 2 is held" in m and "segqc models serve FOLDER 2" in m for m in caplog.messages)
+    (told_once,) = [m for m in caplog.messages if "bundle 2 is held" in m]
+    assert publication.held_because in told_once and f"segqc models serve {shelf.store.dataset} 2" in told_once
+    assert shelf.open(2).manifest.held_because == publication.held_because
+    assert shelf.open(1).manifest.held_because is None
     held = [status.published.held_because for status in shelf.listing() if status.published is not None]
     assert held == [None, publication.held_because]
     assert problems(shelf) == {1: None, 2: None}
@@ -790,6 +793,42 @@ def test_a_damaged_bundle_does_not_serve_on(shelf: Bundles, checked: dict[str, d
     manifest.write_text("junk")
     shelf.publish(checked["worthless"], ANNA, "second")
     assert serving(shelf) == 2
+
+
+def adopted(shelf: Bundles) -> int | None:
+    bundle = shelf.serving()
+    return None if bundle is None else bundle.number
+
+
+def test_a_folder_with_a_new_store_adopts_no_held_bundle(
+    folder: Path, checked: dict[str, dict[NetworkName, Path]], tmp_path: Path
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    first.publish(checked["good"], ANNA, "first")
+    first.publish(checked["worthless"], ANNA, "a short training")
+    first.store.close()
+    shelf = Bundles(Store.open(copied(folder, tmp_path / "copy")), Settings())
+    assert adopted(shelf) == 1
+    assert told(shelf, 2) == [("published", "folder"), ("held", "folder")]
+    (_, held) = [status.published for status in shelf.listing()]
+    assert held is not None and held.held_because == shelf.open(2).manifest.held_because is not None
+    DAMAGE["model"](first.folder / "1")
+    alone = Bundles(Store.open(copied(folder, tmp_path / "damaged")), Settings())
+    assert adopted(alone) == 2, "worse estimates are better than no networks"
+
+
+def test_a_held_bundle_that_somebody_let_serve_is_adopted_where_a_later_one_shows_it(
+    folder: Path, checked: dict[str, dict[NetworkName, Path]], tmp_path: Path
+) -> None:
+    first = Bundles(Store.open(folder), Settings())
+    first.publish(checked["good"], ANNA, "first")
+    first.publish(checked["worthless"], ANNA, "a short training")
+    first.serve(2, ANNA)
+    first.publish(checked["good"], ANNA, "third")
+    first.store.close()
+    target = copied(folder, tmp_path / "copy")
+    DAMAGE["model"](target / "segqc" / "models" / "3")
+    assert adopted(Bundles(Store.open(target), Settings())) == 2
 
 
 def test_what_is_held_does_not_serve_at_the_same_time(

@@ -335,16 +335,7 @@ def _train(
         typer.echo(f"{folder}: {trained.used} labelled scans used, {len(trained.left_out)} left out")
         for reason in trained.left_out.values():
             typer.echo(visible(reason))
-        print_card(report)
-        _tell_held(folder, trained.bundle, trained.held_because)
-
-
-def _tell_held(folder: Path, bundle: int | None, reason: str | None) -> None:
-    if reason is not None:
-        typer.echo(
-            f"bundle {bundle} is held, and the one before serves on: {reason}; 'segqc models serve {folder} {bundle}' "
-            "lets it serve"
-        )
+        print_card(report)  # that its bundle is held, and why, was logged as a warning when it was published
 
 
 @app.command(rich_help_panel=ESTIMATE_PANEL)
@@ -791,13 +782,12 @@ def run_round(
         left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
         reason = f": {ended.messages[-1].removesuffix('.')}" if ended.state == "failed" and ended.messages else ""
         raise CommandError(f"{folder}: the round is {ended.state}{reason}{left}")
-    typer.echo(f"{folder}: the round is done")
     with dataset.store.read() as transaction:
         number = jobs.bundle_of_round(transaction, job.id)
-        held = bundles.get(transaction, number).held_because if number is not None else None
+        is_held = number is not None and bundles.get(transaction, number).held_because is not None
+    typer.echo(f"{folder}: the round is done{f'; its bundle {number} is held' if is_held else ''}")
     if number is not None:
         print_card(dataset.bundles.open(number).manifest.report)
-        _tell_held(folder, number, held)
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)

@@ -98,8 +98,10 @@ def _row(status: BundleStatus) -> Row:
     if published is not None:
         pair = published.bundle
         versions = {"segmentation": pair.segmenter_version, "segqc": pair.assessor_version}
+        held = published.held_because
     else:
         versions = {n: e.version for n, e in files.manifest.networks.items()} if files is not None else {}
+        held = files.manifest.held_because if files is not None else None
     return {
         "bundle": status.number,
         "made": made.isoformat(timespec="seconds") if made is not None else None,
@@ -109,7 +111,7 @@ def _row(status: BundleStatus) -> Row:
         "reason": published.reason if published is not None else "not recorded",
         "serving": published is not None and published.is_serving,
         **summary(files.manifest.report if files is not None else None),
-        "held because": published.held_because if published is not None else None,
+        "held because": held,
         "MB": files.size() / _MEGABYTE if files is not None else None,
         "files": "intact" if status.problem is None else "removed" if status.is_removed else status.problem,
     }

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +88,8 @@ class Bundles:
     def serving(self) -> NetworkBundle | None:
         """The bundle that serves; None before the first training. Its networks are loaded once.
 
-        A folder whose store knows no bundle, as its database is new, adopts the newest intact bundle that lies in it.
+        A folder whose store knows no bundle, as its database is new, adopts the newest intact bundle that lies in it,
+        and a held one only where there is no other.
 
         Raises:
             ModelError: if its files are missing, or its manifest is damaged.
@@ -176,6 +177,8 @@ class Bundles:
                 parent = bundles.serving(transaction)
                 sources = self._with_carried(parent, sources, only_as_pair=only_as_pair)
                 number = self._next_number(transaction)
+                report = sources["segqc"].read_card().report if "segqc" in sources else None
+                held = None if even_if_worse or "segqc" not in files else self._is_worse(report, parent)
                 manifest = Manifest(
                     number=number,
                     made_at=transaction.now,
@@ -183,12 +186,12 @@ class Bundles:
                     reason=reason,
                     parent=parent.bundle.id if parent is not None else None,
                     networks={network: source.entry for network, source in sources.items()},
-                    report=sources["segqc"].read_card().report if "segqc" in sources else None,
+                    report=report,
+                    held_because=held,
                 )
                 sha256 = write_bundle(self.folder, manifest, sources)
                 written = number
                 bundles.add(transaction, _new(manifest, sha256), actor)
-                held = None if even_if_worse else self._is_worse(manifest.report if "segqc" in files else None, parent)
                 if held is None:
                     self._let_serve(transaction, number, actor)
                 else:
@@ -206,8 +209,8 @@ class Bundles:
             raise
         if held is not None:
             logger.warning(
-                "bundle %d is held, and the one before serves on: %s; 'segqc models serve FOLDER %d' lets it serve",
-                *(written, held, written),
+                "bundle %d is held, and the one before serves on: %s; 'segqc models serve %s %d' lets it serve",
+                *(written, held, self.store.dataset, written),
             )
         try:
             self.prune()
@@ -303,28 +306,33 @@ class Bundles:
             return self._let_serve(transaction, number, actor)
 
     def _record_found(self, transaction: Transaction, folders: Iterable[Path]) -> None:
-        """Record the bundles of which only the folder is known; damaged ones are left out."""
+        """Record the bundles of which only the folder is known; damaged ones are left out, held ones held."""
         known = {published.bundle.id for published in bundles.listing(transaction)}
+        found = []
         for folder in folders:
             if int(folder.name) in known:
                 continue
             try:
-                bundle = NetworkBundle.open(folder)
+                found.append(NetworkBundle.open(folder))
             except ModelError as error:
                 logger.warning("%s", error)
-                continue
+        held = _held([bundle.manifest for bundle in found])
+        for bundle in found:
             new = _new(bundle.manifest, bundle.sha256)
             reason = f"{new.reason}, by {bundle.manifest.made_by}"
             parent = new.parent if new.parent in known else None
             bundles.add(
                 transaction, replace(new, parent=parent, reason=reason, published_at=bundle.manifest.made_at), FOLDER
             )
+            if bundle.number in held:
+                bundles.hold(transaction, bundle.number, held[bundle.number], FOLDER)
             known.add(bundle.number)
 
     def _adopt(self) -> int | None:
         """Let the newest intact bundle of the folder serve, where the store knows of none; returns its number.
 
-        Model files that somebody put into ``segqc/models/`` become a bundle where there is none.
+        A held one serves only where no other is intact. Model files that somebody put into ``segqc/models/`` become a
+        bundle where there is none.
 
         Raises:
             ModelError: if there are bundles or model files, but no intact ones.
@@ -351,7 +359,7 @@ class Bundles:
             if (serving := bundles.serving_number(transaction)) is not None:
                 return serving
         folders, problem = bundle_folders(self.folder), None
-        for folder in reversed(folders.values()):
+        for folder in _adoptable(list(folders.values())):
             try:
                 NetworkBundle.open(folder).verify_all()
             except ModelError as error:
@@ -440,6 +448,27 @@ class Bundles:
             problem = str(error)
         is_removed = number not in bundle_folders(self.folder)
         return BundleStatus(number=number, published=published, files=files, is_removed=is_removed, problem=problem)
+
+
+def _held(manifests: Iterable[Manifest]) -> dict[int, str]:
+    """Of bundles without a store: why those are held that are, by number.
+
+    A manifest never changes, and `Bundles.serve` may have let a held bundle serve; then later bundles name it as their
+    parent.
+    """
+    listed = list(manifests)
+    parents = {manifest.parent for manifest in listed}
+    return {m.number: m.held_because for m in listed if m.held_because is not None and m.number not in parents}
+
+
+def _adoptable(folders: Sequence[Path]) -> list[Path]:
+    """The folders of bundles in the order in which they are tried: newest first, held ones after all others."""
+    manifests = []
+    for folder in folders:
+        with contextlib.suppress(ModelError):  # whoever tries to verify it says why
+            manifests.append(NetworkBundle.open(folder).manifest)
+    held = _held(manifests)
+    return sorted(reversed(folders), key=lambda folder: int(folder.name) in held)
 
 
 def _new(manifest: Manifest, sha256: str) -> NewBundle:

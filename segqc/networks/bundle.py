@@ -80,6 +80,7 @@ class Manifest:
     parent: int | None  # the bundle that served before, of which it may hold a network
     networks: Annotated[dict[NetworkName, NetworkEntry], Field(min_length=1)]
     report: ReportCard | None = None  # of its SegQC-Net; None without one, or where its estimates were never checked
+    held_because: _Text | None = None  # why it did not serve by itself when it was published; None where it did
 
     def __post_init__(self) -> None:
         """Check that the bundle before is an earlier one."""
