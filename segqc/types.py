@@ -10,6 +10,7 @@ Conventions, everywhere:
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,6 +113,21 @@ class MetricIntervals:
     iou: PredictionInterval | None = None
     arvd: PredictionInterval | None = None
     rvd: PredictionInterval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DriftAlarm:
+    """The estimated Dice errs more on audit draws than its calibration knows.
+
+    Attributes:
+        began_at: when the correction came that raised the alarm.
+        structures: those whose estimates are meant.
+        patients: how many audited patients there are by now.
+    """
+
+    began_at: dt.datetime
+    structures: tuple[str, ...]
+    patients: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import codecs
 import dataclasses
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
     from segqc.loop.agreement import Agreement
+    from segqc.loop.drift import StructureDrift
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
     from segqc.settings import NetworkName
@@ -112,6 +114,11 @@ _METRIC_TERMS: Final = (
 _SLICE_TERMS: Final = (
     "error sum: error probabilities of the slice's voxels added up, about the number of wrong voxels. "
     "boxes: likely errors, as voxels along the two axes of the slice."
+)
+
+_DRIFT_TERMS: Final = (
+    "evidence of drift: how strongly the audited patients speak for errors larger than those of the calibration; 1 is "
+    "nothing. Patients whose corrections are part of the calibration are not tested."
 )
 
 Seed = Annotated[int, typer.Option(help="Decides every random draw: the same seed gives the same result.")]
@@ -390,6 +397,8 @@ def rank(
     """
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
+    from segqc.quality.drift import drift_sentence
+    from segqc.quality.drift import to_json as alarm_to_json
     from segqc.quality.report_card import AT_RANDOM, estimate_sentence, order_sentence, to_json
     from segqc.selection import score_of
 
@@ -427,13 +436,17 @@ def rank(
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
     title = f"{folder}: in random order" if ranking.by == AT_RANDOM else f"{folder}: worst first, by {ranking.by}"
     card = dataset.report_card() if wanted.function is None else None
+    alarm = dataset.drift_alarm() if wanted.function is None else None
     if wanted.function is None:
         title += brackets(scan.interval for scan in ranked)
         extra["report_card"] = None if card is None else to_json(card)
+        extra["drift_alarm"] = None if alarm is None else alarm_to_json(alarm)
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
     if card is not None and not as_json:
         for text in (estimate_sentence(card), order_sentence(card, ranking.by)):
             typer.echo(text, err=as_csv)
+    if alarm is not None and not as_json:
+        typer.echo(drift_sentence(alarm), err=as_csv)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
 
@@ -453,10 +466,14 @@ def intervals(
 ) -> None:
     """Check the prediction intervals on audit draws: scans drawn at random, estimated, and then corrected.
 
-    Only audit draws count (the setting audit_share): scans that came worst-first are no fair sample.
+    Only audit draws count (the setting audit_share): scans that came worst-first are no fair sample. A drift alarm says
+    that the estimated Dice errs more on them than its calibration knows.
     """
+    from segqc.loop.drift import alarm_of, drift, watch_serving
     from segqc.loop.recalibration import audit
     from segqc.loop.recalibration import use as use_them
+    from segqc.quality.drift import drift_sentence
+    from segqc.quality.drift import to_json as alarm_to_json
     from segqc.quality.intervals import LEVEL, patients_needed
 
     dataset = dataset_at(folder, config)
@@ -464,6 +481,10 @@ def intervals(
     if assessor is None:
         raise CommandError(f"{folder}: no SegQC network is trained yet, so there are no estimates (segqc train segqc)")
     found = audit(dataset, assessor, simulated=simulated)
+    watched = watch_serving(dataset)
+    with dataset.store.read() as transaction:
+        tests = drift(transaction, watched, simulated=simulated) if watched is not None else ()
+    alarm = alarm_of(tests)
     rows: list[Row] = [
         {
             "structure": a.structure,
@@ -477,10 +498,31 @@ def intervals(
         }
         for a in found
     ]
-    emit(rows, f"{folder}: {LEVEL:.0%} intervals on audit draws", as_json=as_json, as_csv=as_csv, key="structures")
+    drift_rows = [_drift_row(test) for test in tests]
+    if as_json or as_csv:
+        rows = [{**row, **of_drift} for row, of_drift in zip(rows, drift_rows or [{}] * len(rows), strict=True)]
+    title = f"{folder}: {LEVEL:.0%} intervals on audit draws"
+    extra: dict[str, object] = {"drift_alarm": None if alarm is None else alarm_to_json(alarm)}
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="structures")
+    if drift_rows and not as_json and not as_csv:
+        emit(drift_rows, "drift of the estimated Dice", terms=_DRIFT_TERMS)
+    if alarm is not None and not as_json:
+        typer.echo(drift_sentence(alarm), err=as_csv)
     if use:
         renewed = use_them(dataset, assessor, found, me())
         typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
+
+
+def _drift_row(found: StructureDrift) -> Row:
+    test = found.test
+    return {
+        "structure": found.structure,
+        "calibrating patients": test.calibrating,
+        "patients tested": test.audited,
+        "evidence of drift": test.evidence,
+        "alarm from": test.threshold if math.isfinite(test.threshold) else None,
+        "alarm at patient": test.alarm,
+    }
 
 
 def _agreement_text(found: Agreement, *, is_dice: bool) -> str:

@@ -46,7 +46,9 @@ def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv =
 
 @app.command()
 def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -> None:
-    """Show what a bundle's estimates are worth: its report card."""
+    """Show what a bundle's estimates are worth: its report card, and what audit draws have said against them."""
+    from segqc.quality.drift import drift_sentence
+    from segqc.quality.drift import to_json as alarm_to_json
     from segqc.quality.report_card import to_json
     from segqc.store import bundles
 
@@ -60,6 +62,7 @@ def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -
             "serving": published.is_serving,
             "held_because": published.held_because,
             "report_card": None if card is None else to_json(card),
+            "drift_alarm": None if published.drift_alarm is None else alarm_to_json(published.drift_alarm),
         }
         typer.echo(json.dumps(body, indent=1))
         return
@@ -69,6 +72,8 @@ def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -
     if card is None:
         typer.echo("it has no report card: its estimates were never checked (segqc train segqc makes one)")
     print_card(card, more=True)
+    if published.drift_alarm is not None:
+        typer.echo(drift_sentence(published.drift_alarm))
 
 
 @app.command()

@@ -32,7 +32,7 @@ from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.schema import OPEN_STATES
 from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
-from segqc.types import Assessment, Structure, label_names, structures_of_values, values_in
+from segqc.types import Assessment, DriftAlarm, Structure, label_names, structures_of_values, values_in
 from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
 
 if TYPE_CHECKING:  # these import PyTorch, and most commands need none
@@ -331,6 +331,11 @@ class Dataset:
         except ModelError:
             return None
         return bundle.manifest.report if bundle is not None else None
+
+    def drift_alarm(self) -> DriftAlarm | None:
+        """What audit draws say against the estimates of the bundle that serves; None where they say nothing."""
+        with self.store.read() as transaction:
+            return bundles.drift_alarm(transaction)
 
     def assessment(self, name: str) -> Assessment | None:
         """The current assessment of the mask that an annotator would start from, if there is one."""

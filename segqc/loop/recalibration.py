@@ -115,14 +115,13 @@ def _conformal(
     if calibration is not None and calibration.intervals is not None:
         earlier = getattr(calibration.intervals, metric)
     chosen: ChosenEstimate = getattr(calibration, metric) if calibration is not None else NOTHING_CHOSEN
-    floors = [p.floor for p in earlier.patients] if earlier is not None else []
     return split_conformal(
         [getattr(c.estimated, metric) for c in found],
         [getattr(c.true, metric) for c in found],
         [c.patient for c in found],
         metric,
         chosen.model,
-        float(np.median(floors)) if floors else DEFAULT_FLOOR,
+        earlier.typical_floor if earlier is not None else DEFAULT_FLOOR,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
+from segqc.loop.drift import note_drift, watch_serving
 from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import corrections, events, labels, leases, scans
@@ -167,6 +168,8 @@ def submit_label(
     change = _change(dataset, start, end, opened) if start is not None else None
     parent = start.id if start is not None else None
     label = NewLabel(scan, tag, "annotator", actor, parent=parent, info=info, scan_sha256=now.sha256)
+    is_audited = lease is not None and lease.draw == "audit" and not simulated
+    watched = watch_serving(dataset) if is_audited and change is not None else None
     with (
         contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path,
         dataset.store.change_labels([LabelChange(label, path)]) as changing,
@@ -177,6 +180,8 @@ def submit_label(
             correction = corrections.add(
                 changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
             )
+            if watched is not None:
+                note_drift(changing.transaction, watched)
     if tag.startswith(READER):
         _compare_readers(dataset, scan)
     return Submission(kept, correction)

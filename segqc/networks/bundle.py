@@ -185,24 +185,41 @@ class NetworkBundle:
         """The size of its model files, in bytes; missing ones count nothing."""
         return sum(path.stat().st_size for path in map(self.path, NETWORKS) if path is not None and path.is_file())
 
+    def _entry(self, network: NetworkName) -> NetworkEntry:
+        entry = self.manifest.networks.get(network)
+        if entry is None:
+            raise ModelError(f"{self.folder}: holds no network {network!r}; train it first (segqc train {network})")
+        return entry
+
     def verify(self, network: NetworkName) -> NetworkSource:
         """Compare the files of a network with the manifest; returns them, to become part of another bundle.
 
         Raises:
             ModelError: if the bundle has no such network, or a file is missing or damaged.
         """
-        entry = self.manifest.networks.get(network)
-        if entry is None:
-            raise ModelError(f"{self.folder}: holds no network {network!r}; train it first (segqc train {network})")
-        model, card = self.folder / model_name(network), self.folder / _card_name(network)
+        entry = self._entry(network)
+        model = self.folder / model_name(network)
         if model_status(model, remedy=_REMEDY) is None:
             raise ModelError(f"{model}: is missing; {_REMEDY}")
         if _file_sha256(model) != entry.model_sha256:
             raise ModelError(f"{model}: is damaged; {_REMEDY}")
+        return self._source(network, entry)
+
+    def _source(self, network: NetworkName, entry: NetworkEntry) -> NetworkSource:
+        """A network whose card alone is verified."""
+        card = self.folder / _card_name(network)
         content = _content(card, "a model's card")
         if _sha256(content) != entry.card_sha256:
             raise ModelError(f"{card}: is damaged; {_REMEDY}")
-        return NetworkSource(model=model, card=content, entry=entry)
+        return NetworkSource(model=self.folder / model_name(network), card=content, entry=entry)
+
+    def card(self, network: NetworkName) -> ModelCard:
+        """The card of a network, which needs no PyTorch; its model file is not looked at.
+
+        Raises:
+            ModelError: if the bundle has no such network, or the card is missing, damaged or of another format.
+        """
+        return self._source(network, self._entry(network)).read_card()
 
     def verify_all(self) -> None:
         """Compare all files with the manifest, and the networks with each other.

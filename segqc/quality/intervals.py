@@ -87,6 +87,20 @@ class ConformalCalibration:
     metric: MetricName
     patients: tuple[PatientScores, ...]
 
+    @property
+    def typical_floor(self) -> float:
+        """The median floor of the patients' scales."""
+        return float(np.median([p.floor for p in self.patients])) if self.patients else DEFAULT_FLOOR
+
+    def score(self, estimated: float, true: float) -> float:
+        """The size of another mask's residual, over its scale at the typical floor."""
+        scale = _scale(np.array(estimated, np.float64), self.typical_floor, self.metric)
+        return float(abs(true - estimated) / scale)
+
+    def one_score_each(self, generator: np.random.Generator) -> Values:
+        """The score of one mask of each patient, drawn at random: an array over patients."""
+        return np.array([p.scores[int(generator.integers(len(p.scores)))] for p in self.patients], np.float64)
+
     def interval(
         self, x: float | Mapping[WitnessName, float], *, level: float = LEVEL, shown: float | None = None
     ) -> PredictionInterval | None:

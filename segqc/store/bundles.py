@@ -14,14 +14,16 @@ from sqlalchemy import func, select, update
 
 from segqc.store import assessments, events
 from segqc.store.database import StoreError, Transaction
-from segqc.store.records import Actor, BundleRecord, PublishedBundle
+from segqc.store.records import Actor, BundleRecord, JsonObject, PublishedBundle
 from segqc.store.schema import ActorRow, Bundle, Event
+from segqc.types import DriftAlarm
 
 _MAX_NUMBER: Final = 2**31 - 1  # that a column can hold
 _SERVED: Final = "served"  # the event of a bundle that serves from then on
 _RECORDS: Final = select(Bundle, ActorRow).join(ActorRow, Bundle.actor_id == ActorRow.id)
 _SERVING: Final = _RECORDS.where(Bundle.serving)
 _RANKED_BY: Final = select(Bundle.ranked_by).where(Bundle.serving)
+_DRIFT: Final = select(Bundle.drift_since, Bundle.drift_structures, Bundle.drift_patients).where(Bundle.serving)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,43 @@ def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
     return True
 
 
+def set_drift_alarm(transaction: Transaction, number: int, alarm: DriftAlarm | None) -> None:
+    """Note the drift alarm that audit draws give now; its beginning and its end are events, all else is none.
+
+    Raises:
+        StoreError: if there is no such bundle.
+    """
+    before = get(transaction, number).drift_alarm
+    if alarm == before:
+        return
+    values = {
+        "drift_since": alarm.began_at if alarm is not None else None,
+        "drift_structures": list(alarm.structures) if alarm is not None else None,
+        "drift_patients": alarm.patients if alarm is not None else None,
+    }
+    transaction.execute(
+        update(Bundle).where(Bundle.id == number).values(values).execution_options(synchronize_session=False)
+    )
+    transaction.expire_all()
+    if before is None and alarm is not None:
+        detail: JsonObject = {"structures": list(alarm.structures), "patients": alarm.patients}
+        events.record(transaction, events.SERVER, "drift alarm", "bundle", number, detail)
+    elif alarm is None:
+        events.record(transaction, events.SERVER, "drift alarm ended", "bundle", number)
+
+
+def drift_alarm(transaction: Transaction) -> DriftAlarm | None:
+    """The drift alarm of the bundle that serves; None where there is none."""
+    row = transaction.rows(_DRIFT).first()
+    return None if row is None else _alarm(*row)
+
+
+def _alarm(since: dt.datetime | None, structures: list[str] | None, patients: int | None) -> DriftAlarm | None:
+    if since is None or structures is None or patients is None:
+        return None
+    return DriftAlarm(since, tuple(structures), patients)
+
+
 def serving(transaction: Transaction) -> PublishedBundle | None:
     """The bundle that serves; None before the first one."""
     row = transaction.execute(_SERVING).first()
@@ -158,4 +197,5 @@ def _record(row: Bundle, actor: ActorRow) -> PublishedBundle:
         is_serving=row.serving,
         ranked_by=row.ranked_by,
         held_because=row.held_because,
+        drift_alarm=_alarm(row.drift_since, row.drift_structures, row.drift_patients),
     )

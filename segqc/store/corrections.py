@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 from sqlalchemy import and_, insert, select
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import aliased, defer
 
 from segqc.store import events, leases, scans
 from segqc.store.assessments import intervals_of, structure_ids
@@ -123,7 +123,8 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     shown, true, source = AssessmentStructure, CorrectionStructure, aliased(Bundle)
     versions = (source.segmenter_version, Bundle.assessor_version)
     query = (
-        select(Patient.name, Scan.name, StructureName.name, *versions, shown, true)
+        select(Patient.name, Scan.name, Correction.made_at, StructureName.name, *versions, shown, true)
+        .options(defer(shown.detail), defer(true.slices))
         .select_from(Correction)
         .join(LeaseRow, LeaseRow.id == Correction.lease_id)
         .join(AssessmentRow, AssessmentRow.id == Correction.assessment_id)
@@ -150,6 +151,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
         CheckedEstimate(
             patient=patient,
             scan=scan,
+            made_at=made_at,
             structure=structure,
             segmenter_version=segmenter,
             assessor_version=assessor,
@@ -157,7 +159,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             intervals=intervals_of(said),
             true=Metrics(found.dice, found.iou, found.arvd, found.rvd),
         )
-        for patient, scan, structure, segmenter, assessor, said, found in transaction.execute(query)
+        for patient, scan, made_at, structure, segmenter, assessor, said, found in transaction.execute(query)
     ]
 
 

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from segqc.split import Split
 from segqc.text import nfc
-from segqc.types import MetricIntervals, Metrics
+from segqc.types import DriftAlarm, MetricIntervals, Metrics
 from segqc.volumes import scan_suffix
 
 JsonObject: TypeAlias = dict[str, JsonValue]
@@ -97,6 +97,7 @@ class PublishedBundle:
     is_serving: bool
     ranked_by: str | None  # the strategy whose order its estimates' order is replaced by; None for their own
     held_because: str | None  # why it does not serve by itself; None where it does, did, or was let to
+    drift_alarm: DriftAlarm | None  # what audit draws say against its estimates; None where they say nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +198,7 @@ class CheckedEstimate:
 
     patient: str
     scan: str  # its name
+    made_at: dt.datetime  # when the correction came
     structure: str  # its name
     segmenter_version: str | None  # None where no network made the mask
     assessor_version: str | None

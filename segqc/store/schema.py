@@ -209,7 +209,7 @@ class Bundle(Base):
     ``id`` is the number of its folder, ``segqc/models/<id>/``; ``manifest_sha256`` is the address of the manifest in
     it. At most one bundle serves. The row stays when the files are removed. ``ranked_by`` is the strategy whose order
     takes the place of the estimates' where that is known to be noise; ``held_because`` says why the bundle does not
-    serve by itself.
+    serve by itself. ``drift_*`` is the alarm that audit draws have raised against its estimates, NULL without one.
     """
 
     __tablename__ = "bundle"
@@ -224,12 +224,19 @@ class Bundle(Base):
     serving: Mapped[bool]
     ranked_by: Mapped[str | None]
     held_because: Mapped[str | None]
+    drift_since: Mapped[dt.datetime | None]
+    drift_structures: Mapped[list[str] | None] = mapped_column(Json)
+    drift_patients: Mapped[int | None]
     __table_args__ = (
         Index("uq_bundle_serving", "serving", unique=True,
               sqlite_where=text("serving"), postgresql_where=text("serving")),
         CheckConstraint("segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name="networks"),
         CheckConstraint("parent_id < id", name="parent"),
         CheckConstraint("NOT serving OR held_because IS NULL", name="held"),
+        CheckConstraint(
+            "(drift_since IS NULL) = (drift_structures IS NULL) AND (drift_since IS NULL) = (drift_patients IS NULL)",
+            name="drift",
+        ),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
+from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
@@ -60,8 +61,8 @@ class DatasetApp(MONAILabelApp):
         """What clients see; ``labels`` is a list, as MONAI Label's OHIF panel wants it.
 
         ``findings`` are the files of the folder that were not accepted, ``remarks`` what is to know of those that were;
-        of many, the first ones. ``report_card`` says what the estimates are worth. While the database is away, clients
-        get the last answer again, and ``problem`` says so.
+        of many, the first ones. ``report_card`` says what the estimates are worth, ``drift_alarm`` that audit draws
+        speak against them. While the database is away, clients get the last answer again, and ``problem`` says so.
         """
         try:
             self._last_info = self._info()
@@ -76,13 +77,14 @@ class DatasetApp(MONAILabelApp):
         # 3D Slicer and OHIF show the first one only
         body["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
         remarks = self.datastore().remarks()[:_MAX_FINDINGS]
-        card = self.context.dataset.report_card()
+        card, alarm = self.context.dataset.report_card(), self.context.dataset.drift_alarm()
         return {
             **body,
             "labels": list(self.context.labels()),
             "findings": aside,
             "remarks": remarks,
             "report_card": None if card is None else to_json(card),
+            "drift_alarm": None if alarm is None else alarm_to_json(alarm),
         }
 
     def _running(self) -> str | None:

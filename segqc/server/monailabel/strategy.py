@@ -12,6 +12,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
+from segqc.quality.drift import drift_sentence
 from segqc.quality.report_card import BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
@@ -19,11 +20,13 @@ from segqc.server.monailabel.datastore import scan_info
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
-from segqc.types import Assessment, PredictionInterval
+from segqc.types import Assessment, DriftAlarm, PredictionInterval
 
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
 WORST_SLICES: Final = 5
+DRIFTED: Final = "drift alarm"
+"""The verdict on estimates that audit draws have raised an alarm against."""
 
 
 def describe(assessment: Assessment | None) -> Answer:
@@ -62,25 +65,36 @@ def describe(assessment: Assessment | None) -> Answer:
     }
 
 
-def reliability(card: ReportCard | None) -> Answer:
-    """Whether estimated Dice and order can be relied on, in an annotator's words; None without a report card."""
-    if card is None:
+def reliability(card: ReportCard | None, alarm: DriftAlarm | None) -> Answer:
+    """Whether estimated Dice and order can be relied on, in an annotator's words.
+
+    A drift alarm is later than the report card, and its word on the estimate counts. None without either.
+    """
+    if card is None and alarm is None:
         return {"reliability": None}
-    said = {"estimate": card.worst.estimate_verdict, "order": card.worst.order_verdict}
-    return {"reliability": {**said, "messages": [estimate_sentence(card), order_sentence(card)]}}
+    estimate = card.worst.estimate_verdict if card is not None and alarm is None else DRIFTED
+    messages = [drift_sentence(alarm)] if alarm is not None else []
+    if card is not None:
+        messages += [estimate_sentence(card), order_sentence(card)] if alarm is None else [order_sentence(card)]
+    order = card.worst.order_verdict if card is not None else None
+    return {"reliability": {"estimate": estimate, "order": order, "messages": messages}}
 
 
-def _is_noise(card: ReportCard | None) -> bool:
-    return card is not None and card.worst.estimate_verdict == "not better than the constant"
+def _warning(card: ReportCard | None, alarm: DriftAlarm | None) -> str | None:
+    """Why the estimated Dice cannot be relied on; None where nothing speaks against it."""
+    if alarm is not None:
+        return drift_sentence(alarm)
+    is_noise = card is not None and card.worst.estimate_verdict == "not better than the constant"
+    return estimate_sentence(card) if card is not None and is_noise else None
 
 
-def _title(scan: ScanRecord, assessment: Assessment | None, card: ReportCard | None) -> str:
+def _title(scan: ScanRecord, assessment: Assessment | None, *, is_unreliable: bool) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if assessment is None or assessment.dice is None:
         return scan.file
     interval = assessment.dice_interval
     between = f", {interval}" if interval is not None else ""
-    worth = ", unreliable" if _is_noise(card) else ""
+    worth = ", unreliable" if is_unreliable else ""
     return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
 
 
@@ -118,19 +132,20 @@ class Sampling(Strategy):
         if handed_out is None:
             return None
         lease, skipped, scan, shown = handed_out
-        card = self.dataset.report_card()
+        card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
+        warning = _warning(card, alarm)
         strategy = self._shown_strategy(lease, card)
         said: Answer = {
             **scan_info(scan),
             "id": scan.name,
-            "name": _title(scan, shown, card),
+            "name": _title(scan, shown, is_unreliable=warning is not None),
             "path": str(self.dataset.folder / scan.file),
             "strategy": strategy,
             "lease": lease.id,
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             **describe(shown),
-            **reliability(card),
+            **reliability(card, alarm),
         }
         notes = []
         if skipped is not None:
@@ -143,8 +158,8 @@ class Sampling(Strategy):
                 f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
                 "scored then); this one was drawn uniformly at random."
             )
-        if shown is not None and card is not None and _is_noise(card):
-            notes.append(estimate_sentence(card))
+        if shown is not None and warning is not None:
+            notes.append(warning)
         if notes:
             said["note"] = " ".join(notes)
         return said

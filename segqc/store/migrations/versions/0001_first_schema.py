@@ -45,11 +45,18 @@ def upgrade() -> None:
         sa.Column("serving", sa.Boolean(), nullable=False),
         sa.Column("ranked_by", sa.String(), nullable=True),
         sa.Column("held_because", sa.String(), nullable=True),
+        sa.Column("drift_since", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("drift_structures", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("drift_patients", sa.Integer(), nullable=True),
         sa.CheckConstraint(
             "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
         sa.CheckConstraint("parent_id < id", name=op.f("ck_bundle_parent")),
         sa.CheckConstraint("NOT serving OR held_because IS NULL", name=op.f("ck_bundle_held")),
+        sa.CheckConstraint(
+            "(drift_since IS NULL) = (drift_structures IS NULL) AND (drift_since IS NULL) = (drift_patients IS NULL)",
+            name=op.f("ck_bundle_drift"),
+        ),
         sa.ForeignKeyConstraint(["actor_id"], ["actor.id"], name=op.f("fk_bundle_actor_id")),
         sa.ForeignKeyConstraint(["parent_id"], ["bundle.id"], name=op.f("fk_bundle_parent_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bundle")),
