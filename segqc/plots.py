@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -158,7 +158,7 @@ def draw_assessment(
     heat = ScalarMappable(Normalize(0, 1), HEAT)
     figure.colorbar(heat, ax=axes.ravel().tolist(), shrink=0.5, label="error probability", fraction=0.03, pad=0.01)
     _legend(figure, assessment)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _colour(number: int) -> str:
@@ -172,7 +172,7 @@ def window_around(region: BoolArray, spacing_mm: Sequence[float]) -> Window:
     return padded_box(box, [int(np.ceil(_MARGIN_MM / spacing)) for spacing in spacing_mm], region.shape)
 
 
-def contour(ax: Axes, mask: FloatArray, colour: str) -> None:
+def contour(ax: Axes, mask: FloatArray, colour: str, *, style: Literal["solid", "dashed", "dotted"] = "solid") -> None:
     """Draw the contour of a mask's plane; an empty one has none."""
     if mask.any():
         ax.contour(
@@ -180,6 +180,7 @@ def contour(ax: Axes, mask: FloatArray, colour: str) -> None:
             levels=[0.5],
             colors=[colour],
             linewidths=1.2,
+            linestyles=style,
             extent=(-1, mask.shape[1], -1, mask.shape[0]),
         )
 
@@ -256,10 +257,11 @@ def draw_curve(curve: Path, path: Path) -> None:
     ax.set_ylabel("loss")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture; its suffix decides the format."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)

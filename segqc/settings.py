@@ -137,13 +137,13 @@ class ModelsSettings(BaseModel):
         keep: of how many bundles the files are kept, beside the one that serves and those that running jobs may need;
             the oldest ones go first.
         drift_level: the probability that audit draws raise a false drift alarm against a bundle's estimates, ever; 0
-            for no alarms. Each training begins anew, so that of ten rounds at most one in ten folders has one.
+            for no alarms. An alarm costs a sentence and changes no order, and audits are few, so that it is not tiny.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep: int = Field(default=5, ge=0)
-    drift_level: float = Field(default=0.01, ge=0, lt=1)
+    drift_level: float = Field(default=0.05, ge=0, lt=1)
 
 
 class InferenceSettings(BaseModel):

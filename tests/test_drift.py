@@ -49,7 +49,7 @@ def alarms(
     scales = np.where(np.arange(audited) < start, 1.0, shift)
     found = []
     for run in range(runs):
-        generator = np.random.default_rng([run, start])
+        generator = np.random.default_rng([run, start, 1])  # not the numbers of the seed [run]
         known = laplace(generator, np.ones(calibrating))
         test = drift_test(known, laplace(generator, scales), level=level, seed=[run])
         if test.alarm is not None:
@@ -57,22 +57,22 @@ def alarms(
     return found
 
 
-@pytest.mark.parametrize("level", [0.01, 0.1])
+@pytest.mark.parametrize("level", [0.01, 0.05])
 @pytest.mark.parametrize("calibrating", [0, 9, 40])
 def test_false_alarms_are_as_rare_as_the_level_says(level: float, calibrating: int) -> None:
     share = len(alarms(level, 1.0, 0, calibrating=calibrating, audited=100)) / 400
     assert share <= level + 2 * np.sqrt(level * (1 - level) / 400)
 
 
-def test_errors_five_times_as_large_are_noticed_within_thirty_audits() -> None:
-    found = alarms(0.01, 5.0, 0)
-    assert sum(after <= 30 for after in found) >= 0.85 * 400
-    assert np.median(found) <= 20
+def test_errors_five_times_as_large_are_noticed_within_twenty_audits() -> None:
+    found = alarms(0.05, 5.0, 0)
+    assert sum(after <= 20 for after in found) >= 0.85 * 400
+    assert np.median(found) <= 10
 
 
 def test_a_drift_that_begins_after_many_quiet_audits_is_noticed() -> None:
-    found = alarms(0.01, 5.0, 60, calibrating=30, audited=100)
-    assert sum(0 < after <= 30 for after in found) >= 0.85 * 400
+    found = alarms(0.05, 5.0, 60, calibrating=30, audited=100)
+    assert sum(0 < after <= 20 for after in found) >= 0.85 * 400
 
 
 def test_smaller_errors_are_no_drift() -> None:

@@ -104,7 +104,7 @@ def test_an_alarm_begins_once_and_is_told_wherever_estimates_are(dataset: Datase
         liver = shown["structures"][0]
         assert (liver["calibrating patients"], liver["patients tested"]) == (CALIBRATING, 12)
         assert 2 < liver["alarm at patient"] < 12
-        assert liver["evidence of drift"] >= liver["alarm from"] == 200, "the level is shared by the two structures"
+        assert liver["evidence of drift"] >= liver["alarm from"] == 40, "the level is shared by the two structures"
         assert sentence in " ".join(run("intervals", folder).split())
     assert sentence in run("rank", folder)
     assert json.loads(run("rank", folder, "--json"))["drift_alarm"]["patients"] == 12

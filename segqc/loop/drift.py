@@ -100,18 +100,18 @@ def drift(transaction: Transaction, watched: DriftWatch, *, simulated: bool = Fa
     ]
     if _is_drawn_from_audits(watched.card):
         published_at = bundles.get(transaction, watched.bundle).published_at
-        calibrating = {c.patient for c in found if c.made_at <= published_at}
-        found = [c for c in found if c.made_at > published_at and c.patient not in calibrating]
+        before = {c.patient for c in found if c.made_at <= published_at}
+        found = [c for c in found if c.made_at > published_at and c.patient not in before]
     known = watched.card.calibration or (None,) * len(watched.card.structures)
     tests = []
     for structure, calibration in zip(watched.card.structures, known, strict=True):
         intervals = calibration.of("served").intervals if calibration is not None else None
         made = intervals.dice if intervals is not None else ConformalCalibration("dice", ())
         stream = _first_of_each_patient([c for c in found if c.structure == structure.name])
-        seed = _seed(*pair, structure.name)
         level = watched.level / len(watched.card.structures)
         scores = np.array([made.score(estimated, true) for _, estimated, true in stream], np.float64)
-        test = drift_test(made.one_score_each(np.random.default_rng(seed)), scores, level=level, seed=seed)
+        calibrating = made.one_score_each(np.random.default_rng(_seed("masks", *pair, structure.name)))
+        test = drift_test(calibrating, scores, level=level, seed=_seed("p-values", *pair, structure.name))
         began_at = stream[test.alarm - 1][0].made_at if test.alarm is not None else None
         tests.append(StructureDrift(structure=structure.name, test=test, began_at=began_at))
     return tuple(tests)
@@ -151,5 +151,5 @@ def _first_of_each_patient(found: Sequence[CheckedEstimate]) -> list[tuple[Check
 
 
 def _seed(*content: str | None) -> list[int]:
-    """A seed that is the same each time somebody looks, and another one for other networks."""
+    """A seed that is the same each time somebody looks, and another one for other draws and other networks."""
     return list(hashlib.sha256("\n".join(map(str, content)).encode()).digest())
