@@ -35,7 +35,7 @@ from segqc.volumes import atomic_write
 LEVELS = (0.01, 0.05)
 STREAMS = 2000
 ORDERS = 300
-AUDITED = (10, 20, 60, 200)  # patients, of simulated streams
+AUDITED = (5, 10, 20, 60, 200)  # patients, of simulated streams
 PREFIX = "drift-"
 
 
