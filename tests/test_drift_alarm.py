@@ -106,7 +106,9 @@ def test_an_alarm_begins_once_and_is_told_wherever_estimates_are(dataset: Datase
         assert 2 < liver["alarm at patient"] < 12
         assert liver["evidence of drift"] >= liver["alarm from"] == 40, "the level is shared by the two structures"
         assert sentence in " ".join(run("intervals", folder).split())
-    assert sentence in run("rank", folder)
+    ranked = run("rank", folder)
+    assert sentence in ranked and "better than chance" in ranked
+    assert "better than a constant" not in ranked, "the card was made before"
     assert json.loads(run("rank", folder, "--json"))["drift_alarm"]["patients"] == 12
     assert sentence in run("models", "show", folder, "2")
     assert json.loads(run("models", "show", folder, "1", "--json"))["drift_alarm"] is None

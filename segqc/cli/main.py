@@ -442,11 +442,11 @@ def rank(
         extra["report_card"] = None if card is None else to_json(card)
         extra["drift_alarm"] = None if alarm is None else alarm_to_json(alarm)
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
-    if card is not None and not as_json:
-        for text in (estimate_sentence(card), order_sentence(card, ranking.by)):
-            typer.echo(text, err=as_csv)
-    if alarm is not None and not as_json:
-        typer.echo(drift_sentence(alarm), err=as_csv)
+    sentences = [drift_sentence(alarm)] if alarm is not None else []
+    if card is not None:  # an alarm is later than the card: its word on the estimate counts
+        sentences += [*([estimate_sentence(card)] if alarm is None else []), order_sentence(card, ranking.by)]
+    for text in sentences if not as_json else ():
+        typer.echo(text, err=as_csv)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
 
