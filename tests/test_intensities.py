@@ -13,6 +13,7 @@ from segqc.training import TrainingSettings
 from segqc.training.cases import Example
 from segqc.training.intensities import with_other_intensities
 from segqc.training.patches import PatchDataset
+from segqc.training.spec import Intensities
 from segqc.types import FloatArray
 
 SHAPE = (24, 20, 8)
@@ -52,24 +53,21 @@ def test_a_scan_without_any_contrast_stays() -> None:
     np.testing.assert_array_equal(with_other_intensities(flat, np.random.default_rng(0)), flat)
 
 
-def test_only_patches_with_masks_change_strongly() -> None:
+def test_each_kind_of_network_has_its_own_setting() -> None:
     plan = plan_network((1.0, 1.0, 1.0), SHAPE, in_channels=2, out_channels=1, patch=SHAPE)
     truth = (scan() > 1).astype(np.uint8)
-    settings = TrainingSettings(flips=False)
-    example = Example("block", scan(), truth)
+    to_segment = Example("block", scan(), truth)
+    to_assess = replace(to_segment, mask=truth)
 
-    def patches(example: Example, settings: TrainingSettings) -> list[torch.Tensor]:
-        dataset = PatchDataset([example], plan, settings)
-        return [dataset[draw]["image"] for draw in range(12)]
+    def patches(example: Example, **settings: Intensities) -> torch.Tensor:
+        dataset = PatchDataset([example], plan, TrainingSettings(flips=False, **settings))  # type: ignore[arg-type]
+        return torch.stack([dataset[draw]["image"] for draw in range(12)])
 
-    for of_segmenter in (settings, replace(settings, segqc_intensities="usual")):
-        np.testing.assert_array_equal(
-            torch.stack(patches(example, of_segmenter)), torch.stack(patches(example, settings))
-        )
-    masked = replace(example, mask=truth)
-    strong, usual = (
-        patches(masked, replace(settings, segqc_intensities=intensities)) for intensities in ("strong", "usual")
-    )
-    assert not torch.equal(torch.stack(strong), torch.stack(usual))
-    for first, again in zip(strong, patches(masked, settings), strict=True):
-        assert torch.equal(first, again)
+    usual, strong = (patches(to_segment, segmentation_intensities=i) for i in ("usual", "strong"))
+    assert torch.equal(usual, patches(to_segment)), "by default"
+    assert torch.equal(usual, patches(to_segment, segqc_intensities="usual"))
+    assert not torch.equal(usual, strong)
+    usual, strong = (patches(to_assess, segqc_intensities=i) for i in ("usual", "strong"))
+    assert torch.equal(strong, patches(to_assess)), "by default"
+    assert torch.equal(strong, patches(to_assess, segmentation_intensities="strong"))
+    assert not torch.equal(usual, strong)

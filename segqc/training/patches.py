@@ -68,7 +68,8 @@ class PatchDataset(Dataset[Patch]):
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
-        self.strong = self.masked and settings.segqc_intensities == "strong"
+        intensities = settings.segqc_intensities if self.masked else settings.segmentation_intensities
+        self.strong = intensities == "strong"
         self.augment = _augmentation(
             settings, plan, masked=self.masked, soft=examples[0].soft is not None, intensities=not self.strong
         )

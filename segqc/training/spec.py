@@ -40,8 +40,9 @@ class TrainingSettings:
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
     ``mask_deformation`` moves the contour of the mask alone, smoothly, by displacements with a standard deviation of up
     to this many in-plane voxels, so that it does not believe masks of networks that it has not met.
-    ``segqc_intensities`` "strong" changes contrast, gain, resolution and noise of SegQC-Net's patches far more than
-    those of the segmentation networks ("usual"), so that it finds what these miss on scans unlike the labelled ones.
+    ``segmentation_intensities`` and ``segqc_intensities`` say how far contrast, gain, resolution and noise of patches
+    are changed, "usual" or "strong", which is far more. SegQC-Net's are by default, so that it finds what the
+    segmentation networks miss on scans unlike the labelled ones.
     ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
     seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
     The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
@@ -74,6 +75,7 @@ class TrainingSettings:
     scan_only_share: float = 0.2
     empty_mask_share: float = 0.0
     mask_deformation: float = 0.0
+    segmentation_intensities: Intensities = "usual"
     segqc_intensities: Intensities = "strong"
     average_flips: bool = False
     hide_mask: bool = False
@@ -123,6 +125,7 @@ class TrainingSettings:
             max_minutes=self.max_minutes,
             flips=self.flips,
             transposes=self.transposes,
+            segmentation_intensities=self.segmentation_intensities,
             mixed_precision=self.mixed_precision,
         )
 
