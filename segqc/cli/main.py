@@ -648,10 +648,12 @@ def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
 
 
 def _assessment_lines(assessment: Assessment) -> list[Row]:
+    from segqc.types import UNLIKE
+
     lines: list[Row] = []
     for q in assessment.structures:
         whole, error_sum = dataclasses.asdict(q.estimated), sum(s.error_sum for s in q.raw.slices)
-        ends = _ends(q.intervals)
+        ends = {**_ends(q.intervals), "remark": UNLIKE if assessment.is_unlike else None}
         lines.append({"structure": q.name, "slice": None, **whole, "error_sum": error_sum, **ends})
         for s in q.raw.slices:
             metrics = dataclasses.asdict(s.metrics)
@@ -661,11 +663,14 @@ def _assessment_lines(assessment: Assessment) -> list[Row]:
 
 
 def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
+    from segqc.types import applying
+
     cells: dict[str, Cell] = {}
-    for name, interval in ((f.name, getattr(intervals, f.name)) for f in dataclasses.fields(intervals)):
+    of_metrics = {f.name: applying(getattr(intervals, f.name)) for f in dataclasses.fields(intervals)}
+    for name, interval in of_metrics.items():
         cells[f"{name}_low"] = interval.low if interval is not None else None
         cells[f"{name}_high"] = interval.high if interval is not None else None
-    levels = [i.level for i in (intervals.dice, intervals.iou, intervals.arvd, intervals.rvd) if i is not None]
+    levels = [interval.level for interval in of_metrics.values() if interval is not None]
     return {**cells, "interval_level": levels[0] if levels else None}
 
 
@@ -831,7 +836,14 @@ def simulate(
                 {
                     "scan": done.scan,
                     "chosen by": done.strategy,
-                    **estimate("estimated Dice", done.estimated_dice, done.interval, as_json=as_json, as_csv=as_csv),
+                    **estimate(
+                        "estimated Dice",
+                        done.estimated_dice,
+                        done.interval,
+                        unlike=done.unlike,
+                        as_json=as_json,
+                        as_csv=as_csv,
+                    ),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
                 }

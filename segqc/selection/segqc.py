@@ -1,7 +1,8 @@
 """The lowest estimated Dice first, by SegQC-Net: the default.
 
 Where the report card of the serving bundle says that this order is not better than chance, the best witness that is
-better orders, and without one the draw is uniform: see `segqc.quality.report_card`.
+better orders, and without one how unlike the training's a scan is, or else the draw is uniform: see
+`segqc.quality.report_card`.
 """
 
 from __future__ import annotations

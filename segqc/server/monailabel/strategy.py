@@ -19,7 +19,7 @@ from segqc.server.monailabel.datastore import scan_info
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
-from segqc.types import Assessment, PredictionInterval
+from segqc.types import UNLIKE, Assessment, bounds
 
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
@@ -29,10 +29,12 @@ WORST_SLICES: Final = 5
 def describe(assessment: Assessment | None) -> Answer:
     """What the answer says of a scan's mask: estimated Dice, worst slices, and the error boxes in these slices.
 
-    An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one.
+    An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one, or the
+    scan is unlike the training's: ``unlike_training`` says so.
     """
     if assessment is None:
-        return {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
+        nothing: Answer = {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
+        return {**nothing, "unlike_training": None}
     slices = assessment.worst_slices(WORST_SLICES)
     boxes = [
         {
@@ -50,16 +52,25 @@ def describe(assessment: Assessment | None) -> Answer:
     ]
     return {
         "estimated_dice": assessment.dice,
-        "estimated_dice_interval": _as_json(assessment.dice_interval),
+        "estimated_dice_interval": bounds(assessment.dice_interval),
+        "unlike_training": unlike_training(assessment),
         "estimated_dice_by_structure": {q.name: q.estimated.dice for q in assessment.structures if q.present},
         "estimated_dice_interval_by_structure": {
-            q.name: _as_json(q.intervals.dice) for q in assessment.structures if q.present
+            q.name: bounds(q.intervals.dice) for q in assessment.structures if q.present
         },
         "worst_slices": list(slices),
         "boxes": boxes,
         "through_plane_axis": assessment.through_plane_axis,
         "models": {"segmentation": assessment.segmenter_version, "segqc": assessment.assessor_version},
     }
+
+
+def unlike_training(assessment: Assessment) -> Answer | None:
+    """How unlike the training's scans a scan is, and what that means, if anything; None where nobody knows."""
+    found = assessment.unlikeness
+    if found is None:
+        return None
+    return {"score": found.score, "p_value": found.p_value, "message": UNLIKE if found.is_marked else None}
 
 
 def reliability(card: ReportCard | None) -> Answer:
@@ -82,10 +93,6 @@ def _title(scan: ScanRecord, assessment: Assessment | None, card: ReportCard | N
     between = f", {interval}" if interval is not None else ""
     worth = ", unreliable" if _is_noise(card) else ""
     return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
-
-
-def _as_json(interval: PredictionInterval | None) -> Answer | None:
-    return None if interval is None else dataclasses.asdict(interval)
 
 
 class Sampling(Strategy):
