@@ -16,7 +16,7 @@ from torch import nn
 from segqc.networks.augmentation import tta_group
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
-from segqc.networks.encoder import encoder_features, encoders, window_around
+from segqc.networks.encoder import encoder_features, encoders, part_around, part_extent
 from segqc.networks.inference import (
     NOWHERE,
     Predictor,
@@ -307,7 +307,7 @@ class Assessor(TrainedNetwork):
         if not networks:
             return None
         frame, plan = self.frame(scan), self.card.plan
-        part = window_around(canonical_scan(scan, frame), masks.any(axis=0), frame, plan.patch)
+        part = part_around(canonical_scan(scan, frame), masks.any(axis=0), frame, part_extent(plan))
         return encoder_features(networks, part.to(self.device), plan.in_channels)
 
     def _unlikeness(self, scan: Volume, masks: BoolArray) -> Unlikeness | None:
