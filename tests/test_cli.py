@@ -30,7 +30,7 @@ from segqc.quality.metrics import true_metrics
 from segqc.server.client_labels import to_client
 from segqc.store.events import SERVER
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, Metrics, label_names
+from segqc.types import Assessment, Metrics, Unlikeness, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
@@ -334,6 +334,30 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert "0.50 (0.40-0.60)" in listed
     assert listed.count("(not enough data)") == 3
     assert table.index("scan_2") < table.index("scan_4") < table.index("scan_3") < table.index("scan_1")
+
+
+def test_no_table_shows_the_interval_of_a_scan_that_is_unlike_the_training_s(run: Run, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "studies", scans=3, finals=0)
+    number = add_models(folder, report=worthless_card(unlikeness=Unlikeness(1.0, 0.5)))
+    found = {"scan_0": Unlikeness(1.0, 0.5), "scan_1": Unlikeness(2.75, 0.05), "scan_2": Unlikeness(1.5, 0.2)}
+    for name, unlikeness in found.items():
+        assess(Dataset(folder), name, 0.5, number=number, half_width=0.1, unlikeness=unlikeness)
+    table, listed = run("rank", folder).out, run("scans", folder).out
+    for text in (table, listed):
+        assert "0.50 (unlike the training scans)" in text and text.count("0.50 (0.40-0.60)") == 2
+        assert "unlike the training scans: interval does not apply" in text
+    assert "most unlike the training scans first" in table and "Ordered by how unlike" in table
+    assert table.index("scan_1") < table.index("scan_2") < table.index("scan_0") and "2.75" in table
+    rows = {row["scan"]: row for row in json.loads(run("rank", folder, "--json").out)["scans"]}
+    marked = rows["scan_1"]
+    assert marked["estimated Dice interval"] is None
+    assert marked["remark"] == "unlike the training scans: interval does not apply"
+    assert (marked["unlikeness"], marked["unlikeness p-value"], marked["ordered by"]) == (2.75, 0.05, "unlikeness")
+    assert rows["scan_0"]["estimated Dice interval"] is not None and rows["scan_0"]["remark"] is None
+    for command in ("rank", "scans"):
+        read = {row["scan"]: row for row in csv.DictReader(io.StringIO(run(command, folder, "--csv").out))}
+        assert (read["scan_1"]["estimated Dice low"], read["scan_0"]["estimated Dice low"]) == ("", "0.4")
+        assert read["scan_1"]["remark"] == "unlike the training scans: interval does not apply"
 
 
 @pytest.mark.parametrize("worthless", [False, True])

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
     from segqc.settings import NetworkName
-    from segqc.types import Assessment, MetricIntervals
+    from segqc.types import Assessment, MetricIntervals, Unlikeness
 
 
 EXAMPLES = (
@@ -400,6 +400,7 @@ def rank(
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
     from segqc.quality.report_card import AT_RANDOM, estimate_sentence, order_sentence, to_json
+    from segqc.quality.witnesses import UNLIKENESS
     from segqc.selection import score_of
 
     wanted = score_of(method)
@@ -420,6 +421,7 @@ def rank(
                 if wanted.function is None
                 else {"estimated Dice" if wanted.is_dice else "score": scan.score}
             ),
+            **(_unlikeness(scan.unlikeness, as_text=not as_json and not as_csv) if wanted.function is None else {}),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"ordered by": ranking.by} if as_json or as_csv else {}),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
@@ -434,7 +436,8 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    title = f"{folder}: in random order" if ranking.by == AT_RANDOM else f"{folder}: worst first, by {ranking.by}"
+    orders = {AT_RANDOM: "in random order", UNLIKENESS: "most unlike the training scans first"}
+    title = f"{folder}: {orders.get(ranking.by, f'worst first, by {ranking.by}')}"
     card = dataset.report_card() if wanted.function is None else None
     if wanted.function is None:
         title += brackets(scan.interval for scan in ranked)
@@ -490,6 +493,16 @@ def intervals(
     if use:
         renewed = use_them(dataset, assessor, found, me())
         typer.echo(f"intervals are made of audit draws from now on; {renewed} waiting scans have new ones", err=True)
+
+
+def _unlikeness(found: Unlikeness | None, *, as_text: bool) -> dict[str, Cell]:
+    """The cells of how unlike the training's a scan is."""
+    if as_text:
+        return {"unlikeness": None if found is None else f"{found.score:.2f}"}
+    return {
+        "unlikeness": None if found is None else found.score,
+        "unlikeness p-value": None if found is None else found.p_value,
+    }
 
 
 def _agreement_text(found: Agreement, *, is_dice: bool) -> str:

@@ -89,8 +89,7 @@ def _title(scan: ScanRecord, assessment: Assessment | None, card: ReportCard | N
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if assessment is None or assessment.dice is None:
         return scan.file
-    interval = assessment.dice_interval
-    between = f", {interval}" if interval is not None else ""
+    between = f", {interval}" if (interval := assessment.dice_interval) is not None else ""
     worth = ", unreliable" if _is_noise(card) else ""
     return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
 
@@ -152,6 +151,8 @@ class Sampling(Strategy):
             )
         if shown is not None and card is not None and _is_noise(card):
             notes.append(estimate_sentence(card))
+        if shown is not None and shown.is_unlike:
+            notes.append(f"This scan is {UNLIKE}.")
         if notes:
             said["note"] = " ".join(notes)
         return said
