@@ -82,8 +82,10 @@ class Measured:
         scan, patient, subset, structure: what it is.
         truth: the true metrics.
         shown: the stored estimates, as the product shows them.
-        interval: the stored 90% interval of the Dice.
+        interval: the stored 90% interval of the Dice, whether it applies or not.
         witnesses: what each witness says of the Dice, the higher the better; of `ORDERS` only the order counts.
+        unlike: whether the scan is marked as unlike the training's, so that the interval does not apply; None of results
+            from before there was such a mark.
     """
 
     scan: str
@@ -94,6 +96,7 @@ class Measured:
     shown: Metrics
     interval: tuple[float, float] | None
     witnesses: dict[str, float | None]
+    unlike: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +250,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
                     quality.estimated,
                     None if bounds is None else (bounds.low, bounds.high),
                     said,
+                    None if stored.unlikeness is None else stored.is_unlike,
                 )
             )
             for name in maps:
@@ -331,8 +335,10 @@ class Numbers:
     size_constant: float | None
     arvd: float | None
     arvd_constant: float | None
-    covered: float | None
+    covered: float | None  # of scans that are not marked
     width: float | None
+    marked: float | None
+    marked_failed: float | None
     missed_share: float | None
     missed: float | None
     missed_half: float | None
@@ -353,10 +359,13 @@ def numbers(result: Result, structure: str, subset: str) -> Numbers:
     rvd, arvd = _of_metric(masks, "rvd"), _of_metric(masks, "arvd")
     size = _of_metric(masks, "rvd", lambda value: abs(value))
     inside = [
-        (m.interval[0] <= m.truth.dice <= m.interval[1], m.interval[1] - m.interval[0])
+        (m.interval[0] <= m.truth.dice <= m.interval[1], m.interval[1] - m.interval[0], m.unlike)
         for m in masks
         if m.interval is not None and m.truth.dice is not None
     ]
+    applying = [(hit, width) for hit, width, unlike in inside if not unlike]
+    failed = [not hit for hit, _, unlike in inside if unlike]
+    marks = [m.unlike for m in masks if m.unlike is not None]
     return Numbers(
         n=shown.n,
         true_dice=shown.truth_mean,
@@ -373,8 +382,10 @@ def numbers(result: Result, structure: str, subset: str) -> Numbers:
         size_constant=size.median_mae,
         arvd=arvd.mae,
         arvd_constant=arvd.median_mae,
-        covered=fmean(hit for hit, _ in inside) if inside else None,
-        width=fmean(width for _, width in inside) if inside else None,
+        covered=fmean(hit for hit, _ in applying) if applying else None,
+        width=fmean(width for _, width in applying) if applying else None,
+        marked=fmean(marks) if marks else None,
+        marked_failed=fmean(failed) if failed else None,
         missed_share=found.missed_share if found else None,
         missed=found.missed if found else None,
         missed_half=found.missed_half if found else None,
@@ -471,12 +482,13 @@ def tables(results: Sequence[Result]) -> list[Table]:
         f"Volumes, intervals, errors found: {title}",
         (
             *("structure", "scans", "RVD", "its constant", "|RVD|", "its constant ", "ARVD", "its constant  "),
-            *("90% hold", "width", "errors missed", "found", "at 1/2", "included: found", "at 1/2 "),
+            *("90% hold", "width", "marked", "of these fail"),
+            *("errors missed", "found", "at 1/2", "included: found", "at 1/2 "),
         ),
         tuple(
             (
                 *(*key, r.rvd, r.rvd_constant, r.size, r.size_constant, r.arvd, r.arvd_constant, r.covered, r.width),
-                *(r.missed_share, r.missed, r.missed_half, r.included, r.included_half),
+                *(r.marked, r.marked_failed, r.missed_share, r.missed, r.missed_half, r.included, r.included_half),
             )
             for key, r in rows.items()
             if key[0] != WORST
