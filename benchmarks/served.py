@@ -84,8 +84,8 @@ class Measured:
         shown: the stored estimates, as the product shows them.
         interval: the stored 90% interval of the Dice, whether it applies or not.
         witnesses: what each witness says of the Dice, the higher the better; of `ORDERS` only the order counts.
-        unlike: whether the scan is marked as unlike the training's, so that the interval does not apply; None of results
-            from before there was such a mark.
+        unlike: whether the scan is marked as unlike the training's, so that the interval does not apply; None of
+            results from before there were marks.
     """
 
     scan: str
