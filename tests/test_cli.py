@@ -27,6 +27,7 @@ from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
+from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.server.client_labels import to_client
 from segqc.store.events import SERVER
 from segqc.training.calibration import KnownMask, fit_masks
@@ -533,6 +534,22 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
         assert f"{quality.estimated.dice:.2f} ({interval.low:.2f}-{interval.high:.2f})" in messages
         assert (float(row["dice_low"]), float(row["dice_high"])) == pytest.approx((interval.low, interval.high))
         assert row["interval_level"] == "0.9"
+    features = calibrated.scan_features(read_scan(scan), read_labels(mask))
+    assert features is not None
+    held_out = tuple(HeldOutPatient(f"p{i}", (1.0,)) for i in range(9))
+    count = features.shape[1]
+    reference = UnlikenessReference((NetworkReference((99.0,) * count, (1.0,) * count, 1.0, held_out),))
+    with opened.bundles.workspace() as work:
+        card = replace(calibrated.card, unlikeness=reference)
+        Assessor(card, calibrated.network).save(work / "segqc.pt")
+        opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
+    messages = run("assess", scan, mask, "--no-picture").out
+    assert messages.count("(unlike the training scans)") == 8
+    assert "unlike the training scans: interval does not apply" in messages
+    lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
+    assert {(row["dice_low"], row["remark"]) for row in lines if not row["slice"]} == {
+        ("", "unlike the training scans: interval does not apply")
+    }
 
 
 def test_assess_lists_as_many_worst_slices_as_asked(run: Run, dataset: Path) -> None:

@@ -405,6 +405,7 @@ def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient,
     assert (missing.status_code, "final" in missing.json()["detail"]) == (404, True)
     assessment = Assessment.from_json(json.dumps(answer["assessment"]))
     assert (assessment.scan, assessment.mask_kind) == ("scan_0", "strange")
+    assert answer["unlike_training"] is None, "these networks compare with nothing"
     assert answer["estimated_dice_interval"] is None, "not enough data: these networks never met a validating patient"
     assert [q.name for q in assessment.structures] == ["liver", "spleen"]
     truth = read_labels(base / "labels" / "final" / "scan_0.nii.gz")
