@@ -300,3 +300,24 @@ def test_the_constant_is_a_last_resort(bias: float, choice: Choice) -> None:
     errors = {c.choice: c.mae for c in chosen.candidates}
     assert errors["constant"] < errors["map"]
     assert chosen.choice == choice
+
+
+@pytest.mark.parametrize("choice", ["constant", "soft", "entropy", "size"])
+def test_what_does_not_look_at_the_map_follows_it_beyond_what_it_has_seen(choice: Choice) -> None:
+    """Masks of another site, which the map holds for far worse than any that is known, are not as good as the rest."""
+    masks = served(0, 20, noise={"map": 0.3}, spread=0.1)
+    model = fit_choice(masks, "dice", choice, "map")
+    low, high = masks.values["map"].min(), masks.values["map"].max()
+    asked = {name: np.full(5, np.median(values)) for name, values in masks.values.items()}
+    asked["map"] = np.array([0.1, 0.3, low, high, 0.98])
+    estimates = model.apply(asked)
+    assert (np.diff(estimates) >= 0).all(), "monotone"
+    np.testing.assert_allclose(estimates[2], estimates[3], atol=0.02)
+    assert estimates[0] < estimates[1] - 0.1 < estimates[2] - 0.2
+    assert estimates[4] > estimates[3]
+
+
+def test_a_constant_of_a_volume_follows_the_map_beyond_what_it_has_seen() -> None:
+    said, true = np.linspace(-0.3, 0.5, 20), np.full(20, 0.1)
+    model = fit_choice(known_masks({"map": said}, true, [f"p{i}" for i in range(20)]), "rvd", "constant", "map")
+    np.testing.assert_allclose(model.apply({"map": np.array([-0.8, -0.3, 0.5, 1.5])}), [-0.4, 0.1, 0.1, 1.1])

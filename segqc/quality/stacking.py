@@ -10,7 +10,7 @@ All models are monotone: a witness that speaks better of a mask never lowers its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
@@ -63,11 +63,14 @@ class EstimateModel:
         link: the scale on which witnesses add up.
         intercept: the constant part.
         weights: of each witness that is used, none below 0.
+        known: the least and the largest of the map's values that the model was fitted on; beyond them the estimate goes
+            on with the map, step by step. None where it is the same function everywhere.
     """
 
     link: Literal["identity", "logit"]
     intercept: float
     weights: Mapping[WitnessName, float]
+    known: tuple[float, float] | None = None
 
     def apply(self, values: WitnessValues) -> Values:
         """The estimates of many masks, not clipped to the metric's range; the map's own where a witness is unknown.
@@ -80,6 +83,12 @@ class EstimateModel:
         for name, weight in self.weights.items():
             said = values.get(name, unknown)
             total += weight * (said if self.link == "identity" else _feature(name, said))
+        if self.known is not None:
+            of_map, low, high = (
+                np.asarray(v, np.float64) if self.link == "identity" else _logit(np.asarray(v, np.float64))
+                for v in (values["map"], *self.known)
+            )
+            total += of_map - np.clip(of_map, low, high)
         estimates = total if self.link == "identity" else _expit(total)
         return np.where(np.isnan(estimates) | np.isnan(values["map"]), values["map"], estimates)
 
@@ -314,19 +323,34 @@ def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: Witn
     if choice == "line":
         line = fit_calibration(masks.values["map"], masks.true, metric=metric)
         return EstimateModel("identity", line.intercept, {"map": line.slope})
-    if choice == "constant" and metric != "dice":
-        return EstimateModel("identity", float(np.median(masks.per_patient(masks.true))), {})
     if choice == "constant":
-        feature = masks.per_patient(_feature(ordered_by, masks.values[ordered_by]))
-        weight = _ORDER_SLOPE / max(float(feature.std()), 1e-6)
-        level = float(np.median(masks.per_patient(_logit(masks.true))))
-        return EstimateModel("logit", level - weight * float(np.median(feature)), {ordered_by: weight})
+        return _constant(masks, metric, ordered_by)
     if choice == "pooled":
         return _pooled(masks)
     if choice == "stack":
         return _ridge(masks, ("map", "soft", "entropy", "size"), _POOLED)
     level = float(masks.per_patient(_logit(masks.true)).mean())
-    return _ridge(masks, (choice,), {choice: _ALONE[choice]}, level)
+    return replace(_ridge(masks, (choice,), {choice: _ALONE[choice]}, level), known=_known_range(masks))
+
+
+def _constant(masks: KnownMasks, metric: MetricName, ordered_by: WitnessName) -> EstimateModel:
+    """The median truth; near it, in the order of a witness."""
+    known = _known_range(masks)
+    if metric != "dice":
+        return EstimateModel("identity", float(np.median(masks.per_patient(masks.true))), {}, known)
+    feature = masks.per_patient(_feature(ordered_by, masks.values[ordered_by]))
+    weight = _ORDER_SLOPE / max(float(feature.std()), 1e-6)
+    level = float(np.median(masks.per_patient(_logit(masks.true))))
+    return EstimateModel("logit", level - weight * float(np.median(feature)), {ordered_by: weight}, known)
+
+
+def _known_range(masks: KnownMasks) -> tuple[float, float]:
+    """Where a model that does not look at the map holds.
+
+    That the map tells nothing was seen of these masks. Where it says something else of one than of any of them, as of
+    another scanner's scans, nobody has seen that, and the map is what there is to go by.
+    """
+    return float(masks.values["map"].min()), float(masks.values["map"].max())
 
 
 def _pooled(masks: KnownMasks) -> EstimateModel:

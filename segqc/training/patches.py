@@ -23,6 +23,7 @@ from segqc.networks.plan import NetworkPlan, Triple
 from segqc.quality.error_maps import bounding_box
 from segqc.training.cases import Example
 from segqc.training.corruptions import deformed, sampling_grid
+from segqc.training.intensities import with_other_intensities
 from segqc.training.spec import TrainingSettings
 from segqc.types import FloatArray, LabelArray
 
@@ -67,7 +68,10 @@ class PatchDataset(Dataset[Patch]):
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
-        self.augment = _augmentation(settings, plan, masked=self.masked, soft=examples[0].soft is not None)
+        self.strong = self.masked and settings.segqc_intensities == "strong"
+        self.augment = _augmentation(
+            settings, plan, masked=self.masked, soft=examples[0].soft is not None, intensities=not self.strong
+        )
         self.interesting = [_interesting(e) for e in examples]
 
     def __getitem__(self, draw: int) -> Patch:
@@ -87,6 +91,8 @@ class PatchDataset(Dataset[Patch]):
         augmented = self.augment(item)
         # plain tensors: with MONAI's metadata every operation of a training would take longer
         patch: Patch = {key: augmented[key].as_subclass(torch.Tensor) for key in item}
+        if self.strong:
+            patch["image"] = torch.from_numpy(with_other_intensities(patch["image"][0].numpy(), rng))[None]
         if self.deformation_mm and "mask" in patch:
             grid = sampling_grid(self.patch, self.spacing_mm, self.deformation_mm, rng)
             patch["mask"] = deformed(patch["mask"], grid, labels=True)
@@ -151,7 +157,9 @@ def _interesting(example: Example) -> Indices:
     return indices[:: max(1, len(indices) // 5000)]
 
 
-def _augmentation(settings: TrainingSettings, plan: NetworkPlan, *, masked: bool, soft: bool) -> Compose:
+def _augmentation(
+    settings: TrainingSettings, plan: NetworkPlan, *, masked: bool, soft: bool, intensities: bool
+) -> Compose:
     keys = ["image", "truth", *["mask"] * masked, *["soft"] * soft]
     modes = ["nearest" if key in ("truth", "mask") else "bilinear" for key in keys]
     near_isotropic = max(plan.spacing_mm) < 2 * min(plan.spacing_mm)
@@ -165,10 +173,13 @@ def _augmentation(settings: TrainingSettings, plan: NetworkPlan, *, masked: bool
             mode=modes,
             padding_mode="zeros",
         ),
-        RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
-        RandScaleIntensityd("image", factors=0.25, prob=0.5),
-        RandGaussianNoised("image", prob=0.3, std=0.15),
     ]
+    if intensities:
+        steps += [
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
+            RandScaleIntensityd("image", factors=0.25, prob=0.5),
+            RandGaussianNoised("image", prob=0.3, std=0.15),
+        ]
     if settings.flips:
         steps += [RandFlipd(keys, prob=0.5, spatial_axis=0), RandFlipd(keys, prob=0.5, spatial_axis=1)]
     if settings.transposes and plan.patch[0] == plan.patch[1]:

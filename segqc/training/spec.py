@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from segqc.networks.plan import NetworkSize, Triple
 from segqc.quality.calibration import OutputForm
+
+Intensities: TypeAlias = Literal["usual", "strong"]
 
 # What can be meant, both ends included; a learning rate is above its lower end.
 _WHOLE_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
@@ -38,6 +40,8 @@ class TrainingSettings:
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.
     ``mask_deformation`` moves the contour of the mask alone, smoothly, by displacements with a standard deviation of up
     to this many in-plane voxels, so that it does not believe masks of networks that it has not met.
+    ``segqc_intensities`` "strong" changes contrast, gain, resolution and noise of SegQC-Net's patches far more than
+    those of the segmentation networks ("usual"), so that it finds what these miss on scans unlike the labelled ones.
     ``ensemble`` trains one SegQC-Net per fold, which answer together. Each calibrates on the patients that it has not
     seen: so all patients calibrate, not only the few that validate, and prediction intervals need nine patients in all.
     The estimates themselves became no better by it (``benchmarks/results/hippocampus-ensemble.json``); it costs one
@@ -70,6 +74,7 @@ class TrainingSettings:
     scan_only_share: float = 0.2
     empty_mask_share: float = 0.0
     mask_deformation: float = 0.0
+    segqc_intensities: Intensities = "strong"
     average_flips: bool = False
     hide_mask: bool = False
     ensemble: bool = True
@@ -131,6 +136,7 @@ class TrainingSettings:
             scan_only_share=0.0,
             empty_mask_share=0.0,
             mask_deformation=0.0,
+            segqc_intensities="usual",
             average_flips=False,
             hide_mask=False,
             ensemble=False,

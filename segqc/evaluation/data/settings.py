@@ -17,7 +17,7 @@ _SEGMENTER = TrainingSettings(epochs=80, fold_epochs=50, steps_per_epoch=10, bat
 # steps of two patches, not four, and many: on the train split the error fell from 600 over 1200 to 2400 steps
 _MASKS_TO_LEARN_FROM = TrainingSettings(
     epochs=60, steps_per_epoch=40, batch=2, scan_only_share=0.25, empty_mask_share=0.25, mask_deformation=4.0,
-    average_flips=True, hide_mask=True,
+    average_flips=True, hide_mask=True, segqc_intensities="usual",
 )  # fmt: skip
 _ANNOTATOR = ExtractionSettings(
     band_mm=1.0, max_band_share=0.3, min_component_mm2=10.0, max_component_share=0.1, regrow=1.0
