@@ -200,6 +200,11 @@ def test_each_scan_is_compared_with_those_that_calibrate_by_networks_that_have_n
     assert features is not None and found[entry.id].unlikeness == reference.of(features)
     scores = {name: -a.unlikeness.score for name, a in found.items() if a.unlikeness is not None}
     assert worthless.scores(UNLIKENESS) == pytest.approx(scores) and len(scores) == 5
+    marked = [name for name, a in found.items() if a.is_unlike]
+    assert (
+        score(worthless, "segqc", NoProgress()).marked == len(marked)
+        and score(worthless, "tta", NoProgress()).marked is None
+    )
     without = Assessor(replace(assessor.card, unlikeness=None), assessor.network)
     assert without.version == assessor.version
 

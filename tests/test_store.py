@@ -515,6 +515,7 @@ def test_the_interval_of_a_marked_scan_comes_back_as_one_that_does_not_apply(sto
     with store.read() as transaction:
         back = assessments.read(transaction, number)
         assert back is not None and (back.structures, back.unlikeness) == (written.structures, written.unlikeness)
+        assert assessments.marked(transaction) == {"scan_1"}
         shown = [assessments.ranking_intervals(transaction)["scan_1"], back.dice_interval]
         shown += assessments.dice_intervals(transaction, [number]).values()
     assert shown == [PredictionInterval(pytest.approx(0.6), pytest.approx(0.8), 0.9, applies=False)] * 3

@@ -363,14 +363,18 @@ def score(
 ) -> None:
     """Segment and score every scan without a final label; continues where an earlier run stopped."""
     from segqc.loop.scoring import score as score_all
+    from segqc.types import UNLIKE
 
     dataset = dataset_at(folder, config)
     with shown_progress() as progress:
         summary = score_all(dataset, method, progress, force=force)
-    rows: list[Row] = [
-        {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
-    ]
-    emit(rows, f"scores by {method}", as_json=as_json, extra={"failures": summary.failed})
+    row: dict[str, Cell] = {
+        "scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)
+    }  # fmt: skip
+    if summary.marked is not None:
+        row["unlike the training scans"] = summary.marked
+    terms = f"{UNLIKE}." if summary.marked else ""
+    emit([row], f"scores by {method}", as_json=as_json, extra={"failures": summary.failed}, terms=terms)
     if summary.failed:
         first, reason = next(iter(summary.failed.items()))
         raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")

@@ -88,6 +88,11 @@ class UnlikenessReference:
         """The patients that calibrate, ascending."""
         return tuple(sorted({held.patient for network in self.networks for held in network.held_out}))
 
+    @property
+    def can_mark(self) -> bool:
+        """Whether there are enough calibrating patients for any scan to be marked."""
+        return len(self.patients) >= MIN_PATIENTS
+
     def of(self, features: Values) -> Unlikeness:
         """How unlike the training's a scan is.
 

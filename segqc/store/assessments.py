@@ -25,6 +25,7 @@ from segqc.store.schema import (
     StructureName,
 )
 from segqc.types import (
+    UNLIKE_LEVEL,
     Assessment,
     ErrorView,
     MetricIntervals,
@@ -360,6 +361,14 @@ def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval 
     found = dice_intervals(transaction, [number for number, _ in ranking.values()])
     query = select(Scan.id, Scan.name).where(Scan.ranking_dice.is_not(None))
     return {name: found.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
+
+
+def marked(transaction: Transaction) -> set[str]:
+    """The scans that the serving bundle marks as unlike the training's."""
+    last = {number for number, _ in _ranking(transaction).values()}
+    query = select(AssessmentRow.id, Scan.name).join(Scan, AssessmentRow.scan_id == Scan.id)
+    rows = transaction.execute(query.where(_COUNTS, AssessmentRow.unlikeness_p_value <= UNLIKE_LEVEL))
+    return {name for number, name in rows if number in last}
 
 
 def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:
