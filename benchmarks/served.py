@@ -66,8 +66,8 @@ NETWORKS: tuple[NetworkName, ...] = ("segmentation", "segqc")
 WORST, ALL = "worst structure", "all"
 SHOWN, MAP, AS_TRAINED = "SegQC", "SegQC's map", "SegQC's map, not calibrated"
 SOFT, TTA, FOLD_MASKS, FOLD_MEAN = "soft output", "TTA-16", "folds' masks", "folds' mean"
-ENTROPY, SIZE = "entropy", "size"
-ORDERS = (ENTROPY, SIZE)  # no estimates
+ENTROPY, SIZE, UNLIKENESS = "entropy", "size", "unlikeness"
+ORDERS = (ENTROPY, SIZE, UNLIKENESS)  # no estimates
 TTA_GAMMAS = (0.7, 0.85, 1.4)  # with the contrast as it is and four flips: sixteen
 PRECISION = 0.5
 _ORDER_COLUMNS = ("Pearson", "Spearman", "regret")
@@ -238,6 +238,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
             score_of_entropy = unsure[k].scan_error_score
             said[ENTROPY] = None if score_of_entropy is None else -score_of_entropy
             said[SIZE] = unusual[k]
+            said[UNLIKENESS] = None if stored.unlikeness is None else -stored.unlikeness.score
             held, real = structure.mask(labels.array), structure.mask(truth.array)
             bounds = quality.intervals.dice
             of_mask.append(

@@ -102,6 +102,7 @@ def test_with_too_few_patients_nothing_is_marked(patients: int, known: bool) -> 
     assert fitted is not None
     found = fitted[0].of(features(np.random.default_rng(3), 50.0))
     assert (found.p_value is not None, found.is_marked, found.score > 10) == (known, known, True)
+    assert fitted[0].can_mark is known
 
 
 def test_a_network_with_two_patients_and_one_without_any_network_have_no_reference() -> None:
