@@ -66,8 +66,8 @@ NETWORKS: tuple[NetworkName, ...] = ("segmentation", "segqc")
 WORST, ALL = "worst structure", "all"
 SHOWN, MAP, AS_TRAINED = "SegQC", "SegQC's map", "SegQC's map, not calibrated"
 SOFT, TTA, FOLD_MASKS, FOLD_MEAN = "soft output", "TTA-16", "folds' masks", "folds' mean"
-ENTROPY, SIZE = "entropy", "size"
-ORDERS = (ENTROPY, SIZE)  # no estimates
+ENTROPY, SIZE, UNLIKENESS = "entropy", "size", "unlikeness"
+ORDERS = (ENTROPY, SIZE, UNLIKENESS)  # no estimates
 TTA_GAMMAS = (0.7, 0.85, 1.4)  # with the contrast as it is and four flips: sixteen
 PRECISION = 0.5
 _ORDER_COLUMNS = ("Pearson", "Spearman", "regret")
@@ -82,8 +82,10 @@ class Measured:
         scan, patient, subset, structure: what it is.
         truth: the true metrics.
         shown: the stored estimates, as the product shows them.
-        interval: the stored 90% interval of the Dice.
+        interval: the stored 90% interval of the Dice, whether it applies or not.
         witnesses: what each witness says of the Dice, the higher the better; of `ORDERS` only the order counts.
+        unlike: whether the scan is marked as unlike the training's, so that the interval does not apply; None of
+            results from before there were marks.
     """
 
     scan: str
@@ -94,6 +96,7 @@ class Measured:
     shown: Metrics
     interval: tuple[float, float] | None
     witnesses: dict[str, float | None]
+    unlike: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +238,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
             score_of_entropy = unsure[k].scan_error_score
             said[ENTROPY] = None if score_of_entropy is None else -score_of_entropy
             said[SIZE] = unusual[k]
+            said[UNLIKENESS] = None if stored.unlikeness is None else -stored.unlikeness.score
             held, real = structure.mask(labels.array), structure.mask(truth.array)
             bounds = quality.intervals.dice
             of_mask.append(
@@ -247,6 +251,7 @@ def measure(fixed: HarderSet, seed: int, pool: Pool, dataset: Dataset, label: st
                     quality.estimated,
                     None if bounds is None else (bounds.low, bounds.high),
                     said,
+                    None if stored.unlikeness is None else stored.is_unlike,
                 )
             )
             for name in maps:
@@ -331,8 +336,10 @@ class Numbers:
     size_constant: float | None
     arvd: float | None
     arvd_constant: float | None
-    covered: float | None
+    covered: float | None  # of scans that are not marked
     width: float | None
+    marked: float | None
+    marked_failed: float | None
     missed_share: float | None
     missed: float | None
     missed_half: float | None
@@ -353,10 +360,13 @@ def numbers(result: Result, structure: str, subset: str) -> Numbers:
     rvd, arvd = _of_metric(masks, "rvd"), _of_metric(masks, "arvd")
     size = _of_metric(masks, "rvd", lambda value: abs(value))
     inside = [
-        (m.interval[0] <= m.truth.dice <= m.interval[1], m.interval[1] - m.interval[0])
+        (m.interval[0] <= m.truth.dice <= m.interval[1], m.interval[1] - m.interval[0], m.unlike)
         for m in masks
         if m.interval is not None and m.truth.dice is not None
     ]
+    applying = [(hit, width) for hit, width, unlike in inside if not unlike]
+    failed = [not hit for hit, _, unlike in inside if unlike]
+    marks = [m.unlike for m in masks if m.unlike is not None]
     return Numbers(
         n=shown.n,
         true_dice=shown.truth_mean,
@@ -373,8 +383,10 @@ def numbers(result: Result, structure: str, subset: str) -> Numbers:
         size_constant=size.median_mae,
         arvd=arvd.mae,
         arvd_constant=arvd.median_mae,
-        covered=fmean(hit for hit, _ in inside) if inside else None,
-        width=fmean(width for _, width in inside) if inside else None,
+        covered=fmean(hit for hit, _ in applying) if applying else None,
+        width=fmean(width for _, width in applying) if applying else None,
+        marked=fmean(marks) if marks else None,
+        marked_failed=fmean(failed) if failed else None,
         missed_share=found.missed_share if found else None,
         missed=found.missed if found else None,
         missed_half=found.missed_half if found else None,
@@ -471,12 +483,13 @@ def tables(results: Sequence[Result]) -> list[Table]:
         f"Volumes, intervals, errors found: {title}",
         (
             *("structure", "scans", "RVD", "its constant", "|RVD|", "its constant ", "ARVD", "its constant  "),
-            *("90% hold", "width", "errors missed", "found", "at 1/2", "included: found", "at 1/2 "),
+            *("90% hold", "width", "marked", "of these fail"),
+            *("errors missed", "found", "at 1/2", "included: found", "at 1/2 "),
         ),
         tuple(
             (
                 *(*key, r.rvd, r.rvd_constant, r.size, r.size_constant, r.arvd, r.arvd_constant, r.covered, r.width),
-                *(r.missed_share, r.missed, r.missed_half, r.included, r.included_half),
+                *(r.marked, r.marked_failed, r.missed_share, r.missed, r.missed_half, r.included, r.included_half),
             )
             for key, r in rows.items()
             if key[0] != WORST

@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -92,17 +92,62 @@ class Metrics:
     rvd: float | None
 
 
+UNLIKE_SHORT: Final = "unlike the training scans"
+"""What stands in the place of the intervals of a scan that is marked, see `Unlikeness`."""
+UNLIKE: Final = f"{UNLIKE_SHORT}: interval does not apply"
+"""What is said of such a scan."""
+UNLIKE_LEVEL: Final = 0.1
+"""The largest p-value of a marked scan: that share of scans which are like the training's are marked, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unlikeness:
+    """How unlike the scans of the training a scan is.
+
+    Attributes:
+        score: the distance of its features from theirs, in the training scans' own; 1 is usual.
+        p_value: conformal: how rarely a scan that is like theirs has such a score; None with too few patients for any
+            scan to be marked.
+    """
+
+    score: float
+    p_value: float | None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the scan is unlike the training's beyond `UNLIKE_LEVEL`: nothing is promised of its intervals."""
+        return self.p_value is not None and self.p_value <= UNLIKE_LEVEL
+
+
 @dataclass(frozen=True, slots=True)
 class PredictionInterval:
-    """Where the true metric lies with probability ``level``, on average over patients; as text, ``0.82-0.91``."""
+    """Where the true metric lies with probability ``level``, on average over patients; as text, ``0.82-0.91``.
+
+    One that does not apply is of a scan that is unlike those of the training (`Unlikeness`). It is kept, but nothing is
+    promised of it: whatever shows intervals shows `applying` or `bounds`, or the text.
+    """
 
     low: float
     high: float
     level: float
+    applies: bool = True
 
     def __str__(self) -> str:
+        if not self.applies:
+            return UNLIKE_SHORT
         between = " to " if self.low < 0 else "-"
         return f"{self.low:.2f}{between}{self.high:.2f}"
+
+
+def applying(interval: PredictionInterval | None) -> PredictionInterval | None:
+    """The interval, if there is one and it applies."""
+    return interval if interval is not None and interval.applies else None
+
+
+def bounds(interval: PredictionInterval | None) -> dict[str, float] | None:
+    """An interval in answers and JSON, ``{"low": 0.82, "high": 0.91, "level": 0.9}``; None without one that applies."""
+    shown = applying(interval)
+    return None if shown is None else {"low": shown.low, "high": shown.high, "level": shown.level}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +158,12 @@ class MetricIntervals:
     iou: PredictionInterval | None = None
     arvd: PredictionInterval | None = None
     rvd: PredictionInterval | None = None
+
+    def of_scan(self, unlikeness: Unlikeness | None) -> MetricIntervals:
+        """The same intervals of a scan that is as unlike the training's: where it is marked, they do not apply."""
+        applies = unlikeness is None or not unlikeness.is_marked
+        of_metrics = (self.dice, self.iou, self.arvd, self.rvd)
+        return MetricIntervals(*(None if i is None else replace(i, applies=applies) for i in of_metrics))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +252,8 @@ class StructureQuality:
 class Assessment:
     """What SegQC-Net says of one mask of one scan, which model versions said it, and which backend computed it.
 
-    ``mask_kind`` says which of the model's calibrations estimates and intervals are by.
+    ``mask_kind`` says which of the model's calibrations estimates and intervals are by. ``unlikeness`` is None where
+    the model has nothing to compare the scan with; the intervals know whether they apply.
     """
 
     scan: str
@@ -214,6 +266,12 @@ class Assessment:
     structures: tuple[StructureQuality, ...]
     backend: ComputeName = "pytorch"
     mask_kind: MaskKind = "strange"
+    unlikeness: Unlikeness | None = None
+
+    @property
+    def is_unlike(self) -> bool:
+        """Whether the scan is marked as unlike the training's."""
+        return self.unlikeness is not None and self.unlikeness.is_marked
 
     @property
     def dice(self) -> float:

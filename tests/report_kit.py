@@ -6,7 +6,7 @@ import numpy as np
 
 from segqc.quality.error_counts import count_voxels
 from segqc.quality.report_card import ReportCard, UnseenMask, report_card
-from segqc.types import Metrics, PredictionInterval
+from segqc.types import Metrics, PredictionInterval, Unlikeness
 
 
 def metrics(dice: float | None, rvd: float = 0.0) -> Metrics:
@@ -25,6 +25,7 @@ def simulated(
     structures: int = 1,
     scans_each: int = 1,
     spread: float = 0.3,
+    unlikeness: Unlikeness | None = None,
 ) -> list[UnseenMask]:
     """Masks with a Dice from 0.95 down by the spread, and estimates with some error; worthless ones know nothing."""
     rng, found = np.random.default_rng(seed), list[UnseenMask]()
@@ -53,6 +54,7 @@ def simulated(
                         true=metrics(true, 0.2),
                         estimated=metrics(estimated, -0.2),
                         interval=PredictionInterval(estimated - 0.05, estimated + 0.05, 0.9),
+                        unlikeness=unlikeness,
                         errors=count_voxels(probability, wrong, mask),
                         witnesses=said,
                     )
@@ -65,6 +67,24 @@ def good_card(patients: int = 30) -> ReportCard:
     return report_card(simulated(1, patients=patients))
 
 
-def worthless_card(patients: int = 30, *, witness_noise: float | None = None, witness: str = "tta") -> ReportCard:
-    """Of estimates that know nothing; a witness with a noise orders instead where that is small enough."""
-    return report_card(simulated(1, patients=patients, worthless=True, witness_noise=witness_noise, witness=witness))
+def worthless_card(
+    patients: int = 30,
+    *,
+    witness_noise: float | None = None,
+    witness: str = "tta",
+    unlikeness: Unlikeness | None = None,
+) -> ReportCard:
+    """Of estimates that know nothing; a witness with a noise orders instead where that is small enough.
+
+    Where scans have an unlikeness, that orders without a witness.
+    """
+    return report_card(
+        simulated(
+            1,
+            patients=patients,
+            worthless=True,
+            witness_noise=witness_noise,
+            witness=witness,
+            unlikeness=unlikeness,
+        )
+    )

@@ -36,6 +36,7 @@ from segqc.types import (
     SliceQuality,
     Structure,
     StructureQuality,
+    Unlikeness,
     Witnesses,
 )
 from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
@@ -136,6 +137,7 @@ def make_assessment(
     volume_ml: float = 5.0,
     half_width: float | None = None,
     witnesses: Witnesses = NO_WITNESSES,
+    unlikeness: Unlikeness | None = None,
 ) -> Assessment:
     """An assessment of one structure with a given estimated Dice, and its worst slice and one box in it.
 
@@ -150,9 +152,9 @@ def make_assessment(
         ends = (
             PredictionInterval(max(0.0, v - half_width), v + half_width, 0.9) for v in (dice, dice / (2 - dice), 0.1)
         )
-        intervals = MetricIntervals(*ends)
+        intervals = MetricIntervals(*ends).of_scan(unlikeness)
     quality = StructureQuality("liver", True, volume_ml, known, view, view, intervals, witnesses)
-    return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,))
+    return Assessment(scan, "0" * 64, "seg", "qc", 2, SHAPE, (1.5, 1.5, 4.0), (quality,), unlikeness=unlikeness)
 
 
 def assess(
@@ -165,6 +167,7 @@ def assess(
     half_width: float | None = None,
     number: int | None = None,
     witnesses: Witnesses = NO_WITNESSES,
+    unlikeness: Unlikeness | None = None,
 ) -> None:
     """A network's mask of a scan, and an assessment of it with a given estimated Dice, by a bundle without files.
 
@@ -175,7 +178,7 @@ def assess(
     label = NewLabel(scan, "original", "network", network, bundle=number)
     with temporary_labels(mask or draw_case(0)[1]) as path:
         kept = dataset.store.save_label(label, path)
-    made = make_assessment(scan, dice, worst, volume_ml, half_width, witnesses)
+    made = make_assessment(scan, dice, worst, volume_ml, half_width, witnesses, unlikeness)
     dataset.write_assessment(made, kept, number)
 
 

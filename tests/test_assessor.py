@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import weakref
 from dataclasses import replace
@@ -25,8 +26,9 @@ from segqc.quality.boxes import BoxSettings
 from segqc.quality.calibration import MaskCalibration, StructureCalibration, TrainingSizes
 from segqc.quality.metrics import METRIC_NAMES, true_metrics
 from segqc.quality.stacking import ChosenEstimate, EstimateModel
+from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Witnesses
+from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Unlikeness, Witnesses
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -243,6 +245,33 @@ def test_an_estimate_comes_with_the_interval_of_its_structure_where_there_were_e
     assert lower.structures[1].intervals.dice.level == 0.8
 
 
+def test_a_scan_unlike_the_reference_is_marked_by_every_backend_and_its_interval_does_not_apply(tmp_path: Path) -> None:
+    scan, labels, _ = world()
+    model = small_assessor()
+    usual = model.scan_features(scan, labels)
+    assert usual is not None
+    held_out = tuple(HeldOutPatient(f"p{i}", (1.0,)) for i in range(9))
+    mean, deviation = tuple(usual[0].tolist()), (0.03,) * usual.shape[1]
+    reference = UnlikenessReference((NetworkReference(mean, deviation, 1.0, held_out),))
+    card = replace(model.card, unlikeness=reference, calibration=(calibrated_on(9),))
+    Assessor(card, model.network).save(tmp_path / "model.pt")
+    noise = np.random.default_rng(0).normal(0, 100, scan.shape).astype(np.float32)
+    noisy, found = Volume(scan.array + noise, scan.affine), []
+    for backend in ("pytorch", "openvino"):
+        if backend == "openvino" and importlib.util.find_spec("openvino") is None:
+            continue
+        loaded = Assessor.load(tmp_path / "model.pt", backend=backend)  # type: ignore[arg-type]
+        assert loaded.card == card
+        like, unlike = (loaded.assess(of, labels, scan_id="s").assessment for of in (scan, noisy))
+        assert like.unlikeness == Unlikeness(pytest.approx(0.0, abs=1e-3), 1.0) and not like.is_unlike
+        assert unlike.is_unlike and unlike.unlikeness is not None and unlike.unlikeness.p_value == 0.1
+        kept = unlike.dice_interval
+        assert kept is not None and not kept.applies and like.dice_interval is not None and like.dice_interval.applies
+        assert Assessment.from_json(unlike.to_json()) == unlike
+        found.append(unlike.unlikeness)
+    assert len(set(found)) == 1
+
+
 def test_an_assessment_of_before_there_were_intervals_can_be_read() -> None:
     scan, labels, _ = world()
     told = assessor(calibration=(calibrated_on(9), calibrated_on(9))).assess(scan, labels, scan_id="s").assessment
@@ -269,6 +298,8 @@ def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_pa
         return made.version
 
     strange = fitted.of("strange")
+    reference = UnlikenessReference((NetworkReference((0.0,), (1.0,), 1.0),))
+    assert Assessor(replace(model.card, unlikeness=reference), model.network).version == model.version
     assert version() == version(kinds={"strange": replace(strange, intervals=None)}) != model.version
     other = replace(strange.dice, model=replace(strange.dice.model, intercept=0.5))
     assert version(kinds={"strange": replace(strange, dice=other)}) != version()

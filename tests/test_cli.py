@@ -27,10 +27,11 @@ from segqc.networks.assessor import Assessor
 from segqc.phantom import draw_phantom
 from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
+from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.server.client_labels import to_client
 from segqc.store.events import SERVER
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, Metrics, label_names
+from segqc.types import Assessment, Metrics, Unlikeness, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
@@ -336,6 +337,30 @@ def test_rank_prints_the_worst_estimate_first(run: Run, ranked: Path) -> None:
     assert table.index("scan_2") < table.index("scan_4") < table.index("scan_3") < table.index("scan_1")
 
 
+def test_no_table_shows_the_interval_of_a_scan_that_is_unlike_the_training_s(run: Run, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "studies", scans=3, finals=0)
+    number = add_models(folder, report=worthless_card(unlikeness=Unlikeness(1.0, 0.5)))
+    found = {"scan_0": Unlikeness(1.0, 0.5), "scan_1": Unlikeness(2.75, 0.05), "scan_2": Unlikeness(1.5, 0.2)}
+    for name, unlikeness in found.items():
+        assess(Dataset(folder), name, 0.5, number=number, half_width=0.1, unlikeness=unlikeness)
+    table, listed = run("rank", folder).out, run("scans", folder).out
+    for text in (table, listed):
+        assert "0.50 (unlike the training scans)" in text and text.count("0.50 (0.40-0.60)") == 2
+        assert "unlike the training scans: interval does not apply" in text
+    assert "most unlike the training scans first" in table and "Ordered by how unlike" in table
+    assert table.index("scan_1") < table.index("scan_2") < table.index("scan_0") and "2.75" in table
+    rows = {row["scan"]: row for row in json.loads(run("rank", folder, "--json").out)["scans"]}
+    marked = rows["scan_1"]
+    assert marked["estimated Dice interval"] is None
+    assert marked["remark"] == "unlike the training scans: interval does not apply"
+    assert (marked["unlikeness"], marked["unlikeness p-value"], marked["ordered by"]) == (2.75, 0.05, "unlikeness")
+    assert rows["scan_0"]["estimated Dice interval"] is not None and rows["scan_0"]["remark"] is None
+    for command in ("rank", "scans"):
+        read = {row["scan"]: row for row in csv.DictReader(io.StringIO(run(command, folder, "--csv").out))}
+        assert (read["scan_1"]["estimated Dice low"], read["scan_0"]["estimated Dice low"]) == ("", "0.4")
+        assert read["scan_1"]["remark"] == "unlike the training scans: interval does not apply"
+
+
 @pytest.mark.parametrize("worthless", [False, True])
 def test_rank_says_what_the_order_is_worth_and_uses_none_that_is_noise(
     run: Run, tmp_path: Path, worthless: bool
@@ -509,6 +534,22 @@ def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, datas
         assert f"{quality.estimated.dice:.2f} ({interval.low:.2f}-{interval.high:.2f})" in messages
         assert (float(row["dice_low"]), float(row["dice_high"])) == pytest.approx((interval.low, interval.high))
         assert row["interval_level"] == "0.9"
+    features = calibrated.scan_features(read_scan(scan), read_labels(mask))
+    assert features is not None
+    held_out = tuple(HeldOutPatient(f"p{i}", (1.0,)) for i in range(9))
+    count = features.shape[1]
+    reference = UnlikenessReference((NetworkReference((99.0,) * count, (1.0,) * count, 1.0, held_out),))
+    with opened.bundles.workspace() as work:
+        card = replace(calibrated.card, unlikeness=reference)
+        Assessor(card, calibrated.network).save(work / "segqc.pt")
+        opened.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
+    messages = run("assess", scan, mask, "--no-picture").out
+    assert messages.count("(unlike the training scans)") == 8
+    assert "unlike the training scans: interval does not apply" in messages
+    lines = csv.DictReader(io.StringIO(run("assess", scan, mask, "--no-picture", "--csv").out))
+    assert {(row["dice_low"], row["remark"]) for row in lines if not row["slice"]} == {
+        ("", "unlike the training scans: interval does not apply")
+    }
 
 
 def test_assess_lists_as_many_worst_slices_as_asked(run: Run, dataset: Path) -> None:

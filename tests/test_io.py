@@ -33,7 +33,7 @@ from segqc.store.records import Change, LabelRecord, StructureChange
 from segqc.store.schema import Base
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import SyncResult, sync
-from segqc.types import Metrics, Structure
+from segqc.types import Metrics, Structure, Unlikeness
 from segqc.volumes import Volume, VolumeError, read_labels, scan_id, write_labels, write_scan
 from tests.server_kit import make_assessment
 from tests.store_kit import (
@@ -480,6 +480,22 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         lease = answer_lease(changing.transaction, "scan_1", ANNA)
         corrections.add(changing.transaction, mask, changing.versions[0], change, ANNA, lease=lease)
         return changing.versions[0]
+
+
+def test_tables_tell_which_intervals_apply(store: Store, folder: Path, tmp_path: Path) -> None:
+    found = {"scan_0": Unlikeness(1.5, 0.05), "scan_1": Unlikeness(1.0, 0.5), "scan_2": Unlikeness(1.5, None)}
+    for i, (name, unlikeness) in enumerate(found.items()):
+        mask = save_mask(store, folder.parent, name, i + 1)
+        with store.write() as transaction:
+            written = make_assessment(name, 0.7, half_width=0.1 if i < 2 else None, unlikeness=unlikeness)
+            write_assessment(transaction, written, mask.id)
+    tables.write_tables(store, tmp_path / "t", "csv")
+    rows = {row["scan"]: row for row in csv.DictReader((tmp_path / "t" / "assessments.csv").open())}
+    said = {
+        name: [row[c] for c in ("unlikeness", "unlikeness_p_value", "interval_applies")] for name, row in rows.items()
+    }
+    assert said == {"scan_0": ["1.5", "0.05", "false"], "scan_1": ["1.0", "0.5", "true"], "scan_2": ["1.5", "", ""]}
+    assert float(rows["scan_0"]["estimated_dice_low"]) == pytest.approx(0.6), "kept"
 
 
 def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
 from segqc.quality.report_card import AT_RANDOM
+from segqc.quality.witnesses import UNLIKENESS
 from segqc.store import bundles, jobs, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
@@ -172,8 +173,40 @@ def test_worthless_estimates_are_told_and_their_order_is_not_used(worthless: Dat
     listed = CliRunner().invoke(app, ["rank", str(worthless.folder)])
     assert listed.exit_code == 0, listed.output
     assert "the estimates' order is not better than chance on 12 patients" in listed.output
-    assert ("in random order" in listed.output) == (card.ranked_by == AT_RANDOM)
+    assert card.ranked_by != AT_RANDOM
+    by_unlikeness = card.ranked_by == UNLIKENESS
+    assert ("most unlike the training scans first" in listed.output) == by_unlikeness
     assert set(worthless.scores("tta")) == ({f"c{i}" for i in range(12, 17)} if card.ranked_by == "tta" else set())
+
+
+def test_each_scan_is_compared_with_those_that_calibrate_by_networks_that_have_not_seen_them(
+    worthless: Dataset,
+) -> None:
+    assessor, card = worthless.assessor(), worthless.report_card()
+    assert assessor is not None and card is not None
+    reference, splits = assessor.card.unlikeness, dict(worthless.patient_splits())
+    assert reference is not None and len(reference.networks) == assessor.card.members == 2
+    labelled = {case.patient for case in worthless.cases()}
+    for fold, network in enumerate(reference.networks):
+        held_out = {held.patient for held in network.held_out}
+        assert held_out == {p for p in labelled if splits[p].split == "validation" or splits[p].fold == fold}
+    assert reference.patients == tuple(sorted(labelled)) and card.marked is not None
+    score(worthless, "segqc", NoProgress())
+    found = worthless.assessments()
+    entry = worthless.scan(next(iter(found)))
+    scan, mask = worthless.read_scan(entry), worthless.mask(entry.id)
+    assert mask is not None
+    features = assessor.scan_features(scan, read_labels(worthless.store.label_file(mask), scan=scan))
+    assert features is not None and found[entry.id].unlikeness == reference.of(features)
+    scores = {name: -a.unlikeness.score for name, a in found.items() if a.unlikeness is not None}
+    assert worthless.scores(UNLIKENESS) == pytest.approx(scores) and len(scores) == 5
+    marked = [name for name, a in found.items() if a.is_unlike]
+    assert (
+        score(worthless, "segqc", NoProgress()).marked == len(marked)
+        and score(worthless, "tta", NoProgress()).marked is None
+    )
+    without = Assessor(replace(assessor.card, unlikeness=None), assessor.network)
+    assert without.version == assessor.version
 
 
 def test_a_training_whose_estimates_are_worse_does_not_serve_unless_it_is_told_to(

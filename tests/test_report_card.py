@@ -20,11 +20,14 @@ from segqc.quality.report_card import (
     UnseenMask,
     estimate_sentence,
     is_worse,
+    messages,
     order_sentence,
     report_card,
     to_json,
 )
-from tests.report_kit import metrics, simulated
+from segqc.quality.witnesses import UNLIKENESS
+from segqc.types import MetricIntervals, PredictionInterval, Unlikeness
+from tests.report_kit import good_card, metrics, simulated, worthless_card
 
 RNG = np.random.default_rng
 
@@ -125,6 +128,38 @@ def test_alike_masks_give_no_verdict_in_favour() -> None:
     assert (card.worst.estimate_verdict, card.worst.order_verdict) == (
         "not better than the constant", "not better than chance",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("witness_noise, ranked_by", [(0.02, "tta"), (10.0, UNLIKENESS), (None, UNLIKENESS)])
+def test_without_a_witness_the_scans_most_unlike_the_training_s_come_first(
+    witness_noise: float | None, ranked_by: str
+) -> None:
+    card = worthless_card(witness_noise=witness_noise, unlikeness=Unlikeness(1.0, 0.5))
+    assert card.ranked_by == ranked_by
+    assert ("Ordered by how unlike the training scans they are" in order_sentence(card)) is (ranked_by == UNLIKENESS)
+    assert good_card().ranked_by == BY_ESTIMATE
+
+
+def test_intervals_of_marked_scans_are_left_out_of_the_share_that_hold_and_counted() -> None:
+    masks = simulated(2, patients=20)
+    wrong = PredictionInterval(0.0, 0.01, 0.9)
+    for i in range(6):
+        of_scan = MetricIntervals(dice=wrong).of_scan(unlike := Unlikeness(3.0, 0.05 if i < 4 else None))
+        masks[i] = replace(masks[i], interval=of_scan.dice, unlikeness=unlike)
+    card = report_card(masks)
+    held = [m.interval is not None and m.true.dice is not None and m.interval.low <= m.true.dice <= m.interval.high
+            for m in masks[4:]]  # fmt: skip
+    assert card.worst.figures is not None and card.worst.figures.coverage == pytest.approx(np.mean(held))
+    assert (card.marked, report_card(simulated(2)).marked) == (4, None)
+    assert "of the 20 scans of these patients 4 would be" in messages(card)[2]
+    assert len(messages(report_card(simulated(2)))) == 2, "nothing is said of numbers that are not there"
+
+
+def test_with_too_few_patients_it_is_said_once_that_no_scan_is_marked() -> None:
+    card = report_card(simulated(2, patients=5, unlikeness=Unlikeness(1.0, None)))
+    assert messages(card)[2] == (
+        "No scan is marked as unlike the training scans yet: 5 patients calibrate, 9 are needed."
+    )
 
 
 @pytest.mark.parametrize("witness_noise, ranked_by", [(0.02, "tta"), (10.0, AT_RANDOM), (None, AT_RANDOM)])

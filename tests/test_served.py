@@ -157,6 +157,19 @@ def test_numbers_are_those_of_the_masks(served: ModuleType) -> None:
     assert served.regret(masks, served.ENTROPY) == pytest.approx(2)
 
 
+def test_intervals_of_marked_masks_are_counted_apart(served: ModuleType) -> None:
+    measured = result(served)
+    before = served.numbers(measured, "left", served.ALL)
+    assert (before.marked, before.marked_failed) == (None, None), "a result from before there were marks"
+    unlike = {"scan 8", "scan 9", "scan 10"}
+    marked = replace(measured, masks=tuple(replace(m, unlike=m.scan in unlike) for m in measured.masks))
+    row = served.numbers(marked, "left", served.ALL)
+    assert (row.marked, row.covered, row.marked_failed) == pytest.approx((3 / 12, 8 / 9, 2 / 3))
+    assert row.mae == before.mae
+    again = served.RESULT.validate_json(served.RESULT.dump_json(marked))
+    assert again == marked
+
+
 def test_seeds_are_averaged_where_all_have_a_number(served: ModuleType) -> None:
     one, other = (served.numbers(result(served, seed), "left", served.ALL) for seed in (0, 1))
     together = served.mean([one, replace(other, mae=0.15, missed=None)])

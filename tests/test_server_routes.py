@@ -244,7 +244,8 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 2}
     assert info["models"]["segqc"]["labels"] == {"likely error (scribbles)": 1}
     assert next(iter(info["strategies"])) == "segqc"
-    assert {"tta", "foreground-random", "sequential", "uniform-random", "random"} <= set(info["strategies"])
+    others = {"tta", "unlikeness", "foreground-random", "sequential", "uniform-random", "random"}
+    assert others <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
 
@@ -404,6 +405,7 @@ def test_segqc_assesses_the_label_with_the_tag_or_a_new_mask(client: TestClient,
     assert (missing.status_code, "final" in missing.json()["detail"]) == (404, True)
     assessment = Assessment.from_json(json.dumps(answer["assessment"]))
     assert (assessment.scan, assessment.mask_kind) == ("scan_0", "strange")
+    assert answer["unlike_training"] is None, "these networks compare with nothing"
     assert answer["estimated_dice_interval"] is None, "not enough data: these networks never met a validating patient"
     assert [q.name for q in assessment.structures] == ["liver", "spleen"]
     truth = read_labels(base / "labels" / "final" / "scan_0.nii.gz")

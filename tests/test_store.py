@@ -29,7 +29,7 @@ from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import sync
-from segqc.types import Metrics, Witnesses
+from segqc.types import Metrics, PredictionInterval, Unlikeness, Witnesses
 from segqc.volumes import scan_id
 from tests.server_kit import make_assessment
 from tests.store_kit import (
@@ -493,6 +493,7 @@ def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> No
     written = replace(make_assessment("scan_1", 0.7, half_width=0.1), segmenter_version="seg1", backend="openvino")
     known = replace(written.structures[0], witnesses=Witnesses(0.9, -0.2, -1.5))
     written = replace(written, structures=(known, *written.structures[1:]), mask_kind="served")
+    written = replace(written, unlikeness=Unlikeness(1.25, 0.4))
     assert written.structures[0].intervals.rvd is None
     with store.write() as transaction:
         number = write_assessment(transaction, written, mask.id)
@@ -504,6 +505,20 @@ def test_an_assessment_comes_back_without_loss(store: Store, folder: Path) -> No
         assert mask.bundle is not None
         assert assessments.of_bundle(transaction, mask.id, mask.bundle.id) == written
         assert assessments.of_bundle(transaction, mask.id, mask.bundle.id + 1) is None
+
+
+def test_the_interval_of_a_marked_scan_comes_back_as_one_that_does_not_apply(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    written = make_assessment("scan_1", 0.7, half_width=0.1, unlikeness=Unlikeness(2.5, 0.05))
+    with store.write() as transaction:
+        number = write_assessment(transaction, written, mask.id)
+    with store.read() as transaction:
+        back = assessments.read(transaction, number)
+        assert back is not None and (back.structures, back.unlikeness) == (written.structures, written.unlikeness)
+        assert assessments.marked(transaction) == {"scan_1"}
+        shown = [assessments.ranking_intervals(transaction)["scan_1"], back.dice_interval]
+        shown += assessments.dice_intervals(transaction, [number]).values()
+    assert shown == [PredictionInterval(pytest.approx(0.6), pytest.approx(0.8), 0.9, applies=False)] * 3
 
 
 def test_the_interval_is_that_of_the_ranking_estimate_not_of_an_equal_one(store: Store, folder: Path) -> None:

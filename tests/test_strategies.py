@@ -21,7 +21,7 @@ from segqc.store import events, leases, scans
 from segqc.store.database import StoreError
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
-from segqc.types import NO_WITNESSES, Witnesses
+from segqc.types import NO_WITNESSES, Unlikeness, Witnesses
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import add_models, assess, make_dataset
 from tests.store_kit import answer_lease
@@ -69,6 +69,35 @@ def test_worst_estimate_comes_first_with_what_is_known_of_it(dataset: Dataset) -
     assert [(b["slice"], b["start"], b["stop"], b["structure"]) for b in boxes] == [(3, [3, 4], [9, 12], "liver")]
     assert "note" not in answer
     assert not {"draw", "probability", "audit"} & answer.keys(), "an annotator must not see which scans are tests"
+
+
+def test_a_scan_that_is_unlike_the_training_s_comes_without_an_interval_and_says_so(dataset: Dataset) -> None:
+    for name, dice in (("scan_0", 0.9), ("scan_1", 0.4)):
+        unlikeness = Unlikeness(2.5, 0.05 if name == "scan_1" else 0.5)
+        assess(dataset, name, dice, half_width=0.05, unlikeness=unlikeness)
+    answer = ask(dataset)
+    message = "unlike the training scans: interval does not apply"
+    assert (answer["id"], answer["estimated_dice_interval"]) == ("scan_1", None)
+    assert answer["estimated_dice_interval_by_structure"] == {"liver": None}
+    assert answer["unlike_training"] == {"score": 2.5, "p_value": 0.05, "message": message}
+    assert answer["name"] == "scan_1 (estimated Dice 0.40, unlike the training scans).nii.gz"
+    assert f"This scan is {message}." in str(answer["note"])
+    answer = ask(dataset, actor=Actor(kind="person", name="bert", identified_by="client-id"))
+    assert (answer["id"], answer["unlike_training"]) == ("scan_0", {"score": 2.5, "p_value": 0.5, "message": None})
+    assert answer["estimated_dice_interval"] is not None and "note" not in answer
+
+
+def test_the_most_unlike_scan_comes_first_by_its_own_strategy_and_where_estimates_are_noise(dataset: Dataset) -> None:
+    number = add_models(dataset.folder, report=worthless_card(unlikeness=Unlikeness(1.0, 0.5)))
+    for name, score in (("scan_0", 1.0), ("scan_1", 1.5), ("scan_2", 4.0), ("scan_3", 2.0)):
+        assess(dataset, name, 0.5, number=number, unlikeness=Unlikeness(score, 0.5))
+    answer = ask(dataset)
+    assert (answer["id"], answer["strategy"]) == ("scan_2", "unlikeness")
+    assert "Ordered by how unlike the training scans they are" in str(answer["note"])
+    bert = Actor(kind="person", name="bert", identified_by="client-id")
+    assert ask(dataset, "unlikeness", bert)["id"] == "scan_3"
+    ranking = rank(dataset)
+    assert (ranking.by, [s.id for s in ranking.scans]) == ("unlikeness", ["scan_2", "scan_3", "scan_1", "scan_0"])
 
 
 def test_an_unscored_pool_is_drawn_and_says_so(dataset: Dataset) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import json
 import logging
@@ -186,25 +185,40 @@ def shown(value: Cell) -> str:
 
 
 def estimate(
-    name: str, value: float | None, interval: PredictionInterval | None, *, as_json: bool = False, as_csv: bool = False
+    name: str,
+    value: float | None,
+    interval: PredictionInterval | None,
+    *,
+    unlike: bool = False,
+    as_json: bool = False,
+    as_csv: bool = False,
 ) -> dict[str, Cell]:
     """The cells of an estimate: in tables "0.87 (0.82-0.91)" is one; in CSV the interval's ends have their own columns.
 
-    Where there is no interval, JSON says null and a table "not enough data".
+    Where there is no interval, JSON says null and a table "not enough data". Where it does not apply, as the scan is
+    unlike the training's (``unlike``, or the interval knows), JSON and CSV leave it out and say why under "remark".
     """
-    if as_json:
-        bounds = None if interval is None else dataclasses.asdict(interval)
-        return {name: value, f"{name} interval": bounds}
-    if as_csv:
-        ends = (interval.low, interval.high, interval.level) if interval is not None else (None, None, None)
-        return {name: value, **dict(zip((f"{name} low", f"{name} high", f"{name} level"), ends, strict=True))}
-    return {name: None if value is None else f"{value:.2f} ({interval or NOT_ENOUGH_DATA})"}
+    from segqc.types import UNLIKE, UNLIKE_SHORT, bounds
+
+    unlike = unlike or (interval is not None and not interval.applies)
+    if as_json or as_csv:
+        ends, remark = bounds(interval), UNLIKE if unlike else None
+        if as_json:
+            return {name: value, f"{name} interval": ends, "remark": remark}
+        columns = {f"{name} {end}": ends[end] if ends is not None else None for end in ("low", "high", "level")}
+        return {name: value, **columns, "remark": remark}
+    between = UNLIKE_SHORT if unlike else interval or NOT_ENOUGH_DATA
+    return {name: None if value is None else f"{value:.2f} ({between})"}
 
 
 def brackets(intervals: Iterable[PredictionInterval | None]) -> str:
     """What the brackets behind estimates are, for a table's title."""
-    level = next((interval.level for interval in intervals if interval is not None), None)
-    return f" (in brackets: {'' if level is None else f'{level:.0%} '}prediction intervals)"
+    from segqc.types import UNLIKE
+
+    known = [interval for interval in intervals if interval is not None]
+    level = f"{known[0].level:.0%} " if known else ""
+    unlike = "" if all(interval.applies for interval in known) else f"; {UNLIKE}"
+    return f" (in brackets: {level}prediction intervals{unlike})"
 
 
 def emit(

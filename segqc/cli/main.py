@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
     from segqc.settings import NetworkName
-    from segqc.types import Assessment, MetricIntervals
+    from segqc.types import Assessment, MetricIntervals, Unlikeness
 
 
 EXAMPLES = (
@@ -361,14 +361,18 @@ def score(
 ) -> None:
     """Segment and score every scan without a final label; continues where an earlier run stopped."""
     from segqc.loop.scoring import score as score_all
+    from segqc.types import UNLIKE
 
     dataset = dataset_at(folder, config)
     with shown_progress() as progress:
         summary = score_all(dataset, method, progress, force=force)
-    rows: list[Row] = [
-        {"scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)}
-    ]
-    emit(rows, f"scores by {method}", as_json=as_json, extra={"failures": summary.failed})
+    row: dict[str, Cell] = {
+        "scored": summary.scored, "had a current score": summary.skipped, "failed": len(summary.failed)
+    }  # fmt: skip
+    if summary.marked is not None:
+        row["unlike the training scans"] = summary.marked
+    terms = f"{UNLIKE}." if summary.marked else ""
+    emit([row], f"scores by {method}", as_json=as_json, extra={"failures": summary.failed}, terms=terms)
     if summary.failed:
         first, reason = next(iter(summary.failed.items()))
         raise CommandError(f"{len(summary.failed)} scans could not be scored; the first, {first}: {reason}")
@@ -400,6 +404,7 @@ def rank(
     from segqc.quality.drift import drift_sentence
     from segqc.quality.drift import to_json as alarm_to_json
     from segqc.quality.report_card import AT_RANDOM, estimate_sentence, order_sentence, to_json
+    from segqc.quality.witnesses import UNLIKENESS
     from segqc.selection import score_of
 
     wanted = score_of(method)
@@ -420,6 +425,7 @@ def rank(
                 if wanted.function is None
                 else {"estimated Dice" if wanted.is_dice else "score": scan.score}
             ),
+            **(_unlikeness(scan.unlikeness, as_text=not as_json and not as_csv) if wanted.function is None else {}),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"ordered by": ranking.by} if as_json or as_csv else {}),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
@@ -434,7 +440,8 @@ def rank(
         )
     found = agreement([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
-    title = f"{folder}: in random order" if ranking.by == AT_RANDOM else f"{folder}: worst first, by {ranking.by}"
+    orders = {AT_RANDOM: "in random order", UNLIKENESS: "most unlike the training scans first"}
+    title = f"{folder}: {orders.get(ranking.by, f'worst first, by {ranking.by}')}"
     card = dataset.report_card() if wanted.function is None else None
     alarm = dataset.drift_alarm() if wanted.function is None else None
     if wanted.function is None:
@@ -522,6 +529,16 @@ def _drift_row(found: StructureDrift) -> Row:
         "evidence of drift": test.evidence,
         "alarm from": test.threshold if math.isfinite(test.threshold) else None,
         "alarm at patient": test.alarm,
+    }
+
+
+def _unlikeness(found: Unlikeness | None, *, as_text: bool) -> dict[str, Cell]:
+    """The cells of how unlike the training's a scan is."""
+    if as_text:
+        return {"unlikeness": None if found is None else f"{found.score:.2f}"}
+    return {
+        "unlikeness": None if found is None else found.score,
+        "unlikeness p-value": None if found is None else found.p_value,
     }
 
 
@@ -681,10 +698,12 @@ def _slice_rows(assessment: Assessment, count: int) -> list[Row]:
 
 
 def _assessment_lines(assessment: Assessment) -> list[Row]:
+    from segqc.types import UNLIKE
+
     lines: list[Row] = []
     for q in assessment.structures:
         whole, error_sum = dataclasses.asdict(q.estimated), sum(s.error_sum for s in q.raw.slices)
-        ends = _ends(q.intervals)
+        ends = {**_ends(q.intervals), "remark": UNLIKE if assessment.is_unlike else None}
         lines.append({"structure": q.name, "slice": None, **whole, "error_sum": error_sum, **ends})
         for s in q.raw.slices:
             metrics = dataclasses.asdict(s.metrics)
@@ -694,11 +713,14 @@ def _assessment_lines(assessment: Assessment) -> list[Row]:
 
 
 def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
+    from segqc.types import applying
+
     cells: dict[str, Cell] = {}
-    for name, interval in ((f.name, getattr(intervals, f.name)) for f in dataclasses.fields(intervals)):
+    of_metrics = {f.name: applying(getattr(intervals, f.name)) for f in dataclasses.fields(intervals)}
+    for name, interval in of_metrics.items():
         cells[f"{name}_low"] = interval.low if interval is not None else None
         cells[f"{name}_high"] = interval.high if interval is not None else None
-    levels = [i.level for i in (intervals.dice, intervals.iou, intervals.arvd, intervals.rvd) if i is not None]
+    levels = [interval.level for interval in of_metrics.values() if interval is not None]
     return {**cells, "interval_level": levels[0] if levels else None}
 
 
@@ -863,7 +885,14 @@ def simulate(
                 {
                     "scan": done.scan,
                     "chosen by": done.strategy,
-                    **estimate("estimated Dice", done.estimated_dice, done.interval, as_json=as_json, as_csv=as_csv),
+                    **estimate(
+                        "estimated Dice",
+                        done.estimated_dice,
+                        done.interval,
+                        unlike=done.unlike,
+                        as_json=as_json,
+                        as_csv=as_csv,
+                    ),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
                 }

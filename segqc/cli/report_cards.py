@@ -19,7 +19,7 @@ TERMS: Final = (
     "below 1, the estimate is better than a constant. Spearman: rank correlation with the true Dice; above 0, the "
     "order is better than chance. In brackets: 90% confidence intervals. regret: what correcting in this order loses "
     "of the best order's gain; 0 is the best order, 1 a random one. 90% hold: share of prediction intervals that hold "
-    "the truth."
+    "the truth, of scans that are not marked as unlike the others."
 )
 _MORE_TITLE: Final = "errors that are found, and volumes"
 _MORE_TERMS: Final = (
@@ -35,7 +35,7 @@ def print_card(card: ReportCard | None, *, more: bool = False) -> None:
         card: the card.
         more: also print what is found of the errors, and how well volumes are estimated.
     """
-    from segqc.quality.report_card import estimate_sentence, order_sentence
+    from segqc.quality.report_card import messages
 
     if card is None:
         return
@@ -43,7 +43,7 @@ def print_card(card: ReportCard | None, *, more: bool = False) -> None:
         emit([_row(report) for report in _reports(card)], TITLE, terms=TERMS)
         if more:
             emit([_more(report) for report in card.structures], _MORE_TITLE, terms=_MORE_TERMS)
-    for sentence in (estimate_sentence(card), order_sentence(card)):
+    for sentence in messages(card):
         typer.echo(sentence)
 
 

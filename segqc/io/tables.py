@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import JSON, Boolean, Float, Integer, Label, Numeric, Select, and_, select
+from sqlalchemy import JSON, Boolean, Float, Integer, Label, Numeric, Select, and_, case, func, select
 from sqlalchemy.types import TypeEngine
 
 from segqc.io.case_list import ExchangeError
@@ -37,6 +37,7 @@ from segqc.store.schema import (
 )
 from segqc.store.store import Store
 from segqc.text import spreadsheet_cell
+from segqc.types import UNLIKE_LEVEL
 from segqc.volumes import atomic_write
 
 Form: TypeAlias = Literal["csv", "parquet"]
@@ -181,8 +182,10 @@ _LEASE: Final = (
     LeaseRow.pool.label("pool"),
 )
 
+_IS_MARKED: Final = func.coalesce(AssessmentRow.unlikeness_p_value, 1.0) <= UNLIKE_LEVEL
 
-def _estimated(prefix: str) -> tuple[Label[float | None], ...]:
+
+def _estimated(prefix: str) -> tuple[Label[Any], ...]:
     part = AssessmentStructure
     metrics = (
         ("dice", part.dice, part.dice_low, part.dice_high),
@@ -198,6 +201,7 @@ def _estimated(prefix: str) -> tuple[Label[float | None], ...]:
             for which, end in (("low", low), ("high", high))
         ),
         part.interval_level.label("interval_level"),
+        case((part.interval_level.is_not(None), ~_IS_MARKED)).label("interval_applies"),
     )
 
 
@@ -214,6 +218,8 @@ def _assessments() -> Query:
             *_PAIR,
             AssessmentRow.made_at.label("made_at"),
             AssessmentRow.mask_kind.label("mask_kind"),
+            AssessmentRow.unlikeness.label("unlikeness"),
+            AssessmentRow.unlikeness_p_value.label("unlikeness_p_value"),
             AssessmentRow.dice.label("scan_estimated_dice"),
             StructureName.name.label("structure"),
             AssessmentStructure.present.label("present"),

@@ -15,7 +15,7 @@ from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
 from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE
 from segqc.store import bundles
-from segqc.types import LabelArray, PredictionInterval, Structure, segment_names
+from segqc.types import LabelArray, PredictionInterval, Structure, Unlikeness, segment_names
 from segqc.volumes import LABEL_SUFFIXES, as_spelled, read_labels, read_scan
 
 MIN_FOR_CORRELATION = 3
@@ -26,7 +26,8 @@ class RankedScan:
     """One scan of the order: its score, the slices to look at first and, where the truth is known, the true Dice.
 
     ``score`` is an estimated Dice where the method's `Score.is_dice` says so. Both Dice
-    numbers are the worst structure's; ``true_by_structure`` has all of them. ``interval`` is that of SegQC's estimate.
+    numbers are the worst structure's; ``true_by_structure`` has all of them. ``interval`` is that of SegQC's estimate,
+    ``unlikeness`` what its assessment says of the scan.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class RankedScan:
     true_dice: float | None
     true_by_structure: Mapping[str, float | None]
     interval: PredictionInterval | None = None
+    unlikeness: Unlikeness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, 
     """Order the scored scans of a dataset folder, worst first.
 
     Where the report card of the bundle that serves says that the estimates' order is not better than chance, scans are
-    in the order of a witness that is, or at random: the same order each time.
+    in the order of a witness that is, or most unlike the training's first, or at random: the same order each time.
 
     Args:
         dataset: the folder.
@@ -128,6 +130,7 @@ def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, 
                 worst_dice(by_structure) if by_structure else None,
                 by_structure,
                 assessments[name].dice_interval if method == "segqc" else None,
+                assessments[name].unlikeness if method == "segqc" else None,
             )
         )
     return Ranking(by, tuple(ranked))

@@ -25,7 +25,7 @@ from segqc.quality.metrics import MetricName
 from segqc.quality.stacking import NOTHING_CHOSEN, ChosenEstimate
 from segqc.store import assessments, corrections, labels
 from segqc.store.records import Actor, CheckedEstimate
-from segqc.types import Assessment, MaskKind, StructureQuality
+from segqc.types import Assessment, MaskKind, StructureQuality, applying
 
 _KIND: Final[MaskKind] = "served"  # audit draws are of scans with the serving network's masks
 
@@ -39,7 +39,7 @@ class Audit:
         patients: how many patients have an audited estimate of the Dice.
         estimates: how many audited estimates there are.
         mean_error: mean absolute error of the Dice; None without an audited one.
-        with_interval: how many of the estimates came with an interval.
+        with_interval: how many of the estimates came with an interval that applies.
         covered: how many of these intervals held the truth.
         intervals: what intervals are made of, from these draws; None with too few patients.
     """
@@ -87,7 +87,7 @@ def _audit(name: str, found: Sequence[CheckedEstimate], calibration: MaskCalibra
     errors = [
         abs(c.estimated.dice - c.true.dice) for c in found if c.estimated.dice is not None and c.true.dice is not None
     ]
-    with_interval = [(c.intervals.dice, c.true.dice) for c in found]
+    with_interval = [(applying(c.intervals.dice), c.true.dice) for c in found]
     held = [i.low <= truth <= i.high for i, truth in with_interval if i is not None and truth is not None]
     made = StructureIntervals(
         dice=_conformal("dice", found, calibration),
@@ -177,7 +177,8 @@ def _renewed(assessment: Assessment, assessor: Assessor) -> Assessment:
         if of_kind.intervals is None:
             return quality
         said = (quality.raw.metrics, quality.witnesses, quality.estimated)
-        return replace(quality, intervals=of_kind.intervals_of(*said, level=level))
+        intervals = of_kind.intervals_of(*said, level=level)
+        return replace(quality, intervals=intervals.of_scan(assessment.unlikeness))
 
     pairs = zip(assessment.structures, assessor.card.calibration, strict=True)
     return replace(assessment, structures=tuple(renewed(q, c) for q, c in pairs))

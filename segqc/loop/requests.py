@@ -99,6 +99,7 @@ class ScoringResult:
     scored: int
     skipped: int  # had a current score
     failed: Mapping[str, str]  # why, by scan
+    marked: int | None = None  # of the scans that wait, those unlike the training's; None where nothing could mark them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segqc.loop.dataset import Dataset, ScanEntry
@@ -23,11 +24,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScoringSummary:
-    """How many scans were scored, had a current score, or could not be scored (with the reasons)."""
+    """How many scans were scored, had a current score, or could not be scored (with the reasons).
+
+    ``marked`` is how many of the scans that wait are unlike the training's; None where nothing could mark them.
+    """
 
     scored: int
     skipped: int
     failed: dict[str, str]
+    marked: int | None = None
 
 
 def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
@@ -71,7 +76,15 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
     report = bundle.manifest.report if by_estimate else None
     if report is not None and report.ranked_by != method and report.ranked_by in scores():
         failed |= score(dataset, report.ranked_by, progress, force=force).failed
-    return ScoringSummary(scored, skipped, failed)
+    return ScoringSummary(scored, skipped, failed, _marked(dataset, entries, bundle) if by_estimate else None)
+
+
+def _marked(dataset: Dataset, entries: Sequence[ScanEntry], bundle: NetworkBundle) -> int | None:
+    reference = bundle.assessor().card.unlikeness
+    if reference is None or not reference.can_mark:
+        return None
+    with dataset.store.read() as transaction:
+        return len(assessments.marked(transaction) & {entry.id for entry in entries})
 
 
 def _bundle(dataset: Dataset, method: str) -> NetworkBundle:

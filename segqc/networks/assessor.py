@@ -16,12 +16,14 @@ from torch import nn
 from segqc.networks.augmentation import tta_group
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
+from segqc.networks.encoder import encoder_features, encoders, part_around, part_extent
 from segqc.networks.inference import (
     NOWHERE,
     Predictor,
     Window,
     all_windows,
     box_around,
+    canonical_scan,
     network_input,
     not_air,
     windows_near,
@@ -51,6 +53,7 @@ from segqc.types import (
     Metrics,
     SliceQuality,
     StructureQuality,
+    Unlikeness,
     Witnesses,
 )
 from segqc.volumes import (
@@ -265,11 +268,14 @@ class Assessor(TrainedNetwork):
         masks = self._masks(scan, labels)
         errors, looked = self._error_maps(scan, masks, plausible)
         kind: MaskKind = "strange" if soft is None else "served"
+        unlikeness = self._unlikeness(scan, masks)
         axis = through_plane_axis(scan)
         qualities = tuple(
             self._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
             for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
+        if unlikeness is not None:
+            qualities = tuple(replace(q, intervals=q.intervals.of_scan(unlikeness)) for q in qualities)
         shape = scan.array.shape
         assessment = Assessment(
             scan=scan_id,
@@ -282,8 +288,32 @@ class Assessor(TrainedNetwork):
             structures=qualities,
             backend=self.backend.name,
             mask_kind=kind,
+            unlikeness=unlikeness,
         )
         return AssessmentResult(assessment, errors)
+
+    def scan_features(self, scan: Volume, labels: Volume) -> Values | None:
+        """The features that tell this scan from others, see `segqc.networks.encoder`: (networks, features).
+
+        None where the network is of a kind that has none.
+
+        Raises:
+            VolumeError: if the label map does not lie on the scan's grid.
+        """
+        return self._scan_features(scan, self._masks(scan, labels))
+
+    def _scan_features(self, scan: Volume, masks: BoolArray) -> Values | None:
+        networks = encoders(self.network)
+        if not networks:
+            return None
+        frame, plan = self.frame(scan), self.card.plan
+        part = part_around(canonical_scan(scan, frame), masks.any(axis=0), frame, part_extent(plan))
+        return encoder_features(networks, part.to(self.device), plan.in_channels)
+
+    def _unlikeness(self, scan: Volume, masks: BoolArray) -> Unlikeness | None:
+        reference = self.card.unlikeness
+        features = None if reference is None else self._scan_features(scan, masks)
+        return None if reference is None or features is None else reference.of(features)
 
     def map_metrics(self, scan: Volume, labels: Volume, errors: FloatArray | None = None) -> tuple[Metrics, ...]:
         """The 3D metrics of each structure as read off its error map: `assess`'s raw ones, without all the rest.

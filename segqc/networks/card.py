@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from segqc.networks.plan import NetworkPlan
 from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
 from segqc.quality.report_card import ReportCard
+from segqc.quality.unlikeness import UnlikenessReference
 from segqc.types import Structure
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
@@ -25,7 +26,8 @@ class ModelCard:
     ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
     ``scores`` are the measures on the cases that validate, by the words that are shown. ``accuracy`` sums them up, from
     0 to 1: the mean Dice of a segmentation network, one minus the mean error of SegQC-Net's estimated Dice.
-    ``report`` says what SegQC-Net's estimates are worth; it is no part of a model's version.
+    ``report`` says what SegQC-Net's estimates are worth, ``unlikeness`` what scans are compared with; neither is part
+    of a model's version.
     """
 
     kind: NetworkName
@@ -43,6 +45,7 @@ class ModelCard:
     members: int = 1
     map_calibration: tuple[MapCalibration, ...] = ()
     report: ReportCard | None = None
+    unlikeness: UnlikenessReference | None = None
 
 
 CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

@@ -23,7 +23,7 @@ from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 4  # 3: maps calibrated on the logits of errors; 4: served masks calibrated by themselves, report card
+_FORMAT = 5  # 4: served masks calibrated by themselves, report card; 5: what scans are compared with
 
 
 class TrainedNetwork:
@@ -121,9 +121,11 @@ def load_content(path: Path) -> dict[str, Any]:
 
 
 def _version(card: ModelCard, network: nn.Module) -> str:
-    # intervals and report say how sure the estimates are, and leave them as they are: new ones make no other network
+    # these say how sure the estimates are, and leave them as they are: new ones make no other network
     intervals = {"__all__": {"kinds": {"__all__": {"intervals"}}}}
-    digest = hashlib.sha256(CARDS.dump_json(card, exclude={"calibration": intervals, "report": True}))
+    digest = hashlib.sha256(
+        CARDS.dump_json(card, exclude={"calibration": intervals, "report": True, "unlikeness": True})
+    )
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -83,6 +83,14 @@ class StemUNet(nn.Module):
         fine = depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
         return torch.as_tensor(self.smoothing(fine))
 
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each level of the encoder makes of a batch (N, in_channels, a, b, c), the finest first."""
+        levels, out = [], space_to_depth(x, self.stem)
+        for block in (self.unet.input_block, *self.unet.downsamples, self.unet.bottleneck):
+            out = block(out)
+            levels.append(out)
+        return levels
+
 
 class _EdgePaddedConv(nn.Conv3d):
     """A convolution of 1 or 3 voxels along each axis that repeats the edge voxels around its input.

@@ -31,8 +31,8 @@ from segqc.quality.estimation import (
 from segqc.quality.intervals import LEVEL as INTERVAL_LEVEL
 from segqc.quality.intervals import patients_needed
 from segqc.quality.metrics import MetricName, Values
-from segqc.quality.witnesses import ORDERS, worst_witness
-from segqc.types import Metrics, PredictionInterval
+from segqc.quality.witnesses import ORDERS, UNLIKENESS, worst_witness
+from segqc.types import Metrics, PredictionInterval, Unlikeness, applying
 
 EstimateVerdict: TypeAlias = Literal["better than the constant", "not better than the constant", "too few patients"]
 OrderVerdict: TypeAlias = Literal["better than chance", "not better than chance", "too few patients"]
@@ -60,6 +60,7 @@ class UnseenMask:
         interval: the prediction interval of the Dice, made likewise; None where there are too few patients for one.
         witnesses: other numbers that are lower for worse masks, by the names that scores and leases have them under.
         errors: the voxels of the error map against the true errors.
+        unlikeness: how unlike the other patients' the scan is; None where nobody knows.
     """
 
     patient: str
@@ -70,6 +71,7 @@ class UnseenMask:
     interval: PredictionInterval | None
     errors: SignedCounts
     witnesses: Mapping[str, float] = field(default_factory=dict)
+    unlikeness: Unlikeness | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,8 @@ class Figures:
         ratio: this error over the constant's; under 1, the estimate is better than a constant.
         spearman: the rank correlation of estimated and true Dice; over 0, the order is better than chance.
         regret: what the order loses, see `estimation.rank_regret`.
-        coverage: the share of prediction intervals that hold the truth, each patient counting once.
+        coverage: the share of prediction intervals that hold the truth, of scans that are not marked as unlike the
+            others, each patient counting once.
         rvd, abs_rvd, arvd: the errors of the estimated RVD, of its size, and of the estimated ARVD.
         missed, included: what the error map finds of tissue that the mask lacks, and of tissue that it should lack.
     """
@@ -168,24 +171,27 @@ class ReportCard:
         structures: of each structure.
         witnesses: the rank correlation of each witness with the true Dice, by its name.
         scans: the numbers behind ``worst``, to compare two cards by.
+        marked: how many of these are marked as unlike the others; None where scans have no such number.
     """
 
     worst: StructureReport
     structures: tuple[StructureReport, ...]
     witnesses: Mapping[str, ConfidenceInterval]
     scans: tuple[CheckedScan, ...]
+    marked: int | None = None
 
     @property
     def ranked_by(self) -> str:
         """The strategy whose order scans are handed out in where the estimates' order is asked for.
 
         The estimates' own, unless it is known not to be better than chance; then that of the best witness that is, or
-        else a draw at random.
+        else the scans that are most unlike the training's come first; where nobody knows these, a draw at random.
         """
         if self.worst.order_verdict != "not better than chance":
             return BY_ESTIMATE
         orders = {name: found.value for name, found in self.witnesses.items() if _is_order(found)}
-        return max(orders, key=lambda name: (orders[name] or 0.0, name), default=AT_RANDOM)
+        otherwise = AT_RANDOM if self.marked is None else UNLIKENESS
+        return max(orders, key=lambda name: (orders[name] or 0.0, name), default=otherwise)
 
 
 _CARD: Final = TypeAdapter(ReportCard)
@@ -213,7 +219,13 @@ def report_card(masks: Sequence[UnseenMask], *, seed: int = 0) -> ReportCard:
         structures=tuple(_of_structure(name, [m for m in masks if m.structure == name], seed) for name in names),
         witnesses=_witness_orders(scans, seed) if worst.figures is not None else {},
         scans=tuple(CheckedScan(patient=s.patient, scan=s.scan, true=s.true, estimated=s.estimated) for s in scans),
+        marked=_marked([by_scan[s.scan][0].unlikeness for s in scans]),
     )
+
+
+def _marked(scans: Sequence[Unlikeness | None]) -> int | None:
+    known = [unlikeness for unlikeness in scans if unlikeness is not None]
+    return sum(unlikeness.is_marked for unlikeness in known) if known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,11 +301,11 @@ def _report(name: str, scans: Sequence[_Scan], seed: int) -> StructureReport:
 
 
 def _coverage(scans: Sequence[_Scan]) -> float | None:
-    """The share of intervals that hold the truth, each patient counting once; None without intervals."""
+    """The share of intervals that hold the truth, of those that apply, each patient counting once; None without any."""
     held: dict[str, list[bool]] = {}
     for scan in scans:
-        if scan.interval is not None:
-            held.setdefault(scan.patient, []).append(scan.interval.low <= scan.true <= scan.interval.high)
+        if (ends := applying(scan.interval)) is not None:
+            held.setdefault(scan.patient, []).append(ends.low <= scan.true <= ends.high)
     return float(np.mean([np.mean(of_patient) for of_patient in held.values()])) if held else None
 
 
@@ -416,6 +428,25 @@ def order_sentence(card: ReportCard, used: str | None = None) -> str:
     return f"{how}: the estimates' order is not better than chance on {worst.patients} patients ({found})."
 
 
+def unlikeness_sentence(card: ReportCard) -> str | None:
+    """Whether scans can be marked as unlike the training's; None where scans have no number to mark them by."""
+    if card.marked is None:
+        return None
+    if card.worst.patients < MIN_PATIENTS:
+        checked = "1 patient calibrates" if card.worst.patients == 1 else f"{card.worst.patients} patients calibrate"
+        return f"No scan is marked as unlike the training scans yet: {checked}, {MIN_PATIENTS} are needed."
+    return (
+        f"Scans that are unlike those of the {card.worst.patients} patients are marked, as intervals do not apply to "
+        f"them; of the {len(card.scans)} scans of these patients {card.marked} would be."
+    )
+
+
+def messages(card: ReportCard) -> list[str]:
+    """What users are told of a bundle."""
+    unlike = unlikeness_sentence(card)
+    return [estimate_sentence(card), order_sentence(card), *([] if unlike is None else [unlike])]
+
+
 def _too_few(what: str, patients: int) -> str:
     checked = "1 patient" if patients == 1 else f"{patients} patients"
     return (
@@ -439,7 +470,7 @@ def to_json(card: ReportCard) -> dict[str, JsonValue]:
         "estimate": card.worst.estimate_verdict,
         "order": card.worst.order_verdict,
         "ranked_by": card.ranked_by,
-        "messages": [estimate_sentence(card), order_sentence(card)],
+        "messages": list[JsonValue](messages(card)),
         "interval_level": INTERVAL_LEVEL,
         **body,
     }

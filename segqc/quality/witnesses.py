@@ -12,15 +12,17 @@ from segqc.quality.metrics import true_metrics
 from segqc.types import LabelArray, Structure, Witnesses
 
 TTA: Final = "tta"
+UNLIKENESS: Final = "unlikeness"
 ORDERS: Final[Mapping[str, str]] = MappingProxyType(
     {
         TTA: "by how well the network's masks of a scan agree under flips and other contrasts",
         "soft": "by how well the segmentation network's soft output agrees with its mask",
         "soft-entropy": "by how sure the segmentation network is of its mask",
         "size": "by how usual the mask's size is",
+        UNLIKENESS: "by how unlike the training scans they are, most unlike first",
     }
 )
-"""The orders by a witness alone, in words, by the name that scores and leases have them under."""
+"""The orders by a witness alone, or by the scan's unlikeness, in words, by the names that scores and leases have."""
 
 
 def named_witnesses(witnesses: Witnesses) -> dict[str, float]:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Final
 
-from segqc.selection import entropy, foreground_random, segqc, sequential, tta, uniform_random
+from segqc.selection import entropy, foreground_random, segqc, sequential, tta, uniform_random, unlikeness
 from segqc.selection.strategy import Score, Strategy, StrategyError
 
 ENTRY_POINTS: Final = "segqc.strategies"
@@ -16,6 +16,7 @@ _BUILT_IN: Final = (
     segqc.STRATEGY,
     tta.STRATEGY,
     entropy.STRATEGY,
+    unlikeness.STRATEGY,
     foreground_random.STRATEGY,
     sequential.STRATEGY,
     uniform_random.STRATEGY,

@@ -1,7 +1,8 @@
 """The lowest estimated Dice first, by SegQC-Net: the default.
 
 Where the report card of the serving bundle says that this order is not better than chance, the best witness that is
-better orders, and without one the draw is uniform: see `segqc.quality.report_card`.
+better orders, and without one how unlike the training's a scan is, or else the draw is uniform: see
+`segqc.quality.report_card`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ STRATEGY: Final = Strategy(
     order=order,
     score=Score(
         description="Masks and SegQC-Net's assessments; the order of the default strategy",
-        legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best. worst slices: to "
-        "look at first, by their sums of error probabilities.",
+        legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best. unlikeness: how far the "
+        "scan is from the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
         function=None,
         is_dice=True,
     ),

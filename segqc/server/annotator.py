@@ -32,7 +32,8 @@ class AnnotatorError(SegqcError):
 class Correction:
     """One scan handed out and submitted: the estimate that came with it, and the true Dice of the mask shown.
 
-    ``strategy`` is who chose the scan. Both numbers are the worst structure's.
+    ``strategy`` is who chose the scan. Both numbers are the worst structure's. ``unlike``: the scan is unlike the
+    training's, so that it came without an interval.
     """
 
     scan: str
@@ -41,6 +42,13 @@ class Correction:
     true_dice: float
     worst_slices: tuple[int, ...]
     interval: PredictionInterval | None = None
+    unlike: bool = False
+
+
+class _UnlikeTraining(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    message: str | None = None
 
 
 class _NextSample(BaseModel):
@@ -50,6 +58,7 @@ class _NextSample(BaseModel):
     strategy: str = ""
     estimated_dice: float | None = None
     estimated_dice_interval: PredictionInterval | None = None
+    unlike_training: _UnlikeTraining | None = None
     worst_slices: tuple[int, ...] = ()
 
 
@@ -110,6 +119,7 @@ def _correct(
         worst_dice(dice),
         sample.worst_slices,
         sample.estimated_dice_interval,
+        sample.unlike_training is not None and sample.unlike_training.message is not None,
     )
 
 

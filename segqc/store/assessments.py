@@ -24,7 +24,17 @@ from segqc.store.schema import (
     Score,
     StructureName,
 )
-from segqc.types import Assessment, ErrorView, MetricIntervals, Metrics, PredictionInterval, StructureQuality, Witnesses
+from segqc.types import (
+    UNLIKE_LEVEL,
+    Assessment,
+    ErrorView,
+    MetricIntervals,
+    Metrics,
+    PredictionInterval,
+    StructureQuality,
+    Unlikeness,
+    Witnesses,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,8 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
         transaction.execute(delete(AssessmentStructure).where(AssessmentStructure.assessment_id == row.id))
     row.dice, row.backend, row.made_at = assessment.dice, assessment.backend, transaction.now
     row.mask_kind = assessment.mask_kind
+    unlike = assessment.unlikeness
+    row.unlikeness, row.unlikeness_p_value = (None, None) if unlike is None else (unlike.score, unlike.p_value)
     row.geometry = _GEOMETRY.dump_python(geometry, mode="json")
     transaction.flush()
     number = row.id
@@ -142,21 +154,26 @@ def _ends(intervals: MetricIntervals) -> dict[str, float]:
     return columns
 
 
-def intervals_of(part: AssessmentStructure | Row[*tuple[Any, ...]]) -> MetricIntervals:
-    """The prediction intervals in a structure's row."""
+def intervals_of(part: AssessmentStructure | Row[*tuple[Any, ...]], unlikeness: Unlikeness | None) -> MetricIntervals:
+    """The prediction intervals in a structure's row, of a scan that is as unlike the training's."""
     level = part.interval_level
     return MetricIntervals(
         dice=_interval(part.dice_low, part.dice_high, level),
         iou=_interval(part.iou_low, part.iou_high, level),
         arvd=_interval(part.arvd_low, part.arvd_high, level),
         rvd=_interval(part.rvd_low, part.rvd_high, level),
-    )
+    ).of_scan(unlikeness)
 
 
 def _interval(low: float | None, high: float | None, level: float | None) -> PredictionInterval | None:
     if low is None or high is None or level is None:
         return None
     return PredictionInterval(low, high, level)
+
+
+def unlikeness_of(score: float | None, p_value: float | None) -> Unlikeness | None:
+    """What the columns of an assessment say of its scan."""
+    return None if score is None else Unlikeness(score, p_value)
 
 
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
@@ -201,6 +218,7 @@ def _heads() -> Select[*tuple[Any, ...]]:
         select(
             AssessmentRow.id, AssessmentRow.label_version_id, AssessmentRow.geometry,
             AssessmentRow.backend, AssessmentRow.mask_kind,
+            AssessmentRow.unlikeness, AssessmentRow.unlikeness_p_value,
             Scan.name.label("scan"),
             source.segmenter_version, Bundle.assessor_version,
         )
@@ -239,6 +257,7 @@ _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("a
 
 def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...]]]) -> Assessment | None:
     geometry = _GEOMETRY.validate_python(head.geometry)
+    unlikeness = unlikeness_of(head.unlikeness, head.unlikeness_p_value)
     qualities = []
     for part in parts:
         if part.detail is None:
@@ -253,7 +272,7 @@ def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...
                 estimated,
                 detail.raw,
                 detail.extracted,
-                intervals_of(part),
+                intervals_of(part, unlikeness),
                 detail.witnesses,
             )
         )
@@ -268,6 +287,7 @@ def _assessment(head: Row[*tuple[Any, ...]], parts: Sequence[Row[*tuple[Any, ...
         structures=tuple(qualities),
         backend=head.backend,
         mask_kind=head.mask_kind,
+        unlikeness=unlikeness,
     )
 
 
@@ -319,14 +339,19 @@ def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int,
     """The interval of each of these assessments' Dice: the worst present structure's, as the Dice itself."""
     part = AssessmentStructure
     query = (
-        select(AssessmentRow.id, part.dice_low, part.dice_high, part.interval_level)
+        select(
+            AssessmentRow.id, AssessmentRow.unlikeness, AssessmentRow.unlikeness_p_value,
+            part.dice_low, part.dice_high, part.interval_level,
+        )
         .join(part, and_(part.assessment_id == AssessmentRow.id, part.present, part.dice.is_not(None)))
         .order_by(AssessmentRow.id, part.dice.desc(), part.position.desc())  # the last one counts
-    )
+    )  # fmt: skip
     found: dict[int, PredictionInterval | None] = {}
     for start in range(0, len(chosen), _BATCH_SIZE):
         rows = transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _BATCH_SIZE])))
-        found |= {number: _interval(low, high, level) for number, low, high, level in rows}
+        for number, score, p_value, low, high, level in rows:
+            of_dice = MetricIntervals(dice=_interval(low, high, level))
+            found[number] = of_dice.of_scan(unlikeness_of(score, p_value)).dice
     return found
 
 
@@ -336,6 +361,14 @@ def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval 
     found = dice_intervals(transaction, [number for number, _ in ranking.values()])
     query = select(Scan.id, Scan.name).where(Scan.ranking_dice.is_not(None))
     return {name: found.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
+
+
+def marked(transaction: Transaction) -> set[str]:
+    """The scans that the serving bundle marks as unlike the training's."""
+    last = {number for number, _ in _ranking(transaction).values()}
+    query = select(AssessmentRow.id, Scan.name).join(Scan, AssessmentRow.scan_id == Scan.id)
+    rows = transaction.execute(query.where(_COUNTS, AssessmentRow.unlikeness_p_value <= UNLIKE_LEVEL))
+    return {name for number, name in rows if number in last}
 
 
 def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:

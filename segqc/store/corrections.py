@@ -10,7 +10,7 @@ from sqlalchemy import and_, insert, select
 from sqlalchemy.orm import aliased, defer
 
 from segqc.store import events, leases, scans
-from segqc.store.assessments import intervals_of, structure_ids
+from segqc.store.assessments import intervals_of, structure_ids, unlikeness_of
 from segqc.store.database import Transaction
 from segqc.store.records import (
     Actor,
@@ -122,8 +122,9 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     """
     shown, true, source = AssessmentStructure, CorrectionStructure, aliased(Bundle)
     versions = (source.segmenter_version, Bundle.assessor_version)
+    unlikeness = (AssessmentRow.unlikeness, AssessmentRow.unlikeness_p_value)
     query = (
-        select(Patient.name, Scan.name, Correction.made_at, StructureName.name, *versions, shown, true)
+        select(Patient.name, Scan.name, Correction.made_at, StructureName.name, *versions, *unlikeness, shown, true)
         .options(defer(shown.detail), defer(true.slices))
         .select_from(Correction)
         .join(LeaseRow, LeaseRow.id == Correction.lease_id)
@@ -156,10 +157,12 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             segmenter_version=segmenter,
             assessor_version=assessor,
             estimated=Metrics(said.dice, said.iou, said.arvd, said.rvd),
-            intervals=intervals_of(said),
+            intervals=intervals_of(said, unlikeness_of(score, p_value)),
             true=Metrics(found.dice, found.iou, found.arvd, found.rvd),
         )
-        for patient, scan, made_at, structure, segmenter, assessor, said, found in transaction.execute(query)
+        for patient, scan, made_at, structure, segmenter, assessor, score, p_value, said, found in (
+            transaction.execute(query)
+        )
     ]
 
 

@@ -292,7 +292,11 @@ class LabelInfo(Base):
 
 
 class AssessmentRow(Base):
-    """What a bundle says of a label version, over all structures."""
+    """What a bundle says of a label version, over all structures.
+
+    ``unlikeness`` is how unlike the training's scans the scan is, and ``unlikeness_p_value`` how rarely one of them is
+    so; NULL where nobody knows.
+    """
 
     __tablename__ = "assessment"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -302,6 +306,8 @@ class AssessmentRow(Base):
     dice: Mapped[float]
     backend: Mapped[ComputeName] = mapped_column(String)
     mask_kind: Mapped[MaskKind] = mapped_column(String)
+    unlikeness: Mapped[float | None]
+    unlikeness_p_value: Mapped[float | None]
     geometry: Mapped[JsonObject] = mapped_column(Json)
     made_at: Mapped[dt.datetime]
     __table_args__ = (

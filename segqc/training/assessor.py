@@ -13,6 +13,7 @@ from monai.losses import DiceLoss
 
 from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.card import ModelCard
+from segqc.networks.encoder import encoders
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import MeanOfNetworks
@@ -28,6 +29,7 @@ from segqc.quality.calibration import (
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
 from segqc.quality.report_card import report_card
+from segqc.quality.unlikeness import ScanFeatures, fit_unlikeness
 from segqc.split import PatientSplit
 from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
 from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
@@ -271,7 +273,7 @@ def calibrated(
 ) -> Assessor:
     """Fit each structure's calibrations and intervals on masks of unseen patients, and note what they are worth.
 
-    The largest error box is noted, too.
+    The largest error box is noted, too, and what scans are compared with.
 
     Served masks, one of each scan, are calibrated by themselves, as they are much alike; strange ones on masks that are
     spread over the qualities (`subsample`): their intervals are those of a random mask of such a spread.
@@ -319,6 +321,8 @@ def calibrated(
         StructureCalibration({kind: of_all[k] for kind, of_all in fitted.items()}, sizes[k], boxes[k])
         for k in range(len(structures))
     )
+    unlikeness = fit_unlikeness(_scan_features(assessor, train, unseen, progress))
+    held_out_scans = {} if unlikeness is None else unlikeness[1]
     kind: MaskKind = "served" if known["served"] else "strange"
     held_out = [
         held_out_masks(kind, of_kind[kind], c.of(kind)) if of_kind[kind] else ()
@@ -327,7 +331,7 @@ def calibrated(
     unseen_served = [
         mask
         for k, structure in enumerate(structures)
-        for mask in unseen_masks(structure, held_out[k] if errors else (), [row[k] for row in errors])
+        for mask in unseen_masks(structure, held_out[k] if errors else (), [row[k] for row in errors], held_out_scans)
     ]
     mean_errors = {s.name: _mean_error(masks) for s, masks in zip(structures, held_out, strict=True)}
     accurate = {name: error for name, error in mean_errors.items() if error is not None}
@@ -337,6 +341,7 @@ def calibrated(
         scores={f"dice error {name}": error for name, error in accurate.items()},
         accuracy=1.0 - sum(accurate.values()) / len(accurate) if accurate else None,
         report=report_card(unseen_served),
+        unlikeness=None if unlikeness is None else unlikeness[0],
     )
     return Assessor(card, assessor.network)
 
@@ -376,6 +381,29 @@ class _Unseen:
 
     def _on_grid(self, mask: LabelArray) -> Volume:
         return Volume(mask, self.scan.affine, self.scan.acquisition_axis)
+
+
+def _scan_features(
+    assessor: Assessor, train: Sequence[MaskSet], unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
+) -> list[ScanFeatures]:
+    """The features of all scans by each network of the assessor; none where it has none. Arguments as of `calibrated`.
+
+    All are made as those of a scan that is served: around the mask of a network that has not seen it.
+    """
+    networks = encoders(assessor.network)
+    unseen_by: dict[str, set[int]] = defaultdict(set)
+    for judge, mask_set in unseen:
+        own = {id(network) for network in encoders(judge.network)}
+        unseen_by[mask_set.case.id] |= {k for k, network in enumerate(networks) if id(network) in own}
+    sets, found = {s.case.id: s for s in (*train, *(s for _, s in unseen))}, list[ScanFeatures]()
+    for i, (name, mask_set) in enumerate(sets.items()):
+        progress.step(i, len(sets), "features of the scans")
+        scan, _ = read_case(mask_set.case, assessor.values)
+        mask = mask_set.masks[0] if mask_set.served is None else mask_set.served.mask
+        features = assessor.scan_features(scan, Volume(mask, scan.affine, scan.acquisition_axis))
+        if features is not None:
+            found.append(ScanFeatures(mask_set.case.patient, name, features, tuple(sorted(unseen_by[name]))))
+    return found
 
 
 def _log_volumes(cases: Sequence[Case], structures: Sequence[Structure]) -> dict[str, list[float]]:

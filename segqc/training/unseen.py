@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from segqc.quality.error_counts import SignedCounts, count_voxels
 from segqc.quality.report_card import UnseenMask
 from segqc.quality.witnesses import TTA, named_witnesses, tta_agreement
 from segqc.training.calibration import HeldOutMask
-from segqc.types import FloatArray, LabelArray, Structure
+from segqc.types import FloatArray, LabelArray, MetricIntervals, Structure, Unlikeness
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ def served_errors(
 
 
 def unseen_masks(
-    structure: Structure, held_out: Sequence[HeldOutMask], errors: Sequence[ServedErrors]
+    structure: Structure,
+    held_out: Sequence[HeldOutMask],
+    errors: Sequence[ServedErrors],
+    unlikeness: Mapping[str, Unlikeness],
 ) -> list[UnseenMask]:
     """One structure of served masks, as a report card wants them.
 
@@ -54,6 +57,7 @@ def unseen_masks(
         structure: the structure.
         held_out: estimates that were made without anything of the mask's patient.
         errors: of the same masks.
+        unlikeness: how unlike the others' each scan is, by its name, made likewise; nothing where nobody knows.
     """
     return [
         UnseenMask(
@@ -62,7 +66,8 @@ def unseen_masks(
             structure=structure.name,
             true=mask.known.true,
             estimated=mask.estimated,
-            interval=mask.interval,
+            interval=MetricIntervals(dice=mask.interval).of_scan(unlikeness.get(mask.known.scan)).dice,
+            unlikeness=unlikeness.get(mask.known.scan),
             errors=own.counts,
             witnesses={TTA: own.tta, **named_witnesses(mask.known.witnesses)},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -17,8 +16,9 @@ from segqc.loop.scoring import assess
 from segqc.networks.segmenter import Prediction
 from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
+from segqc.server.monailabel.strategy import unlike_training
 from segqc.settings import NetworkName
-from segqc.types import label_names
+from segqc.types import bounds, label_names
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
 
@@ -106,7 +106,6 @@ class LikelyErrors(NetworkTask):
             labels, made_by, assessed = prediction.labels, bundle.segmenter().version, "segmentation"
         name = str(request.get("image_id") or "scan")
         result = assess(bundle, scan, labels, prediction, scan_id=name, segmenter_version=made_by)
-        interval = result.assessment.dice_interval
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,
@@ -116,7 +115,8 @@ class LikelyErrors(NetworkTask):
             "label_version": None,
             "label_sha256": None,
             "estimated_dice": result.assessment.dice,
-            "estimated_dice_interval": dataclasses.asdict(interval) if interval is not None else None,
+            "estimated_dice_interval": bounds(result.assessment.dice_interval),
+            "unlike_training": unlike_training(result.assessment),
             "worst_slices": list(result.assessment.worst_slices()),
             "assessment": json.loads(result.assessment.to_json()),
         }

@@ -20,7 +20,7 @@ from segqc.server.monailabel.datastore import scan_info
 from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
-from segqc.types import Assessment, DriftAlarm, PredictionInterval
+from segqc.types import UNLIKE, Assessment, DriftAlarm, bounds
 
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
@@ -32,10 +32,12 @@ DRIFTED: Final = "drift alarm"
 def describe(assessment: Assessment | None) -> Answer:
     """What the answer says of a scan's mask: estimated Dice, worst slices, and the error boxes in these slices.
 
-    An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one.
+    An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one, or the
+    scan is unlike the training's: ``unlike_training`` says so.
     """
     if assessment is None:
-        return {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
+        nothing: Answer = {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
+        return {**nothing, "unlike_training": None}
     slices = assessment.worst_slices(WORST_SLICES)
     boxes = [
         {
@@ -53,16 +55,25 @@ def describe(assessment: Assessment | None) -> Answer:
     ]
     return {
         "estimated_dice": assessment.dice,
-        "estimated_dice_interval": _as_json(assessment.dice_interval),
+        "estimated_dice_interval": bounds(assessment.dice_interval),
+        "unlike_training": unlike_training(assessment),
         "estimated_dice_by_structure": {q.name: q.estimated.dice for q in assessment.structures if q.present},
         "estimated_dice_interval_by_structure": {
-            q.name: _as_json(q.intervals.dice) for q in assessment.structures if q.present
+            q.name: bounds(q.intervals.dice) for q in assessment.structures if q.present
         },
         "worst_slices": list(slices),
         "boxes": boxes,
         "through_plane_axis": assessment.through_plane_axis,
         "models": {"segmentation": assessment.segmenter_version, "segqc": assessment.assessor_version},
     }
+
+
+def unlike_training(assessment: Assessment) -> Answer | None:
+    """How unlike the training's scans a scan is, and what that means, if anything; None where nobody knows."""
+    found = assessment.unlikeness
+    if found is None:
+        return None
+    return {"score": found.score, "p_value": found.p_value, "message": UNLIKE if found.is_marked else None}
 
 
 def reliability(card: ReportCard | None, alarm: DriftAlarm | None) -> Answer:
@@ -92,14 +103,9 @@ def _title(scan: ScanRecord, assessment: Assessment | None, *, is_unreliable: bo
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if assessment is None or assessment.dice is None:
         return scan.file
-    interval = assessment.dice_interval
-    between = f", {interval}" if interval is not None else ""
+    between = f", {interval}" if (interval := assessment.dice_interval) is not None else ""
     worth = ", unreliable" if is_unreliable else ""
     return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
-
-
-def _as_json(interval: PredictionInterval | None) -> Answer | None:
-    return None if interval is None else dataclasses.asdict(interval)
 
 
 class Sampling(Strategy):
@@ -160,6 +166,8 @@ class Sampling(Strategy):
             )
         if shown is not None and warning is not None:
             notes.append(warning)
+        if shown is not None and shown.is_unlike:
+            notes.append(f"This scan is {UNLIKE}.")
         if notes:
             said["note"] = " ".join(notes)
         return said

@@ -270,6 +270,8 @@ def upgrade() -> None:
         sa.Column("dice", sa.Double(), nullable=False),
         sa.Column("backend", sa.String(), nullable=False),
         sa.Column("mask_kind", sa.String(), nullable=False),
+        sa.Column("unlikeness", sa.Double(), nullable=True),
+        sa.Column("unlikeness_p_value", sa.Double(), nullable=True),
         sa.Column("geometry", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
