@@ -1,7 +1,7 @@
 """Settings of a dataset folder: flags over environment variables over one TOML file over defaults.
 
-The tables ``[extraction]``, ``[boxes]`` and ``[training]`` hold the fields of the library's own settings classes, so
-that a name, its unit and its default are written in one place only.
+Tables such as ``[extraction]``, ``[boxes]`` and ``[training]`` hold the fields of the library's own settings classes,
+so that a name, its unit and its default are written in one place only.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 from segqc.errors import SegqcError
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.error_maps import ExtractionSettings
+from segqc.quality.pseudo_labels import PseudoLabelRules
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
@@ -70,6 +71,7 @@ _TABLES: Mapping[str, type] = {
     "boxes": BoxSettings,
     "annotation": LeaseRules,
     "intake": ReadLimits,
+    "pseudo_labels": PseudoLabelRules,
 }
 
 
@@ -176,6 +178,7 @@ class Settings(BaseSettings):
     inference: InferenceSettings = Field(default_factory=InferenceSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
+    pseudo_labels: PseudoLabelRules = Field(default_factory=PseudoLabelRules)
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
@@ -220,7 +223,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} is there twice, as names are the same in any case; rename one")
         return value
 
-    @field_validator("extraction", "boxes", "annotation", "intake", mode="before")
+    @field_validator("extraction", "boxes", "annotation", "intake", "pseudo_labels", mode="before")
     @classmethod
     def _known_keys(cls, value: object, info: object) -> object:
         name = getattr(info, "field_name", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,9 @@ class Case:
     ``labels_shown`` is how the user knows the label file, where that is another one. ``content`` is the SHA-256 of the
     scan that the labels are of; a file that holds something else by now is no part of the case. None takes what is
     there. ``limits`` bound what is read.
+
+    A pseudo-label is drawn less often, by its ``weight``, and ``ignored`` is the label map of the voxels that are left
+    out of the loss.
     """
 
     id: str
@@ -51,6 +54,8 @@ class Case:
     labels_shown: str | None = None
     content: str | None = None
     limits: ReadLimits = field(default_factory=ReadLimits)
+    weight: float = 1.0
+    ignored: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class Example:
 
     ``mask`` is ``None`` where a network learns to segment. ``weight`` is how often it is drawn, relative to others.
     ``soft`` (L, a, b, c) is the soft output of the mask's source network, for a network that may look at that, too.
+    ``ignored`` (a, b, c) is 1 where the truth is not to be believed; None where it is, everywhere.
     """
 
     case: str
@@ -67,6 +73,7 @@ class Example:
     mask: LabelArray | None = None
     weight: float = 1.0
     soft: FloatArray | None = None
+    ignored: LabelArray | None = None
 
 
 def label_values(structures: Sequence[Structure]) -> tuple[int, ...]:
@@ -113,7 +120,15 @@ def _read_scan(case: Case) -> Volume:
 def load_example(case: Case, plan: NetworkPlan, values: Sequence[int]) -> Example:
     """Read a case into the plan's canonical frame."""
     scan, labels = read_case(case, values)
-    return make_example(case.id, scan, labels, plan)
+    example = make_example(case.id, scan, labels, plan, weight=case.weight)
+    if case.ignored is None:
+        return example
+    try:
+        ignored = read_labels(case.ignored, scan=scan, values=(1,), limits=case.limits)
+    except (VolumeError, OSError) as error:
+        raise CaseError(case, error) from error
+    frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
+    return replace(example, ignored=np.asarray(to_canonical(ignored.array, frame, order=0), np.uint8))
 
 
 def make_example(

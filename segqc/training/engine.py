@@ -141,7 +141,7 @@ def fingerprint(job: Job) -> str:
     digest.update(job.variant.encode())
     for example in (*job.train, *job.validation):
         digest.update(f"{example.case}{example.weight}".encode())
-        for array in (example.image, example.truth, example.mask, example.soft):
+        for array in (example.image, example.truth, example.mask, example.soft, example.ignored):
             if array is not None:
                 digest.update(array.tobytes())
     return digest.hexdigest()

@@ -31,7 +31,7 @@ Indices: TypeAlias = npt.NDArray[np.intp]
 
 FOREGROUND_SHARE = 0.7  # of the patches are centred on a voxel of the truth or of the mask's error
 
-Patch = dict[Literal["image", "truth", "mask", "soft"], torch.Tensor]
+Patch = dict[Literal["image", "truth", "mask", "soft", "ignored"], torch.Tensor]
 
 
 class Draws(Sampler[int]):
@@ -51,7 +51,7 @@ class PatchDataset(Dataset[Patch]):
     """Augmented patches; item ``draw`` depends on the seed, the draw and the examples only.
 
     Tensors: image (1, a, b, c) float, truth and mask (1, a, b, c) float label maps, soft (L, a, b, c) where there is
-    one; it is empty where the mask is.
+    one; it is empty where the mask is. Where any example has voxels to ignore, ignored (1, a, b, c) is 1 at these.
     """
 
     def __init__(
@@ -68,10 +68,16 @@ class PatchDataset(Dataset[Patch]):
         weights = np.array([e.weight for e in examples])
         self.cumulated = np.cumsum(weights / weights.sum())
         self.masked = examples[0].mask is not None
+        self.ignoring = any(e.ignored is not None for e in examples)
         intensities = settings.segqc_intensities if self.masked else settings.segmentation_intensities
         self.strong = intensities == "strong"
         self.augment = _augmentation(
-            settings, plan, masked=self.masked, soft=examples[0].soft is not None, intensities=not self.strong
+            settings,
+            plan,
+            masked=self.masked,
+            soft=examples[0].soft is not None,
+            ignoring=self.ignoring,
+            intensities=not self.strong,
         )
         self.interesting = [_interesting(e) for e in examples]
 
@@ -88,6 +94,9 @@ class PatchDataset(Dataset[Patch]):
             if example.soft is not None:
                 soft = cut_channels(example.soft, start, self.patch)
                 item["soft"] = torch.zeros_like(soft) if empty else soft
+        if self.ignoring:  # all patches of a batch have the same tensors
+            none = torch.zeros_like(item["truth"])
+            item["ignored"] = none if example.ignored is None else cut(example.ignored, start, self.patch)
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
         # plain tensors: with MONAI's metadata every operation of a training would take longer
@@ -159,10 +168,10 @@ def _interesting(example: Example) -> Indices:
 
 
 def _augmentation(
-    settings: TrainingSettings, plan: NetworkPlan, *, masked: bool, soft: bool, intensities: bool
+    settings: TrainingSettings, plan: NetworkPlan, *, masked: bool, soft: bool, ignoring: bool, intensities: bool
 ) -> Compose:
-    keys = ["image", "truth", *["mask"] * masked, *["soft"] * soft]
-    modes = ["nearest" if key in ("truth", "mask") else "bilinear" for key in keys]
+    keys = ["image", "truth", *["mask"] * masked, *["soft"] * soft, *["ignored"] * ignoring]
+    modes = ["bilinear" if key in ("image", "soft") else "nearest" for key in keys]
     near_isotropic = max(plan.spacing_mm) < 2 * min(plan.spacing_mm)
     tilt = 0.15 if near_isotropic else 0.0  # thick slices are not tilted out of plane
     steps = [

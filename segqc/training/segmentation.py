@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -34,6 +35,23 @@ from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
 
 logger = logging.getLogger(__name__)
+
+_IGNORED: Final = -1.0  # the class of a voxel that is left out of the loss
+_CERTAIN: Final = 200.0  # a logit whose softmax is 1 in float32, and that of the others 0
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoCases:
+    """Cases whose labels are pseudo-labels, and the patients that the networks which made and accepted these have seen.
+
+    A pseudo-label carries what its makers saw, so that whoever trains on it has seen these patients (method, "Leaks").
+    """
+
+    cases: tuple[Case, ...] = ()
+    seen: tuple[str, ...] = ()
+
+
+NO_PSEUDO_CASES: Final = PseudoCases()
 
 
 def check_enough(cases: Sequence[Case], settings: TrainingSettings, network: str) -> None:
@@ -84,16 +102,30 @@ def segmentation_job(
     epochs: int,
     snapshots: tuple[int, ...] = (),
 ) -> Job:
-    """Describe one training of a segmentation network: softmax over background and values, Dice + cross-entropy."""
+    """Describe one training of a segmentation network: softmax over background and values, Dice + cross-entropy.
+
+    Voxels to ignore have no part in the loss: its gradient there is zero.
+    """
     table = torch.zeros(256, dtype=torch.long)
     table[list(values)] = torch.arange(1, len(values) + 1)
 
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch["image"], table[batch["truth"].long()].float()
+        classes = table[batch["truth"].long()].float()
+        if "ignored" in batch:
+            classes = torch.where(batch["ignored"] > 0, _IGNORED, classes)
+        return batch["image"], classes
 
     compare = DiceCELoss(softmax=True, include_background=False, batch=True)
 
+    ignoring = any(example.ignored is not None for example in train)
+
     def loss(predicted: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        if ignoring:
+            # as if known to be background: that adds nothing to cross-entropy, nor to Dice, which leaves background out
+            ignored = classes == _IGNORED
+            known = torch.zeros_like(predicted)
+            known[:, 0] = _CERTAIN
+            predicted, classes = torch.where(ignored, known, predicted), torch.where(ignored, 0, classes)
         # of class numbers PyTorch has no cross-entropy that is the same every time on a GPU
         return torch.as_tensor(compare(predicted, one_hot(classes, predicted.shape[1])))
 
@@ -122,8 +154,11 @@ def train_segmentation(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    pseudo: PseudoCases = NO_PSEUDO_CASES,
 ) -> Segmenter:
     """Train the segmentation network on the cases of training patients, stopped early on those that validate.
+
+    Pseudo-labels train, too; they neither validate nor decide the network's plan.
 
     Args:
         cases: all labelled cases.
@@ -132,25 +167,31 @@ def train_segmentation(
         settings: how to train.
         folder: for checkpoint and learning curve.
         progress: reports after each step.
+        pseudo: cases of training patients with pseudo-labels.
 
     Raises:
         TooFewCases: with fewer labelled patients than ``settings.min_cases``.
         VolumeError: if a scan or a label file can't be used.
+        ValueError: if a pseudo-label is a validating patient's.
     """
+    if validating := [c.id for c in pseudo.cases if patient_splits[c.patient].split != "train"]:
+        raise ValueError(f"a pseudo-label of a validating patient's scan cannot train: {validating[0]}")
     check_enough(cases, settings, "segmentation")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))
+    also = f" and {len(pseudo.cases)} pseudo-labels" if pseudo.cases else ""
     progress.message(
-        f"segmentation network, on {counted(cases)}: at most {settings.epochs} epochs. {sizes(plan, settings)}"
+        f"segmentation network, on {counted(cases)}{also}: at most {settings.epochs} epochs. {sizes(plan, settings)}"
     )
     progress = WholeEstimate(progress, settings.epochs * settings.steps_per_epoch, STEPS)
     split = {split: [c for c in cases if patient_splits[c.patient].split == split] for split in ("train", "validation")}
-    train = [load_example(c, plan, values) for c in split["train"]]
+    train = [load_example(c, plan, values) for c in (*split["train"], *pseudo.cases)]
     validation = [load_example(c, plan, values) for c in split["validation"]]
     job = segmentation_job("segmentation", plan, values, train, validation, settings, epochs=settings.epochs)
     fitted = fit(job, folder, progress)
-    # validation labels chose the epoch: their patients count as seen
-    segmenter = segmenter_of(fitted, plan, structures, [c.patient for c in cases], settings)
+    # validation labels chose the epoch: their patients count as seen, and so do those that pseudo-labels were made from
+    seen = [*(c.patient for c in (*cases, *pseudo.cases)), *pseudo.seen]
+    segmenter = segmenter_of(fitted, plan, structures, seen, settings)
     return with_scores(segmenter, split["validation"], values)
 
 
