@@ -19,13 +19,12 @@ from segqc.quality.pseudo_labels import (
     PseudoLabelRules,
     audit_bound,
     choose_pseudo_labels,
-    weakest_interval,
 )
 from segqc.settings import SettingsError, load_settings
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.cases import Case, CaseError, Example, load_example
 from segqc.training.patches import PatchDataset
-from segqc.training.segmentation import PseudoCases, plan_for, segmentation_job, train_segmentation
+from segqc.training.segmentation import NO_PSEUDO_CASES, PseudoCases, plan_for, segmentation_job, train_segmentation
 from segqc.types import PredictionInterval
 from segqc.volumes import Volume, read_labels, write_labels
 from tests.test_training import QUICK, STRUCTURES, make_cases, placed
@@ -48,9 +47,7 @@ def accepted(candidates: list[Candidate], supervised: int = 100, **rules: object
 FIVE = [candidate(name, low) for name, low in zip("abcde", (0.5, 0.9, 0.75, 0.74, 0.9), strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("mode", "names"), [("off", ""), ("threshold", "bec"), ("top", "be"), ("full", "becda")]
-)
+@pytest.mark.parametrize(("mode", "names"), [("off", ""), ("threshold", "bec"), ("top", "be"), ("full", "becda")])
 def test_the_best_come_first_and_ties_go_by_name(mode: PseudoLabelMode, names: str) -> None:
     assert accepted(FIVE[::-1], mode=mode) == [*names]
 
@@ -202,10 +199,8 @@ def test_pseudo_labels_train_and_their_patients_and_makers_count_as_seen(tmp_pat
     pseudo, _ = with_ignored(waiting, slice(0, 4))
     settings: TrainingSettings = replace(QUICK, epochs=1)
 
-    def trained(folder: str, with_pseudo: PseudoCases = PseudoCases()) -> tuple[str, tuple[str, ...], object]:
-        made = train_segmentation(
-            labelled, STRUCTURES, splits, settings, tmp_path / folder, NoProgress(), with_pseudo
-        )
+    def trained(folder: str, with_pseudo: PseudoCases = NO_PSEUDO_CASES) -> tuple[str, tuple[str, ...], object]:
+        made = train_segmentation(labelled, STRUCTURES, splits, settings, tmp_path / folder, NoProgress(), with_pseudo)
         return made.version, made.card.seen, made.card.plan
 
     alone, seen, plan = trained("a")

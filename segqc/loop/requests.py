@@ -85,10 +85,11 @@ class TrainResult:
 
     network: NetworkName
     scores: Mapping[str, float]  # of the network's card
-    used: int  # scans
+    used: int  # scans with labels
     left_out: Mapping[str, str]  # why, by scan
     bundle: int | None = None  # that it was published as; None where a round publishes both networks together
     held_because: str | None = None  # why this bundle does not serve; None where it does
+    pseudo_labels: int = 0  # scans with pseudo-labels that trained, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,38 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPseudoLabel:
+    """A mask that shall be a pseudo-label, with the estimate that it was chosen by."""
+
+    scan: str
+    mask: int  # the label version
+    dice: float  # estimated, of the worst structure
+    low: float  # the least lower end of the structures' intervals
+    level: float  # of the intervals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabelPlan:
+    """Which masks a round accepts as pseudo-labels."""
+
+    rule: str  # in words
+    bundle: int | None  # that made and assessed the masks; None where none serves
+    supervised: int  # labelled scans that train: the cap is relative to them
+    chosen: Sequence[PlannedPseudoLabel]  # to be made, new or in the place of an older one
+    kept: Sequence[str]  # scans whose pseudo-label stays as it is
+    dropped: Mapping[str, str]  # why, by scan
+    refused: Mapping[str, int]  # how many scans that wait, by why they have none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabelResult:
+    """What came of a plan."""
+
+    made: int
+    failed: Mapping[str, str]  # why, by scan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
     """What came of a round."""
 
@@ -120,11 +153,13 @@ class RoundResult:
 
 
 JobResult: TypeAlias = TrainResult | ScoringResult | BatchResult | RoundResult
+StepResult: TypeAlias = TrainResult | ScoringResult | PseudoLabelPlan | PseudoLabelResult
 
 _REQUESTS: Final[Mapping[str, TypeAdapter[Any]]] = {
     request.kind: TypeAdapter(request) for request in (TrainRequest, ScoringRequest, BatchRequest, RoundRequest)
 }
-_RESULT: Final[TypeAdapter[JobResult]] = TypeAdapter(JobResult)
+_RESULT: Final[TypeAdapter[JobResult | StepResult]] = TypeAdapter(JobResult | StepResult)
+_PLAN: Final = TypeAdapter(PseudoLabelPlan)
 
 
 def parse_request(kind: str, request: Mapping[str, object]) -> JobRequest:
@@ -157,10 +192,15 @@ def request_to_json(request: JobRequest) -> JsonObject:
     return written
 
 
-def result_to_json(result: JobResult) -> JsonObject:
-    """A result as the store keeps it."""
+def result_to_json(result: JobResult | StepResult) -> JsonObject:
+    """A result of a job, or of a round's step, as the store keeps it."""
     written: JsonObject = _RESULT.dump_python(result, mode="json")
     return written
+
+
+def plan_of(step: JsonObject) -> PseudoLabelPlan:
+    """The plan that a finished step of a round has kept."""
+    return _PLAN.validate_python(step)
 
 
 def enqueue(transaction: Transaction, request: JobRequest, actor: Actor, *, messages: Sequence[str] = ()) -> JobRecord:

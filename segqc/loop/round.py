@@ -1,10 +1,15 @@
 """A round of the loop: train both networks, publish them as one bundle, segment and assess the pool.
 
 Each finished step is recorded, and not done again when the round is continued after its process has died.
+
+Where pseudo-labels are wanted, they are chosen twice. At the beginning, so that what trains was accepted by the bundle
+that serves now, with the labels, estimates and settings of now. At the end, by the bundle that serves then, so that
+audits and other annotation between two rounds meet the very masks that would train next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -13,16 +18,22 @@ from pathlib import Path
 from typing import Final
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.requests import NETWORKS, RoundRequest, RoundResult, ScoringResult, result_to_json
+from segqc.loop.pseudo_labels import make_pseudo_labels, plan_in_words, plan_pseudo_labels, uses_pseudo_labels
+from segqc.loop.requests import NETWORKS, RoundRequest, RoundResult, ScoringResult, plan_of, result_to_json
 from segqc.loop.scoring import score
 from segqc.loop.training import chosen_settings, train_unpublished, training_result
 from segqc.networks.bundle import model_name
+from segqc.networks.model_file import ModelError
 from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.records import JobRecord, JsonObject
 from segqc.training import Progress
 
 _METHOD: Final = "segqc"
+_PLAN: Final = "choose pseudo-labels"
+_MAKE: Final = "make pseudo-labels"
+_PLAN_NEXT: Final = "choose next pseudo-labels"
+_MAKE_NEXT: Final = "make next pseudo-labels"
 
 
 def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress: Progress) -> RoundResult:
@@ -48,6 +59,17 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
             jobs.finish_step(transaction, number, name, result)
         done[name] = result
 
+    def plan(name: str, *, scored: bool) -> None:
+        if not scored:  # what has a current assessment keeps it
+            with contextlib.suppress(ModelError):  # without networks there is nothing to accept
+                score(dataset, _METHOD, progress)
+        planned = plan_pseudo_labels(dataset)
+        progress.message(plan_in_words(planned))
+        finish(name, result_to_json(planned))
+
+    def make(name: str, planned: str) -> None:
+        finish(name, result_to_json(make_pseudo_labels(dataset, plan_of(done[planned]), progress)))
+
     def train_one(network: NetworkName) -> None:
         settings = chosen_settings(dataset, network, request.training(network).settings)
         path = folder / model_name(network)
@@ -68,6 +90,10 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
 
     steps: dict[str, Callable[[], None]] = {f"train {network}": partial(train_one, network) for network in NETWORKS}
     steps |= {"publish": publish, "score": score_pool}
+    if uses_pseudo_labels(dataset):
+        before = {_PLAN: partial(plan, _PLAN, scored=False), _MAKE: partial(make, _MAKE, _PLAN)}
+        after = {_PLAN_NEXT: partial(plan, _PLAN_NEXT, scored=True), _MAKE_NEXT: partial(make, _MAKE_NEXT, _PLAN_NEXT)}
+        steps = before | steps | after
     for number_done, (name, step) in enumerate(steps.items()):
         if name not in done:
             progress.step(number_done, len(steps), "round", name, unit="parts")

@@ -12,6 +12,7 @@ from typing import Final
 
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import Holder, LockHeld, hold
+from segqc.loop.pseudo_labels import pseudo_cases
 from segqc.loop.requests import TrainResult
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import model_name
@@ -24,7 +25,7 @@ from segqc.store.records import Actor
 from segqc.training import Progress, TrainingSettings
 from segqc.training.assessor import train_assessor
 from segqc.training.cases import Case, CaseError, TooFewCases
-from segqc.training.segmentation import train_segmentation
+from segqc.training.segmentation import NO_PSEUDO_CASES, train_segmentation
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Trained:
         left_out: why others were not, a sentence each, by the scan's name.
         bundle: the bundle that it was published as; None before that.
         held_because: why this bundle does not serve; None where it does.
+        pseudo_labels: how many scans with pseudo-labels trained, too.
     """
 
     card: ModelCard
@@ -56,6 +58,7 @@ class Trained:
     left_out: Mapping[str, str]
     bundle: int | None = None
     held_because: str | None = None
+    pseudo_labels: int = 0
 
 
 def training_result(network: NetworkName, trained: Trained) -> TrainResult:
@@ -70,6 +73,7 @@ def training_result(network: NetworkName, trained: Trained) -> TrainResult:
         left_out=dict(trained.left_out),
         bundle=trained.bundle,
         held_because=trained.held_because,
+        pseudo_labels=trained.pseudo_labels,
     )
 
 
@@ -99,6 +103,9 @@ def train(
     serve: bool = False,
 ) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
+
+    The segmentation network trains on the accepted pseudo-labels, too. SegQC-Net and its fold networks never do: what
+    they learn, and what they are calibrated on, is people's labels alone.
 
     A scan that can't be used, or whose label can't, is left out, and named in what is returned. The model is published
     with the other network of the bundle that serves then; until that, the bundle before serves, and after it too where
@@ -159,23 +166,31 @@ def _train_model(
     is_measured_on_all = network == "segqc" and settings.ensemble
     measured = {c.patient for c in cases if is_measured_on_all or splits[c.patient].split == "validation"}
     patients = len({c.patient for c in cases})
-    return Trained(trained.model.card, len(cases), patients, len(measured), trained.left_out)
+    return Trained(
+        trained.model.card,
+        len(cases),
+        patients,
+        len(measured),
+        trained.left_out,
+        pseudo_labels=len(trained.pseudo_labels),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Learned:
-    """A trained network, the cases that could be used, and why others could not."""
+    """A trained network, the cases and the pseudo-labels that could be used, and why others could not."""
 
     model: Segmenter | Assessor
     cases: list[Case]
     left_out: dict[str, str]
+    pseudo_labels: tuple[Case, ...] = ()
 
 
 def _learn(
     dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
 ) -> _Learned:
     """Train on the cases that can be used."""
-    learn = train_segmentation if network == "segmentation" else train_assessor
+    pseudo = pseudo_cases(dataset) if network == "segmentation" else NO_PSEUDO_CASES
     patient_splits, structures, cases = dict(dataset.patient_splits()), dataset.structures, dataset.cases()
     folds = len({split.fold for split in patient_splits.values()})
     if network == "segqc" and min(settings.folds, len(patient_splits)) != folds:
@@ -188,12 +203,14 @@ def _learn(
     left_out: dict[str, str] = {}
     while True:
         try:
-            model: Segmenter | Assessor = learn(cases, structures, patient_splits, settings, folder, progress)
-            return _Learned(model, cases, left_out)
+            common = cases, structures, patient_splits, settings, folder, progress
+            model = train_segmentation(*common, pseudo) if network == "segmentation" else train_assessor(*common)
+            return _Learned(model, cases, left_out, pseudo.cases)
         except CaseError as error:
             logger.warning("left out of the training: %s", error)
             left_out[error.case] = str(error)
             cases = [case for case in cases if case.id != error.case]
+            pseudo = replace(pseudo, cases=tuple(case for case in pseudo.cases if case.id != error.case))
         except TooFewCases as error:
             why = [f"left out: {'; '.join(left_out.values())}"] if left_out else []
             if aside := len(dataset.findings()):

@@ -12,12 +12,15 @@ from sqlalchemy.orm import aliased
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
-from segqc.store.schema import ActorRow, Bundle, LabelInfo, LabelVersion, LabelView, Scan
+from segqc.store.schema import ActorRow, Bundle, LabelInfo, LabelVersion, LabelView, PseudoLabelRow, Scan, UtcDateTime
 
 FINAL: Final = "final"
 ORIGINAL: Final = "original"
 RETURNED: Final = "returned"
 READER: Final = "reader-"
+PSEUDO: Final = "pseudo-label"
+IGNORED: Final = "pseudo-label-ignored"
+"""The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,17 @@ def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> N
         scans.set_state(transaction, scan, "unlabelled", label.actor)
     elif label.tag in (ORIGINAL, RETURNED):
         scans.rank(transaction, scan.id, None, None)
+    if label.tag == FINAL and label.sha256 is not None:
+        end_pseudo_label(transaction, scan.id, "the scan has a final label")
+    elif label.tag == PSEUDO:
+        end_pseudo_label(transaction, scan.id, "its file was edited or removed")
+
+
+def end_pseudo_label(transaction: Transaction, scan_id: int, reason: str) -> bool:
+    """End the pseudo-label that a scan has, by the scan's number; returns whether it had one."""
+    return bool(
+        transaction.change(_END_PSEUDO, {"scan": scan_id, "ended_at": transaction.now, "ended_because": reason})
+    )
 
 
 def current(transaction: Transaction, scan: str, tag: str) -> LabelRecord | None:
@@ -380,6 +394,16 @@ _VIEW_OF: Final = (
 )
 START_OF_SCAN: Final = func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL))
 """In a query of scans: the number of the version that an annotator starts from; see `start_of`."""
+_END_PSEUDO: Final = (
+    update(PseudoLabelRow)
+    .where(
+        PseudoLabelRow.ended_at.is_(None),
+        PseudoLabelRow.label_version_id.in_(
+            select(LabelVersion.id).where(LabelVersion.scan_id == bindparam("scan"), LabelVersion.tag == PSEUDO)
+        ),
+    )
+    .values(ended_at=bindparam("ended_at", type_=UtcDateTime()), ended_because=bindparam("ended_because"))
+)
 _VERSION: Final = _records().where(LabelVersion.id == bindparam("version"))
 _TAGS: Final = _records().where(LabelVersion.id.in_(_last_of_each_tag()), LabelVersion.sha256.is_not(None))
 _SOME_TAGS: Final = _records().where(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -24,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from segqc.store import assessments, events, labels, orders, scans
+from segqc.store import assessments, events, labels, orders, pseudo_labels, scans
 from segqc.store.database import Parameters, StoreError, Transaction
 from segqc.store.orders import Choice, Order, Waiting
 from segqc.store.records import Actor, Cost, Draw, JsonObject, LeaseRecord, LeaseState
@@ -90,7 +91,7 @@ def acquire(
     An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, or with a reason to
     skip it, the scan is released as skipped (`skipped_for` tells). An audit draw is taken from all waiting scans, a
     validation draw from those of validating patients, and the strategy chooses among those of training patients
-    (method, "Leaks": scans chosen worst-first are a biased sample).
+    (method, "Leaks": scans chosen worst-first are a biased sample). Audits of pseudo-labels come before its choices.
     """
     actor_id = events.actor_id(transaction, actor)
     overdue, held, last = transaction.rows(_STANDING, {"actor": actor_id, "now": transaction.now}).one()
@@ -115,7 +116,15 @@ def acquire(
     return _open(transaction, actor, actor_id, strategy, draw, probability, choice, rules)
 
 
-Pool: TypeAlias = Literal["anyone", "train", "validation"]
+Pool: TypeAlias = Literal["anyone", "train", "validation", "pseudo-audit"]
+
+
+_POOLS: Final[Mapping[Pool, ColumnElement[bool]]] = {
+    "anyone": Scan.queue.is_not(None),
+    "train": Scan.queue == "train",
+    "validation": Scan.queue == "validation",
+    "pseudo-audit": pseudo_labels.is_to_be_audited(),
+}
 
 
 def _choose(
@@ -128,6 +137,8 @@ def _choose(
         wanted.append(("audit", rules.audit_share, orders.uniform, "anyone"))
     elif lot < rules.audit_share + rules.validation_share:
         wanted.append(("validation", rules.validation_share, orders.uniform, "validation"))
+    if pseudo_labels.has_audits(transaction):  # few, and before all others: they tell what the others are worth
+        wanted.append(("pseudo-audit", 1.0, orders.uniform, "pseudo-audit"))
     wanted.append(("strategy", None, order, "train"))
     wanted.append(("validation", 1.0, orders.uniform, "validation"))  # nothing else is left
     skipped_since = transaction.now - dt.timedelta(hours=rules.skip_hours)
@@ -157,7 +168,7 @@ def _waiting(pool: Pool, *, several_readers: bool, lately_skipped: bool) -> Wait
     if not lately_skipped:
         since = bindparam("skipped_since", type_=UtcDateTime())
         free.append(~exists().where(own, lease.state == "skipped", lease.closed_at > since))
-    return Waiting(Scan.queue.is_not(None) if pool == "anyone" else Scan.queue == pool, tuple(free))
+    return Waiting(_POOLS[pool], tuple(free))
 
 
 def _open(

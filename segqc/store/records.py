@@ -23,7 +23,7 @@ Identification: TypeAlias = Literal[
 ]
 ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved", "excluded"]
 LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
-Draw: TypeAlias = Literal["strategy", "audit", "validation"]
+Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
 FindingKind: TypeAlias = Literal["scan", "label", "other"]
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "stopped"]
@@ -116,6 +116,21 @@ class LabelRecord:
     made_at: dt.datetime
     submitted_sha256: str | None = None  # of the file that a person put into the folder, where it was read from one
     submitted_suffix: str | None = None  # the same file's suffix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabelRecord:
+    """A mask that was accepted as a pseudo-label, by which estimate and rule, and what became of it."""
+
+    label: LabelRecord  # its parent is the mask, its bundle the one that made and accepted it
+    ignored: LabelRecord  # the voxels that are left out of the loss, as a label map
+    dice: float  # estimated, of the worst structure
+    low: float  # the least lower end of the structures' intervals
+    level: float  # of the intervals
+    rule: str  # in words
+    is_audited: bool  # whether a person shall check it
+    ended_at: dt.datetime | None  # None while it is accepted
+    ended_because: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -291,6 +291,30 @@ class LabelInfo(Base):
     info: Mapped[JsonObject] = mapped_column(Json)
 
 
+class PseudoLabelRow(Base):
+    """A label version that was accepted as a pseudo-label: the estimate and the rule that it was accepted by.
+
+    ``low`` is the least lower end of the structures' intervals at ``level``. ``ignored_version_id`` is the label map of
+    the voxels that are left out of the loss. It trains until ``ended_at``.
+    """
+
+    __tablename__ = "pseudo_label"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    ignored_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
+    dice: Mapped[float]
+    low: Mapped[float]
+    level: Mapped[float]
+    rule: Mapped[str]
+    is_audited: Mapped[bool]
+    ended_at: Mapped[dt.datetime | None]
+    ended_because: Mapped[str | None]
+    __table_args__ = (
+        Index("ix_pseudo_label_open", "label_version_id",
+              sqlite_where=text("ended_at IS NULL"), postgresql_where=text("ended_at IS NULL")),
+        CheckConstraint("(ended_at IS NULL) = (ended_because IS NULL)", name="ended"),
+    )  # fmt: skip
+
+
 class AssessmentRow(Base):
     """What a bundle says of a label version, over all structures.
 

@@ -25,7 +25,7 @@ from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.names import check_image_id, check_tag, usable_image_id
 from segqc.store import labels, scans
-from segqc.store.labels import FINAL, ORIGINAL, NewLabel
+from segqc.store.labels import FINAL, IGNORED, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES
@@ -263,7 +263,7 @@ class StoreDatastore(Datastore):
             "client_id": label.actor.name,
         }
         body = {**made, **noted, "version": label.id, "source": label.source, "actor": label.actor.name}
-        if label.tag != LIKELY_ERRORS_TAG and self._dataset.settings.structures:
+        if label.tag not in (LIKELY_ERRORS_TAG, IGNORED) and self._dataset.settings.structures:
             # 3D Slicer names the values of a mask by these, in their order
             names = self._client_names
             params = body.get("params")

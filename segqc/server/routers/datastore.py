@@ -41,7 +41,7 @@ from segqc.server.routers.dependencies import (
 )
 from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
-from segqc.store.labels import FINAL
+from segqc.store.labels import FINAL, IGNORED
 from segqc.store.records import JsonObject
 from segqc.store.store import suffix_of
 from segqc.volumes import LABEL_SUFFIXES, read_labels, write_labels
@@ -173,7 +173,7 @@ def download_label(
     if check_only:
         return JSONResponse({})
     name, names = f"{image}{suffix_of(path)}", context.labels()
-    if tag == LIKELY_ERRORS_TAG or same_values(names):
+    if tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names):
         return FileResponse(path, media_type="application/octet-stream", filename=name)
     labels = to_client(read_labels(path), names)
     handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))

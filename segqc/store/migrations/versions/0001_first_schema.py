@@ -299,6 +299,34 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_label_info")),
     )
     op.create_table(
+        "pseudo_label",
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("ignored_version_id", sa.Integer(), nullable=False),
+        sa.Column("dice", sa.Double(), nullable=False),
+        sa.Column("low", sa.Double(), nullable=False),
+        sa.Column("level", sa.Double(), nullable=False),
+        sa.Column("rule", sa.String(), nullable=False),
+        sa.Column("is_audited", sa.Boolean(), nullable=False),
+        sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("ended_because", sa.String(), nullable=True),
+        sa.CheckConstraint("(ended_at IS NULL) = (ended_because IS NULL)", name=op.f("ck_pseudo_label_ended")),
+        sa.ForeignKeyConstraint(
+            ["ignored_version_id"], ["label_version.id"], name=op.f("fk_pseudo_label_ignored_version_id")
+        ),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_pseudo_label_label_version_id")
+        ),
+        sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_pseudo_label")),
+    )
+    op.create_index(
+        "ix_pseudo_label_open",
+        "pseudo_label",
+        ["label_version_id"],
+        unique=False,
+        sqlite_where=sa.text("ended_at IS NULL"),
+        postgresql_where=sa.text("ended_at IS NULL"),
+    )
+    op.create_table(
         "label_view",
         sa.Column("scan_id", sa.Integer(), nullable=False),
         sa.Column("tag", sa.String(), nullable=False),
@@ -369,7 +397,7 @@ def upgrade() -> None:
         sa.Column("assessment_id", sa.Integer(), nullable=True),
         sa.CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name=op.f("ck_lease_probability")),
         sa.CheckConstraint("(state = 'open') = (closed_at IS NULL)", name=op.f("ck_lease_closed")),
-        sa.CheckConstraint("draw IN ('strategy', 'audit', 'validation')", name=op.f("ck_lease_draw")),
+        sa.CheckConstraint("draw IN ('strategy', 'audit', 'validation', 'pseudo-audit')", name=op.f("ck_lease_draw")),
         sa.CheckConstraint(
             "state IN ('open', 'submitted', 'skipped', 'expired', 'released')", name=op.f("ck_lease_state")
         ),
