@@ -50,8 +50,9 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
         DatasetError: if nothing says what the structures are.
         SettingsError: if a choice is unknown or can't be used.
     """
+    labelled = len(dataset.cases())  # before the write lock is taken: new files in the folder need it
     with dataset.store.write() as transaction:
-        number, done = jobs.begin_round(transaction, job.id, len(dataset.cases()))
+        number, done = jobs.begin_round(transaction, job.id, labelled)
     folder = _folder(dataset, number)
 
     def finish(name: str, result: JsonObject) -> None:
