@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from segqc.cli.main import app
+from segqc.io.tables import write_tables
 from segqc.loop import jobs as work
 from segqc.loop import scoring
 from segqc.loop.dataset import Dataset
@@ -34,7 +39,7 @@ from segqc.store.labels import FINAL, ORIGINAL, PSEUDO, NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import LeaseRecord, PseudoLabelRecord
 from segqc.types import MetricIntervals, PredictionInterval
-from segqc.volumes import Volume, read_labels
+from segqc.volumes import Volume, read_labels, temporary_labels
 from tests.store_kit import ANNA, BERT
 from tests.test_loop import SETTINGS, Lines, perturbed
 from tests.test_loop import trained as trained  # a fixture
@@ -280,6 +285,19 @@ def test_ignored_voxels_are_those_that_are_probably_wrong(pool: Dataset, tmp_pat
     assert pseudo_cases(dataset).seen == tuple(sorted({*bundle.card("segmentation").seen, *bundle.card("segqc").seen}))
 
 
+def test_a_reading_ends_a_pseudo_label_and_its_scan_gets_none(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    mask = dataset.mask(name)
+    assert mask is not None
+    dataset.store.save_label(NewLabel(name, "reader-1", "annotator", ANNA), dataset.store.label_file(mask))
+    assert accepted(dataset) == {}
+    plan = plan_pseudo_labels(dataset)
+    assert (plan.chosen, [*plan.dropped]) == ((), [name])
+
+
 def test_a_scan_that_is_labelled_after_the_plan_gets_none(pool: Dataset, tmp_path: Path, said: Said) -> None:
     dataset = copied(pool, tmp_path / "s")
     first, second = waiting(dataset)[:2]
@@ -352,8 +370,6 @@ def test_an_audit_is_of_the_very_mask_that_was_accepted(pool: Dataset, tmp_path:
     start = read_labels(dataset.store.label_file(mask))
     with dataset.store.read() as transaction:
         assert pseudo_labels.has_audits(transaction)
-    from segqc.volumes import temporary_labels
-
     with temporary_labels(Volume(np.roll(start.array, 1, axis=0), start.affine)) as path:
         dataset.store.save_label(NewLabel(name, ORIGINAL, "import", SERVER), path)
     with dataset.store.write() as transaction:
@@ -361,3 +377,32 @@ def test_an_audit_is_of_the_very_mask_that_was_accepted(pool: Dataset, tmp_path:
             transaction, ANNA, "sequential", orders.uniform, LeaseRules(audit_share=0, validation_share=0)
         )
     assert lease is None or lease.draw == "strategy"
+
+
+def test_why_a_mask_is_trusted_is_shown_and_exported(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    stays, ends = waiting(dataset)[:2]
+    said.lows = {stays: 0.9, ends: 0.8}
+    make_now(dataset)
+    mask = dataset.mask(ends)
+    assert mask is not None
+    dataset.store.save_label(NewLabel(ends, FINAL, "annotator", ANNA), dataset.store.label_file(mask))
+
+    def run(*args: str) -> Any:
+        result = CliRunner().invoke(app, ["pseudo-labels", str(dataset.folder), *args])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    shown = json.loads(run("--json"))
+    (row,) = shown["pseudo_labels"]
+    assert (row["scan"], row["lower end"], row["bundle"]) == (stays, 0.9, 2)
+    assert (shown["audited"], shown["bound"]) == (0, 1.0)
+    assert "none is corrected yet" in run()
+    reasons = {row["scan"]: row["ended because"] for row in json.loads(run("--json", "--ended"))["pseudo_labels"]}
+    assert reasons == {stays: None, ends: "the scan has a final label"}
+    write_tables(dataset.store, tmp_path / "t", "csv")
+    rows = {row["scan"]: row for row in csv.DictReader((tmp_path / "t" / "pseudo_labels.csv").open())}
+    assert rows[ends]["ended_because"] == "the scan has a final label"
+    assert (rows[stays]["ended_at"], rows[stays]["estimated_dice_low"], rows[stays]["mask"] != "") == ("", "0.9", True)
+    sources = {row["tag"]: row["source"] for row in csv.DictReader((tmp_path / "t" / "label_versions.csv").open())}
+    assert (sources["final"], sources["pseudo-label"]) == ("annotator", "pseudo-label")

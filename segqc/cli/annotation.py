@@ -41,9 +41,10 @@ _SCAN_TERMS: Final = (
     "Dice: of the mask of a scan that waits, without a true mask."
 )
 _VERSION_TERMS: Final = (
-    "tags: original = by the segmentation network; final = what trains; returned = rejected or reopened, to be "
-    "corrected again; reader-1, reader-2, ... = one annotator's each; others, such as version_1, = as a client named "
-    "them. Dice before: of the structure that was corrected most, start against result."
+    "tags: original = by the segmentation network; final = what trains; pseudo-label = a mask that trains, too (segqc "
+    "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
+    "annotator's each; others, such as version_1, = as a client named them. Dice before: of the structure that was "
+    "corrected most, start against result."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -51,12 +52,13 @@ _READING_TERMS: Final = (
 )
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients. probability: of such a draw; - for the strategy's choice. estimated Dice: when "
-    "the scan was handed out, without a true mask."
+    "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's choice. "
+    "estimated Dice: when the scan was handed out, without a true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients. hours: from hand-out to submission, summed over the submitted scans."
+    "patients; pseudo-audit = at random of the pseudo-labels. hours: from hand-out to submission, summed over the "
+    "submitted scans."
 )
 
 Scan = Annotated[

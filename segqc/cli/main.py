@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export, models
+from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels
 from segqc.cli.common import (
     ANNOTATE_PANEL,
     ESTIMATE_PANEL,
@@ -82,6 +82,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train one of the two network
 app.add_typer(train_app, name="train", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
 app.add_typer(evaluation.app)
+app.add_typer(pseudo_labels.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
 app.add_typer(import_export.import_app, name="import", rich_help_panel=MAKE_PANEL)

@@ -31,6 +31,7 @@ from segqc.store.schema import (
     LabelVersion,
     LeaseRow,
     Patient,
+    PseudoLabelRow,
     Scan,
     StructureName,
     UtcDateTime,
@@ -154,6 +155,7 @@ def _tables() -> dict[str, Query]:
         "corrections": _corrections(),
         "leases": _leases(),
         "label_versions": _label_versions(),
+        "pseudo_labels": _pseudo_labels(),
         "events": _events(),
     }
 
@@ -327,6 +329,32 @@ def _label_versions() -> Query:
         .join(ActorRow, ActorRow.id == LabelVersion.actor_id)
         .outerjoin(Bundle, Bundle.id == LabelVersion.bundle_id)
         .outerjoin(LabelInfo, LabelInfo.label_version_id == LabelVersion.id)
+        .order_by(LabelVersion.id)
+    )
+
+
+def _pseudo_labels() -> Query:
+    """A row for each mask that was accepted as a pseudo-label."""
+    return (
+        select(
+            LabelVersion.id.label("label_version"),
+            *_SCAN,
+            LabelVersion.parent_id.label("mask"),
+            *_PAIR,
+            LabelVersion.made_at.label("made_at"),
+            PseudoLabelRow.dice.label("estimated_dice"),
+            PseudoLabelRow.low.label("estimated_dice_low"),
+            PseudoLabelRow.level.label("interval_level"),
+            PseudoLabelRow.rule.label("rule"),
+            PseudoLabelRow.is_audited.label("is_audited"),
+            PseudoLabelRow.ended_at.label("ended_at"),
+            PseudoLabelRow.ended_because.label("ended_because"),
+        )
+        .select_from(PseudoLabelRow)
+        .join(LabelVersion, LabelVersion.id == PseudoLabelRow.label_version_id)
+        .join(Scan, Scan.id == LabelVersion.scan_id)
+        .join(Patient, Patient.id == Scan.patient_id)
+        .outerjoin(Bundle, Bundle.id == LabelVersion.bundle_id)
         .order_by(LabelVersion.id)
     )
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from segqc.errors import SegqcError
 from segqc.loop.requests import PlannedPseudoLabel, PseudoLabelPlan, PseudoLabelResult
-from segqc.loop.scoring import assess, current_mask
 from segqc.networks.bundle import NETWORKS, NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.progress import Progress
@@ -25,6 +24,7 @@ from segqc.quality.pseudo_labels import (
     Candidate,
     PseudoLabelRules,
     audit_bound,
+    bound_in_words,
     choose_pseudo_labels,
     weakest_interval,
 )
@@ -74,7 +74,9 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         bundle = None
     dataset.refresh()
     with dataset.store.read() as transaction:
+        read = labels.read_scans(transaction)
         waiting = [s for s in scans.listing(transaction, states=_WAITING) if s.missing_since is None]
+        waiting = [s for s in waiting if s.name not in read]
         masks = labels.current_of_all(transaction, ORIGINAL)
         starts = labels.starts(transaction)
         assessed = assessments.latest_of_all(transaction)
@@ -101,6 +103,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
                 )
             )
     names = {accepted.scan for accepted in choice.accepted}
+    audits = pseudo_label_audits(dataset, rules)
     why = _OFF if rules.mode == "off" else _NOT_WAITING
     dropped = {
         scan: choice.refused.get(scan, why) for scan in sorted(before.keys() | left_over.keys()) if scan not in names
@@ -113,6 +116,9 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         kept=tuple(kept),
         dropped=dropped,
         refused=dict(sorted(Counter(choice.refused.values()).items())),
+        audited=audits.audited,
+        bad=audits.bad,
+        bad_bound=audits.bound,
     )
 
 
@@ -146,7 +152,8 @@ def plan_in_words(plan: PseudoLabelPlan) -> str:
         text += f"; {len(plan.dropped)} dropped ({', '.join(f'{count}: {reason}' for reason, count in reasons)})"
     if not accepted and plan.refused:
         text += f"; no scan can be one ({', '.join(f'{count}: {reason}' for reason, count in plan.refused.items())})"
-    return text
+    audits = bound_in_words(AuditBound(plan.audited, plan.bad, plan.bad_bound))
+    return f"{text}. Audits: {audits}"
 
 
 def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progress) -> PseudoLabelResult:
@@ -202,6 +209,8 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
     Raises:
         _ObsoleteError: if the scan does not wait any more, or has another mask.
     """
+    from segqc.loop.scoring import assess, current_mask  # imports PyTorch
+
     scan = dataset.read_scan(entry)
     mask, _, _ = checked = current_mask(dataset, entry, scan, bundle)
     if mask.id != planned.mask:

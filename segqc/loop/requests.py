@@ -134,6 +134,9 @@ class PseudoLabelPlan:
     kept: Sequence[str]  # scans whose pseudo-label stays as it is
     dropped: Mapping[str, str]  # why, by scan
     refused: Mapping[str, int]  # how many scans that wait, by why they have none
+    audited: int  # pseudo-labels that were drawn at random and corrected so far
+    bad: int  # of those
+    bad_bound: float  # on the share of bad ones, see `segqc.quality.pseudo_labels.audit_bound`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -199,6 +199,21 @@ class AuditBound:
     bound: float
 
 
+def bound_in_words(said: AuditBound) -> str:
+    """What audits say, as a sentence.
+
+    Example:
+        >>> bound_in_words(AuditBound(20, 0, 0.1391))
+        '0 of 20 audited were bad; with 95% confidence at most 14% of all are'
+    """
+    if not said.audited:
+        return "none is corrected yet, and nothing is known of the share of bad ones"
+    return (
+        f"{said.bad} of {said.audited} audited were bad; with {BOUND_LEVEL:.0%} confidence at most {said.bound:.0%} of "
+        "all are"
+    )
+
+
 def audit_bound(true_dice: Sequence[float], min_dice: float, *, level: float = BOUND_LEVEL) -> AuditBound:
     """The one-sided upper bound on the share of bad pseudo-labels (Clopper & Pearson, Biometrika 26, 1934).
 

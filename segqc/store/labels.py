@@ -107,6 +107,8 @@ def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> N
         scans.rank(transaction, scan.id, None, None)
     if label.tag == FINAL and label.sha256 is not None:
         end_pseudo_label(transaction, scan.id, "the scan has a final label")
+    elif label.tag.startswith(READER) and label.sha256 is not None:
+        end_pseudo_label(transaction, scan.id, "a person has read the scan")
     elif label.tag == PSEUDO:
         end_pseudo_label(transaction, scan.id, "its file was edited or removed")
 
@@ -200,6 +202,12 @@ def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = 
     else:
         rows = transaction.rows(_SOME_TAGS, {"scan": scan, "tags": list(only)})
     return {record.tag: record for record in map(_record, rows)}
+
+
+def read_scans(transaction: Transaction) -> set[str]:
+    """The scans with a current reading by any annotator, where several label each scan."""
+    tags_of_readers = [tag for tag in all_tags(transaction) if _reader_number(tag) is not None]
+    return {scan for tag in tags_of_readers for scan in current_of_all(transaction, tag)}
 
 
 def all_tags(transaction: Transaction) -> list[str]:
