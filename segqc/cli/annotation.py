@@ -52,8 +52,8 @@ _READING_TERMS: Final = (
 )
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's choice. "
-    "estimated Dice: when the scan was handed out, without a true mask."
+    "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's "
+    "choice. estimated Dice: when the scan was handed out, without a true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
