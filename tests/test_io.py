@@ -24,7 +24,7 @@ from segqc.cli.common import CommandError
 from segqc.io import archive, decathlon, local_datastore, nnunet, tables
 from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, make_dataset
 from segqc.selection import segqc as worst_first
-from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, scans
+from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, pseudo_labels, scans
 from segqc.store.database import StoreError
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
@@ -584,6 +584,9 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final = fill(store, folder, clock)
+    with store.write() as transaction:
+        why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "is_audited": True}
+        pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
