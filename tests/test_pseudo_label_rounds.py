@@ -39,7 +39,7 @@ from segqc.store.labels import FINAL, ORIGINAL, PSEUDO, NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import LeaseRecord, PseudoLabelRecord
 from segqc.types import MetricIntervals, PredictionInterval
-from segqc.volumes import Volume, read_labels, temporary_labels
+from segqc.volumes import Volume, read_labels, temporary_labels, write_labels
 from tests.store_kit import ANNA, BERT
 from tests.test_loop import SETTINGS, Lines, perturbed
 from tests.test_loop import trained as trained  # a fixture
@@ -174,7 +174,7 @@ def test_a_round_chooses_trains_and_drops_pseudo_labels(pool: Dataset, tmp_path:
     assert second.steps["train segmentation"]["pseudo_labels"] == 1
     assert second.steps["train segmentation"]["used"] == 6
     assert plan_of(second.steps["choose pseudo-labels"]).dropped == {
-        stays: "the scan does not wait for a person's first label any more"
+        stays: "a person has labelled the scan, or it waits for no label"
     }
     assert plan_of(second.steps["choose next pseudo-labels"]).dropped == {sinks: "its estimate is below the rule"}
     assert accepted(dataset) == {}
@@ -315,15 +315,21 @@ def test_a_scan_that_is_labelled_after_the_plan_gets_none(pool: Dataset, tmp_pat
 
 def test_a_file_that_somebody_edits_is_no_pseudo_label_any_more(pool: Dataset, tmp_path: Path, said: Said) -> None:
     dataset = copied(pool, tmp_path / "s")
-    name = waiting(dataset)[0]
-    said.lows = {name: 0.9}
+    removed, edited = waiting(dataset)[:2]
+    said.lows = {removed: 0.9, edited: 0.9}
     make_now(dataset)
-    (dataset.folder / "labels" / PSEUDO / f"{name}.nii.gz").unlink()
+    (dataset.folder / "labels" / PSEUDO / f"{removed}.nii.gz").unlink()
+    file = dataset.folder / "labels" / PSEUDO / f"{edited}.nii.gz"
+    mask = read_labels(file)
+    file.unlink()
+    write_labels(Volume(np.roll(mask.array, 1, axis=0), mask.affine), file)
     dataset.sync()
     assert accepted(dataset) == {}
-    assert accepted(dataset, ended=True)[name].ended_because == "its file was edited or removed"
+    ended = accepted(dataset, ended=True)
+    assert {record.ended_because for record in ended.values()} == {"its file was edited or removed"}
     make_now(dataset)
-    assert set(accepted(dataset)) == {name}, "the next choice may accept it again"
+    assert set(accepted(dataset)) == {removed}, "the next choice may accept it again, but not over a person's work"
+    np.testing.assert_array_equal(read_labels(file).array, np.roll(mask.array, 1, axis=0))
 
 
 def correct(dataset: Dataset, lease: LeaseRecord, *, spoiled: bool) -> None:

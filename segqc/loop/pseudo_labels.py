@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _WAITING: Final[tuple[Literal["unlabelled"]]] = ("unlabelled",)
 _OFF: Final = "pseudo-labels are turned off"
-_NOT_WAITING: Final = "the scan does not wait for a person's first label any more"
+_NOT_WAITING: Final = "a person has labelled the scan, or it waits for no label"
 
 
 class _ObsoleteError(SegqcError):
@@ -74,9 +74,12 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         bundle = None
     dataset.refresh()
     with dataset.store.read() as transaction:
-        read = labels.read_scans(transaction)
+        by_people = labels.read_scans(transaction)
+        # a file that somebody has put in a pseudo-label's place is a person's label, too
+        shown = labels.current_of_all(transaction, PSEUDO)
+        by_people |= {scan for scan, label in shown.items() if label.source != "pseudo-label"}
         waiting = [s for s in scans.listing(transaction, states=_WAITING) if s.missing_since is None]
-        waiting = [s for s in waiting if s.name not in read]
+        waiting = [s for s in waiting if s.name not in by_people]
         masks = labels.current_of_all(transaction, ORIGINAL)
         starts = labels.starts(transaction)
         assessed = assessments.latest_of_all(transaction)
@@ -88,8 +91,8 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     candidates = []
     for scan in waiting:
         mask = masks.get(scan.name)
-        shown = assessed.get(scan.name) if mask is not None and starts.get(scan.name) == mask.id else None
-        candidates.append(_candidate(scan, mask, shown, segmenter))
+        assessment = assessed.get(scan.name) if mask is not None and starts.get(scan.name) == mask.id else None
+        candidates.append(_candidate(scan, mask, assessment, segmenter))
     choice = choose_pseudo_labels(candidates, rules, supervised=supervised)
     chosen, kept = [], []
     for accepted in choice.accepted:
