@@ -457,6 +457,16 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     assert numbers == [1, 2, 3], "a round publishes once, however often it is continued"
 
 
+def test_a_round_begins_with_what_came_into_the_folder_meanwhile(dataset: Dataset) -> None:
+    dataset = Dataset(dataset.folder, patience_seconds=2)
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "round", {}, SERVER)
+    shutil.copy(dataset.folder / "c5.nii.gz", dataset.folder / "c9.nii.gz")
+    with pytest.raises(KeyboardInterrupt):
+        work.run(dataset, job, Lines("round: train segmentation"))
+    assert "c9" in {scan.name for scan in stored_scans(dataset)}
+
+
 def stored_scans(dataset: Dataset) -> list[ScanRecord]:
     with dataset.store.read() as transaction:
         return scans.listing(transaction)

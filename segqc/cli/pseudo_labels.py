@@ -38,7 +38,8 @@ def list_pseudo_labels(
     dataset.refresh()
     rules = dataset.settings.pseudo_labels
     with dataset.store.read() as transaction:
-        found = pseudo_labels.listing(transaction, ended=ended)
+        accepted = pseudo_labels.listing(transaction)
+        found = pseudo_labels.listing(transaction, ended=True) if ended else accepted
     audits = pseudo_label_audits(dataset, rules)
     rows: list[Row] = [
         {
@@ -63,5 +64,5 @@ def list_pseudo_labels(
         "bound": audits.bound,
     }
     empty = _OFF if rules.mode == "off" else _NONE
-    title = f"{folder}: {sum(record.ended_at is None for record in found)} pseudo-labels"
+    title = f"{folder}: {len(accepted)} accepted pseudo-labels"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="pseudo_labels", terms=_TERMS, empty=empty)
