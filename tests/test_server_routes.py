@@ -248,6 +248,8 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert others <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
+    assert (info["rounds"]["after_corrections"], info["rounds"]["at"], info["rounds"]["stopped"]) == (0, None, None)
+    assert info["rounds"]["message"].startswith("Nobody can tell yet whether more rounds are worth it")
 
 
 @pytest.mark.parametrize("worthless", [False, True])
