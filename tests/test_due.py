@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.loop.dataset import Dataset
-from segqc.loop.due import last_time_of_day, outlook_of, put_due_round, rounds_info, why_due
+from segqc.loop.due import DueRound, last_time_of_day, outlook_of, put_due_round, rounds_info, why_due
 from segqc.loop.requests import TrainResult, result_to_json
 from segqc.loop.rounds import summaries
 from segqc.loop.worker import Worker
+from segqc.quality.stopping import outlook, outlook_sentence
 from segqc.selection import segqc as worst_first
 from segqc.settings import RoundSettings, Settings
 from segqc.store import bundles, corrections, jobs, labels, leases, rounds
@@ -45,6 +46,7 @@ from tests.store_kit import (
     sync_scans,
     write_assessment,
 )
+from tests.test_stopping import FLAT
 
 COUNT = 24
 AFTER = Settings(round=RoundSettings(after_corrections=3), training={"min_cases": 1})
@@ -272,6 +274,27 @@ def test_an_interrupted_round_goes_on_after_a_restart_and_is_not_put_twice(datas
     assert (done.id, done.state) == (interrupted.id, "done")
 
 
+def test_a_worker_says_once_why_no_round_begins(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = iter([outlook((), FLAT, labels, enough_dice=0.95) for labels in (5, 6, 7)])
+    monkeypatch.setattr("segqc.loop.worker.DUE_SECONDS", 0.0)
+    monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.0)
+    worker = Worker(dataset)
+
+    def put(*_: object) -> DueRound:
+        stopped = next(found, None)
+        if stopped is None:
+            worker.end()
+        return DueRound(stopped=stopped)
+
+    monkeypatch.setattr("segqc.loop.worker.put_due_round", put)
+    with caplog.at_level("INFO"):
+        worker.serve()
+    (line,) = [m for m in caplog.messages if m.startswith("no round begins by itself")]
+    assert "before 20 new labels have come (5 have)" in line
+
+
 @pytest.mark.parametrize("kinds", [("train",), ("scoring", "batch_infer")])
 def test_a_worker_of_other_jobs_puts_no_round(dataset: Dataset, kinds: tuple[str, ...]) -> None:
     Worker(dataset, kinds, command=lambda _: command(DONE)).serve(until_idle=True)
@@ -332,10 +355,10 @@ def test_no_round_is_put_while_the_masks_that_serve_are_good_enough(
     held = put_due_round(store, AFTER)
     assert held.job is None
     assert held.stopped is not None
-    assert "9 patients drawn at random" in held.stopped
+    assert "9 patients drawn at random" in outlook_sentence(held.stopped)
     with store.read() as transaction:
         info = rounds_info(transaction, AFTER.round)
-    assert (info.stopped, info.corrections, info.message) == ("good enough", 9, held.stopped)
+    assert (info.stopped, info.corrections, info.message) == ("good enough", 9, outlook_sentence(held.stopped))
     correct(store, clock, 0.4, 2, simulated=simulated)
     assert due(store) == "by the settings: 11 corrections before the first round", "bad masks among them resume it"
 
@@ -366,7 +389,7 @@ def test_rounds_within_noise_are_put_again_after_more_labels(store: Store, clock
     label(store, clock, 0, 1, 2)
     held = put_due_round(store, AFTER)
     assert held.stopped is not None
-    assert "before 4 new labels have come (3 have)" in held.stopped
+    assert "before 4 new labels have come (3 have)" in outlook_sentence(held.stopped)
     with store.write() as transaction:
         by_hand = jobs.enqueue(transaction, "round", {}, ANNA).id
         jobs.stop(transaction, by_hand, ANNA)  # whoever asks for one gets it

@@ -748,8 +748,9 @@ def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
     assert client.post("/segqc/round", json={"segmentation": {"epochs": -1}}).status_code == 400
     assert client.post("/segqc/round", json={}).status_code == 409, "one label is too few"
     with studies_of(client).store.write() as transaction:
-        number = jobs.enqueue(transaction, "round", {}, SERVER).id
-    assert client.get("/segqc/round").json()["status"] == "SUBMITTED"
+        number = jobs.enqueue(transaction, "round", {}, SERVER, reason="by the settings: a test").id
+    waiting = client.get("/segqc/round").json()
+    assert (waiting["status"], waiting["reason"]) == ("SUBMITTED", "by the settings: a test")
     with studies_of(client).store.write() as transaction:
         jobs.stop(transaction, number, SERVER)
     assert client.get("/segqc/round").json()["status"] == "STOPPED"

@@ -33,11 +33,11 @@ class DueRound:
 
     Attributes:
         job: the round that was put; None where none is due.
-        stopped: why one that would be due was not put, a sentence; None where none would be, or it was put.
+        stopped: why one that would be due was not put; None where none would be, or it was put.
     """
 
     job: JobRecord | None = None
-    stopped: str | None = None
+    stopped: Outlook | None = None
 
 
 def put_due_round(store: Store, settings: Settings) -> DueRound:
@@ -49,7 +49,7 @@ def put_due_round(store: Store, settings: Settings) -> DueRound:
             return DueRound()
         found = outlook_of(transaction, settings.round)
         if found.stop is not None:
-            return DueRound(stopped=outlook_sentence(found))
+            return DueRound(stopped=found)
     with store.write() as transaction:
         reason = _why_due(transaction, settings)
         if reason is None:

@@ -36,6 +36,7 @@ from segqc.loop.locks import hold, is_abandoned
 from segqc.loop.processes import death_by_signal
 from segqc.loop.requests import KINDS, result_to_json
 from segqc.progress import LineProgress, step_line
+from segqc.quality.stopping import StopReason, outlook_sentence
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
@@ -134,7 +135,7 @@ class Worker:
         # no Event: its lock cannot be taken twice, and one signal's handler may interrupt another's
         self._ending = False
         self._next_look = 0.0  # by the monotonic clock, for a round that is due
-        self._stopped: str | None = None
+        self._stopped: StopReason | None = None  # why no round begins by itself
 
     def _job_command(self, job: JobRecord) -> list[str]:
         arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
@@ -205,9 +206,10 @@ class Worker:
             return
         if due.job is not None:
             logger.info("a round begins, %s", due.job.reason)
-        elif due.stopped is not None and due.stopped != self._stopped:
-            logger.info("no round begins by itself: %s", due.stopped)
-        self._stopped = due.stopped
+        stop = due.stopped.stop if due.stopped is not None else None
+        if due.stopped is not None and stop != self._stopped:
+            logger.info("no round begins by itself: %s", outlook_sentence(due.stopped))
+        self._stopped = stop
 
     def _take(self) -> JobRecord | None:
         try:

@@ -18,6 +18,7 @@ itself, which audits and validation scans measure.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,6 +184,11 @@ def mean_dice(masks: Sequence[MaskDice], *, seed: int = 0) -> Mean:
         >>> round(found.value, 3), found.interval.low, found.interval.high
         (0.85, 0.8, 0.9)
     """
+    return _mean(tuple(masks), seed)
+
+
+@functools.lru_cache(maxsize=16)  # clients ask for `/info/` every few seconds
+def _mean(masks: tuple[MaskDice, ...], seed: int) -> Mean:
     index, count = patient_index([mask.patient for mask in masks])
     sums = np.bincount(index, [mask.dice for mask in masks], count)
     scans = np.bincount(index, minlength=count)
