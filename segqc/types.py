@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
@@ -297,6 +298,12 @@ class Assessment:
     def _worst(self) -> StructureQuality | None:
         present = [(q.estimated.dice, q) for q in self.structures if q.present and q.estimated.dice is not None]
         return min(present, key=lambda pair: pair[0], default=(1.0, None))[1]
+
+    @property
+    def error_volume_ml(self) -> float:
+        """The estimated volume of all structures' errors: the sum of the error probabilities, in ml."""
+        voxel_ml = math.prod(self.spacing_mm) / 1000.0
+        return voxel_ml * sum(s.error_sum for quality in self.structures for s in quality.raw.slices)
 
     def worst_slices(self, count: int = 5) -> tuple[int, ...]:
         """Slices to look at first: largest error sum over all structures first (paper, section 3.5)."""

@@ -505,7 +505,9 @@ def test_assess_gives_one_csv_line_for_each_structure_and_slice(run: Run, datase
     assert [row["slice"] for row in rows if row["structure"] == "liver"] == ["", *map(str, range(slices))]
 
 
-def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, dataset: Path) -> None:
+def test_assess_tells_intervals_or_that_there_is_not_enough_data(run: Run, tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "s", scans=1, finals=1, config=CONFIG)  # of its own: bundles are published
+    add_models(dataset)
     scan, mask = dataset / "scan_0.nii.gz", dataset / "labels/final/scan_0.nii.gz"
     messages = run("assess", scan, mask, "--no-picture").out
     assert "in brackets: prediction intervals" in messages

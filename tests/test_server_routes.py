@@ -244,7 +244,7 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert info["models"]["segmentation"]["labels"] == {"liver": 1, "spleen": 2}
     assert info["models"]["segqc"]["labels"] == {"likely error (scribbles)": 1}
     assert next(iter(info["strategies"])) == "segqc"
-    others = {"tta", "unlikeness", "foreground-random", "sequential", "uniform-random", "random"}
+    others = {"expected-gain", "tta", "unlikeness", "foreground-random", "sequential", "uniform-random", "random"}
     assert others <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}

@@ -321,3 +321,12 @@ def test_a_constant_of_a_volume_follows_the_map_beyond_what_it_has_seen() -> Non
     said, true = np.linspace(-0.3, 0.5, 20), np.full(20, 0.1)
     model = fit_choice(known_masks({"map": said}, true, [f"p{i}" for i in range(20)]), "rvd", "constant", "map")
     np.testing.assert_allclose(model.apply({"map": np.array([-0.8, -0.3, 0.5, 1.5])}), [-0.4, 0.1, 0.1, 1.1])
+
+
+def test_a_simpler_choice_that_is_worse_by_next_to_nothing_is_taken() -> None:
+    """However surely it is worse: by the noise alone, one of two that are nearly the same would always be out."""
+    for noise, choice in ((0.1, "pooled"), (0.5, "map")):
+        chosen = fit_estimate(served(0, noise={"map": 0.02, "soft": noise}), "dice", ("pooled", "map"))
+        pooled, of_map = (candidate.mae for candidate in chosen.candidates)
+        assert pooled > 1.5 * of_map, "beyond the noise of 60 patients"
+        assert chosen.choice == choice

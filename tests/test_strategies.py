@@ -23,7 +23,7 @@ from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
 from segqc.types import NO_WITNESSES, Unlikeness, Witnesses
 from tests.report_kit import good_card, worthless_card
-from tests.server_kit import add_models, assess, make_dataset
+from tests.server_kit import SHAPE, add_models, assess, make_dataset
 from tests.store_kit import answer_lease
 
 NO_DRAWS = "[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\nrepeat_seconds = 0\n"
@@ -113,6 +113,18 @@ def test_tta_takes_the_lowest_score_of_its_own_method(dataset: Dataset) -> None:
     for name, value in (("scan_0", 0.9), ("scan_1", 0.8), ("scan_2", 0.3), ("scan_3", 0.7)):
         dataset.write_score("tta", name, value, "seg")
     assert ask(dataset, "tta")["id"] == "scan_2"
+
+
+def test_the_largest_volume_of_likely_errors_comes_first_whatever_the_dice(dataset: Dataset) -> None:
+    for name, dice, worst in (("scan_0", 0.2, 9), ("scan_1", 0.9, 0), ("scan_2", 0.5, 5)):
+        assess(
+            dataset, name, dice, worst
+        )  # the error sum of the worst slice is 50, of the others a tenth of its number
+    assert ask(dataset, "expected-gain")["id"] == "scan_1"
+    bert = Actor(kind="person", name="bert", identified_by="client-id")
+    assert ask(dataset, "expected-gain", bert)["id"] == "scan_2"
+    sums = 50 + sum(i for i in range(SHAPE[2]) if i != 9) / 10
+    assert dataset.scores("expected-gain")["scan_0"] == pytest.approx(-sums * 1.5 * 1.5 * 4 / 1000)
 
 
 def test_foreground_random_leaves_out_empty_masks(dataset: Dataset) -> None:

@@ -22,6 +22,7 @@ from segqc.loop.publishing import Bundles
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.quality.witnesses import UNLIKENESS, named_witnesses, worst_witness
+from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, bundles, findings, labels, remarks, scans
@@ -366,9 +367,11 @@ class Dataset:
             if ranked_by is not None and value is not None:  # the scan is ranked by it, not by the estimate
                 version = assessment.segmenter_version or assessment.assessor_version
                 assessments.write_score(transaction, assessment.scan, ranked_by, value, version)
+            of_scan = {EXPECTED_GAIN: -assessment.error_volume_ml}
             if assessment.unlikeness is not None:
-                value, version = -assessment.unlikeness.score, assessment.assessor_version
-                assessments.write_score(transaction, assessment.scan, UNLIKENESS, value, version)
+                of_scan[UNLIKENESS] = -assessment.unlikeness.score
+            for method, score in of_scan.items():
+                assessments.write_score(transaction, assessment.scan, method, score, assessment.assessor_version)
 
     def mask(self, name: str) -> LabelRecord | None:
         """The current mask of a scan: what a network made, or a person put there as such."""

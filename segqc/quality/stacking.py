@@ -41,6 +41,7 @@ So many are left of the nine that a 90% interval needs at least, when one is lef
 """
 _PARTS: Final = 10  # of a cross-validation over patients
 _NOISE: Final = 2.0  # standard errors by which an error or an order may seem worse
+_NEGLIGIBLE: Final = 0.005  # of a Dice: by so much a simpler choice may be worse, whatever the noise
 _CHANCE: Final = 1.645  # standard errors from which an order is better than chance
 _EDGE: Final = 0.01  # logits are of Dice within [_EDGE, 1 - _EDGE]
 _MIN_ENTROPY: Final = 1e-3
@@ -213,7 +214,8 @@ def fit_estimates(
 
     A Dice orders scans. A choice whose order is worse than the best one by more than two standard errors of the
     difference is out. Of the others, the first one of ``choices`` is taken whose error is within two standard errors
-    of the least, by the patients' paired differences; with one, luck would choose among so many. A constant that comes
+    of the least, by the patients' paired differences, or within 0.005 of it, which is of no consequence; with one
+    standard error, luck would choose among so many. A constant that comes
     last is a last resort: used only where all others are worse by more than two standard errors. It keeps the order of
     the best witness that is better than chance, of the map where none is: its estimates differ by almost nothing.
 
@@ -301,7 +303,9 @@ def _choose(trials: Sequence[_Trial]) -> Choice:
     best = min(usual, key=lambda choice: float(errors[choice].mean()))
     if last_resort and not _within_noise(errors[best] - errors["constant"]):
         return "constant"
-    return next(choice for choice in usual if _within_noise(errors[choice] - errors[best]))
+    negligible = _NEGLIGIBLE if trials[0].metric == "dice" else 0.0
+    more = {choice: errors[choice] - errors[best] for choice in usual}
+    return next(choice for choice in usual if more[choice].mean() <= negligible or _within_noise(more[choice]))
 
 
 def _needs(choice: Choice) -> set[WitnessName]:

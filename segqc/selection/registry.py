@@ -8,12 +8,22 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Final
 
-from segqc.selection import entropy, foreground_random, segqc, sequential, tta, uniform_random, unlikeness
+from segqc.selection import (
+    entropy,
+    expected_gain,
+    foreground_random,
+    segqc,
+    sequential,
+    tta,
+    uniform_random,
+    unlikeness,
+)
 from segqc.selection.strategy import Score, Strategy, StrategyError
 
 ENTRY_POINTS: Final = "segqc.strategies"
 _BUILT_IN: Final = (
     segqc.STRATEGY,
+    expected_gain.STRATEGY,
     tta.STRATEGY,
     entropy.STRATEGY,
     unlikeness.STRATEGY,
