@@ -208,7 +208,8 @@ def outlook_sentence(found: Outlook) -> str:
             f"{found.enough_dice:g} is enough (the setting enough_dice)."
         )
     if found.gains:
-        patients, told = found.gains[0].rise.patients, ", ".join(map(_rise, found.gains))
+        counts, told = {g.rise.patients for g in found.gains}, ", ".join(map(_rise, found.gains))
+        patients = f"{min(counts)}{' or more' if len(counts) > 1 else ''}"
         measured = f"on {patients} validation patients the masks' Dice changed by {told}"
         if found.stop == "no gain":
             return (
