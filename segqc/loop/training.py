@@ -70,6 +70,7 @@ def training_result(network: NetworkName, trained: Trained) -> TrainResult:
         left_out=dict(trained.left_out),
         bundle=trained.bundle,
         held_because=trained.held_because,
+        validation=trained.card.validation,
     )
 
 
