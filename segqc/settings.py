@@ -7,6 +7,7 @@ so that a name, its unit and its default are written in one place only.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import difflib
 import functools
 import logging
@@ -148,6 +149,39 @@ class ModelsSettings(BaseModel):
     drift_level: float = Field(default=0.05, ge=0, lt=1)
 
 
+class RoundSettings(BaseModel):
+    """The table ``[round]``: when rounds begin by themselves. By default none does.
+
+    Attributes:
+        after_corrections: a round begins when that many scans got a final label from people since the last one began;
+            0 for none.
+        at: the local time of day at which a round begins if at least one such label waits for it.
+        enough_dice: masks are good enough, and no round begins by itself, when the mean true Dice of those that serve
+            is at least that on audit draws, by the lower end of its interval.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after_corrections: int = Field(default=0, ge=0)
+    at: dt.time | None = None
+    enough_dice: float = Field(default=0.95, ge=0, le=1)
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _time_of_day(cls, value: object) -> object:
+        if value is None or (isinstance(value, dt.time) and value.tzinfo is None):
+            return value
+        if isinstance(value, str) and re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value):
+            hour, minute = map(int, value.split(":"))
+            return dt.time(hour, minute)
+        raise ValueError(f'wanted a time of day from "00:00" to "23:59", got {value!r}')
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether rounds ever begin by themselves."""
+        return self.after_corrections > 0 or self.at is not None
+
+
 class InferenceSettings(BaseModel):
     """The table ``[inference]``.
 
@@ -179,6 +213,7 @@ class Settings(BaseSettings):
     server: ServerSettings = Field(default_factory=ServerSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     pseudo_labels: PseudoLabelRules = Field(default_factory=PseudoLabelRules)
+    round: RoundSettings = Field(default_factory=RoundSettings)
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
@@ -498,6 +533,7 @@ def _meant(name: str) -> str | None:
     tables: dict[str, Iterable[str]] = {
         **{table: _names(kind) for table, kind in _TABLES.items()},
         "inference": InferenceSettings.model_fields,
+        "round": RoundSettings.model_fields,
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
         "training": _names(TrainingSettings),

@@ -167,6 +167,15 @@ class MetricIntervals:
         return MetricIntervals(*(None if i is None else replace(i, applies=applies) for i in of_metrics))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskDice:
+    """The true Dice of a mask of a scan, from 0 to 1, and whose scan it is."""
+
+    patient: str
+    scan: str
+    dice: float
+
+
 @dataclass(frozen=True, slots=True)
 class DriftAlarm:
     """The estimated Dice errs more on audit draws than its calibration knows.

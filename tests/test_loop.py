@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from segqc.cli.main import app
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset, DatasetError
+from segqc.loop.due import checked
 from segqc.loop.locks import hold
 from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
@@ -29,7 +30,7 @@ from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
 from segqc.quality.report_card import AT_RANDOM
 from segqc.quality.witnesses import UNLIKENESS
-from segqc.store import bundles, jobs, scans
+from segqc.store import bundles, jobs, rounds, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
 from segqc.training import NoProgress
@@ -108,8 +109,12 @@ def test_a_training_publishes_model_curve_and_picture(trained: Dataset) -> None:
         assert path is not None
         assert path.is_file()
         assert (trained.training_folder(network) / "curve.png").stat().st_size > 1000
-    assert trained.segmenter() is not None
-    assessor = trained.assessor()
+    segmenter, assessor = trained.segmenter(), trained.assessor()
+    assert segmenter is not None
+    validating = {p for p, split in trained.patient_splits().items() if split.split == "validation"}
+    measured = segmenter.card.validation
+    assert {m.patient for m in measured} == validating & {c.patient for c in trained.cases()}
+    assert segmenter.card.accuracy == pytest.approx(np.mean([m.dice for m in measured]), abs=1e-4)
     assert assessor is not None
     assert assessor.settings.boxes.min_area_mm2 == 4.0
 
@@ -442,8 +447,16 @@ def test_a_round_that_is_interrupted_never_shows_estimates_of_two_bundles(datase
     assert told() <= {during}, "no estimate of another bundle is told"
     ranked = {s.name for s in stored_scans(dataset) if s.ranking_dice is not None}
     assert ranked == set(dataset.assessments()), "ranked by what is told"
-    result = work.run(dataset, job, Lines())
+    lines = Lines()
+    result = work.run(dataset, job, lines)
     assert isinstance(result, RoundResult)
+    assert lines.messages[-1].startswith("Nobody can tell yet whether more rounds are worth it")
+    with dataset.store.read() as transaction:
+        (finished,) = checked(rounds.listing(transaction))
+    segmenter = dataset.segmenter()
+    assert segmenter is not None
+    assert (finished.number, finished.labelled) == (result.round, 5)
+    assert finished.validation == segmenter.card.validation, "what the next round is compared with"
     assert set(result.steps) == {"train segmentation", "train segqc", "publish", "score"}
     with dataset.store.read() as transaction:
         made = bundles.serving(transaction)

@@ -248,6 +248,8 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert others <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
+    assert (info["rounds"]["after_corrections"], info["rounds"]["at"], info["rounds"]["stopped"]) == (0, None, None)
+    assert info["rounds"]["message"].startswith("Nobody can tell yet whether more rounds are worth it")
 
 
 @pytest.mark.parametrize("worthless", [False, True])
@@ -746,8 +748,9 @@ def test_a_round_is_put_and_stands_in_the_queue(client: TestClient) -> None:
     assert client.post("/segqc/round", json={"segmentation": {"epochs": -1}}).status_code == 400
     assert client.post("/segqc/round", json={}).status_code == 409, "one label is too few"
     with studies_of(client).store.write() as transaction:
-        number = jobs.enqueue(transaction, "round", {}, SERVER).id
-    assert client.get("/segqc/round").json()["status"] == "SUBMITTED"
+        number = jobs.enqueue(transaction, "round", {}, SERVER, reason="by the settings: a test").id
+    waiting = client.get("/segqc/round").json()
+    assert (waiting["status"], waiting["reason"]) == ("SUBMITTED", "by the settings: a test")
     with studies_of(client).store.write() as transaction:
         jobs.stop(transaction, number, SERVER)
     assert client.get("/segqc/round").json()["status"] == "STOPPED"

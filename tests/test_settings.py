@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,11 @@ def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
         ("[training.segqc]\nepoch = 5", ["[training.segqc]", "'epoch'", "epochs"]),
         ("[training.segmentation]\nloss = 'hinge'", ["[training.segmentation]", "loss", "'dice'"]),
         ("[training.segqc]\nhide_mask = true", ["[training.segqc]", "hide_mask", "average_flips"]),
+        ("[round]\nafter = 20", ["[round]", "'after'", "after_corrections"]),
+        ("[round]\nafter_corrections = -1", ["round.after_corrections", "0"]),
+        ("[round]\nat = '24:00'", ["round.at", '"00:00" to "23:59"', "24:00"]),
+        ("[round]\nat = 2", ["round.at", "time of day"]),
+        ("[round]\nenough_dice = 95", ["round.enough_dice", "1"]),
         ("[server\nport = 1", ["not a TOML file"]),
     ],
 )
@@ -106,6 +112,15 @@ def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, text: str, said:
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in ["segqc.toml", *said]), message
+
+
+@pytest.mark.parametrize("text", ['"2:30"', '"02:30"', "02:30:00"])
+def test_a_time_of_day_may_be_text_or_toml_s_own(tmp_path: Path, text: str) -> None:
+    write(tmp_path, f"[round]\nat = {text}\n")
+    settings = load_settings(tmp_path).round
+    assert (settings.at, settings.is_automatic) == (dt.time(2, 30), True)
+    write(tmp_path, "[round]\nenough_dice = 0.9\n")
+    assert not load_settings(tmp_path).round.is_automatic
 
 
 def test_variables_may_hold_several_numbers_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels
+from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels, rounds
 from segqc.cli.common import (
     ANNOTATE_PANEL,
     ESTIMATE_PANEL,
@@ -81,6 +81,7 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a dataset folder's final labels.")
 app.add_typer(train_app, name="train", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
+app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
@@ -819,11 +820,14 @@ def run_round(
 
     The new networks replace the old ones together, when both are trained, unless their estimates are worse. A round
     that was stopped or killed continues after its last finished step. If another process is doing a round already,
-    this one waits for it, and takes it over if that process dies. At the end it prints what the estimates are worth.
+    this one waits for it, and takes it over if that process dies. At the end it prints what the estimates are worth,
+    and whether more rounds are worth it.
     """
+    from segqc.loop.due import outlook_of
     from segqc.loop.processes import ending_signals
     from segqc.loop.requests import RoundRequest, enqueue
     from segqc.loop.worker import Worker
+    from segqc.quality.stopping import outlook_sentence
     from segqc.store import bundles, jobs
 
     dataset = dataset_at(folder, config)
@@ -850,9 +854,11 @@ def run_round(
     with dataset.store.read() as transaction:
         number = jobs.bundle_of_round(transaction, job.id)
         is_held = number is not None and bundles.get(transaction, number).held_because is not None
+        more = outlook_sentence(outlook_of(transaction, dataset.settings.round))
     typer.echo(f"{folder}: the round is done{f'; its bundle {number} is held' if is_held else ''}")
     if number is not None:
         print_card(dataset.bundles.open(number).manifest.report)
+    typer.echo(more)
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)

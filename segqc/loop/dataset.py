@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from segqc.loop.errors import DatasetError as DatasetError
 from segqc.loop.publishing import Bundles
@@ -30,7 +30,7 @@ from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
-from segqc.store.schema import OPEN_STATES
+from segqc.store.schema import LABELLED_STATES, OPEN_STATES
 from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
 from segqc.types import Assessment, DriftAlarm, Structure, label_names, structures_of_values, values_in
@@ -42,8 +42,6 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.segmenter import Segmenter
     from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
-
-LABELLED: tuple[Literal["submitted"], Literal["approved"]] = ("submitted", "approved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +259,7 @@ class Dataset:
 
         self.refresh()
         with self.store.read() as transaction:
-            records = scans.listing(transaction, states=LABELLED)
+            records = scans.listing(transaction, states=LABELLED_STATES)
             finals = labels.current_of_all(transaction, FINAL)
         found = []
         for scan in records:

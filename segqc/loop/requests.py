@@ -17,6 +17,7 @@ from segqc.store.events import SERVER
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.text import first_problem
+from segqc.types import MaskDice
 
 JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
@@ -89,6 +90,7 @@ class TrainResult:
     left_out: Mapping[str, str]  # why, by scan
     bundle: int | None = None  # that it was published as; None where a round publishes both networks together
     held_because: str | None = None  # why this bundle does not serve; None where it does
+    validation: tuple[MaskDice, ...] = ()  # of the network's card
     pseudo_labels: int = 0  # scans with pseudo-labels that trained, too
 
 
@@ -155,6 +157,14 @@ class RoundResult:
     steps: Mapping[str, JsonObject]  # what came of each step, by its name
 
 
+def training_step(network: NetworkName) -> str:
+    """The name of the step of a round that trains a network."""
+    return f"train {network}"
+
+
+PUBLISH_STEP: Final = "publish"
+"""The name of the step of a round that publishes both networks."""
+
 JobResult: TypeAlias = TrainResult | ScoringResult | BatchResult | RoundResult
 StepResult: TypeAlias = TrainResult | ScoringResult | PseudoLabelPlan | PseudoLabelResult
 
@@ -206,9 +216,16 @@ def plan_of(step: JsonObject) -> PseudoLabelPlan:
     return _PLAN.validate_python(step)
 
 
-def enqueue(transaction: Transaction, request: JobRequest, actor: Actor, *, messages: Sequence[str] = ()) -> JobRecord:
-    """Put a job at the end of its kind's queue; ``messages`` are its first lines."""
-    return jobs.enqueue(transaction, request.kind, request_to_json(request), actor, messages=messages)
+def enqueue(
+    transaction: Transaction,
+    request: JobRequest,
+    actor: Actor,
+    *,
+    messages: Sequence[str] = (),
+    reason: str | None = None,
+) -> JobRecord:
+    """Put a job at the end of its kind's queue; see `jobs.enqueue`."""
+    return jobs.enqueue(transaction, request.kind, request_to_json(request), actor, messages=messages, reason=reason)
 
 
 def enqueue_scoring(transaction: Transaction) -> None:

@@ -18,12 +18,23 @@ from pathlib import Path
 from typing import Final
 
 from segqc.loop.dataset import Dataset
+from segqc.loop.due import outlook_of
 from segqc.loop.pseudo_labels import make_pseudo_labels, plan_in_words, plan_pseudo_labels, uses_pseudo_labels
-from segqc.loop.requests import NETWORKS, RoundRequest, RoundResult, ScoringResult, plan_of, result_to_json
+from segqc.loop.requests import (
+    NETWORKS,
+    PUBLISH_STEP,
+    RoundRequest,
+    RoundResult,
+    ScoringResult,
+    plan_of,
+    result_to_json,
+    training_step,
+)
 from segqc.loop.scoring import score
 from segqc.loop.training import chosen_settings, train_unpublished, training_result
 from segqc.networks.bundle import model_name
 from segqc.networks.model_file import ModelError
+from segqc.quality.stopping import outlook_sentence
 from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.records import JobRecord, JsonObject
@@ -75,22 +86,22 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
         settings = chosen_settings(dataset, network, request.training(network).settings)
         path = folder / model_name(network)
         trained = train_unpublished(dataset, network, progress, settings, path, purpose="a worker's round job")
-        finish(f"train {network}", result_to_json(training_result(network, trained)))
+        finish(training_step(network), result_to_json(training_result(network, trained)))
 
     def publish() -> None:
         files = {network: folder / model_name(network) for network in NETWORKS}
         reason = f"round {number}"
         with dataset.bundles.publishing(files, job.actor, reason, even_if_worse=request.serve) as publication:
             result: JsonObject = {"bundle": publication.number, "held_because": publication.held_because}
-            jobs.finish_step(publication.transaction, number, "publish", result, bundle=publication.number)
-        done["publish"] = result
+            jobs.finish_step(publication.transaction, number, PUBLISH_STEP, result, bundle=publication.number)
+        done[PUBLISH_STEP] = result
 
     def score_pool() -> None:
         summary = score(dataset, _METHOD, progress)
         finish("score", result_to_json(ScoringResult(method=_METHOD, **dataclasses.asdict(summary))))
 
-    steps: dict[str, Callable[[], None]] = {f"train {network}": partial(train_one, network) for network in NETWORKS}
-    steps |= {"publish": publish, "score": score_pool}
+    steps: dict[str, Callable[[], None]] = {training_step(network): partial(train_one, network) for network in NETWORKS}
+    steps |= {PUBLISH_STEP: publish, "score": score_pool}
     if uses_pseudo_labels(dataset):
         before = {_PLAN: partial(plan, _PLAN, scored=False), _MAKE: partial(make, _MAKE, _PLAN)}
         after = {_PLAN_NEXT: partial(plan, _PLAN_NEXT, scored=True), _MAKE_NEXT: partial(make, _MAKE_NEXT, _PLAN_NEXT)}
@@ -102,6 +113,8 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     shutil.rmtree(folder, ignore_errors=True)
     with dataset.store.write() as transaction:
         jobs.finish_round(transaction, number)
+    with dataset.store.read() as transaction:
+        progress.message(outlook_sentence(outlook_of(transaction, dataset.settings.round)))
     return RoundResult(round=number, steps=done)
 
 

@@ -74,6 +74,7 @@ def training_result(network: NetworkName, trained: Trained) -> TrainResult:
         bundle=trained.bundle,
         held_because=trained.held_because,
         pseudo_labels=trained.pseudo_labels,
+        validation=trained.card.validation,
     )
 
 

@@ -31,10 +31,12 @@ from pydantic import TypeAdapter, ValidationError
 from segqc.errors import SegqcError, sentence
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset
+from segqc.loop.due import put_due_round
 from segqc.loop.locks import hold, is_abandoned
 from segqc.loop.processes import death_by_signal
 from segqc.loop.requests import KINDS, result_to_json
 from segqc.progress import LineProgress, step_line
+from segqc.quality.stopping import StopReason, outlook_sentence
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_SECONDS: Final = 1.0
+DUE_SECONDS: Final = 10.0
+"""How often a worker that waits looks for work, and at least that far apart for rounds that are due."""
 _GRACE_SECONDS: Final = 10.0
 _NICENESS: Final = 5
 _UNEXPECTED: Final = 70  # exit status of a job that met a mistake of ours (sysexits.h: EX_SOFTWARE)
@@ -130,6 +134,8 @@ class Worker:
         self._heartbeat = heartbeat_seconds
         # no Event: its lock cannot be taken twice, and one signal's handler may interrupt another's
         self._ending = False
+        self._next_look = 0.0  # by the monotonic clock, for a round that is due
+        self._stopped: StopReason | None = None  # why no round begins by itself
 
     def _job_command(self, job: JobRecord) -> list[str]:
         arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
@@ -140,8 +146,8 @@ class Worker:
         self._ending = True
 
     def serve(self, *, until_idle: bool = False) -> None:
-        """Work until `end` is called, or, if ``until_idle``, until no job waits."""
-        self._serve(lambda idle: until_idle and idle)
+        """Work until `end` is called, or, if ``until_idle``, until no job waits; puts the rounds that are due."""
+        self._serve(lambda idle: until_idle and idle, puts_rounds="round" in self.kinds)
 
     def serve_until_ended(self, job: int) -> JobRecord:
         """Work until a job has ended, whoever does it, or `end` is called; returns what became of it."""
@@ -165,7 +171,7 @@ class Worker:
         with self.dataset.store.read() as transaction:
             return jobs.get(transaction, job)
 
-    def _serve(self, enough: Callable[[bool], bool]) -> None:
+    def _serve(self, enough: Callable[[bool], bool], *, puts_rounds: bool = False) -> None:
         """Take jobs until it is enough; that is asked after each, with whether none waited."""
         logger.info("the worker %s takes jobs of %s", self.name, self.dataset.folder)
         own = self._lock_file(self.name)
@@ -173,6 +179,8 @@ class Worker:
         # successors on this machine see by it at once that this worker has died
         with hold(own, "a worker"):
             while not self._ending:
+                if puts_rounds:
+                    self._put_due_round()
                 job = self._take()
                 if job is not None:
                     self._run(job)
@@ -183,6 +191,25 @@ class Worker:
                 if job is None:
                     time.sleep(POLL_SECONDS)
         own.unlink(missing_ok=True)
+
+    def _put_due_round(self) -> None:
+        """Put a round if one is due, looking from time to time; says once why one that would be due is not worth it."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + DUE_SECONDS
+        try:
+            due = put_due_round(self.dataset.store, self.dataset.settings)
+        except StoreDamaged:
+            raise  # it does not mend by itself
+        except StoreUnavailable as error:
+            logger.warning("%s", error)
+            return
+        if due.job is not None:
+            logger.info("a round begins, %s", due.job.reason)
+        stop = due.stopped.stop if due.stopped is not None else None
+        if due.stopped is not None and stop != self._stopped:
+            logger.info("no round begins by itself: %s", outlook_sentence(due.stopped))
+        self._stopped = stop
 
     def _take(self) -> JobRecord | None:
         try:

@@ -11,7 +11,7 @@ from segqc.networks.plan import NetworkPlan
 from segqc.quality.calibration import MapCalibration, OutputForm, StructureCalibration
 from segqc.quality.report_card import ReportCard
 from segqc.quality.unlikeness import UnlikenessReference
-from segqc.types import Structure
+from segqc.types import MaskDice, Structure
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
 
@@ -26,8 +26,9 @@ class ModelCard:
     ``map_calibration`` has one entry per structure, or none: then the logits are taken as they are.
     ``scores`` are the measures on the cases that validate, by the words that are shown. ``accuracy`` sums them up, from
     0 to 1: the mean Dice of a segmentation network, one minus the mean error of SegQC-Net's estimated Dice.
-    ``report`` says what SegQC-Net's estimates are worth, ``unlikeness`` what scans are compared with; neither is part
-    of a model's version.
+    ``validation`` has the Dice of a segmentation network's mask of each validation scan, the mean over its structures.
+    ``report`` says what SegQC-Net's estimates are worth, ``unlikeness`` what scans are compared with. These three are
+    no part of a model's version.
     """
 
     kind: NetworkName
@@ -42,6 +43,7 @@ class ModelCard:
     calibration: tuple[StructureCalibration, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
+    validation: tuple[MaskDice, ...] = ()
     members: int = 1
     map_calibration: tuple[MapCalibration, ...] = ()
     report: ReportCard | None = None

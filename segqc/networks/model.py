@@ -23,7 +23,7 @@ from segqc.types import BackendName, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 5  # 4: served masks calibrated by themselves, report card; 5: what scans are compared with
+_FORMAT = 6  # 5: what scans are compared with; 6: the Dice of each validation scan
 
 
 class TrainedNetwork:
@@ -124,7 +124,9 @@ def _version(card: ModelCard, network: nn.Module) -> str:
     # these say how sure the estimates are, and leave them as they are: new ones make no other network
     intervals = {"__all__": {"kinds": {"__all__": {"intervals"}}}}
     digest = hashlib.sha256(
-        CARDS.dump_json(card, exclude={"calibration": intervals, "report": True, "unlikeness": True})
+        CARDS.dump_json(
+            card, exclude={"calibration": intervals, "report": True, "unlikeness": True, "validation": True}
+        )
     )
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -138,6 +138,8 @@ def to_json(job: JobRecord) -> JsonObject:
         "attempts": job.attempts,
         "put_by": job.actor.name,
     }
+    if job.reason is not None:
+        body["reason"] = job.reason
     if job.result is not None:
         body["result"] = job.result
     if job.ended_at is not None:

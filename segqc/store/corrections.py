@@ -6,7 +6,7 @@ import zlib
 from typing import Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import and_, insert, select
+from sqlalchemy import and_, func, insert, select
 from sqlalchemy.orm import aliased, defer
 
 from segqc.store import events, leases, scans
@@ -35,7 +35,7 @@ from segqc.store.schema import (
     Scan,
     StructureName,
 )
-from segqc.types import Metrics
+from segqc.types import MaskDice, Metrics
 
 _SLICES: Final = TypeAdapter(tuple[Metrics, ...])
 _ADD_STRUCTURES: Final = insert(CorrectionStructure.__table__)  # type: ignore[arg-type]  # a Table, though it is not said
@@ -164,6 +164,42 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             transaction.execute(query)
         )
     ]
+
+
+def audited_masks(transaction: Transaction, segmenter_version: str, *, simulated: bool = False) -> list[MaskDice]:
+    """The true Dice of a segmentation network's masks that were audit draws, a scan each, oldest first.
+
+    Of several structures the worst counts, and one that the mask lacks has a Dice of 0. Masks count with or without an
+    estimate; left out is what `audited` leaves out.
+
+    Args:
+        transaction: what to read in.
+        segmenter_version: of the network that made the masks.
+        simulated: whether simulated corrections are wanted, instead of people's.
+    """
+    worst = func.min(CorrectionStructure.dice)
+    query = (
+        select(Patient.name, Scan.name, worst)
+        .select_from(Correction)
+        .join(CorrectionStructure, CorrectionStructure.correction_id == Correction.id)
+        .join(LeaseRow, LeaseRow.id == Correction.lease_id)
+        .join(LabelVersion, LabelVersion.id == Correction.from_version_id)
+        .join(Bundle, Bundle.id == LabelVersion.bundle_id)
+        .join(Scan, Scan.id == Correction.scan_id)
+        .join(Patient, Patient.id == Scan.patient_id)
+        .where(
+            LeaseRow.draw == "audit",
+            Bundle.segmenter_version == segmenter_version,
+            Correction.simulated == simulated,
+            Correction.opened_slices.is_(None),
+            Correction.made_at >= Scan.opened_at,
+            Scan.state != "excluded",
+        )
+        .group_by(Correction.id, Patient.name, Scan.name)
+        .order_by(Correction.id)
+    )
+    found = transaction.execute(query)
+    return [MaskDice(patient=patient, scan=scan, dice=dice) for patient, scan, dice in found if dice is not None]
 
 
 def _record(transaction: Transaction, row: Correction, scan: str, actor: ActorRow) -> CorrectionRecord:

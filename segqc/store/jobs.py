@@ -26,9 +26,24 @@ class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is wh
 
 
 def enqueue(
-    transaction: Transaction, kind: str, request: JsonObject, actor: Actor, *, messages: Sequence[str] = ()
+    transaction: Transaction,
+    kind: str,
+    request: JsonObject,
+    actor: Actor,
+    *,
+    messages: Sequence[str] = (),
+    reason: str | None = None,
 ) -> JobRecord:
-    """Put a job at the end of its kind's queue; ``messages`` are its first lines, such as what it waits for."""
+    """Put a job at the end of its kind's queue.
+
+    Args:
+        transaction: one that writes.
+        kind: the queue.
+        request: what is asked for.
+        actor: who asks for it.
+        messages: its first lines, such as what it waits for.
+        reason: why it was put where nobody asked for it.
+    """
     row = JobRow(
         public_id=str(uuid.uuid4()),
         kind=kind,
@@ -39,6 +54,7 @@ def enqueue(
         all_steps=0,
         messages=list(messages),
         stop_wanted=False,
+        reason=reason,
         actor_id=events.actor_id(transaction, actor),
         enqueued_at=transaction.now,
     )
@@ -270,6 +286,7 @@ def _records(transaction: Transaction, query: Select[JobRow, ActorRow]) -> list[
             messages=tuple(j.messages),
             result=j.result,
             stop_wanted=j.stop_wanted,
+            reason=j.reason,
             actor=events.actor_of(actor),
             enqueued_at=j.enqueued_at,
             started_at=j.started_at,

@@ -21,12 +21,11 @@ from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import bundles, findings, labels
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
-from segqc.store.schema import OPEN_STATES, LabelVersion, LabelView, Scan
+from segqc.store.schema import LABELLED_STATES, OPEN_STATES, LabelVersion, LabelView, Scan
 from segqc.store.store import MODELS_FOLDER, OWN_FOLDER, Store
 from segqc.text import nfc
 from segqc.volumes import atomic_write, is_scan_path, label_id, label_suffix
 
-_LABELLED: Final = ("submitted", "approved")
 _ASIDE: Final = "until then it is not used"
 _TAKE_IN: Final = "any command that opens the folder takes it in, 'segqc rank' for one"
 
@@ -198,7 +197,7 @@ def _database_findings(store: Store) -> Iterator[Finding]:
             )
         )
         for scan, name, state in transaction.execute(select(Scan.id, Scan.name, Scan.state)):
-            if state in _LABELLED and scan not in finals:
+            if state in LABELLED_STATES and scan not in finals:
                 yield Finding(
                     f"the scan {name!r} is {state}, but has no final label", "save a label of it, or reopen it"
                 )

@@ -6,6 +6,7 @@ Records are built by keyword. Times are in UTC; numbers are keys of the store's 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -238,11 +239,33 @@ class JobRecord:
     messages: tuple[str, ...]  # the last lines that it said
     result: JsonObject | None  # None until it is done
     stop_wanted: bool
+    reason: str | None  # why it was put; None where its actor asked for it
     actor: Actor  # who asked for it
     enqueued_at: dt.datetime
     started_at: dt.datetime | None  # the first time
     heartbeat_at: dt.datetime | None  # the worker's last sign of life
     ended_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """A round that has begun."""
+
+    number: int
+    job: JobRecord
+    bundle: int | None  # that it published or held; None before that
+    labelled: int  # scans with a final label, when it began
+    started_at: dt.datetime
+    ended_at: dt.datetime | None  # None until its last step is done
+    steps: Mapping[str, JsonObject]  # the results of its finished steps, by their names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledSince:
+    """The scans that got a final label from people after some time."""
+
+    scans: int
+    first_at: dt.datetime | None  # when the earliest of these labels came; None without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ from segqc.store.records import (
 from segqc.types import ComputeName, MaskKind
 
 OPEN_STATES: Final = ("unlabelled", "rejected")
+LABELLED_STATES: Final[tuple[ScanState, ...]] = ("submitted", "approved")
 
 Json = JSON(none_as_null=True)
 
@@ -465,7 +466,10 @@ class CorrectionStructure(Base):
 
 
 class JobRow(Base):
-    """Long work: put by anyone, taken by one worker, taken again when its heart stops."""
+    """Long work: put by anyone, taken by one worker, taken again when its heart stops.
+
+    ``reason`` says why it was put where nobody asked for it.
+    """
 
     __tablename__ = "job"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -480,6 +484,7 @@ class JobRow(Base):
     messages: Mapped[list[str]] = mapped_column(Json)
     result: Mapped[JsonObject | None] = mapped_column(Json)
     stop_wanted: Mapped[bool]
+    reason: Mapped[str | None]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     enqueued_at: Mapped[dt.datetime]
     started_at: Mapped[dt.datetime | None]

@@ -32,7 +32,7 @@ from segqc.training.cases import (
 from segqc.training.engine import STEPS, Fitted, Job, fit
 from segqc.training.patches import Patch
 from segqc.training.spec import TrainingSettings
-from segqc.types import Structure
+from segqc.types import MaskDice, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -196,10 +196,10 @@ def train_segmentation(
 
 
 def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[int]) -> Segmenter:
-    """Measure the Dice of each structure on whole scans and note the means on the model's card."""
+    """Measure the Dice of each structure on whole scans and note it on the model's card: each scan's, and the means."""
     if not cases:
         return segmenter
-    rows = []
+    rows, measured = [], []
     for case in cases:
         try:
             scan, truth = read_case(case, values)
@@ -209,9 +209,12 @@ def with_scores(segmenter: Segmenter, cases: Sequence[Case], values: Sequence[in
         predicted = segmenter.predict(scan).labels
         dice = [true_metrics(s.mask(predicted.array), s.mask(truth.array)).dice for s in segmenter.structures]
         rows.append([np.nan if d is None else d for d in dice])
+        if defined := [d for d in dice if d is not None]:
+            measured.append(MaskDice(patient=case.patient, scan=case.id, dice=float(np.mean(defined))))
     if not rows:
         return segmenter
     means = np.nanmean(np.array(rows, float), axis=0)
     scores = {f"dice {s.name}": round(float(m), 4) for s, m in zip(segmenter.structures, means, strict=True)}
     scores["dice"] = round(float(np.nanmean(means)), 4)
-    return Segmenter(replace(segmenter.card, scores=scores, accuracy=scores["dice"]), segmenter.network)
+    card = replace(segmenter.card, scores=scores, accuracy=scores["dice"], validation=tuple(measured))
+    return Segmenter(card, segmenter.network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 
 import segqc
+from segqc.loop.due import rounds_info
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import TrainRequest, request_of
 from segqc.quality.drift import to_json as alarm_to_json
@@ -62,7 +64,8 @@ class DatasetApp(MONAILabelApp):
 
         ``findings`` are the files of the folder that were not accepted, ``remarks`` what is to know of those that were;
         of many, the first ones. ``report_card`` says what the estimates are worth, ``drift_alarm`` that audit draws
-        speak against them. While the database is away, clients get the last answer again, and ``problem`` says so.
+        speak against them; ``rounds`` says when rounds begin by themselves, and whether more are worth it. While the
+        database is away, clients get the last answer again, and ``problem`` says so.
         """
         try:
             self._last_info = self._info()
@@ -78,6 +81,8 @@ class DatasetApp(MONAILabelApp):
         body["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
         remarks = self.datastore().remarks()[:_MAX_FINDINGS]
         card, alarm = self.context.dataset.report_card(), self.context.dataset.drift_alarm()
+        with self.context.dataset.store.read() as transaction:
+            rounds = rounds_info(transaction, self.context.settings.round)
         return {
             **body,
             "labels": list(self.context.labels()),
@@ -85,6 +90,7 @@ class DatasetApp(MONAILabelApp):
             "remarks": remarks,
             "report_card": None if card is None else to_json(card),
             "drift_alarm": None if alarm is None else alarm_to_json(alarm),
+            "rounds": dataclasses.asdict(rounds),
         }
 
     def _running(self) -> str | None:

@@ -30,5 +30,5 @@ def start_round(user: AskingUser, params: TrainingBody) -> JsonObject:
 
 @router.get("/segqc/round", tags=["SegQC"], dependencies=[USER], summary="Status of the last round")
 def round_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
-    """Tell how the rounds are."""
+    """Tell how the rounds are; ``reason`` says why one began by itself."""
     return job_answers.status(open_store(), "round", every=all, only_running=check_if_running)

@@ -136,6 +136,7 @@ def upgrade() -> None:
         sa.Column("messages", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("stop_wanted", sa.Boolean(), nullable=False),
+        sa.Column("reason", sa.String(), nullable=True),
         sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("enqueued_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),

@@ -1,0 +1,115 @@
+"""``segqc rounds``: what became of each round, when the next one begins, and whether it is worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from segqc.cli.common import ESTIMATE_PANEL, AsCsv, AsJson, ConfigFile, DatasetFolder, Row, dataset_at, emit
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+    from segqc.loop.due import RoundsInfo
+    from segqc.loop.rounds import RoundSummary
+
+app = typer.Typer()
+
+_TERMS: Final = (
+    "why: who asked for it, or which setting. labels: scans with a final label when it began. validation Dice: of its "
+    "masks of the validation scans. audited, audit error: audit draws shown with its estimates and corrected, and "
+    "how far the estimated Dice was off on average. bundle: serves, served before, or held, and why "
+    "(segqc models serve)."
+)
+_NONE: Final = (
+    "No round was ever begun here; segqc round FOLDER begins one, [round] in segqc.toml says when others begin."
+)
+
+
+@app.command("rounds", rich_help_panel=ESTIMATE_PANEL)
+def list_rounds(
+    folder: DatasetFolder,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Take a simulated annotator's audits instead of people's.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """List the rounds: when and why each began, what it was made of and what came of it.
+
+    Below the table it says when the next round begins by itself, and whether more rounds are worth it.
+    """
+    from segqc.loop.due import rounds_info
+    from segqc.loop.rounds import summaries
+
+    dataset = dataset_at(folder, config)
+    with dataset.store.read() as transaction:
+        found = summaries(transaction, simulated=simulated)
+        info = rounds_info(transaction, dataset.settings.round)
+    rows = [_data(summary) if as_json or as_csv else _row(summary) for summary in found]
+    extra: dict[str, object] = {"next": dataclasses.asdict(info)} if as_json else {}
+    title = f"{folder}: rounds"
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="rounds", terms=_TERMS, empty=_NONE)
+    for sentence in (_next(info), info.message) if not as_json else ():
+        typer.echo(sentence, err=as_csv)
+
+
+def _data(summary: RoundSummary) -> Row:
+    """A round for programs: one fact a column, times in UTC."""
+    return {
+        "round": summary.number,
+        "put": _utc(summary.put_at),
+        "began": _utc(summary.started_at),
+        "ended": _utc(summary.ended_at),
+        "by": summary.actor.name,
+        "reason": summary.reason,
+        "state": summary.state,
+        "problem": summary.problem,
+        "labels": summary.labelled,
+        "validation Dice": summary.validation_dice,
+        "audited": summary.audited,
+        "audit error": summary.audit_error,
+        "minutes": summary.minutes,
+        "bundle": summary.bundle,
+        "bundle state": summary.bundle_state,
+        "held because": summary.held_because,
+    }
+
+
+def _row(summary: RoundSummary) -> Row:
+    """A round for people: local times, and what belongs together in one cell."""
+    began = summary.started_at or summary.put_at
+    bundle = f"{summary.bundle} {summary.bundle_state}" if summary.bundle is not None else None
+    held = f": {summary.held_because}" if summary.held_because is not None else ""
+    problem = f": {summary.problem}" if summary.problem is not None else ""
+    return {
+        "round": summary.number,
+        "began": f"{began.astimezone():%Y-%m-%d %H:%M}",
+        "why": summary.reason or f"by {summary.actor.name}",
+        "state": f"{summary.state}{problem}",
+        "labels": summary.labelled,
+        "validation Dice": summary.validation_dice,
+        "audited": summary.audited,
+        "audit error": summary.audit_error,
+        "minutes": None if summary.minutes is None else f"{summary.minutes:.1f}",
+        "bundle": None if bundle is None else f"{bundle}{held}",
+    }
+
+
+def _utc(at: dt.datetime | None) -> str | None:
+    return None if at is None else at.isoformat(timespec="seconds")
+
+
+def _next(info: RoundsInfo) -> str:
+    """When the next round begins by itself."""
+    came = f"{info.corrections} correction{'' if info.corrections == 1 else 's'} since the last one began"
+    conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
+    conditions += [f"at {info.at}"] if info.at is not None else []
+    if not conditions:
+        return f"No round begins by itself ([round] in segqc.toml); {came}."
+    if info.stopped is not None:
+        return f"No round begins by itself now; {came}."
+    return f"The next round begins by itself {' or '.join(conditions)}; {came}."

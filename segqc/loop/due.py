@@ -1,0 +1,177 @@
+"""When a round begins by itself, and whether more of them are worth it.
+
+A worker asks. What it puts is the same job as ``segqc round`` puts; both conditions are looked at once more with the
+store's write lock held, so that any number of workers puts one round.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from segqc.loop.requests import NETWORKS, RoundRequest, TrainResult, enqueue, training_step
+from segqc.quality.stopping import CheckedRound, Outlook, StopReason, outlook, outlook_sentence
+from segqc.settings import RoundSettings, Settings
+from segqc.store import bundles, corrections, jobs, rounds
+from segqc.store.database import Transaction
+from segqc.store.events import SERVER
+from segqc.store.records import JobRecord, LabelledSince, RoundRecord
+from segqc.store.store import Store
+from segqc.types import MaskDice
+
+_TRAINED: Final = TypeAdapter(TrainResult)
+_DAY: Final = dt.timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueRound:
+    """What became of the question whether a round is due.
+
+    Attributes:
+        job: the round that was put; None where none is due.
+        stopped: why one that would be due was not put; None where none would be, or it was put.
+    """
+
+    job: JobRecord | None = None
+    stopped: Outlook | None = None
+
+
+def put_due_round(store: Store, settings: Settings) -> DueRound:
+    """Put a round into the queue if the settings say that it is due, none is open, and it is worth it."""
+    if not settings.round.is_automatic:
+        return DueRound()
+    with store.read() as transaction:  # nobody has to wait for the write lock to learn that none is due
+        if _why_due(transaction, settings) is None:
+            return DueRound()
+        found = outlook_of(transaction, settings.round)
+        if found.stop is not None:
+            return DueRound(stopped=found)
+    with store.write() as transaction:
+        reason = _why_due(transaction, settings)
+        if reason is None:
+            return DueRound()
+        return DueRound(job=enqueue(transaction, RoundRequest(), SERVER, reason=f"by the settings: {reason}"))
+
+
+def _why_due(transaction: Transaction, settings: Settings) -> str | None:
+    """Why a round is due; None where it is not, one is open, or too few patients are labelled for any training."""
+    if jobs.open_jobs(transaction, "round"):
+        return None
+    waiting = rounds.labelled_since(transaction, rounds.last_began_at(transaction))
+    reason = why_due(waiting, rounds.last_number(transaction), settings.round, transaction.now)
+    needed = max(settings.training_settings(network).min_cases for network in NETWORKS)
+    return reason if reason is not None and rounds.labelled_patients(transaction) >= needed else None
+
+
+def why_due(
+    waiting: LabelledSince,
+    last: int | None,
+    settings: RoundSettings,
+    now: dt.datetime,
+    zone: dt.tzinfo | None = None,
+) -> str | None:
+    """Why a round is due, in words; None where it is not.
+
+    Args:
+        waiting: the scans that got a final label from people since the last round began.
+        last: the number of the last round; None before the first one.
+        settings: when rounds begin by themselves.
+        now: the time.
+        zone: that the time of day is meant in; by default the machine's.
+
+    Example:
+        >>> settings = RoundSettings(after_corrections=20)
+        >>> now = dt.datetime(2026, 1, 2, 12, tzinfo=dt.UTC)
+        >>> why_due(LabelledSince(scans=20, first_at=now), 3, settings, now)
+        '20 corrections since round 3'
+    """
+    count = "1 correction" if waiting.scans == 1 else f"{waiting.scans} corrections"
+    came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
+    if settings.after_corrections and waiting.scans >= settings.after_corrections:
+        return came
+    if settings.at is None or waiting.first_at is None or waiting.first_at > last_time_of_day(now, settings.at, zone):
+        return None
+    return f"{settings.at:%H:%M} o'clock, {came}"
+
+
+def last_time_of_day(now: dt.datetime, at: dt.time, zone: dt.tzinfo | None = None) -> dt.datetime:
+    """When it was last that time of day, in UTC.
+
+    Args:
+        now: the time, with its zone.
+        at: the time of day.
+        zone: that it is meant in; by default the machine's.
+
+    Example:
+        >>> last_time_of_day(dt.datetime(2026, 1, 2, 1, tzinfo=dt.UTC), dt.time(2), dt.UTC).isoformat()
+        '2026-01-01T02:00:00+00:00'
+    """
+    today = now.astimezone(zone).date()
+    # a time without a zone is the machine's, also where the clocks were changed today
+    by_day = [dt.datetime.combine(day, at, zone).astimezone(dt.UTC) for day in (today, today - _DAY)]
+    return next(time for time in by_day if time <= now)
+
+
+def outlook_of(transaction: Transaction, settings: RoundSettings) -> Outlook:
+    """Whether more rounds are worth it, by what the store knows now.
+
+    The audits are people's; where they made none, a simulated annotator's count.
+    """
+    serving = bundles.serving(transaction)
+    version = serving.bundle.segmenter_version if serving is not None else None
+    served: list[MaskDice] = []
+    if version is not None:
+        served = corrections.audited_masks(transaction, version)
+        served = served or corrections.audited_masks(transaction, version, simulated=True)
+    waiting = rounds.labelled_since(transaction, rounds.last_began_at(transaction))
+    found = checked(rounds.listing(transaction))
+    return outlook(served, found, waiting.scans, enough_dice=settings.enough_dice)
+
+
+def checked(records: Sequence[RoundRecord]) -> list[CheckedRound]:
+    """The finished rounds of those that have begun, with the Dice of their masks."""
+    return [
+        CheckedRound(number=record.number, labelled=record.labelled, validation=trained.validation)
+        for record in records
+        if record.ended_at is not None and (trained := masks_of(record)) is not None
+    ]
+
+
+def masks_of(record: RoundRecord) -> TrainResult | None:
+    """What came of a round's training of the segmentation network; None before that."""
+    result = record.steps.get(training_step("segmentation"))
+    return None if result is None else _TRAINED.validate_python(result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsInfo:
+    """What clients see of rounds.
+
+    Attributes:
+        after_corrections, at: when rounds begin by themselves; 0 and None for never.
+        corrections: the scans that got a final label from people since the last round began.
+        stopped: why more rounds are not worth it, so that none begins by itself; None where they are.
+        message: the same in one sentence, with the numbers.
+    """
+
+    after_corrections: int
+    at: str | None
+    corrections: int
+    stopped: StopReason | None
+    message: str
+
+
+def rounds_info(transaction: Transaction, settings: RoundSettings) -> RoundsInfo:
+    """What clients see of rounds."""
+    found = outlook_of(transaction, settings)
+    return RoundsInfo(
+        after_corrections=settings.after_corrections,
+        at=None if settings.at is None else f"{settings.at:%H:%M}",
+        corrections=found.labels,
+        stopped=found.stop,
+        message=outlook_sentence(found),
+    )

@@ -1,0 +1,246 @@
+"""Are more rounds worth it? Stopping rules for active learning, as pure functions.
+
+Two findings end rounds that begin by themselves:
+
+* The masks are good enough: on audit draws, which are uniform at random among the scans that waited, the mean true Dice
+  of the masks that serve is at least what is wanted, by the lower end of its interval.
+* The last rounds gained nothing: on the same validation scans, the masks' Dice rose by no more than noise in each of
+  the last two rounds that had more labels than the round before, and in both together, where steady small gains show
+  up first. This holds until as many new labels came as these two rounds had: fewer can hardly show a gain, either. So
+  rounds that gain nothing become rarer, and never stop for good.
+
+Both need a number of patients, the unit of all intervals; below it, nobody can tell, and rounds go on. The validation
+scans also chose the epoch at which each training ended, so that both sides of a gain are a little too good alike.
+
+Bloodgood & Vijay-Shanker (CoNLL 2009) stop where predictions no longer change; the rules here ask for the quality
+itself, which audits and validation scans measure.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from segqc.quality.estimation import ConfidenceInterval, patient_index, percentile_interval, with_resamples
+from segqc.quality.intervals import patients_needed
+from segqc.types import MaskDice
+
+StopReason: TypeAlias = Literal["good enough", "no gain"]
+
+MIN_PATIENTS: Final = patients_needed()
+LEVEL: Final = 0.9
+"""Of the two-sided intervals: their lower end is wrong one time in twenty."""
+_DRAWS: Final = 2000
+_ROUNDS: Final = 3  # that two gains lie between
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRound:
+    """A finished round.
+
+    Attributes:
+        number: its number.
+        labelled: how many scans had a final label when it began.
+        validation: the Dice of its masks of the validation scans.
+    """
+
+    number: int
+    labelled: int
+    validation: tuple[MaskDice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mean:
+    """A mean over scans with its bootstrap interval by patients."""
+
+    patients: int
+    interval: ConfidenceInterval
+
+    @property
+    def value(self) -> float:
+        """The mean itself."""
+        return self.interval.value or 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What the Dice of the masks of the same validation scans rose by, between two rounds."""
+
+    first: int  # the earlier round
+    last: int
+    rise: Mean
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether there may be no gain at all: the interval does not lie above zero."""
+        return self.rise.interval.low is None or self.rise.interval.low <= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """Whether more rounds are worth it.
+
+    Attributes:
+        stop: why not; None where they are, or nobody can tell.
+        audits: the true Dice of the masks that serve, on audit draws; None where they are of too few patients.
+        audited: how many patients they are of.
+        enough_dice: what `audits` has to reach.
+        gains: of the last round and the one before it, and last of both together; empty where they can't be measured.
+        labels_wanted: how many new labels it takes until rounds that gained nothing are tried again; 0 without a stop.
+        labels: how many have come.
+    """
+
+    stop: StopReason | None
+    audits: Mean | None
+    audited: int
+    enough_dice: float
+    gains: tuple[Gain, ...]
+    labels_wanted: int
+    labels: int
+
+
+def outlook(
+    served: Sequence[MaskDice], rounds: Sequence[CheckedRound], labels: int, *, enough_dice: float, seed: int = 0
+) -> Outlook:
+    """Say whether more rounds are worth it.
+
+    Args:
+        served: the true Dice of masks that serve, of scans that were audit draws.
+        rounds: all finished rounds, oldest first.
+        labels: how many scans got a final label from people since the last round began.
+        enough_dice: the mean true Dice that is good enough, from 0 to 1.
+        seed: of the bootstrap draws.
+    """
+    audited = len({mask.patient for mask in served})
+    audits = mean_dice(served, seed=seed) if audited >= MIN_PATIENTS else None
+    compared = _with_more_labels(rounds)
+    gains = _gains(compared, seed)
+    wanted = compared[-1].labelled - compared[0].labelled if gains and all(g.is_noise for g in gains) else 0
+    stop: StopReason | None = None
+    if audits is not None and audits.interval.low is not None and audits.interval.low >= enough_dice:
+        stop = "good enough"
+    elif labels < wanted:
+        stop = "no gain"
+    return Outlook(
+        stop=stop,
+        audits=audits,
+        audited=audited,
+        enough_dice=enough_dice,
+        gains=gains,
+        labels_wanted=wanted,
+        labels=labels,
+    )
+
+
+def _with_more_labels(rounds: Sequence[CheckedRound]) -> list[CheckedRound]:
+    """The last rounds that each had more labels than the one before: others show the noise of a training only."""
+    chosen: list[CheckedRound] = []
+    for checked in reversed(rounds):
+        if checked.validation and (not chosen or checked.labelled < chosen[-1].labelled):
+            chosen.append(checked)
+    return chosen[:_ROUNDS][::-1]
+
+
+def _gains(rounds: Sequence[CheckedRound], seed: int) -> tuple[Gain, ...]:
+    """The gains of two rounds, and of both together; empty where there are too few rounds or patients."""
+    if len(rounds) < _ROUNDS:
+        return ()
+    pairs = [*itertools.pairwise(rounds), (rounds[0], rounds[-1])]
+    found = [gain(first, last, seed=seed) for first, last in pairs]
+    return tuple(g for g in found if g is not None) if all(found) else ()
+
+
+def gain(first: CheckedRound, last: CheckedRound, *, seed: int = 0) -> Gain | None:
+    """What the masks' Dice rose by between two rounds, on the scans that both were measured on.
+
+    None under `MIN_PATIENTS` patients.
+    """
+    before = {mask.scan: mask for mask in first.validation}
+    rises = [
+        MaskDice(patient=mask.patient, scan=mask.scan, dice=mask.dice - before[mask.scan].dice)
+        for mask in last.validation
+        if mask.scan in before and before[mask.scan].patient == mask.patient
+    ]
+    if len({mask.patient for mask in rises}) < MIN_PATIENTS:
+        return None
+    return Gain(first=first.number, last=last.number, rise=mean_dice(rises, seed=seed))
+
+
+def mean_dice(masks: Sequence[MaskDice], *, seed: int = 0) -> Mean:
+    """The mean over masks, with a percentile bootstrap interval at `LEVEL`: patients are drawn, with all their scans.
+
+    Args:
+        masks: one or more.
+        seed: of the draws.
+
+    Example:
+        >>> masks = [MaskDice(patient=name, scan=name, dice=dice) for name, dice in [("a", 0.8), ("b", 0.9)]]
+        >>> found = mean_dice(masks)
+        >>> round(found.value, 3), found.interval.low, found.interval.high
+        (0.85, 0.8, 0.9)
+    """
+    return _mean(tuple(masks), seed)
+
+
+@functools.lru_cache(maxsize=16)  # clients ask for `/info/` every few seconds
+def _mean(masks: tuple[MaskDice, ...], seed: int) -> Mean:
+    index, count = patient_index([mask.patient for mask in masks])
+    sums = np.bincount(index, [mask.dice for mask in masks], count)
+    scans = np.bincount(index, minlength=count)
+    weights = with_resamples(count, _DRAWS, np.random.default_rng(seed))
+    means = (weights @ sums) / (weights @ scans)
+    return Mean(patients=count, interval=percentile_interval(means[0], means[1:], LEVEL))
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def outlook_sentence(found: Outlook) -> str:
+    """Whether more rounds are worth it, with the numbers, in one sentence for operators."""
+    if found.stop == "good enough" and found.audits is not None:
+        return (
+            f"More rounds are not needed: {_on_audits(found.audits)}, at least {_end(found.audits.interval.low)}, and "
+            f"{found.enough_dice:g} is enough (the setting enough_dice)."
+        )
+    if found.gains:
+        counts, told = {g.rise.patients for g in found.gains}, ", ".join(map(_rise, found.gains))
+        patients = f"{min(counts)}{' or more' if len(counts) > 1 else ''}"
+        measured = f"on {patients} validation patients the masks' Dice changed by {told}"
+        if found.stop == "no gain":
+            return (
+                f"More rounds are hardly worth it before {found.labels_wanted} new labels have come ({found.labels} "
+                f"have): {measured}, all within noise."
+            )
+        if found.labels_wanted:
+            return f"Another round is worth a try, with {found.labels} new labels: {measured}, all within noise."
+        return f"Another round may be worth it: {measured}."
+    if found.audits is not None:
+        return (
+            f"Another round may be worth it: {_on_audits(found.audits)}, or only {_end(found.audits.interval.low)}; "
+            f"{found.enough_dice:g} is enough."
+        )
+    return (
+        f"Nobody can tell yet whether more rounds are worth it: that takes audit draws of {MIN_PATIENTS} patients "
+        f"({found.audited} so far), or {_ROUNDS} rounds, each with more labels, and {MIN_PATIENTS} validation patients."
+    )
+
+
+def _on_audits(audits: Mean) -> str:
+    return (
+        f"on {audits.patients} patients drawn at random and corrected, the masks that serve had a mean true Dice of "
+        f"{audits.value:.3f}"
+    )
+
+
+def _rise(found: Gain) -> str:
+    low, high = found.rise.interval.low or 0.0, found.rise.interval.high or 0.0
+    return f"{found.rise.value:+.3f} ({low:+.3f} to {high:+.3f}) from round {found.first} to {found.last}"
+
+
+def _end(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

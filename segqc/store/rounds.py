@@ -1,0 +1,72 @@
+"""Rounds as the store knows them, and the labels that wait for the next one."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from typing import Final
+
+from sqlalchemy import func, select
+
+from segqc.store import jobs
+from segqc.store.database import Transaction
+from segqc.store.labels import FINAL, current_versions
+from segqc.store.records import JsonObject, LabelledSince, LabelSource, RoundRecord
+from segqc.store.schema import LABELLED_STATES, JobRow, LabelVersion, RoundRow, RoundStep, Scan
+
+_IS_LABELLED: Final = (
+    LabelVersion.id.in_(current_versions((FINAL,))),
+    Scan.state.in_(LABELLED_STATES),
+    Scan.missing_since.is_(None),
+)
+_NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
+
+
+def listing(transaction: Transaction) -> list[RoundRecord]:
+    """All rounds that have begun, oldest first."""
+    steps: dict[int, dict[str, JsonObject]] = defaultdict(dict)
+    for step in transaction.scalars(select(RoundStep)):
+        steps[step.round_id][step.name] = step.result
+    return [
+        RoundRecord(
+            number=row.id,
+            job=jobs.get(transaction, row.job_id),
+            bundle=row.bundle_id,
+            labelled=row.labelled,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            steps=steps[row.id],
+        )
+        for row in transaction.scalars(select(RoundRow).order_by(RoundRow.id)).all()
+    ]
+
+
+def last_began_at(transaction: Transaction) -> dt.datetime | None:
+    """When the last round began; one that failed or was stopped before that counts from when it was taken, or put."""
+    began = func.coalesce(RoundRow.started_at, JobRow.started_at, JobRow.enqueued_at)
+    query = select(func.max(began)).select_from(JobRow).outerjoin(RoundRow, RoundRow.job_id == JobRow.id)
+    return transaction.scalar(query.where(JobRow.kind == "round"))
+
+
+def last_number(transaction: Transaction) -> int | None:
+    """The number of the last round that has begun; None without one."""
+    return transaction.scalar(select(func.max(RoundRow.id)))
+
+
+def labelled_since(transaction: Transaction, since: dt.datetime | None) -> LabelledSince:
+    """The scans whose final label people gave or changed after a time, or ever, and nobody rejected."""
+    query = select(func.count(), func.min(LabelVersion.made_at)).select_from(LabelVersion)
+    query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(
+        *_IS_LABELLED, LabelVersion.source.not_in(_NOT_BY_PEOPLE)
+    )
+    if since is not None:
+        query = query.where(LabelVersion.made_at > since)
+    count, first_at = transaction.execute(query).one()
+    return LabelledSince(scans=count, first_at=first_at)
+
+
+def labelled_patients(transaction: Transaction) -> int:
+    """The number of patients of scans with a final label that nobody rejected."""
+    query = select(func.count(Scan.patient_id.distinct())).select_from(LabelVersion)
+    query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(*_IS_LABELLED)
+    return transaction.scalar(query) or 0
