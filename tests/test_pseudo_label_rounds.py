@@ -28,6 +28,7 @@ from segqc.loop.pseudo_labels import (
     pseudo_label_audits,
 )
 from segqc.loop.requests import RoundResult, plan_of
+from segqc.loop.rounds import summaries
 from segqc.loop.scoring import score
 from segqc.loop.submission import submit_label
 from segqc.networks.assessor import AssessmentResult
@@ -162,6 +163,7 @@ def test_a_round_chooses_trains_and_drops_pseudo_labels(pool: Dataset, tmp_path:
     segmenter = dataset.segmenter()
     assert segmenter is not None
     with dataset.store.read() as transaction:
+        assert [(summary.labelled, summary.pseudo_labels) for summary in summaries(transaction)] == [(5, 2)]
         patients = {scans.get(transaction, name).patient for name in records}
     assert patients <= {*segmenter.card.seen}
     # an estimate sinks, and a person labels the other scan

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _TERMS: Final = (
-    "why: who asked for it, or which setting. labels: scans with a final label when it began. validation Dice: of its "
-    "masks of the validation scans. audited, audit error: audit draws shown with its estimates and corrected, and "
-    "how far the estimated Dice was off on average. bundle: serves, served before, or held, and why "
-    "(segqc models serve)."
+    "why: who asked for it, or which setting. labels: scans with a final label when it began. pseudo-labels: "
+    "masks that trained, too (segqc pseudo-labels). validation Dice: of its masks of the validation scans. audited, "
+    "audit error: audit draws shown with its estimates and corrected, and how far the estimated Dice was off on "
+    "average. bundle: serves, served before, or held, and why (segqc models serve)."
 )
 _NONE: Final = (
     "No round was ever begun here; segqc round FOLDER begins one, [round] in segqc.toml says when others begin."
@@ -69,6 +69,7 @@ def _data(summary: RoundSummary) -> Row:
         "state": summary.state,
         "problem": summary.problem,
         "labels": summary.labelled,
+        "pseudo-labels": summary.pseudo_labels,
         "validation Dice": summary.validation_dice,
         "audited": summary.audited,
         "audit error": summary.audit_error,
@@ -91,6 +92,7 @@ def _row(summary: RoundSummary) -> Row:
         "why": summary.reason or f"by {summary.actor.name}",
         "state": f"{summary.state}{problem}",
         "labels": summary.labelled,
+        "pseudo-labels": summary.pseudo_labels,
         "validation Dice": summary.validation_dice,
         "audited": summary.audited,
         "audit error": summary.audit_error,

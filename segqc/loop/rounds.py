@@ -27,6 +27,7 @@ class RoundSummary:
         put_at, started_at, ended_at: when it was put, began, and ended, in whatever state; None before that.
         state: of its job.
         labelled: scans with a final label, when it began.
+        pseudo_labels: how many of these trained; None before that.
         validation_dice: of its masks of the validation scans, the mean over structures.
         audited: scans that were audit draws, and shown with its estimates.
         audit_error: how far the estimated Dice of these was off, on average, of each scan's worst structure.
@@ -44,6 +45,7 @@ class RoundSummary:
     ended_at: dt.datetime | None
     state: JobState
     labelled: int | None = None
+    pseudo_labels: int | None = None
     validation_dice: float | None = None
     audited: int = 0
     audit_error: float | None = None
@@ -114,6 +116,7 @@ def _begun(record: RoundRecord, bundle: PublishedBundle | None, audits: Sequence
         ended_at=record.ended_at or record.job.ended_at,
         state=record.job.state,
         labelled=record.labelled,
+        pseudo_labels=trained.pseudo_labels if trained is not None else None,
         validation_dice=trained.scores.get("dice") if trained is not None else None,
         audited=len(errors),
         audit_error=sum(errors) / len(errors) if errors else None,
