@@ -141,12 +141,15 @@ class ModelsSettings(BaseModel):
             the oldest ones go first.
         drift_level: the probability that audit draws raise a false drift alarm against a bundle's estimates, ever; 0
             for no alarms. An alarm costs a sentence and changes no order, and audits are few, so that it is not tiny.
+        tolerated_fall: by how much the mean Dice on the validation scans may surely have fallen, where a new
+            segmentation network still serves by itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep: int = Field(default=5, ge=0)
     drift_level: float = Field(default=0.05, ge=0, lt=1)
+    tolerated_fall: float = Field(default=0.0, ge=0, le=1)
 
 
 class RoundSettings(BaseModel):

@@ -12,9 +12,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from segqc.networks import bundle as bundle_files
 from segqc.networks.bundle import NETWORKS, NetworkBundle, StructuresDiffer, bundle_folders, model_name
 from segqc.networks.card import CARDS, NetworkName
 from segqc.networks.model import ModelError
+from segqc.networks.segmenter import Segmenter
 from segqc.quality.report_card import AT_RANDOM
 from segqc.settings import ModelsSettings, Settings
 from segqc.store import bundles, events, jobs, maintenance
@@ -38,7 +41,7 @@ from segqc.store.events import FOLDER, SERVER
 from segqc.store.restore import restore
 from segqc.store.schema import Bundle
 from segqc.store.store import Store
-from segqc.types import Structure
+from segqc.types import MaskDice, Structure
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import STRUCTURES, save_models
 from tests.store_kit import ANNA, BERT, Clock, serve_pair
@@ -770,6 +773,40 @@ def test_a_bundle_serves_where_its_estimates_are_not_known_to_be_worse(
     shelf.publish(checked[first], ANNA, "first")
     shelf.publish(checked[second], ANNA, "second")
     assert serving(shelf) == 2
+
+
+def with_masks(folder: Path, level: float, patients: int = 20) -> dict[NetworkName, Path]:
+    """Model files of a segmentation network whose masks of the validation scans have a Dice around a level."""
+    folder.mkdir()
+    files = save_models(folder)
+    segmenter = Segmenter.load(files["segmentation"])
+    rng = np.random.default_rng(int(100 * level))
+    dice = level + 0.1 * np.arange(patients) / 20 + 0.01 * rng.random(patients)
+    masks = tuple(MaskDice(patient=f"p{i}", scan=f"s{i}", dice=float(d)) for i, d in enumerate(dice))
+    Segmenter(replace(segmenter.card, validation=masks), segmenter.network).save(files["segmentation"])
+    return files
+
+
+@pytest.mark.parametrize(
+    "level, patients, tolerated, number", [(0.6, 20, 0.0, 1), (0.6, 8, 0.0, 2), (0.6, 20, 0.3, 2), (0.8, 20, 0.0, 2)]
+)
+def test_a_bundle_of_worse_masks_is_kept_and_does_not_serve_by_itself(
+    store: Store, tmp_path: Path, level: float, patients: int, tolerated: float, number: int
+) -> None:
+    shelf = Bundles(store, Settings(models=ModelsSettings(tolerated_fall=tolerated)))
+    shelf.publish(with_masks(tmp_path / "first", 0.75), ANNA, "first")
+    new = with_masks(tmp_path / "second", level, patients)
+    with shelf.publishing({"segmentation": new["segmentation"]}, BERT, "a training") as publication:
+        held = publication.held_because
+    assert serving(shelf) == number
+    if number == 1:
+        assert held is not None and "on 20 validation patients that both were checked on" in held
+        assert "the mean Dice of its masks is lower by 0.1" in held
+        with shelf.publishing(new, ANNA, "in any case", even_if_worse=True):
+            pass
+        assert serving(shelf) == 3, "an upload or --serve is somebody's wish"
+    else:
+        assert held is None
 
 
 def test_worse_estimates_serve_where_they_are_wanted_or_carried_over(

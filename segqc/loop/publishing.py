@@ -37,6 +37,7 @@ from segqc.networks.bundle import (
 from segqc.networks.card import NetworkName
 from segqc.networks.model_file import ModelError, model_status
 from segqc.quality.report_card import BY_ESTIMATE, ReportCard, is_worse
+from segqc.quality.stopping import worse_masks
 from segqc.settings import Settings
 from segqc.store import bundles, events, jobs
 from segqc.store.bundles import NewBundle
@@ -143,7 +144,8 @@ class Bundles:
     ) -> Iterator[Publication]:
         """Publish networks: with the other network of the bundle that serves, they make a new one, which serves then.
 
-        A bundle whose report card is worse than that of the bundle that serves is kept, and does not serve by itself.
+        A bundle whose masks of the validation scans, or whose report card, are worse than those of the bundle that
+        serves is kept, and does not serve by itself.
 
         The other network is left out, with a warning, where it knows other structures: it cannot assess the masks, or
         make the masks, of a network that was trained after [structures] had changed.
@@ -178,7 +180,7 @@ class Bundles:
                 sources = self._with_carried(parent, sources, only_as_pair=only_as_pair)
                 number = self._next_number(transaction)
                 report = sources["segqc"].read_card().report if "segqc" in sources else None
-                held = None if even_if_worse or "segqc" not in files else self._is_worse(report, parent)
+                held = None if even_if_worse else self._is_worse({n: sources[n] for n in files if n in sources}, parent)
                 manifest = Manifest(
                     number=number,
                     made_at=transaction.now,
@@ -217,15 +219,24 @@ class Bundles:
         except (SegqcError, OSError) as error:  # the new bundle serves: old ones go the next time
             logger.warning("old bundles could not be removed: %s", error)
 
-    def _is_worse(self, report: ReportCard | None, parent: PublishedBundle | None) -> str | None:
-        """Why new estimates are worse than those that serve; None where they are not, or nobody can tell."""
-        if report is None or parent is None:
+    def _is_worse(self, new: Mapping[NetworkName, NetworkSource], parent: PublishedBundle | None) -> str | None:
+        """Why new networks' masks or estimates are worse than those that serve; None where not, or nobody can tell."""
+        if parent is None:
             return None
         try:
-            served = self._open(parent).manifest.report
+            served = self._open(parent)
+            segmentation = served.card("segmentation") if served.holds("segmentation") else None
         except ModelError:
             return None  # a damaged bundle is no reason to keep on serving it
-        return is_worse(report, served) if served is not None else None
+        card = new["segmentation"].read_card() if "segmentation" in new else None
+        if card is not None and segmentation is not None and card.structures == segmentation.structures:
+            tolerated = self._settings.models.tolerated_fall
+            worse = worse_masks(card.validation, segmentation.validation, tolerated=tolerated)
+            if worse is not None:
+                return worse
+        report = new["segqc"].read_card().report if "segqc" in new else None
+        known = served.manifest.report
+        return is_worse(report, known) if report is not None and known is not None else None
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:

@@ -160,15 +160,43 @@ def gain(first: CheckedRound, last: CheckedRound, *, seed: int = 0) -> Gain | No
 
     None under `MIN_PATIENTS` patients.
     """
-    before = {mask.scan: mask for mask in first.validation}
+    rise = paired_rise(first.validation, last.validation, seed=seed)
+    return None if rise is None else Gain(first=first.number, last=last.number, rise=rise)
+
+
+def paired_rise(before: Sequence[MaskDice], after: Sequence[MaskDice], *, seed: int = 0) -> Mean | None:
+    """What the Dice of masks rose by, on the scans that are in both; None under `MIN_PATIENTS` patients.
+
+    Args:
+        before: the masks of one network.
+        after: those of another one.
+        seed: of the bootstrap draws.
+    """
+    earlier = {mask.scan: mask for mask in before}
     rises = [
-        MaskDice(patient=mask.patient, scan=mask.scan, dice=mask.dice - before[mask.scan].dice)
-        for mask in last.validation
-        if mask.scan in before and before[mask.scan].patient == mask.patient
+        MaskDice(patient=mask.patient, scan=mask.scan, dice=mask.dice - earlier[mask.scan].dice)
+        for mask in after
+        if mask.scan in earlier and earlier[mask.scan].patient == mask.patient
     ]
-    if len({mask.patient for mask in rises}) < MIN_PATIENTS:
+    return mean_dice(rises, seed=seed) if len({mask.patient for mask in rises}) >= MIN_PATIENTS else None
+
+
+def worse_masks(new: Sequence[MaskDice], served: Sequence[MaskDice], *, tolerated: float = 0.0) -> str | None:
+    """Why new masks are worse than those that serve; None where they are not, or nobody can tell.
+
+    Args:
+        new: the new network's masks of the validation scans.
+        served: those of the network that serves.
+        tolerated: by how much the mean Dice may have fallen; counted is the upper end of the fall's interval.
+    """
+    rise = paired_rise(served, new)
+    if rise is None or rise.interval.high is None or rise.interval.high >= -tolerated:
         return None
-    return Gain(first=first.number, last=last.number, rise=mean_dice(rises, seed=seed))
+    low, high = -rise.interval.high, -(rise.interval.low or 0.0)
+    return (
+        f"on {rise.patients} validation patients that both were checked on, the mean Dice of its masks is lower by "
+        f"{-rise.value:.3f} ({low:.3f} to {high:.3f}) than that of the serving bundle's"
+    )
 
 
 def mean_dice(masks: Sequence[MaskDice], *, seed: int = 0) -> Mean:
