@@ -335,6 +335,16 @@ def latest_id(transaction: Transaction, label_version: int) -> int | None:
     return transaction.rows(_LATEST_ID, {"label_version": label_version}).scalar()
 
 
+def dice(transaction: Transaction, chosen: Sequence[int]) -> dict[int, float]:
+    """The estimated Dice of each of these assessments: the worst present structure's."""
+    query = select(AssessmentRow.id, AssessmentRow.dice)
+    return {
+        number: value
+        for start in range(0, len(chosen), _BATCH_SIZE)
+        for number, value in transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _BATCH_SIZE])))
+    }
+
+
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:
     """The interval of each of these assessments' Dice: the worst present structure's, as the Dice itself."""
     part = AssessmentStructure

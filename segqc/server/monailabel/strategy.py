@@ -13,7 +13,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.quality.drift import drift_sentence
-from segqc.quality.report_card import BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
+from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
 from segqc.server.monailabel.datastore import scan_info
@@ -127,6 +127,10 @@ class Sampling(Strategy):
         self.name = name
         self.dataset = dataset
         self._order = strategy.order
+        by_baseline = strategy.score is not None and strategy.score.function is not None
+        self._remedy = (
+            f"run segqc score --method {name}" if by_baseline else "train both networks; the pool is scored then"
+        )
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
         """Hand out a scan; None where none is left for this annotator.
@@ -165,10 +169,10 @@ class Sampling(Strategy):
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
         if wanted is None and self.name == BY_ESTIMATE and card is not None and card.ranked_by != BY_ESTIMATE:
             notes.append(order_sentence(card, strategy))
-        elif wanted is None and strategy != self.name:
+        elif wanted is None and strategy == AT_RANDOM and self.name != AT_RANDOM:
             notes.append(
-                f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
-                "scored then); this one was drawn uniformly at random."
+                f"No open scan has what the strategy {self.name!r} goes by yet ({self._remedy}); this one was drawn "
+                "uniformly at random."
             )
         if shown is not None and warning is not None:
             notes.append(warning)
