@@ -125,6 +125,8 @@ def open_round(store: Store) -> JobRecord:
         (1, NOON - dt.timedelta(hours=11), RoundSettings(at=dt.time(2)), "02:00 o'clock, 1 correction since round 3"),
         (1, NOON - dt.timedelta(hours=9), RoundSettings(at=dt.time(2)), None),  # it came at 3: for the next night
         (1, NOON - dt.timedelta(days=3), RoundSettings(at=dt.time(13)), "13:00 o'clock, 1 correction since round 3"),
+        (1, NOON + dt.timedelta(hours=1), RoundSettings(at=dt.time(13)), None),  # a clock that is a little ahead
+        (1, NOON + dt.timedelta(days=9), RoundSettings(at=dt.time(13)), "13:00 o'clock, 1 correction since round 3"),
     ],
 )
 def test_a_round_is_due_after_corrections_or_at_a_time_of_day(
@@ -195,7 +197,7 @@ def test_only_people_s_labels_that_stand_are_corrections(store: Store, folder: P
         pseudo = NewLabel(f"scan_{i}", "final", "pseudo-label", network, bundle=pair.id)
         store.save_label(pseudo, label_map(folder.parent / "incoming.nii.gz", i))
     with store.read() as transaction:
-        assert rounds.labelled_since(transaction, None).scans == 1
+        assert rounds.labelled_since(transaction, 0).scans == 1
     assert due(store) is None
 
 
@@ -213,6 +215,20 @@ def test_a_round_that_failed_or_was_stopped_is_not_put_again_at_once(store: Stor
     assert due(store) is None
     label(store, clock, 3, 4, 5)
     assert due(store) == "by the settings: 3 corrections before the first round", "none has begun"
+
+
+@pytest.mark.parametrize("hours", [-9000, -1, 1, 9000])
+def test_a_clock_that_is_set_neither_stops_rounds_nor_repeats_them(store: Store, clock: Clock, hours: int) -> None:
+    label(store, clock, 0, 1, 2)
+    clock.pass_(hours=hours)
+    assert due(store) is not None
+    do_round(store, clock, open_round(store).id, 3)
+    assert due(store) is None, "the labels of before are no news"
+    clock.pass_(hours=hours)
+    label(store, clock, 3, 4)
+    assert due(store) is None
+    label(store, clock, 5)
+    assert due(store) == "by the settings: 3 corrections since round 1"
 
 
 def test_a_round_that_no_training_could_do_is_not_put(store: Store, clock: Clock) -> None:

@@ -468,7 +468,9 @@ class CorrectionStructure(Base):
 class JobRow(Base):
     """Long work: put by anyone, taken by one worker, taken again when its heart stops.
 
-    ``reason`` says why it was put where nobody asked for it.
+    ``reason`` says why it was put where nobody asked for it. ``newest_label`` is the newest label version when it was
+    put, first taken, or began its round; 0 without one. Labels that came later are told by it, and not by times: a
+    clock may be set back.
     """
 
     __tablename__ = "job"
@@ -485,6 +487,7 @@ class JobRow(Base):
     result: Mapped[JsonObject | None] = mapped_column(Json)
     stop_wanted: Mapped[bool]
     reason: Mapped[str | None]
+    newest_label: Mapped[int]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     enqueued_at: Mapped[dt.datetime]
     started_at: Mapped[dt.datetime | None]
