@@ -328,10 +328,10 @@ def bundle_of_round(transaction: Transaction, job: int) -> int | None:
 def finish_step(
     transaction: Transaction, round_id: int, name: str, result: JsonObject, *, bundle: int | None = None
 ) -> None:
-    """Note that a step of a round is done, and which bundle came of it, if one did."""
+    """Note that a step of a round is done, maybe once more, and which bundle came of it, if one did."""
     row = transaction.get_one(RoundRow, round_id)
     row.bundle_id = bundle if bundle is not None else row.bundle_id
-    transaction.add(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
+    transaction.merge(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
     events.record(transaction, events.SERVER, "step finished", "job", row.job_id, {"step": name})
 
 
