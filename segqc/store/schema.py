@@ -375,13 +375,18 @@ class AssessmentStructure(Base):
 
 
 class Score(Base):
-    """A baseline's score of a scan; the lowest is the worst."""
+    """A score of a scan; the lowest is the worst.
+
+    ``bundle_id`` is the bundle whose assessment of the scan's mask it comes with. It is NULL of a baseline's score, which
+    the segmentation network of this ``version`` alone gives.
+    """
 
     __tablename__ = "score"
     scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
     method: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[float]
     version: Mapped[str]
+    bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     made_at: Mapped[dt.datetime]
     __table_args__ = (Index("ix_score_order", "method", "value", "scan_id"),)
 
