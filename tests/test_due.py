@@ -487,4 +487,4 @@ def test_a_folder_without_rounds_says_how_they_begin(tmp_path: Path) -> None:
     (tmp_path / "new" / "segqc.toml").write_text('[round]\nafter_corrections = 20\nat = "2:00"\n')
     table = listed(tmp_path / "new")
     assert "No round was ever begun here" in table
-    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections" in table
+    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections." in table

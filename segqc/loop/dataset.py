@@ -332,7 +332,12 @@ class Dataset:
         return bundle.manifest.report if bundle is not None else None
 
     def drift_alarm(self) -> DriftAlarm | None:
-        """What audit draws say against the estimates of the bundle that serves; None where they say nothing."""
+        """What audit draws say against the estimates of the bundle that serves.
+
+        None where they say nothing, and where the settings want no alarms.
+        """
+        if not self.settings.models.drift_level:
+            return None
         with self.store.read() as transaction:
             return bundles.drift_alarm(transaction)
 

@@ -409,9 +409,7 @@ def write_score(
     """
     scan_id = scans.number_of(transaction, scan)
     transaction.merge(
-        Score(
-            scan_id=scan_id, method=method, value=value, version=version, bundle_id=bundle, made_at=transaction.now
-        )
+        Score(scan_id=scan_id, method=method, value=value, version=version, bundle_id=bundle, made_at=transaction.now)
     )
 
 

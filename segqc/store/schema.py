@@ -377,8 +377,8 @@ class AssessmentStructure(Base):
 class Score(Base):
     """A score of a scan; the lowest is the worst.
 
-    ``bundle_id`` is the bundle whose assessment of the scan's mask it comes with. It is NULL of a baseline's score, which
-    the segmentation network of this ``version`` alone gives.
+    ``bundle_id`` is the bundle whose assessment of the scan's mask it comes with. It is NULL of a baseline's score,
+    which the segmentation network of this ``version`` alone gives.
     """
 
     __tablename__ = "score"
