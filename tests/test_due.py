@@ -153,6 +153,12 @@ def test_the_time_of_day_is_the_local_one(now: str, at: str, last: str) -> None:
     assert found == dt.datetime.fromisoformat(last).replace(tzinfo=zone).astimezone(dt.UTC)
 
 
+def test_a_time_of_day_that_the_clocks_were_put_past_at_midnight_was_the_day_before() -> None:
+    now = dt.datetime(2026, 3, 29, 1, 10, tzinfo=dt.UTC)  # ten past midnight; at 23:00 it became midnight
+    found = last_time_of_day(now, dt.time(23, 30), ZoneInfo("America/Scoresbysund"))
+    assert found == dt.datetime(2026, 3, 28, 1, 30, tzinfo=dt.UTC)
+
+
 def test_a_due_round_is_put_with_who_and_why_and_never_beside_another_one(store: Store, clock: Clock) -> None:
     label(store, clock, 0, 1)
     assert due(store) is None

@@ -115,7 +115,9 @@ def last_time_of_day(now: dt.datetime, at: dt.time, zone: dt.tzinfo | None = Non
     """
     today = now.astimezone(zone).date()
     # a time without a zone is the machine's, also where the clocks were changed today
-    by_day = [dt.datetime.combine(day, at, zone).astimezone(dt.UTC) for day in (today, today - _DAY)]
+    # one that clocks were put past at the end of yesterday is still to come: then it was the day before
+    days = (today, today - _DAY, today - 2 * _DAY)
+    by_day = [dt.datetime.combine(day, at, zone).astimezone(dt.UTC) for day in days]
     return next(time for time in by_day if time <= now)
 
 
