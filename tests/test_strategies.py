@@ -96,6 +96,9 @@ def test_the_most_unlike_scan_comes_first_by_its_own_strategy_and_where_estimate
     assert "Ordered by how unlike the training scans they are" in str(answer["note"])
     bert = Actor(kind="person", name="bert", identified_by="client-id")
     assert ask(dataset, "unlikeness", bert)["id"] == "scan_3"
+    carl = Actor(kind="person", name="carl", identified_by="client-id")
+    told = str(ask(dataset, "sequential", carl)["reliability"])
+    assert "Do not rely on the order of the estimates" in told and "Ordered by" not in told, "it asked for another one"
     ranking = rank(dataset)
     assert (ranking.by, [s.id for s in ranking.scans]) == ("unlikeness", ["scan_2", "scan_3", "scan_1", "scan_0"])
 

@@ -76,17 +76,23 @@ def unlike_training(assessment: Assessment) -> Answer | None:
     return {"score": found.score, "p_value": found.p_value, "message": UNLIKE if found.is_marked else None}
 
 
-def reliability(card: ReportCard | None, alarm: DriftAlarm | None) -> Answer:
+def reliability(card: ReportCard | None, alarm: DriftAlarm | None, ordered_by: str) -> Answer:
     """Whether estimated Dice and order can be relied on, in an annotator's words.
 
     A drift alarm is later than the report card, and its word on the estimate counts. None without either.
+
+    Args:
+        card: of the bundle that serves.
+        alarm: against it.
+        ordered_by: the strategy that stands in for the estimates' order, or `BY_ESTIMATE`.
     """
     if card is None and alarm is None:
         return {"reliability": None}
     estimate = card.worst.estimate_verdict if card is not None and alarm is None else DRIFTED
     messages = [drift_sentence(alarm)] if alarm is not None else []
     if card is not None:
-        messages += [estimate_sentence(card), order_sentence(card)] if alarm is None else [order_sentence(card)]
+        messages += [estimate_sentence(card)] if alarm is None else []
+        messages.append(order_sentence(card, ordered_by))
     order = card.worst.order_verdict if card is not None else None
     return {"reliability": {"estimate": estimate, "order": order, "messages": messages}}
 
@@ -151,7 +157,7 @@ class Sampling(Strategy):
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             **describe(shown),
-            **reliability(card, alarm),
+            **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
         }
         notes = []
         if skipped is not None:
