@@ -274,8 +274,10 @@ def test_the_best_witness_orders_where_it_has_scores(tmp_path: Path) -> None:
     dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01))
     first, second = people(2)
     assert ask(dataset, "segqc", first)["strategy"] == "uniform-random", "no scan has a score yet"
+    segmenter = dataset.segmenter()
+    assert segmenter is not None
     for name, value in (("scan_0", 0.9), ("scan_1", 0.8), ("scan_2", 0.3), ("scan_3", 0.31)):
-        dataset.write_score("tta", name, value, "seg")
+        dataset.write_score("tta", name, value, segmenter.version)
     with dataset.store.read() as transaction:
         (lease,) = leases.listing(transaction, state="open")
     answer = ask(dataset, "segqc", second)

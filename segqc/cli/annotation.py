@@ -225,10 +225,11 @@ def review(
 ) -> None:
     """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
     from segqc.loop.review import STATE_OF
+    from segqc.loop.review import review as review_scan
 
     dataset = dataset_at(folder, config)
     scan = scan_named(dataset, scan)
-    dataset.store.review(scan, STATE_OF[decision.value], me(), reason)
+    review_scan(dataset, scan, STATE_OF[decision.value], me(), reason)
     typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
 

@@ -192,7 +192,8 @@ def _learn(
 ) -> _Learned:
     """Train on the cases that can be used."""
     pseudo = pseudo_cases(dataset) if network == "segmentation" else NO_PSEUDO_CASES
-    patient_splits, structures, cases = dict(dataset.patient_splits()), dataset.structures, dataset.cases()
+    cases, structures = dataset.cases(), dataset.structures
+    patient_splits = dict(dataset.patient_splits())  # read last: scans may have come into the folder until now
     folds = len({split.fold for split in patient_splits.values()})
     if network == "segqc" and min(settings.folds, len(patient_splits)) != folds:
         logger.warning(
