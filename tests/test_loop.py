@@ -30,14 +30,17 @@ from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
 from segqc.quality.report_card import AT_RANDOM
 from segqc.quality.witnesses import UNLIKENESS
+from segqc.selection import strategies
 from segqc.split import PatientSplit
-from segqc.store import bundles, jobs, rounds, scans
+from segqc.store import bundles, jobs, leases, rounds, scans
 from segqc.store.events import SERVER
+from segqc.store.leases import LeaseRules
 from segqc.store.records import ScanRecord
 from segqc.training import NoProgress
 from segqc.training.cases import Case, CaseError, TooFewCases, label_values, read_case
 from segqc.types import Structure
 from segqc.volumes import Volume, read_labels, read_scan, write_labels, write_scan
+from tests.store_kit import ANNA
 from tests.test_training import make_cases
 
 SETTINGS = """
@@ -540,6 +543,26 @@ def test_a_scoring_by_a_bundle_that_was_replaced_meanwhile_ranks_nothing(dataset
     assert set(dataset.assessments()) == {"c5", "c6", "c7"}, "what it said counts again"
     assert sum(scan.ranking_dice is not None for scan in stored_scans(dataset)) == 3
     assert score(dataset, "segqc", NoProgress()).skipped == 3
+
+
+def test_a_bundle_that_serves_again_gets_its_scores_again(dataset: Dataset) -> None:
+    score(dataset, "segqc", NoProgress())
+    before, known = dataset.bundle(), dataset.scores("expected-gain")
+    assert before is not None
+    with dataset.store.write() as transaction:  # one is shown to an annotator, and so stays whole
+        lease = leases.acquire(transaction, ANNA, "segqc", strategies()["segqc"].order, LeaseRules())
+    assert lease is not None
+    with dataset.bundles.workspace() as work:
+        perturbed(dataset.assessor()).save(work / "segqc.pt")
+        dataset.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
+    assert dataset.scores("expected-gain") == {}
+    score(dataset, "segqc", NoProgress())
+    assert dataset.scores("expected-gain").keys() == known.keys()
+    dataset.bundles.serve(before.number, SERVER)
+    assert dataset.scores("expected-gain") == {}
+    score(dataset, "segqc", NoProgress())
+    assert dataset.scores("expected-gain") == pytest.approx(known)
+    assert score(dataset, "segqc", NoProgress()).skipped == len(known)
 
 
 def test_scans_that_cannot_be_used_are_left_out_of_a_training_and_named(
