@@ -414,3 +414,39 @@ def test_why_a_mask_is_trusted_is_shown_and_exported(pool: Dataset, tmp_path: Pa
     assert (rows[stays]["ended_at"], rows[stays]["estimated_dice_low"], rows[stays]["mask"] != "") == ("", "0.9", True)
     sources = {row["tag"]: row["source"] for row in csv.DictReader((tmp_path / "t" / "label_versions.csv").open())}
     assert (sources["final"], sources["pseudo-label"]) == ("annotator", "pseudo-label")
+
+
+def test_what_people_do_between_plan_and_make_is_never_replaced(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    read, synced, unseen = waiting(dataset)[:3]
+    said.lows = dict.fromkeys((read, synced, unseen), 0.9)
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    assert len(plan.chosen) == 3
+    mask = dataset.mask(read)
+    assert mask is not None
+    dataset.store.save_label(NewLabel(read, "reader-1", "annotator", ANNA), dataset.store.label_file(mask))
+    own = read_labels(dataset.store.label_file(mask))
+    folder = dataset.folder / "labels" / PSEUDO
+    folder.mkdir(parents=True)
+    write_labels(Volume(np.roll(own.array, 3, axis=0), own.affine), folder / f"{synced}.nii.gz")
+    dataset.sync()
+    dataset.watched = True  # the watcher has not seen the next file yet
+    write_labels(Volume(np.roll(own.array, 2, axis=0), own.affine), folder / f"{unseen}.nii.gz")
+    before = {name: (folder / f"{name}.nii.gz").read_bytes() for name in (synced, unseen)}
+    result = make_pseudo_labels(dataset, plan, NoProgress())
+    assert (result.made, {*result.failed}) == (0, {read, synced, unseen})
+    assert "label of their own" in result.failed[unseen]
+    assert {name: (folder / f"{name}.nii.gz").read_bytes() for name in before} == before
+    assert (accepted(dataset), pseudo_cases(dataset).cases) == ({}, ())
+
+
+def test_turned_off_between_plan_and_make_none_is_made(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    said.lows = dict.fromkeys(waiting(dataset), 0.9)
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    (dataset.folder / "segqc.toml").write_text(SETTINGS)
+    result = make_pseudo_labels(Dataset(dataset.folder), plan, NoProgress())
+    assert (result.made, {*result.failed.values()}) == (0, {"pseudo-labels are turned off."})
+    assert plan.chosen

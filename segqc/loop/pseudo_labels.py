@@ -74,10 +74,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         bundle = None
     dataset.refresh()
     with dataset.store.read() as transaction:
-        by_people = labels.read_scans(transaction)
-        # a file that somebody has put in a pseudo-label's place is a person's label, too
-        shown = labels.current_of_all(transaction, PSEUDO)
-        by_people |= {scan for scan, label in shown.items() if label.source != "pseudo-label"}
+        by_people = pseudo_labels.of_people(transaction)
         waiting = [s for s in scans.listing(transaction, states=_WAITING) if s.missing_since is None]
         waiting = [s for s in waiting if s.name not in by_people]
         masks = labels.current_of_all(transaction, ORIGINAL)
@@ -179,6 +176,7 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
     if not plan.chosen or plan.bundle is None:
         return PseudoLabelResult(made=0, failed={})
     bundle = dataset.bundles.open(plan.bundle)
+    rules = dataset.settings.pseudo_labels
     entries = {entry.id: entry for entry in dataset.waiting()}
     with dataset.store.read() as transaction:
         made = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
@@ -188,6 +186,8 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
         if planned.scan in made and _is_of(made[planned.scan], planned.mask, bundle):
             continue  # by an earlier attempt
         try:
+            if rules.mode == "off":
+                raise _ObsoleteError(_OFF)
             if planned.scan not in entries:
                 raise _ObsoleteError(_NOT_WAITING)
             _make(dataset, entries[planned.scan], planned, plan.rule, bundle)
@@ -231,8 +231,14 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
         changes = [LabelChange(new, dataset.store.label_file(mask)), LabelChange(replace(new, tag=IGNORED), path)]
         with dataset.store.change_labels(changes) as change:
             now, start = scans.get(change.transaction, entry.id), labels.start_of(change.transaction, entry.id)
-            if now.state != "unlabelled" or start is None or start.id != planned.mask:
-                raise _ObsoleteError(_NOT_WAITING if now.state != "unlabelled" else "its mask has changed meanwhile")
+            if now.state != "unlabelled" or pseudo_labels.is_of_people(change.transaction, entry.id):
+                raise _ObsoleteError(_NOT_WAITING)
+            if change.replaces_edits:  # not seen by any sync yet
+                raise _ObsoleteError("somebody has put a label of their own in its pseudo-label's place")
+            if start is None or start.id != planned.mask:
+                raise _ObsoleteError("its mask has changed meanwhile")
+            if now.split != "train":
+                raise _ObsoleteError("its patient validates by now")
             pseudo_labels.end(change.transaction, entry.id, f"accepted anew by bundle {bundle.number}")
             label, ignored_label = change.versions
             pseudo_labels.add(

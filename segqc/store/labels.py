@@ -21,6 +21,7 @@ READER: Final = "reader-"
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
+NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
 
 
 @dataclass(frozen=True, slots=True)

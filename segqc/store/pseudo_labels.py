@@ -84,13 +84,33 @@ def listing(transaction: Transaction, *, scan: str | None = None, ended: bool = 
     return [_record(transaction, row) for row in transaction.scalars(query)]
 
 
+def of_people(transaction: Transaction) -> set[str]:
+    """The scans that get no pseudo-label as a person has worked on them; see `is_of_people`."""
+    shown = labels.current_of_all(transaction, PSEUDO)
+    return labels.read_scans(transaction) | {scan for scan, label in shown.items() if _is_a_persons(label)}
+
+
+def is_of_people(transaction: Transaction, scan: str) -> bool:
+    """Whether a person has read a scan, or has put a label of their own in its pseudo-label's place.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    shown = labels.current(transaction, scan, PSEUDO)
+    return (shown is not None and _is_a_persons(shown)) or bool(labels.readings(transaction, scan))
+
+
+def _is_a_persons(label: LabelRecord) -> bool:
+    return label.source not in labels.NOT_BY_PEOPLE
+
+
 def left_over(transaction: Transaction) -> dict[str, list[str]]:
     """The tags of pseudo-labels under which scans still have a label though it has ended or trains no more, by scan."""
     accepted = {record.label.scan for record in listing(transaction)}
     found: dict[str, list[str]] = {}
     for tag in (PSEUDO, labels.IGNORED):
         for scan, label in labels.current_of_all(transaction, tag).items():
-            if scan not in accepted and label.source in ("pseudo-label", "network"):
+            if scan not in accepted and not _is_a_persons(label):
                 found.setdefault(scan, []).append(tag)
     return found
 
