@@ -19,7 +19,7 @@ from segqc.cli.main import app
 from segqc.io.tables import write_tables
 from segqc.loop import jobs as work
 from segqc.loop import scoring
-from segqc.loop.dataset import Dataset
+from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.pseudo_labels import (
     make_pseudo_labels,
     plan_in_words,
@@ -31,6 +31,7 @@ from segqc.loop.requests import RoundResult, plan_of
 from segqc.loop.rounds import summaries
 from segqc.loop.scoring import score
 from segqc.loop.submission import submit_label
+from segqc.loop.training import train
 from segqc.networks.assessor import AssessmentResult
 from segqc.progress import NoProgress
 from segqc.quality.pseudo_labels import AuditBound
@@ -40,7 +41,7 @@ from segqc.store.labels import FINAL, ORIGINAL, PSEUDO, NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import LeaseRecord, PseudoLabelRecord
 from segqc.types import MetricIntervals, PredictionInterval
-from segqc.volumes import Volume, read_labels, temporary_labels, write_labels
+from segqc.volumes import Volume, read_labels, read_scan, temporary_labels, write_labels, write_scan
 from tests.store_kit import ANNA, BERT
 from tests.test_loop import SETTINGS, Lines, perturbed
 from tests.test_loop import trained as trained  # a fixture
@@ -450,3 +451,103 @@ def test_turned_off_between_plan_and_make_none_is_made(pool: Dataset, tmp_path: 
     result = make_pseudo_labels(Dataset(dataset.folder), plan, NoProgress())
     assert (result.made, {*result.failed.values()}) == (0, {"pseudo-labels are turned off."})
     assert plan.chosen
+
+
+def test_a_label_that_comes_into_the_folder_trains_alone(
+    pool: Dataset, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name, other = waiting(dataset)[:2]
+    said.lows = {name: 0.9, other: 0.9}
+    make_now(dataset)
+    mask = dataset.mask(name)
+    assert mask is not None
+    shutil.copy(dataset.store.label_file(mask), dataset.folder / "labels" / FINAL / f"{name}.nii.gz")
+    trained_on: list[set[str]] = []
+
+    def fake(cases: Any, *args: Any) -> None:
+        trained_on.extend([{c.id for c in cases}, {c.id for c in args[-1].cases}])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segqc.loop.training.train_segmentation", fake)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, "segmentation", NoProgress())
+    assert name in trained_on[0]
+    assert trained_on[1] == {other}
+
+
+def test_a_mask_that_was_deleted_and_made_anew_is_accepted_anew(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    before = accepted(dataset)[name]
+    (dataset.folder / "labels" / ORIGINAL / f"{name}.nii.gz").unlink()
+    dataset.sync()
+    make_now(dataset)
+    now, mask = accepted(dataset)[name], dataset.mask(name)
+    assert mask is not None
+    assert (now.label.parent, now.label.sha256) == (mask.id, before.label.sha256)
+    assert now.label.id != before.label.id
+
+
+def test_another_scan_in_its_place_ends_it_also_where_the_first_one_is_back(
+    pool: Dataset, tmp_path: Path, said: Said
+) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    file = dataset.folder / f"{name}.nii.gz"
+    old, scan = file.read_bytes(), read_scan(file)
+    write_scan(Volume(scan.array + 5, scan.affine), file)
+    dataset.sync()
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    assert any(retired.startswith(f"{name}@") for retired in plan.dropped)
+    file.write_bytes(old)  # while the round is interrupted
+    dataset.sync()
+    make_pseudo_labels(dataset, replace(plan, chosen=()), NoProgress())
+    assert accepted(dataset) == {}
+    assert accepted(dataset, ended=True)[name].ended_because == "another scan has taken the place of its file"
+    assert not (dataset.folder / "labels" / PSEUDO / f"{name}.nii.gz").exists()
+
+
+def test_a_network_s_masks_do_not_take_the_place_of_pseudo_labels(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    request = {"model": "segmentation", "images": "unlabeled", "label_tag": PSEUDO}
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "batch_infer", request, SERVER)
+    with pytest.raises(DatasetError, match="rounds choose pseudo-labels"):
+        work.run(dataset, job, NoProgress())
+    assert set(accepted(dataset)) == {name}
+    mask = dataset.mask(name)
+    assert mask is not None
+    network = NewLabel(name, PSEUDO, "network", SERVER, bundle=2)  # nobody's work, wherever it comes from
+    dataset.store.save_label(network, dataset.store.label_file(mask))
+    assert accepted(dataset) == {}
+    make_now(dataset)
+    assert set(accepted(dataset)) == {name}
+
+
+def test_a_person_s_file_in_the_place_of_one_that_is_dropped_stays(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    said.lows = {}
+    dataset.watched = True  # the watcher has not seen it yet
+    file = dataset.folder / "labels" / PSEUDO / f"{name}.nii.gz"
+    mask = read_labels(file)
+    file.unlink()
+    write_labels(Volume(np.roll(mask.array, 1, axis=0), mask.affine), file)
+    own = file.read_bytes()
+    score(dataset, "segqc", NoProgress(), force=True)
+    plan = plan_pseudo_labels(dataset)
+    assert [*plan.dropped] == [name]
+    make_pseudo_labels(dataset, plan, NoProgress())
+    assert file.read_bytes() == own
+    assert accepted(dataset) == {}

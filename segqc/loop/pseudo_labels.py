@@ -6,6 +6,7 @@ whole, and what it asks for can be made scan by scan, and continued after a kill
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -170,7 +171,8 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
         ModelError: if the files of the bundle that the plan was made with are missing or damaged.
     """
     for scan, reason in plan.dropped.items():
-        with dataset.store.write() as transaction:
+        # a retired scan has another name as soon as its content is back
+        with contextlib.suppress(UnknownScan), dataset.store.write() as transaction:
             pseudo_labels.end(transaction, scan, reason)
     _remove_left_over(dataset)
     if not plan.chosen or plan.bundle is None:
@@ -199,11 +201,17 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
 
 
 def _remove_left_over(dataset: Dataset) -> None:
+    """Take away what is shown of pseudo-labels that train no more; what somebody has done with it meanwhile stays."""
     with dataset.store.read() as transaction:
         left_over = pseudo_labels.left_over(transaction)
-    for scan, tags in left_over.items():
-        for tag in tags:
-            dataset.store.remove_label(scan, tag, SERVER)
+    for scan, found in left_over.items():
+        removals = [NewLabel(scan, label.tag, "removal", SERVER, parent=label.id) for label in found]
+        with (
+            contextlib.suppress(UnknownScan, _ObsoleteError),
+            dataset.store.change_labels([LabelChange(removal, None) for removal in removals]) as change,
+        ):
+            if change.replaces_edits or found != [labels.current(change.transaction, scan, r.tag) for r in removals]:
+                raise _ObsoleteError("it was changed meanwhile")
 
 
 def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule: str, bundle: NetworkBundle) -> None:
@@ -222,7 +230,6 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
     result = assess(bundle, scan, *checked[1:], scan_id=entry.id, segmenter_version=version)
     rules = dataset.settings.pseudo_labels
     ignored = (result.errors > rules.max_error).any(axis=0)
-    # of the bundle, so that the same mask, accepted by another one, is another version
     actor = Actor(kind="system", name=f"bundle {bundle.number}", identified_by="program")
     new = NewLabel(
         entry.id, PSEUDO, "pseudo-label", actor, parent=mask.id, bundle=bundle.number, scan_sha256=entry.sha256

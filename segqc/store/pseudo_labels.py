@@ -104,14 +104,14 @@ def _is_a_persons(label: LabelRecord) -> bool:
     return label.source not in labels.NOT_BY_PEOPLE
 
 
-def left_over(transaction: Transaction) -> dict[str, list[str]]:
-    """The tags of pseudo-labels under which scans still have a label though it has ended or trains no more, by scan."""
+def left_over(transaction: Transaction) -> dict[str, list[LabelRecord]]:
+    """The labels that scans still have under the tags of pseudo-labels though these train no more, by scan."""
     accepted = {record.label.scan for record in listing(transaction)}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[LabelRecord]] = {}
     for tag in (PSEUDO, labels.IGNORED):
         for scan, label in labels.current_of_all(transaction, tag).items():
             if scan not in accepted and not _is_a_persons(label):
-                found.setdefault(scan, []).append(tag)
+                found.setdefault(scan, []).append(label)
     return found
 
 
