@@ -603,7 +603,7 @@ def test_an_archive_gives_the_same_rows_and_files(
 ) -> None:
     final = fill(store, folder, clock)
     with store.write() as transaction:
-        why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "is_audited": True}
+        why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)

@@ -551,3 +551,40 @@ def test_a_person_s_file_in_the_place_of_one_that_is_dropped_stays(pool: Dataset
     make_pseudo_labels(dataset, plan, NoProgress())
     assert file.read_bytes() == own
     assert accepted(dataset) == {}
+
+
+def test_settings_that_change_reach_what_is_accepted_already(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s", RULES + "max_error = 1.0\naudit_share = 0\n")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    before = accepted(dataset)[name]
+    assert plan_pseudo_labels(dataset).kept == (name,)
+    settings = dataset.folder / "segqc.toml"
+    settings.write_text(SETTINGS + '[pseudo_labels]\nmode = "full"\nmax_error = 0.0\naudit_share = 1\n')
+    dataset = Dataset(dataset.folder)
+    make_now(dataset)
+    now = accepted(dataset)[name]
+    assert (before.is_audited, now.is_audited) == (False, True)
+    assert (before.max_error, now.max_error, now.rule) == (1.0, 0.0, "all eligible scans")
+    ignored = [read_labels(dataset.store.label_file(record.ignored)).array.sum() for record in (before, now)]
+    assert ignored[0] == 0 < ignored[1]
+    plan = plan_pseudo_labels(dataset)
+    assert (plan.chosen, plan.kept) == ((), (name,))
+
+
+def test_a_mask_that_lacks_a_structure_is_not_accepted(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s", '\n[pseudo_labels]\nmode = "full"\n')
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    score(dataset, "segqc", NoProgress())
+    assert [planned.scan for planned in plan_pseudo_labels(dataset).chosen] == [name]
+    whole = dataset.assessment(name)
+    assert whole is not None
+    absent = replace(whole.structures[0], name="other", present=False, intervals=MetricIntervals())
+    lacking = replace(whole, structures=(*whole.structures, absent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segqc.loop.pseudo_labels.assessments.latest_of_all", lambda _: {name: lacking})
+        plan = plan_pseudo_labels(dataset)
+    assert plan.chosen == ()
+    assert plan.refused["its mask lacks a structure"] == 1

@@ -65,7 +65,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     """Choose the scans whose masks are accepted now, and say what that changes; nothing is changed yet.
 
     Looked at are the scans that wait for a person's first label, with the masks and the assessments of the bundle that
-    serves. An accepted mask that was accepted before by the same bundle is kept; one of another bundle is made anew.
+    serves. An accepted mask that was accepted before by the same bundle and settings is kept; others are made anew.
     """
     rules = dataset.settings.pseudo_labels
     try:
@@ -85,6 +85,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         left_over = pseudo_labels.left_over(transaction)
     splits = dataset.patient_splits()
     supervised = sum(splits[case.patient].split == "train" for case in dataset.cases())
+    numbers = {scan.name: scan.id for scan in waiting}
     segmenter = bundle.manifest.networks["segmentation"].version if bundle and bundle.holds("segmentation") else None
     candidates = []
     for scan in waiting:
@@ -95,7 +96,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     chosen, kept = [], []
     for accepted in choice.accepted:
         mask, record = masks[accepted.scan], before.get(accepted.scan)
-        if record is not None and _is_of(record, mask.id, bundle):
+        if record is not None and _is_as_planned(record, mask.id, bundle, rules, str(rules), numbers[accepted.scan]):
             kept.append(accepted.scan)
         else:
             chosen.append(
@@ -132,16 +133,21 @@ def _candidate(
     return Candidate(
         scan.name,
         scan.split,
+        is_whole=all(quality.present for quality in assessment.structures),
         is_served=made_by is not None and made_by == segmenter and assessment.mask_kind == "served",
         dice=assessment.dice,
         interval=weakest_interval(assessment),
     )
 
 
-def _is_of(record: PseudoLabelRecord, mask: int, bundle: NetworkBundle | None) -> bool:
-    """Whether a pseudo-label is of this mask, accepted by this bundle."""
+def _is_as_planned(
+    record: PseudoLabelRecord, mask: int, bundle: NetworkBundle | None, rules: PseudoLabelRules, rule: str, scan: int
+) -> bool:
+    """Whether a pseudo-label is of this mask, accepted by this bundle and by these settings."""
     by = record.label.bundle
-    return record.label.parent == mask and by is not None and bundle is not None and by.id == bundle.number
+    is_of = record.label.parent == mask and by is not None and bundle is not None and by.id == bundle.number
+    settings = rule, rules.max_error, rules.is_audited(scan)
+    return is_of and (record.rule, record.max_error, record.is_audited) == settings
 
 
 def plan_in_words(plan: PseudoLabelPlan) -> str:
@@ -182,10 +188,16 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
     entries = {entry.id: entry for entry in dataset.waiting()}
     with dataset.store.read() as transaction:
         made = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
+        numbers = {scan.name: scan.id for scan in scans.listing(transaction, states=_WAITING)}
     failed: dict[str, str] = {}
     for i, planned in enumerate(plan.chosen):
         progress.step(i, len(plan.chosen), "pseudo-labels", planned.scan)
-        if planned.scan in made and _is_of(made[planned.scan], planned.mask, bundle):
+        record, number = made.get(planned.scan), numbers.get(planned.scan)
+        if (
+            record is not None
+            and number is not None
+            and _is_as_planned(record, planned.mask, bundle, rules, plan.rule, number)
+        ):
             continue  # by an earlier attempt
         try:
             if rules.mode == "off":
@@ -256,6 +268,7 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
                 low=planned.low,
                 level=planned.level,
                 rule=rule,
+                max_error=rules.max_error,
                 is_audited=rules.is_audited(now.id),
             )
 
@@ -312,7 +325,10 @@ def _seen_by(dataset: Dataset, bundles: set[int]) -> Mapping[int, set[str]]:
 
 
 def pseudo_label_audits(dataset: Dataset, rules: PseudoLabelRules, *, simulated: bool = False) -> AuditBound:
-    """What people's corrections of randomly drawn pseudo-labels say of all of them.
+    """What people's corrections of randomly drawn pseudo-labels say of all that the rule accepts.
+
+    Counted are those that this very rule has accepted, by whatever bundle: audits of a stricter one would vouch for
+    masks of a kind that nobody has looked at.
 
     Args:
         dataset: the folder.
@@ -320,5 +336,5 @@ def pseudo_label_audits(dataset: Dataset, rules: PseudoLabelRules, *, simulated:
         simulated: whether simulated corrections are wanted, instead of people's.
     """
     with dataset.store.read() as transaction:
-        found = pseudo_labels.audited(transaction, simulated=simulated)
+        found = pseudo_labels.audited(transaction, simulated=simulated, rule=str(rules))
     return audit_bound([audit.true_dice for audit in found], rules.min_dice)

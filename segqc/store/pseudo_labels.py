@@ -40,6 +40,7 @@ def add(
     low: float,
     level: float,
     rule: str,
+    max_error: float,
     is_audited: bool,
 ) -> None:
     """Record why a label version was accepted as a pseudo-label; the fields are those of `PseudoLabelRecord`."""
@@ -51,6 +52,7 @@ def add(
         low=low,
         level=level,
         rule=rule,
+        max_error=max_error,
         is_audited=is_audited,
     )
 
@@ -124,15 +126,17 @@ class AuditedPseudoLabel:
     true_dice: float
 
 
-def audited(transaction: Transaction, *, simulated: bool = False) -> list[AuditedPseudoLabel]:
+def audited(transaction: Transaction, *, simulated: bool = False, rule: str | None = None) -> list[AuditedPseudoLabel]:
     """What random draws among the pseudo-labels showed of them, oldest first.
 
     These are the pseudo-labels' own audits, and audit draws of all waiting scans that met one. Left out are corrections
-    of a part of the scan, those of labels that were rejected since, and excluded scans.
+    of a part of the scan, those of labels that were rejected since, and excluded scans. A mask that several annotators
+    have corrected counts once, with the least Dice.
 
     Args:
         transaction: what to read in.
         simulated: whether simulated corrections are wanted, instead of people's.
+        rule: the rule that the masks were accepted by; None for all.
     """
     made = aliased(LabelVersion)
     was_accepted = exists().where(
@@ -141,6 +145,8 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Audite
         made.made_at <= LeaseRow.handed_out_at,
         or_(_OPEN, PseudoLabelRow.ended_at >= LeaseRow.handed_out_at),
     )
+    if rule is not None:
+        was_accepted = was_accepted.where(PseudoLabelRow.rule == rule)
     query = (
         select(Scan.name, Patient.name, func.min(CorrectionStructure.dice))
         .select_from(Correction)
@@ -157,8 +163,8 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Audite
             Scan.state != "excluded",
             was_accepted,
         )
-        .group_by(Correction.id, Scan.name, Patient.name)
-        .order_by(Correction.id)
+        .group_by(Correction.from_version_id, Scan.name, Patient.name)
+        .order_by(func.min(Correction.id))
     )
     # without a structure in mask and truth there is nothing wrong with it
     rows = transaction.execute(query)
@@ -189,6 +195,7 @@ def _record(transaction: Transaction, row: PseudoLabelRow) -> PseudoLabelRecord:
         low=row.low,
         level=row.level,
         rule=row.rule,
+        max_error=row.max_error,
         is_audited=row.is_audited,
         ended_at=row.ended_at,
         ended_because=row.ended_because,

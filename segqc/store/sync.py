@@ -176,8 +176,8 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
             messages.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
         elif trained and scan.name in labelled and places.get(patient) != places[scan.patient]:
             messages.append(
-                f"{stays}, as networks may have been trained with it; move segqc/models and segqc/training away to begin "
-                "anew"
+                f"{stays}, as networks may have been trained with it; move segqc/models and segqc/training away to "
+                "begin anew"
             )
         elif store.is_writable:
             free.append((scan, patient))
@@ -625,7 +625,7 @@ def _sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop:
     unsettled: set[str] = set()
     unreadable: dict[str, str] = {}
     settled = 0
-    for entry, status in _files(folder, unreadable):
+    for entry, status in _files(folder, unreadable) if folder.is_dir() else ():
         name = entry.name
         if name != printable(name):
             unreadable[printable(name)] = _UNPRINTABLE
@@ -798,10 +798,16 @@ class _Overtaken(Exception):  # noqa: N818 - not an error
 
 
 def _tag_folders(store: Store) -> list[Path]:
+    """The folders of the tags.
+
+    People's labels do not go with their whole folder, which may just not be mounted. Pseudo-labels do: without their
+    files nobody would see what trains.
+    """
     if not store.files.views.is_dir():
         return []
     with os.scandir(store.files.views) as found:
-        return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        folders = {Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith(".")}
+    return sorted(folders | {store.files.views / labels.PSEUDO})
 
 
 def _without_tag(store: Store) -> dict[str, Finding]:
