@@ -15,6 +15,7 @@ from segqc.cli import main
 from segqc.loop.dataset import Dataset
 from segqc.loop.drift import StructureDrift, alarm_of, drift, watch_serving
 from segqc.loop.recalibration import audit, use
+from segqc.loop.review import review
 from segqc.loop.submission import submit_label
 from segqc.networks.assessor import Assessor
 from segqc.quality.calibration import MaskCalibration, StructureCalibration
@@ -170,10 +171,19 @@ def test_what_calibrates_cannot_raise_the_alarm(dataset: Dataset) -> None:
 def test_an_alarm_ends_where_the_corrections_behind_it_were_wrong(dataset: Dataset) -> None:
     wrong = correct(dataset, AUDIT, 12)
     for scan in wrong:
-        dataset.store.review(scan, "rejected", ANNA, "not good")
-    correct(dataset, AUDIT, 1)
+        review(dataset, scan, "rejected", ANNA, "not good")
     assert dataset.drift_alarm() is None
     assert told(dataset) == ["drift alarm", "drift alarm ended"]
+
+
+def test_an_alarm_is_told_nowhere_where_none_is_wanted(dataset: Dataset) -> None:
+    correct(dataset, AUDIT, 12)
+    settings = dataset.folder / "segqc.toml"
+    settings.write_text(f"{settings.read_text()}\n[models]\ndrift_level = 0.0\n")
+    for command in (("rank",), ("intervals",), ("models", "show")):
+        last = ["2"] if command[0] == "models" else []
+        assert json.loads(run(*command, str(dataset.folder), *last, "--json"))["drift_alarm"] is None
+    assert Dataset(dataset.folder).drift_alarm() is None
 
 
 def test_a_patient_counts_once(narrow: Path, tmp_path: Path) -> None:

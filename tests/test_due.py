@@ -125,6 +125,8 @@ def open_round(store: Store) -> JobRecord:
         (1, NOON - dt.timedelta(hours=11), RoundSettings(at=dt.time(2)), "02:00 o'clock, 1 correction since round 3"),
         (1, NOON - dt.timedelta(hours=9), RoundSettings(at=dt.time(2)), None),  # it came at 3: for the next night
         (1, NOON - dt.timedelta(days=3), RoundSettings(at=dt.time(13)), "13:00 o'clock, 1 correction since round 3"),
+        (1, NOON + dt.timedelta(hours=1), RoundSettings(at=dt.time(13)), None),  # a clock that is a little ahead
+        (1, NOON + dt.timedelta(days=9), RoundSettings(at=dt.time(13)), "13:00 o'clock, 1 correction since round 3"),
     ],
 )
 def test_a_round_is_due_after_corrections_or_at_a_time_of_day(
@@ -149,6 +151,12 @@ def test_the_time_of_day_is_the_local_one(now: str, at: str, last: str) -> None:
         dt.datetime.fromisoformat(now).replace(tzinfo=zone).astimezone(dt.UTC), dt.time.fromisoformat(at), zone
     )
     assert found == dt.datetime.fromisoformat(last).replace(tzinfo=zone).astimezone(dt.UTC)
+
+
+def test_a_time_of_day_that_the_clocks_were_put_past_at_midnight_was_the_day_before() -> None:
+    now = dt.datetime(2026, 3, 29, 1, 10, tzinfo=dt.UTC)  # ten past midnight; at 23:00 it became midnight
+    found = last_time_of_day(now, dt.time(23, 30), ZoneInfo("America/Scoresbysund"))
+    assert found == dt.datetime(2026, 3, 28, 1, 30, tzinfo=dt.UTC)
 
 
 def test_a_due_round_is_put_with_who_and_why_and_never_beside_another_one(store: Store, clock: Clock) -> None:
@@ -195,7 +203,7 @@ def test_only_people_s_labels_that_stand_are_corrections(store: Store, folder: P
         pseudo = NewLabel(f"scan_{i}", "final", "pseudo-label", network, bundle=pair.id)
         store.save_label(pseudo, label_map(folder.parent / "incoming.nii.gz", i))
     with store.read() as transaction:
-        assert rounds.labelled_since(transaction, None).scans == 1
+        assert rounds.labelled_since(transaction, 0).scans == 1
     assert due(store) is None
 
 
@@ -213,6 +221,20 @@ def test_a_round_that_failed_or_was_stopped_is_not_put_again_at_once(store: Stor
     assert due(store) is None
     label(store, clock, 3, 4, 5)
     assert due(store) == "by the settings: 3 corrections before the first round", "none has begun"
+
+
+@pytest.mark.parametrize("hours", [-9000, -1, 1, 9000])
+def test_a_clock_that_is_set_neither_stops_rounds_nor_repeats_them(store: Store, clock: Clock, hours: int) -> None:
+    label(store, clock, 0, 1, 2)
+    clock.pass_(hours=hours)
+    assert due(store) is not None
+    do_round(store, clock, open_round(store).id, 3)
+    assert due(store) is None, "the labels of before are no news"
+    clock.pass_(hours=hours)
+    label(store, clock, 3, 4)
+    assert due(store) is None
+    label(store, clock, 5)
+    assert due(store) == "by the settings: 3 corrections since round 1"
 
 
 def test_a_round_that_no_training_could_do_is_not_put(store: Store, clock: Clock) -> None:
@@ -471,4 +493,4 @@ def test_a_folder_without_rounds_says_how_they_begin(tmp_path: Path) -> None:
     (tmp_path / "new" / "segqc.toml").write_text('[round]\nafter_corrections = 20\nat = "2:00"\n')
     table = listed(tmp_path / "new")
     assert "No round was ever begun here" in table
-    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections" in table
+    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections." in table

@@ -30,6 +30,7 @@ from segqc.networks.segmenter import Segmenter
 from segqc.progress import described
 from segqc.quality.report_card import AT_RANDOM
 from segqc.quality.witnesses import UNLIKENESS
+from segqc.split import PatientSplit
 from segqc.store import bundles, jobs, rounds, scans
 from segqc.store.events import SERVER
 from segqc.store.records import ScanRecord
@@ -478,6 +479,46 @@ def test_a_round_begins_with_what_came_into_the_folder_meanwhile(dataset: Datase
     with pytest.raises(KeyboardInterrupt):
         work.run(dataset, job, Lines("round: train segmentation"))
     assert "c9" in {scan.name for scan in stored_scans(dataset)}
+
+
+@pytest.mark.usefixtures("quick_trainings")
+def test_a_continued_round_trains_again_what_cannot_be_published_any_more(dataset: Dataset) -> None:
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "round", {}, SERVER)
+    with pytest.raises(KeyboardInterrupt):
+        work.run(dataset, job, Lines("round: publish"))
+    models = dataset.own / "training" / "rounds" / "1"
+    (models / "segmentation.pt").unlink()  # as after a restore
+    lines = Lines("round: publish")
+    with pytest.raises(KeyboardInterrupt):
+        work.run(dataset, job, lines)
+    assert [m for m in lines.messages if m.startswith("train")] == [
+        "train segmentation: again, its model is gone or knows other structures"
+    ]
+    assert (models / "segmentation.pt").is_file()
+    settings = dataset.folder / "segqc.toml"
+    settings.write_text(settings.read_text().replace("ball = [1]", "sphere = [1]"))
+    lines = Lines("round: train segmentation")
+    with pytest.raises(KeyboardInterrupt):
+        work.run(Dataset(dataset.folder), job, lines)
+    assert [m.split(":")[0] for m in lines.messages if m.startswith("train")] == ["train segmentation", "train segqc"]
+
+
+@pytest.mark.usefixtures("quick_trainings")
+def test_a_labelled_scan_that_comes_while_a_round_trains_is_no_surprise(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = dataset.assessor()
+    shutil.copy(dataset.folder / "c7.nii.gz", dataset.folder / "new.nii.gz")
+    shutil.copy(next((dataset.folder / "labels/final").glob("*.nii.gz")), dataset.folder / "labels/final/new.nii.gz")
+
+    def learn(cases: list[Case], _: object, splits: dict[str, PatientSplit], *__: object) -> Any:
+        assert {case.patient for case in cases} <= splits.keys()
+        assert "new" in splits
+        return trained
+
+    monkeypatch.setattr("segqc.loop.training.train_assessor", learn)
+    train(dataset, "segqc", NoProgress())
 
 
 def stored_scans(dataset: Dataset) -> list[ScanRecord]:

@@ -791,7 +791,13 @@ def with_masks(folder: Path, level: float, patients: int = 20) -> dict[NetworkNa
     "level, patients, tolerated, number", [(0.6, 20, 0.0, 1), (0.6, 8, 0.0, 2), (0.6, 20, 0.3, 2), (0.8, 20, 0.0, 2)]
 )
 def test_a_bundle_of_worse_masks_is_kept_and_does_not_serve_by_itself(
-    store: Store, tmp_path: Path, level: float, patients: int, tolerated: float, number: int
+    store: Store,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    level: float,
+    patients: int,
+    tolerated: float,
+    number: int,
 ) -> None:
     shelf = Bundles(store, Settings(models=ModelsSettings(tolerated_fall=tolerated)))
     shelf.publish(with_masks(tmp_path / "first", 0.75), ANNA, "first")
@@ -799,6 +805,8 @@ def test_a_bundle_of_worse_masks_is_kept_and_does_not_serve_by_itself(
     with shelf.publishing({"segmentation": new["segmentation"]}, BERT, "a training") as publication:
         held = publication.held_because
     assert serving(shelf) == number
+    told = "on 8 validation patients, too few to hold the new bundle for it; 'segqc models serve"
+    assert (told in caplog.text) == (patients == 8)
     if number == 1:
         assert held is not None and "on 20 validation patients that both were checked on" in held
         assert "the mean Dice of its masks is lower by 0.1" in held

@@ -17,11 +17,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from segqc.selection import segqc as worst_first
-from segqc.selection import sequential
+from segqc.selection import sequential, strategies
 from segqc.split import SplitConfig, split_patients
-from segqc.store import assessments, corrections, events, jobs, labels, leases, orders, scans
+from segqc.store import assessments, bundles, corrections, events, jobs, labels, leases, orders, scans
 from segqc.store import sync as folder_module
 from segqc.store.database import StoreError
+from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
@@ -583,11 +584,46 @@ def test_an_assessment_of_another_scans_mask_is_refused(store: Store, folder: Pa
 
 
 def test_scores_are_replaced(store: Store) -> None:
+    bundle(store, "b")
     for value, version in ((0.4, "a"), (0.6, "b")):
         with store.write() as transaction:
             assessments.write_score(transaction, "scan_1", "tta", value, version)
     with store.read() as transaction:
         assert assessments.scores(transaction, "tta") == {"scan_1": (0.6, "b")}
+
+
+def test_only_scores_of_the_serving_bundle_and_of_the_current_mask_order_scans(store: Store, folder: Path) -> None:
+    old = bundle(store, "seg1")
+    save_mask(store, folder.parent, "scan_1", 5)
+    with store.write() as transaction:
+        assessments.write_score(transaction, "scan_1", "tta", 0.4, "seg1")
+        assessments.write_score(transaction, "scan_1", "expected-gain", -0.4, "qc", bundle=old.id)
+
+    def scored() -> list[bool]:
+        with store.read() as transaction:
+            listed = [bool(assessments.scores(transaction, method)) for method in ("tta", "expected-gain")]
+            assert listed == [assessments.has_score(transaction, "scan_1", m) for m in ("tta", "expected-gain")]
+        for (method, actor), expected in zip((("tta", ANNA), ("expected-gain", BERT)), listed, strict=True):
+            with store.write() as transaction:
+                lease = leases.acquire(transaction, actor, method, strategies()[method].order, PLAIN)
+                assert lease is not None
+                assert lease.strategy == (method if expected else "uniform-random")
+                leases.release(transaction, lease.scan, SERVER)
+        return listed
+
+    assert scored() == [True, True]
+    bundle(store, "seg1", "qc2")
+    assert scored() == [True, False], "the same segmentation network serves"
+    bundle(store, "seg2", "qc2")
+    assert scored() == [False, False]
+    with store.write() as transaction:
+        bundles.serve(transaction, old.id, SERVER)
+    assert scored() == [True, True]
+    save_final(store, folder.parent, "scan_1", 3)
+    store.remove_label("scan_1", "final", ANNA)
+    assert scored() == [True, True], "the mask is the same"
+    store.save_label(NewLabel("scan_1", "original", "import", ANNA), label_map(folder.parent / "incoming.nii.gz", 7))
+    assert scored() == [True, False], "another mask"
 
 
 # ------------------------------------------------------------------------------------------------------------ leases

@@ -406,6 +406,16 @@ def test_number_beyond_float32_is_refused(tmp_path):
     refused(save_nifti(tmp_path / "huge.nii", np.full(SHAPE, 1e300)), "NaN or infinite")
 
 
+@pytest.mark.parametrize("padding", [np.finfo(np.float32).min, 1e13])
+def test_intensities_that_cannot_be_meant_are_refused(tmp_path, padding):
+    # finite, but their squares are not: one such scan would end a training, or the scoring of all others
+    array = np.ones(SHAPE, np.float32)
+    array[0] = padding
+    refused(save_nifti(tmp_path / "padded.nii", array), "intensities from .* cannot be meant")
+    array[0] = 1e9  # as of PET, in becquerels per millilitre
+    assert read_scan(save_nifti(tmp_path / "pet.nii", array)).array.max() == np.float32(1e9)
+
+
 @pytest.mark.parametrize(
     ("matrix", "finding"),
     [

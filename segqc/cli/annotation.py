@@ -225,10 +225,11 @@ def review(
 ) -> None:
     """Approve a submitted scan, reject it (back into the queue), exclude it, or reopen it."""
     from segqc.loop.review import STATE_OF
+    from segqc.loop.review import review as review_scan
 
     dataset = dataset_at(folder, config)
     scan = scan_named(dataset, scan)
-    dataset.store.review(scan, STATE_OF[decision.value], me(), reason)
+    review_scan(dataset, scan, STATE_OF[decision.value], me(), reason)
     typer.echo(visible(f"{scan}: {STATE_OF[decision.value]}{f' ({reason})' if reason else ''}"))
 
 
@@ -314,7 +315,6 @@ def leases(
     as_csv: AsCsv = False,
 ) -> None:
     """List the scans that are handed out: to whom, until when, and what chose them."""
-    from segqc.quality.witnesses import ORDERS
     from segqc.selection import scores
     from segqc.store import assessments
     from segqc.store import leases as stored
@@ -323,15 +323,12 @@ def leases(
     with dataset.store.read() as transaction:
         found = stored.listing(transaction, state=None if every else "open")
         judged = {lease.id: lease.assessment for lease in found if lease.assessment is not None}
+        dice = assessments.dice(transaction, list(judged.values()))
         intervals = assessments.dice_intervals(transaction, list(judged.values()))
         reasons = stored.skip_reasons(transaction) if every else {}
-    known = scores()
-    # what a strategy of its own score chose by: no estimate of SegQC-Net's, and perhaps no Dice
-    chosen_by = {lease.id: known.get(lease.strategy) for lease in found if lease.draw == "strategy"}
-    other_score = {lease for lease, score in chosen_by.items() if score is not None and score.function is not None}
-    no_dice = {lease for lease, score in chosen_by.items() if score is not None and not score.is_dice}
-    by_witness = {lease.id for lease in found if lease.strategy in ORDERS.keys() - known.keys()}
-    other_score, no_dice = other_score | by_witness, no_dice | by_witness
+    # a baseline may have chosen by an estimate of its own, where SegQC-Net has none
+    by_baseline = {name for name, score in scores().items() if score.is_dice and score.function is not None}
+    own = {lease.id: lease.score for lease in found if lease.draw == "strategy" and lease.strategy in by_baseline}
     rows: list[Row] = [
         {
             "scan": lease.scan,
@@ -345,8 +342,8 @@ def leases(
             "probability": lease.probability,
             **estimate(
                 "estimated Dice",
-                lease.score if lease.id not in no_dice else None,
-                intervals.get(judged[lease.id]) if lease.id in judged and lease.id not in other_score else None,
+                dice[judged[lease.id]] if lease.id in judged else own.get(lease.id),
+                intervals.get(judged[lease.id]) if lease.id in judged else None,
                 as_json=as_json,
                 as_csv=as_csv,
             ),

@@ -758,8 +758,15 @@ def serve(
         if error.name is None or not error.name.startswith("monailabel"):
             raise
         raise CommandError("the server is not installed; pip install 'segqc[server]'") from error
+    from segqc.selection import strategies
+
     flags = _given(host=host, port=port, bootstrap=bootstrap)
     settings = dataset_at(folder, None, {"server": flags} if flags else {}).settings.server
+    if settings.strategy not in (there := strategies()):
+        raise CommandError(
+            f"{folder / 'segqc.toml'}: server.strategy: there is no strategy {settings.strategy!r}; there are "
+            f"{', '.join(sorted(there))}"
+        )
     run(
         folder,
         host=settings.host,

@@ -56,13 +56,14 @@ def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -
     card = shelf.open(number).manifest.report
     with shelf.store.read() as transaction:
         published = bundles.get(transaction, number)
+    alarm = published.drift_alarm if settings_of(folder).models.drift_level else None
     if as_json:
         body = {
             "bundle": number,
             "serving": published.is_serving,
             "held_because": published.held_because,
             "report_card": None if card is None else to_json(card),
-            "drift_alarm": None if published.drift_alarm is None else alarm_to_json(published.drift_alarm),
+            "drift_alarm": None if alarm is None else alarm_to_json(alarm),
         }
         typer.echo(json.dumps(body, indent=1))
         return
@@ -72,8 +73,8 @@ def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -
     if card is None:
         typer.echo("it has no report card: its estimates were never checked (segqc train segqc makes one)")
     print_card(card, more=True)
-    if published.drift_alarm is not None:
-        typer.echo(drift_sentence(published.drift_alarm))
+    if alarm is not None:
+        typer.echo(drift_sentence(alarm))
 
 
 @app.command()

@@ -53,7 +53,7 @@ def list_rounds(
     extra: dict[str, object] = {"next": dataclasses.asdict(info)} if as_json else {}
     title = f"{folder}: rounds"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="rounds", terms=_TERMS, empty=_NONE)
-    for sentence in (_next(info), info.message) if not as_json else ():
+    for sentence in (_next(info, has_rounds=bool(found)), info.message) if not as_json else ():
         typer.echo(sentence, err=as_csv)
 
 
@@ -105,9 +105,10 @@ def _utc(at: dt.datetime | None) -> str | None:
     return None if at is None else at.isoformat(timespec="seconds")
 
 
-def _next(info: RoundsInfo) -> str:
-    """When the next round begins by itself."""
-    came = f"{info.corrections} correction{'' if info.corrections == 1 else 's'} since the last one began"
+def _next(info: RoundsInfo, *, has_rounds: bool) -> str:
+    """When the next round begins by itself, or the first one."""
+    since = " since the last one began" if has_rounds else ""
+    came = f"{info.corrections} correction{'' if info.corrections == 1 else 's'}{since}"
     conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
     conditions += [f"at {info.at}"] if info.at is not None else []
     if not conditions:

@@ -332,7 +332,12 @@ class Dataset:
         return bundle.manifest.report if bundle is not None else None
 
     def drift_alarm(self) -> DriftAlarm | None:
-        """What audit draws say against the estimates of the bundle that serves; None where they say nothing."""
+        """What audit draws say against the estimates of the bundle that serves.
+
+        None where they say nothing, and where the settings want no alarms.
+        """
+        if not self.settings.models.drift_level:
+            return None
         with self.store.read() as transaction:
             return bundles.drift_alarm(transaction)
 
@@ -361,17 +366,20 @@ class Dataset:
         with self.store.write() as transaction:
             scans.expect(transaction, assessment.scan, content)
             assessments.write(transaction, assessment, mask.id, bundle)
+            if not assessments.is_shown(transaction, assessment.scan, mask.id, bundle):
+                return
             ranked_by = bundles.ranked_by(transaction)
             said = [named_witnesses(quality.witnesses) for quality in assessment.structures]
             value = worst_witness(ranked_by, said) if ranked_by is not None else None
             if ranked_by is not None and value is not None:  # the scan is ranked by it, not by the estimate
                 version = assessment.segmenter_version or assessment.assessor_version
-                assessments.write_score(transaction, assessment.scan, ranked_by, value, version)
+                assessments.write_score(transaction, assessment.scan, ranked_by, value, version, bundle=bundle)
             of_scan = {EXPECTED_GAIN: -assessment.error_volume_ml}
             if assessment.unlikeness is not None:
                 of_scan[UNLIKENESS] = -assessment.unlikeness.score
+            version = assessment.assessor_version
             for method, score in of_scan.items():
-                assessments.write_score(transaction, assessment.scan, method, score, assessment.assessor_version)
+                assessments.write_score(transaction, assessment.scan, method, score, version, bundle=bundle)
 
     def mask(self, name: str) -> LabelRecord | None:
         """The current mask of a scan: what a network made, or a person put there as such."""
@@ -404,12 +412,12 @@ class Dataset:
         return self.store.save_label(label, source)
 
     def score_versions(self, method: str) -> dict[str, str]:
-        """The version of the network that a baseline's score speaks of, of all scans that have one."""
+        """The version of the network that a score speaks of, of all scans that have one of the serving bundle."""
         with self.store.read() as transaction:
             return {name: version for name, (_, version) in assessments.scores(transaction, method).items()}
 
     def scores(self, method: str) -> dict[str, float]:
-        """A baseline's scores of all scans that have one; the lowest is the worst."""
+        """The scores of all scans that have one of the serving bundle; the lowest is the worst."""
         with self.store.read() as transaction:
             return {name: value for name, (value, _) in assessments.scores(transaction, method).items()}
 

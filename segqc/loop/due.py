@@ -61,7 +61,7 @@ def _why_due(transaction: Transaction, settings: Settings) -> str | None:
     """Why a round is due; None where it is not, one is open, or too few patients are labelled for any training."""
     if jobs.open_jobs(transaction, "round"):
         return None
-    waiting = rounds.labelled_since(transaction, rounds.last_began_at(transaction))
+    waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     reason = why_due(waiting, rounds.last_number(transaction), settings.round, transaction.now)
     needed = max(settings.training_settings(network).min_cases for network in NETWORKS)
     return reason if reason is not None and rounds.labelled_patients(transaction) >= needed else None
@@ -93,7 +93,10 @@ def why_due(
     came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
     if settings.after_corrections and waiting.scans >= settings.after_corrections:
         return came
-    if settings.at is None or waiting.first_at is None or waiting.first_at > last_time_of_day(now, settings.at, zone):
+    if settings.at is None or waiting.first_at is None:
+        return None
+    # what came a day or more from now came before the clock was set back
+    if last_time_of_day(now, settings.at, zone) < waiting.first_at < now + _DAY:
         return None
     return f"{settings.at:%H:%M} o'clock, {came}"
 
@@ -112,7 +115,9 @@ def last_time_of_day(now: dt.datetime, at: dt.time, zone: dt.tzinfo | None = Non
     """
     today = now.astimezone(zone).date()
     # a time without a zone is the machine's, also where the clocks were changed today
-    by_day = [dt.datetime.combine(day, at, zone).astimezone(dt.UTC) for day in (today, today - _DAY)]
+    # one that clocks were put past at the end of yesterday is still to come: then it was the day before
+    days = (today, today - _DAY, today - 2 * _DAY)
+    by_day = [dt.datetime.combine(day, at, zone).astimezone(dt.UTC) for day in days]
     return next(time for time in by_day if time <= now)
 
 
@@ -127,7 +132,7 @@ def outlook_of(transaction: Transaction, settings: RoundSettings) -> Outlook:
     if version is not None:
         served = corrections.audited_masks(transaction, version)
         served = served or corrections.audited_masks(transaction, version, simulated=True)
-    waiting = rounds.labelled_since(transaction, rounds.last_began_at(transaction))
+    waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     found = checked(rounds.listing(transaction))
     return outlook(served, found, waiting.scans, enough_dice=settings.enough_dice)
 

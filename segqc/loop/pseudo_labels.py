@@ -83,8 +83,9 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         assessed = assessments.latest_of_all(transaction)
         before = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
         left_over = pseudo_labels.left_over(transaction)
+    labelled = dataset.cases()  # before the splits: new scans in the folder are taken in now
     splits = dataset.patient_splits()
-    supervised = sum(splits[case.patient].split == "train" for case in dataset.cases())
+    supervised = sum(splits[case.patient].split == "train" for case in labelled)
     numbers = {scan.name: scan.id for scan in waiting}
     segmenter = bundle.manifest.networks["segmentation"].version if bundle and bundle.holds("segmentation") else None
     candidates = []

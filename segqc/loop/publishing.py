@@ -37,7 +37,7 @@ from segqc.networks.bundle import (
 from segqc.networks.card import NetworkName
 from segqc.networks.model_file import ModelError, model_status
 from segqc.quality.report_card import BY_ESTIMATE, ReportCard, is_worse
-from segqc.quality.stopping import worse_masks
+from segqc.quality.stopping import fall_of_few, worse_masks
 from segqc.settings import Settings
 from segqc.store import bundles, events, jobs
 from segqc.store.bundles import NewBundle
@@ -234,6 +234,11 @@ class Bundles:
             worse = worse_masks(card.validation, segmentation.validation, tolerated=tolerated)
             if worse is not None:
                 return worse
+            if (fall := fall_of_few(card.validation, segmentation.validation)) is not None:
+                logger.warning(
+                    "%s; 'segqc models serve %s %d' lets the one before serve again",
+                    *(fall, self.store.dataset, parent.bundle.id),
+                )
         report = new["segqc"].read_card().report if "segqc" in new else None
         known = served.manifest.report
         return is_worse(report, known) if report is not None and known is not None else None

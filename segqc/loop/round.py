@@ -1,6 +1,8 @@
 """A round of the loop: train both networks, publish them as one bundle, segment and assess the pool.
 
-Each finished step is recorded, and not done again when the round is continued after its process has died.
+Each finished step is recorded, and not done again when the round is continued after its process has died. A training
+is, where its model can't be published any more: its file is gone, as backups hold none of a round that goes on, or
+[structures] have changed.
 
 Where pseudo-labels are wanted, they are chosen twice. At the beginning, so that what trains was accepted by the bundle
 that serves now, with the labels, estimates and settings of now. At the end, by the bundle that serves then, so that
@@ -32,7 +34,7 @@ from segqc.loop.requests import (
 )
 from segqc.loop.scoring import score
 from segqc.loop.training import chosen_settings, train_unpublished, training_result
-from segqc.networks.bundle import model_name
+from segqc.networks.bundle import model_name, source_of
 from segqc.networks.model_file import ModelError
 from segqc.quality.stopping import outlook_sentence
 from segqc.settings import NetworkName
@@ -65,6 +67,10 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     with dataset.store.write() as transaction:
         number, done = jobs.begin_round(transaction, job.id, labelled)
     folder = _folder(dataset, number)
+    if PUBLISH_STEP not in done:
+        for network in [n for n in NETWORKS if training_step(n) in done and not _is_usable(dataset, folder, n)]:
+            progress.message(f"{training_step(network)}: again, its model is gone or knows other structures")
+            del done[training_step(network)]
 
     def finish(name: str, result: JsonObject) -> None:
         with dataset.store.write() as transaction:
@@ -116,6 +122,15 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     with dataset.store.read() as transaction:
         progress.message(outlook_sentence(outlook_of(transaction, dataset.settings.round)))
     return RoundResult(round=number, steps=done)
+
+
+def _is_usable(dataset: Dataset, folder: Path, network: NetworkName) -> bool:
+    """Whether what a finished training has made can still be published."""
+    try:
+        known = source_of(folder / model_name(network), network).read_card().structures
+    except ModelError:
+        return False
+    return set(known) == set(dataset.structures)
 
 
 def _folder(dataset: Dataset, number: int) -> Path:

@@ -12,6 +12,7 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Prediction, Segmenter
 from segqc.selection import score_of, scores
+from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
 from segqc.store.records import LabelRecord
@@ -112,7 +113,10 @@ def _score_segqc(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle, forc
     mask = mask_to_assess(dataset, entry, bundle.segmenter())
     if mask is not None and not force:
         with dataset.store.read() as transaction:
-            if assessments.of_bundle(transaction, mask.id, bundle.number) is not None:
+            known = assessments.of_bundle(transaction, mask.id, bundle.number) is not None
+            # a bundle that serves again may have lost its scores to another one
+            shown = known and assessments.is_shown(transaction, entry.id, mask.id, bundle.number)
+            if known and not (shown and not assessments.has_score(transaction, entry.id, EXPECTED_GAIN)):
                 return False
     assess_scan(dataset, entry, bundle)
     return True

@@ -194,7 +194,7 @@ def _learn(
     structures, cases = dataset.structures, dataset.cases()
     # after the labels: one that is new in the folder ends the pseudo-label of its scan when it is taken in
     pseudo = pseudo_cases(dataset) if network == "segmentation" else NO_PSEUDO_CASES
-    patient_splits = dict(dataset.patient_splits())
+    patient_splits = dict(dataset.patient_splits())  # read last: scans may have come into the folder until now
     folds = len({split.fold for split in patient_splits.values()})
     if network == "segqc" and min(settings.folds, len(patient_splits)) != folds:
         logger.warning(

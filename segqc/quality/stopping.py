@@ -36,6 +36,7 @@ MIN_PATIENTS: Final = patients_needed()
 LEVEL: Final = 0.9
 """Of the two-sided intervals: their lower end is wrong one time in twenty."""
 _DRAWS: Final = 2000
+_NOTABLE: Final = 0.05  # of a Dice: so much lower is worth a word, on however few patients
 _ROUNDS: Final = 3  # that two gains lie between
 
 
@@ -197,6 +198,25 @@ def worse_masks(new: Sequence[MaskDice], served: Sequence[MaskDice], *, tolerate
         f"on {rise.patients} validation patients that both were checked on, the mean Dice of its masks is lower by "
         f"{-rise.value:.3f} ({low:.3f} to {high:.3f}) than that of the serving bundle's"
     )
+
+
+def fall_of_few(new: Sequence[MaskDice], served: Sequence[MaskDice]) -> str | None:
+    """A sentence where new masks seem worse, but on too few patients to tell; None otherwise.
+
+    Args:
+        new: the new network's masks of the validation scans.
+        served: those of the network that serves.
+    """
+    before = {(mask.patient, mask.scan): mask.dice for mask in served}
+    pairs = [(mask, before[mask.patient, mask.scan]) for mask in new if (mask.patient, mask.scan) in before]
+    patients = len({mask.patient for mask, _ in pairs})
+    if not pairs or patients >= MIN_PATIENTS:
+        return None
+    now, then = (float(np.mean(values)) for values in zip(*((mask.dice, old) for mask, old in pairs), strict=True))
+    if now > then - _NOTABLE:
+        return None
+    on = "1 validation patient" if patients == 1 else f"{patients} validation patients"
+    return f"the masks' mean Dice fell from {then:.3f} to {now:.3f} on {on}, too few to hold the new bundle for it"
 
 
 def mean_dice(masks: Sequence[MaskDice], *, seed: int = 0) -> Mean:

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 from sqlalchemy import Select, bindparam, select
 
+from segqc.store.assessments import SCORE_COUNTS
 from segqc.store.database import Parameters, Transaction
 from segqc.store.orders import Choice, Order, Waiting, otherwise_uniform
 from segqc.store.schema import Scan
@@ -14,7 +15,7 @@ from segqc.store.schema import Score as ScoreRow
 
 
 def lowest_score(method: str) -> Order:
-    """The lowest score of a strategy, by its name; while nothing is scored, a uniform draw."""
+    """The lowest score of a strategy, by its name; while the serving bundle has scored nothing, a uniform draw."""
 
     def order(
         transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
@@ -30,7 +31,7 @@ def _query(waiting: Waiting) -> Select[int, float]:
     return (
         select(Scan.id, ScoreRow.value)
         .join(ScoreRow, ScoreRow.scan_id == Scan.id)
-        .where(waiting.pool, *waiting.free, ScoreRow.method == bindparam("method"))
+        .where(waiting.pool, *waiting.free, ScoreRow.method == bindparam("method"), SCORE_COUNTS)
         .order_by(ScoreRow.value, Scan.id)
         .limit(1)
     )

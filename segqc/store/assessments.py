@@ -60,6 +60,12 @@ _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fift
 
 SERVING_BUNDLE: Final = select(Bundle.id).where(Bundle.serving)
 _COUNTS: Final = AssessmentRow.bundle_id == SERVING_BUNDLE.scalar_subquery()
+_SERVING_SEGMENTER: Final = select(Bundle.segmenter_version).where(Bundle.serving)
+SCORE_COUNTS: Final = or_(
+    Score.bundle_id == SERVING_BUNDLE.scalar_subquery(),
+    and_(Score.bundle_id.is_(None), Score.version == _SERVING_SEGMENTER.scalar_subquery()),
+)
+"""Whether a score is one of the serving bundle: those of others order no scans, as their assessments do not."""
 
 
 def rank_anew(transaction: Transaction) -> None:
@@ -109,14 +115,18 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
     number = row.id
     ids = structure_ids(transaction, [q.name for q in assessment.structures])
     transaction.add_all(_structure(number, ids[q.name], i, q) for i, q in enumerate(assessment.structures))
-    start = labels.start_of(transaction, assessment.scan)
-    serves = transaction.rows(SERVING_BUNDLE).scalar() == bundle
-    if serves and start is not None and start.id == label_version:
+    if is_shown(transaction, assessment.scan, label_version, bundle):
         foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
         scans.rank(transaction, scan_id, assessment.dice, foreground)
     transaction.flush()
     _thin(transaction, scan_id, number)
     return number
+
+
+def is_shown(transaction: Transaction, scan: str, label_version: int, bundle: int) -> bool:
+    """Whether what a bundle says of a label version is what an annotator is shown: it serves, and they start there."""
+    start = labels.start_of(transaction, scan)
+    return start is not None and start.id == label_version and transaction.rows(SERVING_BUNDLE).scalar() == bundle
 
 
 def _structure(assessment_id: int, structure_id: int, position: int, quality: StructureQuality) -> AssessmentStructure:
@@ -335,6 +345,16 @@ def latest_id(transaction: Transaction, label_version: int) -> int | None:
     return transaction.rows(_LATEST_ID, {"label_version": label_version}).scalar()
 
 
+def dice(transaction: Transaction, chosen: Sequence[int]) -> dict[int, float]:
+    """The estimated Dice of each of these assessments: the worst present structure's."""
+    query = select(AssessmentRow.id, AssessmentRow.dice)
+    return {
+        number: value
+        for start in range(0, len(chosen), _BATCH_SIZE)
+        for number, value in transaction.execute(query.where(AssessmentRow.id.in_(chosen[start : start + _BATCH_SIZE])))
+    }
+
+
 def dice_intervals(transaction: Transaction, chosen: Sequence[int]) -> dict[int, PredictionInterval | None]:
     """The interval of each of these assessments' Dice: the worst present structure's, as the Dice itself."""
     part = AssessmentStructure
@@ -383,15 +403,35 @@ def _ranking(transaction: Transaction) -> dict[int, tuple[int, float]]:
     return {scan: (number, dice) for scan, version, number, dice in rows if version in starts}
 
 
-def write_score(transaction: Transaction, scan: str, method: str, value: float, version: str) -> None:
-    """Keep a baseline's score of a scan; the lowest is the worst."""
+def write_score(
+    transaction: Transaction, scan: str, method: str, value: float, version: str, *, bundle: int | None = None
+) -> None:
+    """Keep a score of a scan; the lowest is the worst.
+
+    Args:
+        transaction: one that writes.
+        scan: the scan's name.
+        method: what the score is called.
+        value: the score.
+        version: of the network that it speaks of.
+        bundle: the one whose assessment of the scan's mask it comes with, and ends with; None for a baseline's, which
+            counts while the segmentation network of this version serves.
+    """
     scan_id = scans.number_of(transaction, scan)
-    transaction.merge(Score(scan_id=scan_id, method=method, value=value, version=version, made_at=transaction.now))
+    transaction.merge(
+        Score(scan_id=scan_id, method=method, value=value, version=version, bundle_id=bundle, made_at=transaction.now)
+    )
 
 
 def scores(transaction: Transaction, method: str) -> Mapping[str, tuple[float, str]]:
-    """A baseline's scores of all scans that have one, with the network's version that they speak of."""
-    query = (
-        select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id).where(Score.method == method)
-    )
-    return {name: (value, version) for name, value, version in transaction.execute(query)}
+    """The serving bundle's scores of all scans that have one, with the network's version that they speak of."""
+    query = select(Scan.name, Score.value, Score.version).join(Scan, Score.scan_id == Scan.id)
+    rows = transaction.execute(query.where(Score.method == method, SCORE_COUNTS))
+    return {name: (value, version) for name, value, version in rows}
+
+
+def has_score(transaction: Transaction, scan: str, method: str) -> bool:
+    """Whether a scan has a score of the serving bundle."""
+    scan_id = scans.number_of(transaction, scan)
+    query = select(Score.scan_id).where(Score.scan_id == scan_id, Score.method == method, SCORE_COUNTS)
+    return transaction.scalar(query) is not None

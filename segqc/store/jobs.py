@@ -12,7 +12,7 @@ from sqlalchemy import Select, func, select, update
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction
 from segqc.store.records import Actor, JobRecord, JobState, JsonObject
-from segqc.store.schema import ActorRow, JobRow, RoundRow, RoundStep
+from segqc.store.schema import ActorRow, JobRow, LabelVersion, RoundRow, RoundStep
 
 HEARTBEAT_SECONDS: Final = 5.0
 DEAD_AFTER_SECONDS: Final = 60.0
@@ -55,6 +55,7 @@ def enqueue(
         messages=list(messages),
         stop_wanted=False,
         reason=reason,
+        newest_label=_newest_label(transaction),
         actor_id=events.actor_id(transaction, actor),
         enqueued_at=transaction.now,
     )
@@ -93,7 +94,8 @@ def claim(
         return None
     row.state, row.worker, row.attempts = "running", worker, row.attempts + 1
     row.heartbeat_at = transaction.now
-    row.started_at = row.started_at or transaction.now
+    if row.started_at is None:
+        row.started_at, row.newest_label = transaction.now, _newest_label(transaction)
     transaction.flush()
     events.record(
         transaction,
@@ -104,6 +106,11 @@ def claim(
         {"attempt": row.attempts},
     )
     return get(transaction, row.id)
+
+
+def _newest_label(transaction: Transaction) -> int:
+    """The number of the newest label version; 0 without one."""
+    return transaction.scalar(select(func.max(LabelVersion.id))) or 0
 
 
 def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> None:
@@ -307,6 +314,7 @@ def begin_round(transaction: Transaction, job: int, labelled: int) -> tuple[int,
     if row is None:
         row = RoundRow(job_id=job, labelled=labelled, started_at=transaction.now)
         transaction.add(row)
+        transaction.get_one(JobRow, job).newest_label = _newest_label(transaction)
         transaction.flush()
     steps = transaction.scalars(select(RoundStep).where(RoundStep.round_id == row.id))
     return row.id, {step.name: step.result for step in steps}
@@ -320,10 +328,10 @@ def bundle_of_round(transaction: Transaction, job: int) -> int | None:
 def finish_step(
     transaction: Transaction, round_id: int, name: str, result: JsonObject, *, bundle: int | None = None
 ) -> None:
-    """Note that a step of a round is done, and which bundle came of it, if one did."""
+    """Note that a step of a round is done, maybe once more, and which bundle came of it, if one did."""
     row = transaction.get_one(RoundRow, round_id)
     row.bundle_id = bundle if bundle is not None else row.bundle_id
-    transaction.add(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
+    transaction.merge(RoundStep(round_id=round_id, name=name, result=result, ended_at=transaction.now))
     events.record(transaction, events.SERVER, "step finished", "job", row.job_id, {"step": name})
 
 

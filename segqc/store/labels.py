@@ -12,7 +12,17 @@ from sqlalchemy.orm import aliased
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
-from segqc.store.schema import ActorRow, Bundle, LabelInfo, LabelVersion, LabelView, PseudoLabelRow, Scan, UtcDateTime
+from segqc.store.schema import (
+    ActorRow,
+    Bundle,
+    LabelInfo,
+    LabelVersion,
+    LabelView,
+    PseudoLabelRow,
+    Scan,
+    Score,
+    UtcDateTime,
+)
 
 FINAL: Final = "final"
 ORIGINAL: Final = "original"
@@ -109,6 +119,7 @@ def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> N
         scans.set_state(transaction, scan, "unlabelled", label.actor)
     elif label.tag in (ORIGINAL, RETURNED):
         scans.rank(transaction, scan.id, None, None)
+        transaction.execute(_FORGET_SCORES, {"scan": scan.id})
     if label.tag == FINAL and label.sha256 is not None:
         end_pseudo_label(transaction, scan.id, "the scan has a final label")
     elif label.tag.startswith(READER) and label.sha256 is not None:
@@ -412,6 +423,7 @@ _VIEW_OF: Final = (
 )
 START_OF_SCAN: Final = func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL))
 """In a query of scans: the number of the version that an annotator starts from; see `start_of`."""
+_FORGET_SCORES: Final = delete(Score).where(Score.scan_id == bindparam("scan"), Score.bundle_id.is_not(None))
 _END_PSEUDO: Final = (
     update(PseudoLabelRow)
     .where(

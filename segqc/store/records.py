@@ -263,7 +263,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSince:
-    """The scans that got a final label from people after some time."""
+    """The scans that got a final label from people after some label version."""
 
     scans: int
     first_at: dt.datetime | None  # when the earliest of these labels came; None without one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections import defaultdict
 from typing import Final
 
@@ -40,11 +39,12 @@ def listing(transaction: Transaction) -> list[RoundRecord]:
     ]
 
 
-def last_began_at(transaction: Transaction) -> dt.datetime | None:
-    """When the last round began; one that failed or was stopped before that counts from when it was taken, or put."""
-    began = func.coalesce(RoundRow.started_at, JobRow.started_at, JobRow.enqueued_at)
-    query = select(func.max(began)).select_from(JobRow).outerjoin(RoundRow, RoundRow.job_id == JobRow.id)
-    return transaction.scalar(query.where(JobRow.kind == "round"))
+def newest_label(transaction: Transaction) -> int:
+    """The newest label version when the last round began; 0 without one.
+
+    A round that failed or was stopped before it began counts from when it was taken, or put.
+    """
+    return transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
 
 
 def last_number(transaction: Transaction) -> int | None:
@@ -52,14 +52,12 @@ def last_number(transaction: Transaction) -> int | None:
     return transaction.scalar(select(func.max(RoundRow.id)))
 
 
-def labelled_since(transaction: Transaction, since: dt.datetime | None) -> LabelledSince:
-    """The scans whose final label people gave or changed after a time, or ever, and nobody rejected."""
+def labelled_since(transaction: Transaction, newest: int) -> LabelledSince:
+    """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever."""
     query = select(func.count(), func.min(LabelVersion.made_at)).select_from(LabelVersion)
     query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(
-        *_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE)
+        *_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest
     )
-    if since is not None:
-        query = query.where(LabelVersion.made_at > since)
     count, first_at = transaction.execute(query).one()
     return LabelledSince(scans=count, first_at=first_at)
 

@@ -377,13 +377,18 @@ class AssessmentStructure(Base):
 
 
 class Score(Base):
-    """A baseline's score of a scan; the lowest is the worst."""
+    """A score of a scan; the lowest is the worst.
+
+    ``bundle_id`` is the bundle whose assessment of the scan's mask it comes with. It is NULL of a baseline's score,
+    which the segmentation network of this ``version`` alone gives.
+    """
 
     __tablename__ = "score"
     scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
     method: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[float]
     version: Mapped[str]
+    bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     made_at: Mapped[dt.datetime]
     __table_args__ = (Index("ix_score_order", "method", "value", "scan_id"),)
 
@@ -470,7 +475,9 @@ class CorrectionStructure(Base):
 class JobRow(Base):
     """Long work: put by anyone, taken by one worker, taken again when its heart stops.
 
-    ``reason`` says why it was put where nobody asked for it.
+    ``reason`` says why it was put where nobody asked for it. ``newest_label`` is the newest label version when it was
+    put, first taken, or began its round; 0 without one. Labels that came later are told by it, and not by times: a
+    clock may be set back.
     """
 
     __tablename__ = "job"
@@ -487,6 +494,7 @@ class JobRow(Base):
     result: Mapped[JsonObject | None] = mapped_column(Json)
     stop_wanted: Mapped[bool]
     reason: Mapped[str | None]
+    newest_label: Mapped[int]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     enqueued_at: Mapped[dt.datetime]
     started_at: Mapped[dt.datetime | None]

@@ -44,6 +44,8 @@ MAX_SPACING_MM: Final = 100.0
 MAX_EXTENT_MM: Final = 3000.0
 MAX_CONTENT_MM3: Final = 1e9
 """A scan of more than 3 m or a cubic metre cannot be meant, and no grid of usual spacing over it fits in memory."""
+MAX_INTENSITY: Final = 1e12
+"""Beyond it no intensity is meant, but the padding of some program, such as the lowest number that float32 holds."""
 
 
 def read_scan(path: str | os.PathLike[str], *, limits: ReadLimits | None = None) -> Volume:
@@ -62,8 +64,8 @@ def read_scan(path: str | os.PathLike[str], *, limits: ReadLimits | None = None)
 
     Raises:
         VolumeError: if there is no such file, it is truncated or damaged, not 3-D, without usable geometry, larger
-            than the limits, or has NaN or infinite voxels; for a DICOM folder also if it holds several series, or
-            slices that are missing, doubled, unevenly spaced or of mixed orientation.
+            than the limits, or has voxels that are NaN, infinite or beyond `MAX_INTENSITY`; for a DICOM folder also if
+            it holds several series, or slices that are missing, doubled, unevenly spaced or of mixed orientation.
     """
     file = InputFile(Path(path), limits)
     return load_scan(file, open_scan(file))
@@ -122,6 +124,12 @@ def load_scan(file: InputFile, source: Source) -> Volume:
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise file.error(f"{bad} of {array.size} voxels are NaN or infinite; replace them by numbers first.")
+    low, high = float(array.min()), float(array.max())
+    if max(-low, high) > MAX_INTENSITY:
+        raise file.error(
+            f"has intensities from {low:.3g} to {high:.3g}, which cannot be meant; replace what is padding by the "
+            "intensity of air."
+        )
     return Volume(array, source.affine, source.acquisition_axis, source.find_alternatives())
 
 

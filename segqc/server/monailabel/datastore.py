@@ -20,6 +20,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
+from segqc.loop.review import review
 from segqc.server.actors import current_actor
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
@@ -213,7 +214,7 @@ class StoreDatastore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         """Exclude a scan: it is not listed any more, its file and its history stay."""
-        self._store.review(self.scan(image_id).name, "excluded", current_actor(), "removed through MONAI Label")
+        review(self._dataset, self.scan(image_id).name, "excluded", current_actor(), "removed through MONAI Label")
 
     # --------------------------------------------------------------------------------------------------------- labels
 
@@ -294,7 +295,7 @@ class StoreDatastore(Datastore):
         if status == "flagged":
             if label_tag == FINAL and state in ("submitted", "approved"):
                 comment = str(meta.get("comment") or "").strip() if isinstance(meta, dict) else ""
-                self._store.review(image_id, "rejected", actor, comment or "flagged in the Reviewer")
+                review(self._dataset, image_id, "rejected", actor, comment or "flagged in the Reviewer")
             return
         final = self._label(image_id, FINAL)
         if label_tag.startswith("version_") and self._dataset.settings.annotation.approved_version_is_final:
@@ -304,7 +305,7 @@ class StoreDatastore(Datastore):
         elif label_tag != FINAL:
             return
         if state == "submitted":
-            self._store.review(image_id, "approved", actor)
+            review(self._dataset, image_id, "approved", actor)
 
     def update_label_info(self, label_id: str, label_tag: str, info: Info) -> None:
         """Add to what is noted of a label."""

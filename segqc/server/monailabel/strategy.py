@@ -13,7 +13,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import score
 from segqc.quality.drift import drift_sentence
-from segqc.quality.report_card import BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
+from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
 from segqc.server.monailabel.datastore import scan_info
@@ -76,17 +76,23 @@ def unlike_training(assessment: Assessment) -> Answer | None:
     return {"score": found.score, "p_value": found.p_value, "message": UNLIKE if found.is_marked else None}
 
 
-def reliability(card: ReportCard | None, alarm: DriftAlarm | None) -> Answer:
+def reliability(card: ReportCard | None, alarm: DriftAlarm | None, ordered_by: str) -> Answer:
     """Whether estimated Dice and order can be relied on, in an annotator's words.
 
     A drift alarm is later than the report card, and its word on the estimate counts. None without either.
+
+    Args:
+        card: of the bundle that serves.
+        alarm: against it.
+        ordered_by: the strategy that stands in for the estimates' order, or `BY_ESTIMATE`.
     """
     if card is None and alarm is None:
         return {"reliability": None}
     estimate = card.worst.estimate_verdict if card is not None and alarm is None else DRIFTED
     messages = [drift_sentence(alarm)] if alarm is not None else []
     if card is not None:
-        messages += [estimate_sentence(card), order_sentence(card)] if alarm is None else [order_sentence(card)]
+        messages += [estimate_sentence(card)] if alarm is None else []
+        messages.append(order_sentence(card, ordered_by))
     order = card.worst.order_verdict if card is not None else None
     return {"reliability": {"estimate": estimate, "order": order, "messages": messages}}
 
@@ -121,6 +127,10 @@ class Sampling(Strategy):
         self.name = name
         self.dataset = dataset
         self._order = strategy.order
+        by_baseline = strategy.score is not None and strategy.score.function is not None
+        self._remedy = (
+            f"run segqc score --method {name}" if by_baseline else "train both networks; the pool is scored then"
+        )
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> Answer | None:
         """Hand out a scan; None where none is left for this annotator.
@@ -151,7 +161,7 @@ class Sampling(Strategy):
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             **describe(shown),
-            **reliability(card, alarm),
+            **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
         }
         notes = []
         if skipped is not None:
@@ -159,10 +169,10 @@ class Sampling(Strategy):
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
         if wanted is None and self.name == BY_ESTIMATE and card is not None and card.ranked_by != BY_ESTIMATE:
             notes.append(order_sentence(card, strategy))
-        elif wanted is None and strategy != self.name:
+        elif wanted is None and strategy == AT_RANDOM and self.name != AT_RANDOM:
             notes.append(
-                f"No open scan has what the strategy {self.name!r} goes by yet (train both networks; the pool is "
-                "scored then); this one was drawn uniformly at random."
+                f"No open scan has what the strategy {self.name!r} goes by yet ({self._remedy}); this one was drawn "
+                "uniformly at random."
             )
         if shown is not None and warning is not None:
             notes.append(warning)

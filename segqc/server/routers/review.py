@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import TypeAdapter
 
-from segqc.loop.review import STATE_OF
+from segqc.loop.review import STATE_OF, review
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import REVIEWER, USER
+from segqc.server.monailabel.facade import current_app
 from segqc.server.parameters import MAX_INTEGER, ReviewBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.store import events, labels, scans
@@ -42,10 +43,11 @@ def restore_label(
 @router.post("/segqc/review/{scan}", tags=["SegQC"], dependencies=[REVIEWER], summary="Review a scan")
 def review_scan(scan: str, user: AskingUser, params: ReviewBody) -> JsonObject:
     """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
-    store = open_store()
+    dataset = current_app().context.dataset
+    store = dataset.store
     with store.read() as transaction:
         scan = scans.get(transaction, scan).name
-    store.review(scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason)
+    review(dataset, scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason)
     with store.read() as transaction:
         now = scans.get(transaction, scan)
     return {"scan": now.name, "state": now.state, "reason": now.reason}

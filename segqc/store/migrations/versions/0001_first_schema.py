@@ -137,6 +137,7 @@ def upgrade() -> None:
         sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("stop_wanted", sa.Boolean(), nullable=False),
         sa.Column("reason", sa.String(), nullable=True),
+        sa.Column("newest_label", sa.Integer(), nullable=False),
         sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("enqueued_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
@@ -257,7 +258,9 @@ def upgrade() -> None:
         sa.Column("method", sa.String(), nullable=False),
         sa.Column("value", sa.Double(), nullable=False),
         sa.Column("version", sa.String(), nullable=False),
+        sa.Column("bundle_id", sa.Integer(), nullable=True),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["bundle_id"], ["bundle.id"], name=op.f("fk_score_bundle_id")),
         sa.ForeignKeyConstraint(["scan_id"], ["scan.id"], name=op.f("fk_score_scan_id")),
         sa.PrimaryKeyConstraint("scan_id", "method", name=op.f("pk_score")),
     )
