@@ -26,6 +26,7 @@ from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, mak
 from segqc.selection import segqc as worst_first
 from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, pseudo_labels, scans
 from segqc.store.database import StoreError
+from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
@@ -167,6 +168,23 @@ def test_monai_label_opens_an_exported_datastore(folder: Path, tmp_path: Path) -
     with pytest.raises(ExchangeError, match="exists already"):
         local_datastore.write_datastore(opened, tmp_path / "out")
     opened.close()
+    again.close()
+
+
+def test_pseudo_labels_are_not_exported_where_they_would_be_a_person_s(folder: Path, tmp_path: Path) -> None:
+    opened = plain(folder)
+    mask = save_mask(opened, tmp_path, "scan_1", 5)
+    for tag in (labels.PSEUDO, labels.IGNORED):
+        opened.save_label(NewLabel("scan_1", tag, "pseudo-label", SERVER, parent=mask.id), opened.label_file(mask))
+    opened.save_label(NewLabel("scan_2", labels.PSEUDO, "annotator", ANNA), opened.label_file(mask))
+    local_datastore.write_datastore(opened, tmp_path / "out")
+    opened.close()
+    written = {str(path.relative_to(tmp_path / "out" / "labels")) for path in (tmp_path / "out").glob("labels/*/*")}
+    assert written >= {"original/scan_1.nii.gz", "pseudo-label/scan_2.nii.gz"}
+    assert not {"pseudo-label/scan_1.nii.gz", "pseudo-label-ignored/scan_1.nii.gz"} & written
+    again = plain(tmp_path / "out")
+    with again.read() as transaction:
+        assert {*labels.tags(transaction, "scan_1")} == {"original"}
     again.close()
 
 
@@ -585,7 +603,7 @@ def test_an_archive_gives_the_same_rows_and_files(
 ) -> None:
     final = fill(store, folder, clock)
     with store.write() as transaction:
-        why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "is_audited": True}
+        why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)

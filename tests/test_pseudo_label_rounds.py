@@ -19,7 +19,7 @@ from segqc.cli.main import app
 from segqc.io.tables import write_tables
 from segqc.loop import jobs as work
 from segqc.loop import scoring
-from segqc.loop.dataset import Dataset
+from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.pseudo_labels import (
     make_pseudo_labels,
     plan_in_words,
@@ -31,6 +31,7 @@ from segqc.loop.requests import RoundResult, plan_of
 from segqc.loop.rounds import summaries
 from segqc.loop.scoring import score
 from segqc.loop.submission import submit_label
+from segqc.loop.training import train
 from segqc.networks.assessor import AssessmentResult
 from segqc.progress import NoProgress
 from segqc.quality.pseudo_labels import AuditBound
@@ -40,7 +41,7 @@ from segqc.store.labels import FINAL, ORIGINAL, PSEUDO, NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import LeaseRecord, PseudoLabelRecord
 from segqc.types import MetricIntervals, PredictionInterval
-from segqc.volumes import Volume, read_labels, temporary_labels, write_labels
+from segqc.volumes import Volume, read_labels, read_scan, temporary_labels, write_labels, write_scan
 from tests.store_kit import ANNA, BERT
 from tests.test_loop import SETTINGS, Lines, perturbed
 from tests.test_loop import trained as trained  # a fixture
@@ -414,3 +415,176 @@ def test_why_a_mask_is_trusted_is_shown_and_exported(pool: Dataset, tmp_path: Pa
     assert (rows[stays]["ended_at"], rows[stays]["estimated_dice_low"], rows[stays]["mask"] != "") == ("", "0.9", True)
     sources = {row["tag"]: row["source"] for row in csv.DictReader((tmp_path / "t" / "label_versions.csv").open())}
     assert (sources["final"], sources["pseudo-label"]) == ("annotator", "pseudo-label")
+
+
+def test_what_people_do_between_plan_and_make_is_never_replaced(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    read, synced, unseen = waiting(dataset)[:3]
+    said.lows = dict.fromkeys((read, synced, unseen), 0.9)
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    assert len(plan.chosen) == 3
+    mask = dataset.mask(read)
+    assert mask is not None
+    dataset.store.save_label(NewLabel(read, "reader-1", "annotator", ANNA), dataset.store.label_file(mask))
+    own = read_labels(dataset.store.label_file(mask))
+    folder = dataset.folder / "labels" / PSEUDO
+    folder.mkdir(parents=True)
+    write_labels(Volume(np.roll(own.array, 3, axis=0), own.affine), folder / f"{synced}.nii.gz")
+    dataset.sync()
+    dataset.watched = True  # the watcher has not seen the next file yet
+    write_labels(Volume(np.roll(own.array, 2, axis=0), own.affine), folder / f"{unseen}.nii.gz")
+    before = {name: (folder / f"{name}.nii.gz").read_bytes() for name in (synced, unseen)}
+    result = make_pseudo_labels(dataset, plan, NoProgress())
+    assert (result.made, {*result.failed}) == (0, {read, synced, unseen})
+    assert "label of their own" in result.failed[unseen]
+    assert {name: (folder / f"{name}.nii.gz").read_bytes() for name in before} == before
+    assert (accepted(dataset), pseudo_cases(dataset).cases) == ({}, ())
+
+
+def test_turned_off_between_plan_and_make_none_is_made(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    said.lows = dict.fromkeys(waiting(dataset), 0.9)
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    (dataset.folder / "segqc.toml").write_text(SETTINGS)
+    result = make_pseudo_labels(Dataset(dataset.folder), plan, NoProgress())
+    assert (result.made, {*result.failed.values()}) == (0, {"pseudo-labels are turned off."})
+    assert plan.chosen
+
+
+def test_a_label_that_comes_into_the_folder_trains_alone(
+    pool: Dataset, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name, other = waiting(dataset)[:2]
+    said.lows = {name: 0.9, other: 0.9}
+    make_now(dataset)
+    mask = dataset.mask(name)
+    assert mask is not None
+    shutil.copy(dataset.store.label_file(mask), dataset.folder / "labels" / FINAL / f"{name}.nii.gz")
+    trained_on: list[set[str]] = []
+
+    def fake(cases: Any, *args: Any) -> None:
+        trained_on.extend([{c.id for c in cases}, {c.id for c in args[-1].cases}])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segqc.loop.training.train_segmentation", fake)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, "segmentation", NoProgress())
+    assert name in trained_on[0]
+    assert trained_on[1] == {other}
+
+
+def test_a_mask_that_was_deleted_and_made_anew_is_accepted_anew(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    before = accepted(dataset)[name]
+    (dataset.folder / "labels" / ORIGINAL / f"{name}.nii.gz").unlink()
+    dataset.sync()
+    make_now(dataset)
+    now, mask = accepted(dataset)[name], dataset.mask(name)
+    assert mask is not None
+    assert (now.label.parent, now.label.sha256) == (mask.id, before.label.sha256)
+    assert now.label.id != before.label.id
+
+
+def test_another_scan_in_its_place_ends_it_also_where_the_first_one_is_back(
+    pool: Dataset, tmp_path: Path, said: Said
+) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    file = dataset.folder / f"{name}.nii.gz"
+    old, scan = file.read_bytes(), read_scan(file)
+    write_scan(Volume(scan.array + 5, scan.affine), file)
+    dataset.sync()
+    score(dataset, "segqc", NoProgress())
+    plan = plan_pseudo_labels(dataset)
+    assert any(retired.startswith(f"{name}@") for retired in plan.dropped)
+    file.write_bytes(old)  # while the round is interrupted
+    dataset.sync()
+    make_pseudo_labels(dataset, replace(plan, chosen=()), NoProgress())
+    assert accepted(dataset) == {}
+    assert accepted(dataset, ended=True)[name].ended_because == "another scan has taken the place of its file"
+    assert not (dataset.folder / "labels" / PSEUDO / f"{name}.nii.gz").exists()
+
+
+def test_a_network_s_masks_do_not_take_the_place_of_pseudo_labels(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    request = {"model": "segmentation", "images": "unlabeled", "label_tag": PSEUDO}
+    with dataset.store.write() as transaction:
+        job = jobs.enqueue(transaction, "batch_infer", request, SERVER)
+    with pytest.raises(DatasetError, match="rounds choose pseudo-labels"):
+        work.run(dataset, job, NoProgress())
+    assert set(accepted(dataset)) == {name}
+    mask = dataset.mask(name)
+    assert mask is not None
+    network = NewLabel(name, PSEUDO, "network", SERVER, bundle=2)  # nobody's work, wherever it comes from
+    dataset.store.save_label(network, dataset.store.label_file(mask))
+    assert accepted(dataset) == {}
+    make_now(dataset)
+    assert set(accepted(dataset)) == {name}
+
+
+def test_a_person_s_file_in_the_place_of_one_that_is_dropped_stays(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    said.lows = {}
+    dataset.watched = True  # the watcher has not seen it yet
+    file = dataset.folder / "labels" / PSEUDO / f"{name}.nii.gz"
+    mask = read_labels(file)
+    file.unlink()
+    write_labels(Volume(np.roll(mask.array, 1, axis=0), mask.affine), file)
+    own = file.read_bytes()
+    score(dataset, "segqc", NoProgress(), force=True)
+    plan = plan_pseudo_labels(dataset)
+    assert [*plan.dropped] == [name]
+    make_pseudo_labels(dataset, plan, NoProgress())
+    assert file.read_bytes() == own
+    assert accepted(dataset) == {}
+
+
+def test_settings_that_change_reach_what_is_accepted_already(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s", RULES + "max_error = 1.0\naudit_share = 0\n")
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    make_now(dataset)
+    before = accepted(dataset)[name]
+    assert plan_pseudo_labels(dataset).kept == (name,)
+    settings = dataset.folder / "segqc.toml"
+    settings.write_text(SETTINGS + '[pseudo_labels]\nmode = "full"\nmax_error = 0.0\naudit_share = 1\n')
+    dataset = Dataset(dataset.folder)
+    make_now(dataset)
+    now = accepted(dataset)[name]
+    assert (before.is_audited, now.is_audited) == (False, True)
+    assert (before.max_error, now.max_error, now.rule) == (1.0, 0.0, "all eligible scans")
+    ignored = [read_labels(dataset.store.label_file(record.ignored)).array.sum() for record in (before, now)]
+    assert ignored[0] == 0 < ignored[1]
+    plan = plan_pseudo_labels(dataset)
+    assert (plan.chosen, plan.kept) == ((), (name,))
+
+
+def test_a_mask_that_lacks_a_structure_is_not_accepted(pool: Dataset, tmp_path: Path, said: Said) -> None:
+    dataset = copied(pool, tmp_path / "s", '\n[pseudo_labels]\nmode = "full"\n')
+    name = waiting(dataset)[0]
+    said.lows = {name: 0.9}
+    score(dataset, "segqc", NoProgress())
+    assert [planned.scan for planned in plan_pseudo_labels(dataset).chosen] == [name]
+    whole = dataset.assessment(name)
+    assert whole is not None
+    absent = replace(whole.structures[0], name="other", present=False, intervals=MetricIntervals())
+    lacking = replace(whole, structures=(*whole.structures, absent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segqc.loop.pseudo_labels.assessments.latest_of_all", lambda _: {name: lacking})
+        plan = plan_pseudo_labels(dataset)
+    assert plan.chosen == ()
+    assert plan.refused["its mask lacks a structure"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,15 @@ def accept(store: Store, folder: Path, scan: str, *, is_audited: bool) -> LabelR
     with store.change_labels(changes) as change:
         label, ignored = change.versions
         pseudo_labels.add(
-            change.transaction, label, ignored, dice=0.9, low=0.8, level=0.9, rule="a rule", is_audited=is_audited
+            change.transaction,
+            label,
+            ignored,
+            dice=0.9,
+            low=0.8,
+            level=0.9,
+            rule="a rule",
+            max_error=0.5,
+            is_audited=is_audited,
         )
     return mask
 
@@ -83,9 +92,9 @@ def submit(
         )
 
 
-def audited(store: Store) -> list[tuple[str, float]]:
+def audited(store: Store, rule: str | None = None) -> list[tuple[str, float]]:
     with store.read() as transaction:
-        found = pseudo_labels.audited(transaction)
+        found = pseudo_labels.audited(transaction, rule=rule)
     return [(audit.scan, audit.true_dice) for audit in found]
 
 
@@ -103,7 +112,7 @@ def test_a_person_s_label_ends_it_and_its_exclusion_hides_it(store: Store, tmp_p
     with store.read() as transaction:
         every = pseudo_labels.listing(transaction, ended=True)
         assert {*pseudo_labels.left_over(transaction)} == {first, second, third}
-        assert pseudo_labels.left_over(transaction)[third] == [PSEUDO, IGNORED]
+        assert [label.tag for label in pseudo_labels.left_over(transaction)[third]] == [PSEUDO, IGNORED]
     assert [record.ended_because for record in every] == ["the scan has a final label", None, "enough"]
     # a label that is taken back does not bring it back
     store.remove_label(first, FINAL, ANNA)
@@ -121,6 +130,8 @@ def test_audits_come_before_the_strategy_s_choices_one_for_each_annotator(store:
     assert next_sample(store).draw == "strategy", "the other one is taken"
     submit(store, tmp_path, found[1], None)
     assert audited(store) == [(found[0].scan, 0.6), (found[1].scan, 1.0)]
+    assert audited(store, "a rule") == audited(store)
+    assert audited(store, "another rule") == [], "which may accept masks of another kind"
     with store.read() as transaction:
         assert not pseudo_labels.has_audits(transaction)
 
@@ -155,3 +166,32 @@ def test_only_random_draws_are_audits_also_those_of_all_scans(store: Store, tmp_
     clock.pass_(minutes=1)
     store.review(drawn.scan, "rejected", ANNA, "wrong")
     assert audited(store) == [], "a label that was rejected since says nothing"
+
+
+def test_a_mask_that_two_annotators_correct_is_one_audit(store: Store, tmp_path: Path) -> None:
+    (scan, *_) = training(store)
+    accept(store, tmp_path, scan, is_audited=True)
+    rules = LeaseRules(audit_share=0, validation_share=0, repeat_seconds=0, readers=2)
+    found = [next_sample(store, rules, actor) for actor in (ANNA, BERT)]
+    assert [(lease.scan, lease.draw) for lease in found] == [(scan, "pseudo-audit")] * 2
+    submit(store, tmp_path, found[0], 0.9)
+    submit(store, tmp_path, found[1], 0.6)
+    assert audited(store) == [(scan, 0.6)]
+
+
+def test_turned_off_they_are_not_audited(store: Store, tmp_path: Path) -> None:
+    (scan, *_) = training(store)
+    accept(store, tmp_path, scan, is_audited=True)
+    with store.write() as transaction:
+        lease = leases.acquire(transaction, ANNA, "uniform-random", orders.uniform, NO_DRAWS, pseudo_audits=False)
+    assert lease is not None
+    assert lease.draw == "strategy"
+
+
+def test_their_whole_folder_may_be_removed(store: Store, tmp_path: Path) -> None:
+    first, second, *_ = training(store)
+    for scan in (first, second):
+        accept(store, tmp_path, scan, is_audited=False)
+    shutil.rmtree(tmp_path / "s" / "labels" / PSEUDO)
+    sync_scans(store)
+    assert accepted(store) == []

@@ -15,7 +15,10 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
 from segqc.selection import sequential
 from segqc.store import leases, scans
+from segqc.store.events import SERVER
+from segqc.store.labels import PSEUDO, NewLabel
 from segqc.store.leases import LeaseRules
+from segqc.volumes import temporary_labels
 from tests.server_kit import AFFINE, CONFIG, draw_case, make_dataset
 from tests.store_kit import ANNA
 
@@ -128,9 +131,16 @@ def test_a_scan_that_is_handed_out_stays_until_it_is_back(folder: Path) -> None:
     dataset.store.close()
 
 
-def test_a_scan_that_networks_were_trained_with_keeps_its_split(folder: Path) -> None:
+@pytest.mark.parametrize("trained_by", ["final", "taken back", "pseudo-label"])
+def test_a_scan_that_networks_were_trained_with_keeps_its_split(folder: Path, trained_by: str) -> None:
     dataset = Dataset(folder)
-    submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA)
+    if trained_by == "pseudo-label":
+        with temporary_labels(draw_case(0)[1]) as path:
+            dataset.store.save_label(NewLabel("scan_0", PSEUDO, "pseudo-label", SERVER), path)
+    else:
+        submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA)
+    if trained_by == "taken back":
+        dataset.store.remove_label("scan_0", "final", ANNA)
     dataset.store.close()
     (folder / "segqc" / "models").mkdir()
     (folder / "segqc.toml").write_text(f'{CONFIG}[patients]\nP = ["scan_0", "scan_1"]\n')

@@ -159,6 +159,7 @@ BAD_REQUESTS = [
     ("POST", "/batch/infer/unknown", {"json": {}}, 404),
     ("POST", "/batch/infer/segmentation?images=some", {"json": {}}, 422),
     ("POST", "/batch/infer/segmentation", {"json": {"label_tag": "final"}}, 400),
+    ("POST", "/batch/infer/segmentation", {"json": {"label_tag": "pseudo-label"}}, 400),
     ("POST", "/batch/infer/segmentation", {"json": {"label_tag": "../../x"}}, 400),
     ("PUT", "/datastore/label?image=scan_1", {}, 422),
     ("PUT", "/datastore/label?image=unknown", {"files": {"label": ("x.nii.gz", b"x")}}, 404),

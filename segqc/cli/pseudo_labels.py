@@ -65,4 +65,6 @@ def list_pseudo_labels(
     }
     empty = _OFF if rules.mode == "off" else _NONE
     title = f"{folder}: {len(accepted)} accepted pseudo-labels"
+    if rules.mode == "off" and accepted:
+        title += ", turned off ([pseudo_labels] in segqc.toml): none of them trains, and the next round drops them"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="pseudo_labels", terms=_TERMS, empty=empty)

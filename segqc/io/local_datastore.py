@@ -134,7 +134,9 @@ def _unused(folder: Path, file: str) -> LeftAside:
 
 
 def write_datastore(store: Store, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS) -> Count:
-    """Write the scans whose files are there, with all their current labels, as a folder that MONAI Label opens.
+    """Write the scans whose files are there, with their current labels, as a folder that MONAI Label opens.
+
+    Pseudo-labels are left out: such a folder does not say who made a label, and read again they would be a person's.
 
     Raises:
         ExchangeError: if the folder is not empty.
@@ -155,7 +157,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
             own = {}
             for tag in tags:
                 label = current[tag].get(scan.name)
-                if label is not None and label.suffix is not None:
+                if label is not None and label.suffix is not None and label.source != "pseudo-label":
                     place(
                         store.label_file(label), temporary / "labels" / tag / f"{scan.name}{label.suffix}", link=False
                     )

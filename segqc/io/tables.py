@@ -346,6 +346,7 @@ def _pseudo_labels() -> Query:
             PseudoLabelRow.low.label("estimated_dice_low"),
             PseudoLabelRow.level.label("interval_level"),
             PseudoLabelRow.rule.label("rule"),
+            PseudoLabelRow.max_error.label("max_error"),
             PseudoLabelRow.is_audited.label("is_audited"),
             PseudoLabelRow.ended_at.label("ended_at"),
             PseudoLabelRow.ended_because.label("ended_because"),

@@ -6,6 +6,7 @@ whole, and what it asks for can be made scan by scan, and continued after a kill
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     """Choose the scans whose masks are accepted now, and say what that changes; nothing is changed yet.
 
     Looked at are the scans that wait for a person's first label, with the masks and the assessments of the bundle that
-    serves. An accepted mask that was accepted before by the same bundle is kept; one of another bundle is made anew.
+    serves. An accepted mask that was accepted before by the same bundle and settings is kept; others are made anew.
     """
     rules = dataset.settings.pseudo_labels
     try:
@@ -74,10 +75,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         bundle = None
     dataset.refresh()
     with dataset.store.read() as transaction:
-        by_people = labels.read_scans(transaction)
-        # a file that somebody has put in a pseudo-label's place is a person's label, too
-        shown = labels.current_of_all(transaction, PSEUDO)
-        by_people |= {scan for scan, label in shown.items() if label.source != "pseudo-label"}
+        by_people = pseudo_labels.of_people(transaction)
         waiting = [s for s in scans.listing(transaction, states=_WAITING) if s.missing_since is None]
         waiting = [s for s in waiting if s.name not in by_people]
         masks = labels.current_of_all(transaction, ORIGINAL)
@@ -88,6 +86,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     labelled = dataset.cases()  # before the splits: new scans in the folder are taken in now
     splits = dataset.patient_splits()
     supervised = sum(splits[case.patient].split == "train" for case in labelled)
+    numbers = {scan.name: scan.id for scan in waiting}
     segmenter = bundle.manifest.networks["segmentation"].version if bundle and bundle.holds("segmentation") else None
     candidates = []
     for scan in waiting:
@@ -98,7 +97,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     chosen, kept = [], []
     for accepted in choice.accepted:
         mask, record = masks[accepted.scan], before.get(accepted.scan)
-        if record is not None and _is_of(record, mask.id, bundle):
+        if record is not None and _is_as_planned(record, mask.id, bundle, rules, str(rules), numbers[accepted.scan]):
             kept.append(accepted.scan)
         else:
             chosen.append(
@@ -135,16 +134,21 @@ def _candidate(
     return Candidate(
         scan.name,
         scan.split,
+        is_whole=all(quality.present for quality in assessment.structures),
         is_served=made_by is not None and made_by == segmenter and assessment.mask_kind == "served",
         dice=assessment.dice,
         interval=weakest_interval(assessment),
     )
 
 
-def _is_of(record: PseudoLabelRecord, mask: int, bundle: NetworkBundle | None) -> bool:
-    """Whether a pseudo-label is of this mask, accepted by this bundle."""
+def _is_as_planned(
+    record: PseudoLabelRecord, mask: int, bundle: NetworkBundle | None, rules: PseudoLabelRules, rule: str, scan: int
+) -> bool:
+    """Whether a pseudo-label is of this mask, accepted by this bundle and by these settings."""
     by = record.label.bundle
-    return record.label.parent == mask and by is not None and bundle is not None and by.id == bundle.number
+    is_of = record.label.parent == mask and by is not None and bundle is not None and by.id == bundle.number
+    settings = rule, rules.max_error, rules.is_audited(scan)
+    return is_of and (record.rule, record.max_error, record.is_audited) == settings
 
 
 def plan_in_words(plan: PseudoLabelPlan) -> str:
@@ -174,21 +178,31 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
         ModelError: if the files of the bundle that the plan was made with are missing or damaged.
     """
     for scan, reason in plan.dropped.items():
-        with dataset.store.write() as transaction:
+        # a retired scan has another name as soon as its content is back
+        with contextlib.suppress(UnknownScan), dataset.store.write() as transaction:
             pseudo_labels.end(transaction, scan, reason)
     _remove_left_over(dataset)
     if not plan.chosen or plan.bundle is None:
         return PseudoLabelResult(made=0, failed={})
     bundle = dataset.bundles.open(plan.bundle)
+    rules = dataset.settings.pseudo_labels
     entries = {entry.id: entry for entry in dataset.waiting()}
     with dataset.store.read() as transaction:
         made = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
+        numbers = {scan.name: scan.id for scan in scans.listing(transaction, states=_WAITING)}
     failed: dict[str, str] = {}
     for i, planned in enumerate(plan.chosen):
         progress.step(i, len(plan.chosen), "pseudo-labels", planned.scan)
-        if planned.scan in made and _is_of(made[planned.scan], planned.mask, bundle):
+        record, number = made.get(planned.scan), numbers.get(planned.scan)
+        if (
+            record is not None
+            and number is not None
+            and _is_as_planned(record, planned.mask, bundle, rules, plan.rule, number)
+        ):
             continue  # by an earlier attempt
         try:
+            if rules.mode == "off":
+                raise _ObsoleteError(_OFF)
             if planned.scan not in entries:
                 raise _ObsoleteError(_NOT_WAITING)
             _make(dataset, entries[planned.scan], planned, plan.rule, bundle)
@@ -200,11 +214,17 @@ def make_pseudo_labels(dataset: Dataset, plan: PseudoLabelPlan, progress: Progre
 
 
 def _remove_left_over(dataset: Dataset) -> None:
+    """Take away what is shown of pseudo-labels that train no more; what somebody has done with it meanwhile stays."""
     with dataset.store.read() as transaction:
         left_over = pseudo_labels.left_over(transaction)
-    for scan, tags in left_over.items():
-        for tag in tags:
-            dataset.store.remove_label(scan, tag, SERVER)
+    for scan, found in left_over.items():
+        removals = [NewLabel(scan, label.tag, "removal", SERVER, parent=label.id) for label in found]
+        with (
+            contextlib.suppress(UnknownScan, _ObsoleteError),
+            dataset.store.change_labels([LabelChange(removal, None) for removal in removals]) as change,
+        ):
+            if change.replaces_edits or found != [labels.current(change.transaction, scan, r.tag) for r in removals]:
+                raise _ObsoleteError("it was changed meanwhile")
 
 
 def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule: str, bundle: NetworkBundle) -> None:
@@ -223,7 +243,6 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
     result = assess(bundle, scan, *checked[1:], scan_id=entry.id, segmenter_version=version)
     rules = dataset.settings.pseudo_labels
     ignored = (result.errors > rules.max_error).any(axis=0)
-    # of the bundle, so that the same mask, accepted by another one, is another version
     actor = Actor(kind="system", name=f"bundle {bundle.number}", identified_by="program")
     new = NewLabel(
         entry.id, PSEUDO, "pseudo-label", actor, parent=mask.id, bundle=bundle.number, scan_sha256=entry.sha256
@@ -232,8 +251,14 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
         changes = [LabelChange(new, dataset.store.label_file(mask)), LabelChange(replace(new, tag=IGNORED), path)]
         with dataset.store.change_labels(changes) as change:
             now, start = scans.get(change.transaction, entry.id), labels.start_of(change.transaction, entry.id)
-            if now.state != "unlabelled" or start is None or start.id != planned.mask:
-                raise _ObsoleteError(_NOT_WAITING if now.state != "unlabelled" else "its mask has changed meanwhile")
+            if now.state != "unlabelled" or pseudo_labels.is_of_people(change.transaction, entry.id):
+                raise _ObsoleteError(_NOT_WAITING)
+            if change.replaces_edits:  # not seen by any sync yet
+                raise _ObsoleteError("somebody has put a label of their own in its pseudo-label's place")
+            if start is None or start.id != planned.mask:
+                raise _ObsoleteError("its mask has changed meanwhile")
+            if now.split != "train":
+                raise _ObsoleteError("its patient validates by now")
             pseudo_labels.end(change.transaction, entry.id, f"accepted anew by bundle {bundle.number}")
             label, ignored_label = change.versions
             pseudo_labels.add(
@@ -244,6 +269,7 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
                 low=planned.low,
                 level=planned.level,
                 rule=rule,
+                max_error=rules.max_error,
                 is_audited=rules.is_audited(now.id),
             )
 
@@ -300,7 +326,10 @@ def _seen_by(dataset: Dataset, bundles: set[int]) -> Mapping[int, set[str]]:
 
 
 def pseudo_label_audits(dataset: Dataset, rules: PseudoLabelRules, *, simulated: bool = False) -> AuditBound:
-    """What people's corrections of randomly drawn pseudo-labels say of all of them.
+    """What people's corrections of randomly drawn pseudo-labels say of all that the rule accepts.
+
+    Counted are those that this very rule has accepted, by whatever bundle: audits of a stricter one would vouch for
+    masks of a kind that nobody has looked at.
 
     Args:
         dataset: the folder.
@@ -308,5 +337,5 @@ def pseudo_label_audits(dataset: Dataset, rules: PseudoLabelRules, *, simulated:
         simulated: whether simulated corrections are wanted, instead of people's.
     """
     with dataset.store.read() as transaction:
-        found = pseudo_labels.audited(transaction, simulated=simulated)
+        found = pseudo_labels.audited(transaction, simulated=simulated, rule=str(rules))
     return audit_bound([audit.true_dice for audit in found], rules.min_dice)

@@ -14,7 +14,7 @@ from segqc.settings import NetworkName
 from segqc.store import jobs
 from segqc.store.database import Transaction
 from segqc.store.events import SERVER
-from segqc.store.labels import ORIGINAL
+from segqc.store.labels import FINAL, ORIGINAL, PSEUDO_TAGS
 from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.text import first_problem
 from segqc.types import MaskDice
@@ -23,6 +23,15 @@ JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
 KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
 MAX_SCANS: Final = 1_000_000_000
+
+
+def mask_tag_problem(tag: str) -> str | None:
+    """Why a network's masks are not kept under a tag when somebody asks for them: a sentence; None where they are."""
+    if tag == FINAL:
+        return "a network's mask is never final: final labels are what annotators submit."
+    if tag in PSEUDO_TAGS:
+        return f"a network's mask is not kept under the tag {tag!r}: rounds choose pseudo-labels; name another tag."
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,15 @@ class BatchRequest:
     images: BatchImages = "all"
     label_tag: str = ORIGINAL  # of the masks
     max_batch_size: Annotated[int, Field(ge=0, le=MAX_SCANS)] = 0  # the most scans; 0 for no limit
+
+    def __post_init__(self) -> None:
+        """Refuse tags under which only people or rounds keep labels; SegQC-Net's label maps have a tag of their own.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if self.model == "segmentation" and (problem := mask_tag_problem(self.label_tag)) is not None:
+            raise ValueError(problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

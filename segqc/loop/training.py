@@ -191,8 +191,9 @@ def _learn(
     dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
 ) -> _Learned:
     """Train on the cases that can be used."""
+    structures, cases = dataset.structures, dataset.cases()
+    # after the labels: one that is new in the folder ends the pseudo-label of its scan when it is taken in
     pseudo = pseudo_cases(dataset) if network == "segmentation" else NO_PSEUDO_CASES
-    cases, structures = dataset.cases(), dataset.structures
     patient_splits = dict(dataset.patient_splits())  # read last: scans may have come into the folder until now
     folds = len({split.fold for split in patient_splits.values()})
     if network == "segqc" and min(settings.folds, len(patient_splits)) != folds:

@@ -23,6 +23,7 @@ Refusal: TypeAlias = Literal[
     "its patient validates",
     "it has no estimate by the serving bundle",
     "its mask is not the serving network's",
+    "its mask lacks a structure",
     "its estimate has no interval",
     "it is unlike the training scans",
     "its estimate is below the rule",
@@ -92,6 +93,7 @@ class Candidate:
     Attributes:
         scan: its name.
         split: what its patient is for.
+        is_whole: whether mask or estimate show each structure: of one that both miss there is no interval.
         is_served: whether the network that serves made its mask, and the bundle that serves assessed it so.
         dice: the estimated Dice of the worst structure; None without an estimate.
         interval: the interval of the estimated Dice with the least lower end, see `weakest_interval`.
@@ -99,6 +101,7 @@ class Candidate:
 
     scan: str
     split: Split
+    is_whole: bool = True
     is_served: bool = True
     dice: float | None = None
     interval: PredictionInterval | None = None
@@ -137,7 +140,8 @@ def choose_pseudo_labels(
 ) -> PseudoLabelChoice:
     """Choose the scans whose masks are accepted, by the lower ends of their intervals; ties go by name.
 
-    Eligible are scans of training patients whose served mask has an estimate with an interval that applies.
+    Eligible are scans of training patients whose served mask shows each structure and has an estimate with an interval
+    that applies.
 
     Args:
         candidates: the scans that wait for a person's label.
@@ -182,6 +186,8 @@ def _ineligible(candidate: Candidate) -> Refusal | None:
         return "it has no estimate by the serving bundle"
     if not candidate.is_served:
         return "its mask is not the serving network's"
+    if not candidate.is_whole:
+        return "its mask lacks a structure"
     if candidate.interval is None:
         return "its estimate has no interval"
     return None if candidate.interval.applies else "it is unlike the training scans"

@@ -31,6 +31,9 @@ READER: Final = "reader-"
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
+PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
+"""The tags of what rounds accept: nothing else is kept there for a network."""
+NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     """Add a version and say whether it is new.
 
     The same content from the same actor, once more under the same tag, is the version that is there: a client that
-    missed the answer may send it again.
+    missed the answer may send it again. A pseudo-label is a version for each time that a mask was accepted.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -68,7 +71,8 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     """
     scan = scans.expect(transaction, label.scan, label.scan_sha256)
     last = current(transaction, label.scan, label.tag)
-    if last is not None and last.sha256 == label.sha256 and last.actor == label.actor and label.source == last.source:
+    is_same = last is not None and (last.sha256, last.actor, last.source) == (label.sha256, label.actor, label.source)
+    if last is not None and is_same and label.source != "pseudo-label":
         return last, False
     number = transaction.insert(
         LabelVersion,
@@ -219,6 +223,12 @@ def read_scans(transaction: Transaction) -> set[str]:
     """The scans with a current reading by any annotator, where several label each scan."""
     tags_of_readers = [tag for tag in all_tags(transaction) if _reader_number(tag) is not None]
     return {scan for tag in tags_of_readers for scan in current_of_all(transaction, tag)}
+
+
+def ever_labelled(transaction: Transaction, tags_: Collection[str]) -> set[str]:
+    """The scans that have or had a label under one of some tags."""
+    query = select(Scan.name).join(LabelVersion, LabelVersion.scan_id == Scan.id)
+    return set(transaction.scalars(query.where(LabelVersion.tag.in_(tags_)).distinct()))
 
 
 def all_tags(transaction: Transaction) -> list[str]:

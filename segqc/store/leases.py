@@ -85,13 +85,15 @@ def acquire(
     rules: LeaseRules,
     *,
     skip_reason: str | None = None,
+    pseudo_audits: bool = True,
 ) -> LeaseRecord | None:
     """Hand out the next scan to an annotator; None where no scan is left for this one.
 
     An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, or with a reason to
     skip it, the scan is released as skipped (`skipped_for` tells). An audit draw is taken from all waiting scans, a
     validation draw from those of validating patients, and the strategy chooses among those of training patients
-    (method, "Leaks": scans chosen worst-first are a biased sample). Audits of pseudo-labels come before its choices.
+    (method, "Leaks": scans chosen worst-first are a biased sample). Audits of pseudo-labels come before its choices,
+    unless ``pseudo_audits`` is false, as where pseudo-labels are turned off.
     """
     actor_id = events.actor_id(transaction, actor)
     overdue, held, last = transaction.rows(_STANDING, {"actor": actor_id, "now": transaction.now}).one()
@@ -109,7 +111,7 @@ def acquire(
             _close(transaction, mine, "skipped", actor, skip_reason)
         transaction.flush()
     rng = np.random.default_rng((rules.seed, last or 0))
-    chosen = _choose(transaction, actor_id, order, rules, rng)
+    chosen = _choose(transaction, actor_id, order, rules, rng, pseudo_audits=pseudo_audits)
     if chosen is None:
         return None
     draw, probability, choice = chosen
@@ -128,7 +130,13 @@ _POOLS: Final[Mapping[Pool, ColumnElement[bool]]] = {
 
 
 def _choose(
-    transaction: Transaction, actor_id: int, order: Order, rules: LeaseRules, rng: np.random.Generator
+    transaction: Transaction,
+    actor_id: int,
+    order: Order,
+    rules: LeaseRules,
+    rng: np.random.Generator,
+    *,
+    pseudo_audits: bool,
 ) -> tuple[Draw, float | None, Choice] | None:
     """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
     lot = rng.random()
@@ -137,7 +145,8 @@ def _choose(
         wanted.append(("audit", rules.audit_share, orders.uniform, "anyone"))
     elif lot < rules.audit_share + rules.validation_share:
         wanted.append(("validation", rules.validation_share, orders.uniform, "validation"))
-    if pseudo_labels.has_audits(transaction):  # few, and before all others: they tell what the others are worth
+    # few, and before all others: they tell what the others are worth
+    if pseudo_audits and pseudo_labels.has_audits(transaction):
         wanted.append(("pseudo-audit", 1.0, orders.uniform, "pseudo-audit"))
     wanted.append(("strategy", None, order, "train"))
     wanted.append(("validation", 1.0, orders.uniform, "validation"))  # nothing else is left

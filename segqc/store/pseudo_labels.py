@@ -40,6 +40,7 @@ def add(
     low: float,
     level: float,
     rule: str,
+    max_error: float,
     is_audited: bool,
 ) -> None:
     """Record why a label version was accepted as a pseudo-label; the fields are those of `PseudoLabelRecord`."""
@@ -51,6 +52,7 @@ def add(
         low=low,
         level=level,
         rule=rule,
+        max_error=max_error,
         is_audited=is_audited,
     )
 
@@ -84,14 +86,34 @@ def listing(transaction: Transaction, *, scan: str | None = None, ended: bool = 
     return [_record(transaction, row) for row in transaction.scalars(query)]
 
 
-def left_over(transaction: Transaction) -> dict[str, list[str]]:
-    """The tags of pseudo-labels under which scans still have a label though it has ended or trains no more, by scan."""
+def of_people(transaction: Transaction) -> set[str]:
+    """The scans that get no pseudo-label as a person has worked on them; see `is_of_people`."""
+    shown = labels.current_of_all(transaction, PSEUDO)
+    return labels.read_scans(transaction) | {scan for scan, label in shown.items() if _is_a_persons(label)}
+
+
+def is_of_people(transaction: Transaction, scan: str) -> bool:
+    """Whether a person has read a scan, or has put a label of their own in its pseudo-label's place.
+
+    Raises:
+        UnknownScan: if there is no such scan.
+    """
+    shown = labels.current(transaction, scan, PSEUDO)
+    return (shown is not None and _is_a_persons(shown)) or bool(labels.readings(transaction, scan))
+
+
+def _is_a_persons(label: LabelRecord) -> bool:
+    return label.source not in labels.NOT_BY_PEOPLE
+
+
+def left_over(transaction: Transaction) -> dict[str, list[LabelRecord]]:
+    """The labels that scans still have under the tags of pseudo-labels though these train no more, by scan."""
     accepted = {record.label.scan for record in listing(transaction)}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[LabelRecord]] = {}
     for tag in (PSEUDO, labels.IGNORED):
         for scan, label in labels.current_of_all(transaction, tag).items():
-            if scan not in accepted and label.source in ("pseudo-label", "network"):
-                found.setdefault(scan, []).append(tag)
+            if scan not in accepted and not _is_a_persons(label):
+                found.setdefault(scan, []).append(label)
     return found
 
 
@@ -104,15 +126,17 @@ class AuditedPseudoLabel:
     true_dice: float
 
 
-def audited(transaction: Transaction, *, simulated: bool = False) -> list[AuditedPseudoLabel]:
+def audited(transaction: Transaction, *, simulated: bool = False, rule: str | None = None) -> list[AuditedPseudoLabel]:
     """What random draws among the pseudo-labels showed of them, oldest first.
 
     These are the pseudo-labels' own audits, and audit draws of all waiting scans that met one. Left out are corrections
-    of a part of the scan, those of labels that were rejected since, and excluded scans.
+    of a part of the scan, those of labels that were rejected since, and excluded scans. A mask that several annotators
+    have corrected counts once, with the least Dice.
 
     Args:
         transaction: what to read in.
         simulated: whether simulated corrections are wanted, instead of people's.
+        rule: the rule that the masks were accepted by; None for all.
     """
     made = aliased(LabelVersion)
     was_accepted = exists().where(
@@ -121,6 +145,8 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Audite
         made.made_at <= LeaseRow.handed_out_at,
         or_(_OPEN, PseudoLabelRow.ended_at >= LeaseRow.handed_out_at),
     )
+    if rule is not None:
+        was_accepted = was_accepted.where(PseudoLabelRow.rule == rule)
     query = (
         select(Scan.name, Patient.name, func.min(CorrectionStructure.dice))
         .select_from(Correction)
@@ -137,8 +163,8 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Audite
             Scan.state != "excluded",
             was_accepted,
         )
-        .group_by(Correction.id, Scan.name, Patient.name)
-        .order_by(Correction.id)
+        .group_by(Correction.from_version_id, Scan.name, Patient.name)
+        .order_by(func.min(Correction.id))
     )
     # without a structure in mask and truth there is nothing wrong with it
     rows = transaction.execute(query)
@@ -169,6 +195,7 @@ def _record(transaction: Transaction, row: PseudoLabelRow) -> PseudoLabelRecord:
         low=row.low,
         level=row.level,
         rule=row.rule,
+        max_error=row.max_error,
         is_audited=row.is_audited,
         ended_at=row.ended_at,
         ended_because=row.ended_because,

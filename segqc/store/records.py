@@ -129,6 +129,7 @@ class PseudoLabelRecord:
     low: float  # the least lower end of the structures' intervals
     level: float  # of the intervals
     rule: str  # in words
+    max_error: float  # voxels with a higher error probability are left out of the loss
     is_audited: bool  # whether a person shall check it
     ended_at: dt.datetime | None  # None while it is accepted
     ended_because: str | None

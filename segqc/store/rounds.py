@@ -9,8 +9,8 @@ from sqlalchemy import func, select
 
 from segqc.store import jobs
 from segqc.store.database import Transaction
-from segqc.store.labels import FINAL, current_versions
-from segqc.store.records import JsonObject, LabelledSince, LabelSource, RoundRecord
+from segqc.store.labels import FINAL, NOT_BY_PEOPLE, current_versions
+from segqc.store.records import JsonObject, LabelledSince, RoundRecord
 from segqc.store.schema import LABELLED_STATES, JobRow, LabelVersion, RoundRow, RoundStep, Scan
 
 _IS_LABELLED: Final = (
@@ -18,7 +18,6 @@ _IS_LABELLED: Final = (
     Scan.state.in_(LABELLED_STATES),
     Scan.missing_since.is_(None),
 )
-_NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
 
 
 def listing(transaction: Transaction) -> list[RoundRecord]:
@@ -57,7 +56,7 @@ def labelled_since(transaction: Transaction, newest: int) -> LabelledSince:
     """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever."""
     query = select(func.count(), func.min(LabelVersion.made_at)).select_from(LabelVersion)
     query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(
-        *_IS_LABELLED, LabelVersion.source.not_in(_NOT_BY_PEOPLE), LabelVersion.id > newest
+        *_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest
     )
     count, first_at = transaction.execute(query).one()
     return LabelledSince(scans=count, first_at=first_at)

@@ -296,7 +296,8 @@ class PseudoLabelRow(Base):
     """A label version that was accepted as a pseudo-label: the estimate and the rule that it was accepted by.
 
     ``low`` is the least lower end of the structures' intervals at ``level``. ``ignored_version_id`` is the label map of
-    the voxels that are left out of the loss. It trains until ``ended_at``.
+    the voxels that are left out of the loss, as their error probability is above ``max_error``. It trains until
+    ``ended_at``.
     """
 
     __tablename__ = "pseudo_label"
@@ -306,6 +307,7 @@ class PseudoLabelRow(Base):
     low: Mapped[float]
     level: Mapped[float]
     rule: Mapped[str]
+    max_error: Mapped[float]
     is_audited: Mapped[bool]
     ended_at: Mapped[dt.datetime | None]
     ended_because: Mapped[str | None]

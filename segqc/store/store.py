@@ -80,6 +80,11 @@ class LabelTransaction:
         self._edits = edits
 
     @property
+    def replaces_edits(self) -> bool:
+        """Whether somebody's files lie where the changes go; they become versions before the new ones."""
+        return self._edits > 0
+
+    @property
     def versions(self) -> list[LabelRecord]:
         """The new versions, in the order of the changes.
 

@@ -142,8 +142,9 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
 def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) -> list[str]:
     """Give scans the patients that the settings name by now, where these were written after the scans came.
 
-    A scan that is handed out stays where it is, and so does one that networks were trained with, if it would change its
-    fold or split: what they were judged by would be among what they have trained.
+    A scan that is handed out stays where it is, and so does one that networks may have been trained with, by a label or
+    a pseudo-label that it has or had, if it would change its fold or split: what they were judged by would be among
+    what they have trained.
 
     Args:
         store: the store.
@@ -156,6 +157,8 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
     with store.read() as transaction:
         found = [scan for scan in scans.listing(transaction) if scan.former_name is None]
         handed_out = {lease.scan for lease in leases.listing(transaction, state="open")}
+        # a label that was taken back may have trained networks before that, and a pseudo-label that ended, too
+        labelled = labels.ever_labelled(transaction, (labels.FINAL, labels.PSEUDO))
     moving: list[tuple[ScanRecord, str]] = []
     for scan in found:
         with contextlib.suppress(VolumeError, OSError):  # its side-car cannot be read: nothing new is known
@@ -171,9 +174,10 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
         stays = f"{scan.file}: stays with the patient {scan.patient!r}, and not {patient!r} as the settings say"
         if scan.name in handed_out:
             messages.append(f"{stays}, while it is handed out; open the folder again when it is submitted")
-        elif trained and scan.state != "unlabelled" and places.get(patient) != places[scan.patient]:
+        elif trained and scan.name in labelled and places.get(patient) != places[scan.patient]:
             messages.append(
-                f"{stays}, as networks were trained with it; move segqc/models and segqc/training away to begin anew"
+                f"{stays}, as networks may have been trained with it; move segqc/models and segqc/training away to "
+                "begin anew"
             )
         elif store.is_writable:
             free.append((scan, patient))
@@ -562,6 +566,7 @@ def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundSc
             if sha256_of(store.files.views / file) in _addresses(label):
                 (store.files.views / file).unlink()
     leases.release(transaction, scan.name, FOLDER)
+    labels.end_pseudo_label(transaction, scan.id, "another scan has taken the place of its file")
     retired = scans.retire(transaction, scan.id, FOLDER)
     logger.warning(
         "%s holds another scan now; what was made for the one before is kept with it, under the name %s",
@@ -620,7 +625,7 @@ def _sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop:
     unsettled: set[str] = set()
     unreadable: dict[str, str] = {}
     settled = 0
-    for entry, status in _files(folder, unreadable):
+    for entry, status in _files(folder, unreadable) if folder.is_dir() else ():
         name = entry.name
         if name != printable(name):
             unreadable[printable(name)] = _UNPRINTABLE
@@ -793,10 +798,16 @@ class _Overtaken(Exception):  # noqa: N818 - not an error
 
 
 def _tag_folders(store: Store) -> list[Path]:
+    """The folders of the tags.
+
+    People's labels do not go with their whole folder, which may just not be mounted. Pseudo-labels do: without their
+    files nobody would see what trains.
+    """
     if not store.files.views.is_dir():
         return []
     with os.scandir(store.files.views) as found:
-        return sorted(Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith("."))
+        folders = {Path(entry.path) for entry in found if entry.is_dir() and not entry.name.startswith(".")}
+    return sorted(folders | {store.files.views / labels.PSEUDO})
 
 
 def _without_tag(store: Store) -> dict[str, Finding]:

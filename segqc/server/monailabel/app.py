@@ -13,7 +13,7 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.due import rounds_info
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
-from segqc.loop.requests import TrainRequest, request_of
+from segqc.loop.requests import TrainRequest, mask_tag_problem, request_of
 from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
@@ -133,8 +133,8 @@ class DatasetApp(MONAILabelApp):
         saved: str | None = None
         if request.get("save_label") and "image_file" not in request:
             tag = LIKELY_ERRORS_TAG if name == "segqc" else request.get("label_tag") or "original"
-            if tag == "final":
-                raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
+            if (problem := mask_tag_problem(tag)) is not None:
+                raise RequestError(400, problem)
             saved = self._save(image, Path(path), tag, name, params, assessed, content)
         return {"label": saved or path, "tag": "original", "file": path, "params": params}
 

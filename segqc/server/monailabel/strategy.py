@@ -197,13 +197,22 @@ class Sampling(Strategy):
             The lease, the one that was put aside for it, the scan, and its assessment.
         """
         rules, actor = self.dataset.settings.annotation, current_actor()
+        pseudo_audits = self.dataset.settings.pseudo_labels.mode != "off"
         while True:
             with self.dataset.store.write() as transaction:
                 if wanted is not None:
                     name = scans.get(transaction, wanted).name
                     lease: LeaseRecord | None = leases.resume(transaction, name, actor, rules)
                 else:
-                    lease = leases.acquire(transaction, actor, self.name, self._order, rules, skip_reason=reason)
+                    lease = leases.acquire(
+                        transaction,
+                        actor,
+                        self.name,
+                        self._order,
+                        rules,
+                        skip_reason=reason,
+                        pseudo_audits=pseudo_audits,
+                    )
                 if lease is None:
                     return None
                 skipped = leases.skipped_for(transaction, lease) if wanted is None else None

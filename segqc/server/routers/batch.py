@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from segqc.loop.requests import NETWORKS, BatchImages, BatchRequest
+from segqc.loop.requests import NETWORKS, BatchImages, BatchRequest, mask_tag_problem
 from segqc.server import job_answers
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ADMIN, USER
@@ -15,7 +15,7 @@ from segqc.server.names import known
 from segqc.server.parameters import AllJobs, BatchBody, OnlyOpen, RunSync
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.waiting import described
-from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.labels import ORIGINAL
 from segqc.store.records import JsonObject
 
 router = APIRouter()
@@ -34,8 +34,8 @@ def batch_start(
     """Queue an inference on all, all labelled or all unlabelled scans."""
     app = current_app()
     network, tag = known("model", model, NETWORKS), params.label_tag or ORIGINAL
-    if tag == FINAL and network != "segqc":
-        raise RequestError(400, "a network's mask is never final: final labels are what annotators submit.")
+    if network == "segmentation" and (problem := mask_tag_problem(tag)) is not None:
+        raise RequestError(400, problem)
     app.context.segmenter()
     if network == "segqc":
         app.context.assessor()

@@ -310,6 +310,7 @@ def upgrade() -> None:
         sa.Column("low", sa.Double(), nullable=False),
         sa.Column("level", sa.Double(), nullable=False),
         sa.Column("rule", sa.String(), nullable=False),
+        sa.Column("max_error", sa.Double(), nullable=False),
         sa.Column("is_audited", sa.Boolean(), nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ended_because", sa.String(), nullable=True),
