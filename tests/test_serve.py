@@ -73,7 +73,7 @@ def test_a_server_in_the_background_of_a_script_ends_by(sign: signal.Signals, mo
     assert "SegQC has ended." in said
     if moment == "takes jobs":
         assert "SegQC is ending: the worker stops its job" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     _assert_nothing_is_left(folder, tmp_path / "temporary")
 
 
@@ -87,5 +87,5 @@ def test_a_server_that_gets_many_signals_at_once_ends(moment: str, tmp_path: Pat
             server.send_signal(sign)
     said += server.communicate()[1]
     assert server.returncode == 0, said
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     _assert_nothing_is_left(folder, tmp_path / "temporary")

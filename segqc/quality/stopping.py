@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -173,13 +173,14 @@ def paired_rise(before: Sequence[MaskDice], after: Sequence[MaskDice], *, seed: 
         after: those of another one.
         seed: of the bootstrap draws.
     """
-    earlier = {mask.scan: mask for mask in before}
-    rises = [
-        MaskDice(patient=mask.patient, scan=mask.scan, dice=mask.dice - earlier[mask.scan].dice)
-        for mask in after
-        if mask.scan in earlier and earlier[mask.scan].patient == mask.patient
-    ]
+    rises = [replace(mask, dice=mask.dice - earlier) for earlier, mask in _pairs(before, after)]
     return mean_dice(rises, seed=seed) if len({mask.patient for mask in rises}) >= MIN_PATIENTS else None
+
+
+def _pairs(before: Sequence[MaskDice], after: Sequence[MaskDice]) -> list[tuple[float, MaskDice]]:
+    """The later masks of the scans that are in both, each with the Dice of the earlier one."""
+    earlier = {(mask.patient, mask.scan): mask.dice for mask in before}
+    return [(earlier[key], mask) for mask in after if (key := (mask.patient, mask.scan)) in earlier]
 
 
 def worse_masks(new: Sequence[MaskDice], served: Sequence[MaskDice], *, tolerated: float = 0.0) -> str | None:
@@ -207,12 +208,11 @@ def fall_of_few(new: Sequence[MaskDice], served: Sequence[MaskDice]) -> str | No
         new: the new network's masks of the validation scans.
         served: those of the network that serves.
     """
-    before = {(mask.patient, mask.scan): mask.dice for mask in served}
-    pairs = [(mask, before[mask.patient, mask.scan]) for mask in new if (mask.patient, mask.scan) in before]
-    patients = len({mask.patient for mask, _ in pairs})
+    pairs = _pairs(served, new)
+    patients = len({mask.patient for _, mask in pairs})
     if not pairs or patients >= MIN_PATIENTS:
         return None
-    now, then = (float(np.mean(values)) for values in zip(*((mask.dice, old) for mask, old in pairs), strict=True))
+    then, now = float(np.mean([old for old, _ in pairs])), float(np.mean([mask.dice for _, mask in pairs]))
     if now > then - _NOTABLE:
         return None
     on = "1 validation patient" if patients == 1 else f"{patients} validation patients"
