@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels, rounds
+from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels, rounds, simulation
 from segqc.cli.common import (
     ANNOTATE_PANEL,
     ESTIMATE_PANEL,
@@ -85,6 +85,7 @@ app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
+app.add_typer(simulation.app, name="simulate", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
 app.add_typer(import_export.import_app, name="import", rich_help_panel=MAKE_PANEL)
 app.add_typer(import_export.export_app, name="export", rich_help_panel=KEEP_PANEL)
@@ -866,55 +867,6 @@ def run_round(
     if number is not None:
         print_card(dataset.bundles.open(number).manifest.report)
     typer.echo(more)
-
-
-@app.command(rich_help_panel=ANNOTATE_PANEL)
-def simulate(
-    folder: DatasetFolder,
-    server: Annotated[
-        str | None, typer.Option(metavar="URL", help="The running server (default: http://127.0.0.1:8000).")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of scans to correct.")] = 1,
-    truth: Annotated[Path | None, typer.Option(metavar="DIR", help="True labels (default: FOLDER/truth).")] = None,
-    strategy: Annotated[str, typer.Option(help="The strategy to ask for the next scan.")] = "segqc",
-    as_json: AsJson = False,
-    as_csv: AsCsv = False,
-) -> None:
-    """Play an annotator, to try a server: take the next scan, submit its true labels as final."""
-    try:
-        from segqc.server.annotator import annotate
-    except ImportError as error:
-        if error.name is None or not error.name.startswith("monailabel"):
-            raise
-        raise CommandError("the client is not installed; pip install 'segqc[server]'") from error
-    dataset = dataset_at(folder, None)
-    source = truth or folder / "truth"
-    if not source.is_dir():
-        raise CommandError(f"{source}: no such folder of true labels; name one with --truth")
-    url = server or f"http://{dataset.settings.server.host}:{dataset.settings.server.port}"
-    rows: list[Row] = []
-    with shown_progress() as progress:
-        for done in annotate(url, source, dataset.structures, count=count, strategy=strategy):
-            rows.append(
-                {
-                    "scan": done.scan,
-                    "chosen by": done.strategy,
-                    **estimate(
-                        "estimated Dice",
-                        done.estimated_dice,
-                        done.interval,
-                        unlike=done.unlike,
-                        as_json=as_json,
-                        as_csv=as_csv,
-                    ),
-                    "true Dice": done.true_dice,
-                    "worst slices": " ".join(map(str, done.worst_slices)),
-                }
-            )
-            progress.step(len(rows), count, "correcting", done.scan)
-    if not rows:
-        raise CommandError(f"{url}: no scan is left to correct")
-    emit(rows, "corrected and submitted as final", as_json=as_json, as_csv=as_csv, key="corrections")
 
 
 def _refuse_missing(*paths: Path) -> None:

@@ -239,6 +239,28 @@ def correction_curves(
     return _lines(name, title, curves, caption, styles, f"{unit} corrected", f"mean true {metric}", percent=True)
 
 
+def learning_curves(
+    name: str,
+    title: str,
+    curves: Sequence[Series],
+    *,
+    quantity: str,
+    caption: str = "",
+    styles: Mapping[str, Style] | None = None,
+) -> Figure:
+    """What annotation buys, one line per way to annotate.
+
+    Args:
+        name: the figure's name.
+        title: the figure's title.
+        curves: x is the share of the pool's slices that were opened, 0 to 1.
+        quantity: what y is.
+        caption: the figure's caption.
+        styles: colours by curve.
+    """
+    return _lines(name, title, curves, caption, styles, "slices opened", quantity, percent=True)
+
+
 def risk_coverage(
     name: str,
     title: str,

@@ -1,0 +1,1 @@
+"""What corrections buy: learning curves of a simulated annotator who corrects what the product hands out."""

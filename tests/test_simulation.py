@@ -1,0 +1,224 @@
+"""The learning-curve study: its file, its annotator, its curves, and units that the product itself runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from segqc.cli.main import app
+from segqc.evaluation.simulation.annotator import correct, generator_of
+from segqc.evaluation.simulation.curves import area, at, cost_of
+from segqc.evaluation.simulation.results import result_of
+from segqc.evaluation.simulation.study import AnnotatorSettings, Study, StudyError
+from segqc.evaluation.simulation.unit import Accepted, Cost, Point, Unit, run_unit
+from segqc.training import NoProgress
+from segqc.types import LabelArray
+from segqc.volumes import Volume
+from tests.test_training import make_cases
+
+STUDY = """
+start = 4
+budgets = [0.5, 0.8, 1.0]
+seeds = [0]
+[structures]
+ball = [1]
+[settings.training]
+epochs = 2
+fold_epochs = 1
+steps_per_epoch = 2
+folds = 2
+gammas = []
+ensemble = false
+patch = [16, 16, 4]
+[arms.uniform]
+strategy = "uniform-random"
+assessed = false
+[arms."worst first"]
+strategy = "segqc"
+"""
+
+
+def read(folder: Path, text: str = STUDY) -> Study:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return Study.read(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of ten scans, two of them for the test."""
+    made = tmp_path_factory.mktemp("made")
+    cases = make_cases(made, 10)
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for case in cases:
+        shutil.copy(case.scan, folder / "images" / f"{case.id}.nii.gz")
+        shutil.copy(case.labels, folder / "labels" / f"{case.id}.nii.gz")
+    ids = [case.id for case in cases]
+    (folder / "splits.json").write_text(json.dumps({"train": ids[:8], "test": ids[8:]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("budgets = [0.5, 0.5]", "each above the one before"),
+        ("budgets = [0.5, 1.5]", "less than or equal to 1"),
+        ("start = -1", "greater than or equal to 0"),
+        ("star = 4", "star"),
+        ("start = ", "not a TOML file"),
+    ],
+)
+def test_a_study_that_cannot_be_meant_is_refused_with_its_file(tmp_path: Path, wrong: str, said: str) -> None:
+    with pytest.raises(StudyError, match=said) as raised:
+        read(tmp_path, f"{wrong}\n[structures]\nball = [1]\n[arms.a]\nstrategy = 'segqc'\n")
+    assert str(raised.value).startswith(str(tmp_path / "study.toml"))
+
+
+def test_settings_of_an_arm_lie_over_those_of_the_study(tmp_path: Path) -> None:
+    study = read(tmp_path, STUDY + "[arms.mine]\nstrategy = 'segqc'\nsettings.training.epochs = 7\n")
+    settings = study.settings_of(tmp_path, study.arm("mine"), 3).training_settings("segmentation")
+    assert (settings.epochs, settings.fold_epochs, settings.seed) == (7, 1, 3)
+    with pytest.raises(StudyError, match="no arm 'yours'; there are 'uniform', 'worst first', 'mine'"):
+        study.arm("yours")
+
+
+def truth_and_mask() -> tuple[Volume, LabelArray]:
+    array = np.zeros((20, 20, 6), np.uint8)
+    array[5:15, 5:15, 1:5] = 1
+    mask = np.zeros_like(array)
+    mask[5:12, 5:15, 2:6] = 1
+    mask[0:2, 0:2, 3] = 1  # an error by itself
+    return Volume(array, np.diag([1.0, 1.0, 3.0, 1.0])), mask
+
+
+def test_an_annotator_makes_the_opened_slices_true_and_leaves_all_others() -> None:
+    truth, mask = truth_and_mask()
+    whole = correct(mask, truth, AnnotatorSettings(), generator_of(0, "a"))
+    np.testing.assert_array_equal(whole, truth.array)
+    part = correct(mask, truth, AnnotatorSettings(), generator_of(0, "a"), (3, 5))
+    np.testing.assert_array_equal(part[..., [3, 5]], np.asarray(truth.array)[..., [3, 5]])
+    np.testing.assert_array_equal(part[..., [0, 1, 2, 4]], mask[..., [0, 1, 2, 4]])
+
+
+def test_an_annotators_slips_are_drawn_for_each_scan_once_and_for_all() -> None:
+    truth, mask = truth_and_mask()
+    np.testing.assert_array_equal(correct(mask, truth, AnnotatorSettings(missed_share=1), generator_of(0, "a")), mask)
+    settings = AnnotatorSettings(boundary_noise_mm=2, missed_share=0.5)
+    first = correct(mask, truth, settings, generator_of(0, "a"))
+    np.testing.assert_array_equal(first, correct(mask, truth, settings, generator_of(0, "a")))
+    assert (first != correct(mask, truth, settings, generator_of(0, "b"))).any()
+    assert (first != truth.array).any()
+    noisy = correct(truth.array.astype(np.uint8), truth, AnnotatorSettings(boundary_noise_mm=2), generator_of(0, "a"))
+    wrong = (noisy != truth.array).sum()
+    assert 0 < wrong < 0.5 * np.asarray(truth.array).sum()
+
+
+def point(share: float, dice: float, accepted: tuple[Accepted, ...] = ()) -> Point:
+    cost = Cost(scans=1, slices=round(100 * share), changed_slices=0, voxels=0, minutes=1.0)
+    return Point(cost=cost, share=share, test_dice=(dice,), labels_dice=dice, accepted=accepted, seconds=1.0)
+
+
+def test_areas_costs_and_heights_are_of_straight_lines_between_points() -> None:
+    points = [point(0.1, 0.5), point(0.3, 0.7), point(0.5, 0.8)]
+    dice = np.array([p.mean_test_dice for p in points])
+    assert area(points, dice, 0.1, 0.3) == pytest.approx(0.6)
+    assert area(points, dice, 0.2, 0.4) == pytest.approx((0.65 + 0.725) / 2)
+    assert area(points, dice, 0.1, 1.0) == pytest.approx((0.2 * 0.6 + 0.2 * 0.75 + 0.5 * 0.8) / 0.9)
+    assert at(points, dice, 0.2) == pytest.approx(0.6)
+    assert at(points, dice, 0.05) is None
+    assert at(points, dice, 0.9) == pytest.approx(0.8)
+    assert cost_of(points, dice, 0.6) == pytest.approx(0.2)
+    assert cost_of(points, dice, 0.4) == pytest.approx(0.1)
+    assert cost_of(points, dice, 0.9) is None
+
+
+def test_a_result_sums_up_over_the_seeds(tmp_path: Path) -> None:
+    study = read(tmp_path)
+    bad = Accepted(scan="s", estimated=0.9, low=0.8, true=0.5)
+
+    def unit(arm: str, seed: int, points: tuple[Point, ...]) -> Unit:
+        return Unit(
+            study=study, arm=arm, seed=seed, all_slices=100, test_scans=("t",), date="2026-01-01", machine="m",
+            points=points,
+        )  # fmt: skip
+
+    units = [
+        unit("uniform", 0, (point(0.1, 0.5), point(1.0, 0.8))),
+        unit("uniform", 1, (point(0.1, 0.6), point(1.0, 0.8))),
+        unit("worst first", 0, (point(0.1, 0.5, (replace(bad, true=0.9),)), point(0.2, 0.78, (bad,)))),
+    ]
+    result = result_of(units)
+    rows = {row[0]: dict(zip(result.curves.columns, row, strict=True)) for row in result.curves.rows}
+    assert rows["uniform"]["seeds"] == 2
+    assert rows["uniform"]["area"] == pytest.approx((0.65 + 0.7) / 2)
+    assert rows["uniform"]["sd"] == pytest.approx(np.std([0.65, 0.7], ddof=1))
+    assert rows["worst first"]["sd"] is None
+    assert rows["worst first"]["cost of 95%"] == pytest.approx(0.1 + 0.1 * (0.76 - 0.5) / 0.28)
+    assert rows["worst first"]["cost of 98%"] is None
+    assert result.pseudo_labels is not None
+    assert result.pseudo_labels.rows == (("worst first", 1, 2, 1, 1, 0.5, 0.5),)
+    assert [figure.name for figure in result.figures] == ["learning-curves", "labels"]
+
+
+class Interrupts(NoProgress):
+    """Stops a unit while it annotates for the nth time."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
+        if task == "annotating":
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+
+def timeless(unit: Unit) -> Unit:
+    return replace(unit, points=tuple(replace(p, seconds=0.0) for p in unit.points))
+
+
+def test_a_unit_annotates_the_whole_pool_in_rounds_and_goes_on_after_an_interruption(
+    data: Path, tmp_path: Path
+) -> None:
+    study = read(tmp_path)
+    unit = run_unit(study, "worst first", 0, data, tmp_path / "undisturbed", NoProgress())
+    assert unit.is_done
+    assert [p.share for p in unit.points] == sorted({p.share for p in unit.points})
+    assert unit.points[0].cost.scans == 4
+    last = unit.points[-1]
+    assert (last.share, last.cost.scans, last.labels_dice) == (1.0, 8, 1.0)
+    assert last.estimates is None
+    first = unit.points[0].estimates
+    assert first is not None
+    assert first.scans == 4
+    assert all(len(p.test_dice) == 2 for p in unit.points)
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(study, "worst first", 0, data, tmp_path / "interrupted", Interrupts(at=2))
+    left = run_unit(study, "worst first", 0, data, tmp_path / "interrupted", NoProgress())
+    assert timeless(left) == timeless(unit)
+    with pytest.raises(StudyError, match="another study"):
+        run_unit(study.model_copy(update={"start": 3}), "worst first", 0, data, tmp_path / "undisturbed", NoProgress())
+
+
+def test_the_command_runs_a_study_and_writes_what_it_shows(data: Path, tmp_path: Path) -> None:
+    read(tmp_path)
+    out = tmp_path / "out"
+    run = CliRunner().invoke(
+        app, ["simulate", str(tmp_path / "study.toml"), str(data), "--out", str(out), "--arm", "uniform", "--json"]
+    )
+    assert run.exit_code == 0, run.output
+    shown = json.loads(run.stdout)["arms"]
+    assert [row["arm"] for row in shown] == ["uniform"]
+    assert {path.name for path in out.iterdir()} == {
+        "units", "learning-curves.json", "curves.csv", "curves.md", "learning-curves.svg", "labels.svg"
+    }  # fmt: skip
+    unknown = CliRunner().invoke(app, ["simulate", str(tmp_path / "study.toml"), str(data), "--arm", "nobody"])
+    assert "there is no arm 'nobody'" in str(unknown.exception)
