@@ -164,7 +164,7 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
         (["assess", broken, scan], "broken.nii.gz"),
         (["assess", scan, scan, "--model", broken], "broken.nii.gz"),
         (["prepare", empty, tmp_path / "new"], "images/"),
-        (["simulate", empty], "truth"),
+        (["simulate", "annotator", empty], "truth"),
     ]:
         messages = run(*arguments)
         assert messages.code == 1, arguments
@@ -619,7 +619,7 @@ def test_simulate_submits_the_truth_and_compares_the_estimate_shown(
     annotator = pytest.importorskip("segqc.server.annotator", reason="MONAI Label is not installed")
     server = FakeServer(ranked, ["scan_3", "scan_2"])
     monkeypatch.setattr(annotator, "MONAILabelClient", server.client)
-    rows = json.loads(run("simulate", ranked, "--count", 9, "--json").out)["corrections"]
+    rows = json.loads(run("simulate", "annotator", ranked, "--count", 9, "--json").out)["corrections"]
     assert [(row["scan"], row["estimated Dice"], row["worst slices"]) for row in rows] == [
         ("scan_3", 0.25, "3 1"),
         ("scan_2", 0.25, "3 1"),
@@ -630,12 +630,12 @@ def test_simulate_submits_the_truth_and_compares_the_estimate_shown(
     assert {row["scan"]: row["true Dice"] for row in rows} == {n: expected[n] for n in ("scan_3", "scan_2")}
     for name, (content, tag) in server.submitted.items():
         assert (content, tag) == ((ranked / "truth" / f"{name}.nii.gz").read_bytes(), "final")
-    assert run("simulate", ranked).code == 1  # nothing is left
+    assert run("simulate", "annotator", ranked).code == 1  # nothing is left
 
 
 def test_simulate_says_when_no_server_answers(run: Run, ranked: Path) -> None:
     pytest.importorskip("monailabel", reason="MONAI Label is not installed")
-    messages = run("simulate", ranked, "--server", "http://127.0.0.1:9")
+    messages = run("simulate", "annotator", ranked, "--server", "http://127.0.0.1:9")
     assert messages.code == 1
     assert "is the server running?" in messages.err
 
@@ -659,6 +659,8 @@ def test_the_documentation_shows_commands() -> None:
 @pytest.mark.parametrize("line", documented_commands())
 def test_documented_commands_are_understood(line: str) -> None:
     words = shlex.split(line)[1:]
+    if words[0] == "simulate" and tuple(words[:2]) not in ALL:
+        words.insert(1, "study")  # which is left out
     depth = 1 if (words[0],) in ALL else 2
     command = ALL[tuple(words[:depth])]
     command.make_context(" ".join(words[:depth]), words[depth:])  # fails where an option or argument is unknown
