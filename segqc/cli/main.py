@@ -42,6 +42,7 @@ from segqc.cli.common import (
     emit,
     estimate,
     me,
+    numbers,
     refuse_overwriting,
     shown,
     shown_progress,
@@ -909,6 +910,7 @@ def simulate(
                     ),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
+                    "corrected slices": numbers(done.slices),
                 }
             )
             progress.step(len(rows), count, "correcting", done.scan)

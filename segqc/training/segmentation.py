@@ -87,9 +87,7 @@ def counted(cases: Sequence[Case]) -> str:
     patients = len({case.patient for case in cases})
     text = f"{len(cases)} labelled scans of {patients} patient{'s' if patients > 1 else ''}"
     if in_part := len(cases) - len(whole_cases(cases)):
-        text += (
-            f" ({in_part} of the scans checked in part: only the checked slices train, and no estimate relies on them)"
-        )
+        text += f" ({in_part} of them checked in part: the checked slices train, and validate and calibrate nothing)"
     return text
 
 
