@@ -449,7 +449,7 @@ def mask_sets(folder: Path, count: int) -> list[MaskSet]:
         masks = np.stack([good, np.roll(good, 2, axis=0), np.roll(good, 4 + i, axis=1), holed])
         if i == 0:
             masks[3] = 0
-        sets.append(MaskSet(case, masks, tuple(mean_dice(m, truth, SINGLE) for m in masks)))
+        sets.append(MaskSet(case, masks, tuple(mean_dice(m, truth.array, SINGLE) for m in masks)))
     return sets
 
 

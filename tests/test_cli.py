@@ -604,6 +604,10 @@ class FakeServer:
         return {"id": left[0], "strategy": strategy, **output} if left else {}
 
     def download_label(self, scan: str, tag: str) -> str:
+        from segqc.server.monailabel.client import MONAILabelClientException
+
+        if tag != "original":
+            raise MONAILabelClientException(404, "there is no label with this tag")
         stored = read_labels(self.folder / "labels" / tag / f"{scan}.nii.gz")
         path = self.folder / f".{scan}-{tag}.nii.gz"
         write_labels(to_client(stored, label_names(Dataset(self.folder).structures)), path)

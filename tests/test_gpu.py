@@ -61,7 +61,7 @@ def mask_sets(cases: Sequence[Case]) -> list[MaskSet]:
         _, truth = read_case(case, (1, 2))
         good = np.asarray(truth.array)
         masks = np.stack([good, np.roll(good, 3, axis=0), np.roll(good, 5, axis=1)])
-        sets.append(MaskSet(case, masks, tuple(mean_dice(m, truth, STRUCTURES) for m in masks)))
+        sets.append(MaskSet(case, masks, tuple(mean_dice(m, truth.array, STRUCTURES) for m in masks)))
     return sets
 
 

@@ -17,6 +17,9 @@ from segqc.evaluation.simulation.curves import area, at, cost_of
 from segqc.evaluation.simulation.results import result_of
 from segqc.evaluation.simulation.study import AnnotatorSettings, Study, StudyError
 from segqc.evaluation.simulation.unit import Accepted, Cost, Point, Unit, run_unit
+from segqc.loop.dataset import Dataset
+from segqc.store import labels, scans
+from segqc.store.labels import FINAL
 from segqc.training import NoProgress
 from segqc.types import LabelArray
 from segqc.volumes import Volume
@@ -206,6 +209,29 @@ def test_a_unit_annotates_the_whole_pool_in_rounds_and_goes_on_after_an_interrup
     assert timeless(left) == timeless(unit)
     with pytest.raises(StudyError, match="another study"):
         run_unit(study.model_copy(update={"start": 3}), "worst first", 0, data, tmp_path / "undisturbed", NoProgress())
+
+
+def test_an_arm_of_worst_slices_opens_no_others(data: Path, tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        STUDY + "[arms.slices]\nstrategy = 'segqc'\n"
+        "settings.annotation = {slices = 2, audit_share = 0.0, validation_share = 0.0}\n",
+    )
+    unit = run_unit(study, "slices", 0, data, tmp_path / "slices", NoProgress())
+    assert unit.is_done
+    last = unit.points[-1]
+    dataset = Dataset(tmp_path / "slices" / "dataset")
+    with dataset.store.read() as transaction:
+        found = labels.current_of_all(transaction, FINAL)
+        splits = {scan.name: scan.split for scan in scans.listing(transaction)}
+    opened = {name: label.checked_slices for name, label in found.items()}
+    asked = [slices for name, slices in opened.items() if slices is not None]
+    assert asked
+    assert all(len(slices) == 2 for slices in asked)
+    assert all(splits[name] == "train" for name, slices in opened.items() if slices is not None)
+    depth = unit.all_slices // 8
+    assert last.cost.slices == sum(depth if slices is None else len(slices) for slices in opened.values())
+    assert last.share < 1
 
 
 def test_the_command_runs_a_study_and_writes_what_it_shows(data: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Actor, Change, LeaseRecord, StructureChange
+from segqc.store.records import Actor, Change, LabelRecord, LeaseRecord, ScanState, StructureChange
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
 from segqc.store.store import LabelChange, Store
@@ -865,6 +865,82 @@ def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder:
     assert found.change == change(0.8)
     assert found.lease is not None
     assert found.lease.state == "submitted"
+
+
+def test_what_was_checked_of_a_label_stays_with_it(store: Store, folder: Path) -> None:
+    def save(value: int, checked: tuple[int, ...] | None) -> LabelRecord:
+        label = NewLabel("scan_0", "final", "annotator", ANNA, checked_slices=checked)
+        return store.save_label(label, label_map(folder.parent / "next.nii.gz", value))
+
+    def current(tag: str) -> LabelRecord:
+        with store.read() as transaction:
+            found = labels.current(transaction, "scan_0", tag)
+        assert found is not None
+        return found
+
+    first = save(1, (0, 2))
+    assert first == current("final")
+    assert first.checked_slices == (0, 2)
+    assert save(1, (0, 2)).id == first.id, "the same once more"
+    more = save(1, (0, 1, 2))
+    assert more.id != first.id, "nothing was changed, and more was looked at"
+    whole = save(1, None)
+    assert (whole.id > more.id, current("final").checked_slices) == (True, None)
+    assert store.restore_label(first.id, BERT).checked_slices == (0, 2)
+    store.review("scan_0", "unlabelled", BERT)
+    assert (current("returned").source, current("returned").checked_slices) == ("restored", (0, 2))
+    with store.read() as transaction:
+        checked = [version.checked_slices for version in labels.history(transaction, "scan_0")]
+    assert checked == [(0, 2), (0, 1, 2), None, (0, 2), (0, 2), None], "a removal has none"
+    mask = save_mask(store, folder.parent, "scan_0", 3)
+    assert labels.checked_slices(mask) == (), "nobody has looked at a mask"
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        labels.add(transaction, NewLabel("scan_0", "x", "network", SERVER, "0", ".nii", None, 1, checked_slices=(1,)))
+
+
+def test_a_lease_asks_for_the_slices_with_the_most_likely_errors(store: Store, folder: Path, clock: Clock) -> None:
+    rules = replace(PLAIN, slices=3)
+    assert take(store, ANNA, rules, sequential.order).slices is None, "nothing is known of any slice"
+    clock.pass_(minutes=1)
+    assess_all(store, folder)
+    lease = take(store, ANNA, rules)
+    assert lease.slices == (2, 8, 9)
+    with store.read() as transaction:
+        assert leases.listing(transaction, state="open") == [lease]
+    with store.write() as transaction:
+        leases.skip(transaction, lease.scan, ANNA, "later")
+        assert leases.resume(transaction, lease.scan, ANNA, rules).slices == (2, 8, 9)
+        assert leases.resume(transaction, lease.scan, ANNA, rules).slices == (2, 8, 9)
+    assert take(store, BERT, replace(rules, slices=10)).slices is None, "these are all of them"
+    for draws in (replace(rules, audit_share=1.0), replace(rules, validation_share=1.0)):
+        clock.pass_(minutes=1)
+        assert take(store, BERT, draws).slices is None, "a test is of the whole scan"
+    with pytest.raises(ValueError, match="slices"):
+        replace(PLAIN, slices=-1)
+
+
+def test_of_a_reopened_label_the_lease_asks_for_what_nobody_has_checked(
+    store: Store, folder: Path, clock: Clock
+) -> None:
+    scan, rules = in_queue(store)[0], replace(PLAIN, slices=2)
+
+    def reopened(checked: tuple[int, ...] | None, state: ScanState = "unlabelled") -> tuple[int, ...] | None:
+        label = NewLabel(scan, "final", "annotator", BERT, checked_slices=checked)
+        store.save_label(label, label_map(folder.parent / "next.nii.gz", 3))
+        store.review(scan, state, BERT, "the upper pole is missing")
+        with store.write() as transaction:
+            start = labels.start_of(transaction, scan)
+            assert start is not None
+            write_assessment(transaction, make_assessment(scan, 0.01), start.id)
+        clock.pass_(minutes=1)
+        lease = take(store, ANNA, rules)
+        assert lease.scan == scan
+        return lease.slices
+
+    assert reopened((2, 9)) == (7, 8)
+    assert reopened(tuple(range(9))) == (9,), "the last one"
+    assert reopened(None) is None, "all of it was checked, and is to be looked at again"
+    assert reopened((2, 9), "rejected") is None, "something is wrong, nobody knows in which slice"
 
 
 def test_a_late_submission_counts_for_its_lease(store: Store, folder: Path, clock: Clock) -> None:

@@ -18,10 +18,12 @@ from segqc.cli.common import (
     DatasetFolder,
     Row,
     brackets,
+    checked,
     dataset_at,
     emit,
     estimate,
     me,
+    numbers,
     refuse_overwriting,
     scan_named,
     shown_progress,
@@ -37,14 +39,16 @@ app = typer.Typer()
 _SCAN_TERMS: Final = (
     "fold: patients of one fold are left out together when networks are trained for masks. split: whether the patient "
     "trains networks or validates them. state: unlabelled = waits for a label; in progress = handed out; submitted, "
-    "approved, rejected, excluded; missing = its file is gone; replaced = its file holds another scan now. estimated "
-    "Dice: of the mask of a scan that waits, without a true mask."
+    "approved, rejected, excluded; missing = its file is gone; replaced = its file holds another scan now. checked "
+    "slices: how many of the final label a person has looked at; - where it was all. estimated Dice: of the mask of a "
+    "scan that waits, without a true mask."
 )
 _VERSION_TERMS: Final = (
     "tags: original = by the segmentation network; final = what trains; pseudo-label = a mask that trains, too (segqc "
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
-    "annotator's each; others, such as version_1, = as a client named them. Dice before: of the structure that was "
-    "corrected most, start against result."
+    "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
+    "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
+    "result, in what was opened."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -53,7 +57,8 @@ _READING_TERMS: Final = (
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
     "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's "
-    "choice. estimated Dice: when the scan was handed out, without a true mask."
+    "choice. slices: that are asked for; - for the whole scan. estimated Dice: when the scan was handed out, without a "
+    "true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
@@ -76,6 +81,7 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
     Below them: the files that were not accepted, each with the reason, and remarks on those that were.
     """
     from segqc.store import assessments, findings
+    from segqc.store import labels as labelled
     from segqc.store import leases as leased
     from segqc.store import scans as stored
 
@@ -87,6 +93,7 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
         handed_out = {lease.scan for lease in leased.listing(transaction, state="open")}
         intervals = assessments.ranking_intervals(transaction)
         aside = findings.listing(transaction)
+        finals = labelled.current_of_all(transaction, labelled.FINAL)
 
     def state(scan: ScanRecord) -> str:
         if scan.former_name is not None:
@@ -103,6 +110,7 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
             "split": s.split,
             "state": state(s),
             "reason": s.reason,
+            **checked(finals.get(s.name), folder / s.file, as_data=as_json or as_csv),
             **estimate(
                 "estimated Dice",
                 s.ranking_dice if s.former_name is None else None,
@@ -143,6 +151,7 @@ def labels(
     """Show who made which version of a scan's labels and what was changed; restore or export one."""
     from segqc.store import corrections
     from segqc.store import labels as stored
+    from segqc.store import scans as known
 
     if (export is None) != (out is None):
         raise typer.BadParameter("--export and --out belong together", param_hint="--export")
@@ -152,6 +161,7 @@ def labels(
         history = {version.id: version for version in stored.history(transaction, scan)}
         changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
         current = {label.id for label in stored.tags(transaction, scan).values()}
+        record = known.get(transaction, scan)
     for wanted in (restore, export):
         if wanted is not None and wanted not in history:
             raise CommandError(
@@ -165,6 +175,7 @@ def labels(
         _export_label(dataset, history[export], out)
         return
     rows: list[Row] = []
+    image = dataset.folder / record.file
     for version in history.values():
         change = changes.get(version.id)
         dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
@@ -178,6 +189,7 @@ def labels(
                 "known by": version.actor.identified_by,
                 "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
                 "from": version.parent,
+                **checked(version, image, as_data=as_json or as_csv),
                 "Dice before": min(dice) if dice else None,
                 "voxels changed": change.change.voxels_changed if change else None,
                 "seconds": change.seconds if change else None,
@@ -340,6 +352,7 @@ def leases(
             "strategy": lease.strategy,
             "draw": lease.draw,
             "probability": lease.probability,
+            "slices": numbers(lease.slices),
             **estimate(
                 "estimated Dice",
                 dice[judged[lease.id]] if lease.id in judged else own.get(lease.id),

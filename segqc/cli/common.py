@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from segqc.loop.dataset import Dataset
     from segqc.progress import Progress
     from segqc.settings import Settings
-    from segqc.store.records import Actor
+    from segqc.store.records import Actor, LabelRecord
     from segqc.store.store import Store
     from segqc.types import PredictionInterval
 
@@ -209,6 +209,34 @@ def estimate(
         return {name: value, **columns, "remark": remark}
     between = UNLIKE_SHORT if unlike else interval or NOT_ENOUGH_DATA
     return {name: None if value is None else f"{value:.2f} ({between})"}
+
+
+def numbers(slices: Iterable[int] | None) -> str | None:
+    """The cell of a set of slices; None for all."""
+    return None if slices is None else " ".join(map(str, slices))
+
+
+def checked(label: LabelRecord | None, scan: Path, *, as_data: bool) -> dict[str, Cell]:
+    """The cells of how much of a label was checked: in tables "3 of 12" slices; in JSON and CSV which, and of how many.
+
+    Nothing where all of it was, or there is none.
+
+    Args:
+        label: the label.
+        scan: the file of its scan.
+        as_data: whether JSON or CSV is wanted.
+    """
+    from segqc.volumes import VolumeError, read_grid, through_plane_axis
+
+    slices = label.checked_slices if label is not None else None
+    count: int | None = None
+    if slices is not None:
+        with suppress(VolumeError, OSError):  # the scan's file is gone, or is replaced
+            grid = read_grid(scan)
+            count = grid.shape[through_plane_axis(grid)]
+    if as_data:
+        return {"checked slices": numbers(slices), "slices": count}
+    return {"checked slices": None if slices is None else f"{len(slices)} of {'?' if count is None else count}"}
 
 
 def brackets(intervals: Iterable[PredictionInterval | None]) -> str:

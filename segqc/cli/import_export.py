@@ -137,7 +137,8 @@ def export_local(folder: DatasetFolder, target: Target, link: Link = False) -> N
 
     with shown_progress(log_lines=False) as progress:
         count = write_datastore(open_store(folder), target, link=link, progress=progress)
-    typer.echo(f"{target}: {count.scans} scans, {count.labels} labels")
+    in_part = f", {count.in_part} of them checked in part" if count.in_part else ""
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} labels{in_part}")
 
 
 @export_app.command("decathlon")
@@ -149,7 +150,8 @@ def export_decathlon(
 
     with shown_progress(log_lines=False) as progress:
         count = write_task(_dataset(folder, only_approved=only_approved), target, link=link, progress=progress)
-    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+    in_part = f"; left out were {count.in_part} labels that were checked in part" if count.in_part else ""
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label{in_part}")
 
 
 @export_app.command("nnunet")
@@ -161,7 +163,8 @@ def export_nnunet(
 
     with shown_progress(log_lines=False) as progress:
         count = write_raw(_dataset(folder, only_approved=only_approved), target, link=link, progress=progress)
-    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label")
+    in_part = f"; {count.in_part} of the labels were checked in part, the rest is 'ignore'" if count.in_part else ""
+    typer.echo(f"{target}: {count.scans} scans, {count.labels} of them with a label{in_part}")
 
 
 def _dataset(folder: Path, *, only_approved: bool) -> CaseList:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from segqc.cli.common import AsCsv, AsJson, CommandError, DatasetFolder, Row, dataset_at, emit, estimate, shown_progress
+from segqc.cli.common import (
+    AsCsv,
+    AsJson,
+    CommandError,
+    DatasetFolder,
+    Row,
+    dataset_at,
+    emit,
+    estimate,
+    numbers,
+    shown_progress,
+)
 
 _STUDY = "study"
 
@@ -111,6 +122,7 @@ def annotator(
                     ),
                     "true Dice": done.true_dice,
                     "worst slices": " ".join(map(str, done.worst_slices)),
+                    "corrected slices": numbers(done.slices),
                 }
             )
             progress.step(len(rows), count, "correcting", done.scan)

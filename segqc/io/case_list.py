@@ -27,13 +27,16 @@ from segqc.volumes import (
     VolumeError,
     atomic_write,
     label_suffix,
+    read_grid,
     read_labels,
     read_scan,
     scan_suffix,
+    through_plane_axis,
     write_labels,
     write_scan,
 )
 from segqc.volumes.intake import check_labels, check_scan
+from segqc.volumes.slices import Slices, all_but
 
 T = TypeVar("T")
 NIFTI = ".nii.gz"
@@ -45,11 +48,12 @@ class ExchangeError(SegqcError):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A scan, and its label map where it has one."""
+    """A scan, and its label map where it has one; of this, the slices that a person has looked at (None: all)."""
 
     name: str
     image: Path
     label: Path | None
+    slices: Slices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,14 @@ class CaseList:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many scans were read or written, and how many of them with a label."""
+    """How many scans were read or written, and how many of them with a label.
+
+    ``in_part`` are the scans with a label that was checked in part.
+    """
 
     scans: int
     labels: int
+    in_part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +268,8 @@ def case_list_of(store: Store, structures: Sequence[Structure], *, only_approved
         final = finals.get(scan.name) if scan.state in states else None
         label = store.label_file(final) if final is not None else None
         if scan.missing_since is None and scan.state != "excluded":
-            cases.append(Case(scan.name, store.dataset / scan.file, label))
+            slices = final.checked_slices if final is not None else None
+            cases.append(Case(scan.name, store.dataset / scan.file, label, slices))
     return CaseList(store.dataset, tuple(cases), tuple(structures) or _value_structures(cases))
 
 
@@ -280,14 +289,32 @@ def write_image(source: Path, target: Path, *, link: bool) -> None:
         write_scan(read_scan(source), target)
 
 
-def write_label(source: Path, target: Path, renumbered: npt.NDArray[np.uint8], values: Sequence[int]) -> None:
-    """Write a label map as compressed NIfTI, its values renumbered by a table of all 256.
+def write_label(
+    case: Case,
+    source: Path,
+    target: Path,
+    renumbered: npt.NDArray[np.uint8],
+    values: Sequence[int],
+    *,
+    ignore: int | None = None,
+) -> None:
+    """Write a case's label map as compressed NIfTI, its values renumbered by a table of all 256.
+
+    Args:
+        case: the case.
+        source: its label map.
+        target: the file to write.
+        renumbered: the table.
+        values: the values that the label map may hold.
+        ignore: the value of all slices that nobody has looked at; None leaves them as they are.
 
     Raises:
         VolumeError: if it holds values other than those given.
     """
     volume = read_labels(source, values=values)
     changed = renumbered[volume.array]
+    if ignore is not None and case.slices is not None:
+        changed[all_but(volume.shape, case.slices, through_plane_axis(read_grid(case.image))) > 0] = ignore
     if source.name.lower().endswith(NIFTI) and np.array_equal(changed, volume.array):
         place(source, target, link=False)
     else:

@@ -133,7 +133,8 @@ def _listed(folder: Path, file: str) -> Path:
 def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progress: Progress = NO_PROGRESS) -> Count:
     """Write a task folder: labelled scans as ``imagesTr`` with ``labelsTr``, the others as ``imagesTs``.
 
-    The format knows one name for each value: a value that is only part of a structure is named after it and itself.
+    The format knows one name for each value: a value that is only part of a structure is named after it and itself. It
+    knows no labels that were checked in part: these are left out.
 
     Raises:
         ExchangeError: if the folder is not empty.
@@ -146,13 +147,14 @@ def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progres
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         for done, case in enumerate(case_list.cases, 1):
-            image = f"images{'Ts' if case.label is None else 'Tr'}/{case.name}{NIFTI}"
+            mask = case.label if case.slices is None else None
+            image = f"images{'Ts' if mask is None else 'Tr'}/{case.name}{NIFTI}"
             write_image(case.image, temporary / image, link=link)
-            if case.label is None:
+            if mask is None:
                 test.append(f"./{image}")
             else:
                 label = f"labelsTr/{case.name}{NIFTI}"
-                write_label(case.label, temporary / label, np.arange(256, dtype=np.uint8), list(names))
+                write_label(case, mask, temporary / label, np.arange(256, dtype=np.uint8), list(names))
                 training.append({"image": f"./{image}", "label": f"./{label}"})
             progress.step(done, len(case_list.cases), "exporting")
         task: dict[str, JsonValue] = {
@@ -167,7 +169,7 @@ def write_task(case_list: CaseList, folder: Path, *, link: bool = False, progres
             "test": test,
         }
         write_json(temporary / _FILE, _JSON, task)
-    return Count(len(case_list.cases), len(training))
+    return Count(len(case_list.cases), len(training), sum(case.slices is not None for case in case_list.cases))
 
 
 def _value_names(structures: tuple[Structure, ...]) -> dict[int, str]:

@@ -22,13 +22,17 @@ from segqc.io.case_list import (
 )
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import findings, labels, scans
-from segqc.store.records import JsonObject
+from segqc.store.events import FOLDER
+from segqc.store.labels import NewLabel
+from segqc.store.records import JsonObject, LabelRecord
 from segqc.store.store import Store, suffix_of
 from segqc.text import first_problem, nfc, printable
-from segqc.volumes import as_spelled, atomic_write
+from segqc.volumes import as_spelled, atomic_write, read_grid, through_plane_axis
+from segqc.volumes.slices import Slices
 
 _FILE: Final = "datastore_v2.json"
 _PROGRAM: Final = "MONAI Label's LocalDatastore"
+_CHECKED: Final = "checked_slices"  # in the notes of a label that was checked in part
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,10 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
     """Add what clients noted of scans and labels to a store that has taken in the folder.
 
     What the store knows already stays as it is. Objects and labels whose files are gone are left aside, and so is
-    what the store has not taken in of the folder.
+    what the store has not taken in of the folder. A label that is said to be checked in part becomes a version that is.
     """
     scans_found = labels_found = 0
+    in_part: list[tuple[LabelRecord, Slices]] = []
     with store.write() as transaction:
         left_aside = {f.file: LeftAside(f.file, f.sentence) for f in findings.listing(transaction)}
         by_file = {nfc(scan.file): scan for scan in scans.listing(transaction) if scan.missing_since is None}
@@ -122,8 +127,33 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
                 labels_found += 1
                 known = labels.info(transaction, label.id)
                 labels.update_info(transaction, label.id, {**data.info, **known})
+                if _CHECKED in data.info and label.source == "import" and label.checked_slices is None:
+                    try:
+                        in_part.append((label, _checked_slices(data.info[_CHECKED], store.dataset / scan.file)))
+                    except ValueError as error:
+                        file = printable(f"labels/{tag}/{name}{data.ext}")
+                        left_aside.setdefault(
+                            file, LeftAside(file, f"{file}: {error}; it counts as checked as a whole.")
+                        )
+    for label, slices in in_part:
+        new = NewLabel(label.scan, label.tag, "import", FOLDER, parent=label.id, checked_slices=slices)
+        store.save_label(new, store.label_file(label))
     named = (left_aside[file] for file in sorted(left_aside))
     return Imported(scans_found, labels_found, (*datastore.left_aside, *named))
+
+
+def _checked_slices(noted: JsonValue, scan: Path) -> Slices:
+    """The slices of a label that a note says were checked.
+
+    Raises:
+        ValueError: if it names none of the scan's slices.
+    """
+    grid = read_grid(scan)
+    count = grid.shape[through_plane_axis(grid)]
+    found = {n for n in noted if type(n) is int and 0 <= n < count} if isinstance(noted, list) else set()
+    if not found or not isinstance(noted, list) or len(found) != len(noted):
+        raise ValueError(f"its entry in {_FILE} does not name slices from 0 to {count - 1} that were checked")
+    return tuple(sorted(found))
 
 
 def _unused(folder: Path, file: str) -> LeftAside:
@@ -148,7 +178,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
         current = {tag: labels.current_of_all(transaction, tag) for tag in tags}
         infos = labels.infos(transaction)
     objects: dict[str, JsonValue] = {}
-    count = 0
+    count = in_part = 0
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         for done, scan in enumerate(found, 1):
@@ -161,10 +191,14 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
                     place(
                         store.label_file(label), temporary / "labels" / tag / f"{scan.name}{label.suffix}", link=False
                     )
-                    own[tag] = _Data(label.suffix, infos.get(label.id, {}))
+                    noted = infos.get(label.id, {})
+                    if label.checked_slices is not None:
+                        noted = {**noted, _CHECKED: list(label.checked_slices)}
+                        in_part += 1
+                    own[tag] = _Data(label.suffix, noted)
                     count += 1
             objects[scan.name] = _OBJECT.dump_python(_Object(_Data(ext, scan.info), own), mode="json")
             progress.step(done, len(found), "exporting")
         name = store.dataset.name
         write_json(temporary / _FILE, _DATASTORE, _File(objects, name, f"exported from {name}"))
-    return Count(len(found), count)
+    return Count(len(found), count, in_part)

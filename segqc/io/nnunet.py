@@ -136,16 +136,22 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress
     """Write a raw data folder: labelled scans as ``imagesTr`` with ``labelsTr``, the others as ``imagesTs``.
 
     The format wants label values without gaps: where there are any, values are renumbered in their order. A structure
-    of several values is a region.
+    of several values is a region. Slices that nobody has looked at have the label ``ignore``.
 
     Raises:
-        ExchangeError: if the folder is not empty.
+        ExchangeError: if the folder is not empty, or no value is left for ``ignore``.
         VolumeError: if a label map holds a value of no structure.
     """
     refuse_existing(folder)
     values = sorted({value for structure in case_list.structures for value in structure.values})
     renumbered = np.zeros(256, np.uint8)
     renumbered[values] = np.arange(1, len(values) + 1)
+    in_part = sum(case.slices is not None for case in case_list.cases)
+    ignore = len(values) + 1 if in_part else None  # the format wants it to be the highest one
+    if ignore is not None and ignore > 255:
+        raise ExchangeError(
+            f"{folder}: all 255 label values are in use, and none is left for slices that nobody checked"
+        )
     count = 0
     with atomic_write(folder) as temporary:
         for sub in ("imagesTr", "labelsTr"):
@@ -154,7 +160,8 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress
             part = "imagesTs" if case.label is None else "imagesTr"
             write_image(case.image, temporary / part / f"{case.name}_0000{NIFTI}", link=link)
             if case.label is not None:
-                write_label(case.label, temporary / "labelsTr" / f"{case.name}{NIFTI}", renumbered, values)
+                target = temporary / "labelsTr" / f"{case.name}{NIFTI}"
+                write_label(case, case.label, target, renumbered, values, ignore=ignore)
                 count += 1
             progress.step(done, len(case_list.cases), "exporting")
         more: dict[str, JsonValue] = {
@@ -164,14 +171,15 @@ def write_raw(case_list: CaseList, folder: Path, *, link: bool = False, progress
             "name": case_list.folder.name,
         }
         structures = [Structure(s.name, tuple(int(renumbered[v]) for v in s.values)) for s in case_list.structures]
-        write_json(temporary / _FILE, _JSON, {**_labels(structures), **more})
-    return Count(len(case_list.cases), count)
+        write_json(temporary / _FILE, _JSON, {**_labels(structures, ignore), **more})
+    return Count(len(case_list.cases), count, in_part)
 
 
-def _labels(structures: list[Structure]) -> dict[str, JsonValue]:
-    """The entries of ``dataset.json`` that name label values and regions."""
+def _labels(structures: list[Structure], ignore: int | None) -> dict[str, JsonValue]:
+    """The entries of ``dataset.json`` that name label values, regions, and the value of what nobody has looked at."""
+    last: dict[str, JsonValue] = {} if ignore is None else {"ignore": ignore}
     if all(len(s.values) == 1 for s in structures):
-        return {"labels": {"background": 0, **{s.name: s.values[0] for s in structures}}}
+        return {"labels": {"background": 0, **{s.name: s.values[0] for s in structures}, **last}}
     # predicted regions are painted over each other in this order: the inner ones last
     outer_first = sorted(structures, key=lambda s: -len(s.values))
     order: list[JsonValue] = []
@@ -179,4 +187,4 @@ def _labels(structures: list[Structure]) -> dict[str, JsonValue]:
         inner = {value for other in outer_first[i + 1 :] for value in other.values}
         order.append(min(set(region.values) - inner, default=min(region.values)))
     regions: dict[str, JsonValue] = {s.name: [*s.values] if len(s.values) > 1 else s.values[0] for s in outer_first}
-    return {"labels": {"background": 0, **regions}, "regions_class_order": order}
+    return {"labels": {"background": 0, **regions, **last}, "regions_class_order": order}

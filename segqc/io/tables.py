@@ -299,6 +299,7 @@ def _leases() -> Query:
             *_LEASE,
             LeaseRow.label_version_id.label("label_version"),
             LeaseRow.assessment_id.label("assessment"),
+            LeaseRow.slices.label("slices"),
         )
         .select_from(LeaseRow)
         .join(Scan, Scan.id == LeaseRow.scan_id)
@@ -321,6 +322,7 @@ def _label_versions() -> Query:
             *_PAIR,
             *_WHO,
             LabelVersion.made_at.label("made_at"),
+            LabelVersion.checked_slices.label("checked_slices"),
             LabelInfo.info.label("info"),
         )
         .select_from(LabelVersion)

@@ -254,7 +254,7 @@ class Dataset:
         return structures_of_values(values)
 
     def cases(self) -> list[Case]:
-        """The scans with a final label that nobody rejected, ready to train on."""
+        """The scans with a final label that nobody rejected, ready to train on; of some only a part was checked."""
         from segqc.training.cases import Case
 
         self.refresh()
@@ -268,7 +268,18 @@ class Dataset:
                 continue
             shown = str(self.store.view_file(final).relative_to(self.folder))
             limits = self.settings.intake
-            found.append(Case(scan.name, scan.patient, path, self.store.label_file(final), shown, scan.sha256, limits))
+            found.append(
+                Case(
+                    scan.name,
+                    scan.patient,
+                    path,
+                    self.store.label_file(final),
+                    shown,
+                    scan.sha256,
+                    limits,
+                    slices=final.checked_slices,
+                )
+            )
         return found
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:

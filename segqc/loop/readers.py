@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,7 +18,8 @@ from segqc.store.database import StoreError
 from segqc.store.labels import FINAL, NewLabel
 from segqc.store.records import Actor, LabelRecord
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_labels, temporary_labels
+from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes.slices import Slices, common, part
 
 Method: TypeAlias = Literal["staple", "majority"]
 STAPLE_THRESHOLD = 0.5
@@ -60,27 +63,26 @@ def add_reading(dataset: Dataset, scan: str, path: Path, actor: Actor) -> LabelR
 
 
 def inter_rater(dataset: Dataset, scan: str) -> list[ReaderPair]:
-    """Compare the readings of a scan, each pair and structure.
+    """Compare the readings of a scan, each pair and structure, in the slices that both readers have looked at.
 
     Raises:
         UnknownScan: if there is no such scan.
         VolumeError: if a reading can't be read.
     """
     found = readings(dataset, scan)
+    if len(found) < 2:
+        return []
     arrays = {record.id: read_labels(dataset.store.label_file(record)).array for record in found}
-    return [
-        ReaderPair(
-            scan,
-            a.actor.name,
-            b.actor.name,
-            structure.name,
-            true_metrics(structure.mask(arrays[a.id]), structure.mask(arrays[b.id])).dice
-            if (structure.mask(arrays[a.id]) | structure.mask(arrays[b.id])).any()
-            else None,
-        )
-        for a, b in itertools.combinations(found, 2)
-        for structure in dataset.structures
-    ]
+    axis = through_plane_axis(read_grid(dataset.scan(scan).image))
+    pairs = []
+    for a, b in itertools.combinations(found, 2):
+        slices = common(labels.checked_slices(a), labels.checked_slices(b))
+        one, other = (part(arrays[record.id], slices, axis) for record in (a, b))
+        for structure in dataset.structures:
+            masks = structure.mask(one), structure.mask(other)
+            dice = true_metrics(*masks).dice if masks[0].any() or masks[1].any() else None
+            pairs.append(ReaderPair(scan, a.actor.name, b.actor.name, structure.name, dice))
+    return pairs
 
 
 def make_consensus(dataset: Dataset, scan: str, method: Method | str, actor: Actor) -> LabelRecord:
@@ -89,10 +91,12 @@ def make_consensus(dataset: Dataset, scan: str, method: Method | str, actor: Act
     "staple" is the estimate of the hidden truth by expectation maximisation (Warfield et al. 2004, as SimpleITK has
     it), for each label value against the rest; where several values reach one half, the most probable one is taken.
     "majority" is the value that most readers gave, background where they tie. Any other method is a reader's name.
+    What all of these readers have looked at counts as checked.
 
     Raises:
         UnknownScan: if there is no such scan.
-        StoreError: with fewer than two readings, or if no reader has this name.
+        StoreError: with fewer than two readings, if no slice was looked at by all readers, or if no reader has this
+            name.
     """
     found = readings(dataset, scan)
     if method not in ("staple", "majority"):
@@ -101,14 +105,28 @@ def make_consensus(dataset: Dataset, scan: str, method: Method | str, actor: Act
             names = ", ".join(record.actor.name for record in found) or "nobody"
             raise StoreError(f"{method!r} has not read the scan {scan!r}; {names} has")
         source = dataset.store.label_file(chosen[0])
-        return dataset.store.save_label(NewLabel(scan, FINAL, "consensus", actor, parent=chosen[0].id), source)
+        return dataset.store.save_label(_consensus(chosen, actor), source)
     if len(found) < 2:
         raise StoreError(f"a consensus of the scan {scan!r} needs two readings or more, there are {len(found)}")
+    consensus = _consensus(found, actor)
     volumes = [read_labels(dataset.store.label_file(record)) for record in found]
     arrays = np.stack([np.asarray(volume.array, np.uint8) for volume in volumes])
     merged = staple(arrays) if method == "staple" else majority(arrays)
     with temporary_labels(Volume(merged, volumes[0].affine, volumes[0].acquisition_axis)) as source:
-        return dataset.store.save_label(NewLabel(scan, FINAL, "consensus", actor, parent=found[-1].id), source)
+        return dataset.store.save_label(consensus, source)
+
+
+def _consensus(read: Sequence[LabelRecord], actor: Actor) -> NewLabel:
+    """The final label that readings become.
+
+    Raises:
+        StoreError: if no slice was looked at by all readers.
+    """
+    scan = read[-1].scan
+    checked: Slices | None = functools.reduce(common, map(labels.checked_slices, read))
+    if checked == ():
+        raise StoreError(f"the readers of the scan {scan!r} have no slice in common; take one reader's label")
+    return NewLabel(scan, FINAL, "consensus", actor, parent=read[-1].id, checked_slices=checked)
 
 
 def majority(readers: LabelArray) -> LabelArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes.slices import Slices, differing, part, united
 
 
 class OpenedError(SegqcError):
@@ -31,7 +32,10 @@ class OpenedError(SegqcError):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The slices and structures that an annotator looked at; None where it was all of them."""
+    """The slices and structures that an annotator looked at; None where it was all of them.
+
+    Slices that nobody names were looked at where the annotator was asked for them, or has changed something in them.
+    """
 
     slices: tuple[int, ...] | None = None
     structures: tuple[str, ...] | None = None
@@ -66,7 +70,7 @@ def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...]
     slices, looked_at = _opened_part(end, structures, opened)
     before, after = start.array, end.array
     if opened.slices is not None:
-        before, after = (np.take(array, slices, axis=axis) for array in (before, after))
+        before, after = (part(array, slices, axis) for array in (before, after))
     before, after = _in_use(before, after, axis)
     parts, changed = [], np.zeros(before.shape, bool)
     for structure in looked_at:
@@ -134,6 +138,10 @@ def submit_label(
 
     Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
 
+    What was checked of it adds to what was checked of the label that it was made of: the label that was handed out, or
+    without a lease the scan's final one. These are the slices that were opened; where nobody says which, those that the
+    lease asks for and those that were changed; without either, all.
+
     Args:
         dataset: the folder.
         scan: the scan's name.
@@ -159,15 +167,25 @@ def submit_label(
     if checked is not None and checked.sha256 != now.sha256:
         raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
     with dataset.store.read() as transaction:
-        lease, start = _handed_out(transaction, scan, actor)
-    if tag != FINAL:
-        lease = start = None
-    if lease is not None and dataset.settings.annotation.readers > 1:
-        with dataset.store.read() as transaction:
+        origin = _origin(transaction, scan, actor, tag)
+        lease, start = origin.lease, origin.start
+        if lease is not None and dataset.settings.annotation.readers > 1:
             tag = labels.reader_tag(transaction, scan, actor)
-    change = _change(dataset, start, end, opened) if start is not None else None
-    parent = start.id if start is not None else None
-    label = NewLabel(scan, tag, "annotator", actor, parent=parent, info=info, scan_sha256=now.sha256)
+    before = _read(dataset, origin.label, end) if start is not None or origin.is_of_a_part else None
+    looked_at = _looked_at(origin, before, end, opened)
+    change = None
+    if start is not None and before is not None:
+        change = measure_change(before, end, dataset.structures, replace(opened, slices=looked_at))
+    label = NewLabel(
+        scan,
+        tag,
+        "annotator",
+        actor,
+        parent=start.id if start is not None else None,
+        info=info,
+        scan_sha256=now.sha256,
+        checked_slices=united(origin.checked, looked_at, end.shape[through_plane_axis(end)]),
+    )
     is_audited = lease is not None and lease.draw == "audit" and not simulated
     watched = watch_serving(dataset) if is_audited and change is not None else None
     with (
@@ -198,23 +216,70 @@ def _compare_readers(dataset: Dataset, scan: str) -> None:
         events.record(transaction, events.SERVER, "readers compared", "scan", number, detail)
 
 
-def _handed_out(transaction: Transaction, scan: str, actor: Actor) -> tuple[LeaseRecord | None, LabelRecord | None]:
-    """The lease that a submission answers, and the label that was handed out with it.
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a submitted label was made of.
+
+    Attributes:
+        lease: the one that it answers; None where it answers none, or the one that it answers was answered before.
+        start: the label that was handed out with it.
+        label: the start, or without a lease the scan's final label.
+        is_final: whether a final label is submitted, and not another version of one.
+        asked: the slices that the annotator was asked for; None for the whole scan.
+    """
+
+    lease: LeaseRecord | None
+    start: LabelRecord | None
+    label: LabelRecord | None
+    is_final: bool
+    asked: Slices | None
+
+    @property
+    def checked(self) -> Slices | None:
+        """The slices of it that a person has looked at; None for all."""
+        return () if self.label is None else labels.checked_slices(self.label)
+
+    @property
+    def is_of_a_part(self) -> bool:
+        """Whether only what was asked for or changed counts as looked at, where nobody says what was opened."""
+        return self.asked is not None or (not self.is_final and bool(self.checked))
+
+
+def _origin(transaction: Transaction, scan: str, actor: Actor, tag: str) -> _Origin:
+    """What a submission under a tag was made of.
 
     Raises:
         ScanReplaced: if another content was handed out than the scan has now.
     """
-    lease = leases.last_of(transaction, scan, actor)
-    if lease is None or lease.label_version is None:
-        return lease, None
-    return lease, labels.get(transaction, lease.label_version)
+    lease, start = leases.last_of(transaction, scan, actor), None
+    final = labels.current(transaction, scan, FINAL)
+    if tag != FINAL:
+        return _Origin(None, None, final, False, None)
+    if lease is None:
+        answered = leases.answered(transaction, scan, actor)
+        return _Origin(None, None, final, True, answered.slices if answered is not None else None)
+    if lease.label_version is not None:
+        start = labels.get(transaction, lease.label_version)
+    return _Origin(lease, start, start, True, lease.slices)
 
 
-def _change(dataset: Dataset, start: LabelRecord, end: Volume, opened: Opened) -> Change | None:
-    try:
-        before = read_labels(dataset.store.label_file(start))
-    except VolumeError:
-        return None  # a mask that can't be read was of no use to the annotator either
-    if before.shape != end.shape:
+def _read(dataset: Dataset, label: LabelRecord | None, end: Volume) -> Volume | None:
+    """A label map that another one was made of; None where it can't have been of use for that."""
+    if label is None:
         return None
-    return measure_change(before, end, dataset.structures, opened)
+    try:
+        before = read_labels(dataset.store.label_file(label))
+    except VolumeError:
+        return None
+    return before if before.shape == end.shape else None
+
+
+def _looked_at(origin: _Origin, before: Volume | None, end: Volume, opened: Opened) -> Slices | None:
+    """The slices that the annotator has looked at; None for all."""
+    if opened.slices is not None:
+        return tuple(sorted(set(opened.slices)))
+    if not origin.is_of_a_part:
+        return None
+    empty = np.zeros_like(end.array)
+    changed = differing(empty if before is None else before.array, end.array, through_plane_axis(end))
+    return tuple(sorted({*(origin.asked or ()), *changed}))

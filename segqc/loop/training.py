@@ -25,11 +25,12 @@ from segqc.store.records import Actor
 from segqc.training import Progress, TrainingSettings
 from segqc.training.assessor import train_assessor
 from segqc.training.cases import Case, CaseError, TooFewCases
-from segqc.training.segmentation import NO_PSEUDO_CASES, train_segmentation
+from segqc.training.segmentation import NO_PSEUDO_CASES, train_segmentation, usable_cases
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 1.0
+_IN_PART: Final = "the scan {scan!r} was checked in part, and its patient validates, which takes a whole label"
 
 
 class TrainingBusy(DatasetError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -165,7 +166,9 @@ def _train_model(
     cases, splits = trained.cases, dataset.patient_splits()
     # each network of an ensemble is measured on the fold that it has not seen: together, on all
     is_measured_on_all = network == "segqc" and settings.ensemble
-    measured = {c.patient for c in cases if is_measured_on_all or splits[c.patient].split == "validation"}
+    measured = {
+        c.patient for c in cases if c.is_whole and (is_measured_on_all or splits[c.patient].split == "validation")
+    }
     patients = len({c.patient for c in cases})
     return Trained(
         trained.model.card,
@@ -191,7 +194,7 @@ def _learn(
     dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
 ) -> _Learned:
     """Train on the cases that can be used."""
-    structures, cases = dataset.structures, dataset.cases()
+    structures, labelled = dataset.structures, dataset.cases()
     # after the labels: one that is new in the folder ends the pseudo-label of its scan when it is taken in
     pseudo = pseudo_cases(dataset) if network == "segmentation" else NO_PSEUDO_CASES
     patient_splits = dict(dataset.patient_splits())  # read last: scans may have come into the folder until now
@@ -203,7 +206,9 @@ def _learn(
             folds,
             settings.folds,
         )
-    left_out: dict[str, str] = {}
+    cases = usable_cases(labelled, patient_splits)
+    used = {case.id for case in cases}
+    left_out = {case.id: _IN_PART.format(scan=case.id) for case in labelled if case.id not in used}
     while True:
         try:
             common = cases, structures, patient_splits, settings, folder, progress

@@ -1,17 +1,20 @@
 """A simulated annotator: asks a running server for the next scan, fetches its mask, and submits the truth instead.
 
-It talks to the server as 3D Slicer does, through MONAI Label's own client.
+Where it is asked for some slices, the truth takes the mask's place in these only. It talks to the server as 3D Slicer
+does, through MONAI Label's own client.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segqc.errors import SegqcError
@@ -19,7 +22,8 @@ from segqc.loop.agreement import dice_by_structure, find_labels, worst_dice
 from segqc.server.client_labels import from_client
 from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
 from segqc.types import PredictionInterval, Structure, label_names, segment_names
-from segqc.volumes import VolumeError, read_labels
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes.slices import all_but
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ class Correction:
     """One scan handed out and submitted: the estimate that came with it, and the true Dice of the mask shown.
 
     ``strategy`` is who chose the scan. Both numbers are the worst structure's. ``unlike``: the scan is unlike the
-    training's, so that it came without an interval.
+    training's, so that it came without an interval. ``slices`` are those that were corrected; None for all.
     """
 
     scan: str
@@ -43,6 +47,7 @@ class Correction:
     worst_slices: tuple[int, ...]
     interval: PredictionInterval | None = None
     unlike: bool = False
+    slices: tuple[int, ...] | None = None
 
 
 class _UnlikeTraining(BaseModel):
@@ -60,6 +65,7 @@ class _NextSample(BaseModel):
     estimated_dice_interval: PredictionInterval | None = None
     unlike_training: _UnlikeTraining | None = None
     worst_slices: tuple[int, ...] = ()
+    slices: tuple[int, ...] | None = None
 
 
 def annotate(
@@ -105,11 +111,16 @@ def _correct(
     client: MONAILabelClient, sample: _NextSample, scan: str, truth: Path, structures: tuple[Structure, ...]
 ) -> Correction:
     try:
-        shown = _mask(client, scan)
-        true = read_labels(truth, names=segment_names(structures))
         names = label_names(structures)
-        dice = dice_by_structure(from_client(read_labels(shown), names).array, true.array, structures)
-        client.save_label(scan, str(truth), tag="final", params={"simulated": True, "label_names": names})
+        mask = from_client(read_labels(_mask(client, scan)), names)
+        true = read_labels(truth, scan=mask, names=segment_names(structures))
+        dice = dice_by_structure(mask.array, true.array, structures)
+        params = {"simulated": True, "label_names": names}
+        if sample.slices is None:
+            client.save_label(scan, str(truth), tag="final", params=params)
+        else:
+            with temporary_labels(_corrected(mask, true, sample.slices)) as path:
+                client.save_label(scan, str(path), tag="final", params=params)
     except (MONAILabelClientException, OSError, VolumeError) as error:
         raise AnnotatorError(f"{scan}: {getattr(error, 'msg', error)}") from error
     return Correction(
@@ -120,15 +131,23 @@ def _correct(
         sample.worst_slices,
         sample.estimated_dice_interval,
         sample.unlike_training is not None and sample.unlike_training.message is not None,
+        sample.slices,
     )
 
 
+def _corrected(mask: Volume, truth: Volume, slices: Collection[int]) -> Volume:
+    """A mask with some slices of the truth in the place of its own."""
+    axis = through_plane_axis(mask)
+    untouched = all_but(mask.shape, slices, axis) > 0
+    return Volume(np.where(untouched, mask.array, truth.array), mask.affine, mask.acquisition_axis)
+
+
 def _mask(client: MONAILabelClient, scan: str) -> Path:
-    """The stored mask of the scan; where there is none yet, a new one."""
-    try:
-        return Path(client.download_label(scan, "original"))
-    except MONAILabelClientException:
-        file, _ = client.infer("segmentation", scan, {"result_extension": ".nii.gz"})
-        if file is None:
-            raise AnnotatorError(f"{scan}: the server returned no mask") from None
-        return Path(shutil.copy(file, Path(file).with_name(f"{scan}-mask.nii.gz")))
+    """The stored mask of the scan, or its label that was sent back; where there is none yet, a new one."""
+    for tag in ("returned", "original"):
+        with contextlib.suppress(MONAILabelClientException):
+            return Path(client.download_label(scan, tag))
+    file, _ = client.infer("segmentation", scan, {"result_extension": ".nii.gz"})
+    if file is None:
+        raise AnnotatorError(f"{scan}: the server returned no mask")
+    return Path(shutil.copy(file, Path(file).with_name(f"{scan}-mask.nii.gz")))

@@ -201,7 +201,10 @@ class LabelParams(SegmentNames):
     model_config = ConfigDict(extra="allow")
 
     client_id: ClientId | None = None
-    opened_slices: tuple[StrictInt, ...] | None = Field(None, description="The slices that were looked at, if not all.")
+    opened_slices: tuple[StrictInt, ...] | None = Field(
+        None,
+        description="The slices that were looked at, from 0; by default those asked for and those changed, else all.",
+    )
     opened_structures: tuple[str, ...] | None = Field(None, description="The same of structures, by their names.")
     simulated: bool = Field(False, description="Whether no person made it.")
 

@@ -188,7 +188,8 @@ def submit(
         checked=scan,
         file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
     )
-    body: JsonObject = {"version": done.label.id}
+    checked = done.label.checked_slices
+    body: JsonObject = {"version": done.label.id, "checked_slices": None if checked is None else list(checked)}
     if done.correction is not None:
         body["correction"] = done.correction
     return body

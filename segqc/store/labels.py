@@ -43,6 +43,7 @@ class NewLabel:
     ``sha256`` and ``suffix`` are None for a removal. ``bundle`` is the number of the bundle whose network made it.
     ``submitted_sha256`` and ``submitted_suffix`` are those of the file that the label map was read from, if it is
     another. ``scan_sha256`` is the scan's content that the label map was made for; None where nobody knows.
+    ``checked_slices`` are those that a person has looked at, ascending; None for all, and where no person made it.
     """
 
     scan: str
@@ -57,13 +58,15 @@ class NewLabel:
     submitted_sha256: str | None = None
     submitted_suffix: str | None = None
     scan_sha256: str | None = None
+    checked_slices: tuple[int, ...] | None = None
 
 
 def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     """Add a version and say whether it is new.
 
-    The same content from the same actor, once more under the same tag, is the version that is there: a client that
-    missed the answer may send it again. A pseudo-label is a version for each time that a mask was accepted.
+    The same content from the same actor, once more under the same tag and with no more slices checked, is the version
+    that is there: a client that missed the answer may send it again. A pseudo-label is a version for each time that a
+    mask was accepted.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -71,7 +74,7 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     """
     scan = scans.expect(transaction, label.scan, label.scan_sha256)
     last = current(transaction, label.scan, label.tag)
-    is_same = last is not None and (last.sha256, last.actor, last.source) == (label.sha256, label.actor, label.source)
+    is_same = last is not None and _identity(last) == _identity(label)
     if last is not None and is_same and label.source != "pseudo-label":
         return last, False
     number = transaction.insert(
@@ -87,6 +90,7 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
         made_at=transaction.now,
         submitted_sha256=label.submitted_sha256,
         submitted_suffix=label.submitted_suffix,
+        checked_slices=None if label.checked_slices is None else list(label.checked_slices),
     )
     if label.info:
         transaction.insert(LabelInfo, label_version_id=number, info=label.info)
@@ -107,8 +111,20 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
         made_at=transaction.now,
         submitted_sha256=label.submitted_sha256,
         submitted_suffix=label.submitted_suffix,
+        checked_slices=label.checked_slices,
     )
     return kept, True
+
+
+def _identity(label: NewLabel | LabelRecord) -> tuple[object, ...]:
+    return label.sha256, label.actor, label.source, label.checked_slices
+
+
+def checked_slices(label: LabelRecord) -> tuple[int, ...] | None:
+    """The slices of a label that a person has looked at; None for all, none of a mask that an annotator starts from."""
+    if label.tag == ORIGINAL or label.source in NOT_BY_PEOPLE:
+        return ()
+    return label.checked_slices
 
 
 def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> None:
@@ -374,6 +390,7 @@ def _records() -> Select[*tuple[Any, ...]]:
         select(
             version.id, Scan.name.label("scan"), version.tag, version.source, version.sha256, version.suffix,
             version.parent_id, version.made_at, version.submitted_sha256, version.submitted_suffix,
+            version.checked_slices,
             Bundle.id.label("bundle_id"), Bundle.segmenter_version, Bundle.assessor_version,
             ActorRow.kind, ActorRow.name.label("actor_name"), ActorRow.identified_by,
         )
@@ -461,4 +478,5 @@ def _record(row: Row[*tuple[Any, ...]]) -> LabelRecord:
         made_at=row.made_at,
         submitted_sha256=row.submitted_sha256,
         submitted_suffix=row.submitted_suffix,
+        checked_slices=None if row.checked_slices is None else tuple(row.checked_slices),
     )

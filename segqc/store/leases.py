@@ -52,6 +52,8 @@ class LeaseRules:
         seed: of the random draws.
         approved_version_is_final: whether a version that a reviewer approves in MONAI Label's Reviewer
             (``version_1``, ...) becomes the final label.
+        slices: how many slices of a scan that the strategy chose are asked for, those with the most likely errors; 0
+            for whole scans. Audits, validation scans and scans without an assessment are always asked for as a whole.
     """
 
     lease_minutes: float = 240.0
@@ -63,6 +65,7 @@ class LeaseRules:
     readers: int = 1
     seed: int = 0
     approved_version_is_final: bool = True
+    slices: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
@@ -75,6 +78,8 @@ class LeaseRules:
             raise ValueError("repeat_seconds and skip_hours must be 0 or more and at most a year")
         if not 1 <= self.readers <= 100 or self.seed < 0:
             raise ValueError("readers must be from 1 to 100, and seed 0 or more")
+        if self.slices < 0:
+            raise ValueError("slices must be 0 or more")
 
 
 def acquire(
@@ -207,6 +212,7 @@ def _open(
         pool=choice.pool,
         label_version=begun.label_version_id,
         assessment=begun.assessment_id,
+        slices=_asked_slices(transaction, draw, begun, rules),
     )
     number = transaction.insert(
         LeaseRow,
@@ -223,6 +229,7 @@ def _open(
         pool=lease.pool,
         label_version_id=lease.label_version,
         assessment_id=lease.assessment,
+        slices=None if lease.slices is None else list(lease.slices),
     )
     events.record(transaction, actor, "handed out", "scan", choice.scan_id, {"lease": number})
     return replace(lease, id=number)
@@ -233,6 +240,7 @@ class _Begun:
     """A lease that begins: its place among the scan's readers, its end, and the current mask with its estimate."""
 
     scan: str
+    is_rejected: bool
     ranking_dice: float | None
     slot: int
     expires_at: dt.datetime
@@ -247,12 +255,31 @@ def _begin(transaction: Transaction, scan_id: int, actor: Actor, rules: LeaseRul
     minutes = rules.cookie_lease_minutes if actor.identified_by == "cookie" else rules.lease_minutes
     return _Begun(
         shown.name,
+        shown.state == "rejected",
         shown.ranking_dice,
         next(i for i in range(len(taken) + 1) if i not in taken),
         transaction.now + dt.timedelta(minutes=minutes),
         shown.start,
         shown.assessment,
     )
+
+
+def _asked_slices(transaction: Transaction, draw: Draw, begun: _Begun, rules: LeaseRules) -> tuple[int, ...] | None:
+    """The slices that an annotator is asked for, ascending; None for the whole scan.
+
+    Of a label that was checked in part and reopened, they are among the others. What somebody rejected, or has reopened
+    though all of it was checked, is wrong nobody knows where.
+    """
+    if not rules.slices or draw != "strategy" or begun.is_rejected:
+        return None
+    if begun.assessment_id is None or begun.label_version_id is None:
+        return None
+    assessment = assessments.read(transaction, begun.assessment_id)
+    checked = labels.checked_slices(labels.get(transaction, begun.label_version_id))
+    if assessment is None or checked is None:
+        return None
+    worst = assessment.worst_slices(rules.slices, exclude=checked)
+    return tuple(sorted(worst)) if 0 < len(worst) < assessment.shape[assessment.through_plane_axis] else None
 
 
 def skipped_for(transaction: Transaction, lease: LeaseRecord) -> LeaseRecord | None:
@@ -308,6 +335,8 @@ def resume(transaction: Transaction, scan: str, actor: Actor, rules: LeaseRules)
     row.state, row.handed_out_at, row.closed_at = "open", transaction.now, None
     row.slot, row.expires_at = begun.slot, begun.expires_at
     row.label_version_id, row.assessment_id = begun.label_version_id, begun.assessment_id
+    asked = _asked_slices(transaction, row.draw, begun, rules)
+    row.slices = None if asked is None else list(asked)
     transaction.flush()
     events.record(transaction, actor, "resumed", "scan", row.scan_id, {"lease": row.id})
     return get(transaction, row.id)
@@ -363,6 +392,12 @@ def last_of(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | 
         )
     last = next((row for row in rows if row.scan == scan), None)
     return None if last is None or last.state == "submitted" else _record(last)
+
+
+def answered(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | None:
+    """The last lease of a scan that an annotator has answered since the scan waits, or waited, for its label."""
+    row = transaction.rows(_ANSWERED, {"scan": scan, **_named(actor)}).first()
+    return None if row is None else _record(row)
 
 
 def _named(actor: Actor) -> dict[str, str]:
@@ -429,7 +464,7 @@ def _leases() -> Select[*tuple[Any, ...]]:
             lease.id, Scan.name.label("scan"), ActorRow.kind, ActorRow.name.label("actor_name"),
             ActorRow.identified_by, lease.slot,
             lease.state, lease.handed_out_at, lease.expires_at, lease.closed_at, lease.strategy, lease.score,
-            lease.draw, lease.probability, lease.pool, lease.label_version_id, lease.assessment_id,
+            lease.draw, lease.probability, lease.pool, lease.label_version_id, lease.assessment_id, lease.slices,
         )
         .join(Scan, lease.scan_id == Scan.id)
         .join(ActorRow, lease.actor_id == ActorRow.id)
@@ -440,6 +475,7 @@ def _leases() -> Select[*tuple[Any, ...]]:
 _OPEN_OF: Final = select(LeaseRow.id).where(LeaseRow.actor_id == bindparam("actor"), LeaseRow.state == _OPEN)
 _SHOWN: Final = select(
     Scan.name,
+    Scan.state,
     Scan.ranking_dice,
     labels.START_OF_SCAN.label("start"),
     assessments.latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery().label("assessment"),
@@ -472,6 +508,12 @@ _SKIPPED_AT: Final = (
     .order_by(LeaseRow.id.desc())
     .limit(1)
 )
+_ANSWERED: Final = (
+    _leases()
+    .where(Scan.name == bindparam("scan"), _IS, LeaseRow.state == "submitted", LeaseRow.closed_at >= Scan.opened_at)
+    .order_by(LeaseRow.id.desc())
+    .limit(1)
+)
 _LAST_OF: Final = (
     _leases()
     .add_columns(Scan.former_name)
@@ -497,4 +539,5 @@ def _record(row: Row[*tuple[Any, ...]]) -> LeaseRecord:
         pool=row.pool,
         label_version=row.label_version_id,
         assessment=row.assessment_id,
+        slices=None if row.slices is None else tuple(row.slices),
     )

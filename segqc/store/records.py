@@ -117,6 +117,7 @@ class LabelRecord:
     made_at: dt.datetime
     submitted_sha256: str | None = None  # of the file that a person put into the folder, where it was read from one
     submitted_suffix: str | None = None  # the same file's suffix
+    checked_slices: tuple[int, ...] | None = None  # that a person has looked at, ascending; None for all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +155,7 @@ class LeaseRecord:
     pool: int | None  # how many scans waited when it was drawn at random
     label_version: int | None  # that was shown
     assessment: int | None  # that was shown
+    slices: tuple[int, ...] | None = None  # that the annotator is asked for, ascending; None for the whole scan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

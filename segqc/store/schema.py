@@ -246,7 +246,9 @@ class LabelVersion(Base):
 
     The current label under a tag is the last row; a removal is a row without content. ``sha256`` is the file's address.
     Where a person's file was read into another one (``.seg.nrrd``, ``.mha``, another voxel order), ``submitted_sha256``
-    is the address of that file as it came, and ``submitted_suffix`` the end of its name.
+    is the address of that file as it came, and ``submitted_suffix`` the end of its name. ``checked_slices`` are the
+    slices across the through-plane axis that a person has looked at, in this version or in those that it was made of;
+    NULL where that is all of them, and where no person made it.
     """
 
     __tablename__ = "label_version"
@@ -262,12 +264,16 @@ class LabelVersion(Base):
     made_at: Mapped[dt.datetime]
     submitted_sha256: Mapped[str | None] = mapped_column(index=True)
     submitted_suffix: Mapped[str | None]
+    checked_slices: Mapped[list[int] | None] = mapped_column(Json)
     __table_args__ = (
         Index("ix_label_version_current", "scan_id", "tag", "id"),
         CheckConstraint(_one_of("source", get_args(LabelSource)), name="source"),
         CheckConstraint("(sha256 IS NULL) = (source = 'removal')", name="content"),
         CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name="suffix"),
         CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name="bundle"),
+        CheckConstraint(
+            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'removal')", name="checked_slices"
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -397,7 +403,8 @@ class LeaseRow(Base):
     """A scan handed out to an annotator: a lease.
 
     ``draw`` says how it came: by the strategy, as an audit draw (uniform at random among ``pool`` waiting scans, taken
-    with ``probability`` at this suggestion) or as a validation scan (drawn likewise).
+    with ``probability`` at this suggestion) or as a validation scan (drawn likewise). ``slices`` are those that the
+    annotator is asked for; NULL for the whole scan.
     """
 
     __tablename__ = "lease"
@@ -416,6 +423,7 @@ class LeaseRow(Base):
     pool: Mapped[int | None]
     label_version_id: Mapped[int | None] = mapped_column(ForeignKey("label_version.id"))
     assessment_id: Mapped[int | None] = mapped_column(ForeignKey("assessment.id"), index=True)
+    slices: Mapped[list[int] | None] = mapped_column(Json)
     __table_args__ = (
         Index("uq_lease_open_slot", "scan_id", "slot", unique=True,
               sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
@@ -427,6 +435,7 @@ class LeaseRow(Base):
         CheckConstraint(_one_of("draw", get_args(Draw)), name="draw"),
         CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
         CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name="probability"),
+        CheckConstraint("slices IS NULL OR draw = 'strategy'", name="slices"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
 

@@ -276,7 +276,7 @@ class Store:
             raise StoreError(f"the label version {version} is a removal: there is nothing to restore")
         if _NOT_TAKEN_IN in noted:
             raise StoreError(f"the label version {version} cannot be a label again: {noted[_NOT_TAKEN_IN]}")
-        label = NewLabel(old.scan, tag or old.tag, "restored", actor, parent=old.id)
+        label = NewLabel(old.scan, tag or old.tag, "restored", actor, parent=old.id, checked_slices=old.checked_slices)
         return self.save_label(label, self.files.object_path(old.sha256, old.suffix))
 
     def label_file(self, label: LabelRecord) -> Path:
@@ -566,7 +566,7 @@ class Store:
         changes = []
         if state in OPEN_STATES:
             if final is not None:
-                back = NewLabel(scan, RETURNED, "restored", actor, parent=final.id)
+                back = NewLabel(scan, RETURNED, "restored", actor, parent=final.id, checked_slices=final.checked_slices)
                 changes.append(LabelChange(back, self.label_file(final)))
             over = [*([final] if final is not None else []), *read]
             changes += [LabelChange(NewLabel(scan, f.tag, "removal", actor, parent=f.id), None) for f in over]

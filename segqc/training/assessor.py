@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -32,17 +34,27 @@ from segqc.quality.report_card import report_card
 from segqc.quality.unlikeness import ScanFeatures, fit_unlikeness
 from segqc.split import PatientSplit
 from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
-from segqc.training.cases import Case, Example, TooFewCases, label_values, make_example, read_case
+from segqc.training.cases import (
+    Case,
+    Example,
+    TooFewCases,
+    label_values,
+    load_masked_examples,
+    read_case,
+    whole_cases,
+)
 from segqc.training.crossfit import MaskSet, crossfit_masks, sources_of_masks, stratified_weights, subsample
 from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
-from segqc.training.segmentation import check_enough, counted, plan_for, sizes
+from segqc.training.segmentation import check_enough, counted, plan_for, sizes, usable_cases
 from segqc.training.spec import TrainingSettings
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
 from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
+_IGNORED: Final = -1.0  # the target of a voxel that is left out of the loss
+_CERTAIN: Final = -200.0  # a logit whose sigmoid is 0 in float32
 _FIRST_BIAS = -3.0  # of the logit: structures and errors are rare, and tiny probabilities far away would add up
 
 
@@ -56,6 +68,8 @@ def train_assessor(
 ) -> Assessor:
     """Train SegQC-Net: cross-fitted masks, the training proper, the calibration on patients that validate.
 
+    Of cases that were checked in part, only the checked slices train; they neither validate nor calibrate.
+
     Args:
         cases: all labelled cases.
         structures: the structures to assess.
@@ -68,6 +82,7 @@ def train_assessor(
         TooFewCases: with fewer labelled patients than ``settings.min_cases``, or all of them in one fold.
         VolumeError: if a scan or a label file can't be used.
     """
+    cases = usable_cases(cases, patient_splits)
     check_enough(cases, settings, "SegQC")
     if len({patient_splits[c.patient].fold for c in cases if patient_splits[c.patient].split == "train"}) < 2:
         raise TooFewCases("the SegQC network needs training patients in at least two folds; label more scans first")
@@ -114,7 +129,7 @@ def train_on_masks(
         (member, s)
         for fold, member in zip(folds, members, strict=True)
         for s in train
-        if patient_splits[s.case.patient].fold == fold
+        if s.case.is_whole and patient_splits[s.case.patient].fold == fold
     ]
     together = ensemble(members)
     unseen += [(together, s) for s in _validating(sets, patient_splits)]
@@ -167,7 +182,7 @@ def _validation(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]
 
 
 def _validating(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[MaskSet]:
-    return [s for s in sets if patient_splits[s.case.patient].split == "validation"]
+    return [s for s in sets if s.case.is_whole and patient_splits[s.case.patient].split == "validation"]
 
 
 def fit_assessor(
@@ -214,7 +229,7 @@ def assessor_job(
         train=train,
         validation=validation,
         prepare=_prepare(structures, settings),
-        loss=_loss(settings),
+        loss=_loss(settings, ignoring=any(example.ignored is not None for example in train)),
         scan_only_share=settings.scan_only_share,
         first_bias=_FIRST_BIAS,
     )
@@ -232,12 +247,8 @@ def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkP
     weights = iter(stratified_weights([d for s in sets for d in s.dice])) if sets else iter(())
     examples: list[Example] = []
     for mask_set in sets:
-        scan, truth = read_case(mask_set.case, values)
-        first = make_example(mask_set.case.id, scan, truth, plan, mask_set.masks[0], next(weights))
-        examples.append(first)
-        for mask in mask_set.masks[1:]:
-            other = make_example(mask_set.case.id, scan, truth, plan, mask, next(weights))
-            examples.append(replace(other, image=first.image, truth=first.truth))
+        own = list(itertools.islice(weights, len(mask_set.masks)))
+        examples += load_masked_examples(mask_set.case, mask_set.masks, own, plan, values)
     return examples
 
 
@@ -247,21 +258,32 @@ def mask_channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torc
 
 
 def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:
+    """Input and target of a batch; the target is `_IGNORED` where the truth is not known."""
+
     def prepare(batch: Patch) -> tuple[torch.Tensor, torch.Tensor]:
         mask, truth = mask_channels(batch["mask"], structures), mask_channels(batch["truth"], structures)
         # cross-entropy on E against D through sigmoid((1 - 2M) z) equals cross-entropy on z against T
         target = truth if settings.output_form == "truth" else (mask != truth).float()
+        if "ignored" in batch:
+            target = torch.where(batch["ignored"] > 0, _IGNORED, target)
         further = [batch["soft"]] if "soft" in batch else []
         return torch.cat([batch["image"], mask, *further], dim=1), target
 
     return prepare
 
 
-def _loss(settings: TrainingSettings) -> Loss:
-    if settings.loss == "dice":
-        loss: Loss = DiceLoss(sigmoid=True, batch=True)
-        return loss
-    return torch.nn.BCEWithLogitsLoss()
+def _loss(settings: TrainingSettings, *, ignoring: bool) -> Loss:
+    """The loss; its gradient is zero where the truth is not known."""
+    compare: Loss = DiceLoss(sigmoid=True, batch=True) if settings.loss == "dice" else torch.nn.BCEWithLogitsLoss()
+    if not ignoring:
+        return compare
+
+    def loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # as if known to be empty: that adds nothing to cross-entropy, nor to Dice
+        ignored = target == _IGNORED
+        return compare(torch.where(ignored, _CERTAIN, predicted), torch.where(ignored, 0.0, target))
+
+    return loss
 
 
 def calibrated(
@@ -282,7 +304,8 @@ def calibrated(
         assessor: what is calibrated.
         train: the masks that it was trained on.
         unseen: masks, each with the network that estimates it and has not trained from its patient: a member of the
-            ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them.
+            ensemble, or the assessor itself for patients that validate, though its best epoch was chosen by them. Their
+            cases were checked as a whole.
         settings: how the masks were made.
         progress: called after each case.
     """
@@ -292,7 +315,7 @@ def calibrated(
     assessor = with_maps(assessor, maps)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     cases = {s.case.id: s.case for s in (*train, *(s for _, s in unseen))}
-    volumes = _log_volumes(list(cases.values()), structures)
+    volumes = _log_volumes(whole_cases(list(cases.values())), structures)
     members = sources_of_masks(1, settings).count(0) - 1
     known: dict[MaskKind, list[tuple[KnownMask, ...]]] = {"served": [], "strange": []}
     errors: list[tuple[ServedErrors, ...]] = []
@@ -316,7 +339,8 @@ def calibrated(
         for kind, rows in known.items()
         if rows or kind == "strange"
     }
-    sizes, boxes = _sizes(volumes, len(structures)), _largest_boxes(train, structures, assessor.values)
+    whole = [s for s in train if s.case.is_whole]
+    sizes, boxes = _sizes(volumes, len(structures)), _largest_boxes(whole, structures, assessor.values)
     calibration = tuple(
         StructureCalibration({kind: of_all[k] for kind, of_all in fitted.items()}, sizes[k], boxes[k])
         for k in range(len(structures))

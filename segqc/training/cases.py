@@ -13,8 +13,18 @@ from segqc.errors import SegqcError
 from segqc.networks.inference import canonical_scan
 from segqc.networks.plan import NetworkPlan, Spacing, Triple
 from segqc.types import FloatArray, LabelArray, Structure
-from segqc.volumes import ReadLimits, Volume, VolumeError, canonical_frame, read_labels, read_scan, to_canonical
+from segqc.volumes import (
+    CanonicalFrame,
+    ReadLimits,
+    Volume,
+    VolumeError,
+    canonical_frame,
+    read_labels,
+    read_scan,
+    to_canonical,
+)
 from segqc.volumes.intake import content_sha256
+from segqc.volumes.slices import Slices, all_but
 
 
 class TooFewCases(SegqcError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -44,7 +54,8 @@ class Case:
     there. ``limits`` bound what is read.
 
     A pseudo-label is drawn less often, by its ``weight``, and ``ignored`` is the label map of the voxels that are left
-    out of the loss.
+    out of the loss. ``slices`` are those across the through-plane axis that a person has looked at, ascending; None for
+    all. The others are left out of the loss, too.
     """
 
     id: str
@@ -56,6 +67,12 @@ class Case:
     limits: ReadLimits = field(default_factory=ReadLimits)
     weight: float = 1.0
     ignored: Path | None = None
+    slices: Slices | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its labels are known to be true: only such a case can say what a mask is worth."""
+        return self.slices is None and self.ignored is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,30 +134,71 @@ def _read_scan(case: Case) -> Volume:
     return scan
 
 
+def whole_cases(cases: Sequence[Case]) -> list[Case]:
+    """The cases whose labels were checked as a whole."""
+    return [case for case in cases if case.is_whole]
+
+
 def load_example(case: Case, plan: NetworkPlan, values: Sequence[int]) -> Example:
-    """Read a case into the plan's canonical frame."""
+    """Read a case into the plan's canonical frame.
+
+    Raises:
+        CaseError: if the scan or its labels can't be used.
+    """
+    return _load(case, plan, values)[0]
+
+
+def load_masked_examples(
+    case: Case, masks: LabelArray, weights: Sequence[float], plan: NetworkPlan, values: Sequence[int]
+) -> list[Example]:
+    """Read a case into the plan's canonical frame, once with each of its masks (n, n0, n1, n2), which share the rest.
+
+    Raises:
+        CaseError: if the scan or its labels can't be used.
+    """
+    example, frame = _load(case, plan, values)
+    return [
+        replace(example, mask=np.asarray(to_canonical(mask, frame, order=0), np.uint8), weight=weight)
+        for mask, weight in zip(masks, weights, strict=True)
+    ]
+
+
+def _load(case: Case, plan: NetworkPlan, values: Sequence[int]) -> tuple[Example, CanonicalFrame]:
     scan, labels = read_case(case, values)
-    example = make_example(case.id, scan, labels, plan, weight=case.weight)
-    if case.ignored is None:
-        return example
-    try:
-        ignored = read_labels(case.ignored, scan=scan, values=(1,), limits=case.limits)
-    except (VolumeError, OSError) as error:
-        raise CaseError(case, error) from error
+    example = make_example(case.id, scan, labels, plan, weight=case.weight, slices=case.slices)
     frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
-    return replace(example, ignored=np.asarray(to_canonical(ignored.array, frame, order=0), np.uint8))
+    if case.ignored is not None:
+        try:
+            ignored = read_labels(case.ignored, scan=scan, values=(1,), limits=case.limits)
+        except (VolumeError, OSError) as error:
+            raise CaseError(case, error) from error
+        example = replace(example, ignored=np.asarray(to_canonical(ignored.array, frame, order=0), np.uint8))
+    if example.ignored is not None and example.ignored.all():
+        raise CaseError(case, "no voxel of the networks' spacing lies in what is known of its labels")
+    return example, frame
 
 
 def make_example(
-    name: str, scan: Volume, truth: Volume, plan: NetworkPlan, mask: LabelArray | None = None, weight: float = 1.0
+    name: str,
+    scan: Volume,
+    truth: Volume,
+    plan: NetworkPlan,
+    mask: LabelArray | None = None,
+    weight: float = 1.0,
+    slices: Slices | None = None,
 ) -> Example:
-    """Bring a scan, its truth and, for SegQC-Net, a mask of it into the plan's canonical frame."""
+    """Bring a scan, its truth and, for SegQC-Net, a mask of it into the plan's canonical frame.
+
+    Of the truth some slices may be known only; the others are to be ignored.
+    """
     frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
     bring = functools.partial(to_canonical, frame=frame, order=0)
+    unknown = None if slices is None else all_but(scan.shape, slices, frame.through_plane_axis)
     return Example(
         case=name,
         image=canonical_scan(scan, frame),
         truth=np.asarray(bring(truth.array), np.uint8),
         mask=None if mask is None else np.asarray(bring(mask), np.uint8),
         weight=weight,
+        ignored=None if unknown is None else np.asarray(bring(unknown), np.uint8),
     )

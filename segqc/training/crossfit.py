@@ -21,8 +21,9 @@ from segqc.training.engine import Weights, fit
 from segqc.training.segmentation import segmentation_job, segmenter_of
 from segqc.training.spec import TrainingSettings
 from segqc.types import LabelArray, Structure
-from segqc.volumes import Volume, atomic_write
+from segqc.volumes import atomic_write, through_plane_axis
 from segqc.volumes.intake import content_sha256
+from segqc.volumes.slices import part
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class ServedMask:
 class MaskSet:
     """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures.
 
-    ``served`` is None where no network of the case's fold has made the masks.
+    Where only some slices of the case were checked, the Dice is that in these. ``served`` is None where no network of
+    the case's fold has made the masks.
     """
 
     case: Case
@@ -101,7 +103,9 @@ def masks_of(
             masks += [np.asarray(tta.labels.array, np.uint8), *tta.members]
         else:
             masks.append(np.asarray(segmenter.predict(scan).labels.array, np.uint8))
-    dice = tuple(mean_dice(mask, truth, segmenters[0].structures) for mask in masks)
+    axis = through_plane_axis(scan)
+    known = part(truth.array, case.slices, axis)
+    dice = tuple(mean_dice(part(mask, case.slices, axis), known, segmenters[0].structures) for mask in masks)
     return MaskSet(case, np.stack(masks), dice, served)
 
 
@@ -111,9 +115,9 @@ def sources_of_masks(sources: int, settings: TrainingSettings) -> tuple[int, ...
     return (0,) * (1 + group) + tuple(range(1, sources))
 
 
-def mean_dice(mask: LabelArray, truth: Volume, structures: Sequence[Structure]) -> float:
+def mean_dice(mask: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> float:
     """Mean true Dice over the structures that are there; 1.0 where none is."""
-    dice = [true_metrics(s.mask(mask), s.mask(truth.array)).dice for s in structures]
+    dice = [true_metrics(s.mask(mask), s.mask(truth)).dice for s in structures]
     return float(np.mean([d for d in dice if d is not None] or [1.0]))
 
 
@@ -242,7 +246,7 @@ def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
 def masks_file(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> Path:
     """Where the masks of a case are kept: another file for other networks, scans or labels."""
     content = case.content or content_sha256(case.scan)
-    made_with = " ".join([*(n.version for n in networks), repr(settings.gammas), content])
+    made_with = " ".join([*(n.version for n in networks), repr(settings.gammas), repr(case.slices), content])
     key = hashlib.sha256(made_with.encode() + case.labels.read_bytes()).hexdigest()[:16]
     return folder / f"{case.id}-{key}.npz"
 

@@ -25,7 +25,7 @@ from segqc.training.cases import Example
 from segqc.training.corruptions import deformed, sampling_grid
 from segqc.training.intensities import with_other_intensities
 from segqc.training.spec import TrainingSettings
-from segqc.types import FloatArray, LabelArray
+from segqc.types import BoolArray, FloatArray, LabelArray
 
 Indices: TypeAlias = npt.NDArray[np.intp]
 
@@ -80,12 +80,13 @@ class PatchDataset(Dataset[Patch]):
             intensities=not self.strong,
         )
         self.interesting = [_interesting(e) for e in examples]
+        self.known = [None if e.ignored is None else _subsampled(e.ignored == 0) for e in examples]
 
     def __getitem__(self, draw: int) -> Patch:
         rng = np.random.default_rng((self.seed, draw))
         index = min(int(np.searchsorted(self.cumulated, rng.random())), len(self.examples) - 1)
         example = self.examples[index]
-        start = self._start(example.image.shape, self.interesting[index], rng)
+        start = self._start(example.image.shape, self.interesting[index], self.known[index], rng)
         item: Patch = {"image": cut(example.image, start, self.patch), "truth": cut(example.truth, start, self.patch)}
         if example.mask is not None:
             mask = cut(example.mask, start, self.patch)
@@ -110,9 +111,13 @@ class PatchDataset(Dataset[Patch]):
                 patch["soft"] = deformed(patch["soft"], grid, labels=False)
         return patch
 
-    def _start(self, shape: tuple[int, ...], interesting: Indices, rng: np.random.Generator) -> Triple:
+    def _start(
+        self, shape: tuple[int, ...], interesting: Indices, known: Indices | None, rng: np.random.Generator
+    ) -> Triple:
         if len(interesting) and rng.random() < FOREGROUND_SHARE:
             centre = np.array(np.unravel_index(int(rng.choice(interesting)), shape))
+        elif known is not None:  # a patch in which nothing is known would be a wasted step
+            centre = np.array(np.unravel_index(int(rng.choice(known)), shape))
         else:
             centre = rng.integers(0, shape)
         room = np.array(shape) - self.patch
@@ -163,7 +168,13 @@ def _interesting(example: Example) -> Indices:
     interest = example.truth > 0
     if example.mask is not None:
         interest = interest | (example.mask > 0)
-    indices = np.flatnonzero(interest)
+    if example.ignored is not None:
+        interest = interest & (example.ignored == 0)
+    return _subsampled(interest)
+
+
+def _subsampled(where: BoolArray) -> Indices:
+    indices = np.flatnonzero(where)
     return indices[:: max(1, len(indices) // 5000)]
 
 

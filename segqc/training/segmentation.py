@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -28,6 +28,7 @@ from segqc.training.cases import (
     load_example,
     read_case,
     typical_geometry,
+    whole_cases,
 )
 from segqc.training.engine import STEPS, Fitted, Job, fit
 from segqc.training.patches import Patch
@@ -76,10 +77,18 @@ def plan_for(cases: Sequence[Case], settings: TrainingSettings, *, in_channels: 
     )
 
 
+def usable_cases(cases: Sequence[Case], patient_splits: Mapping[str, PatientSplit]) -> list[Case]:
+    """The cases that a training uses: all that train, and those that validate if they were checked as a whole."""
+    return [case for case in cases if case.is_whole or patient_splits[case.patient].split == "train"]
+
+
 def counted(cases: Sequence[Case]) -> str:
     """The number of labelled scans and of their patients, in words."""
     patients = len({case.patient for case in cases})
-    return f"{len(cases)} labelled scans of {patients} patient{'s' if patients > 1 else ''}"
+    text = f"{len(cases)} labelled scans of {patients} patient{'s' if patients > 1 else ''}"
+    if in_part := len(cases) - len(whole_cases(cases)):
+        text += f" ({in_part} of them checked in part: the checked slices train, and validate and calibrate nothing)"
+    return text
 
 
 def sizes(plan: NetworkPlan, settings: TrainingSettings) -> str:
@@ -158,7 +167,8 @@ def train_segmentation(
 ) -> Segmenter:
     """Train the segmentation network on the cases of training patients, stopped early on those that validate.
 
-    Pseudo-labels train, too; they neither validate nor decide the network's plan.
+    Pseudo-labels train, too; they neither validate nor decide the network's plan. Of cases that were checked in part,
+    only the checked slices train, and nothing validates.
 
     Args:
         cases: all labelled cases.
@@ -176,6 +186,7 @@ def train_segmentation(
     """
     if validating := [c.id for c in pseudo.cases if patient_splits[c.patient].split != "train"]:
         raise ValueError(f"a pseudo-label of a validating patient's scan cannot train: {validating[0]}")
+    cases = usable_cases(cases, patient_splits)
     check_enough(cases, settings, "segmentation")
     values = label_values(structures)
     plan = plan_for(cases, settings, in_channels=1, out_channels=1 + len(values))

@@ -14,7 +14,7 @@ from nibabel.orientations import io_orientation
 from scipy.ndimage import gaussian_filter1d
 
 from segqc.types import BoolArray
-from segqc.volumes.volume import Array, Volume, VolumeError
+from segqc.volumes.volume import Array, Grid, Volume, VolumeError, spacing_of
 
 Box: TypeAlias = tuple[slice, slice, slice]
 
@@ -57,13 +57,13 @@ class CanonicalFrame:
     through_plane_axis: int
 
 
-def through_plane_axis(volume: Volume) -> int:
+def through_plane_axis(volume: Grid) -> int:
     """Return the array axis across the slices.
 
     It is the axis whose spacing exceeds 1.2 times both others; otherwise the acquisition axis that the file names;
     otherwise the last (method, canonical frame).
     """
-    spacing = np.array(volume.spacing_mm)
+    spacing = np.array(spacing_of(volume.affine))
     largest = int(np.argmax(spacing))
     if spacing[largest] > THROUGH_PLANE_RATIO * np.delete(spacing, largest).max():
         return largest

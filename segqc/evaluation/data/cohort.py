@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.prepare import labelled_pairs, scans_by_patient
-from segqc.training.cases import Case
+from segqc.training.cases import Case, whole_cases
 from segqc.types import Structure, structures_of_values, values_in
 from segqc.volumes import read_labels
 
@@ -86,7 +86,7 @@ def read_labelled(folder: Path, structures: Mapping[str, tuple[int, ...]]) -> La
 
     Args:
         folder: a data set (``images/``, ``labels/`` and perhaps ``splits.json`` with ``train`` and ``test``), or a
-            dataset folder, whose final labels are the truth.
+            dataset folder, whose final labels are the truth where they were checked as a whole.
         structures: names and label values; empty takes those of the dataset folder; those of a data set are then found
             by `split`.
 
@@ -97,7 +97,7 @@ def read_labelled(folder: Path, structures: Mapping[str, tuple[int, ...]]) -> La
     if (folder / "images").is_dir():
         return Labelled(folder, named, _of_dataset(folder))
     dataset = Dataset(folder)
-    return Labelled(folder, named or dataset.structures, {"": list(dataset.cases())})
+    return Labelled(folder, named or dataset.structures, {"": whole_cases(dataset.cases())})
 
 
 def split(labelled: Labelled, *, folds: int, seed: int, test_share: float, max_cases: int | None = None) -> Cohort:

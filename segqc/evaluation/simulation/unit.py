@@ -29,13 +29,13 @@ from segqc.loop.prepare import labelled_pairs, prepare, scans_by_patient
 from segqc.loop.requests import RoundRequest, enqueue, request_of
 from segqc.loop.round import run_round
 from segqc.loop.scoring import current_mask, score
-from segqc.loop.submission import ALL, Opened, submit_label
+from segqc.loop.submission import submit_label
 from segqc.loop.training import train
 from segqc.networks.device import name_of_device
 from segqc.selection import strategies
 from segqc.store import corrections, jobs, labels, leases, pseudo_labels, scans
 from segqc.store.labels import FINAL
-from segqc.store.records import Actor, CorrectionRecord, LeaseRecord
+from segqc.store.records import Actor, CorrectionRecord, LabelRecord, LeaseRecord
 from segqc.training import Progress
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
@@ -255,14 +255,13 @@ class _Run:
                 start = labels.get(transaction, lease.label_version)
             mask = np.asarray(read_labels(self.dataset.store.label_file(start)).array, np.uint8)
         rng = generator_of(self.seed, lease.scan)
-        corrected = correct(mask, truth, self.study.annotator, rng, getattr(lease, "slices", None))
+        corrected = correct(mask, truth, self.study.annotator, rng, lease.slices)
         submit_label(
             self.dataset,
             lease.scan,
             Volume(corrected, truth.affine, truth.acquisition_axis),
             FINAL,
             _ANNOTATOR,
-            opened=ALL,
             simulated=True,
         )
 
@@ -271,7 +270,7 @@ class _Run:
         with self.dataset.store.read() as transaction:
             labelled = labels.current_of_all(transaction, FINAL)
             made = {c.to_version: c for c in corrections.listing(transaction)}
-        work = [_work(self.truths[scan], made.get(label.id)) for scan, label in labelled.items()]
+        work = [_work(self.truths[scan], label, made.get(label.id)) for scan, label in labelled.items()]
         slices, changed, voxels = (sum(part) for part in zip(*work, strict=True)) if work else (0, 0, 0)
         minutes = self.study.minutes.minutes(len(work), slices, changed)
         return Cost(scans=len(work), slices=slices, changed_slices=changed, voxels=voxels, minutes=round(minutes, 1))
@@ -403,16 +402,14 @@ def _depth(truth: Volume) -> int:
     return truth.array.shape[through_plane_axis(truth)]
 
 
-def _work(truth: Volume, correction: CorrectionRecord | None) -> tuple[int, int, int]:
+def _work(truth: Volume, label: LabelRecord, correction: CorrectionRecord | None) -> tuple[int, int, int]:
     """The slices that were opened for a label, those that were changed, and the voxels."""
-    if correction is None:
-        axis = through_plane_axis(truth)
-        drawn = np.asarray(truth.array) != 0
-        in_plane = tuple(a for a in range(3) if a != axis)
-        return _depth(truth), int(drawn.any(axis=in_plane).sum()), int(drawn.sum())
-    opened = correction.change.opened_slices
-    slices = _depth(truth) if opened is None else len(opened)
-    return slices, correction.change.slices_changed, correction.change.voxels_changed
+    slices = _depth(truth) if label.checked_slices is None else len(label.checked_slices)
+    if correction is not None:
+        return slices, correction.change.slices_changed, correction.change.voxels_changed
+    drawn = np.asarray(truth.array) != 0
+    in_plane = tuple(a for a in range(3) if a != through_plane_axis(truth))
+    return slices, int(drawn.any(axis=in_plane).sum()), int(drawn.sum())
 
 
 def _continued(unit: Unit, path: Path) -> Unit:

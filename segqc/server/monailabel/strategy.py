@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final, TypeAlias
 
 from monailabel.interfaces.datastore import Datastore
@@ -21,6 +21,7 @@ from segqc.store import assessments, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
 from segqc.types import UNLIKE, Assessment, DriftAlarm, bounds
+from segqc.volumes.slices import in_words
 
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
@@ -29,11 +30,15 @@ DRIFTED: Final = "drift alarm"
 """The verdict on estimates that audit draws have raised an alarm against."""
 
 
-def describe(assessment: Assessment | None) -> Answer:
+def describe(assessment: Assessment | None, asked: Collection[int] = ()) -> Answer:
     """What the answer says of a scan's mask: estimated Dice, worst slices, and the error boxes in these slices.
 
     An interval is ``{"low": 0.82, "high": 0.91, "level": 0.9}``, or None where there is not enough data for one, or the
     scan is unlike the training's: ``unlike_training`` says so.
+
+    Args:
+        assessment: of the mask.
+        asked: the slices that are to be corrected, if not all: their boxes are told, too.
     """
     if assessment is None:
         nothing: Answer = {"estimated_dice": None, "estimated_dice_interval": None, "worst_slices": [], "boxes": []}
@@ -51,7 +56,7 @@ def describe(assessment: Assessment | None) -> Answer:
         }
         for quality in assessment.structures
         for box in quality.raw.boxes
-        if box.slice_index in slices
+        if box.slice_index in slices or box.slice_index in asked
     ]
     return {
         "estimated_dice": assessment.dice,
@@ -105,20 +110,23 @@ def _warning(card: ReportCard | None, alarm: DriftAlarm | None) -> str | None:
     return estimate_sentence(card) if card is not None and is_noise else None
 
 
-def _title(scan: ScanRecord, assessment: Assessment | None, *, is_unreliable: bool) -> str:
+def _title(
+    scan: ScanRecord, assessment: Assessment | None, asked: Collection[int] | None, *, is_unreliable: bool
+) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
     if assessment is None or assessment.dice is None:
         return scan.file
     between = f", {interval}" if (interval := assessment.dice_interval) is not None else ""
     worth = ", unreliable" if is_unreliable else ""
-    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}){scan.suffix}"
+    task = "" if asked is None else f"; correct {in_words(asked)} only"
+    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}{task}){scan.suffix}"
 
 
 class Sampling(Strategy):
     """Hands out a scan to whoever asks, in one of the orders of `segqc.selection`.
 
     An audit or a validation draw looks to the annotator like any other scan: who knows that this one is a test works
-    otherwise.
+    otherwise. Where the settings ask for slices, it is one of the scans that are asked for as a whole.
     """
 
     def __init__(self, name: str, dataset: Dataset) -> None:
@@ -154,16 +162,17 @@ class Sampling(Strategy):
         said: Answer = {
             **scan_info(scan),
             "id": scan.name,
-            "name": _title(scan, shown, is_unreliable=warning is not None),
+            "name": _title(scan, shown, lease.slices, is_unreliable=warning is not None),
             "path": str(self.dataset.folder / scan.file),
             "strategy": strategy,
             "lease": lease.id,
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
-            **describe(shown),
+            "slices": None if lease.slices is None else list(lease.slices),
+            **describe(shown, lease.slices or ()),
             **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
         }
-        notes = []
+        notes = [] if lease.slices is None else [f"Correct {in_words(lease.slices)} only."]
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))

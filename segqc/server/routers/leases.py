@@ -16,10 +16,21 @@ router = APIRouter()
 
 @router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
 def open_leases() -> list[JsonObject]:
-    """Tell which scan is handed out to whom, and until when; annotators do not see how it was drawn."""
+    """Tell which scan is handed out to whom, and until when; annotators do not see how it was drawn.
+
+    ``slices`` are those that the annotator is asked for; null for the whole scan.
+    """
     with open_store().read() as transaction:
         found = leases.listing(transaction, state="open")
-    return [{"scan": f.scan, "to": f.actor.name, "until": f.expires_at.isoformat()} for f in found]
+    return [
+        {
+            "scan": f.scan,
+            "to": f.actor.name,
+            "until": f.expires_at.isoformat(),
+            "slices": None if f.slices is None else list(f.slices),
+        }
+        for f in found
+    ]
 
 
 @router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")

@@ -222,7 +222,12 @@ def upgrade() -> None:
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("submitted_sha256", sa.String(), nullable=True),
         sa.Column("submitted_suffix", sa.String(), nullable=True),
+        sa.Column("checked_slices", sa.JSON(none_as_null=True), nullable=True),
         sa.CheckConstraint("(sha256 IS NULL) = (source = 'removal')", name=op.f("ck_label_version_content")),
+        sa.CheckConstraint(
+            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'removal')",
+            name=op.f("ck_label_version_checked_slices"),
+        ),
         sa.CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name=op.f("ck_label_version_bundle")),
         sa.CheckConstraint(
             "source IN ('network', 'annotator', 'pseudo-label', 'import', 'restored', 'consensus', 'removal')",
@@ -400,7 +405,9 @@ def upgrade() -> None:
         sa.Column("pool", sa.Integer(), nullable=True),
         sa.Column("label_version_id", sa.Integer(), nullable=True),
         sa.Column("assessment_id", sa.Integer(), nullable=True),
+        sa.Column("slices", sa.JSON(none_as_null=True), nullable=True),
         sa.CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name=op.f("ck_lease_probability")),
+        sa.CheckConstraint("slices IS NULL OR draw = 'strategy'", name=op.f("ck_lease_slices")),
         sa.CheckConstraint("(state = 'open') = (closed_at IS NULL)", name=op.f("ck_lease_closed")),
         sa.CheckConstraint("draw IN ('strategy', 'audit', 'validation', 'pseudo-audit')", name=op.f("ck_lease_draw")),
         sa.CheckConstraint(

@@ -1,0 +1,79 @@
+"""Sets of slices across the through-plane axis, where a person has looked at a part of a label map only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeAlias
+
+import numpy as np
+
+from segqc.types import LabelArray
+
+Slices: TypeAlias = tuple[int, ...]
+"""Numbers of slices, ascending."""
+
+
+def united(one: Collection[int] | None, other: Collection[int] | None, count: int) -> Slices | None:
+    """The slices that are in one of two sets; None stands for all slices.
+
+    Args:
+        one: a set.
+        other: a set.
+        count: how many slices there are.
+
+    Example:
+        >>> united((3,), (1, 3), 5)
+        (1, 3)
+        >>> united((0, 1), (2,), 3) is None
+        True
+    """
+    if one is None or other is None:
+        return None
+    found = sorted({*one, *other})
+    return tuple(found) if len(found) < count else None
+
+
+def common(one: Collection[int] | None, other: Collection[int] | None) -> Slices | None:
+    """The slices that are in both of two sets; None stands for all slices.
+
+    Example:
+        >>> common((1, 3), None)
+        (1, 3)
+        >>> common((1, 3), (0, 3))
+        (3,)
+    """
+    if one is None or other is None:
+        known = other if one is None else one
+        return None if known is None else tuple(sorted(known))
+    return tuple(sorted(set(one) & set(other)))
+
+
+def part(array: LabelArray, slices: Collection[int] | None, axis: int) -> LabelArray:
+    """Some slices of an array, one after the other; the array itself where None stands for all."""
+    return array if slices is None else np.take(array, sorted(slices), axis=axis)
+
+
+def all_but(shape: tuple[int, int, int], slices: Collection[int], axis: int) -> LabelArray:
+    """An array of a shape that is 1 in all slices but some, where it is 0."""
+    result = np.ones(shape, np.uint8)
+    np.moveaxis(result, axis, 0)[sorted(slices)] = 0
+    return result
+
+
+def differing(before: LabelArray, after: LabelArray, axis: int) -> Slices:
+    """The slices in which two label maps of one shape differ."""
+    in_plane = tuple(a for a in range(3) if a != axis)
+    return tuple(np.flatnonzero((before != after).any(axis=in_plane)).tolist())
+
+
+def in_words(slices: Collection[int]) -> str:
+    """Slices by number, as a part of a sentence.
+
+    Example:
+        >>> in_words((3, 7, 9))
+        'slices 3, 7 and 9'
+        >>> in_words((3,))
+        'slice 3'
+    """
+    *others, last = map(str, sorted(slices))
+    return f"slices {', '.join(others)} and {last}" if others else f"slice {last}"
