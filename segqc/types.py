@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import itertools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
@@ -306,18 +305,13 @@ class Assessment:
         voxel_ml = math.prod(self.spacing_mm) / 1000.0
         return voxel_ml * sum(s.error_sum for quality in self.structures for s in quality.raw.slices)
 
-    def worst_slices(self, count: int = 5, *, exclude: Collection[int] = ()) -> tuple[int, ...]:
-        """Slices to look at first: largest error sum over all structures first (paper, section 3.5).
-
-        Args:
-            count: at most so many.
-            exclude: slices that are left out.
-        """
+    def worst_slices(self, count: int = 5) -> tuple[int, ...]:
+        """Slices to look at first: largest error sum over all structures first (paper, section 3.5)."""
         if not self.structures:
             return ()
         sums = np.sum([[s.error_sum for s in q.raw.slices] for q in self.structures], axis=0)
-        ordered = (self.structures[0].raw.slices[int(i)].index for i in np.argsort(-sums, kind="stable"))
-        return tuple(itertools.islice((index for index in ordered if index not in exclude), count))
+        order = np.argsort(-sums, kind="stable")[:count]
+        return tuple(self.structures[0].raw.slices[int(i)].index for i in order)
 
     def to_json(self) -> str:
         """Return the assessment as one line of JSON; `from_json` gives it back without loss."""

@@ -171,6 +171,72 @@ def test_monai_label_opens_an_exported_datastore(folder: Path, tmp_path: Path) -
     again.close()
 
 
+@pytest.fixture
+def in_part(folder: Path) -> Iterator[Store]:
+    """A store whose scan_1 has a final label with three of its four slices checked."""
+    opened = plain(folder)
+    new = NewLabel("scan_1", "final", "annotator", ANNA, checked_slices=(0, 1, 3))
+    opened.save_label(new, label(folder.parent / "part.nii.gz", 1, 2))
+    yield opened
+    opened.close()
+
+
+def test_what_was_checked_of_a_label_goes_with_an_exported_datastore(in_part: Store, tmp_path: Path) -> None:
+    assert local_datastore.write_datastore(in_part, tmp_path / "out") == Count(4, 3, 1)
+    again = plain(tmp_path / "out")
+    listed = local_datastore.read_datastore(tmp_path / "out")
+    for _ in range(2):
+        assert local_datastore.take_notes(again, listed) == Imported(4, 3)
+    with again.read() as transaction:
+        finals = labels.current_of_all(transaction, "final")
+        assert len(labels.history(transaction, "scan_1")) == 2, "the second time nothing is new"
+    assert {name: found.checked_slices for name, found in finals.items()} == {
+        "other": None,
+        "scan_0": None,
+        "scan_1": (0, 1, 3),
+    }
+    again.close()
+
+
+@pytest.mark.parametrize("noted", [[4], [-1], [], "all", [0, 0], [True], [1.0]])
+def test_a_note_that_names_no_slices_is_named(folder: Path, noted: object) -> None:
+    entry = {"ext": ".nii.gz", "info": {"checked_slices": noted}}
+    write(
+        folder / "datastore_v2.json", {"objects": {"scan_0": {"image": {"ext": ".nii.gz"}, "labels": {"final": entry}}}}
+    )
+    opened = plain(folder)
+    found = local_datastore.take_notes(opened, local_datastore.read_datastore(folder))
+    assert ["labels/final/scan_0.nii.gz: its entry" in item.reason for item in found.left_aside] == [True]
+    with opened.read() as transaction:
+        assert labels.current_of_all(transaction, "final")["scan_0"].checked_slices is None
+    opened.close()
+
+
+def test_slices_that_nobody_checked_are_ignored_by_nnu_net(in_part: Store, tmp_path: Path) -> None:
+    case_list = case_list_of(in_part, (LIVER, KIDNEYS))
+    assert {case.name: case.slices for case in case_list.cases}["scan_1"] == (0, 1, 3)
+    assert nnunet.write_raw(case_list, tmp_path / "raw") == Count(4, 3, 1)
+    listed = json.loads((tmp_path / "raw" / "dataset.json").read_text())
+    assert listed["labels"]["ignore"] == 4
+    array = read_labels(tmp_path / "raw" / "labelsTr" / "scan_1.nii.gz").array
+    assert np.array_equal(array == 4, np.broadcast_to(np.arange(4) == 2, SHAPE))
+    before = read_labels(in_part.label_file(current_final(in_part, "scan_1"))).array
+    assert np.array_equal(array[:, :, (0, 1, 3)], before[:, :, (0, 1, 3)])
+    assert not (read_labels(tmp_path / "raw" / "labelsTr" / "scan_0.nii.gz").array == 4).any()
+
+
+def current_final(store: Store, scan: str) -> LabelRecord:
+    with store.read() as transaction:
+        return labels.current_of_all(transaction, "final")[scan]
+
+
+def test_the_decathlon_gets_whole_labels_only(in_part: Store, tmp_path: Path) -> None:
+    assert decathlon.write_task(case_list_of(in_part, (LIVER, KIDNEYS)), tmp_path / "task") == Count(4, 2, 1)
+    assert "scan_1.nii.gz" in {path.name for path in (tmp_path / "task" / "imagesTs").iterdir()}
+    output = run("export", "decathlon", in_part.dataset, tmp_path / "again")
+    assert "4 scans, 2 of them with a label; left out were 1 labels that were checked in part" in output
+
+
 def test_pseudo_labels_are_not_exported_where_they_would_be_a_person_s(folder: Path, tmp_path: Path) -> None:
     opened = plain(folder)
     mask = save_mask(opened, tmp_path, "scan_1", 5)
@@ -494,7 +560,8 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         opened_slices=(0, 1),
     )
     source = label_map(folder.parent / "submitted.nii.gz", 6)
-    with store.change_labels([LabelChange(NewLabel("scan_1", "final", "annotator", ANNA), source)]) as changing:
+    final = NewLabel("scan_1", "final", "annotator", ANNA, checked_slices=(0, 1))
+    with store.change_labels([LabelChange(final, source)]) as changing:
         lease = answer_lease(changing.transaction, "scan_1", ANNA)
         corrections.add(changing.transaction, mask, changing.versions[0], change, ANNA, lease=lease)
         return changing.versions[0]
@@ -547,6 +614,8 @@ def test_tables_as_csv(store: Store, folder: Path, clock: Clock, tmp_path: Path)
     assert correction["estimated_dice"] in ("0.7", "")  # an audit draw may have shown another scan
     assert [row["state"] for row in read["leases"]] == ["submitted"]
     assert [row["label_version"] for row in read["label_versions"]] == [str(i + 1) for i in range(4)]
+    assert [row["checked_slices"] for row in read["label_versions"]] == ["", "", "", "[0, 1]"]
+    assert [row["slices"] for row in read["leases"]] == [""]
     assert json.loads(read["label_versions"][2]["info"]) == {"params": {"label_names": {"liver": 1}}}
     assert read["events"][0]["at"] == "2026-01-01T12:00:00+00:00"
 
@@ -692,6 +761,11 @@ def bomb(size: int) -> str:
         ("label_version", "source", "nobody", "contradict each other"),
         ("label_version", "made_at", "2026-01-01", "no time with its zone"),
         ("label_version", "made_at", 7, "no time with its zone"),
+        *(
+            ("label_version", "checked_slices", slices, "no list of slices")
+            for slices in ([], [2, 1], [1, 1], "12", [-1])
+        ),
+        ("lease", "slices", [True], "no list of slices"),
         ("scan", "id", "1", "not of the type int"),
         ("scan", "id", True, "not of the type int"),
         ("scan", "id", 1 << 63, "too large"),

@@ -20,7 +20,7 @@ from segqc.loop.submission import Opened, submit_label
 from segqc.loop.training import train
 from segqc.networks.plan import plan_network
 from segqc.selection import segqc as worst_first
-from segqc.store import assessments, bundles, corrections, labels, leases
+from segqc.store import corrections, labels, leases
 from segqc.store.database import StoreError
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, LabelRecord, LeaseRecord
@@ -43,12 +43,11 @@ from segqc.volumes import (
     write_scan,
 )
 from segqc.volumes.slices import all_but
-from tests.server_kit import CONFIG, SHAPE, assess, draw_case, make_assessment, make_dataset
+from tests.server_kit import CONFIG, SHAPE, assess, draw_case, make_dataset
 from tests.store_kit import ANNA, BERT
 from tests.test_training import QUICK, STRUCTURES, make_cases, placed
 
 SLICES = LeaseRules(audit_share=0.0, validation_share=0.0, slices=3)
-AUDIT = replace(SLICES, audit_share=1.0)
 BALL = Structure("ball", (1,))
 
 
@@ -141,26 +140,17 @@ def test_the_next_correction_of_a_reopened_label_adds_its_slices(dataset: Datase
     hand_out(dataset)
     submit_label(dataset, "scan_0", corrected("scan_0", (2, 8, 9)), "final", ANNA)
     start = reopen(dataset, "scan_0")
-    assess_returned(dataset, "scan_0")
     lease = hand_out(dataset, BERT)
-    assert (lease.scan, lease.slices) == ("scan_0", (5, 6, 7)), "nobody is asked twice"
-    done = submit_label(dataset, "scan_0", corrected("scan_0", (5, 6, 7), start), "final", BERT)
+    while lease.scan != "scan_0":
+        lease = hand_out(dataset, BERT)
+    assert lease.slices is None, "all of it is asked for"
+    end = corrected("scan_0", (5, 6), start)
+    done = submit_label(dataset, "scan_0", end, "final", BERT, opened=Opened((5, 6, 7)))
     assert done.label.checked_slices == (2, 5, 6, 7, 8, 9)
     start = reopen(dataset, "scan_0")
-    lease = hand_out(dataset, BERT, AUDIT)
-    while lease.scan != "scan_0":
-        lease = hand_out(dataset, BERT, AUDIT)
-    assert lease.slices is None, "an audit is of the whole scan"
+    while hand_out(dataset, BERT).scan != "scan_0":
+        pass
     assert submit_label(dataset, "scan_0", start, "final", BERT).label.checked_slices is None
-
-
-def assess_returned(dataset: Dataset, scan: str) -> None:
-    """An assessment of the label that the next annotator starts from."""
-    with dataset.store.write() as transaction:
-        version = labels.start_of(transaction, scan)
-        serving = bundles.serving_number(transaction)
-        assert version is not None and serving is not None
-        assessments.write(transaction, make_assessment(scan, 0.1), version.id, serving)
 
 
 def test_another_version_of_a_partly_checked_label_is_checked_where_it_was_changed(dataset: Dataset) -> None:
@@ -239,6 +229,18 @@ def test_clients_are_asked_for_slices_and_their_corrections_are_checked_there(tm
         assert told["checked_slices"] == [2, 5, 8, 9]
         told = client.save_label("scan_0", str(tmp_path / "corrected.nii.gz"), params={**names, "opened_slices": [3]})
         assert told["checked_slices"] == [2, 3, 5, 8, 9]
+        dataset.store.review("scan_0", "unlabelled", BERT)
+        bert = MONAILabelClient(url, tmpdir=str(tmp_path), client_id="bert")
+        samples = [sample]
+        while samples[-1]["id"] != "scan_0" or samples[-1] is sample:
+            samples.append(bert.next_sample("sequential", {"skip_reason": "another one, please"}))
+        assert (samples[-1]["slices"], samples[-1]["checked_slices"]) == (None, [2, 3, 5, 8, 9])
+        assert "Of its label, slices 2, 3, 5, 8 and 9 were checked before." in samples[-1]["note"]
+        start = bert.download_label("scan_0", "returned")
+        assert (
+            bert.save_label("scan_0", start, params={"label_names": {"liver": 1, "spleen": 2}})["checked_slices"]
+            is None
+        )
         # the others by a simulated annotator
         done = list(annotate(url, truth, dataset.structures, count=3))
     assert {(c.scan, c.slices) for c in done} == {("scan_1", (2, 8, 9)), ("scan_2", (2, 8, 9)), ("scan_3", None)}

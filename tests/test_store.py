@@ -919,28 +919,18 @@ def test_a_lease_asks_for_the_slices_with_the_most_likely_errors(store: Store, f
         replace(PLAIN, slices=-1)
 
 
-def test_of_a_reopened_label_the_lease_asks_for_what_nobody_has_checked(
-    store: Store, folder: Path, clock: Clock
-) -> None:
+@pytest.mark.parametrize("state", ["unlabelled", "rejected"])
+def test_what_was_sent_back_is_asked_for_as_a_whole(store: Store, folder: Path, state: ScanState) -> None:
     scan, rules = in_queue(store)[0], replace(PLAIN, slices=2)
-
-    def reopened(checked: tuple[int, ...] | None, state: ScanState = "unlabelled") -> tuple[int, ...] | None:
-        label = NewLabel(scan, "final", "annotator", BERT, checked_slices=checked)
-        store.save_label(label, label_map(folder.parent / "next.nii.gz", 3))
-        store.review(scan, state, BERT, "the upper pole is missing")
-        with store.write() as transaction:
-            start = labels.start_of(transaction, scan)
-            assert start is not None
-            write_assessment(transaction, make_assessment(scan, 0.01), start.id)
-        clock.pass_(minutes=1)
-        lease = take(store, ANNA, rules)
-        assert lease.scan == scan
-        return lease.slices
-
-    assert reopened((2, 9)) == (7, 8)
-    assert reopened(tuple(range(9))) == (9,), "the last one"
-    assert reopened(None) is None, "all of it was checked, and is to be looked at again"
-    assert reopened((2, 9), "rejected") is None, "something is wrong, nobody knows in which slice"
+    label = NewLabel(scan, "final", "annotator", BERT, checked_slices=(2, 9))
+    store.save_label(label, label_map(folder.parent / "next.nii.gz", 3))
+    store.review(scan, state, BERT, "the upper pole is missing")
+    with store.write() as transaction:
+        start = labels.start_of(transaction, scan)
+        assert start is not None
+        write_assessment(transaction, make_assessment(scan, 0.01), start.id)
+    lease = take(store, ANNA, rules)
+    assert (lease.scan, lease.label_version, lease.slices) == (scan, start.id, None)
 
 
 def test_a_late_submission_counts_for_its_lease(store: Store, folder: Path, clock: Clock) -> None:

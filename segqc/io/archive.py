@@ -36,7 +36,7 @@ from segqc.store import labels
 from segqc.store.database import REVISION, StoreError, Transaction
 from segqc.store.files import LabelFiles, sha256_of
 from segqc.store.maintenance import copy_contents, rebuild_views
-from segqc.store.schema import Base, Folder, LabelVersion, LabelView, Scan, UtcDateTime
+from segqc.store.schema import Base, Folder, LabelVersion, LabelView, LeaseRow, Scan, UtcDateTime
 from segqc.store.store import Store
 from segqc.volumes import atomic_write
 
@@ -257,6 +257,9 @@ def _row(table: Table, line: bytes) -> dict[str, Value]:
         for name in ("sha256", "submitted_sha256"):
             if row[name] is not None and not _SHA256.fullmatch(str(row[name])):
                 raise ValueError(f"{name} is no SHA-256")
+        _check_slices(row, "checked_slices")
+    elif table.name == LeaseRow.__tablename__:
+        _check_slices(row, "slices")
     return row
 
 
@@ -270,6 +273,14 @@ def _check_names(row: Mapping[str, Value], columns: Sequence[str]) -> None:
         name = str(row[column])
         if name != os.path.basename(name) or name.startswith(".") or not name or "\0" in name:
             raise ValueError(f"{column} {name!r} is no plain name of a file: it may lie outside of the dataset folder")
+
+
+def _check_slices(row: Mapping[str, Value], column: str) -> None:
+    """Refuse what is no set of slices, in ascending order."""
+    slices = row[column]
+    found = [n for n in slices if type(n) is int and n >= 0] if isinstance(slices, list) else []
+    if slices is not None and (not found or found != slices or found != sorted(set(found))):
+        raise ValueError(f"{column} is no list of slices in ascending order")
 
 
 def _encoded(value: Value) -> JsonValue:

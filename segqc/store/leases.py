@@ -240,7 +240,6 @@ class _Begun:
     """A lease that begins: its place among the scan's readers, its end, and the current mask with its estimate."""
 
     scan: str
-    is_rejected: bool
     ranking_dice: float | None
     slot: int
     expires_at: dt.datetime
@@ -255,7 +254,6 @@ def _begin(transaction: Transaction, scan_id: int, actor: Actor, rules: LeaseRul
     minutes = rules.cookie_lease_minutes if actor.identified_by == "cookie" else rules.lease_minutes
     return _Begun(
         shown.name,
-        shown.state == "rejected",
         shown.ranking_dice,
         next(i for i in range(len(taken) + 1) if i not in taken),
         transaction.now + dt.timedelta(minutes=minutes),
@@ -267,18 +265,14 @@ def _begin(transaction: Transaction, scan_id: int, actor: Actor, rules: LeaseRul
 def _asked_slices(transaction: Transaction, draw: Draw, begun: _Begun, rules: LeaseRules) -> tuple[int, ...] | None:
     """The slices that an annotator is asked for, ascending; None for the whole scan.
 
-    Of a label that was checked in part and reopened, they are among the others. What somebody rejected, or has reopened
-    though all of it was checked, is wrong nobody knows where.
+    What was rejected or reopened is asked for as a whole: somebody wants to have it done.
     """
-    if not rules.slices or draw != "strategy" or begun.is_rejected:
-        return None
-    if begun.assessment_id is None or begun.label_version_id is None:
+    if not rules.slices or draw != "strategy" or begun.assessment_id is None or begun.label_version_id is None:
         return None
     assessment = assessments.read(transaction, begun.assessment_id)
-    checked = labels.checked_slices(labels.get(transaction, begun.label_version_id))
-    if assessment is None or checked is None:
+    if assessment is None or labels.get(transaction, begun.label_version_id).tag == labels.RETURNED:
         return None
-    worst = assessment.worst_slices(rules.slices, exclude=checked)
+    worst = assessment.worst_slices(rules.slices)
     return tuple(sorted(worst)) if 0 < len(worst) < assessment.shape[assessment.through_plane_axis] else None
 
 
@@ -475,7 +469,6 @@ def _leases() -> Select[*tuple[Any, ...]]:
 _OPEN_OF: Final = select(LeaseRow.id).where(LeaseRow.actor_id == bindparam("actor"), LeaseRow.state == _OPEN)
 _SHOWN: Final = select(
     Scan.name,
-    Scan.state,
     Scan.ranking_dice,
     labels.START_OF_SCAN.label("start"),
     assessments.latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery().label("assessment"),

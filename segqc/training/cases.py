@@ -21,6 +21,7 @@ from segqc.volumes import (
     canonical_frame,
     read_labels,
     read_scan,
+    through_plane_axis,
     to_canonical,
 )
 from segqc.volumes.intake import content_sha256
@@ -165,6 +166,8 @@ def load_masked_examples(
 
 def _load(case: Case, plan: NetworkPlan, values: Sequence[int]) -> tuple[Example, CanonicalFrame]:
     scan, labels = read_case(case, values)
+    if case.slices is not None and max(case.slices) >= scan.shape[through_plane_axis(scan)]:
+        raise CaseError(case, f"it has no slice {max(case.slices)}, which is said to be checked")
     example = make_example(case.id, scan, labels, plan, weight=case.weight, slices=case.slices)
     frame = canonical_frame(scan, spacing_mm=plan.spacing_mm)
     if case.ignored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from segqc.loop.prepare import labelled_pairs, scans_by_patient
 from segqc.training.cases import Case, whole_cases
 from segqc.types import Structure, structures_of_values, values_in
 from segqc.volumes import read_labels
+
+logger = logging.getLogger(__name__)
 
 TRAIN, TEST = "train", "test"
 MIN_TRAINING_PATIENTS = 6
@@ -97,7 +100,11 @@ def read_labelled(folder: Path, structures: Mapping[str, tuple[int, ...]]) -> La
     if (folder / "images").is_dir():
         return Labelled(folder, named, _of_dataset(folder))
     dataset = Dataset(folder)
-    return Labelled(folder, named or dataset.structures, {"": whole_cases(dataset.cases())})
+    cases = dataset.cases()
+    whole = whole_cases(cases)
+    if in_part := len(cases) - len(whole):
+        logger.warning("%s: %d labels that were checked in part are left out", folder, in_part)
+    return Labelled(folder, named or dataset.structures, {"": whole})
 
 
 def split(labelled: Labelled, *, folds: int, seed: int, test_share: float, max_cases: int | None = None) -> Cohort:

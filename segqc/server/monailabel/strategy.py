@@ -17,11 +17,11 @@ from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE, ReportCard, estima
 from segqc.selection import score_of, strategies
 from segqc.server.actors import current_actor
 from segqc.server.monailabel.datastore import scan_info
-from segqc.store import assessments, leases, scans
+from segqc.store import assessments, labels, leases, scans
 from segqc.store.records import LeaseRecord, ScanRecord
 from segqc.training import LineProgress
 from segqc.types import UNLIKE, Assessment, DriftAlarm, bounds
-from segqc.volumes.slices import in_words
+from segqc.volumes.slices import Slices, in_words
 
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
@@ -156,6 +156,7 @@ class Sampling(Strategy):
         if handed_out is None:
             return None
         lease, skipped, scan, shown = handed_out
+        checked = self._checked_before(lease)
         card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
         warning = _warning(card, alarm)
         strategy = self._shown_strategy(lease, card)
@@ -169,10 +170,13 @@ class Sampling(Strategy):
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             "slices": None if lease.slices is None else list(lease.slices),
+            "checked_slices": None if checked is None else list(checked),
             **describe(shown, lease.slices or ()),
             **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
         }
         notes = [] if lease.slices is None else [f"Correct {in_words(lease.slices)} only."]
+        if checked and scan.state != "rejected":
+            notes.append(f"Of its label, {in_words(checked)} {'were' if len(checked) > 1 else 'was'} checked before.")
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
@@ -190,6 +194,13 @@ class Sampling(Strategy):
         if notes:
             said["note"] = " ".join(notes)
         return said
+
+    def _checked_before(self, lease: LeaseRecord) -> Slices | None:
+        """The slices of the label that the annotator starts from that a person has looked at; None for all."""
+        if lease.label_version is None:
+            return ()
+        with self.dataset.store.read() as transaction:
+            return labels.checked_slices(labels.get(transaction, lease.label_version))
 
     def _shown_strategy(self, lease: LeaseRecord, card: ReportCard | None) -> str:
         """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
