@@ -127,7 +127,8 @@ class Sampling(Strategy):
         self.name = name
         self.dataset = dataset
         self._order = strategy.order
-        by_baseline = strategy.score is not None and strategy.score.function is not None
+        self._follows_card = strategy.follows_report_card
+        by_baseline = strategy.score is not None and not strategy.score.is_estimate
         self._remedy = (
             f"run segqc score --method {name}" if by_baseline else "train both networks; the pool is scored then"
         )
@@ -150,7 +151,8 @@ class Sampling(Strategy):
         lease, skipped, scan, shown = handed_out
         card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
         warning = _warning(card, alarm)
-        strategy = self._shown_strategy(lease, card)
+        strategy = _shown_strategy(lease, card)
+        is_replaced = self._follows_card and card is not None and card.ranked_by != BY_ESTIMATE
         said: Answer = {
             **scan_info(scan),
             "id": scan.name,
@@ -161,13 +163,13 @@ class Sampling(Strategy):
             "lease_until": lease.expires_at.isoformat(),
             "label_version": lease.label_version,
             **describe(shown),
-            **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
+            **reliability(card, alarm, strategy if is_replaced else BY_ESTIMATE),
         }
         notes = []
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
-        if wanted is None and self.name == BY_ESTIMATE and card is not None and card.ranked_by != BY_ESTIMATE:
+        if wanted is None and is_replaced and card is not None:
             notes.append(order_sentence(card, strategy))
         elif wanted is None and strategy == AT_RANDOM and self.name != AT_RANDOM:
             notes.append(
@@ -181,12 +183,6 @@ class Sampling(Strategy):
         if notes:
             said["note"] = " ".join(notes)
         return said
-
-    def _shown_strategy(self, lease: LeaseRecord, card: ReportCard | None) -> str:
-        """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
-        if lease.draw == "strategy" or lease.strategy != BY_ESTIMATE or card is None:
-            return lease.strategy
-        return card.ranked_by
 
     def _hand_out(
         self, reason: str | None, wanted: str | None
@@ -226,6 +222,14 @@ class Sampling(Strategy):
                 scan = scans.get(transaction, now.scan)
             if now == lease and scan.missing_since is None:
                 return lease, skipped, scan, shown  # only touched: the content is the same
+
+
+def _shown_strategy(lease: LeaseRecord, card: ReportCard | None) -> str:
+    """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
+    wanted = strategies().get(lease.strategy)
+    if lease.draw == "strategy" or wanted is None or not wanted.follows_report_card:
+        return lease.strategy
+    return lease.strategy if card is None or card.ranked_by == BY_ESTIMATE else card.ranked_by
 
 
 def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:
