@@ -163,8 +163,8 @@ def _train_model(
         draw_curve(folder / "curve.json", folder / "curve.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     trained.model.save(path)
-    if network == "segqc":
-        (folder / FOLDS).replace(path.with_name(FOLDS))
+    if (folds := folder / FOLDS).is_file():
+        folds.replace(path.with_name(FOLDS))
     cases, splits = trained.cases, dataset.patient_splits()
     # each network of an ensemble is measured on the fold that it has not seen: together, on all
     is_measured_on_all = network == "segqc" and settings.ensemble
