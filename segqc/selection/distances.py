@@ -16,7 +16,7 @@ from segqc.types import FloatArray
 
 _FLOOR: Final = 0.1  # of deviations, as a part of their root median square: few scans may agree by chance
 _TINY: Final = 1e-6
-_AT_ONCE: Final = 1024  # scans that are compared with all others at once
+_AT_ONCE: Final = 128  # others that are compared with all scans at once: their distances stay in the cache
 
 
 def standardised(features: FloatArray) -> FloatArray:
@@ -36,12 +36,15 @@ def nearest(scans: FloatArray, others: FloatArray) -> FloatArray:
     Raises:
         ValueError: if there are no others.
     """
-    squares = np.full(len(scans), np.inf, np.float32)
-    own = np.einsum("sf,sf->s", scans, scans)
-    for start in range(0, len(others), _AT_ONCE):
-        part = others[start : start + _AT_ONCE]
-        products = scans @ part.T
-        squares = np.minimum(squares, (np.einsum("sf,sf->s", part, part) - 2 * products).min(axis=1))
     if not len(others):
         raise ValueError("distances to the nearest of no scans are wanted")
-    return np.asarray(np.sqrt(np.maximum(squares + own, 0) / scans.shape[1]), np.float32)
+    # of |a - b|^2 = |a|^2 - 2 ab + |b|^2 the first part is the same for all others
+    nearest_yet = np.full(len(scans), np.inf, np.float32)
+    squares = np.einsum("sf,sf->s", others, others)
+    for start in range(0, len(others), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        found = (-2 * others[part]) @ scans.T
+        found += squares[part, None]
+        np.minimum(nearest_yet, found.min(axis=0), out=nearest_yet)
+    own = np.einsum("sf,sf->s", scans, scans)
+    return np.asarray(np.sqrt(np.maximum(nearest_yet + own, 0) / scans.shape[1]), np.float32)
