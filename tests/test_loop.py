@@ -26,7 +26,7 @@ from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
 from segqc.networks.assessor import Assessor
-from segqc.networks.bundle import NetworkBundle
+from segqc.networks.bundle import FOLDS, NetworkBundle
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
@@ -553,11 +553,15 @@ def test_a_round_begins_with_what_came_into_the_folder_meanwhile(dataset: Datase
 
 @pytest.mark.usefixtures("quick_trainings")
 def test_a_continued_round_trains_again_what_cannot_be_published_any_more(dataset: Dataset) -> None:
+    bundle = dataset.bundle()
+    assert bundle is not None and (folds := bundle.folds_path()) is not None
+    shutil.copy(folds, dataset.training_folder("segqc") / FOLDS)  # as the training leaves it
     with dataset.store.write() as transaction:
         job = jobs.enqueue(transaction, "round", {}, SERVER)
     with pytest.raises(KeyboardInterrupt):
         work.run(dataset, job, Lines("round: publish"))
     models = dataset.own / "training" / "rounds" / "1"
+    assert (models / FOLDS).is_file(), "the networks of the folds wait for the publication, too"
     (models / "segmentation.pt").unlink()  # as after a restore
     lines = Lines("round: publish")
     with pytest.raises(KeyboardInterrupt):
