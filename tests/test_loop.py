@@ -554,7 +554,9 @@ def test_a_round_begins_with_what_came_into_the_folder_meanwhile(dataset: Datase
 @pytest.mark.usefixtures("quick_trainings")
 def test_a_continued_round_trains_again_what_cannot_be_published_any_more(dataset: Dataset) -> None:
     bundle = dataset.bundle()
-    assert bundle is not None and (folds := bundle.folds_path()) is not None
+    assert bundle is not None
+    folds = bundle.folds_path()
+    assert folds is not None
     shutil.copy(folds, dataset.training_folder("segqc") / FOLDS)  # as the training leaves it
     with dataset.store.write() as transaction:
         job = jobs.enqueue(transaction, "round", {}, SERVER)
