@@ -155,7 +155,7 @@ def train_crossfit(cases: list[Case], only: str | None, work: Path) -> Assessor 
     for k, fold in enumerate(FOLDS):
         if only in (fold, None, *MEMBERS):
             with timed(f"train a mask source, make masks: {fold}", work):
-                sets += crossfit_masks(cases, STRUCTURES, placed, plan, sources, folder, progress, only=[k])
+                sets += crossfit_masks(cases, STRUCTURES, placed, plan, sources, folder, progress, only=[k]).sets
     for k, member in enumerate(MEMBERS):
         if only in (member, None):
             with timed(f"train SegQC-Net: {member}", work):

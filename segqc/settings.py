@@ -86,7 +86,8 @@ class ServerSettings(BaseModel):
     Attributes:
         host: address to listen on; by default only this machine's own clients are answered.
         port: port to listen on.
-        strategy: the default strategy, also asked for under MONAI Label's name "random".
+        strategy: the default strategy, also asked for under MONAI Label's name "random"; every scoring of the pool also
+            makes what it goes by.
         bootstrap: whether first small networks are trained at the start where there are none.
         inference_slots: how many inferences run at once; others wait.
         upload_limit_mb: the largest request that is taken, in megabytes.

@@ -24,7 +24,18 @@ from segqc.cli.common import CommandError
 from segqc.io import archive, decathlon, local_datastore, nnunet, tables
 from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, make_dataset
 from segqc.selection import segqc as worst_first
-from segqc.store import assessments, corrections, events, jobs, labels, leases, maintenance, pseudo_labels, scans
+from segqc.store import (
+    assessments,
+    corrections,
+    events,
+    features,
+    jobs,
+    labels,
+    leases,
+    maintenance,
+    pseudo_labels,
+    scans,
+)
 from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
@@ -549,6 +560,7 @@ def fill(store: Store, folder: Path, clock: Clock) -> LabelRecord:
         job = jobs.enqueue(transaction, "round", {"epochs": 3}, BERT)
         number, _ = jobs.begin_round(transaction, job.id, 2)
         jobs.finish_step(transaction, number, "train", {"dice": 0.5})
+        features.write(transaction, scans.number_of(transaction, "scan_1"), "segmenter", "seg1", [0.5, -3.0])
         labels.update_info(transaction, mask.id, {"params": {"label_names": {"liver": 1}}})
     clock.pass_(minutes=2, microseconds=5)
     metrics = Metrics(0.65, 0.5, None, -0.1)
@@ -776,6 +788,8 @@ def bomb(size: int) -> str:
         ("assessment_structure", "detail", bomb(1 << 28), "expands to more than"),
         ("assessment_structure", "detail", bomb(99)[:8], "truncated"),
         ("assessment_structure", "detail", "AAAA", "damaged"),
+        ("feature", "numbers", "AHw=", "no finite 16-bit floats"),
+        ("feature", "numbers", "AAAA", "no finite 16-bit floats"),
         ("assessment_structure", "detail", "a-b", "base64"),
     ],
 )

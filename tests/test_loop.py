@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import delete, select
 from typer.testing import CliRunner
 
 from segqc.cli.main import app
+from segqc.evaluation.methods.ensembles import EnsemblePairs
+from segqc.evaluation.methods.estimates import AssessedMask
 from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.due import checked
@@ -23,7 +26,7 @@ from segqc.loop.requests import NETWORKS, RoundResult, TrainResult
 from segqc.loop.scoring import assess_scan, score
 from segqc.loop.training import TrainingBusy, train
 from segqc.networks.assessor import Assessor
-from segqc.networks.bundle import NetworkBundle
+from segqc.networks.bundle import FOLDS, NetworkBundle
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError, TrainedNetwork
 from segqc.networks.segmenter import Segmenter
@@ -32,10 +35,12 @@ from segqc.quality.report_card import AT_RANDOM
 from segqc.quality.witnesses import UNLIKENESS
 from segqc.selection import strategies
 from segqc.split import PatientSplit
-from segqc.store import bundles, jobs, leases, rounds, scans
+from segqc.store import bundles, features, jobs, leases, rounds, scans
+from segqc.store.database import Transaction
 from segqc.store.events import SERVER
 from segqc.store.leases import LeaseRules
 from segqc.store.records import ScanRecord
+from segqc.store.schema import FeatureRow
 from segqc.training import NoProgress
 from segqc.training.cases import Case, CaseError, TooFewCases, label_values, read_case
 from segqc.types import Structure
@@ -290,9 +295,71 @@ def test_one_bad_scan_does_not_keep_the_others_from_being_scored(dataset: Datase
 
 def test_the_baselines_score_every_scan_once(dataset: Dataset) -> None:
     assert score(dataset, "tta", NoProgress()).scored == 3
-    assert score(dataset, "entropy", NoProgress()).skipped == 3, "one run of the group gives both"
+    for other in ("entropy", "class-stratified"):
+        assert score(dataset, other, NoProgress()).skipped == 3, "one run of the group gives all"
     assert all(0 <= v <= 1 for v in dataset.scores("tta").values())
     assert all(np.isfinite(v) and v < 0 for v in dataset.scores("entropy").values())
+
+
+def test_the_networks_of_the_folds_score_by_their_agreement(dataset: Dataset) -> None:
+    bundle = dataset.bundle()
+    assert bundle is not None
+    networks = bundle.fold_networks()
+    assert len(networks) == 2
+    assert score(dataset, "ensemble", NoProgress()).scored == 3
+    assert score(dataset, "ensemble", NoProgress()).skipped == 3
+    pairs = EnsemblePairs(networks, against="members")
+    for name, value in dataset.scores("ensemble").items():
+        scan = read_scan(dataset.scan(name).image)
+        mask = AssessedMask(scan, networks[0].predict(scan).labels, None)
+        assert value == pytest.approx(min(e.metrics.dice for e in pairs.estimate(mask) if e.metrics.dice is not None))
+    segmenter = bundle.segmenter()
+    with dataset.bundles.workspace() as work:
+        segmenter.save(work / "segmentation.pt")
+        dataset.bundles.publish({"segmentation": work / "segmentation.pt"}, SERVER, "the same again")
+    assert dataset.scores("ensemble") == {}, "scores of another bundle order nothing"
+    assert score(dataset, "ensemble", NoProgress()).scored == 3
+    with dataset.bundles.workspace() as work:
+        bundle.assessor().save(work / "segqc.pt")
+        dataset.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "without the folds")
+    with pytest.raises(ModelError, match=r"holds no networks of the folds.*segqc train segqc"):
+        score(dataset, "ensemble", NoProgress())
+
+
+def test_a_scoring_notes_features_of_all_scans_by_the_network_that_serves(dataset: Dataset) -> None:
+    segmenter = dataset.segmenter()
+    assert segmenter is not None and dataset.feature_versions() == {}
+    score(dataset, "segqc", NoProgress())
+    assert dataset.feature_versions() == {f"c{i}": segmenter.version for i in range(8)}
+
+    def stored(transaction: Transaction) -> list[bytes]:
+        query = select(FeatureRow.numbers).where(FeatureRow.kind == "segmenter").order_by(FeatureRow.scan_id)
+        return list(transaction.scalars(query))
+
+    with dataset.store.write() as transaction:
+        before = stored(transaction)
+        transaction.execute(delete(FeatureRow).where(FeatureRow.kind == "segmenter"))
+    assert score(dataset, "segqc", NoProgress()).skipped == 3
+    with dataset.store.read() as transaction:
+        assert stored(transaction) == before, "the same scans and masks give the same features"
+    scan, mask = read_scan(dataset.scan("c6").image), dataset.mask("c6")
+    assert mask is not None
+    values = segmenter.features(scan, read_labels(dataset.store.label_file(mask), scan=scan).array == 1)
+    assert values is not None
+    assert features.unpacked([before[6]])[0] == pytest.approx(values.ravel(), rel=1e-3, abs=1e-3)
+    train(dataset, "segmentation", NoProgress(), dataset.settings.training_settings("segmentation"), serve=True)
+    newer = dataset.segmenter()
+    assert newer is not None
+    score(dataset, "segqc", NoProgress())
+    assert set(dataset.feature_versions().values()) == {newer.version}
+
+
+def test_a_scoring_gives_the_default_strategy_what_it_goes_by(dataset: Dataset) -> None:
+    path = dataset.folder / "segqc.toml"
+    path.write_text(path.read_text() + '[server]\nstrategy = "ensemble"\n')
+    by_ensemble = Dataset(dataset.folder)
+    assert score(by_ensemble, "segqc", NoProgress()).scored == 3
+    assert set(by_ensemble.scores("ensemble")) == {"c5", "c6", "c7"} and by_ensemble.scores("tta") == {}
 
 
 def test_without_networks_or_labels_the_error_says_what_to_do(tmp_path: Path) -> None:
@@ -486,11 +553,17 @@ def test_a_round_begins_with_what_came_into_the_folder_meanwhile(dataset: Datase
 
 @pytest.mark.usefixtures("quick_trainings")
 def test_a_continued_round_trains_again_what_cannot_be_published_any_more(dataset: Dataset) -> None:
+    bundle = dataset.bundle()
+    assert bundle is not None
+    folds = bundle.folds_path()
+    assert folds is not None
+    shutil.copy(folds, dataset.training_folder("segqc") / FOLDS)  # as the training leaves it
     with dataset.store.write() as transaction:
         job = jobs.enqueue(transaction, "round", {}, SERVER)
     with pytest.raises(KeyboardInterrupt):
         work.run(dataset, job, Lines("round: publish"))
     models = dataset.own / "training" / "rounds" / "1"
+    assert (models / FOLDS).is_file(), "the networks of the folds wait for the publication, too"
     (models / "segmentation.pt").unlink()  # as after a restore
     lines = Lines("round: publish")
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,10 +29,11 @@ from segqc.cli import main
 from segqc.loop import publishing
 from segqc.loop.publishing import Bundles
 from segqc.networks import bundle as bundle_files
-from segqc.networks.bundle import NETWORKS, NetworkBundle, StructuresDiffer, bundle_folders, model_name
+from segqc.networks.bundle import FOLDS, NETWORKS, NetworkBundle, StructuresDiffer, bundle_folders, model_name
 from segqc.networks.card import CARDS, NetworkName
 from segqc.networks.model import ModelError
 from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
 from segqc.quality.report_card import AT_RANDOM
 from segqc.settings import ModelsSettings, Settings
 from segqc.store import bundles, events, jobs, maintenance
@@ -116,6 +118,70 @@ def test_a_bundle_holds_both_networks_their_cards_and_the_hashes_of_all(
     assert published.bundle.assessor_version == bundle.assessor().version
     assert (published.manifest_sha256, published.actor) == (bundle.sha256, ANNA)
     assert told(shelf, 1) == [("published", "anna"), ("served", "anna")]
+
+
+@pytest.fixture
+def with_folds(files: dict[NetworkName, Path], tmp_path: Path) -> dict[NetworkName, Path]:
+    """Model files, and those of two fold networks beside SegQC-Net's."""
+    copies: dict[NetworkName, Path] = {n: Path(shutil.copy(path, tmp_path / path.name)) for n, path in files.items()}
+    first = Segmenter.load(files["segmentation"])
+    card = replace(first.card, seen=("scan_0",))
+    others = [Segmenter(replace(card, seen=(f"scan_{i}",)), build_network(card.plan, seed=i)) for i in (1, 2)]
+    Segmenter.save_members(others, tmp_path / FOLDS)
+    return copies
+
+
+def test_the_networks_of_the_folds_come_with_their_segqc_and_go_with_it(
+    shelf: Bundles, with_folds: dict[NetworkName, Path], files: dict[NetworkName, Path]
+) -> None:
+    shelf.publish(with_folds, ANNA, "both")
+    first = shelf.serving()
+    assert first is not None and first.folds_path() == first.folder / FOLDS
+    members = first.fold_networks()
+    assert [member.card.members for member in members] == [1, 1]
+    assert members[0].structures == first.assessor().structures
+    weights = [next(iter(member.network.state_dict().values())) for member in members]
+    assert not weights[0].equal(weights[1])
+    assert members[1].card.seen == ("scan_1", "scan_2"), "nothing says which of them has seen whom"
+    entry = first.manifest.networks["segqc"]
+    assert entry.folds_sha256 == hashlib.sha256((first.folder / FOLDS).read_bytes()).hexdigest()
+    assert first.folds_version() == entry.folds_sha256[:12]
+    assert first.size() > sum(path.stat().st_size for path in files.values())
+    shelf.publish({"segmentation": files["segmentation"]}, ANNA, "another segmenter")
+    second = shelf.serving()
+    assert second is not None and second.number == 2 and second.folds_version() == first.folds_version()
+    shelf.publish({"segqc": files["segqc"]}, ANNA, "a SegQC-Net without")
+    third = shelf.serving()
+    assert third is not None and (third.folds_path(), third.folds_version()) == (None, None)
+    assert not (third.folder / FOLDS).exists()
+    with pytest.raises(ModelError, match=r"holds no networks of the folds.*segqc train segqc"):
+        third.fold_networks()
+
+
+def test_damaged_networks_of_the_folds_are_found_and_the_others_serve(
+    shelf: Bundles, with_folds: dict[NetworkName, Path]
+) -> None:
+    shelf.publish(with_folds, ANNA, "both")
+    path = shelf.folder / "1" / FOLDS
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{FOLDS}: is damaged" in str(problems(shelf)[1])
+    bundle = shelf.serving()
+    assert bundle is not None and bundle.assessor().version == bundle.manifest.networks["segqc"].version
+    with pytest.raises(ModelError, match="is damaged"):
+        bundle.fold_networks()
+    path.unlink()
+    assert f"{FOLDS}: is missing" in str(problems(shelf)[1])
+
+
+def test_networks_of_the_folds_that_know_other_structures_are_refused(
+    shelf: Bundles, with_folds: dict[NetworkName, Path], tmp_path: Path
+) -> None:
+    other = save_models(tmp_path / "other", (Structure("heart", (1,)),))
+    Segmenter.save_members([Segmenter.load(other["segmentation"])] * 2, tmp_path / FOLDS)
+    with pytest.raises(StructuresDiffer, match=f"{FOLDS}: these networks know other structures"):
+        shelf.publish(with_folds, ANNA, "a test")
+    assert shelf.serving() is None
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -18,7 +18,9 @@ from segqc.loop.recalibration import audit, use
 from segqc.loop.scoring import keep_mask
 from segqc.loop.submission import Opened, submit_label
 from segqc.networks.assessor import Assessor
+from segqc.networks.bundle import FOLDS
 from segqc.networks.model import ModelError
+from segqc.networks.segmenter import Segmenter
 from segqc.quality.calibration import MaskCalibration, StructureCalibration
 from segqc.quality.intervals import StructureIntervals, split_conformal
 from segqc.quality.stacking import ChosenEstimate, EstimateModel
@@ -50,6 +52,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = replace(assessor.card, calibration=(known, known), seen=())
     with made.bundles.workspace() as work:
         Assessor(card, assessor.network).save(work / "segqc.pt")
+        segmenter = made.segmenter()
+        assert segmenter is not None
+        Segmenter.save_members([segmenter, segmenter], work / FOLDS)
         made.bundles.publish({"segqc": work / "segqc.pt"}, SERVER, "a test")
     for i in range(12):
         judge(made, f"scan_{i}", 0.5 + i / 50)
@@ -152,6 +157,8 @@ def test_new_intervals_reach_the_model_and_the_waiting_scans_but_not_what_was_sh
     assert use(dataset, old, audit(dataset, old), ANNA) == 3
     new = model(dataset)
     assert new.version == old.version
+    bundle = dataset.bundle()
+    assert bundle is not None and len(bundle.fold_networks()) == 2, "they go on with their SegQC-Net"
     made = new.card.calibration[0].of("served").intervals
     assert isinstance(made, StructureIntervals)
     assert new.card.calibration[0].of("strange").intervals is None, "no strange mask was audited"

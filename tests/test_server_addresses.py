@@ -146,12 +146,18 @@ def test_run_sync_answers_with_the_finished_job(client: TestClient, path: str) -
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(
-    ("path", "names"), [("/train", ["segmentation", "segqc"]), ("/scoring/", ["segqc", "tta", "entropy"])]
+    ("path", "names"),
+    [("/train", ["segmentation", "segqc"]), ("/scoring/", ["segqc", "tta", "entropy", "class-stratified"])],
 )
 def test_run_sync_waits_for_all_jobs(client: TestClient, path: str, names: list[str]) -> None:
     answer = client.post(f"{path}?run_sync=true", json={}).json()
     assert list(answer) == names
     assert {job["result"]["status"] for job in answer.values()} == {"DONE"}
+
+
+def test_a_scoring_by_networks_that_are_not_there_is_refused(client: TestClient) -> None:
+    answer = client.post("/scoring/ensemble", json={})
+    assert answer.status_code == 409 and "holds no networks of the folds" in answer.json()["detail"]
 
 
 def test_run_sync_without_a_worker_says_so_and_the_job_waits(

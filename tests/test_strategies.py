@@ -270,6 +270,19 @@ def test_an_order_that_is_noise_is_no_order(tmp_path: Path) -> None:
     assert len(firsts) > 1
 
 
+@pytest.mark.parametrize("name", ["segqc-diverse", "expected-gain-diverse"])
+def test_diversity_among_noise_is_no_order_either(tmp_path: Path, name: str) -> None:
+    dataset = reported(tmp_path / "s", worthless_card())
+    first, second = people(2)
+    answer = ask(dataset, name, first)
+    assert answer["strategy"] == "uniform-random"
+    assert "Ordered at random: the estimates' order is not better than chance on 30 patients" in str(answer["note"])
+    assert "goes by yet" not in str(answer["note"])
+    always = NO_DRAWS.replace("audit_share = 0.0", "audit_share = 1.0")
+    test = ask(reported(tmp_path / "test", worthless_card(), always), name, second)
+    assert [test[key] for key in ("strategy", "note")] == [answer[key] for key in ("strategy", "note")]
+
+
 def test_the_best_witness_orders_where_it_has_scores(tmp_path: Path) -> None:
     dataset = reported(tmp_path / "s", worthless_card(witness_noise=0.01))
     first, second = people(2)

@@ -339,7 +339,7 @@ def leases(
         intervals = assessments.dice_intervals(transaction, list(judged.values()))
         reasons = stored.skip_reasons(transaction) if every else {}
     # a baseline may have chosen by an estimate of its own, where SegQC-Net has none
-    by_baseline = {name for name, score in scores().items() if score.is_dice and score.function is not None}
+    by_baseline = {name for name, score in scores().items() if score.is_dice and not score.is_estimate}
     own = {lease.id: lease.score for lease in found if lease.draw == "strategy" and lease.strategy in by_baseline}
     rows: list[Row] = [
         {

@@ -53,9 +53,11 @@ from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
     from segqc.loop.agreement import Agreement
+    from segqc.loop.dataset import Dataset
     from segqc.loop.drift import StructureDrift
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
+    from segqc.selection import Strategy
     from segqc.settings import NetworkName
     from segqc.types import Assessment, MetricIntervals, Unlikeness
 
@@ -99,6 +101,22 @@ def _scored(method: str) -> str:
         score_of(method)
     except StrategyError as error:
         raise typer.BadParameter(str(error)) from error
+    return method
+
+
+_SUGGESTION_TERMS: Final = (
+    "ordered by: the strategy whose order chose the scan; another one than was asked for where that has nothing to go "
+    "by yet. score: what it was chosen by, the lowest first; - where it was drawn or compared with others."
+)
+_NO_SUGGESTION: Final = "No scan of a training patient waits for a label and is free."
+
+
+def _strategy(method: str) -> str:
+    """Refuse what is no strategy while the command line is read."""
+    from segqc.selection import strategies
+
+    if method not in strategies():
+        raise typer.BadParameter(f"there is no strategy {method!r}; there are {', '.join(strategies())}.")
     return method
 
 
@@ -355,7 +373,8 @@ def score(
         str,
         typer.Option(
             callback=_scored,
-            help="What to score by. segqc: SegQC-Net's estimate; tta and entropy: baselines without SegQC-Net.",
+            help="What to score by. segqc: SegQC-Net's estimate; tta, entropy, class-stratified: baselines by "
+            "test-time augmentation; ensemble: by the networks of the folds.",
         ),
     ] = "segqc",
     force: Annotated[bool, typer.Option("--force", help="Also score scans that have a current score.")] = False,
@@ -385,8 +404,10 @@ def score(
 def rank(
     folder: DatasetFolder,
     method: Annotated[
-        str, typer.Option(callback=_scored, help="Whose scores to order by: segqc, tta or entropy.")
+        str,
+        typer.Option(callback=_strategy, help="The strategy by whose score to order, or whose next scans to list."),
     ] = "segqc",
+    first: Annotated[int, typer.Option(min=1, help="How many scans to list of a strategy that has no score.")] = 20,
     truth: Annotated[
         Path | None,
         typer.Option(
@@ -401,6 +422,8 @@ def rank(
     """List the scored scans, worst first, with the slices to look at first.
 
     Where the estimates' order is known not to be better than chance, it says so, and lists the scans in another order.
+    Of a strategy that has no score of its own, such as segqc-diverse or cold-start, it lists the scans that would be
+    handed out next; docs/strategies.md says which strategies there are.
     """
     from segqc.loop.agreement import agreement
     from segqc.loop.agreement import rank as order
@@ -408,16 +431,24 @@ def rank(
     from segqc.quality.drift import to_json as alarm_to_json
     from segqc.quality.report_card import AT_RANDOM, estimate_sentence, order_sentence, to_json
     from segqc.quality.witnesses import UNLIKENESS
-    from segqc.selection import score_of
+    from segqc.selection import strategies
 
-    wanted = score_of(method)
+    strategy = strategies()[method]
+    wanted = strategy.score
+    if wanted is None and (truth is not None or include_final):
+        raise CommandError(f"--truth and --all are for strategies with a score, and {method} has none")
     if truth is not None and not truth.is_dir():
         raise CommandError(f"{truth}: no such folder of true labels")
     dataset = dataset_at(folder, config)
+    if wanted is None:
+        _print_suggestions(dataset, strategy, first, as_json=as_json, as_csv=as_csv)
+        return
     ranking = order(dataset, method, truth=truth, include_final=include_final)
     ranked = ranking.scans
     if not ranked:
-        raise CommandError(f"{folder}: no scan has a score of the method {method}; run segqc score first")
+        raise CommandError(
+            f"{folder}: no scan has a score of the method {method}; run segqc score --method {method} first"
+        )
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
     rows: list[Row] = [
         {
@@ -425,10 +456,10 @@ def rank(
             "scan": scan.id,
             **(
                 estimate("estimated Dice", scan.score, scan.interval, as_json=as_json, as_csv=as_csv)
-                if wanted.function is None
+                if wanted.is_estimate
                 else {"estimated Dice" if wanted.is_dice else "score": scan.score}
             ),
-            **(_unlikeness(scan.unlikeness, as_text=not as_json and not as_csv) if wanted.function is None else {}),
+            **(_unlikeness(scan.unlikeness, as_text=not as_json and not as_csv) if wanted.is_estimate else {}),
             "worst slices": " ".join(map(str, scan.worst_slices)),
             **({"ordered by": ranking.by} if as_json or as_csv else {}),
             **({"true Dice": scan.true_dice} if truth is not None else {}),
@@ -445,9 +476,9 @@ def rank(
     extra: dict[str, object] = {"agreement": dataclasses.asdict(found)} if found is not None else {}
     orders = {AT_RANDOM: "in random order", UNLIKENESS: "most unlike the training scans first"}
     title = f"{folder}: {orders.get(ranking.by, f'worst first, by {ranking.by}')}"
-    card = dataset.report_card() if wanted.function is None else None
-    alarm = dataset.drift_alarm() if wanted.function is None else None
-    if wanted.function is None:
+    card = dataset.report_card() if wanted.is_estimate else None
+    alarm = dataset.drift_alarm() if wanted.is_estimate else None
+    if wanted.is_estimate:
         title += brackets(scan.interval for scan in ranked)
         extra["report_card"] = None if card is None else to_json(card)
         extra["drift_alarm"] = None if alarm is None else alarm_to_json(alarm)
@@ -533,6 +564,26 @@ def _drift_row(found: StructureDrift) -> Row:
         "alarm from": test.threshold if math.isfinite(test.threshold) else None,
         "alarm at patient": test.alarm,
     }
+
+
+def _print_suggestions(dataset: Dataset, strategy: Strategy, count: int, *, as_json: bool, as_csv: bool) -> None:
+    from segqc.loop.agreement import suggestions
+
+    dataset.refresh()
+    found = suggestions(dataset, strategy, count)
+    rows: list[Row] = [
+        {
+            "rank": place,
+            "scan": suggestion.id,
+            "ordered by": suggestion.by,
+            "score": suggestion.score,
+            "estimated Dice": suggestion.dice,
+            "worst slices": " ".join(map(str, suggestion.worst_slices)),
+        }
+        for place, suggestion in enumerate(found, start=1)
+    ]
+    title = f"{dataset.folder}: the next {len(rows)} scans by {strategy.name}, if none is submitted meanwhile"
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="scans", terms=_SUGGESTION_TERMS, empty=_NO_SUGGESTION)
 
 
 def _unlikeness(found: Unlikeness | None, *, as_text: bool) -> dict[str, Cell]:

@@ -34,9 +34,10 @@ from segqc.io.case_list import ExchangeError, read_json, refuse_existing, write_
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store import labels
 from segqc.store.database import REVISION, StoreError, Transaction
+from segqc.store.features import is_packed
 from segqc.store.files import LabelFiles, sha256_of
 from segqc.store.maintenance import copy_contents, rebuild_views
-from segqc.store.schema import Base, Folder, LabelVersion, LabelView, LeaseRow, Scan, UtcDateTime
+from segqc.store.schema import Base, FeatureRow, Folder, LabelVersion, LabelView, LeaseRow, Packed, Scan, UtcDateTime
 from segqc.store.store import Store
 from segqc.volumes import atomic_write
 
@@ -249,6 +250,9 @@ def _row(table: Table, line: bytes) -> dict[str, Value]:
             raise ValueError(f"{name} {error}") from error
     if table.name == Scan.__tablename__:
         _check_names(row, ("name", "file"))
+    elif table.name == FeatureRow.__tablename__:
+        if not is_packed(row["numbers"]):
+            raise ValueError("numbers are no finite 16-bit floats")
     elif table.name == LabelVersion.__tablename__:
         _check_names(row, ("tag",))
         _check_names(
@@ -306,6 +310,8 @@ def _decoded(column: Column[Any], value: JsonValue) -> Value:
         if time is None or time.tzinfo is None:
             raise ValueError("is no time with its zone")
         return time
+    if isinstance(column.type, Packed):
+        return _binary(value)
     if isinstance(column.type, LargeBinary):
         return _compressed(value)
     kind = column.type.python_type
@@ -322,10 +328,14 @@ def _decoded(column: Column[Any], value: JsonValue) -> Value:
     return value
 
 
-def _compressed(value: JsonValue) -> bytes:
+def _binary(value: JsonValue) -> bytes:
     if not isinstance(value, str):
         raise ValueError("is not base64")
-    content = base64.b64decode(value, validate=True)
+    return base64.b64decode(value, validate=True)
+
+
+def _compressed(value: JsonValue) -> bytes:
+    content = _binary(value)
     expanding = zlib.decompressobj()
     try:
         expanding.decompress(content, _LARGEST_VALUE)

@@ -14,7 +14,9 @@ from segqc.loop.dataset import Dataset
 from segqc.quality.metrics import true_metrics
 from segqc.quality.ranking import order_scans
 from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE
-from segqc.store import bundles
+from segqc.selection import Strategy
+from segqc.selection.preview import preview
+from segqc.store import bundles, scans
 from segqc.types import LabelArray, PredictionInterval, Structure, Unlikeness, segment_names
 from segqc.volumes import LABEL_SUFFIXES, as_spelled, read_labels, read_scan
 
@@ -49,6 +51,25 @@ class Ranking:
 
     by: str
     scans: tuple[RankedScan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A scan that a strategy would hand out.
+
+    Attributes:
+        id: the scan's name.
+        by: the strategy whose order chose it; another one than was asked for where that had nothing to go by.
+        score: that it was chosen by; None where it was drawn, or compared with others.
+        dice: its estimated Dice, if it has one.
+        worst_slices: the slices to look at first.
+    """
+
+    id: str
+    by: str
+    score: float | None
+    dice: float | None
+    worst_slices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +155,27 @@ def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, 
             )
         )
     return Ranking(by, tuple(ranked))
+
+
+def suggestions(dataset: Dataset, strategy: Strategy, count: int) -> tuple[Suggestion, ...]:
+    """The first scans that a strategy would hand out from now on: see `segqc.selection.preview`.
+
+    Args:
+        dataset: the folder.
+        strategy: the strategy.
+        count: of scans.
+    """
+    assessments = dataset.assessments()
+    with dataset.store.read() as transaction:
+        rng = np.random.default_rng(dataset.settings.annotation.seed)
+        choices = preview(transaction, strategy, rng, count)
+        names = scans.names_of(transaction, [choice.scan_id for choice in choices])
+    found = []
+    for choice in choices:
+        assessment = assessments.get(name := names[choice.scan_id])
+        dice, slices = (None, ()) if assessment is None else (assessment.dice, assessment.worst_slices())
+        found.append(Suggestion(name, choice.order or strategy.name, choice.score, dice, slices))
+    return tuple(found)
 
 
 def _order(dataset: Dataset, estimates: Mapping[str, float]) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from segqc.loop.errors import DatasetError as DatasetError
@@ -25,7 +26,7 @@ from segqc.quality.witnesses import UNLIKENESS, named_witnesses, worst_witness
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
-from segqc.store import assessments, bundles, findings, labels, remarks, scans
+from segqc.store import assessments, bundles, features, findings, labels, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.quality.metrics import Values
     from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
 
@@ -432,12 +434,49 @@ class Dataset:
         with self.store.read() as transaction:
             return {name: value for name, (value, _) in assessments.scores(transaction, method).items()}
 
-    def write_score(self, method: str, name: str, value: float, version: str, content: str | None = None) -> None:
-        """Keep a baseline's score of a scan.
+    def write_score(
+        self,
+        method: str,
+        name: str,
+        value: float,
+        version: str,
+        content: str | None = None,
+        *,
+        bundle: int | None = None,
+        by_structure: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Keep a baseline's score of a scan, and perhaps its scores of structures.
+
+        Args:
+            method: the strategy that the score belongs to.
+            name: the scan's name.
+            value: the score.
+            version: of what made it.
+            content: the scan's content (sha256) that the score is of; None where nobody knows.
+            bundle: the one that it ends with; None where it ends with the segmentation network of this version.
+            by_structure: the scores of structures by their names.
 
         Raises:
-            ScanReplaced: if the scan has another content by now than the one that the score is of.
+            ScanReplaced: if the scan has another content by now.
         """
         with self.store.write() as transaction:
             scans.expect(transaction, name, content)
-            assessments.write_score(transaction, name, method, value, version)
+            assessments.structure_ids(transaction, list(by_structure))  # where orders find the names
+            of_structures = {assessments.structure_score(method, s): score for s, score in by_structure.items()}
+            for kept, score in {method: value, **of_structures}.items():
+                assessments.write_score(transaction, name, kept, score, version, bundle=bundle)
+
+    def feature_versions(self) -> dict[str, str]:
+        """The version of the segmentation network that each scan has features of."""
+        with self.store.read() as transaction:
+            return features.versions(transaction, "segmenter")
+
+    def write_features(self, name: str, version: str, values: Values, content: str | None = None) -> None:
+        """Keep what a segmentation network's encoders make of a scan, (networks, features).
+
+        Raises:
+            ScanReplaced: if the scan has another content by now than the one that the features are of.
+        """
+        with self.store.write() as transaction:
+            scan = scans.expect(transaction, name, content)
+            features.write(transaction, scan.id, "segmenter", version, values.ravel())

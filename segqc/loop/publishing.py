@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from segqc.errors import SegqcError
 from segqc.loop.requests import enqueue_scoring
 from segqc.networks.bundle import (
+    FOLDS,
     LAST_NUMBER,
     NETWORKS,
     Manifest,
@@ -361,7 +362,7 @@ class Bundles:
         if adopted is not None or not found:
             return adopted
         number = self.publish(found, FOLDER, "model files found in the folder")
-        for path in found.values():
+        for path in (*found.values(), self.folder / FOLDS):
             path.unlink(missing_ok=True)
         return number
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -10,7 +11,7 @@ import numpy as np
 
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
-from segqc.networks.bundle import model_name
+from segqc.networks.bundle import FOLDS, model_name
 from segqc.networks.model_file import ModelError
 from segqc.quality.calibration import MaskCalibration, StructureCalibration
 from segqc.quality.intervals import (
@@ -155,6 +156,9 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
     with dataset.bundles.workspace() as work:
         path = work / model_name("segqc")
         updated.save(path)
+        bundle = dataset.bundle()
+        if bundle is not None and (folds := bundle.folds_path()) is not None:
+            shutil.copyfile(folds, work / FOLDS)
         reason = "intervals of audit draws"
         with dataset.bundles.publishing({"segqc": path}, actor, reason, even_if_worse=True) as publication:
             for name in waiting:

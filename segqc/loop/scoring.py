@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from segqc.loop.dataset import Dataset, ScanEntry
 from segqc.networks.assessor import AssessmentResult
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Prediction, Segmenter
-from segqc.selection import score_of, scores
+from segqc.selection import Score, score_of, scores
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
@@ -39,9 +41,11 @@ class ScoringSummary:
 def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = False) -> ScoringSummary:
     """Score every scan that waits for a label; a scan with a current score is skipped.
 
-    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it; where its report card
-    lets another score order the scans, that one is computed, too. Every other score is a function of that network's
-    predictions under test-time augmentation. The lowest score is the worst.
+    "segqc" makes a mask where the serving segmentation network has not made one, and assesses it. It notes that
+    network's features of each scan, and of the labelled ones. Where its report card lets another score order the scans,
+    or the server's default strategy goes by another one, that one is computed, too. Every other score is a function of
+    that network's predictions under test-time augmentation, or of the masks by the networks of the folds. The lowest
+    score is the worst.
 
     Args:
         dataset: the folder.
@@ -54,19 +58,14 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
         ModelError: if a network that the method needs is not trained yet.
     """
     bundle = _bundle(dataset, method)
-    by_estimate = score_of(method).function is None
+    wanted = score_of(method)
     entries = dataset.waiting()
-    known = {} if force or by_estimate else dataset.score_versions(method)
+    scoring = _scoring(dataset, method, wanted, bundle, force=force)
     scored, skipped, failed = 0, 0, {}
     for i, entry in enumerate(entries):
         progress.step(i, len(entries), f"scoring by {method}", entry.id)
         try:
-            if by_estimate:
-                fresh = _score_segqc(dataset, entry, bundle, force)
-            else:
-                fresh = known.get(entry.id) != bundle.segmenter().version
-                if fresh:
-                    _write_scores(dataset, entry, bundle.segmenter())
+            fresh = scoring(entry)
         except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
             # one bad file must not keep all other scans from being scored
             logger.warning("%s is not scored: %s", entry.id, error)
@@ -74,10 +73,80 @@ def score(dataset: Dataset, method: str, progress: Progress, *, force: bool = Fa
             continue
         scored, skipped = scored + fresh, skipped + (not fresh)
     progress.step(len(entries), len(entries), f"scoring by {method}", "done")
-    report = bundle.manifest.report if by_estimate else None
-    if report is not None and report.ranked_by != method and report.ranked_by in scores():
-        failed |= score(dataset, report.ranked_by, progress, force=force).failed
-    return ScoringSummary(scored, skipped, failed, _marked(dataset, entries, bundle) if by_estimate else None)
+    if not wanted.is_estimate:
+        return ScoringSummary(scored, skipped, failed)
+    _note_features(dataset, bundle.segmenter(), progress)
+    for other in _further(dataset, bundle):
+        failed |= score(dataset, other, progress, force=force).failed
+    return ScoringSummary(scored, skipped, failed, _marked(dataset, entries, bundle))
+
+
+def _scoring(
+    dataset: Dataset, method: str, wanted: Score, bundle: NetworkBundle, *, force: bool
+) -> Callable[[ScanEntry], bool]:
+    """What scores a scan, and says whether its score was not current."""
+    if wanted.is_estimate:
+        return lambda entry: _score_segqc(dataset, entry, bundle, force)
+    by_ensemble = wanted.of_ensemble is not None
+    version = bundle.folds_version() if by_ensemble else bundle.segmenter().version
+    known = {} if force else dataset.score_versions(method)
+
+    def scoring(entry: ScanEntry) -> bool:
+        if known.get(entry.id) == version:
+            return False
+        if by_ensemble:
+            _write_ensemble_scores(dataset, entry, bundle)
+        else:
+            _write_tta_scores(dataset, entry, bundle.segmenter())
+        return True
+
+    return scoring
+
+
+def _further(dataset: Dataset, bundle: NetworkBundle) -> list[str]:
+    """The scores beside the estimates that the scans that wait are handed out by."""
+    report = bundle.manifest.report
+    names = {dataset.settings.server.strategy, *([] if report is None else [report.ranked_by])}
+    found = [name for name, score in scores().items() if name in names and not score.is_estimate]
+    if bundle.folds_version() is not None:
+        return found
+    for name in [name for name in found if scores()[name].of_ensemble is not None]:
+        logger.warning("no scan is scored by %s: the bundle %d holds no networks of the folds", name, bundle.number)
+        found.remove(name)
+    return found
+
+
+def _note_features(dataset: Dataset, segmenter: Segmenter, progress: Progress) -> None:
+    """Note the network's features of all scans that have a mask or a label and no such features yet.
+
+    Scans whose mask was made now have some; the others were assessed by an earlier bundle with this network, or are
+    labelled. What cannot be used is left out: the scan is compared with no other.
+    """
+    known = dataset.feature_versions()
+    missing = [entry for entry in dataset.scans() if known.get(entry.id) != segmenter.version]
+    for i, entry in enumerate(missing):
+        progress.step(i, len(missing), "features of the scans", entry.id)
+        mask = dataset.mask(entry.id)
+        path = entry.final or (dataset.store.label_file(mask) if mask is not None else None)
+        if path is None:
+            continue
+        try:
+            scan = dataset.read_scan(entry)
+            write_features(dataset, entry, segmenter, scan, read_labels(path, scan=scan))
+        except (VolumeError, ScanReplaced, UnknownScan, OSError) as error:
+            logger.warning("%s is compared with no other scan: %s", entry.id, error)
+
+
+def write_features(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter, scan: Volume, labels: Volume) -> None:
+    """Keep a segmentation network's features of a scan around its mask or label; nothing where it has none.
+
+    Raises:
+        ScanReplaced: if the scan's file holds another content by now.
+    """
+    mask = np.any([structure.mask(labels.array) for structure in segmenter.structures], axis=0)
+    values = segmenter.features(scan, mask)
+    if values is not None:
+        dataset.write_features(entry.id, segmenter.version, values, entry.sha256)
 
 
 def _marked(dataset: Dataset, entries: Sequence[ScanEntry], bundle: NetworkBundle) -> int | None:
@@ -90,12 +159,14 @@ def _marked(dataset: Dataset, entries: Sequence[ScanEntry], bundle: NetworkBundl
 
 def _bundle(dataset: Dataset, method: str) -> NetworkBundle:
     """The bundle that serves, with the networks that the method needs."""
-    needs_assessor = score_of(method).function is None  # an unknown method is reported before a missing network
+    wanted = score_of(method)  # an unknown method is reported before a missing network
     bundle = dataset.bundle()
     if bundle is None or not bundle.holds("segmentation"):
         raise ModelError("scoring needs a segmentation network; train one first (segqc train segmentation)")
     bundle.segmenter()  # while its files are there: an old bundle's may go
-    if needs_assessor:
+    if wanted.of_ensemble is not None:
+        bundle.fold_networks()
+    if wanted.is_estimate:
         if not bundle.holds("segqc"):
             raise ModelError("scoring by segqc needs a SegQC network; train one first (segqc train segqc)")
         bundle.assessor()
@@ -135,6 +206,7 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
     result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
+    write_features(dataset, entry, bundle.segmenter(), scan, labels)
     return result
 
 
@@ -199,11 +271,23 @@ def keep_mask(
         return dataset.save_mask(name, path, bundle, tag=tag, content=content)
 
 
-def _write_scores(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:
+def _write_tta_scores(dataset: Dataset, entry: ScanEntry, segmenter: Segmenter) -> None:
     settings = dataset.settings.training_settings("segmentation")
     prediction = segmenter.predict_tta(dataset.read_scan(entry), gammas=settings.gammas)
+    structures = segmenter.structures
     # one run of the group gives all scores
     for method, wanted in scores().items():
         if wanted.function is not None:
-            value = wanted.function(prediction, segmenter.structures)
-            dataset.write_score(method, entry.id, value, segmenter.version, entry.sha256)
+            value = wanted.function(prediction, structures)
+            of_structures = wanted.by_structure(prediction, structures) if wanted.by_structure is not None else {}
+            version = segmenter.version
+            dataset.write_score(method, entry.id, value, version, entry.sha256, by_structure=of_structures)
+
+
+def _write_ensemble_scores(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> None:
+    scan, networks, version = dataset.read_scan(entry), bundle.fold_networks(), bundle.folds_version()
+    members = [np.asarray(network.predict(scan).labels.array, np.uint8) for network in networks]
+    for method, wanted in scores().items():
+        if wanted.of_ensemble is not None and version is not None:
+            value = wanted.of_ensemble(members, networks[0].structures)
+            dataset.write_score(method, entry.id, value, version, entry.sha256, bundle=bundle.number)

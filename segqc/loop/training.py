@@ -15,7 +15,7 @@ from segqc.loop.locks import Holder, LockHeld, hold
 from segqc.loop.pseudo_labels import pseudo_cases
 from segqc.loop.requests import TrainResult
 from segqc.networks.assessor import Assessor
-from segqc.networks.bundle import model_name
+from segqc.networks.bundle import FOLDS, model_name
 from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.segmenter import Segmenter
 from segqc.plots import draw_curve
@@ -135,6 +135,7 @@ def train(
         with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve) as publication:
             trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
         path.unlink(missing_ok=True)
+        path.with_name(FOLDS).unlink(missing_ok=True)
     return trained
 
 
@@ -163,6 +164,8 @@ def _train_model(
         draw_curve(folder / "curve.json", folder / "curve.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     trained.model.save(path)
+    if (folds := folder / FOLDS).is_file():
+        folds.replace(path.with_name(FOLDS))
     cases, splits = trained.cases, dataset.patient_splits()
     # each network of an ensemble is measured on the fold that it has not seen: together, on all
     is_measured_on_all = network == "segqc" and settings.ensemble

@@ -16,14 +16,12 @@ from torch import nn
 from segqc.networks.augmentation import tta_group
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
-from segqc.networks.encoder import encoder_features, encoders, part_around, part_extent
 from segqc.networks.inference import (
     NOWHERE,
     Predictor,
     Window,
     all_windows,
     box_around,
-    canonical_scan,
     network_input,
     not_air,
     windows_near,
@@ -300,19 +298,11 @@ class Assessor(TrainedNetwork):
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        return self._scan_features(scan, self._masks(scan, labels))
-
-    def _scan_features(self, scan: Volume, masks: BoolArray) -> Values | None:
-        networks = encoders(self.network)
-        if not networks:
-            return None
-        frame, plan = self.frame(scan), self.card.plan
-        part = part_around(canonical_scan(scan, frame), masks.any(axis=0), frame, part_extent(plan))
-        return encoder_features(networks, part.to(self.device), plan.in_channels)
+        return self.features(scan, self._masks(scan, labels).any(axis=0))
 
     def _unlikeness(self, scan: Volume, masks: BoolArray) -> Unlikeness | None:
         reference = self.card.unlikeness
-        features = None if reference is None else self._scan_features(scan, masks)
+        features = None if reference is None else self.features(scan, masks.any(axis=0))
         return None if reference is None or features is None else reference.of(features)
 
     def map_metrics(self, scan: Volume, labels: Volume, errors: FloatArray | None = None) -> tuple[Metrics, ...]:

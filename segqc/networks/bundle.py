@@ -4,11 +4,13 @@
 
     <number>/segmentation.pt     the segmentation network
     <number>/segqc.pt            SegQC-Net with its calibration
+    <number>/segqc-folds.pt      the segmentation networks of the folds, whose masks SegQC-Net was trained on
     <number>/segmentation.json   the card of each, to be read without PyTorch
     <number>/segqc.json
     <number>/manifest.json       who made it and why, and the hashes of all other files
 
-A network that was never trained is missing. Reading a manifest and verifying files need no PyTorch.
+A network that was never trained is missing, and so are the networks of the folds beside a SegQC-Net that came without
+them. Reading a manifest and verifying files need no PyTorch.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from segqc.networks.segmenter import Segmenter
 
 MANIFEST: Final = "manifest.json"
+FOLDS: Final = "segqc-folds.pt"
+"""The file of the folds' segmentation networks; it lies beside that of the SegQC-Net that they belong to."""
 NETWORKS: Final[tuple[NetworkName, ...]] = get_args(NetworkName)
 LAST_NUMBER: Final = 999_999_999  # of nine digits, as databases keep it
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
@@ -57,13 +61,14 @@ _Time: TypeAlias = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkEntry:
-    """A network of a bundle: its version, and the hashes of its two files."""
+    """A network of a bundle: its version, and the hashes of its files; of the folds' networks where it has them."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     version: _Text
     model_sha256: str
     card_sha256: str
+    folds_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +98,12 @@ _MANIFESTS: Final[TypeAdapter[Manifest]] = TypeAdapter(Manifest)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSource:
-    """A network that becomes part of a bundle: the file of its model, and its card as JSON."""
+    """A network that becomes part of a bundle: its file, its card as JSON, and the file of the folds' networks."""
 
     model: Path
     card: bytes = field(repr=False)
     entry: NetworkEntry
+    folds: Path | None = None
 
     def read_card(self) -> ModelCard:
         """The card.
@@ -133,6 +139,7 @@ class NetworkBundle:
         self._lock = threading.Lock()
         self._segmenter: Segmenter | None = None
         self._assessor: Assessor | None = None
+        self._fold_networks: tuple[Segmenter, ...] | None = None
 
     @classmethod
     def open(
@@ -181,9 +188,19 @@ class NetworkBundle:
         """The model file of a network; None where the bundle has none."""
         return self.folder / model_name(network) if self.holds(network) else None
 
+    def folds_path(self) -> Path | None:
+        """The file of the folds' networks; None where the bundle has none."""
+        return None if self.folds_version() is None else self.folder / FOLDS
+
+    def folds_version(self) -> str | None:
+        """The version of the folds' networks together; None where the bundle has none."""
+        entry = self.manifest.networks.get("segqc")
+        return None if entry is None or entry.folds_sha256 is None else entry.folds_sha256[:12]
+
     def size(self) -> int:
         """The size of its model files, in bytes; missing ones count nothing."""
-        return sum(path.stat().st_size for path in map(self.path, NETWORKS) if path is not None and path.is_file())
+        paths = [*map(self.path, NETWORKS), self.folds_path()]
+        return sum(path.stat().st_size for path in paths if path is not None and path.is_file())
 
     def _entry(self, network: NetworkName) -> NetworkEntry:
         entry = self.manifest.networks.get(network)
@@ -191,18 +208,20 @@ class NetworkBundle:
             raise ModelError(f"{self.folder}: holds no network {network!r}; train it first (segqc train {network})")
         return entry
 
-    def verify(self, network: NetworkName) -> NetworkSource:
+    def verify(self, network: NetworkName, *, folds: bool = True) -> NetworkSource:
         """Compare the files of a network with the manifest; returns them, to become part of another bundle.
+
+        Args:
+            network: the network.
+            folds: whether to look at the networks of the folds, too.
 
         Raises:
             ModelError: if the bundle has no such network, or a file is missing or damaged.
         """
         entry = self._entry(network)
-        model = self.folder / model_name(network)
-        if model_status(model, remedy=_REMEDY) is None:
-            raise ModelError(f"{model}: is missing; {_REMEDY}")
-        if _file_sha256(model) != entry.model_sha256:
-            raise ModelError(f"{model}: is damaged; {_REMEDY}")
+        _verify(self.folder / model_name(network), entry.model_sha256)
+        if folds and entry.folds_sha256 is not None:
+            _verify(self.folder / FOLDS, entry.folds_sha256)
         return self._source(network, entry)
 
     def _source(self, network: NetworkName, entry: NetworkEntry) -> NetworkSource:
@@ -211,7 +230,8 @@ class NetworkBundle:
         content = _content(card, "a model's card")
         if _sha256(content) != entry.card_sha256:
             raise ModelError(f"{card}: is damaged; {_REMEDY}")
-        return NetworkSource(model=self.folder / model_name(network), card=content, entry=entry)
+        folds = self.folder / FOLDS if entry.folds_sha256 is not None else None
+        return NetworkSource(model=self.folder / model_name(network), card=content, entry=entry, folds=folds)
 
     def card(self, network: NetworkName) -> ModelCard:
         """The card of a network, which needs no PyTorch; its model file is not looked at.
@@ -255,8 +275,29 @@ class NetworkBundle:
         with self._lock:
             if self._assessor is None:
                 settings = self._settings() if self._settings is not None else None
-                self._assessor = Assessor.load(self.verify("segqc").model, settings, self._backend)
+                self._assessor = Assessor.load(self.verify("segqc", folds=False).model, settings, self._backend)
             return self._assessor
+
+    def fold_networks(self) -> tuple[Segmenter, ...]:
+        """The segmentation networks of the folds.
+
+        Raises:
+            ModelError: if the bundle has none, or their file is missing or damaged.
+            BackendError: if the backend cannot compute them on this machine.
+        """
+        from segqc.networks.segmenter import Segmenter
+
+        entry = self._entry("segqc")
+        if entry.folds_sha256 is None:
+            raise ModelError(
+                f"{self.folder}: holds no networks of the folds, as its SegQC network came without; train it again "
+                "(segqc train segqc)"
+            )
+        with self._lock:
+            if self._fold_networks is None:
+                _verify(self.folder / FOLDS, entry.folds_sha256)
+                self._fold_networks = Segmenter.load_members(self.folder / FOLDS, self._backend)
+            return self._fold_networks
 
 
 def model_name(network: NetworkName) -> str:
@@ -295,16 +336,27 @@ def _numbered(models: Path) -> dict[int, Path]:
 def source_of(path: Path, network: NetworkName) -> NetworkSource:
     """A model file that is to become part of a bundle; it is loaded, so that only what can be loaded is published.
 
+    So is the file of the folds' networks that lies beside a SegQC-Net.
+
     Raises:
-        ModelError: if it is missing, foreign or damaged, or another network's.
+        ModelError: if one is missing, foreign or damaged, or another network's.
+        StructuresDiffer: if the folds' networks know other structures.
     """
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
 
     model = Segmenter.load(path) if network == "segmentation" else Assessor.load(path)
     card = CARDS.dump_json(model.card, indent=1)
-    entry = NetworkEntry(version=model.version, model_sha256=_file_sha256(path), card_sha256=_sha256(card))
-    return NetworkSource(model=path, card=card, entry=entry)
+    folds = path.with_name(FOLDS) if network == "segqc" and path.with_name(FOLDS).is_file() else None
+    entry = NetworkEntry(
+        version=model.version,
+        model_sha256=_file_sha256(path),
+        card_sha256=_sha256(card),
+        folds_sha256=None if folds is None else _file_sha256(folds),
+    )
+    if folds is not None and Segmenter.load_members(folds)[0].structures != model.structures:
+        raise StructuresDiffer(f"{folds}: these networks know other structures than {path.name}; train it again")
+    return NetworkSource(model=path, card=card, entry=entry, folds=folds)
 
 
 class StructuresDiffer(ModelError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -355,6 +407,8 @@ def write_bundle(models: Path, manifest: Manifest, sources: Mapping[NetworkName,
     try:
         for network, source in sources.items():
             _link(source.model, hidden / model_name(network))
+            if source.folds is not None:
+                _link(source.folds, hidden / FOLDS)
             _write(hidden / _card_name(network), source.card)
         _write(hidden / MANIFEST, content)
         sync(hidden)
@@ -411,6 +465,18 @@ def _content(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _verify(path: Path, sha256: str) -> None:
+    """Compare a model file with its hash.
+
+    Raises:
+        ModelError: if it is missing or damaged.
+    """
+    if model_status(path, remedy=_REMEDY) is None:
+        raise ModelError(f"{path}: is missing; {_REMEDY}")
+    if _file_sha256(path) != sha256:
+        raise ModelError(f"{path}: is damaged; {_REMEDY}")
 
 
 def _file_sha256(path: Path) -> str:

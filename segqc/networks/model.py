@@ -15,11 +15,13 @@ from segqc.networks.backends import choose_backend
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
-from segqc.networks.inference import Predictor, Window, sliding_window
+from segqc.networks.encoder import encoder_features, encoders, part_around, part_extent
+from segqc.networks.inference import Predictor, Window, canonical_scan, sliding_window
 from segqc.networks.model_file import ModelError as ModelError
 from segqc.networks.model_file import model_status
 from segqc.networks.unet import MeanOfNetworks, StemUNet
-from segqc.types import BackendName, Structure
+from segqc.quality.metrics import Values
+from segqc.types import BackendName, BoolArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
@@ -89,6 +91,23 @@ class TrainedNetwork:
         spacing = self.card.plan.spacing_mm
         known = _FRAMES.get(scan, spacing)
         return _FRAMES.keep(canonical_frame(scan, spacing_mm=spacing), scan, spacing) if known is None else known
+
+    def features(self, scan: Volume, mask: BoolArray) -> Values | None:
+        """What the encoders of its networks make of a scan around a mask, see `segqc.networks.encoder`.
+
+        Args:
+            scan: the scan.
+            mask: where the structures are, on the scan's grid, (n0, n1, n2).
+
+        Returns:
+            (networks, features); None where the network is of a kind that has none.
+        """
+        networks = encoders(self.network)
+        if not networks:
+            return None
+        frame, plan = self.frame(scan), self.card.plan
+        part = part_around(canonical_scan(scan, frame), mask, frame, part_extent(plan))
+        return encoder_features(networks, part.to(self.device), plan.in_channels)
 
     def run(
         self,

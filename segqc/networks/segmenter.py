@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 from segqc.networks.augmentation import Member, tta_group
 from segqc.networks.inference import NOWHERE, all_windows, canonical_scan, not_air, windows_near
 from segqc.networks.model import TrainedNetwork
+from segqc.networks.unet import MeanOfNetworks
 from segqc.quality.error_maps import bounding_box, entropy_map
 from segqc.types import BackendName, BoolArray, FloatArray, LabelArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, native_support, to_native
@@ -98,6 +99,20 @@ class Segmenter(TrainedNetwork):
         """
         card, network = cls._read(path)
         return cls(card, network, backend)
+
+    @classmethod
+    def load_members(cls, path: Path, backend: BackendName = "pytorch") -> tuple[Segmenter, ...]:
+        """Read a file of `save_members`; errors as of `load`."""
+        card, network = cls._read(path)
+        members = network.members if isinstance(network, MeanOfNetworks) else (network,)
+        return tuple(cls(replace(card, members=1), member, backend) for member in members)
+
+    @staticmethod
+    def save_members(members: Sequence[Segmenter], path: Path) -> None:
+        """Write several networks of one plan into one file."""
+        seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
+        card = replace(members[0].card, seen=seen, members=len(members))
+        Segmenter(card, MeanOfNetworks([member.network for member in members])).save(path)
 
     def predict(self, scan: Volume) -> Prediction:
         """Segment a scan; the result lies on the scan's own grid."""

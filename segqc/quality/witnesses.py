@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -58,3 +59,24 @@ def tta_agreement(labels: LabelArray, members: Sequence[LabelArray], structures:
         if known:
             medians.append(float(np.median(known)))
     return min(medians, default=1.0)
+
+
+def ensemble_agreement(members: Sequence[LabelArray], structures: Iterable[Structure]) -> float:
+    """The worst structure's mean Dice between the masks of each pair of networks; 1 where no mask has a voxel.
+
+    Args:
+        members: the label map of a scan by each network, (n0, n1, n2).
+        structures: the structures to compare.
+
+    Raises:
+        ValueError: if there is no pair.
+    """
+    if len(members) < 2:
+        raise ValueError(f"an agreement needs two networks or more, got {len(members)}")
+    means = []
+    for structure in structures:
+        pairs = itertools.combinations([structure.mask(member) for member in members], 2)
+        known = [dice for one, other in pairs if (dice := true_metrics(one, other).dice) is not None]
+        if known:
+            means.append(float(np.mean(known)))
+    return min(means, default=1.0)

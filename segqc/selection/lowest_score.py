@@ -20,18 +20,22 @@ def lowest_score(method: str) -> Order:
     def order(
         transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
     ) -> Choice | None:
-        row = transaction.rows(_query(waiting), {**parameters, "method": method}).first()
+        row = transaction.rows(_first(waiting), {**parameters, "method": method}).first()
         return Choice(row[0], row[1]) if row is not None else otherwise_uniform(transaction, waiting, parameters, rng)
 
     return order
 
 
-@functools.cache
-def _query(waiting: Waiting) -> Select[int, float]:
+def lowest_first(waiting: Waiting) -> Select[int, float]:
+    """A query for the waiting scans with a score of the parameter "method", the lowest first, and their scores."""
     return (
         select(Scan.id, ScoreRow.value)
         .join(ScoreRow, ScoreRow.scan_id == Scan.id)
         .where(waiting.pool, *waiting.free, ScoreRow.method == bindparam("method"), SCORE_COUNTS)
         .order_by(ScoreRow.value, Scan.id)
-        .limit(1)
     )
+
+
+@functools.cache
+def _first(waiting: Waiting) -> Select[int, float]:
+    return lowest_first(waiting).limit(1)

@@ -9,10 +9,15 @@ from types import MappingProxyType
 from typing import Final
 
 from segqc.selection import (
+    class_stratified,
+    cold_start,
+    ensemble,
     entropy,
     expected_gain,
+    expected_gain_diverse,
     foreground_random,
     segqc,
+    segqc_diverse,
     sequential,
     tta,
     uniform_random,
@@ -23,10 +28,15 @@ from segqc.selection.strategy import Score, Strategy, StrategyError
 ENTRY_POINTS: Final = "segqc.strategies"
 _BUILT_IN: Final = (
     segqc.STRATEGY,
+    segqc_diverse.STRATEGY,
     expected_gain.STRATEGY,
+    expected_gain_diverse.STRATEGY,
     tta.STRATEGY,
     entropy.STRATEGY,
+    ensemble.STRATEGY,
+    class_stratified.STRATEGY,
     unlikeness.STRATEGY,
+    cold_start.STRATEGY,
     foreground_random.STRATEGY,
     sequential.STRATEGY,
     uniform_random.STRATEGY,

@@ -33,18 +33,22 @@ def order(
     if ranked_by is not None:
         choice = lowest_score(ranked_by)(transaction, waiting, parameters, rng)
         return choice if choice is None or choice.order is not None else replace(choice, order=ranked_by)
-    row = transaction.rows(_query(waiting), parameters).first()
+    row = transaction.rows(_first(waiting), parameters).first()
     return Choice(row[0], row[1]) if row is not None else otherwise_uniform(transaction, waiting, parameters, rng)
 
 
-@functools.cache
-def _query(waiting: Waiting) -> Select[int, float | None]:
+def worst_first(waiting: Waiting) -> Select[int, float | None]:
+    """A query for the waiting scans with an estimated Dice, the lowest first, and their estimates."""
     return (
         select(Scan.id, Scan.ranking_dice)
         .where(waiting.pool, *waiting.free, Scan.ranking_dice.is_not(None))
         .order_by(Scan.ranking_dice, Scan.id)
-        .limit(1)
     )
+
+
+@functools.cache
+def _first(waiting: Waiting) -> Select[int, float | None]:
+    return worst_first(waiting).limit(1)
 
 
 STRATEGY: Final = Strategy(
@@ -55,7 +59,7 @@ STRATEGY: Final = Strategy(
         description="Masks and SegQC-Net's assessments; the order of the default strategy",
         legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best. unlikeness: how far the "
         "scan is from the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
-        function=None,
         is_dice=True,
     ),
+    follows_report_card=True,
 )

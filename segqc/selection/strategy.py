@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,10 +11,14 @@ from segqc.store.orders import Order
 
 if TYPE_CHECKING:  # torch takes seconds to import, and an order does without
     from segqc.networks.segmenter import TtaPrediction
-    from segqc.types import Structure
+    from segqc.types import LabelArray, Structure
 
 # A number from the segmentation network's predictions of a scan under test-time augmentation.
 ScoreFunction: TypeAlias = "Callable[[TtaPrediction, Sequence[Structure]], float]"
+# The same of each structure, by its name; those that the function says nothing of are left out.
+StructureScores: TypeAlias = "Callable[[TtaPrediction, Sequence[Structure]], Mapping[str, float]]"
+# A number from the label maps of a scan by the fold networks, each (n0, n1, n2).
+EnsembleScore: TypeAlias = "Callable[[Sequence[LabelArray], Sequence[Structure]], float]"
 
 
 class StrategyError(SegqcError):
@@ -25,17 +29,28 @@ class StrategyError(SegqcError):
 class Score:
     """A number for each waiting scan, stored under the strategy's name; the lowest is the worst.
 
+    At most one of ``function`` and ``of_ensemble`` is given; without either it is SegQC-Net's estimate.
+
     Attributes:
         description: what clients show for the scoring method.
         legend: a line below ``segqc rank``'s table that explains its columns.
-        function: computes it; None for SegQC-Net's estimates, which are stored as assessments.
+        function: computes it from predictions under test-time augmentation.
+        by_structure: computes a number for each structure from the same, where the order wants them, too.
+        of_ensemble: computes it from the label maps of the bundle's fold networks.
         is_dice: whether it estimates the Dice, so that true Dice and estimate can be subtracted.
     """
 
     description: str
     legend: str
-    function: ScoreFunction | None
+    function: ScoreFunction | None = None
+    by_structure: StructureScores | None = None
+    of_ensemble: EnsembleScore | None = None
     is_dice: bool = False
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it is SegQC-Net's estimate, which is stored as an assessment."""
+        return self.function is None and self.of_ensemble is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +62,12 @@ class Strategy:
         description: what clients show.
         order: chooses one of the waiting scans, in the transaction that leases it.
         score: what the order needs to know of each scan beforehand, where it needs anything.
+        follows_report_card: whether another order stands in for this one where the serving bundle's report card says
+            that the order of its estimates is noise.
     """
 
     name: str
     description: str
     order: Order
     score: Score | None = None
+    follows_report_card: bool = False

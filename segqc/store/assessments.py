@@ -60,10 +60,10 @@ _QUICK: Final = 1  # zlib's level: ten times faster than its default, and a fift
 
 SERVING_BUNDLE: Final = select(Bundle.id).where(Bundle.serving)
 _COUNTS: Final = AssessmentRow.bundle_id == SERVING_BUNDLE.scalar_subquery()
-_SERVING_SEGMENTER: Final = select(Bundle.segmenter_version).where(Bundle.serving)
+SERVING_SEGMENTER: Final = select(Bundle.segmenter_version).where(Bundle.serving)
 SCORE_COUNTS: Final = or_(
     Score.bundle_id == SERVING_BUNDLE.scalar_subquery(),
-    and_(Score.bundle_id.is_(None), Score.version == _SERVING_SEGMENTER.scalar_subquery()),
+    and_(Score.bundle_id.is_(None), Score.version == SERVING_SEGMENTER.scalar_subquery()),
 )
 """Whether a score is one of the serving bundle: those of others order no scans, as their assessments do not."""
 
@@ -186,6 +186,11 @@ def unlikeness_of(score: float | None, p_value: float | None) -> Unlikeness | No
     return None if score is None else Unlikeness(score, p_value)
 
 
+def structure_score(method: str, structure: str) -> str:
+    """The name under which a method's score of one structure is kept."""
+    return f"{method}: {structure}"
+
+
 def structure_ids(transaction: Transaction, wanted: Sequence[str]) -> dict[str, int]:
     """Rows of structures by name, added where they are new."""
     known = {name: i for name, i in transaction.rows(_STRUCTURES)}
@@ -262,6 +267,7 @@ def latest_number(label_version: ColumnElement[int | None]) -> Select[int]:
 _HEAD: Final = _heads().where(AssessmentRow.id == bindparam("assessment"))
 _LATEST_ID: Final = latest_number(bindparam("label_version"))
 _STRUCTURES: Final = select(StructureName.name, StructureName.id)  # there are few
+STRUCTURE_NAMES: Final = select(StructureName.name)
 _PARTS: Final = _parts().where(AssessmentStructure.assessment_id == bindparam("assessment"))
 
 

@@ -26,6 +26,7 @@ ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved"
 LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
 Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
+FeatureKind: TypeAlias = Literal["appearance", "segmenter"]
 FindingKind: TypeAlias = Literal["scan", "label", "other"]
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "stopped"]
 

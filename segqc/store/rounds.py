@@ -19,6 +19,8 @@ _IS_LABELLED: Final = (
     Scan.missing_since.is_(None),
 )
 
+_FINISHED: Final = select(func.count()).select_from(RoundRow).where(RoundRow.ended_at.is_not(None))
+
 
 def listing(transaction: Transaction) -> list[RoundRecord]:
     """All rounds that have begun, oldest first."""
@@ -45,6 +47,11 @@ def newest_label(transaction: Transaction) -> int:
     A round that failed or was stopped before it began counts from when it was taken, or put.
     """
     return transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
+
+
+def finished(transaction: Transaction) -> int:
+    """How many rounds have come to their end."""
+    return transaction.rows(_FINISHED).scalar() or 0
 
 
 def last_number(transaction: Transaction) -> int | None:

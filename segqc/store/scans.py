@@ -11,12 +11,13 @@ from typing import Final
 from sqlalchemy import bindparam, func, insert, select, update
 
 from segqc.split import Split, SplitConfig, split_patients
-from segqc.store import events
+from segqc.store import events, features
 from segqc.store.database import Parameters, StoreError, Transaction, json_array
 from segqc.store.records import Actor, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Patient, Scan
 from segqc.text import nfc
 from segqc.volumes import scan_suffix
+from segqc.volumes.appearance import APPEARANCE_VERSION
 
 # From which states a scan may come into another by hand; a submission is `labels`' business.
 _BEFORE: Final[Mapping[ScanState, tuple[ScanState, ...]]] = {
@@ -71,8 +72,8 @@ class FoundScan:
     """A scan file found in the folder: its path relative to it, the id it should have, and its patient.
 
     Where two files would have the same id (``a.nii`` and ``a.nrrd``), the later one's id is its whole file name.
-    ``sha256`` and ``signature`` are of its content, where that is known (see `files.signature_of`), and ``remarks``
-    what the intake said of it.
+    ``sha256`` and ``signature`` are of its content, where that is known (see `files.signature_of`), ``remarks`` what
+    the intake said of it, and ``appearance`` what it looks like (see `segqc.volumes.appearance`).
     """
 
     name: str
@@ -81,6 +82,7 @@ class FoundScan:
     sha256: str | None = None
     signature: str | None = None
     remarks: tuple[str, ...] = ()
+    appearance: tuple[float, ...] | None = None
 
 
 def number_of(transaction: Transaction, name: str) -> int:
@@ -109,6 +111,16 @@ def get(transaction: Transaction, name: str) -> ScanRecord:
         if len(alike) == 1:
             return get(transaction, alike[0])
     raise UnknownScan(f"there is no scan {name!r}")
+
+
+def names_of(transaction: Transaction, numbers: Sequence[int]) -> dict[int, str]:
+    """The names of scans, by their numbers."""
+    query = select(Scan.id, Scan.name)
+    return {
+        number: name
+        for start in range(0, len(numbers), _IN_ONE_QUERY)
+        for number, name in transaction.execute(query.where(Scan.id.in_(numbers[start : start + _IN_ONE_QUERY])))
+    }
 
 
 def listing(
@@ -235,6 +247,9 @@ def sync(
         ],
     )
     ids = _ids(transaction, [f.name for f in new])
+    looks = {f.name: f.appearance for f in new if f.appearance is not None}
+    found_looks = {i: looks[name] for i, name in ids.items() if name in looks}
+    features.add(transaction, "appearance", APPEARANCE_VERSION, found_looks)
     events.record_all(transaction, actor, "found", "scan", list(ids))
     return len(new)
 

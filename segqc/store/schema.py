@@ -30,6 +30,7 @@ from segqc.split import Split
 from segqc.store.records import (
     ActorKind,
     Draw,
+    FeatureKind,
     FindingKind,
     Identification,
     JobState,
@@ -397,6 +398,28 @@ class Score(Base):
     bundle_id: Mapped[int | None] = mapped_column(ForeignKey("bundle.id"))
     made_at: Mapped[dt.datetime]
     __table_args__ = (Index("ix_score_order", "method", "value", "scan_id"),)
+
+
+class Packed(LargeBinary):
+    """Numbers one after the other, as they are: thousands are read at once. Other binary values are compressed."""
+
+
+class FeatureRow(Base):
+    """By which features a scan is compared with others: one vector for each kind of them.
+
+    ``version`` is of what made them; only those of one version are compared. ``numbers`` are 16-bit floats, the lowest
+    byte first.
+    """
+
+    __tablename__ = "feature"
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
+    kind: Mapped[FeatureKind] = mapped_column(String, primary_key=True)
+    version: Mapped[str]
+    numbers: Mapped[bytes] = mapped_column(Packed)
+    __table_args__ = (
+        CheckConstraint(_one_of("kind", get_args(FeatureKind)), name="kind"),
+        Index("ix_feature_version", "kind", "version", "scan_id"),
+    )
 
 
 class LeaseRow(Base):

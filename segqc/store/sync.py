@@ -250,7 +250,9 @@ def add_scan(
                 raise ScanExists(name) from error
             linked = True
             signature = signature_of(target.stat())
-            found = FoundScan(name, target.name, patient_of(target), content.sha256, signature, content.warnings)
+            found = FoundScan(
+                name, target.name, patient_of(target), content.sha256, signature, content.warnings, content.appearance
+            )
             scans.sync(transaction, [found], split_config, FOLDER)
             findings.clear(transaction, [target.name])
             findings.clear_labels_of(transaction, [name])
@@ -297,6 +299,7 @@ class _Looked:
     sha256: str = ""
     patient: str | None = None
     remarks: tuple[str, ...] = ()
+    appearance: tuple[float, ...] | None = None
     finding: Finding | None = None
 
 
@@ -488,7 +491,7 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
                 except VolumeError as error:  # of a side-car, perhaps: looked at again each time
                     return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
                 content = store.intake.scan(path, file)
-                looked = _Looked(file, signature, content.sha256, patient, content.warnings)
+                looked = _Looked(file, signature, content.sha256, patient, content.warnings, content.appearance)
                 for warning in content.warnings:
                     logger.warning("%s: %s", file, warning)
         except FileNotFoundError:
@@ -543,7 +546,7 @@ def _note(
                 touched.append((scan, look.sha256, look.signature))
         elif look.patient is not None:
             name = scan.name if scan is not None else scan_id(look.file)
-            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature, look.remarks)
+            found = FoundScan(name, look.file, look.patient, look.sha256, look.signature, look.remarks, look.appearance)
             changed.add(name)
             if scan is None:
                 new.append(found)

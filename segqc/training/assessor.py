@@ -14,10 +14,11 @@ import torch
 from monai.losses import DiceLoss
 
 from segqc.networks.assessor import Assessor, witnesses_of
+from segqc.networks.bundle import FOLDS
 from segqc.networks.card import ModelCard
 from segqc.networks.encoder import encoders
 from segqc.networks.plan import NetworkPlan
-from segqc.networks.segmenter import SoftOutput
+from segqc.networks.segmenter import Segmenter, SoftOutput
 from segqc.networks.unet import MeanOfNetworks
 from segqc.progress import Progress, WholeEstimate
 from segqc.quality.boxes import largest_box_area_mm2
@@ -75,7 +76,7 @@ def train_assessor(
         structures: the structures to assess.
         patient_splits: fold and role of each patient, as `segqc.split.place` gives them.
         settings: how to train.
-        folder: for the folds' networks, the masks, checkpoint and learning curve.
+        folder: for the folds' networks, which are kept there as `FOLDS`, the masks, checkpoint and learning curve.
         progress: reports after each step.
 
     Raises:
@@ -98,8 +99,9 @@ def train_assessor(
     )
     epochs = folds * settings.fold_epochs + members * settings.epochs
     progress = WholeEstimate(progress, epochs * settings.steps_per_epoch, STEPS)
-    sets = crossfit_masks(cases, structures, patient_splits, plan, settings, folder, progress)
-    return train_on_masks(sets, structures, patient_splits, settings, folder, progress)
+    made = crossfit_masks(cases, structures, patient_splits, plan, settings, folder, progress)
+    Segmenter.save_members(made.networks, folder / FOLDS)
+    return train_on_masks(made.sets, structures, patient_splits, settings, folder, progress)
 
 
 def train_on_masks(

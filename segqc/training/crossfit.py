@@ -62,6 +62,14 @@ class MaskSet:
     served: ServedMask | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CrossfitMasks:
+    """The masks of cases, and the network of each fold that made them."""
+
+    sets: list[MaskSet]
+    networks: list[Segmenter]
+
+
 def assert_unseen(segmenter: Segmenter, case: Case) -> None:
     """Refuse a case that the network has trained from.
 
@@ -131,7 +139,7 @@ def crossfit_masks(
     progress: Progress,
     *,
     only: Sequence[int] | None = None,
-) -> list[MaskSet]:
+) -> CrossfitMasks:
     """Make the masks of all cases, each from networks trained without its patient.
 
     Fold k's network learns from the training patients of the other folds, for a fixed number of epochs (no early
@@ -148,16 +156,17 @@ def crossfit_masks(
         progress: reports after each step.
         only: the folds whose cases' masks are made; by default all.
     """
-    folds, sets = folds_of_cases(cases, patient_splits), list[MaskSet]()
+    folds, made = folds_of_cases(cases, patient_splits), CrossfitMasks([], [])
     for fold in folds if only is None else only:
         held = [c for c in cases if patient_splits[c.patient].fold == fold]
         networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
+        made.networks.append(networks[0])
         for i, case in enumerate(held):
             path = masks_file(networks, case, settings, folder / "masks")
             kept = ", kept from an earlier run" if path.is_file() else ""
             progress.step(i, len(held), f"masks by the {_name_of(fold, folds)}", f"{case.id}{kept}")
-            sets.append(_masks_at(path, networks, case, settings))
-    return sets
+            made.sets.append(_masks_at(path, networks, case, settings))
+    return made
 
 
 def train_fold(

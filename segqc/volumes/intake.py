@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from segqc.volumes.appearance import appearance
 from segqc.volumes.files import load_scan, open_labels, open_scan
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import load_labels
@@ -25,11 +26,13 @@ class ScanContent:
         sha256: of the content; see `content_sha256`.
         shape: voxels along each array axis.
         warnings: sentences about what was decided where the file contradicts itself.
+        appearance: what the scan looks like, see `segqc.volumes.appearance`; None where nobody looked.
     """
 
     sha256: str
     shape: tuple[int, int, int]
     warnings: tuple[str, ...] = ()
+    appearance: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,8 @@ def check_scan(
     """
     file = InputFile(Path(path), limits, shown)
     source = open_scan(file)
-    load_scan(file, source)
-    return ScanContent(_sha256(file), source.shape, source.find_warnings())
+    look = tuple(appearance(load_scan(file, source)).tolist())
+    return ScanContent(_sha256(file), source.shape, source.find_warnings(), look)
 
 
 def check_labels(

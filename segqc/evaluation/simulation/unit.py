@@ -301,7 +301,7 @@ class _Run:
         result = run_round(self.dataset, job, request, self.progress)
         with self.dataset.store.write() as transaction:
             jobs.finish(transaction, job.id, _WORKER, "done")
-        if (own := strategies()[self.arm.strategy].score) is not None and own.function is not None:
+        if (own := strategies()[self.arm.strategy].score) is not None and not own.is_estimate:
             score(self.dataset, self.arm.strategy, self.progress)
         return result.steps["publish"].get("held_because") is not None
 

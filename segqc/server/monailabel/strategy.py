@@ -135,7 +135,8 @@ class Sampling(Strategy):
         self.name = name
         self.dataset = dataset
         self._order = strategy.order
-        by_baseline = strategy.score is not None and strategy.score.function is not None
+        self._follows_card = strategy.follows_report_card
+        by_baseline = strategy.score is not None and not strategy.score.is_estimate
         self._remedy = (
             f"run segqc score --method {name}" if by_baseline else "train both networks; the pool is scored then"
         )
@@ -159,7 +160,8 @@ class Sampling(Strategy):
         checked = self._checked_before(lease)
         card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
         warning = _warning(card, alarm)
-        strategy = self._shown_strategy(lease, card)
+        strategy = _shown_strategy(lease, card)
+        is_replaced = self._follows_card and card is not None and card.ranked_by != BY_ESTIMATE
         said: Answer = {
             **scan_info(scan),
             "id": scan.name,
@@ -172,7 +174,7 @@ class Sampling(Strategy):
             "slices": None if lease.slices is None else list(lease.slices),
             "checked_slices": None if checked is None else list(checked),
             **describe(shown, lease.slices or ()),
-            **reliability(card, alarm, strategy if self.name == BY_ESTIMATE else BY_ESTIMATE),
+            **reliability(card, alarm, strategy if is_replaced else BY_ESTIMATE),
         }
         notes = [] if lease.slices is None else [f"Correct {in_words(lease.slices)} only."]
         if checked and scan.state != "rejected":
@@ -180,7 +182,7 @@ class Sampling(Strategy):
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}
             notes.append(_skip_note(skipped.scan, reason, again=skipped.scan == lease.scan))
-        if wanted is None and self.name == BY_ESTIMATE and card is not None and card.ranked_by != BY_ESTIMATE:
+        if wanted is None and is_replaced and card is not None:
             notes.append(order_sentence(card, strategy))
         elif wanted is None and strategy == AT_RANDOM and self.name != AT_RANDOM:
             notes.append(
@@ -201,12 +203,6 @@ class Sampling(Strategy):
             return ()
         with self.dataset.store.read() as transaction:
             return labels.checked_slices(labels.get(transaction, lease.label_version))
-
-    def _shown_strategy(self, lease: LeaseRecord, card: ReportCard | None) -> str:
-        """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
-        if lease.draw == "strategy" or lease.strategy != BY_ESTIMATE or card is None:
-            return lease.strategy
-        return card.ranked_by
 
     def _hand_out(
         self, reason: str | None, wanted: str | None
@@ -246,6 +242,14 @@ class Sampling(Strategy):
                 scan = scans.get(transaction, now.scan)
             if now == lease and scan.missing_since is None:
                 return lease, skipped, scan, shown  # only touched: the content is the same
+
+
+def _shown_strategy(lease: LeaseRecord, card: ReportCard | None) -> str:
+    """The strategy that chose a scan; of an audit or validation draw, the one that other scans come by."""
+    wanted = strategies().get(lease.strategy)
+    if lease.draw == "strategy" or wanted is None or not wanted.follows_report_card:
+        return lease.strategy
+    return lease.strategy if card is None or card.ranked_by == BY_ESTIMATE else card.ranked_by
 
 
 def _skip_note(scan: str, reason: str | None, *, again: bool) -> str:

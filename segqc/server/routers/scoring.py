@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from segqc.loop.requests import ScoringRequest
+from segqc.selection import scores
 from segqc.server import job_answers
+from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
@@ -27,8 +29,9 @@ def scoring_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> 
 
 @router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
 def scoring_all(user: AskingUser, params: ScoringBody, run_sync: RunSync = False) -> Any:
-    """Queue all scoring methods."""
-    requests = {method: _scoring(method, params) for method in current_app().scoring_methods}
+    """Queue all scoring methods; by an ensemble only where there is one."""
+    methods = [method for method in current_app().scoring_methods if _has_folds() or not _by_ensemble(method)]
+    requests = {method: _scoring(method, params) for method in methods}
     store, actor = open_store(), user.actor(params.client_id)
     put = {method: job_answers.submit(store, actor, request) for method, request in requests.items()}
     return all_described(store, put, "scoring", wait=run_sync)
@@ -50,7 +53,22 @@ def _scoring(method: str, params: ScoringParams) -> ScoringRequest:
     app.context.segmenter()
     if method == "segqc":
         app.context.assessor()
+    if _by_ensemble(method) and not _has_folds():
+        raise RequestError(
+            409,
+            "the bundle that serves holds no networks of the folds, as its SegQC network came without: train it again "
+            "(POST /train/segqc, or 'segqc train segqc').",
+        )
     return ScoringRequest(method=method, force=params.force)
+
+
+def _by_ensemble(method: str) -> bool:
+    return scores()[method].of_ensemble is not None
+
+
+def _has_folds() -> bool:
+    bundle = current_app().context.dataset.bundle()
+    return bundle is not None and bundle.folds_version() is not None
 
 
 @router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")

@@ -271,6 +271,17 @@ def upgrade() -> None:
     )
     op.create_index("ix_score_order", "score", ["method", "value", "scan_id"], unique=False)
     op.create_table(
+        "feature",
+        sa.Column("scan_id", sa.Integer(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("version", sa.String(), nullable=False),
+        sa.Column("numbers", sa.LargeBinary(), nullable=False),
+        sa.CheckConstraint("kind IN ('appearance', 'segmenter')", name=op.f("ck_feature_kind")),
+        sa.ForeignKeyConstraint(["scan_id"], ["scan.id"], name=op.f("fk_feature_scan_id")),
+        sa.PrimaryKeyConstraint("scan_id", "kind", name=op.f("pk_feature")),
+    )
+    op.create_index("ix_feature_version", "feature", ["kind", "version", "scan_id"], unique=False)
+    op.create_table(
         "assessment",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("scan_id", sa.Integer(), nullable=False),
