@@ -32,9 +32,9 @@ class OpenedError(SegqcError):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The slices and structures that an annotator looked at; None where it was all of them.
+    """The slices and structures that an annotator looked at; None where nobody says which.
 
-    Slices that nobody names were looked at where the annotator was asked for them, or has changed something in them.
+    Then it was all of them; but of an annotator who was asked for some slices, it was these and those with a change.
     """
 
     slices: tuple[int, ...] | None = None
