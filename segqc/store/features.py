@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     and_,
     bindparam,
+    exists,
     insert,
     literal_column,
     select,
@@ -73,11 +74,12 @@ def covered() -> Select[bytes]:
 
     Scans of validating patients do not count: no segmentation network learns from them.
     """
+    trains = exists().where(Patient.id == Scan.patient_id, Patient.split == "train")
     of_scan = select(FeatureRow.numbers).join(Scan, HAS_FEATURES)
-    trains = Scan.patient_id.in_(select(Patient.id).where(Patient.split == "train"))
     labelled = of_scan.where(Scan.state.in_(LABELLED_STATES), Scan.missing_since.is_(None), trains)
-    handed_out = of_scan.join(LeaseRow, LeaseRow.scan_id == Scan.id).where(LeaseRow.state == _OPEN, trains)
-    suggested = of_scan.where(Scan.id.in_(SUGGESTED))
+    open_leases = select(LeaseRow.scan_id).where(LeaseRow.state == _OPEN)
+    handed_out = of_scan.where(FeatureRow.scan_id.in_(open_leases), trains)
+    suggested = of_scan.where(FeatureRow.scan_id.in_(SUGGESTED))
     every = union_all(labelled, handed_out, suggested).subquery()
     return select(every.c.numbers)
 
