@@ -192,6 +192,41 @@ def test_what_comes_while_a_round_runs_counts_for_the_next_one(store: Store, clo
     assert due(store) == f"by the settings: 3 corrections since round {number}"
 
 
+def served(store: Store, segmenter: int | None, assessor: int | None) -> None:
+    """A bundle serves whose networks were trained with the labels up to these."""
+    with store.write() as transaction:
+        number = bundles.last_number(transaction) + 1
+        new = NewBundle(
+            id=number,
+            segmenter_version=f"seg{number}",
+            assessor_version=None if assessor is None else f"qc{number}",
+            manifest_sha256="0" * 64,
+            reason="a training",
+            segmenter_newest_label=segmenter,
+            assessor_newest_label=assessor,
+        )
+        bundles.add(transaction, new, SERVER)
+        bundles.serve(transaction, number, SERVER)
+
+
+def test_labels_that_both_networks_that_serve_were_trained_with_are_no_corrections(store: Store, clock: Clock) -> None:
+    def waiting() -> int:
+        with store.read() as transaction:
+            return rounds_info(transaction, AFTER.round).corrections
+
+    label(store, clock, 0, 1, 2, 3)
+    served(store, 4, None)
+    assert waiting() == 4, "SegQC-Net knows none of them"
+    served(store, 4, 2)
+    assert waiting() == 2
+    served(store, 4, 4)
+    assert due(store) is None, "as after the first start of a server, which has trained both"
+    label(store, clock, 4, 5)
+    assert due(store) is None
+    label(store, clock, 6)
+    assert due(store) == "by the settings: 3 corrections before the first round"
+
+
 def test_only_people_s_labels_that_stand_are_corrections(store: Store, folder: Path, clock: Clock) -> None:
     label(store, clock, 0, 1, 2)
     clock.pass_(seconds=1)

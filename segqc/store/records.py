@@ -86,6 +86,14 @@ class BundleRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """When work on networks began, told by what was the newest then: a clock may be set back."""
+
+    event: int
+    label: int  # label version; the networks know none that came later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedBundle:
     """A bundle and how it came to be."""
 

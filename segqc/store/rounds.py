@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import func, select
 
-from segqc.store import jobs
+from segqc.store import bundles, jobs
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, NOT_BY_PEOPLE, current_versions
 from segqc.store.records import JsonObject, LabelledSince, RoundRecord
@@ -40,11 +40,15 @@ def listing(transaction: Transaction) -> list[RoundRecord]:
 
 
 def newest_label(transaction: Transaction) -> int:
-    """The newest label version when the last round began; 0 without one.
+    """The newest label version when the last round, or the trainings of both networks that serve, began.
 
-    A round that failed or was stopped before it began counts from when it was taken, or put.
+    0 without any. A round that failed or was stopped before it began counts from when it was taken, or put.
     """
-    return transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
+    of_rounds = transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
+    serving = bundles.serving_number(transaction)
+    of_networks = bundles.newest_labels(transaction, serving) if serving is not None else ()
+    known = [label for label in of_networks if label is not None]
+    return max(of_rounds, min(known)) if known and len(known) == len(of_networks) else of_rounds
 
 
 def last_number(transaction: Transaction) -> int | None:

@@ -211,6 +211,7 @@ class Bundle(Base):
     it. At most one bundle serves. The row stays when the files are removed. ``ranked_by`` is the strategy whose order
     takes the place of the estimates' where that is known to be noise; ``held_because`` says why the bundle does not
     serve by itself. ``drift_*`` is the alarm that audit draws have raised against its estimates, NULL without one.
+    ``*_newest_label`` is the newest label version when the training of that network began, NULL where nobody knows.
     """
 
     __tablename__ = "bundle"
@@ -228,6 +229,8 @@ class Bundle(Base):
     drift_since: Mapped[dt.datetime | None]
     drift_structures: Mapped[list[str] | None] = mapped_column(Json)
     drift_patients: Mapped[int | None]
+    segmenter_newest_label: Mapped[int | None]
+    assessor_newest_label: Mapped[int | None]
     __table_args__ = (
         Index("uq_bundle_serving", "serving", unique=True,
               sqlite_where=text("serving"), postgresql_where=text("serving")),

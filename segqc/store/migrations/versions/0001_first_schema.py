@@ -48,6 +48,8 @@ def upgrade() -> None:
         sa.Column("drift_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("drift_structures", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("drift_patients", sa.Integer(), nullable=True),
+        sa.Column("segmenter_newest_label", sa.Integer(), nullable=True),
+        sa.Column("assessor_newest_label", sa.Integer(), nullable=True),
         sa.CheckConstraint(
             "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
