@@ -416,8 +416,10 @@ def test_no_round_is_put_while_the_masks_that_serve_are_good_enough(
     with store.read() as transaction:
         info = rounds_info(transaction, AFTER.round)
     assert (info.stopped, info.corrections, info.message) == ("good enough", 9, outlook_sentence(held.stopped))
+    assert info.simulated == (9 if simulated else 0)
     correct(store, clock, 0.4, 2, simulated=simulated)
-    assert due(store) == "by the settings: 11 corrections before the first round", "bad masks among them resume it"
+    count = "11 corrections (11 simulated)" if simulated else "11 corrections"
+    assert due(store) == f"by the settings: {count} before the first round", "bad masks among them resume it"
 
 
 def test_audits_of_masks_that_do_not_serve_any_more_say_nothing(store: Store, clock: Clock) -> None:
@@ -528,4 +530,4 @@ def test_a_folder_without_rounds_says_how_they_begin(tmp_path: Path) -> None:
     (tmp_path / "new" / "segqc.toml").write_text('[round]\nafter_corrections = 20\nat = "2:00"\n')
     table = listed(tmp_path / "new")
     assert "No round was ever begun here" in table
-    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections." in table
+    assert "The next round begins by itself after 20 corrections or at 02:00; 0 new corrections." in table

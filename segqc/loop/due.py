@@ -2,6 +2,9 @@
 
 A worker asks. What it puts is the same job as ``segqc round`` puts; both conditions are looked at once more with the
 store's write lock held, so that any number of workers puts one round.
+
+Counted are the scans whose final label no round has trained on, nor both networks that serve: of people, and of a
+simulated annotator just as well. Words and tables say how many are simulated.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def why_due(
     """Why a round is due, in words; None where it is not.
 
     Args:
-        waiting: the scans that got a final label from people since the last round began.
+        waiting: the scans with a final label that no round has trained on.
         last: the number of the last round; None before the first one.
         settings: when rounds begin by themselves.
         now: the time.
@@ -90,6 +93,7 @@ def why_due(
         '20 corrections since round 3'
     """
     count = "1 correction" if waiting.scans == 1 else f"{waiting.scans} corrections"
+    count += f" ({waiting.simulated} simulated)" if waiting.simulated else ""
     came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
     if settings.after_corrections and waiting.scans >= settings.after_corrections:
         return came
@@ -158,7 +162,8 @@ class RoundsInfo:
 
     Attributes:
         after_corrections, at: when rounds begin by themselves; 0 and None for never.
-        corrections: the scans that got a final label from people since the last round began.
+        corrections: the scans with a final label that neither a round nor both networks that serve have trained on.
+        simulated: how many of these labels are simulated corrections.
         stopped: why more rounds are not worth it, so that none begins by itself; None where they are.
         message: the same in one sentence, with the numbers.
     """
@@ -166,6 +171,7 @@ class RoundsInfo:
     after_corrections: int
     at: str | None
     corrections: int
+    simulated: int
     stopped: StopReason | None
     message: str
 
@@ -173,10 +179,12 @@ class RoundsInfo:
 def rounds_info(transaction: Transaction, settings: RoundSettings) -> RoundsInfo:
     """What clients see of rounds."""
     found = outlook_of(transaction, settings)
+    waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     return RoundsInfo(
         after_corrections=settings.after_corrections,
         at=None if settings.at is None else f"{settings.at:%H:%M}",
-        corrections=found.labels,
+        corrections=waiting.scans,
+        simulated=waiting.simulated,
         stopped=found.stop,
         message=outlook_sentence(found),
     )

@@ -113,7 +113,7 @@ def outlook(
     Args:
         served: the true Dice of masks that serve, of scans that were audit draws.
         rounds: all finished rounds, oldest first.
-        labels: how many scans got a final label from people since the last round began.
+        labels: how many scans have a final label that no round has trained on.
         enough_dice: the mean true Dice that is good enough, from 0 to 1.
         seed: of the bootstrap draws.
     """

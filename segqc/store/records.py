@@ -271,10 +271,11 @@ class RoundRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSince:
-    """The scans that got a final label from people after some label version."""
+    """The scans that got a final label from people, or from a simulated annotator, after some label version."""
 
     scans: int
     first_at: dt.datetime | None  # when the earliest of these labels came; None without one
+    simulated: int = 0  # how many of these labels are simulated corrections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

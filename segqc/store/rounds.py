@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 
 from segqc.store import bundles, jobs
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, NOT_BY_PEOPLE, current_versions
 from segqc.store.records import JsonObject, LabelledSince, RoundRecord
-from segqc.store.schema import LABELLED_STATES, JobRow, LabelVersion, RoundRow, RoundStep, Scan
+from segqc.store.schema import LABELLED_STATES, Correction, JobRow, LabelVersion, RoundRow, RoundStep, Scan
 
 _IS_LABELLED: Final = (
     LabelVersion.id.in_(current_versions((FINAL,))),
@@ -57,13 +57,17 @@ def last_number(transaction: Transaction) -> int | None:
 
 
 def labelled_since(transaction: Transaction, newest: int) -> LabelledSince:
-    """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever."""
-    query = select(func.count(), func.min(LabelVersion.made_at)).select_from(LabelVersion)
-    query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(
-        *_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest
-    )
-    count, first_at = transaction.execute(query).one()
-    return LabelledSince(scans=count, first_at=first_at)
+    """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever.
+
+    Simulated corrections count, too: who simulates an annotator wants to see what a person would.
+    """
+    simulated = func.count(case((Correction.simulated, 1)))
+    query = select(func.count(), func.min(LabelVersion.made_at), simulated).select_from(LabelVersion)
+    query = query.join(Scan, Scan.id == LabelVersion.scan_id)
+    query = query.outerjoin(Correction, Correction.to_version_id == LabelVersion.id)
+    query = query.where(*_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest)
+    count, first_at, of_program = transaction.execute(query).one()
+    return LabelledSince(scans=count, first_at=first_at, simulated=of_program)
 
 
 def labelled_patients(transaction: Transaction) -> int:
