@@ -861,9 +861,7 @@ def test_a_choice_that_a_later_training_has_replaced_holds_nothing(
     assert serving(shelf) == 3
 
 
-def test_a_bundle_knows_how_old_the_labels_of_both_networks_are(
-    shelf: Bundles, files: dict[NetworkName, Path]
-) -> None:
+def test_a_bundle_knows_how_old_the_labels_of_both_networks_are(shelf: Bundles, files: dict[NetworkName, Path]) -> None:
     def newest(number: int) -> tuple[int | None, int | None]:
         with shelf.store.read() as transaction:
             return bundles.newest_labels(transaction, number)

@@ -52,7 +52,8 @@ from segqc.errors import SegqcError, sentence
 from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
-    from segqc.loop.agreement import Agreement
+    from segqc.loop.agreement import Agreement, Ranking
+    from segqc.loop.dataset import Dataset
     from segqc.loop.drift import StructureDrift
     from segqc.networks.assessor import Assessor
     from segqc.networks.segmenter import Segmenter
@@ -416,7 +417,7 @@ def rank(
     ranking = order(dataset, method, truth=truth, include_final=include_final)
     ranked = ranking.scans
     if not ranked:
-        raise CommandError(f"{folder}: no scan has a score of the method {method}; run segqc score first")
+        raise CommandError(f"{folder}: {_unscored(dataset, ranking, method)}")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
     rows: list[Row] = [
         {
@@ -450,7 +451,11 @@ def rank(
         title += brackets(scan.interval for scan in ranked)
         extra["report_card"] = None if card is None else to_json(card)
         extra["drift_alarm"] = None if alarm is None else alarm_to_json(alarm)
+    if as_json:
+        extra |= {"waiting": ranking.waiting, "unscored": ranking.unscored}
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
+    if ranking.unscored and not as_json:
+        typer.echo(f"The list is not complete: {_unscored(dataset, ranking, method)}.", err=as_csv)
     sentences = [drift_sentence(alarm)] if alarm is not None else []
     if card is not None:  # an alarm is later than the card: its word on the estimate counts
         sentences += [*([estimate_sentence(card)] if alarm is None else []), order_sentence(card, ranking.by)]
@@ -458,6 +463,27 @@ def rank(
         typer.echo(text, err=as_csv)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
+
+
+def _unscored(dataset: Dataset, ranking: Ranking, method: str) -> str:
+    """How many of the waiting scans are scored, and what scores the others."""
+    from segqc.selection import score_of
+    from segqc.store import bundles, jobs
+
+    if not ranking.waiting:
+        return "no scan waits for a label"
+    with dataset.store.read() as transaction:
+        serving = bundles.serving(transaction)
+        work = [job for kind in ("scoring", "round") for job in jobs.open_jobs(transaction, kind)]
+    pair = serving.bundle if serving is not None else None
+    needs_assessor = score_of(method).function is None
+    if pair is None or pair.segmenter_version is None or (needs_assessor and pair.assessor_version is None):
+        return f"no scan has a score of the method {method}, as its networks are not trained yet; run segqc round first"
+    scored = f"{ranking.waiting - ranking.unscored} of {ranking.waiting} waiting scans are scored by bundle {pair.id}"
+    if any(job.state == "running" for job in work):
+        return f"{scored}, which serves; a worker is at it, and the rest follows"
+    command = "segqc score" if needs_assessor else f"segqc score --method {method}"
+    return f"{scored}, which serves; a worker (segqc serve, segqc worker) or {command} does the rest"
 
 
 @app.command(rich_help_panel=ESTIMATE_PANEL)

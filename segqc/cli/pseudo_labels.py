@@ -11,7 +11,8 @@ from segqc.cli.common import ESTIMATE_PANEL, AsCsv, AsJson, ConfigFile, DatasetF
 app = typer.Typer()
 
 _TERMS: Final = (
-    "estimated Dice: of the worst structure. lower end: the least of its structures' intervals. bundle: the networks "
+    "estimated Dice: of the worst structure. lower end: the least of all structures' intervals, so perhaps another "
+    "structure's than the one in the brackets of segqc rank. bundle: the networks "
     "that made the mask and accepted it. since: when. audit: whether a person checks it. ended because: why it no "
     "longer trains (--ended). bad: a true Dice below min_dice of [pseudo_labels] in segqc.toml."
 )

@@ -21,8 +21,8 @@ _TERMS: Final = (
     "why: who asked for it, or which setting. labels: scans with a final label when it began. pseudo-labels: "
     "masks that trained, too (segqc pseudo-labels). validation Dice: of its masks of the validation scans. audited, "
     "audit error: audit draws shown with its estimates and corrected, and how far the estimated Dice was off on "
-    "average; each bundle begins with none, as an audit speaks of the estimates that were shown. bundle: serves, served "
-    "before, or held, and why (segqc models serve). new corrections: scans whose final label no round has trained on, "
+    "average; each bundle begins with none, as an audit speaks of the estimates that were shown. bundle: serves, "
+    "served before, or held, and why (segqc models serve). new corrections: scans whose final label no round has trained on, "
     "nor both networks that serve; simulated ones count."
 )
 _NONE: Final = (

@@ -137,9 +137,7 @@ def train(
     with _alone(dataset, network, progress, purpose, wait=wait):
         trained = _train_model(dataset, network, progress, settings, path)
         why = f"training of {network}"
-        with dataset.bundles.publishing(
-            {network: path}, actor, why, even_if_worse=serve, begun=begun
-        ) as publication:
+        with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve, begun=begun) as publication:
             trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
         path.unlink(missing_ok=True)
     return trained
