@@ -23,7 +23,7 @@ from segqc.loop.rounds import summaries
 from segqc.loop.worker import Worker
 from segqc.quality.stopping import outlook, outlook_sentence
 from segqc.selection import segqc as worst_first
-from segqc.settings import RoundSettings, Settings
+from segqc.settings import RoundSettings, Settings, load_settings
 from segqc.store import bundles, corrections, jobs, labels, leases, rounds
 from segqc.store.bundles import NewBundle
 from segqc.store.events import SERVER
@@ -350,6 +350,29 @@ def test_a_worker_says_once_why_no_round_begins(
         worker.serve()
     (line,) = [m for m in caplog.messages if m.startswith("no round begins by itself")]
     assert "before 20 new labels have come (5 have)" in line
+
+
+def test_a_worker_reads_the_settings_of_rounds_anew_each_time(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("segqc.loop.worker.DUE_SECONDS", 0.0)
+    monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.0)
+    file = dataset.folder / "segqc.toml"
+    usable = file.read_text()
+    states = iter([usable.replace("= 5", "= 6"), "[round]\nafter = 1", "[round]\nafter = 1", usable])
+
+    def read() -> Settings:
+        file.write_text(next(states))
+        return load_settings(dataset.folder)
+
+    worker = Worker(dataset, settings=read, command=lambda _: command(DONE))
+    monkeypatch.setattr(worker, "_run", worker.end)
+    worker.serve()
+    with dataset.store.read() as transaction:
+        (put,) = jobs.listing(transaction, "round")
+    assert put.reason == "by the settings: 5 corrections before the first round"
+    (line,) = [m for m in caplog.messages if m.startswith("no round begins by itself")]
+    assert "[round] has no setting 'after'" in line
 
 
 @pytest.mark.parametrize("kinds", [("train",), ("scoring", "batch_infer")])

@@ -830,11 +830,12 @@ def worker(
         die_with_parent(signal.SIGTERM, parent)
     from segqc.loop.requests import KINDS
     from segqc.loop.worker import Worker
+    from segqc.settings import load_settings
 
     if unknown := sorted(set(kind or ()) - set(KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     _log_jobs()
-    taker = Worker(dataset_at(folder, config), kind or KINDS)
+    taker = Worker(dataset_at(folder, config), kind or KINDS, settings=lambda: load_settings(folder, config))
     for sign in ending_signals():
         signal.signal(sign, taker.end)
     taker.serve(until_idle=until_idle)

@@ -22,8 +22,8 @@ _TERMS: Final = (
     "masks that trained, too (segqc pseudo-labels). validation Dice: of its masks of the validation scans. audited, "
     "audit error: audit draws shown with its estimates and corrected, and how far the estimated Dice was off on "
     "average; each bundle begins with none, as an audit speaks of the estimates that were shown. bundle: serves, "
-    "served before, or held, and why (segqc models serve). new corrections: scans whose final label no round has trained on, "
-    "nor both networks that serve; simulated ones count."
+    "served before, or held, and why (segqc models serve). new corrections: scans whose final label no round has "
+    "trained on, nor both networks that serve; simulated ones count."
 )
 _NONE: Final = (
     "No round was ever begun here; segqc round FOLDER begins one, [round] in segqc.toml says when others begin."

@@ -54,7 +54,8 @@ STRATEGY: Final = Strategy(
     score=Score(
         description="Masks and SegQC-Net's assessments; the order of the default strategy",
         legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best; in brackets its "
-        "interval (pseudo-labels go by the least lower end over all structures). unlikeness: how far the scan is from the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
+        "interval (pseudo-labels go by the least lower end over all structures). unlikeness: how far the scan is from "
+        "the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
         function=None,
         is_dice=True,
     ),
