@@ -34,14 +34,14 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "sample-datastore"
 NOT_COPIED = shutil.ignore_patterns("segqc", "original", "returned", "likely-errors", "pseudo-label*")
-CORRECTIONS = 3
+CORRECTIONS = 2
 VALIDATING = 9  # patients that masks of two bundles have to be compared on before one of them is held
 HOURS = 2
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     # every labelled patient calibrates, so that there are intervals, and masks can be trusted by them
-    "training": {"ensemble": True, "validation_share": 0.45},
-    "training.segmentation": {"epochs": 12},
-    "training.segqc": {"epochs": 6, "fold_epochs": 6},
+    "training": {"ensemble": True, "validation_share": 0.4},
+    "training.segmentation": {"epochs": 10},
+    "training.segqc": {"epochs": 6, "fold_epochs": 5},
     "round": {"after_corrections": CORRECTIONS},
     "pseudo_labels": {"mode": "top", "top_share": 0.5},
     "annotation": {"audit_share": 0.2, "validation_share": 0.0},
