@@ -962,6 +962,7 @@ def test_the_commands_show_what_is_held_and_why(folder: Path, checked: dict[str,
     assert (body["serving"], body["report_card"]["estimate"]) == (True, "better than the constant")
     run("serve", str(folder), "2")
     assert "bundle 2 serves" in run("show", str(folder), "2")
+    assert run("show", str(folder)) == run("show", str(folder), "2"), "the one that serves"
     shelf.store.close()
 
 
