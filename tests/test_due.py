@@ -17,8 +17,16 @@ from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.loop.dataset import Dataset
-from segqc.loop.due import DueRound, last_time_of_day, outlook_of, put_due_round, rounds_info, why_due
-from segqc.loop.requests import TrainResult, result_to_json
+from segqc.loop.due import (
+    DueRound,
+    last_time_of_day,
+    outlook_of,
+    put_due_round,
+    put_first_trainings,
+    rounds_info,
+    why_due,
+)
+from segqc.loop.requests import NETWORKS, TrainRequest, TrainResult, result_to_json
 from segqc.loop.rounds import summaries
 from segqc.loop.worker import Worker
 from segqc.quality.stopping import outlook, outlook_sentence
@@ -49,6 +57,7 @@ from tests.store_kit import (
 from tests.test_stopping import FLAT
 
 COUNT = 24
+FIRST = [TrainRequest(model=network) for network in NETWORKS]
 AFTER = Settings(round=RoundSettings(after_corrections=3), training={"min_cases": 1})
 AUDIT = LeaseRules(audit_share=1.0, validation_share=0.0, repeat_seconds=0)
 NOON = dt.datetime(2026, 1, 2, 12, tzinfo=dt.UTC)
@@ -225,6 +234,41 @@ def test_labels_that_both_networks_that_serve_were_trained_with_are_no_correctio
     assert due(store) is None
     label(store, clock, 6)
     assert due(store) == "by the settings: 3 corrections before the first round"
+
+
+def test_no_round_is_put_while_a_training_is_open_that_may_know_the_labels(store: Store, clock: Clock) -> None:
+    label(store, clock, 0, 1, 2)
+    put_first_trainings(store, FIRST)
+    assert due(store) is None, "it waits"
+    with store.write() as transaction:
+        job = jobs.claim(transaction, "w1", ("train",))
+    assert job is not None
+    assert due(store) is None, "it runs"
+    with store.write() as transaction:
+        jobs.finish(transaction, job.id, "w1", "failed")
+        jobs.stop(transaction, jobs.open_jobs(transaction, "train")[0].id, ANNA)
+    assert due(store) is not None, "nothing came of them"
+
+
+@pytest.mark.parametrize("state", ["none", "by the settings", "by the settings, runs", "by hand"])
+def test_the_first_networks_are_trained_once(store: Store, clock: Clock, state: str) -> None:
+    label(store, clock, 0, 1, 2)
+    if state == "by hand":
+        with store.write() as transaction:
+            jobs.enqueue(transaction, "round", {}, ANNA)
+    elif state != "none":  # a worker was faster than the server's first look
+        assert due(store) is not None
+    if state.endswith("runs"):
+        with store.write() as transaction:
+            jobs.claim(transaction, "w1", ("round",))
+    for _ in range(2):
+        put_first_trainings(store, FIRST)
+    with store.read() as transaction:
+        trained = [job.request["model"] for job in jobs.open_jobs(transaction, "train")]
+        is_open = bool(jobs.open_jobs(transaction, "round"))
+    by_round = state in ("by hand", "by the settings, runs")
+    assert trained == ([] if by_round else ["segmentation", "segqc"])
+    assert is_open == by_round
 
 
 def test_only_people_s_labels_that_stand_are_corrections(store: Store, folder: Path, clock: Clock) -> None:

@@ -16,7 +16,15 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.loop.requests import NETWORKS, RoundRequest, TrainResult, enqueue, training_step
+from segqc.loop.requests import (
+    NETWORKS,
+    RoundRequest,
+    TrainRequest,
+    TrainResult,
+    enqueue,
+    request_of,
+    training_step,
+)
 from segqc.quality.stopping import CheckedRound, Outlook, StopReason, outlook, outlook_sentence
 from segqc.settings import RoundSettings, Settings
 from segqc.store import bundles, corrections, jobs, rounds
@@ -61,13 +69,39 @@ def put_due_round(store: Store, settings: Settings) -> DueRound:
 
 
 def _why_due(transaction: Transaction, settings: Settings) -> str | None:
-    """Why a round is due; None where it is not, one is open, or too few patients are labelled for any training."""
-    if jobs.open_jobs(transaction, "round"):
+    """Why a round is due; None where it is not, or too few patients are labelled for any training.
+
+    Nor is it while a round or a training is open: what that trains on is looked at when it has ended.
+    """
+    if jobs.open_jobs(transaction, "round") or jobs.open_jobs(transaction, "train"):
         return None
     waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     reason = why_due(waiting, rounds.last_number(transaction), settings.round, transaction.now)
     needed = max(settings.training_settings(network).min_cases for network in NETWORKS)
     return reason if reason is not None and rounds.labelled_patients(transaction) >= needed else None
+
+
+def put_first_trainings(store: Store, requests: Sequence[TrainRequest]) -> None:
+    """Put the trainings of a folder's first networks, but for those that are open.
+
+    A round makes these networks, too, so that none is put beside one; a round that only waits, by the settings, is
+    stopped instead: it would train on the same labels once more.
+
+    Args:
+        store: the store.
+        requests: the trainings, in their order.
+    """
+    with store.write() as transaction:
+        waiting = jobs.open_jobs(transaction, "round")
+        if any(job.state == "running" or job.reason is None for job in waiting):
+            return
+        for job in waiting:
+            jobs.stop(transaction, job.id, SERVER)
+        asked = [request_of(job) for job in jobs.open_jobs(transaction, "train")]
+        open_networks = {request.model for request in asked if isinstance(request, TrainRequest)}
+        for request in requests:
+            if request.model not in open_networks:
+                enqueue(transaction, request, SERVER)
 
 
 def why_due(
