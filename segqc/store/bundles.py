@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from segqc.store import assessments, events
 from segqc.store.database import StoreError, Transaction
 from segqc.store.records import Actor, BundleRecord, JsonObject, PublishedBundle
-from segqc.store.schema import ActorRow, Bundle, Event
+from segqc.store.schema import ActorRow, Bundle, Event, LabelVersion
 from segqc.types import DriftAlarm
 
 _MAX_NUMBER: Final = 2**31 - 1  # that a column can hold
@@ -59,6 +59,7 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
             reason=new.reason,
             actor_id=events.actor_id(transaction, actor),
             published_at=new.published_at or transaction.now,
+            newest_label=transaction.scalar(select(func.max(LabelVersion.id))) or 0,
             serving=False,
             ranked_by=new.ranked_by,
             segmenter_newest_label=new.segmenter_newest_label,
@@ -220,6 +221,7 @@ def _record(row: Bundle, actor: ActorRow) -> PublishedBundle:
         reason=row.reason,
         actor=events.actor_of(actor),
         published_at=row.published_at,
+        newest_label=row.newest_label,
         is_serving=row.serving,
         ranked_by=row.ranked_by,
         held_because=row.held_because,

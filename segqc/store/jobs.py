@@ -134,7 +134,8 @@ def begun_now(transaction: Transaction) -> Begun:
 
 
 def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> None:
-    silent_since = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    patience = dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    silent_since = transaction.now - patience
     for row in transaction.scalars(select(JobRow).where(JobRow.state == "running")).all():
         if (
             row.heartbeat_at is None
@@ -142,6 +143,9 @@ def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> N
             or (row.worker is not None and is_dead(row.worker))
         ):
             _retry(transaction, row, "its worker died")
+        elif row.heartbeat_at > transaction.now + patience:
+            # by another clock: from now on this one counts, until the worker, if it lives, shows it again
+            row.heartbeat_at = transaction.now
     transaction.flush()
 
 

@@ -103,6 +103,7 @@ class PublishedBundle:
     reason: str  # what it was published for, such as "training of segqc"
     actor: Actor
     published_at: dt.datetime
+    newest_label: int  # the newest label version then
     is_serving: bool
     ranked_by: str | None  # the strategy whose order its estimates' order is replaced by; None for their own
     held_because: str | None  # why it does not serve by itself; None where it does, did, or was let to
@@ -224,6 +225,7 @@ class CheckedEstimate:
     patient: str
     scan: str  # its name
     made_at: dt.datetime  # when the correction came
+    label: int  # the version that came of it
     structure: str  # its name
     segmenter_version: str | None  # None where no network made the mask
     assessor_version: str | None

@@ -27,7 +27,7 @@ import requests
 
 from segqc.loop.dataset import Dataset
 from segqc.server.annotator import Correction, annotate
-from segqc.store import scans
+from segqc.store import bundles, scans
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -117,14 +117,14 @@ class Loop:
             assert self.process.poll() is None, log
             assert "ended: failed" not in log and "Traceback" not in log, log[-4000:]
             assert time.monotonic() - started < HOURS * 3600, log[-4000:]
-            time.sleep(1)
+            time.sleep(2)
         print(f"{what} ({time.monotonic() - started:.0f} s)", flush=True)
 
     def serving(self) -> int | None:
         """The number of the bundle that serves, if it holds both networks."""
-        found = self.table("models", "list")["bundles"]
-        both = [row["bundle"] for row in found if row["serving"] and row["segmentation"] and row["segqc"]]
-        return both[0] if both else None
+        with Dataset(self.folder).store.read() as transaction:
+            found = bundles.serving(transaction)
+        return found.bundle.id if found is not None and found.bundle.assessor_version is not None else None
 
     def correct(self) -> list[Correction]:
         """Let the simulated annotator correct what the server suggests; a round is due then."""
