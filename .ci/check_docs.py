@@ -26,7 +26,7 @@ SHORT = {
     "SEGQC_TRAINING__GAMMAS": "[]",
 }
 FEW_SCANS = {"--labelled 30": "--labelled 8", "--unlabelled 50": "--unlabelled 6"}
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 SERVE = "segqc serve"
 USUAL_ADDRESS = "127.0.0.1:8000"
 SAMPLES = Path(__file__).parents[1] / "sample-datastore"
