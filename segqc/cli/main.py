@@ -119,6 +119,11 @@ _SLICE_TERMS: Final = (
     "boxes: likely errors, as voxels along the two axes of the slice."
 )
 
+_AUDIT_TERMS: Final = (
+    "audited patients: whose scans were audit draws, shown with estimates of the networks that serve, and corrected; "
+    "new networks begin with none. wanted: so many patients make new intervals (--use). covered: of the estimates with "
+    "an interval, those whose interval holds the truth."
+)
 _DRIFT_TERMS: Final = (
     "evidence of drift: how strongly the audited patients speak for errors larger than those of the calibration; 1 is "
     "nothing. Patients whose corrections are part of the calibration are not tested."
@@ -538,7 +543,7 @@ def intervals(
         rows = [{**row, **of_drift} for row, of_drift in zip(rows, drift_rows or [{}] * len(rows), strict=True)]
     title = f"{folder}: {LEVEL:.0%} intervals on audit draws"
     extra: dict[str, object] = {"drift_alarm": None if alarm is None else alarm_to_json(alarm)}
-    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="structures")
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="structures", terms=_AUDIT_TERMS)
     if drift_rows and not as_json and not as_csv:
         emit(drift_rows, "drift of the estimated Dice", terms=_DRIFT_TERMS)
     if alarm is not None and not as_json:
