@@ -1,7 +1,8 @@
-# make serve: install, then serve the sample data    make test: install, then all tests    make lint: style, types, imports
+# make serve: install, then serve a copy of the sample data    make test: install, then all tests    make lint: style, types, imports
 PYTHON ?= python3
 VENV ?= .venv
-DATASET ?= sample-datastore
+SAMPLES := served/sample-datastore
+DATASET ?= $(SAMPLES)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -23,8 +24,13 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(FIND_LINKS) -c constraints.txt -e '.[server,dev]'
 	@touch $@
 
-serve: install
+serve: install $(filter $(SAMPLES),$(DATASET))
 	$(BIN)/segqc serve $(DATASET)
+
+# A copy, once: what annotators submit and what the server keeps is no part of the checkout.
+$(SAMPLES):
+	@mkdir -p $(@D)
+	@rm -rf $@.new && cp -R sample-datastore $@.new && mv $@.new $@
 
 test: test-fast test-server
 

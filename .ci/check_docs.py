@@ -1,12 +1,13 @@
 """Run the blocks of the README and the docs that are marked as checked, on few scans and steps; fail where one fails.
 
 A marked block follows a line ``<!-- checked -->``. Python blocks run one by one, in a folder that holds a copy of the
-sample scans. The commands of shell blocks run one after the other in an empty folder, on the real data that SEGQC_DATA
-names. ``segqc serve`` runs beside the commands after it until the end.
+sample scans. The shell blocks of a page run one after the other in an empty folder; those of a page that names
+SEGQC_DATA, on the real data there. ``segqc serve`` runs beside the commands after it until the end of the page.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,9 @@ SHORT = {
     "SEGQC_TRAINING__GAMMAS": "[]",
 }
 FEW_SCANS = {"--labelled 30": "--labelled 8", "--unlabelled 50": "--unlabelled 6"}
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
+SERVE = "segqc serve"
+USUAL_ADDRESS = "127.0.0.1:8000"
 SAMPLES = Path(__file__).parents[1] / "sample-datastore"
 
 
@@ -34,13 +37,14 @@ def checked_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"<!-- checked -->\n```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def checked_commands(text: str) -> list[str]:
-    """The commands of all marked shell blocks, in order; lines continued by a backslash are joined."""
-    text = "\n".join(checked_blocks(text, "sh"))
+def checked_scripts(text: str) -> list[str]:
+    """What all marked shell blocks of a page do, in order: each server by itself, and what lies between them."""
+    text = "".join(checked_blocks(text, "sh"))
     for many, few in FEW_SCANS.items():
         text = text.replace(many, few)
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line for line in map(str.strip, text.replace("\\\n", " ").splitlines()) if line and line[0] != "#"]
+    by_itself = itertools.groupby(lines, lambda line: line if line.startswith(SERVE) else "")
+    return ["\n".join(group) for _, group in by_itself]
 
 
 def run_python(block: str) -> None:
@@ -72,31 +76,23 @@ def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
     sys.exit(f"check_docs: the server did not answer at {url} within {PATIENCE_SECONDS:.0f} s")
 
 
-def main() -> None:
-    """Run the marked blocks of the files given as arguments."""
-    text = "\n".join(Path(page).read_text(encoding="utf-8") for page in sys.argv[1:])
-    scripts, commands = checked_blocks(text, "python"), checked_commands(text)
-    if not (scripts and commands):
-        sys.exit("check_docs: no Python block, or no shell block, is marked as checked")
-    for script in scripts:
-        run_python(script)
-    if not os.environ.get("SEGQC_DATA"):
-        print("check_docs: shell blocks are skipped, SEGQC_DATA names no folder of real data sets")
-        return
+def run_shell(page: str) -> None:
+    """Run what the marked shell blocks of a page do; end the check where it fails."""
     port = str(free_port())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **SHORT, "PATH": path, "SEGQC_SERVER__PORT": port}
     servers: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for command in commands:
-                print(f"$ {command}", flush=True)
+            for script in checked_scripts(page):
+                print(f"$ {script}", flush=True)
                 start = time.monotonic()
-                if command.startswith("segqc serve"):
-                    servers.append(subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment))
+                if script.startswith(SERVE):
+                    servers.append(subprocess.Popen(["bash", "-c", f"exec {script}"], cwd=folder, env=environment))
                     wait_until_it_answers(f"http://127.0.0.1:{port}", servers[-1])
                 else:
-                    subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, check=True)
+                    script = script.replace(USUAL_ADDRESS, f"127.0.0.1:{port}")
+                    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, check=True)
                 print(f"  ({time.monotonic() - start:.1f} s)", flush=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"check_docs: exit code {error.returncode} from: {error.cmd[-1]}")
@@ -104,6 +100,22 @@ def main() -> None:
             for server in servers:
                 server.terminate()
                 server.wait(timeout=30)
+
+
+def main() -> None:
+    """Run the marked blocks of the files given as arguments."""
+    pages = {name: Path(name).read_text(encoding="utf-8") for name in sys.argv[1:]}
+    scripts = [script for page in pages.values() for script in checked_blocks(page, "python")]
+    shell = {name: page for name, page in pages.items() if checked_blocks(page, "sh")}
+    if not (scripts and shell):
+        sys.exit("check_docs: no Python block, or no shell block, is marked as checked")
+    for script in scripts:
+        run_python(script)
+    for name, page in shell.items():
+        if "SEGQC_DATA" in "".join(checked_blocks(page, "sh")) and not os.environ.get("SEGQC_DATA"):
+            print(f"check_docs: the shell blocks of {name} are skipped, SEGQC_DATA names no folder of real data sets")
+        else:
+            run_shell(page)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
     seconds: dict[str, float] = {}
-    models = clone / "sample-datastore" / "segqc" / "models"
+    models = clone / "served" / "sample-datastore" / "segqc" / "models"
     for start in ("make serve from an empty clone", "second start"):
         with (arguments.work / "serve.log").open("ab") as log:
             started = time.monotonic()

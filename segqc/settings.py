@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tomlkit
 from pydantic import (
@@ -58,6 +58,7 @@ SETTINGS_FILE = "segqc.toml"
 _PREFIX = "SEGQC_"
 _HEADING = "Settings of this dataset folder. Environment variables (SEGQC_TRAINING__EPOCHS=50) and flags win over it."
 _ALIKE = 0.75  # from 0 to 1, see difflib
+_TWICE: Final = re.compile(r"Cannot (overwrite|declare|mutate|redefine) .* \(at line (?P<line>\d+), column \d+\)")
 
 NetworkName: TypeAlias = Literal["segmentation", "segqc"]
 _NETWORKS: Final[tuple[NetworkName, ...]] = ("segmentation", "segqc")
@@ -157,8 +158,8 @@ class RoundSettings(BaseModel):
     """The table ``[round]``: when rounds begin by themselves. By default none does.
 
     Attributes:
-        after_corrections: a round begins when that many scans got a final label from people since the last one began;
-            0 for none.
+        after_corrections: a round begins when that many scans have a final label that neither a round nor both networks
+            that serve have trained on; 0 for none.
         at: the local time of day at which a round begins if at least one such label waits for it.
         enough_dice: masks are good enough, and no round begins by itself, when the mean true Dice of those that serve
             is at least that on audit draws, by the lower end of its interval.
@@ -221,6 +222,15 @@ class Settings(BaseSettings):
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            for name, found in value.items():
+                if name in cls.model_fields:
+                    _refuse_booleans(name, found, cls.model_fields[name].annotation)
+        return value
 
     @model_validator(mode="after")
     def _typed_training(self) -> Settings:
@@ -384,9 +394,37 @@ def build(kind: type[T], table: Mapping[str, object], name: str) -> T:
 def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
     _refuse_unknown(name, table, kind)
     try:
+        _refuse_booleans("", table, kind)
+    except ValueError as error:
+        raise ValueError(f"[{name}]: {error}") from error
+    try:
         return TypeAdapter(kind).validate_python(dict(table))
     except ValidationError as error:
         raise ValueError(f"[{name}]: {first_problem(error.errors())}") from error
+
+
+def _refuse_booleans(place: str, value: object, hint: object) -> None:
+    """Refuse true and false where numbers are wanted, as Python takes them for 1 and 0.
+
+    Raises:
+        ValueError: with the place.
+    """
+    if isinstance(value, bool):
+        if bool not in (wanted := _scalars(hint)) and wanted & {int, float}:
+            raise ValueError(f"{place}: wanted a number, got {str(value).lower()}")
+    elif isinstance(value, Mapping):
+        fields = get_type_hints(hint) if isinstance(hint, type) else {}
+        for name, item in value.items():
+            _refuse_booleans(f"{place}.{name}" if place else str(name), item, fields.get(name, hint))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_booleans(place, item, hint)
+
+
+def _scalars(hint: object) -> set[object]:
+    """The types of which a hint is made: str and int of ``dict[str, tuple[int, ...]]``."""
+    parts = get_args(hint)
+    return set().union(*map(_scalars, parts)) if parts else {hint}
 
 
 def _names(kind: type) -> list[str]:
@@ -495,12 +533,18 @@ def _blame(
 def _read_toml(path: Path) -> dict[str, object]:
     try:
         text = decode_text(path.read_bytes())
-        return tomllib.loads(text.replace("\r\n", "\n").replace("\r", "\n"))  # TOML knows no lone carriage returns
+        text = text.replace("\r\n", "\n").replace("\r", "\n")  # TOML knows no lone carriage returns
+        return tomllib.loads(f"{text}\n")  # of the last line it would tell no number without an end
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
         raise SettingsError(f"{path}: not a TOML file: it is nested too deep") from error
     except (TextError, ValueError) as error:  # no text, no TOML, or an integer of thousands of digits
+        if (twice := _TWICE.fullmatch(str(error))) is not None:
+            line = text.splitlines()[int(twice["line"]) - 1].strip()
+            raise SettingsError(
+                f"{path}: line {twice['line']}, {line!r}: this table or setting is there already; remove one of the two"
+            ) from error
         raise SettingsError(f"{path}: not a TOML file: {error}") from error
 
 
@@ -551,7 +595,7 @@ def _sentence(error: ValidationError | UnreadableVariable, origin: str) -> str:
     first, *others = error.errors()
     if first["type"] == "extra_forbidden":
         *tables, name = map(str, first["loc"])
-        first["loc"], first["msg"] = (), _no_setting(name, tables[0] if tables else "")
+        first["loc"], first["msg"], first["input"] = (), _no_setting(name, tables[0] if tables else ""), None
     return f"{origin}: {first_problem([first, *others])}"
 
 

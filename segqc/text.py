@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -32,6 +33,7 @@ _TERMINAL_CONTROLS: Final = {code: text for code, text in _CONTROLS.items() if c
     code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
 _MAX_PLACE: Final = 200  # characters: a key may be of any length
+_MAX_SHOWN: Final = 40  # characters of a text that was given
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -93,7 +95,7 @@ def visible(text: str) -> str:
 
 
 def first_problem(problems: Sequence[Mapping[str, Any]]) -> str:
-    """What pydantic found wrong at first, and where: "epochs: Input should be greater than 0 (and 1 more)".
+    """What pydantic found wrong at first, and where: "epochs: Input should be greater than 0, got -3 (and 1 more)".
 
     Args:
         problems: what `errors()` of its exception tells.
@@ -101,7 +103,20 @@ def first_problem(problems: Sequence[Mapping[str, Any]]) -> str:
     place = ".".join(map(str, problems[0]["loc"]))[:_MAX_PLACE]
     message = str(problems[0]["msg"]).removeprefix("Value error, ")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}{': ' if place else ''}{message}{more}"
+    return f"{place}{': ' if place else ''}{message}{_got(message, problems[0].get('input'))}{more}"
+
+
+def _got(message: str, value: object) -> str:
+    """What was given in place of what a message wants, where it is short; of a table, what the message names."""
+    if isinstance(value, Mapping):
+        words = set(re.findall(r"\w+", message))
+        named = {name: item for name, item in value.items() if name in words and _is_short(item)}
+        return f", got {', '.join(f'{name} = {item!r}' for name, item in named.items())}" if named else ""
+    return f", got {value!r}" if _is_short(value) and "got " not in message else ""
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _MAX_SHOWN)
 
 
 def spreadsheet_cell(value: T) -> T | str:

@@ -29,6 +29,7 @@ from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
 from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.server.client_labels import to_client
+from segqc.store import jobs
 from segqc.store.events import SERVER
 from segqc.training.calibration import KnownMask, fit_masks
 from segqc.types import Assessment, Metrics, Unlikeness, label_names
@@ -151,7 +152,7 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(run: Run, tmp_path: Pa
     broken.write_bytes(scan.read_bytes()[:200])
     for arguments, said_of in [
         (["rank", tmp_path / "none"], "none"),
-        (["rank", empty], "segqc score"),
+        (["rank", empty], "no scan waits for a label"),
         (["rank", empty, "--truth", tmp_path / "none"], "none"),
         (["score", empty], "segqc train segmentation"),
         (["train", "segmentation", tmp_path / "s"], "labelled"),
@@ -406,6 +407,35 @@ def test_rank_with_truths_tells_how_well_both_agree(run: Run, ranked: Path) -> N
     text = run("rank", ranked, "--truth", ranked / "truth").out
     assert "Spearman" in text
     assert "constant" in text
+
+
+def test_rank_says_how_far_the_scoring_is_and_what_goes_on_with_it(run: Run, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "s", scans=5, finals=1)
+    assert "its networks are not trained yet; run segqc round first" in run("rank", folder).err
+    number, dataset = add_models(folder), Dataset(folder)
+    told = run("rank", folder)
+    assert told.code == 1
+    assert "0 of 4 waiting scans are scored by bundle 1, which serves; a worker (segqc serve," in told.err
+    with dataset.store.write() as transaction:
+        (job,) = jobs.open_jobs(transaction, "scoring")
+        jobs.claim(transaction, "w1", ["scoring"])
+    for i in (1, 2, 3):
+        assess(dataset, f"scan_{i}", 0.5, number=number)
+    told = run("rank", folder)
+    assert "The list is not complete: 3 of 4 waiting scans are scored by bundle 1" in told.out
+    assert "a worker is at it, and the rest follows." in told.out
+    assert run("rank", folder, "--csv").out.count("\n") == 4
+    body = json.loads(run("rank", folder, "--json").out)
+    assert (body["waiting"], body["unscored"]) == (4, 1)
+    with dataset.store.write() as transaction:
+        jobs.finish(transaction, job.id, "w1", "done")
+    assess(dataset, "scan_4", 0.5, number=number)
+    assert "not complete" not in run("rank", folder).out
+    dataset.bundles.serve(add_models(folder), SERVER)
+    dataset.bundles.serve(number, SERVER)
+    assert "not complete" not in run("rank", folder).out, "a bundle that serves again is known by its estimates"
+    other = add_models(folder)
+    assert f"0 of 4 waiting scans are scored by bundle {other}" in run("rank", folder).err, "as after a rollback"
 
 
 def test_rank_lists_finished_scans_only_when_asked(run: Run, ranked: Path) -> None:

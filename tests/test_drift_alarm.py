@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from segqc.quality.drift import drift_sentence
 from segqc.quality.intervals import StructureIntervals, split_conformal
 from segqc.selection import segqc as worst_first
 from segqc.store import bundles, events, leases
+from segqc.store.database import utc_now
 from segqc.store.events import SERVER
 from tests.report_kit import good_card
 from tests.server_kit import add_models, draw_case, make_dataset, serving
@@ -154,13 +156,14 @@ def test_simulated_corrections_raise_none_but_can_be_looked_at(dataset: Dataset)
     assert "drift alarm since" in " ".join(run("intervals", str(dataset.folder), "--simulated").split())
 
 
-def test_what_calibrates_cannot_raise_the_alarm(dataset: Dataset) -> None:
+def test_what_calibrates_cannot_raise_the_alarm(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     correct(dataset, AUDIT, 12)
     assert dataset.drift_alarm() is not None
     use(dataset, model(dataset), audit(dataset, model(dataset)), ANNA)
     assert dataset.drift_alarm() is None
     assert [(t.test.calibrating, t.test.audited) for t in streams(dataset)] == [(12, 0)] * 2
     assert told(dataset) == []
+    monkeypatch.setattr(dataset.store.database, "clock", lambda: utc_now() - dt.timedelta(hours=5))  # is set back
     correct(dataset, AUDIT, 4)
     assert [(t.test.audited, t.test.alarm) for t in streams(dataset)] == [(4, None)] * 2, "as bad as those before"
     assert dataset.drift_alarm() is None

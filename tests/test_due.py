@@ -17,13 +17,21 @@ from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.loop.dataset import Dataset
-from segqc.loop.due import DueRound, last_time_of_day, outlook_of, put_due_round, rounds_info, why_due
-from segqc.loop.requests import TrainResult, result_to_json
+from segqc.loop.due import (
+    DueRound,
+    last_time_of_day,
+    outlook_of,
+    put_due_round,
+    put_first_trainings,
+    rounds_info,
+    why_due,
+)
+from segqc.loop.requests import NETWORKS, TrainRequest, TrainResult, result_to_json
 from segqc.loop.rounds import summaries
 from segqc.loop.worker import Worker
 from segqc.quality.stopping import outlook, outlook_sentence
 from segqc.selection import segqc as worst_first
-from segqc.settings import RoundSettings, Settings
+from segqc.settings import RoundSettings, Settings, load_settings
 from segqc.store import bundles, corrections, jobs, labels, leases, rounds
 from segqc.store.bundles import NewBundle
 from segqc.store.events import SERVER
@@ -49,6 +57,7 @@ from tests.store_kit import (
 from tests.test_stopping import FLAT
 
 COUNT = 24
+FIRST = [TrainRequest(model=network) for network in NETWORKS]
 AFTER = Settings(round=RoundSettings(after_corrections=3), training={"min_cases": 1})
 AUDIT = LeaseRules(audit_share=1.0, validation_share=0.0, repeat_seconds=0)
 NOON = dt.datetime(2026, 1, 2, 12, tzinfo=dt.UTC)
@@ -192,6 +201,76 @@ def test_what_comes_while_a_round_runs_counts_for_the_next_one(store: Store, clo
     assert due(store) == f"by the settings: 3 corrections since round {number}"
 
 
+def served(store: Store, segmenter: int | None, assessor: int | None) -> None:
+    """A bundle serves whose networks were trained with the labels up to these."""
+    with store.write() as transaction:
+        number = bundles.last_number(transaction) + 1
+        new = NewBundle(
+            id=number,
+            segmenter_version=f"seg{number}",
+            assessor_version=None if assessor is None else f"qc{number}",
+            manifest_sha256="0" * 64,
+            reason="a training",
+            segmenter_newest_label=segmenter,
+            assessor_newest_label=assessor,
+        )
+        bundles.add(transaction, new, SERVER)
+        bundles.serve(transaction, number, SERVER)
+
+
+def test_labels_that_both_networks_that_serve_were_trained_with_are_no_corrections(store: Store, clock: Clock) -> None:
+    def waiting() -> int:
+        with store.read() as transaction:
+            return rounds_info(transaction, AFTER.round).corrections
+
+    label(store, clock, 0, 1, 2, 3)
+    served(store, 4, None)
+    assert waiting() == 4, "SegQC-Net knows none of them"
+    served(store, 4, 2)
+    assert waiting() == 2
+    served(store, 4, 4)
+    assert due(store) is None, "as after the first start of a server, which has trained both"
+    label(store, clock, 4, 5)
+    assert due(store) is None
+    label(store, clock, 6)
+    assert due(store) == "by the settings: 3 corrections before the first round"
+
+
+def test_no_round_is_put_while_a_training_is_open_that_may_know_the_labels(store: Store, clock: Clock) -> None:
+    label(store, clock, 0, 1, 2)
+    put_first_trainings(store, FIRST)
+    assert due(store) is None, "it waits"
+    with store.write() as transaction:
+        job = jobs.claim(transaction, "w1", ("train",))
+    assert job is not None
+    assert due(store) is None, "it runs"
+    with store.write() as transaction:
+        jobs.finish(transaction, job.id, "w1", "failed")
+        jobs.stop(transaction, jobs.open_jobs(transaction, "train")[0].id, ANNA)
+    assert due(store) is not None, "nothing came of them"
+
+
+@pytest.mark.parametrize("state", ["none", "by the settings", "by the settings, runs", "by hand"])
+def test_the_first_networks_are_trained_once(store: Store, clock: Clock, state: str) -> None:
+    label(store, clock, 0, 1, 2)
+    if state == "by hand":
+        with store.write() as transaction:
+            jobs.enqueue(transaction, "round", {}, ANNA)
+    elif state != "none":  # a worker was faster than the server's first look
+        assert due(store) is not None
+    if state.endswith("runs"):
+        with store.write() as transaction:
+            jobs.claim(transaction, "w1", ("round",))
+    for _ in range(2):
+        put_first_trainings(store, FIRST)
+    with store.read() as transaction:
+        trained = [job.request["model"] for job in jobs.open_jobs(transaction, "train")]
+        is_open = bool(jobs.open_jobs(transaction, "round"))
+    by_round = state in ("by hand", "by the settings, runs")
+    assert trained == ([] if by_round else ["segmentation", "segqc"])
+    assert is_open == by_round
+
+
 def test_only_people_s_labels_that_stand_are_corrections(store: Store, folder: Path, clock: Clock) -> None:
     label(store, clock, 0, 1, 2)
     clock.pass_(seconds=1)
@@ -317,6 +396,29 @@ def test_a_worker_says_once_why_no_round_begins(
     assert "before 20 new labels have come (5 have)" in line
 
 
+def test_a_worker_reads_the_settings_of_rounds_anew_each_time(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("segqc.loop.worker.DUE_SECONDS", 0.0)
+    monkeypatch.setattr("segqc.loop.worker.POLL_SECONDS", 0.0)
+    file = dataset.folder / "segqc.toml"
+    usable = file.read_text()
+    states = iter([usable.replace("= 5", "= 6"), "[round]\nafter = 1", "[round]\nafter = 1", usable])
+
+    def read() -> Settings:
+        file.write_text(next(states))
+        return load_settings(dataset.folder)
+
+    worker = Worker(dataset, settings=read, command=lambda _: command(DONE))
+    monkeypatch.setattr(worker, "_run", worker.end)
+    worker.serve()
+    with dataset.store.read() as transaction:
+        (put,) = jobs.listing(transaction, "round")
+    assert put.reason == "by the settings: 5 corrections before the first round"
+    (line,) = [m for m in caplog.messages if m.startswith("no round begins by itself")]
+    assert "[round] has no setting 'after'" in line
+
+
 @pytest.mark.parametrize("kinds", [("train",), ("scoring", "batch_infer")])
 def test_a_worker_of_other_jobs_puts_no_round(dataset: Dataset, kinds: tuple[str, ...]) -> None:
     Worker(dataset, kinds, command=lambda _: command(DONE)).serve(until_idle=True)
@@ -381,8 +483,10 @@ def test_no_round_is_put_while_the_masks_that_serve_are_good_enough(
     with store.read() as transaction:
         info = rounds_info(transaction, AFTER.round)
     assert (info.stopped, info.corrections, info.message) == ("good enough", 9, outlook_sentence(held.stopped))
+    assert info.simulated == (9 if simulated else 0)
     correct(store, clock, 0.4, 2, simulated=simulated)
-    assert due(store) == "by the settings: 11 corrections before the first round", "bad masks among them resume it"
+    count = "11 corrections (11 simulated)" if simulated else "11 corrections"
+    assert due(store) == f"by the settings: {count} before the first round", "bad masks among them resume it"
 
 
 def test_audits_of_masks_that_do_not_serve_any_more_say_nothing(store: Store, clock: Clock) -> None:
@@ -493,4 +597,4 @@ def test_a_folder_without_rounds_says_how_they_begin(tmp_path: Path) -> None:
     (tmp_path / "new" / "segqc.toml").write_text('[round]\nafter_corrections = 20\nat = "2:00"\n')
     table = listed(tmp_path / "new")
     assert "No round was ever begun here" in table
-    assert "The next round begins by itself after 20 corrections or at 02:00; 0 corrections." in table
+    assert "The next round begins by itself after 20 corrections or at 02:00; 0 new corrections." in table

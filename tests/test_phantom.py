@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -207,3 +208,14 @@ def test_sample_scan_is_what_the_generator_draws() -> None:
     # Another processor may round a cosine differently: a voxel here and there, by one level.
     assert np.mean(labels.array != phantom.labels.array) < 1e-3
     assert np.mean(scan.array != phantom.scan.array) < 1e-2
+
+
+def test_what_make_serve_keeps_is_no_part_of_the_checkout() -> None:
+    root = SAMPLE.parent
+    if not (root / ".git").exists():
+        pytest.skip("the tests do not run in a checkout")
+    told = subprocess.run(["make", "-n", "serve"], cwd=root, capture_output=True, text=True, check=True).stdout
+    folder = told.split("segqc serve ")[1].split()[0]
+    written = [f"{folder}/labels/final/new.nii.gz", f"{folder}/segqc/store.sqlite"]
+    ignored = subprocess.run(["git", "check-ignore", *written], cwd=root, capture_output=True, text=True, check=False)
+    assert ignored.stdout.split() == written

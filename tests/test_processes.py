@@ -45,6 +45,74 @@ def test_a_process_that_gets_signals_ends_quietly_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+LOST = {
+    "finalizer": "type('Freed', (), {'__del__': lambda self: interrupt()})()",
+    "weak reference": "freed = set(); ref = weakref.ref(freed, lambda _: interrupt())",
+    "garbage": "found = type('Freed', (), {'__del__': lambda self: interrupt()})(); found.me = found; del found; "
+    "gc.collect()",
+}
+
+
+@pytest.mark.parametrize("place", LOST)
+def test_a_signal_that_comes_where_no_exception_leaves_is_not_lost(place: str, tmp_path: Path) -> None:
+    code = f"""
+import gc, os, signal, tempfile, time, weakref
+from segqc.loop.processes import exit_by_signals
+exit_by_signals()
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def happens():
+    {LOST[place]}
+
+with tempfile.TemporaryDirectory():
+    happens()
+    time.sleep(60)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_exceptions_that_leave_nothing_are_told_and_a_signal_at_the_end_is_not() -> None:
+    code = """
+import atexit, os, signal
+from segqc.loop.processes import exit_by_signals
+exit_by_signals()
+
+class Fails:
+    def __del__(self):
+        raise ValueError("a mistake")
+
+Fails()
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("Traceback") == 1 and "ValueError: a mistake" in done.stderr
+
+
+def test_a_process_whose_work_is_done_is_not_killed_by_a_late_signal() -> None:
+    code = """
+import os, signal, sys
+from segqc.loop.processes import exit_by_signals, ignore_ending_signals
+exit_by_signals()
+ignore_ending_signals()
+
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid()):
+        for sign in (1, 2, 15):
+            kill(own, sign)
+
+sys.last = Last()  # lives until Python has let go of all modules, and of the handlers of signals
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_signal_that_is_ignored_by_inheritance_stays_so() -> None:
     code = (
         "import os, signal; from segqc.loop.processes import exit_by_signals, ending_signals\n"

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -407,6 +408,12 @@ def test_why_a_mask_is_trusted_is_shown_and_exported(pool: Dataset, tmp_path: Pa
     assert (row["scan"], row["lower end"], row["bundle"]) == (stays, 0.9, 2)
     assert (shown["audited"], shown["bound"]) == (0, 1.0)
     assert "none is corrected yet" in run()
+    missing = dict(shown["not_accepted"])
+    assert set(waiting(dataset)) - {stays} <= set(missing) and not {stays, ends} & set(missing)
+    assert shown["reasons"] == dict(Counter(missing.values()))
+    for text in (run(), run("--ended")):
+        assert f"{len(missing)} waiting scans have none (" in text
+        assert all(f"{count}: {reason}" in text for reason, count in shown["reasons"].items())
     reasons = {row["scan"]: row["ended because"] for row in json.loads(run("--json", "--ended"))["pseudo_labels"]}
     assert reasons == {stays: None, ends: "the scan has a final label"}
     write_tables(dataset.store, tmp_path / "t", "csv")

@@ -163,9 +163,19 @@ def test_only_random_draws_are_audits_also_those_of_all_scans(store: Store, tmp_
         drawn = next_sample(store, LeaseRules(audit_share=1.0, validation_share=0, repeat_seconds=0))
     submit(store, tmp_path, drawn, 0.7)
     assert audited(store) == [(drawn.scan, 0.7)], "an audit draw that meets one counts, too"
-    clock.pass_(minutes=1)
     store.review(drawn.scan, "rejected", ANNA, "wrong")
     assert audited(store) == [], "a label that was rejected since says nothing"
+
+
+def test_a_clock_that_is_set_back_loses_no_audit(store: Store, tmp_path: Path, clock: Clock) -> None:
+    (scan, *_) = training(store)
+    accept(store, tmp_path, scan, is_audited=True)
+    clock.pass_(hours=-5)
+    lease = next_sample(store)
+    assert (lease.scan, lease.draw) == (scan, "pseudo-audit")
+    clock.pass_(hours=-5)
+    submit(store, tmp_path, lease, 0.7)
+    assert audited(store) == [(scan, 0.7)]
 
 
 def test_a_mask_that_two_annotators_correct_is_one_audit(store: Store, tmp_path: Path) -> None:

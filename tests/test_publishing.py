@@ -40,6 +40,7 @@ from segqc.store import bundles, events, jobs, maintenance
 from segqc.store.bundles import NewBundle
 from segqc.store.database import Database, StoreError, StoreUnavailable
 from segqc.store.events import FOLDER, SERVER
+from segqc.store.records import Begun
 from segqc.store.restore import restore
 from segqc.store.schema import Bundle
 from segqc.store.store import Store
@@ -723,7 +724,8 @@ def test_a_bundle_that_served_serves_again_and_everybody_sees_it(
     first = other.serving()
     assert first is not None
     assert first.number == 1
-    assert told(shelf, 1) == [("published", "anna"), ("served", "anna"), ("served", "bert")]
+    by_hand = [("chosen", "bert"), ("served", "bert"), ("chosen", "bert")]
+    assert told(shelf, 1) == [("published", "anna"), ("served", "anna"), *by_hand]
     with shelf.store.read() as transaction:
         assert len(jobs.open_jobs(transaction, "scoring")) == 1, "the scans that wait are scored by it"
     assert shelf.publish({"segqc": files["segqc"]}, ANNA, "a test") == 3
@@ -883,6 +885,61 @@ def test_a_bundle_of_worse_masks_is_kept_and_does_not_serve_by_itself(
         assert held is None
 
 
+def begun_now(shelf: Bundles) -> Begun:
+    with shelf.store.read() as transaction:
+        return jobs.begun_now(transaction)
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["by itself", "even if worse"])
+def test_what_is_let_serve_by_hand_while_networks_are_trained_serves_on(
+    shelf: Bundles, files: dict[NetworkName, Path], clock: Clock, caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    shelf.publish(files, SERVER, "first")
+    shelf.publish(files, SERVER, "second")
+    shelf.serve(1, BERT)  # before the work begins: what comes of it is newer
+    first, second = begun_now(shelf), begun_now(shelf)
+    with shelf.publishing(files, SERVER, "a round", even_if_worse=wanted, begun=first) as publication:
+        assert publication.held_because is None
+    assert serving(shelf) == 3
+    clock.pass_(hours=-5)  # by no clock
+    shelf.serve(1, ANNA)
+    with shelf.publishing(files, SERVER, "a training", even_if_worse=wanted, begun=second) as publication:
+        reason = "bundle 1 was chosen by hand while the networks of this one were trained"
+        assert publication.held_because == reason
+    assert serving(shelf) == 1
+    assert told(shelf, 4) == [("published", "server"), ("held", "server")]
+    assert f"{reason}; 'segqc models serve {shelf.store.dataset} 4' lets it serve" in caplog.text
+    with shelf.publishing(files, SERVER, "the next round", begun=begun_now(shelf)):
+        pass
+    assert serving(shelf) == 5, "the choice is of before it"
+
+
+def test_a_choice_that_a_later_training_has_replaced_holds_nothing(
+    shelf: Bundles, files: dict[NetworkName, Path]
+) -> None:
+    shelf.publish(files, SERVER, "first")
+    round_began = begun_now(shelf)
+    shelf.serve(1, ANNA)  # it serves already: to say so is a choice, too
+    with shelf.publishing(files, ANNA, "a training", begun=begun_now(shelf)):
+        pass
+    with shelf.publishing(files, SERVER, "a round", begun=round_began) as publication:
+        assert publication.held_because is None
+    assert serving(shelf) == 3
+
+
+def test_a_bundle_knows_how_old_the_labels_of_both_networks_are(shelf: Bundles, files: dict[NetworkName, Path]) -> None:
+    def newest(number: int) -> tuple[int | None, int | None]:
+        with shelf.store.read() as transaction:
+            return bundles.newest_labels(transaction, number)
+
+    with shelf.publishing({"segmentation": files["segmentation"]}, SERVER, "training", begun=Begun(event=0, label=7)):
+        pass
+    with shelf.publishing({"segqc": files["segqc"]}, SERVER, "training", begun=Begun(event=0, label=9)):
+        pass
+    shelf.publish({"segqc": files["segqc"]}, ANNA, "the same networks with other intervals")
+    assert [newest(number) for number in (1, 2, 3)] == [(7, None), (7, 9), (7, 9)]
+
+
 def test_worse_estimates_serve_where_they_are_wanted_or_carried_over(
     shelf: Bundles, checked: dict[str, dict[NetworkName, Path]]
 ) -> None:
@@ -971,6 +1028,7 @@ def test_the_commands_show_what_is_held_and_why(folder: Path, checked: dict[str,
     assert (body["serving"], body["report_card"]["estimate"]) == (True, "better than the constant")
     run("serve", str(folder), "2")
     assert "bundle 2 serves" in run("show", str(folder), "2")
+    assert run("show", str(folder)) == run("show", str(folder), "2"), "the one that serves"
     shelf.store.close()
 
 

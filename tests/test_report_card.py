@@ -101,8 +101,16 @@ def test_of_few_patients_nothing_is_said(patients: int) -> None:
     assert (card.worst.estimate_verdict, card.worst.order_verdict) == ("too few patients",) * 2
     assert card.ranked_by == BY_ESTIMATE, "nothing speaks against it yet"
     for sentence in (estimate_sentence(card), order_sentence(card)):
-        counted = "1 patient" if patients == 1 else f"{patients} patients"
-        assert f": {counted} could be checked, {MIN_PATIENTS} are needed" in sentence
+        assert sentence.endswith(f": {patients} of {MIN_PATIENTS} patients are checked; label scans of more patients.")
+
+
+def test_where_only_validating_patients_are_checked_the_setting_that_checks_all_is_named() -> None:
+    card = report_card(simulated(4, patients=1), checks_all=False)
+    for sentence in (estimate_sentence(card), order_sentence(card)):
+        assert f": 1 of {MIN_PATIENTS} patients are checked; only patients that validate are" in sentence
+        assert "all labelled ones with ensemble = true in [training] of segqc.toml; or label" in sentence
+    many = report_card(simulated(4), checks_all=False)
+    assert "ensemble" not in estimate_sentence(many)
 
 
 def test_without_masks_there_is_a_card_that_says_nothing() -> None:
@@ -157,9 +165,7 @@ def test_intervals_of_marked_scans_are_left_out_of_the_share_that_hold_and_count
 
 def test_with_too_few_patients_it_is_said_once_that_no_scan_is_marked() -> None:
     card = report_card(simulated(2, patients=5, unlikeness=Unlikeness(1.0, None)))
-    assert messages(card)[2] == (
-        "No scan is marked as unlike the training scans yet: 5 patients calibrate, 9 are needed."
-    )
+    assert messages(card)[2] == ("No scan is marked as unlike the training scans yet: 5 of 9 patients calibrate.")
 
 
 @pytest.mark.parametrize("witness_noise, ranked_by", [(0.02, "tta"), (10.0, AT_RANDOM), (None, AT_RANDOM)])

@@ -28,6 +28,7 @@ from monailabel.utils.others.generic import file_checksum
 from sqlalchemy import update
 
 from segqc.loop.dataset import Dataset
+from segqc.loop.requests import RoundRequest, enqueue
 from segqc.networks.card import NetworkName
 from segqc.networks.model import ModelError
 from segqc.server.serve import default_app_dir
@@ -251,6 +252,34 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
     assert (info["rounds"]["after_corrections"], info["rounds"]["at"], info["rounds"]["stopped"]) == (0, None, None)
     assert info["rounds"]["message"].startswith("Nobody can tell yet whether more rounds are worth it")
+
+
+def test_info_tells_what_runs_and_when_rounds_begin_by_the_settings_of_now(client: TestClient, base: Path) -> None:
+    assert client.get("/info/").json()["jobs"] == []
+    file = base / "segqc.toml"
+    before = file.read_text()
+    store = Dataset(base).store
+    with store.write() as transaction:
+        job = enqueue(transaction, RoundRequest(), SERVER, reason="by the settings: 3 corrections since round 1")
+        jobs.claim(transaction, "w1", ["round"])
+        jobs.heartbeat(transaction, job.id, "w1", messages=["round: train segqc"], steps=(1, 4))
+    try:
+        file.write_text(f"{before}\n[round]\nafter_corrections = 3\n")
+        info = client.get("/info/").json()
+        (running,) = info["jobs"]
+        assert (running["kind"], running["title"], running["status"]) == ("round", "the round", "RUNNING")
+        assert (running["progress"], running["message"]) == ([1, 4], "round: train segqc")
+        assert (running["id"], running["reason"]) == (job.public_id, "by the settings: 3 corrections since round 1")
+        assert info["rounds"]["after_corrections"] == 3
+        assert "problem" not in info
+        file.write_text(f"{before}\n[round]\nafter_corrections = \n")
+        info = client.get("/info/").json()
+        assert info["problem"].startswith(f"{file}: not a TOML file")
+        assert info["rounds"]["after_corrections"] == 0
+    finally:
+        file.write_text(before)
+        with store.write() as transaction:
+            jobs.finish(transaction, job.id, "w1", "done")
 
 
 @pytest.mark.parametrize("worthless", [False, True])

@@ -136,7 +136,8 @@ def test_a_gain_is_of_the_scans_that_both_rounds_measured_and_the_same_every_tim
         ((), FLAT, 3, ["before 20 new labels", "(3 have)", "12 validation patients", "round 2 to 3", "within noise"]),
         ((), FLAT, 20, ["worth a try", "20 new labels"]),
         ((), [*FLAT[:2], a_round(3, 30, 0.1)], 0, ["may be worth it", "from round 1 to 2", "+0.1"]),
-        (masks([0.9] * 3), [], 0, ["Nobody can tell", "(3 so far)"]),
+        (masks([0.9] * 3), [], 0, ["Nobody can tell", "3 of 9 patients are audited", "0 of 3 rounds", "on 0 of 9"]),
+        ((), FLAT[:2], 0, ["0 of 9 patients are audited", "2 of 3 rounds", "on 9 of 9 validation patients"]),
     ],
 )
 def test_the_answer_is_one_sentence_with_the_numbers(

@@ -841,11 +841,26 @@ def test_only_audit_draws_of_whole_scans_check_the_estimates(store: Store, folde
         assert (checked.segmenter_version, checked.assessor_version) == ("seg1", "qc")
         assert (checked.estimated, checked.intervals) == (said.estimated, said.intervals)
         assert checked.true == PART.structures[0].metrics
-    clock.pass_(minutes=1)
-    store.review(audited[0], "rejected", ANNA, "not good")
+    store.review(audited[0], "rejected", ANNA, "not good")  # in the same second
     store.review(audited[1], "excluded", ANNA, "moved")
     with store.read() as transaction:
         assert corrections.audited(transaction) == []
+
+
+def test_a_clock_that_is_set_back_loses_no_audit(store: Store, folder: Path, clock: Clock) -> None:
+    for i in range(COUNT):
+        save_mask(store, folder.parent, f"scan_{i}", i + 1)
+        if i:
+            store.review(f"scan_{i}", "excluded", ANNA, "one is enough")
+    audits, whole = LeaseRules(audit_share=1.0, validation_share=0.0), replace(PART, opened_slices=None)
+    for value in (21, 22):
+        clock.pass_(hours=-5)
+        submit(store, folder, take(store, ANNA, audits).scan, ANNA, value, whole)
+        with store.read() as transaction:
+            assert [mask.scan for mask in corrections.audited_masks(transaction, "seg1")] == ["scan_0"]
+        store.remove_label("scan_0", "final", ANNA)  # in the same second
+        with store.read() as transaction:
+            assert corrections.audited_masks(transaction, "seg1") == [], "it waits again"
 
 
 def test_a_correction_remembers_what_was_shown_at_hand_out(store: Store, folder: Path, clock: Clock) -> None:
@@ -1045,6 +1060,24 @@ def test_a_job_whose_worker_died_is_taken_again(store: Store, clock: Clock) -> N
         ("epoch 1", "attempt 1 of 3 ended: its worker died"),
         1,
     )
+
+
+@pytest.mark.parametrize("hours", [1, 9000])
+def test_a_worker_whose_clock_is_ahead_keeps_its_job_while_it_lives_and_not_for_long_after(
+    store: Store, clock: Clock, hours: int
+) -> None:
+    job = put(store)
+    assert claim_job(store, "w1") == job
+    for _ in range(20):  # it lives
+        clock.pass_(hours=hours)
+        on_job(store, jobs.heartbeat, job, "w1")
+        clock.pass_(hours=-hours)
+        assert claim_job(store, "w2") is None
+        clock.pass_(seconds=jobs.HEARTBEAT_SECONDS)
+    clock.pass_(seconds=jobs.DEAD_AFTER_SECONDS - 1 - jobs.HEARTBEAT_SECONDS)
+    assert claim_job(store, "w2") is None
+    clock.pass_(seconds=2)
+    assert claim_job(store, "w2") == job, "it has died"
 
 
 def test_a_job_that_kills_its_workers_is_given_up(store: Store, clock: Clock) -> None:

@@ -250,7 +250,7 @@ def test_a_good_order_is_used_and_said_to_be_good(tmp_path: Path) -> None:
     worth = answer["reliability"]
     assert isinstance(worth, dict)
     assert (worth["estimate"], worth["order"]) == ("better than the constant", "better than chance")
-    assert "better than a constant: on masks of 30 patients" in worth["messages"][0]
+    assert "better than a constant: on masks of 30 patients, made by fold networks" in worth["messages"][0]
 
 
 def test_an_order_that_is_noise_is_no_order(tmp_path: Path) -> None:

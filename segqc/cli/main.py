@@ -52,7 +52,7 @@ from segqc.errors import SegqcError, sentence
 from segqc.text import LineFormatter, visible
 
 if TYPE_CHECKING:
-    from segqc.loop.agreement import Agreement
+    from segqc.loop.agreement import Agreement, Ranking
     from segqc.loop.dataset import Dataset
     from segqc.loop.drift import StructureDrift
     from segqc.networks.assessor import Assessor
@@ -137,6 +137,11 @@ _SLICE_TERMS: Final = (
     "boxes: likely errors, as voxels along the two axes of the slice."
 )
 
+_AUDIT_TERMS: Final = (
+    "audited patients: whose scans were audit draws, shown with estimates of the networks that serve, and corrected; "
+    "new networks begin with none. wanted: so many patients make new intervals (--use). covered: of the estimates with "
+    "an interval, those whose interval holds the truth."
+)
 _DRIFT_TERMS: Final = (
     "evidence of drift: how strongly the audited patients speak for errors larger than those of the calibration; 1 is "
     "nothing. Patients whose corrections are part of the calibration are not tested."
@@ -446,9 +451,7 @@ def rank(
     ranking = order(dataset, method, truth=truth, include_final=include_final)
     ranked = ranking.scans
     if not ranked:
-        raise CommandError(
-            f"{folder}: no scan has a score of the method {method}; run segqc score --method {method} first"
-        )
+        raise CommandError(f"{folder}: {_unscored(dataset, ranking, method)}")
     names = list(dict.fromkeys(name for scan in ranked for name in scan.true_by_structure))
     rows: list[Row] = [
         {
@@ -482,7 +485,11 @@ def rank(
         title += brackets(scan.interval for scan in ranked)
         extra["report_card"] = None if card is None else to_json(card)
         extra["drift_alarm"] = None if alarm is None else alarm_to_json(alarm)
+    if as_json:
+        extra |= {"waiting": ranking.waiting, "unscored": ranking.unscored}
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="scans", terms=wanted.legend)
+    if ranking.unscored and not as_json:
+        typer.echo(f"The list is not complete: {_unscored(dataset, ranking, method)}.", err=as_csv)
     sentences = [drift_sentence(alarm)] if alarm is not None else []
     if card is not None:  # an alarm is later than the card: its word on the estimate counts
         sentences += [*([estimate_sentence(card)] if alarm is None else []), order_sentence(card, ranking.by)]
@@ -490,6 +497,27 @@ def rank(
         typer.echo(text, err=as_csv)
     if found is not None and not as_json:
         typer.echo(_agreement_text(found, is_dice=wanted.is_dice), err=as_csv)
+
+
+def _unscored(dataset: Dataset, ranking: Ranking, method: str) -> str:
+    """How many of the waiting scans are scored, and what scores the others."""
+    from segqc.selection import score_of
+    from segqc.store import bundles, jobs
+
+    if not ranking.waiting:
+        return "no scan waits for a label"
+    with dataset.store.read() as transaction:
+        serving = bundles.serving(transaction)
+        work = [job for kind in ("scoring", "round") for job in jobs.open_jobs(transaction, kind)]
+    pair = serving.bundle if serving is not None else None
+    needs_assessor = score_of(method).function is None
+    if pair is None or pair.segmenter_version is None or (needs_assessor and pair.assessor_version is None):
+        return f"no scan has a score of the method {method}, as its networks are not trained yet; run segqc round first"
+    scored = f"{ranking.waiting - ranking.unscored} of {ranking.waiting} waiting scans are scored by bundle {pair.id}"
+    if any(job.state == "running" for job in work):
+        return f"{scored}, which serves; a worker is at it, and the rest follows"
+    command = "segqc score" if needs_assessor else f"segqc score --method {method}"
+    return f"{scored}, which serves; a worker (segqc serve, segqc worker) or {command} does the rest"
 
 
 @app.command(rich_help_panel=ESTIMATE_PANEL)
@@ -544,7 +572,7 @@ def intervals(
         rows = [{**row, **of_drift} for row, of_drift in zip(rows, drift_rows or [{}] * len(rows), strict=True)]
     title = f"{folder}: {LEVEL:.0%} intervals on audit draws"
     extra: dict[str, object] = {"drift_alarm": None if alarm is None else alarm_to_json(alarm)}
-    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="structures")
+    emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="structures", terms=_AUDIT_TERMS)
     if drift_rows and not as_json and not as_csv:
         emit(drift_rows, "drift of the estimated Dice", terms=_DRIFT_TERMS)
     if alarm is not None and not as_json:
@@ -856,11 +884,12 @@ def worker(
         die_with_parent(signal.SIGTERM, parent)
     from segqc.loop.requests import KINDS
     from segqc.loop.worker import Worker
+    from segqc.settings import load_settings
 
     if unknown := sorted(set(kind or ()) - set(KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     _log_jobs()
-    taker = Worker(dataset_at(folder, config), kind or KINDS)
+    taker = Worker(dataset_at(folder, config), kind or KINDS, settings=lambda: load_settings(folder, config))
     for sign in ending_signals():
         signal.signal(sign, taker.end)
     taker.serve(until_idle=until_idle)

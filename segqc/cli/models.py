@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from segqc.cli.common import AsCsv, AsJson, DatasetFolder, Row, emit, kept_store, me, settings_of
+from segqc.cli.common import AsCsv, AsJson, CommandError, DatasetFolder, Row, emit, kept_store, me, settings_of
 from segqc.cli.report_cards import print_card, summary
 
 if TYPE_CHECKING:
@@ -45,7 +45,13 @@ def list_bundles(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv =
 
 
 @app.command()
-def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -> None:
+def show(
+    folder: DatasetFolder,
+    number: Annotated[
+        int | None, typer.Argument(metavar="[BUNDLE]", help="The bundle's number (default: the one that serves).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what a bundle's estimates are worth: its report card, and what audit draws have said against them."""
     from segqc.quality.drift import drift_sentence
     from segqc.quality.drift import to_json as alarm_to_json
@@ -53,6 +59,11 @@ def show(folder: DatasetFolder, number: BundleNumber, as_json: AsJson = False) -
     from segqc.store import bundles
 
     shelf = _bundles(folder)
+    if number is None:
+        with shelf.store.read() as transaction:
+            number = bundles.serving_number(transaction)
+        if number is None:
+            raise CommandError(f"{folder}: no bundle serves; {_NONE}")
     card = shelf.open(number).manifest.report
     with shelf.store.read() as transaction:
         published = bundles.get(transaction, number)

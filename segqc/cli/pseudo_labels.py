@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Final
 
 import typer
@@ -11,12 +12,14 @@ from segqc.cli.common import ESTIMATE_PANEL, AsCsv, AsJson, ConfigFile, DatasetF
 app = typer.Typer()
 
 _TERMS: Final = (
-    "estimated Dice: of the worst structure. lower end: the least of its structures' intervals. bundle: the networks "
+    "estimated Dice: of the worst structure. lower end: the least of all structures' intervals, so perhaps another "
+    "structure's than the one in the brackets of segqc rank. bundle: the networks "
     "that made the mask and accepted it. since: when. audit: whether a person checks it. ended because: why it no "
     "longer trains (--ended). bad: a true Dice below min_dice of [pseudo_labels] in segqc.toml."
 )
 _OFF: Final = "They are turned off (mode in the table [pseudo_labels] of segqc.toml)."
-_NONE: Final = "None is accepted. A round (segqc round FOLDER) chooses them, and says why others are none."
+_NONE: Final = "None is accepted; a round (segqc round FOLDER) chooses them."
+_NEXT: Final = "the next round would accept it"
 
 
 @app.command("pseudo-labels", rich_help_panel=ESTIMATE_PANEL)
@@ -29,8 +32,11 @@ def list_pseudo_labels(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """List the accepted pseudo-labels with estimate, rule and bundle, and what audits say of all of them."""
-    from segqc.loop.pseudo_labels import pseudo_label_audits
+    """List the accepted pseudo-labels with estimate, rule and bundle, and what audits say of all of them.
+
+    Below the table it says why other waiting scans have none, by the estimates and settings of now.
+    """
+    from segqc.loop.pseudo_labels import choose_now, pseudo_label_audits
     from segqc.quality.pseudo_labels import bound_in_words
     from segqc.store import pseudo_labels
 
@@ -41,6 +47,11 @@ def list_pseudo_labels(
         accepted = pseudo_labels.listing(transaction)
         found = pseudo_labels.listing(transaction, ended=True) if ended else accepted
     audits = pseudo_label_audits(dataset, rules)
+    choice = choose_now(dataset)
+    known = {record.label.scan for record in accepted}
+    refused: dict[str, str] = {scan: reason for scan, reason in choice.refused.items() if scan not in known}
+    refused |= {scan.scan: _NEXT for scan in choice.accepted if scan.scan not in known}
+    reasons = Counter(refused.values())
     rows: list[Row] = [
         {
             "scan": record.label.scan,
@@ -56,15 +67,20 @@ def list_pseudo_labels(
         }
         for record in found
     ]
-    extra = {
+    extra: dict[str, object] = {
         "rule": str(rules),
         "audits": bound_in_words(audits),
         "audited": audits.audited,
         "bad": audits.bad,
         "bound": audits.bound,
+        "reasons": dict(reasons.most_common()),
+        "not_accepted": refused,
     }
     empty = _OFF if rules.mode == "off" else _NONE
     title = f"{folder}: {len(accepted)} accepted pseudo-labels"
     if rules.mode == "off" and accepted:
         title += ", turned off ([pseudo_labels] in segqc.toml): none of them trains, and the next round drops them"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="pseudo_labels", terms=_TERMS, empty=empty)
+    if reasons and not as_json:
+        counts = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+        typer.echo(f"{len(refused)} waiting scans have none ({counts}).", err=as_csv)

@@ -21,7 +21,9 @@ _TERMS: Final = (
     "why: who asked for it, or which setting. labels: scans with a final label when it began. pseudo-labels: "
     "masks that trained, too (segqc pseudo-labels). validation Dice: of its masks of the validation scans. audited, "
     "audit error: audit draws shown with its estimates and corrected, and how far the estimated Dice was off on "
-    "average. bundle: serves, served before, or held, and why (segqc models serve)."
+    "average; each bundle begins with none, as an audit speaks of the estimates that were shown. bundle: serves, "
+    "served before, or held, and why (segqc models serve). new corrections: scans whose final label no round has "
+    "trained on, nor both networks that serve; simulated ones count."
 )
 _NONE: Final = (
     "No round was ever begun here; segqc round FOLDER begins one, [round] in segqc.toml says when others begin."
@@ -53,7 +55,7 @@ def list_rounds(
     extra: dict[str, object] = {"next": dataclasses.asdict(info)} if as_json else {}
     title = f"{folder}: rounds"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="rounds", terms=_TERMS, empty=_NONE)
-    for sentence in (_next(info, has_rounds=bool(found)), info.message) if not as_json else ():
+    for sentence in (_next(info), info.message) if not as_json else ():
         typer.echo(sentence, err=as_csv)
 
 
@@ -105,10 +107,10 @@ def _utc(at: dt.datetime | None) -> str | None:
     return None if at is None else at.isoformat(timespec="seconds")
 
 
-def _next(info: RoundsInfo, *, has_rounds: bool) -> str:
-    """When the next round begins by itself, or the first one."""
-    since = " since the last one began" if has_rounds else ""
-    came = f"{info.corrections} correction{'' if info.corrections == 1 else 's'}{since}"
+def _next(info: RoundsInfo) -> str:
+    """When the next round begins by itself, and what has come for it."""
+    came = f"{info.corrections} new correction{'' if info.corrections == 1 else 's'}"
+    came += f", {info.simulated} of them simulated" if info.simulated else ""
     conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
     conditions += [f"at {info.at}"] if info.at is not None else []
     if not conditions:

@@ -47,10 +47,13 @@ class Ranking:
     """The scored scans of a folder in an order, the first to correct first.
 
     ``by`` is the strategy whose order it is: where the estimates' order is known to be noise, another one's.
+    ``waiting`` is how many scans wait for a person's label, and ``unscored`` how many of these have no score yet.
     """
 
     by: str
     scans: tuple[RankedScan, ...]
+    waiting: int
+    unscored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,8 @@ def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, 
                 assessments[name].unlikeness if method == "segqc" else None,
             )
         )
-    return Ranking(by, tuple(ranked))
+    waiting = {entry.id for entry in dataset.waiting()}
+    return Ranking(by, tuple(ranked), len(waiting), len(waiting - scores.keys()))
 
 
 def suggestions(dataset: Dataset, strategy: Strategy, count: int) -> tuple[Suggestion, ...]:

@@ -99,9 +99,9 @@ def drift(transaction: Transaction, watched: DriftWatch, *, simulated: bool = Fa
         if (c.segmenter_version, c.assessor_version) == pair and c.patient not in seen
     ]
     if _is_drawn_from_audits(watched.card):
-        published_at = bundles.get(transaction, watched.bundle).published_at
-        before = {c.patient for c in found if c.made_at <= published_at}
-        found = [c for c in found if c.made_at > published_at and c.patient not in before]
+        newest = bundles.get(transaction, watched.bundle).newest_label
+        before = {c.patient for c in found if c.label <= newest}
+        found = [c for c in found if c.label > newest and c.patient not in before]
     known = watched.card.calibration or (None,) * len(watched.card.structures)
     tests = []
     for structure, calibration in zip(watched.card.structures, known, strict=True):

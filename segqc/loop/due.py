@@ -2,6 +2,9 @@
 
 A worker asks. What it puts is the same job as ``segqc round`` puts; both conditions are looked at once more with the
 store's write lock held, so that any number of workers puts one round.
+
+Counted are the scans whose final label no round has trained on, nor both networks that serve: of people, and of a
+simulated annotator just as well. Words and tables say how many are simulated.
 """
 
 from __future__ import annotations
@@ -13,7 +16,15 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from segqc.loop.requests import NETWORKS, RoundRequest, TrainResult, enqueue, training_step
+from segqc.loop.requests import (
+    NETWORKS,
+    RoundRequest,
+    TrainRequest,
+    TrainResult,
+    enqueue,
+    request_of,
+    training_step,
+)
 from segqc.quality.stopping import CheckedRound, Outlook, StopReason, outlook, outlook_sentence
 from segqc.settings import RoundSettings, Settings
 from segqc.store import bundles, corrections, jobs, rounds
@@ -58,13 +69,39 @@ def put_due_round(store: Store, settings: Settings) -> DueRound:
 
 
 def _why_due(transaction: Transaction, settings: Settings) -> str | None:
-    """Why a round is due; None where it is not, one is open, or too few patients are labelled for any training."""
-    if jobs.open_jobs(transaction, "round"):
+    """Why a round is due; None where it is not, or too few patients are labelled for any training.
+
+    Nor is it while a round or a training is open: what that trains on is looked at when it has ended.
+    """
+    if jobs.open_jobs(transaction, "round") or jobs.open_jobs(transaction, "train"):
         return None
     waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     reason = why_due(waiting, rounds.last_number(transaction), settings.round, transaction.now)
     needed = max(settings.training_settings(network).min_cases for network in NETWORKS)
     return reason if reason is not None and rounds.labelled_patients(transaction) >= needed else None
+
+
+def put_first_trainings(store: Store, requests: Sequence[TrainRequest]) -> None:
+    """Put the trainings of a folder's first networks, but for those that are open.
+
+    A round makes these networks, too, so that none is put beside one; a round that only waits, by the settings, is
+    stopped instead: it would train on the same labels once more.
+
+    Args:
+        store: the store.
+        requests: the trainings, in their order.
+    """
+    with store.write() as transaction:
+        waiting = jobs.open_jobs(transaction, "round")
+        if any(job.state == "running" or job.reason is None for job in waiting):
+            return
+        for job in waiting:
+            jobs.stop(transaction, job.id, SERVER)
+        asked = [request_of(job) for job in jobs.open_jobs(transaction, "train")]
+        open_networks = {request.model for request in asked if isinstance(request, TrainRequest)}
+        for request in requests:
+            if request.model not in open_networks:
+                enqueue(transaction, request, SERVER)
 
 
 def why_due(
@@ -77,7 +114,7 @@ def why_due(
     """Why a round is due, in words; None where it is not.
 
     Args:
-        waiting: the scans that got a final label from people since the last round began.
+        waiting: the scans with a final label that no round has trained on.
         last: the number of the last round; None before the first one.
         settings: when rounds begin by themselves.
         now: the time.
@@ -90,6 +127,7 @@ def why_due(
         '20 corrections since round 3'
     """
     count = "1 correction" if waiting.scans == 1 else f"{waiting.scans} corrections"
+    count += f" ({waiting.simulated} simulated)" if waiting.simulated else ""
     came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
     if settings.after_corrections and waiting.scans >= settings.after_corrections:
         return came
@@ -158,7 +196,8 @@ class RoundsInfo:
 
     Attributes:
         after_corrections, at: when rounds begin by themselves; 0 and None for never.
-        corrections: the scans that got a final label from people since the last round began.
+        corrections: the scans with a final label that neither a round nor both networks that serve have trained on.
+        simulated: how many of these labels are simulated corrections.
         stopped: why more rounds are not worth it, so that none begins by itself; None where they are.
         message: the same in one sentence, with the numbers.
     """
@@ -166,6 +205,7 @@ class RoundsInfo:
     after_corrections: int
     at: str | None
     corrections: int
+    simulated: int
     stopped: StopReason | None
     message: str
 
@@ -173,10 +213,12 @@ class RoundsInfo:
 def rounds_info(transaction: Transaction, settings: RoundSettings) -> RoundsInfo:
     """What clients see of rounds."""
     found = outlook_of(transaction, settings)
+    waiting = rounds.labelled_since(transaction, rounds.newest_label(transaction))
     return RoundsInfo(
         after_corrections=settings.after_corrections,
         at=None if settings.at is None else f"{settings.at:%H:%M}",
-        corrections=found.labels,
+        corrections=waiting.scans,
+        simulated=waiting.simulated,
         stopped=found.stop,
         message=outlook_sentence(found),
     )

@@ -23,6 +23,7 @@ from segqc.loop.scoring import assess, current_mask, keep_mask, score
 from segqc.loop.training import chosen_settings as chosen_settings
 from segqc.loop.training import train, training_result
 from segqc.networks.model_file import ModelError
+from segqc.store import jobs
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, JobRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
@@ -57,9 +58,11 @@ def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
 def _train(dataset: Dataset, job: JobRecord, request: TrainRequest, progress: Progress) -> TrainResult:
     settings = chosen_settings(dataset, request.model, request.settings)
     purpose = "a worker's train job"
+    with dataset.store.read() as transaction:
+        begun = jobs.begun(transaction, job.id)
     trained = train(
         dataset, request.model, progress, settings,
-        actor=job.actor, purpose=purpose, wait=True, serve=request.serve,
+        actor=job.actor, purpose=purpose, wait=True, serve=request.serve, begun=begun,
     )  # fmt: skip
     return training_result(request.model, trained)
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Final
 
 _ONE_WISH_SECONDS: Final = 2.0
+_AGAIN_SECONDS: Final = 0.01
 _PR_SET_PDEATHSIG: Final = 1
 _SHELL_OFFSET: Final = 128  # shells and containers report a death by signal n as exit status 128 + n
 
@@ -48,18 +49,47 @@ def exit_by_signals() -> None:
     The exit status is 128 plus the signal's number. A signal that is ignored by inheritance stays so.
     """
     last = -math.inf
+    status = 0
 
     def leave(number: int, _: FrameType | None) -> None:
-        nonlocal last
+        nonlocal last, status
         now = time.monotonic()
         # several at once, as `timeout` and an impatient user send them, must not cut the clean-up short
         if now - last > _ONE_WISH_SECONDS:
-            last = now
-            sys.exit(_SHELL_OFFSET + number)
+            last, status = now, _SHELL_OFFSET + number
+            sys.exit(status)
 
+    def leave_now(*_: int | FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        sys.exit(status)
+
+    def lost(found: sys.UnraisableHookArgs) -> None:
+        # a signal may come in a finalizer or a weak reference's callback, of which imports call many: no exception
+        # leaves these, and Python would print this one and go on
+        if not isinstance(found.exc_value, SystemExit):
+            sys.__unraisablehook__(found)
+        elif not _is_at_exit(found):
+            signal.signal(signal.SIGALRM, leave_now)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
+    sys.unraisablehook = lost
     for sign in ending_signals():
         if signal.getsignal(sign) is not signal.SIG_IGN:
             signal.signal(sign, leave)
+
+
+def _is_at_exit(found: sys.UnraisableHookArgs) -> bool:
+    """Whether an exception was met when the process was about to end anyway."""
+    return found.object is sys.modules.get("threading") or "atexit" in (found.err_msg or "")
+
+
+def ignore_ending_signals() -> None:
+    """Let no signal end this process any more: its work is done, and its exit status is to say so.
+
+    At its very end Python would give the signals back to the system, whose default is to kill.
+    """
+    for sign in ending_signals():
+        signal.signal(sign, signal.SIG_IGN)
 
 
 def die_with_parent(sign: signal.Signals, parent: int) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from segqc.progress import Progress
 from segqc.quality.pseudo_labels import (
     AuditBound,
     Candidate,
+    PseudoLabelChoice,
     PseudoLabelRules,
     audit_bound,
     bound_in_words,
@@ -61,12 +62,26 @@ def uses_pseudo_labels(dataset: Dataset) -> bool:
         return bool(pseudo_labels.listing(transaction) or pseudo_labels.left_over(transaction))
 
 
-def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
-    """Choose the scans whose masks are accepted now, and say what that changes; nothing is changed yet.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiting:
+    """The scans that wait for a person's first label, as the bundle that serves sees them, and which it accepts."""
 
-    Looked at are the scans that wait for a person's first label, with the masks and the assessments of the bundle that
-    serves. An accepted mask that was accepted before by the same bundle and settings is kept; others are made anew.
+    bundle: NetworkBundle | None
+    masks: Mapping[str, LabelRecord]
+    numbers: Mapping[str, int]
+    supervised: int
+    choice: PseudoLabelChoice
+
+
+def choose_now(dataset: Dataset) -> PseudoLabelChoice:
+    """The scans whose masks the rule of the settings accepts now, and why it does not accept the others.
+
+    Scans that a person has worked on, under whatever tag, are neither.
     """
+    return _choose(dataset).choice
+
+
+def _choose(dataset: Dataset) -> _Waiting:
     rules = dataset.settings.pseudo_labels
     try:
         bundle = dataset.bundle()
@@ -81,23 +96,41 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
         masks = labels.current_of_all(transaction, ORIGINAL)
         starts = labels.starts(transaction)
         assessed = assessments.latest_of_all(transaction)
-        before = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
-        left_over = pseudo_labels.left_over(transaction)
     labelled = dataset.cases()  # before the splits: new scans in the folder are taken in now
     splits = dataset.patient_splits()
     supervised = sum(splits[case.patient].split == "train" for case in labelled)
-    numbers = {scan.name: scan.id for scan in waiting}
     segmenter = bundle.manifest.networks["segmentation"].version if bundle and bundle.holds("segmentation") else None
     candidates = []
     for scan in waiting:
         mask = masks.get(scan.name)
         assessment = assessed.get(scan.name) if mask is not None and starts.get(scan.name) == mask.id else None
         candidates.append(_candidate(scan, mask, assessment, segmenter))
-    choice = choose_pseudo_labels(candidates, rules, supervised=supervised)
+    return _Waiting(
+        bundle=bundle,
+        masks=masks,
+        numbers={scan.name: scan.id for scan in waiting},
+        supervised=supervised,
+        choice=choose_pseudo_labels(candidates, rules, supervised=supervised),
+    )
+
+
+def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
+    """Choose the scans whose masks are accepted now, and say what that changes; nothing is changed yet.
+
+    Looked at are the scans that wait for a person's first label, with the masks and the assessments of the bundle that
+    serves. An accepted mask that was accepted before by the same bundle and settings is kept; others are made anew.
+    """
+    rules = dataset.settings.pseudo_labels
+    waiting = _choose(dataset)
+    bundle, choice = waiting.bundle, waiting.choice
+    with dataset.store.read() as transaction:
+        before = {record.label.scan: record for record in pseudo_labels.listing(transaction)}
+        left_over = pseudo_labels.left_over(transaction)
     chosen, kept = [], []
     for accepted in choice.accepted:
-        mask, record = masks[accepted.scan], before.get(accepted.scan)
-        if record is not None and _is_as_planned(record, mask.id, bundle, rules, str(rules), numbers[accepted.scan]):
+        mask, record = waiting.masks[accepted.scan], before.get(accepted.scan)
+        number = waiting.numbers[accepted.scan]
+        if record is not None and _is_as_planned(record, mask.id, bundle, rules, str(rules), number):
             kept.append(accepted.scan)
         else:
             chosen.append(
@@ -114,7 +147,7 @@ def plan_pseudo_labels(dataset: Dataset) -> PseudoLabelPlan:
     return PseudoLabelPlan(
         rule=str(rules),
         bundle=None if bundle is None else bundle.number,
-        supervised=supervised,
+        supervised=waiting.supervised,
         chosen=tuple(chosen),
         kept=tuple(kept),
         dropped=dropped,

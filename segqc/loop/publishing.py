@@ -45,7 +45,7 @@ from segqc.store.bundles import NewBundle
 from segqc.store.database import StoreUnavailable, Transaction
 from segqc.store.events import FOLDER, SERVER
 from segqc.store.maintenance import Finding
-from segqc.store.records import Actor, PublishedBundle
+from segqc.store.records import Actor, Begun, PublishedBundle
 from segqc.store.store import MODELS_FOLDER, Store
 from segqc.volumes import remove
 
@@ -142,11 +142,13 @@ class Bundles:
         *,
         only_as_pair: bool = False,
         even_if_worse: bool = False,
+        begun: Begun | None = None,
     ) -> Iterator[Publication]:
         """Publish networks: with the other network of the bundle that serves, they make a new one, which serves then.
 
         A bundle whose masks of the validation scans, or whose report card, are worse than those of the bundle that
-        serves is kept, and does not serve by itself.
+        serves is kept, and does not serve by itself. Neither does one of a training or a round during which somebody
+        has let the bundle that serves do so by hand: the later choice of a person counts.
 
         The other network is left out, with a warning, where it knows other structures: it cannot assess the masks, or
         make the masks, of a network that was trained after [structures] had changed.
@@ -158,7 +160,8 @@ class Bundles:
             actor: who publishes.
             reason: why, such as "training of segqc".
             only_as_pair: whether to refuse a network rather than to leave the other one out.
-            even_if_worse: whether the new bundle serves in any case.
+            even_if_worse: whether the new bundle serves even if its masks or estimates are worse.
+            begun: when the work on the networks began; None of networks of which nobody knows it.
 
         Raises:
             ModelError: if a file is no model of its network, or no number is left for a bundle.
@@ -181,7 +184,9 @@ class Bundles:
                 sources = self._with_carried(parent, sources, only_as_pair=only_as_pair)
                 number = self._next_number(transaction)
                 report = sources["segqc"].read_card().report if "segqc" in sources else None
-                held = None if even_if_worse else self._is_worse({n: sources[n] for n in files if n in sources}, parent)
+                held = _chosen_meanwhile(transaction, parent, begun)
+                if held is None and not even_if_worse:
+                    held = self._is_worse({n: sources[n] for n in files if n in sources}, parent)
                 manifest = Manifest(
                     number=number,
                     made_at=transaction.now,
@@ -194,7 +199,10 @@ class Bundles:
                 )
                 sha256 = write_bundle(self.folder, manifest, sources)
                 written = number
-                bundles.add(transaction, _new(manifest, sha256), actor)
+                known = _trained_labels(transaction, manifest, files, parent, begun)
+                new = _new(manifest, sha256)
+                new = replace(new, segmenter_newest_label=known[0], assessor_newest_label=known[1])
+                bundles.add(transaction, new, actor)
                 if held is None:
                     self._let_serve(transaction, number, actor)
                 else:
@@ -307,7 +315,9 @@ class Bundles:
     # ---------------------------------------------------------------------------------------------------------- serve
 
     def serve(self, number: int, actor: Actor) -> bool:
-        """Let an intact bundle serve; returns whether it did not before.
+        """Let an intact bundle serve, as somebody chooses it by hand; returns whether it did not before.
+
+        Trainings and rounds that run meanwhile do not undo it: the bundles that come of them are held.
 
         Raises:
             StoreError: if there is no such bundle.
@@ -320,6 +330,7 @@ class Bundles:
             if folder is not None:
                 self._record_found(transaction, [folder])
             self._open(bundles.get(transaction, number))  # still there, and the one that was published
+            bundles.choose(transaction, number, actor)
             return self._let_serve(transaction, number, actor)
 
     def _record_found(self, transaction: Transaction, folders: Iterable[Path]) -> None:
@@ -465,6 +476,37 @@ class Bundles:
             problem = str(error)
         is_removed = number not in bundle_folders(self.folder)
         return BundleStatus(number=number, published=published, files=files, is_removed=is_removed, problem=problem)
+
+
+def _chosen_meanwhile(transaction: Transaction, parent: PublishedBundle | None, begun: Begun | None) -> str | None:
+    """That somebody has let the bundle that serves do so by hand, since the work on new networks began."""
+    if parent is None or begun is None or not bundles.is_chosen_since(transaction, parent.bundle.id, begun.event):
+        return None
+    return f"bundle {parent.bundle.id} was chosen by hand while the networks of this one were trained"
+
+
+def _trained_labels(
+    transaction: Transaction,
+    manifest: Manifest,
+    files: Mapping[NetworkName, Path],
+    parent: PublishedBundle | None,
+    begun: Begun | None,
+) -> tuple[int | None, int | None]:
+    """What `bundles.newest_labels` shall say of a new bundle: a network of the bundle before is as old as it was."""
+
+    def newest(network: NetworkName, version: str | None, known: int | None) -> int | None:
+        if network in files and begun is not None:
+            return begun.label
+        entry = manifest.networks.get(network)
+        return known if entry is not None and entry.version == version else None
+
+    if parent is None:
+        return newest("segmentation", None, None), newest("segqc", None, None)
+    segmenter, assessor = bundles.newest_labels(transaction, parent.bundle.id)
+    return (
+        newest("segmentation", parent.bundle.segmenter_version, segmenter),
+        newest("segqc", parent.bundle.assessor_version, assessor),
+    )
 
 
 def _held(manifests: Iterable[Manifest]) -> dict[int, str]:

@@ -66,6 +66,7 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     labelled = len(dataset.cases())  # before the write lock is taken: new files in the folder need it
     with dataset.store.write() as transaction:
         number, done = jobs.begin_round(transaction, job.id, labelled)
+        begun = jobs.begun(transaction, job.id)
     folder = _folder(dataset, number)
     if PUBLISH_STEP not in done:
         for network in [n for n in NETWORKS if training_step(n) in done and not _is_usable(dataset, folder, n)]:
@@ -97,7 +98,9 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     def publish() -> None:
         files = {network: folder / model_name(network) for network in NETWORKS}
         reason = f"round {number}"
-        with dataset.bundles.publishing(files, job.actor, reason, even_if_worse=request.serve) as publication:
+        with dataset.bundles.publishing(
+            files, job.actor, reason, even_if_worse=request.serve, begun=begun
+        ) as publication:
             result: JsonObject = {"bundle": publication.number, "held_because": publication.held_because}
             jobs.finish_step(publication.transaction, number, PUBLISH_STEP, result, bundle=publication.number)
         done[PUBLISH_STEP] = result

@@ -20,8 +20,9 @@ from segqc.networks.card import ModelCard, NetworkName
 from segqc.networks.segmenter import Segmenter
 from segqc.plots import draw_curve
 from segqc.settings import SettingsError, build
+from segqc.store import jobs
 from segqc.store.events import SERVER
-from segqc.store.records import Actor
+from segqc.store.records import Actor, Begun
 from segqc.training import Progress, TrainingSettings
 from segqc.training.assessor import train_assessor
 from segqc.training.cases import Case, CaseError, TooFewCases
@@ -103,6 +104,7 @@ def train(
     purpose: str = "a training",
     wait: bool = False,
     serve: bool = False,
+    begun: Begun | None = None,
 ) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
 
@@ -122,6 +124,7 @@ def train(
         purpose: what this process is, for others that want to train the same network.
         wait: whether to wait for another process that trains this network.
         serve: whether the new bundle serves even if its estimates are worse.
+        begun: when the work on it began; by default now.
 
     Raises:
         TrainingBusy: if another process trains this network, unless told to wait.
@@ -129,10 +132,13 @@ def train(
         DatasetError: if nothing says what the structures are.
     """
     path = dataset.training_folder(network) / model_name(network)
+    if begun is None:
+        with dataset.store.read() as transaction:
+            begun = jobs.begun_now(transaction)
     with _alone(dataset, network, progress, purpose, wait=wait):
         trained = _train_model(dataset, network, progress, settings, path)
         why = f"training of {network}"
-        with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve) as publication:
+        with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve, begun=begun) as publication:
             trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
         path.unlink(missing_ok=True)
         path.with_name(FOLDS).unlink(missing_ok=True)

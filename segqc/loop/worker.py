@@ -37,6 +37,7 @@ from segqc.loop.processes import death_by_signal
 from segqc.loop.requests import KINDS, result_to_json
 from segqc.progress import LineProgress, step_line
 from segqc.quality.stopping import StopReason, outlook_sentence
+from segqc.settings import Settings, SettingsError
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
@@ -126,7 +127,18 @@ class Worker:
         *,
         command: Callable[[JobRecord], list[str]] | None = None,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        settings: Callable[[], Settings] | None = None,
     ) -> None:
+        """Take jobs of a folder.
+
+        Args:
+            dataset: the folder.
+            kinds: of the jobs.
+            command: starts a job's process; by default this program's own.
+            heartbeat_seconds: how often a running job's worker shows that it is alive.
+            settings: reads the folder's settings; asked each time whether a round is due, so that a change counts at
+                once. By default they stay as the dataset has them.
+        """
         self.dataset = dataset
         self.kinds = tuple(kinds)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -136,6 +148,8 @@ class Worker:
         self._ending = False
         self._next_look = 0.0  # by the monotonic clock, for a round that is due
         self._stopped: StopReason | None = None  # why no round begins by itself
+        self._settings = settings or (lambda: dataset.settings)
+        self._unusable: str | None = None  # what was last said of the settings
 
     def _job_command(self, job: JobRecord) -> list[str]:
         arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
@@ -198,7 +212,13 @@ class Worker:
             return
         self._next_look = time.monotonic() + DUE_SECONDS
         try:
-            due = put_due_round(self.dataset.store, self.dataset.settings)
+            due = put_due_round(self.dataset.store, self._settings())
+            self._unusable = None
+        except SettingsError as error:
+            if str(error) != self._unusable:
+                logger.warning("no round begins by itself: %s", error)
+            self._unusable = str(error)
+            return
         except StoreDamaged:
             raise  # it does not mend by itself
         except StoreUnavailable as error:

@@ -172,6 +172,7 @@ class ReportCard:
         witnesses: the rank correlation of each witness with the true Dice, by its name.
         scans: the numbers behind ``worst``, to compare two cards by.
         marked: how many of these are marked as unlike the others; None where scans have no such number.
+        checks_all: whether every labelled patient could be checked, and not only those that validate.
     """
 
     worst: StructureReport
@@ -179,6 +180,7 @@ class ReportCard:
     witnesses: Mapping[str, ConfidenceInterval]
     scans: tuple[CheckedScan, ...]
     marked: int | None = None
+    checks_all: bool = True
 
     @property
     def ranked_by(self) -> str:
@@ -201,11 +203,12 @@ def _is_order(spearman: ConfidenceInterval) -> bool:
     return spearman.low is not None and spearman.low > 0
 
 
-def report_card(masks: Sequence[UnseenMask], *, seed: int = 0) -> ReportCard:
+def report_card(masks: Sequence[UnseenMask], *, checks_all: bool = True, seed: int = 0) -> ReportCard:
     """Make the report card of estimates of masks of unseen patients.
 
     Args:
         masks: each structure of each mask; one mask a scan.
+        checks_all: whether they are of all labelled patients; else of those that validate.
         seed: of the bootstrap draws.
     """
     by_scan: dict[str, list[UnseenMask]] = {}
@@ -220,6 +223,7 @@ def report_card(masks: Sequence[UnseenMask], *, seed: int = 0) -> ReportCard:
         witnesses=_witness_orders(scans, seed) if worst.figures is not None else {},
         scans=tuple(CheckedScan(patient=s.patient, scan=s.scan, true=s.true, estimated=s.estimated) for s in scans),
         marked=_marked([by_scan[s.scan][0].unlikeness for s in scans]),
+        checks_all=checks_all,
     )
 
 
@@ -395,10 +399,11 @@ def estimate_sentence(card: ReportCard) -> str:
     """Whether the estimated Dice can be relied on, for annotators and operators."""
     worst, figures = card.worst, card.worst.figures
     if figures is None:
-        return _too_few("how good the estimates are", worst.patients)
+        return _too_few("how good the estimates are", card)
     errors = (
-        f"on masks of {worst.patients} patients that the networks had not seen, the estimated Dice was off by "
-        f"{figures.dice.mae:.3f} on average, the best single number for all by {figures.dice.constant_mae:.3f}"
+        f"on masks of {worst.patients} patients, made by fold networks that had not seen them and not by the one that "
+        f"serves, the estimated Dice was off by {figures.dice.mae:.3f} on average, the best single number for all by "
+        f"{figures.dice.constant_mae:.3f}"
     )
     if worst.estimate_verdict == "better than the constant":
         return f"The estimated Dice is better than a constant: {errors}."
@@ -416,7 +421,7 @@ def order_sentence(card: ReportCard, used: str | None = None) -> str:
     """
     worst, figures = card.worst, card.worst.figures
     if figures is None:
-        return _too_few("how good the order of the estimates is", worst.patients)
+        return _too_few("how good the order of the estimates is", card)
     found = f"rank correlation with the true Dice {_with_interval(figures.spearman)}"
     if worst.order_verdict == "better than chance":
         return f"The order of the estimates is better than chance on {worst.patients} patients ({found})."
@@ -433,8 +438,8 @@ def unlikeness_sentence(card: ReportCard) -> str | None:
     if card.marked is None:
         return None
     if card.worst.patients < MIN_PATIENTS:
-        checked = "1 patient calibrates" if card.worst.patients == 1 else f"{card.worst.patients} patients calibrate"
-        return f"No scan is marked as unlike the training scans yet: {checked}, {MIN_PATIENTS} are needed."
+        patients = f"{card.worst.patients} of {MIN_PATIENTS} patients"
+        return f"No scan is marked as unlike the training scans yet: {patients} calibrate."
     return (
         f"Scans that are unlike those of the {card.worst.patients} patients are marked, as intervals do not apply to "
         f"them; of the {len(card.scans)} scans of these patients {card.marked} would be."
@@ -447,12 +452,14 @@ def messages(card: ReportCard) -> list[str]:
     return [estimate_sentence(card), order_sentence(card), *([] if unlike is None else [unlike])]
 
 
-def _too_few(what: str, patients: int) -> str:
-    checked = "1 patient" if patients == 1 else f"{patients} patients"
-    return (
-        f"Nobody can tell yet {what}: {checked} could be checked, {MIN_PATIENTS} are needed; label scans of "
-        "more patients."
-    )
+def _too_few(what: str, card: ReportCard) -> str:
+    remedy = "label scans of more patients"
+    if not card.checks_all:
+        remedy = (
+            "only patients that validate are, but all labelled ones with ensemble = true in [training] of segqc.toml; "
+            f"or {remedy}"
+        )
+    return f"Nobody can tell yet {what}: {card.worst.patients} of {MIN_PATIENTS} patients are checked; {remedy}."
 
 
 def _with_interval(number: ConfidenceInterval) -> str:

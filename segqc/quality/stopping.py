@@ -94,6 +94,8 @@ class Outlook:
         gains: of the last round and the one before it, and last of both together; empty where they can't be measured.
         labels_wanted: how many new labels it takes until rounds that gained nothing are tried again; 0 without a stop.
         labels: how many have come.
+        compared: the last rounds that each had more labels than the one before; gains take three.
+        validating: the patients of the validation scans that all of these measured.
     """
 
     stop: StopReason | None
@@ -103,6 +105,8 @@ class Outlook:
     gains: tuple[Gain, ...]
     labels_wanted: int
     labels: int
+    compared: int = 0
+    validating: int = 0
 
 
 def outlook(
@@ -113,7 +117,7 @@ def outlook(
     Args:
         served: the true Dice of masks that serve, of scans that were audit draws.
         rounds: all finished rounds, oldest first.
-        labels: how many scans got a final label from people since the last round began.
+        labels: how many scans have a final label that no round has trained on.
         enough_dice: the mean true Dice that is good enough, from 0 to 1.
         seed: of the bootstrap draws.
     """
@@ -135,6 +139,8 @@ def outlook(
         gains=gains,
         labels_wanted=wanted,
         labels=labels,
+        compared=len(compared),
+        validating=_validating(compared),
     )
 
 
@@ -145,6 +151,12 @@ def _with_more_labels(rounds: Sequence[CheckedRound]) -> list[CheckedRound]:
         if checked.validation and (not chosen or checked.labelled < chosen[-1].labelled):
             chosen.append(checked)
     return chosen[:_ROUNDS][::-1]
+
+
+def _validating(rounds: Sequence[CheckedRound]) -> int:
+    """How many patients all of these rounds were measured on."""
+    found = [{(mask.patient, mask.scan) for mask in checked.validation} for checked in rounds]
+    return len({patient for patient, _ in set.intersection(*found)}) if found else 0
 
 
 def _gains(rounds: Sequence[CheckedRound], seed: int) -> tuple[Gain, ...]:
@@ -273,8 +285,9 @@ def outlook_sentence(found: Outlook) -> str:
             f"{found.enough_dice:g} is enough."
         )
     return (
-        f"Nobody can tell yet whether more rounds are worth it: that takes audit draws of {MIN_PATIENTS} patients "
-        f"({found.audited} so far), or {_ROUNDS} rounds, each with more labels, and {MIN_PATIENTS} validation patients."
+        f"Nobody can tell yet whether more rounds are worth it: masks of {found.audited} of {MIN_PATIENTS} patients "
+        f"are audited (each segmentation network begins with none), and {found.compared} of {_ROUNDS} rounds with more "
+        f"labels each are measured, on {min(found.validating, MIN_PATIENTS)} of {MIN_PATIENTS} validation patients."
     )
 
 

@@ -57,8 +57,9 @@ STRATEGY: Final = Strategy(
     order=order,
     score=Score(
         description="Masks and SegQC-Net's assessments; the order of the default strategy",
-        legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best. unlikeness: how far the "
-        "scan is from the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
+        legend="estimated Dice: of the scan's worst structure, without a true mask; 1 is best; in brackets its "
+        "interval (pseudo-labels go by the least lower end over all structures). unlikeness: how far the scan is from "
+        "the training's; 1 is usual. worst slices: to look at first, by sums of error probabilities.",
         is_dice=True,
     ),
     follows_report_card=True,

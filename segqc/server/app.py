@@ -32,7 +32,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
 from segqc.errors import SegqcError, sentence
-from segqc.loop.requests import NETWORKS, TrainRequest, enqueue, enqueue_scoring, request_of
+from segqc.loop.due import put_first_trainings
+from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
 from segqc.server.monailabel.auth import current_user, signed_in_user
@@ -48,8 +49,6 @@ from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
 from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
-from segqc.store import jobs
-from segqc.store.events import SERVER
 from segqc.text import first_problem
 
 logger = logging.getLogger(__name__)
@@ -229,14 +228,12 @@ def _bootstrap(instance: App, looked: threading.Event) -> None:
         )
         return
     logger.info("First start: training %s on %d labelled scans; the server answers meanwhile.", missing, labelled)
-    with store.write() as transaction:
-        asked = [request_of(job) for job in jobs.open_jobs(transaction, "train")]
-        waiting = {request.model for request in asked if isinstance(request, TrainRequest)}
-        for network in missing:
-            config = instance.trainers[network].config()
-            few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
-            if network not in waiting:
-                enqueue(transaction, TrainRequest(model=network, settings=few), SERVER)
+    first = []
+    for network in missing:
+        config = instance.trainers[network].config()
+        few = {name: min(config[name], most) for name, most in FIRST_EPOCHS.items() if name in config}
+        first.append(TrainRequest(model=network, settings=few))
+    put_first_trainings(store, first)
 
 
 _MAX_DETAIL: Final = 1000

@@ -121,6 +121,20 @@ def _as_running(job: JobRecord) -> JsonObject:
     return {**to_json(job), "status": "RUNNING"} if job.kind in ("train", "round") else to_json(job)
 
 
+def summary(job: JobRecord) -> JsonObject:
+    """An open job in the list of all: what it is, how far, and why it was put where nobody asked for it."""
+    return {
+        "id": job.public_id,
+        "kind": job.kind,
+        "status": _STATUS[job.state],
+        "title": title(request_of(job)),
+        "progress": [job.done_steps, job.all_steps],
+        "message": job.messages[-1] if job.messages else None,
+        "put_by": job.actor.name,
+        "reason": job.reason,
+    }
+
+
 def to_json(job: JobRecord) -> JsonObject:
     """The fields of MONAI Label's task, and what the store knows beside them."""
     request = request_of(job)

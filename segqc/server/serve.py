@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
-from segqc.loop.processes import ending_signals
+from segqc.loop.processes import ending_signals, ignore_ending_signals
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def serve(
         with listener:
             _answer(listener, f"http://{shown}:{port}/", beside, ending)
     alone.release()
+    ignore_ending_signals()
     ending.report()
 
 

@@ -15,11 +15,12 @@ from sqlalchemy import func, select, update
 from segqc.store import assessments, events
 from segqc.store.database import StoreError, Transaction
 from segqc.store.records import Actor, BundleRecord, JsonObject, PublishedBundle
-from segqc.store.schema import ActorRow, Bundle, Event
+from segqc.store.schema import ActorRow, Bundle, Event, LabelVersion
 from segqc.types import DriftAlarm
 
 _MAX_NUMBER: Final = 2**31 - 1  # that a column can hold
 _SERVED: Final = "served"  # the event of a bundle that serves from then on
+_CHOSEN: Final = "chosen"  # the event of a bundle that a person wants to serve
 _RECORDS: Final = select(Bundle, ActorRow).join(ActorRow, Bundle.actor_id == ActorRow.id)
 _SERVING: Final = _RECORDS.where(Bundle.serving)
 _RANKED_BY: Final = select(Bundle.ranked_by).where(Bundle.serving)
@@ -38,6 +39,8 @@ class NewBundle:
     reason: str
     ranked_by: str | None = None  # see `PublishedBundle`
     published_at: dt.datetime | None = None  # None for now
+    segmenter_newest_label: int | None = None  # when its training began; None where nobody knows
+    assessor_newest_label: int | None = None  # likewise
 
 
 def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBundle:
@@ -56,8 +59,11 @@ def add(transaction: Transaction, new: NewBundle, actor: Actor) -> PublishedBund
             reason=new.reason,
             actor_id=events.actor_id(transaction, actor),
             published_at=new.published_at or transaction.now,
+            newest_label=transaction.scalar(select(func.max(LabelVersion.id))) or 0,
             serving=False,
             ranked_by=new.ranked_by,
+            segmenter_newest_label=new.segmenter_newest_label,
+            assessor_newest_label=new.assessor_newest_label,
         )
     )
     transaction.flush()
@@ -102,6 +108,27 @@ def serve(transaction: Transaction, number: int, actor: Actor) -> bool:
     events.record(transaction, actor, _SERVED, "bundle", number)
     assessments.rank_anew(transaction)
     return True
+
+
+def choose(transaction: Transaction, number: int, actor: Actor) -> None:
+    """Note that a person wants a bundle to serve, see `is_chosen_since`."""
+    events.record(transaction, actor, _CHOSEN, "bundle", number)
+
+
+def is_chosen_since(transaction: Transaction, number: int, event: int) -> bool:
+    """Whether a person has chosen a bundle to serve after an event, by the event's number."""
+    chosen = select(Event.id).where(Event.object_kind == "bundle", Event.object_id == number, Event.verb == _CHOSEN)
+    return transaction.scalar(chosen.where(Event.id > event).limit(1)) is not None
+
+
+def newest_labels(transaction: Transaction, number: int) -> tuple[int | None, int | None]:
+    """The newest label version when the trainings of a bundle's networks began: the segmenter's, SegQC-Net's.
+
+    None where there is no such network, or nobody knows.
+    """
+    query = select(Bundle.segmenter_newest_label, Bundle.assessor_newest_label).where(Bundle.id == number)
+    segmenter, assessor = transaction.execute(query).one()
+    return segmenter, assessor
 
 
 def set_drift_alarm(transaction: Transaction, number: int, alarm: DriftAlarm | None) -> None:
@@ -194,6 +221,7 @@ def _record(row: Bundle, actor: ActorRow) -> PublishedBundle:
         reason=row.reason,
         actor=events.actor_of(actor),
         published_at=row.published_at,
+        newest_label=row.newest_label,
         is_serving=row.serving,
         ranked_by=row.ranked_by,
         held_because=row.held_because,

@@ -124,7 +124,10 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
     versions = (source.segmenter_version, Bundle.assessor_version)
     unlikeness = (AssessmentRow.unlikeness, AssessmentRow.unlikeness_p_value)
     query = (
-        select(Patient.name, Scan.name, Correction.made_at, StructureName.name, *versions, *unlikeness, shown, true)
+        select(
+            Patient.name, Scan.name, Correction.made_at, Correction.to_version_id, StructureName.name,
+            *versions, *unlikeness, shown, true,
+        )
         .options(defer(shown.detail), defer(true.slices))
         .select_from(Correction)
         .join(LeaseRow, LeaseRow.id == Correction.lease_id)
@@ -142,17 +145,18 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             AssessmentRow.label_version_id == Correction.from_version_id,
             Correction.simulated == simulated,
             Correction.opened_slices.is_(None),
-            Correction.made_at >= Scan.opened_at,
+            Correction.to_version_id > Scan.newest_label,
             Scan.state != "excluded",
             shown.present,
         )
         .order_by(Correction.id, true.position)
-    )
+    )  # fmt: skip
     return [
         CheckedEstimate(
             patient=patient,
             scan=scan,
             made_at=made_at,
+            label=label,
             structure=structure,
             segmenter_version=segmenter,
             assessor_version=assessor,
@@ -160,7 +164,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
             intervals=intervals_of(said, unlikeness_of(score, p_value)),
             true=Metrics(found.dice, found.iou, found.arvd, found.rvd),
         )
-        for patient, scan, made_at, structure, segmenter, assessor, score, p_value, said, found in (
+        for patient, scan, made_at, label, structure, segmenter, assessor, score, p_value, said, found in (
             transaction.execute(query)
         )
     ]
@@ -192,7 +196,7 @@ def audited_masks(transaction: Transaction, segmenter_version: str, *, simulated
             Bundle.segmenter_version == segmenter_version,
             Correction.simulated == simulated,
             Correction.opened_slices.is_(None),
-            Correction.made_at >= Scan.opened_at,
+            Correction.to_version_id > Scan.newest_label,
             Scan.state != "excluded",
         )
         .group_by(Correction.id, Patient.name, Scan.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import bindparam, insert, select
+from sqlalchemy import bindparam, func, insert, select
 
 from segqc.store.database import Transaction
 from segqc.store.records import Actor, EventRecord, JsonObject
@@ -64,6 +64,11 @@ def record_all(transaction: Transaction, actor: Actor, verb: str, object_kind: s
         return
     same = {"at": transaction.now, "actor_id": actor_id(transaction, actor), "verb": verb, "object_kind": object_kind}
     transaction.execute(insert(Event), [{**same, "object_id": i} for i in object_ids])
+
+
+def newest(transaction: Transaction) -> int:
+    """The number of the newest event; 0 without one."""
+    return transaction.scalar(select(func.max(Event.id))) or 0
 
 
 def history(transaction: Transaction, object_kind: str, object_id: int) -> list[EventRecord]:

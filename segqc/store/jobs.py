@@ -11,14 +11,15 @@ from sqlalchemy import Select, func, select, update
 
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction
-from segqc.store.records import Actor, JobRecord, JobState, JsonObject
-from segqc.store.schema import ActorRow, JobRow, LabelVersion, RoundRow, RoundStep
+from segqc.store.records import Actor, Begun, JobRecord, JobState, JsonObject
+from segqc.store.schema import ActorRow, Event, JobRow, LabelVersion, RoundRow, RoundStep
 
 HEARTBEAT_SECONDS: Final = 5.0
 DEAD_AFTER_SECONDS: Final = 60.0
 MAX_ATTEMPTS: Final = 3
 _LINES_KEPT: Final = 20
 _OPEN: Final[tuple[JobState, ...]] = ("queued", "running")
+_TAKEN: Final = "taken"  # the event of a job that a worker does from then on
 
 
 class JobLost(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -100,7 +101,7 @@ def claim(
     events.record(
         transaction,
         Actor(kind="system", name=worker, identified_by="program"),
-        "taken",
+        _TAKEN,
         "job",
         row.id,
         {"attempt": row.attempts},
@@ -113,8 +114,28 @@ def _newest_label(transaction: Transaction) -> int:
     return transaction.scalar(select(func.max(LabelVersion.id))) or 0
 
 
+def begun(transaction: Transaction, job: int) -> Begun:
+    """When a job began: when it was first taken, or put where nobody has; what is done again after a kill is the same.
+
+    Raises:
+        StoreError: if there is none of this number.
+    """
+    row = transaction.get(JobRow, job)
+    if row is None:
+        raise StoreError(f"there is no job {job}")
+    own = select(func.min(Event.id)).where(Event.object_kind == "job", Event.object_id == job)
+    event = transaction.scalar(own.where(Event.verb == _TAKEN)) or transaction.scalar(own) or 0
+    return Begun(event=event, label=row.newest_label)
+
+
+def begun_now(transaction: Transaction) -> Begun:
+    """What work on networks that begins now knows."""
+    return Begun(event=events.newest(transaction), label=_newest_label(transaction))
+
+
 def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> None:
-    silent_since = transaction.now - dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    patience = dt.timedelta(seconds=DEAD_AFTER_SECONDS)
+    silent_since = transaction.now - patience
     for row in transaction.scalars(select(JobRow).where(JobRow.state == "running")).all():
         if (
             row.heartbeat_at is None
@@ -122,6 +143,9 @@ def _requeue_lost(transaction: Transaction, is_dead: Callable[[str], bool]) -> N
             or (row.worker is not None and is_dead(row.worker))
         ):
             _retry(transaction, row, "its worker died")
+        elif row.heartbeat_at > transaction.now + patience:
+            # by another clock: from now on this one counts, until the worker, if it lives, shows it again
+            row.heartbeat_at = transaction.now
     transaction.flush()
 
 

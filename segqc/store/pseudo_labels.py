@@ -142,8 +142,9 @@ def audited(transaction: Transaction, *, simulated: bool = False, rule: str | No
     was_accepted = exists().where(
         PseudoLabelRow.label_version_id == made.id,
         made.parent_id == Correction.from_version_id,
-        made.made_at <= LeaseRow.handed_out_at,
-        or_(_OPEN, PseudoLabelRow.ended_at >= LeaseRow.handed_out_at),
+        made.id < Correction.to_version_id,
+        # most end with the very correction: at the same time, whatever the clock was when the scan was handed out
+        or_(_OPEN, PseudoLabelRow.ended_at == Correction.made_at, PseudoLabelRow.ended_at >= LeaseRow.handed_out_at),
     )
     if rule is not None:
         was_accepted = was_accepted.where(PseudoLabelRow.rule == rule)
@@ -159,7 +160,7 @@ def audited(transaction: Transaction, *, simulated: bool = False, rule: str | No
             Correction.simulated == simulated,
             Correction.opened_slices.is_(None),
             Correction.opened_structures.is_(None),
-            Correction.made_at >= Scan.opened_at,
+            Correction.to_version_id > Scan.newest_label,
             Scan.state != "excluded",
             was_accepted,
         )

@@ -87,6 +87,14 @@ class BundleRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """When work on networks began, told by what was the newest then: a clock may be set back."""
+
+    event: int
+    label: int  # label version; the networks know none that came later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedBundle:
     """A bundle and how it came to be."""
 
@@ -96,6 +104,7 @@ class PublishedBundle:
     reason: str  # what it was published for, such as "training of segqc"
     actor: Actor
     published_at: dt.datetime
+    newest_label: int  # the newest label version then
     is_serving: bool
     ranked_by: str | None  # the strategy whose order its estimates' order is replaced by; None for their own
     held_because: str | None  # why it does not serve by itself; None where it does, did, or was let to
@@ -219,6 +228,7 @@ class CheckedEstimate:
     patient: str
     scan: str  # its name
     made_at: dt.datetime  # when the correction came
+    label: int  # the version that came of it
     structure: str  # its name
     segmenter_version: str | None  # None where no network made the mask
     assessor_version: str | None
@@ -266,10 +276,11 @@ class RoundRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledSince:
-    """The scans that got a final label from people after some label version."""
+    """The scans that got a final label from people, or from a simulated annotator, after some label version."""
 
     scans: int
     first_at: dt.datetime | None  # when the earliest of these labels came; None without one
+    simulated: int = 0  # how many of these labels are simulated corrections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

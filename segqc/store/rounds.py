@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 
-from segqc.store import jobs
+from segqc.store import bundles, jobs
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, NOT_BY_PEOPLE, current_versions
 from segqc.store.records import JsonObject, LabelledSince, RoundRecord
-from segqc.store.schema import LABELLED_STATES, JobRow, LabelVersion, RoundRow, RoundStep, Scan
+from segqc.store.schema import LABELLED_STATES, Correction, JobRow, LabelVersion, RoundRow, RoundStep, Scan
 
 _IS_LABELLED: Final = (
     LabelVersion.id.in_(current_versions((FINAL,))),
@@ -42,11 +42,15 @@ def listing(transaction: Transaction) -> list[RoundRecord]:
 
 
 def newest_label(transaction: Transaction) -> int:
-    """The newest label version when the last round began; 0 without one.
+    """The newest label version when the last round, or the trainings of both networks that serve, began.
 
-    A round that failed or was stopped before it began counts from when it was taken, or put.
+    0 without any. A round that failed or was stopped before it began counts from when it was taken, or put.
     """
-    return transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
+    of_rounds = transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
+    serving = bundles.serving_number(transaction)
+    of_networks = bundles.newest_labels(transaction, serving) if serving is not None else ()
+    known = [label for label in of_networks if label is not None]
+    return max(of_rounds, min(known)) if known and len(known) == len(of_networks) else of_rounds
 
 
 def finished(transaction: Transaction) -> int:
@@ -60,13 +64,17 @@ def last_number(transaction: Transaction) -> int | None:
 
 
 def labelled_since(transaction: Transaction, newest: int) -> LabelledSince:
-    """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever."""
-    query = select(func.count(), func.min(LabelVersion.made_at)).select_from(LabelVersion)
-    query = query.join(Scan, Scan.id == LabelVersion.scan_id).where(
-        *_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest
-    )
-    count, first_at = transaction.execute(query).one()
-    return LabelledSince(scans=count, first_at=first_at)
+    """The scans whose final label people gave or changed after a label version, and nobody rejected; 0 for ever.
+
+    Simulated corrections count, too: who simulates an annotator wants to see what a person would.
+    """
+    simulated = func.count(case((Correction.simulated, 1)))
+    query = select(func.count(), func.min(LabelVersion.made_at), simulated).select_from(LabelVersion)
+    query = query.join(Scan, Scan.id == LabelVersion.scan_id)
+    query = query.outerjoin(Correction, Correction.to_version_id == LabelVersion.id)
+    query = query.where(*_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest)
+    count, first_at, of_program = transaction.execute(query).one()
+    return LabelledSince(scans=count, first_at=first_at, simulated=of_program)
 
 
 def labelled_patients(transaction: Transaction) -> int:

@@ -14,7 +14,7 @@ from segqc.split import Split, SplitConfig, split_patients
 from segqc.store import events, features
 from segqc.store.database import Parameters, StoreError, Transaction, json_array
 from segqc.store.records import Actor, ScanRecord, ScanState
-from segqc.store.schema import OPEN_STATES, Patient, Scan
+from segqc.store.schema import OPEN_STATES, LabelVersion, Patient, Scan
 from segqc.text import nfc
 from segqc.volumes import scan_suffix
 from segqc.volumes.appearance import APPEARANCE_VERSION
@@ -53,7 +53,8 @@ _ID: Final = select(Scan.id).where(Scan.name == bindparam("name"))
 _RECORD_OF: Final = select(*_RECORD).join(Patient, Scan.patient_id == Patient.id).where(Scan.name == bindparam("name"))
 _CHANGE: Final = update(Scan).where(Scan.id == bindparam("scan"))
 _SET_STATE: Final = _CHANGE.values(state=bindparam("state"), reason=bindparam("reason"), queue=bindparam("queue"))
-_OPEN: Final = _SET_STATE.values(opened_at=bindparam("opened_at"), readings=0)
+_NEWEST_LABEL: Final = select(func.coalesce(func.max(LabelVersion.id), 0)).scalar_subquery()
+_OPEN: Final = _SET_STATE.values(opened_at=bindparam("opened_at"), newest_label=_NEWEST_LABEL, readings=0)
 _RANK: Final = _CHANGE.values(ranking_dice=bindparam("ranking_dice"), foreground=bindparam("foreground"))
 
 
@@ -236,6 +237,7 @@ def sync(
                 "state": "unlabelled",
                 "queue": patients[f.patient][1],
                 "opened_at": transaction.now,
+                "newest_label": 0,
                 "readings": 0,
                 "info": {},
                 "added_at": transaction.now,

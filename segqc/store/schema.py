@@ -132,8 +132,9 @@ class Scan(Base):
     ``queue`` is the patient's role while the scan waits for a label and NULL otherwise, so that one index serves the
     choice of the next scan; its foreign key makes sure that it is this role. ``ranking_dice`` and ``foreground`` are
     those of the assessment of the mask that would be handed out, NULL where there is none. ``readings`` counts the
-    annotators who have labelled it since it was opened at ``opened_at``. ``sort_key`` orders names with their numbers
-    as numbers.
+    annotators who have labelled it since it was opened at ``opened_at``, when ``newest_label`` was the newest label
+    version: that tells what came later whatever became of the clock. ``sort_key`` orders names with their numbers as
+    numbers.
 
     A row is one content, ``sha256`` (NULL until its file was read); ``signature`` tells quickly that the file still
     holds it. When another content takes its file's place, the row is retired: it gets another name, ``former_name`` is
@@ -151,6 +152,7 @@ class Scan(Base):
     reason: Mapped[str | None]
     queue: Mapped[str | None]
     opened_at: Mapped[dt.datetime]
+    newest_label: Mapped[int]
     readings: Mapped[int]
     ranking_dice: Mapped[float | None]
     foreground: Mapped[bool | None]
@@ -212,6 +214,8 @@ class Bundle(Base):
     it. At most one bundle serves. The row stays when the files are removed. ``ranked_by`` is the strategy whose order
     takes the place of the estimates' where that is known to be noise; ``held_because`` says why the bundle does not
     serve by itself. ``drift_*`` is the alarm that audit draws have raised against its estimates, NULL without one.
+    ``newest_label`` is the newest label version when it was published, ``*_newest_label`` when the training of that
+    network began, NULL where nobody knows.
     """
 
     __tablename__ = "bundle"
@@ -223,12 +227,15 @@ class Bundle(Base):
     reason: Mapped[str]
     actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
     published_at: Mapped[dt.datetime]
+    newest_label: Mapped[int]
     serving: Mapped[bool]
     ranked_by: Mapped[str | None]
     held_because: Mapped[str | None]
     drift_since: Mapped[dt.datetime | None]
     drift_structures: Mapped[list[str] | None] = mapped_column(Json)
     drift_patients: Mapped[int | None]
+    segmenter_newest_label: Mapped[int | None]
+    assessor_newest_label: Mapped[int | None]
     __table_args__ = (
         Index("uq_bundle_serving", "serving", unique=True,
               sqlite_where=text("serving"), postgresql_where=text("serving")),

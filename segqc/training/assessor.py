@@ -366,7 +366,7 @@ def calibrated(
         calibration=calibration,
         scores={f"dice error {name}": error for name, error in accurate.items()},
         accuracy=1.0 - sum(accurate.values()) / len(accurate) if accurate else None,
-        report=report_card(unseen_served),
+        report=report_card(unseen_served, checks_all=settings.ensemble),
         unlikeness=None if unlikeness is None else unlikeness[0],
     )
     return Assessor(card, assessor.network)

@@ -13,15 +13,17 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.due import rounds_info
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
-from segqc.loop.requests import TrainRequest, mask_tag_problem, request_of
+from segqc.loop.requests import KINDS, TrainRequest, mask_tag_problem, request_of
 from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
+from segqc.server.job_answers import summary
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.names import known
 from segqc.server.uploads import Uploads
+from segqc.settings import RoundSettings, SettingsError, load_settings
 from segqc.store import jobs, labels
 from segqc.store.database import StoreUnavailable
 from segqc.store.labels import NewLabel
@@ -64,8 +66,9 @@ class DatasetApp(MONAILabelApp):
 
         ``findings`` are the files of the folder that were not accepted, ``remarks`` what is to know of those that were;
         of many, the first ones. ``report_card`` says what the estimates are worth, ``drift_alarm`` that audit draws
-        speak against them; ``rounds`` says when rounds begin by themselves, and whether more are worth it. While the
-        database is away, clients get the last answer again, and ``problem`` says so.
+        speak against them; ``rounds`` says when rounds begin by themselves, by the settings of now, and whether more
+        are worth it; ``jobs`` are those that run or wait. While the database is away, clients get the last answer
+        again, and ``problem`` says so; it also says where the settings can't be read any more.
         """
         try:
             self._last_info = self._info()
@@ -81,8 +84,10 @@ class DatasetApp(MONAILabelApp):
         body["train_stats"] = {name: stats[name] for name in sorted(stats, key=lambda name: name != running)}
         remarks = self.datastore().remarks()[:_MAX_FINDINGS]
         card, alarm = self.context.dataset.report_card(), self.context.dataset.drift_alarm()
+        settings, problem = self._round_settings()
         with self.context.dataset.store.read() as transaction:
-            rounds = rounds_info(transaction, self.context.settings.round)
+            rounds = rounds_info(transaction, settings)
+            going = [job for kind in KINDS for job in jobs.open_jobs(transaction, kind)]
         return {
             **body,
             "labels": list(self.context.labels()),
@@ -91,7 +96,16 @@ class DatasetApp(MONAILabelApp):
             "report_card": None if card is None else to_json(card),
             "drift_alarm": None if alarm is None else alarm_to_json(alarm),
             "rounds": dataclasses.asdict(rounds),
+            "jobs": [summary(job) for job in going],
+            **({} if problem is None else {"problem": problem}),
         }
+
+    def _round_settings(self) -> tuple[RoundSettings, str | None]:
+        """When rounds begin by themselves, as a worker reads it; and what is wrong with the settings now."""
+        try:
+            return load_settings(self.context.dataset.folder).round, None
+        except SettingsError as error:
+            return self.context.settings.round, f"{error.clause}; these are the settings of the server's start"
 
     def _running(self) -> str | None:
         """The network that is trained now, or first of those that wait; None where there is none."""

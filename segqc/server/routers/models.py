@@ -14,6 +14,7 @@ from segqc.server.monailabel.auth import ADMIN
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.routers.dependencies import AskingUser
+from segqc.store import bundles as chosen
 from segqc.store.records import JsonObject
 
 router = APIRouter()
@@ -38,6 +39,7 @@ def update_model(model: str, file: UploadFile, user: AskingUser) -> JsonObject:
             )
             with published as publication:
                 manifest = publication.manifest
+                chosen.choose(publication.transaction, publication.number, user.actor())
         except StructuresDiffer:
             raise
         except ModelError as error:

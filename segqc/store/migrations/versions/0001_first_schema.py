@@ -42,12 +42,15 @@ def upgrade() -> None:
         sa.Column("reason", sa.String(), nullable=False),
         sa.Column("actor_id", sa.Integer(), nullable=False),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("newest_label", sa.Integer(), nullable=False),
         sa.Column("serving", sa.Boolean(), nullable=False),
         sa.Column("ranked_by", sa.String(), nullable=True),
         sa.Column("held_because", sa.String(), nullable=True),
         sa.Column("drift_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("drift_structures", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("drift_patients", sa.Integer(), nullable=True),
+        sa.Column("segmenter_newest_label", sa.Integer(), nullable=True),
+        sa.Column("assessor_newest_label", sa.Integer(), nullable=True),
         sa.CheckConstraint(
             "segmenter_version IS NOT NULL OR assessor_version IS NOT NULL", name=op.f("ck_bundle_networks")
         ),
@@ -176,6 +179,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("queue", sa.String(), nullable=True),
         sa.Column("opened_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("newest_label", sa.Integer(), nullable=False),
         sa.Column("readings", sa.Integer(), nullable=False),
         sa.Column("ranking_dice", sa.Double(), nullable=True),
         sa.Column("foreground", sa.Boolean(), nullable=True),
