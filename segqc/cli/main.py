@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels, rounds
+from segqc.cli import annotation, certificate, database, evaluation, import_export, models, pseudo_labels, rounds
 from segqc.cli.common import (
     ANNOTATE_PANEL,
     ESTIMATE_PANEL,
@@ -84,6 +84,7 @@ app.add_typer(annotation.app)  # without a name: its commands are the program's 
 app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
+app.add_typer(certificate.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
 app.add_typer(import_export.import_app, name="import", rich_help_panel=MAKE_PANEL)
