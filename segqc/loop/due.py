@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import TypeAdapter
-
-from segqc.loop.requests import NETWORKS, RoundRequest, TrainResult, enqueue, training_step
+from segqc.loop.requests import NETWORKS, RoundRequest, TrainResult, enqueue, train_result_of, training_step
 from segqc.quality.stopping import CheckedRound, Outlook, StopReason, outlook, outlook_sentence
 from segqc.settings import RoundSettings, Settings
 from segqc.store import bundles, corrections, jobs, rounds
@@ -23,7 +21,6 @@ from segqc.store.records import JobRecord, LabelledSince, RoundRecord
 from segqc.store.store import Store
 from segqc.types import MaskDice
 
-_TRAINED: Final = TypeAdapter(TrainResult)
 _DAY: Final = dt.timedelta(days=1)
 
 
@@ -149,7 +146,7 @@ def checked(records: Sequence[RoundRecord]) -> list[CheckedRound]:
 def masks_of(record: RoundRecord) -> TrainResult | None:
     """What came of a round's training of the segmentation network; None before that."""
     result = record.steps.get(training_step("segmentation"))
-    return None if result is None else _TRAINED.validate_python(result)
+    return None if result is None else train_result_of(result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
