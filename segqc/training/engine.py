@@ -5,8 +5,8 @@ when that gets no better (compare Morales-Brotons, Vogels & Hendrikx, "Exponenti
 learning", TMLR 2024). The learning rate falls to zero at the most epochs that are allowed.
 
 With ``start = "warm"`` a training begins at the weights that the last finished one in its folder had, if it may (see
-`segqc.training.warm_start`), at a part of the learning rate that falls as always, and without the epochs whose mask
-input is empty. It ends by the same rules, mostly sooner. Snapshots of early epochs stay those of the first training.
+`segqc.training.warm_start`), and without the epochs whose mask input is empty. All else is as in any training: the
+learning rate begins at its height, the same rules end it. Snapshots of early epochs stay those of the first training.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ STEPS = "steps"  # of a training, each of one batch
 STEPS_APART = 10_000_019  # between the generator seeds of two trainings
 _DECAY: Final = 0.99  # of the weights' moving average, at each step; smaller in the first steps
 _POWER: Final = 0.9  # of the learning rate's fall
-_WARM: Final = 0.25  # of the learning rate: at all of it a warm start would be forgotten in its first steps
 _LAST: Final = 0.1  # of a training; one whose best epoch lies in this part was still improving
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -323,8 +322,7 @@ class _Training:
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_moving_average)
-        learning_rate = settings.learning_rate * (1 if start is None else _WARM)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda epoch: float(max(0.0, 1 - epoch / self.epochs) ** _POWER)
         )
