@@ -187,6 +187,21 @@ class RoundSettings(BaseModel):
         return self.after_corrections > 0 or self.at is not None
 
 
+class TrackingSettings(BaseModel):
+    """The table ``[tracking]``: trainings as runs of MLflow. By default there are none.
+
+    Attributes:
+        uri: an MLflow server, ``https://mlflow.example.org``, or a folder for a database of its own, relative to the
+            dataset folder.
+        experiment: the experiment that the runs are of.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str | None = Field(default=None, min_length=1)
+    experiment: str = Field(default="segqc", min_length=1)
+
+
 class InferenceSettings(BaseModel):
     """The table ``[inference]``.
 
@@ -219,6 +234,7 @@ class Settings(BaseSettings):
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     pseudo_labels: PseudoLabelRules = Field(default_factory=PseudoLabelRules)
     round: RoundSettings = Field(default_factory=RoundSettings)
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
@@ -584,6 +600,7 @@ def _meant(name: str) -> str | None:
         "round": RoundSettings.model_fields,
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
+        "tracking": TrackingSettings.model_fields,
         "training": _names(TrainingSettings),
     }
     return next((f"{table.upper()}__{name}" for table, fields in tables.items() if name.lower() in fields), None)

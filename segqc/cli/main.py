@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc import __version__
-from segqc.cli import annotation, database, evaluation, import_export, models, pseudo_labels, rounds, simulation
+from segqc.cli import (
+    annotation,
+    certificate,
+    database,
+    evaluation,
+    import_export,
+    models,
+    pseudo_labels,
+    rounds,
+    simulation,
+)
 from segqc.cli.common import (
     ANNOTATE_PANEL,
     ESTIMATE_PANEL,
@@ -86,6 +96,7 @@ app.add_typer(annotation.app)  # without a name: its commands are the program's 
 app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
+app.add_typer(certificate.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(simulation.app, name="simulate", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
@@ -510,7 +521,7 @@ def _unscored(dataset: Dataset, ranking: Ranking, method: str) -> str:
         serving = bundles.serving(transaction)
         work = [job for kind in ("scoring", "round") for job in jobs.open_jobs(transaction, kind)]
     pair = serving.bundle if serving is not None else None
-    needs_assessor = score_of(method).function is None
+    needs_assessor = score_of(method).is_estimate
     if pair is None or pair.segmenter_version is None or (needs_assessor and pair.assessor_version is None):
         return f"no scan has a score of the method {method}, as its networks are not trained yet; run segqc round first"
     scored = f"{ranking.waiting - ranking.unscored} of {ranking.waiting} waiting scans are scored by bundle {pair.id}"

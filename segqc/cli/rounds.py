@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import datetime as dt
 
     from segqc.loop.due import RoundsInfo
+    from segqc.loop.requests import TrackedRun
     from segqc.loop.rounds import RoundSummary
 
 app = typer.Typer()
@@ -61,6 +62,8 @@ def list_rounds(
 
 def _data(summary: RoundSummary) -> Row:
     """A round for programs: one fact a column, times in UTC."""
+    from segqc.loop.requests import NETWORKS
+
     return {
         "round": summary.number,
         "put": _utc(summary.put_at),
@@ -79,7 +82,13 @@ def _data(summary: RoundSummary) -> Row:
         "bundle": summary.bundle,
         "bundle state": summary.bundle_state,
         "held because": summary.held_because,
+        **{f"{network} run": _run(summary.tracked.get(network)) for network in NETWORKS},
     }
+
+
+def _run(tracked: TrackedRun | None) -> str | None:
+    """Where a training's run in MLflow is: its page, else its number."""
+    return None if tracked is None else tracked.url or tracked.id
 
 
 def _row(summary: RoundSummary) -> Row:

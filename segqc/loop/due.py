@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import TypeAdapter
-
 from segqc.loop.requests import (
     NETWORKS,
     RoundRequest,
@@ -23,6 +21,7 @@ from segqc.loop.requests import (
     TrainResult,
     enqueue,
     request_of,
+    train_result_of,
     training_step,
 )
 from segqc.quality.stopping import CheckedRound, Outlook, StopReason, outlook, outlook_sentence
@@ -34,7 +33,6 @@ from segqc.store.records import JobRecord, LabelledSince, RoundRecord
 from segqc.store.store import Store
 from segqc.types import MaskDice
 
-_TRAINED: Final = TypeAdapter(TrainResult)
 _DAY: Final = dt.timedelta(days=1)
 
 
@@ -187,7 +185,7 @@ def checked(records: Sequence[RoundRecord]) -> list[CheckedRound]:
 def masks_of(record: RoundRecord) -> TrainResult | None:
     """What came of a round's training of the segmentation network; None before that."""
     result = record.steps.get(training_step("segmentation"))
-    return None if result is None else _TRAINED.validate_python(result)
+    return None if result is None else train_result_of(result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,6 +99,14 @@ JobRequest: TypeAlias = TrainRequest | ScoringRequest | BatchRequest | RoundRequ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedRun:
+    """The run of a training in MLflow; ``url`` is its page, None where runs are kept in a folder."""
+
+    id: str
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """What came of a training."""
 
@@ -110,6 +118,7 @@ class TrainResult:
     held_because: str | None = None  # why this bundle does not serve; None where it does
     validation: tuple[MaskDice, ...] = ()  # of the network's card
     pseudo_labels: int = 0  # scans with pseudo-labels that trained, too
+    tracked: TrackedRun | None = None  # None where none was wanted, or MLflow could not be reached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +200,7 @@ _REQUESTS: Final[Mapping[str, TypeAdapter[Any]]] = {
 }
 _RESULT: Final[TypeAdapter[JobResult | StepResult]] = TypeAdapter(JobResult | StepResult)
 _PLAN: Final = TypeAdapter(PseudoLabelPlan)
+_TRAINED: Final = TypeAdapter(TrainResult)
 
 
 def parse_request(kind: str, request: Mapping[str, object]) -> JobRequest:
@@ -227,6 +237,11 @@ def result_to_json(result: JobResult | StepResult) -> JsonObject:
     """A result of a job, or of a round's step, as the store keeps it."""
     written: JsonObject = _RESULT.dump_python(result, mode="json")
     return written
+
+
+def train_result_of(step: JsonObject) -> TrainResult:
+    """What came of a training that a finished step of a round has kept."""
+    return _TRAINED.validate_python(step)
 
 
 def plan_of(step: JsonObject) -> PseudoLabelPlan:

@@ -30,9 +30,11 @@ from segqc.loop.requests import (
     ScoringResult,
     plan_of,
     result_to_json,
+    train_result_of,
     training_step,
 )
 from segqc.loop.scoring import score
+from segqc.loop.tracking import BUNDLE_TAG, ROUND_TAG, note
 from segqc.loop.training import chosen_settings, train_unpublished, training_result
 from segqc.networks.bundle import model_name, source_of
 from segqc.networks.model_file import ModelError
@@ -92,7 +94,8 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
     def train_one(network: NetworkName) -> None:
         settings = chosen_settings(dataset, network, request.training(network).settings)
         path = folder / model_name(network)
-        trained = train_unpublished(dataset, network, progress, settings, path, purpose="a worker's round job")
+        tags, purpose = {ROUND_TAG: str(number)}, "a worker's round job"
+        trained = train_unpublished(dataset, network, progress, settings, path, purpose=purpose, tags=tags)
         finish(training_step(network), result_to_json(training_result(network, trained)))
 
     def publish() -> None:
@@ -104,6 +107,9 @@ def run_round(dataset: Dataset, job: JobRecord, request: RoundRequest, progress:
             result: JsonObject = {"bundle": publication.number, "held_because": publication.held_because}
             jobs.finish_step(publication.transaction, number, PUBLISH_STEP, result, bundle=publication.number)
         done[PUBLISH_STEP] = result
+        for network in NETWORKS:
+            tracked = train_result_of(done[training_step(network)]).tracked
+            note(dataset.settings.tracking, dataset.folder, tracked, {BUNDLE_TAG: str(publication.number)})
 
     def score_pool() -> None:
         summary = score(dataset, _METHOD, progress)

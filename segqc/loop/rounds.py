@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from segqc.loop.due import masks_of
+from segqc.loop.requests import NETWORKS, TrackedRun, train_result_of, training_step
+from segqc.settings import NetworkName
 from segqc.store import bundles, corrections, jobs, rounds
 from segqc.store.database import Transaction
 from segqc.store.records import Actor, CheckedEstimate, JobRecord, JobState, PublishedBundle, RoundRecord
@@ -35,6 +37,7 @@ class RoundSummary:
         bundle_state: what became of its bundle; "served" where another one serves by now.
         held_because: why its bundle is held.
         problem: why it failed.
+        tracked: the runs of its trainings in MLflow.
     """
 
     number: int | None
@@ -53,6 +56,7 @@ class RoundSummary:
     bundle_state: BundleState | None = None
     held_because: str | None = None
     problem: str | None = None
+    tracked: Mapping[NetworkName, TrackedRun] = field(default_factory=dict)
 
     @property
     def minutes(self) -> float | None:
@@ -124,7 +128,14 @@ def _begun(record: RoundRecord, bundle: PublishedBundle | None, audits: Sequence
         bundle_state=_state(bundle) if bundle is not None else None,
         held_because=bundle.held_because if bundle is not None else None,
         problem=_problem(record.job),
+        tracked=_tracked(record),
     )
+
+
+def _tracked(record: RoundRecord) -> dict[NetworkName, TrackedRun]:
+    steps = {network: record.steps.get(training_step(network)) for network in NETWORKS}
+    results = {network: train_result_of(step) for network, step in steps.items() if step is not None}
+    return {network: result.tracked for network, result in results.items() if result.tracked is not None}
 
 
 def _state(bundle: PublishedBundle) -> BundleState:

@@ -13,7 +13,8 @@ from typing import Final
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import Holder, LockHeld, hold
 from segqc.loop.pseudo_labels import pseudo_cases
-from segqc.loop.requests import TrainResult
+from segqc.loop.requests import TrackedRun, TrainResult
+from segqc.loop.tracking import BUNDLE_TAG, TrackedTraining, note, track
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import FOLDS, model_name
 from segqc.networks.card import ModelCard, NetworkName
@@ -51,6 +52,7 @@ class Trained:
         bundle: the bundle that it was published as; None before that.
         held_because: why this bundle does not serve; None where it does.
         pseudo_labels: how many scans with pseudo-labels trained, too.
+        tracked: its run in MLflow; None without one.
     """
 
     card: ModelCard
@@ -61,6 +63,7 @@ class Trained:
     bundle: int | None = None
     held_because: str | None = None
     pseudo_labels: int = 0
+    tracked: TrackedRun | None = None
 
 
 def training_result(network: NetworkName, trained: Trained) -> TrainResult:
@@ -77,6 +80,7 @@ def training_result(network: NetworkName, trained: Trained) -> TrainResult:
         held_because=trained.held_because,
         pseudo_labels=trained.pseudo_labels,
         validation=trained.card.validation,
+        tracked=trained.tracked,
     )
 
 
@@ -140,6 +144,7 @@ def train(
         why = f"training of {network}"
         with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve, begun=begun) as publication:
             trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
+        note(dataset.settings.tracking, dataset.folder, trained.tracked, {BUNDLE_TAG: str(trained.bundle)})
         path.unlink(missing_ok=True)
         path.with_name(FOLDS).unlink(missing_ok=True)
     return trained
@@ -153,17 +158,26 @@ def train_unpublished(
     path: Path,
     *,
     purpose: str = "a training",
+    tags: Mapping[str, str] | None = None,
 ) -> Trained:
-    """Train a network as `train` does, waiting for its turn, and keep the model in a file of its own."""
+    """Train a network as `train` does, waiting for its turn, and keep the model in a file of its own.
+
+    ``tags`` are for its run in MLflow.
+    """
     with _alone(dataset, network, progress, purpose, wait=True):
-        return _train_model(dataset, network, progress, settings, path)
+        return _train_model(dataset, network, progress, settings, path, tags)
 
 
 def _train_model(
-    dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings | None, path: Path
+    dataset: Dataset,
+    network: NetworkName,
+    progress: Progress,
+    settings: TrainingSettings | None,
+    path: Path,
+    tags: Mapping[str, str] | None = None,
 ) -> Trained:
     """Train on the cases that can be used, one process at a time: its checkpoints are one training's."""
-    folder = dataset.training_folder(network)
+    folder, started_at = dataset.training_folder(network), time.time()
     settings = settings or dataset.settings.training_settings(network)
     trained = _learn(dataset, network, progress, settings, folder)
     if (folder / "curve.json").is_file():
@@ -179,6 +193,16 @@ def _train_model(
         c.patient for c in cases if c.is_whole and (is_measured_on_all or splits[c.patient].split == "validation")
     }
     patients = len({c.patient for c in cases})
+    training = TrackedTraining(
+        network=network,
+        version=trained.model.version,
+        settings=settings,
+        counts={"scans": len(cases), "patients": patients, "pseudo_labels": len(trained.pseudo_labels)},
+        scores=trained.model.card.scores,
+        curve=folder / "curve.json",
+        started_at=started_at,
+        tags=tags or {},
+    )
     return Trained(
         trained.model.card,
         len(cases),
@@ -186,6 +210,7 @@ def _train_model(
         len(measured),
         trained.left_out,
         pseudo_labels=len(trained.pseudo_labels),
+        tracked=track(dataset.settings.tracking, dataset.folder, training),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import beta
 
 from segqc.quality.metrics import MetricName, Values
 
@@ -462,6 +463,26 @@ def resampled(
         ValueError: if lengths differ.
     """
     return _values(statistic, _pairs(estimated, true, patients, "dice", None), weights)
+
+
+def most_bad_share(bad: int, drawn: int, level: float) -> float:
+    """The one-sided upper bound on the share of bad ones (Clopper & Pearson, Biometrika 26, 1934).
+
+    Args:
+        bad: how many of the random draws met a bad one.
+        drawn: how many draws there were; without one the bound is 1.
+        level: the confidence.
+
+    Raises:
+        ValueError: if the level does not lie between 0 and 1.
+
+    Example:
+        >>> round(most_bad_share(0, 59, 0.95), 3)  # 1 - 0.05 ** (1 / 59)
+        0.05
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"the level of a bound lies between 0 and 1, got {level}")
+    return 1.0 if bad == drawn else float(beta.ppf(level, bad + 1, drawn - bad))
 
 
 def rank_regret(estimated: Numbers, true: Numbers) -> float | None:

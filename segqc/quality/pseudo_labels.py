@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from scipy.stats import beta
 
+from segqc.quality.estimation import most_bad_share
 from segqc.split import Split
 from segqc.types import Assessment, PredictionInterval
 
@@ -221,7 +221,7 @@ def bound_in_words(said: AuditBound) -> str:
 
 
 def audit_bound(true_dice: Sequence[float], min_dice: float, *, level: float = BOUND_LEVEL) -> AuditBound:
-    """The one-sided upper bound on the share of bad pseudo-labels (Clopper & Pearson, Biometrika 26, 1934).
+    """The one-sided upper bound on the share of bad pseudo-labels; see `most_bad_share`.
 
     Args:
         true_dice: of the worst structure of each audited mask, against its correction. Audits must be drawn at random
@@ -237,8 +237,5 @@ def audit_bound(true_dice: Sequence[float], min_dice: float, *, level: float = B
         >>> none_bad.bad, round(none_bad.bound, 3)  # 1 - 0.05 ** (1 / 20)
         (0, 0.139)
     """
-    if not 0 < level < 1:
-        raise ValueError(f"the level of a bound lies between 0 and 1, got {level}")
     audited, bad = len(true_dice), sum(dice < min_dice for dice in true_dice)
-    bound = 1.0 if bad == audited else float(beta.ppf(level, bad + 1, audited - bad))
-    return AuditBound(audited, bad, bound)
+    return AuditBound(audited, bad, most_bad_share(bad, audited, level))

@@ -440,6 +440,8 @@ _VIEW_OF: Final = (
 )
 START_OF_SCAN: Final = func.coalesce(_current_number(RETURNED), _current_number(ORIGINAL))
 """In a query of scans: the number of the version that an annotator starts from; see `start_of`."""
+FINAL_OF_SCAN: Final = _current_number(FINAL)
+"""In a query of scans: the number of the current final label."""
 _FORGET_SCORES: Final = delete(Score).where(Score.scan_id == bindparam("scan"), Score.bundle_id.is_not(None))
 _END_PSEUDO: Final = (
     update(PseudoLabelRow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -50,6 +50,7 @@ from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes, usable_cases
 from segqc.training.spec import TrainingSettings
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
+from segqc.training.warm_start import Lineage
 from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
@@ -166,6 +167,7 @@ def train_member(
         replace(settings, seed=settings.seed + number),
         folder / f"member-{number}",
         progress,
+        unseen=[patient for patient, p in patient_splits.items() if p.split == "train" and p.fold == folds[number]],
     )
 
 
@@ -196,22 +198,33 @@ def fit_assessor(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    *,
+    unseen: Collection[str] = (),
 ) -> Assessor:
-    """Train one SegQC-Net, uncalibrated; without validation masks the last epoch's weights are taken."""
+    """Train one SegQC-Net, uncalibrated; without validation masks the last epoch's weights are taken.
+
+    ``unseen`` are patients whose labels it must never have seen, nor a network that it begins at.
+    """
     values = label_values(structures)
     examples, validating = (mask_examples(sets, values, plan) for sets in (train, validation))
     job = assessor_job(name, plan, examples, validating, structures, settings)
+    lineage = Lineage(
+        outputs=f"{settings.output_form} of {[s.values for s in structures]}",
+        seen=tuple(sorted({s.case.patient for s in (*train, *validation)})),
+        unseen=tuple(sorted(unseen)),
+    )
+    fitted = fit(replace(job, lineage=lineage), folder, progress)
     card = ModelCard(
         kind="segqc",
         plan=plan,
         structures=tuple(structures),
         values=values,
-        seen=tuple(sorted({s.case.patient for s in (*train, *validation)})),
+        seen=fitted.seen,
         output_form=settings.output_form,
         average_flips=settings.average_flips,
         hide_mask=settings.hide_mask,
     )
-    return Assessor(card, fit(job, folder, progress).network)
+    return Assessor(card, fitted.network)
 
 
 def assessor_job(

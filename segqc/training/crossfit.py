@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from segqc.progress import Progress
 from segqc.quality.metrics import true_metrics
 from segqc.split import PatientSplit
 from segqc.training.cases import Case, label_values, load_example, read_case
-from segqc.training.engine import Weights, fit
+from segqc.training.engine import fit
 from segqc.training.segmentation import segmentation_job, segmenter_of
 from segqc.training.spec import TrainingSettings
+from segqc.training.warm_start import Weights
 from segqc.types import LabelArray, Structure
 from segqc.volumes import atomic_write, through_plane_axis
 from segqc.volumes.intake import content_sha256
@@ -189,8 +190,10 @@ def train_fold(
     trained = [
         c for c in cases if patient_splits[c.patient].fold != fold and patient_splits[c.patient].split == "train"
     ]
+    unseen = [patient for patient, p in patient_splits.items() if p.fold == fold or p.split == "validation"]
     name = _name_of(fold, folds_of_cases(cases, patient_splits))
-    return train_mask_sources(name, trained, structures, plan, settings, folder / f"fold-{fold}", progress)
+    own = folder / f"fold-{fold}"
+    return train_mask_sources(name, trained, structures, plan, settings, own, progress, unseen=unseen)
 
 
 def folds_of_cases(cases: Sequence[Case], patient_splits: dict[str, PatientSplit]) -> list[int]:
@@ -212,6 +215,7 @@ def train_mask_sources(
     progress: Progress,
     *,
     early: Sequence[int] | None = None,
+    unseen: Collection[str] = (),
 ) -> list[Segmenter]:
     """Train a network that only makes masks, for ``settings.fold_epochs``; return it and itself at its early epochs.
 
@@ -224,14 +228,26 @@ def train_mask_sources(
         folder: for the checkpoint.
         progress: reports after each step.
         early: the early epochs, by default those of `early_epochs`.
+        unseen: patients whose labels it must never have seen, nor a network that it begins at.
     """
     values = label_values(structures)
     early = early_epochs(settings.fold_epochs) if early is None else tuple(early)
     examples = [load_example(c, plan, values) for c in trained]
     own = settings.of_mask_sources()
-    job = segmentation_job(name, plan, values, examples, [], own, epochs=settings.fold_epochs, snapshots=early)
+    job = segmentation_job(
+        name,
+        plan,
+        values,
+        examples,
+        [],
+        own,
+        epochs=settings.fold_epochs,
+        snapshots=early,
+        seen={c.patient for c in trained},
+        unseen=unseen,
+    )
     fitted = fit(job, folder, progress)
-    last = segmenter_of(fitted, plan, structures, [c.patient for c in trained], settings)
+    last = segmenter_of(fitted, plan, structures, fitted.seen, settings)
     return [last, *(at_weights(last, fitted.snapshots[epoch]) for epoch in early)]
 
 

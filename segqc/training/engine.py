@@ -3,6 +3,10 @@
 What is kept is the exponential moving average of the weights. Its validation loss is smooth, so that a training can end
 when that gets no better (compare Morales-Brotons, Vogels & Hendrikx, "Exponential moving average of weights in deep
 learning", TMLR 2024). The learning rate falls to zero at the most epochs that are allowed.
+
+With ``start = "warm"`` a training begins at the weights that the last finished one in its folder had, if it may (see
+`segqc.training.warm_start`), and without the epochs whose mask input is empty. All else is as in any training: the
+learning rate begins at its height, the same rules end it. Snapshots of early epochs stay those of the first training.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from ignite.engine import Engine, Events
@@ -41,6 +45,7 @@ from segqc.progress import Progress
 from segqc.training.cases import Example
 from segqc.training.patches import Draws, Patch, PatchDataset, centred
 from segqc.training.spec import TrainingSettings
+from segqc.training.warm_start import Lineage, NoStartError, Origin, Start, Weights, check_start
 from segqc.volumes import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -51,7 +56,6 @@ _DECAY: Final = 0.99  # of the weights' moving average, at each step; smaller in
 _POWER: Final = 0.9  # of the learning rate's fall
 _LAST: Final = 0.1  # of a training; one whose best epoch lies in this part was still improving
 
-Weights: TypeAlias = dict[str, torch.Tensor]
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PrepareBatch: TypeAlias = Callable[[Patch], tuple[torch.Tensor, torch.Tensor]]
 NetworkBuilder: TypeAlias = Callable[[NetworkPlan], nn.Module]
@@ -74,7 +78,8 @@ class Job:
     ``build`` makes another network than the plan's U-Net, its first weights drawn from torch's generator; ``variant``
     then names it and its loss, as plan and settings do not tell it from others. One tensor comes out of a network.
     ``epochs`` are the most, fewer where their bound on time does not allow so many; in the first part of these,
-    ``scan_only_share``, the mask input is empty.
+    ``scan_only_share``, the mask input is empty. Without a ``lineage`` the training begins anew, whatever the settings
+    say.
     """
 
     name: str
@@ -90,12 +95,14 @@ class Job:
     snapshots: tuple[int, ...] = ()
     build: NetworkBuilder | None = None
     variant: str = ""
+    lineage: Lineage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A trained network, its learning curve, and the weights after each epoch asked for in ``snapshots``.
 
+    ``seen`` are the patients of the lineage that its labels, or those of a network that it began at, were of.
     ``best_epoch`` is whose weights it has, None where epochs were not compared: then it has the last ones. ``bound`` is
     what ended the training, None where it got no better.
     """
@@ -105,6 +112,7 @@ class Fitted:
     snapshots: dict[int, Weights]
     best_epoch: int | None
     bound: Bound | None
+    seen: tuple[str, ...] = ()
 
     @property
     def was_improving(self) -> bool | None:
@@ -133,12 +141,14 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def fingerprint(job: Job) -> str:
-    """What a checkpoint must agree on to be continued: plan, settings, length and the examples' contents."""
+def fingerprint(job: Job, start: Start | None = None) -> str:
+    """What a checkpoint must agree on to be continued: plan, settings, length, the examples' contents, the start."""
     # how the network is asked later is no matter of its training
     settings = dataclasses.replace(job.settings, average_flips=False, hide_mask=False)
     digest = hashlib.sha256(repr((job.plan, settings, job.epochs, job.scan_only_share, job.snapshots)).encode())
     digest.update(job.variant.encode())
+    if start is not None:
+        digest.update(start.digest.encode())
     for example in (*job.train, *job.validation):
         digest.update(f"{example.case}{example.weight}".encode())
         for array in (example.image, example.truth, example.mask, example.soft, example.ignored):
@@ -148,7 +158,7 @@ def fingerprint(job: Job) -> str:
 
 
 def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int], None] | None = None) -> Fitted:
-    """Train a network, or continue or return a training of the same fingerprint found in ``folder``.
+    """Train a network, or continue or return a training of the same job found in ``folder``, wherever that has begun.
 
     The training ends when the moving average of the weights gets no better on the validation examples for
     ``patience`` epochs, or at its bound; its best weights are returned, the last ones where nothing validates. How many
@@ -166,8 +176,7 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
     """
     _keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
-    training = _Training(job)
-    training.restore(folder)
+    training = _begun(job, _checkpoint(folder), progress)
     if from_epoch:
         from_epoch(training.done)
     if not training.is_over:
@@ -229,15 +238,86 @@ class _MixedPrecision(nn.Module):
             return torch.as_tensor(self.network(x)).float()
 
 
+_Checkpoint: TypeAlias = dict[str, Any]
+
+
+def _checkpoint(folder: Path) -> _Checkpoint | None:
+    """The checkpoint of a folder; None where there is none that can be read."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return None
+    try:
+        content = load_content(path)
+        content["start"] = Start.of_content(content["start"])
+        return content
+    except Exception as error:  # torch.load raises many kinds on damaged files, without a common base
+        logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
+        return None
+
+
+def _begun(job: Job, checkpoint: _Checkpoint | None, progress: Progress) -> _Training:
+    """A job's training: continued from its own checkpoint, or begun, where it may at the end of the one before it."""
+    if checkpoint is None:
+        return _Training(job, None)
+    if checkpoint["fingerprint"] == fingerprint(job, checkpoint["start"]):
+        training = _Training(job, checkpoint["start"])
+        training.restore(checkpoint)
+        return training
+    if job.settings.start == "scratch" or job.lineage is None:
+        logger.info("%s: the last training was of other data or settings, training anew", job.name)
+        return _Training(job, None)
+    try:
+        start = _start_of(job, job.lineage, checkpoint)
+    except NoStartError as reason:
+        progress.message(f"{job.name}: begins anew, as {reason}.")
+        return _Training(job, None)
+    progress.message(f"{job.name}: begins at the weights of the last training.")
+    return _Training(job, start)
+
+
+def _start_of(job: Job, lineage: Lineage, checkpoint: _Checkpoint) -> Start:
+    """What the last finished training made: that of the checkpoint, or the one that it began at.
+
+    Raises:
+        NoStartError: if there is none that the job may begin at.
+    """
+    if checkpoint["origin"] is None:
+        raise NoStartError("nobody knows what the last network has seen")
+    start: Start | None = checkpoint["start"]
+    if checkpoint["is_over"]:
+        average = {name: tensor for name, tensor in checkpoint["average"].items() if name.startswith("module.")}
+        last = {name.removeprefix("module."): tensor for name, tensor in average.items()}
+        start = Start(
+            weights=checkpoint["best"] or last, seen=tuple(checkpoint["seen"]), snapshots=checkpoint["snapshots"]
+        )
+    if start is None:
+        raise NoStartError("the last training did not come to its end")
+    check_start(Origin.of_content(checkpoint["origin"]), start, _origin(job, lineage), lineage)
+    return start
+
+
+def _origin(job: Job, lineage: Lineage) -> Origin:
+    return Origin(
+        plan=job.plan,
+        outputs=lineage.outputs,
+        seed=job.settings.seed,
+        variant=job.variant,
+        snapshots=tuple(job.snapshots),
+    )
+
+
 class _Training:
     """A job's network and optimizer, and what came of them so far: all that a checkpoint holds."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, start: Start | None) -> None:
         settings = job.settings
         self.job = job
+        self.start = start
         self.device = device_of_choice()
         self.epochs = job.epochs
         self.network = _first_network(job).to(self.device)
+        if start is not None:
+            self.network.load_state_dict(start.weights)
         if self.device.type == "cpu":
             # oneDNN takes a third less time for the weights' gradients of 3D convolutions in this layout
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -246,12 +326,12 @@ class _Training:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda epoch: float(max(0.0, 1 - epoch / self.epochs) ** _POWER)
         )
-        self.fingerprint = fingerprint(job)
+        self.fingerprint = fingerprint(job, start)
         self.history: list[EpochRecord] = []
         self.best_loss = math.inf
         self.best: Weights | None = None
         self.best_epoch: int | None = None
-        self.snapshots: dict[int, Weights] = {}
+        self.snapshots: dict[int, Weights] = {} if start is None else dict(start.snapshots)
 
     @property
     def done(self) -> int:
@@ -261,7 +341,7 @@ class _Training:
     @property
     def scan_only_epochs(self) -> int:
         """For how many epochs the mask input is empty."""
-        return round(self.epochs * self.job.scan_only_share)
+        return round(self.epochs * self.job.scan_only_share) if self.start is None else 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -291,11 +371,17 @@ class _Training:
     def finish_epoch(self, epoch: int, train_loss: float, validation_loss: float | None) -> None:
         """Note an epoch on the learning curve, and keep its weights where they are asked for or the best so far."""
         self.history.append(EpochRecord(epoch, train_loss, validation_loss))
-        if epoch in self.job.snapshots:
+        if epoch in self.job.snapshots and self.start is None:
             self.snapshots[epoch] = self._weights()
         # while the mask input is empty the validation loss speaks of another task
         if validation_loss is not None and epoch > self.scan_only_epochs and validation_loss < self.best_loss:
             self.best_loss, self.best, self.best_epoch = validation_loss, self._weights(), epoch
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The patients whose labels the network has seen, or one that it began at."""
+        own = () if self.job.lineage is None else self.job.lineage.seen
+        return tuple(sorted({*own, *(() if self.start is None else self.start.seen)}))
 
     def fitted(self) -> Fitted:
         """The result: the best weights where epochs were compared, the last ones otherwise."""
@@ -303,10 +389,12 @@ class _Training:
         bound: Bound | None = None
         if not self.is_exhausted:
             bound = "epochs" if self.epochs == self.job.epochs else "minutes"
-        return Fitted(self.network.cpu().eval(), tuple(self.history), self.snapshots, self.best_epoch, bound)
+        network, history = self.network.cpu().eval(), tuple(self.history)
+        return Fitted(network, history, self.snapshots, self.best_epoch, bound, self.seen)
 
     def save(self, folder: Path) -> None:
         """Write ``checkpoint.pt`` and ``curve.json``."""
+        lineage = self.job.lineage
         history = [dataclasses.asdict(record) for record in self.history]
         with atomic_write(folder / "checkpoint.pt") as temporary:
             torch.save(
@@ -322,26 +410,18 @@ class _Training:
                     "best": self.best,
                     "best_epoch": self.best_epoch,
                     "snapshots": self.snapshots,
+                    "is_over": self.is_over,
+                    "seen": list(self.seen),
+                    "origin": None if lineage is None else _origin(self.job, lineage).content(),
+                    "start": None if self.start is None else self.start.content(),
                 },
                 temporary,
             )
         with atomic_write(folder / "curve.json") as temporary:
             temporary.write_text(json.dumps(history, indent=1), encoding="utf-8")
 
-    def restore(self, folder: Path) -> None:
-        """Continue from the folder's checkpoint, if there is one of this fingerprint."""
-        path = folder / "checkpoint.pt"
-        if not path.is_file():
-            return
-        try:
-            content = load_content(path)
-            of_this = content["fingerprint"] == self.fingerprint
-        except Exception as error:  # torch.load raises many kinds on damaged files, without a common base
-            logger.warning("%s: unreadable checkpoint (%s), training anew", path, error)
-            return
-        if not of_this:
-            logger.info("%s: of other data or settings, training anew", path)
-            return
+    def restore(self, content: _Checkpoint) -> None:
+        """Continue from a checkpoint of this job and this start."""
         self.network.load_state_dict(content["network"])
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])

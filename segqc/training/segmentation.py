@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -33,6 +33,7 @@ from segqc.training.cases import (
 from segqc.training.engine import STEPS, Fitted, Job, fit
 from segqc.training.patches import Patch
 from segqc.training.spec import TrainingSettings
+from segqc.training.warm_start import Lineage
 from segqc.types import MaskDice, Structure
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,13 @@ def segmentation_job(
     *,
     epochs: int,
     snapshots: tuple[int, ...] = (),
+    seen: Collection[str] = (),
+    unseen: Collection[str] = (),
 ) -> Job:
     """Describe one training of a segmentation network: softmax over background and values, Dice + cross-entropy.
 
-    Voxels to ignore have no part in the loss: its gradient there is zero.
+    Voxels to ignore have no part in the loss: its gradient there is zero. ``seen`` and ``unseen`` are the patients of
+    the training's `Lineage`; without any the training has none.
     """
     table = torch.zeros(256, dtype=torch.long)
     table[list(values)] = torch.arange(1, len(values) + 1)
@@ -138,7 +142,19 @@ def segmentation_job(
         # of class numbers PyTorch has no cross-entropy that is the same every time on a GPU
         return torch.as_tensor(compare(predicted, one_hot(classes, predicted.shape[1])))
 
-    return Job(name, plan, settings, epochs, train, validation, prepare, loss, snapshots=snapshots)
+    lineage = Lineage(outputs=f"classes {sorted(values)}", seen=tuple(sorted(seen)), unseen=tuple(sorted(unseen)))
+    return Job(
+        name,
+        plan,
+        settings,
+        epochs,
+        train,
+        validation,
+        prepare,
+        loss,
+        snapshots=snapshots,
+        lineage=lineage if seen else None,
+    )
 
 
 def segmenter_of(
@@ -198,11 +214,11 @@ def train_segmentation(
     split = {split: [c for c in cases if patient_splits[c.patient].split == split] for split in ("train", "validation")}
     train = [load_example(c, plan, values) for c in (*split["train"], *pseudo.cases)]
     validation = [load_example(c, plan, values) for c in split["validation"]]
-    job = segmentation_job("segmentation", plan, values, train, validation, settings, epochs=settings.epochs)
-    fitted = fit(job, folder, progress)
     # validation labels chose the epoch: their patients count as seen, and so do those that pseudo-labels were made from
-    seen = [*(c.patient for c in (*cases, *pseudo.cases)), *pseudo.seen]
-    segmenter = segmenter_of(fitted, plan, structures, seen, settings)
+    seen = {*(c.patient for c in (*cases, *pseudo.cases)), *pseudo.seen}
+    job = segmentation_job("segmentation", plan, values, train, validation, settings, epochs=settings.epochs, seen=seen)
+    fitted = fit(job, folder, progress)
+    segmenter = segmenter_of(fitted, plan, structures, fitted.seen, settings)
     return with_scores(segmenter, split["validation"], values)
 
 

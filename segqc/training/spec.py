@@ -51,6 +51,9 @@ class TrainingSettings:
     mask in half of them, and so leans less on masks of networks that it has not met.
     ``mixed_precision`` lets the trainings' convolutions compute in bfloat16 on CPUs (AVX-512 BF16) and GPUs that have
     instructions for it, which takes less time; trained networks answer in float32 everywhere.
+    ``start`` "warm" lets each network begin at the weights that the last training gave the network of its role: the
+    segmentation network, each fold's network, each SegQC-Net. "scratch" begins with new ones; see
+    `segqc.training.engine`.
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
@@ -81,6 +84,7 @@ class TrainingSettings:
     hide_mask: bool = False
     ensemble: bool = True
     mixed_precision: bool = True
+    start: Literal["scratch", "warm"] = "scratch"
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant.
@@ -127,6 +131,7 @@ class TrainingSettings:
             transposes=self.transposes,
             segmentation_intensities=self.segmentation_intensities,
             mixed_precision=self.mixed_precision,
+            start=self.start,
         )
 
     def paper_recipe(self) -> TrainingSettings:
