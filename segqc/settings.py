@@ -159,7 +159,7 @@ class RoundSettings(BaseModel):
 
     Attributes:
         after_corrections: a round begins when that many scans have a final label that neither a round nor both networks
-            that serve have trained on; 0 for none.
+            of a bundle have trained on; 0 for none.
         at: the local time of day at which a round begins if at least one such label waits for it.
         enough_dice: masks are good enough, and no round begins by itself, when the mean true Dice of those that serve
             is at least that on audit draws, by the lower end of its interval.

@@ -218,7 +218,7 @@ def served(store: Store, segmenter: int | None, assessor: int | None) -> None:
         bundles.serve(transaction, number, SERVER)
 
 
-def test_labels_that_both_networks_that_serve_were_trained_with_are_no_corrections(store: Store, clock: Clock) -> None:
+def test_labels_that_both_networks_of_a_bundle_were_trained_with_are_no_corrections(store: Store, clock: Clock) -> None:
     def waiting() -> int:
         with store.read() as transaction:
             return rounds_info(transaction, AFTER.round).corrections
@@ -230,6 +230,9 @@ def test_labels_that_both_networks_that_serve_were_trained_with_are_no_correctio
     assert waiting() == 2
     served(store, 4, 4)
     assert due(store) is None, "as after the first start of a server, which has trained both"
+    with store.write() as transaction:
+        bundles.serve(transaction, 2, ANNA)
+    assert due(store) is None, "after a rollback the same labels would be trained on once more"
     label(store, clock, 4, 5)
     assert due(store) is None
     label(store, clock, 6)

@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
 import psutil
+import uvicorn
 
+from segqc.server.serve import server_of
 from tests.server_kit import make_dataset
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("hangups")]
@@ -89,3 +93,33 @@ def test_a_server_that_gets_many_signals_at_once_ends(moment: str, tmp_path: Pat
     assert server.returncode == 0, said
     assert "Traceback" not in said, said
     _assert_nothing_is_left(folder, tmp_path / "temporary")
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_signal_that_interrupts_the_handler_of_another_one_cuts_nothing_off(at: int) -> None:
+    begun: list[None] = []
+    server = server_of(uvicorn.Config(nothing), lambda: begun.append(None))
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        nonlocal lines
+        lines += event == "line"
+        if lines == at:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace
+
+    before = {sign: signal.signal(sign, server.handle_exit) for sign in (signal.SIGINT, signal.SIGTERM)}
+    sys.settrace(trace)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        sys.settrace(None)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    assert (server.should_exit, server.force_exit) == (True, False)
+    assert len(begun) == (2 if lines >= at else 1), "each signal is a wish"
+
+
+async def nothing(*_: object) -> None:
+    """An application that answers nothing."""

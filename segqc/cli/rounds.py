@@ -24,7 +24,7 @@ _TERMS: Final = (
     "audit error: audit draws shown with its estimates and corrected, and how far the estimated Dice was off on "
     "average; each bundle begins with none, as an audit speaks of the estimates that were shown. bundle: serves, "
     "served before, or held, and why (segqc models serve). new corrections: scans whose final label no round has "
-    "trained on, nor both networks that serve; simulated ones count."
+    "trained on, nor both networks of a bundle; simulated ones count."
 )
 _NONE: Final = (
     "No round was ever begun here; segqc round FOLDER begins one, [round] in segqc.toml says when others begin."

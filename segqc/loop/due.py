@@ -3,7 +3,7 @@
 A worker asks. What it puts is the same job as ``segqc round`` puts; both conditions are looked at once more with the
 store's write lock held, so that any number of workers puts one round.
 
-Counted are the scans whose final label no round has trained on, nor both networks that serve: of people, and of a
+Counted are the scans whose final label no round has trained on, nor both networks of a bundle: of people, and of a
 simulated annotator just as well. Words and tables say how many are simulated.
 """
 
@@ -194,7 +194,7 @@ class RoundsInfo:
 
     Attributes:
         after_corrections, at: when rounds begin by themselves; 0 and None for never.
-        corrections: the scans with a final label that neither a round nor both networks that serve have trained on.
+        corrections: the scans with a final label that neither a round nor both networks of a bundle have trained on.
         simulated: how many of these labels are simulated corrections.
         stopped: why more rounds are not worth it, so that none begins by itself; None where they are.
         message: the same in one sentence, with the numbers.

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from segqc.loop.processes import ending_signals, ignore_ending_signals
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
+    import uvicorn
     from filelock import BaseFileLock
 
     from segqc.server.guard import Traffic
@@ -229,6 +230,25 @@ def _temporary_files() -> Iterator[Path]:
             tempfile.tempdir = None
 
 
+def server_of(config: uvicorn.Config, begin_end: Callable[[], None]) -> uvicorn.Server:
+    """The server of a configuration, which a signal ends in order, however many come and whenever.
+
+    Args:
+        config: what to serve.
+        begin_end: called by each signal's handler.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # not by uvicorn's own handler: where another signal interrupts that of a Ctrl-C, it takes the two for a
+            # wish to cut off all requests, and the application, which ends with a traceback then
+            self.should_exit = True
+            begin_end()
+
+    return Server(config)
+
+
 def _answer(
     listener: socket.socket, shown: str, beside: contextlib.AbstractContextManager[None], ending: Ending
 ) -> None:
@@ -239,12 +259,6 @@ def _answer(
     from segqc.server.app import app
     from segqc.server.connection import Connection
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if not self.should_exit:  # of a second one, uvicorn would cut off what is being answered
-                super().handle_exit(sig, frame)
-            ending.begin()
-
     ending.traffic = app.state.traffic
     config = uvicorn.Config(
         app,
@@ -254,15 +268,9 @@ def _answer(
         access_log=False,
         timeout_graceful_shutdown=_REQUEST_GRACE_SECONDS,
     )
-    server = Server(config)
-
-    def end(sign: int, frame: FrameType | None) -> None:
-        # a signal that comes before uvicorn listens to it; afterwards it raises the one again that ended it
-        if not server.should_exit:
-            server.handle_exit(sign, frame)
-
+    server = server_of(config, ending.begin)
     for sign in ending_signals():
-        signal.signal(sign, end)
+        signal.signal(sign, server.handle_exit)
     logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     with beside:
         server.run(sockets=[listener])

@@ -10,7 +10,7 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 
 from segqc.store import assessments, events
 from segqc.store.database import StoreError, Transaction
@@ -129,6 +129,13 @@ def newest_labels(transaction: Transaction, number: int) -> tuple[int | None, in
     query = select(Bundle.segmenter_newest_label, Bundle.assessor_newest_label).where(Bundle.id == number)
     segmenter, assessor = transaction.execute(query).one()
     return segmenter, assessor
+
+
+def newest_trained_label(transaction: Transaction) -> int:
+    """The newest label version that both networks of some bundle were trained with; 0 where nobody knows one."""
+    segmenter, assessor = Bundle.segmenter_newest_label, Bundle.assessor_newest_label
+    earlier = case((segmenter < assessor, segmenter), else_=assessor)
+    return transaction.scalar(select(func.max(earlier)).where(segmenter.is_not(None), assessor.is_not(None))) or 0
 
 
 def set_drift_alarm(transaction: Transaction, number: int, alarm: DriftAlarm | None) -> None:

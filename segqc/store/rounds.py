@@ -42,15 +42,12 @@ def listing(transaction: Transaction) -> list[RoundRecord]:
 
 
 def newest_label(transaction: Transaction) -> int:
-    """The newest label version when the last round, or the trainings of both networks that serve, began.
+    """The newest label version when the last round, or the later of the trainings of a bundle's networks, began.
 
     0 without any. A round that failed or was stopped before it began counts from when it was taken, or put.
     """
     of_rounds = transaction.scalar(select(func.max(JobRow.newest_label)).where(JobRow.kind == "round")) or 0
-    serving = bundles.serving_number(transaction)
-    of_networks = bundles.newest_labels(transaction, serving) if serving is not None else ()
-    known = [label for label in of_networks if label is not None]
-    return max(of_rounds, min(known)) if known and len(known) == len(of_networks) else of_rounds
+    return max(of_rounds, bundles.newest_trained_label(transaction))
 
 
 def finished(transaction: Transaction) -> int:
