@@ -235,7 +235,6 @@ def test_the_appearance_is_noted_when_a_scan_is_taken_in_and_belongs_to_its_cont
     with dataset.store.read() as transaction:
         noted = features.versions(transaction, "appearance")
     assert len(noted) == 4 and sum(name.startswith("scan_1@") for name in noted) == 1
-    assert dataset.store.database.is_sqlite
 
 
 def test_the_appearance_depends_on_what_the_scan_shows_and_not_on_how_it_is_stored() -> None:

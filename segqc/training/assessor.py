@@ -100,9 +100,23 @@ def train_assessor(
     )
     epochs = folds * settings.fold_epochs + members * settings.epochs
     progress = WholeEstimate(progress, epochs * settings.steps_per_epoch, STEPS)
+    sets = _masks_of_folds(cases, structures, patient_splits, plan, settings, folder, progress)
+    return train_on_masks(sets, structures, patient_splits, settings, folder, progress)
+
+
+def _masks_of_folds(
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    patient_splits: dict[str, PatientSplit],
+    plan: NetworkPlan,
+    settings: TrainingSettings,
+    folder: Path,
+    progress: Progress,
+) -> list[MaskSet]:
+    """The masks by the networks of the folds, which are kept in a file and not in the memory."""
     made = crossfit_masks(cases, structures, patient_splits, plan, settings, folder, progress)
     Segmenter.save_members(made.networks, folder / FOLDS)
-    return train_on_masks(made.sets, structures, patient_splits, settings, folder, progress)
+    return made.sets
 
 
 def train_on_masks(
