@@ -454,6 +454,8 @@ def test_groups_by_the_name_of_patient_or_scan(store: Store, clock: Clock) -> No
     assert sum(c.said.audits for c in groups.values()) == said(store).audits == 4
     with pytest.raises(DatasetError, match=r"the groups' pattern '\(' is no regular expression"):
         certify_groups(found(store), WANTED, "(")
+    with pytest.raises(DatasetError, match="'sacn' finds nothing in the name of any patient or scan"):
+        certify_groups(found(store), WANTED, "sacn")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
