@@ -218,7 +218,8 @@ def test_the_sentences() -> None:
     assert certificate_sentence(enough, 0.8, 0.9) == (
         "At least 96.2% of the 159 labels have a Dice of 0.8 or more (one-sided 95% bound; 59 audits)."
     )
-    hopeless = certificate_sentence(certify(30, 10, only_audits(20, 10, 8), share=0.9), 0.8, 0.9)
+    in_part = [AuditedMask(made_at=DAY, left_at=at(1), is_judged=True)] * 20  # no audit can draw them any more
+    hopeless = certificate_sentence(certify(30, 10, in_part, share=0.9), 0.8, 0.9)
     assert hopeless.endswith("that at least 90% do; people have to correct more of the labels wholly.")
     assert certificate_sentence(certify(0, 0, [], share=0.9), 0.8, 0.9) == "There are no labels to say anything of."
 
