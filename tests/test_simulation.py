@@ -83,7 +83,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("settings.training.epoch = 3", "the arm 'a': .*has no setting 'epoch'; did you mean 'epochs'"),
         ("arms.A.strategy = 'segqc'", "the arms 'A' and 'a' would have one folder"),
         ("arms.b.strategy = 'worst'", "the arm 'b': there is no strategy 'worst'; there are segqc"),
-        ("arms.b = {strategy = 'ensemble', assessed = false}", "'ensemble' needs whole rounds; leave 'assessed"),
+        (
+            "arms.b = {strategy = 'ensemble', assessed = false}",
+            "leave 'assessed = false' away, as the strategy 'ensemble' needs",
+        ),
+        (
+            "settings.annotation.slices = 3\narms.b = {strategy = 'tta', assessed = false}",
+            "the arm 'b': leave 'assessed = false' away, as 'annotation.slices' needs whole rounds",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_meant_is_refused_with_its_file(tmp_path: Path, wrong: str, said: str) -> None:

@@ -163,15 +163,19 @@ class Study(_Frozen):
             if arm.strategy not in strategies():
                 there = ", ".join(strategies())
                 raise StudyError(f"{path}: the arm {name!r}: there is no strategy {arm.strategy!r}; there are {there}")
-            if strategies()[arm.strategy].needs_rounds and not arm.assessed:
-                raise StudyError(
-                    f"{path}: the arm {name!r}: the strategy {arm.strategy!r} needs whole rounds; "
-                    "leave 'assessed = false' away"
-                )
             try:
-                study.settings_of(None, arm, study.seeds[0])
+                settings = study.settings_of(None, arm, study.seeds[0])
             except SettingsError as error:
                 raise StudyError(f"{path}: the arm {name!r}: {error}") from error
+            by_rounds = {
+                f"the strategy {arm.strategy!r}": strategies()[arm.strategy].needs_rounds,
+                "'annotation.slices'": settings.annotation.slices > 0,
+                "'pseudo_labels.mode'": settings.pseudo_labels.mode != "off",
+            }
+            if not arm.assessed and (needing := [what for what, needs in by_rounds.items() if needs]):
+                raise StudyError(
+                    f"{path}: the arm {name!r}: {needing[0]} needs whole rounds, without 'assessed = false'"
+                )
         return study
 
     def only(self, name: str, seed: int) -> Study:
