@@ -174,7 +174,7 @@ class Study(_Frozen):
             }
             if not arm.assessed and (needing := [what for what, needs in by_rounds.items() if needs]):
                 raise StudyError(
-                    f"{path}: the arm {name!r}: {needing[0]} needs whole rounds, without 'assessed = false'"
+                    f"{path}: the arm {name!r}: leave 'assessed = false' away, as {needing[0]} needs whole rounds"
                 )
         return study
 
