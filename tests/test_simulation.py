@@ -266,6 +266,15 @@ def test_a_budget_that_is_spent_already_has_no_round_of_its_own(data: Path, tmp_
         assert len(bundles.listing(transaction)) == 2
 
 
+@pytest.mark.parametrize("arm", ["uniform", "worst first"])
+def test_too_few_scans_for_the_first_round_are_an_error_that_says_what_helps(
+    data: Path, tmp_path: Path, arm: str
+) -> None:
+    study = read(tmp_path, STUDY.replace("start = 4", "start = 2").replace("[0.5,", "[0.1,"))
+    with pytest.raises(StudyError, match=r"at least 4 patients, found 2; .* a larger 'start' or first budget does"):
+        run_unit(study, arm, 0, data, tmp_path / "unit", NoProgress())
+
+
 def test_a_unit_that_has_not_annotated_yet_begins_anew_and_takes_over_nothing(data: Path, tmp_path: Path) -> None:
     study = read(tmp_path)
     run_unit(study.model_copy(update={"budgets": (0.5,)}), "uniform", 0, data, tmp_path / "unit", NoProgress())

@@ -38,6 +38,7 @@ from segqc.store import corrections, jobs, labels, leases, pseudo_labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.records import Actor, CorrectionRecord, LabelRecord, LeaseRecord
 from segqc.training import Progress
+from segqc.training.cases import TooFewCases
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
 
@@ -250,7 +251,10 @@ class _Run:
         if self.unit.points and self._cost() == self.unit.points[-1].cost:
             return replace(self.unit.points[-1], accepted=(), seconds=0.0)
         begun = time.perf_counter()
-        is_held = self._round()
+        try:
+            is_held = self._round()
+        except TooFewCases as error:
+            raise StudyError(f"{self.dataset.folder}: {error.clause}; a larger 'start' or first budget does") from error
         return self._measured(time.perf_counter() - begun, is_held=is_held)
 
     def _annotate(self, budget: float) -> bool:
