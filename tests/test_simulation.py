@@ -19,7 +19,7 @@ from segqc.evaluation.simulation.results import result_of
 from segqc.evaluation.simulation.study import AnnotatorSettings, Study, StudyError
 from segqc.evaluation.simulation.unit import Accepted, Cost, Point, Unit, run_unit
 from segqc.loop.dataset import Dataset
-from segqc.store import bundles, labels, scans
+from segqc.store import bundles, labels, rounds, scans
 from segqc.store.labels import FINAL
 from segqc.training import NoProgress
 from segqc.types import LabelArray
@@ -218,13 +218,13 @@ def test_curves_without_a_second_cost_have_no_area(tmp_path: Path) -> None:
 
 
 class Interrupts(NoProgress):
-    """Stops a unit while it annotates for the nth time."""
+    """Stops a unit at the nth step of a task."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, at: int, task: str = "annotating") -> None:
+        self.left, self.task = at, task
 
     def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
-        if task == "annotating":
+        if task == self.task:
             self.left -= 1
             if not self.left:
                 raise KeyboardInterrupt
@@ -264,6 +264,15 @@ def test_a_budget_that_is_spent_already_has_no_round_of_its_own(data: Path, tmp_
     assert [p.seconds > 0 for p in points] == [True, False, False, True]
     with Dataset(tmp_path / "unit" / "dataset").store.read() as transaction:
         assert len(bundles.listing(transaction)) == 2
+
+
+def test_a_unit_that_was_interrupted_while_it_measured_does_not_train_again(data: Path, tmp_path: Path) -> None:
+    study = read(tmp_path).model_copy(update={"budgets": (0.5, 0.6)})
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(study, "worst first", 0, data, tmp_path / "unit", Interrupts(4, "measuring the test scans"))
+    unit = run_unit(study, "worst first", 0, data, tmp_path / "unit", NoProgress())
+    with Dataset(tmp_path / "unit" / "dataset").store.read() as transaction:
+        assert len(rounds.listing(transaction)) == len(unit.points) == 2
 
 
 @pytest.mark.parametrize("arm", ["uniform", "worst first"])

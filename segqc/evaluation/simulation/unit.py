@@ -27,16 +27,16 @@ from segqc.loop.agreement import dice_by_structure, worst_dice
 from segqc.loop.dataset import Dataset
 from segqc.loop.locks import LockHeld, hold
 from segqc.loop.prepare import labelled_pairs, prepare, scans_by_patient
-from segqc.loop.requests import RoundRequest, enqueue, request_of
+from segqc.loop.requests import PUBLISH_STEP, RoundRequest, enqueue, request_of
 from segqc.loop.round import run_round
 from segqc.loop.scoring import current_mask, score
 from segqc.loop.submission import submit_label
 from segqc.loop.training import train
 from segqc.networks.device import name_of_device
 from segqc.selection import strategies
-from segqc.store import corrections, jobs, labels, leases, pseudo_labels, scans
+from segqc.store import corrections, jobs, labels, leases, pseudo_labels, rounds, scans
 from segqc.store.labels import FINAL
-from segqc.store.records import Actor, CorrectionRecord, LabelRecord, LeaseRecord
+from segqc.store.records import Actor, CorrectionRecord, JsonObject, LabelRecord, LeaseRecord
 from segqc.training import Progress
 from segqc.training.cases import TooFewCases
 from segqc.types import LabelArray, Structure
@@ -313,6 +313,9 @@ class _Run:
     def _whole_round(self) -> bool:
         with self.dataset.store.write() as transaction:
             if not jobs.open_jobs(transaction, "round"):
+                ended = rounds.listing(transaction)
+                if ended and not rounds.labelled_since(transaction, rounds.newest_label(transaction)).scans:
+                    return _is_held(ended[-1].steps)  # the study was interrupted while it measured
                 enqueue(transaction, RoundRequest(), _ANNOTATOR)
             job = (
                 jobs.claim(transaction, _WORKER, ("round",), lambda _: True) or jobs.open_jobs(transaction, "round")[0]
@@ -325,7 +328,7 @@ class _Run:
             jobs.finish(transaction, job.id, _WORKER, "done")
         if (own := strategies()[self.arm.strategy].score) is not None and not own.is_estimate:
             score(self.dataset, self.arm.strategy, self.progress)
-        return result.steps["publish"].get("held_because") is not None
+        return _is_held(result.steps)
 
     def _measured(self, seconds: float, *, is_held: bool) -> Point:
         segmenter = self.dataset.segmenter()
@@ -444,6 +447,11 @@ def _truths(study: Study, data: Path) -> tuple[dict[str, _Truth], dict[str, _Tru
         return _Truth(image, read_labels(label, scan=read_scan(image), values=values))
 
     return {scan: read(scan) for scan in pool}, {scan: read(scan) for scan in test}
+
+
+def _is_held(steps: Mapping[str, JsonObject]) -> bool:
+    """Whether the bundle of a round was held, by its steps."""
+    return steps[PUBLISH_STEP].get("held_because") is not None
 
 
 def _depth(truth: Volume) -> int:
