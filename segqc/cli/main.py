@@ -950,7 +950,8 @@ def run_round(
     if ended.state != "done":
         left = "; run segqc round again to go on" if ended.state in ("queued", "running") else ""
         reason = f": {ended.messages[-1].removesuffix('.')}" if ended.state == "failed" and ended.messages else ""
-        raise CommandError(f"{folder}: the round is {ended.state}{reason}{left}")
+        what = "failed" if ended.state == "failed" else f"is {ended.state}"
+        raise CommandError(f"{folder}: the round {what}{reason}{left}")
     with dataset.store.read() as transaction:
         number = jobs.bundle_of_round(transaction, job.id)
         is_held = number is not None and bundles.get(transaction, number).held_because is not None
