@@ -105,8 +105,12 @@ class Archive:
                 raise
 
     def _expect(self, scan: DicomScan) -> None:
-        """Refuse a scan whose file is not what it was."""
-        if not self._dataset.is_unchanged(scan.record):
+        """Refuse a scan whose file is gone or holds another content than it did."""
+        try:
+            now = self._dataset.verify(scan.record)
+        except UnknownScan as error:
+            raise unknown("study", scan.study_uid) from error
+        if now.sha256 != scan.record.sha256:
             raise unknown("study", scan.study_uid)
 
 

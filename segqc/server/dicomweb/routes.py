@@ -59,6 +59,7 @@ _SERIES: Final = f"{_STUDY}/series/{{series}}"
 _INSTANCE: Final = f"{_SERIES}/instances/{{instance}}"
 _FRAME: Final = re.compile("[1-9][0-9]{0,8}")
 _MAX_FRAMES: Final = 16  # asked for at once
+_USUAL_PORTS: Final = (80, 443, None)
 _FUZZY: Final = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
 
 
@@ -114,7 +115,12 @@ async def _in_slot(request: Request, work: Callable[[], T]) -> T:
 
 
 def _address(request: Request) -> str:
-    return f"{request.base_url}{router.prefix.removeprefix('/')}"
+    """Where DICOMweb is, as the client calls this server."""
+    base = request.base_url
+    host, port = request.scope.get("server") or (None, None)
+    if base.port is None and base.hostname == host and port not in _USUAL_PORTS:
+        base = base.replace(port=port)  # dicomweb-client leaves the port out of the Host header
+    return f"{base}{router.prefix.removeprefix('/')}"
 
 
 # ------------------------------------------------------------------------------------------------------------- searches

@@ -13,9 +13,8 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, SecondaryCaptureImageStorage
 
 from segqc.store.records import JsonObject, ScanRecord
-from segqc.volumes import Volume
+from segqc.volumes import SliceLayout, Volume, slice_layout
 from segqc.volumes.dicom_images import ImagePixels, ImagePlanes, decimal, quantise
-from segqc.volumes.slice_layout import SliceLayout, slice_layout
 from segqc.volumes.volume import Grid
 
 Attributes: TypeAlias = dict[str, Any]
