@@ -28,7 +28,7 @@ from pydicom.pixel_data_handlers.util import apply_voi_lut
 from requests.adapters import BaseAdapter
 
 from segqc.loop.dataset import Dataset
-from segqc.server.dicomweb import archive
+from segqc.server.dicomweb import archive, routes
 from segqc.server.dicomweb.archive import Archive
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.query import Query
@@ -411,6 +411,17 @@ def test_names_that_sound_alike_are_not_looked_for_and_that_is_said(client: Test
     assert answer.json() == []
     assert answer.headers["warning"].startswith("299 ")
     assert "warning" not in client.get("/dicomweb/studies?fuzzymatching=false").headers
+
+
+def test_long_answers_are_cut_and_that_is_said(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MAX_RESULTS", 3)
+    answer = client.get("/dicomweb/studies?fuzzymatching=true")
+    assert len(answer.json()) == 3
+    assert "additional results" in answer.headers["warning"]
+    assert "fuzzymatching" in answer.headers["warning"]
+    rest = client.get("/dicomweb/studies?offset=7")
+    assert len(rest.json()) == 3
+    assert "warning" not in rest.headers
 
 
 def test_searching_reads_only_the_files_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

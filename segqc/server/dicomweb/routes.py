@@ -1,14 +1,15 @@
 """The routes of DICOMweb: searches (QIDO-RS) and retrievals (WADO-RS), below ``/dicomweb``.
 
-Whatever reads voxels runs in threads of its own number, so that viewers cannot take all of the server's.
+All that reads files runs in threads of its own number, so that viewers cannot take all of the server's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Final, TypeVar
+from itertools import islice
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -43,12 +44,15 @@ from segqc.server.monailabel.facade import current_app
 from segqc.store.records import JsonObject
 
 SLOTS: Final = 4
-"""So many requests read voxels or make pictures at once; others wait without taking a thread."""
+"""So many requests are answered at once; others wait without taking a thread."""
+MAX_RESULTS: Final = 5000
+"""Of one search; further ones are told page by page."""
 
 router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[USER])
 scan_router = APIRouter(tags=["SegQC"], dependencies=[USER])
 
 T = TypeVar("T")
+Finder: TypeAlias = Callable[[Archive, Iterable[DicomScan], str], Iterator[Found]]
 Study = Annotated[str, Path(description="StudyInstanceUID: the scan.")]
 Series = Annotated[str, Path(description="SeriesInstanceUID: the scan's only series.")]
 Instance = Annotated[str, Path(description="SOPInstanceUID: a slice.")]
@@ -59,6 +63,7 @@ _SERIES: Final = f"{_STUDY}/series/{{series}}"
 _INSTANCE: Final = f"{_SERIES}/instances/{{instance}}"
 _FRAME: Final = re.compile("[1-9][0-9]{0,8}")
 _MAX_FRAMES: Final = 16  # asked for at once
+_MORE: Final = "There are additional results that can be requested."
 _USUAL_PORTS: Final = (80, 443, None)
 _FUZZY: Final = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
 
@@ -127,55 +132,60 @@ def _address(request: Request) -> str:
 
 
 @router.get("/studies", summary="Search for studies")
-def search_studies(request: Request) -> Response:
+async def search_studies(request: Request) -> Response:
     """Find scans, each as a study, by any attribute; page by ``limit`` and ``offset``, more by ``includefield``."""
-    archive = open_archive()
-    return _search(request, found_studies(archive, archive.scans(), _address(request)), OF_STUDY)
+    return await _search(request, found_studies, None, OF_STUDY)
 
 
 @router.get("/series", summary="Search for series of all studies")
-def search_series(request: Request) -> Response:
+async def search_series(request: Request) -> Response:
     """Find the series of all scans."""
-    archive = open_archive()
-    return _search(request, found_series(archive, archive.scans(), _address(request)), OF_STUDY | OF_SERIES)
+    return await _search(request, found_series, None, OF_STUDY | OF_SERIES)
 
 
 @router.get("/instances", summary="Search for instances of all studies")
-def search_instances(request: Request) -> Response:
+async def search_instances(request: Request) -> Response:
     """Find slices of all scans."""
-    archive = open_archive()
-    usual = OF_STUDY | OF_SERIES | OF_INSTANCE
-    return _search(request, found_slices(archive, archive.scans(), _address(request)), usual)
+    return await _search(request, found_slices, None, OF_STUDY | OF_SERIES | OF_INSTANCE)
 
 
 @router.get(f"{_STUDY}/series", summary="Search for the series of a study")
-def search_series_of_study(request: Request, study: Study) -> Response:
+async def search_series_of_study(request: Request, study: Study) -> Response:
     """Find the series of a scan."""
-    archive = open_archive()
-    return _search(request, found_series(archive, [archive.study(study)], _address(request)), OF_SERIES)
+    return await _search(request, found_series, lambda: _choose(study), OF_SERIES)
 
 
 @router.get(f"{_STUDY}/instances", summary="Search for the instances of a study")
-def search_instances_of_study(request: Request, study: Study) -> Response:
+async def search_instances_of_study(request: Request, study: Study) -> Response:
     """Find slices of a scan."""
-    archive = open_archive()
-    found = found_slices(archive, [archive.study(study)], _address(request))
-    return _search(request, found, OF_SERIES | OF_INSTANCE)
+    return await _search(request, found_slices, lambda: _choose(study), OF_SERIES | OF_INSTANCE)
 
 
 @router.get(f"{_SERIES}/instances", summary="Search for the instances of a series")
-def search_instances_of_series(request: Request, study: Study, series: Series) -> Response:
+async def search_instances_of_series(request: Request, study: Study, series: Series) -> Response:
     """Find slices of a scan."""
-    chosen = _choose(study, series)
-    return _search(request, found_slices(chosen.archive, [chosen.header.scan], _address(request)), OF_INSTANCE)
+    return await _search(request, found_slices, lambda: _choose(study, series), OF_INSTANCE)
 
 
-def _search(request: Request, things: Iterable[Found], usual: Collection[str]) -> Response:
-    media_type = choose(request, JSON_TYPES)
-    query = Query.parse(request.query_params.multi_items())
-    found = [to_json(dataset(query.pick(attributes, usual))) for attributes in query.select(things)]
-    headers = {"Warning": f'299 {request.url.netloc} "{_FUZZY}"'} if query.fuzzy else None
-    return JSONResponse(found, headers=headers, media_type=media_type)
+async def _search(
+    request: Request, find: Finder, choose_scan: Callable[[], Chosen] | None, usual: Collection[str]
+) -> Response:
+    """Search among all scans, or the one that is chosen."""
+
+    def work() -> Response:
+        media_type = choose(request, JSON_TYPES)
+        query = Query.parse(request.query_params.multi_items())
+        archive = open_archive()
+        scans = archive.scans() if choose_scan is None else [choose_scan().header.scan]
+        results = query.select(find(archive, scans, _address(request)))
+        told = [to_json(dataset(query.pick(attributes, usual))) for attributes in islice(results, MAX_RESULTS)]
+        warnings = [_FUZZY] if query.fuzzy else []
+        if next(results, None) is not None:
+            warnings.append(_MORE)
+        headers = {"Warning": ", ".join(f'299 {request.url.netloc} "{text}"' for text in warnings)} if warnings else {}
+        return JSONResponse(told, headers=headers, media_type=media_type)
+
+    return await _in_slot(request, work)
 
 
 # ------------------------------------------------------------------------------------------------------------- metadata
