@@ -42,7 +42,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
     "training.segmentation": {"epochs": 30},
     "training.segqc": {"epochs": 5, "fold_epochs": 5},
     "round": {"after_corrections": CORRECTIONS},
-    "pseudo_labels": {"mode": "top", "top_share": 0.5},
+    "pseudo_labels": {"mode": "top", "top_share": 0.5, "min_dice": 0.0},
     "annotation": {"audit_share": 0.2, "validation_share": 0.0},
 }
 
