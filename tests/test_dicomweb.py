@@ -37,8 +37,10 @@ from segqc.server.dicomweb.search import found_slices, found_studies
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages, to_file
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
+from segqc.store.events import FOLDER
+from segqc.store.scans import assign_patient
 from segqc.volumes import AffineArray, Array, Volume, read_scan, slice_layout, write_scan
-from segqc.volumes.dicom_images import quantise
+from segqc.volumes.dicom_images import ImagePlanes, quantise
 from tests.server_kit import listening, serving
 
 NAMES = "chest", "flipped", "oblique", "coronal", "sagittal", "cube", "float", "high", "thin", "zoë"
@@ -260,6 +262,19 @@ def test_a_label_map_goes_to_images_and_back(axes: tuple[int, ...], signs: tuple
     images = layout.to_images(volume.array)
     np.testing.assert_array_equal(layout.from_images(images), volume.array)
     assert_same_voxels(volume, images.transpose(2, 1, 0), layout.affine_of_images(volume))
+
+
+def test_axes_that_are_not_quite_orthogonal_are_noted_as_the_nearest_that_are() -> None:
+    affine = affine_of(rotation(10, 20, 30) @ [[1, 4e-4, 0], [0, 1, 3e-4], [0, 0, 1]], (0.7, 0.8, 3.0))
+    planes = ImagePlanes.from_ras((5, 200, 240), affine)
+    item = DicomDataset()
+    planes.describe(item)
+    planes.place(item, 2)
+    across, down = (np.array(item.ImageOrientationPatient[i : i + 3]) for i in (0, 3))
+    np.testing.assert_allclose([across @ down, across @ across, down @ down], [0, 1, 1], atol=1e-9)
+    corner = np.array(item.ImagePositionPatient) + 239 * 0.7 * across + 199 * 0.8 * down
+    expected = (np.diag([-1, -1, 1, 1]) @ affine @ [239, 199, 2, 1])[:3]
+    assert np.abs(corner - expected).max() < 0.05
 
 
 @pytest.mark.usefixtures("client")
@@ -621,6 +636,24 @@ def test_a_file_that_vanishes_during_a_search_is_left_out(folder: Path, tmp_path
     with pytest.raises(RequestError, match="search again") as caught:
         served.images(known[0])
     assert caught.value.status == 404
+
+
+def test_a_scan_is_of_the_patient_that_the_store_knows_now(tmp_path: Path) -> None:
+    write_scan(scans()["chest.nii.gz"], tmp_path / "one.nrrd")
+    (tmp_path / "one.json").write_text(json.dumps({"Modality": "Cardiac MRI"}))
+    with serving(tmp_path) as client:
+        names = names_of(client, "one")
+
+        def told() -> list[tuple[str, str]]:
+            answers = (client.get(path).json()[0] for path in ("/dicomweb/studies", f"{names.path}/metadata"))
+            return [(value(item, "PatientID"), value(item, "PatientName")) for item in answers]
+
+        assert told() == [("one", "one")] * 2
+        assert value(client.get(f"{names.path}/metadata").json()[0], "Modality") == "MR"  # its own is no code
+        dataset = current_app().context.dataset
+        with dataset.store.write() as transaction:
+            assign_patient(transaction, "one", "Doe\\Jane=J", dataset.settings.split_config(), FOLDER)
+        assert told() == [("Doe/Jane=J", "Doe/Jane-J")] * 2
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

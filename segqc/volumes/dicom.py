@@ -13,7 +13,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 
 from segqc.volumes.dicom_headers import first_line, read_dataset, read_header
-from segqc.volumes.dicom_images import ImagePlanes, quantise
+from segqc.volumes.dicom_images import ImagePlanes, describe_kind, quantise
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import Array, Source, Volume, VolumeError
@@ -205,15 +205,13 @@ def _slice_dataset(name: str, digest: str, index: int) -> FileDataset:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     item = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     item.is_little_endian, item.is_implicit_VR = True, False
-    item.SOPClassUID, item.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    item.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     item.StudyInstanceUID = generate_uid(entropy_srcs=[digest, "study"])
     item.SeriesInstanceUID = generate_uid(entropy_srcs=[digest, "series"])
     item.FrameOfReferenceUID = generate_uid(entropy_srcs=[digest, "frame"])
     item.PatientID = item.PatientName = item.SeriesDescription = name[:64]
     item.PatientBirthDate = item.PatientSex = item.StudyDate = item.StudyTime = item.StudyID = ""
-    item.AccessionNumber = item.ReferringPhysicianName = item.Manufacturer = item.PositionReferenceIndicator = ""
-    item.Modality, item.ImageType = "MR", ["DERIVED", "SECONDARY", "OTHER"]
-    item.ScanningSequence, item.SequenceVariant, item.ScanOptions, item.MRAcquisitionType = "RM", "NONE", "", "2D"
-    item.EchoTime = item.RepetitionTime = item.EchoTrainLength = ""
+    item.AccessionNumber = item.ReferringPhysicianName = ""
     item.SeriesNumber = 1
+    describe_kind(item, "MR")
     return item

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
 from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from segqc.volumes.volume import LPS_TO_RAS, AffineArray, Array, spacing_of
@@ -89,6 +90,26 @@ class ImagePixels:
         """The intensities of one image, ``(rows, columns)``."""
         values: npt.NDArray[np.float64] = self.stored[index].astype(np.float64)
         return values * float(self.slope) + float(self.intercept)
+
+
+def describe_kind(item: Dataset, modality: str) -> None:
+    """Note what kind of image it is, with what DICOM wants to be there of a scanner that nothing is known of.
+
+    Args:
+        item: the header.
+        modality: MR, CT, or another, whose images are noted as made by a program.
+    """
+    item.Modality, item.ImageType = modality, ["DERIVED", "SECONDARY", "OTHER"]
+    item.Manufacturer = item.PositionReferenceIndicator = ""
+    if modality == "MR":
+        item.SOPClassUID = MRImageStorage
+        item.ScanningSequence, item.SequenceVariant, item.ScanOptions, item.MRAcquisitionType = "RM", "NONE", "", "2D"
+        item.EchoTime = item.RepetitionTime = item.EchoTrainLength = ""
+    elif modality == "CT":
+        item.SOPClassUID = CTImageStorage
+        item.KVP = item.AcquisitionNumber = ""
+    else:
+        item.SOPClassUID, item.ConversionType = SecondaryCaptureImageStorage, "WSD"
 
 
 def decimal(value: float) -> DSfloat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Final
 
 from segqc.loop.dataset import Dataset, ScanEntry
@@ -72,7 +73,8 @@ class Archive:
             RequestError: 404 if the file is gone or holds another content by now.
             VolumeError: if it cannot be read.
         """
-        return self._headers.get(scan.study_uid, lambda: self._read_header(scan))
+        header = self._headers.get(scan.study_uid, lambda: self._read_header(scan))
+        return replace(header, scan=scan)  # the store may know another patient by now
 
     def images(self, scan: DicomScan) -> ScanImages:
         """A scan's images; fails as `header` does."""

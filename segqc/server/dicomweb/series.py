@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, SecondaryCaptureImageStorage
+from pydicom.uid import ExplicitVRLittleEndian
 
 from segqc.store.records import JsonObject, ScanRecord
 from segqc.volumes import SliceLayout, Volume, slice_layout
-from segqc.volumes.dicom_images import ImagePixels, ImagePlanes, decimal, quantise
+from segqc.volumes.dicom_images import ImagePixels, ImagePlanes, decimal, describe_kind, quantise
 from segqc.volumes.volume import Grid
 
 Attributes: TypeAlias = dict[str, Any]
@@ -22,8 +23,8 @@ Attributes: TypeAlias = dict[str, Any]
 
 USUAL_MODALITY: Final = "MR"
 """What a scan counts as whose file says nothing: viewers reconstruct no planes of images of unknown modality."""
-_SOP_CLASSES: Final[Mapping[str, UID]] = {"MR": MRImageStorage, "CT": CTImageStorage}
 _NAMESPACE: Final = uuid.UUID("4d1d4c43-8a0b-5a7e-9f0e-6c8b1f2f7a11")
+_CODE: Final = re.compile("[A-Z0-9_]{1,16}")
 _MAX_TEXT: Final = 64  # characters of a DICOM long string
 _DARKEST, _BRIGHTEST = 0.01, 0.99  # shares of the voxels
 
@@ -104,12 +105,13 @@ class ScanHeader:
 
     @classmethod
     def of(cls, scan: DicomScan, grid: Grid, modality: str | None) -> ScanHeader:
-        """The header of a scan that lies on a grid."""
+        """The header of a scan that lies on a grid, of the modality that its file names."""
         layout = slice_layout(grid)
         sizes = (grid.shape[layout.slice_axis], grid.shape[layout.row_axis], grid.shape[layout.column_axis])
         planes = ImagePlanes.from_ras(sizes, layout.affine_of_images(grid))
         instances = {scan.instance_uid(index): index for index in range(sizes[0])}
-        return cls(scan, layout, planes, modality or USUAL_MODALITY, instances)
+        known = modality if modality is not None and _CODE.fullmatch(modality) else USUAL_MODALITY
+        return cls(scan, layout, planes, known, instances)
 
     @property
     def count(self) -> int:
@@ -119,7 +121,6 @@ class ScanHeader:
     def image(self, index: int) -> Dataset:
         """What the header of one image says of its identity and place, beside what all have in common."""
         item = Dataset()
-        item.SOPClassUID = _SOP_CLASSES.get(self.modality, SecondaryCaptureImageStorage)
         item.SOPInstanceUID = self.scan.instance_uid(index)
         self.planes.place(item, index)
         return item
@@ -127,9 +128,8 @@ class ScanHeader:
     def images(self) -> Dataset:
         """What the headers of all images have in common, but for what depends on the voxels."""
         item = dataset({**self.scan.study(), **self.scan.series(self.modality)})
-        item.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+        describe_kind(item, self.modality)
         item.FrameOfReferenceUID = self.scan.frame_of_reference_uid
-        item.PositionReferenceIndicator = item.Manufacturer = ""
         self.planes.describe(item)
         return item
 
