@@ -674,23 +674,22 @@ def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def test_a_scan_is_read_once_however_many_ask_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = Dataset(folder)
-    served = Archive(dataset, 1e6)
+    served = Archive(Dataset(folder), 1e6)
     scan = served.named("oblique")
     reads: list[str] = []
     begun = threading.Barrier(8)
 
-    def counted(entry: Any) -> Volume:
-        reads.append(entry.id)
-        return read_scan(entry.image)
+    def counted(path: Path, **options: Any) -> Volume:
+        reads.append(path.name)
+        return read_scan(path, **options)
 
     def ask(_: int) -> ScanImages:
         begun.wait()
         return served.images(scan)
 
-    monkeypatch.setattr(dataset, "read_scan", counted)
+    monkeypatch.setattr(archive, "read_scan", counted)
     found = at_once(8, ask)
-    assert reads == ["oblique"]
+    assert reads == ["oblique.nii.gz"]
     assert all(images is found[0] for images in found)
 
 

@@ -6,13 +6,13 @@ import threading
 from dataclasses import replace
 from typing import Final
 
-from segqc.loop.dataset import Dataset, ScanEntry
+from segqc.loop.dataset import Dataset
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.errors import RequestError
 from segqc.store import scans
-from segqc.store.scans import ScanReplaced, UnknownScan
-from segqc.volumes import VolumeError, read_grid
+from segqc.store.scans import UnknownScan
+from segqc.volumes import VolumeError, read_grid, read_scan
 from segqc.volumes.tags import read_tag
 
 _MAX_HEADERS: Final = 20_000
@@ -95,16 +95,15 @@ class Archive:
         return ScanHeader.of(scan, grid, modality)
 
     def _read_images(self, scan: DicomScan) -> ScanImages:
-        record = scan.record
-        entry = ScanEntry(record.name, self._dataset.folder / record.file, None, None, record.sha256)
+        path = self._dataset.folder / scan.record.file
         with self._reading:
             try:
-                return ScanImages.of(self._dataset.read_scan(entry))
-            except ScanReplaced as error:
-                raise unknown("study", scan.study_uid) from error
+                volume = read_scan(path, limits=self._dataset.settings.intake, memory_order="K")
             except VolumeError:
                 self._expect(scan)
                 raise
+            self._expect(scan)
+            return ScanImages.of(volume)
 
     def _expect(self, scan: DicomScan) -> None:
         """Refuse a scan whose file is gone or holds another content than it did."""

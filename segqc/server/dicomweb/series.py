@@ -151,7 +151,7 @@ class ScanImages:
     @classmethod
     def of(cls, volume: Volume) -> ScanImages:
         """The images of a scan, in 16 bits."""
-        pixels = quantise(np.ascontiguousarray(slice_layout(volume).to_images(volume.array)))
+        pixels = quantise(slice_layout(volume).to_images(volume.array))
         low, high = (float(pixels.slope) * step + float(pixels.intercept) for step in _display_range(pixels))
         return cls(pixels, low, high)
 
