@@ -204,6 +204,13 @@ class TrackingSettings(BaseModel):
     uri: str | None = Field(default=None, min_length=1)
     experiment: str = Field(default="segqc", min_length=1)
 
+    @field_validator("uri")
+    @classmethod
+    def _server_or_folder(cls, value: str | None) -> str | None:
+        if value is not None and ":" in value and not value.startswith(("http://", "https://")):
+            raise ValueError("wanted a server's address, which begins with http:// or https://, or a folder")
+        return value
+
 
 class InferenceSettings(BaseModel):
     """The table ``[inference]``.

@@ -218,6 +218,9 @@ def test_the_sentences() -> None:
     assert certificate_sentence(enough, 0.8, 0.9) == (
         "At least 96.2% of the 159 labels have a Dice of 0.8 or more (one-sided 95% bound; 59 audits)."
     )
+    in_part = [AuditedMask(made_at=DAY, left_at=at(1), is_judged=True)] * 20  # no audit can draw them any more
+    hopeless = certificate_sentence(certify(30, 10, in_part, share=0.9), 0.8, 0.9)
+    assert hopeless.endswith("that at least 90% do; people have to correct more of the labels wholly.")
     assert certificate_sentence(certify(0, 0, [], share=0.9), 0.8, 0.9) == "There are no labels to say anything of."
 
 
@@ -454,6 +457,8 @@ def test_groups_by_the_name_of_patient_or_scan(store: Store, clock: Clock) -> No
     assert sum(c.said.audits for c in groups.values()) == said(store).audits == 4
     with pytest.raises(DatasetError, match=r"the groups' pattern '\(' is no regular expression"):
         certify_groups(found(store), WANTED, "(")
+    with pytest.raises(DatasetError, match="'sacn' finds nothing in the name of any patient or scan"):
+        certify_groups(found(store), WANTED, "sacn")
 
 
 # ------------------------------------------------------------------------------------------------------ the command

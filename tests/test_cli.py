@@ -416,6 +416,8 @@ def test_rank_says_how_far_the_scoring_is_and_what_goes_on_with_it(run: Run, tmp
     told = run("rank", folder)
     assert told.code == 1
     assert "0 of 4 waiting scans are scored by bundle 1, which serves; a worker (segqc serve," in told.err
+    by_hand = run("rank", folder, "--method", "tta").err
+    assert "bundle 1, which serves; segqc score --method tta does the rest" in by_hand
     with dataset.store.write() as transaction:
         (job,) = jobs.open_jobs(transaction, "scoring")
         jobs.claim(transaction, "w1", ["scoring"])

@@ -12,13 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from segqc.cli.main import app
+from segqc.errors import SegqcError
 from segqc.evaluation.simulation.annotator import correct, generator_of
 from segqc.evaluation.simulation.curves import area, at, cost_of
 from segqc.evaluation.simulation.results import result_of
 from segqc.evaluation.simulation.study import AnnotatorSettings, Study, StudyError
 from segqc.evaluation.simulation.unit import Accepted, Cost, Point, Unit, run_unit
 from segqc.loop.dataset import Dataset
-from segqc.store import labels, scans
+from segqc.store import bundles, labels, scans
 from segqc.store.labels import FINAL
 from segqc.training import NoProgress
 from segqc.types import LabelArray
@@ -77,6 +78,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("start = -1", "greater than or equal to 0"),
         ("star = 4", "star"),
         ("start = ", "not a TOML file"),
+        ("seeds = []", "at least 1 item"),
+        ("seeds = [-1]", "greater than or equal to 0"),
+        ("settings.training.epoch = 3", "the arm 'a': .*has no setting 'epoch'; did you mean 'epochs'"),
+        ("arms.A.strategy = 'segqc'", "the arms 'A' and 'a' would have one folder"),
+        ("arms.b.strategy = 'worst'", "the arm 'b': there is no strategy 'worst'; there are segqc"),
+        (
+            "arms.b = {strategy = 'ensemble', assessed = false}",
+            "leave 'assessed = false' away, as the strategy 'ensemble' needs",
+        ),
+        (
+            "settings.annotation.slices = 3\narms.b = {strategy = 'tta', assessed = false}",
+            "the arm 'b': leave 'assessed = false' away, as 'annotation.slices' needs whole rounds",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_meant_is_refused_with_its_file(tmp_path: Path, wrong: str, said: str) -> None:
@@ -91,6 +105,28 @@ def test_settings_of_an_arm_lie_over_those_of_the_study(tmp_path: Path) -> None:
     assert (settings.epochs, settings.fold_epochs, settings.seed) == (7, 1, 3)
     with pytest.raises(StudyError, match="no arm 'yours'; there are 'uniform', 'worst first', 'mine'"):
         study.arm("yours")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start": 9}, "starts with 9 labelled scans, but has 8 to annotate"),
+        ({"start": 4, "max_scans": 3}, "starts with 4 labelled scans, but has 3 to annotate"),
+        ({"test": "train"}, "is in 'train' and in 'train'; test scans must not train"),
+        ({"test": "nobody"}, "no labelled scans in 'nobody'"),
+        ({"structures": {"ball": (2,)}}, "holds the label value 1, and the structures' values are 2"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_the_study_is_refused_before_anything_is_made(
+    data: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    splits = json.loads((data / "splits.json").read_text())
+    (tmp_path / "data" / "splits.json").write_text(json.dumps({**splits, "nobody": ["somebody"]}))
+    study = read(tmp_path).model_copy(update=changes)
+    with pytest.raises(SegqcError, match=said):
+        run_unit(study, "uniform", 0, tmp_path / "data", tmp_path / "unit", NoProgress())
+    assert not (tmp_path / "unit" / "dataset").exists()
 
 
 def truth_and_mask() -> tuple[Volume, LabelArray]:
@@ -171,6 +207,16 @@ def test_a_result_sums_up_over_the_seeds(tmp_path: Path) -> None:
     assert [figure.name for figure in result.figures] == ["learning-curves", "labels"]
 
 
+def test_curves_without_a_second_cost_have_no_area(tmp_path: Path) -> None:
+    study = read(tmp_path).model_copy(update={"budgets": (1.0,)})
+    whole = Unit(
+        study=study, arm="uniform", seed=0, all_slices=100, test_scans=("t",), date="2026-01-01", machine="m",
+        points=(point(1.0, 0.8),),
+    )  # fmt: skip
+    row = dict(zip((table := result_of([whole]).curves).columns, table.rows[0], strict=True))
+    assert (row["area"], row["sd"], row["opened"]) == (None, None, 1.0)
+
+
 class Interrupts(NoProgress):
     """Stops a unit while it annotates for the nth time."""
 
@@ -211,6 +257,34 @@ def test_a_unit_annotates_the_whole_pool_in_rounds_and_goes_on_after_an_interrup
         run_unit(study.model_copy(update={"start": 3}), "worst first", 0, data, tmp_path / "undisturbed", NoProgress())
 
 
+def test_a_budget_that_is_spent_already_has_no_round_of_its_own(data: Path, tmp_path: Path) -> None:
+    study = read(tmp_path, STUDY.replace("[0.5, 0.8, 1.0]", "[0.1, 0.2, 0.3, 0.6]"))
+    points = run_unit(study, "uniform", 0, data, tmp_path / "unit", NoProgress()).points
+    assert [p.share for p in points] == [0.5, 0.5, 0.5, 0.625]
+    assert [p.seconds > 0 for p in points] == [True, False, False, True]
+    with Dataset(tmp_path / "unit" / "dataset").store.read() as transaction:
+        assert len(bundles.listing(transaction)) == 2
+
+
+@pytest.mark.parametrize("arm", ["uniform", "worst first"])
+def test_too_few_scans_for_the_first_round_are_an_error_that_says_what_helps(
+    data: Path, tmp_path: Path, arm: str
+) -> None:
+    study = read(tmp_path, STUDY.replace("start = 4", "start = 2").replace("[0.5,", "[0.1,"))
+    with pytest.raises(StudyError, match=r"at least 4 patients, found 2; .* a larger 'start' or first budget does"):
+        run_unit(study, arm, 0, data, tmp_path / "unit", NoProgress())
+
+
+def test_a_unit_that_has_not_annotated_yet_begins_anew_and_takes_over_nothing(data: Path, tmp_path: Path) -> None:
+    study = read(tmp_path)
+    run_unit(study.model_copy(update={"budgets": (0.5,)}), "uniform", 0, data, tmp_path / "unit", NoProgress())
+    (tmp_path / "unit" / "unit.json").unlink()  # as if it had been ended while its folder was made
+    unit = run_unit(
+        study.model_copy(update={"start": 6, "budgets": (0.5,)}), "uniform", 0, data, tmp_path / "unit", NoProgress()
+    )
+    assert [p.cost.scans for p in unit.points] == [6]
+
+
 def test_an_arm_of_worst_slices_opens_no_others(data: Path, tmp_path: Path) -> None:
     study = read(
         tmp_path,
@@ -246,5 +320,10 @@ def test_the_command_runs_a_study_and_writes_what_it_shows(data: Path, tmp_path:
     assert {path.name for path in out.iterdir()} == {
         "units", "learning-curves.json", "curves.csv", "curves.md", "learning-curves.svg", "labels.svg"
     }  # fmt: skip
+    read(tmp_path, STUDY.replace("epochs = 2", "epochs = 3"))
+    other = CliRunner().invoke(
+        app, ["simulate", str(tmp_path / "study.toml"), str(data), "--out", str(out), "--arm", "uniform", "--seed", "1"]
+    )
+    assert "uniform-0: holds a unit of another study" in str(other.exception)
     unknown = CliRunner().invoke(app, ["simulate", str(tmp_path / "study.toml"), str(data), "--arm", "nobody"])
     assert "there is no arm 'nobody'" in str(unknown.exception)

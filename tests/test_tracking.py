@@ -19,7 +19,7 @@ from segqc.loop.requests import NETWORKS, RoundRequest, TrackedRun, TrainResult,
 from segqc.loop.round import run_round
 from segqc.loop.tracking import TrackedTraining, note, track
 from segqc.loop.training import train
-from segqc.settings import TrackingSettings, load_settings
+from segqc.settings import SettingsError, TrackingSettings, load_settings
 from segqc.store import jobs
 from segqc.training import NoProgress, TrainingSettings
 from tests.server_kit import make_dataset
@@ -118,6 +118,13 @@ def test_by_default_nothing_is_tracked_nor_imported(tmp_path: Path, monkeypatch:
     assert track(TrackingSettings(), tmp_path, training(tmp_path)) is None
     note(TrackingSettings(), tmp_path, TrackedRun(id="a"), {"segqc.bundle": "5"})
     note(IN_FOLDER, tmp_path, None, {"segqc.bundle": "5"})
+
+
+@pytest.mark.parametrize("uri", ["localhost:5000", "htps://mlflow.example.org", "sqlite:///mlflow.db"])
+def test_what_is_neither_a_servers_address_nor_a_folder_is_refused(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "segqc.toml").write_text(f"[tracking]\nuri = {uri!r}\n")
+    with pytest.raises(SettingsError, match=r"segqc.toml: tracking.uri: wanted a server's address.*or a folder, got"):
+        load_settings(tmp_path)
 
 
 def test_without_mlflow_there_is_one_clear_sentence(

@@ -26,9 +26,10 @@ app = typer.Typer()
 _TERMS: Final = (
     "corrected: by a person, wholly; these count as good. judged: nobody has corrected them, and audits speak of them. "
     "unknown: nothing speaks for them (no mask, one of another network, a rejected label, a scan that was put aside or "
-    "whose audit nobody answered); these count as bad. audits: masks of the network in question that were drawn at "
-    "random; bad: those below the Dice, or not answered. at least: the share of good labels, by a one-sided 95% bound "
-    "that holds for each row by itself. missing: how many more audits without a bad one would do; - where none would."
+    "whose audit nobody answered; --by-state tells which); these count as bad. audits: masks of the network in "
+    "question that were drawn at random; bad: those below the Dice, or not answered. at least: the share of good "
+    "labels, by a one-sided 95% bound that holds for each row by itself. missing: how many more audits without a bad "
+    "one would do; - where none would. A row without a name: labels of no group."
 )
 _NOTABLE: Final = 5  # scans that are named
 

@@ -528,7 +528,8 @@ def _unscored(dataset: Dataset, ranking: Ranking, method: str) -> str:
     if any(job.state == "running" for job in work):
         return f"{scored}, which serves; a worker is at it, and the rest follows"
     command = "segqc score" if needs_assessor else f"segqc score --method {method}"
-    return f"{scored}, which serves; a worker (segqc serve, segqc worker) or {command} does the rest"
+    is_workers = needs_assessor or method == dataset.settings.server.strategy
+    return f"{scored}, which serves; {'a worker (segqc serve, segqc worker) or ' * is_workers}{command} does the rest"
 
 
 @app.command(rich_help_panel=ESTIMATE_PANEL)

@@ -52,7 +52,7 @@ def study(
         Path, typer.Option("--out", metavar="FOLDER", help="Keeps every result; a study that is there continues.")
     ] = Path("simulation"),
     arm: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this arm only; repeat.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(metavar="SEED", help="Run this seed only; repeat.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(metavar="SEED", min=0, help="Run this seed only; repeat.")] = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
@@ -70,12 +70,13 @@ def study(
     arms = [name for name in wanted.arms if arm is None or name in arm]
     for name in arm or ():
         wanted.arm(name)  # says which there are
+    left_units(wanted, out)  # says whether they are of this study
     with shown_progress() as progress:
         for number in seed or wanted.seeds:
             for name in arms:
                 progress.message(f"{name}, seed {number}")
                 run_unit(wanted, name, number, data, unit_folder(out, name, number), progress)
-    result = write_result(left_units(out), out)
+    result = write_result(left_units(wanted, out), out)
     table = result.curves
     rows: list[Row] = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     emit(rows, f"{out}: {table.title}", as_json=as_json, as_csv=as_csv, key="arms", terms=table.note)

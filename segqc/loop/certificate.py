@@ -66,7 +66,7 @@ def certify_groups(found: DatasetLabels, wanted: Wanted, pattern: str) -> list[G
             all that it matches.
 
     Raises:
-        DatasetError: if the pattern is no regular expression.
+        DatasetError: if the pattern is no regular expression, or no label is of a group.
     """
     try:
         expression = re.compile(pattern)
@@ -77,6 +77,8 @@ def certify_groups(found: DatasetLabels, wanted: Wanted, pattern: str) -> list[G
         match = expression.search(label.patient) or expression.search(label.scan)
         name = "" if match is None else match.group(1) if expression.groups else match.group()
         members[name or ""].append(label)
+    if set(members) == {""}:
+        raise DatasetError(f"the groups' pattern {pattern!r} finds nothing in the name of any patient or scan")
     groups = [_certify(name, own, own, _OF_ALL, wanted) for name, own in sorted(members.items())]
     return [group for group in groups if group.said.labels]
 

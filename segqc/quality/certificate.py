@@ -235,4 +235,6 @@ def _percent(share: float) -> str:
 
 
 def _why(found: Certificate) -> str:
-    return f": nothing speaks for {found.unknown} of the labels" if found.unknown else ""
+    if found.unknown:
+        return f": nothing speaks for {found.unknown} of the labels"
+    return "; people have to correct more of the labels wholly"

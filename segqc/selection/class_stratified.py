@@ -95,4 +95,5 @@ STRATEGY: Final = Strategy(
         function=least_certainty,
         by_structure=structure_certainties,
     ),
+    needs_rounds=True,
 )

@@ -22,4 +22,5 @@ STRATEGY: Final = Strategy(
         of_ensemble=ensemble_agreement,
         is_dice=True,
     ),
+    needs_rounds=True,
 )

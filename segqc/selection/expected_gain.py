@@ -17,4 +17,5 @@ STRATEGY: Final = Strategy(
     name=EXPECTED_GAIN,
     description="The mask with the largest volume of likely errors first, by SegQC-Net",
     order=lowest_score(EXPECTED_GAIN),
+    needs_rounds=True,
 )

@@ -14,4 +14,5 @@ STRATEGY: Final = Strategy(
     description="Of the tenth with the most likely errors, the scan most unlike what is labelled or handed out",
     order=farthest_of_worst((lowest_first, {"method": expected_gain.EXPECTED_GAIN}), expected_gain.STRATEGY),
     follows_report_card=True,
+    needs_rounds=True,
 )

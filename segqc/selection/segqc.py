@@ -63,4 +63,5 @@ STRATEGY: Final = Strategy(
         is_dice=True,
     ),
     follows_report_card=True,
+    needs_rounds=True,
 )

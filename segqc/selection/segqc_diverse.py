@@ -13,4 +13,5 @@ STRATEGY: Final = Strategy(
     description="Of the worst tenth by estimated Dice, the scan most unlike what is labelled or handed out",
     order=farthest_of_worst((segqc.worst_first, {}), segqc.STRATEGY),
     follows_report_card=True,
+    needs_rounds=True,
 )

@@ -64,6 +64,8 @@ class Strategy:
         score: what the order needs to know of each scan beforehand, where it needs anything.
         follows_report_card: whether another order stands in for this one where the serving bundle's report card says
             that the order of its estimates is noise.
+        needs_rounds: whether it goes by what whole rounds bring, beyond a segmentation network: SegQC-Net, the fold
+            networks, or their number.
     """
 
     name: str
@@ -71,3 +73,4 @@ class Strategy:
     order: Order
     score: Score | None = None
     follows_report_card: bool = False
+    needs_rounds: bool = False

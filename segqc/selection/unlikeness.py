@@ -12,4 +12,5 @@ STRATEGY: Final = Strategy(
     name=UNLIKENESS,
     description="The scan that is most unlike the training scans first, by features of SegQC-Net",
     order=lowest_score(UNLIKENESS),
+    needs_rounds=True,
 )

@@ -35,7 +35,7 @@ def result_of(units: Sequence[Unit]) -> StudyResult:
     """Sum up the units that have at least one point.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if none has.
     """
     measured = [unit for unit in units if unit.points]
     arms = by_arm(measured)
@@ -83,8 +83,11 @@ def _curves(arms: Mapping[str, tuple[Unit, ...]], full: float | None) -> Table:
     rows = []
     for arm, own in arms.items():
         row: list[Cell] = [arm, len(own)]
-        below = Spread.of([area(u.points, test_dice(u.points), first, last) for u in own])
-        row += [below.mean, below.deviation]
+        if last > first:
+            below = Spread.of([area(u.points, test_dice(u.points), first, last) for u in own])
+            row += [below.mean, below.deviation]
+        else:  # everything was opened at the start
+            row += [None, None]
         row += [_mean([at(u.points, test_dice(u.points), cost) for u in own]) for cost in _COSTS]
         row += [
             None if full is None else _mean([cost_of(u.points, test_dice(u.points), share * full) for u in own])

@@ -32,11 +32,13 @@ from typing import Annotated, Final, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from segqc.errors import SegqcError
-from segqc.settings import Settings, load_settings
+from segqc.selection import strategies
+from segqc.settings import Settings, SettingsError, load_settings
 from segqc.text import TextError, decode_text, first_problem
 
 Table: TypeAlias = dict[str, JsonValue]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+Seed: TypeAlias = Annotated[int, Field(ge=0)]
 
 # one annotator, who is never interrupted: what was handed out stays so, also where the study itself was
 _HANDED_OUT: Final[Table] = {"lease_minutes": 500_000, "repeat_seconds": 10_000_000}
@@ -85,8 +87,8 @@ class Arm(_Frozen):
 
     Attributes:
         strategy: what chooses the scans.
-        assessed: whether SegQC-Net is trained and assesses what waits; without it a strategy that does not look at its
-            estimates is studied in much less time.
+        assessed: whether rounds are whole ones, with SegQC-Net and its assessments of what waits; without it a strategy
+            that does not need them is studied in much less time.
         settings: of the dataset folder, over those of the study.
     """
 
@@ -119,7 +121,7 @@ class Study(_Frozen):
     max_scans: int | None = Field(default=None, ge=1)
     start: int = Field(default=5, ge=0)
     budgets: tuple[Share, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
     accepted_dice: float = Field(default=0.75, ge=0, le=1)
     annotator: AnnotatorSettings = AnnotatorSettings()
     minutes: MinutesModel = MinutesModel()
@@ -133,12 +135,21 @@ class Study(_Frozen):
             raise ValueError("budgets must be shares of the slices, each above the one before")
         return value
 
+    @field_validator("arms")
+    @classmethod
+    def _folders_of_their_own(cls, value: dict[str, Arm]) -> dict[str, Arm]:
+        first: dict[str, str] = {}
+        for name in value:
+            if (other := first.setdefault(plain_name(name), name)) != name:
+                raise ValueError(f"the arms {other!r} and {name!r} would have one folder; rename one of them")
+        return value
+
     @classmethod
     def read(cls, path: Path) -> Study:
         """Read a study's file.
 
         Raises:
-            StudyError: if it can't be read, is no TOML, or says what can't be meant.
+            StudyError: if it can't be read, is no TOML, or says what can't be meant, also of a single arm.
         """
         try:
             study = cls.model_validate(tomllib.loads(decode_text(path.read_bytes())))
@@ -148,7 +159,32 @@ class Study(_Frozen):
             raise StudyError(f"{path}: {first_problem(error.errors())}") from error
         except (TextError, ValueError) as error:
             raise StudyError(f"{path}: not a TOML file: {error}") from error
+        for name, arm in study.arms.items():  # before the first one has taken hours
+            if arm.strategy not in strategies():
+                there = ", ".join(strategies())
+                raise StudyError(f"{path}: the arm {name!r}: there is no strategy {arm.strategy!r}; there are {there}")
+            try:
+                settings = study.settings_of(None, arm, study.seeds[0])
+            except SettingsError as error:
+                raise StudyError(f"{path}: the arm {name!r}: {error}") from error
+            by_rounds = {
+                f"the strategy {arm.strategy!r}": strategies()[arm.strategy].needs_rounds,
+                "'annotation.slices'": settings.annotation.slices > 0,
+                "'pseudo_labels.mode'": settings.pseudo_labels.mode != "off",
+            }
+            if not arm.assessed and (needing := [what for what, needs in by_rounds.items() if needs]):
+                raise StudyError(
+                    f"{path}: the arm {name!r}: leave 'assessed = false' away, as {needing[0]} needs whole rounds"
+                )
         return study
+
+    def only(self, name: str, seed: int) -> Study:
+        """The study with one of its arms and one seed.
+
+        Raises:
+            StudyError: if there is no arm of this name.
+        """
+        return self.model_copy(update={"arms": {name: self.arm(name)}, "seeds": (seed,)})
 
     def arm(self, name: str) -> Arm:
         """An arm by its name.
@@ -160,14 +196,20 @@ class Study(_Frozen):
             raise StudyError(f"there is no arm {name!r}; there are {', '.join(map(repr, self.arms))}")
         return self.arms[name]
 
-    def settings_of(self, folder: Path, arm: Arm, seed: int) -> Settings:
-        """The settings of an arm's dataset folder.
+    def settings_of(self, folder: Path | None, arm: Arm, seed: int) -> Settings:
+        """The settings of an arm's dataset folder; None where there is none yet.
 
         Raises:
             SettingsError: if one is unknown or can't be used.
         """
         of_seed: Table = {"training": {"seed": seed}, "annotation": {**_HANDED_OUT, "seed": seed}}
-        return load_settings(folder, overrides=_over(_over(self.settings, arm.settings), of_seed))
+        overrides = _over(_over(self.settings, arm.settings), of_seed)
+        return load_settings(folder, overrides={**overrides, "structures": self.structures})
+
+
+def plain_name(arm: str) -> str:
+    """An arm's name as a part of its folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
 
 
 def _over(table: Mapping[str, JsonValue], other: Mapping[str, JsonValue]) -> Table:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import datetime as dt
 import platform
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 
 from segqc.evaluation.simulation.annotator import correct, generator_of
-from segqc.evaluation.simulation.study import Arm, Study, StudyError
+from segqc.evaluation.simulation.study import Arm, Study, StudyError, plain_name
 from segqc.loop.agreement import dice_by_structure, worst_dice
 from segqc.loop.dataset import Dataset
 from segqc.loop.locks import LockHeld, hold
@@ -37,6 +38,7 @@ from segqc.store import corrections, jobs, labels, leases, pseudo_labels, scans
 from segqc.store.labels import FINAL
 from segqc.store.records import Actor, CorrectionRecord, LabelRecord, LeaseRecord
 from segqc.training import Progress
+from segqc.training.cases import TooFewCases
 from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
 
@@ -160,13 +162,12 @@ def run_unit(study: Study, name: str, seed: int, data: Path, folder: Path, progr
         progress: called after each step.
 
     Raises:
-        StudyError: if there is no such arm or strategy, the folder holds another unit, or another process runs it.
+        StudyError: if there is no such arm, the folder holds another unit, another process runs it, or the data
+            set has no test scans or too few others.
         DatasetError: if the data set can't be used.
         SettingsError: if the study's settings can't be used.
     """
     arm = study.arm(name)
-    if arm.strategy not in strategies():
-        raise StudyError(f"there is no strategy {arm.strategy!r}; there are {', '.join(strategies())}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with hold(folder / "unit.lock", "segqc simulate"):
@@ -177,13 +178,23 @@ def run_unit(study: Study, name: str, seed: int, data: Path, folder: Path, progr
 
 def unit_folder(folder: Path, arm: str, seed: int) -> Path:
     """Where a study's folder keeps a unit."""
-    plain = "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
-    return folder / "units" / f"{plain}-{seed}"
+    return folder / "units" / f"{plain_name(arm)}-{seed}"
 
 
-def left_units(folder: Path) -> tuple[Unit, ...]:
-    """The units that a study's folder holds, finished or not."""
-    return tuple(UNITS.validate_json(path.read_bytes()) for path in sorted((folder / "units").glob("*/unit.json")))
+def left_units(study: Study, folder: Path) -> tuple[Unit, ...]:
+    """The units that a study's folder holds, finished or not, also those of arms that are no longer in its file.
+
+    Raises:
+        StudyError: if one is of another study: their numbers can't be compared.
+    """
+    found = []
+    for path in sorted((folder / "units").glob("*/unit.json")):
+        unit = _read(path)
+        known = study.model_copy(update={"arms": {**unit.study.arms, **study.arms}})
+        if known.only(unit.arm, unit.seed) != unit.study:
+            raise StudyError(_of_another(path.parent))
+        found.append(unit)
+    return tuple(found)
 
 
 class _Run:
@@ -194,23 +205,20 @@ class _Run:
     ) -> None:
         self.study, self.arm, self.seed, self.progress = study, arm, seed, progress
         self.path = folder / "unit.json"
-        of_arm = study.model_copy(update={"arms": {name: arm}, "seeds": (seed,)})
-        pairs = labelled_pairs(data)
-        self.test = {scan: pairs[scan] for scan in _some(data, study.test, list(pairs), study.max_scans)}
-        pool = _some(data, study.pool, list(pairs), study.max_scans)
+        pool, self.test = _truths(study, data)
         own = folder / "dataset"
-        if not own.exists():
+        if not self.path.exists():  # nothing has been annotated
+            shutil.rmtree(own, ignore_errors=True)
             prepare(
                 data, own,
-                labelled=study.start, unlabelled=len(pool) - study.start,
+                labelled=study.start, unlabelled=min(len(pool), study.max_scans or len(pool)) - study.start,
                 structures=study.structures, split=study.pool, seed=seed,
             )  # fmt: skip
         self.dataset = Dataset(own, study.settings_of(own, arm, seed))
         self.structures: tuple[Structure, ...] = self.dataset.structures
-        self.entries = {entry.id: entry for entry in self.dataset.scans()}
-        self.truths = {scan: _truth(pairs[scan][1], self.entries[scan].image) for scan in self.entries}
+        self.truths = {entry.id: pool[entry.id].labels for entry in self.dataset.scans()}
         self.unit = Unit(
-            study=of_arm,
+            study=study.only(name, seed),
             arm=name,
             seed=seed,
             all_slices=sum(map(_depth, self.truths.values())),
@@ -220,6 +228,8 @@ class _Run:
         )
         if self.path.exists():
             self.unit = _continued(self.unit, self.path)
+        else:
+            self._write()
 
     def to_end(self) -> Unit:
         """Annotate and train until all budgets are spent."""
@@ -227,13 +237,25 @@ class _Run:
             budget = self.study.budgets[len(self.unit.points)]
             is_last = budget == self.study.budgets[-1]
             is_empty = self._annotate(budget)
-            begun = time.perf_counter()
-            is_held = self._round()
-            point = self._measured(time.perf_counter() - begun, is_held=is_held)
+            point = self._point()
             self.unit = replace(self.unit, points=(*self.unit.points, point), is_done=is_last or is_empty)
-            with atomic_write(self.path) as temporary:
-                temporary.write_bytes(UNITS.dump_json(self.unit, indent=1) + b"\n")
+            self._write()
         return self.unit
+
+    def _write(self) -> None:
+        with atomic_write(self.path) as temporary:
+            temporary.write_bytes(UNITS.dump_json(self.unit, indent=1) + b"\n")
+
+    def _point(self) -> Point:
+        """What a round brings; where a budget was spent already there is none, and all is as it was."""
+        if self.unit.points and self._cost() == self.unit.points[-1].cost:
+            return replace(self.unit.points[-1], accepted=(), seconds=0.0)
+        begun = time.perf_counter()
+        try:
+            is_held = self._round()
+        except TooFewCases as error:
+            raise StudyError(f"{self.dataset.folder}: {error.clause}; a larger 'start' or first budget does") from error
+        return self._measured(time.perf_counter() - begun, is_held=is_held)
 
     def _annotate(self, budget: float) -> bool:
         """Correct what is handed out until a budget is spent; whether nothing is left."""
@@ -310,11 +332,10 @@ class _Run:
         if segmenter is None:
             raise StudyError(f"{self.dataset.folder}: no segmentation network serves after a round")
         test = []
-        for i, (scan, (image, label)) in enumerate(self.test.items()):
+        for i, (scan, truth) in enumerate(self.test.items()):
             self.progress.step(i, len(self.test), "measuring the test scans", scan)
-            volume = read_scan(image)
-            predicted = np.asarray(segmenter.predict(volume).labels.array, np.uint8)
-            test.append(round(self._mean_dice(predicted, _truth(label, image)), 4))
+            predicted = np.asarray(segmenter.predict(read_scan(truth.image)).labels.array, np.uint8)
+            test.append(round(self._mean_dice(predicted, truth.labels), 4))
         cost = self._cost()
         finals, pseudo, masks = self._labels()
         pool = [self._mean_dice(finals.get(s, pseudo.get(s, masks.get(s))), t) for s, t in self.truths.items()]
@@ -387,15 +408,42 @@ class _Run:
         return float(np.mean([value for value in found.values() if value is not None] or [1.0]))
 
 
-def _some(data: Path, split: str, names: Sequence[str], most: int | None) -> list[str]:
-    """The scans of a part of the data set, whole patients."""
-    groups = scans_by_patient(data, split, names)
-    found = [scan for scans_ in groups.values() for scan in scans_]
-    return found[:most]
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    """A scan's file and its true labels."""
+
+    image: Path
+    labels: Volume
 
 
-def _truth(path: Path, image: Path) -> Volume:
-    return read_labels(path, scan=read_scan(image))
+def _truths(study: Study, data: Path) -> tuple[dict[str, _Truth], dict[str, _Truth]]:
+    """The scans to draw the pool from, and the test scans.
+
+    Raises:
+        StudyError: if a study can't be made of them.
+        DatasetError: if the data set can't be used.
+        VolumeError: if a scan or its labels can't be read, or a label value is of no structure.
+    """
+    pairs = labelled_pairs(data)
+    pool, test = (
+        [scan for scans_ in scans_by_patient(data, part, list(pairs)).values() for scan in scans_]
+        for part in (study.pool, study.test)
+    )
+    test = test[: study.max_scans]
+    there = min(len(pool), study.max_scans or len(pool))
+    if not test:
+        raise StudyError(f"{data}: has no labelled scans in {study.test!r}, which masks are measured on")
+    if shared := sorted({*pool} & {*test}):
+        raise StudyError(f"{data}: {shared[0]} is in {study.pool!r} and in {study.test!r}; test scans must not train")
+    if study.start > there:
+        raise StudyError(f"{data}: the study starts with {study.start} labelled scans, but has {there} to annotate")
+    values = {value for own in study.structures.values() for value in own}
+
+    def read(scan: str) -> _Truth:
+        image, label = pairs[scan]
+        return _Truth(image, read_labels(label, scan=read_scan(image), values=values))
+
+    return {scan: read(scan) for scan in pool}, {scan: read(scan) for scan in test}
 
 
 def _depth(truth: Volume) -> int:
@@ -418,11 +466,19 @@ def _continued(unit: Unit, path: Path) -> Unit:
     Raises:
         StudyError: if the file is of another one.
     """
-    try:
-        left = UNITS.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise StudyError(f"{path}: is of another version of SegQC; name another folder") from error
+    left = _read(path)
     begun = replace(unit, date=left.date, machine=left.machine, points=left.points, is_done=left.is_done)
     if begun != left:
-        raise StudyError(f"{path.parent}: holds a unit of another study; name another folder, or remove this one")
+        raise StudyError(_of_another(path.parent))
     return left
+
+
+def _read(path: Path) -> Unit:
+    try:
+        return UNITS.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise StudyError(f"{path}: is of another version of SegQC; name another folder") from error
+
+
+def _of_another(folder: Path) -> str:
+    return f"{folder}: holds a unit of another study; name another folder, or remove this one"
