@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -245,6 +246,8 @@ def main() -> None:
     of_run.add_argument("--share", type=float, default=0.5, help="of the masks that the best are")
     of_run.add_argument("--epochs", type=int, default=30)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("segqc.progress").setLevel(logging.INFO)
     run(arguments) if arguments.command == "run" else table()
 
 

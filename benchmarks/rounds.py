@@ -44,6 +44,7 @@ steps_per_epoch = 5
 folds = 3
 [pseudo_labels]
 mode = "top"
+min_dice = 0.0
 """
 
 

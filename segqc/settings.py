@@ -99,6 +99,8 @@ class ServerSettings(BaseModel):
             those that a proxy passes on, for instance. ``*.example.org`` are all names below it, ``*`` is any name.
         user_header: the header in which a proxy in front of the server names the signed-in user; without it no
             header is trusted.
+        dicomweb_cache_mb: memory for the images of scans that viewers look at, in megabytes; the last one is kept
+            whatever its size.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,6 +115,7 @@ class ServerSettings(BaseModel):
     upload_pause_seconds: float = Field(default=30, gt=0)
     allowed_hosts: tuple[str, ...] = ()
     user_header: str | None = None
+    dicomweb_cache_mb: float = Field(default=512, ge=0)
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -52,6 +52,14 @@ def test_the_best_come_first_and_ties_go_by_name(mode: PseudoLabelMode, names: s
     assert accepted(FIVE[::-1], mode=mode) == [*names]
 
 
+def test_masks_that_are_expected_to_be_bad_are_not_among_the_best() -> None:
+    three = [candidate(name, low) for name, low in zip("abc", (0.1, 0.2, 0.9), strict=True)]
+    three = [replace(scan, dice=dice) for scan, dice in zip(three, (0.2, 0.74, 0.95), strict=True)]
+    assert accepted(three, mode="top", top_share=1.0) == ["c"]
+    assert accepted(three, mode="top", top_share=1.0, min_dice=0.7) == ["c", "b"]
+    assert accepted(three, mode="full") == ["c", "b", "a"]
+
+
 def test_the_cap_is_relative_to_the_labelled_scans() -> None:
     assert accepted(FIVE, mode="full", supervised=2) == ["b", "e", "c"], "by default half as many again"
     assert accepted(FIVE, mode="full", cap=0.1, supervised=30) == ["b", "e", "c"], "without an error of rounding"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
@@ -19,10 +20,26 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 import psutil
 import uvicorn
 
-from segqc.server.serve import server_of
+from segqc.server.serve import _listen, server_of
 from tests.server_kit import make_dataset
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("hangups")]
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    async def answers_at_once() -> bool:
+        connected: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+        with _listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(lambda _, writer: connected.set_result(writer), sock=listener):
+                _, client = await asyncio.open_connection(*listener.getsockname())
+                writer = await connected
+                option = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for end in (client, writer):
+                    end.close()
+                    await end.wait_closed()
+        return bool(option)
+
+    assert asyncio.run(answers_at_once())
 
 
 # A shell without job control has the processes of its background ignore interrupts. A shell, not a `preexec_fn`: after

@@ -249,7 +249,7 @@ def test_info_names_labels_as_a_list_and_models_that_are_not_there_yet(client: T
     others = {"expected-gain", "tta", "unlikeness", "foreground-random", "sequential", "uniform-random", "random"}
     assert others <= set(info["strategies"])
     assert list(info["trainers"]) == ["segmentation", "segqc"]
-    assert set(info["scoring"]) == {"segqc", "tta", "entropy"}
+    assert set(info["scoring"]) == {"segqc", "tta", "entropy", "ensemble", "class-stratified"}
     assert (info["rounds"]["after_corrections"], info["rounds"]["at"], info["rounds"]["stopped"]) == (0, None, None)
     assert info["rounds"]["message"].startswith("Nobody can tell yet whether more rounds are worth it")
 

@@ -39,7 +39,8 @@ class PseudoLabelRules:
 
     Attributes:
         mode: "off"; "threshold", where the lower end of the estimated Dice's interval is at least ``min_dice``; "top",
-            the ``top_share`` of the eligible scans that have the best lower ends; "full", all eligible scans.
+            the ``top_share`` of the eligible scans that have the best lower ends, but for those whose estimated Dice
+            itself is below ``min_dice``; "full", all eligible scans.
         min_dice: the threshold; a mask whose true Dice is below it is a bad pseudo-label, in every mode.
         top_share: see ``mode``.
         cap: at most so many times the number of labelled scans that train are accepted, in every mode.
@@ -77,7 +78,8 @@ class PseudoLabelRules:
             case "threshold":
                 return f"lower end of the estimated Dice's interval at least {self.min_dice:g}"
             case "top":
-                return f"best {self.top_share:.0%} of the eligible scans by the lower end of the interval"
+                best = f"best {self.top_share:.0%} of the eligible scans by the lower end of the interval"
+                return f"{best}, estimated Dice at least {self.min_dice:g}"
             case "full":
                 return "all eligible scans"
 
@@ -172,9 +174,11 @@ def choose_pseudo_labels(
     if rules.mode == "threshold":
         good = [scan for scan in eligible if scan.low >= rules.min_dice]
     elif rules.mode == "top":
-        good = eligible[: math.floor(rules.top_share * len(eligible) + _ROUNDING)]
+        best = eligible[: math.floor(rules.top_share * len(eligible) + _ROUNDING)]
+        good = [scan for scan in best if scan.dice >= rules.min_dice]
     accepted = good[: math.floor(rules.cap * supervised + _ROUNDING)]
-    refused |= {scan.scan: "its estimate is below the rule" for scan in eligible[len(good) :]}
+    names = {scan.scan for scan in good}
+    refused |= {scan.scan: "its estimate is below the rule" for scan in eligible if scan.scan not in names}
     refused |= {scan.scan: "there are better ones up to the cap" for scan in good[len(accepted) :]}
     return PseudoLabelChoice(tuple(accepted), refused)
 

@@ -34,6 +34,7 @@ from segqc import __version__
 from segqc.errors import SegqcError, sentence
 from segqc.loop.due import put_first_trainings
 from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
+from segqc.server.dicomweb.routes import SLOTS
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
 from segqc.server.monailabel.auth import current_user, signed_in_user
@@ -156,6 +157,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     instance.start()
     app.state.inference = ThreadPoolExecutor(int(conf.get("inference_slots", 1)), "inference", _step_back)
     app.state.annotation_slots = anyio.CapacityLimiter(ANNOTATION_SLOTS)
+    app.state.dicomweb_slots = anyio.CapacityLimiter(SLOTS)
     threading.Thread(target=_preload, args=(instance,), name="preload", daemon=True).start()
     ended, looked = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(instance.datastore, ended, looked), name="watch", daemon=True).start()

@@ -9,6 +9,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Segmenter
+from segqc.server.dicomweb.archive import Archive
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName, Settings
 from segqc.types import Structure, label_names
@@ -21,11 +22,12 @@ _PATIENCE_SECONDS = 4.0  # annotators are told that the database is locked rathe
 
 
 class AppContext:
-    """A dataset folder with its settings and models."""
+    """A dataset folder with its settings, models and images."""
 
     def __init__(self, folder: Path) -> None:
         self.dataset = Dataset(folder, watched=True, patience_seconds=_PATIENCE_SECONDS)
         self.settings: Settings = self.dataset.settings
+        self.archive = Archive(self.dataset, self.settings.server.dicomweb_cache_mb * 1e6)
         self._found: tuple[frozenset[Path], tuple[Structure, ...]] | None = None
 
     def bundle(self, network: NetworkName) -> NetworkBundle:

@@ -339,7 +339,8 @@ def _allow_files() -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the address before the long imports: a port in use shows at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # named, as asyncio sends small answers at once (TCP_NODELAY) on sockets that say that they are TCP's only
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

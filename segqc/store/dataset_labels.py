@@ -305,7 +305,7 @@ def _corrections(transaction: Transaction, segmenter: str | None) -> dict[int, l
         .outerjoin(Bundle, Bundle.id == LabelVersion.bundle_id)
         .outerjoin(LeaseRow, LeaseRow.id == Correction.lease_id)
         .outerjoin(CorrectionStructure, CorrectionStructure.correction_id == Correction.id)
-        .where(Correction.made_at >= Scan.opened_at)
+        .where(Correction.to_version_id > Scan.newest_label)
         .group_by(Correction.id, LabelVersion.id, Bundle.id, LeaseRow.id)
         .order_by(Correction.id)
     )

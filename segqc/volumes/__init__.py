@@ -37,6 +37,7 @@ from segqc.volumes.frame import (
 from segqc.volumes.labelmaps import NO_STRUCTURES
 from segqc.volumes.limits import ReadLimits
 from segqc.volumes.nrrd import read_nrrd_header
+from segqc.volumes.slice_layout import SliceLayout, slice_layout
 from segqc.volumes.suffixes import (
     LABEL_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -66,6 +67,7 @@ __all__ = [
     "DicomContents",
     "DicomVolume",
     "ReadLimits",
+    "SliceLayout",
     "Volume",
     "VolumeError",
     "as_spelled",
@@ -87,6 +89,7 @@ __all__ = [
     "remove",
     "scan_id",
     "scan_suffix",
+    "slice_layout",
     "sort_into_volumes",
     "sync",
     "temporary_labels",

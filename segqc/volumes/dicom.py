@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
-from pydicom.valuerep import DSfloat, format_number_as_ds
 
 from segqc.volumes.dicom_headers import first_line, read_dataset, read_header
+from segqc.volumes.dicom_images import ImagePlanes, describe_kind, quantise
 from segqc.volumes.dicom_series import DicomVolume, sort_into_volumes, visible_files
 from segqc.volumes.inputs import InputFile
-from segqc.volumes.volume import LPS_TO_RAS, Array, Source, Volume, VolumeError, spacing_of
+from segqc.volumes.volume import Array, Source, Volume, VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -177,27 +177,23 @@ def write_dicom(volume: Volume, folder: Path, target: Path) -> None:
     Raises:
         VolumeError: if its in-plane axes are sheared.
     """
-    affine = LPS_TO_RAS @ volume.affine
-    spacing = spacing_of(affine)
-    directions = affine[:3, :3] / np.array(spacing)
+    images = volume.array.transpose(2, 1, 0)
+    columns, rows, count = volume.shape
+    planes = ImagePlanes.from_ras((count, rows, columns), volume.affine)
     name = target.name
-    if abs(directions[:, 0] @ directions[:, 1]) > 1e-4:
+    if planes.shear > 1e-4:
         raise VolumeError(f"{target}: DICOM cannot hold a volume whose in-plane axes are sheared; write .nii.gz.")
-    normal = np.cross(directions[:, 0], directions[:, 1])
-    stored, slope, intercept = _quantise(volume.array)
+    pixels = quantise(images)
     # UIDs follow from the content: the same volume is the same series, however often it is written.
-    digest = hashlib.sha256(stored.tobytes() + volume.affine.tobytes() + f"{name} {slope} {intercept}".encode())
+    described = f"{name} {pixels.slope} {pixels.intercept}"
+    digest = hashlib.sha256(pixels.stored.tobytes() + volume.affine.tobytes() + described.encode())
     folder.mkdir()
-    for index in range(volume.shape[2]):
+    for index in range(count):
         item = _slice_dataset(name, digest.hexdigest(), index)
-        item.Rows, item.Columns = volume.shape[1], volume.shape[0]
-        item.PixelSpacing = [_decimal(spacing[1]), _decimal(spacing[0])]
-        item.SliceThickness = item.SpacingBetweenSlices = _decimal(abs(float(normal @ affine[:3, 2])))
-        item.ImageOrientationPatient = [_decimal(x) for x in (*directions[:, 0], *directions[:, 1])]
-        item.ImagePositionPatient = [_decimal(x) for x in affine[:3, 3] + index * affine[:3, 2]]
-        item.PixelRepresentation = int(stored.dtype.kind == "i")
-        item.RescaleSlope, item.RescaleIntercept = slope, intercept
-        item.PixelData = stored[:, :, index].T.astype(stored.dtype.newbyteorder("<")).tobytes()
+        planes.describe(item)
+        planes.place(item, index)
+        pixels.describe(item)
+        item.PixelData = pixels.frame(index)
         item.save_as(folder / f"{index + 1:05d}.dcm", write_like_original=False)
 
 
@@ -209,38 +205,13 @@ def _slice_dataset(name: str, digest: str, index: int) -> FileDataset:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     item = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     item.is_little_endian, item.is_implicit_VR = True, False
-    item.SOPClassUID, item.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    item.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     item.StudyInstanceUID = generate_uid(entropy_srcs=[digest, "study"])
     item.SeriesInstanceUID = generate_uid(entropy_srcs=[digest, "series"])
     item.FrameOfReferenceUID = generate_uid(entropy_srcs=[digest, "frame"])
     item.PatientID = item.PatientName = item.SeriesDescription = name[:64]
     item.PatientBirthDate = item.PatientSex = item.StudyDate = item.StudyTime = item.StudyID = ""
-    item.AccessionNumber = item.ReferringPhysicianName = item.Manufacturer = item.PositionReferenceIndicator = ""
-    item.Modality, item.ImageType = "MR", ["DERIVED", "SECONDARY", "OTHER"]
-    item.ScanningSequence, item.SequenceVariant, item.ScanOptions, item.MRAcquisitionType = "RM", "NONE", "", "2D"
-    item.EchoTime = item.RepetitionTime = item.EchoTrainLength = ""
-    item.SeriesNumber, item.InstanceNumber = 1, index + 1
-    item.SamplesPerPixel, item.PhotometricInterpretation = 1, "MONOCHROME2"
-    item.BitsAllocated, item.BitsStored, item.HighBit = 16, 16, 15
+    item.AccessionNumber = item.ReferringPhysicianName = ""
+    item.SeriesNumber = 1
+    describe_kind(item, "MR")
     return item
-
-
-def _decimal(value: float) -> DSfloat:
-    """Return a number as a DICOM decimal string, of 16 characters at most."""
-    return DSfloat(format_number_as_ds(float(value)))
-
-
-def _quantise(array: Array) -> tuple[Array, DSfloat, DSfloat]:
-    """Return 16-bit pixels, rescale slope and intercept.
-
-    Whole numbers of a range under 65,536 are kept exactly; other values to half a 65,535th of their range.
-    """
-    values = array.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if (values == np.rint(values)).all() and high - low <= 65535 and max(abs(low), abs(high)) < 2**31:
-        if low >= -32768 and high <= 32767:
-            return values.astype(np.int16), DSfloat("1"), DSfloat("0")
-        return (values - low).astype(np.uint16), DSfloat("1"), _decimal(low)
-    slope, intercept = _decimal((high - low) / 65535 or 1.0), _decimal(low)
-    pixels = np.rint((values - float(intercept)) / float(slope))
-    return np.clip(pixels, 0, 65535).astype(np.uint16), slope, intercept

@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
+from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.routers import (
     batch,
     datastore,
@@ -37,5 +38,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
+    dicomweb.router,
+    dicomweb.scan_router,
     others.router,
 )

@@ -30,8 +30,8 @@ def logs(
 
 @router.api_route("/proxy/{path:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
 def proxy(path: str) -> None:
-    """Refuse: MONAI Label's way to a DICOMweb server leads nowhere here."""
-    raise RequestError(404, "this server's scans are a folder of files: there is no DICOMweb server behind it.")
+    """Refuse: MONAI Label's way to another DICOMweb server leads nowhere here."""
+    raise RequestError(404, "there is no DICOMweb server behind this one; its own scans are served at /dicomweb.")
 
 
 @router.get("/ohif/{path:path}", include_in_schema=False)

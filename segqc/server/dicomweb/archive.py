@@ -1,0 +1,122 @@
+"""The scans of a dataset folder by DICOM's identifiers, and their images as long as memory allows."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Final
+
+from segqc.loop.dataset import Dataset
+from segqc.server.dicomweb.cache import BoundedCache
+from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
+from segqc.server.errors import RequestError
+from segqc.store import scans
+from segqc.store.scans import UnknownScan
+from segqc.volumes import VolumeError, read_grid, read_scan
+from segqc.volumes.tags import read_tag
+
+_MAX_HEADERS: Final = 20_000
+_READ_AT_ONCE: Final = 2  # whole scans: each takes several times its voxels' memory meanwhile
+
+
+class Archive:
+    """A dataset folder's scans as DICOM. Threads may share it."""
+
+    def __init__(self, dataset: Dataset, cache_bytes: float) -> None:
+        """Serve a folder.
+
+        Args:
+            dataset: the folder.
+            cache_bytes: of images that are kept in memory.
+        """
+        self._dataset = dataset
+        self._headers: BoundedCache[str, ScanHeader] = BoundedCache(_MAX_HEADERS)
+        self._images: BoundedCache[str, ScanImages] = BoundedCache(cache_bytes, lambda images: images.size_bytes)
+        self._reading = threading.Semaphore(_READ_AT_ONCE)
+        self._names: dict[str, str] = {}
+
+    def scans(self) -> list[DicomScan]:
+        """All scans whose files are there, in the order of their names."""
+        with self._dataset.store.read() as transaction:
+            found = scans.listing(transaction)
+        return [DicomScan(scan) for scan in found if scan.missing_since is None and scan.sha256 is not None]
+
+    def named(self, name: str) -> DicomScan:
+        """The scan of a name, whose file was just seen to hold its content.
+
+        Raises:
+            UnknownScan: if there is none, or its file is gone.
+        """
+        return DicomScan(self._dataset.verify_scan(name))
+
+    def study(self, uid: str) -> DicomScan:
+        """The scan that is a study, whose file was just seen to hold its content.
+
+        Raises:
+            RequestError: 404 if there is none, or its file is gone or holds another content by now.
+        """
+        if uid not in self._names:
+            self._names = {scan.study_uid: scan.record.name for scan in self.scans()}
+        name = self._names.get(uid)
+        try:
+            scan = self.named(name) if name is not None else None
+        except UnknownScan:
+            scan = None
+        if scan is None or scan.study_uid != uid:
+            raise unknown("study", uid)
+        return scan
+
+    def header(self, scan: DicomScan) -> ScanHeader:
+        """What a scan's file says before its voxels are read.
+
+        Raises:
+            RequestError: 404 if the file is gone or holds another content by now.
+            VolumeError: if it cannot be read.
+        """
+        header = self._headers.get(scan.study_uid, lambda: self._read_header(scan))
+        return replace(header, scan=scan)  # the store may know another patient by now
+
+    def images(self, scan: DicomScan) -> ScanImages:
+        """A scan's images; fails as `header` does."""
+        return self._images.get(scan.record.sha256 or "", lambda: self._read_images(scan))
+
+    def _read_header(self, scan: DicomScan) -> ScanHeader:
+        path = self._dataset.folder / scan.record.file
+        try:
+            grid = read_grid(path, limits=self._dataset.settings.intake)
+        except VolumeError:
+            self._expect(scan)
+            raise
+        try:
+            modality = read_tag(path, "Modality")
+        except VolumeError:  # of the side-car: the scan itself can be shown
+            modality = None
+        self._expect(scan)
+        return ScanHeader.of(scan, grid, modality)
+
+    def _read_images(self, scan: DicomScan) -> ScanImages:
+        path = self._dataset.folder / scan.record.file
+        with self._reading:
+            try:
+                volume = read_scan(path, limits=self._dataset.settings.intake, memory_order="K")
+            except VolumeError:
+                self._expect(scan)
+                raise
+            self._expect(scan)
+            return ScanImages.of(volume)
+
+    def _expect(self, scan: DicomScan) -> None:
+        """Refuse a scan whose file is gone or holds another content than it did."""
+        try:
+            now = self._dataset.verify(scan.record)
+        except UnknownScan as error:
+            raise unknown("study", scan.study_uid) from error
+        if now.sha256 != scan.record.sha256:
+            raise unknown("study", scan.study_uid)
+
+
+def unknown(what: str, uid: str) -> RequestError:
+    """The error of an identifier that leads to nothing."""
+    return RequestError(
+        404, f"there is no {what} {uid[:80]!r}; if it was there before, its file is gone or was replaced: search again."
+    )
