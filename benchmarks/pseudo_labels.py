@@ -227,9 +227,8 @@ def table() -> None:
         "Good: share of the accepted masks with a true Dice of the worst structure of 0.75 or more, with its one-sided "
     )
     note += "Clopper-Pearson bound; gain: of the test scans' mean Dice over no masks, and its standard deviation."
-    Console().print(
-        to_markdown(Table("pseudo-labels", "What pseudo-labels are worth", columns, tuple(rows), note=note))
-    )
+    found = Table("pseudo-labels", "What pseudo-labels are worth", columns, tuple(rows), note=note)
+    Console().print(to_markdown(found), soft_wrap=True)
 
 
 def main() -> None:
