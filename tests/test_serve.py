@@ -123,13 +123,13 @@ def test_a_signal_that_interrupts_the_handler_of_another_one_cuts_nothing_off(at
         lines += event == "line"
         if lines == at:
             sys.settrace(None)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread: another one may take it when all is over
         return trace
 
     before = {sign: signal.signal(sign, server.handle_exit) for sign in (signal.SIGINT, signal.SIGTERM)}
     sys.settrace(trace)
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     finally:
         sys.settrace(None)
         for sign, handler in before.items():
