@@ -19,7 +19,7 @@ from segqc.evaluation.simulation.results import result_of
 from segqc.evaluation.simulation.study import AnnotatorSettings, Study, StudyError
 from segqc.evaluation.simulation.unit import Accepted, Cost, Point, Unit, run_unit
 from segqc.loop.dataset import Dataset
-from segqc.store import bundles, labels, rounds, scans
+from segqc.store import bundles, jobs, labels, rounds, scans
 from segqc.store.labels import FINAL
 from segqc.training import NoProgress
 from segqc.types import LabelArray
@@ -273,6 +273,15 @@ def test_a_unit_that_was_interrupted_while_it_measured_does_not_train_again(data
     unit = run_unit(study, "worst first", 0, data, tmp_path / "unit", NoProgress())
     with Dataset(tmp_path / "unit" / "dataset").store.read() as transaction:
         assert len(rounds.listing(transaction)) == len(unit.points) == 2
+
+
+def test_a_unit_goes_on_however_often_its_round_was_interrupted(data: Path, tmp_path: Path) -> None:
+    study = read(tmp_path).model_copy(update={"budgets": (0.5,)})
+    for _ in range(jobs.MAX_ATTEMPTS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_unit(study, "worst first", 0, data, tmp_path / "interrupted", Interrupts(1, "round"))
+    left = run_unit(study, "worst first", 0, data, tmp_path / "interrupted", NoProgress())
+    assert timeless(left) == timeless(run_unit(study, "worst first", 0, data, tmp_path / "undisturbed", NoProgress()))
 
 
 @pytest.mark.parametrize("arm", ["uniform", "worst first"])

@@ -299,35 +299,39 @@ class _Run:
 
     def _round(self) -> bool:
         """Train, and score what waits, as the product does; whether what was trained is held."""
-        if self.arm.assessed:
-            return self._whole_round()
+        is_held = self._whole_round() if self.arm.assessed else self._training()
+        own = strategies()[self.arm.strategy].score
+        if own is not None and not own.is_estimate:
+            score(self.dataset, self.arm.strategy, self.progress)
+        return is_held
+
+    def _training(self) -> bool:
         trained = train(self.dataset, "segmentation", self.progress, purpose="segqc simulate", wait=True)
         bundle = self.dataset.bundle()
         if bundle is not None:
             for entry in self.dataset.waiting():  # masks, which annotators start from, and some strategies look at
                 current_mask(self.dataset, entry, self.dataset.read_scan(entry), bundle)
-        if strategies()[self.arm.strategy].score is not None:
-            score(self.dataset, self.arm.strategy, self.progress)
         return trained.held_because is not None
 
     def _whole_round(self) -> bool:
         with self.dataset.store.write() as transaction:
-            if not jobs.open_jobs(transaction, "round"):
-                ended = rounds.listing(transaction)
-                if ended and not rounds.labelled_since(transaction, rounds.newest_label(transaction)).scans:
-                    return _is_held(ended[-1].steps)  # the study was interrupted while it measured
+            # one that was interrupted too often is given up: the next one goes on with its trainings
+            job = jobs.claim(transaction, _WORKER, ("round",), lambda _: True)
+            if job is None:
+                begun = rounds.listing(transaction)
+                is_over = begun and begun[-1].ended_at is not None
+                if is_over and not rounds.labelled_since(transaction, rounds.newest_label(transaction)).scans:
+                    return _is_held(begun[-1].steps)  # the study was interrupted while it measured
                 enqueue(transaction, RoundRequest(), _ANNOTATOR)
-            job = (
-                jobs.claim(transaction, _WORKER, ("round",), lambda _: True) or jobs.open_jobs(transaction, "round")[0]
-            )
+                job = jobs.claim(transaction, _WORKER, ("round",))
+        if job is None:
+            raise StudyError(f"{self.dataset.folder}: another process takes its rounds")
         request = request_of(job)
         if not isinstance(request, RoundRequest):
             raise StudyError(f"{self.dataset.folder}: its open job is no round")
         result = run_round(self.dataset, job, request, self.progress)
         with self.dataset.store.write() as transaction:
             jobs.finish(transaction, job.id, _WORKER, "done")
-        if (own := strategies()[self.arm.strategy].score) is not None and not own.is_estimate:
-            score(self.dataset, self.arm.strategy, self.progress)
         return _is_held(result.steps)
 
     def _measured(self, seconds: float, *, is_held: bool) -> Point:
