@@ -875,6 +875,15 @@ def serve(
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)
+def ohif() -> None:
+    """Install a newer OHIF for the server's viewer (12 MB, by npm); without it, MONAI Label's own is served."""
+    from segqc.server.ohif.install import VERSION, install_viewer
+
+    folder = install_viewer()
+    typer.echo(f"OHIF {VERSION} is in {folder}; a server serves it from its next start on.")
+
+
+@app.command(rich_help_panel=ANNOTATE_PANEL)
 def worker(
     folder: DatasetFolder,
     kind: Annotated[
