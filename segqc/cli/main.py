@@ -869,6 +869,7 @@ def serve(
         upload_total_mb=settings.upload_total_mb,
         upload_pause_seconds=settings.upload_pause_seconds,
         allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
         user_header=settings.user_header,
         worker=worker,
     )
