@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,7 +22,7 @@ from tests.browser_kit import keep_picture, lack, open_scan, watched
 from tests.server_kit import CONFIG, listening, make_dataset
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.server
 
@@ -59,9 +59,7 @@ def study_of(server: str, scan: str) -> str:
 
 
 @pytest.fixture(params=["bundled", "installed"])
-def server(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     find = {"bundled": bundled_viewer, "installed": installed_viewer}[request.param]
     if find() is None:
         lack("no newer OHIF is installed (make ohif)")
