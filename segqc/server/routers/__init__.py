@@ -24,6 +24,7 @@ from segqc.server.routers import (
     selection,
     sessions,
     training,
+    viewer,
 )
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
@@ -38,6 +39,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
+    viewer.router,
     dicomweb.router,
     dicomweb.scan_router,
     others.router,
