@@ -48,6 +48,7 @@ from segqc.server.monailabel.exceptions import (
 )
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
+from segqc.server.ohif.viewer import bundled_viewer
 from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
@@ -120,6 +121,7 @@ def create_app() -> FastAPI:
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
+    app.state.viewer = bundled_viewer()
     for router in ROUTERS:
         app.include_router(router)
     if settings.MONAI_LABEL_AUTH_ENABLE:
