@@ -14,6 +14,13 @@
     showLoadingIndicator: true,
     strictZSpacingForVolumeViewport: true,
     investigationalUseDialog: { option: 'never' },
+    // Without the tools that load models and WebAssembly from other hosts (OHIF 3.13).
+    customizationService: {
+      'cornerstone.segmentationToolbarSections': {
+        LabelMapTools: { $set: ['BrushTools', 'ClickSegment', 'Shapes', 'LabelMapEditWithContour'] },
+        LabelMapUtilities: { $set: ['SegmentBidirectional'] },
+      },
+    },
     defaultDataSourceName: 'dicomweb',
     dataSources: [
       {
