@@ -62,6 +62,15 @@ function viewport(services, viewportId) {
 }
 
 /**
+ * Whether a viewport has drawn its first image; until then it goes back to the slice that it began with.
+ *
+ * @param {any} viewport
+ */
+function hasDrawn(viewport) {
+  return !isStack(viewport) || Boolean(viewport.getCornerstoneImage());
+}
+
+/**
  * Wait until OHIF shows a scan.
  *
  * @param {any} services
@@ -77,7 +86,8 @@ export async function shown(services, scan, isOver) {
     }
     const displaySets = services.displaySetService.getActiveDisplaySets();
     const found = displaySets.find((/** @type {any} */ set) => set.SeriesInstanceUID === scan.series);
-    if (found && viewportsOf(services, scan).length) {
+    const viewports = viewportsOf(services, scan);
+    if (found && viewports.length && viewports.every(({ viewport }) => hasDrawn(viewport))) {
       return found;
     }
     await new Promise(resolve => setTimeout(resolve, WAIT_MS));

@@ -184,6 +184,11 @@ export class Session extends EventTarget {
       if (isOver()) {
         return;
       }
+      // before there is a mask: OHIF 3.10 does not draw one that has just been added on another slice
+      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? [];
+      if (first) {
+        await jumpTo(this.services, scan, first);
+      }
       const mask = await Mask.create(this.services, displaySet, scan, voxels);
       if (isOver()) {
         mask.dispose();
@@ -198,10 +203,6 @@ export class Session extends EventTarget {
       this.services.panelService.activatePanel(PANEL, true); // newer OHIFs have just shown their own
       this.draft = drafts.get(study) ?? null;
       this.phase = 'ready';
-      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? [];
-      if (first) {
-        await jumpTo(this.services, scan, first);
-      }
       this.#tell();
       void this.showErrorMap(); // nothing waits for it
     } catch (error) {
