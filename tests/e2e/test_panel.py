@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-PLAIN: Final = CONFIG + "\n[inference]\nbackend = \"pytorch\"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
+PLAIN: Final = CONFIG + '\n[inference]\nbackend = "pytorch"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n'
 SPACING: Final = (1.5, 1.5, 4.0)
 WORST: Final = 4  # slice, from 0
 SPLEEN: Final = 4
