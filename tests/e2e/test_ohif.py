@@ -18,7 +18,7 @@ import requests
 from segqc.server import app as server_app
 from segqc.server.monailabel.stock import STATIC
 from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
-from tests.browser_kit import keep_picture, lack, open_scan, watched
+from tests.browser_kit import keep_picture, lack, open_scan, wait_for_slice, watched
 from tests.server_kit import CONFIG, listening, make_dataset
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ def test_a_scan_opens_with_our_panel_and_nothing_is_asked_of_other_hosts(
     page.locator("segqc-panel").get_by_text("liver").wait_for()
     assert page.get_by_text("scan_1").first.is_visible()
     keep_picture(page, tmp_path, "scan")
+
+
+def test_the_list_of_scans_opens_them_with_our_panel_only(server: str, page: Page, tmp_path: Path) -> None:
+    page.goto(f"{server}/ohif/")
+    page.get_by_text("scan_1").first.click()
+    page.get_by_text("SegQC", exact=True).first.wait_for()
+    for other in ("Basic Viewer", "Segmentation", "MONAI Label", "Microscopy"):
+        assert page.get_by_text(other, exact=True).count() == 0
+    keep_picture(page, tmp_path, "list")
+    page.get_by_text("SegQC", exact=True).first.click()
+    wait_for_slice(page)
+    page.locator("segqc-panel").get_by_text("liver").wait_for()
+    assert f"/ohif/segqc?StudyInstanceUIDs={study_of(server, 'scan_1')}" in page.url.replace("/dicomweb?", "?")
 
 
 def test_the_tools_that_ask_other_hosts_are_not_there(server: str, page: Page) -> None:
