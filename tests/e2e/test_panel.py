@@ -159,12 +159,13 @@ class Annotator:
     def stroke(self, start: tuple[int, int], end: tuple[int, int]) -> list[np.ndarray]:
         """Draw with the mouse from one pixel to another; where it went, in RAS millimetres."""
         (x, y, first), (right, down, last) = self.place(*start), self.place(*end)
+        before = self.ask("session.mask.done.length")
         self.page.mouse.move(x, y)
         self.page.mouse.down()
         self.page.mouse.move((x + right) / 2, (y + down) / 2, steps=4)
         self.page.mouse.move(right, down, steps=4)
         self.page.mouse.up()
-        self.page.wait_for_timeout(200)
+        self.page.wait_for_function(f"before => {_SESSION}.mask.done.length > before", arg=before)
         return [np.array(point) * [-1, -1, 1] for point in (first, last)]
 
 

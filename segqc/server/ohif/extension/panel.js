@@ -171,8 +171,8 @@ class Panel extends HTMLElement {
         'div',
         { class: 'row' },
         isOpen && this.#button('Submit …', () => session.review(), {
-          class: session.isHandedOut || session.isChanged ? 'main grow submit' : 'grow submit',
-          disabled: !session.isHandedOut && !session.isChanged,
+          class: (session.isHandedOut || session.isChanged) && !session.check ? 'main grow submit' : 'grow submit',
+          disabled: (!session.isHandedOut && !session.isChanged) || Boolean(session.check),
         }),
         session.isHandedOut && isOpen
           ? this.#button('Skip …', () => this.#ask('skip', () => session.next(this.reason)), { class: 'skip' })
