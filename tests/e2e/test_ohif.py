@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -27,29 +28,15 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.server
 
 FONTS = "fonts.googleapis.com", "fonts.gstatic.com"
-HOSPITALS_CONFIG = """
-window.config = {
-  routerBasename: '/ohif/',
-  showStudyList: true,
-  extensions: ['%(server)s/ohif/extension/index.js'],
-  modes: ['%(server)s/ohif/extension/index.js'],
-  defaultDataSourceName: 'segqc',
-  dataSources: [
-    {
-      namespace: '@ohif/extension-default.dataSourcesModule.dicomweb',
-      sourceName: 'segqc',
-      configuration: {
-        friendlyName: 'SegQC',
-        qidoRoot: '%(server)s/dicomweb',
-        wadoRoot: '%(server)s/dicomweb',
-        imageRendering: 'wadors',
-        thumbnailRendering: 'wadors',
-        omitQuotationForMultipartRequest: true,
-      },
-    },
-  ],
-};
-"""
+DOCS = Path(__file__).parents[2] / "docs" / "ohif.md"
+OWN_CONFIG = "routerBasename: '/ohif/', showStudyList: true, defaultDataSourceName: 'segqc',"
+
+
+def hospitals_config(server: str) -> str:
+    """The configuration of the docs, for a server, in that of an OHIF that has nothing else."""
+    block = re.search(r"```js\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert block is not None
+    return block[1].replace("// ... what is there", OWN_CONFIG).replace("https://segqc.example.org", server)
 
 
 def study_of(server: str, scan: str) -> str:
@@ -143,10 +130,10 @@ def test_another_hosts_ohif_works_where_its_origin_is_named_and_only_there(
     allowed = f'\n[server]\nallowed_origins = ["{origin if named else "https://ohif.example.org"}"]\n'
     folder = make_dataset(tmp_path / "studies", scans=1, finals=0, config=CONFIG + allowed)
     with listening(folder) as server, watched(browser, cut_off=FONTS) as (context, log):
-        kind.config = HOSPITALS_CONFIG % {"server": server}
+        kind.config = hospitals_config(server)
         page = context.new_page()
         if named:
-            open_scan(page, f"{origin}/ohif/", study_of(server, "scan_0"))
+            open_scan(page, f"{origin}/ohif/segqc/", study_of(server, "scan_0"))  # mode and data source, as in the docs
             page.locator("segqc-panel").get_by_text("liver").wait_for()  # from the server's own routes
             keep_picture(page, tmp_path, "hospital")
             return
