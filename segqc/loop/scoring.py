@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
+from segqc.loop.error_maps import ErrorSteps
 from segqc.networks.assessor import AssessmentResult
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
@@ -206,6 +208,7 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
     result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
+    error_maps.write(dataset, mask.id, bundle.number, error_maps.quantised(result.errors))
     write_features(dataset, entry, bundle.segmenter(), scan, labels)
     return result
 
@@ -255,6 +258,25 @@ def assess(
         plausible=None if prediction is None else prediction.plausible,
         soft=None if prediction is None else bundle.segmenter().soft_outputs(prediction, assessor.structures),
     )
+
+
+def make_error_map(dataset: Dataset, entry: ScanEntry, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
+    """Compute the error map of a label version of a scan by a bundle, and keep it; see `segqc.loop.error_maps`.
+
+    Raises:
+        ModelError: if the bundle has no SegQC-Net, or its files are damaged.
+        VolumeError: if scan or label map can't be used.
+        ScanReplaced: if the scan's file holds another content by now.
+    """
+    scan = dataset.read_scan(entry)
+    labels = read_labels(dataset.store.label_file(label), scan=scan, values=bundle.assessor().values)
+    source = label.bundle.segmenter_version if label.bundle is not None else None
+    is_own = bundle.holds("segmentation") and source == bundle.segmenter().version
+    prediction = bundle.segmenter().predict(scan) if is_own else None
+    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
+    errors = error_maps.quantised(result.errors)
+    error_maps.write(dataset, label.id, bundle.number, errors)
+    return errors
 
 
 def keep_mask(
