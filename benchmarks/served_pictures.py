@@ -26,10 +26,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from segqc.colours import structure_colour
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import assess, current_mask
-from segqc.plots import HEAT, View, contour, save_figure, window_around
+from segqc.plots import COLOURS, HEAT, View, contour, save_figure, window_around
 from segqc.quality.metrics import true_metrics
 from segqc.training import LineProgress
 from segqc.types import Assessment, BoolArray, FloatArray, PredictionInterval
@@ -128,7 +127,7 @@ def draw(dataset: Dataset, misses: Sequence[Miss], title: str, path: Path) -> No
         error = result.errors.max(axis=0)
         wrong = np.any([mask != real for mask, real in pairs], axis=0)
         _draw_row(row, miss, scan, pairs, wrong, error)
-    handles = [Line2D([], [], color=structure_colour(i), label=s.name) for i, s in enumerate(dataset.structures)]
+    handles = [Line2D([], [], color=COLOURS[i], label=s.name) for i, s in enumerate(dataset.structures)]
     handles += [
         Line2D([], [], color="black", label="mask"),
         Line2D([], [], color="black", linestyle="dotted", label="truth"),
@@ -165,8 +164,8 @@ def _draw_row(
             if is_map:
                 ax.imshow(view.plane(error, index), cmap=HEAT, vmin=0, vmax=1, origin="lower", aspect=view.aspect)
             for number, (mask, real) in enumerate(pairs):
-                contour(ax, view.plane(mask, index), structure_colour(number))
-                contour(ax, view.plane(real, index), structure_colour(number), style="dotted")
+                contour(ax, view.plane(mask, index), COLOURS[number])
+                contour(ax, view.plane(real, index), COLOURS[number], style="dotted")
             view.limits(ax, window)
             ax.set_xticks([])
             ax.set_yticks([])

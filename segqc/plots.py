@@ -23,7 +23,6 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from pydantic import TypeAdapter
 
-from segqc.colours import STRUCTURES, structure_colour
 from segqc.quality.error_maps import bounding_box, padded_box
 from segqc.types import Assessment, BoolArray, FloatArray, Structure, StructureQuality
 from segqc.volumes import Volume, atomic_write
@@ -31,6 +30,8 @@ from segqc.volumes import Volume, atomic_write
 if TYPE_CHECKING:
     from segqc.networks.assessor import AssessmentResult
 
+# Okabe and Ito's colours, told apart with any kind of colour vision; red stays for errors.
+COLOURS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 HEAT = LinearSegmentedColormap.from_list("error", [(1, 0.3, 0, 0.0), (1, 0.3, 0, 0.6), (1, 0, 0, 0.9)])
 _MARGIN_MM = 15.0
 _LETTERS_PER_INCH = 11  # of the headline
@@ -146,7 +147,7 @@ def draw_assessment(
             if row == 1:
                 ax.imshow(view.plane(error, index), cmap=HEAT, vmin=0, vmax=1, origin="lower", aspect=view.aspect)
             for number, mask in enumerate(masks):
-                contour(ax, view.plane(mask, index), structure_colour(number))
+                contour(ax, view.plane(mask, index), _colour(number))
             view.limits(ax, window)
             ax.set_xticks([])
             ax.set_yticks([])
@@ -158,6 +159,10 @@ def draw_assessment(
     figure.colorbar(heat, ax=axes.ravel().tolist(), shrink=0.5, label="error probability", fraction=0.03, pad=0.01)
     _legend(figure, assessment)
     save_figure(figure, path)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
 def window_around(region: BoolArray, spacing_mm: Sequence[float]) -> Window:
@@ -185,7 +190,7 @@ def _boxes(ax: Axes, assessment: Assessment, index: int, view: View) -> None:
         for box in quality.extracted.boxes:
             if box.slice_index == index:
                 corner, width, height = view.rectangle(box.start, box.stop)
-                ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=structure_colour(number), linestyle="--"))
+                ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=_colour(number), linestyle="--"))
 
 
 def _number(value: float | None) -> str:
@@ -212,7 +217,7 @@ def _slice_title(assessment: Assessment, index: int) -> str:
 
 def _legend(figure: Figure, assessment: Assessment) -> None:
     handles: list[Line2D | Patch] = [
-        Line2D([], [], color=structure_colour(i), label=q.name) for i, q in enumerate(assessment.structures)
+        Line2D([], [], color=_colour(i), label=q.name) for i, q in enumerate(assessment.structures)
     ]
     handles.append(Patch(fill=False, edgecolor="black", linestyle="--", label="error box"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
@@ -240,13 +245,13 @@ def draw_curve(curve: Path, path: Path) -> None:
     history = read_curve(curve)
     figure = Figure(figsize=(6, 3.6), layout="constrained", facecolor="white")
     ax = figure.subplots()
-    ax.plot([p.epoch for p in history], [p.train_loss for p in history], color=STRUCTURES[4], label="training")
+    ax.plot([p.epoch for p in history], [p.train_loss for p in history], color=COLOURS[4], label="training")
     measured = [(p.epoch, p.validation_loss) for p in history if p.validation_loss is not None]
     if measured:
         epochs, losses = zip(*measured, strict=True)
-        ax.plot(epochs, losses, color=STRUCTURES[5], label="validation")
+        ax.plot(epochs, losses, color=COLOURS[5], label="validation")
         best = int(np.argmin(losses))
-        ax.plot(epochs[best], losses[best], "o", color=STRUCTURES[5], label=f"best: epoch {epochs[best]}")
+        ax.plot(epochs[best], losses[best], "o", color=COLOURS[5], label=f"best: epoch {epochs[best]}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel("loss")

@@ -36,7 +36,8 @@ def quantised(errors: FloatArray) -> ErrorSteps:
         >>> quantised(np.array([[[[0.0, 0.5]]], [[[0.2, 1.0]]]], np.float32)).tolist()
         [[[51, 255]]]
     """
-    return np.rint(errors.max(axis=0) * CERTAIN).astype(np.uint8)
+    steps: ErrorSteps = np.rint(errors.max(axis=0) * CERTAIN).astype(np.uint8)
+    return steps
 
 
 def path_of(dataset: Dataset, label: int, bundle: int) -> Path:

@@ -20,7 +20,7 @@ from typing import Final
 
 import anyio
 import requests
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -48,6 +48,8 @@ from segqc.server.monailabel.exceptions import (
 )
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
+from segqc.server.pages.page import error_page, wants_page
+from segqc.server.pages.routes import PAGES
 from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
@@ -99,7 +101,7 @@ def create_app() -> FastAPI:
     app = FastAPI(
         title="SegQC",
         version=__version__,
-        docs_url="/",
+        docs_url=None,  # see `segqc.server.pages.api`
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
@@ -120,11 +122,11 @@ def create_app() -> FastAPI:
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
-    for router in ROUTERS:
+    for router in (*ROUTERS, *PAGES):
         app.include_router(router)
     if settings.MONAI_LABEL_AUTH_ENABLE:
         app.dependency_overrides[current_user] = signed_in_user
-    own = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    own = [route for router in (*ROUTERS, *PAGES) for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
     for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
         include_stock(app, router, ours)
@@ -249,58 +251,70 @@ def is_full(error: OSError) -> bool:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def refuse(
-        status: int, message: str, headers: Mapping[str, str] | None = None, *, image: str | None = None
-    ) -> JSONResponse:
+        request: Request,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        image: str | None = None,
+    ) -> Response:
         # what a client sent may be no text that can be sent back, or very long
         shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
         body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
+        if wants_page(request):
+            return error_page(request, status, body.detail, headers)
         return JSONResponse(body.model_dump(exclude_none=True), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
-    async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    async def on_http_exception(request: Request, error: StarletteHTTPException) -> Response:
         if isinstance(error.__cause__, OSError):
             return await on_os_error(request, error.__cause__)  # met while a form was received
-        return refuse(error.status_code, str(error.detail), error.headers)
+        return refuse(request, error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(SegqcError)
-    async def on_known_problem(_: Request, error: SegqcError) -> JSONResponse:
+    async def on_known_problem(request: Request, error: SegqcError) -> Response:
         if error.status >= 500:
             logger.error("%s", error)
-        return refuse(error.status, str(error), image=error.image if isinstance(error, RequestError) else None)
+        return refuse(request, error.status, str(error), image=error.image if isinstance(error, RequestError) else None)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(422, first_problem(error.errors()))
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        return refuse(request, 422, first_problem(error.errors()))
 
     @app.exception_handler(MONAILabelException)
-    async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
+    async def on_monailabel_error(request: Request, error: MONAILabelException) -> Response:
         if isinstance(error, ImageNotFoundException | LabelNotFoundException):
-            return refuse(404, str(error.msg))
+            return refuse(request, 404, str(error.msg))
         asked = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
-        return refuse(400 if asked else 500, str(error.msg))
+        return refuse(request, 400 if asked else 500, str(error.msg))
 
     @app.exception_handler(OSError)
-    async def on_os_error(_: Request, error: OSError) -> JSONResponse:
+    async def on_os_error(request: Request, error: OSError) -> Response:
         logger.error("%s", error)
         if is_full(error):
-            return refuse(*_NO_ROOM)
+            return refuse(request, *_NO_ROOM)
         return refuse(
+            request,
             503,
             f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
             "whoever runs the server.",
         )
 
     @app.exception_handler(requests.RequestException)
-    async def on_sign_in_error(_: Request, error: requests.RequestException) -> JSONResponse:
+    async def on_sign_in_error(request: Request, error: requests.RequestException) -> Response:
         logger.error("sign-in: %s", error)
         if error.response is not None and 400 <= error.response.status_code < 500:
-            return refuse(401, "the sign-in server refuses this name and password.")
-        return refuse(503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later.")
+            return refuse(request, 401, "the sign-in server refuses this name and password.")
+        return refuse(
+            request, 503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later."
+        )
 
     @app.exception_handler(MemoryError)
-    async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:
+    async def on_memory_error(request: Request, error: MemoryError) -> Response:
         logger.error("out of memory: %s", error)
-        return refuse(503, "the server has not enough memory for this request now; try a smaller one, or later.")
+        return refuse(
+            request, 503, "the server has not enough memory for this request now; try a smaller one, or later."
+        )
 
 
 app = create_app()

@@ -389,6 +389,13 @@ def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval 
     return {name: found.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
 
 
+def ranking_estimates(transaction: Transaction) -> list[tuple[float, PredictionInterval]]:
+    """The estimated Dice that scans are ranked by, each with its interval; those without one are left out."""
+    ranking = dict(_ranking(transaction).values())
+    found = dice_intervals(transaction, list(ranking))
+    return [(ranking[number], interval) for number, interval in found.items() if interval is not None]
+
+
 def marked(transaction: Transaction) -> set[str]:
     """The scans that the serving bundle marks as unlike the training's."""
     last = {number for number, _ in _ranking(transaction).values()}

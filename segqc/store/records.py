@@ -219,6 +219,38 @@ class CorrectionRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatorWork:
+    """What one annotator has corrected."""
+
+    actor: Actor
+    corrections: int
+    timed: int  # corrections of which the time is known, from hand-out to submission
+    seconds: float  # of these, all together
+    voxels_changed: int  # all together
+    slices_changed: int  # all together
+    mean_dice_before: float | None  # of the masks against their corrections, of each one's worst structure
+    last_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionLine:
+    """A correction in a list: where, by whom, how long it took and how large it was."""
+
+    scan: str
+    actor: Actor
+    made_at: dt.datetime
+    seconds: float | None  # from hand-out to submission
+    voxels_changed: int
+    slices_changed: int
+    dice_before: float | None  # of the structure that was corrected most
+    estimated_dice: float | None  # that was shown
+    draw: Draw | None  # how the scan was chosen
+    simulated: bool
+    from_version: int
+    to_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedEstimate:
     """What was estimated of one structure when its scan was handed out, beside what the correction showed to be true.
 

@@ -86,10 +86,16 @@ async def save_label(
 
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
-    return await in_turn(request, functools.partial(_save_label, user, image, label, params, tag))
+    return await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
 
 
-def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
+def save_label_of(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
+    """Keep an uploaded label map of a scan, as `save_label` says; the answer is the client's.
+
+    Raises:
+        RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
+        ImageNotFoundException: if there is no such scan.
+    """
     app = current_app()
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
