@@ -11,6 +11,7 @@ from typing import Final
 from fastapi import APIRouter
 
 from segqc.server.dicomweb import routes as dicomweb
+from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
     batch,
     datastore,
@@ -40,5 +41,6 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     models.router,
     dicomweb.router,
     dicomweb.scan_router,
+    ohif.router,
     others.router,
 )
