@@ -47,14 +47,11 @@ from segqc.server.monailabel.exceptions import (
     MONAILabelException,
 )
 from segqc.server.monailabel.facade import App, current_app
-<<<<<<< HEAD
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
-from segqc.server.pages.page import error_page, wants_page
-from segqc.server.pages.routes import PAGES
-=======
 from segqc.server.monailabel.stock import include_stock, stock_routers
 from segqc.server.ohif.viewer import find_viewer
->>>>>>> host
+from segqc.server.pages.page import error_page, wants_page
+from segqc.server.pages.routes import PAGES
 from segqc.server.routers import ROUTERS
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
