@@ -47,7 +47,6 @@ from segqc.server.monailabel.exceptions import (
     MONAILabelException,
 )
 from segqc.server.monailabel.facade import App, current_app
-from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
 from segqc.server.monailabel.stock import include_stock, stock_routers
 from segqc.server.ohif.viewer import find_viewer
 from segqc.server.pages.page import error_page, wants_page

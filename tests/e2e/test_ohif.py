@@ -59,9 +59,7 @@ def study_of(server: str, scan: str) -> str:
 
 
 @pytest.fixture(params=["bundled", "installed"])
-def server(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     find = {"bundled": bundled_viewer, "installed": installed_viewer}[request.param]
     if find() is None:
         lack("no newer OHIF is installed (make ohif)")

@@ -131,6 +131,4 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_used(path: PurePosixPath) -> bool:
-    return not (
-        path.parts[0] in _UNUSED_FOLDERS or str(path) in _UNUSED_FILES or path.suffix in _UNUSED_SUFFIXES
-    )
+    return not (path.parts[0] in _UNUSED_FOLDERS or str(path) in _UNUSED_FILES or path.suffix in _UNUSED_SUFFIXES)

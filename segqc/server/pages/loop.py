@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Form, Path, Response
+from fastapi import APIRouter, Path, Response
 
 from segqc.errors import SegqcError
 from segqc.loop.due import RoundsInfo, next_round_sentence, rounds_info
@@ -178,9 +178,7 @@ def begin_round(page: AskedPage) -> Response:
 
 
 @router.post("/loop/jobs/{public_id}/stop", dependencies=[ADMIN])
-def stop_job(
-    page: AskedPage, public_id: Annotated[str, Path(max_length=64)], back: Annotated[str, Form()] = "/loop"
-) -> Response:
+def stop_job(page: AskedPage, public_id: Annotated[str, Path(max_length=64)]) -> Response:
     """Stop a job."""
     store = page.app.context.dataset.store
     with store.write() as transaction:

@@ -233,8 +233,9 @@ def _turned(start: int, stop: int, size: int, flipped: bool) -> tuple[int, int]:
 
 def _dashed(pen: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], colour: str, width: int) -> None:
     left, top, right, bottom = corners
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="#000000", width=width + 2)
     dash = 4 * width
+    if width > 1:
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="#1a1a1a", width=width + 1)
     for x in np.arange(left, right, 2 * dash):
         for y in (top, bottom):
             pen.line((x, y, min(x + dash, right), y), fill=colour, width=width)

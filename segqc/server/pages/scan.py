@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Final
 from urllib.parse import quote, urlencode
@@ -97,7 +97,9 @@ def show_scan(
         heat_state, heat_problem = shown.heat(request.app.state.inference)
     except SegqcError as error:  # its file is gone, or cannot be read: the rest of the page can be shown
         problem = str(error)
-    first = _first(bars, shown) if compared is not None or count == 0 else shown.worst()
+    of_layers: dict[str, int | None] = {name: 1 for name, is_drawn in asdict(layers).items() if is_drawn}
+    chosen = {"slice": index, "version": version, "other": other, **({"drawn": 1, **of_layers} if drawn else {})}
+    first = _first(bars) if compared is not None or count == 0 else shown.worst()
     return page.render(
         "scan.html.jinja",
         shown=shown,
@@ -119,7 +121,7 @@ def show_scan(
         slicer=_slicer_address(request, study) if study is not None else None,
         server=str(request.base_url).rstrip("/"),
         here=f"/scans/{quote(shown.record.name, safe='')}",
-        link=functools.partial(_link, shown.record.name, index, version, other, layers, drawn=drawn),
+        link=functools.partial(_link, shown.record.name, chosen),
         picture=functools.partial(_picture_address, shown, label, compared, layers),
         strip_edge=_STRIP_EDGE,
         view_edge=_VIEW_EDGE,
@@ -133,7 +135,7 @@ def _shown(name: str) -> ShownScan:
     return shown_scan(current_app().context, name)
 
 
-def _first(bars: list[SliceBar], shown: ShownScan) -> int:
+def _first(bars: list[SliceBar]) -> int:
     """The slice with the largest difference."""
     return max(bars, key=lambda bar: bar.share).index if bars else 0
 
@@ -173,21 +175,11 @@ def _legend(shown: ShownScan) -> list[LegendEntry]:
 
 def _link(
     scan: str,
-    index: int | None,
-    version: int | None,
-    other: int | None,
-    layers: Layers,
-    *,
-    drawn: bool,
+    chosen: Mapping[str, int | None],
     **changes: int | None,
 ) -> str:
     """The address of the page with some choices changed."""
-    chosen: dict[str, Any] = {"slice": index, "version": version, "other": other}
-    if drawn:
-        chosen |= {"drawn": 1}
-        chosen |= {name: 1 for name in ("mask", "heat", "boxes", "whole") if getattr(layers, name)}
-    chosen |= changes
-    query = {name: value for name, value in chosen.items() if value is not None}
+    query = {name: value for name, value in {**chosen, **changes}.items() if value is not None}
     return f"/scans/{quote(scan, safe='')}{f'?{urlencode(query)}' if query else ''}"
 
 
@@ -201,7 +193,7 @@ def _picture_address(
         **({"version": label.id} if label is not None else {}),
         **({"other": other.id} if other is not None else {}),
         **({"assessment": shown.assessment[0]} if shown.assessment is not None and other is None else {}),
-        **{name: 1 for name in ("mask", "heat", "boxes", "whole") if getattr(layers, name)},
+        **{name: 1 for name, is_drawn in asdict(layers).items() if is_drawn},
     }
     return f"/scans/{quote(shown.record.name, safe='')}/slices/{index}?{urlencode(query)}"
 
