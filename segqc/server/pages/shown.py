@@ -17,6 +17,7 @@ from segqc.loop.error_maps import ErrorSteps
 from segqc.loop.history import VersionSummary, versions
 from segqc.loop.scoring import make_error_map
 from segqc.networks.bundle import NetworkBundle
+from segqc.networks.model_file import ModelError
 from segqc.server.context import AppContext
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
@@ -177,7 +178,10 @@ class ShownScan:
             return "ready", None
         going = _making.get(key)
         if going is None:
-            bundle = self.context.dataset.bundle()
+            try:
+                bundle = self.context.dataset.bundle()
+            except ModelError as error:
+                return "failed", str(error)
             if bundle is None or bundle.number != self.bundle or not bundle.holds("segqc"):
                 return "none", None
             _making[key] = executor.submit(self._make, self.start, bundle)
