@@ -148,18 +148,20 @@ def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the scans; emptied")
+    parser.add_argument("--again", action="store_true", help="measure the folder of an earlier run once more")
     parser.add_argument("--scans", type=int, default=SCANS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pages.json")
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests are no installed package
     from tests.server_kit import listening
 
-    shutil.rmtree(arguments.work, ignore_errors=True)
     folder = arguments.work / "scans"
-    make_folder(folder, arguments.scans)
-    dataset = Dataset(folder)
-    fill(dataset)
-    dataset.store.close()
+    if not arguments.again:
+        shutil.rmtree(arguments.work, ignore_errors=True)
+        make_folder(folder, arguments.scans)
+        dataset = Dataset(folder)
+        fill(dataset)
+        dataset.store.close()
     load_before = os.getloadavg()[0]
     with listening(folder) as address:
         rows = measure(address, arguments.scans)

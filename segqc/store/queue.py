@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from segqc.store import assessments, labels
@@ -21,6 +21,9 @@ ShownState: TypeAlias = Literal[
 ]
 QueueView: TypeAlias = Literal["open", "in progress", "rejected", "submitted", "approved", "excluded", "missing", "all"]
 SortKey: TypeAlias = Literal["dice", "volume", "scan", "patient", "state", "age"]
+# written out and not bound: SQLite uses a partial index only where it can read its condition in the query
+_IS_OPEN: Final = LeaseRow.state == literal_column("'open'")
+_IN_ONE_QUERY: Final = 500
 VIEWS: Final[tuple[QueueView, ...]] = get_args(QueueView)
 SORT_KEYS: Final[tuple[SortKey, ...]] = get_args(SortKey)
 
@@ -107,8 +110,9 @@ def page(transaction: Transaction, wanted: Wanted, *, volume_score: str) -> Queu
         wanted: which ones.
         volume_score: the method whose score is minus the volume of the errors.
     """
-    conditions = [_condition(wanted.view, transaction.now), *_search(wanted.search)]
-    chosen = select(Scan.id).join(Patient, Scan.patient_id == Patient.id).where(*conditions)
+    chosen = select(Scan.id).where(_condition(wanted.view, transaction.now))
+    if wanted.search or wanted.sort == "patient":
+        chosen = chosen.join(Patient, Scan.patient_id == Patient.id).where(*_search(wanted.search))
     total = transaction.scalar(select(func.count()).select_from(chosen.subquery())) or 0
     ordered = _ordered(chosen, wanted, volume_score).offset(wanted.start)
     numbers = list(transaction.scalars(ordered if wanted.limit is None else ordered.limit(wanted.limit)))
@@ -170,9 +174,8 @@ def shown_state(
 
 
 def _is_held(now: dt.datetime) -> ColumnElement[bool]:
-    # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
-    is_open = LeaseRow.state == literal_column("'open'")
-    return exists().where(LeaseRow.scan_id == Scan.id, is_open, LeaseRow.expires_at > now)
+    # few scans are: they are looked up, and not the leases of all scans
+    return Scan.id.in_(select(LeaseRow.scan_id).where(_IS_OPEN, LeaseRow.expires_at > now))
 
 
 def _condition(view: QueueView, now: dt.datetime) -> ColumnElement[bool]:
@@ -236,7 +239,7 @@ def _leases(transaction: Transaction, numbers: Sequence[int]) -> dict[int, list[
         select(LeaseRow.scan_id, LeaseRow.expires_at, ActorRow.kind, ActorRow.name, ActorRow.identified_by)
         .join(ActorRow, LeaseRow.actor_id == ActorRow.id)
         .join(Scan, LeaseRow.scan_id == Scan.id)
-        .where(LeaseRow.state == literal_column("'open'"), LeaseRow.expires_at > transaction.now)
+        .where(_IS_OPEN, LeaseRow.expires_at > transaction.now)
         .order_by(LeaseRow.slot)
     )
     found: dict[int, list[OpenLease]] = {}
@@ -244,9 +247,6 @@ def _leases(transaction: Transaction, numbers: Sequence[int]) -> dict[int, list[
         actor = Actor(kind=row.kind, name=row.name, identified_by=row.identified_by)
         found.setdefault(row.scan_id, []).append(OpenLease(actor=actor, expires_at=row.expires_at))
     return found
-
-
-_IN_ONE_QUERY: Final = 500
 
 
 def _in_parts(transaction: Transaction, query: Select[*tuple[Any, ...]], numbers: Sequence[int]) -> list[Any]:

@@ -30,6 +30,7 @@ router = APIRouter(include_in_schema=False)
 
 _LAST_CORRECTIONS: Final = 15
 _LAST_ROUNDS: Final = 30
+_BAND_SCANS: Final = 500  # whose intervals the band is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def _point(checked: CheckedEstimate, kind: PointKind) -> EstimatePoint | None:
 def _intervals(transaction: Transaction, points: list[EstimatePoint]) -> list[tuple[float, PredictionInterval]]:
     """The intervals that are known, with the estimates that they belong to."""
     own = [(p.estimated, p.interval) for p in points if p.interval is not None]
-    return own + assessments.ranking_estimates(transaction)
+    return own + assessments.ranking_estimates(transaction, _BAND_SCANS)
 
 
 @router.get("/loop/now", dependencies=[USER])
