@@ -391,7 +391,9 @@ def test_boxes_and_masks_lie_where_the_scan_has_them(tmp_path: Path, affine: np.
     array[20:26, 4:10, 5] = 100
     scan = Volume(array, affine)
     header = header_of(scan)
-    shown = pictures.ShownSlices(header, ScanImages.of(scan), (), labels=(array > 0).astype(np.uint8))
+    labels_of_it = (array > 0).astype(np.uint8)
+    part = pictures.part_of(header, [labels_of_it], None)
+    shown = pictures.ShownSlices(header, ScanImages.of(scan), (), part, labels=labels_of_it)
     picture = np.asarray(Image.open(io.BytesIO(pictures.draw(shown, 5, Layers(whole=True), 320))).convert("L"))
     bright = np.argwhere(picture > 128)
     row, column = bright.mean(axis=0) / picture.shape

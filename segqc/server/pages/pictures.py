@@ -22,7 +22,6 @@ from segqc.plots import COLOURS
 from segqc.quality.error_maps import bounding_box, padded_box
 from segqc.server.dicomweb.series import ScanHeader, ScanImages
 from segqc.types import Assessment, BoolArray, LabelArray, Structure
-from segqc.volumes import SliceLayout
 from segqc.volumes.volume import spacing_of
 
 Canvas: TypeAlias = npt.NDArray[np.float32]  # (rows, columns, 3), from 0 to 255
@@ -33,6 +32,7 @@ ADDED: Final = "#56B4E9"
 REMOVED: Final = "#E69F00"
 CHANGED: Final = "#CC79A7"
 """What a version has more, less, or as another structure than the one that it is compared with."""
+_PLAIN: Final = ("#FFFFFF",)
 _MARGIN_MM: Final = 15.0
 _FILL: Final = 0.55
 _HATCH_PIXELS: Final = 6
@@ -58,6 +58,7 @@ class ShownSlices:
         header: of the scan.
         images: its images.
         structures: those that label maps may hold.
+        part: the rows and columns that are shown where the whole slice is not, see `part_of`.
         labels: the label map; None where there is none.
         errors: the error map; None where there is none.
         assessment: whose boxes are drawn; None where there is none.
@@ -67,6 +68,7 @@ class ShownSlices:
     header: ScanHeader
     images: ScanImages
     structures: Sequence[Structure]
+    part: Part
     labels: LabelArray | None = None
     errors: ErrorSteps | None = None
     assessment: Assessment | None = None
@@ -86,7 +88,7 @@ def draw(shown: ShownSlices, index: int, layers: Layers, edge: int) -> bytes:
         A WebP file.
     """
     layout = shown.header.layout
-    rows, columns = _part(shown, layout, whole=layers.whole)
+    rows, columns = everything(shown.header) if layers.whole else shown.part
     size = _size(shown.header, rows.stop - rows.start, columns.stop - columns.start, edge)
     canvas = _grey(shown.images, index, (rows, columns), size)
     width = 1 if edge < _FINE_EDGE else 2
@@ -96,7 +98,11 @@ def draw(shown: ShownSlices, index: int, layers: Layers, edge: int) -> bytes:
         now, before = (layout.to_images(found)[index][rows, columns] for found in (shown.labels, shown.other))
         _add_difference(canvas, now, before, size)
     if layers.mask and shown.labels is not None:
-        _add_contours(canvas, layout.to_images(shown.labels)[index][rows, columns], shown.structures, size, width)
+        labels = layout.to_images(shown.labels)[index][rows, columns]
+        colours: Sequence[str] = COLOURS
+        if shown.other is not None:  # the structures' colours stand for what differs there
+            colours, width = _PLAIN, 1
+        _add_contours(canvas, labels, shown.structures, colours, size, width)
     picture = Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
     if layers.boxes and shown.assessment is not None:
         _add_boxes(picture, shown, index, (rows, columns), width)
@@ -105,23 +111,29 @@ def draw(shown: ShownSlices, index: int, layers: Layers, edge: int) -> bytes:
     return file.getvalue()
 
 
-def _part(shown: ShownSlices, layout: SliceLayout, *, whole: bool) -> Part:
-    """The rows and columns that are shown: around all that is drawn in any slice."""
-    _, height, width = shown.header.planes.shape
-    everything = slice(0, height), slice(0, width)
-    if whole:
-        return everything
+def everything(header: ScanHeader) -> Part:
+    """All rows and columns of a slice."""
+    _, rows, columns = header.planes.shape
+    return slice(0, rows), slice(0, columns)
+
+
+def part_of(header: ScanHeader, labels: Sequence[LabelArray], errors: ErrorSteps | None) -> Part:
+    """The rows and columns around label maps and likely errors, in whatever slice they are.
+
+    Args:
+        header: of the scan.
+        labels: the label maps.
+        errors: the error map; None where there is none.
+    """
     drawn: BoolArray | None = None
-    for found in (shown.labels, shown.other, shown.errors):
-        if found is not None:
-            marked = found > (CERTAIN // 2 if found is shown.errors else 0)
-            drawn = marked if drawn is None else drawn | marked
-    box = None if drawn is None else bounding_box(np.ascontiguousarray(layout.to_images(drawn)))
+    for marked in (*(found > 0 for found in labels), *(() if errors is None else (errors > CERTAIN // 2,))):
+        drawn = marked if drawn is None else drawn | marked
+    box = None if drawn is None else bounding_box(header.layout.to_images(drawn))
     if box is None:
-        return everything
-    column_mm, row_mm, _ = spacing_of(shown.header.planes.affine)
+        return everything(header)
+    column_mm, row_mm, _ = spacing_of(header.planes.affine)
     margin = [0, int(np.ceil(_MARGIN_MM / row_mm)), int(np.ceil(_MARGIN_MM / column_mm))]
-    _, rows, columns = padded_box(box, margin, shown.header.planes.shape)
+    _, rows, columns = padded_box(box, margin, header.planes.shape)
     return rows, columns
 
 
@@ -171,12 +183,17 @@ def _edge(mask: BoolArray, width: int) -> BoolArray:
 
 
 def _add_contours(
-    canvas: Canvas, labels: LabelArray, structures: Sequence[Structure], size: tuple[int, int], width: int
+    canvas: Canvas,
+    labels: LabelArray,
+    structures: Sequence[Structure],
+    colours: Sequence[str],
+    size: tuple[int, int],
+    width: int,
 ) -> None:
     for number, structure in enumerate(structures):
         mask = structure.mask(labels)
         if mask.any():
-            _blend(canvas, COLOURS[number % len(COLOURS)], _edge(_mask(mask, size), width))
+            _blend(canvas, colours[number % len(colours)], _edge(_mask(mask, size), width))
 
 
 def _add_difference(canvas: Canvas, labels: LabelArray, other: LabelArray, size: tuple[int, int]) -> None:

@@ -17,6 +17,7 @@ from fastapi import APIRouter, File, Form, Path, Query, Request, Response, Uploa
 from segqc.errors import SegqcError
 from segqc.loop.review import STATE_OF, Decision, review
 from segqc.plots import COLOURS
+from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.auth import ANNOTATOR, REVIEWER, USER
 from segqc.server.monailabel.facade import current_app
@@ -43,6 +44,8 @@ _VIEW_EDGE: Final = 720
 _THUMBNAIL_EDGE: Final = 144
 _FOR_EVER: Final = "private, max-age=31536000, immutable"
 _NOT_KEPT: Final = "private, no-cache"
+_THUMBNAILS_BYTES: Final = 32e6
+_thumbnails: Final[BoundedCache[tuple[object, ...], bytes]] = BoundedCache(_THUMBNAILS_BYTES, len)
 _FORMATS: Final = (".nii.gz", ".nrrd")
 
 
@@ -236,11 +239,20 @@ def slice_picture(
 def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None) -> Response:
     """Send a small picture of the slice to look at first."""
     shown = _shown(scan)
-    slices = shown.slices(shown.context.structures(), shown.start or shown.final)
-    is_current = shown.assessment is not None and shown.assessment[0] == assessment
-    return _picture(
-        draw(slices, shown.worst(), Layers(), _THUMBNAIL_EDGE), is_kept=is_current and slices.errors is not None
+    has_errors, label = shown.errors() is not None, shown.start or shown.final
+    key = (
+        shown.dicom.study_uid,
+        label.sha256 if label is not None else None,
+        shown.assessment[0] if shown.assessment is not None else None,
+        has_errors,
     )
+
+    def make() -> bytes:
+        slices = shown.slices(shown.context.structures(), label)
+        return draw(slices, shown.worst(), Layers(), _THUMBNAIL_EDGE)
+
+    is_current = shown.assessment is not None and shown.assessment[0] == assessment
+    return _picture(_thumbnails.get(key, make), is_kept=is_current and has_errors)
 
 
 def _picture(content: bytes, *, is_kept: bool) -> Response:

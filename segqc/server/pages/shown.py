@@ -22,7 +22,7 @@ from segqc.server.context import AppContext
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
-from segqc.server.pages.pictures import ShownSlices
+from segqc.server.pages.pictures import Part, ShownSlices, part_of
 from segqc.store import assessments, bundles, events, labels, leases, scans
 from segqc.store.labels import FINAL
 from segqc.store.queue import ShownState, shown_state
@@ -36,6 +36,7 @@ HeatState: TypeAlias = Literal["ready", "making", "none", "failed"]
 _ARRAYS_BYTES: Final = 96e6
 _labels: Final[BoundedCache[str, LabelArray]] = BoundedCache(_ARRAYS_BYTES, lambda a: float(a.nbytes))
 _errors: Final[BoundedCache[tuple[str, int, int], ErrorSteps]] = BoundedCache(_ARRAYS_BYTES, lambda a: float(a.nbytes))
+_parts: Final[BoundedCache[tuple[object, ...], Part]] = BoundedCache(10_000)
 _making: Final[dict[tuple[str, int, int], Future[None]]] = {}
 
 
@@ -124,14 +125,24 @@ class ShownScan:
             RequestError: 404 if the scan's file is gone or holds another content by now.
             VolumeError: if it cannot be read.
         """
+        header, errors = self.header, self.errors() if with_errors else None
+        arrays = self._array(label), self._array(other)
+        key = (
+            self.dicom.study_uid,
+            label.sha256 if label is not None else None,
+            other.sha256 if other is not None else None,
+            self._key if errors is not None else None,
+        )
+        drawn = [array for array in arrays if array is not None]
         return ShownSlices(
-            header=self.header,
+            header=header,
             images=self.context.archive.images(self.dicom),
             structures=structures,
-            labels=self._array(label),
-            errors=self.errors() if with_errors else None,
+            part=_parts.get(key, lambda: part_of(header, drawn, errors)),
+            labels=arrays[0],
+            errors=errors,
             assessment=self.assessment[1] if with_errors and self.assessment is not None else None,
-            other=self._array(other),
+            other=arrays[1],
         )
 
     def _array(self, label: LabelRecord | None) -> LabelArray | None:
@@ -189,11 +200,11 @@ class ShownScan:
         if not going.done():
             return "making", None
         del _making[key]
-        error = going.exception()
-        if error is None:
+        found = going.exception()
+        if found is None:
             return "ready", None
-        logger.warning("the error map of %r could not be made: %s", self.record.name, error)
-        return "failed", str(error) if isinstance(error, SegqcError) else "The server's log tells why."
+        logger.warning("the error map of %r could not be made: %s", self.record.name, found)
+        return "failed", str(found) if isinstance(found, SegqcError) else "The server's log tells why."
 
     def _make(self, label: LabelRecord, bundle: NetworkBundle) -> None:
         dataset = self.context.dataset
