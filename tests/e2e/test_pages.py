@@ -69,7 +69,7 @@ def accessible(page: Page) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1366, 768), (820, 1180)])
 @pytest.mark.parametrize(
-    "path", ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", "/loop", "/no"]
+    "path", ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", "/loop", "/docs", "/no"]
 )
 def test_pages_are_accessible_and_fit_the_screen(
     browser: Browser, server: str, path: str, theme: str, size: tuple[int, int], pictures: Path

@@ -1,10 +1,12 @@
 "use strict";
 
 const place = document.getElementById("api");
-window.SwaggerUIBundle({
-  url: place.dataset.schema,
-  domNode: place,
-  deepLinking: true,
-  docExpansion: "none",
-  validatorUrl: null,
-});
+if (place) {
+  window.SwaggerUIBundle({
+    url: place.dataset.schema,
+    domNode: place,
+    deepLinking: true,
+    docExpansion: "none",
+    validatorUrl: null,
+  });
+}
