@@ -9,7 +9,8 @@ import pytest
 
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import assess_scan, make_error_map
+from segqc.loop.scoring import assess_scan, error_map
+from segqc.store import scans
 from tests.server_kit import SHAPE, add_models, make_dataset
 
 
@@ -54,5 +55,7 @@ def test_scoring_keeps_the_map_that_the_estimate_was_read_from(dataset: Dataset)
     assert kept is not None
     np.testing.assert_allclose(kept / 255, result.errors.max(axis=0), atol=0.5 / 255 + 1e-6)
     error_maps.path_of(dataset, label.id, bundle.number).unlink()
-    np.testing.assert_array_equal(make_error_map(dataset, entry, label, bundle), kept)
+    with dataset.store.read() as transaction:
+        record = scans.get(transaction, "scan_1")
+    np.testing.assert_array_equal(error_map(dataset, record, label, bundle), kept)
     assert error_maps.read(dataset, label.id, bundle.number) is not None

@@ -19,7 +19,7 @@ from segqc.selection import Score, score_of, scores
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
-from segqc.store.records import LabelRecord
+from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
@@ -260,21 +260,35 @@ def assess(
     )
 
 
-def make_error_map(dataset: Dataset, entry: ScanEntry, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
-    """Compute the error map of a label version of a scan by a bundle, and keep it; see `segqc.loop.error_maps`.
+def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
+    """Where a label is likely to be wrong: 0 to 255 for an error probability of 0 to 1, the highest of all structures'.
+
+    It is the one that was kept when the label was assessed (`segqc.loop.error_maps`); where there is none, it is
+    computed and kept.
+
+    Args:
+        dataset: the folder.
+        scan: the scan.
+        label: a version of its label.
+        bundle: with both networks.
+
+    Returns:
+        On the scan's grid, in its file's voxel order.
 
     Raises:
-        ModelError: if the bundle has no SegQC-Net, or its files are damaged.
-        VolumeError: if scan or label map can't be used.
+        ModelError: if the bundle has not both networks.
+        VolumeError: if scan or label can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
-    scan = dataset.read_scan(entry)
-    labels = read_labels(dataset.store.label_file(label), scan=scan, values=bundle.assessor().values)
-    source = label.bundle.segmenter_version if label.bundle is not None else None
-    is_own = bundle.holds("segmentation") and source == bundle.segmenter().version
-    prediction = bundle.segmenter().predict(scan) if is_own else None
-    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
-    errors = error_maps.quantised(result.errors)
+    kept = error_maps.read(dataset, label.id, bundle.number)
+    if kept is not None:
+        return kept
+    assessor, segmenter = bundle.assessor(), bundle.segmenter()
+    volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
+    labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
+    is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
+    plausible = segmenter.predict(volume).plausible if is_own else None
+    errors = error_maps.quantised(assessor.error_maps(volume, labels, plausible))
     error_maps.write(dataset, label.id, bundle.number, errors)
     return errors
 

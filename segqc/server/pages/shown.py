@@ -12,10 +12,9 @@ import numpy as np
 
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
-from segqc.loop.dataset import ScanEntry
 from segqc.loop.error_maps import ErrorSteps
 from segqc.loop.history import VersionSummary, versions
-from segqc.loop.scoring import make_error_map
+from segqc.loop.scoring import error_map
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.server.context import AppContext
@@ -207,9 +206,7 @@ class ShownScan:
         return "failed", str(found) if isinstance(found, SegqcError) else "The server's log tells why."
 
     def _make(self, label: LabelRecord, bundle: NetworkBundle) -> None:
-        dataset = self.context.dataset
-        entry = ScanEntry(self.record.name, dataset.folder / self.record.file, None, None, self.record.sha256)
-        make_error_map(dataset, entry, label, bundle)
+        error_map(self.context.dataset, self.record, label, bundle)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from segqc.server.routers import (
     selection,
     sessions,
     training,
+    viewer,
 )
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
@@ -39,6 +40,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
+    viewer.router,
     dicomweb.router,
     dicomweb.scan_router,
     ohif.router,
