@@ -1,4 +1,4 @@
-"""Check the scripts of the viewer and of the pages: that they parse, and, where npm is there to get the checker, that their types fit.
+"""Check the scripts of viewer and pages: that they parse, and, where npm can get the checker, that their types fit.
 
 The parser is the machine's Node.js or the one that Playwright's package carries, so that nothing else has to be
 installed. TypeScript reads the types in the scripts' comments; it makes nothing of them.

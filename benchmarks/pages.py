@@ -4,7 +4,7 @@
 
 Every scan is a small file that the intake reads, with a mask, an estimate of 40 slices and two structures with
 intervals, and an error volume; a tenth has a final label, and some are handed out. Asked is a server in a thread of
-this process, over a connection that stays open as a browser's does. Times are those of the HTML; pictures come after it.
+this process, over a connection that stays open as a browser's does. Times are those of the HTML, without its pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pages in a browser: each one opened, each button pressed, usable by keyboard, and nothing asked of other hosts."""
+"""The pages in a browser: each one opened, each button pressed, used by keyboard, and no other host asked."""
 
 from __future__ import annotations
 
