@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     settings.MONAI_LABEL_STUDIES = str(made)
     settings.MONAI_LABEL_AUTO_UPDATE_SCORING = False
     settings.MONAI_LABEL_SESSION_PATH = str(made / "segqc" / "sessions")
-    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "allowed_hosts": "segqc.example.org"}
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "allowed_hosts": "segqc.example.org", "sign_in": "false"}
     yield made
     clear_cache()
     for name, value in saved.items():

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-import requests
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,10 +33,10 @@ from segqc import __version__
 from segqc.errors import SegqcError, sentence
 from segqc.loop.due import put_first_trainings
 from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
+from segqc.server.auth.setup import add_auth
 from segqc.server.dicomweb.routes import SLOTS
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
-from segqc.server.monailabel.auth import current_user, signed_in_user
 from segqc.server.monailabel.config import settings
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.exceptions import (
@@ -49,7 +48,7 @@ from segqc.server.monailabel.exceptions import (
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
 from segqc.server.routers import ROUTERS
-from segqc.settings import ServerSettings, load_settings
+from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
 
 logger = logging.getLogger(__name__)
@@ -94,6 +93,8 @@ class Refusal(BaseModel):
 
 def create_app() -> FastAPI:
     """Build the application that MONAI Label's settings describe."""
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        raise SettingsError("MONAI_LABEL_AUTH_ENABLE: users sign in by the settings [auth] here; unset this variable")
     conf = settings.MONAI_LABEL_APP_CONF
     limits = _limits(conf)
     app = FastAPI(
@@ -108,6 +109,13 @@ def create_app() -> FastAPI:
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
+    folder = _folder()
+    auth = load_settings(folder).auth if folder is not None else AuthSettings()
+    told = conf.get("sign_in")
+    sign_in = auth.demands_sign_in(None) if told is None else told == "true"
+    add_auth(
+        app, auth, lambda: current_app().context.dataset.store, sign_in=sign_in, port=settings.MONAI_LABEL_SERVER_PORT
+    )
     origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
     if origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -118,15 +126,12 @@ def create_app() -> FastAPI:
     app.state.traffic = Traffic()
     hosts = AllowedHosts([*_allowed_hosts(conf), *machine_names()])
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
-    app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     for router in ROUTERS:
         app.include_router(router)
-    if settings.MONAI_LABEL_AUTH_ENABLE:
-        app.dependency_overrides[current_user] = signed_in_user
     own = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
-    for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
+    for router in stock_routers():
         include_stock(app, router, ours)
     if STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -146,8 +151,14 @@ def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
     """Names by which the server is asked: as `serve` was told, else as the dataset folder's settings say."""
     if "allowed_hosts" in conf:
         return conf["allowed_hosts"].split()
+    folder = _folder()
+    return load_settings(folder).server.allowed_hosts if folder is not None else ()
+
+
+def _folder() -> Path | None:
+    """The dataset folder; None where there is none yet."""
     folder = Path(settings.MONAI_LABEL_STUDIES)
-    return load_settings(folder).server.allowed_hosts if settings.MONAI_LABEL_STUDIES and folder.is_dir() else ()
+    return folder if settings.MONAI_LABEL_STUDIES and folder.is_dir() else None
 
 
 @asynccontextmanager
@@ -289,13 +300,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
             "whoever runs the server.",
         )
-
-    @app.exception_handler(requests.RequestException)
-    async def on_sign_in_error(_: Request, error: requests.RequestException) -> JSONResponse:
-        logger.error("sign-in: %s", error)
-        if error.response is not None and 400 <= error.response.status_code < 500:
-            return refuse(401, "the sign-in server refuses this name and password.")
-        return refuse(503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later.")
 
     @app.exception_handler(MemoryError)
     async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:

@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
+from segqc.server.auth import routes as auth
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.routers import (
     batch,
@@ -40,5 +41,6 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     models.router,
     dicomweb.router,
     dicomweb.scan_router,
+    auth.router,
     others.router,
 )
