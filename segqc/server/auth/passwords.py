@@ -44,7 +44,8 @@ def matches(password: str, password_hash: str | None) -> bool:
     if len(password) > MAX_LENGTH:
         return False
     try:
-        return _hasher.verify(password_hash or _nobodys(), _plain(password)) and password_hash is not None
+        kept = _nobodys() if password_hash is None else password_hash
+        return _hasher.verify(kept, _plain(password)) and password_hash is not None
     except (VerificationError, InvalidHashError):
         return False
 

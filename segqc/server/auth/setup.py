@@ -45,7 +45,6 @@ def add_auth(
     *,
     sign_in: bool,
     port: int,
-    desk: Desk | None = None,
 ) -> None:
     """Put the gate before an application; middleware that is added later stands before it.
 
@@ -55,11 +54,10 @@ def add_auth(
         store: gives the dataset folder's store.
         sign_in: whether users sign in.
         port: where the server listens: a browser keeps the cookies of two servers on one machine apart by it.
-        desk: where passwords are checked; a new one by default.
     """
     cookie = f"{_COOKIE}_{port}"
     provider = None if settings.oidc is None else Provider(settings.oidc)
-    app.state.auth = Auth(sign_in, settings, cookie, store, desk or Desk(settings), provider)
+    app.state.auth = Auth(sign_in, settings, cookie, store, Desk(settings), provider)
     app.state.downloads = Downloads(60 * settings.download_minutes)
     app.add_middleware(
         Gate, sign_in=sign_in, settings=settings, cookie=cookie, store=store, downloads=app.state.downloads

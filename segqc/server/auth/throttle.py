@@ -7,7 +7,7 @@ that an attacker can bring about.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final, TypeAlias
@@ -79,10 +79,11 @@ class Throttle:
         self._familiar[self._pair(user, address)] = None
         self._drop(self._familiar)
 
-    def _keys(self, user: str, address: str) -> Iterator[tuple[_Key, int]]:
+    def _keys(self, user: str, address: str) -> tuple[tuple[_Key, int], tuple[_Key, int]]:
+        """What is counted of a user and of an address, each with how many failures are free."""
         pair = self._pair(user, address)
-        yield (pair if pair in self._familiar else (user,)), FREE_OF_USER
-        yield ("address", _network(address), ""), FREE_OF_ADDRESS
+        of_user = pair if pair in self._familiar else (user,)
+        return (of_user, FREE_OF_USER), (("address", _network(address), ""), FREE_OF_ADDRESS)
 
     @staticmethod
     def _pair(user: str, address: str) -> _Key:

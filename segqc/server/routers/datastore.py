@@ -17,6 +17,7 @@ from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, acting
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
+from segqc.server.monailabel.datastore import decision_in
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import check_image_id, check_tag, split_suffix, usable_image_id
 from segqc.server.parameters import (
@@ -100,6 +101,7 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelP
             received, dataset.folder / scan.file, names, params, configured=named, limits=limits
         )
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
+        _check_review(user, info)
         body = submit(dataset, scan, submitted, received, tag, actor, params, info)
     if "segmentationMeta" in info:
         app.datastore.review_label(scan.name, tag, info, actor)
@@ -203,8 +205,15 @@ def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) ->
     app = current_app()
     label = known_label(label, tag)
     noted = stored_info(params, app.context.labels()) if app.context.settings.structures else params.to_json()
+    _check_review(user, noted)
     app.datastore.update_label_info(label, tag, noted)
     app.datastore.review_label(label, tag, noted, user.actor(params.client_id))
+
+
+def _check_review(user: RequestUser, info: JsonObject) -> None:
+    """Refuse an annotator's review among what is noted of a label."""
+    if decision_in(info)[0] is not None:
+        user.need("reviewer", "a review")
 
 
 @router.get("/datastore/dataset", tags=["Datastore"], summary="Download labelled scans")

@@ -28,4 +28,7 @@ def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObj
     known("strategy", strategy, app.strategies)
     with acting(user.actor(params.client_id)):
         answer = app.next_sample(strategy, params)
-    return {**answer, "requested_strategy": strategy} if answer else {}
+    if not answer:
+        return {}
+    user.will_download(str(answer["id"]))
+    return {**answer, "requested_strategy": strategy}
