@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,26 @@ def test_the_whole_server_signs_in_at_the_provider(provider: FakeProvider, tmp_p
         browser.post("/activelearning/segqc", json={"client_id": "mallory"})
     with Dataset(folder).store.read() as transaction:
         assert {e.actor.name for e in events.history(transaction, "scan", 1) if e.verb == "handed out"} == {"nora"}
+
+
+def test_a_providers_user_gets_a_token_for_3d_slicer(provider: FakeProvider, tmp_path: Path) -> None:
+    provider.claims = ROLES
+    folder = make_dataset(tmp_path / "studies", scans=1, finals=0, config=CONFIG.format(issuer=provider.issuer))
+    with application(folder, sign_in=True) as app, TestClient(app, follow_redirects=False) as browser:
+        assert browser.post("/auth/tokens").status_code == 401
+        sign_in(browser)
+        assert "Make a token" in browser.get("/auth/tokens").text
+        shown = browser.post("/auth/tokens")
+        assert shown.headers["cache-control"] == "no-store"
+        found = re.search(r'readonly value="([^"]+)"', shown.text)
+        assert found is not None
+        browser.cookies.clear()
+        assert browser.post("/auth/token", data={"username": "otto", "password": found[1]}).status_code == 401
+        given = browser.post("/auth/token", data={"username": "Nora", "password": found[1]}).json()
+        headers = {"Authorization": f"{given['token_type']} {given['access_token']}"}
+        assert browser.get("/auth/token/valid", headers=headers).json()["identified_by"] == "oidc"
+        page = browser.post("/auth/sign-in", data={"username": "nora", "password": found[1]})
+        assert page.status_code == 401, "a program's token opens no browser session"
 
 
 def test_without_a_provider_there_is_nothing_to_sign_in_at(store: Store) -> None:

@@ -26,6 +26,8 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /auth/sign-in": PUBLIC,
     "POST /auth/sign-in": PUBLIC,
     "POST /auth/sign-out": PUBLIC,
+    "GET /auth/tokens": "annotator",
+    "POST /auth/tokens": "annotator",
     "GET /auth/oidc": PUBLIC,
     "GET /auth/oidc/callback": PUBLIC,
     # the server, and its description

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -24,12 +24,16 @@ from segqc.store.records import JsonObject
 
 router = APIRouter(prefix="/auth", tags=["Auth"])
 
+View: TypeAlias = Literal["sign-in", "token"]
+
 _templates: Final = Environment(
     loader=PackageLoader("segqc.server.auth"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
 _OWN_PAGE: Final = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")
 _FLOW_PATH: Final = "/auth/oidc"
 _PRIVATE: Final = {"Cache-Control": "no-store"}
+
+_TITLES: Final[Mapping[View, str]] = {"sign-in": "Sign in to SegQC", "token": "A token for 3D Slicer"}
 
 Name = Annotated[str, Form(description="The user's name.")]
 Password = Annotated[str, Form(description="The user's password.")]
@@ -112,6 +116,27 @@ def sign_out(request: Request) -> Response:
     return answer
 
 
+@router.get("/tokens", include_in_schema=False)
+def token_page(request: Request) -> Response:
+    """The page at which people without a password here get a token for 3D Slicer."""
+    actor = identity_of(request.scope).actor
+    return RedirectResponse("/", 303) if actor is None else _page(auth_of(request), view="token", username=actor.name)
+
+
+@router.post("/tokens", include_in_schema=False)
+def make_token(request: Request) -> Response:
+    """Make a token for a program of whoever is signed in, and show it once."""
+    auth, actor = auth_of(request), identity_of(request.scope).actor
+    if actor is None:
+        return RedirectResponse("/", 303)
+    try:
+        made = auth.desk.for_program(auth.store(), actor, _address(request))
+    except SegqcError as error:
+        return _page(auth, view="token", username=actor.name, problem=str(error), status=error.status)
+    until = made.record.expires_at.strftime("%Y-%m-%d %H:%M UTC")
+    return _page(auth, view="token", username=actor.name, token=made.secret, until=until)
+
+
 @router.get("/oidc", include_in_schema=False)
 def begin_at_provider(request: Request, next: NextPage = "/") -> Response:
     """Send a browser to the OpenID provider."""
@@ -180,15 +205,23 @@ def _page(
     problem: str = "",
     status: int = 200,
     headers: Mapping[str, str] | None = None,
+    *,
+    view: View = "sign-in",
+    token: str = "",
+    until: str = "",
 ) -> HTMLResponse:
     nonce = secrets.token_urlsafe(16)
     oidc = auth.settings.oidc
-    page = _templates.get_template("sign_in.html").render(
+    page = _templates.get_template("page.html").render(
+        title=_TITLES[view],
+        view=view,
         nonce=nonce,
         problem=problem,
         username=username,
         next=_own_page(then),
         provider="" if oidc is None else urlsplit(oidc.issuer).hostname,
+        token=token,
+        until=until,
     )
     policy = (
         f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"

@@ -18,7 +18,7 @@ from segqc.server.auth.throttle import Throttle
 from segqc.server.errors import RequestError
 from segqc.settings import AuthSettings
 from segqc.store import users
-from segqc.store.records import Identification, SignInKind, SignInRecord, UserRecord
+from segqc.store.records import Actor, Identification, SignInKind, SignInRecord, UserRecord
 from segqc.store.store import Store
 from segqc.text import caseless
 
@@ -54,7 +54,7 @@ class Desk:
         self._slots = anyio.CapacityLimiter(_HASHES_AT_ONCE)
 
     async def by_password(self, store: Store, name: str, password: str, kind: SignInKind, address: str) -> NewSignIn:
-        """Sign a user in who knows their password.
+        """Sign a user in who knows their password, or has a token, which is what they get then.
 
         Args:
             store: knows the users.
@@ -83,6 +83,9 @@ class Desk:
     def _by_password(self, store: Store, name: str, password: str, kind: SignInKind, address: str) -> NewSignIn | None:
         with store.read() as transaction:
             found = users.find(transaction, name)
+            made = users.current(transaction, sha256_of_secret(password)) if kind == "token" else None
+        if made is not None and made.kind == "token" and found is not None and made.user.id == found[0].id:
+            return NewSignIn(password, made)
         user, password_hash = found if found is not None else (None, None)
         if not passwords.matches(password, password_hash) or user is None or password_hash is None:
             return None
@@ -101,6 +104,16 @@ class Desk:
             actor = users.actor_of(provided.name, "oidc")
             user = users.provided(transaction, provided.name, provided.subject, provided.role, actor)
         return self._begin(store, user, "session", "oidc", address)
+
+    def for_program(self, store: Store, actor: Actor, address: str) -> NewSignIn:
+        """Begin a token for somebody who is signed in already: for 3D Slicer, where they have no password here.
+
+        Raises:
+            UnknownUser: if only a proxy knows them.
+        """
+        with store.read() as transaction:
+            user = users.get(transaction, actor.name)
+        return self._begin(store, user, "token", actor.identified_by, address)
 
     def _begin(
         self, store: Store, user: UserRecord, kind: SignInKind, identified_by: Identification, address: str
