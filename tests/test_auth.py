@@ -81,7 +81,9 @@ def test_each_route_has_a_role_and_each_row_a_route() -> None:
         if "HEAD" in methods and f"GET {route.path}" not in ROLES_OF_ROUTES:
             found.add(f"HEAD {route.path}")  # the row of GET is its row
     assert sorted(found - ROLES_OF_ROUTES.keys()) == [], "routes without a role: add them to segqc/server/auth/roles.py"
-    assert sorted(ROLES_OF_ROUTES.keys() - found) == [], "rows without a route"
+    whole = tuple(route.removesuffix("{path:path}") for route in found if route.endswith("{path:path}"))
+    rows = [row for row in ROLES_OF_ROUTES.keys() - found if not row.startswith(whole)]
+    assert rows == [], "rows without a route, or a part of one"
 
 
 def address_of(path: str) -> str:

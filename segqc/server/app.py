@@ -16,17 +16,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import anyio
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
@@ -46,7 +46,8 @@ from segqc.server.monailabel.exceptions import (
     MONAILabelException,
 )
 from segqc.server.monailabel.facade import App, current_app
-from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
+from segqc.server.monailabel.stock import include_stock, stock_routers
+from segqc.server.ohif.viewer import find_viewer
 from segqc.server.routers import ROUTERS
 from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
@@ -116,25 +117,22 @@ def create_app() -> FastAPI:
     add_auth(
         app, auth, lambda: current_app().context.dataset.store, sign_in=sign_in, port=settings.MONAI_LABEL_SERVER_PORT
     )
-    origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
-    if origins:
-        from starlette.middleware.cors import CORSMiddleware
-
+    origins = _allowed("allowed_origins", conf)
+    app.state.traffic = Traffic()
+    hosts = AllowedHosts([*_allowed("allowed_hosts", conf), *machine_names()])
+    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
+    if origins:  # around the guard: their pages can read why it refuses
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
-    app.state.traffic = Traffic()
-    hosts = AllowedHosts([*_allowed_hosts(conf), *machine_names()])
-    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
+    app.state.viewer = find_viewer()
     for router in ROUTERS:
         app.include_router(router)
     own = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
     for router in stock_routers():
         include_stock(app, router, ours)
-    if STATIC.is_dir():
-        app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_error_handlers(app)
     return app
 
@@ -147,12 +145,15 @@ def _limits(conf: Mapping[str, str]) -> BodyLimits:
     return BodyLimits(int(most * 1e6), int(max(most, total) * 1e6), pause)
 
 
-def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
-    """Names by which the server is asked: as `serve` was told, else as the dataset folder's settings say."""
-    if "allowed_hosts" in conf:
-        return conf["allowed_hosts"].split()
+def _allowed(name: Literal["allowed_hosts", "allowed_origins"], conf: Mapping[str, str]) -> Sequence[str]:
+    """Who may ask the server: as `serve` was told, else as the dataset folder's settings say."""
+    if name in conf:
+        return conf[name].split()
     folder = _folder()
-    return load_settings(folder).server.allowed_hosts if folder is not None else ()
+    if folder is None:
+        return ()
+    server = load_settings(folder).server
+    return server.allowed_hosts if name == "allowed_hosts" else server.allowed_origins
 
 
 def _folder() -> Path | None:

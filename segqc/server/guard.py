@@ -179,7 +179,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._hosts = hosts
-        self._origins = frozenset(origin.rstrip("/") for origin in origins)
+        self._origins = frozenset(origins)
         self._limits = limits
         self._traffic = traffic
 
@@ -240,7 +240,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and _origin_host(origin) != hosts[0].lower():
             return HTTPException(
-                403, f"pages of {origin!r} are not served; name it in MONAI_LABEL_CORS_ORIGINS to allow it."
+                403,
+                f"pages of {origin!r} may not ask this server; whoever runs it can add the origin to the setting "
+                "server.allowed_origins.",
             )
         if origin not in self._origins and _is_of_another_site(scope["method"], headers):
             return HTTPException(403, "a page of another site asks for this; only links to this server's pages may.")

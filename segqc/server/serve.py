@@ -43,7 +43,6 @@ _DEFAULTS = {
     "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
     "MONAI_LABEL_TRACKING_ENABLED": "false",
     "MONAI_LABEL_INFER_CONCURRENCY": "-1",
-    "MONAI_LABEL_CORS_ORIGINS": "[]",
 }
 _OPEN_FILES = 65_536
 _LOG_BYTES = 5_000_000
@@ -82,6 +81,7 @@ def serve(
     upload_total_mb: float = 4096,
     upload_pause_seconds: float = 30,
     allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     sign_in: bool | None = None,
     worker: bool = True,
 ) -> None:
@@ -98,6 +98,7 @@ def serve(
         upload_total_mb: the most that is received at once, by all requests together, in megabytes.
         upload_pause_seconds: for how long a client may send nothing before its request is complete.
         allowed_hosts: names by which clients may ask for the server, beside this machine's own.
+        allowed_origins: origins of other pages that may read from and submit to the server.
         sign_in: whether users sign in; None as the settings say: by default they do, but not on this machine only.
         worker: whether to start a worker beside the server; without one, jobs wait for ``segqc worker``.
 
@@ -132,6 +133,7 @@ def serve(
             "upload_total_mb": str(upload_total_mb),
             "upload_pause_seconds": str(upload_pause_seconds),
             "allowed_hosts": " ".join([host, *allowed_hosts]),
+            "allowed_origins": " ".join(allowed_origins),
             "log_file": str(log_file),
             "sign_in": str(signs_in).lower(),
         }

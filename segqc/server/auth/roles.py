@@ -34,7 +34,6 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /": "annotator",
     "GET /docs/oauth2-redirect": "annotator",
     "GET /openapi.json": "annotator",
-    "GET /static/{path:path}": "annotator",
     "GET /info/": "annotator",
     "GET /logs/": "operator",
     # annotation
@@ -110,6 +109,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}/rendered": "annotator",
     "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}/thumbnail": "annotator",
     "GET /segqc/dicomweb/{scan}": "annotator",
+    "GET /ohif/extension/{path:path}": PUBLIC,  # our code: a hospital's own OHIF imports it without a cookie
     "GET /ohif/{path:path}": "annotator",
     # refused to everybody, with a sentence
     "GET /proxy/{path:path}": "annotator",

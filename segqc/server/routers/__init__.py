@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from segqc.server.auth import routes as auth
 from segqc.server.dicomweb import routes as dicomweb
+from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
     batch,
     datastore,
@@ -42,5 +43,6 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     dicomweb.router,
     dicomweb.scan_router,
     auth.router,
+    ohif.router,
     others.router,
 )
