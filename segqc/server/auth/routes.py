@@ -224,7 +224,8 @@ def _page(
         until=until,
     )
     policy = (
-        f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
     )
     return HTMLResponse(page, status, {**_PRIVATE, "Content-Security-Policy": policy, **(headers or {})})
 
