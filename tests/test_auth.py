@@ -236,6 +236,7 @@ def test_a_trusted_proxy_names_the_user(user_store: Store, address: str) -> None
         "role": "operator", "name": "otto", "by": "trusted-header", "from": "1.1.1.1", "scheme": "http"
     }  # fmt: skip
     assert client.get("/logs/").status_code == 401
+    assert client.get("/logs/", headers=[("X-User", "otto"), ("X-User", "zoe")]).status_code == 401
     stranger = client.get("/info/", headers={"X-User": "zoe"})
     assert stranger.status_code == 403
     assert "nobody has said what 'zoe' may do" in stranger.json()["detail"]
@@ -348,6 +349,7 @@ def test_passwords_are_the_same_from_every_keyboard() -> None:
     assert passwords.matches("Stra\u00dfe und A\u0308rger", made)
     assert not passwords.matches("Strasse und Arger", made)
     assert not passwords.matches("x" * 100_000, made)
+    assert not passwords.matches("\udcff", made)
 
 
 # --------------------------------------------------------------------------------------------------- the whole server

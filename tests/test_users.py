@@ -58,15 +58,18 @@ def test_a_user_is_known_by_the_name_whatever_its_case(store: Store) -> None:
         assert users.get(transaction, "a\u0308NNA") == user
         assert users.find(transaction, "änna") == (user, "a hash")
         assert users.find(transaction, "anna") is None
+        assert users.find(transaction, " \u00e4nna ") == (user, "a hash"), "as it is typed"
     for other in ("Änna", "ÄNNA"):
         with pytest.raises(StoreError, match="already"):
             add(store, other)
 
 
-@pytest.mark.parametrize("name", ["", " ", " anna", "anna ", "an\nna", "a" * 201])
+@pytest.mark.parametrize("name", ["", " ", " anna", "anna ", "an\nna", "an\0na", "\udcff", "a" * 201])
 def test_what_is_no_name_is_refused(store: Store, name: str) -> None:
     with pytest.raises(StoreError, match="no name of a user"):
         add(store, name)
+    with store.read() as transaction:
+        assert users.find(transaction, name) is None
 
 
 def test_two_processes_cannot_add_the_same_user(store: Store) -> None:
@@ -138,6 +141,10 @@ def test_the_history_tells_who_did_what_to_users(store: Store) -> None:
         ("root", "added"), ("anna", "signed in"), ("anna", "signed out"), ("root", "role set"),
         ("root", "password set"), ("root", "removed"),
     ]  # fmt: skip
+    with store.read() as transaction:
+        assert [(name, e.verb) for name, e in users.history(transaction)] == [
+            ("anna", verb) for _, verb in told(store, user)
+        ]
     again = add(store)
     assert again.id != user.id, "the history would take the two for one"
 
@@ -215,6 +222,11 @@ def test_the_first_user_is_an_operator_and_later_ones_annotate(tmp_path: Path) -
     assert run("password", tmp_path, "anna", password="another good password\n")[0] == 0
     assert run("sign-out", tmp_path, "anna")[0] == 0
     assert run("remove", tmp_path, "bert")[0] == 0
+    listed = json.loads(run("history", tmp_path, "--json")[1])["events"]
+    assert [(e["user"], e["what"], e["detail"]) for e in listed] == [
+        ("anna", "added", "role operator"), ("bert", "added", "role annotator"),
+        ("bert", "role set", "before annotator, role reviewer"), ("anna", "password set", ""), ("bert", "removed", ""),
+    ]  # fmt: skip
     assert "there is no user 'bert'" in run("remove", tmp_path, "bert")[1]
 
 

@@ -83,6 +83,27 @@ def list_users(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv = F
 
 
 @app.command()
+def history(folder: DatasetFolder, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """List who was added, given a role or password, or removed, by whom, and who signed in and out, when and where."""
+    from segqc.store import users
+
+    with kept_store(folder).read() as transaction:
+        found = users.history(transaction)
+    rows: list[Row] = [
+        {
+            "at": event.at.isoformat(timespec="seconds"),
+            "user": name,
+            "what": event.verb,
+            "by": event.actor.name,
+            "known by": event.actor.identified_by,
+            "detail": ", ".join(f"{key} {value}" for key, value in (event.detail or {}).items() if key != "name"),
+        }
+        for name, event in found
+    ]
+    emit(rows, f"{folder}: what happened to users", as_json=as_json, as_csv=as_csv, key="events", empty=_NONE)
+
+
+@app.command()
 def remove(folder: DatasetFolder, name: UserName) -> None:
     """Remove a user: their sessions and tokens end at once, and what they did stays in the history.
 

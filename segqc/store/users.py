@@ -14,12 +14,13 @@ from sqlalchemy import delete, func, select
 
 from segqc.store import events
 from segqc.store.database import StoreError, Transaction
-from segqc.store.records import Actor, Identification, Role, SignInKind, SignInRecord, UserRecord
+from segqc.store.records import Actor, EventRecord, Identification, Role, SignInKind, SignInRecord, UserRecord
 from segqc.store.schema import SignInRow, UserRow
 from segqc.text import caseless, nfc
 
 _USER: Final = "user"
-_NAME: Final = re.compile(r"\S[^\x00-\x1f\x7f]{0,198}\S|\S")
+_ADDED: Final = "added"
+_NAME: Final = re.compile(r"(?!\s)[^\x00-\x1f\x7f\ud800-\udfff]{1,200}(?<!\s)")
 
 
 class UnknownUser(StoreError):  # noqa: N818 - the finding, not the exception, is what callers name
@@ -59,7 +60,7 @@ def add(
     )
     transaction.add(row)
     transaction.flush()
-    events.record(transaction, actor, "added", _USER, row.id, {"name": name, "role": role})
+    events.record(transaction, actor, _ADDED, _USER, row.id, {"name": name, "role": role})
     return _record(row)
 
 
@@ -247,12 +248,21 @@ def end_all(transaction: Transaction, name: str, actor: Actor) -> int:
     return count
 
 
+def history(transaction: Transaction) -> list[tuple[str, EventRecord]]:
+    """What happened to users, oldest first, each with the user's name; also to those who were removed."""
+    found = events.history(transaction, _USER)
+    names = {event.object_id: str((event.detail or {})["name"]) for event in found if event.verb == _ADDED}
+    return [(names[event.object_id], event) for event in found]
+
+
 def actor_of(name: str, identified_by: Identification) -> Actor:
     """A signed-in user as the one who does things: the same one by a session and by a token, as it is one person."""
     return Actor(kind="person", name=name, identified_by=identified_by)
 
 
 def _row(transaction: Transaction, name: str) -> UserRow | None:
+    if not _NAME.fullmatch(nfc(name).strip()):  # the database may not even take it
+        return None
     return transaction.scalar(select(UserRow).where(UserRow.key == caseless(name)))
 
 

@@ -167,8 +167,9 @@ class Gate:
     def _named_by_proxy(self, scope: Scope, headers: Headers) -> str | None:
         """The user whom a trusted proxy names; what others write into its header is ignored."""
         header = self._settings.user_header
-        name = headers.get(header) if header is not None else None
-        if not name or not _HEADER_NAME.fullmatch(name):
+        names = headers.getlist(header) if header is not None else []
+        name = names[0] if len(names) == 1 else ""  # of two, one is the client's own
+        if not _HEADER_NAME.fullmatch(name):
             return None
         address = peer(scope)
         if self._proxies.trusts(address):

@@ -26,7 +26,7 @@ FLOW_SECONDS: Final = 600
 _TIMEOUT_SECONDS: Final = 10
 _FRESH_SECONDS: Final = 3600  # what the provider says of itself
 _LEEWAY_SECONDS: Final = 60  # by which its clock may differ
-_MAX_FLOWS: Final = 1000
+_MAX_FLOWS: Final = 10_000
 # by keys that everybody may know: with a shared secret, or none, anybody who knows it could make tokens
 _ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 

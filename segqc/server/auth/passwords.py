@@ -46,7 +46,7 @@ def matches(password: str, password_hash: str | None) -> bool:
     try:
         kept = _nobodys() if password_hash is None else password_hash
         return _hasher.verify(kept, _plain(password)) and password_hash is not None
-    except (VerificationError, InvalidHashError):
+    except (VerificationError, InvalidHashError, UnicodeEncodeError):
         return False
 
 

@@ -69,7 +69,6 @@ class Desk:
         """
         key = caseless(name)[:_MAX_NAME]
         if (wait := self._throttle.begin(key, address)) > 0:
-            logger.warning("%s tries to sign in as %r too often; the next try counts in %.0f s", address, key, wait)
             raise too_many(wait)
         made = await anyio.to_thread.run_sync(
             self._by_password, store, name, password, kind, address, limiter=self._slots
