@@ -38,7 +38,7 @@ from segqc.server.auth.throttle import (
 )
 from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
 from segqc.server.serve import ServeError, serve
-from segqc.settings import AuthSettings
+from segqc.settings import AuthSettings, SettingsError
 from segqc.store import jobs, labels, leases, users
 from segqc.store.store import Store
 from segqc.volumes import write_labels
@@ -460,6 +460,26 @@ def test_guessing_is_slowed_with_a_status_of_its_own(app: FastAPI, client: TestC
     assert sign_in(client, "anna").status_code == 303
 
 
+def test_an_application_that_is_not_told_where_it_listens_demands_signing_in(folder: Path) -> None:
+    from monailabel.config import settings
+
+    from segqc.server.app import create_app
+
+    with application(folder):
+        settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
+        assert TestClient(create_app()).get("/info/").status_code == 401
+
+
+def test_monai_labels_own_sign_in_is_refused_in_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monailabel.config import settings
+
+    from segqc.server.app import create_app
+
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    with pytest.raises(SettingsError, match=r"MONAI_LABEL_AUTH_ENABLE: users sign in by the settings \[auth\]"):
+        create_app()
+
+
 def test_cookies_are_secure_behind_a_proxy_with_tls(folder: Path) -> None:
     (folder / "segqc.toml").write_text(f'{CONFIG}\n[auth]\ntrusted_proxies = ["10.0.0.0/24"]\nsession_hours = 1\n')
     try:
@@ -590,6 +610,8 @@ def test_3d_slicer_signs_in_downloads_and_submits(folder: Path, tmp_path: Path) 
         sample = slicer.client().next_sample("segqc", {})
         assert slicer.auth_token == first, "a token that counts is used again"
         image, other = f"{url}/datastore/image?image={sample['id']}", f"{url}/datastore/image?image=scan_x"
+        forwarded = {"X-Forwarded-For": "10.0.0.7"}
+        assert httpx.get(image, headers=forwarded).status_code == 401, "a proxy's address is everybody's"
         # its SampleData module downloads without a token, and tries three times
         assert [httpx.get(address).status_code for address in (other, image, image, image, image)] == [
             401, 200, 200, 200, 401

@@ -112,9 +112,12 @@ class Gate:
             return
         headers = Headers(scope=scope)
         named = self._named_by_proxy(scope, headers)
-        if self._proxies.trusts(peer(scope)):
+        is_proxy = self._proxies.trusts(peer(scope))
+        if is_proxy:
             address, scheme = self._proxies.origin(scope, headers)
             scope = {**scope, "client": (address, 0), "scheme": scheme}
+        # where a proxy that is not known as one stands before the server, all clients come from its address
+        is_address_known = is_proxy or "x-forwarded-for" not in headers
         if not self._sign_in:
             known = ANYBODY if named is None else Identity(role=ANYBODY.role, actor=_by_header(named))
             set_identity(scope, known)
@@ -126,7 +129,8 @@ class Gate:
             return
         try:
             identity = await anyio.to_thread.run_sync(self._identify, headers, named, limiter=self._threads)
-            identity = identity or self._download(scope)
+            if identity is None and is_address_known:
+                identity = self._download(scope)
         except SegqcError as error:
             await _refusal(error.status, str(error))(scope, receive, send)
             return
