@@ -223,7 +223,7 @@ def listening(folder: Path, *, sign_in: bool = False) -> Iterator[str]:
     from segqc.server.connection import Connection
 
     with application(folder, sign_in=sign_in) as app, socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", log_config=None, proxy_headers=False))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -75,7 +75,9 @@ def test_what_is_no_name_is_refused(store: Store, name: str) -> None:
 def test_two_processes_cannot_add_the_same_user(store: Store) -> None:
     add(store)
     with pytest.raises(IntegrityError), store.write() as transaction:
-        transaction.add(UserRow(name="Anna", key="anna", role="annotator", added_at=transaction.now))
+        transaction.add(
+            UserRow(name="Anna", key="anna", role="annotator", is_role_provided=False, added_at=transaction.now)
+        )
 
 
 def test_a_sign_in_counts_until_it_expires(store: Store, clock: Clock) -> None:
@@ -194,6 +196,16 @@ def test_a_user_added_without_a_password_is_the_providers(store: Store) -> None:
         provided(store, "dora", "https://sso 2", None)
     with pytest.raises(StoreError, match="is changed there"), store.write() as transaction:
         users.set_password(transaction, "carla", "x", ROOT)
+
+
+def test_a_role_of_the_provider_ends_with_it_and_an_operators_does_not(store: Store) -> None:
+    provided(store, "carla", "https://sso 1")
+    with pytest.raises(StoreError, match="does not say any more what 'carla' may do"):
+        provided(store, "carla", "https://sso 1", None)
+    with store.write() as transaction:
+        users.set_role(transaction, "carla", "reviewer", ROOT)
+    assert provided(store, "carla", "https://sso 1", None).role == "reviewer"
+    assert provided(store, "carla", "https://sso 1", "annotator").role == "annotator"
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -108,7 +108,8 @@ class UserRow(Base):
     """Who may sign in, and as what.
 
     ``key`` is the name as it is compared, so that no two names differ by their case only. A user without a password is
-    signed in elsewhere: by an OpenID provider, which knows them by ``provider_subject``, or by a proxy.
+    signed in elsewhere: by an OpenID provider, which knows them by ``provider_subject``, or by a proxy. A role that the
+    provider gave counts only as long as it gives one.
     """
 
     __tablename__ = "user_account"  # "user" is a word of SQL
@@ -118,6 +119,7 @@ class UserRow(Base):
     role: Mapped[Role] = mapped_column(String)
     password_hash: Mapped[str | None]
     provider_subject: Mapped[str | None] = mapped_column(unique=True)
+    is_role_provided: Mapped[bool]
     added_at: Mapped[dt.datetime]
     last_sign_in_at: Mapped[dt.datetime | None]
     __table_args__ = (

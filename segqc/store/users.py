@@ -56,6 +56,7 @@ def add(
         role=role,
         password_hash=password_hash,
         provider_subject=subject,
+        is_role_provided=subject is not None,
         added_at=transaction.now,
     )
     transaction.add(row)
@@ -131,12 +132,17 @@ def replace_hash(transaction: Transaction, user: int, password_hash: str) -> Non
 
 
 def set_role(transaction: Transaction, name: str, role: Role, actor: Actor) -> UserRecord:
-    """Give a user another role; it counts from the next request on.
+    """Give a user another role, whatever an OpenID provider says; it counts from the next request on.
 
     Raises:
         UnknownUser: if there is none of this name.
     """
     row = _known(transaction, name)
+    row.is_role_provided = False
+    return _with_role(transaction, row, role, actor)
+
+
+def _with_role(transaction: Transaction, row: UserRow, role: Role, actor: Actor) -> UserRecord:
     if row.role != role:
         events.record(transaction, actor, "role set", _USER, row.id, {"before": row.role, "role": role})
         row.role = role
@@ -152,7 +158,7 @@ def provided(transaction: Transaction, name: str, subject: str, role: Role | Non
         transaction: a writing one.
         name: their name, as the provider says.
         subject: by which the provider knows them, whatever their name becomes.
-        role: their role, as the provider says; None for the one that they have here.
+        role: their role, as the provider says; None for the one that an operator gave them here.
         actor: the user themselves.
 
     Raises:
@@ -168,7 +174,12 @@ def provided(transaction: Transaction, name: str, subject: str, role: Role | Non
         if row.password_hash is not None or row.provider_subject is not None:
             raise StoreError(f"the name {row.name!r} is another user's here; an operator can remove that one")
         row.provider_subject = subject
-    return _record(row) if role is None else set_role(transaction, row.name, role, actor)
+    if role is not None:
+        row.is_role_provided = True
+        return _with_role(transaction, row, role, actor)
+    if row.is_role_provided:
+        raise StoreError(f"the OpenID provider does not say any more what {row.name!r} may do here")
+    return _record(row)
 
 
 def begin(

@@ -41,6 +41,7 @@ def upgrade() -> None:
         sa.Column("role", sa.String(), nullable=False),
         sa.Column("password_hash", sa.String(), nullable=True),
         sa.Column("provider_subject", sa.String(), nullable=True),
+        sa.Column("is_role_provided", sa.Boolean(), nullable=False),
         sa.Column("added_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("last_sign_in_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("role IN ('annotator', 'reviewer', 'operator')", name=op.f("ck_user_account_role")),
