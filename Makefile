@@ -60,6 +60,7 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python .ci/check_scripts.py
 
 format: install
 	$(BIN)/ruff check --fix

@@ -20,7 +20,7 @@ CHROMIUM: Final = "chromium"
 # read at once: tests run without the settings in the environment
 IS_REQUIRED: Final = os.environ.get("SEGQC_TEST_BROWSER") == "required"
 SIZE: Final = {"width": 1440, "height": 900}
-SECONDS: Final = 180.0  # software draws, and other tests may run beside
+SECONDS: Final = 90.0  # software draws, and other tests may run beside
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _ARGUMENTS: Final = (
     "--no-sandbox",

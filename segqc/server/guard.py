@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 # Only these take files, as parts of a form; any other body is read into memory as a whole.
-_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /infer/")
+_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /(infer|segqc/viewer)/")
 MAX_PLAIN_BODY_BYTES: Final = 1_000_000
 MAX_HEADERS: Final = 100
 # A body has to keep coming: at least so many bytes a second on average, after a start.

@@ -111,6 +111,12 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /segqc/dicomweb/{scan}": "annotator",
     "GET /ohif/extension/{path:path}": PUBLIC,  # our code: a hospital's own OHIF imports it without a cookie
     "GET /ohif/{path:path}": "annotator",
+    "POST /segqc/viewer/next": "annotator",
+    "GET /segqc/viewer/scans/{study}": "annotator",
+    "GET /segqc/viewer/scans/{study}/labels/{version}": "annotator",
+    "GET /segqc/viewer/scans/{study}/errors/{version}": "annotator",
+    "POST /segqc/viewer/scans/{study}/check": "annotator",
+    "POST /segqc/viewer/scans/{study}/label": "annotator",
     # refused to everybody, with a sentence
     "GET /proxy/{path:path}": "annotator",
     "POST /proxy/{path:path}": "annotator",

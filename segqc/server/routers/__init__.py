@@ -26,6 +26,7 @@ from segqc.server.routers import (
     selection,
     sessions,
     training,
+    viewer,
 )
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
@@ -40,6 +41,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
+    viewer.router,
     dicomweb.router,
     dicomweb.scan_router,
     auth.router,

@@ -1,50 +1,67 @@
-/** The server whose extension this is, with a slash at its end: a hospital's own OHIF loads it from elsewhere. */
-const SERVER = new URL('../../', import.meta.url);
+/**
+ * SegQC in OHIF: one module whose default export is both the extension and the mode.
+ *
+ * OHIF's own panels and tools are those of its segmentation mode. `app-config.js` names this file under `extensions`
+ * and `modes`; see docs/ohif.md.
+ */
+import { ROUTE } from './ohif.js';
+import { define, ELEMENT } from './panel.js';
+import { ID, PANEL, Session } from './session.js';
 
-const PANEL = 'segqc';
+const BASE = '@ohif/mode-segmentation';
+const SOME_COMPONENT = '@ohif/extension-cornerstone.panelModule.activeViewportWindowLevel';
 
-class SegqcPanel extends HTMLElement {
-  connectedCallback() {
-    this.textContent = `SegQC at ${SERVER.host}`;
-    this.style.cssText = 'display: block; padding: 8px; color: white';
-  }
-}
+const session = new Session();
+define(session);
 
-customElements.get('segqc-panel') ?? customElements.define('segqc-panel', SegqcPanel);
-
-/** OHIF's element for our own: made of one of the host's React, whatever its version. */
+/**
+ * OHIF's element for our own: made of one of the host's React, whatever its version.
+ *
+ * @param {any} extensionManager
+ */
 function panelComponent(extensionManager) {
-  const { component } = extensionManager.getModuleEntry(
-    '@ohif/extension-cornerstone.panelModule.activeViewportWindowLevel'
-  );
-  return () => ({ ...component({}), type: 'segqc-panel', key: null, ref: null, props: {} });
+  const { component } = extensionManager.getModuleEntry(SOME_COMPONENT);
+  return () => ({ ...component({}), type: ELEMENT, key: null, ref: null, props: {} });
 }
 
 export default {
-  id: 'segqc',
-  routeName: 'segqc',
+  id: ID,
+  routeName: ROUTE,
   displayName: 'SegQC',
 
+  /** @param {any} managers */
   getPanelModule: ({ extensionManager }) => [
-    { name: PANEL, label: 'SegQC', iconName: 'tab-segmentation', component: panelComponent(extensionManager) },
+    { name: ID, label: 'SegQC', iconName: 'tab-roi-threshold', component: panelComponent(extensionManager) },
   ],
 
+  /** @param {any} loaders */
   async modeFactory({ loadModules }) {
-    const [base] = await loadModules(['@ohif/mode-segmentation']);
+    const [base] = await loadModules([BASE]);
     const mode = base.modeFactory({ modeConfiguration: {} });
     return {
       ...mode,
-      id: 'segqc',
-      routeName: 'segqc',
+      id: ID,
+      routeName: ROUTE,
       displayName: 'SegQC',
-      routes: mode.routes.map(route => ({
+      /** @param {any} context */
+      onModeEnter(context) {
+        mode.onModeEnter?.call(this, context);
+        session.enter(context.servicesManager, context.commandsManager);
+      },
+      /** @param {any} context */
+      onModeExit(context) {
+        session.leave();
+        mode.onModeExit?.call(this, context);
+      },
+      routes: mode.routes.map((/** @type {any} */ route) => ({
         ...route,
-        layoutTemplate: context => {
+        layoutTemplate: (/** @type {any} */ context) => {
           const layout = route.layoutTemplate(context);
-          const [first, ...others] = layout.props.rightPanels;
+          const rightPanels = [PANEL, ...layout.props.rightPanels];
+          const width = Math.max(320, layout.props.rightPanelInitialExpandedWidth ?? 0);
           return {
             ...layout,
-            props: { ...layout.props, rightPanels: [[`segqc.panelModule.${PANEL}`, first].flat(), ...others] },
+            props: { ...layout.props, leftPanelClosed: true, rightPanels, rightPanelInitialExpandedWidth: width },
           };
         },
       })),
