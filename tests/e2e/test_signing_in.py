@@ -47,6 +47,7 @@ def test_a_link_to_a_scan_leads_through_the_sign_in_page(browser: Browser, tmp_p
             page.get_by_label("Password").fill(PASSWORD)
             page.get_by_role("button", name="Sign in").click()
             wait_for_slice(page)
+            page.locator("segqc-panel").wait_for()
             keep_picture(page, tmp_path, "scan")
             assert [error for error in log.errors if "401" in error] == log.errors[:1], "only the wrong password"
             assert "ohif/segqc" in page.url
