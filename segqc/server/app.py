@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 import anyio
-import requests
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,10 +33,10 @@ from segqc import __version__
 from segqc.errors import SegqcError, sentence
 from segqc.loop.due import put_first_trainings
 from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
+from segqc.server.auth.setup import add_auth
 from segqc.server.dicomweb.routes import SLOTS
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
-from segqc.server.monailabel.auth import current_user, signed_in_user
 from segqc.server.monailabel.config import settings
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.exceptions import (
@@ -52,7 +51,7 @@ from segqc.server.ohif.viewer import find_viewer
 from segqc.server.pages.page import error_page, wants_page
 from segqc.server.pages.routes import PAGES
 from segqc.server.routers import ROUTERS
-from segqc.settings import ServerSettings, load_settings
+from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
 
 logger = logging.getLogger(__name__)
@@ -97,6 +96,8 @@ class Refusal(BaseModel):
 
 def create_app() -> FastAPI:
     """Build the application that MONAI Label's settings describe."""
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        raise SettingsError("MONAI_LABEL_AUTH_ENABLE: users sign in by the settings [auth] here; unset this variable")
     conf = settings.MONAI_LABEL_APP_CONF
     limits = _limits(conf)
     app = FastAPI(
@@ -111,6 +112,13 @@ def create_app() -> FastAPI:
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
+    folder = _folder()
+    auth = load_settings(folder).auth if folder is not None else AuthSettings()
+    told = conf.get("sign_in")
+    sign_in = auth.demands_sign_in(None) if told is None else told == "true"
+    add_auth(
+        app, auth, lambda: current_app().context.dataset.store, sign_in=sign_in, port=settings.MONAI_LABEL_SERVER_PORT
+    )
     origins = _allowed("allowed_origins", conf)
     app.state.traffic = Traffic()
     hosts = AllowedHosts([*_allowed("allowed_hosts", conf), *machine_names()])
@@ -119,16 +127,13 @@ def create_app() -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
-    app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     app.state.viewer = find_viewer()
     for router in (*ROUTERS, *PAGES):
         app.include_router(router)
-    if settings.MONAI_LABEL_AUTH_ENABLE:
-        app.dependency_overrides[current_user] = signed_in_user
     own = [route for router in (*ROUTERS, *PAGES) for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
-    for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
+    for router in stock_routers():
         include_stock(app, router, ours)
     _add_error_handlers(app)
     return app
@@ -146,11 +151,17 @@ def _allowed(name: Literal["allowed_hosts", "allowed_origins"], conf: Mapping[st
     """Who may ask the server: as `serve` was told, else as the dataset folder's settings say."""
     if name in conf:
         return conf[name].split()
-    folder = Path(settings.MONAI_LABEL_STUDIES)
-    if not settings.MONAI_LABEL_STUDIES or not folder.is_dir():
+    folder = _folder()
+    if folder is None:
         return ()
     server = load_settings(folder).server
     return server.allowed_hosts if name == "allowed_hosts" else server.allowed_origins
+
+
+def _folder() -> Path | None:
+    """The dataset folder; None where there is none yet."""
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return folder if settings.MONAI_LABEL_STUDIES and folder.is_dir() else None
 
 
 @asynccontextmanager
@@ -299,15 +310,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             503,
             f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
             "whoever runs the server.",
-        )
-
-    @app.exception_handler(requests.RequestException)
-    async def on_sign_in_error(request: Request, error: requests.RequestException) -> Response:
-        logger.error("sign-in: %s", error)
-        if error.response is not None and 400 <= error.response.status_code < 500:
-            return refuse(request, 401, "the sign-in server refuses this name and password.")
-        return refuse(
-            request, 503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later."
         )
 
     @app.exception_handler(MemoryError)

@@ -20,8 +20,10 @@ from segqc.volumes import scan_suffix
 JsonObject: TypeAlias = dict[str, JsonValue]
 ActorKind: TypeAlias = Literal["person", "network", "system"]
 Identification: TypeAlias = Literal[
-    "signed-in", "trusted-header", "client-id", "cookie", "command", "folder", "program"
+    "signed-in", "oidc", "trusted-header", "client-id", "cookie", "command", "folder", "program"
 ]
+Role: TypeAlias = Literal["annotator", "reviewer", "operator"]
+SignInKind: TypeAlias = Literal["session", "token"]
 ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved", "excluded"]
 LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
 Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
@@ -38,6 +40,30 @@ class Actor:
     kind: ActorKind
     name: str  # a person's name, a network's version, or a program
     identified_by: Identification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRecord:
+    """Somebody who may sign in."""
+
+    id: int
+    name: str
+    role: Role
+    has_password: bool  # False where another place signs them in: an OpenID provider, or a proxy
+    provider_subject: str | None  # by which an OpenID provider knows them: its address and their id there
+    added_at: dt.datetime
+    last_sign_in_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignInRecord:
+    """A sign-in that counts: a browser's session, or a program's token."""
+
+    user: UserRecord
+    kind: SignInKind
+    identified_by: Identification
+    made_at: dt.datetime
+    expires_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from segqc import __version__
 from segqc.server.actors import RequestUser
+from segqc.server.auth.identity import identity_of
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.pages import assets, words
 from segqc.server.routers.dependencies import AskingUser
-from segqc.store.records import Actor
+from segqc.store.records import Actor, Role
 from segqc.text import visible, write_csv
 
 POLICY: Final = (
@@ -82,6 +83,16 @@ class Page:
         """Who asks."""
         return self.user.actor()
 
+    def may(self, role: Role) -> bool:
+        """Whether who asks may do what this role may."""
+        return identity_of(self.request.scope).may(role)
+
+    @property
+    def is_signed_in(self) -> bool:
+        """Whether who asks has signed in here, and so can sign out."""
+        actor = identity_of(self.request.scope).actor
+        return actor is not None and actor.identified_by != "trusted-header"
+
     def render(self, template: str, **values: object) -> Response:
         """Answer with a template; a notice that an action has left is shown once."""
         actor = self.actor
@@ -90,6 +101,8 @@ class Page:
             template,
             {
                 "me": actor,
+                "may": self.may,
+                "is_signed_in": self.is_signed_in,
                 "notice": notice[1:],
                 "notice_kind": "problem" if notice.startswith("!") else "done",
                 "now": dt.datetime.now(dt.UTC),

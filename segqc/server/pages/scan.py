@@ -19,7 +19,6 @@ from segqc.loop.review import STATE_OF, Decision, review
 from segqc.plots import COLOURS
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ANNOTATOR, REVIEWER, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.pages import pictures
 from segqc.server.pages.now import now_shown
@@ -67,7 +66,7 @@ class LegendEntry:
     quality: StructureQuality | None
 
 
-@router.get("", dependencies=[USER])
+@router.get("")
 def show_scan(
     request: Request,
     page: AskedPage,
@@ -207,7 +206,7 @@ def _slicer_address(request: Request, study: str) -> str:
     return f"slicer://viewer/?{urlencode(query)}"
 
 
-@router.get("/slices/{index}", dependencies=[USER])
+@router.get("/slices/{index}")
 def slice_picture(
     scan: Scan,
     index: Annotated[int, Path(ge=0, le=MAX_INTEGER)],
@@ -235,7 +234,7 @@ def slice_picture(
     return _picture(draw(slices, index, Layers(mask, heat, boxes, whole), edge), is_kept=is_whole)
 
 
-@router.get("/worst", dependencies=[USER])
+@router.get("/worst")
 def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None) -> Response:
     """Send a small picture of the slice to look at first."""
     shown = _shown(scan)
@@ -260,7 +259,7 @@ def _picture(content: bytes, *, is_kept: bool) -> Response:
     return Response(content, media_type=pictures.MEDIA_TYPE, headers=headers)
 
 
-@router.get("/heat", dependencies=[USER])
+@router.get("/heat")
 def heat_fragment(request: Request, page: AskedPage, scan: Scan) -> Response:
     """Tell how far the error map is, as a part of the page."""
     state, problem = _shown(scan).heat(request.app.state.inference)
@@ -270,7 +269,7 @@ def heat_fragment(request: Request, page: AskedPage, scan: Scan) -> Response:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-@router.get("/slices.csv", dependencies=[USER])
+@router.get("/slices.csv")
 def slices_csv(scan: Scan) -> Response:
     """Send what is estimated of each slice and structure as a table."""
     shown = _shown(scan)
@@ -293,7 +292,7 @@ def slices_csv(scan: Scan) -> Response:
     return csv_file(f"{shown.record.name} slices", rows)
 
 
-@router.get("/versions.csv", dependencies=[USER])
+@router.get("/versions.csv")
 def versions_csv(scan: Scan) -> Response:
     """Send the history of the scan's labels as a table."""
     shown = _shown(scan)
@@ -318,7 +317,7 @@ def versions_csv(scan: Scan) -> Response:
     return csv_file(f"{shown.record.name} versions", rows)
 
 
-@router.get("/difference.csv", dependencies=[USER])
+@router.get("/difference.csv")
 def difference_csv(scan: Scan, version: Version, other: Version) -> Response:
     """Send how many voxels of each slice two versions differ in."""
     shown = _shown(scan)
@@ -334,7 +333,7 @@ def difference_csv(scan: Scan, version: Version, other: Version) -> Response:
 # ------------------------------------------------------------------------------------------------------------ actions
 
 
-@router.post("/review", dependencies=[REVIEWER])
+@router.post("/review")
 def review_one(
     page: AskedPage,
     scan: Scan,
@@ -357,7 +356,7 @@ def review_one(
     return _done(page, shown, decide)
 
 
-@router.post("/restore", dependencies=[REVIEWER])
+@router.post("/restore")
 def restore_version(page: AskedPage, scan: Scan, version: Annotated[int, Form(ge=1, le=MAX_INTEGER)]) -> Response:
     """Make an earlier version the current one of its tag again."""
     shown = _shown(scan)
@@ -370,7 +369,7 @@ def restore_version(page: AskedPage, scan: Scan, version: Annotated[int, Form(ge
     return _done(page, shown, restore)
 
 
-@router.post("/label", dependencies=[ANNOTATOR])
+@router.post("/label")
 async def upload_label(
     request: Request, page: AskedPage, user: AskingUser, scan: Scan, file: Annotated[UploadFile, File()]
 ) -> Response:
@@ -403,7 +402,7 @@ def _address(shown: ShownScan) -> str:
     return f"/scans/{quote(shown.record.name, safe='')}"
 
 
-@router.get("/versions/{version}/{name}", dependencies=[USER])
+@router.get("/versions/{version}/{name}")
 def download_version(scan: Scan, version: Annotated[int, Path(ge=1, le=MAX_INTEGER)], name: str) -> Response:
     """Send a label version as a file, with the values of the settings; ``name`` ends with the format."""
     shown = _shown(scan)

@@ -97,6 +97,7 @@ function keepLive(part, address) {
     if (document.hidden) return next();
     try {
       const answer = await fetch(address, { headers: { Accept: "text/html" }, credentials: "same-origin" });
+      if (answer.redirected) return location.reload(); // to sign in again
       if (!answer.ok) throw new Error(String(answer.status));
       const text = await answer.text();
       lost.hidden = true;
@@ -264,7 +265,7 @@ function moveRow(by) {
   rows[row].classList.add("at");
   need(HTMLElement, "[data-row]", rows[row]).focus();
 }
-const chooseRow = () => rows[row] && need(HTMLInputElement, "input[name=scan]", rows[row]).click();
+const chooseRow = () => rows[row] && find(HTMLInputElement, "input[name=scan]", rows[row])?.click();
 
 /** @param {string} name */
 const toggle = (name) => () => layers && find(HTMLInputElement, `input[name=${name}]`, layers)?.click();
