@@ -17,6 +17,7 @@ import { Overlay } from './overlay.js';
 import * as server from './server.js';
 
 const LOOK_AGAIN_MS = 30_000;
+const HOLD_MS = 8_000;
 const PREFERENCES = 'segqc-panel';
 export const ID = 'segqc';
 /** The panel's name in OHIF. */
@@ -205,6 +206,9 @@ export class Session extends EventTarget {
       this.phase = 'ready';
       this.#tell();
       void this.showErrorMap(); // nothing waits for it
+      if (first) {
+        void this.#hold(first, isOver);
+      }
     } catch (error) {
       if (isOver()) {
         return;
@@ -213,6 +217,29 @@ export class Session extends EventTarget {
       this.phase = isUnknown ? 'unknown' : 'failed';
       this.#complain(error);
     }
+  }
+
+  /**
+   * Stay at a slice for the first seconds, until the annotator does something: OHIF may set a viewport up twice, and
+   * begins at the first slice each time.
+   *
+   * @param {string} instance
+   * @param {() => boolean} isOver
+   */
+  async #hold(instance, isOver) {
+    const end = performance.now() + HOLD_MS;
+    const inputs = ['pointerdown', 'wheel', 'keydown'];
+    const released = new AbortController();
+    inputs.forEach(type =>
+      window.addEventListener(type, () => released.abort(), { capture: true, signal: released.signal })
+    );
+    while (!released.signal.aborted && !isOver() && performance.now() < end) {
+      if (this.scan && this.instance !== instance) {
+        await jumpTo(this.services, this.scan, instance);
+      }
+      await new Promise(resolve => setTimeout(resolve, HOLD_MS / 40));
+    }
+    released.abort();
   }
 
   /** Leave the scan; what was not submitted is kept. */
