@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Response, WebError
 
 CHROMIUM: Final = "chromium"
-REQUIRED: Final = "SEGQC_TEST_BROWSER"
+# read at once: tests run without the settings in the environment
+IS_REQUIRED: Final = os.environ.get("SEGQC_TEST_BROWSER") == "required"
 SIZE: Final = {"width": 1440, "height": 900}
-SECONDS: Final = 60.0  # a test that waits longer fails: software draws
+SECONDS: Final = 90.0  # software draws, and other tests may run beside
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _ARGUMENTS: Final = (
     "--no-sandbox",
@@ -57,9 +58,9 @@ def running_browser() -> Iterator[Browser]:
         browser.close()
 
 
-def lack(what: str) -> None:
+def lack(what: str) -> NoReturn:
     """Skip for the lack of something, or fail where it is required."""
-    if os.environ.get(REQUIRED) == "required":
+    if IS_REQUIRED:
         pytest.fail(what)
     pytest.skip(what)
 

@@ -273,7 +273,7 @@ def _answer(
     server = server_of(config, ending.begin)
     for sign in ending_signals():
         signal.signal(sign, server.handle_exit)
-    logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
+    logger.info("SegQC answers at %s (OHIF: %sohif/; 3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, shown)
     with beside:
         server.run(sockets=[listener])
 

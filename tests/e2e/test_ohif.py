@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,38 +19,24 @@ import requests
 from segqc.server import app as server_app
 from segqc.server.monailabel.stock import STATIC
 from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
-from tests.browser_kit import keep_picture, lack, open_scan, watched
+from tests.browser_kit import keep_picture, lack, open_scan, wait_for_slice, watched
 from tests.server_kit import CONFIG, listening, make_dataset
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.server
 
 FONTS = "fonts.googleapis.com", "fonts.gstatic.com"
-HOSPITALS_CONFIG = """
-window.config = {
-  routerBasename: '/ohif/',
-  showStudyList: true,
-  extensions: ['%(server)s/ohif/extension/index.js'],
-  modes: ['%(server)s/ohif/extension/index.js'],
-  defaultDataSourceName: 'segqc',
-  dataSources: [
-    {
-      namespace: '@ohif/extension-default.dataSourcesModule.dicomweb',
-      sourceName: 'segqc',
-      configuration: {
-        friendlyName: 'SegQC',
-        qidoRoot: '%(server)s/dicomweb',
-        wadoRoot: '%(server)s/dicomweb',
-        imageRendering: 'wadors',
-        thumbnailRendering: 'wadors',
-        omitQuotationForMultipartRequest: true,
-      },
-    },
-  ],
-};
-"""
+DOCS = Path(__file__).parents[2] / "docs" / "ohif.md"
+OWN_CONFIG = "routerBasename: '/ohif/', showStudyList: true, defaultDataSourceName: 'segqc',"
+
+
+def hospitals_config(server: str) -> str:
+    """The configuration of the docs, for a server, in that of an OHIF that has nothing else."""
+    block = re.search(r"```js\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert block is not None
+    return block[1].replace("// ... what is there", OWN_CONFIG).replace("https://segqc.example.org", server)
 
 
 def study_of(server: str, scan: str) -> str:
@@ -59,9 +46,7 @@ def study_of(server: str, scan: str) -> str:
 
 
 @pytest.fixture(params=["bundled", "installed"])
-def server(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     find = {"bundled": bundled_viewer, "installed": installed_viewer}[request.param]
     if find() is None:
         lack("no newer OHIF is installed (make ohif)")
@@ -74,15 +59,27 @@ def test_a_scan_opens_with_our_panel_and_nothing_is_asked_of_other_hosts(
     server: str, page: Page, tmp_path: Path
 ) -> None:
     open_scan(page, f"{server}/ohif/", study_of(server, "scan_1"))
-    page.locator("segqc-panel").wait_for()
-    assert page.locator("segqc-panel").is_visible()
+    page.locator("segqc-panel").get_by_text("liver").wait_for()
     assert page.get_by_text("scan_1").first.is_visible()
     keep_picture(page, tmp_path, "scan")
 
 
+def test_the_list_of_scans_opens_them_with_our_panel_only(server: str, page: Page, tmp_path: Path) -> None:
+    page.goto(f"{server}/ohif/")
+    page.get_by_text("scan_1").first.click()
+    page.get_by_text("SegQC", exact=True).first.wait_for()
+    for other in ("Basic Viewer", "Segmentation", "MONAI Label", "Microscopy"):
+        assert page.get_by_text(other, exact=True).count() == 0
+    keep_picture(page, tmp_path, "list")
+    page.get_by_text("SegQC", exact=True).first.click()
+    wait_for_slice(page)
+    page.locator("segqc-panel").get_by_text("liver").wait_for()
+    assert f"/ohif/segqc?StudyInstanceUIDs={study_of(server, 'scan_1')}" in page.url.replace("/dicomweb?", "?")
+
+
 def test_the_tools_that_ask_other_hosts_are_not_there(server: str, page: Page) -> None:
     open_scan(page, f"{server}/ohif/", study_of(server, "scan_0"))
-    page.locator("segqc-panel").wait_for()
+    page.locator('[data-cy^="panelSegmentationWithTools"]').first.click()
     page.locator('[data-cy="Brush"]').first.wait_for()
     for tool in ("LabelmapSlicePropagation", "MarkerLabelmap", "InterpolateLabelmap"):
         assert page.locator(f'[data-cy="{tool}"]').count() == 0
@@ -133,11 +130,11 @@ def test_another_hosts_ohif_works_where_its_origin_is_named_and_only_there(
     allowed = f'\n[server]\nallowed_origins = ["{origin if named else "https://ohif.example.org"}"]\n'
     folder = make_dataset(tmp_path / "studies", scans=1, finals=0, config=CONFIG + allowed)
     with listening(folder) as server, watched(browser, cut_off=FONTS) as (context, log):
-        kind.config = HOSPITALS_CONFIG % {"server": server}
+        kind.config = hospitals_config(server)
         page = context.new_page()
         if named:
-            open_scan(page, f"{origin}/ohif/", study_of(server, "scan_0"))
-            page.locator("segqc-panel").wait_for()
+            open_scan(page, f"{origin}/ohif/segqc/", study_of(server, "scan_0"))  # mode and data source, as in the docs
+            page.locator("segqc-panel").get_by_text("liver").wait_for()  # from the server's own routes
             keep_picture(page, tmp_path, "hospital")
             return
         with page.expect_event("requestfailed", lambda request: request.url.startswith(server)):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-PLAIN: Final = CONFIG + "\n[inference]\nbackend = \"pytorch\"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
+PLAIN: Final = CONFIG + '\n[inference]\nbackend = "pytorch"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n'
 SPACING: Final = (1.5, 1.5, 4.0)
 WORST: Final = 4  # slice, from 0
 SPLEEN: Final = 4
@@ -411,3 +411,22 @@ def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
         anna.press("Next scan")
         anna.sees("Nothing left for you")
         keep_picture(page, tmp_path, "none-left")
+
+
+def test_reconstructed_planes_are_warned_of_and_change_nothing(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("oblique")
+    before = anna.voxels()
+    anna.page.evaluate("() => commandsManager.runCommand('toggleHangingProtocol', { protocolId: 'mpr' })")
+    anna.sees("Painting in reconstructed planes may change neighbouring slices")
+    anna.page.wait_for_function(
+        f"""() => {{
+            const {{ services, mask }} = {_SESSION};
+            const shown = id => services.segmentationService.getSegmentationRepresentations(id, {{
+                segmentationId: mask.id,
+            }}).length;
+            return [...services.viewportGridService.getState().viewports.keys()].filter(shown).length === 3;
+        }}"""
+    )
+    keep_picture(anna.page, tmp_path, "planes")
+    np.testing.assert_array_equal(anna.voxels(), before)
+    anna.sees("No changes")

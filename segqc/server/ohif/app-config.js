@@ -3,11 +3,22 @@
   const here = document.currentScript.src;
   const extension = new URL('extension/index.js', here).href;
   const dicomweb = new URL('../dicomweb', here).href;
+  // OHIF takes the first mode of a name: these are none, so that the list of scans offers ours only.
+  const others = [
+    'basic',
+    'longitudinal',
+    'microscopy',
+    'monai-label',
+    'preclinical-4d',
+    'segmentation',
+    'tmtv',
+    'ultrasound-pleura-bline',
+  ].map(name => ({ id: `@ohif/mode-${name}`, modeFactory: () => null }));
 
   window.config = {
     routerBasename: '/ohif',
     extensions: [extension],
-    modes: [extension],
+    modes: [extension, ...others],
     showStudyList: true,
     showWarningMessageForCrossOrigin: true,
     showCPUFallbackMessage: true,

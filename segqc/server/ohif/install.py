@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def install_viewer(target: Path | None = None) -> Path:
                 for left in target.parent.glob(".ohif-*"):  # by one that was killed
                     shutil.rmtree(left)
                 with tempfile.TemporaryDirectory(prefix=".ohif-", dir=target.parent) as work:
-                    _make(_fetch(Path(work)), Path(work) / "new").rename(target)
+                    made = _make(_fetch(Path(work)), Path(work) / "new")
+                    os.sync()  # its files are on the disk before its name is
+                    made.rename(target)
     except Timeout as error:
         raise InstallError(f"{target}: is being installed already") from error
     except OSError as error:
@@ -131,6 +134,4 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_used(path: PurePosixPath) -> bool:
-    return not (
-        path.parts[0] in _UNUSED_FOLDERS or str(path) in _UNUSED_FILES or path.suffix in _UNUSED_SUFFIXES
-    )
+    return not (path.parts[0] in _UNUSED_FOLDERS or str(path) in _UNUSED_FILES or path.suffix in _UNUSED_SUFFIXES)
