@@ -313,6 +313,7 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     painted = other.voxels()
     other.press("Submit …")
     other.sees(f"version {first} counts by now")
+    expect(other.page.get_by_role("button", name="Load the newer one")).to_be_visible()
     keep_picture(other.page, tmp_path, "conflict")
     other.press("Keep mine beside it")
     other.sees("kept beside the final label, as version_1")

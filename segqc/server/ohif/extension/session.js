@@ -55,6 +55,10 @@ export class Session extends EventTarget {
     this.busy = '';
     this.errorMap = /** @type {'none' | 'loading' | 'there' | string} */ ('none');
     this.preferences = { boxes: true, map: true, opacity: 0.5, brush: 4, ...preferences() };
+    /** a scan that was just read, before OHIF shows it @type {Scan | undefined} */
+    this.known = undefined;
+    /** what the server says of it @type {string | null} */
+    this.noteOfNext = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
     this.number = 0;
     /** @type {(() => void)[]} */
@@ -139,7 +143,7 @@ export class Session extends EventTarget {
         this.scan = null;
         return;
       }
-      this.noteOfNext = note;
+      this.noteOfNext = scan.has_networks ? note : null; // without networks the panel has a word of its own
       if (scan.study === studyOfAddress()) {
         await this.#open(scan.study, scan);
       } else {
@@ -282,6 +286,9 @@ export class Session extends EventTarget {
       await this.#do('Checking', async () => {
         this.check = await server.checkLabel(scan, mask.voxels(), this.startedFrom);
         this.conflict = this.check.conflict;
+        if (this.conflict) {
+          await this.#read();
+        }
       });
     }
   }
