@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from segqc.loop import error_maps
@@ -26,10 +27,10 @@ from segqc.store import jobs, labels, scans
 from segqc.store.records import Actor, ScanRecord
 from segqc.types import PredictionInterval, Unlikeness
 from segqc.volumes import Volume, read_labels, write_labels
-from tests.server_kit import SHAPE, add_models, assess, draw_case, make_dataset, serving
+from tests.auth_kit import PASSWORD, ROLES, add_users, quick_hashes
+from tests.server_kit import SHAPE, add_models, application, assess, draw_case, make_dataset, serving
 
 if TYPE_CHECKING:
-    from fastapi.testclient import TestClient
     from httpx import Response
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
@@ -436,3 +437,28 @@ def test_a_line_stays_within_its_axes(values: list[tuple[str, float]]) -> None:
 def test_words_for_numbers_that_are_not_there() -> None:
     assert words.number(None) == words.count(None) == words.share(None) == words.duration(None) == words.NOTHING
     assert words.number(-0.5) == "\N{MINUS SIGN}0.50"
+
+
+# -------------------------------------------------------------------------------------------------------------- roles
+
+
+def test_people_see_the_buttons_of_their_role(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=2)
+    dataset = Dataset(path)
+    add_users(dataset.store)
+    dataset.store.close()
+    seen: dict[str, set[str]] = {}
+    with quick_hashes(), application(path, sign_in=True) as app, TestClient(app, headers=HTML) as client:
+        assert client.get("/").url.path == "/auth/sign-in"
+        for name in ROLES:
+            client.cookies.clear()
+            client.post("/auth/sign-in", data={"username": name, "password": PASSWORD})
+            pages = "".join(client.get(address).text for address in ("/", "/scans/scan_0", "/loop"))
+            assert f">{name}</span>" in pages and "Sign out" in pages
+            buttons = {"Take the next scan", "Upload as the final label", "Approve", "Reject", "Start a round"}
+            seen[name] = {button for button in buttons if f"{button}<" in pages or f"{button}…<" in pages}
+        client.post("/auth/sign-out")
+        assert client.get("/loop").url.path == "/auth/sign-in"
+    assert seen["anna"] == {"Take the next scan", "Upload as the final label"}
+    assert seen["rita"] == {*seen["anna"], "Approve", "Reject"}
+    assert seen["otto"] == {*seen["rita"], "Start a round"}
