@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import pytest
@@ -16,7 +16,7 @@ from segqc.store.records import Role
 from segqc.store.store import Store
 
 PASSWORD: Final = "correct horse battery"
-ROLES: Final[dict[str, Role]] = {"anna": "annotator", "rita": "reviewer", "otto": "operator"}
+ROLES: Final[Mapping[str, Role]] = {"anna": "annotator", "rita": "reviewer", "otto": "operator"}
 
 
 @contextlib.contextmanager
@@ -29,8 +29,8 @@ def quick_hashes() -> Iterator[None]:
     passwords._nobodys.cache_clear()
 
 
-def add_users(store: Store) -> None:
-    """A user of each role, all with the same password."""
+def add_users(store: Store, roles: Mapping[str, Role] = ROLES) -> None:
+    """Users with a role each, all with the same password."""
     with store.write() as transaction:
-        for name, role in ROLES.items():
+        for name, role in roles.items():
             users.add(transaction, name, role, passwords.hash_password(PASSWORD, name), SERVER)

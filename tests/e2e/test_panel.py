@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pytest
@@ -23,7 +22,8 @@ from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
 from segqc.store import labels, leases
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_scan
-from tests.browser_kit import SECONDS, keep_picture, lack, open_scan
+from tests.browser_kit import keep_picture, lack, open_scan
+from tests.panel_kit import SESSION, Annotator
 from tests.server_kit import CONFIG, SHAPE, add_models, assess, draw_case, listening, make_dataset
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ PLAIN: Final = CONFIG + '\n[inference]\nbackend = "pytorch"\n[annotation]\naudit
 SPACING: Final = (1.5, 1.5, 4.0)
 WORST: Final = 4  # slice, from 0
 SPLEEN: Final = 4
-_SESSION: Final = "document.querySelector('segqc-panel').session"
 
 
 def affine_of(directions: np.ndarray) -> np.ndarray:
@@ -84,91 +83,6 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         yield address
 
 
-@dataclass(frozen=True)
-class Annotator:
-    """A person at a page."""
-
-    page: Page
-    server: str
-
-    def open(self, scan: str) -> None:
-        study = requests.get(f"{self.server}/segqc/dicomweb/{scan}", timeout=30).json()["study"]
-        open_scan(self.page, f"{self.server}/ohif/", study)
-        self.wait_for(scan)
-
-    def wait_for(self, scan: str) -> None:
-        """Until a scan can be worked on."""
-        expect(self.page.locator("segqc-panel .title")).to_have_text(scan, timeout=SECONDS * 1000)
-        self.page.wait_for_function(f"() => {_SESSION}.phase === 'ready' && !{_SESSION}.busy")
-        # the mask is drawn: its colours are the only ones in a picture of greys
-        self.page.wait_for_function(
-            """() => {
-                const canvas = document.querySelector('canvas.cornerstone-canvas');
-                const copy = document.createElement('canvas');
-                [copy.width, copy.height] = [canvas.width, canvas.height];
-                const context = copy.getContext('2d');
-                context.drawImage(canvas, 0, 0);
-                const { data } = context.getImageData(0, 0, copy.width, copy.height);
-                for (let i = 0, coloured = 0; i < data.length; i += 4) {
-                    coloured += Math.max(data[i], data[i + 1], data[i + 2])
-                        - Math.min(data[i], data[i + 1], data[i + 2]) > 40 ? 1 : 0;
-                    if (coloured > 500) return true;
-                }
-                return false;
-            }"""
-        )
-
-    def press(self, name: str) -> None:
-        self.page.locator("segqc-panel").get_by_role("button", name=name, exact=True).first.click()
-
-    def ask(self, expression: str) -> Any:
-        return self.page.evaluate(f"() => {{ const session = {_SESSION}; return {expression}; }}")
-
-    def sees(self, text: str) -> None:
-        expect(self.page.locator("segqc-panel").get_by_text(text).first).to_be_visible()
-
-    def slice_shown(self) -> int:
-        """The number of the slice in the file, from 0."""
-        index: int = self.ask("session.scan.instances.indexOf(session.instance)")
-        return index
-
-    def voxels(self) -> np.ndarray:
-        """The mask as the page has it: slices, rows, columns."""
-        return np.array(self.ask("[...session.mask.voxels()]"), np.uint8).reshape(SHAPE[2], SHAPE[1], SHAPE[0])
-
-    def place(self, column: int, row: int) -> tuple[float, float, list[float]]:
-        """Where the centre of a pixel is on the screen, and in the world (LPS) by the viewer's own word."""
-        return tuple(  # type: ignore[return-value]
-            self.page.evaluate(
-                """([column, row]) => {
-                    const { services } = document.querySelector('segqc-panel').session;
-                    const id = services.viewportGridService.getActiveViewportId();
-                    const viewport = services.cornerstoneViewportService.getCornerstoneViewport(id);
-                    const plane = cornerstone.metaData.get('imagePlaneModule', viewport.getCurrentImageId());
-                    const point = [0, 1, 2].map(i => plane.imagePositionPatient[i]
-                        + column * plane.columnPixelSpacing * plane.rowCosines[i]
-                        + row * plane.rowPixelSpacing * plane.columnCosines[i]);
-                    const [x, y] = viewport.worldToCanvas(point);
-                    const box = viewport.element.getBoundingClientRect();
-                    return [box.x + x, box.y + y, [...viewport.canvasToWorld([x, y])]];
-                }""",
-                [column, row],
-            )
-        )
-
-    def stroke(self, start: tuple[int, int], end: tuple[int, int]) -> list[np.ndarray]:
-        """Draw with the mouse from one pixel to another; where it went, in RAS millimetres."""
-        (x, y, first), (right, down, last) = self.place(*start), self.place(*end)
-        before = self.ask("session.mask.done.length")
-        self.page.mouse.move(x, y)
-        self.page.mouse.down()
-        self.page.mouse.move((x + right) / 2, (y + down) / 2, steps=4)
-        self.page.mouse.move(right, down, steps=4)
-        self.page.mouse.up()
-        self.page.wait_for_function(f"before => {_SESSION}.mask.done.length > before", arg=before)
-        return [np.array(point) * [-1, -1, 1] for point in (first, last)]
-
-
 @pytest.fixture
 def anna(server: str, page: Page) -> Annotator:
     return Annotator(page, server)
@@ -180,11 +94,6 @@ def stored(version: int) -> LabelArray:
         label = labels.get(transaction, version)
     array: LabelArray = read_labels(dataset.store.label_file(label)).array
     return array
-
-
-def version_kept(annotator: Annotator) -> int:
-    text = annotator.page.locator("segqc-panel .notice.kept").inner_text(timeout=SECONDS * 1000)
-    return int(text.split()[1])
 
 
 def to_images(scan: str, array: np.ndarray) -> np.ndarray:
@@ -201,9 +110,9 @@ def test_a_day_at_the_viewer(anna: Annotator, tmp_path: Path) -> None:
         np.testing.assert_array_equal(anna.voxels(), to_images(scan, start))
         assert anna.slice_shown() == WORST
         anna.page.keyboard.press("n")
-        anna.page.wait_for_function(f"() => {_SESSION}.instance !== {_SESSION}.ranked[0]")
+        anna.page.wait_for_function(f"() => {SESSION}.instance !== {SESSION}.ranked[0]")
         anna.page.keyboard.press("p")
-        anna.page.wait_for_function(f"() => {_SESSION}.instance === {_SESSION}.ranked[0]")
+        anna.page.wait_for_function(f"() => {SESSION}.instance === {SESSION}.ranked[0]")
         assert anna.page.locator("segqc-panel .strip rect.now").count() == 1
         keep_picture(anna.page, tmp_path, f"{scan}-1")
 
@@ -230,7 +139,7 @@ def test_a_day_at_the_viewer(anna: Annotator, tmp_path: Path) -> None:
         anna.sees("changed.")
         keep_picture(anna.page, tmp_path, f"{scan}-3")
         anna.press("Submit")
-        version = version_kept(anna)
+        version = anna.version_kept()
         kept = stored(version)
         np.testing.assert_array_equal(to_images(scan, kept), painted)
         # by geometry alone: the voxels that the mouse was on
@@ -308,7 +217,7 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     one.page.bring_to_front()
     one.press("Submit …")
     one.press("Submit")
-    first = version_kept(one)
+    first = one.version_kept()
     other.page.bring_to_front()
     painted = other.voxels()
     other.press("Submit …")
@@ -317,7 +226,7 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     keep_picture(other.page, tmp_path, "conflict")
     other.press("Keep mine beside it")
     other.sees("kept beside the final label, as version_1")
-    np.testing.assert_array_equal(to_images("oblique", stored(version_kept(other))), painted)
+    np.testing.assert_array_equal(to_images("oblique", stored(other.version_kept())), painted)
     assert other.ask("session.scan.label.version") == first
     keep_picture(other.page, tmp_path, "beside")
 
@@ -333,8 +242,8 @@ def test_history_loads_and_restores_versions(anna: Annotator, tmp_path: Path) ->
         anna.stroke((4, row), (9, row))
         anna.press("Submit …")
         anna.press("Submit")
-        versions.append(version_kept(anna))
-        anna.page.wait_for_function(f"() => !{_SESSION}.busy")
+        versions.append(anna.version_kept())
+        anna.page.wait_for_function(f"() => !{SESSION}.busy")
     first = to_images("oblique", stored(versions[0]))
     anna.page.locator("segqc-panel summary").click()
     keep_picture(anna.page, tmp_path, "history")
@@ -365,7 +274,7 @@ def test_a_server_that_is_away_takes_no_work_along(anna: Annotator, tmp_path: Pa
     np.testing.assert_array_equal(anna.voxels(), painted)
     anna.page.unroute("**/segqc/viewer/**")
     anna.press("Submit")
-    np.testing.assert_array_equal(to_images("plain", stored(version_kept(anna))), painted)
+    np.testing.assert_array_equal(to_images("plain", stored(anna.version_kept())), painted)
 
 
 def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path) -> None:
@@ -373,7 +282,7 @@ def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path)
     overlay = anna.page.locator(".segqc-overlay")
     box = overlay.locator("polygon").last
     box.wait_for(state="attached")
-    anna.page.wait_for_function(f"() => {_SESSION}.errorMap === 'there'")
+    anna.page.wait_for_function(f"() => {SESSION}.errorMap === 'there'")
     (left, top, _), (right, bottom, _) = anna.place(SHAPE[0] - 9, SHAPE[1] - 12), anna.place(SHAPE[0] - 3, SHAPE[1] - 4)
     half = (right - left) / (9 - 3) / 2  # boxes are drawn around pixels, places are their centres
     frame = anna.page.locator(".segqc-overlay").bounding_box()
@@ -391,7 +300,7 @@ def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path)
     assert not overlay.locator("canvas").is_visible()
     assert overlay.locator("polygon").count() == 0
     anna.page.locator('segqc-panel .strip g[data-slice="8"]').click()
-    anna.page.wait_for_function(f"() => {_SESSION}.scan.instances.indexOf({_SESSION}.instance) === 7")
+    anna.page.wait_for_function(f"() => {SESSION}.scan.instances.indexOf({SESSION}.instance) === 7")
     assert anna.slice_shown() == 7
 
 
@@ -403,12 +312,12 @@ def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
         open_scan(page, f"{server}/ohif/", study)
         anna.sees("No estimate yet: the networks are not trained.")
         anna.press("Next scan")
-        page.wait_for_function(f"() => {_SESSION}.isHandedOut && {_SESSION}.phase === 'ready'")
+        page.wait_for_function(f"() => {SESSION}.isHandedOut && {SESSION}.phase === 'ready'")
         keep_picture(page, tmp_path, "no-networks")
         anna.press("Submit …")
         anna.sees("The label map is empty: no structure has a voxel.")
         anna.press("Submit")
-        version_kept(anna)
+        anna.version_kept()
         anna.press("Next scan")
         anna.sees("Nothing left for you")
         keep_picture(page, tmp_path, "none-left")
@@ -421,7 +330,7 @@ def test_reconstructed_planes_are_warned_of_and_change_nothing(anna: Annotator, 
     anna.sees("Painting in reconstructed planes may change neighbouring slices")
     anna.page.wait_for_function(
         f"""() => {{
-            const {{ services, mask }} = {_SESSION};
+            const {{ services, mask }} = {SESSION};
             const shown = id => services.segmentationService.getSegmentationRepresentations(id, {{
                 segmentationId: mask.id,
             }}).length;

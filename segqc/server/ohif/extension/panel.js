@@ -194,7 +194,7 @@ class Panel extends HTMLElement {
     }
     const states = /** @type {Record<string, string>} */ ({
       unlabelled: 'Not handed out',
-      rejected: `Rejected${scan?.reason ? `: ${scan.reason}` : ''}`,
+      rejected: 'Not handed out',
       submitted: 'Submitted, waits for a review',
       approved: 'Approved',
       excluded: `Excluded${scan?.reason ? `: ${scan.reason}` : ''}`,
@@ -212,6 +212,9 @@ class Panel extends HTMLElement {
       found.push(this.#notice(notice.kind, notice.text));
     }
     if (session.phase === 'ready' && scan) {
+      if (scan.state === 'rejected') {
+        found.push(this.#notice('warning', `Rejected: ${scan.reason}`));
+      }
       if (session.draft) {
         found.push(
           this.#notice('warning', 'You left this scan with changes that were not submitted.', [

@@ -1,0 +1,105 @@
+"""An annotator in OHIF with our panel, by mouse and keyboard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import requests
+from playwright.sync_api import Page, expect
+
+from tests.browser_kit import SECONDS, open_scan
+
+SESSION: Final = "document.querySelector('segqc-panel').session"
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A person at a page."""
+
+    page: Page
+    server: str
+
+    def open(self, scan: str) -> None:
+        study = requests.get(f"{self.server}/segqc/dicomweb/{scan}", timeout=30).json()["study"]
+        open_scan(self.page, f"{self.server}/ohif/", study)
+        self.wait_for(scan)
+
+    def wait_for(self, scan: str) -> None:
+        """Until a scan can be worked on."""
+        expect(self.page.locator("segqc-panel .title")).to_have_text(scan, timeout=SECONDS * 1000)
+        self.page.wait_for_function(f"() => {SESSION}.phase === 'ready' && !{SESSION}.busy")
+        # the mask is drawn: its colours are the only ones in a picture of greys
+        self.page.wait_for_function(
+            """() => {
+                const canvas = document.querySelector('canvas.cornerstone-canvas');
+                const copy = document.createElement('canvas');
+                [copy.width, copy.height] = [canvas.width, canvas.height];
+                const context = copy.getContext('2d');
+                context.drawImage(canvas, 0, 0);
+                const { data } = context.getImageData(0, 0, copy.width, copy.height);
+                for (let i = 0, coloured = 0; i < data.length; i += 4) {
+                    coloured += Math.max(data[i], data[i + 1], data[i + 2])
+                        - Math.min(data[i], data[i + 1], data[i + 2]) > 40 ? 1 : 0;
+                    if (coloured > 500) return true;
+                }
+                return false;
+            }"""
+        )
+
+    def press(self, name: str) -> None:
+        self.page.locator("segqc-panel").get_by_role("button", name=name, exact=True).first.click()
+
+    def ask(self, expression: str) -> Any:
+        return self.page.evaluate(f"() => {{ const session = {SESSION}; return {expression}; }}")
+
+    def sees(self, text: str) -> None:
+        expect(self.page.locator("segqc-panel").get_by_text(text).first).to_be_visible()
+
+    def slice_shown(self) -> int:
+        """The number of the slice in the file, from 0."""
+        index: int = self.ask("session.scan.instances.indexOf(session.instance)")
+        return index
+
+    def voxels(self) -> np.ndarray:
+        """The mask as the page has it: slices, rows, columns."""
+        shape = self.ask("[session.scan.instances.length, session.scan.rows, session.scan.columns]")
+        return np.array(self.ask("[...session.mask.voxels()]"), np.uint8).reshape(shape)
+
+    def place(self, column: int, row: int) -> tuple[float, float, list[float]]:
+        """Where the centre of a pixel is on the screen, and in the world (LPS) by the viewer's own word."""
+        return tuple(  # type: ignore[return-value]
+            self.page.evaluate(
+                """([column, row]) => {
+                    const { services } = document.querySelector('segqc-panel').session;
+                    const id = services.viewportGridService.getActiveViewportId();
+                    const viewport = services.cornerstoneViewportService.getCornerstoneViewport(id);
+                    const plane = cornerstone.metaData.get('imagePlaneModule', viewport.getCurrentImageId());
+                    const point = [0, 1, 2].map(i => plane.imagePositionPatient[i]
+                        + column * plane.columnPixelSpacing * plane.rowCosines[i]
+                        + row * plane.rowPixelSpacing * plane.columnCosines[i]);
+                    const [x, y] = viewport.worldToCanvas(point);
+                    const box = viewport.element.getBoundingClientRect();
+                    return [box.x + x, box.y + y, [...viewport.canvasToWorld([x, y])]];
+                }""",
+                [column, row],
+            )
+        )
+
+    def stroke(self, start: tuple[int, int], end: tuple[int, int]) -> list[np.ndarray]:
+        """Draw with the mouse from one pixel to another; where it went, in RAS millimetres."""
+        (x, y, first), (right, down, last) = self.place(*start), self.place(*end)
+        before = self.ask("session.mask.done.length")
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move((x + right) / 2, (y + down) / 2, steps=4)
+        self.page.mouse.move(right, down, steps=4)
+        self.page.mouse.up()
+        self.page.wait_for_function(f"before => {SESSION}.mask.done.length > before", arg=before)
+        return [np.array(point) * [-1, -1, 1] for point in (first, last)]
+
+    def version_kept(self) -> int:
+        """The number of the label version that the server says it has kept."""
+        text = self.page.locator("segqc-panel .notice.kept").inner_text(timeout=SECONDS * 1000)
+        return int(text.split()[1])
