@@ -65,7 +65,8 @@ class Annotator:
     def voxels(self) -> np.ndarray:
         """The mask as the page has it: slices, rows, columns."""
         shape = self.ask("[session.scan.instances.length, session.scan.rows, session.scan.columns]")
-        return np.array(self.ask("[...session.mask.voxels()]"), np.uint8).reshape(shape)
+        text = self.ask("[...session.mask.voxels()].map(value => String.fromCharCode(value)).join('')")
+        return np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape)
 
     def place(self, column: int, row: int) -> tuple[float, float, list[float]]:
         """Where the centre of a pixel is on the screen, and in the world (LPS) by the viewer's own word."""
