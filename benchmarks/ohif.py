@@ -83,11 +83,11 @@ def fill(folder: Path) -> None:
 
 def serve(folder: Path, port: int, viewer: str) -> None:
     """Serve a folder, with MONAI Label's OHIF or with the one that ``segqc ohif`` has installed."""
-    from segqc.server import app
-    from segqc.server.ohif import viewer as viewers
+    from segqc.server.ohif import install
     from segqc.server.serve import serve
 
-    app.find_viewer = {"bundled": viewers.bundled_viewer, "installed": viewers.installed_viewer}[viewer]
+    if viewer == "bundled":
+        install.viewer_folder = lambda: folder / "no viewer"
     serve(folder, port=port)
 
 
@@ -154,7 +154,7 @@ def measure(work: Path, viewer: str) -> Mapping[str, list[float]]:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     seconds: dict[str, list[float]] = {"first": [], "next": [], "submit": []}
     try:
-        wait_for(address)
+        wait_for(address, server)
         with sync_playwright() as playwright:
             path = shutil.which("chromium")
             browser = playwright.chromium.launch(executable_path=path, headless=True, args=ARGUMENTS)
@@ -174,17 +174,17 @@ def measure(work: Path, viewer: str) -> Mapping[str, list[float]]:
     return seconds
 
 
-def wait_for(address: str) -> None:
+def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     """Until the server answers and has taken the scans in."""
     started = time.monotonic()
-    while time.monotonic() - started < START_SECONDS:
+    while server.poll() is None and time.monotonic() - started < START_SECONDS:
         try:
             if requests.get(f"{address}/segqc/dicomweb/scan_{SCANS - 1}", timeout=10).ok:
                 return
         except requests.ConnectionError:
             pass
         time.sleep(0.5)
-    raise SystemExit(f"{address} does not answer")
+    raise SystemExit("the server did not come up; see its log")
 
 
 def main() -> None:

@@ -313,6 +313,7 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     painted = other.voxels()
     other.press("Submit …")
     other.sees(f"version {first} counts by now")
+    expect(other.page.get_by_role("button", name="Load the newer one")).to_be_visible()
     keep_picture(other.page, tmp_path, "conflict")
     other.press("Keep mine beside it")
     other.sees("kept beside the final label, as version_1")
@@ -411,3 +412,22 @@ def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
         anna.press("Next scan")
         anna.sees("Nothing left for you")
         keep_picture(page, tmp_path, "none-left")
+
+
+def test_reconstructed_planes_are_warned_of_and_change_nothing(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("oblique")
+    before = anna.voxels()
+    anna.page.evaluate("() => commandsManager.runCommand('toggleHangingProtocol', { protocolId: 'mpr' })")
+    anna.sees("Painting in reconstructed planes may change neighbouring slices")
+    anna.page.wait_for_function(
+        f"""() => {{
+            const {{ services, mask }} = {_SESSION};
+            const shown = id => services.segmentationService.getSegmentationRepresentations(id, {{
+                segmentationId: mask.id,
+            }}).length;
+            return [...services.viewportGridService.getState().viewports.keys()].filter(shown).length === 3;
+        }}"""
+    )
+    keep_picture(anna.page, tmp_path, "planes")
+    np.testing.assert_array_equal(anna.voxels(), before)
+    anna.sees("No changes")

@@ -39,6 +39,7 @@ export class Mask extends EventTarget {
     this.undone = [];
     /** @type {Set<number>} values that are not shown */
     this.hidden = new Set();
+    this.shown = Promise.resolve();
     this.isPressed = false;
     this.isTouched = false;
     this.images = this.#images();
@@ -81,8 +82,13 @@ export class Mask extends EventTarget {
     return mask;
   }
 
-  /** Show the mask in the viewports that show the scan and do not have it yet. */
+  /** Show the mask in the viewports that show the scan and do not have it yet, one call after the other. */
   async show() {
+    this.shown = this.shown.then(() => this.#show());
+    await this.shown;
+  }
+
+  async #show() {
     const { segmentationService } = this.services;
     for (const { viewportId } of viewportsOf(this.services, this.scan)) {
       if (segmentationService.getSegmentationRepresentations(viewportId, { segmentationId: this.id }).length) {

@@ -28,7 +28,7 @@ export function studyOfAddress() {
 export function goTo(commandsManager, study) {
   const parameters = new URLSearchParams(window.location.search);
   parameters.set('StudyInstanceUIDs', study);
-  const [, source = ''] = window.location.pathname.split(`/${ROUTE}`).slice(-2); // a data source's name, perhaps
+  const [, source = ''] = window.location.pathname.match(`/${ROUTE}(/[^/]+)?/?$`) ?? []; // a data source, if it is named
   commandsManager.runCommand('navigateHistory', { to: `/${ROUTE}${source}?${parameters}` });
 }
 
@@ -43,21 +43,21 @@ export function viewportsOf(services, scan) {
   const ids = [...services.viewportGridService.getState().viewports.keys()];
   return ids
     .map(viewportId => ({ viewportId, viewport: viewport(services, viewportId) }))
-    .filter(({ viewport }) => {
-      const [imageId] = viewport?.getImageIds?.() ?? [];
-      return imageId !== undefined && scan.instances.includes(instanceOf(imageId));
-    });
+    .filter(({ viewport }) => viewport && scan.instances.includes(instanceOf(viewport.getImageIds()[0])));
 }
 
 /**
+ * Cornerstone's viewport; null where it has nothing to show yet.
+ *
  * @param {any} services
  * @param {string} viewportId
  */
 function viewport(services, viewportId) {
   try {
-    return services.cornerstoneViewportService.getCornerstoneViewport(viewportId);
+    const found = services.cornerstoneViewportService.getCornerstoneViewport(viewportId);
+    return found?.getImageIds().length ? found : null;
   } catch {
-    return null; // not made yet
+    return null; // one of volumes that has none throws
   }
 }
 

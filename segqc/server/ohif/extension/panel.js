@@ -209,7 +209,7 @@ class Panel extends HTMLElement {
     const { scan, notice } = session;
     const found = [];
     if (notice) {
-      found.push(h('div', { class: `notice ${notice.kind}` }, notice.text));
+      found.push(this.#notice(notice.kind, notice.text));
     }
     if (session.phase === 'ready' && scan) {
       if (session.draft) {
@@ -248,7 +248,8 @@ class Panel extends HTMLElement {
    */
   #notice(kind, text, actions = []) {
     const buttons = actions.map(([name, act]) => this.#button(name, act, { class: 'small' }));
-    return h('div', { class: `notice ${kind}` }, text, buttons.length > 0 && h('div', { class: 'row wrap' }, ...buttons));
+    const sentence = text.charAt(0).toUpperCase() + text.slice(1);
+    return h('div', { class: `notice ${kind}` }, sentence, buttons.length > 0 && h('div', { class: 'row wrap' }, ...buttons));
   }
 
   #began() {
