@@ -388,6 +388,7 @@ export class Session extends EventTarget {
 
   /** @param {'brush' | 'eraser'} tool */
   take(tool) {
+    this.mask?.takeOver();
     takeTool(this.services, this.commandsManager, tool);
     this.#prefer();
     this.#tell();
