@@ -46,7 +46,7 @@ test-fast test-server: export OMP_NUM_THREADS = 1
 test-fast test-server: export PYTHONDONTWRITEBYTECODE =
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not server and not slow" -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not server and not slow" -o faulthandler_timeout=300 -n auto --maxprocesses 8 --dist loadfile
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

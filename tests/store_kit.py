@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import gc
 import os
 import pwd
 import shutil
@@ -59,10 +60,17 @@ class Clock:
 
 
 def fork() -> int:
-    """`os.fork`; the system ends a child that hangs, as where it waits for a lock that only the parent's thread has."""
+    """`os.fork`; the child never collects the parent's garbage, and the system ends a child that hangs.
+
+    What the parent's earlier tests left behind may be a network of OpenVINO, whose end waits for its threads: a child
+    has no threads but the one that forked it, and would wait forever.
+    """
+    gc.freeze()
     child = os.fork()
     if child == 0:
         signal.alarm(600)
+    else:
+        gc.unfreeze()
     return child
 
 

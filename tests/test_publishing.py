@@ -47,7 +47,7 @@ from segqc.store.store import Store
 from segqc.types import MaskDice, Structure
 from tests.report_kit import good_card, worthless_card
 from tests.server_kit import STRUCTURES, save_models
-from tests.store_kit import ANNA, BERT, Clock, serve_pair
+from tests.store_kit import ANNA, BERT, Clock, fork, serve_pair
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_a_kill_at_any_step_leaves_one_whole_bundle_that_serves(
     for _ in range(2):
         first.publish(files, ANNA, "a test")
     first.store.close()
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             own = Bundles(Store.open(folder), settings)
