@@ -35,6 +35,7 @@ from segqc.loop.due import put_first_trainings
 from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
 from segqc.server.auth.setup import add_auth
 from segqc.server.dicomweb.routes import SLOTS
+from segqc.server.dicomweb.routes import router as dicomweb
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
 from segqc.server.monailabel.config import settings
@@ -273,7 +274,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         # what a client sent may be no text that can be sent back, or very long
         shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
         body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
-        if wants_page(request):
+        # DICOMweb says what it cannot send: to a request for text/html, too
+        if wants_page(request) and not request.url.path.startswith(f"{dicomweb.prefix}/"):
             return error_page(request, status, body.detail, headers)
         return JSONResponse(body.model_dump(exclude_none=True), status, headers)
 

@@ -304,6 +304,28 @@ def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path)
     assert anna.slice_shown() == 7
 
 
+def test_the_brush_paints_the_mask_and_no_other_label_map(anna: Annotator) -> None:
+    anna.open("plain")
+    before = anna.voxels()
+    anna.page.evaluate(
+        f"""async () => {{
+            const {{ segmentationService, displaySetService, viewportGridService }} = {_SESSION}.services;
+            const [displaySet] = displaySetService.getActiveDisplaySets();
+            const options = {{ segmentationId: 'another', label: 'Another', segments: {{ 1: {{ label: 'x' }} }} }};
+            await segmentationService.createLabelmapForDisplaySet(displaySet, options);
+            const viewport = viewportGridService.getActiveViewportId();
+            await segmentationService.addSegmentationRepresentation(viewport, {{ segmentationId: 'another' }});
+            segmentationService.setActiveSegmentation(viewport, 'another');
+        }}"""
+    )
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    changed = anna.voxels() != before
+    assert changed.any()
+    assert set(anna.voxels()[changed]) == {SPLEEN}
+
+
 def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=PLAIN)
     with listening(folder) as server:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 from urllib.parse import quote, urlencode
 
 import numpy as np
-from fastapi import APIRouter, File, Form, Path, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 
 from segqc.errors import SegqcError
 from segqc.loop.review import STATE_OF, Decision, review
@@ -66,23 +66,27 @@ class LegendEntry:
     quality: StructureQuality | None
 
 
+def _layers(mask: bool = False, heat: bool = False, boxes: bool = False, whole: bool = False) -> Layers:
+    return Layers(mask, heat, boxes, whole)
+
+
+AskedLayers = Annotated[Layers, Depends(_layers)]
+
+
 @router.get("")
 def show_scan(
     request: Request,
     page: AskedPage,
     scan: Scan,
+    asked: AskedLayers,
     index: Annotated[int | None, Query(alias="slice", ge=0, le=MAX_INTEGER)] = None,
     version: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
     other: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
     drawn: bool = False,
-    mask: bool = False,
-    heat: bool = False,
-    boxes: bool = False,
-    whole: bool = False,
 ) -> Response:
     """Show a scan: a version of its label, compared with another one where that is wished for."""
     shown = _shown(scan)
-    layers = Layers(mask, heat, boxes, whole) if drawn else Layers()
+    layers = asked if drawn else Layers()
     label = shown.usual if version is None else shown.version(version)
     compared = shown.version(other) if other is not None else None
     past = history(shown.context, shown.record)
@@ -98,7 +102,7 @@ def show_scan(
         bars = _bars(shown, label, compared, count)
         heat_state, heat_problem = shown.heat(request.app.state.inference)
     except SegqcError as error:  # its file is gone, or cannot be read: the rest of the page can be shown
-        problem = str(error)
+        problem, count, bars = str(error), 0, []
     of_layers: dict[str, int | None] = {name: 1 for name, is_drawn in asdict(layers).items() if is_drawn}
     chosen = {"slice": index, "version": version, "other": other, **({"drawn": 1, **of_layers} if drawn else {})}
     first = _first(bars) if compared is not None or count == 0 else shown.worst()
@@ -210,14 +214,11 @@ def _slicer_address(request: Request, study: str) -> str:
 def slice_picture(
     scan: Scan,
     index: Annotated[int, Path(ge=0, le=MAX_INTEGER)],
+    layers: AskedLayers,
     version: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
     other: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
     assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
     edge: Edge = _VIEW_EDGE,
-    mask: bool = False,
-    heat: bool = False,
-    boxes: bool = False,
-    whole: bool = False,
 ) -> Response:
     """Send a picture of a slice; likely errors are those of the assessment, if it still is the scan's."""
     shown = _shown(scan)
@@ -230,8 +231,8 @@ def slice_picture(
         other=shown.version(other) if other is not None else None,
         with_errors=is_current,
     )
-    is_whole = not (heat and is_current) or slices.errors is not None
-    return _picture(draw(slices, index, Layers(mask, heat, boxes, whole), edge), is_kept=is_whole)
+    is_complete = not (layers.heat and is_current) or slices.errors is not None
+    return _picture(draw(slices, index, layers, edge), is_kept=is_complete)
 
 
 @router.get("/worst")

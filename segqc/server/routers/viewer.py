@@ -13,7 +13,6 @@ from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import LabelMovedOnError, StartedFrom, check_start, measure_change, submit_label
 from segqc.server.actors import RequestUser
-from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
@@ -34,7 +33,7 @@ from segqc.store import labels, leases
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_labels
+from segqc.volumes import Volume, read_grid, read_labels
 
 router = APIRouter(prefix="/segqc/viewer", tags=["SegQC"])
 
@@ -47,8 +46,6 @@ DEFAULT_STRATEGY: Final = "random"
 _GZIP: Final = "application/gzip"
 _BESIDE: Final = re.compile(r"version_([0-9]{1,9})")
 _FOR_EVER: Final = "private, max-age=31536000, immutable"  # a version's voxels never change
-_MAPS_BYTES: Final = 64e6
-_error_maps: Final[BoundedCache[tuple[str, int, int], bytes]] = BoundedCache(_MAPS_BYTES, len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +121,7 @@ async def label_voxels(request: Request, study: Study, version: VersionNumber) -
 
     def work() -> Response:
         scan, header = _scan(study)
-        found = read_labels(open_store().label_file(_version(scan, version)))
-        return _bytes(request, to_bytes(found.array, header))
+        return _bytes(request, to_bytes(_read(scan, version), header))
 
     return await in_turn(request, work)
 
@@ -139,7 +135,7 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
         label, context = _version(scan, version), current_app().context
         bundle = context.bundle("segqc")
         key = (study, version, bundle.number)
-        found = _error_maps.get(
+        found = context.error_maps.get(
             key, lambda: packed(to_bytes(error_map(context.dataset, scan.record, label, bundle), header))
         )
         return _sent(found)
@@ -249,7 +245,10 @@ def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
 
 
 def _read(scan: DicomScan, version: int) -> LabelArray:
-    found: LabelArray = read_labels(open_store().label_file(_version(scan, version))).array
+    """The voxels of a label version, on the scan's grid and in its file's order."""
+    context = current_app().context
+    grid = read_grid(context.dataset.folder / scan.record.file, limits=context.settings.intake)
+    found: LabelArray = read_labels(open_store().label_file(_version(scan, version)), scan=grid).array
     return found
 
 

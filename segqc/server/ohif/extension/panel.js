@@ -114,6 +114,7 @@ class Panel extends HTMLElement {
 
   draw() {
     const { parts, session } = this;
+    const focusAgain = this.#rememberFocus();
     const isReady = session.phase === 'ready';
     this.#drawHead();
     this.#drawNotices();
@@ -128,6 +129,20 @@ class Panel extends HTMLElement {
       this.#drawTools();
       this.#drawHistory();
     }
+    focusAgain();
+  }
+
+  /** What is made anew loses the keyboard's focus; the returned function gives it to what took the place. */
+  #rememberFocus() {
+    const focused = this.shadowRoot?.activeElement;
+    const part = Object.values(this.parts).find(one => one.contains(focused ?? null));
+    const name = (/** @type {Element} */ element) => element.getAttribute('aria-label') ?? element.textContent;
+    return () => {
+      if (focused && part && !focused.isConnected) {
+        const candidates = /** @type {NodeListOf<HTMLElement>} */ (part.querySelectorAll('button, input, summary'));
+        [...candidates].find(element => name(element) === name(focused))?.focus();
+      }
+    };
   }
 
   // ------------------------------------------------------------------------------------------------------------- head

@@ -59,6 +59,8 @@ export class Session extends EventTarget {
     this.known = undefined;
     /** what the server says of it @type {string | null} */
     this.noteOfNext = null;
+    /** aborted when the annotator chooses a slice @type {AbortController | null} */
+    this.holding = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
     this.number = 0;
     /** @type {(() => void)[]} */
@@ -233,7 +235,7 @@ export class Session extends EventTarget {
   async #hold(instance, isOver) {
     const end = performance.now() + HOLD_MS;
     const inputs = ['pointerdown', 'wheel', 'keydown'];
-    const released = new AbortController();
+    const released = (this.holding = new AbortController());
     inputs.forEach(type =>
       window.addEventListener(type, () => released.abort(), { capture: true, signal: released.signal })
     );
@@ -388,6 +390,7 @@ export class Session extends EventTarget {
 
   /** @param {'brush' | 'eraser'} tool */
   take(tool) {
+    this.mask?.takeOver();
     takeTool(this.services, this.commandsManager, tool);
     this.#prefer();
     this.#tell();
@@ -395,6 +398,7 @@ export class Session extends EventTarget {
 
   /** Show a slice. @param {string} instance */
   async jump(instance) {
+    this.holding?.abort();
     if (this.scan && this.mask) {
       await jumpTo(this.services, this.scan, instance);
       this.#tell();
