@@ -26,11 +26,15 @@ class Annotator:
         open_scan(self.page, f"{self.server}/ohif/", study)
         self.wait_for(scan)
 
-    def wait_for(self, scan: str) -> None:
+    def wait_until_ready(self, scan: str) -> None:
         """Until a scan can be worked on."""
         expect(self.page.locator("segqc-panel .title")).to_have_text(scan, timeout=SECONDS * 1000)
         self.page.wait_for_function(f"() => {SESSION}.phase === 'ready' && !{SESSION}.busy")
-        # the mask is drawn: its colours are the only ones in a picture of greys
+
+    def wait_for(self, scan: str) -> None:
+        """Until a scan can be worked on, and its mask is drawn in the slice that is shown."""
+        self.wait_until_ready(scan)
+        # its colours are the only ones in a picture of greys
         self.page.wait_for_function(
             """() => {
                 const canvas = document.querySelector('canvas.cornerstone-canvas');
@@ -56,6 +60,11 @@ class Annotator:
 
     def sees(self, text: str) -> None:
         expect(self.page.locator("segqc-panel").get_by_text(text).first).to_be_visible()
+
+    def go_to(self, number: int) -> None:
+        """Go to a slice by a click on its bar."""
+        self.page.locator(f'segqc-panel .strip g[data-slice="{number + 1}"]').click()
+        self.page.wait_for_function(f"n => {SESSION}.scan.instances.indexOf({SESSION}.instance) === n", arg=number)
 
     def slice_shown(self) -> int:
         """The number of the slice in the file, from 0."""

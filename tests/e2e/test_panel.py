@@ -299,8 +299,7 @@ def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path)
     anna.page.get_by_label("Error boxes").uncheck()
     assert not overlay.locator("canvas").is_visible()
     assert overlay.locator("polygon").count() == 0
-    anna.page.locator('segqc-panel .strip g[data-slice="8"]').click()
-    anna.page.wait_for_function(f"() => {SESSION}.scan.instances.indexOf({SESSION}.instance) === 7")
+    anna.go_to(7)
     assert anna.slice_shown() == 7
 
 
@@ -309,7 +308,7 @@ def test_the_brush_paints_the_mask_and_no_other_label_map(anna: Annotator) -> No
     before = anna.voxels()
     anna.page.evaluate(
         f"""async () => {{
-            const {{ segmentationService, displaySetService, viewportGridService }} = {_SESSION}.services;
+            const {{ segmentationService, displaySetService, viewportGridService }} = {SESSION}.services;
             const [displaySet] = displaySetService.getActiveDisplaySets();
             const options = {{ segmentationId: 'another', label: 'Another', segments: {{ 1: {{ label: 'x' }} }} }};
             await segmentationService.createLabelmapForDisplaySet(displaySet, options);
