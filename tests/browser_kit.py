@@ -46,12 +46,13 @@ _BRIGHTEST: Final = """canvas => {
 def running_browser() -> Iterator[Browser]:
     """Debian's Chromium; a test skips where there is none, unless SEGQC_TEST_BROWSER says that it is required."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import expect, sync_playwright
     except ImportError:
         lack("playwright is not installed")
     path = shutil.which(CHROMIUM)
     if path is None:
         lack(f"no {CHROMIUM} to test with")
+    expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, headless=True, args=_ARGUMENTS)
         yield browser

@@ -333,7 +333,7 @@ def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
 
         tell("\nScene 4. The third correction is in, and a round begins by itself, while both go on.")
         anna.press("Next scan")
-        anna.page.wait_for_function(f"() => {SESSION}.isHandedOut")
+        anna.sees("Handed out to you")
         three = anna.take_over()
         handed_out = anna.voxels()
         four = bert.take()["id"]
