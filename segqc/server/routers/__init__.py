@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
+from segqc.server.auth import routes as auth
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
@@ -43,6 +44,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     viewer.router,
     dicomweb.router,
     dicomweb.scan_router,
+    auth.router,
     ohif.router,
     others.router,
 )

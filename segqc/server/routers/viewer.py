@@ -15,7 +15,6 @@ from segqc.loop.submission import LabelMovedOnError, StartedFrom, check_start, m
 from segqc.server.actors import RequestUser
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.parameters import (
     MAX_INTEGER,
@@ -88,7 +87,7 @@ class Kept:
     correction: int | None
 
 
-@router.post("/next", dependencies=[USER], summary="The next scan for the viewer")
+@router.post("/next", summary="The next scan for the viewer")
 async def next_viewed(request: Request, user: AskingUser, params: ViewerNextBody) -> NextScan:
     """Hand out a scan: the one that the annotator has, unless a reason to skip it is given; else the next one."""
     return await in_turn(request, functools.partial(_next, user, params))
@@ -109,14 +108,14 @@ def _next(user: RequestUser, params: ViewerNextParams) -> NextScan:
     return NextScan(scan=shown, note=note if isinstance(note, str) else None)
 
 
-@router.get("/scans/{study}", dependencies=[USER], summary="What the viewer shows of a scan")
+@router.get("/scans/{study}", summary="What the viewer shows of a scan")
 def viewed_scan(study: Study, user: AskingUser) -> ViewedScan:
     """Tell of a scan: its structures, the label to go on from, what is likely to be wrong with it, and its history."""
     scan, header = _scan(study)
     return view(current_app().context, scan, header, user.actor())
 
 
-@router.get("/scans/{study}/labels/{version}", dependencies=[USER], summary="A label map for the viewer")
+@router.get("/scans/{study}/labels/{version}", summary="A label map for the viewer")
 async def label_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
     """Send a label version: a byte a voxel, slice by slice in the order of the scan's ``instances``."""
 
@@ -127,7 +126,7 @@ async def label_voxels(request: Request, study: Study, version: VersionNumber) -
     return await in_turn(request, work)
 
 
-@router.get("/scans/{study}/errors/{version}", dependencies=[USER], summary="An error map for the viewer")
+@router.get("/scans/{study}/errors/{version}", summary="An error map for the viewer")
 async def error_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
     """Send the error map of a label version: 0 to 255 for a probability of 0 to 1, the highest of all structures'."""
 
@@ -145,7 +144,7 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
-@router.post("/scans/{study}/check", dependencies=[ANNOTATOR], summary="Check a label map before it is submitted")
+@router.post("/scans/{study}/check", summary="Check a label map before it is submitted")
 async def check_label(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Check:
     """Tell what a label map changes, and whether it would be refused; nothing is kept."""
     return await in_turn(request, functools.partial(_check, study, user, params, voxels))
@@ -191,7 +190,7 @@ def _warnings(structures: list[StructureDifference], changed: int) -> list[str]:
     return found if changed else [*found, "Nothing was changed."]
 
 
-@router.post("/scans/{study}/label", dependencies=[ANNOTATOR], summary="Submit a label map from the viewer")
+@router.post("/scans/{study}/label", summary="Submit a label map from the viewer")
 async def submit_voxels(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Kept:
     """Keep a label map as the scan's final label, or beside it where the client asks for that.
 
