@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.pacs.source import PacsScans
     from segqc.quality.metrics import Values
     from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
@@ -106,12 +107,46 @@ class Dataset:
             StoreError: if its database can't be reached, or is of another version of this program.
         """
         intake = self.settings.intake_checks()
-        store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
+        store = Store.open(
+            self.folder,
+            self.settings.store.url,
+            intake=intake,
+            patience_seconds=self._patience_seconds,
+            source=self.pacs,
+        )
         if not self.watched:
             sync(store, self.settings.patient_of, self.settings.split_config())
-        if self.settings.names_patients:
+        if self.settings.names_patients and self.pacs is None:
             self._misplaced = regroup(store, self.settings.patient_now, self.settings.split_config())
         return store
+
+    @functools.cached_property
+    def pacs(self) -> PacsScans | None:
+        """The PACS that scans come from; None where they are files of the folder."""
+        if self.settings.pacs.url is None:
+            return None
+        try:
+            from segqc.pacs.source import PacsScans
+        except ModuleNotFoundError as error:
+            raise DatasetError("what talks to a PACS is not installed; pip install 'segqc[server]'") from error
+        return PacsScans(self.settings, self.own)
+
+    def scan_file(self, scan: ScanRecord) -> Path:
+        """The file of a scan, which is fetched where it is not here; see `Store.scan_file`."""
+        return self.store.scan_file(scan)
+
+    def image_file(self, entry: ScanEntry) -> Path:
+        """The same for an entry of `scans`, whose content it must have.
+
+        Raises:
+            ScanReplaced: if another content has taken its place.
+        """
+        return self._file_of(entry.id, entry.sha256)
+
+    def _file_of(self, name: str, content: str | None) -> Path:
+        with self.store.read() as transaction:
+            scan = scans.expect(transaction, name, content)
+        return self.scan_file(scan)
 
     def sync(self, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Take in what has been put into the folder, changed in it, or taken out of it.
@@ -134,7 +169,7 @@ class Dataset:
     def remarks(self) -> list[str]:
         """What a user should know of scans that were taken in, a sentence each."""
         with self.store.read() as transaction:
-            return [*self._misplaced, *remarks.listing(transaction)]
+            return [*self._misplaced, *(self.pacs.remarks if self.pacs else ()), *remarks.listing(transaction)]
 
     def is_unchanged(self, scan: ScanRecord) -> bool:
         """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""
@@ -175,6 +210,8 @@ class Dataset:
             ScanExists: if there is another scan of this name, or a file that would be one.
             VolumeError: if the file is no scan that can be used.
         """
+        if self.pacs is not None:
+            raise DatasetError(f"the scans of this folder come from {self.settings.pacs.url}; store the series there")
         suffix = scan_suffix(path.name) or path.suffix
         return add_scan(self.store, path, name, suffix, self.settings.patient_of, self.settings.split_config())
 
@@ -185,7 +222,7 @@ class Dataset:
             VolumeError: if it can't be used.
             ScanReplaced: if it holds another content by now.
         """
-        scan = read_scan(entry.image, limits=self.settings.intake)
+        scan = read_scan(self.image_file(entry), limits=self.settings.intake)
         try:
             now = self.verify_scan(entry.id)
         except UnknownScan as error:
@@ -280,9 +317,14 @@ class Dataset:
                     scan.sha256,
                     limits,
                     slices=final.checked_slices,
+                    fetch=self.fetcher(scan),
                 )
             )
         return found
+
+    def fetcher(self, scan: ScanRecord) -> Callable[[], Path] | None:
+        """What brings a scan's file here when it is read; None where it lies in the folder."""
+        return None if self.pacs is None else functools.partial(self._file_of, scan.name, scan.sha256)
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:
         """Fold and role of each patient, given once and stored."""

@@ -98,7 +98,7 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelP
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
         submitted = read_submission(
-            received, dataset.folder / scan.file, names, params, configured=named, limits=limits
+            received, dataset.scan_file(scan), names, params, configured=named, limits=limits
         )
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
         body = submit(dataset, scan, submitted, received, tag, actor, params, info)
