@@ -26,7 +26,7 @@ from segqc.quality.witnesses import UNLIKENESS, named_witnesses, worst_witness
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.settings import Settings, load_settings
 from segqc.split import PatientSplit
-from segqc.store import assessments, bundles, features, findings, labels, remarks, scans
+from segqc.store import assessments, bundles, features, findings, labels, pacs, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.pacs.publishing import Publisher
     from segqc.pacs.source import PacsScans
     from segqc.quality.metrics import Values
     from segqc.quality.report_card import ReportCard
@@ -131,6 +132,15 @@ class Dataset:
             raise DatasetError("what talks to a PACS is not installed; pip install 'segqc[server]'") from error
         return PacsScans(self.settings, self.own)
 
+    @functools.cached_property
+    def publisher(self) -> Publisher | None:
+        """What brings final labels to the PACS; None where there is none, or the settings do not want it."""
+        if self.pacs is None or not self.settings.pacs.store_labels:
+            return None
+        from segqc.pacs.publishing import Publisher
+
+        return Publisher(self.store, self.pacs, self.settings)
+
     def scan_file(self, scan: ScanRecord) -> Path:
         """The file of a scan, which is fetched where it is not here; see `Store.scan_file`."""
         return self.store.scan_file(scan)
@@ -169,7 +179,8 @@ class Dataset:
     def remarks(self) -> list[str]:
         """What a user should know of scans that were taken in, a sentence each."""
         with self.store.read() as transaction:
-            return [*self._misplaced, *(self.pacs.remarks if self.pacs else ()), *remarks.listing(transaction)]
+            of_pacs = [*self.pacs.remarks, *pacs.left(transaction)] if self.pacs is not None else []
+            return [*self._misplaced, *of_pacs, *remarks.listing(transaction)]
 
     def is_unchanged(self, scan: ScanRecord) -> bool:
         """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""

@@ -27,6 +27,7 @@ from segqc.settings import PacsSettings
 from segqc.text import printable
 
 logger = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request
 
 T = TypeVar("T")
 Parameters: TypeAlias = Sequence[tuple[str, str]]
@@ -166,7 +167,9 @@ class PacsClient:
         raise AssertionError("unreachable")
 
     def _unavailable(self, error: httpx.TransportError) -> PacsUnavailable:
-        reason = "it takes too long" if isinstance(error, httpx.TimeoutException) else str(error) or type(error).__name__
+        reason = (
+            "it takes too long" if isinstance(error, httpx.TimeoutException) else str(error) or type(error).__name__
+        )
         return PacsUnavailable(f"the PACS at {self.url} does not answer ({reason}); try again later")
 
     @contextlib.contextmanager
@@ -207,7 +210,13 @@ class PacsClient:
         what = f"{answer.request.method} {answer.request.url.path}"
         return PacsRefused(f"the PACS at {self.url} answers {code} ({answer.reason_phrase}) to {what}", code)
 
-    def _json(self, path: str, parameters: Parameters = ()) -> list[JsonItem]:
+    def query(self, path: str, parameters: Parameters = ()) -> list[JsonItem]:
+        """What the PACS tells of a path below its address, by the DICOM JSON model.
+
+        Raises:
+            SourceUnavailable: if it does not answer, or with something else.
+        """
+
         def ask() -> list[JsonItem]:
             with self.stream("GET", f"{self.url}{path}", accept=JSON, parameters=parameters) as answer:
                 answer.read()
@@ -222,6 +231,20 @@ class PacsClient:
             return found
 
         return self._again(ask)
+
+    def open(self, path: str, accept: str, parameters: Parameters) -> tuple[httpx.Response, Callable[[], None]]:
+        """An answer before its body has come, and what ends it.
+
+        Raises:
+            SourceUnavailable: if the PACS does not answer, or with no success.
+        """
+
+        def send() -> tuple[httpx.Response, Callable[[], None]]:
+            stack = contextlib.ExitStack()
+            answer = stack.enter_context(self.stream("GET", f"{self.url}{path}", accept=accept, parameters=parameters))
+            return answer, stack.close
+
+        return self._again(send)
 
     # ------------------------------------------------------------------------------------------------------- searches
 
@@ -248,7 +271,7 @@ class PacsClient:
         asked += [("includefield", name) for name in _INCLUDED]
         seen: set[str] = set()
         while True:
-            page = self._json("/series", [*asked, ("limit", str(_PAGE)), ("offset", str(len(seen)))])
+            page = self.query("/series", [*asked, ("limit", str(_PAGE)), ("offset", str(len(seen)))])
             new = {uid: item for item in page if (uid := text_of(item, "0020000E")) not in seen}
             if not new:
                 return
@@ -261,7 +284,7 @@ class PacsClient:
     def find_series(self, series_uid: str) -> FoundSeries | None:
         """One series; None where the PACS has none of this identifier."""
         asked = [("SeriesInstanceUID", series_uid), *(("includefield", name) for name in _INCLUDED)]
-        return next((s for item in self._json("/series", asked) if (s := _found_series(item)) is not None
+        return next((s for item in self.query("/series", asked) if (s := _found_series(item)) is not None
                      and s.series_uid == series_uid), None)  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- fetched and stored
@@ -281,7 +304,9 @@ class PacsClient:
             for count, content in enumerate(self._parts(address), start=1):
                 size += len(content)
                 if size > max_bytes:
-                    raise PacsRefused(f"the series {series_uid} holds more than {max_bytes >> 20} MB; it is not fetched")
+                    raise PacsRefused(
+                        f"the series {series_uid} holds more than {max_bytes >> 20} MB; it is not fetched"
+                    )
                 (folder / f"{count:06d}.dcm").write_bytes(content)
             return count
 
@@ -303,11 +328,13 @@ class PacsClient:
         Raises:
             SourceUnavailable: if they cannot be fetched now, or cannot be read.
         """
-        found = self._json(f"/studies/{study_uid}/series/{series_uid}/metadata")
+        found = self.query(f"/studies/{study_uid}/series/{series_uid}/metadata")
         try:
             return [Dataset.from_json(dict(item), bulk_data_uri_handler=_no_bulk_data) for item in found]
         except Exception as error:  # pydicom raises many kinds, none with a common base
-            raise PacsRefused(f"the PACS at {self.url} sends headers of {series_uid} that cannot be read ({error})") from error
+            raise PacsRefused(
+                f"the PACS at {self.url} sends headers of {series_uid} that cannot be read ({error})"
+            ) from error
 
     def store(self, file: bytes) -> None:
         """Store a DICOM file; one that is there already stays.

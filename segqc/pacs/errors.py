@@ -5,11 +5,11 @@ from __future__ import annotations
 from segqc.store.sources import SourceUnavailable
 
 
-class PacsUnavailable(SourceUnavailable):  # noqa: N818 - the finding, not the exception, is what callers name
+class PacsUnavailable(SourceUnavailable):
     """The PACS does not answer, or not now."""
 
 
-class PacsRefused(SourceUnavailable):  # noqa: N818 - the finding, not the exception, is what callers name
+class PacsRefused(SourceUnavailable):
     """The PACS answers, but not with what was asked for.
 
     Attributes:

@@ -106,9 +106,7 @@ def _take_in(
         if finding is None:
             findings.clear(transaction, [file])
         else:
-            findings.record(
-                transaction, [Finding(file, "label", finding, series.signature)], store.intake.version
-            )
+            findings.record(transaction, [Finding(file, "label", finding, series.signature)], store.intake.version)
 
 
 def _scan_of(

@@ -20,12 +20,12 @@ def boundary_of(content_type: str) -> bytes | None:
 
 
 def parts(chunks: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
-    """Split a message into the contents of its parts, as it comes.
+    r"""Split a message into the contents of its parts, as it comes.
 
     Raises:
         ValueError: if it ends before its last part is whole.
 
-    >>> list(parts([b"--x\\r\\nA: b\\r\\n\\r\\none\\r\\n-", b"-x\\r\\n\\r\\ntwo\\r\\n--x--"], b"x"))
+    >>> list(parts([b"--x\r\nA: b\r\n\r\none\r\n-", b"-x\r\n\r\ntwo\r\n--x--"], b"x"))
     [b'one', b'two']
     """
     mark = b"\r\n--" + boundary
@@ -58,4 +58,6 @@ def message(files: Sequence[bytes]) -> tuple[bytes, str]:
     """A message of DICOM files, and its type."""
     boundary = uuid.uuid4().hex
     pieces = [f"--{boundary}\r\nContent-Type: {DICOM}\r\n\r\n".encode() + file + b"\r\n" for file in files]
-    return b"".join([*pieces, f"--{boundary}--\r\n".encode()]), f'multipart/related; type="{DICOM}"; boundary={boundary}'
+    return b"".join(
+        [*pieces, f"--{boundary}--\r\n".encode()]
+    ), f'multipart/related; type="{DICOM}"; boundary={boundary}'

@@ -189,7 +189,9 @@ class PacsScans:
             missing = scans.mark_missing(transaction, before - files, PACS)
             counts = note_scans(transaction, store, looked, files, labelled, split_config)
             pacs.note_series(transaction, records)
-            findings.clear(transaction, {f"{series.series_uid}{SUFFIX}"} - {f for f in files if _has_finding(looked, f)})
+            findings.clear(
+                transaction, {f"{series.series_uid}{SUFFIX}"} - {f for f in files if _has_finding(looked, f)}
+            )
         new, lost, replaced, changed = counts
         return ScanChanges(new, missing + lost, replaced, frozenset(changed))
 
@@ -252,7 +254,9 @@ class PacsScans:
                 return self.cache.images(self.file(store, scan))
             except FileNotFoundError:  # removed this moment
                 continue
-        raise PacsRefused(f"{self.cache.staging()}: is emptied all the time; let the files of scans be for some seconds")
+        raise PacsRefused(
+            f"{self.cache.staging()}: is emptied all the time; let the files of scans be for some seconds"
+        )
 
     def _fetch_again(self, store: Store, scan: ScanRecord, split_config: SplitConfig) -> None:
         """Fetch the series of a scan, and take in what it is now."""
@@ -341,7 +345,7 @@ def _sum(one: ScanChanges, other: ScanChanges) -> ScanChanges:
 def _stored(volume: Volume) -> Volume:
     """The same volume in 16 bits where its intensities are whole numbers that fit, as most scanners' are."""
     low, high = float(volume.array.min()), float(volume.array.max())
-    if -32768 <= low and high <= 32767 and np.array_equal(volume.array, np.rint(volume.array)):
+    if low >= -32768 and high <= 32767 and np.array_equal(volume.array, np.rint(volume.array)):
         return replace(volume, array=volume.array.astype(np.int16))
     return volume
 
@@ -365,4 +369,3 @@ def _images(series: FoundSeries, volume: DicomVolume) -> SeriesImages:
         patient=str(first.get("PatientID") or ""),
         modality=str(first.get("Modality") or ""),
     )
-

@@ -48,7 +48,7 @@ from segqc.server.monailabel.exceptions import (
 )
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
-from segqc.server.routers import ROUTERS
+from segqc.server.routers import ROUTERS, dicomweb_router
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
 
@@ -120,11 +120,12 @@ def create_app() -> FastAPI:
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
-    for router in ROUTERS:
+    routers = (*ROUTERS, dicomweb_router(from_pacs=_scans_are_of_pacs()))
+    for router in routers:
         app.include_router(router)
     if settings.MONAI_LABEL_AUTH_ENABLE:
         app.dependency_overrides[current_user] = signed_in_user
-    own = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    own = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
     for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
         include_stock(app, router, ours)
@@ -148,6 +149,11 @@ def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
         return conf["allowed_hosts"].split()
     folder = Path(settings.MONAI_LABEL_STUDIES)
     return load_settings(folder).server.allowed_hosts if settings.MONAI_LABEL_STUDIES and folder.is_dir() else ()
+
+
+def _scans_are_of_pacs() -> bool:
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return bool(settings.MONAI_LABEL_STUDIES) and folder.is_dir() and load_settings(folder).pacs.url is not None
 
 
 @asynccontextmanager

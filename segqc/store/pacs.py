@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from sqlalchemy import ColumnElement, Select, and_, delete, or_, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, select
 
 from segqc.store import events, labels
 from segqc.store.database import Transaction
@@ -23,6 +23,7 @@ _ALL: Final = (
     .join(LabelVersion, SegmentationRow.label_version_id == LabelVersion.id)
     .join(Scan, LabelVersion.scan_id == Scan.id)
 )
+_OF_LABEL: Final = select(SegmentationRow).where(SegmentationRow.label_version_id == bindparam("label"))
 _VERBS: Final[dict[SegmentationState, str]] = {
     "empty": "no segmentation",
     "stored": "segmentation stored",
@@ -98,6 +99,19 @@ def _records(transaction: Transaction, query: Select[SegmentationRow, str]) -> l
     ]
 
 
+def left_sentence(segmentation: SegmentationRecord) -> str:
+    """What a user should know of a SEG that should be withdrawn and cannot be."""
+    return (
+        f"{segmentation.scan}: the SEG of label version {segmentation.label}, which is final no more, stays in the "
+        f"PACS, which removes none for this program; remove the series {segmentation.series_uid} there"
+    )
+
+
+def left(transaction: Transaction) -> list[str]:
+    """A sentence for each SEG that should be withdrawn and cannot be."""
+    return [left_sentence(s) for s in _records(transaction, _ALL.where(SegmentationRow.state == "left"))]
+
+
 def to_store(transaction: Transaction) -> list[int]:
     """The final label versions of scans of the PACS that are not stored there yet, oldest first."""
     query = (
@@ -150,19 +164,16 @@ def found(transaction: Transaction, label: int, study_uid: str, series_uid: str)
         _add(transaction, label, "found", "stored", study_uid, series_uid)
 
 
-def settle(
-    transaction: Transaction, label: int, state: SegmentationState, *, study_uid: str = "", problem: str | None = None
-) -> None:
+def settle(transaction: Transaction, label: int, state: SegmentationState, *, problem: str | None = None) -> None:
     """Note what became of the SEG of a label version; an event of its scan says so.
 
     Args:
         transaction: one that writes.
         label: the version.
         state: what became of it.
-        study_uid: the scan's study, where nobody has begun to store one, as the version is empty.
         problem: why it was left.
     """
-    row = _row(transaction, label) or _add(transaction, label, "own", state, study_uid, "")
+    row = transaction.execute(_OF_LABEL, {"label": label}).scalar_one()
     row.state, row.problem, row.attempts, row.next_try_at, row.changed_at = state, problem, 0, None, transaction.now
     scan = transaction.get_one(LabelVersion, label).scan_id
     detail: JsonObject = {"version": label, "series": row.series_uid, **({"reason": problem} if problem else {})}
@@ -179,7 +190,7 @@ def note_failure(transaction: Transaction, label: int, problem: str) -> None:
 
 
 def _row(transaction: Transaction, label: int) -> SegmentationRow | None:
-    return transaction.scalar(select(SegmentationRow).where(SegmentationRow.label_version_id == label))
+    return transaction.scalar(_OF_LABEL, {"label": label})
 
 
 def _add(

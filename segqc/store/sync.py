@@ -510,7 +510,9 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
         except FileNotFoundError:
             raise
         except Exception as error:  # one file must not keep all others out, whatever is wrong with it
-            looked = Looked(file, signature, finding=Finding(file, "scan", sentence_about(path, file, error), signature))
+            looked = Looked(
+                file, signature, finding=Finding(file, "scan", sentence_about(path, file, error), signature)
+            )
         after = path.stat()
     except FileNotFoundError:
         return None

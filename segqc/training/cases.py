@@ -56,7 +56,8 @@ class Case:
 
     A pseudo-label is drawn less often, by its ``weight``, and ``ignored`` is the label map of the voxels that are left
     out of the loss. ``slices`` are those across the through-plane axis that a person has looked at, ascending; None for
-    all. The others are left out of the loss, too. ``fetch`` brings the scan's file here where ``scan`` is only its name.
+    all. The others are left out of the loss, too. ``fetch`` brings the scan's file here where ``scan`` is only its
+    name.
     """
 
     id: str

@@ -114,9 +114,7 @@ def _open(file: InputFile, item: Dataset, scan: Grid) -> Source:
     segments, layer_of = _segments(item, is_map)
     file.check_size((*shape, max(len(segments), 1)))
     ras: AffineArray = LPS_TO_RAS @ affine
-    return Source(
-        shape, ras, 2, _voxels(file, item, frames, slices, layer_of, shape), segments=segments
-    )
+    return Source(shape, ras, 2, _voxels(file, item, frames, slices, layer_of, shape), segments=segments)
 
 
 def _frames(file: InputFile, item: Dataset, is_map: bool) -> list[_Frame]:

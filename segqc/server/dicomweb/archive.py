@@ -30,7 +30,7 @@ class Archive:
             cache_bytes: of images that are kept in memory.
         """
         self._dataset = dataset
-        self._headers: BoundedCache[str, ScanHeader] = BoundedCache(_MAX_HEADERS)
+        self._headers: BoundedCache[tuple[str, str | None], ScanHeader] = BoundedCache(_MAX_HEADERS)
         self._images: BoundedCache[str, ScanImages] = BoundedCache(cache_bytes, lambda images: images.size_bytes)
         self._reading = threading.Semaphore(_READ_AT_ONCE)
         self._names: dict[str, str] = {}
@@ -47,7 +47,8 @@ class Archive:
         Raises:
             UnknownScan: if there is none, or its file is gone.
         """
-        return DicomScan(self._dataset.verify_scan(name))
+        record, source = self._dataset.verify_scan(name), self._dataset.pacs
+        return DicomScan(record, None if source is None else source.images(self._dataset.store, record))
 
     def study(self, uid: str) -> DicomScan:
         """The scan that is a study, whose file was just seen to hold its content.
@@ -73,7 +74,7 @@ class Archive:
             RequestError: 404 if the file is gone or holds another content by now.
             VolumeError: if it cannot be read.
         """
-        header = self._headers.get(scan.study_uid, lambda: self._read_header(scan))
+        header = self._headers.get((scan.record.name, scan.record.sha256), lambda: self._read_header(scan))
         return replace(header, scan=scan)  # the store may know another patient by now
 
     def images(self, scan: DicomScan) -> ScanImages:
@@ -81,7 +82,7 @@ class Archive:
         return self._images.get(scan.record.sha256 or "", lambda: self._read_images(scan))
 
     def _read_header(self, scan: DicomScan) -> ScanHeader:
-        path = self._dataset.folder / scan.record.file
+        path = self._dataset.scan_file(scan.record)
         try:
             grid = read_grid(path, limits=self._dataset.settings.intake)
         except VolumeError:
@@ -95,7 +96,7 @@ class Archive:
         return ScanHeader.of(scan, grid, modality)
 
     def _read_images(self, scan: DicomScan) -> ScanImages:
-        path = self._dataset.folder / scan.record.file
+        path = self._dataset.scan_file(scan.record)
         with self._reading:
             try:
                 volume = read_scan(path, limits=self._dataset.settings.intake, memory_order="K")

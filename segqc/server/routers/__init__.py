@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
+from segqc.server.dicomweb import pacs_routes
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.routers import (
     batch,
@@ -38,7 +39,11 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
-    dicomweb.router,
     dicomweb.scan_router,
     others.router,
 )
+
+
+def dicomweb_router(*, from_pacs: bool) -> APIRouter:
+    """The routes of DICOMweb: on the folder's files, or on the series of a PACS."""
+    return pacs_routes.router if from_pacs else dicomweb.router

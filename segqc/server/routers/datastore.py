@@ -97,9 +97,7 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelP
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        submitted = read_submission(
-            received, dataset.scan_file(scan), names, params, configured=named, limits=limits
-        )
+        submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
         body = submit(dataset, scan, submitted, received, tag, actor, params, info)
     if "segmentationMeta" in info:
