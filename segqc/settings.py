@@ -262,16 +262,18 @@ class PacsSettings(BaseModel):
     def _address(cls, value: str | None) -> str | None:
         return None if value is None else pacs_address(value)
 
-    @model_validator(mode="after")
-    def _one_way_to_sign_in(self) -> PacsSettings:
+    @property
+    def problem(self) -> str | None:
+        """What does not go together, as the end of a sentence; it shows no password, as a validator's error would."""
+        if self.url is None:
+            return None
         if self.token is not None and (self.user or self.password):
-            raise ValueError("name a user with a password, or a token, and not both")
+            return "name a user with a password, or a token, and not both"
         if (self.user is None) != (self.password is None):
-            raise ValueError("user and password belong together: name the user here, and the password in the "
-                             "environment variable SEGQC_PACS__PASSWORD")  # fmt: skip
+            return "user and password belong together: set SEGQC_PACS__USER and SEGQC_PACS__PASSWORD"
         if self.client_key is not None and self.client_certificate is None:
-            raise ValueError("client_key belongs to a client_certificate, which is not named")
-        return self
+            return "client_key belongs to a client_certificate, which is not named"
+        return None
 
 
 def pacs_address(value: str) -> str:
@@ -610,9 +612,12 @@ def load_settings(
     flags = dict(overrides or {})
     _refuse_secrets(path, table)
     try:
-        return _settings_of(table, flags)
+        settings = _settings_of(table, flags)
     except (ValidationError, UnreadableVariable) as error:
         raise SettingsError(_blame(error, path, table, flags)) from error
+    if (problem := settings.pacs.problem) is not None:
+        raise SettingsError(f"{path or 'settings'}: pacs: {problem}")
+    return settings
 
 
 def _refuse_secrets(path: Path | None, table: Mapping[str, object]) -> None:

@@ -90,7 +90,7 @@ class ScanCache:
                 for file in staged.iterdir():
                     os.replace(file, folder / file.name)
             os.utime(folder, (_LONG_AGO, _LONG_AGO))
-        self._trim()
+        self._trim(sha256)
         return folder / made.name
 
     def staging(self) -> Path:
@@ -98,7 +98,8 @@ class ScanCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
-    def _trim(self) -> None:
+    def _trim(self, newest: str) -> None:
+        """Remove what was not asked for longest, but for what has come this moment."""
         for left in self._folder.glob(".*"):  # by a process that was killed
             with contextlib.suppress(OSError):
                 if left.stat().st_mtime < time.time() - _STALE_SECONDS:
@@ -109,8 +110,9 @@ class ScanCache:
             used_at, size, folder = entries.pop()
             if used_at > time.time() - IN_USE_SECONDS:
                 return
-            remove(folder)
-            total -= size
+            if folder.name != newest:
+                remove(folder)
+                total -= size
 
     def _entries(self) -> Sequence[tuple[float, int, Path]]:
         """When each scan was asked for last, its size and its folder."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydicom.dataset import Dataset
@@ -36,6 +37,7 @@ JsonItem: TypeAlias = Mapping[str, Any]
 UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 JSON: Final = "application/dicom+json"
 MAX_UID: Final = 64
+_PLAIN: Final = re.compile(r"[^A-Za-z0-9._~-]+")
 _PAGE: Final = 200
 _TRIES: Final = 3
 _PAUSE_SECONDS: Final = 0.3
@@ -193,7 +195,7 @@ class PacsClient:
         """
         headers = {"Accept": accept, **({"Content-Type": content_type} if content_type else {})}
         with self._http().stream(
-            method, address, params=httpx.QueryParams(tuple(parameters)), headers=headers, content=content
+            method, f"{address}?{_query(parameters)}" if parameters else address, headers=headers, content=content
         ) as answer:
             if not answer.is_success:
                 raise self._refused(answer)
@@ -265,9 +267,12 @@ class PacsClient:
     def search(
         self, modality: str | None, description: str | None = None, patient: str | None = None
     ) -> Iterator[FoundSeries]:
-        """Find series, page by page; each is checked again, as not every PACS knows every filter."""
+        """Find series, page by page; each is checked again, as not every PACS knows every filter.
+
+        Of the values only plain characters are asked for, and wildcards for all others: Orthanc does not decode them.
+        """
         wanted = {"Modality": modality, "SeriesDescription": description, "PatientID": patient}
-        asked = [(name, value) for name, value in wanted.items() if value is not None]
+        asked = [(name, _PLAIN.sub("*", value)) for name, value in wanted.items() if value is not None]
         asked += [("includefield", name) for name in _INCLUDED]
         seen: set[str] = set()
         while True:
@@ -318,7 +323,8 @@ class PacsClient:
             if boundary is None:
                 raise PacsRefused(f"the PACS at {self.url} sends no DICOM files; is it DICOMweb?")
             try:
-                yield from parts(answer.iter_bytes(), boundary)
+                for part in parts(answer.iter_bytes(), boundary):
+                    yield part.content
             except ValueError as error:
                 raise httpx.RemoteProtocolError(str(error)) from error
 
@@ -392,6 +398,11 @@ class PacsClient:
             return [str(item["ID"]) for item in found if item.get("Type") == "Series"]
 
         return self._again(ask)
+
+
+def _query(parameters: Parameters) -> str:
+    """A query with its wildcards as they are, which Orthanc would not know again otherwise."""
+    return "&".join(f"{quote(name, safe='')}={quote(value, safe='*?,')}" for name, value in parameters)
 
 
 def text_of(item: JsonItem, tag: str) -> str:

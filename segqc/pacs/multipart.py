@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 _BOUNDARY: Final = re.compile(r'boundary="?([^";,\s]{1,200})"?', re.IGNORECASE)
+_TYPE: Final = re.compile(rb"^content-type:([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _MAX_HEADERS: Final = 1 << 14
 DICOM: Final = "application/dicom"
 
@@ -19,14 +21,24 @@ def boundary_of(content_type: str) -> bytes | None:
     return found.group(1).encode() if is_multipart and found is not None else None
 
 
-def parts(chunks: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
-    r"""Split a message into the contents of its parts, as it comes.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a message: its type and its content; no other header is kept."""
+
+    content_type: str
+    content: bytes
+
+
+def parts(chunks: Iterable[bytes], boundary: bytes) -> Iterator[Part]:
+    r"""Split a message into its parts, as it comes.
 
     Raises:
         ValueError: if it ends before its last part is whole.
 
-    >>> list(parts([b"--x\r\nA: b\r\n\r\none\r\n-", b"-x\r\n\r\ntwo\r\n--x--"], b"x"))
-    [b'one', b'two']
+    >>> for part in parts([b"--x\r\nContent-Type: a/b\r\n\r\none\r\n-", b"-x\r\n\r\ntwo\r\n--x--"], b"x"):
+    ...     print(part)
+    Part(content_type='a/b', content=b'one')
+    Part(content_type='', content=b'two')
     """
     mark = b"\r\n--" + boundary
     rest = bytearray(b"\r\n")
@@ -36,7 +48,7 @@ def parts(chunks: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
         rest += chunk
         while (at := rest.find(mark, looked)) >= 0:
             if not is_first:
-                yield _content(bytes(rest[:at]))
+                yield _part(bytes(rest[:at]))
             del rest[: at + len(mark)]
             is_first, looked = False, 0
         looked = max(0, len(rest) - len(mark))
@@ -44,14 +56,23 @@ def parts(chunks: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
         raise ValueError("it ended before its last part was whole")
 
 
-def _content(part: bytes) -> bytes:
-    """A part without its headers."""
-    if part.startswith(b"\r\n\r\n"):
-        return part[4:]
-    end = part.find(b"\r\n\r\n", 0, _MAX_HEADERS)
+def _part(part: bytes) -> Part:
+    end = 0 if part.startswith(b"\r\n\r\n") else part.find(b"\r\n\r\n", 0, _MAX_HEADERS)
     if end < 0:
         raise ValueError("one of its parts has no headers")
-    return part[end + 4 :]
+    found = _TYPE.search(part, 0, end)
+    return Part("" if found is None else found.group(1).decode("latin-1").strip(), part[end + 4 :])
+
+
+def joined(parts_: Iterable[Part], boundary: bytes) -> Iterator[bytes]:
+    """A message of parts, as they come."""
+    for part in parts_:
+        headers = f"Content-Type: {part.content_type}\r\n" if part.content_type else ""
+        head = f"\r\n{headers}Content-Length: {len(part.content)}\r\n\r\n"
+        yield b"--" + boundary + head.encode("latin-1")
+        yield part.content
+        yield b"\r\n"
+    yield b"--" + boundary + b"--\r\n"
 
 
 def message(files: Sequence[bytes]) -> tuple[bytes, str]:

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 SUFFIX: Final = ".nii"
 """Scans are kept uncompressed: the same voxels are the same bytes, whatever library writes them."""
 _BYTES_PER_VOXEL: Final = 8  # with headers; no scan within the limits needs more
+_TRIES: Final = 3  # to read a file that may be removed at any moment
 _OTHER_BYTES: Final = 1 << 30
 
 
@@ -225,7 +226,7 @@ class PacsScans:
             return False
         if scan.missing_since is None and self.cache.find(scan.sha256 or "", scan.file) is not None:
             return True
-        self._fetch_again(store, scan, split_config)
+        self._look_at(store, scan, split_config)
         with store.read() as transaction:
             now = scans.get(transaction, scan.name)
         return now.missing_since is None and (now.id, now.sha256) == (scan.id, scan.sha256)
@@ -233,23 +234,18 @@ class PacsScans:
     def file(self, store: Store, scan: ScanRecord) -> Path:
         """The file of a scan; see `ScanSource.file`."""
         sha256 = self._fresh.get(scan.file, scan.sha256 or "")
-        found = self.cache.find(sha256, scan.file)
-        if found is None and scan.former_name is None:
-            with self._fetching:  # whoever waits here finds what another one has fetched
-                if self.cache.find(sha256, scan.file) is None:
-                    self._fetch_again(store, scan, self._settings.split_config())
-                found = self.cache.find(sha256, scan.file)
-        if found is not None:
-            return found
-        with store.read() as transaction:
-            now = scans.get(transaction, scan.name)
-        if now.missing_since is not None and scan.former_name is None:
-            raise UnknownScan(f"the series of the scan {scan.name!r} is gone from the PACS; see 'segqc scans'")
-        raise ScanReplaced(f"the scan {scan.name!r} holds other images in the PACS now; do this again")
+        for _ in range(_TRIES):
+            found = self.cache.find(sha256, scan.file)
+            if found is None:
+                with self._fetching:  # whoever waited here finds what another one has fetched
+                    found = self.cache.find(sha256, scan.file) or self._fetch_again(store, scan)
+            if found is not None:
+                return found
+        raise PacsRefused(f"{self.cache.staging()}: is emptied all the time; let its files be for some seconds")
 
     def images(self, store: Store, scan: ScanRecord) -> SeriesImages:
         """The images that a scan's slices are; fails as `file` does."""
-        for _ in range(2):
+        for _ in range(_TRIES):
             try:
                 return self.cache.images(self.file(store, scan))
             except FileNotFoundError:  # removed this moment
@@ -258,16 +254,35 @@ class PacsScans:
             f"{self.cache.staging()}: is emptied all the time; let the files of scans be for some seconds"
         )
 
-    def _fetch_again(self, store: Store, scan: ScanRecord, split_config: SplitConfig) -> None:
+    def _fetch_again(self, store: Store, scan: ScanRecord) -> Path | None:
+        """Fetch the series of a scan and take in what it is now; its file, or None where that was removed meanwhile.
+
+        Raises:
+            UnknownScan: if the series is gone.
+            ScanReplaced: if it has other images.
+            SourceUnavailable: if it is not to be had now.
+        """
+        self._look_at(store, scan, self._settings.split_config())
+        with store.read() as transaction:
+            now = scans.get(transaction, scan.name)
+        if scan.former_name is None and now.missing_since is not None:
+            raise UnknownScan(f"the series of the scan {scan.name!r} is gone from the PACS; see 'segqc scans'")
+        if (now.id, now.sha256) != (scan.id, scan.sha256) or now.missing_since is not None:
+            raise ScanReplaced(f"the scan {scan.name!r} holds other images in the PACS now; do this again")
+        return self.cache.find(scan.sha256 or "", scan.file)
+
+    def _look_at(self, store: Store, scan: ScanRecord, split_config: SplitConfig) -> None:
         """Fetch the series of a scan, and take in what it is now."""
+        if scan.former_name is not None:
+            return
         with store.read() as transaction:
             record = pacs.series_of(transaction, scan.file)
         series = self.client.find_series(record.series_uid) if record is not None else None
         if series is None:
             with store.write() as transaction:
                 scans.mark_missing(transaction, [scan.file], PACS)
-            return
-        self._take_in(store, split_config, series, frozenset())
+        else:
+            self._take_in(store, split_config, series, frozenset())
 
     def _fetch(self, store: Store, series: FoundSeries, folder: Path) -> list[Looked]:
         """Fetch a series and make a file of each of its volumes; a series without one is a finding."""

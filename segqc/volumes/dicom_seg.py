@@ -197,7 +197,10 @@ def _voxels(
     shape: tuple[int, int, int],
 ) -> Callable[[], Array]:
     def load() -> Array:
-        pixels = item.pixel_array.reshape(len(frames), shape[1], shape[0])
+        try:
+            pixels = item.pixel_array.reshape(len(frames), shape[1], shape[0])
+        except Exception as error:  # pydicom raises many kinds, none with a common base
+            raise file.error(f"is a damaged segmentation ({first_line(error)}); store it again.") from error
         padding = item.get("PixelPaddingValue")
         layers = np.zeros((max(layer_of.values(), default=0) + 1, *shape), np.uint16)
         seen: set[tuple[int, int]] = set()

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from segqc.pacs.client import PacsClient, Parameters, is_uid, text_of
 from segqc.pacs.errors import PacsRefused
+from segqc.pacs.multipart import boundary_of, joined, parts
 from segqc.pacs.source import PacsScans
 from segqc.server.dicomweb.archive import unknown
 from segqc.server.dicomweb.cache import BoundedCache
@@ -178,7 +179,7 @@ def _narrower(settings: PacsSettings, path: str, asked: Parameters) -> Iterator[
     names = {name for name, _ in asked}
     if path.startswith("/studies/"):
         return
-    if settings.patient is not None and not names & {"PatientID", "00100020"}:
+    if settings.patient is not None and settings.patient.isascii() and not names & {"PatientID", "00100020"}:
         yield "PatientID", settings.patient
     keyword = "ModalitiesInStudy" if path == "/studies" else "Modality"
     if len(settings.modality) == 1 and not names & {"ModalitiesInStudy", "Modality", "00080061", "00080060"}:
@@ -317,12 +318,16 @@ async def _pass_on(request: Request, check: Callable[[], object], path: str) -> 
                 raise RequestError(error.code or 404, str(error)) from error
             raise
 
+        media_type = answer.headers.get("Content-Type", "application/octet-stream")
+        mark = boundary_of(media_type)
+
         def body() -> Iterator[bytes]:
             try:
-                yield from answer.iter_bytes()
+                # without the other headers of the parts, which name the PACS
+                yield from answer.iter_bytes() if mark is None else joined(parts(answer.iter_bytes(), mark), mark)
             finally:
                 close()
 
-        return StreamingResponse(body(), answer.status_code, media_type=answer.headers.get("Content-Type"))
+        return StreamingResponse(body(), answer.status_code, media_type=media_type)
 
     return await in_slot(request, work)
