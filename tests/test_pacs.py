@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import os
 import shutil
 import socket
 import threading
@@ -30,22 +29,11 @@ from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.sources import SourceUnavailable
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_labels, read_scan, temporary_labels
-from tests.pacs_kit import PASSWORD, USER, Orthanc, running_orthanc, segmentation, series, to_bytes
+from tests.pacs_kit import PASSWORD, USER, Orthanc, segmentation, series, to_bytes
 
 ANNA = Actor(kind="person", name="anna", identified_by="client-id")
 STRUCTURES = {"liver": 1, "spleen": 4, "cord": 9}
 SHAPE = (24, 20, 8)
-
-
-@pytest.fixture(scope="session")
-def orthanc() -> Iterator[Orthanc]:
-    try:
-        with running_orthanc() as found:
-            yield found
-    except FileNotFoundError as error:
-        if os.environ.get("SEGQC_TEST_ORTHANC") == "required":
-            raise
-        pytest.skip(f"no Orthanc to test with: {error}")
 
 
 @pytest.fixture(autouse=True)
