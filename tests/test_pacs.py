@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import json
 import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,9 @@ import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 from pydicom.uid import generate_uid
+from typer.testing import CliRunner
 
+from segqc.cli.main import app
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.review import review
 from segqc.pacs.client import PacsClient
@@ -572,6 +578,18 @@ def test_what_fails_is_noted_and_tried_again(hospital: Hospital, monkeypatch: py
     assert publish(dataset) == 1
 
 
+def test_the_command_says_what_lies_there(hospital: Hospital) -> None:
+    hospital.add(0, "a")
+    dataset = hospital.open()
+    keep(dataset, dataset.scans()[0].id, drawn(1))
+    told = CliRunner().invoke(app, ["pacs", str(hospital.folder), "--store", "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert (found["to_be_done"], found["segmentations"][0]["state"]) == (0, "stored")
+    checked = CliRunner().invoke(app, ["db", "check", str(hospital.folder)])
+    assert checked.exit_code == 0, checked.output
+
+
 def test_labels_are_kept_here_where_the_settings_say_so(hospital: Hospital) -> None:
     hospital.write(store_labels=False)
     assert hospital.open().publisher is None
@@ -708,3 +726,52 @@ def test_certificates_that_are_none_are_named(tmp_path: Path) -> None:
     client = PacsClient(PacsSettings(url="https://127.0.0.1:1", ca_file=tmp_path / "ca.pem"))
     with pytest.raises(PacsUnavailable, match=r"ca\.pem: is no certificate"):
         client.scan_series()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a server's certificate and key for 127.0.0.1, signed by itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes certificates, is nowhere")
+    folder = tmp_path_factory.mktemp("tls")
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("wants_client", [False, True])
+def test_certificates_are_checked(certificates: Path, wants_client: bool) -> None:
+    cert, key = certificates / "cert.pem", certificates / "key.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    if wants_client:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cert)
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Nothing)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"https://127.0.0.1:{server.server_port}"
+    own = {"client_certificate": cert, "client_key": key}
+    try:
+        assert PacsClient(PacsSettings(url=url, ca_file=cert, **own)).scan_series() == []
+        assert PacsClient(PacsSettings(url=url, verify=False, **own)).scan_series() == []
+        refused = [PacsSettings(url=url, **own)]
+        if wants_client:
+            refused += [PacsSettings(url=url, ca_file=cert), PacsSettings(url=url, verify=False)]
+        for settings in refused:
+            with pytest.raises(PacsUnavailable, match="does not answer"):
+                PacsClient(settings).scan_series()
+    finally:
+        server.shutdown()
+        server.server_close()

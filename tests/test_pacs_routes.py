@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -235,8 +236,25 @@ def test_the_loop_goes_on_while_the_cache_is_removed(
         )
     assert answer.status_code == 200, answer.text
     hospital.wipe()
+    assert client.get("/segqc/pacs").json() == {"problem": None, "to_be_done": 1, "segmentations": []}
     dataset = hospital.open()
     assert publish(dataset) == 1
+    told = client.get("/segqc/pacs").json()
+    assert (told["to_be_done"], told["segmentations"][0]["state"]) == (0, "stored")
     (seg,) = hospital.orthanc.segmentations(str(stored["own"][0].StudyInstanceUID))
     assert [str(s.SegmentLabel) for s in seg.SegmentSequence] == ["liver", "spleen", "cord"]
     assert keep(dataset, uid, drawn(1, 9)).id
+
+
+def test_new_series_are_looked_for_at_hand(hospital: Hospital, client: TestClient) -> None:
+    def total() -> int:
+        return int(client.get("/datastore/?output=stats").json()["total"])
+
+    before = total()
+    hospital.add(7, "new", description="axial T2")
+    assert client.post("/segqc/pacs/sync").status_code == 200
+    until = time.monotonic() + 60
+    while total() == before:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert total() == before + 1

@@ -30,6 +30,7 @@ from segqc.cli import (
     evaluation,
     import_export,
     models,
+    pacs,
     pseudo_labels,
     rounds,
     simulation,
@@ -98,6 +99,7 @@ app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
 app.add_typer(certificate.app)
+app.add_typer(pacs.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(simulation.app, name="simulate", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)

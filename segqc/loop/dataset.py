@@ -35,7 +35,7 @@ from segqc.store.schema import LABELLED_STATES, OPEN_STATES
 from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
 from segqc.types import Assessment, DriftAlarm, Structure, label_names, structures_of_values, values_in
-from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, scan_suffix
 
 if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
@@ -233,7 +233,7 @@ class Dataset:
             VolumeError: if it can't be used.
             ScanReplaced: if it holds another content by now.
         """
-        scan = read_scan(self.image_file(entry), limits=self.settings.intake)
+        scan = self._read(entry)
         try:
             now = self.verify_scan(entry.id)
         except UnknownScan as error:
@@ -241,6 +241,15 @@ class Dataset:
         if entry.sha256 is not None and now.sha256 != entry.sha256:
             raise ScanReplaced(f"{entry.image.name}: another scan has taken its place meanwhile; do this again")
         return scan
+
+    def _read(self, entry: ScanEntry) -> Volume:
+        path = self.image_file(entry)
+        try:
+            return read_scan(path, limits=self.settings.intake)
+        except VolumeError:
+            if self.pacs is None or path.exists():
+                raise
+            return read_scan(self.image_file(entry), limits=self.settings.intake)  # it was removed this moment
 
     def scans(self) -> list[ScanEntry]:
         """All scans whose files are there, in the order of their names."""
@@ -335,7 +344,13 @@ class Dataset:
 
     def fetcher(self, scan: ScanRecord) -> Callable[[], Path] | None:
         """What brings a scan's file here when it is read; None where it lies in the folder."""
-        return None if self.pacs is None else functools.partial(self._file_of, scan.name, scan.sha256)
+        return None if self.pacs is None else functools.partial(self._fetch_case, scan.name, scan.sha256)
+
+    def _fetch_case(self, name: str, content: str | None) -> Path:
+        try:
+            return self._file_of(name, content)
+        except (UnknownScan, ScanReplaced) as error:  # it is left out, as a file is that cannot be read
+            raise VolumeError(str(error)) from error
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:
         """Fold and role of each patient, given once and stored."""

@@ -60,7 +60,7 @@ def take_in_segmentations(
     """
     with store.read() as transaction:
         known, studies = pacs.known_segmentations(transaction), set(pacs.readable_series(transaction).values())
-    found = [series for series in client.search("SEG") if series.study_uid in studies]
+    found = [series for series in client.search("SEG", patient=settings.pacs.patient) if series.study_uid in studies]
     for series in found:
         key = (series.series_uid, series.signature)
         is_new = series.series_uid not in known and key not in passed_over

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from segqc.pacs.cache import ScanCache, SeriesImages
 from segqc.pacs.client import FoundSeries, PacsClient
@@ -27,7 +28,7 @@ from segqc.store.records import ScanRecord, SeriesRecord
 from segqc.store.scans import Known, ScanReplaced, UnknownScan
 from segqc.store.sources import ScanChanges, SourceUnavailable
 from segqc.store.store import Store
-from segqc.store.sync import Looked, is_still, labelled_scans, note_scans, part_from_labels, regroup, sentence_about
+from segqc.store.sync import Looked, labelled_scans, note_scans, part_from_labels, regroup, sentence_about
 from segqc.text import nfc, printable
 from segqc.volumes import (
     DicomContents,
@@ -100,6 +101,15 @@ class PacsScans:
             return ScanChanges()
         self._now.clear()
         self._last_look = time.monotonic()
+        try:
+            with FileLock(store.own / "pacs-sync.lock", timeout=0):
+                return self._look(store, split_config, noted, stop)
+        except Timeout:  # another process does so
+            return ScanChanges()
+
+    def _look(
+        self, store: Store, split_config: SplitConfig, noted: Mapping[str, Finding], stop: Callable[[], bool]
+    ) -> ScanChanges:
         changes = ScanChanges()
         try:
             found = {series.series_uid: series for series in self.client.scan_series()}
@@ -136,11 +146,12 @@ class PacsScans:
         files: dict[str, list[str]] = {}
         for file, record in kept.items():
             files.setdefault(record.series_uid, []).append(file)
+        refused = {(_series_of(finding), finding.signature) for finding in noted.values() if finding.kind == "scan"}
         unsettled = [
             series
             for uid, series in found.items()
             if not _is_settled([known[f] for f in files.get(uid, []) if f in known], series)
-            and not is_still(noted, f"{uid}{SUFFIX}", series.signature)
+            and (uid, series.signature) not in refused
         ]
         changes = ScanChanges()
         labelled = labelled_scans(store) if unsettled else set()
@@ -148,12 +159,13 @@ class PacsScans:
         unsettled.sort(key=lambda s: (s.series_uid not in labelled, s.patient, s.study_uid, s.series_uid))
         for done, series in enumerate(unsettled):
             if stop():
+                self._now.set()  # the rest comes with the next call
                 return changes
             if len(unsettled) > 1:
                 logger.info("taking in series of the PACS: %d of %d", done + 1, len(unsettled))
             changes = _sum(changes, self._take_in(store, split_config, series, labelled))
         gone = [f for uid, of_series in files.items() if uid not in found for f in of_series]
-        over = {f"{uid}{SUFFIX}" for uid in _series_of_findings(noted)} - {f"{uid}{SUFFIX}" for uid in found}
+        over = {file for file, finding in noted.items() if finding.kind == "scan" and _series_of(finding) not in found}
         present = [file for file in gone if file in known and not known[file].missing]
         if present or over:
             with store.write() as transaction:
@@ -339,8 +351,9 @@ def _has_finding(looked: Sequence[Looked], file: str) -> bool:
     return any(look.file == file and look.finding is not None for look in looked)
 
 
-def _series_of_findings(noted: Mapping[str, Finding]) -> set[str]:
-    return {f.file.removesuffix(SUFFIX).split("_")[0] for f in noted.values() if f.kind == "scan"}
+def _series_of(finding: Finding) -> str:
+    """The series that was not taken in, or a volume of it."""
+    return finding.file.removesuffix(SUFFIX).partition("_")[0]
 
 
 def _is_settled(known: Sequence[Known], series: FoundSeries) -> bool:

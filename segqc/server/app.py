@@ -48,7 +48,7 @@ from segqc.server.monailabel.exceptions import (
 )
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
-from segqc.server.routers import ROUTERS, dicomweb_router
+from segqc.server.routers import ROUTERS, dicomweb_routers
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
 
@@ -120,7 +120,7 @@ def create_app() -> FastAPI:
     app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
-    routers = (*ROUTERS, dicomweb_router(from_pacs=_scans_are_of_pacs()))
+    routers = (*ROUTERS, *dicomweb_routers(from_pacs=_scans_are_of_pacs()))
     for router in routers:
         app.include_router(router)
     if settings.MONAI_LABEL_AUTH_ENABLE:

@@ -56,9 +56,11 @@ def forget_series(transaction: Transaction, files: Collection[str]) -> None:
         transaction.execute(delete(SeriesRow).where(SeriesRow.file == file))
 
 
-def readable_series(transaction: Transaction) -> dict[str, str]:
-    """The series of the scans that are there, each with its study."""
+def readable_series(transaction: Transaction, study_uid: str | None = None) -> dict[str, str]:
+    """The series of the scans that are there, each with its study: all of them, or those of one study."""
     query = select(SeriesRow.series_uid, SeriesRow.study_uid).join(Scan, Scan.file == SeriesRow.file)
+    if study_uid is not None:
+        query = query.where(SeriesRow.study_uid == study_uid)
     return {row.series_uid: row.study_uid for row in transaction.execute(query.where(Scan.missing_since.is_(None)))}
 
 

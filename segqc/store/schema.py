@@ -305,7 +305,7 @@ class SeriesRow(Base):
 
     __tablename__ = "series"
     file: Mapped[str] = mapped_column(primary_key=True)
-    study_uid: Mapped[str]
+    study_uid: Mapped[str] = mapped_column(index=True)
     series_uid: Mapped[str] = mapped_column(index=True)
 
 

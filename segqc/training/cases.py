@@ -126,12 +126,15 @@ def read_case(case: Case, values: Sequence[int]) -> tuple[Volume, Volume]:
         raise CaseError(case, error) from error
 
 
-def _read_scan(case: Case) -> Volume:
+def _read_scan(case: Case, *, again: bool = True) -> Volume:
+    path = case.scan
     try:
         path = case.scan if case.fetch is None else case.fetch()
         scan = read_scan(path, limits=case.limits)
         replaced = case.content is not None and case.content != content_sha256(path)
     except (VolumeError, OSError) as error:
+        if again and case.fetch is not None and not path.exists():  # it was removed this moment
+            return _read_scan(case, again=False)
         raise CaseError(case, error) from error
     if replaced:
         raise CaseError(case, "the scan's file was replaced meanwhile")

@@ -7,6 +7,7 @@ be reached. Who signs in there is the server; clients see neither its name nor i
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any, Final
 
@@ -22,16 +23,20 @@ from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.media import JSON_TYPES, choose
 from segqc.server.dicomweb.routes import MAX_RESULTS, Frames, Instance, Series, Study, address_of, in_slot
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import USER
+from segqc.server.monailabel.auth import ADMIN, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.settings import PacsSettings
 from segqc.store import pacs
+from segqc.store.records import JsonObject
 
 router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[USER])
+
+own_router = APIRouter(tags=["SegQC"])
 
 _STUDY: Final = "/studies/{study}"
 _SERIES: Final = f"{_STUDY}/series/{{series}}"
 _INSTANCE: Final = f"{_SERIES}/instances/{{instance}}"
+_LOOK_SECONDS: Final = 20.0
 _PAGE: Final = 500
 _MAX_PAGES: Final = 40
 _MAX_KNOWN: Final = 1000  # series whose instances are remembered
@@ -56,10 +61,10 @@ def _source() -> PacsScans:
     return found
 
 
-def _readable() -> dict[str, str]:
-    """The series that may be read, each with its study: those of the scans."""
+def _readable(study: str | None = None) -> dict[str, str]:
+    """The series that may be read, each with its study: those of the scans, all or of one study."""
     with current_app().context.dataset.store.read() as transaction:
-        return pacs.readable_series(transaction)
+        return pacs.readable_series(transaction, study)
 
 
 def _check(study: str, series: str | None = None, instance: str | None = None) -> list[str]:
@@ -68,7 +73,7 @@ def _check(study: str, series: str | None = None, instance: str | None = None) -
     Raises:
         RequestError: 404 if there is none.
     """
-    found = [uid for uid, of in _readable().items() if of == study] if is_uid(study) else []
+    found = list(_readable(study)) if is_uid(study) else []
     if not found:
         raise unknown("study", study)
     if series is None:
@@ -331,3 +336,43 @@ async def _pass_on(request: Request, check: Callable[[], object], path: str) -> 
         return StreamingResponse(body(), answer.status_code, media_type=media_type)
 
     return await in_slot(request, work)
+
+
+# ----------------------------------------------------------------------------------------------------------- the PACS
+
+
+@own_router.get("/segqc/pacs", dependencies=[USER], summary="Final labels in the PACS")
+def pacs_status() -> JsonObject:
+    """Tell which label versions lie in the PACS as DICOM SEG, which are on their way, and what went wrong last."""
+    source = _source()
+    with current_app().context.dataset.store.read() as transaction:
+        found = pacs.segmentations(transaction)
+        waiting = len(pacs.to_store(transaction)) + len(pacs.to_withdraw(transaction))
+    return {
+        "problem": source.problem,
+        "to_be_done": waiting,
+        "segmentations": [
+            {
+                "scan": record.scan,
+                "version": record.label,
+                "state": record.state,
+                "origin": record.origin,
+                "series": record.series_uid,
+                "attempts": record.attempts,
+                "problem": record.problem,
+                "since": record.changed_at.isoformat(),
+            }
+            for record in found
+        ],
+    }
+
+
+@own_router.post("/segqc/pacs/sync", dependencies=[ADMIN], summary="Look through the PACS now")
+def look_through() -> JsonObject:
+    """Look for new, changed and removed series before the usual time; what takes longer is done after the answer."""
+    _source().look_now()
+    until = time.monotonic() + _LOOK_SECONDS
+    datastore = current_app().datastore
+    datastore.refresh(lambda: time.monotonic() > until)
+    total: int = datastore.status()["total"]
+    return {"scans": total, "problem": _source().problem}

@@ -44,6 +44,6 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
 )
 
 
-def dicomweb_router(*, from_pacs: bool) -> APIRouter:
+def dicomweb_routers(*, from_pacs: bool) -> tuple[APIRouter, ...]:
     """The routes of DICOMweb: on the folder's files, or on the series of a PACS."""
-    return pacs_routes.router if from_pacs else dicomweb.router
+    return (pacs_routes.router, pacs_routes.own_router) if from_pacs else (dicomweb.router,)

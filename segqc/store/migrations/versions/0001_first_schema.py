@@ -510,6 +510,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("file", name=op.f("pk_series")),
     )
     op.create_index(op.f("ix_series_series_uid"), "series", ["series_uid"], unique=False)
+    op.create_index(op.f("ix_series_study_uid"), "series", ["study_uid"], unique=False)
     op.create_table(
         "segmentation",
         sa.Column("id", sa.Integer(), nullable=False),
