@@ -67,8 +67,14 @@ def pacs(
         }
         for record in found
     ]
-    title = (
-        f"{dataset.settings.pacs.url}: {len(dataset.scans())} scans, {len(rows)} label versions, {waiting} to be done"
+    count = f"{len(dataset.scans())} scans, {len(rows)} label versions, {waiting} to be done"
+    emit(
+        rows,
+        f"{dataset.settings.pacs.url}: {count}",
+        as_json=as_json,
+        as_csv=as_csv,
+        extra={"to_be_done": waiting, "remarks": dataset.remarks()},
+        key="segmentations",
+        terms=_TERMS,
+        empty="No label version is there yet.",
     )
-    emit(rows, title, as_json=as_json, as_csv=as_csv, key="segmentations", terms=_TERMS,
-         extra={"to_be_done": waiting, "remarks": dataset.remarks()}, empty="No label version is there yet.")  # fmt: skip
