@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from segqc.cli.main import app
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.review import review
+from segqc.loop.scoring import assess, current_mask
 from segqc.pacs.client import PacsClient
 from segqc.pacs.errors import PacsRefused, PacsUnavailable
 from segqc.settings import PacsSettings, SettingsError, load_settings, remember_pacs
@@ -33,9 +35,10 @@ from segqc.store.labels import FINAL, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, SegmentationState
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.store.sources import SourceUnavailable
-from segqc.types import LabelArray
+from segqc.types import LabelArray, Structure
 from segqc.volumes import Volume, read_labels, read_scan, temporary_labels
 from tests.pacs_kit import PASSWORD, USER, Orthanc, segmentation, series, to_bytes
+from tests.server_kit import add_models
 
 ANNA = Actor(kind="person", name="anna", identified_by="client-id")
 STRUCTURES = {"liver": 1, "spleen": 4, "cord": 9}
@@ -593,6 +596,45 @@ def test_the_command_says_what_lies_there(hospital: Hospital) -> None:
 def test_labels_are_kept_here_where_the_settings_say_so(hospital: Hospital) -> None:
     hospital.write(store_labels=False)
     assert hospital.open().publisher is None
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def test_estimates_and_error_maps_are_exported_on_request(hospital: Hospital, tmp_path: Path) -> None:
+    items = hospital.add(0, "a")
+    add_models(hospital.folder, tuple(Structure(name, (value,)) for name, value in STRUCTURES.items()))
+    dataset = hospital.open()
+    (entry,) = dataset.scans()
+    command = ["export", "dicom", str(hospital.folder), str(tmp_path / "out"), "--store"]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    assert "1 reports, 1 error maps and in the PACS" in told.stdout
+    maps = pydicom.dcmread(tmp_path / "out" / f"{entry.id}_errors.dcm")
+    assert maps.FrameOfReferenceUID == items[0].FrameOfReferenceUID
+    assert [str(s.SegmentLabel) for s in maps.SegmentSequence] == [f"errors of {name}" for name in STRUCTURES]
+    bundle = dataset.bundle()
+    assert bundle is not None
+    scan = dataset.read_scan(entry)
+    _, mask, prediction = current_mask(dataset, dataset.scan(entry.id), scan, bundle)
+    errors = assess(bundle, scan, mask, prediction, scan_id=entry.id, segmenter_version=None).errors
+    order = [str(item.SOPInstanceUID) for item in items]
+    for groups, frame in zip(maps.PerFrameFunctionalGroupsSequence, maps.pixel_array, strict=True):
+        number = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        source = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        expected = errors[number - 1, :, :, order.index(str(source))].T
+        np.testing.assert_allclose(frame / 255, expected, atol=0.5 / 255 + 1e-6)
+    report = hd.sr.MeasurementReport.from_sequence([pydicom.dcmread(tmp_path / "out" / f"{entry.id}_estimates.dcm")])
+    groups = report.get_image_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == list(STRUCTURES)
+    assert all("Volume of the mask" in {m.name.meaning for m in group.get_measurements()} for group in groups)
+    study = str(items[0].StudyInstanceUID)
+    assert len(hospital.orthanc.segmentations(study)) == 1
+    look(dataset)
+    assert dataset.scan(entry.id).final is None, "a map is no label"
+    assert not dataset.findings()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert len(hospital.orthanc.segmentations(study)) == 1, "the same mask has the same map"
 
 
 # ------------------------------------------------------------------------------------------------- SEGs that were found

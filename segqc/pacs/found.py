@@ -43,8 +43,8 @@ def take_in_segmentations(
     """Make label versions of the SEGs of the scans' studies that nobody here has made or taken in.
 
     Those that a person had a hand in become final labels, those of a program alone masks to start from, as the files
-    below ``labels/`` do. One that is older than the label that a scan has is left alone. What cannot be a label is
-    noted with a sentence.
+    below ``labels/`` do. One that is older than the label that a scan has is left alone, and so is a program's
+    fractional one, which is a map and no label. What cannot be a label is noted with a sentence.
 
     Args:
         store: the store.
@@ -128,6 +128,8 @@ def _scan_of(
 def _save(
     store: Store, settings: Settings, series: FoundSeries, scan: ScanRecord, header: SegmentationHeader, path: Path
 ) -> None:
+    if header.is_automatic and header.is_fractional:
+        return
     tag = ORIGINAL if header.is_automatic else FINAL
     with store.read() as transaction:
         last = labels.current(transaction, scan.name, tag)

@@ -6,11 +6,12 @@ alone would call it the first one (docs/pacs.md has the trial of both).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import highdicom as hd
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logging.getLogger("highdicom").setLevel(logging.WARNING)  # it logs what it copies
 
 _NAMESPACE: Final = uuid.UUID("0f6a1a6e-52b0-5a43-9a2e-6b0f0b0c5b57")
-_TISSUE: Final = Code("85756007", "SCT", "Tissue")
+TISSUE: Final = Code("85756007", "SCT", "Tissue")
 SERIES_NUMBER: Final = 900
 # Told apart by colour-blind eyes, too (Okabe and Ito), in the order of the label values.
 _COLOURS: Final = (
@@ -42,6 +43,14 @@ _WHITE: Final = (0.95047, 1.0, 1.08883)  # D65
 _TO_XYZ: Final = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of patients' names that have no caret, and the like."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def uid_of(label: LabelRecord, series_uid: str, what: str) -> str:
@@ -102,8 +111,7 @@ def make_segmentation(
     numbers = np.zeros(256, np.uint8)
     for number, value in enumerate(segments.values(), start=1):
         numbers[value] = number
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of patients' names without a caret, and the like
+    with quiet():
         item = hd.seg.Segmentation(
             source_images=list(headers),
             pixel_array=np.ascontiguousarray(numbers[labels].transpose(2, 1, 0)),
@@ -136,8 +144,8 @@ def _description(number: int, name: str, value: int, label: LabelRecord, series_
     described = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
-        segmented_property_category=_TISSUE,
-        segmented_property_type=_TISSUE,
+        segmented_property_category=TISSUE,
+        segmented_property_type=TISSUE,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
         tracking_uid=uid_of(label, series_uid, f"segment {value}"),
         tracking_id=name[:64],

@@ -33,12 +33,14 @@ class SegmentationHeader:
         series: the SeriesInstanceUIDs of the images that it was made of.
         images: their SOPInstanceUIDs.
         is_automatic: whether nobody had a hand in any of its segments.
+        is_fractional: whether it holds shares or probabilities, and no labels.
         made_at: ContentDate and ContentTime, ``20261130120000.0``; empty where it does not say them.
     """
 
     series: frozenset[str]
     images: frozenset[str]
     is_automatic: bool
+    is_fractional: bool
     made_at: str
 
 
@@ -69,7 +71,11 @@ def read_segmentation_header(path: Path) -> SegmentationHeader:
         kinds = {str(segment.get("SegmentAlgorithmType") or "") for segment in item.get("SegmentSequence") or []}
         made = f"{item.get('ContentDate') or ''}{item.get('ContentTime') or ''}"
         return SegmentationHeader(
-            frozenset(str(entry.SeriesInstanceUID) for entry in series), frozenset(images), kinds == {"AUTOMATIC"}, made
+            series=frozenset(str(entry.SeriesInstanceUID) for entry in series),
+            images=frozenset(images),
+            is_automatic=kinds == {"AUTOMATIC"},
+            is_fractional=item.get("SegmentationType") == "FRACTIONAL",
+            made_at=made,
         )
     except Exception as error:  # values are converted when they are asked for, with errors of many kinds
         raise VolumeError(f"{path.name} is damaged ({first_line(error)}); store it again.") from error
