@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from segqc.loop.processes import exit_by_signals
+from segqc.processes import exit_by_signals
 
 
 def main() -> None:

@@ -48,18 +48,21 @@ NO_PROGRESS: Final[Progress] = NoProgress()
 
 
 class LineProgress:
-    """Progress as log lines, at most one per percent of a task; a subclass may write them elsewhere."""
+    """Progress as log lines, at most one per percent of a task; a subclass may write them elsewhere.
+
+    Steps of several tasks may come in turn.
+    """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._last: tuple[str, int] = ("", -1)
+        self._last: dict[str, int] = {}
         self._time = TimeLeft(clock)
 
     def step(self, done: int, total: int, task: str, detail: str = "", *, unit: str = "scans") -> None:
         """Write a line, unless there was one for this percentage."""
         left = self._time.after(done, total, task)
-        key = (task, 100 * done // max(1, total))
-        if key != self._last:
-            self._last = key
+        percent = 100 * done // max(1, total)
+        if percent != self._last.get(task):
+            self._last[task] = percent
             self.write(done, total, f"{', '.join(filter(None, (unit, left)))}: {described(task, detail)}")
 
     def write(self, done: int, total: int, message: str) -> None:
@@ -76,15 +79,15 @@ class TimeLeft:
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._task = ""
-        self._first = (0, 0.0)  # done by then, and when
+        self._first: dict[str, tuple[int, float]] = {}  # done by then, and when
 
     def after(self, done: int, total: int, task: str) -> str:
         """Return the time left as text; empty at the end, and where it is too early to tell."""
         now = self._clock()
-        if task != self._task:
-            self._task, self._first = task, (done, now)
-        steps, seconds = done - self._first[0], now - self._first[1]
+        if task not in self._first or done <= self._first[task][0]:  # a task may be done again
+            self._first[task] = done, now
+        first, begun = self._first[task]
+        steps, seconds = done - first, now - begun
         if steps < 1 or seconds < _MIN_SECONDS or done >= total:
             return ""
         return f"{duration(seconds / steps * (total - done))} left"

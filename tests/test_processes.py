@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("hangups")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LISTEN = """
 import sys, tempfile, time
-from segqc.loop.processes import exit_by_signals
+from segqc.processes import exit_by_signals
 exit_by_signals()
 with tempfile.TemporaryDirectory():
     print("ready", flush=True)
@@ -57,7 +57,7 @@ LOST = {
 def test_a_signal_that_comes_where_no_exception_leaves_is_not_lost(place: str, tmp_path: Path) -> None:
     code = f"""
 import gc, os, signal, tempfile, time, weakref
-from segqc.loop.processes import exit_by_signals
+from segqc.processes import exit_by_signals
 exit_by_signals()
 
 def interrupt():
@@ -80,7 +80,7 @@ with tempfile.TemporaryDirectory():
 def test_other_exceptions_that_leave_nothing_are_told_and_a_signal_at_the_end_is_not() -> None:
     code = """
 import atexit, os, signal
-from segqc.loop.processes import exit_by_signals
+from segqc.processes import exit_by_signals
 exit_by_signals()
 
 class Fails:
@@ -98,7 +98,7 @@ atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
 def test_a_process_whose_work_is_done_is_not_killed_by_a_late_signal() -> None:
     code = """
 import os, signal, sys
-from segqc.loop.processes import exit_by_signals, ignore_ending_signals
+from segqc.processes import exit_by_signals, ignore_ending_signals
 exit_by_signals()
 ignore_ending_signals()
 
@@ -115,7 +115,7 @@ sys.last = Last()  # lives until Python has let go of all modules, and of the ha
 
 def test_a_signal_that_is_ignored_by_inheritance_stays_so() -> None:
     code = (
-        "import os, signal; from segqc.loop.processes import exit_by_signals, ending_signals\n"
+        "import os, signal; from segqc.processes import exit_by_signals, ending_signals\n"
         "exit_by_signals(); os.kill(os.getpid(), signal.SIGHUP); print(*(int(s) for s in ending_signals()))"
     )
     shell = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]  # as nohup

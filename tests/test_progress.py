@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 
 from segqc.cli.common import BarProgress, shown_progress
-from segqc.progress import LineProgress, NoProgress, Progress, WholeEstimate
+from segqc.progress import LineProgress, NoProgress, Progress, TimeLeft, WholeEstimate
 
 
 @pytest.mark.parametrize("total", [1, 3, 100, 101, 1000])
@@ -28,13 +28,25 @@ def test_a_task_writes_a_line_per_percent_at_most_and_always_its_last(
 def test_tasks_are_told_apart_by_their_whole_name(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "segqc")
     progress = LineProgress()
-    for task in ("fold: 0", "fold: 1", "fold: 1", "fold: 0"):
-        progress.step(0, 0, task)
+    for done in range(3):
+        for task in ("fold: 0", "fold: 1"):
+            progress.step(done, 200, task)
     assert [record.getMessage().split("] ")[1] for record in caplog.records] == [
-        "0/0 scans: fold: 0",
-        "0/0 scans: fold: 1",
-        "0/0 scans: fold: 0",
+        "0/200 scans: fold: 0",
+        "0/200 scans: fold: 1",
+        "2/200 scans: fold: 0",
+        "2/200 scans: fold: 1",
     ]
+
+
+def test_the_time_left_of_tasks_that_go_on_side_by_side() -> None:
+    clock = Time()
+    left = TimeLeft(clock)
+    for done in range(11):
+        found = [left.after(done, 20, "fold: 0"), left.after(done, 40, "fold: 1")]
+        clock.now += 1.0
+    assert found == ["10 s left", "30 s left"]
+    assert left.after(0, 20, "fold: 0") == ""  # done again
 
 
 def test_each_task_has_a_bar_of_its_own_whatever_its_details_hold() -> None:

@@ -122,7 +122,7 @@ SLEEPER = """
 import signal, sys
 from pathlib import Path
 from segqc.loop.dataset import Dataset
-from segqc.loop.processes import ending_signals
+from segqc.processes import ending_signals
 from segqc.loop.worker import Worker
 
 code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"

@@ -922,7 +922,7 @@ def worker(
 
     The server starts a worker by itself. More may run, also on other machines that see the folder and the database.
     """
-    from segqc.loop.processes import die_with_parent, ending_signals
+    from segqc.processes import die_with_parent, ending_signals
 
     if parent is not None:
         die_with_parent(signal.SIGTERM, parent)
@@ -960,9 +960,9 @@ def run_round(
     and whether more rounds are worth it.
     """
     from segqc.loop.due import outlook_of
-    from segqc.loop.processes import ending_signals
     from segqc.loop.requests import RoundRequest, enqueue
     from segqc.loop.worker import Worker
+    from segqc.processes import ending_signals
     from segqc.quality.stopping import outlook_sentence
     from segqc.store import bundles, jobs
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from segqc.loop.processes import die_with_parent, exit_by_signals
+from segqc.processes import die_with_parent, exit_by_signals
 
 if __name__ == "__main__":
     # before the slow imports: a worker that dies meanwhile would leave an orphan

@@ -33,8 +33,8 @@ from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset
 from segqc.loop.due import put_due_round
 from segqc.loop.locks import hold, is_abandoned
-from segqc.loop.processes import death_by_signal
 from segqc.loop.requests import KINDS, result_to_json
+from segqc.processes import death_by_signal
 from segqc.progress import LineProgress, step_line
 from segqc.quality.stopping import StopReason, outlook_sentence
 from segqc.settings import Settings, SettingsError

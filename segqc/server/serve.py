@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
-from segqc.loop.processes import ending_signals, ignore_ending_signals
+from segqc.processes import ending_signals, ignore_ending_signals
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,7 @@ from segqc.training.crossfit import MaskSet, crossfit_masks, sources_of_masks, s
 from segqc.training.engine import STEPS, Job, Loss, PrepareBatch, fit, write_mean_curve
 from segqc.training.patches import Patch
 from segqc.training.segmentation import check_enough, counted, plan_for, sizes, usable_cases
+from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
 from segqc.training.unseen import ServedErrors, served_errors, unseen_masks
 from segqc.training.warm_start import Lineage
@@ -140,7 +142,8 @@ def train_on_masks(
         assessor = fit_assessor("SegQC-Net", plan, train, validation, structures, settings, folder, progress)
         unseen = [(assessor, s) for s in _validating(sets, patient_splits)]
         return calibrated(assessor, train, unseen, settings, progress)
-    members = [train_member(k, sets, structures, patient_splits, settings, folder, progress) for k in range(len(folds))]
+    common = sets, structures, patient_splits, settings, folder
+    members = list(side_by_side([partial(train_member, k, *common) for k in range(len(folds))], settings, progress))
     write_mean_curve([folder / f"member-{k}" for k in range(len(folds))], folder)
     unseen = [
         (member, s)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from segqc.split import PatientSplit
 from segqc.training.cases import Case, label_values, load_example, read_case
 from segqc.training.engine import fit
 from segqc.training.segmentation import segmentation_job, segmenter_of
+from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
 from segqc.training.warm_start import Weights
 from segqc.types import LabelArray, Structure
@@ -158,9 +160,11 @@ def crossfit_masks(
         only: the folds whose cases' masks are made; by default all.
     """
     folds, made = folds_of_cases(cases, patient_splits), CrossfitMasks([], [])
-    for fold in folds if only is None else only:
+    wanted = folds if only is None else only
+    common = cases, structures, patient_splits, plan, settings, folder
+    trained = side_by_side([partial(train_fold, fold, *common) for fold in wanted], settings, progress)
+    for fold, networks in zip(wanted, trained, strict=True):
         held = [c for c in cases if patient_splits[c.patient].fold == fold]
-        networks = train_fold(fold, cases, structures, patient_splits, plan, settings, folder, progress)
         made.networks.append(networks[0])
         for i, case in enumerate(held):
             path = masks_file(networks, case, settings, folder / "masks")

@@ -143,8 +143,8 @@ def _keep_freed_memory() -> None:
 
 def fingerprint(job: Job, start: Start | None = None) -> str:
     """What a checkpoint must agree on to be continued: plan, settings, length, the examples' contents, the start."""
-    # how the network is asked later is no matter of its training
-    settings = dataclasses.replace(job.settings, average_flips=False, hide_mask=False)
+    # how the network is asked later is no matter of its training, nor is what goes on beside it
+    settings = dataclasses.replace(job.settings, average_flips=False, hide_mask=False, side_by_side=True)
     digest = hashlib.sha256(repr((job.plan, settings, job.epochs, job.scan_only_share, job.snapshots)).encode())
     digest.update(job.variant.encode())
     if start is not None:

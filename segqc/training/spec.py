@@ -54,6 +54,8 @@ class TrainingSettings:
     ``start`` "warm" lets each network begin at the weights that the last training gave the network of its role: the
     segmentation network, each fold's network, each SegQC-Net. "scratch" begins with new ones; see
     `segqc.training.engine`.
+    ``side_by_side`` lets trainings that do not need each other, those of the folds and of an ensemble, go on at once
+    where a CPU computes, in processes of their own (`segqc.training.side_by_side`).
     ``output_form`` "direct" with ``loss`` "dice" and a learning rate of 5e-4 is the paper's recipe.
     """
 
@@ -85,6 +87,7 @@ class TrainingSettings:
     ensemble: bool = True
     mixed_precision: bool = True
     start: Literal["scratch", "warm"] = "scratch"
+    side_by_side: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant.

@@ -46,8 +46,8 @@ from segqc.evaluation.data.cohort import (
 )
 from segqc.evaluation.data.settings import EvaluationSettings
 from segqc.evaluation.data.storage import Format, as_json
-from segqc.loop.processes import die_with_parent
 from segqc.networks.device import name_of_device
+from segqc.processes import die_with_parent
 from segqc.training import Progress
 from segqc.volumes import atomic_write
 
