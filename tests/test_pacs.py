@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import pickle
 import shutil
 import socket
 import ssl
@@ -265,6 +266,7 @@ def test_what_was_fetched_may_be_removed_at_any_time(hospital: Hospital) -> None
     keep(dataset, entry.id, drawn(1))
     hospital.wipe()
     (case,) = dataset.cases()
+    case = pickle.loads(pickle.dumps(case))  # as it goes to a training in a process of its own
     from segqc.training.cases import read_case
 
     assert read_case(case, (1,))[0].shape == SHAPE

@@ -24,7 +24,7 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.quality.witnesses import UNLIKENESS, named_witnesses, worst_witness
 from segqc.selection.expected_gain import EXPECTED_GAIN
-from segqc.settings import Settings, load_settings
+from segqc.settings import PacsSettings, Settings, StoreSettings, load_settings
 from segqc.split import PatientSplit
 from segqc.store import assessments, bundles, features, findings, labels, pacs, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
@@ -61,6 +61,34 @@ class ScanEntry:
     final: Path | None
     original: Path | None
     sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseFetcher:
+    """Brings a scan's file here when a training reads it, also in a process of its own."""
+
+    folder: Path
+    settings: Settings
+    scan: str
+    sha256: str | None
+
+    def __call__(self) -> Path:
+        """The file.
+
+        Raises:
+            VolumeError: if the scan is gone, or has another content.
+            SourceUnavailable: if it is not to be had now.
+        """
+        key = (self.folder, self.settings.pacs, self.settings.store)
+        if key not in _fetching:
+            _fetching[key] = Dataset(self.folder, self.settings, watched=True)
+        try:
+            return _fetching[key].named_file(self.scan, self.sha256)
+        except (UnknownScan, ScanReplaced) as error:  # it is left out, as a file is that cannot be read
+            raise VolumeError(str(error)) from error
+
+
+_fetching: dict[tuple[Path, PacsSettings, StoreSettings], Dataset] = {}  # one for each folder in this process
 
 
 class Dataset:
@@ -151,9 +179,10 @@ class Dataset:
         Raises:
             ScanReplaced: if another content has taken its place.
         """
-        return self._file_of(entry.id, entry.sha256)
+        return self.named_file(entry.id, entry.sha256)
 
-    def _file_of(self, name: str, content: str | None) -> Path:
+    def named_file(self, name: str, content: str | None) -> Path:
+        """The same by a scan's name and the SHA-256 of its content; None for any."""
         with self.store.read() as transaction:
             scan = scans.expect(transaction, name, content)
         return self.scan_file(scan)
@@ -344,13 +373,7 @@ class Dataset:
 
     def fetcher(self, scan: ScanRecord) -> Callable[[], Path] | None:
         """What brings a scan's file here when it is read; None where it lies in the folder."""
-        return None if self.pacs is None else functools.partial(self._fetch_case, scan.name, scan.sha256)
-
-    def _fetch_case(self, name: str, content: str | None) -> Path:
-        try:
-            return self._file_of(name, content)
-        except (UnknownScan, ScanReplaced) as error:  # it is left out, as a file is that cannot be read
-            raise VolumeError(str(error)) from error
+        return None if self.pacs is None else CaseFetcher(self.folder, self.settings, scan.name, scan.sha256)
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:
         """Fold and role of each patient, given once and stored."""
