@@ -227,6 +227,26 @@ def test_a_series_that_is_no_volume_is_one_sentence(hospital: Hospital, fault: s
     assert not dataset.findings()
 
 
+def test_a_series_that_is_not_sent_keeps_no_others_out(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = (str(hospital.add(seed, end)[0].SeriesInstanceUID) for seed, end in enumerate("ab"))
+    fetch = PacsClient.fetch_series
+
+    def fails(client: PacsClient, study: str, uid: str, folder: Path, limit: int) -> int:
+        if uid == bad:
+            raise PacsRefused("the PACS answers 500", 500)
+        return fetch(client, study, uid, folder, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PacsClient, "fetch_series", fails)
+        dataset = hospital.open()
+    assert [entry.id for entry in dataset.scans()] == [good]
+    (finding,) = dataset.findings()
+    assert finding.sentence.endswith("is not taken in: the PACS answers 500.")
+    look(dataset)
+    assert {entry.id for entry in dataset.scans()} == {bad, good}
+    assert not dataset.findings()
+
+
 def test_slices_in_any_order_and_echoes_become_volumes(hospital: Hospital) -> None:
     uid = generate_uid()
     study = generate_uid()
@@ -473,7 +493,7 @@ def test_the_one_before_is_withdrawn_after_the_new_one_is_stored(hospital: Hospi
     assert states(dataset) == ["withdrawn", "stored"]
     with dataset.store.read() as transaction:
         told = [e for e in events.history(transaction, "scan", record(dataset, entry.id).id) if e.actor.name == "PACS"]
-    assert [e.verb for e in told] == ["segmentation stored", "segmentation stored", "segmentation withdrawn"]
+    assert [e.verb for e in told] == ["found", "segmentation stored", "segmentation stored", "segmentation withdrawn"]
     assert told[-1].detail is not None
     assert told[-1].detail["version"] == first.id
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from segqc.pacs.client import FoundSeries, PacsClient
+from segqc.pacs.errors import PacsRefused
 from segqc.settings import Settings
 from segqc.store import findings, labels, pacs, scans
 from segqc.store.findings import Finding
@@ -68,7 +69,10 @@ def take_in_segmentations(
             continue
         if stop():
             return
-        _take_in(store, client, settings, series, images_of)
+        try:
+            _take_in(store, client, settings, series, images_of)
+        except PacsRefused as error:  # one must not keep all others out
+            logger.warning("%s is not taken in: %s", series.shown, error)
         passed_over.add(key)
     over = {f for f in noted if f.endswith(SUFFIX) and "/" not in f} - {f"{s.series_uid}{SUFFIX}" for s in found}
     if over:

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 SUFFIX: Final = ".nii"
 """Scans are kept uncompressed: the same voxels are the same bytes, whatever library writes them."""
 _BYTES_PER_VOXEL: Final = 8  # with headers; no scan within the limits needs more
+_MAX_FAILED: Final = 3  # series in a row that could not be fetched: the others will not be either
 _TRIES: Final = 3  # to read a file that may be removed at any moment
 _OTHER_BYTES: Final = 1 << 30
 
@@ -157,13 +158,21 @@ class PacsScans:
         labelled = labelled_scans(store) if unsettled else set()
         # patients of labelled scans are placed first, so that the few of the start are spread over both roles
         unsettled.sort(key=lambda s: (s.series_uid not in labelled, s.patient, s.study_uid, s.series_uid))
+        failed = 0
         for done, series in enumerate(unsettled):
             if stop():
                 self._now.set()  # the rest comes with the next call
                 return changes
             if len(unsettled) > 1:
                 logger.info("taking in series of the PACS: %d of %d", done + 1, len(unsettled))
-            changes = _sum(changes, self._take_in(store, split_config, series, labelled))
+            try:
+                changes = _sum(changes, self._take_in(store, split_config, series, labelled))
+                failed = 0
+            except SourceUnavailable as error:  # one series must not keep all others out
+                failed += 1
+                if failed == _MAX_FAILED:
+                    raise
+                self._note_failure(store, series, error)
         gone = [f for uid, of_series in files.items() if uid not in found for f in of_series]
         over = {file for file, finding in noted.items() if finding.kind == "scan" and _series_of(finding) not in found}
         present = [file for file in gone if file in known and not known[file].missing]
@@ -173,6 +182,16 @@ class PacsScans:
                 findings.clear(transaction, over)
             changes = _sum(changes, ScanChanges(missing=missing))
         return changes
+
+    def _note_failure(self, store: Store, series: FoundSeries, error: SourceUnavailable) -> None:
+        """Note why a series was not fetched; it is tried again with the next look, unless it is refused here."""
+        logger.warning("%s is not taken in: %s", series.shown, error)
+        is_final = isinstance(error, PacsRefused) and error.code is None
+        sentence = f"{series.shown} is not taken in: {error}"
+        file = f"{series.series_uid}{SUFFIX}"
+        with store.write() as transaction:
+            found = Finding(file, "scan", sentence, series.signature if is_final else "")
+            findings.record(transaction, [found], store.intake.version)
 
     def _take_in(
         self, store: Store, split_config: SplitConfig, series: FoundSeries, labelled: set[str] | frozenset[str]
@@ -200,7 +219,7 @@ class PacsScans:
         with store.write() as transaction:
             # of a series that was several volumes some may be none any more
             missing = scans.mark_missing(transaction, before - files, PACS)
-            counts = note_scans(transaction, store, looked, files, labelled, split_config)
+            counts = note_scans(transaction, store, looked, files, labelled, split_config, PACS)
             pacs.note_series(transaction, records)
             findings.clear(
                 transaction, {f"{series.series_uid}{SUFFIX}"} - {f for f in files if _has_finding(looked, f)}

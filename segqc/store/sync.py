@@ -27,7 +27,7 @@ from segqc.store.events import FOLDER
 from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
 from segqc.store.findings import Finding
 from segqc.store.labels import NewLabel
-from segqc.store.records import LabelRecord, ScanRecord
+from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import FoundScan, Known
 from segqc.store.sources import ScanChanges, SourceUnavailable
 from segqc.store.store import OWN_FOLDER, LabelChange, Store
@@ -539,13 +539,14 @@ def note_scans(
     files: Collection[str],
     labelled: Collection[str],
     split_config: SplitConfig,
+    actor: Actor = FOLDER,
 ) -> tuple[int, int, int, set[str]]:
     """Write down what came of a batch of files, as the rows are now."""
     known = scans.known_files(transaction, files)
     unusable = [look.finding for look in looked if look.finding is not None]
     findings.record(transaction, unusable, store.intake.version)
     # the file of a known scan holds something that is no scan: its own content is gone, like a removed file's
-    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, FOLDER)
+    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, actor)
     new: list[FoundScan] = []
     touched: list[tuple[Known, str, str]] = []
     changed: set[str] = set()
@@ -567,15 +568,17 @@ def note_scans(
                 new.append(found)
             else:
                 replaced += 1
-                _replace(transaction, store, scan, found, split_config)
-    scans.note_contents(transaction, touched, FOLDER)
-    count = scans.sync(transaction, new, split_config, FOLDER, labelled=labelled)
+                _replace(transaction, store, scan, found, split_config, actor)
+    scans.note_contents(transaction, touched, actor)
+    count = scans.sync(transaction, new, split_config, actor, labelled=labelled)
     findings.clear(transaction, {look.file for look in looked if look.finding is None})
     findings.clear_labels_of(transaction, changed)
     return count, lost, replaced, changed
 
 
-def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundScan, split_config: SplitConfig) -> None:
+def _replace(
+    transaction: Transaction, store: Store, scan: Known, found: FoundScan, split_config: SplitConfig, actor: Actor
+) -> None:
     """Retire a scan whose file holds another content now, with its labels, and add or bring back the other scan."""
     for file, view in labels.forget_views(transaction, scan.id):
         label = labels.get(transaction, view.version)
@@ -583,16 +586,16 @@ def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundSc
             # what is not kept is a label that was put there for the new content
             if sha256_of(store.files.views / file) in _addresses(label):
                 (store.files.views / file).unlink()
-    leases.release(transaction, scan.name, FOLDER)
+    leases.release(transaction, scan.name, actor)
     labels.end_pseudo_label(transaction, scan.id, "another scan has taken the place of its file")
-    retired = scans.retire(transaction, scan.id, FOLDER)
+    retired = scans.retire(transaction, scan.id, actor)
     logger.warning(
         "%s holds another scan now; what was made for the one before is kept with it, under the name %s",
         found.file,
         retired,
     )
-    if scans.revive(transaction, found, FOLDER) is None:
-        scans.sync(transaction, [found], split_config, FOLDER)
+    if scans.revive(transaction, found, actor) is None:
+        scans.sync(transaction, [found], split_config, actor)
         return
     for label in labels.tags(transaction, found.name).values():
         if not store.files.lying(label.scan, label.tag):
