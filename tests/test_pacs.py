@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import os
 import pickle
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -578,6 +581,39 @@ def test_whoever_is_killed_while_storing_leaves_one_seg(
     publish(again)
     (seg,) = hospital.orthanc.segmentations(str(items[0].StudyInstanceUID))
     assert seg.SeriesDescription == f"SegQC label version {last.id}"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from segqc.loop.dataset import Dataset
+from segqc.pacs.client import PacsClient
+own = getattr(PacsClient, sys.argv[2])
+def done_and_killed(*arguments):
+    own(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(PacsClient, sys.argv[2], done_and_killed)
+Dataset(Path(sys.argv[1])).publisher.publish()
+"""
+
+
+def test_a_process_that_is_killed_is_followed_by_another_one(hospital: Hospital) -> None:
+    hospital.write(orthanc_url=hospital.orthanc.rest)
+    items = hospital.add(0, "a")
+    dataset = hospital.open()
+    (entry,) = dataset.scans()
+    study = str(items[0].StudyInstanceUID)
+    for step, values, seen in (("store", (1,), ["storing"]), ("remove_series", (1, 4), ["stored", "stored"])):
+        array = drawn(*values)
+        label = keep(dataset, entry.id, array)
+        command = [sys.executable, "-c", KILLED, str(hospital.folder), step]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+        assert states(dataset) == seen
+        assert publish(dataset) == 1
+        (seg,) = hospital.orthanc.segmentations(study)
+        assert seg.SeriesDescription == f"SegQC label version {label.id}"
+        np.testing.assert_array_equal(read_independently(seg, dataset.read_scan(entry), STRUCTURES), array)
 
 
 def test_what_fails_is_noted_and_tried_again(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
