@@ -258,3 +258,14 @@ def test_new_series_are_looked_for_at_hand(hospital: Hospital, client: TestClien
         assert time.monotonic() < until
         time.sleep(0.1)
     assert total() == before + 1
+
+
+def test_what_the_routes_of_a_pacs_refuse_is_documented(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    own = {path: told for path, told in paths.items() if path.startswith(("/dicomweb", "/segqc/pacs"))}
+    assert len(own) > 15
+    for operations in own.values():
+        assert operations.keys() <= {"get", "post"}
+        for told in operations.values():
+            assert told["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
+    assert [path for path, operations in own.items() if "post" in operations] == ["/segqc/pacs/sync"]
