@@ -233,6 +233,7 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
         missing = dict(transaction.execute(select(Scan.file, Scan.missing_since.is_not(None))).all())
         for file in pacs.series(transaction):  # comes from elsewhere
             missing.pop(file, None)
+            files.discard(file)
         kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     for file in sorted(missing.keys() | files):
         path = store.dataset / file
