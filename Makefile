@@ -1,4 +1,5 @@
-# make serve: install, then serve a copy of the sample data    make test: install, then all tests    make lint: style, types, imports
+# make serve: install, then serve a copy of the sample data    make ohif: a newer viewer
+# make test: install, then all tests    make lint: style, types, imports
 PYTHON ?= python3
 VENV ?= .venv
 SAMPLES := served/sample-datastore
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 FIND_LINKS = $(addprefix --find-links ,$(sort $(shell $(BIN)/python -m pip config list 2>/dev/null \
 	| sed -n "s/^[^=]*find-links='\(.*\)'$$/\1/p" | sed 's/\\n/ /g')))
 
-.PHONY: install serve test test-fast test-server test-faults lint format docs clean
+.PHONY: install serve ohif test test-fast test-server test-faults lint format docs clean
 
 install: $(STAMP)
 
@@ -26,6 +27,11 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 
 serve: install $(filter $(SAMPLES),$(DATASET))
 	$(BIN)/segqc serve $(DATASET)
+
+# A newer OHIF than MONAI Label's package carries, by the machine's npm, or PyPI's where there is none.
+ohif: install
+	command -v npm > /dev/null || $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[ohif]'
+	$(BIN)/segqc ohif
 
 # A copy, once: what annotators submit and what the server keeps is no part of the checkout.
 $(SAMPLES):
@@ -54,6 +60,7 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python .ci/check_scripts.py
 
 format: install
 	$(BIN)/ruff check --fix

@@ -99,6 +99,8 @@ class ServerSettings(BaseModel):
         upload_pause_seconds: for how long a client may send nothing before its request is complete.
         allowed_hosts: names by which clients may ask for this server, beside this machine's own names and addresses:
             those that a proxy passes on, for instance. ``*.example.org`` are all names below it, ``*`` is any name.
+        allowed_origins: origins of other pages, such as a hospital's own OHIF, that may read from and submit to this
+            server: ``https://ohif.example.org``.
         user_header: the header in which a proxy in front of the server names the signed-in user; without it no
             header is trusted.
         dicomweb_cache_mb: memory for the images of scans that viewers look at, in megabytes; the last one is kept
@@ -116,6 +118,7 @@ class ServerSettings(BaseModel):
     upload_total_mb: float = Field(default=4096, gt=0)
     upload_pause_seconds: float = Field(default=30, gt=0)
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     user_header: str | None = None
     dicomweb_cache_mb: float = Field(default=512, ge=0)
 
@@ -125,6 +128,19 @@ class ServerSettings(BaseModel):
         for name in value:
             if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name):
                 raise ValueError(f"{name!r} is no host name or address; give it without http:// and without a port")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin == "*":
+                raise ValueError("'*' would let every page on the web act for whoever has it open; name the origins")
+            if not re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; give it as browsers do: https:// or http://, the host in small letters, "
+                    "and the port if it is not the usual one, without a slash at its end"
+                )
         return value
 
 

@@ -269,3 +269,26 @@ def test_what_the_routes_of_a_pacs_refuse_is_documented(client: TestClient) -> N
         for told in operations.values():
             assert told["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
     assert [path for path, operations in own.items() if "post" in operations] == ["/segqc/pacs/sync"]
+
+
+def test_our_panel_works_on_a_scan_of_the_pacs(
+    hospital: Hospital, client: TestClient, stored: dict[str, list[FileDataset]]
+) -> None:
+    own = stored["own"]
+    study, uid = str(own[0].StudyInstanceUID), str(own[0].SeriesInstanceUID)
+    for name in (study, uid):
+        hospital.wipe()
+        shown = client.get(f"/segqc/viewer/scans/{name}")
+        assert shown.status_code == 200, shown.text
+        assert (shown.json()["scan"], shown.json()["series"]) == (uid, uid)
+        assert set(shown.json()["instances"]) == {str(item.SOPInstanceUID) for item in own}
+    assert client.get(f"/segqc/viewer/scans/{stored['beside'][0].SeriesInstanceUID}").status_code == 404
+    second = hospital.add(8, "a", description="axial T2 again", study=study)
+    until = time.monotonic() + 60
+    while client.get(f"/segqc/viewer/scans/{second[0].SeriesInstanceUID}").status_code != 200:
+        assert time.monotonic() < until
+        client.post("/segqc/pacs/sync")
+    both = client.get(f"/segqc/viewer/scans/{study}")
+    assert both.status_code == 409
+    assert "holds 2 scans" in both.json()["detail"]
+    assert client.get(f"/segqc/viewer/scans/{uid}").status_code == 200

@@ -77,15 +77,6 @@ def test_hosts_of_the_settings_are_answered(client: TestClient) -> None:
         assert client.get("/info/", headers={"host": host}).status_code == status
 
 
-@pytest.mark.parametrize(
-    "path", ["", "index.html", "viewer?StudyInstanceUIDs=1.2", "%2e%2e", "%2e%2e/%2e%2e/etc/passwd"]
-)
-def test_ohif_says_why_it_is_not_there(client: TestClient, path: str) -> None:
-    answer = client.get(f"/ohif/{path}")
-    assert answer.status_code == 404
-    assert "DICOMweb" in answer.json()["detail"] or "nothing at" in answer.json()["detail"]
-
-
 def test_head_tells_whether_a_scan_is_there_and_the_same(client: TestClient, folder: Path) -> None:
     content = (folder / "scan_0.nii.gz").read_bytes()
     for kind in ("sha256", "sha512", "md5"):

@@ -452,7 +452,6 @@ HIDDEN = [
     Operation("DELETE", "/datastore/", ("id",), None),
     Operation("PUT", "/datastore/updatelabelinfo", ("label", "tag"), "application/x-www-form-urlencoded"),
     Operation("GET", "/ohif/{path}", (), None),
-    Operation("GET", "/static/{path}", (), None),
     Operation("GET", "/proxy/{path}", (), None),
     Operation("POST", "/infer/wsi/{model}", (), None),
     Operation("GET", "/{path}", (), None),

@@ -114,6 +114,10 @@ def test_structures_are_unions_of_label_values(tmp_path: Path) -> None:
         ("[round]\nat = '24:00'", ["round.at", '"00:00" to "23:59"', "24:00"]),
         ("[round]\nat = 2", ["round.at", "time of day"]),
         ("[round]\nenough_dice = 95", ["round.enough_dice", "1"]),
+        ("[server]\nallowed_origins = ['*']", ["server.allowed_origins", "every page on the web"]),
+        ("[server]\nallowed_origins = ['https://a.example/']", ["server.allowed_origins", "without a slash"]),
+        ("[server]\nallowed_origins = ['a.example']", ["server.allowed_origins", "'a.example' is no origin"]),
+        ("[server]\nallowed_origins = ['https://*.example']", ["server.allowed_origins", "no origin"]),
         ("[server\nport = 1", ["not a TOML file"]),
     ],
 )

@@ -887,6 +887,7 @@ def serve(
         upload_total_mb=settings.upload_total_mb,
         upload_pause_seconds=settings.upload_pause_seconds,
         allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
         user_header=settings.user_header,
         worker=worker,
     )
@@ -904,6 +905,15 @@ def _served_folder(source: str, work: Path | None) -> Path:
         raise CommandError(f"{source}: say with --folder which folder labels, networks and the database are kept in")
     remember_pacs(work, source)
     return work
+
+
+@app.command(rich_help_panel=ANNOTATE_PANEL)
+def ohif() -> None:
+    """Install a newer OHIF for the server's viewer (12 MB, by npm); without it, MONAI Label's own is served."""
+    from segqc.server.ohif.install import VERSION, install_viewer
+
+    folder = install_viewer()
+    typer.echo(f"OHIF {VERSION} is in {folder}; a server serves it from its next start on.")
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)

@@ -17,10 +17,11 @@ from segqc.selection import Score, score_of, scores
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
 from segqc.store.labels import ORIGINAL
-from segqc.store.records import LabelRecord
+from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
-from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
+from segqc.types import LabelArray
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, temporary_labels
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,32 @@ def assess(
         plausible=None if prediction is None else prediction.plausible,
         soft=None if prediction is None else bundle.segmenter().soft_outputs(prediction, assessor.structures),
     )
+
+
+def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> LabelArray:
+    """Where a label is likely to be wrong: 0 to 255 for an error probability of 0 to 1, the highest of all structures'.
+
+    Args:
+        dataset: the folder.
+        scan: the scan.
+        label: a version of its label.
+        bundle: with both networks.
+
+    Returns:
+        On the scan's grid, in its file's voxel order.
+
+    Raises:
+        ModelError: if the bundle has not both networks.
+        VolumeError: if scan or label can't be used.
+    """
+    assessor, segmenter = bundle.assessor(), bundle.segmenter()
+    volume = read_scan(dataset.folder / scan.file, limits=dataset.settings.intake)
+    labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
+    is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
+    plausible = segmenter.predict(volume).plausible if is_own else None
+    errors = assessor.error_maps(volume, labels, plausible).max(axis=0)
+    levels: LabelArray = np.rint(255 * errors).astype(np.uint8)
+    return levels
 
 
 def keep_mask(

@@ -52,6 +52,69 @@ class Submission:
 ALL = Opened()
 
 
+@dataclass(frozen=True, slots=True)
+class StartedFrom:
+    """The label version that a client began with, which is checked; None for an empty label map."""
+
+    version: int | None
+
+
+class LabelMovedOnError(SegqcError):
+    """A label was made from a version that is not the current one any more, or of another annotator's scan."""
+
+    status = 409
+
+
+def current_start(transaction: Transaction, scan: str, actor: Actor) -> LabelRecord | None:
+    """The label that an annotator goes on from.
+
+    It is what was handed out to them and not answered yet; else their own reading or the final label, where there is
+    one; else the mask that waits to be corrected. None stands for an empty label map.
+    """
+    final = labels.current(transaction, scan, FINAL)
+    if final is not None:
+        return final
+    lease = leases.last_of(transaction, scan, actor)
+    if lease is not None:
+        return None if lease.label_version is None else labels.get(transaction, lease.label_version)
+    own = next((reading for reading in labels.readings(transaction, scan) if reading.actor == actor), None)
+    return own or labels.start_of(transaction, scan)
+
+
+def check_start(transaction: Transaction, scan: str, actor: Actor, started: StartedFrom, readers: int) -> None:
+    """Refuse a label whose start is not the current one: it would take the place of what its maker has not seen.
+
+    Args:
+        transaction: one in which the label has not been added yet.
+        scan: the scan's name.
+        actor: the annotator.
+        started: what the label was made of.
+        readers: how many annotators label each scan.
+
+    Raises:
+        LabelMovedOnError: if another label took its place, or another annotator has the scan by now.
+    """
+    now = current_start(transaction, scan, actor)
+    if (now.id if now is not None else None) != started.version:
+        mine = "an empty label map" if started.version is None else f"version {started.version}"
+        if now is None:
+            raise LabelMovedOnError(f"the label of {scan!r} was removed after you began with {mine}")
+        by = "you, perhaps in another tab" if now.actor == actor else described(now.actor)
+        raise LabelMovedOnError(
+            f"the label of {scan!r} moved on: you began with {mine}, and version {now.id} counts by now, made by {by}"
+        )
+    is_open = [lease for lease in leases.listing(transaction, state="open", scan=scan) if lease.actor != actor]
+    if is_open and readers == 1:
+        raise LabelMovedOnError(f"the scan {scan!r} is handed out to {described(is_open[0].actor)} by now")
+    if readers > 1 and now is not None and now.tag.startswith(READER):
+        raise LabelMovedOnError(f"your reading of {scan!r} is kept already, as version {now.id}")
+
+
+def described(actor: Actor) -> str:
+    """An actor in a sentence; the name of a browser's cookie tells nobody anything."""
+    return "another browser" if actor.identified_by == "cookie" else actor.name
+
+
 def measure_change(start: Volume, end: Volume, structures: tuple[Structure, ...], opened: Opened = ALL) -> Change:
     """Measure a correction: the true metrics of its start against its end, in 3D and of each slice (paper, D_corr).
 
@@ -133,6 +196,7 @@ def submit_label(
     simulated: bool = False,
     checked: ScanRecord | None = None,
     file: Path | None = None,
+    started: StartedFrom | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -153,12 +217,15 @@ def submit_label(
         simulated: whether no person has made it.
         checked: the scan as it was when the label map was checked against it; None where nobody knows.
         file: a file that holds the label map as it is to be kept; None for a new one.
+        started: what it was made of, to be checked (`check_start`) where it becomes the label that counts; None where
+            the client does not say.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
         UnknownScan: if there is no such scan.
         ScanReplaced: if the scan's file was replaced since it was handed out to the annotator, or since the label map
             was checked.
+        LabelMovedOnError: if it was not made of the current label.
         OSError: if it can't be written; nothing has changed then.
     """
     if opened != ALL:  # wrong also where nothing was handed out that the label could be compared with
@@ -166,10 +233,19 @@ def submit_label(
     now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
     if checked is not None and checked.sha256 != now.sha256:
         raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
+    readers, replaces = dataset.settings.annotation.readers, tag == FINAL
     with dataset.store.read() as transaction:
+        if started is not None and replaces:
+            try:
+                check_start(transaction, scan, actor, started, readers)
+            except LabelMovedOnError:
+                there = current_start(transaction, scan, actor)
+                if there is None or there.actor != actor or not _holds(dataset, there, end):
+                    raise
+                return Submission(there, None)  # sent again by a client that missed the answer
         origin = _origin(transaction, scan, actor, tag)
         lease, start = origin.lease, origin.start
-        if lease is not None and dataset.settings.annotation.readers > 1:
+        if lease is not None and readers > 1:
             tag = labels.reader_tag(transaction, scan, actor)
     before = _read(dataset, origin.label, end) if start is not None or origin.is_of_a_part else None
     looked_at = _looked_at(origin, before, end, opened)
@@ -181,7 +257,7 @@ def submit_label(
         tag,
         "annotator",
         actor,
-        parent=start.id if start is not None else None,
+        parent=start.id if start is not None else started.version if started is not None else None,
         info=info,
         scan_sha256=now.sha256,
         checked_slices=united(origin.checked, looked_at, end.shape[through_plane_axis(end)]),
@@ -192,6 +268,8 @@ def submit_label(
         contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path,
         dataset.store.change_labels([LabelChange(label, path)]) as changing,
     ):
+        if started is not None and replaces:
+            check_start(changing.transaction, scan, actor, started, readers)
         kept, correction = changing.versions[0], None
         answered = leases.submitted(changing.transaction, lease) if lease is not None else None
         if answered is not None and start is not None and change is not None:
@@ -272,6 +350,12 @@ def _read(dataset: Dataset, label: LabelRecord | None, end: Volume) -> Volume | 
     except VolumeError:
         return None
     return before if before.shape == end.shape else None
+
+
+def _holds(dataset: Dataset, label: LabelRecord, end: Volume) -> bool:
+    """Whether a label has the voxels of a label map."""
+    kept = _read(dataset, label, end)
+    return kept is not None and np.array_equal(kept.array, end.array)
 
 
 def _looked_at(origin: _Origin, before: Volume | None, end: Volume, opened: Opened) -> Slices | None:

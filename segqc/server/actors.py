@@ -31,6 +31,7 @@ class RequestUser:
 
     def __init__(self, request: Request, response: Response, user: User, client_id: str | None) -> None:
         self._request, self._response, self._user, self._client_id = request, response, user, client_id
+        self._new_cookie: str | None = None
 
     def actor(self, client_id: JsonValue = None) -> Actor:
         """Tell who it is.
@@ -49,9 +50,9 @@ class RequestUser:
         client = client_id or self._client_id
         if isinstance(client, str) and _NAME.fullmatch(client):
             return Actor(kind="person", name=client, identified_by="client-id")
-        known = self._request.cookies.get(COOKIE, "")
+        known = self._new_cookie or self._request.cookies.get(COOKIE, "")
         if not _COOKIE.fullmatch(known):
-            known = uuid.uuid4().hex
+            known = self._new_cookie = uuid.uuid4().hex
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
         return Actor(kind="person", name=f"browser {known}", identified_by="cookie")
 

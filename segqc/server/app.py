@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import anyio
 import requests
@@ -24,10 +24,10 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segqc import __version__
@@ -47,7 +47,8 @@ from segqc.server.monailabel.exceptions import (
     MONAILabelException,
 )
 from segqc.server.monailabel.facade import App, current_app
-from segqc.server.monailabel.stock import STATIC, include_stock, stock_routers
+from segqc.server.monailabel.stock import include_stock, stock_routers
+from segqc.server.ohif.viewer import find_viewer
 from segqc.server.routers import ROUTERS, dicomweb_routers
 from segqc.settings import ServerSettings, load_settings
 from segqc.text import first_problem
@@ -108,18 +109,17 @@ def create_app() -> FastAPI:
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
-    origins = [str(origin) for origin in settings.MONAI_LABEL_CORS_ORIGINS]
-    if origins:
-        from starlette.middleware.cors import CORSMiddleware
-
+    origins = _allowed("allowed_origins", conf)
+    app.state.traffic = Traffic()
+    hosts = AllowedHosts([*_allowed("allowed_hosts", conf), *machine_names()])
+    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
+    if origins:  # around the guard: their pages can read why it refuses
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
-    app.state.traffic = Traffic()
-    hosts = AllowedHosts([*_allowed_hosts(conf), *machine_names()])
-    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
     app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
+    app.state.viewer = find_viewer()
     routers = (*ROUTERS, *dicomweb_routers(from_pacs=_scans_are_of_pacs()))
     for router in routers:
         app.include_router(router)
@@ -129,8 +129,6 @@ def create_app() -> FastAPI:
     ours = {(route.path, method) for route in own for method in route.methods or ()}
     for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
         include_stock(app, router, ours)
-    if STATIC.is_dir():
-        app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_error_handlers(app)
     return app
 
@@ -143,12 +141,15 @@ def _limits(conf: Mapping[str, str]) -> BodyLimits:
     return BodyLimits(int(most * 1e6), int(max(most, total) * 1e6), pause)
 
 
-def _allowed_hosts(conf: Mapping[str, str]) -> Sequence[str]:
-    """Names by which the server is asked: as `serve` was told, else as the dataset folder's settings say."""
-    if "allowed_hosts" in conf:
-        return conf["allowed_hosts"].split()
+def _allowed(name: Literal["allowed_hosts", "allowed_origins"], conf: Mapping[str, str]) -> Sequence[str]:
+    """Who may ask the server: as `serve` was told, else as the dataset folder's settings say."""
+    if name in conf:
+        return conf[name].split()
     folder = Path(settings.MONAI_LABEL_STUDIES)
-    return load_settings(folder).server.allowed_hosts if settings.MONAI_LABEL_STUDIES and folder.is_dir() else ()
+    if not settings.MONAI_LABEL_STUDIES or not folder.is_dir():
+        return ()
+    server = load_settings(folder).server
+    return server.allowed_hosts if name == "allowed_hosts" else server.allowed_origins
 
 
 def _scans_are_of_pacs() -> bool:

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 # Only these take files, as parts of a form; any other body is read into memory as a whole.
-_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /infer/")
+_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /(infer|segqc/viewer)/")
 MAX_PLAIN_BODY_BYTES: Final = 1_000_000
 MAX_HEADERS: Final = 100
 # A body has to keep coming: at least so many bytes a second on average, after a start.
@@ -179,7 +179,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._hosts = hosts
-        self._origins = frozenset(origin.rstrip("/") for origin in origins)
+        self._origins = frozenset(origins)
         self._limits = limits
         self._traffic = traffic
 
@@ -240,7 +240,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and _origin_host(origin) != hosts[0].lower():
             return HTTPException(
-                403, f"pages of {origin!r} are not served; name it in MONAI_LABEL_CORS_ORIGINS to allow it."
+                403,
+                f"pages of {origin!r} may not ask this server; whoever runs it can add the origin to the setting "
+                "server.allowed_origins.",
             )
         return self._too_much(_declared_length(headers), self._most(scope))
 

@@ -167,6 +167,22 @@ class BatchParams(Params):
     max_batch_size: int = Field(0, ge=0, le=MAX_SCANS, description="The most scans; 0 for no limit.")
 
 
+class ViewerNextParams(Params):
+    """The next scan for the viewer."""
+
+    skip_reason: Line | None = Field(None, min_length=1, description="Why the scan that the annotator has is skipped.")
+
+
+class ViewerSubmission(Params):
+    """What comes with a label map from the viewer."""
+
+    instances: tuple[Line, ...] = Field(description="SOPInstanceUIDs of the slices, in the order of the voxels.")
+    started_from: Annotated[StrictInt, Field(ge=0, le=MAX_INTEGER)] | None = Field(
+        description="The label version that it was made of; null for an empty label map."
+    )
+    beside: bool = Field(False, description="Whether to keep it beside the final label, whatever that is by now.")
+
+
 class SegmentNames(BaseModel):
     """What the values of a label map mean, where its file does not say."""
 
@@ -214,6 +230,8 @@ class LabelParams(SegmentNames):
 
 
 SampleBody: TypeAlias = Annotated[JsonBody[SampleParams], Body(default_factory=SampleParams)]
+ViewerNextBody: TypeAlias = Annotated[JsonBody[ViewerNextParams], Body(default_factory=ViewerNextParams)]
+ViewerText: TypeAlias = Annotated[JsonText[ViewerSubmission], Form()]
 SkipBody: TypeAlias = Annotated[JsonBody[SkipParams], Body()]
 ReviewBody: TypeAlias = Annotated[JsonBody[ReviewParams], Body()]
 ScoringBody: TypeAlias = Annotated[JsonBody[ScoringParams], Body(default_factory=ScoringParams)]

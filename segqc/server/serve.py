@@ -41,7 +41,6 @@ _DEFAULTS = {
     "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
     "MONAI_LABEL_TRACKING_ENABLED": "false",
     "MONAI_LABEL_INFER_CONCURRENCY": "-1",
-    "MONAI_LABEL_CORS_ORIGINS": "[]",
 }
 _OPEN_FILES = 65_536
 _LOG_BYTES = 5_000_000
@@ -80,6 +79,7 @@ def serve(
     upload_total_mb: float = 4096,
     upload_pause_seconds: float = 30,
     allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     user_header: str | None = None,
     worker: bool = True,
 ) -> None:
@@ -96,6 +96,7 @@ def serve(
         upload_total_mb: the most that is received at once, by all requests together, in megabytes.
         upload_pause_seconds: for how long a client may send nothing before its request is complete.
         allowed_hosts: names by which clients may ask for the server, beside this machine's own.
+        allowed_origins: origins of other pages that may read from and submit to the server.
         user_header: the header in which a proxy in front of the server names the signed-in user; None trusts none.
         worker: whether to start a worker beside the server; without one, jobs wait for ``segqc worker``.
 
@@ -127,6 +128,7 @@ def serve(
             "upload_total_mb": str(upload_total_mb),
             "upload_pause_seconds": str(upload_pause_seconds),
             "allowed_hosts": " ".join([host, *allowed_hosts]),
+            "allowed_origins": " ".join(allowed_origins),
             "log_file": str(log_file),
             "user_header": user_header or "",
         }
@@ -271,7 +273,7 @@ def _answer(
     server = server_of(config, ending.begin)
     for sign in ending_signals():
         signal.signal(sign, server.handle_exit)
-    logger.info("SegQC answers at %s (3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
+    logger.info("SegQC answers at %s (OHIF: %sohif/; 3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, shown)
     with beside:
         server.run(sockets=[listener])
 

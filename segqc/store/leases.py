@@ -399,6 +399,12 @@ def _named(actor: Actor) -> dict[str, str]:
     return {"kind": actor.kind, "name": actor.name, "identified_by": actor.identified_by}
 
 
+def held_by(transaction: Transaction, actor: Actor) -> LeaseRecord | None:
+    """The open lease of an annotator whose time is not over; None without one."""
+    row = transaction.rows(_HELD_BY, {"now": transaction.now, **_named(actor)}).first()
+    return None if row is None else _record(row)
+
+
 def release(transaction: Transaction, scan: str, actor: Actor) -> int:
     """Take back all open leases of a scan; returns how many."""
     rows = transaction.scalars(
@@ -500,6 +506,9 @@ _SKIPPED_AT: Final = (
     .where(_IS, LeaseRow.state == "skipped", LeaseRow.closed_at == bindparam("closed_at", type_=UtcDateTime()))
     .order_by(LeaseRow.id.desc())
     .limit(1)
+)
+_HELD_BY: Final = _leases().where(
+    _IS, LeaseRow.state == _OPEN, LeaseRow.expires_at > bindparam("now", type_=UtcDateTime()), Scan.queue.is_not(None)
 )
 _ANSWERED: Final = (
     _leases()

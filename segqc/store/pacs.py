@@ -64,6 +64,12 @@ def readable_series(transaction: Transaction, study_uid: str | None = None) -> d
     return {row.series_uid: row.study_uid for row in transaction.execute(query.where(Scan.missing_since.is_(None)))}
 
 
+def scans_of(transaction: Transaction, uid: str) -> list[str]:
+    """The names of the scans that are there of a series, or of a study, by its identifier."""
+    query = select(Scan.name).join(SeriesRow, SeriesRow.file == Scan.file).where(Scan.missing_since.is_(None))
+    return list(transaction.scalars(query.where(or_(SeriesRow.series_uid == uid, SeriesRow.study_uid == uid))))
+
+
 # ------------------------------------------------------------------------------------------------------ segmentations
 
 

@@ -50,6 +50,28 @@ class SliceLayout:
         affine: AffineArray = grid.affine @ index
         return affine
 
+    def to_image_rectangle(
+        self, start: tuple[int, int], stop: tuple[int, int], shape: tuple[int, int, int]
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A rectangle of voxels in one slice, as its columns and its rows in the image; all intervals are half-open.
+
+        Args:
+            start: its first voxel along the two in-plane axes, which are in ascending order.
+            stop: the one after its last voxel along them.
+            shape: voxels along each array axis.
+
+        Example:
+            >>> SliceLayout(0, 1, 2, True, False).to_image_rectangle((1, 2), (3, 4), (10, 20, 5))
+            ((7, 9), (2, 4))
+        """
+        first = min(self.column_axis, self.row_axis)
+
+        def interval(axis: int, flip: bool) -> tuple[int, int]:
+            low, high = (end[0 if axis == first else 1] for end in (start, stop))
+            return (shape[axis] - high, shape[axis] - low) if flip else (low, high)
+
+        return interval(self.column_axis, self.flip_columns), interval(self.row_axis, self.flip_rows)
+
     @property
     def _flipped(self) -> list[int]:
         return [axis for axis, flip in ((1, self.flip_rows), (2, self.flip_columns)) if flip]

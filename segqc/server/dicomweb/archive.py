@@ -10,7 +10,7 @@ from segqc.loop.dataset import Dataset
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.errors import RequestError
-from segqc.store import scans
+from segqc.store import pacs, scans
 from segqc.store.scans import UnknownScan
 from segqc.volumes import VolumeError, read_grid, read_scan
 from segqc.volumes.tags import read_tag
@@ -51,11 +51,14 @@ class Archive:
         return DicomScan(record, None if source is None else source.images(self._dataset.store, record))
 
     def study(self, uid: str) -> DicomScan:
-        """The scan that is a study, whose file was just seen to hold its content.
+        """The scan that is a study, whose file was just seen to hold its content; in a PACS also one that is a series.
 
         Raises:
-            RequestError: 404 if there is none, or its file is gone or holds another content by now.
+            RequestError: 404 if there is none, or its file is gone or holds another content by now; 409 if a study of a
+                PACS holds several.
         """
+        if self._dataset.pacs is not None:
+            return self._of_pacs(uid)
         if uid not in self._names:
             self._names = {scan.study_uid: scan.record.name for scan in self.scans()}
         name = self._names.get(uid)
@@ -66,6 +69,18 @@ class Archive:
         if scan is None or scan.study_uid != uid:
             raise unknown("study", uid)
         return scan
+
+    def _of_pacs(self, uid: str) -> DicomScan:
+        with self._dataset.store.read() as transaction:
+            names = pacs.scans_of(transaction, uid)
+        if len(names) > 1:
+            raise RequestError(
+                409, f"{uid[:80]} holds {len(names)} scans; name the series of one, or take the next scan."
+            )
+        try:
+            return self.named(names[0])
+        except (IndexError, UnknownScan) as error:
+            raise unknown("study", uid) from error
 
     def header(self, scan: DicomScan) -> ScanHeader:
         """What a scan's file says before its voxels are read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from monailabel.config import settings as _settings
@@ -13,7 +13,6 @@ class Config(Protocol):
 
     MONAI_LABEL_STUDIES: str
     MONAI_LABEL_APP_CONF: Mapping[str, str]
-    MONAI_LABEL_CORS_ORIGINS: Sequence[object]
     MONAI_LABEL_AUTH_ENABLE: bool
     MONAI_LABEL_AUTH_REALM_URI: str
     MONAI_LABEL_AUTH_ROLE_ADMIN: str

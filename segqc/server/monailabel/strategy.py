@@ -102,7 +102,7 @@ def reliability(card: ReportCard | None, alarm: DriftAlarm | None, ordered_by: s
     return {"reliability": {"estimate": estimate, "order": order, "messages": messages}}
 
 
-def _warning(card: ReportCard | None, alarm: DriftAlarm | None) -> str | None:
+def estimate_warning(card: ReportCard | None, alarm: DriftAlarm | None) -> str | None:
     """Why the estimated Dice cannot be relied on; None where nothing speaks against it."""
     if alarm is not None:
         return drift_sentence(alarm)
@@ -159,7 +159,7 @@ class Sampling(Strategy):
         lease, skipped, scan, shown = handed_out
         checked = self._checked_before(lease)
         card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
-        warning = _warning(card, alarm)
+        warning = estimate_warning(card, alarm)
         strategy = _shown_strategy(lease, card)
         is_replaced = self._follows_card and card is not None and card.ranked_by != BY_ESTIMATE
         said: Answer = {

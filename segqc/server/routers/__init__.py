@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from segqc.server.dicomweb import pacs_routes
 from segqc.server.dicomweb import routes as dicomweb
+from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
     batch,
     datastore,
@@ -25,6 +26,7 @@ from segqc.server.routers import (
     selection,
     sessions,
     training,
+    viewer,
 )
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
@@ -39,7 +41,9 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     leases.router,
     sessions.router,
     models.router,
+    viewer.router,
     dicomweb.scan_router,
+    ohif.router,
     others.router,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -17,13 +17,15 @@ from segqc.server.actors import RequestUser, request_user
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
-from segqc.store.records import JsonObject, ScanRecord
+from segqc.store.records import ScanRecord
 from segqc.store.store import Store
 from segqc.volumes import SCAN_SUFFIXES, VolumeError
 from segqc.volumes.intake import check_scan
 
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
+
+T = TypeVar("T")
 
 AskingUser = Annotated[RequestUser, Depends(request_user)]
 
@@ -33,7 +35,7 @@ def open_store() -> Store:
     return current_app().context.dataset.store
 
 
-async def in_turn(request: Request, work: Callable[[], JsonObject]) -> JsonObject:
+async def in_turn(request: Request, work: Callable[[], T]) -> T:
     """Do what annotators wait for, a few at a time and in the order of asking.
 
     More threads than cores only take each other's time: the last one of a crowd would wait many times as long.

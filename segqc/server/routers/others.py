@@ -34,14 +34,6 @@ def proxy(path: str) -> None:
     raise RequestError(404, "there is no DICOMweb server behind this one; its own scans are served at /dicomweb.")
 
 
-@router.get("/ohif/{path:path}", include_in_schema=False)
-def ohif(path: str) -> None:
-    """Refuse: the viewer would wait for scans for ever."""
-    raise RequestError(
-        404, "OHIF shows scans of a DICOMweb server; this server's scans are a folder of files: use 3D Slicer for them."
-    )
-
-
 @router.api_route("/infer/wsi/{model}", methods=["POST"], include_in_schema=False)
 @router.api_route("/infer/wsi_v2/{model}", methods=["POST"], include_in_schema=False)
 def whole_slide(model: str) -> None:

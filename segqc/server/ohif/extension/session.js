@@ -1,0 +1,491 @@
+/**
+ * The work on one scan after the other: what is shown, what was changed, and what became of it. No page is drawn here.
+ *
+ * @typedef {import('./server.js').Scan} Scan
+ * @typedef {import('./server.js').Check} Check
+ * @typedef {import('./server.js').Kept} Kept
+ *
+ * @typedef {'loading' | 'ready' | 'none-left' | 'unknown' | 'failed'} Phase
+ * @typedef {{ kind: 'kept' | 'note' | 'problem', text: string }} Notice
+ * @typedef {{ voxels: Uint8Array, startedFrom: number | null }} Draft
+ */
+import { Mask } from './mask.js';
+import {
+  currentInstance, goTo, isStack, jumpTo, setBrushSize, shown, studyOfAddress, takeTool, toolInHand, viewportsOf,
+} from './ohif.js';
+import { Overlay } from './overlay.js';
+import * as server from './server.js';
+
+const LOOK_AGAIN_MS = 30_000;
+const PREFERENCES = 'segqc-panel';
+export const ID = 'segqc';
+/** The panel's name in OHIF. */
+export const PANEL = `${ID}.panelModule.${ID}`;
+
+/** Unsubmitted label maps of scans that were left, as long as the page is open. @type {Map<string, Draft>} */
+const drafts = new Map();
+
+export class Session extends EventTarget {
+  constructor() {
+    super();
+    /** @type {any} */
+    this.services = null;
+    /** @type {any} */
+    this.commandsManager = null;
+    /** @type {Phase} */
+    this.phase = 'loading';
+    /** @type {Scan | null} */
+    this.scan = null;
+    /** @type {Mask | null} */
+    this.mask = null;
+    /** @type {Overlay | null} */
+    this.overlay = null;
+    /** the label version that the mask was made of @type {number | null} */
+    this.startedFrom = null;
+    /** @type {Notice | null} */
+    this.notice = null;
+    /** why a submission was refused, until it is settled @type {string | null} */
+    this.conflict = null;
+    /** @type {Check | null} */
+    this.check = null;
+    /** whether a draft of the scan is there @type {Draft | null} */
+    this.draft = null;
+    /** what is being done, in a word or two; empty while nothing is */
+    this.busy = '';
+    this.errorMap = /** @type {'none' | 'loading' | 'there' | string} */ ('none');
+    this.preferences = { boxes: true, map: true, opacity: 0.5, brush: 4, ...preferences() };
+    /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
+    this.number = 0;
+    /** @type {(() => void)[]} */
+    this.ends = [];
+  }
+
+  /**
+   * Begin with the scan that the address names: OHIF enters the mode.
+   *
+   * @param {any} servicesManager
+   * @param {any} commandsManager
+   */
+  enter(servicesManager, commandsManager) {
+    this.leave();
+    this.services = servicesManager.services;
+    this.commandsManager = commandsManager;
+    const { viewportGridService: grid, cornerstoneViewportService: viewports } = this.services;
+    const again = () => this.#showAgain();
+    for (const [service, event] of [
+      [grid, grid.EVENTS.GRID_STATE_CHANGED],
+      [grid, grid.EVENTS.ACTIVE_VIEWPORT_ID_CHANGED],
+      [viewports, viewports.EVENTS.VIEWPORT_DATA_CHANGED],
+    ]) {
+      const { unsubscribe } = service.subscribe(event, again);
+      this.ends.push(unsubscribe);
+    }
+    const timer = setInterval(() => document.visibilityState === 'visible' && this.#lookAgain(), LOOK_AGAIN_MS);
+    const keep = (/** @type {BeforeUnloadEvent} */ event) => this.isChanged && event.preventDefault();
+    window.addEventListener('beforeunload', keep);
+    this.ends.push(
+      () => clearInterval(timer),
+      () => window.removeEventListener('beforeunload', keep)
+    );
+    this.#open(studyOfAddress());
+  }
+
+  /** OHIF leaves the mode: what was not submitted is kept until the page is closed. */
+  leave() {
+    this.#putAside();
+    this.number += 1;
+    this.ends.forEach(end => end());
+    this.ends = [];
+  }
+
+  get isChanged() {
+    return (this.mask?.changes.voxels ?? 0) > 0;
+  }
+
+  /** Whether the annotator has the scan and has not submitted it. */
+  get isHandedOut() {
+    return this.scan?.lease?.is_own ?? false;
+  }
+
+  /** Whether another label counts by now than the one that the mask was made of. */
+  get hasMovedOn() {
+    return this.phase === 'ready' && this.scan !== null && (this.scan.label?.version ?? null) !== this.startedFrom;
+  }
+
+  get isReconstructed() {
+    const { scan } = this;
+    return scan !== null && this.mask !== null && viewportsOf(this.services, scan).some(v => !isStack(v.viewport));
+  }
+
+  get instance() {
+    return this.scan && this.services ? currentInstance(this.services, this.scan) : null;
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ scans
+
+  /**
+   * Go on to the next scan.
+   *
+   * @param {string} [reason] why the one that the annotator has is skipped
+   */
+  async next(reason) {
+    await this.#do('Looking for the next scan', async () => {
+      const { scan, note } = await server.nextScan(reason);
+      this.#forget();
+      if (!scan) {
+        this.#putAside();
+        this.phase = 'none-left';
+        this.scan = null;
+        return;
+      }
+      this.noteOfNext = note;
+      if (scan.study === studyOfAddress()) {
+        await this.#open(scan.study, scan);
+      } else {
+        this.known = scan;
+        goTo(this.commandsManager, scan.study);
+      }
+    });
+  }
+
+  /** Read the label that counts now, in the place of what is shown; changes are lost. */
+  async reload() {
+    if (this.scan) {
+      this.#forget();
+      await this.#open(this.scan.study);
+    }
+  }
+
+  /**
+   * @param {string} study
+   * @param {Scan} [known] if it was just read
+   */
+  async #open(study, known = this.known) {
+    this.#putAside();
+    this.known = undefined;
+    const number = (this.number += 1);
+    const isOver = () => number !== this.number;
+    Object.assign(this, { phase: 'loading', scan: null, conflict: null, check: null, draft: null, busy: '' });
+    this.notice = this.noteOfNext ? { kind: 'note', text: this.noteOfNext } : null;
+    this.noteOfNext = null;
+    this.errorMap = 'none';
+    this.#tell();
+    try {
+      const scan = known?.study === study ? known : await server.readScan(study);
+      if (isOver()) {
+        return;
+      }
+      this.scan = scan;
+      this.startedFrom = scan.label?.version ?? null;
+      const [voxels, displaySet] = await Promise.all([
+        scan.label ? server.readLabel(scan, scan.label.version) : null,
+        shown(this.services, scan, isOver),
+      ]);
+      if (isOver()) {
+        return;
+      }
+      // before there is a mask: OHIF 3.10 does not draw one that has just been added on another slice
+      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? [];
+      if (first) {
+        await jumpTo(this.services, scan, first);
+      }
+      const mask = await Mask.create(this.services, displaySet, scan, voxels);
+      if (isOver()) {
+        mask.dispose();
+        return;
+      }
+      this.mask = mask;
+      mask.addEventListener('change', () => this.#tell());
+      this.overlay = new Overlay(this.services, scan);
+      this.#prefer();
+      await mask.show();
+      this.overlay.show();
+      this.services.panelService.activatePanel(PANEL, true); // newer OHIFs have just shown their own
+      this.draft = drafts.get(study) ?? null;
+      this.phase = 'ready';
+      this.#tell();
+      void this.showErrorMap(); // nothing waits for it
+    } catch (error) {
+      if (isOver()) {
+        return;
+      }
+      const isUnknown = error instanceof server.Refusal && error.status === 404;
+      this.phase = isUnknown ? 'unknown' : 'failed';
+      this.#complain(error);
+    }
+  }
+
+  /** Leave the scan; what was not submitted is kept. */
+  #putAside() {
+    if (this.scan && this.mask && this.isChanged) {
+      drafts.set(this.scan.study, { voxels: this.mask.voxels(), startedFrom: this.startedFrom });
+    }
+    this.mask?.dispose();
+    this.overlay?.dispose();
+    this.mask = this.overlay = null;
+  }
+
+  /** What is not submitted is not wanted any more. */
+  #forget() {
+    if (this.scan && this.mask) {
+      drafts.delete(this.scan.study);
+      this.mask.markKept(this.mask.voxels());
+    }
+  }
+
+  /** Go on with what was left unsubmitted, or not. @param {boolean} isWanted */
+  settleDraft(isWanted) {
+    if (this.draft && this.mask && this.scan) {
+      if (isWanted) {
+        this.startedFrom = this.draft.startedFrom;
+        this.mask.replace(this.draft.voxels);
+      }
+      drafts.delete(this.scan.study);
+    }
+    this.draft = null;
+    this.#tell();
+  }
+
+  // ------------------------------------------------------------------------------------------------------- submission
+
+  /** Ask the server what would be submitted. */
+  async review() {
+    const { scan, mask } = this;
+    if (scan && mask) {
+      await this.#do('Checking', async () => {
+        this.check = await server.checkLabel(scan, mask.voxels(), this.startedFrom);
+        this.conflict = this.check.conflict;
+      });
+    }
+  }
+
+  cancelReview() {
+    Object.assign(this, { check: null, conflict: null });
+    this.#tell();
+  }
+
+  /** Submit. @param {boolean} [beside] beside the label that counts, whatever that is by now */
+  async submit(beside = false) {
+    const { scan, mask } = this;
+    if (!scan || !mask) {
+      return;
+    }
+    await this.#do('Submitting', async () => {
+      const voxels = mask.voxels();
+      try {
+        const kept = await server.submitLabel(scan, voxels, this.startedFrom, beside);
+        mask.markKept(voxels);
+        drafts.delete(scan.study);
+        Object.assign(this, { check: null, conflict: null });
+        const place = beside ? ` beside the final label, as ${kept.tag}` : '';
+        this.notice = { kind: 'kept', text: `Version ${kept.version} kept${place}.` };
+        this.startedFrom = kept.version;
+        await this.#read();
+        if (beside) {
+          this.startedFrom = this.scan?.label?.version ?? null;
+        }
+      } catch (error) {
+        if (error instanceof server.Refusal && error.status === 409) {
+          this.conflict = error.message;
+          await this.#read();
+        } else if (error instanceof server.NoAnswer) {
+          this.notice = {
+            kind: 'problem',
+            text: 'The server does not answer. Your changes are kept in this tab: submit again in a while.',
+          };
+        } else {
+          throw error;
+        }
+      }
+    });
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- history
+
+  /** Show an older version in the place of the mask, as a change that is to be submitted. @param {number} version */
+  async load(version) {
+    const { scan, mask } = this;
+    if (scan && mask) {
+      await this.#do(`Loading version ${version}`, async () => {
+        mask.replace(await server.readLabel(scan, version));
+        this.notice = { kind: 'note', text: `Version ${version} is shown. Submit it to keep it, or undo.` };
+      });
+    }
+  }
+
+  /** Make an older version the label that counts again. @param {number} version */
+  async restore(version) {
+    const { scan } = this;
+    if (scan) {
+      await this.#do(`Restoring version ${version}`, async () => {
+        await server.restoreLabel(scan, version);
+        await this.reload();
+        this.notice = { kind: 'kept', text: `Version ${version} counts again, as version ${this.startedFrom}.` };
+      });
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------------- view
+
+  /** The value that the brush paints; undefined where there is none. @returns {number | undefined} */
+  get activeValue() {
+    return this.mask?.active;
+  }
+
+  /** Paint a structure from now on. @param {number} value */
+  activate(value) {
+    this.mask?.activate(value);
+    if (!toolInHand(this.services)) {
+      this.take('brush');
+    }
+    this.#tell();
+  }
+
+  /** The values that are hidden. */
+  get hiddenValues() {
+    return this.mask?.hidden ?? new Set();
+  }
+
+  /** Hide or show a structure. @param {number} value */
+  toggle(value) {
+    this.mask?.toggle(value);
+    this.#tell();
+  }
+
+  /** @param {'brush' | 'eraser'} tool */
+  take(tool) {
+    takeTool(this.services, this.commandsManager, tool);
+    this.#prefer();
+    this.#tell();
+  }
+
+  /** Show a slice. @param {string} instance */
+  async jump(instance) {
+    if (this.scan && this.mask) {
+      await jumpTo(this.services, this.scan, instance);
+      this.#tell();
+    }
+  }
+
+  /** Go on to the next worst slice, or back to the one before. @param {1 | -1} step */
+  async jumpByRank(step) {
+    const ranked = this.ranked;
+    if (!ranked.length) {
+      return;
+    }
+    const now = ranked.indexOf(this.instance ?? '');
+    const wanted = now < 0 ? 0 : Math.min(ranked.length - 1, Math.max(0, now + step));
+    await this.jump(ranked[wanted]);
+  }
+
+  /** The slices with the most likely errors first, those that are asked for where not all are. */
+  get ranked() {
+    const asked = this.scan?.lease?.slices;
+    const slices = [...(this.scan?.estimate?.slices ?? [])].sort((one, other) => other.error_ml - one.error_ml);
+    return slices.map(slice => slice.instance).filter(instance => !asked || asked.includes(instance));
+  }
+
+  /** @param {Partial<Session['preferences']>} wanted */
+  prefer(wanted) {
+    Object.assign(this.preferences, wanted);
+    window.localStorage.setItem(PREFERENCES, JSON.stringify(this.preferences));
+    this.#prefer();
+    this.#tell();
+    if (this.preferences.map) {
+      this.showErrorMap();
+    }
+  }
+
+  /** Compute and show the error map, where it is wanted and not there yet. */
+  async showErrorMap() {
+    const { scan, overlay, number } = this;
+    const version = scan?.estimate?.version;
+    if (!scan || !overlay || version === undefined || !this.preferences.map || this.errorMap !== 'none') {
+      return;
+    }
+    this.errorMap = 'loading';
+    this.#tell();
+    try {
+      overlay.errors = await server.readErrors(scan, version);
+      this.errorMap = 'there';
+    } catch (error) {
+      this.errorMap = error instanceof Error ? error.message : String(error);
+    }
+    if (number === this.number) {
+      overlay.draw();
+      this.#tell();
+    }
+  }
+
+  #prefer() {
+    if (this.overlay) {
+      this.overlay.hasBoxes = this.preferences.boxes;
+      this.overlay.opacity = this.preferences.map ? this.preferences.opacity : 0;
+      this.overlay.draw();
+      setBrushSize(this.services, this.preferences.brush);
+    }
+  }
+
+  async #showAgain() {
+    await this.mask?.show();
+    this.overlay?.show();
+    this.#tell();
+  }
+
+  /** See what has become of the scan meanwhile. */
+  async #lookAgain() {
+    if (this.phase === 'ready' && !this.busy) {
+      await this.#read().catch(() => undefined); // it is told when something is asked for
+    }
+  }
+
+  async #read() {
+    const { scan, number } = this;
+    if (scan) {
+      const now = await server.readScan(scan.study);
+      if (number === this.number) {
+        this.scan = { ...now, estimate: scan.estimate, warnings: scan.warnings };
+        this.#tell();
+      }
+    }
+  }
+
+  /**
+   * @param {string} what
+   * @param {() => Promise<void>} work
+   */
+  async #do(what, work) {
+    if (this.busy) {
+      return;
+    }
+    this.busy = what;
+    this.notice = null;
+    this.#tell();
+    try {
+      await work();
+    } catch (error) {
+      this.#complain(error);
+    } finally {
+      this.busy = '';
+      this.#tell();
+    }
+  }
+
+  /** @param {unknown} error */
+  #complain(error) {
+    this.notice = { kind: 'problem', text: error instanceof Error ? error.message : String(error) };
+    this.#tell();
+  }
+
+  #tell() {
+    this.dispatchEvent(new Event('change'));
+  }
+}
+
+function preferences() {
+  try {
+    return JSON.parse(window.localStorage.getItem(PREFERENCES) ?? '{}');
+  } catch {
+    return {};
+  }
+}

@@ -1,0 +1,5 @@
+/** What OHIF puts into the window. */
+interface Window {
+  cornerstone: any;
+  cornerstoneTools: any;
+}

@@ -1,0 +1,413 @@
+"""An annotator's work in OHIF with our panel, by mouse and keyboard, on MONAI Label's OHIF and the newer one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+pytest.importorskip("playwright", reason="playwright is not installed (the extra 'dev')")
+
+import requests
+from playwright.sync_api import Page, expect
+
+from segqc.loop.dataset import Dataset
+from segqc.server import app as server_app
+from segqc.server.monailabel.facade import current_app
+from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
+from segqc.store import labels, leases
+from segqc.types import LabelArray
+from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_scan
+from tests.browser_kit import SECONDS, keep_picture, lack, open_scan
+from tests.server_kit import CONFIG, SHAPE, add_models, assess, draw_case, listening, make_dataset
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+pytestmark = pytest.mark.server
+
+PLAIN: Final = CONFIG + '\n[inference]\nbackend = "pytorch"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n'
+SPACING: Final = (1.5, 1.5, 4.0)
+WORST: Final = 4  # slice, from 0
+SPLEEN: Final = 4
+_SESSION: Final = "document.querySelector('segqc-panel').session"
+
+
+def affine_of(directions: np.ndarray) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = directions * SPACING
+    affine[:3, 3] = -31.7, 12.25, 104.5
+    return affine
+
+
+def tilted() -> np.ndarray:
+    """Directions of a scan that lies between the planes of the body."""
+    (c, s), (d, e) = ((np.cos(a), np.sin(a)) for a in np.deg2rad((20.0, -35.0)))
+    around_x, around_y = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]), np.array([[d, 0, e], [0, 1, 0], [-e, 0, d]])
+    return around_x @ around_y
+
+
+# the scans in the order in which they are handed out
+AFFINES: Final = {
+    "oblique": affine_of(tilted()),
+    "flipped": affine_of(np.diag([-1.0, 1.0, -1.0])),
+    "plain": affine_of(np.eye(3)),
+}
+
+
+def make_folder(folder: Path) -> Path:
+    """Scans with masks of an untrained network, and estimates."""
+    make_dataset(folder, scans=0, finals=0, config=PLAIN)
+    for case, (name, affine) in enumerate(AFFINES.items()):
+        write_scan(Volume(draw_case(case)[0].array, affine), folder / f"{name}.nii.gz")
+    number = add_models(folder)
+    dataset = Dataset(folder)
+    for case, (name, affine) in enumerate(AFFINES.items()):
+        mask = Volume(draw_case(case)[1].array, affine)
+        assess(dataset, name, 0.5 + 0.1 * case, WORST, mask=mask, half_width=0.08, number=number)
+    dataset.store.close()
+    return folder
+
+
+@pytest.fixture(params=["bundled", "installed"])
+def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    find = {"bundled": bundled_viewer, "installed": installed_viewer}[request.param]
+    if find() is None:
+        lack("no newer OHIF is installed (make ohif)")
+    monkeypatch.setattr(server_app, "find_viewer", find)
+    with listening(make_folder(tmp_path / "scans")) as address:
+        yield address
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A person at a page."""
+
+    page: Page
+    server: str
+
+    def open(self, scan: str) -> None:
+        study = requests.get(f"{self.server}/segqc/dicomweb/{scan}", timeout=30).json()["study"]
+        open_scan(self.page, f"{self.server}/ohif/", study)
+        self.wait_for(scan)
+
+    def wait_for(self, scan: str) -> None:
+        """Until a scan can be worked on."""
+        expect(self.page.locator("segqc-panel .title")).to_have_text(scan, timeout=SECONDS * 1000)
+        self.page.wait_for_function(f"() => {_SESSION}.phase === 'ready' && !{_SESSION}.busy")
+        # the mask is drawn: its colours are the only ones in a picture of greys
+        self.page.wait_for_function(
+            """() => {
+                const canvas = document.querySelector('canvas.cornerstone-canvas');
+                const copy = document.createElement('canvas');
+                [copy.width, copy.height] = [canvas.width, canvas.height];
+                const context = copy.getContext('2d');
+                context.drawImage(canvas, 0, 0);
+                const { data } = context.getImageData(0, 0, copy.width, copy.height);
+                for (let i = 0, coloured = 0; i < data.length; i += 4) {
+                    coloured += Math.max(data[i], data[i + 1], data[i + 2])
+                        - Math.min(data[i], data[i + 1], data[i + 2]) > 40 ? 1 : 0;
+                    if (coloured > 500) return true;
+                }
+                return false;
+            }"""
+        )
+
+    def press(self, name: str) -> None:
+        self.page.locator("segqc-panel").get_by_role("button", name=name, exact=True).first.click()
+
+    def ask(self, expression: str) -> Any:
+        return self.page.evaluate(f"() => {{ const session = {_SESSION}; return {expression}; }}")
+
+    def sees(self, text: str) -> None:
+        expect(self.page.locator("segqc-panel").get_by_text(text).first).to_be_visible()
+
+    def slice_shown(self) -> int:
+        """The number of the slice in the file, from 0."""
+        index: int = self.ask("session.scan.instances.indexOf(session.instance)")
+        return index
+
+    def voxels(self) -> np.ndarray:
+        """The mask as the page has it: slices, rows, columns."""
+        return np.array(self.ask("[...session.mask.voxels()]"), np.uint8).reshape(SHAPE[2], SHAPE[1], SHAPE[0])
+
+    def place(self, column: int, row: int) -> tuple[float, float, list[float]]:
+        """Where the centre of a pixel is on the screen, and in the world (LPS) by the viewer's own word."""
+        return tuple(  # type: ignore[return-value]
+            self.page.evaluate(
+                """([column, row]) => {
+                    const { services } = document.querySelector('segqc-panel').session;
+                    const id = services.viewportGridService.getActiveViewportId();
+                    const viewport = services.cornerstoneViewportService.getCornerstoneViewport(id);
+                    const plane = cornerstone.metaData.get('imagePlaneModule', viewport.getCurrentImageId());
+                    const point = [0, 1, 2].map(i => plane.imagePositionPatient[i]
+                        + column * plane.columnPixelSpacing * plane.rowCosines[i]
+                        + row * plane.rowPixelSpacing * plane.columnCosines[i]);
+                    const [x, y] = viewport.worldToCanvas(point);
+                    const box = viewport.element.getBoundingClientRect();
+                    return [box.x + x, box.y + y, [...viewport.canvasToWorld([x, y])]];
+                }""",
+                [column, row],
+            )
+        )
+
+    def stroke(self, start: tuple[int, int], end: tuple[int, int]) -> list[np.ndarray]:
+        """Draw with the mouse from one pixel to another; where it went, in RAS millimetres."""
+        (x, y, first), (right, down, last) = self.place(*start), self.place(*end)
+        before = self.ask("session.mask.done.length")
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move((x + right) / 2, (y + down) / 2, steps=4)
+        self.page.mouse.move(right, down, steps=4)
+        self.page.mouse.up()
+        self.page.wait_for_function(f"before => {_SESSION}.mask.done.length > before", arg=before)
+        return [np.array(point) * [-1, -1, 1] for point in (first, last)]
+
+
+@pytest.fixture
+def anna(server: str, page: Page) -> Annotator:
+    return Annotator(page, server)
+
+
+def stored(version: int) -> LabelArray:
+    dataset = current_app().context.dataset
+    with dataset.store.read() as transaction:
+        label = labels.get(transaction, version)
+    array: LabelArray = read_labels(dataset.store.label_file(label)).array
+    return array
+
+
+def version_kept(annotator: Annotator) -> int:
+    text = annotator.page.locator("segqc-panel .notice.kept").inner_text(timeout=SECONDS * 1000)
+    return int(text.split()[1])
+
+
+def to_images(scan: str, array: np.ndarray) -> np.ndarray:
+    return slice_layout(read_scan(current_app().context.dataset.folder / f"{scan}.nii.gz")).to_images(array)
+
+
+def test_a_day_at_the_viewer(anna: Annotator, tmp_path: Path) -> None:
+    """The next scan, its worst slice, paint, undo, paint, submit; and the stored voxels are the painted ones."""
+    anna.open("plain")
+    anna.press("Next scan")
+    for scan, case in (("oblique", 0), ("flipped", 1)):
+        anna.wait_for(scan)
+        start = draw_case(case)[1].array
+        np.testing.assert_array_equal(anna.voxels(), to_images(scan, start))
+        assert anna.slice_shown() == WORST
+        anna.page.keyboard.press("n")
+        anna.page.wait_for_function(f"() => {_SESSION}.instance !== {_SESSION}.ranked[0]")
+        anna.page.keyboard.press("p")
+        anna.page.wait_for_function(f"() => {_SESSION}.instance === {_SESSION}.ranked[0]")
+        assert anna.page.locator("segqc-panel .strip rect.now").count() == 1
+        keep_picture(anna.page, tmp_path, f"{scan}-1")
+
+        anna.press("spleen")
+        anna.press("Brush")
+        anna.stroke((4, 5), (9, 5))
+        painted = anna.voxels()
+        changed = np.argwhere(painted != to_images(scan, start))
+        assert len(changed)
+        assert set(changed[:, 0]) == {WORST}
+        anna.sees("Not submitted:")
+        anna.page.keyboard.press("Control+z")
+        np.testing.assert_array_equal(anna.voxels(), to_images(scan, start))
+        anna.sees("No changes")
+        anna.page.keyboard.press("Control+Shift+z")
+        np.testing.assert_array_equal(anna.voxels(), painted)
+        points = anna.stroke((20, 20), (24, 16))
+        anna.press("Eraser")
+        erased = anna.stroke((6, 5), (6, 5))
+        painted = anna.voxels()
+        keep_picture(anna.page, tmp_path, f"{scan}-2")
+
+        anna.press("Submit …")
+        anna.sees("changed.")
+        keep_picture(anna.page, tmp_path, f"{scan}-3")
+        anna.press("Submit")
+        version = version_kept(anna)
+        kept = stored(version)
+        np.testing.assert_array_equal(to_images(scan, kept), painted)
+        # by geometry alone: the voxels that the mouse was on
+        for where, value in [(point, SPLEEN) for point in points] + [(point, 0) for point in erased]:
+            voxel = np.rint(np.linalg.solve(AFFINES[scan], [*where, 1.0])[:3]).astype(int)
+            assert voxel[2] == WORST
+            assert kept[tuple(voxel)] == value
+        anna.sees("No changes")
+        keep_picture(anna.page, tmp_path, f"{scan}-4")
+        anna.press("Next scan")
+    anna.wait_for("plain")
+
+
+def test_unsubmitted_changes_are_asked_for_and_can_be_had_back(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("plain")
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    painted = anna.voxels()
+    anna.press("Next scan")
+    anna.sees("would be lost")
+    keep_picture(anna.page, tmp_path, "asked")
+    anna.press("Stay")
+    np.testing.assert_array_equal(anna.voxels(), painted)
+    # the browser asks, too, where the page is closed or loaded anew
+    asked = []
+    anna.page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    anna.page.close(run_before_unload=True)
+    anna.page.wait_for_timeout(1000)
+    assert asked == ["beforeunload"]
+    # whoever leaves by OHIF's own ways finds them again
+    study = requests.get(f"{anna.server}/segqc/dicomweb/oblique", timeout=30).json()["study"]
+    go = "study => commandsManager.runCommand('navigateHistory', { to: '/segqc?StudyInstanceUIDs=' + study })"
+    anna.page.evaluate(go, study)
+    anna.wait_for("oblique")
+    anna.page.evaluate(go, requests.get(f"{anna.server}/segqc/dicomweb/plain", timeout=30).json()["study"])
+    anna.wait_for("plain")
+    anna.sees("You left this scan with changes that were not submitted.")
+    anna.press("Bring them back")
+    np.testing.assert_array_equal(anna.voxels(), painted)
+    anna.press("Next scan")
+    anna.press("Drop them")
+    anna.wait_for("oblique")
+
+
+def test_a_skip_asks_for_the_reason_and_letters_stay_where_they_are_typed(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("plain")
+    anna.press("Next scan")
+    anna.wait_for("oblique")
+    before = anna.slice_shown()
+    anna.press("Skip …")
+    reason = anna.page.get_by_label("Why the scan is skipped")
+    expect(reason).to_be_focused()
+    anna.page.keyboard.type("no plan: zoom, pan, invert")  # n and p are ours, z and i are OHIF's
+    assert reason.input_value() == "no plan: zoom, pan, invert"
+    assert anna.slice_shown() == before
+    keep_picture(anna.page, tmp_path, "skip")
+    anna.page.keyboard.press("Enter")
+    anna.wait_for("flipped")
+    with current_app().context.dataset.store.read() as transaction:
+        assert list(leases.skip_reasons(transaction).values()) == ["no plan: zoom, pan, invert"]
+
+
+def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
+    server: str, user: BrowserContext, tmp_path: Path
+) -> None:
+    one, other = Annotator(user.new_page(), server), Annotator(user.new_page(), server)
+    one.open("plain")
+    one.press("Next scan")
+    one.wait_for("oblique")
+    other.open("oblique")
+    for tab, row in ((one, 5), (other, 20)):
+        tab.page.bring_to_front()
+        tab.press("Brush")
+        tab.stroke((4, row), (9, row))
+    one.page.bring_to_front()
+    one.press("Submit …")
+    one.press("Submit")
+    first = version_kept(one)
+    other.page.bring_to_front()
+    painted = other.voxels()
+    other.press("Submit …")
+    other.sees(f"version {first} counts by now")
+    keep_picture(other.page, tmp_path, "conflict")
+    other.press("Keep mine beside it")
+    other.sees("kept beside the final label, as version_1")
+    np.testing.assert_array_equal(to_images("oblique", stored(version_kept(other))), painted)
+    assert other.ask("session.scan.label.version") == first
+    keep_picture(other.page, tmp_path, "beside")
+
+
+def test_history_loads_and_restores_versions(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("plain")
+    anna.press("Next scan")
+    anna.wait_for("oblique")
+    original = anna.voxels()
+    versions = []
+    for row in (5, 20):
+        anna.press("Brush")
+        anna.stroke((4, row), (9, row))
+        anna.press("Submit …")
+        anna.press("Submit")
+        versions.append(version_kept(anna))
+        anna.page.wait_for_function(f"() => !{_SESSION}.busy")
+    first = to_images("oblique", stored(versions[0]))
+    anna.page.locator("segqc-panel summary").click()
+    keep_picture(anna.page, tmp_path, "history")
+    entries = anna.page.locator("segqc-panel .history li")
+    assert entries.count() == 3
+    entries.nth(2).get_by_role("button", name="Load").click()
+    anna.sees("is shown. Submit it to keep it, or undo.")
+    np.testing.assert_array_equal(anna.voxels(), original)
+    anna.page.keyboard.press("Control+z")
+    np.testing.assert_array_equal(anna.voxels(), to_images("oblique", stored(versions[1])))
+    entries.nth(1).get_by_role("button", name="Restore").click()
+    anna.sees(f"Version {versions[0]} counts again")
+    anna.wait_for("oblique")
+    np.testing.assert_array_equal(anna.voxels(), first)
+
+
+def test_a_server_that_is_away_takes_no_work_along(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("plain")
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    painted = anna.voxels()
+    anna.press("Submit …")
+    anna.sees("changed.")
+    anna.page.route("**/segqc/viewer/**", lambda route: route.abort())
+    anna.press("Submit")
+    anna.sees("The server does not answer. Your changes are kept in this tab")
+    keep_picture(anna.page, tmp_path, "away")
+    np.testing.assert_array_equal(anna.voxels(), painted)
+    anna.page.unroute("**/segqc/viewer/**")
+    anna.press("Submit")
+    np.testing.assert_array_equal(to_images("plain", stored(version_kept(anna))), painted)
+
+
+def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("plain")
+    overlay = anna.page.locator(".segqc-overlay")
+    box = overlay.locator("polygon").last
+    box.wait_for(state="attached")
+    anna.page.wait_for_function(f"() => {_SESSION}.errorMap === 'there'")
+    (left, top, _), (right, bottom, _) = anna.place(SHAPE[0] - 9, SHAPE[1] - 12), anna.place(SHAPE[0] - 3, SHAPE[1] - 4)
+    half = (right - left) / (9 - 3) / 2  # boxes are drawn around pixels, places are their centres
+    frame = anna.page.locator(".segqc-overlay").bounding_box()
+    assert frame is not None
+    corners = np.array([pair.split(",") for pair in str(box.get_attribute("points")).split()], float)
+    points = corners + np.array([frame["x"], frame["y"]])
+    np.testing.assert_allclose(points.min(axis=0), [left - half, top - half], atol=1.5)
+    np.testing.assert_allclose(points.max(axis=0), [right - half, bottom - half], atol=1.5)
+    assert overlay.locator("canvas").is_visible()
+    anna.page.get_by_label("Opacity of the error map").fill("0.8")
+    assert overlay.locator("canvas").evaluate("canvas => canvas.style.opacity") == "0.8"
+    keep_picture(anna.page, tmp_path, "errors")
+    anna.page.get_by_label("Error map", exact=True).uncheck()
+    anna.page.get_by_label("Error boxes").uncheck()
+    assert not overlay.locator("canvas").is_visible()
+    assert overlay.locator("polygon").count() == 0
+    anna.page.locator('segqc-panel .strip g[data-slice="8"]').click()
+    anna.page.wait_for_function(f"() => {_SESSION}.scan.instances.indexOf({_SESSION}.instance) === 7")
+    assert anna.slice_shown() == 7
+
+
+def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=PLAIN)
+    with listening(folder) as server:
+        anna = Annotator(page, server)
+        study = requests.get(f"{server}/segqc/dicomweb/scan_0", timeout=30).json()["study"]
+        open_scan(page, f"{server}/ohif/", study)
+        anna.sees("No estimate yet: the networks are not trained.")
+        anna.press("Next scan")
+        page.wait_for_function(f"() => {_SESSION}.isHandedOut && {_SESSION}.phase === 'ready'")
+        keep_picture(page, tmp_path, "no-networks")
+        anna.press("Submit …")
+        anna.sees("The label map is empty: no structure has a voxel.")
+        anna.press("Submit")
+        version_kept(anna)
+        anna.press("Next scan")
+        anna.sees("Nothing left for you")
+        keep_picture(page, tmp_path, "none-left")
