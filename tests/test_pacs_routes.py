@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from fastapi.testclient import TestClient
 from segqc.volumes import read_scan
 from tests.pacs_kit import PASSWORD, USER, Orthanc, series, to_bytes
 from tests.server_kit import listening, serving
-from tests.test_pacs import Hospital, drawn, keep, publish, volume
+from tests.test_pacs import STRUCTURES, Hospital, drawn, keep, publish, read_independently, volume
 
 pytestmark = pytest.mark.usefixtures("_password")
 
@@ -283,6 +284,25 @@ def test_our_panel_works_on_a_scan_of_the_pacs(
         assert (shown.json()["scan"], shown.json()["series"]) == (uid, uid)
         assert set(shown.json()["instances"]) == {str(item.SOPInstanceUID) for item in own}
     assert client.get(f"/segqc/viewer/scans/{stored['beside'][0].SeriesInstanceUID}").status_code == 404
+    # painted slices come by their images' identifiers, in whatever order
+    painted = drawn(4, seed=5)
+    order = shown.json()["instances"][::-1]
+    by_uid = {str(item.SOPInstanceUID): k for k, item in enumerate(own)}
+    images = np.stack([painted[:, :, by_uid[instance]].T for instance in order])
+    label = shown.json()["label"]
+    body = {"instances": order, "started_from": label and label["version"], "client_id": "ben"}
+    hospital.wipe()
+    kept = client.post(
+        f"/segqc/viewer/scans/{uid}/label",
+        data={"params": json.dumps(body)},
+        files={"voxels": ("voxels", images.astype(np.uint8).tobytes(), "application/octet-stream")},
+    )
+    assert kept.status_code == 200, kept.text
+    dataset = hospital.open()
+    publish(dataset)
+    seg = hospital.orthanc.segmentations(study)[-1]
+    assert seg.SeriesDescription == f"SegQC label version {kept.json()['version']}"
+    np.testing.assert_array_equal(read_independently(seg, dataset.read_scan(dataset.scan(uid)), STRUCTURES), painted)
     second = hospital.add(8, "a", description="axial T2 again", study=study)
     until = time.monotonic() + 60
     while client.get(f"/segqc/viewer/scans/{second[0].SeriesInstanceUID}").status_code != 200:

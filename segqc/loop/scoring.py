@@ -275,7 +275,7 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
         VolumeError: if scan or label can't be used.
     """
     assessor, segmenter = bundle.assessor(), bundle.segmenter()
-    volume = read_scan(dataset.folder / scan.file, limits=dataset.settings.intake)
+    volume = read_scan(dataset.scan_file(scan), limits=dataset.settings.intake)
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
     is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
     plausible = segmenter.predict(volume).plausible if is_own else None
