@@ -51,7 +51,18 @@ class Archive:
         return DicomScan(record, None if source is None else source.images(self._dataset.store, record))
 
     def study(self, uid: str) -> DicomScan:
-        """The scan that is a study, whose file was just seen to hold its content; in a PACS also one that is a series.
+        """The scan that is a study, whose file was just seen to hold its content.
+
+        Raises:
+            RequestError: 404 if there is none, or its file is gone or holds another content by now.
+        """
+        scan = self.scan(uid)
+        if scan.study_uid != uid:
+            raise unknown("study", uid)
+        return scan
+
+    def scan(self, uid: str) -> DicomScan:
+        """The scan of a series, or of a study, as `study` gives it.
 
         Raises:
             RequestError: 404 if there is none, or its file is gone or holds another content by now; 409 if a study of a
@@ -60,13 +71,13 @@ class Archive:
         if self._dataset.pacs is not None:
             return self._of_pacs(uid)
         if uid not in self._names:
-            self._names = {scan.study_uid: scan.record.name for scan in self.scans()}
+            self._names = {name: s.record.name for s in self.scans() for name in (s.study_uid, s.series_uid)}
         name = self._names.get(uid)
         try:
             scan = self.named(name) if name is not None else None
         except UnknownScan:
             scan = None
-        if scan is None or scan.study_uid != uid:
+        if scan is None or uid not in (scan.study_uid, scan.series_uid):
             raise unknown("study", uid)
         return scan
 

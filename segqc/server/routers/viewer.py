@@ -39,7 +39,7 @@ from segqc.volumes import Volume, read_labels
 
 router = APIRouter(prefix="/segqc/viewer", tags=["SegQC"])
 
-Study = Annotated[str, Path(description="StudyInstanceUID: the scan.")]
+Study = Annotated[str, Path(description="SeriesInstanceUID of the scan, or its StudyInstanceUID.")]
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The label version's number.")]
 Voxels = Annotated[UploadFile, File(description="A byte a voxel, slice by slice; perhaps compressed by gzip.")]
 
@@ -232,7 +232,7 @@ def _tag_beside(scan: DicomScan) -> str:
 
 def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
     archive = current_app().context.archive
-    scan = archive.study(study)
+    scan = archive.scan(study)
     return scan, archive.header(scan)
 
 
