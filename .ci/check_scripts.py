@@ -1,4 +1,4 @@
-"""Check the viewer's scripts: that they parse, and, where npm is there to get the checker, that their types fit.
+"""Check the scripts of viewer and pages: that they parse, and, where npm can get the checker, that their types fit.
 
 The parser is the machine's Node.js or the one that Playwright's package carries, so that nothing else has to be
 installed. TypeScript reads the types in the scripts' comments; it makes nothing of them.
@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OHIF = ROOT / "segqc" / "server" / "ohif"
+SERVER = ROOT / "segqc" / "server"
+SCRIPTS = {SERVER / "ohif": "extension", SERVER / "pages": "static"}
+"""Folders with a ``jsconfig.json``, and where below each its scripts are."""
 TYPESCRIPT = "typescript@5.9.3"
 
 
@@ -32,9 +34,9 @@ def main() -> int:
     """Check; returns the exit status."""
     program = node()
     if program is None:
-        print("the viewer's scripts are not checked: there is no Node.js, and Playwright is not installed")
+        print("the scripts are not checked: there is no Node.js, and Playwright is not installed")
         return 0
-    for script in sorted((OHIF / "extension").glob("*.js")):
+    for script in sorted(path for room, below in SCRIPTS.items() for path in (room / below).glob("*.js")):
         # as a module, which the suffix does not say
         command = [program, "--check", "--input-type=module", "-"]
         if subprocess.run(command, input=script.read_bytes()).returncode:
@@ -42,26 +44,15 @@ def main() -> int:
             return 1
     npm = shutil.which("npm")
     if npm is None:
-        print("the viewer's scripts parse; their types are not checked, as there is no npm")
+        print("the scripts parse; their types are not checked, as there is no npm")
         return 0
-    command = [
-        npm,
-        "exec",
-        "--yes",
-        "--ignore-scripts",
-        f"--package={TYPESCRIPT}",
-        "--",
-        "tsc",
-        "-p",
-        str(OHIF / "jsconfig.json"),
-    ]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    print(
-        "the viewer's scripts parse, and their types fit"
-        if status == 0
-        else "the types of the viewer's scripts do not fit"
-    )
-    return status
+    for room in SCRIPTS:
+        command = [npm, "exec", "--yes", "--ignore-scripts", f"--package={TYPESCRIPT}", "--", "tsc", "-p"]
+        if subprocess.run([*command, str(room / "jsconfig.json")], cwd=ROOT).returncode:
+            print(f"{room.relative_to(ROOT)}: the types of the scripts do not fit")
+            return 1
+    print("the scripts parse, and their types fit")
+    return 0
 
 
 if __name__ == "__main__":

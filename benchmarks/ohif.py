@@ -62,8 +62,14 @@ DRAWN: Final = """before => {
 }"""
 PAINT: Final = """() => {
     const { mask } = document.querySelector('segqc-panel').session;
+    const { rows, columns } = mask.scan;
     const voxels = mask.voxels();
-    for (let i = 0; i < voxels.length; i += 97) voxels[i] = 1;
+    for (let slice = 10; slice < 14; slice += 1) {
+        for (let row = 100; row < 140; row += 1) {
+            const start = (slice * rows + row) * columns + 100;
+            voxels.fill(1, start, start + 40);
+        }
+    }
     mask.replace(voxels);
 }"""
 
@@ -83,11 +89,11 @@ def fill(folder: Path) -> None:
 
 def serve(folder: Path, port: int, viewer: str) -> None:
     """Serve a folder, with MONAI Label's OHIF or with the one that ``segqc ohif`` has installed."""
-    from segqc.server import app
-    from segqc.server.ohif import viewer as viewers
+    from segqc.server.ohif import install
     from segqc.server.serve import serve
 
-    app.find_viewer = {"bundled": viewers.bundled_viewer, "installed": viewers.installed_viewer}[viewer]
+    if viewer == "bundled":
+        install.viewer_folder = lambda: folder / "no viewer"
     serve(folder, port=port)
 
 
@@ -119,7 +125,7 @@ class Annotator:
         return time.perf_counter() - started
 
     def submit(self) -> float:
-        """Change the mask and submit it; the seconds until the server has it."""
+        """Change four slices of the mask and submit it; the seconds until the panel says that the server has it."""
         self._page.evaluate(PAINT)
         self._panel("Submit …").click()
         button = self._panel("Submit")
@@ -154,7 +160,7 @@ def measure(work: Path, viewer: str) -> Mapping[str, list[float]]:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     seconds: dict[str, list[float]] = {"first": [], "next": [], "submit": []}
     try:
-        wait_for(address)
+        wait_for(address, server)
         with sync_playwright() as playwright:
             path = shutil.which("chromium")
             browser = playwright.chromium.launch(executable_path=path, headless=True, args=ARGUMENTS)
@@ -174,17 +180,17 @@ def measure(work: Path, viewer: str) -> Mapping[str, list[float]]:
     return seconds
 
 
-def wait_for(address: str) -> None:
+def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     """Until the server answers and has taken the scans in."""
     started = time.monotonic()
-    while time.monotonic() - started < START_SECONDS:
+    while server.poll() is None and time.monotonic() - started < START_SECONDS:
         try:
             if requests.get(f"{address}/segqc/dicomweb/scan_{SCANS - 1}", timeout=10).ok:
                 return
         except requests.ConnectionError:
             pass
         time.sleep(0.5)
-    raise SystemExit(f"{address} does not answer")
+    raise SystemExit("the server did not come up; see its log")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -48,6 +49,7 @@ from segqc.quality.pseudo_labels import PseudoLabelRules
 from segqc.split import SplitConfig
 from segqc.store.intake import FileChecks
 from segqc.store.leases import LeaseRules
+from segqc.store.records import Role
 from segqc.text import TextError, caseless, decode_text, first_problem, nfc
 from segqc.training.spec import TrainingSettings
 from segqc.types import BackendName, Structure, label_names
@@ -101,8 +103,6 @@ class ServerSettings(BaseModel):
             those that a proxy passes on, for instance. ``*.example.org`` are all names below it, ``*`` is any name.
         allowed_origins: origins of other pages, such as a hospital's own OHIF, that may read from and submit to this
             server: ``https://ohif.example.org``.
-        user_header: the header in which a proxy in front of the server names the signed-in user; without it no
-            header is trusted.
         dicomweb_cache_mb: memory for the images of scans that viewers look at, in megabytes; the last one is kept
             whatever its size.
     """
@@ -119,7 +119,6 @@ class ServerSettings(BaseModel):
     upload_pause_seconds: float = Field(default=30, gt=0)
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
-    user_header: str | None = None
     dicomweb_cache_mb: float = Field(default=512, ge=0)
 
     @field_validator("allowed_hosts")
@@ -142,6 +141,101 @@ class ServerSettings(BaseModel):
                     "and the port if it is not the usual one, without a slash at its end"
                 )
         return value
+
+
+class OidcSettings(BaseModel):
+    """The table ``[auth.oidc]``: an OpenID provider that signs users in.
+
+    Attributes:
+        issuer: its address, as it names itself, such as ``https://sso.example.org/realms/hospital``.
+        client_id: what this server is called there.
+        client_secret: the secret that it gave this server; None for a public client.
+        scopes: what is asked for beside ``openid``.
+        name_claim: the claim that names the user.
+        role_claim: the claim with the user's groups or roles, one or many; dots lead into objects.
+        roles: which of these groups are which role; the highest one that a user has counts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    issuer: str
+    client_id: str = Field(min_length=1)
+    client_secret: SecretStr | None = None
+    scopes: tuple[str, ...] = ("profile",)
+    name_claim: str = Field(default="preferred_username", min_length=1)
+    role_claim: str = Field(default="groups", min_length=1)
+    roles: dict[str, Role] = Field(default_factory=dict)
+
+    @field_validator("issuer")
+    @classmethod
+    def _safe_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise ValueError("wanted the provider's address, which begins with https://")
+        return value
+
+
+class AuthSettings(BaseModel):
+    """The table ``[auth]``: who may do what.
+
+    Attributes:
+        sign_in: whether users sign in; by default they do, except where the server listens on this machine only and
+            neither a proxy nor a provider signs anybody in.
+        session_hours: for how long a browser stays signed in.
+        token_hours: for how long a program's token counts; 3D Slicer fetches the next one by itself.
+        download_minutes: for how long a scan that was handed out to a program with a token may be downloaded from the
+            same address without one, as 3D Slicer's extension does it; 0 for never.
+        trusted_proxies: addresses or networks of proxies in front of the server: what they say of a request's origin
+            and of the user counts.
+        user_header: the header in which they name the signed-in user.
+        header_role: what users whom a proxy names may do, where they are no users here; None for nothing.
+        oidc: an OpenID provider.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sign_in: bool | None = None
+    session_hours: float = Field(default=12, gt=0, le=24 * 366)
+    token_hours: float = Field(default=12, gt=0, le=24 * 366)
+    download_minutes: float = Field(default=10, ge=0, le=24 * 60)
+    trusted_proxies: tuple[str, ...] = ()
+    user_header: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]+$")
+    header_role: Role | None = None
+    oidc: OidcSettings | None = None
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            try:
+                ip_network(address)
+            except ValueError as error:
+                raise ValueError(f"{address!r} is neither an address nor a network such as '10.0.0.0/24'") from error
+        return value
+
+    @model_validator(mode="after")
+    def _header_of_whom(self) -> AuthSettings:
+        if self.user_header is not None and not self.trusted_proxies:
+            raise ValueError("user_header needs trusted_proxies: the addresses from which it is believed")
+        return self
+
+    def demands_sign_in(self, host: str | None) -> bool:
+        """Whether users sign in on a server.
+
+        Args:
+            host: the address that it listens on; None where that is not known.
+        """
+        if self.sign_in is not None:
+            return self.sign_in
+        return self.user_header is not None or self.oidc is not None or host is None or not is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or ``localhost``, is of this machine only."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class StoreSettings(BaseModel):
@@ -341,6 +435,7 @@ class Settings(BaseSettings):
     training: Table = Field(default_factory=dict)
     inference: InferenceSettings = Field(default_factory=InferenceSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     pseudo_labels: PseudoLabelRules = Field(default_factory=PseudoLabelRules)
     round: RoundSettings = Field(default_factory=RoundSettings)

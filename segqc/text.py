@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import logging
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TextIO, TypeAlias, TypeVar
 
 from segqc.errors import SegqcError
 
@@ -129,6 +130,22 @@ def spreadsheet_cell(value: T) -> T | str:
         return value
     text = value.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
+
+
+def write_csv(file: TextIO, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as a CSV table, with the names of the first row's cells above; nothing but an empty line without rows.
+
+    No text in it is a formula to spreadsheets, or acts on a terminal.
+    """
+    names = list(rows[0]) if rows else []
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(spreadsheet_cell, names))
+    writer.writerows([_csv_cell(row[name]) for name in names] for row in rows)
+
+
+def _csv_cell(value: object) -> object:
+    cell = spreadsheet_cell(value)
+    return visible(cell) if isinstance(cell, str) else cell
 
 
 def nfc(name: str) -> str:

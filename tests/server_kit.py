@@ -183,7 +183,7 @@ def assess(
 
 
 @contextlib.contextmanager
-def application(folder: Path) -> Iterator[FastAPI]:
+def application(folder: Path, *, sign_in: bool = False) -> Iterator[FastAPI]:
     """The application of a folder; MONAI Label's settings are as they were afterwards."""
     from monailabel.config import settings
     from monailabel.interfaces.utils.app import clear_cache
@@ -195,7 +195,7 @@ def application(folder: Path) -> Iterator[FastAPI]:
     settings.MONAI_LABEL_APP_DIR = str(default_app_dir())
     settings.MONAI_LABEL_STUDIES = str(folder)
     settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
-    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false"}
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "sign_in": str(sign_in).lower()}
     try:
         from segqc.server.app import create_app
 
@@ -207,23 +207,23 @@ def application(folder: Path) -> Iterator[FastAPI]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[TestClient]:
+def serving(folder: Path, *, sign_in: bool = False) -> Iterator[TestClient]:
     """A client of the application of a folder, in this process."""
     from fastapi.testclient import TestClient
 
-    with application(folder) as app, TestClient(app, raise_server_exceptions=False) as client:
+    with application(folder, sign_in=sign_in) as app, TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @contextlib.contextmanager
-def listening(folder: Path) -> Iterator[str]:
+def listening(folder: Path, *, sign_in: bool = False) -> Iterator[str]:
     """The address of a server in a thread of this process, for clients that open connections of their own."""
     import uvicorn
 
     from segqc.server.connection import Connection
 
-    with application(folder) as app, socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", log_config=None))
+    with application(folder, sign_in=sign_in) as app, socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", log_config=None, proxy_headers=False))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

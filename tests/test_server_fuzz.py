@@ -151,7 +151,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     monailabel_settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
     log = base / "server.log"
     log.write_text("a line\n" * 1000)
-    monailabel_settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "log_file": str(log), "upload_limit_mb": "50"}
+    monailabel_settings.MONAI_LABEL_APP_CONF = {
+        "bootstrap": "false",
+        "log_file": str(log),
+        "upload_limit_mb": "50",
+        "sign_in": "false",
+    }
     from segqc.server import waiting
     from segqc.server.app import create_app
 

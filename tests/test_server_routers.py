@@ -45,12 +45,10 @@ def test_what_routes_take_and_refuse_is_documented() -> None:
     assert bodies["/segqc/review/{scan}"]["application/json"]["schema"]["$ref"].endswith("/ReviewParams")
 
 
-@pytest.mark.parametrize("sign_in", [False, True])
-def test_a_stock_route_is_kept_only_where_there_is_no_better_one(sign_in: bool) -> None:
+def test_a_stock_route_is_kept_only_where_there_is_no_better_one() -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for router in stock_routers(sign_in=sign_in):
+    for router in stock_routers():
         include_stock(app, router, OURS)
     kept = {(r.path, method) for r in app.routes if isinstance(r, APIRoute) for method in r.methods}
     assert ("/info/", "GET") in kept
-    assert any(path.startswith("/auth") for path, _ in kept) is sign_in
     assert not kept & OURS.keys()

@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     settings.MONAI_LABEL_STUDIES = str(folder)
     settings.MONAI_LABEL_AUTO_UPDATE_SCORING = False
     settings.MONAI_LABEL_SESSION_PATH = str(folder / "segqc" / "sessions")
-    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "upload_limit_mb": str(LIMIT_MB)}
+    settings.MONAI_LABEL_APP_CONF = {"bootstrap": "false", "upload_limit_mb": str(LIMIT_MB), "sign_in": "false"}
     yield folder
     clear_cache()
     for name, value in saved.items():

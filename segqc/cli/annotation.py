@@ -32,7 +32,7 @@ from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.loop.dataset import Dataset
-    from segqc.store.records import LabelRecord, ScanRecord
+    from segqc.store.records import LabelRecord
 
 app = typer.Typer()
 
@@ -84,6 +84,7 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
     from segqc.store import labels as labelled
     from segqc.store import leases as leased
     from segqc.store import scans as stored
+    from segqc.store.queue import shown_state
 
     dataset = dataset_at(folder, config)
     dataset.refresh()
@@ -95,20 +96,13 @@ def scans(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
         aside = findings.listing(transaction)
         finals = labelled.current_of_all(transaction, labelled.FINAL)
 
-    def state(scan: ScanRecord) -> str:
-        if scan.former_name is not None:
-            return "replaced"
-        if scan.missing_since is not None:
-            return "missing"
-        return "in progress" if scan.name in handed_out else scan.state
-
     rows: list[Row] = [
         {
             "scan": s.name,
             "patient": s.patient,
             "fold": s.fold,
             "split": s.split,
-            "state": state(s),
+            "state": shown_state(s.state, s.missing_since, s.former_name, is_held=s.name in handed_out),
             "reason": s.reason,
             **checked(finals.get(s.name), folder / s.file, as_data=as_json or as_csv),
             **estimate(
@@ -149,8 +143,7 @@ def labels(
     as_csv: AsCsv = False,
 ) -> None:
     """Show who made which version of a scan's labels and what was changed; restore or export one."""
-    from segqc.store import corrections
-    from segqc.store import labels as stored
+    from segqc.loop.history import versions
     from segqc.store import scans as known
 
     if (export is None) != (out is None):
@@ -158,9 +151,7 @@ def labels(
     dataset = dataset_at(folder, config)
     scan = scan_named(dataset, scan)
     with dataset.store.read() as transaction:
-        history = {version.id: version for version in stored.history(transaction, scan)}
-        changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
-        current = {label.id for label in stored.tags(transaction, scan).values()}
+        history = {summary.label.id: summary for summary in versions(transaction, scan)}
         record = known.get(transaction, scan)
     for wanted in (restore, export):
         if wanted is not None and wanted not in history:
@@ -172,25 +163,24 @@ def labels(
         typer.echo(f"{scan}: version {restore} is the current label {made.tag!r} again, as version {made.id}")
         return
     if export is not None and out is not None:
-        _export_label(dataset, history[export], out)
+        _export_label(dataset, history[export].label, out)
         return
     rows: list[Row] = []
     image = dataset.folder / record.file
-    for version in history.values():
-        change = changes.get(version.id)
-        dice = [s.metrics.dice for s in change.change.structures if s.metrics.dice is not None] if change else []
+    for summary in history.values():
+        version, change = summary.label, summary.correction
         rows.append(
             {
                 "version": version.id,
                 "tag": version.tag,
-                "current": "yes" if version.id in current else "",
+                "current": "yes" if summary.is_current else "",
                 "made by": version.actor.name,
                 "as": version.source,
                 "known by": version.actor.identified_by,
                 "at": version.made_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
                 "from": version.parent,
                 **checked(version, image, as_data=as_json or as_csv),
-                "Dice before": min(dice) if dice else None,
+                "Dice before": summary.dice_before,
                 "voxels changed": change.change.voxels_changed if change else None,
                 "seconds": change.seconds if change else None,
                 "sha256": version.sha256[:12] if version.sha256 else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import logging
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 import typer
 
 from segqc.errors import SegqcError
-from segqc.text import spreadsheet_cell, visible
+from segqc.text import visible, write_csv
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -271,9 +270,7 @@ def emit(
         return
     names = list(rows[0]) if rows else []
     if as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(map(spreadsheet_cell, names))
-        writer.writerows([_csv_cell(row[name]) for name in names] for row in rows)
+        write_csv(sys.stdout, rows)
         return
     from rich import box
     from rich.console import Console
@@ -298,11 +295,6 @@ def emit(
     for name, value in (extra or {}).items():
         if isinstance(value, str):
             typer.echo(visible(f"{name}: {value}"))
-
-
-def _csv_cell(value: Cell) -> Cell:
-    cell = spreadsheet_cell(value)
-    return visible(cell) if isinstance(cell, str) else cell
 
 
 def structure_flag(text: str) -> tuple[str, tuple[int, ...]]:

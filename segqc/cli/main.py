@@ -34,6 +34,7 @@ from segqc.cli import (
     pseudo_labels,
     rounds,
     simulation,
+    users,
 )
 from segqc.cli.common import (
     ANNOTATE_PANEL,
@@ -103,6 +104,7 @@ app.add_typer(pacs.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(simulation.app, name="simulate", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
+app.add_typer(users.app, name="users", rich_help_panel=ANNOTATE_PANEL)
 app.add_typer(import_export.import_app, name="import", rich_help_panel=MAKE_PANEL)
 app.add_typer(import_export.export_app, name="export", rich_help_panel=KEEP_PANEL)
 
@@ -849,6 +851,14 @@ def serve(
             help="Train first, small networks at the start if there are none (default: yes).",
         ),
     ] = None,
+    sign_in: Annotated[
+        bool | None,
+        typer.Option(
+            "--sign-in/--without-sign-in",
+            help="Whether users sign in (segqc users). Without it whoever reaches the server may do everything "
+            "(default: they do, but not on 127.0.0.1).",
+        ),
+    ] = None,
     worker: Annotated[
         bool,
         typer.Option(
@@ -888,7 +898,7 @@ def serve(
         upload_pause_seconds=settings.upload_pause_seconds,
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
-        user_header=settings.user_header,
+        sign_in=sign_in,
         worker=worker,
     )
 

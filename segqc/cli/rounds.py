@@ -10,10 +10,6 @@ import typer
 from segqc.cli.common import ESTIMATE_PANEL, AsCsv, AsJson, ConfigFile, DatasetFolder, Row, dataset_at, emit
 
 if TYPE_CHECKING:
-    import datetime as dt
-
-    from segqc.loop.due import RoundsInfo
-    from segqc.loop.requests import TrackedRun
     from segqc.loop.rounds import RoundSummary
 
 app = typer.Typer()
@@ -45,50 +41,19 @@ def list_rounds(
 
     Below the table it says when the next round begins by itself, and whether more rounds are worth it.
     """
-    from segqc.loop.due import rounds_info
-    from segqc.loop.rounds import summaries
+    from segqc.loop.due import next_round_sentence, rounds_info
+    from segqc.loop.rounds import round_columns, summaries
 
     dataset = dataset_at(folder, config)
     with dataset.store.read() as transaction:
         found = summaries(transaction, simulated=simulated)
         info = rounds_info(transaction, dataset.settings.round)
-    rows = [_data(summary) if as_json or as_csv else _row(summary) for summary in found]
+    rows = [round_columns(summary) if as_json or as_csv else _row(summary) for summary in found]
     extra: dict[str, object] = {"next": dataclasses.asdict(info)} if as_json else {}
     title = f"{folder}: rounds"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="rounds", terms=_TERMS, empty=_NONE)
-    for sentence in (_next(info), info.message) if not as_json else ():
+    for sentence in (next_round_sentence(info), info.message) if not as_json else ():
         typer.echo(sentence, err=as_csv)
-
-
-def _data(summary: RoundSummary) -> Row:
-    """A round for programs: one fact a column, times in UTC."""
-    from segqc.loop.requests import NETWORKS
-
-    return {
-        "round": summary.number,
-        "put": _utc(summary.put_at),
-        "began": _utc(summary.started_at),
-        "ended": _utc(summary.ended_at),
-        "by": summary.actor.name,
-        "reason": summary.reason,
-        "state": summary.state,
-        "problem": summary.problem,
-        "labels": summary.labelled,
-        "pseudo-labels": summary.pseudo_labels,
-        "validation Dice": summary.validation_dice,
-        "audited": summary.audited,
-        "audit error": summary.audit_error,
-        "minutes": summary.minutes,
-        "bundle": summary.bundle,
-        "bundle state": summary.bundle_state,
-        "held because": summary.held_because,
-        **{f"{network} run": _run(summary.tracked.get(network)) for network in NETWORKS},
-    }
-
-
-def _run(tracked: TrackedRun | None) -> str | None:
-    """Where a training's run in MLflow is: its page, else its number."""
-    return None if tracked is None else tracked.url or tracked.id
 
 
 def _row(summary: RoundSummary) -> Row:
@@ -110,20 +75,3 @@ def _row(summary: RoundSummary) -> Row:
         "minutes": None if summary.minutes is None else f"{summary.minutes:.1f}",
         "bundle": None if bundle is None else f"{bundle}{held}",
     }
-
-
-def _utc(at: dt.datetime | None) -> str | None:
-    return None if at is None else at.isoformat(timespec="seconds")
-
-
-def _next(info: RoundsInfo) -> str:
-    """When the next round begins by itself, and what has come for it."""
-    came = f"{info.corrections} new correction{'' if info.corrections == 1 else 's'}"
-    came += f", {info.simulated} of them simulated" if info.simulated else ""
-    conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
-    conditions += [f"at {info.at}"] if info.at is not None else []
-    if not conditions:
-        return f"No round begins by itself ([round] in segqc.toml); {came}."
-    if info.stopped is not None:
-        return f"No round begins by itself now; {came}."
-    return f"The next round begins by itself {' or '.join(conditions)}; {came}."

@@ -37,7 +37,19 @@ from segqc.store.database import REVISION, StoreError, Transaction
 from segqc.store.features import is_packed
 from segqc.store.files import LabelFiles, sha256_of
 from segqc.store.maintenance import copy_contents, rebuild_views
-from segqc.store.schema import Base, FeatureRow, Folder, LabelVersion, LabelView, LeaseRow, Packed, Scan, UtcDateTime
+from segqc.store.schema import (
+    Base,
+    FeatureRow,
+    Folder,
+    LabelVersion,
+    LabelView,
+    LeaseRow,
+    Packed,
+    Scan,
+    SignInRow,
+    UserRow,
+    UtcDateTime,
+)
 from segqc.store.store import Store
 from segqc.volumes import atomic_write
 
@@ -47,7 +59,8 @@ _LONGEST_LINE: Final = 1 << 26  # bytes
 _LARGEST_VALUE: Final = 1 << 26  # bytes of a compressed value, once expanded
 _LARGEST_INTEGER: Final = 1 << 63  # of both databases
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_OF_THE_FOLDER: Final = (LabelView.__tablename__, Folder.__tablename__)
+# of this folder: where its files lie, and who may sign in, with hashes of passwords
+_OF_THE_FOLDER: Final = tuple(table.__tablename__ for table in (LabelView, Folder, UserRow, SignInRow))
 _TABLES: Final = tuple(table for table in Base.metadata.sorted_tables if table.name not in _OF_THE_FOLDER)
 
 Value: TypeAlias = "JsonValue | dt.datetime | bytes"

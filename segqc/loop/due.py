@@ -220,3 +220,16 @@ def rounds_info(transaction: Transaction, settings: RoundSettings) -> RoundsInfo
         stopped=found.stop,
         message=outlook_sentence(found),
     )
+
+
+def next_round_sentence(info: RoundsInfo) -> str:
+    """When the next round begins by itself, and what has come for it, in one sentence."""
+    came = f"{info.corrections} new correction{'' if info.corrections == 1 else 's'}"
+    came += f", {info.simulated} of them simulated" if info.simulated else ""
+    conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
+    conditions += [f"at {info.at}"] if info.at is not None else []
+    if not conditions:
+        return f"No round begins by itself ([round] in segqc.toml); {came}."
+    if info.stopped is not None:
+        return f"No round begins by itself now; {came}."
+    return f"The next round begins by itself {' or '.join(conditions)}; {came}."

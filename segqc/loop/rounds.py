@@ -158,3 +158,36 @@ def _errors(audits: Sequence[CheckedEstimate]) -> list[float]:
             estimated[key] = min(audit.estimated.dice, estimated.get(key, 1.0))
             true[key] = min(audit.true.dice, true.get(key, 1.0))
     return [abs(estimated[key] - true[key]) for key in estimated]
+
+
+def round_columns(summary: RoundSummary) -> dict[str, str | int | float | None]:
+    """A round for programs: one fact a column, times in UTC."""
+    return {
+        "round": summary.number,
+        "put": _utc(summary.put_at),
+        "began": _utc(summary.started_at),
+        "ended": _utc(summary.ended_at),
+        "by": summary.actor.name,
+        "reason": summary.reason,
+        "state": summary.state,
+        "problem": summary.problem,
+        "labels": summary.labelled,
+        "pseudo-labels": summary.pseudo_labels,
+        "validation Dice": summary.validation_dice,
+        "audited": summary.audited,
+        "audit error": summary.audit_error,
+        "minutes": summary.minutes,
+        "bundle": summary.bundle,
+        "bundle state": summary.bundle_state,
+        "held because": summary.held_because,
+        **{f"{network} run": _run(summary.tracked.get(network)) for network in NETWORKS},
+    }
+
+
+def _run(tracked: TrackedRun | None) -> str | None:
+    """Where a training's run in MLflow is: its page, else its number."""
+    return None if tracked is None else tracked.url or tracked.id
+
+
+def _utc(at: dt.datetime | None) -> str | None:
+    return None if at is None else at.isoformat(timespec="seconds")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
+from segqc.loop.error_maps import ErrorSteps
 from segqc.networks.assessor import AssessmentResult
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
@@ -20,8 +22,7 @@ from segqc.store.labels import ORIGINAL
 from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
-from segqc.types import LabelArray
-from segqc.volumes import Volume, VolumeError, read_labels, read_scan, temporary_labels
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
     result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
+    error_maps.write(dataset, mask.id, bundle.number, error_maps.quantised(result.errors))
     write_features(dataset, entry, bundle.segmenter(), scan, labels)
     return result
 
@@ -258,8 +260,11 @@ def assess(
     )
 
 
-def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> LabelArray:
+def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
     """Where a label is likely to be wrong: 0 to 255 for an error probability of 0 to 1, the highest of all structures'.
+
+    It is the one that was kept when the label was assessed (`segqc.loop.error_maps`); where there is none, it is
+    computed and kept.
 
     Args:
         dataset: the folder.
@@ -273,15 +278,19 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     Raises:
         ModelError: if the bundle has not both networks.
         VolumeError: if scan or label can't be used.
+        ScanReplaced: if the scan's file holds another content by now.
     """
+    kept = error_maps.read(dataset, label.id, bundle.number)
+    if kept is not None:
+        return kept
     assessor, segmenter = bundle.assessor(), bundle.segmenter()
-    volume = read_scan(dataset.scan_file(scan), limits=dataset.settings.intake)
+    volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
     is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
     plausible = segmenter.predict(volume).plausible if is_own else None
-    errors = assessor.error_maps(volume, labels, plausible).max(axis=0)
-    levels: LabelArray = np.rint(255 * errors).astype(np.uint8)
-    return levels
+    errors = error_maps.quantised(assessor.error_maps(volume, labels, plausible))
+    error_maps.write(dataset, label.id, bundle.number, errors)
+    return errors
 
 
 def keep_mask(

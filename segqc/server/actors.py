@@ -12,11 +12,12 @@ from typing import Annotated, Final
 from fastapi import Query, Request, Response
 from pydantic import JsonValue
 
-from segqc.server.monailabel.auth import USER, User
-from segqc.server.monailabel.config import settings
+from segqc.server.auth.gate import Downloads
+from segqc.server.auth.identity import Identity, identity_of
+from segqc.server.errors import RequestError
 from segqc.server.parameters import ClientId
 from segqc.store.events import SERVER
-from segqc.store.records import Actor
+from segqc.store.records import Actor, Role
 
 COOKIE: Final = "segqc_client"
 _COOKIE_SECONDS: Final = 30 * 24 * 3600
@@ -29,24 +30,21 @@ _current: contextvars.ContextVar[Actor] = contextvars.ContextVar("actor", defaul
 class RequestUser:
     """Who makes a request."""
 
-    def __init__(self, request: Request, response: Response, user: User, client_id: str | None) -> None:
-        self._request, self._response, self._user, self._client_id = request, response, user, client_id
+    def __init__(self, request: Request, response: Response, identity: Identity, client_id: str | None) -> None:
+        self._request, self._response, self._identity, self._client_id = request, response, identity, client_id
         self._new_cookie: str | None = None
 
     def actor(self, client_id: JsonValue = None) -> Actor:
         """Tell who it is.
 
-        The signed-in user, where users sign in; else whom a trusted proxy's header names, where one is configured;
-        else what the client calls itself (MONAI Label's ``client_id``); else a browser, known again by a cookie.
+        The signed-in user, or whom a trusted proxy names, whatever else the client says; where nobody signs in, what
+        the client calls itself (MONAI Label's ``client_id``); else a browser, known again by a cookie.
 
         Args:
             client_id: what the client calls itself, as it sent it; by default what the address says.
         """
-        if settings.MONAI_LABEL_AUTH_ENABLE:
-            return Actor(kind="person", name=self._user.username, identified_by="signed-in")
-        header = self._request.app.state.user_header
-        if header and (name := self._request.headers.get(header)) and _NAME.fullmatch(name):
-            return Actor(kind="person", name=name, identified_by="trusted-header")
+        if self._identity.actor is not None:
+            return self._identity.actor
         client = client_id or self._client_id
         if isinstance(client, str) and _NAME.fullmatch(client):
             return Actor(kind="person", name=client, identified_by="client-id")
@@ -65,15 +63,31 @@ class RequestUser:
             return f"{actor.identified_by} {actor.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
 
+    def need(self, role: Role, what: str) -> None:
+        """Refuse what only a part of a route's requests may.
+
+        Args:
+            role: the role that it needs.
+            what: what is wanted, in a sentence such as "a review needs the role 'reviewer'".
+
+        Raises:
+            RequestError: 403 if this user has a lower role.
+        """
+        if not self._identity.may(role):
+            raise RequestError(403, f"{what} needs the role {role!r}, and yours is {self._identity.role!r}.")
+
+    def will_download(self, image: str) -> None:
+        """Let the program that was just handed out a scan download it without its token, as 3D Slicer's does."""
+        downloads: Downloads = self._request.app.state.downloads
+        if self._identity.by_token and self._request.client is not None:
+            downloads.allow(self._request.client.host, image, self._identity)
+
 
 async def request_user(
-    request: Request,
-    response: Response,
-    user: Annotated[User, USER],
-    client_id: Annotated[ClientId | None, Query()] = None,
+    request: Request, response: Response, client_id: Annotated[ClientId | None, Query()] = None
 ) -> RequestUser:
     """The dependency of routes that have to know who asks; a coroutine, as FastAPI gives functions a thread each."""
-    return RequestUser(request, response, user, client_id)
+    return RequestUser(request, response, identity_of(request.scope), client_id)
 
 
 @contextlib.contextmanager

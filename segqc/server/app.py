@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import anyio
-import requests
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -34,10 +33,11 @@ from segqc import __version__
 from segqc.errors import SegqcError, sentence
 from segqc.loop.due import put_first_trainings
 from segqc.loop.requests import NETWORKS, TrainRequest, enqueue_scoring
+from segqc.server.auth.setup import add_auth
 from segqc.server.dicomweb.routes import SLOTS
+from segqc.server.dicomweb.routes import router as dicomweb
 from segqc.server.errors import RequestError
 from segqc.server.guard import AllowedHosts, BodyLimits, Guard, Traffic, machine_names
-from segqc.server.monailabel.auth import current_user, signed_in_user
 from segqc.server.monailabel.config import settings
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.exceptions import (
@@ -49,8 +49,10 @@ from segqc.server.monailabel.exceptions import (
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.stock import include_stock, stock_routers
 from segqc.server.ohif.viewer import find_viewer
+from segqc.server.pages.page import error_page, wants_page
+from segqc.server.pages.routes import PAGES
 from segqc.server.routers import ROUTERS, dicomweb_routers
-from segqc.settings import ServerSettings, load_settings
+from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
 
 logger = logging.getLogger(__name__)
@@ -95,12 +97,14 @@ class Refusal(BaseModel):
 
 def create_app() -> FastAPI:
     """Build the application that MONAI Label's settings describe."""
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        raise SettingsError("MONAI_LABEL_AUTH_ENABLE: users sign in by the settings [auth] here; unset this variable")
     conf = settings.MONAI_LABEL_APP_CONF
     limits = _limits(conf)
     app = FastAPI(
         title="SegQC",
         version=__version__,
-        docs_url="/",
+        docs_url=None,  # see `segqc.server.pages.api`
         redoc_url=None,
         lifespan=_lifespan,
         redirect_slashes=False,
@@ -109,6 +113,13 @@ def create_app() -> FastAPI:
     )
     app.router.default = OtherSlash(app.router.app)
     MultiPartParser.spool_max_size = SPOOLED_BYTES
+    folder = _folder()
+    auth = load_settings(folder).auth if folder is not None else AuthSettings()
+    told = conf.get("sign_in")
+    sign_in = auth.demands_sign_in(None) if told is None else told == "true"
+    add_auth(
+        app, auth, lambda: current_app().context.dataset.store, sign_in=sign_in, port=settings.MONAI_LABEL_SERVER_PORT
+    )
     origins = _allowed("allowed_origins", conf)
     app.state.traffic = Traffic()
     hosts = AllowedHosts([*_allowed("allowed_hosts", conf), *machine_names()])
@@ -117,17 +128,14 @@ def create_app() -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         )
-    app.state.user_header = conf.get("user_header") or None
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     app.state.viewer = find_viewer()
-    routers = (*ROUTERS, *dicomweb_routers(from_pacs=_scans_are_of_pacs()))
+    routers = (*ROUTERS, *dicomweb_routers(from_pacs=_scans_are_of_pacs()), *PAGES)
     for router in routers:
         app.include_router(router)
-    if settings.MONAI_LABEL_AUTH_ENABLE:
-        app.dependency_overrides[current_user] = signed_in_user
     own = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
-    for router in stock_routers(sign_in=settings.MONAI_LABEL_AUTH_ENABLE):
+    for router in stock_routers():
         include_stock(app, router, ours)
     _add_error_handlers(app)
     return app
@@ -145,11 +153,17 @@ def _allowed(name: Literal["allowed_hosts", "allowed_origins"], conf: Mapping[st
     """Who may ask the server: as `serve` was told, else as the dataset folder's settings say."""
     if name in conf:
         return conf[name].split()
-    folder = Path(settings.MONAI_LABEL_STUDIES)
-    if not settings.MONAI_LABEL_STUDIES or not folder.is_dir():
+    folder = _folder()
+    if folder is None:
         return ()
     server = load_settings(folder).server
     return server.allowed_hosts if name == "allowed_hosts" else server.allowed_origins
+
+
+def _folder() -> Path | None:
+    """The dataset folder; None where there is none yet."""
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return folder if settings.MONAI_LABEL_STUDIES and folder.is_dir() else None
 
 
 def _scans_are_of_pacs() -> bool:
@@ -256,58 +270,62 @@ def is_full(error: OSError) -> bool:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def refuse(
-        status: int, message: str, headers: Mapping[str, str] | None = None, *, image: str | None = None
-    ) -> JSONResponse:
+        request: Request,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        image: str | None = None,
+    ) -> Response:
         # what a client sent may be no text that can be sent back, or very long
         shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
         body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
+        # DICOMweb says what it cannot send: to a request for text/html, too
+        if wants_page(request) and not request.url.path.startswith(f"{dicomweb.prefix}/"):
+            return error_page(request, status, body.detail, headers)
         return JSONResponse(body.model_dump(exclude_none=True), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
-    async def on_http_exception(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    async def on_http_exception(request: Request, error: StarletteHTTPException) -> Response:
         if isinstance(error.__cause__, OSError):
             return await on_os_error(request, error.__cause__)  # met while a form was received
-        return refuse(error.status_code, str(error.detail), error.headers)
+        return refuse(request, error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(SegqcError)
-    async def on_known_problem(_: Request, error: SegqcError) -> JSONResponse:
+    async def on_known_problem(request: Request, error: SegqcError) -> Response:
         if error.status >= 500:
             logger.error("%s", error)
-        return refuse(error.status, str(error), image=error.image if isinstance(error, RequestError) else None)
+        return refuse(request, error.status, str(error), image=error.image if isinstance(error, RequestError) else None)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(422, first_problem(error.errors()))
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        return refuse(request, 422, first_problem(error.errors()))
 
     @app.exception_handler(MONAILabelException)
-    async def on_monailabel_error(_: Request, error: MONAILabelException) -> JSONResponse:
+    async def on_monailabel_error(request: Request, error: MONAILabelException) -> Response:
         if isinstance(error, ImageNotFoundException | LabelNotFoundException):
-            return refuse(404, str(error.msg))
+            return refuse(request, 404, str(error.msg))
         asked = error.error in (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
-        return refuse(400 if asked else 500, str(error.msg))
+        return refuse(request, 400 if asked else 500, str(error.msg))
 
     @app.exception_handler(OSError)
-    async def on_os_error(_: Request, error: OSError) -> JSONResponse:
+    async def on_os_error(request: Request, error: OSError) -> Response:
         logger.error("%s", error)
         if is_full(error):
-            return refuse(*_NO_ROOM)
+            return refuse(request, *_NO_ROOM)
         return refuse(
+            request,
             503,
             f"the server cannot use its files ({error.strerror or type(error).__name__}); nothing was changed. Tell "
             "whoever runs the server.",
         )
 
-    @app.exception_handler(requests.RequestException)
-    async def on_sign_in_error(_: Request, error: requests.RequestException) -> JSONResponse:
-        logger.error("sign-in: %s", error)
-        if error.response is not None and 400 <= error.response.status_code < 500:
-            return refuse(401, "the sign-in server refuses this name and password.")
-        return refuse(503, f"the sign-in server at {settings.MONAI_LABEL_AUTH_REALM_URI} does not answer; try later.")
-
     @app.exception_handler(MemoryError)
-    async def on_memory_error(_: Request, error: MemoryError) -> JSONResponse:
+    async def on_memory_error(request: Request, error: MemoryError) -> Response:
         logger.error("out of memory: %s", error)
-        return refuse(503, "the server has not enough memory for this request now; try a smaller one, or later.")
+        return refuse(
+            request, 503, "the server has not enough memory for this request now; try a smaller one, or later."
+        )
 
 
 app = create_app()

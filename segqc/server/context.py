@@ -10,6 +10,7 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Segmenter
 from segqc.server.dicomweb.archive import Archive
+from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.errors import RequestError
 from segqc.settings import NetworkName, Settings
 from segqc.types import Structure, label_names
@@ -18,6 +19,7 @@ from segqc.volumes import VolumeError
 # MONAI Label's extension of 3D Slicer empties segments with "scribbles" in their name before it exports the others
 LIKELY_ERROR = "likely error (scribbles)"
 LIKELY_ERROR_VALUE = 1
+_ERROR_MAPS_BYTES = 64e6
 _PATIENCE_SECONDS = 4.0  # annotators are told that the database is locked rather than left waiting
 
 
@@ -28,6 +30,8 @@ class AppContext:
         self.dataset = Dataset(folder, watched=True, patience_seconds=_PATIENCE_SECONDS)
         self.settings: Settings = self.dataset.settings
         self.archive = Archive(self.dataset, self.settings.server.dicomweb_cache_mb * 1e6)
+        self.error_maps: BoundedCache[tuple[str, int, int], bytes] = BoundedCache(_ERROR_MAPS_BYTES, len)
+        """Error maps as viewers get them, by study, label version and bundle."""
         self._found: tuple[frozenset[Path], tuple[Structure, ...]] | None = None
 
     def bundle(self, network: NetworkName) -> NetworkBundle:

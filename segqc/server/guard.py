@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 # Only these take files, as parts of a form; any other body is read into memory as a whole.
-_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /(infer|segqc/viewer)/")
+_UPLOADS: Final = re.compile(r"PUT /(datastore|session|model)/|POST /(infer|segqc/viewer)/|POST /scans/[^/]+/label/")
 MAX_PLAIN_BODY_BYTES: Final = 1_000_000
 MAX_HEADERS: Final = 100
 # A body has to keep coming: at least so many bytes a second on average, after a start.
@@ -170,8 +170,8 @@ class Guard:
     """ASGI middleware.
 
     Beside hosts, a request's origin is checked: a page of another site that is open in an annotator's browser could
-    send requests to a server on the same machine; browsers name the page's origin, and any but the server's own and
-    the configured ones is refused.
+    send requests to a server on the same machine; browsers name the page's origin, or say that it is another site, and
+    any but the server's own and the configured ones is refused.
     """
 
     def __init__(
@@ -244,6 +244,8 @@ class Guard:
                 f"pages of {origin!r} may not ask this server; whoever runs it can add the origin to the setting "
                 "server.allowed_origins.",
             )
+        if origin not in self._origins and _is_of_another_site(scope["method"], headers):
+            return HTTPException(403, "a page of another site asks for this; only links to this server's pages may.")
         return self._too_much(_declared_length(headers), self._most(scope))
 
     def _too_much(self, length: int, most: int) -> HTTPException | None:
@@ -305,6 +307,16 @@ def _busy() -> HTTPException:
 def _declared_length(headers: Headers) -> int:
     length = headers.get("content-length", "0")
     return int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else 0
+
+
+def _is_of_another_site(method: str, headers: Headers) -> bool:
+    """Whether a browser says that another site's page makes a request, other than by a link that somebody follows.
+
+    It says so also where it names no origin: for pictures, scripts and forms.
+    """
+    if headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
+        return False
+    return method not in ("GET", "HEAD") or headers.get("sec-fetch-mode") != "navigate"
 
 
 def _origin_host(origin: str) -> str:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.processes import ending_signals, ignore_ending_signals
+from segqc.settings import is_loopback
+from segqc.store import users
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def serve(
     upload_pause_seconds: float = 30,
     allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
-    user_header: str | None = None,
+    sign_in: bool | None = None,
     worker: bool = True,
 ) -> None:
     """Serve a dataset folder until the process is told to end.
@@ -97,7 +99,7 @@ def serve(
         upload_pause_seconds: for how long a client may send nothing before its request is complete.
         allowed_hosts: names by which clients may ask for the server, beside this machine's own.
         allowed_origins: origins of other pages that may read from and submit to the server.
-        user_header: the header in which a proxy in front of the server names the signed-in user; None trusts none.
+        sign_in: whether users sign in; None as the settings say: by default they do, but not on this machine only.
         worker: whether to start a worker beside the server; without one, jobs wait for ``segqc worker``.
 
     Raises:
@@ -115,6 +117,9 @@ def serve(
             signal.signal(sign, lambda *_: ending.begin(at_once=True))
         folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
         _refuse_read_only(folder)
+        signs_in = folder.settings.auth.demands_sign_in(host) if sign_in is None else sign_in
+        if signs_in:
+            _check_users(folder)
         folder.own.mkdir(parents=True, exist_ok=True)
         _allow_files()
         alone = _lock(folder)  # held until the process ends
@@ -130,12 +135,13 @@ def serve(
             "allowed_hosts": " ".join([host, *allowed_hosts]),
             "allowed_origins": " ".join(allowed_origins),
             "log_file": str(log_file),
-            "user_header": user_header or "",
+            "sign_in": str(signs_in).lower(),
         }
         _set_environment(folder, (app_dir or default_app_dir()).resolve(), port, conf)
         _set_logging(log_file)
         folder.store.close()  # a database that cannot be used shows at once
         logger.info("SegQC serves %s; starting ...", folder.folder)
+        _warn_of_strangers(folder, host, signs_in=signs_in)
         shown = host if ":" not in host else f"[{host}]"
         beside = _working(folder, ending.begun) if worker else contextlib.nullcontext()
         with listener:
@@ -266,6 +272,7 @@ def _answer(
         app,
         http=Connection,
         ws="none",
+        proxy_headers=False,  # the gate knows whom to trust
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_REQUEST_GRACE_SECONDS,
@@ -273,7 +280,7 @@ def _answer(
     server = server_of(config, ending.begin)
     for sign in ending_signals():
         signal.signal(sign, server.handle_exit)
-    logger.info("SegQC answers at %s (OHIF: %sohif/; 3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown, shown)
+    logger.info("SegQC answers at %s (a browser, 3D Slicer, MONAI Label's clients; Ctrl-C ends it)", shown)
     with beside:
         server.run(sockets=[listener])
 
@@ -316,6 +323,27 @@ def _refuse_read_only(dataset: Dataset) -> None:
                 f"{folder}: is read-only; the server writes its database, log and labels below {dataset.folder}: "
                 "make the folder writable, or serve a copy"
             )
+
+
+def _check_users(dataset: Dataset) -> None:
+    """Refuse to keep everybody out."""
+    auth = dataset.settings.auth
+    with dataset.store.read() as transaction:
+        somebody = any(user.has_password for user in users.listing(transaction))
+    if not somebody and auth.oidc is None and auth.user_header is None:
+        raise ServeError(
+            f"{dataset.folder}: users have to sign in at this address, and there is no user yet: add the first one "
+            f"(segqc users add {dataset.folder} NAME), or let everybody do everything (--without-sign-in)"
+        )
+
+
+def _warn_of_strangers(dataset: Dataset, host: str, *, signs_in: bool) -> None:
+    if is_loopback(host):
+        return
+    if not signs_in:
+        logger.warning("Nobody signs in: whoever reaches this machine may see and change everything.")
+    elif not dataset.settings.auth.trusted_proxies:
+        logger.warning("Passwords travel as they are: put a proxy with TLS before the server (auth.trusted_proxies).")
 
 
 def _lock(dataset: Dataset) -> BaseFileLock:

@@ -14,7 +14,6 @@ from typing import Final
 
 import numpy as np
 
-from segqc.loop.dataset import Dataset
 from segqc.loop.submission import current_start
 from segqc.plots import COLOURS
 from segqc.server.context import AppContext
@@ -24,7 +23,7 @@ from segqc.server.monailabel.strategy import WORST_SLICES, estimate_warning
 from segqc.store import assessments, labels, leases
 from segqc.store.database import Transaction
 from segqc.store.records import Actor, LabelRecord, LabelSource, LeaseRecord, ScanState
-from segqc.types import UNLIKE, Assessment, LabelArray, PredictionInterval, StructureQuality, applying
+from segqc.types import UNLIKE, Assessment, LabelArray, PredictionInterval, Structure, StructureQuality, applying
 from segqc.volumes import Volume, read_grid
 from segqc.volumes.volume import Array
 
@@ -172,7 +171,7 @@ def view(context: AppContext, scan: DicomScan, header: ScanHeader, actor: Actor)
         label=next((version for version in versions if start is not None and version.version == start.id), None),
         lease=None if lease is None else _shown_lease(lease, actor, instances),
         has_networks=context.has("segmentation") and context.has("segqc"),
-        estimate=None if start is None or found is None else _estimate(start.id, found, header, dataset),
+        estimate=None if start is None or found is None else _estimate(start.id, found, header, context.structures()),
         warnings=warnings,
         history=versions[::-1],
     )
@@ -215,14 +214,14 @@ def _assessment(transaction: Transaction, label: LabelRecord, lease: LeaseRecord
     return None if found is None else found[1]
 
 
-def _estimate(version: int, assessment: Assessment, header: ScanHeader, dataset: Dataset) -> Estimate:
+def _estimate(version: int, assessment: Assessment, header: ScanHeader, structures: Sequence[Structure]) -> Estimate:
     instances = list(header.instances)
     voxel_ml = float(np.prod(assessment.spacing_mm)) / 1000.0
     sums = np.zeros(len(instances))
     for quality in assessment.structures:
         for of_slice in quality.raw.slices:
             sums[of_slice.index] += of_slice.error_sum * voxel_ml
-    values = {structure.name: list(structure.values) for structure in dataset.structures}
+    values = {structure.name: list(structure.values) for structure in structures}
     return Estimate(
         version=version,
         dice=assessment.dice,

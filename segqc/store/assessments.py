@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from segqc.store import labels, scans
@@ -387,6 +387,22 @@ def ranking_intervals(transaction: Transaction) -> dict[str, PredictionInterval 
     found = dice_intervals(transaction, [number for number, _ in ranking.values()])
     query = select(Scan.id, Scan.name).where(Scan.ranking_dice.is_not(None))
     return {name: found.get(ranking[scan][0]) for scan, name in transaction.execute(query) if scan in ranking}
+
+
+def ranking_estimates(transaction: Transaction, most: int) -> list[tuple[float, PredictionInterval]]:
+    """The estimated Dice that scans are ranked by, each with its interval; those without one are left out.
+
+    Args:
+        transaction: what to read in.
+        most: about how many scans are looked at, evenly chosen, where there are more.
+    """
+    ranked = Scan.ranking_dice.is_not(None)
+    count = transaction.scalar(select(func.count()).select_from(Scan).where(ranked)) or 0
+    shown = latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery()
+    query = select(shown, Scan.ranking_dice).where(ranked, Scan.id % max(1, -(-count // most)) == 0)
+    ranking = {number: dice for number, dice in transaction.execute(query) if number is not None and dice is not None}
+    found = dice_intervals(transaction, list(ranking))
+    return [(ranking[number], interval) for number, interval in found.items() if interval is not None]
 
 
 def marked(transaction: Transaction) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 from sqlalchemy import and_, func, insert, select
+from sqlalchemy import true as always
 from sqlalchemy.orm import aliased, defer
 
 from segqc.store import events, leases, scans
@@ -14,9 +15,12 @@ from segqc.store.assessments import intervals_of, structure_ids, unlikeness_of
 from segqc.store.database import Transaction
 from segqc.store.records import (
     Actor,
+    AnnotatorWork,
     Change,
     CheckedEstimate,
+    CorrectionLine,
     CorrectionRecord,
+    Draw,
     JsonObject,
     LabelRecord,
     LeaseRecord,
@@ -109,15 +113,96 @@ def listing(transaction: Transaction, scan: str | None = None) -> list[Correctio
     return [_record(transaction, row, name, actor) for row, name, actor in transaction.execute(query)]
 
 
+def by_annotator(transaction: Transaction) -> list[AnnotatorWork]:
+    """What each annotator has corrected, the busiest first; simulated corrections are no work."""
+    part = CorrectionStructure
+    worst = select(func.min(part.dice)).where(part.correction_id == Correction.id).correlate(Correction)
+    number = func.count()
+    query = (
+        select(
+            ActorRow, number, func.count(Correction.seconds), func.coalesce(func.sum(Correction.seconds), 0.0),
+            func.sum(Correction.voxels_changed), func.sum(Correction.slices_changed),
+            func.avg(worst.scalar_subquery()), func.max(Correction.made_at),
+        )
+        .join(ActorRow, Correction.actor_id == ActorRow.id)
+        .where(~Correction.simulated)
+        .group_by(ActorRow.id)
+        .order_by(number.desc(), ActorRow.name)
+    )  # fmt: skip
+    return [
+        AnnotatorWork(
+            actor=events.actor_of(actor),
+            corrections=count,
+            timed=timed,
+            seconds=float(seconds),
+            voxels_changed=int(voxels),
+            slices_changed=int(slices),
+            mean_dice_before=dice,
+            last_at=last,
+        )
+        for actor, count, timed, seconds, voxels, slices, dice, last in transaction.execute(query)
+    ]
+
+
+def lines(transaction: Transaction, *, most: int | None = None) -> list[CorrectionLine]:
+    """The last corrections, newest first; all of them without a limit."""
+    part = CorrectionStructure
+    worst = select(func.min(part.dice)).where(part.correction_id == Correction.id).correlate(Correction)
+    query = (
+        select(
+            Scan.name, ActorRow, Correction.made_at, Correction.seconds, Correction.voxels_changed,
+            Correction.slices_changed, worst.scalar_subquery(), AssessmentRow.dice, LeaseRow.draw,
+            Correction.simulated, Correction.from_version_id, Correction.to_version_id,
+        )
+        .join(Scan, Correction.scan_id == Scan.id)
+        .join(ActorRow, Correction.actor_id == ActorRow.id)
+        .outerjoin(AssessmentRow, Correction.assessment_id == AssessmentRow.id)
+        .outerjoin(LeaseRow, Correction.lease_id == LeaseRow.id)
+        .order_by(Correction.id.desc())
+    )  # fmt: skip
+    found = transaction.execute(query if most is None else query.limit(most))
+    return [
+        CorrectionLine(
+            scan=scan,
+            actor=events.actor_of(actor),
+            made_at=made_at,
+            seconds=seconds,
+            voxels_changed=voxels,
+            slices_changed=slices,
+            dice_before=before,
+            estimated_dice=estimated,
+            draw=draw,
+            simulated=simulated,
+            from_version=start,
+            to_version=end,
+        )
+        for scan, actor, made_at, seconds, voxels, slices, before, estimated, draw, simulated, start, end in found
+    ]
+
+
 def audited(transaction: Transaction, *, simulated: bool = False) -> list[CheckedEstimate]:
-    """What audit draws show of the estimates, a row per correction and structure, oldest first.
+    """What audit draws show of the estimates: `checked_estimates` of these alone.
 
     Audit draws are uniform at random among the scans that waited; scans chosen worst-first would be a biased sample
-    (method, "Leaks"). Left out are corrections of a part of the scan, those of labels that were rejected since, and
-    excluded scans.
+    (method, "Leaks").
 
     Args:
         transaction: what to read in.
+        simulated: whether simulated corrections are wanted, instead of people's.
+    """
+    return checked_estimates(transaction, draw="audit", simulated=simulated)
+
+
+def checked_estimates(
+    transaction: Transaction, *, draw: Draw | None = None, simulated: bool = False
+) -> list[CheckedEstimate]:
+    """What corrections show of the estimates, a row per correction and structure, oldest first.
+
+    Left out are corrections of a part of the scan, those of labels that were rejected since, and excluded scans.
+
+    Args:
+        transaction: what to read in.
+        draw: how the scans were chosen; None for all.
         simulated: whether simulated corrections are wanted, instead of people's.
     """
     shown, true, source = AssessmentStructure, CorrectionStructure, aliased(Bundle)
@@ -141,7 +226,7 @@ def audited(transaction: Transaction, *, simulated: bool = False) -> list[Checke
         .join(shown, and_(shown.assessment_id == AssessmentRow.id, shown.structure_id == true.structure_id))
         .join(StructureName, StructureName.id == true.structure_id)
         .where(
-            LeaseRow.draw == "audit",
+            LeaseRow.draw == draw if draw is not None else always(),
             AssessmentRow.label_version_id == Correction.from_version_id,
             Correction.simulated == simulated,
             Correction.opened_slices.is_(None),

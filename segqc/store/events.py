@@ -71,14 +71,13 @@ def newest(transaction: Transaction) -> int:
     return transaction.scalar(select(func.max(Event.id))) or 0
 
 
-def history(transaction: Transaction, object_kind: str, object_id: int) -> list[EventRecord]:
-    """What happened to an object, oldest first."""
-    rows = transaction.execute(
-        select(Event, ActorRow)
-        .join(ActorRow, Event.actor_id == ActorRow.id)
-        .where(Event.object_kind == object_kind, Event.object_id == object_id)
-        .order_by(Event.id)
-    )
+def history(transaction: Transaction, object_kind: str, object_id: int | None = None) -> list[EventRecord]:
+    """What happened to an object, or to all of a kind, oldest first."""
+    wanted = Event.object_kind == object_kind
+    if object_id is not None:
+        wanted &= Event.object_id == object_id
+    query = select(Event, ActorRow).join(ActorRow, Event.actor_id == ActorRow.id).where(wanted).order_by(Event.id)
+    rows = transaction.execute(query)
     return [
         EventRecord(
             at=e.at, actor=actor_of(a), verb=e.verb, object_kind=e.object_kind, object_id=e.object_id, detail=e.detail

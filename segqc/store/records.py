@@ -20,8 +20,10 @@ from segqc.volumes import scan_suffix
 JsonObject: TypeAlias = dict[str, JsonValue]
 ActorKind: TypeAlias = Literal["person", "network", "system"]
 Identification: TypeAlias = Literal[
-    "signed-in", "trusted-header", "client-id", "cookie", "command", "folder", "program"
+    "signed-in", "oidc", "trusted-header", "client-id", "cookie", "command", "folder", "program"
 ]
+Role: TypeAlias = Literal["annotator", "reviewer", "operator"]
+SignInKind: TypeAlias = Literal["session", "token"]
 ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved", "excluded"]
 LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
 Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
@@ -40,6 +42,30 @@ class Actor:
     kind: ActorKind
     name: str  # a person's name, a network's version, or a program
     identified_by: Identification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRecord:
+    """Somebody who may sign in."""
+
+    id: int
+    name: str
+    role: Role
+    has_password: bool  # False where another place signs them in: an OpenID provider, or a proxy
+    provider_subject: str | None  # by which an OpenID provider knows them: its address and their id there
+    added_at: dt.datetime
+    last_sign_in_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignInRecord:
+    """A sign-in that counts: a browser's session, or a program's token."""
+
+    user: UserRecord
+    kind: SignInKind
+    identified_by: Identification
+    made_at: dt.datetime
+    expires_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +244,38 @@ class CorrectionRecord:
     seconds: float | None  # from hand-out to submission
     simulated: bool  # no person has made it
     change: Change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatorWork:
+    """What one annotator has corrected."""
+
+    actor: Actor
+    corrections: int
+    timed: int  # corrections of which the time is known, from hand-out to submission
+    seconds: float  # of these, all together
+    voxels_changed: int  # all together
+    slices_changed: int  # all together
+    mean_dice_before: float | None  # of the masks against their corrections, of each one's worst structure
+    last_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionLine:
+    """A correction in a list: where, by whom, how long it took and how large it was."""
+
+    scan: str
+    actor: Actor
+    made_at: dt.datetime
+    seconds: float | None  # from hand-out to submission
+    voxels_changed: int
+    slices_changed: int
+    dice_before: float | None  # of the structure that was corrected most
+    estimated_dice: float | None  # that was shown
+    draw: Draw | None  # how the scan was chosen
+    simulated: bool
+    from_version: int
+    to_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,9 +37,11 @@ from segqc.store.records import (
     JsonObject,
     LabelSource,
     LeaseState,
+    Role,
     ScanState,
     SegmentationOrigin,
     SegmentationState,
+    SignInKind,
 )
 from segqc.types import ComputeName, MaskKind
 
@@ -100,6 +102,48 @@ class ActorRow(Base):
     __table_args__ = (
         UniqueConstraint("kind", "name", "identified_by"),
         CheckConstraint(_one_of("kind", get_args(ActorKind)), name="kind"),
+        CheckConstraint(_one_of("identified_by", get_args(Identification)), name="identified_by"),
+    )
+
+
+class UserRow(Base):
+    """Who may sign in, and as what.
+
+    ``key`` is the name as it is compared, so that no two names differ by their case only. A user without a password is
+    signed in elsewhere: by an OpenID provider, which knows them by ``provider_subject``, or by a proxy. A role that the
+    provider gave counts only as long as it gives one.
+    """
+
+    __tablename__ = "user_account"  # "user" is a word of SQL
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    key: Mapped[str] = mapped_column(unique=True)
+    role: Mapped[Role] = mapped_column(String)
+    password_hash: Mapped[str | None]
+    provider_subject: Mapped[str | None] = mapped_column(unique=True)
+    is_role_provided: Mapped[bool]
+    added_at: Mapped[dt.datetime]
+    last_sign_in_at: Mapped[dt.datetime | None]
+    __table_args__ = (
+        CheckConstraint(_one_of("role", get_args(Role)), name="role"),
+        CheckConstraint("password_hash IS NULL OR provider_subject IS NULL", name="one_place"),
+        {"sqlite_autoincrement": True},  # events name users by number: none is given twice
+    )
+
+
+class SignInRow(Base):
+    """A sign-in that was not ended: a browser's session, or a program's token; of its secret only the hash is kept."""
+
+    __tablename__ = "sign_in"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("user_account.id", ondelete="CASCADE"), index=True)
+    kind: Mapped[SignInKind] = mapped_column(String)
+    sha256: Mapped[str] = mapped_column(unique=True)
+    identified_by: Mapped[Identification] = mapped_column(String)
+    made_at: Mapped[dt.datetime]
+    expires_at: Mapped[dt.datetime] = mapped_column(index=True)
+    __table_args__ = (
+        CheckConstraint(_one_of("kind", get_args(SignInKind)), name="kind"),
         CheckConstraint(_one_of("identified_by", get_args(Identification)), name="identified_by"),
     )
 

@@ -140,7 +140,7 @@ def load_scan(file: InputFile, source: Source, memory_order: Literal["C", "K"] =
 def read_labels(
     path: str | os.PathLike[str],
     *,
-    scan: Volume | None = None,
+    scan: Grid | None = None,
     values: Collection[int] | None = None,
     names: Mapping[str, int] | None = None,
     limits: ReadLimits | None = None,

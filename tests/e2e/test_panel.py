@@ -313,6 +313,7 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     painted = other.voxels()
     other.press("Submit …")
     other.sees(f"version {first} counts by now")
+    expect(other.page.get_by_role("button", name="Load the newer one")).to_be_visible()
     keep_picture(other.page, tmp_path, "conflict")
     other.press("Keep mine beside it")
     other.sees("kept beside the final label, as version_1")
@@ -394,6 +395,28 @@ def test_likely_errors_are_drawn_over_the_slice(anna: Annotator, tmp_path: Path)
     assert anna.slice_shown() == 7
 
 
+def test_the_brush_paints_the_mask_and_no_other_label_map(anna: Annotator) -> None:
+    anna.open("plain")
+    before = anna.voxels()
+    anna.page.evaluate(
+        f"""async () => {{
+            const {{ segmentationService, displaySetService, viewportGridService }} = {_SESSION}.services;
+            const [displaySet] = displaySetService.getActiveDisplaySets();
+            const options = {{ segmentationId: 'another', label: 'Another', segments: {{ 1: {{ label: 'x' }} }} }};
+            await segmentationService.createLabelmapForDisplaySet(displaySet, options);
+            const viewport = viewportGridService.getActiveViewportId();
+            await segmentationService.addSegmentationRepresentation(viewport, {{ segmentationId: 'another' }});
+            segmentationService.setActiveSegmentation(viewport, 'another');
+        }}"""
+    )
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    changed = anna.voxels() != before
+    assert changed.any()
+    assert set(anna.voxels()[changed]) == {SPLEEN}
+
+
 def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=PLAIN)
     with listening(folder) as server:
@@ -411,3 +434,22 @@ def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
         anna.press("Next scan")
         anna.sees("Nothing left for you")
         keep_picture(page, tmp_path, "none-left")
+
+
+def test_reconstructed_planes_are_warned_of_and_change_nothing(anna: Annotator, tmp_path: Path) -> None:
+    anna.open("oblique")
+    before = anna.voxels()
+    anna.page.evaluate("() => commandsManager.runCommand('toggleHangingProtocol', { protocolId: 'mpr' })")
+    anna.sees("Painting in reconstructed planes may change neighbouring slices")
+    anna.page.wait_for_function(
+        f"""() => {{
+            const {{ services, mask }} = {_SESSION};
+            const shown = id => services.segmentationService.getSegmentationRepresentations(id, {{
+                segmentationId: mask.id,
+            }}).length;
+            return [...services.viewportGridService.getState().viewports.keys()].filter(shown).length === 3;
+        }}"""
+    )
+    keep_picture(anna.page, tmp_path, "planes")
+    np.testing.assert_array_equal(anna.voxels(), before)
+    anna.sees("No changes")

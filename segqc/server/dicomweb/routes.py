@@ -39,7 +39,6 @@ from segqc.server.dicomweb.search import (
 )
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages, dataset, metadata, to_file, to_json
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import USER
 from segqc.server.monailabel.facade import current_app
 from segqc.store.records import JsonObject
 
@@ -48,8 +47,8 @@ SLOTS: Final = 4
 MAX_RESULTS: Final = 5000
 """Of one search; further ones are told page by page."""
 
-router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[USER])
-scan_router = APIRouter(tags=["SegQC"], dependencies=[USER])
+router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"])
+scan_router = APIRouter(tags=["SegQC"])
 
 T = TypeVar("T")
 Finder: TypeAlias = Callable[[Archive, Iterable[DicomScan], str], Iterator[Found]]

@@ -12,13 +12,9 @@ class Config(Protocol):
     """What the environment says, under MONAI Label's own names; `segqc.server.serve` sets it."""
 
     MONAI_LABEL_STUDIES: str
+    MONAI_LABEL_SERVER_PORT: int
     MONAI_LABEL_APP_CONF: Mapping[str, str]
     MONAI_LABEL_AUTH_ENABLE: bool
-    MONAI_LABEL_AUTH_REALM_URI: str
-    MONAI_LABEL_AUTH_ROLE_ADMIN: str
-    MONAI_LABEL_AUTH_ROLE_REVIEWER: str
-    MONAI_LABEL_AUTH_ROLE_ANNOTATOR: str
-    MONAI_LABEL_AUTH_ROLE_USER: str
 
 
 settings: Config = _settings

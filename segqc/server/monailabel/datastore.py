@@ -12,7 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -53,6 +53,15 @@ def scan_info(scan: ScanRecord) -> Info:
         "state": scan.state,
         **({"reason": scan.reason} if scan.reason else {}),
     }
+
+
+def decision_in(info: Info) -> tuple[Literal["approved", "flagged"] | None, str]:
+    """What MONAI Label's Reviewer decided in what is noted of a label, and its comment."""
+    meta = info.get("segmentationMeta")
+    status = meta.get("status") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or (status != "approved" and status != "flagged"):
+        return None, ""
+    return status, str(meta.get("comment") or "").strip()
 
 
 class StoreDatastore(Datastore):
@@ -286,15 +295,13 @@ class StoreDatastore(Datastore):
 
         An approved version becomes the final label first, where the settings say so.
         """
-        meta = info.get("segmentationMeta")
-        status = meta.get("status") if isinstance(meta, dict) else None
+        decision, comment = decision_in(info)
         label = self._label(image_id, label_tag)
-        if status not in ("approved", "flagged") or label is None:
+        if decision is None or label is None:
             return
         state = self.scan(image_id).state
-        if status == "flagged":
+        if decision == "flagged":
             if label_tag == FINAL and state in ("submitted", "approved"):
-                comment = str(meta.get("comment") or "").strip() if isinstance(meta, dict) else ""
                 review(self._dataset, image_id, "rejected", actor, comment or "flagged in the Reviewer")
             return
         final = self._label(image_id, FINAL)

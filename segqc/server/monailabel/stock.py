@@ -12,18 +12,14 @@ from typing import Any, Final
 import monailabel
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
-from monailabel.endpoints import datastore, info, login, model
+from monailabel.endpoints import datastore, info, model
 
 STATIC: Final = Path(monailabel.__file__).parent / "endpoints" / "static"
 
 
-def stock_routers(*, sign_in: bool) -> list[APIRouter]:
-    """MONAI Label's routers that this server keeps.
-
-    Args:
-        sign_in: whether users sign in.
-    """
-    return [info.router, datastore.router, model.router, *([login.router] if sign_in else [])]
+def stock_routers() -> list[APIRouter]:
+    """MONAI Label's routers that this server keeps; who may use them is decided before (`segqc.server.auth`)."""
+    return [info.router, datastore.router, model.router]
 
 
 def include_stock(app: FastAPI, stock: APIRouter, ours: Collection[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
+from segqc.server.auth import routes as auth
 from segqc.server.dicomweb import pacs_routes
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.ohif import routes as ohif
@@ -43,6 +44,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     models.router,
     viewer.router,
     dicomweb.scan_router,
+    auth.router,
     ohif.router,
     others.router,
 )

@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from segqc.loop.requests import NETWORKS, BatchImages, BatchRequest, mask_tag_problem
 from segqc.server import job_answers
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ADMIN, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import AllJobs, BatchBody, OnlyOpen, RunSync
@@ -21,13 +20,13 @@ from segqc.store.records import JsonObject
 router = APIRouter()
 
 
-@router.get("/batch/infer", tags=["Infer"], dependencies=[USER], summary="Status of the last batch inference")
+@router.get("/batch/infer", tags=["Infer"], summary="Status of the last batch inference")
 def batch_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
     """Tell how the batch inferences are."""
     return job_answers.status(open_store(), "batch_infer", every=all, only_running=check_if_running)
 
 
-@router.post("/batch/infer/{model}", tags=["Infer"], dependencies=[ADMIN], summary="Run inference on many scans")
+@router.post("/batch/infer/{model}", tags=["Infer"], summary="Run inference on many scans")
 def batch_start(
     user: AskingUser, model: str, params: BatchBody, images: BatchImages = "all", run_sync: RunSync = False
 ) -> Any:
@@ -44,7 +43,7 @@ def batch_start(
     return described(open_store(), job, "batch_infer", wait=run_sync)
 
 
-@router.delete("/batch/infer", tags=["Infer"], dependencies=[ADMIN], summary="Stop the running batch inference")
+@router.delete("/batch/infer", tags=["Infer"], summary="Stop the running batch inference")
 def batch_stop(user: AskingUser) -> JsonObject | None:
     """Stop the batch inference that runs."""
     return job_answers.stop(open_store(), user.actor(), "batch_infer")

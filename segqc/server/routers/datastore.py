@@ -17,7 +17,7 @@ from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, acting
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ADMIN, ANNOTATOR, USER
+from segqc.server.monailabel.datastore import decision_in
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import check_image_id, check_tag, split_suffix, usable_image_id
 from segqc.server.parameters import (
@@ -51,7 +51,7 @@ router = APIRouter()
 CHECK_SUMS: Final = ("SHA256", "SHA512", "MD5")
 
 
-@router.head("/datastore/image", tags=["Datastore"], dependencies=[USER], summary="Whether there is a scan")
+@router.head("/datastore/image", tags=["Datastore"], summary="Whether there is a scan")
 def check_image(image: str, check_sum: str | None = None) -> Response:
     """Answer 404 where there is no such scan, or it has another check sum (``SHA256:<hex>``, also SHA512 and MD5)."""
     path = Path(current_app().datastore.get_image_uri(known_image(image)))
@@ -66,14 +66,14 @@ def check_image(image: str, check_sum: str | None = None) -> Response:
     return Response()
 
 
-@router.head("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Whether there is a label map")
+@router.head("/datastore/label", tags=["Datastore"], summary="Whether there is a label map")
 def check_label(tag: str, image: str = "", label: str = "") -> Response:
     """Answer 404 where a scan has no label map under the tag; MONAI Label calls its id ``image`` here."""
     known_label(image or label, tag)
     return Response()
 
 
-@router.put("/datastore/label", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Submit a label map")
+@router.put("/datastore/label", tags=["Datastore"], summary="Submit a label map")
 async def save_label(
     request: Request,
     user: AskingUser,
@@ -86,10 +86,16 @@ async def save_label(
 
     A final label that an annotator made of what was handed out becomes a correction, with what changed.
     """
-    return await in_turn(request, functools.partial(_save_label, user, image, label, params, tag))
+    return await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
 
 
-def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
+def save_label_of(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
+    """Keep an uploaded label map of a scan, as `save_label` says; the answer is the client's.
+
+    Raises:
+        RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
+        ImageNotFoundException: if there is no such scan.
+    """
     app = current_app()
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
@@ -99,14 +105,15 @@ def _save_label(user: RequestUser, image: str, label: UploadFile, params: LabelP
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
         submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
+        _check_review(user, info)
         body = submit(dataset, scan, submitted, received, tag, actor, params, info)
     if "segmentationMeta" in info:
         app.datastore.review_label(scan.name, tag, info, actor)
     return {**app.on_save_label(scan.name, scan.name), **body, "image": image, "label": scan.name}
 
 
-@router.put("/datastore/", tags=["Datastore"], dependencies=[ANNOTATOR], include_in_schema=False)
-@router.put("/datastore/image", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Upload a scan")
+@router.put("/datastore/", tags=["Datastore"], include_in_schema=False)
+@router.put("/datastore/image", tags=["Datastore"], summary="Upload a scan")
 def add_image(
     user: AskingUser,
     file: Annotated[UploadFile, File()],
@@ -132,8 +139,8 @@ def add_image(
     return {"image": added}
 
 
-@router.delete("/datastore/", tags=["Datastore"], dependencies=[ADMIN], include_in_schema=False)
-@router.delete("/datastore/image", tags=["Datastore"], dependencies=[ADMIN], summary="Exclude a scan")
+@router.delete("/datastore/", tags=["Datastore"], include_in_schema=False)
+@router.delete("/datastore/image", tags=["Datastore"], summary="Exclude a scan")
 def remove_image(user: AskingUser, id: str) -> JsonObject:
     """Exclude a scan; its file and its history stay."""
     with acting(user.actor()):
@@ -141,19 +148,19 @@ def remove_image(user: AskingUser, id: str) -> JsonObject:
     return {}
 
 
-@router.get("/datastore/image/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a scan")
+@router.get("/datastore/image/info", tags=["Datastore"], summary="What is noted of a scan")
 def image_info(image: str) -> JsonObject:
     """Tell what is noted of a scan."""
     return current_app().datastore.get_image_info(known_image(image))
 
 
-@router.put("/datastore/image/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a scan")
+@router.put("/datastore/image/info", tags=["Datastore"], summary="Note something of a scan")
 def update_image_info(image: str, info: ImageInfo) -> None:
     """Add to what is noted of a scan."""
     current_app().datastore.update_image_info(known_image(image), info)
 
 
-@router.delete("/datastore/label", tags=["Datastore"], dependencies=[ADMIN], summary="Remove a label map")
+@router.delete("/datastore/label", tags=["Datastore"], summary="Remove a label map")
 def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
     """Take a label map away; it stays in the history."""
     with acting(user.actor()):
@@ -161,7 +168,7 @@ def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
     return {}
 
 
-@router.get("/datastore/label", tags=["Datastore"], dependencies=[USER], summary="Download a label map")
+@router.get("/datastore/label", tags=["Datastore"], summary="Download a label map")
 def download_label(
     label: str, tag: str, check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False
 ) -> Response:
@@ -180,19 +187,19 @@ def download_label(
     return SentOnce(delivered, media_type="application/octet-stream", filename=name)
 
 
-@router.get("/datastore/label/info", tags=["Datastore"], dependencies=[USER], summary="What is noted of a label map")
+@router.get("/datastore/label/info", tags=["Datastore"], summary="What is noted of a label map")
 def label_info(label: str, tag: str) -> JsonObject:
     """Tell what is noted of a label map."""
     return current_app().datastore.get_label_info(known_label(label, tag), tag)
 
 
-@router.put("/datastore/label/info", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Note something of a label")
+@router.put("/datastore/label/info", tags=["Datastore"], summary="Note something of a label")
 def update_label_info(user: AskingUser, label: str, tag: str, form: Annotated[LabelInfoForm, Form()]) -> None:
     """Add to what is noted of a label map; the Reviewer's decision on it is a review of the scan."""
     _note_label(user, label, tag, form.info)
 
 
-@router.put("/datastore/updatelabelinfo", dependencies=[ANNOTATOR], include_in_schema=False)
+@router.put("/datastore/updatelabelinfo", include_in_schema=False)
 def update_label_info_before(user: AskingUser, label: str, tag: str, form: Annotated[ReviewerForm, Form()]) -> None:
     """Add to what is noted of a label map, by the older name that 3D Slicer's reviewer uses."""
     _note_label(user, label, tag, form.params)
@@ -202,11 +209,18 @@ def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) ->
     app = current_app()
     label = known_label(label, tag)
     noted = stored_info(params, app.context.labels()) if app.context.settings.structures else params.to_json()
+    _check_review(user, noted)
     app.datastore.update_label_info(label, tag, noted)
     app.datastore.review_label(label, tag, noted, user.actor(params.client_id))
 
 
-@router.get("/datastore/dataset", tags=["Datastore"], dependencies=[ANNOTATOR], summary="Download labelled scans")
+def _check_review(user: RequestUser, info: JsonObject) -> None:
+    """Refuse an annotator's review among what is noted of a label."""
+    if decision_in(info)[0] is not None:
+        user.need("reviewer", "a review")
+
+
+@router.get("/datastore/dataset", tags=["Datastore"], summary="Download labelled scans")
 def download_labelled(
     limit_cases: Annotated[int | None, Query(ge=1, le=MAX_COUNT, description="The most scans.")] = None,
 ) -> FileResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from segqc.server.monailabel.auth import USER
 from segqc.server.parameters import SampleBody, SkipBody
 from segqc.server.routers.dependencies import AskingUser, open_store
 from segqc.server.routers.selection import next_scan
@@ -14,7 +13,7 @@ from segqc.store.records import JsonObject
 router = APIRouter()
 
 
-@router.get("/segqc/leases", tags=["SegQC"], dependencies=[USER], summary="Which scans are handed out")
+@router.get("/segqc/leases", tags=["SegQC"], summary="Which scans are handed out")
 def open_leases() -> list[JsonObject]:
     """Tell which scan is handed out to whom, and until when; annotators do not see how it was drawn.
 
@@ -33,7 +32,7 @@ def open_leases() -> list[JsonObject]:
     ]
 
 
-@router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], dependencies=[USER], summary="Put a scan aside, and say why")
+@router.post("/segqc/leases/{scan}/skip", tags=["SegQC"], summary="Put a scan aside, and say why")
 def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
     """Put aside a scan that the annotator has, or say why it was put aside: ``{"reason": "..."}``."""
     with open_store().write() as transaction:
@@ -42,7 +41,7 @@ def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
     return {"scan": lease.scan, "lease": lease.id, "state": lease.state, "reason": params.reason}
 
 
-@router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], dependencies=[USER], summary="Have a scan back")
+@router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], summary="Have a scan back")
 def resume_scan(scan: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
     return next_scan("random", user, params.model_copy(update={"resume": scan}))

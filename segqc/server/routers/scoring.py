@@ -10,7 +10,6 @@ from segqc.loop.requests import ScoringRequest
 from segqc.selection import scores
 from segqc.server import job_answers
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import AllJobs, Enqueue, OnlyOpen, RunSync, ScoringBody, ScoringParams
@@ -21,13 +20,13 @@ from segqc.store.records import JsonObject
 router = APIRouter()
 
 
-@router.get("/scoring/", tags=["Scoring"], dependencies=[USER], summary="Status of the last scoring")
+@router.get("/scoring/", tags=["Scoring"], summary="Status of the last scoring")
 def scoring_status(all: AllJobs = False, check_if_running: OnlyOpen = False) -> Any:
     """Tell how the scorings are."""
     return job_answers.status(open_store(), "scoring", every=all, only_running=check_if_running)
 
 
-@router.post("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by all methods")
+@router.post("/scoring/", tags=["Scoring"], summary="Score by all methods")
 def scoring_all(user: AskingUser, params: ScoringBody, run_sync: RunSync = False) -> Any:
     """Queue all scoring methods; by an ensemble only where there is one."""
     methods = [method for method in current_app().scoring_methods if _has_folds() or not _by_ensemble(method)]
@@ -37,7 +36,7 @@ def scoring_all(user: AskingUser, params: ScoringBody, run_sync: RunSync = False
     return all_described(store, put, "scoring", wait=run_sync)
 
 
-@router.post("/scoring/{method}", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Score by a method")
+@router.post("/scoring/{method}", tags=["Scoring"], summary="Score by a method")
 def scoring_start(
     user: AskingUser, method: str, params: ScoringBody, run_sync: RunSync = False, enqueue: Enqueue = False
 ) -> Any:
@@ -71,7 +70,7 @@ def _has_folds() -> bool:
     return bundle is not None and bundle.folds_version() is not None
 
 
-@router.delete("/scoring/", tags=["Scoring"], dependencies=[ANNOTATOR], summary="Stop the running scoring")
+@router.delete("/scoring/", tags=["Scoring"], summary="Stop the running scoring")
 def scoring_stop(user: AskingUser) -> JsonObject | None:
     """Stop the scoring that runs; started again it goes on with the scans that are left."""
     return job_answers.stop(open_store(), user.actor(), "scoring")

@@ -7,7 +7,6 @@ import functools
 from fastapi import APIRouter, Request
 
 from segqc.server.actors import RequestUser, acting
-from segqc.server.monailabel.auth import USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import SampleBody, SampleParams
@@ -17,7 +16,7 @@ from segqc.store.records import JsonObject
 router = APIRouter()
 
 
-@router.post("/activelearning/{strategy}", tags=["ActiveLearning"], dependencies=[USER], summary="Get the next sample")
+@router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="Get the next sample")
 async def next_sample(request: Request, strategy: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
     return await in_turn(request, functools.partial(next_scan, strategy, user, params))
@@ -29,4 +28,7 @@ def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObj
     known("strategy", strategy, app.strategies)
     with acting(user.actor(params.client_id)):
         answer = app.next_sample(strategy, params)
-    return {**answer, "requested_strategy": strategy} if answer else {}
+    if not answer:
+        return {}
+    user.will_download(str(answer["id"]))
+    return {**answer, "requested_strategy": strategy}

@@ -13,10 +13,8 @@ from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import LabelMovedOnError, StartedFrom, check_start, measure_change, submit_label
 from segqc.server.actors import RequestUser
-from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
-from segqc.server.monailabel.auth import ANNOTATOR, USER
 from segqc.server.monailabel.facade import current_app
 from segqc.server.parameters import (
     MAX_INTEGER,
@@ -35,7 +33,7 @@ from segqc.store import labels, leases
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_labels
+from segqc.volumes import Volume, read_grid, read_labels
 
 router = APIRouter(prefix="/segqc/viewer", tags=["SegQC"])
 
@@ -48,8 +46,6 @@ DEFAULT_STRATEGY: Final = "random"
 _GZIP: Final = "application/gzip"
 _BESIDE: Final = re.compile(r"version_([0-9]{1,9})")
 _FOR_EVER: Final = "private, max-age=31536000, immutable"  # a version's voxels never change
-_MAPS_BYTES: Final = 64e6
-_error_maps: Final[BoundedCache[tuple[str, int, int], bytes]] = BoundedCache(_MAPS_BYTES, len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +87,7 @@ class Kept:
     correction: int | None
 
 
-@router.post("/next", dependencies=[USER], summary="The next scan for the viewer")
+@router.post("/next", summary="The next scan for the viewer")
 async def next_viewed(request: Request, user: AskingUser, params: ViewerNextBody) -> NextScan:
     """Hand out a scan: the one that the annotator has, unless a reason to skip it is given; else the next one."""
     return await in_turn(request, functools.partial(_next, user, params))
@@ -112,26 +108,25 @@ def _next(user: RequestUser, params: ViewerNextParams) -> NextScan:
     return NextScan(scan=shown, note=note if isinstance(note, str) else None)
 
 
-@router.get("/scans/{study}", dependencies=[USER], summary="What the viewer shows of a scan")
+@router.get("/scans/{study}", summary="What the viewer shows of a scan")
 def viewed_scan(study: Study, user: AskingUser) -> ViewedScan:
     """Tell of a scan: its structures, the label to go on from, what is likely to be wrong with it, and its history."""
     scan, header = _scan(study)
     return view(current_app().context, scan, header, user.actor())
 
 
-@router.get("/scans/{study}/labels/{version}", dependencies=[USER], summary="A label map for the viewer")
+@router.get("/scans/{study}/labels/{version}", summary="A label map for the viewer")
 async def label_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
     """Send a label version: a byte a voxel, slice by slice in the order of the scan's ``instances``."""
 
     def work() -> Response:
         scan, header = _scan(study)
-        found = read_labels(open_store().label_file(_version(scan, version)))
-        return _bytes(request, to_bytes(found.array, header))
+        return _bytes(request, to_bytes(_read(scan, version), header))
 
     return await in_turn(request, work)
 
 
-@router.get("/scans/{study}/errors/{version}", dependencies=[USER], summary="An error map for the viewer")
+@router.get("/scans/{study}/errors/{version}", summary="An error map for the viewer")
 async def error_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
     """Send the error map of a label version: 0 to 255 for a probability of 0 to 1, the highest of all structures'."""
 
@@ -140,7 +135,7 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
         label, context = _version(scan, version), current_app().context
         bundle = context.bundle("segqc")
         key = (study, version, bundle.number)
-        found = _error_maps.get(
+        found = context.error_maps.get(
             key, lambda: packed(to_bytes(error_map(context.dataset, scan.record, label, bundle), header))
         )
         return _sent(found)
@@ -149,7 +144,7 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
-@router.post("/scans/{study}/check", dependencies=[ANNOTATOR], summary="Check a label map before it is submitted")
+@router.post("/scans/{study}/check", summary="Check a label map before it is submitted")
 async def check_label(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Check:
     """Tell what a label map changes, and whether it would be refused; nothing is kept."""
     return await in_turn(request, functools.partial(_check, study, user, params, voxels))
@@ -195,7 +190,7 @@ def _warnings(structures: list[StructureDifference], changed: int) -> list[str]:
     return found if changed else [*found, "Nothing was changed."]
 
 
-@router.post("/scans/{study}/label", dependencies=[ANNOTATOR], summary="Submit a label map from the viewer")
+@router.post("/scans/{study}/label", summary="Submit a label map from the viewer")
 async def submit_voxels(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Kept:
     """Keep a label map as the scan's final label, or beside it where the client asks for that.
 
@@ -250,7 +245,10 @@ def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
 
 
 def _read(scan: DicomScan, version: int) -> LabelArray:
-    found: LabelArray = read_labels(open_store().label_file(_version(scan, version))).array
+    """The voxels of a label version, on the scan's grid and in its file's order."""
+    context = current_app().context
+    grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
+    found: LabelArray = read_labels(open_store().label_file(_version(scan, version)), scan=grid).array
     return found
 
 

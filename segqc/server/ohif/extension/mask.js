@@ -149,8 +149,16 @@ export class Mask extends EventTarget {
     return window.cornerstoneTools.segmentation.segmentIndex.getActiveSegmentIndex(this.id);
   }
 
+  /** Let the brush paint this label map, and none that was added in OHIF's own panel. */
+  takeOver() {
+    for (const { viewportId } of viewportsOf(this.services, this.scan)) {
+      this.services.segmentationService.setActiveSegmentation(viewportId, this.id);
+    }
+  }
+
   /** @param {number} value */
   activate(value) {
+    this.takeOver();
     window.cornerstoneTools.segmentation.segmentIndex.setActiveSegmentIndex(this.id, value);
   }
 

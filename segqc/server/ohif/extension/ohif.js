@@ -28,7 +28,7 @@ export function studyOfAddress() {
 export function goTo(commandsManager, study) {
   const parameters = new URLSearchParams(window.location.search);
   parameters.set('StudyInstanceUIDs', study);
-  const [, source = ''] = window.location.pathname.split(`/${ROUTE}`).slice(-2); // a data source's name, perhaps
+  const [, source = ''] = window.location.pathname.match(`/${ROUTE}(/[^/]+)?/?$`) ?? []; // a data source, if it is named
   commandsManager.runCommand('navigateHistory', { to: `/${ROUTE}${source}?${parameters}` });
 }
 

@@ -114,6 +114,7 @@ class Panel extends HTMLElement {
 
   draw() {
     const { parts, session } = this;
+    const focusAgain = this.#rememberFocus();
     const isReady = session.phase === 'ready';
     this.#drawHead();
     this.#drawNotices();
@@ -128,6 +129,20 @@ class Panel extends HTMLElement {
       this.#drawTools();
       this.#drawHistory();
     }
+    focusAgain();
+  }
+
+  /** What is made anew loses the keyboard's focus; the returned function gives it to what took the place. */
+  #rememberFocus() {
+    const focused = this.shadowRoot?.activeElement;
+    const part = Object.values(this.parts).find(one => one.contains(focused ?? null));
+    const name = (/** @type {Element} */ element) => element.getAttribute('aria-label') ?? element.textContent;
+    return () => {
+      if (focused && part && !focused.isConnected) {
+        const candidates = /** @type {NodeListOf<HTMLElement>} */ (part.querySelectorAll('button, input, summary'));
+        [...candidates].find(element => name(element) === name(focused))?.focus();
+      }
+    };
   }
 
   // ------------------------------------------------------------------------------------------------------------- head
@@ -209,7 +224,7 @@ class Panel extends HTMLElement {
     const { scan, notice } = session;
     const found = [];
     if (notice) {
-      found.push(h('div', { class: `notice ${notice.kind}` }, notice.text));
+      found.push(this.#notice(notice.kind, notice.text));
     }
     if (session.phase === 'ready' && scan) {
       if (session.draft) {
@@ -248,7 +263,8 @@ class Panel extends HTMLElement {
    */
   #notice(kind, text, actions = []) {
     const buttons = actions.map(([name, act]) => this.#button(name, act, { class: 'small' }));
-    return h('div', { class: `notice ${kind}` }, text, buttons.length > 0 && h('div', { class: 'row wrap' }, ...buttons));
+    const sentence = text.charAt(0).toUpperCase() + text.slice(1);
+    return h('div', { class: `notice ${kind}` }, sentence, buttons.length > 0 && h('div', { class: 'row wrap' }, ...buttons));
   }
 
   #began() {

@@ -17,6 +17,7 @@ import { Overlay } from './overlay.js';
 import * as server from './server.js';
 
 const LOOK_AGAIN_MS = 30_000;
+const HOLD_MS = 8_000;
 const PREFERENCES = 'segqc-panel';
 export const ID = 'segqc';
 /** The panel's name in OHIF. */
@@ -54,6 +55,12 @@ export class Session extends EventTarget {
     this.busy = '';
     this.errorMap = /** @type {'none' | 'loading' | 'there' | string} */ ('none');
     this.preferences = { boxes: true, map: true, opacity: 0.5, brush: 4, ...preferences() };
+    /** a scan that was just read, before OHIF shows it @type {Scan | undefined} */
+    this.known = undefined;
+    /** what the server says of it @type {string | null} */
+    this.noteOfNext = null;
+    /** aborted when the annotator chooses a slice @type {AbortController | null} */
+    this.holding = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
     this.number = 0;
     /** @type {(() => void)[]} */
@@ -138,7 +145,7 @@ export class Session extends EventTarget {
         this.scan = null;
         return;
       }
-      this.noteOfNext = note;
+      this.noteOfNext = scan.has_networks ? note : null; // without networks the panel has a word of its own
       if (scan.study === studyOfAddress()) {
         await this.#open(scan.study, scan);
       } else {
@@ -205,6 +212,9 @@ export class Session extends EventTarget {
       this.phase = 'ready';
       this.#tell();
       void this.showErrorMap(); // nothing waits for it
+      if (first) {
+        void this.#hold(first, isOver);
+      }
     } catch (error) {
       if (isOver()) {
         return;
@@ -213,6 +223,29 @@ export class Session extends EventTarget {
       this.phase = isUnknown ? 'unknown' : 'failed';
       this.#complain(error);
     }
+  }
+
+  /**
+   * Stay at a slice for the first seconds, until the annotator does something: OHIF may set a viewport up twice, and
+   * begins at the first slice each time.
+   *
+   * @param {string} instance
+   * @param {() => boolean} isOver
+   */
+  async #hold(instance, isOver) {
+    const end = performance.now() + HOLD_MS;
+    const inputs = ['pointerdown', 'wheel', 'keydown'];
+    const released = (this.holding = new AbortController());
+    inputs.forEach(type =>
+      window.addEventListener(type, () => released.abort(), { capture: true, signal: released.signal })
+    );
+    while (!released.signal.aborted && !isOver() && performance.now() < end) {
+      if (this.scan && this.instance !== instance) {
+        await jumpTo(this.services, this.scan, instance);
+      }
+      await new Promise(resolve => setTimeout(resolve, HOLD_MS / 40));
+    }
+    released.abort();
   }
 
   /** Leave the scan; what was not submitted is kept. */
@@ -255,6 +288,9 @@ export class Session extends EventTarget {
       await this.#do('Checking', async () => {
         this.check = await server.checkLabel(scan, mask.voxels(), this.startedFrom);
         this.conflict = this.check.conflict;
+        if (this.conflict) {
+          await this.#read();
+        }
       });
     }
   }
@@ -354,6 +390,7 @@ export class Session extends EventTarget {
 
   /** @param {'brush' | 'eraser'} tool */
   take(tool) {
+    this.mask?.takeOver();
     takeTool(this.services, this.commandsManager, tool);
     this.#prefer();
     this.#tell();
@@ -361,6 +398,7 @@ export class Session extends EventTarget {
 
   /** Show a slice. @param {string} instance */
   async jump(instance) {
+    this.holding?.abort();
     if (this.scan && this.mask) {
       await jumpTo(this.services, this.scan, instance);
       this.#tell();

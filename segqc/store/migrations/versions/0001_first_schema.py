@@ -13,6 +13,7 @@ depends_on = None
 
 # Rows of these tables are never changed; label versions and events are what people answer with.
 APPEND_ONLY = ("event", "label_version")
+IDENTIFICATIONS = "'signed-in', 'oidc', 'trusted-header', 'client-id', 'cookie', 'command', 'folder', 'program'"
 
 
 def upgrade() -> None:
@@ -25,13 +26,48 @@ def upgrade() -> None:
         sa.Column("identified_by", sa.String(), nullable=False),
         sa.Column("added_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
-            "identified_by IN ('signed-in', 'trusted-header', 'client-id', 'cookie', 'command', 'folder', 'program')",
+            f"identified_by IN ({IDENTIFICATIONS})",
             name=op.f("ck_actor_identified_by"),
         ),
         sa.CheckConstraint("kind IN ('person', 'network', 'system')", name=op.f("ck_actor_kind")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_actor")),
         sa.UniqueConstraint("kind", "name", "identified_by", name=op.f("uq_actor_kind_name_identified_by")),
     )
+    op.create_table(
+        "user_account",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("role", sa.String(), nullable=False),
+        sa.Column("password_hash", sa.String(), nullable=True),
+        sa.Column("provider_subject", sa.String(), nullable=True),
+        sa.Column("is_role_provided", sa.Boolean(), nullable=False),
+        sa.Column("added_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("last_sign_in_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("role IN ('annotator', 'reviewer', 'operator')", name=op.f("ck_user_account_role")),
+        sa.CheckConstraint("password_hash IS NULL OR provider_subject IS NULL", name=op.f("ck_user_account_one_place")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_user_account")),
+        sa.UniqueConstraint("key", name=op.f("uq_user_account_key")),
+        sa.UniqueConstraint("provider_subject", name=op.f("uq_user_account_provider_subject")),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "sign_in",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("user_id", sa.Integer(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("sha256", sa.String(), nullable=False),
+        sa.Column("identified_by", sa.String(), nullable=False),
+        sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint(f"identified_by IN ({IDENTIFICATIONS})", name=op.f("ck_sign_in_identified_by")),
+        sa.CheckConstraint("kind IN ('session', 'token')", name=op.f("ck_sign_in_kind")),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name=op.f("fk_sign_in_user_id"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_sign_in")),
+        sa.UniqueConstraint("sha256", name=op.f("uq_sign_in_sha256")),
+    )
+    op.create_index(op.f("ix_sign_in_expires_at"), "sign_in", ["expires_at"], unique=False)
+    op.create_index(op.f("ix_sign_in_user_id"), "sign_in", ["user_id"], unique=False)
     op.create_table(
         "bundle",
         sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),

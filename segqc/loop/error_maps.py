@@ -1,0 +1,92 @@
+"""Error maps of the masks that bundles assess, as a cache of small files: what is missing can be made again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from segqc.loop.dataset import Dataset
+from segqc.types import FloatArray
+from segqc.volumes import atomic_write
+
+logger = logging.getLogger(__name__)
+
+ErrorSteps: TypeAlias = npt.NDArray[np.uint8]
+CERTAIN: Final = 255
+"""What stands for an error probability of 1."""
+_KEPT_BUNDLES: Final = 2  # that have maps: the last ones
+
+
+def quantised(errors: FloatArray) -> ErrorSteps:
+    """The largest error probability of all structures, in steps of 1/255.
+
+    Args:
+        errors: the structures' error maps, (L, n0, n1, n2), from 0 to 1.
+
+    Returns:
+        (n0, n1, n2).
+
+    Example:
+        >>> quantised(np.array([[[[0.0, 0.5]]], [[[0.2, 1.0]]]], np.float32)).tolist()
+        [[[51, 255]]]
+    """
+    steps: ErrorSteps = np.rint(errors.max(axis=0) * CERTAIN).astype(np.uint8)
+    return steps
+
+
+def path_of(dataset: Dataset, label: int, bundle: int) -> Path:
+    """The file of the error map of a label version by a bundle."""
+    return _folder(dataset) / str(bundle) / f"{label}.npz"
+
+
+def read(dataset: Dataset, label: int, bundle: int) -> ErrorSteps | None:
+    """The kept error map of a label version by a bundle, in the scan file's own voxel order; None without one."""
+    try:
+        with np.load(path_of(dataset, label, bundle)) as kept:
+            found = np.zeros(tuple(kept["shape"].tolist()), np.uint8)
+            start, part = kept["start"], kept["part"]
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s: is made again, as it cannot be read (%s)", path_of(dataset, label, bundle), error)
+        return None
+    found[tuple(slice(first, first + size) for first, size in zip(start, part.shape, strict=True))] = part
+    return found
+
+
+def write(dataset: Dataset, label: int, bundle: int, errors: ErrorSteps) -> None:
+    """Keep an error map; those of bundles before the last two go.
+
+    Where the disk is full or read-only there is none: it is a cache.
+    """
+    try:
+        with atomic_write(path_of(dataset, label, bundle)) as temporary:
+            start, part = _cut(errors)
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, shape=np.array(errors.shape), start=np.array(start), part=part)
+        _remove_old(_folder(dataset))
+    except OSError as error:
+        logger.warning("an error map is not kept: %s", error)
+
+
+def _folder(dataset: Dataset) -> Path:
+    return dataset.own / "cache" / "error-maps"
+
+
+def _cut(errors: ErrorSteps) -> tuple[tuple[int, ...], ErrorSteps]:
+    """The part that is not zero, and where it begins."""
+    found = [np.flatnonzero(errors.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = tuple(slice(int(f[0]), int(f[-1]) + 1) if f.size else slice(0, 0) for f in found)
+    return tuple(part.start for part in box), np.ascontiguousarray(errors[box])
+
+
+def _remove_old(folder: Path) -> None:
+    numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    for number in numbers[:-_KEPT_BUNDLES]:
+        shutil.rmtree(folder / str(number), ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Who is who: users, sign-ins, and which role each route needs."""

@@ -1,0 +1,4 @@
+// What Swagger UI's script brings.
+interface Window {
+  SwaggerUIBundle(options: object): void;
+}

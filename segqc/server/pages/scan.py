@@ -1,0 +1,421 @@
+"""The page of a scan: its slices with mask and likely errors, its history, and what a reviewer does with it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Final
+from urllib.parse import quote, urlencode
+
+import numpy as np
+from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
+
+from segqc.errors import SegqcError
+from segqc.loop.review import STATE_OF, Decision, review
+from segqc.plots import COLOURS
+from segqc.server.dicomweb.cache import BoundedCache
+from segqc.server.errors import RequestError
+from segqc.server.monailabel.facade import current_app
+from segqc.server.pages import pictures
+from segqc.server.pages.now import now_shown
+from segqc.server.pages.page import AskedPage, csv_file
+from segqc.server.pages.pictures import Layers, draw
+from segqc.server.pages.shown import HeatState, ShownScan, history, shown_scan
+from segqc.server.parameters import MAX_INTEGER, LabelParams
+from segqc.server.routers.datastore import save_label_of
+from segqc.server.routers.dependencies import AskingUser, SentOnce, in_turn
+from segqc.store.labels import FINAL
+from segqc.store.records import LabelRecord
+from segqc.types import Structure, StructureQuality
+from segqc.volumes import read_labels, write_labels
+
+router = APIRouter(prefix="/scans/{scan}", include_in_schema=False)
+
+Scan = Annotated[str, Path(max_length=500)]
+Version = Annotated[int, Query(ge=1, le=MAX_INTEGER)]
+Edge = Annotated[int, Query(ge=32, le=1200)]
+_STRIP_EDGE: Final = 144
+_VIEW_EDGE: Final = 720
+_THUMBNAIL_EDGE: Final = 144
+_FOR_EVER: Final = "private, max-age=31536000, immutable"
+_NOT_KEPT: Final = "private, no-cache"
+_THUMBNAILS_BYTES: Final = 32e6
+_thumbnails: Final[BoundedCache[tuple[object, ...], bytes]] = BoundedCache(_THUMBNAILS_BYTES, len)
+_FORMATS: Final = (".nii.gz", ".nrrd")
+
+
+@dataclass(frozen=True, slots=True)
+class SliceBar:
+    """A slice of the strip: how large its bar is, from 0 to 1, and what it says."""
+
+    index: int
+    value: float | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class LegendEntry:
+    """A structure with its colour and what is estimated of it."""
+
+    structure: Structure
+    colour: str
+    quality: StructureQuality | None
+
+
+def _layers(mask: bool = False, heat: bool = False, boxes: bool = False, whole: bool = False) -> Layers:
+    return Layers(mask, heat, boxes, whole)
+
+
+AskedLayers = Annotated[Layers, Depends(_layers)]
+
+
+@router.get("")
+def show_scan(
+    request: Request,
+    page: AskedPage,
+    scan: Scan,
+    asked: AskedLayers,
+    index: Annotated[int | None, Query(alias="slice", ge=0, le=MAX_INTEGER)] = None,
+    version: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    other: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    drawn: bool = False,
+) -> Response:
+    """Show a scan: a version of its label, compared with another one where that is wished for."""
+    shown = _shown(scan)
+    layers = asked if drawn else Layers()
+    label = shown.usual if version is None else shown.version(version)
+    compared = shown.version(other) if other is not None else None
+    past = history(shown.context, shown.record)
+    problem: str | None = None
+    bars: list[SliceBar] = []
+    heat_state: HeatState = "none"
+    heat_problem: str | None = None
+    count = 0
+    study = None
+    try:
+        count = shown.header.count
+        study = shown.dicom.study_uid
+        bars = _bars(shown, label, compared, count)
+        heat_state, heat_problem = shown.heat(request.app.state.inference)
+    except SegqcError as error:  # its file is gone, or cannot be read: the rest of the page can be shown
+        problem, count, bars = str(error), 0, []
+    of_layers: dict[str, int | None] = {name: 1 for name, is_drawn in asdict(layers).items() if is_drawn}
+    chosen = {"slice": index, "version": version, "other": other, **({"drawn": 1, **of_layers} if drawn else {})}
+    first = _first(bars) if compared is not None or count == 0 else shown.worst()
+    return page.render(
+        "scan.html.jinja",
+        shown=shown,
+        record=shown.record,
+        past=past,
+        label=label,
+        compared=compared,
+        layers=layers,
+        legend=_legend(shown),
+        bars=bars,
+        count=count,
+        index=min(index if index is not None else first, max(0, count - 1)),
+        ranked=sorted(range(len(bars)), key=lambda i: -bars[i].share),
+        problem=problem,
+        heat_state=heat_state,
+        heat_problem=heat_problem,
+        study=study,
+        viewer=f"/ohif/segqc?{urlencode({'StudyInstanceUIDs': study})}" if study is not None else None,
+        slicer=_slicer_address(request, study) if study is not None else None,
+        server=str(request.base_url).rstrip("/"),
+        here=f"/scans/{quote(shown.record.name, safe='')}",
+        link=functools.partial(_link, shown.record.name, chosen),
+        picture=functools.partial(_picture_address, shown, label, compared, layers),
+        strip_edge=_STRIP_EDGE,
+        view_edge=_VIEW_EDGE,
+        colours={"added": pictures.ADDED, "removed": pictures.REMOVED, "changed": pictures.CHANGED},
+        formats=_FORMATS,
+        jobs=now_shown(),
+    )
+
+
+def _shown(name: str) -> ShownScan:
+    return shown_scan(current_app().context, name)
+
+
+def _first(bars: list[SliceBar]) -> int:
+    """The slice with the largest difference."""
+    return max(bars, key=lambda bar: bar.share).index if bars else 0
+
+
+def _bars(shown: ShownScan, label: LabelRecord | None, other: LabelRecord | None, count: int) -> list[SliceBar]:
+    """The bars of the strip: voxels that differ where two versions are compared, else the error sums."""
+    if label is not None and other is not None:
+        values: list[float] = [float(v) for v in _differing(shown, label, other)]
+    else:
+        values = shown.error_sums()
+    largest = max(values, default=0.0) or 1.0
+    if len(values) != count:
+        return [SliceBar(index, None, 0.0) for index in range(count)]
+    return [SliceBar(index, value, value / largest) for index, value in enumerate(values)]
+
+
+def _differing(shown: ShownScan, label: LabelRecord, other: LabelRecord) -> list[int]:
+    """How many voxels of each slice two versions differ in.
+
+    Raises:
+        RequestError: 409 if they do not lie on one grid.
+    """
+    one, two = shown.array(label), shown.array(other)
+    if one.shape != two.shape:
+        raise RequestError(409, f"the versions {label.id} and {other.id} do not lie on one grid.")
+    in_plane = tuple(a for a in range(3) if a != shown.header.layout.slice_axis)
+    return [int(n) for n in np.count_nonzero(one != two, axis=in_plane)]
+
+
+def _legend(shown: ShownScan) -> list[LegendEntry]:
+    assessed = {q.name: q for q in shown.assessment[1].structures} if shown.assessment is not None else {}
+    return [
+        LegendEntry(structure, COLOURS[number % len(COLOURS)], assessed.get(structure.name))
+        for number, structure in enumerate(shown.context.structures())
+    ]
+
+
+def _link(
+    scan: str,
+    chosen: Mapping[str, int | None],
+    **changes: int | None,
+) -> str:
+    """The address of the page with some choices changed."""
+    query = {name: value for name, value in {**chosen, **changes}.items() if value is not None}
+    return f"/scans/{quote(scan, safe='')}{f'?{urlencode(query)}' if query else ''}"
+
+
+def _picture_address(
+    shown: ShownScan, label: LabelRecord | None, other: LabelRecord | None, layers: Layers, index: int, edge: int
+) -> str:
+    """Where a picture of a slice comes from: all that it depends on is named, so that browsers may keep it."""
+    query: dict[str, Any] = {
+        "edge": edge,
+        "content": (shown.record.sha256 or "")[:8],
+        **({"version": label.id} if label is not None else {}),
+        **({"other": other.id} if other is not None else {}),
+        **({"assessment": shown.assessment[0]} if shown.assessment is not None and other is None else {}),
+        **{name: 1 for name, is_drawn in asdict(layers).items() if is_drawn},
+    }
+    return f"/scans/{quote(shown.record.name, safe='')}/slices/{index}?{urlencode(query)}"
+
+
+def _slicer_address(request: Request, study: str) -> str:
+    """What a browser hands to an installed 3D Slicer, which fetches the study by DICOMweb."""
+    query = {"studyUID": study, "dicomweb_endpoint": f"{str(request.base_url).rstrip('/')}/dicomweb"}
+    return f"slicer://viewer/?{urlencode(query)}"
+
+
+@router.get("/slices/{index}")
+def slice_picture(
+    scan: Scan,
+    index: Annotated[int, Path(ge=0, le=MAX_INTEGER)],
+    layers: AskedLayers,
+    version: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    other: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None,
+    edge: Edge = _VIEW_EDGE,
+) -> Response:
+    """Send a picture of a slice; likely errors are those of the assessment, if it still is the scan's."""
+    shown = _shown(scan)
+    if index >= shown.header.count:
+        raise RequestError(404, f"the scan {scan!r} has {shown.header.count} slices, numbered from 0.")
+    is_current = shown.assessment is not None and shown.assessment[0] == assessment
+    slices = shown.slices(
+        shown.context.structures(),
+        shown.version(version) if version is not None else None,
+        other=shown.version(other) if other is not None else None,
+        with_errors=is_current,
+    )
+    is_complete = not (layers.heat and is_current) or slices.errors is not None
+    return _picture(draw(slices, index, layers, edge), is_kept=is_complete)
+
+
+@router.get("/worst")
+def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None) -> Response:
+    """Send a small picture of the slice to look at first."""
+    shown = _shown(scan)
+    has_errors, label = shown.errors() is not None, shown.start or shown.final
+    key = (
+        shown.dicom.study_uid,
+        label.sha256 if label is not None else None,
+        shown.assessment[0] if shown.assessment is not None else None,
+        has_errors,
+    )
+
+    def make() -> bytes:
+        slices = shown.slices(shown.context.structures(), label)
+        return draw(slices, shown.worst(), Layers(), _THUMBNAIL_EDGE)
+
+    is_current = shown.assessment is not None and shown.assessment[0] == assessment
+    return _picture(_thumbnails.get(key, make), is_kept=is_current and has_errors)
+
+
+def _picture(content: bytes, *, is_kept: bool) -> Response:
+    headers = {"Cache-Control": _FOR_EVER if is_kept else _NOT_KEPT, "X-Content-Type-Options": "nosniff"}
+    return Response(content, media_type=pictures.MEDIA_TYPE, headers=headers)
+
+
+@router.get("/heat")
+def heat_fragment(request: Request, page: AskedPage, scan: Scan) -> Response:
+    """Tell how far the error map is, as a part of the page."""
+    state, problem = _shown(scan).heat(request.app.state.inference)
+    return page.render("heat.html.jinja", heat_state=state, heat_problem=problem, scan=scan)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+@router.get("/slices.csv")
+def slices_csv(scan: Scan) -> Response:
+    """Send what is estimated of each slice and structure as a table."""
+    shown = _shown(scan)
+    structures = shown.assessment[1].structures if shown.assessment is not None else ()
+    rows = [
+        {
+            "scan": shown.record.name,
+            "slice": s.index,
+            "structure": q.name,
+            "error sum": s.error_sum,
+            "Dice": s.metrics.dice,
+            "IoU": s.metrics.iou,
+            "ARVD": s.metrics.arvd,
+            "RVD": s.metrics.rvd,
+            "boxes": sum(box.slice_index == s.index for box in q.raw.boxes),
+        }
+        for q in structures
+        for s in q.raw.slices
+    ]
+    return csv_file(f"{shown.record.name} slices", rows)
+
+
+@router.get("/versions.csv")
+def versions_csv(scan: Scan) -> Response:
+    """Send the history of the scan's labels as a table."""
+    shown = _shown(scan)
+    rows = [
+        {
+            "version": v.label.id,
+            "tag": v.label.tag,
+            "current": v.is_current,
+            "made by": v.label.actor.name,
+            "as": v.label.source,
+            "known by": v.label.actor.identified_by,
+            "at": v.label.made_at.isoformat(timespec="seconds"),
+            "from": v.label.parent,
+            "Dice before": v.dice_before,
+            "voxels changed": v.correction.change.voxels_changed if v.correction is not None else None,
+            "slices changed": v.correction.change.slices_changed if v.correction is not None else None,
+            "seconds": v.correction.seconds if v.correction is not None else None,
+            "sha256": v.label.sha256,
+        }
+        for v in history(shown.context, shown.record).versions
+    ]
+    return csv_file(f"{shown.record.name} versions", rows)
+
+
+@router.get("/difference.csv")
+def difference_csv(scan: Scan, version: Version, other: Version) -> Response:
+    """Send how many voxels of each slice two versions differ in."""
+    shown = _shown(scan)
+    one, two = shown.version(version), shown.version(other)
+    counts = _differing(shown, one, two)
+    rows = [
+        {"scan": shown.record.name, "slice": index, "from": other, "to": version, "voxels changed": count}
+        for index, count in enumerate(counts)
+    ]
+    return csv_file(f"{shown.record.name} {other} to {version}", rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ actions
+
+
+@router.post("/review")
+def review_one(
+    page: AskedPage,
+    scan: Scan,
+    decision: Annotated[Decision, Form()],
+    reason: Annotated[str, Form(max_length=500)] = "",
+) -> Response:
+    """Decide of the scan."""
+    shown = _shown(scan)
+
+    def decide() -> str:
+        dataset = shown.context.dataset
+        review(dataset, shown.record.name, STATE_OF[decision], page.actor, reason.strip() or None)
+        return {
+            "approve": "Approved.",
+            "reject": "Rejected: the scan waits for a correction again.",
+            "exclude": "Excluded: the scan is kept, and is neither handed out nor trained on.",
+            "reopen": "Reopened: the scan waits for a label again.",
+        }[decision]
+
+    return _done(page, shown, decide)
+
+
+@router.post("/restore")
+def restore_version(page: AskedPage, scan: Scan, version: Annotated[int, Form(ge=1, le=MAX_INTEGER)]) -> Response:
+    """Make an earlier version the current one of its tag again."""
+    shown = _shown(scan)
+
+    def restore() -> str:
+        old = shown.version(version)
+        made = shown.context.dataset.store.restore_label(old.id, page.actor)
+        return f"Version {old.id} is the current label {made.tag!r} again, as version {made.id}."
+
+    return _done(page, shown, restore)
+
+
+@router.post("/label")
+async def upload_label(
+    request: Request, page: AskedPage, user: AskingUser, scan: Scan, file: Annotated[UploadFile, File()]
+) -> Response:
+    """Keep an uploaded label map as the scan's final label; its values are those of the settings."""
+    shown = _shown(scan)
+
+    def save() -> dict[str, Any]:
+        names = shown.context.labels()
+        params = LabelParams(label_names={**names}) if names else LabelParams()
+        return save_label_of(user, shown.record.name, file, params, FINAL)
+
+    if not file.filename:
+        return page.go(_address(shown), "Choose a file first.", problem=True)
+    try:
+        kept = await in_turn(request, save)
+    except SegqcError as error:
+        return page.go(_address(shown), str(error), problem=True)
+    return page.go(_address(shown), f"Version {kept['version']} kept as the final label.")
+
+
+def _done(page: AskedPage, shown: ShownScan, action: Callable[[], str]) -> Response:
+    """Do something, and show the page with what came of it."""
+    try:
+        return page.go(_address(shown), action())
+    except SegqcError as error:
+        return page.go(_address(shown), str(error), problem=True)
+
+
+def _address(shown: ShownScan) -> str:
+    return f"/scans/{quote(shown.record.name, safe='')}"
+
+
+@router.get("/versions/{version}/{name}")
+def download_version(scan: Scan, version: Annotated[int, Path(ge=1, le=MAX_INTEGER)], name: str) -> Response:
+    """Send a label version as a file, with the values of the settings; ``name`` ends with the format."""
+    shown = _shown(scan)
+    label = shown.version(version)
+    suffix = next((s for s in _FORMATS if name.endswith(s)), None)
+    if suffix is None:
+        raise RequestError(404, f"a label is sent as {' or '.join(_FORMATS)}, not as {name[:80]!r}.")
+    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix)
+    os.close(handle)
+    write_labels(read_labels(shown.context.dataset.store.label_file(label)), FilePath(delivered))
+    return SentOnce(
+        delivered,
+        media_type="application/octet-stream",
+        filename=f"{shown.record.name}_{label.tag}_{label.id}{suffix}",
+    )
