@@ -324,6 +324,88 @@ class TrackingSettings(BaseModel):
         return value
 
 
+class PacsSettings(BaseModel):
+    """The table ``[pacs]``: a DICOMweb server whose series are the scans. By default scans are files of the folder.
+
+    Attributes:
+        url: where its DICOMweb begins, such as ``https://pacs.example.org/dicom-web``.
+        modality: of the series that are scans; all but reports, segmentations and the like where none is named.
+        description: what their SeriesDescription is like, with ``*`` and ``?``.
+        patient: what their PatientID is like, with ``*`` and ``?``.
+        user: who signs in with a password, which is in the environment variable ``SEGQC_PACS__PASSWORD``.
+        password: never in a file.
+        token: sent in the place of a password, as ``Authorization: Bearer``; never in a file.
+        ca_file: the certificates of authorities that the PACS's own is checked by; by default those of the system.
+        client_certificate: a PEM file with this program's own certificate, and its key where `client_key` names none.
+        client_key: a PEM file with the key.
+        verify: whether the PACS's certificate is checked.
+        timeout_seconds: for how long it may send nothing.
+        sync_seconds: how often its series are looked through.
+        cache_mb: disk for scans that were fetched, in megabytes; those used in the last minutes are kept beyond it.
+        store_labels: whether final labels are stored there as DICOM SEG.
+        read_segmentations: whether SEGs that others have stored there become labels.
+        orthanc_url: the address of Orthanc's own interface, by which SEGs are removed where its DICOMweb cannot.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str | None = None
+    modality: tuple[str, ...] = ()
+    description: str | None = Field(default=None, min_length=1)
+    patient: str | None = Field(default=None, min_length=1)
+    user: str | None = Field(default=None, min_length=1)
+    password: SecretStr | None = None
+    token: SecretStr | None = None
+    ca_file: Path | None = None
+    client_certificate: Path | None = None
+    client_key: Path | None = None
+    verify: bool = True
+    timeout_seconds: float = Field(default=30, gt=0)
+    sync_seconds: float = Field(default=60, gt=0)
+    cache_mb: float = Field(default=20_000, ge=0)
+    store_labels: bool = True
+    read_segmentations: bool = True
+    orthanc_url: str | None = None
+
+    @field_validator("url", "orthanc_url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return None if value is None else pacs_address(value)
+
+    @property
+    def problem(self) -> str | None:
+        """What does not go together, as the end of a sentence; it shows no password, as a validator's error would."""
+        if self.url is None:
+            return None
+        if self.token is not None and (self.user or self.password):
+            return "name a user with a password, or a token, and not both"
+        if (self.user is None) != (self.password is None):
+            return "user and password belong together: set SEGQC_PACS__USER and SEGQC_PACS__PASSWORD"
+        if self.client_key is not None and self.client_certificate is None:
+            return "client_key belongs to a client_certificate, which is not named"
+        return None
+
+
+def pacs_address(value: str) -> str:
+    """The address of a PACS without a slash at its end.
+
+    Raises:
+        ValueError: if it is none, or holds a password or a query.
+    """
+    try:
+        parts = urlsplit(value)
+        is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
+        _ = parts.port
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError(f"{value!r} is no address of a DICOMweb server such as https://pacs.example.org/dicom-web")
+    if "@" in parts.netloc:
+        raise ValueError("the address holds a user's name or password; name the user as [pacs] user, and the password "
+                         "in the environment variable SEGQC_PACS__PASSWORD")  # fmt: skip
+    return value.rstrip("/")
+
+
 class InferenceSettings(BaseModel):
     """The table ``[inference]``.
 
@@ -358,6 +440,7 @@ class Settings(BaseSettings):
     pseudo_labels: PseudoLabelRules = Field(default_factory=PseudoLabelRules)
     round: RoundSettings = Field(default_factory=RoundSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
+    pacs: PacsSettings = Field(default_factory=PacsSettings)
 
     _split_config: SplitConfig = PrivateAttr()
     _trainings: dict[NetworkName, TrainingSettings] = PrivateAttr()
@@ -470,6 +553,10 @@ class Settings(BaseSettings):
         if found is None:
             return name
         return (found.group(1) if found.re.groups else found.group()) or name
+
+    def named_patient(self, scan: str) -> str | None:
+        """The patient that the table ``[patients]`` names for a scan; None where it names none."""
+        return self._patients_by_scan.get(nfc(scan))
 
     def patient_now(self, scan: Path, patient: str) -> str:
         """The patient that a scan file should be of which was taken in as one of `patient`.
@@ -634,10 +721,25 @@ def load_settings(
         raise SettingsError(f"{config}: no such settings file")
     table = _read_toml(path) if path is not None and os.path.lexists(path) else {}
     flags = dict(overrides or {})
+    _refuse_secrets(path, table)
     try:
-        return _settings_of(table, flags)
+        settings = _settings_of(table, flags)
     except (ValidationError, UnreadableVariable) as error:
         raise SettingsError(_blame(error, path, table, flags)) from error
+    if (problem := settings.pacs.problem) is not None:
+        raise SettingsError(f"{path or 'settings'}: pacs: {problem}")
+    return settings
+
+
+def _refuse_secrets(path: Path | None, table: Mapping[str, object]) -> None:
+    """Refuse a file that holds a password: it is copied, backed up and shown."""
+    pacs = table.get("pacs")
+    for name in ("password", "token"):
+        if isinstance(pacs, Mapping) and name in pacs:
+            raise SettingsError(
+                f"{path}: pacs.{name}: is not read from a file; set the environment variable "
+                f"{_PREFIX}PACS__{name.upper()}, and remove it here"
+            )
 
 
 def _settings_of(
@@ -720,6 +822,7 @@ def _meant(name: str) -> str | None:
     tables: dict[str, Iterable[str]] = {
         **{table: _names(kind) for table, kind in _TABLES.items()},
         "inference": InferenceSettings.model_fields,
+        "pacs": PacsSettings.model_fields,
         "round": RoundSettings.model_fields,
         "server": ServerSettings.model_fields,
         "store": StoreSettings.model_fields,
@@ -737,6 +840,32 @@ def _sentence(error: ValidationError | UnreadableVariable, origin: str) -> str:
         *tables, name = map(str, first["loc"])
         first["loc"], first["msg"], first["input"] = (), _no_setting(name, tables[0] if tables else ""), None
     return f"{origin}: {first_problem([first, *others])}"
+
+
+def remember_pacs(folder: Path, url: str) -> None:
+    """Write into a folder's ``segqc.toml`` from which PACS its scans come; all else in it stays.
+
+    Raises:
+        SettingsError: if the folder's scans come from another PACS, or the file cannot be used.
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        url = pacs_address(url)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    known = load_settings(folder).pacs.url
+    if known == url:
+        return
+    if known is not None:
+        raise SettingsError(f"{path}: the scans of this folder come from {known}; name another folder for {url}")
+    document = tomlkit.parse(decode_text(path.read_bytes())) if path.is_file() else tomlkit.document()
+    if not document:
+        document.add(tomlkit.comment(_HEADING))
+    table = document.setdefault("pacs", tomlkit.table())
+    table["url"] = url
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(tomlkit.dumps(document), encoding="utf-8")
 
 
 def write_settings(

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.util import LRUCache
 
 from segqc.store.store import Store
+from tests.pacs_kit import Orthanc, running_orthanc
 from tests.store_kit import Clock, new_database, running_postgresql
 
 # Two runs draw the same; new examples are looked for by the tests that throw requests for a given time.
@@ -127,6 +128,17 @@ def postgresql() -> Iterator[str]:
         if os.environ.get("SEGQC_TEST_POSTGRESQL") == "required":
             raise
         pytest.skip(f"no PostgreSQL to test with: {error}")
+
+
+@pytest.fixture(scope="session")
+def orthanc() -> Iterator[Orthanc]:
+    try:
+        with running_orthanc() as found:
+            yield found
+    except FileNotFoundError as error:
+        if os.environ.get("SEGQC_TEST_ORTHANC") == "required":
+            raise
+        pytest.skip(f"no Orthanc to test with: {error}")
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])

@@ -70,6 +70,7 @@ def _passwords_are_hashed_quickly() -> Iterator[None]:
 
 def test_each_route_has_a_role_and_each_row_a_route() -> None:
     from segqc.server.app import create_app
+    from segqc.server.routers import dicomweb_routers
 
     found = set()
     for route in iter_route_contexts(create_app().routes):
@@ -80,6 +81,8 @@ def test_each_route_has_a_role_and_each_row_a_route() -> None:
         found |= {f"{method} {route.path}" for method in methods if method != "HEAD"}
         if "HEAD" in methods and f"GET {route.path}" not in ROLES_OF_ROUTES:
             found.add(f"HEAD {route.path}")  # the row of GET is its row
+    of_pacs = [route for router in dicomweb_routers(from_pacs=True) for route in router.routes]
+    found |= {f"{method} {route.path}" for route in of_pacs for method in route.methods}  # type: ignore[attr-defined]
     assert sorted(found - ROLES_OF_ROUTES.keys()) == [], "routes without a role: add them to segqc/server/auth/roles.py"
     whole = tuple(route.removesuffix("{path:path}") for route in found if route.endswith("{path:path}"))
     rows = [row for row in ROLES_OF_ROUTES.keys() - found if not row.startswith(whole)]

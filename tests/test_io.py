@@ -33,6 +33,7 @@ from segqc.store import (
     labels,
     leases,
     maintenance,
+    pacs,
     pseudo_labels,
     scans,
 )
@@ -41,7 +42,7 @@ from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Change, LabelRecord, StructureChange
+from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange
 from segqc.store.schema import Base
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import SyncResult, sync
@@ -686,6 +687,8 @@ def test_an_archive_gives_the_same_rows_and_files(
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
+        pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", study_uid="1.2", series_uid="1.2.3")])
+        pacs.begin(transaction, final.id, "1.2", "1.2.4")
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")

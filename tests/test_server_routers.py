@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from segqc.server.monailabel.stock import include_stock, stock_routers
-from segqc.server.routers import ROUTERS
+from segqc.server.routers import ROUTERS, dicomweb_routers
 
 OURS = Counter(
     (route.path, method)
-    for router in ROUTERS
+    for router in (*ROUTERS, *dicomweb_routers(from_pacs=False))
     for route in router.routes
     if isinstance(route, APIRoute)
     for method in route.methods

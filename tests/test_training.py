@@ -28,6 +28,7 @@ from segqc.training.corruptions import deformed, sampling_grid
 from segqc.training.crossfit import (
     LeakError,
     MaskSet,
+    crossfit_masks,
     early_epochs,
     masks_of,
     sources_of_masks,
@@ -132,6 +133,15 @@ def test_other_data_or_settings_are_trained_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not has_bfloat16(device_of_choice()), reason="no instructions for bfloat16 here")
+def test_early_networks_are_those_of_epochs_that_the_time_allowed(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 6)
+    settings = replace(QUICK, fold_epochs=12, max_minutes=1e-6)  # two epochs; 1, 2 and 6 are wanted
+    plan = plan_for(cases, settings, in_channels=1, out_channels=2)
+    made = crossfit_masks(cases, STRUCTURES, placed(cases), plan, settings, tmp_path / "t", NoProgress())
+    group = sources_of_masks(1, settings)
+    assert {len(mask_set.masks) for mask_set in made.sets} == {len(group) + 2}
+
+
 def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:
     cases, longer = make_cases(tmp_path, 5), replace(QUICK, epochs=8, steps_per_epoch=4)
     curves = {}

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import CommandError, DatasetFolder, NewFolder, kept_store, open_store, settings_of, shown_progress
+from segqc.cli.common import (
+    CommandError,
+    DatasetFolder,
+    NewFolder,
+    dataset_at,
+    kept_store,
+    open_store,
+    scan_named,
+    settings_of,
+    shown_progress,
+)
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.io.case_list import CaseList, Imported
@@ -171,6 +182,28 @@ def _dataset(folder: Path, *, only_approved: bool) -> CaseList:
     from segqc.io.case_list import case_list_of
 
     return case_list_of(open_store(folder), settings_of(folder).structure_list(), only_approved=only_approved)
+
+
+@export_app.command("dicom")
+def export_dicom(
+    folder: DatasetFolder,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the files.", show_default=False)],
+    scan: Annotated[
+        list[str] | None, typer.Option(metavar="SCAN", help="Only this scan's; repeat. By default all that wait.")
+    ] = None,
+    store: Annotated[bool, typer.Option("--store", help="Also store them in the PACS.")] = False,
+) -> None:
+    """Write estimates as DICOM reports (TID 1500) and error maps as fractional SEG, for scans that come from a PACS."""
+    from segqc.loop.dicom_reports import write_reports
+
+    dataset = dataset_at(folder, None)
+    names = [scan_named(dataset, name) for name in scan or ()]
+    with shown_progress(log_lines=False) as progress:
+        count = write_reports(dataset, target, names, store=store, progress=progress)
+    there = " and in the PACS" if store else ""
+    typer.echo(f"{target}: {count.reports} reports, {count.error_maps} error maps{there}")
+    for name, reason in count.left_out.items():
+        typer.echo(visible(f"  {name}: {reason}"))
 
 
 @export_app.command("tables")

@@ -6,6 +6,7 @@ Imports of the library are inside the commands: PyTorch takes seconds, and ``seg
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import io
 import logging
@@ -29,6 +30,7 @@ from segqc.cli import (
     evaluation,
     import_export,
     models,
+    pacs,
     pseudo_labels,
     rounds,
     simulation,
@@ -98,6 +100,7 @@ app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
 app.add_typer(certificate.app)
+app.add_typer(pacs.app)
 app.add_typer(database.app, name="db", rich_help_panel=KEEP_PANEL)
 app.add_typer(simulation.app, name="simulate", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=KEEP_PANEL)
@@ -825,7 +828,18 @@ def _ends(intervals: MetricIntervals) -> dict[str, Cell]:
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)
 def serve(
-    folder: DatasetFolder,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|URL",
+            help="Dataset folder, or the DICOMweb address of a PACS whose series are the scans.",
+            show_default=False,
+        ),
+    ],
+    work: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="FOLDER", help="With a PACS: the folder that all else is kept in."),
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on (default: 127.0.0.1, this machine only).")
     ] = None,
@@ -853,7 +867,10 @@ def serve(
         ),
     ] = True,
 ) -> None:
-    """Serve a dataset folder to annotation clients (3D Slicer): worst estimated mask first."""
+    """Serve a dataset folder, or the series of a PACS, to annotation clients: worst estimated mask first.
+
+    The folder remembers its PACS in its segqc.toml; later, and for all other commands, its name is enough.
+    """
     try:
         from segqc.server.serve import serve as run
     except ImportError as error:
@@ -862,6 +879,7 @@ def serve(
         raise CommandError("the server is not installed; pip install 'segqc[server]'") from error
     from segqc.selection import strategies
 
+    folder = _served_folder(source, work)
     flags = _given(host=host, port=port, bootstrap=bootstrap)
     settings = dataset_at(folder, None, {"server": flags} if flags else {}).settings.server
     if settings.strategy not in (there := strategies()):
@@ -883,6 +901,20 @@ def serve(
         sign_in=sign_in,
         worker=worker,
     )
+
+
+def _served_folder(source: str, work: Path | None) -> Path:
+    """The dataset folder to serve; one of a PACS is made, and remembers it."""
+    from segqc.settings import remember_pacs
+
+    if not source.startswith(("http://", "https://")):
+        if work is not None:
+            raise CommandError(f"{source}: is no address of a PACS; --folder belongs to one")
+        return Path(source)
+    if work is None:
+        raise CommandError(f"{source}: say with --folder which folder labels, networks and the database are kept in")
+    remember_pacs(work, source)
+    return work
 
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)
@@ -924,7 +956,11 @@ def worker(
     taker = Worker(dataset_at(folder, config), kind or KINDS, settings=lambda: load_settings(folder, config))
     for sign in ending_signals():
         signal.signal(sign, taker.end)
-    taker.serve(until_idle=until_idle)
+    publisher = taker.dataset.publisher
+    with contextlib.nullcontext() if publisher is None else publisher.publishing():
+        taker.serve(until_idle=until_idle)
+    if publisher is not None and until_idle:
+        publisher.publish()
 
 
 @app.command("round", rich_help_panel=ESTIMATE_PANEL)

@@ -269,7 +269,7 @@ def case_list_of(store: Store, structures: Sequence[Structure], *, only_approved
         label = store.label_file(final) if final is not None else None
         if scan.missing_since is None and scan.state != "excluded":
             slices = final.checked_slices if final is not None else None
-            cases.append(Case(scan.name, store.dataset / scan.file, label, slices))
+            cases.append(Case(scan.name, store.scan_file(scan), label, slices))
     return CaseList(store.dataset, tuple(cases), tuple(structures) or _value_structures(cases))
 
 

@@ -129,7 +129,7 @@ def take_notes(store: Store, datastore: Datastore) -> Imported:
                 labels.update_info(transaction, label.id, {**data.info, **known})
                 if _CHECKED in data.info and label.source == "import" and label.checked_slices is None:
                     try:
-                        in_part.append((label, _checked_slices(data.info[_CHECKED], store.dataset / scan.file)))
+                        in_part.append((label, _checked_slices(data.info[_CHECKED], store.scan_file(scan))))
                     except ValueError as error:
                         file = printable(f"labels/{tag}/{name}{data.ext}")
                         left_aside.setdefault(
@@ -183,7 +183,7 @@ def write_datastore(store: Store, folder: Path, *, link: bool = False, progress:
         temporary.mkdir()
         for done, scan in enumerate(found, 1):
             ext = suffix_of(Path(scan.file))
-            place(store.dataset / scan.file, temporary / f"{scan.name}{ext}", link=link)
+            place(store.scan_file(scan), temporary / f"{scan.name}{ext}", link=link)
             own = {}
             for tag in tags:
                 label = current[tag].get(scan.name)

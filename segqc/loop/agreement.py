@@ -142,7 +142,7 @@ def rank(dataset: Dataset, method: str = "segqc", *, truth: Path | None = None, 
         by_structure: dict[str, float | None] = {}
         mask, true_path = entries[name].original, find_labels(truth, name) if truth is not None else None
         if mask is not None and true_path is not None:
-            scan = read_scan(entries[name].image)
+            scan = read_scan(dataset.image_file(entries[name]))
             labels, true = read_labels(mask, scan=scan), read_labels(true_path, scan=scan, names=names)
             by_structure = dice_by_structure(labels.array, true.array, dataset.structures)
         ranked.append(

@@ -24,9 +24,9 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.quality.witnesses import UNLIKENESS, named_witnesses, worst_witness
 from segqc.selection.expected_gain import EXPECTED_GAIN
-from segqc.settings import Settings, load_settings
+from segqc.settings import PacsSettings, Settings, StoreSettings, load_settings
 from segqc.split import PatientSplit
-from segqc.store import assessments, bundles, features, findings, labels, remarks, scans
+from segqc.store import assessments, bundles, features, findings, labels, pacs, remarks, scans
 from segqc.store.database import PATIENCE_SECONDS
 from segqc.store.labels import FINAL, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, JsonObject, LabelRecord, ScanRecord
@@ -35,12 +35,14 @@ from segqc.store.schema import LABELLED_STATES, OPEN_STATES
 from segqc.store.store import Store
 from segqc.store.sync import Added, add_scan, is_unchanged, regroup, sync
 from segqc.types import Assessment, DriftAlarm, Structure, label_names, structures_of_values, values_in
-from segqc.volumes import Volume, read_labels, read_scan, scan_suffix
+from segqc.volumes import Volume, VolumeError, read_labels, read_scan, scan_suffix
 
 if TYPE_CHECKING:  # these import PyTorch, and most commands need none
     from segqc.networks.assessor import Assessor
     from segqc.networks.card import NetworkName
     from segqc.networks.segmenter import Segmenter
+    from segqc.pacs.publishing import Publisher
+    from segqc.pacs.source import PacsScans
     from segqc.quality.metrics import Values
     from segqc.quality.report_card import ReportCard
     from segqc.training.cases import Case
@@ -59,6 +61,34 @@ class ScanEntry:
     final: Path | None
     original: Path | None
     sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseFetcher:
+    """Brings a scan's file here when a training reads it, also in a process of its own."""
+
+    folder: Path
+    settings: Settings
+    scan: str
+    sha256: str | None
+
+    def __call__(self) -> Path:
+        """The file.
+
+        Raises:
+            VolumeError: if the scan is gone, or has another content.
+            SourceUnavailable: if it is not to be had now.
+        """
+        key = (self.folder, self.settings.pacs, self.settings.store)
+        if key not in _fetching:
+            _fetching[key] = Dataset(self.folder, self.settings, watched=True)
+        try:
+            return _fetching[key].named_file(self.scan, self.sha256)
+        except (UnknownScan, ScanReplaced) as error:  # it is left out, as a file is that cannot be read
+            raise VolumeError(str(error)) from error
+
+
+_fetching: dict[tuple[Path, PacsSettings, StoreSettings], Dataset] = {}  # one for each folder in this process
 
 
 class Dataset:
@@ -106,12 +136,56 @@ class Dataset:
             StoreError: if its database can't be reached, or is of another version of this program.
         """
         intake = self.settings.intake_checks()
-        store = Store.open(self.folder, self.settings.store.url, intake=intake, patience_seconds=self._patience_seconds)
+        store = Store.open(
+            self.folder,
+            self.settings.store.url,
+            intake=intake,
+            patience_seconds=self._patience_seconds,
+            source=self.pacs,
+        )
         if not self.watched:
             sync(store, self.settings.patient_of, self.settings.split_config())
-        if self.settings.names_patients:
+        if self.settings.names_patients and self.pacs is None:
             self._misplaced = regroup(store, self.settings.patient_now, self.settings.split_config())
         return store
+
+    @functools.cached_property
+    def pacs(self) -> PacsScans | None:
+        """The PACS that scans come from; None where they are files of the folder."""
+        if self.settings.pacs.url is None:
+            return None
+        try:
+            from segqc.pacs.source import PacsScans
+        except ModuleNotFoundError as error:
+            raise DatasetError("what talks to a PACS is not installed; pip install 'segqc[server]'") from error
+        return PacsScans(self.settings, self.own)
+
+    @functools.cached_property
+    def publisher(self) -> Publisher | None:
+        """What brings final labels to the PACS; None where there is none, or the settings do not want it."""
+        if self.pacs is None or not self.settings.pacs.store_labels:
+            return None
+        from segqc.pacs.publishing import Publisher
+
+        return Publisher(self.store, self.pacs, self.settings)
+
+    def scan_file(self, scan: ScanRecord) -> Path:
+        """The file of a scan, which is fetched where it is not here; see `Store.scan_file`."""
+        return self.store.scan_file(scan)
+
+    def image_file(self, entry: ScanEntry) -> Path:
+        """The same for an entry of `scans`, whose content it must have.
+
+        Raises:
+            ScanReplaced: if another content has taken its place.
+        """
+        return self.named_file(entry.id, entry.sha256)
+
+    def named_file(self, name: str, content: str | None) -> Path:
+        """The same by a scan's name and the SHA-256 of its content; None for any."""
+        with self.store.read() as transaction:
+            scan = scans.expect(transaction, name, content)
+        return self.scan_file(scan)
 
     def sync(self, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Take in what has been put into the folder, changed in it, or taken out of it.
@@ -134,7 +208,8 @@ class Dataset:
     def remarks(self) -> list[str]:
         """What a user should know of scans that were taken in, a sentence each."""
         with self.store.read() as transaction:
-            return [*self._misplaced, *remarks.listing(transaction)]
+            of_pacs = [*self.pacs.remarks, *pacs.left(transaction)] if self.pacs is not None else []
+            return [*self._misplaced, *of_pacs, *remarks.listing(transaction)]
 
     def is_unchanged(self, scan: ScanRecord) -> bool:
         """Whether a scan's file is as it was when it was read; if not, it was taken in by this call."""
@@ -175,6 +250,8 @@ class Dataset:
             ScanExists: if there is another scan of this name, or a file that would be one.
             VolumeError: if the file is no scan that can be used.
         """
+        if self.pacs is not None:
+            raise DatasetError(f"the scans of this folder come from {self.settings.pacs.url}; store the series there")
         suffix = scan_suffix(path.name) or path.suffix
         return add_scan(self.store, path, name, suffix, self.settings.patient_of, self.settings.split_config())
 
@@ -185,7 +262,7 @@ class Dataset:
             VolumeError: if it can't be used.
             ScanReplaced: if it holds another content by now.
         """
-        scan = read_scan(entry.image, limits=self.settings.intake)
+        scan = self._read(entry)
         try:
             now = self.verify_scan(entry.id)
         except UnknownScan as error:
@@ -193,6 +270,15 @@ class Dataset:
         if entry.sha256 is not None and now.sha256 != entry.sha256:
             raise ScanReplaced(f"{entry.image.name}: another scan has taken its place meanwhile; do this again")
         return scan
+
+    def _read(self, entry: ScanEntry) -> Volume:
+        path = self.image_file(entry)
+        try:
+            return read_scan(path, limits=self.settings.intake)
+        except VolumeError:
+            if self.pacs is None or path.exists():
+                raise
+            return read_scan(self.image_file(entry), limits=self.settings.intake)  # it was removed this moment
 
     def scans(self) -> list[ScanEntry]:
         """All scans whose files are there, in the order of their names."""
@@ -280,9 +366,14 @@ class Dataset:
                     scan.sha256,
                     limits,
                     slices=final.checked_slices,
+                    fetch=self.fetcher(scan),
                 )
             )
         return found
+
+    def fetcher(self, scan: ScanRecord) -> Callable[[], Path] | None:
+        """What brings a scan's file here when it is read; None where it lies in the folder."""
+        return None if self.pacs is None else CaseFetcher(self.folder, self.settings, scan.name, scan.sha256)
 
     def patient_splits(self) -> Mapping[str, PatientSplit]:
         """Fold and role of each patient, given once and stored."""

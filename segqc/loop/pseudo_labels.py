@@ -339,6 +339,7 @@ def pseudo_cases(dataset: Dataset) -> PseudoCases:
                 dataset.settings.intake,
                 weight=record.dice,
                 ignored=dataset.store.label_file(record.ignored),
+                fetch=dataset.fetcher(scan),
             )
         )
     return PseudoCases(tuple(cases), tuple(sorted(patients)))

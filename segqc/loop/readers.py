@@ -54,7 +54,7 @@ def add_reading(dataset: Dataset, scan: str, path: Path, actor: Actor) -> LabelR
         VolumeError: if it is no label map on the scan's grid with the configured values.
     """
     entry = dataset.scan(scan)
-    content = dataset.store.intake.labels(path, entry.image, str(path))
+    content = dataset.store.intake.labels(path, dataset.image_file(entry), str(path))
     with dataset.store.read() as transaction:
         tag = labels.reader_tag(transaction, scan, actor)
     with temporary_labels(content.labels) as source:
@@ -73,7 +73,7 @@ def inter_rater(dataset: Dataset, scan: str) -> list[ReaderPair]:
     if len(found) < 2:
         return []
     arrays = {record.id: read_labels(dataset.store.label_file(record)).array for record in found}
-    axis = through_plane_axis(read_grid(dataset.scan(scan).image))
+    axis = through_plane_axis(read_grid(dataset.image_file(dataset.scan(scan))))
     pairs = []
     for a, b in itertools.combinations(found, 2):
         slices = common(labels.checked_slices(a), labels.checked_slices(b))

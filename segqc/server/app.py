@@ -51,7 +51,7 @@ from segqc.server.monailabel.stock import include_stock, stock_routers
 from segqc.server.ohif.viewer import find_viewer
 from segqc.server.pages.page import error_page, wants_page
 from segqc.server.pages.routes import PAGES
-from segqc.server.routers import ROUTERS
+from segqc.server.routers import ROUTERS, dicomweb_routers
 from segqc.settings import AuthSettings, ServerSettings, SettingsError, load_settings
 from segqc.text import first_problem
 
@@ -130,9 +130,10 @@ def create_app() -> FastAPI:
         )
     app.state.log_file = Path(conf["log_file"]) if conf.get("log_file") else None
     app.state.viewer = find_viewer()
-    for router in (*ROUTERS, *PAGES):
+    routers = (*ROUTERS, *dicomweb_routers(from_pacs=_scans_are_of_pacs()), *PAGES)
+    for router in routers:
         app.include_router(router)
-    own = [route for router in (*ROUTERS, *PAGES) for route in router.routes if isinstance(route, APIRoute)]
+    own = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     ours = {(route.path, method) for route in own for method in route.methods or ()}
     for router in stock_routers():
         include_stock(app, router, ours)
@@ -163,6 +164,11 @@ def _folder() -> Path | None:
     """The dataset folder; None where there is none yet."""
     folder = Path(settings.MONAI_LABEL_STUDIES)
     return folder if settings.MONAI_LABEL_STUDIES and folder.is_dir() else None
+
+
+def _scans_are_of_pacs() -> bool:
+    folder = Path(settings.MONAI_LABEL_STUDIES)
+    return bool(settings.MONAI_LABEL_STUDIES) and folder.is_dir() and load_settings(folder).pacs.url is not None
 
 
 @asynccontextmanager

@@ -104,6 +104,8 @@ def take_slice(dataset: Dataset, image: str | None, path: Path, actor: Actor) ->
         raise RequestError(
             409, "a single DICOM file is taken after the scan that it belongs to; upload the scan first, as one file."
         )
+    if dataset.pacs is not None:
+        raise RequestError(409, "the scans of this server come from a PACS, and so do their patients; store it there.")
     scan = dataset.folder / dataset.verify_scan(image).file
     sidecar = as_spelled(scan.with_name(f"{scan_id(scan)}.json"))
     _check_slice(path, scan, read_tag(scan, _SERIES), found[_SERIES], image)

@@ -325,5 +325,5 @@ def label_map(context: AppContext, scan: DicomScan, voxels: LabelArray) -> Volum
         raise RequestError(
             422, f"the label map holds the value {foreign[0]}, which is no structure's; there are {known}."
         )
-    grid = read_grid(context.dataset.folder / scan.record.file, limits=context.settings.intake)
+    grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
     return Volume(voxels, grid.affine, grid.acquisition_axis)

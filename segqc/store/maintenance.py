@@ -18,7 +18,7 @@ from typing import Final
 from sqlalchemy import func, select, text
 
 from segqc.progress import NO_PROGRESS, Progress
-from segqc.store import bundles, findings, labels
+from segqc.store import bundles, findings, labels, pacs
 from segqc.store.database import DATABASE_FILE, REVISION, Database, StoreDamaged, StoreError, Transaction, sqlite_url
 from segqc.store.files import LabelFiles, copy_with_sha256, sha256_of, state_of
 from segqc.store.schema import LABELLED_STATES, OPEN_STATES, LabelVersion, LabelView, Scan
@@ -231,6 +231,9 @@ def _scan_findings(store: Store) -> Iterator[Finding]:
         files = {e.name for e in entries if e.is_file() and is_scan_path(Path(e.path))}
     with store.read() as transaction:
         missing = dict(transaction.execute(select(Scan.file, Scan.missing_since.is_not(None))).all())
+        for file in pacs.series(transaction):  # comes from elsewhere
+            missing.pop(file, None)
+            files.discard(file)
         kept_aside = {finding.file: finding.sentence for finding in findings.listing(transaction)}
     for file in sorted(missing.keys() | files):
         path = store.dataset / file

@@ -30,6 +30,8 @@ Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
 FeatureKind: TypeAlias = Literal["appearance", "segmenter"]
 FindingKind: TypeAlias = Literal["scan", "label", "other"]
+SegmentationOrigin: TypeAlias = Literal["own", "found"]
+SegmentationState: TypeAlias = Literal["empty", "storing", "stored", "withdrawn", "left"]
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "stopped"]
 
 
@@ -351,3 +353,28 @@ class EventRecord:
     object_kind: str  # the table of what it happened to
     object_id: int  # its row
     detail: JsonObject | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesRecord:
+    """Of which series of a PACS a scan is."""
+
+    file: str  # the scan's, as its row calls it
+    study_uid: str
+    series_uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentationRecord:
+    """A label version as a DICOM SEG in a PACS, and how far its way there is."""
+
+    id: int
+    scan: str  # its name
+    label: int  # the version
+    origin: SegmentationOrigin
+    state: SegmentationState
+    study_uid: str
+    series_uid: str  # of the SEG
+    attempts: int  # that failed, of the step that is to be done now
+    problem: str | None  # of the last attempt, or why it was left
+    changed_at: dt.datetime

@@ -39,6 +39,8 @@ from segqc.store.records import (
     LeaseState,
     Role,
     ScanState,
+    SegmentationOrigin,
+    SegmentationState,
     SignInKind,
 )
 from segqc.types import ComputeName, MaskKind
@@ -340,6 +342,43 @@ class LabelView(Base):
     file: Mapped[str] = mapped_column(unique=True)
     size: Mapped[int]
     modified_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class SeriesRow(Base):
+    """Of which series of a PACS a scan's file is made, by the file's name; a series may hold several volumes."""
+
+    __tablename__ = "series"
+    file: Mapped[str] = mapped_column(primary_key=True)
+    study_uid: Mapped[str] = mapped_column(index=True)
+    series_uid: Mapped[str] = mapped_column(index=True)
+
+
+class SegmentationRow(Base):
+    """A label version as a DICOM SEG in a PACS.
+
+    ``origin`` says whether it was made of the version or the version of it. The row is there before the SEG is sent
+    (``storing``), so that whoever is killed meanwhile leaves nothing there that nobody knows of. An ``empty`` version
+    has no SEG. ``left`` is one that should be withdrawn and cannot be. ``next_try_at`` is when a step that failed is
+    tried again.
+    """
+
+    __tablename__ = "segmentation"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), unique=True)
+    origin: Mapped[SegmentationOrigin] = mapped_column(String)
+    state: Mapped[SegmentationState] = mapped_column(String)
+    study_uid: Mapped[str]
+    series_uid: Mapped[str] = mapped_column(index=True)
+    attempts: Mapped[int]
+    next_try_at: Mapped[dt.datetime | None]
+    problem: Mapped[str | None]
+    changed_at: Mapped[dt.datetime]
+    __table_args__ = (
+        CheckConstraint(_one_of("origin", get_args(SegmentationOrigin)), name="origin"),
+        CheckConstraint(_one_of("state", get_args(SegmentationState)), name="state"),
+        CheckConstraint("origin = 'own' OR state = 'stored'", name="found"),
+        CheckConstraint("attempts >= 0", name="attempts"),
+    )
 
 
 class LabelInfo(Base):

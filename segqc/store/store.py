@@ -37,6 +37,7 @@ from segqc.store.intake import AnyContent, Intake
 from segqc.store.labels import FINAL, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
+from segqc.store.sources import ScanSource
 from segqc.volumes import SCAN_SUFFIXES, VolumeError, atomic_write, label_id, label_suffix, write_labels
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class Store:
         clock: Clock = utc_now,
         patience_seconds: float = PATIENCE_SECONDS,
         intake: Intake = _ANY,
+        source: ScanSource | None = None,
     ) -> None:
         """Prepare a store; `open` makes it ready.
 
@@ -119,6 +121,7 @@ class Store:
             clock: gives the time, in UTC.
             patience_seconds: how long to wait for a database that is locked or does not answer.
             intake: what files that people put into the folder have to pass; by default their names alone.
+            source: where scans come from; by default they are files of the folder.
 
         Raises:
             StoreError: if the URL names no database that a store can be kept in.
@@ -128,6 +131,7 @@ class Store:
         self.database = Database(url or sqlite_url(self.own / DATABASE_FILE), clock, patience_seconds)
         self.files = LabelFiles(self.dataset, self.own)
         self.intake = intake
+        self.source = source
 
     @classmethod
     def open(
@@ -138,13 +142,14 @@ class Store:
         clock: Clock = utc_now,
         patience_seconds: float = PATIENCE_SECONDS,
         intake: Intake = _ANY,
+        source: ScanSource | None = None,
     ) -> Store:
         """Open the store of a folder: make it where there is none, and clean up after processes that died.
 
         Raises:
             StoreError: if the database cannot be reached or is of another version of this program.
         """
-        store = cls(dataset, url, clock=clock, patience_seconds=patience_seconds, intake=intake)
+        store = cls(dataset, url, clock=clock, patience_seconds=patience_seconds, intake=intake, source=source)
         if store.is_writable:
             store.own.mkdir(parents=True, exist_ok=True)
         if (store.own / RESTORING_FILE).exists():
@@ -228,6 +233,16 @@ class Store:
     def write(self) -> contextlib.AbstractContextManager[Transaction]:
         """A transaction alone with the write lock: committed at the end, taken back on any error."""
         return self.database.write()
+
+    def scan_file(self, scan: ScanRecord) -> Path:
+        """The file of a scan; one that comes from elsewhere is fetched where it is not here, and may go again.
+
+        Raises:
+            UnknownScan: if the scan is gone from where it came from.
+            ScanReplaced: if another content has taken its place there.
+            SourceUnavailable: if it cannot be fetched now.
+        """
+        return self.dataset / scan.file if self.source is None else self.source.file(self, scan)
 
     def close(self) -> None:
         """Close the database's connections."""
@@ -427,7 +442,7 @@ class Store:
             OSError: if it can't be read.
         """
         copy, found = self._copied(tag, name, work)
-        content = self.intake.labels(copy, self.dataset / scan.file, f"labels/{tag}/{name}")
+        content = self.intake.labels(copy, self.scan_file(scan), f"labels/{tag}/{name}")
         label = NewLabel(scan.name, tag, "import", FOLDER)
         end = name[len(label_id(name)) :]
         if content.is_plain and end in SCAN_SUFFIXES:  # what everybody reads by its values

@@ -27,8 +27,9 @@ from segqc.store.events import FOLDER
 from segqc.store.files import FileState, contents_of, raw_signature, sha256_of, signature_of
 from segqc.store.findings import Finding
 from segqc.store.labels import NewLabel
-from segqc.store.records import LabelRecord, ScanRecord
+from segqc.store.records import Actor, LabelRecord, ScanRecord
 from segqc.store.scans import FoundScan, Known
+from segqc.store.sources import ScanChanges, SourceUnavailable
 from segqc.store.store import OWN_FOLDER, LabelChange, Store
 from segqc.text import caseless, nfc, printable
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, label_id, label_suffix, scan_id, scan_suffix
@@ -119,8 +120,11 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
     if outdated:  # by the settings of before: these files are looked at again
         with store.write() as transaction:
             findings.clear(transaction, outdated)
-    new, missing, replaced, changed = _sync_scans(store, patient_of, split_config, noted, stop)
-    changed = set(map(nfc, changed))
+    if store.source is None:
+        scans_now = _sync_scans(store, patient_of, split_config, noted, stop)
+    else:
+        scans_now = store.source.sync(store, split_config, noted, stop)
+    changed = set(map(nfc, scans_now.changed))
     noted = {file: finding for file, finding in noted.items() if finding.scan not in changed}
     added = removed = 0
     folders = _tag_folders(store)
@@ -136,7 +140,7 @@ def sync(store: Store, patient_of: PatientOf, split_config: SplitConfig, *, stop
         with store.write() as transaction:
             findings.clear(transaction, gone)
             findings.record(transaction, fresh, store.intake.version)
-    return SyncResult(new, missing, added, removed, replaced)
+    return SyncResult(scans_now.new, scans_now.missing, added, removed, scans_now.replaced)
 
 
 def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) -> list[str]:
@@ -190,7 +194,13 @@ def regroup(store: Store, patient_now: PatientNow, split_config: SplitConfig) ->
 
 
 def is_unchanged(store: Store, scan: ScanRecord, patient_of: PatientOf, split_config: SplitConfig) -> bool:
-    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not."""
+    """Tell by a system call whether a scan's file is as it was when it was read; take the file in where it is not.
+
+    Raises:
+        SourceUnavailable: if the scan comes from elsewhere, and nobody can tell now.
+    """
+    if store.source is not None:
+        return store.source.is_unchanged(store, scan, split_config)
     try:
         signature = signature_of((store.dataset / scan.file).stat())
     except FileNotFoundError:
@@ -291,7 +301,7 @@ def _alike(one: str, other: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looked:
+class Looked:
     """What came of reading a scan's file; ``patient`` is None where the content is the known one."""
 
     file: str
@@ -305,8 +315,7 @@ class _Looked:
 
 def _sync_scans(
     store: Store, patient_of: PatientOf, split_config: SplitConfig, noted: Mapping[str, Finding], stop: Stop
-) -> tuple[int, int, int, set[str]]:
-    """How many scans are new, missing and replaced, and the names of all whose content is another one now."""
+) -> ScanChanges:
     with store.read() as transaction:
         marks = scans.marks(transaction)
     unsettled: set[str] = set()
@@ -325,7 +334,7 @@ def _sync_scans(
             settled += 1
         elif scan_suffix(name) is not None:
             signatures[name] = signature_of(status)
-            if not _still(noted, name, signatures[name]):
+            if not is_still(noted, name, signatures[name]):
                 unsettled.add(name)
             elif not name.isascii():
                 refused.add(name)
@@ -355,7 +364,7 @@ def _sync_scans(
         # whoever has uploaded a scan since has put its file there
         absent = (file for file, scan in known.items() if not scan.missing and file not in present)
         gone = [file for file in absent if not os.path.isfile(store.dataset / file)]
-    labelled = _labelled(store) if unsettled - known.keys() else set()
+    labelled = labelled_scans(store) if unsettled - known.keys() else set()
     new, lost, replaced, changed = _sync_files(store, unsettled, known, labelled, patient_of, split_config, stop)
     over = {file for file in noted if "/" not in file and file not in present and file not in misplaced}
     fresh = [finding for file, finding in misplaced.items() if noted.get(file) != finding]
@@ -365,7 +374,7 @@ def _sync_scans(
             missing = scans.mark_missing(transaction, gone, FOLDER)
             findings.clear(transaction, over)
             findings.record(transaction, fresh, store.intake.version)
-    return new, missing + lost, replaced, changed
+    return ScanChanges(new, missing + lost, replaced, frozenset(changed))
 
 
 def _respelled(
@@ -392,7 +401,7 @@ def _respelled(
     return respelled, twins
 
 
-def _labelled(store: Store) -> set[str]:
+def labelled_scans(store: Store) -> set[str]:
     """Names of scans that have a file among the final labels, in the form in which names are compared."""
     final = store.files.views / labels.FINAL
     return {nfc(label_id(name)) for name in os.listdir(final)} if final.is_dir() else set()
@@ -436,7 +445,7 @@ def _misplaced(name: str) -> Finding | None:
     return Finding(name, "other", sentence, "")
 
 
-def _still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
+def is_still(noted: Mapping[str, Finding], file: str, signature: str) -> bool:
     """Whether the file is the one that was found to be unusable."""
     return signature != "" and file in noted and noted[file].signature == signature
 
@@ -450,14 +459,18 @@ def _sync_files(
     split_config: SplitConfig,
     stop: Stop,
 ) -> tuple[int, int, int, set[str]]:
-    """Look at scan files that are new, changed or back; see `_sync_scans` for what is returned."""
+    """Look at scan files that are new, changed or back.
+
+    Returns:
+        How many scans are new, missing and replaced, and the names of all whose content is another one now.
+    """
     # patients of labelled scans are placed first, so that the few of the start are spread over both roles
     work = sorted(files, key=lambda file: (nfc(scan_id(file)) not in labelled, scans.natural_key(file)))
     new = lost = replaced = done = 0
     changed: set[str] = set()
     while done < len(work) and not stop():
         batch: list[str] = []
-        looked: list[_Looked] = []
+        looked: list[Looked] = []
         until = time.monotonic() + _BATCH_SECONDS
         while done + len(batch) < len(work) and len(batch) < _BATCH and time.monotonic() < until:
             batch.append(work[done + len(batch)])
@@ -466,9 +479,9 @@ def _sync_files(
         for look in looked:
             before = known.get(look.file)
             if look.patient is not None and before is not None and before.sha256 is not None:
-                _part_from_labels(store, before.name)
+                part_from_labels(store, before.name)
         with store.write() as transaction:
-            counts = _note(transaction, store, looked, set(batch), labelled, split_config)
+            counts = note_scans(transaction, store, looked, set(batch), labelled, split_config)
         new, lost, replaced, changed = new + counts[0], lost + counts[1], replaced + counts[2], changed | counts[3]
         done += len(batch)
         if done < len(work) or len(work) > _BATCH:
@@ -476,7 +489,7 @@ def _sync_files(
     return new, lost, replaced, changed
 
 
-def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -> _Looked | None:
+def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -> Looked | None:
     """Read a scan's file; None if it is gone, or is being written this moment."""
     path = store.dataset / file
     try:
@@ -484,27 +497,29 @@ def _look(store: Store, file: str, known: Known | None, patient_of: PatientOf) -
         signature = signature_of(before)
         try:
             if known is not None and known.sha256 is not None and sha256_of(path) == known.sha256:
-                looked = _Looked(file, signature, known.sha256)
+                looked = Looked(file, signature, known.sha256)
             else:
                 try:
                     patient = patient_of(path)
                 except VolumeError as error:  # of a side-car, perhaps: looked at again each time
-                    return _Looked(file, "", finding=Finding(file, "scan", _sentence(path, file, error), ""))
+                    return Looked(file, "", finding=Finding(file, "scan", sentence_about(path, file, error), ""))
                 content = store.intake.scan(path, file)
-                looked = _Looked(file, signature, content.sha256, patient, content.warnings, content.appearance)
+                looked = Looked(file, signature, content.sha256, patient, content.warnings, content.appearance)
                 for warning in content.warnings:
                     logger.warning("%s: %s", file, warning)
         except FileNotFoundError:
             raise
         except Exception as error:  # one file must not keep all others out, whatever is wrong with it
-            looked = _Looked(file, signature, finding=Finding(file, "scan", _sentence(path, file, error), signature))
+            looked = Looked(
+                file, signature, finding=Finding(file, "scan", sentence_about(path, file, error), signature)
+            )
         after = path.stat()
     except FileNotFoundError:
         return None
     return looked if raw_signature(before) == raw_signature(after) else None
 
 
-def _sentence(path: Path, file: str, error: Exception) -> str:
+def sentence_about(path: Path, file: str, error: Exception) -> str:
     """What is wrong with a file, by the name that the user knows."""
     if isinstance(error, MemoryError):
         return f"{file}: needs more memory to be read than there is; make it smaller"
@@ -517,20 +532,21 @@ def _sentence(path: Path, file: str, error: Exception) -> str:
     return messages if file in messages else f"{file}: {messages}"
 
 
-def _note(
+def note_scans(
     transaction: Transaction,
     store: Store,
-    looked: Sequence[_Looked],
+    looked: Sequence[Looked],
     files: Collection[str],
     labelled: Collection[str],
     split_config: SplitConfig,
+    actor: Actor = FOLDER,
 ) -> tuple[int, int, int, set[str]]:
     """Write down what came of a batch of files, as the rows are now."""
     known = scans.known_files(transaction, files)
     unusable = [look.finding for look in looked if look.finding is not None]
     findings.record(transaction, unusable, store.intake.version)
     # the file of a known scan holds something that is no scan: its own content is gone, like a removed file's
-    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, FOLDER)
+    lost = scans.mark_missing(transaction, {finding.file for finding in unusable}, actor)
     new: list[FoundScan] = []
     touched: list[tuple[Known, str, str]] = []
     changed: set[str] = set()
@@ -552,15 +568,17 @@ def _note(
                 new.append(found)
             else:
                 replaced += 1
-                _replace(transaction, store, scan, found, split_config)
-    scans.note_contents(transaction, touched, FOLDER)
-    count = scans.sync(transaction, new, split_config, FOLDER, labelled=labelled)
+                _replace(transaction, store, scan, found, split_config, actor)
+    scans.note_contents(transaction, touched, actor)
+    count = scans.sync(transaction, new, split_config, actor, labelled=labelled)
     findings.clear(transaction, {look.file for look in looked if look.finding is None})
     findings.clear_labels_of(transaction, changed)
     return count, lost, replaced, changed
 
 
-def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundScan, split_config: SplitConfig) -> None:
+def _replace(
+    transaction: Transaction, store: Store, scan: Known, found: FoundScan, split_config: SplitConfig, actor: Actor
+) -> None:
     """Retire a scan whose file holds another content now, with its labels, and add or bring back the other scan."""
     for file, view in labels.forget_views(transaction, scan.id):
         label = labels.get(transaction, view.version)
@@ -568,16 +586,16 @@ def _replace(transaction: Transaction, store: Store, scan: Known, found: FoundSc
             # what is not kept is a label that was put there for the new content
             if sha256_of(store.files.views / file) in _addresses(label):
                 (store.files.views / file).unlink()
-    leases.release(transaction, scan.name, FOLDER)
+    leases.release(transaction, scan.name, actor)
     labels.end_pseudo_label(transaction, scan.id, "another scan has taken the place of its file")
-    retired = scans.retire(transaction, scan.id, FOLDER)
+    retired = scans.retire(transaction, scan.id, actor)
     logger.warning(
         "%s holds another scan now; what was made for the one before is kept with it, under the name %s",
         found.file,
         retired,
     )
-    if scans.revive(transaction, found, FOLDER) is None:
-        scans.sync(transaction, [found], split_config, FOLDER)
+    if scans.revive(transaction, found, actor) is None:
+        scans.sync(transaction, [found], split_config, actor)
         return
     for label in labels.tags(transaction, found.name).values():
         if not store.files.lying(label.scan, label.tag):
@@ -590,7 +608,7 @@ def _addresses(label: LabelRecord) -> set[str]:
     }
 
 
-def _part_from_labels(store: Store, name: str) -> None:
+def part_from_labels(store: Store, name: str) -> None:
     """Before a scan is retired, make versions of its label files that were edited and do not fit the new content.
 
     An edited file that fits belongs to the new content.
@@ -640,7 +658,7 @@ def _sync_labels(store: Store, folder: Path, noted: Mapping[str, Finding], stop:
                 passed.add(f"labels/{tag}/{name}")  # a good one was written in its place
             continue
         signatures[name] = signature_of(status)
-        if not _still(noted, f"labels/{tag}/{name}", signatures[name]):
+        if not is_still(noted, f"labels/{tag}/{name}", signatures[name]):
             unsettled.add(name)
     passed |= {file for file in own if os.path.basename(file) not in states}
     files = {name: f"labels/{tag}/{name}" for name in unreadable}
@@ -756,9 +774,11 @@ class _LabelPass:
                 return self.store.label_from_file(scan, self.tag, name, work)
             except FileNotFoundError:
                 continue  # gone again before it could be read
+            except SourceUnavailable:
+                raise  # nothing is known of the label before its scan is there
             except Exception as error:  # one file must not keep all others out, whatever is wrong with it
                 path = self.store.files.views / self.tag / name
-                self._find(name, _sentence(path, f"labels/{self.tag}/{name}", error), scan.name)
+                self._find(name, sentence_about(path, f"labels/{self.tag}/{name}", error), scan.name)
         return None
 
     def _commit(self, changes: Sequence[LabelChange]) -> list[LabelChange]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,7 +56,8 @@ class Case:
 
     A pseudo-label is drawn less often, by its ``weight``, and ``ignored`` is the label map of the voxels that are left
     out of the loss. ``slices`` are those across the through-plane axis that a person has looked at, ascending; None for
-    all. The others are left out of the loss, too.
+    all. The others are left out of the loss, too. ``fetch`` brings the scan's file here where ``scan`` is only its
+    name.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Case:
     weight: float = 1.0
     ignored: Path | None = None
     slices: Slices | None = None
+    fetch: Callable[[], Path] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -124,11 +126,15 @@ def read_case(case: Case, values: Sequence[int]) -> tuple[Volume, Volume]:
         raise CaseError(case, error) from error
 
 
-def _read_scan(case: Case) -> Volume:
+def _read_scan(case: Case, *, again: bool = True) -> Volume:
+    path = case.scan
     try:
-        scan = read_scan(case.scan, limits=case.limits)
-        replaced = case.content is not None and case.content != content_sha256(case.scan)
+        path = case.scan if case.fetch is None else case.fetch()
+        scan = read_scan(path, limits=case.limits)
+        replaced = case.content is not None and case.content != content_sha256(path)
     except (VolumeError, OSError) as error:
+        if again and case.fetch is not None and not path.exists():  # it was removed this moment
+            return _read_scan(case, again=False)
         raise CaseError(case, error) from error
     if replaced:
         raise CaseError(case, "the scan's file was replaced meanwhile")

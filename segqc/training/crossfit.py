@@ -231,7 +231,7 @@ def train_mask_sources(
         settings: how to train.
         folder: for the checkpoint.
         progress: reports after each step.
-        early: the early epochs, by default those of `early_epochs`.
+        early: the early epochs, by default those of `early_epochs`; those after the bound on time have no network.
         unseen: patients whose labels it must never have seen, nor a network that it begins at.
     """
     values = label_values(structures)
@@ -252,7 +252,8 @@ def train_mask_sources(
     )
     fitted = fit(job, folder, progress)
     last = segmenter_of(fitted, plan, structures, fitted.seen, settings)
-    return [last, *(at_weights(last, fitted.snapshots[epoch]) for epoch in early)]
+    reached = [fitted.snapshots[epoch] for epoch in early if epoch in fitted.snapshots]  # its time may have been over
+    return [last, *(at_weights(last, weights) for weights in reached)]
 
 
 def early_epochs(epochs: int) -> tuple[int, ...]:

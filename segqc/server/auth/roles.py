@@ -135,7 +135,13 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}": "annotator",
     "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}/rendered": "annotator",
     "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}/thumbnail": "annotator",
+    "GET /dicomweb/studies/{study}/series/{series}/{picture}": "annotator",
+    "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/{picture}": "annotator",
+    "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/frames/{frames}/{picture}": "annotator",
+    "GET /dicomweb/studies/{study}/series/{series}/instances/{instance}/bulk/{bulk:path}": "annotator",
     "GET /segqc/dicomweb/{scan}": "annotator",
+    "GET /segqc/pacs": "annotator",
+    "POST /segqc/pacs/sync": "operator",
     "GET /ohif/extension/{path:path}": PUBLIC,  # our code: a hospital's own OHIF imports it without a cookie
     "GET /ohif/{path:path}": "annotator",
     "POST /segqc/viewer/next": "annotator",

@@ -10,7 +10,7 @@ from segqc.loop.dataset import Dataset
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.errors import RequestError
-from segqc.store import scans
+from segqc.store import pacs, scans
 from segqc.store.scans import UnknownScan
 from segqc.volumes import VolumeError, read_grid, read_scan
 from segqc.volumes.tags import read_tag
@@ -30,7 +30,7 @@ class Archive:
             cache_bytes: of images that are kept in memory.
         """
         self._dataset = dataset
-        self._headers: BoundedCache[str, ScanHeader] = BoundedCache(_MAX_HEADERS)
+        self._headers: BoundedCache[tuple[str, str | None], ScanHeader] = BoundedCache(_MAX_HEADERS)
         self._images: BoundedCache[str, ScanImages] = BoundedCache(cache_bytes, lambda images: images.size_bytes)
         self._reading = threading.Semaphore(_READ_AT_ONCE)
         self._names: dict[str, str] = {}
@@ -47,7 +47,8 @@ class Archive:
         Raises:
             UnknownScan: if there is none, or its file is gone.
         """
-        return DicomScan(self._dataset.verify_scan(name))
+        record, source = self._dataset.verify_scan(name), self._dataset.pacs
+        return DicomScan(record, None if source is None else source.images(self._dataset.store, record))
 
     def study(self, uid: str) -> DicomScan:
         """The scan that is a study, whose file was just seen to hold its content.
@@ -55,16 +56,42 @@ class Archive:
         Raises:
             RequestError: 404 if there is none, or its file is gone or holds another content by now.
         """
+        scan = self.scan(uid)
+        if scan.study_uid != uid:
+            raise unknown("study", uid)
+        return scan
+
+    def scan(self, uid: str) -> DicomScan:
+        """The scan of a series, or of a study, as `study` gives it.
+
+        Raises:
+            RequestError: 404 if there is none, or its file is gone or holds another content by now; 409 if a study of a
+                PACS holds several.
+        """
+        if self._dataset.pacs is not None:
+            return self._of_pacs(uid)
         if uid not in self._names:
-            self._names = {scan.study_uid: scan.record.name for scan in self.scans()}
+            self._names = {name: s.record.name for s in self.scans() for name in (s.study_uid, s.series_uid)}
         name = self._names.get(uid)
         try:
             scan = self.named(name) if name is not None else None
         except UnknownScan:
             scan = None
-        if scan is None or scan.study_uid != uid:
+        if scan is None or uid not in (scan.study_uid, scan.series_uid):
             raise unknown("study", uid)
         return scan
+
+    def _of_pacs(self, uid: str) -> DicomScan:
+        with self._dataset.store.read() as transaction:
+            names = pacs.scans_of(transaction, uid)
+        if len(names) > 1:
+            raise RequestError(
+                409, f"{uid[:80]} holds {len(names)} scans; name the series of one, or take the next scan."
+            )
+        try:
+            return self.named(names[0])
+        except (IndexError, UnknownScan) as error:
+            raise unknown("study", uid) from error
 
     def header(self, scan: DicomScan) -> ScanHeader:
         """What a scan's file says before its voxels are read.
@@ -73,7 +100,7 @@ class Archive:
             RequestError: 404 if the file is gone or holds another content by now.
             VolumeError: if it cannot be read.
         """
-        header = self._headers.get(scan.study_uid, lambda: self._read_header(scan))
+        header = self._headers.get((scan.record.name, scan.record.sha256), lambda: self._read_header(scan))
         return replace(header, scan=scan)  # the store may know another patient by now
 
     def images(self, scan: DicomScan) -> ScanImages:
@@ -81,7 +108,7 @@ class Archive:
         return self._images.get(scan.record.sha256 or "", lambda: self._read_images(scan))
 
     def _read_header(self, scan: DicomScan) -> ScanHeader:
-        path = self._dataset.folder / scan.record.file
+        path = self._dataset.scan_file(scan.record)
         try:
             grid = read_grid(path, limits=self._dataset.settings.intake)
         except VolumeError:
@@ -95,7 +122,7 @@ class Archive:
         return ScanHeader.of(scan, grid, modality)
 
     def _read_images(self, scan: DicomScan) -> ScanImages:
-        path = self._dataset.folder / scan.record.file
+        path = self._dataset.scan_file(scan.record)
         with self._reading:
             try:
                 volume = read_scan(path, limits=self._dataset.settings.intake, memory_order="K")

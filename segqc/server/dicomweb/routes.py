@@ -113,12 +113,13 @@ def _choose(study: str, series: str | None = None, instance: str | None = None) 
     return Chosen(archive, header, index)
 
 
-async def _in_slot(request: Request, work: Callable[[], T]) -> T:
+async def in_slot(request: Request, work: Callable[[], T]) -> T:
+    """Do something in a thread, when one of the slots is free."""
     slots: anyio.CapacityLimiter = request.app.state.dicomweb_slots
     return await anyio.to_thread.run_sync(work, limiter=slots)
 
 
-def _address(request: Request) -> str:
+def address_of(request: Request) -> str:
     """Where DICOMweb is, as the client calls this server."""
     base = request.base_url
     host, port = request.scope.get("server") or (None, None)
@@ -176,7 +177,7 @@ async def _search(
         query = Query.parse(request.query_params.multi_items())
         archive = open_archive()
         scans = archive.scans() if choose_scan is None else [choose_scan().header.scan]
-        results = query.select(find(archive, scans, _address(request)))
+        results = query.select(find(archive, scans, address_of(request)))
         told = [to_json(dataset(query.pick(attributes, usual))) for attributes in islice(results, MAX_RESULTS)]
         warnings = [_FUZZY] if query.fuzzy else []
         if next(results, None) is not None:
@@ -184,7 +185,7 @@ async def _search(
         headers = {"Warning": ", ".join(f'299 {request.url.netloc} "{text}"' for text in warnings)} if warnings else {}
         return JSONResponse(told, headers=headers, media_type=media_type)
 
-    return await _in_slot(request, work)
+    return await in_slot(request, work)
 
 
 # ------------------------------------------------------------------------------------------------------------- metadata
@@ -193,24 +194,24 @@ async def _search(
 @router.get(f"{_STUDY}/metadata", summary="The headers of a study's images")
 async def study_metadata(request: Request, study: Study) -> Response:
     """Send the headers of all images of a scan, without pixels."""
-    return await _in_slot(request, lambda: _metadata(request, _choose(study)))
+    return await in_slot(request, lambda: _metadata(request, _choose(study)))
 
 
 @router.get(f"{_SERIES}/metadata", summary="The headers of a series' images")
 async def series_metadata(request: Request, study: Study, series: Series) -> Response:
     """Send the headers of all images of a scan, without pixels."""
-    return await _in_slot(request, lambda: _metadata(request, _choose(study, series)))
+    return await in_slot(request, lambda: _metadata(request, _choose(study, series)))
 
 
 @router.get(f"{_INSTANCE}/metadata", summary="An image's header")
 async def instance_metadata(request: Request, study: Study, series: Series, instance: Instance) -> Response:
     """Send the header of a slice, without pixels."""
-    return await _in_slot(request, lambda: _metadata(request, _choose(study, series, instance)))
+    return await in_slot(request, lambda: _metadata(request, _choose(study, series, instance)))
 
 
 def _metadata(request: Request, chosen: Chosen) -> Response:
     media_type = choose(request, JSON_TYPES)
-    place = series_address(_address(request), chosen.header.scan)
+    place = series_address(address_of(request), chosen.header.scan)
     found = metadata(chosen.header, chosen.images, chosen.slices, place)
     return JSONResponse(found, media_type=media_type)
 
@@ -221,19 +222,19 @@ def _metadata(request: Request, chosen: Chosen) -> Response:
 @router.get(_STUDY, summary="A study's images")
 async def study_images(request: Request, study: Study) -> Response:
     """Send all images of a scan as DICOM files, as the parts of one message."""
-    return await _in_slot(request, lambda: _files(request, _choose(study)))
+    return await in_slot(request, lambda: _files(request, _choose(study)))
 
 
 @router.get(_SERIES, summary="A series' images")
 async def series_images(request: Request, study: Study, series: Series) -> Response:
     """Send all images of a scan as DICOM files, as the parts of one message."""
-    return await _in_slot(request, lambda: _files(request, _choose(study, series)))
+    return await in_slot(request, lambda: _files(request, _choose(study, series)))
 
 
 @router.get(_INSTANCE, summary="An image")
 async def instance_image(request: Request, study: Study, series: Series, instance: Instance) -> Response:
     """Send a slice as a DICOM file, as the part of a message, or alone where ``application/dicom`` is asked for."""
-    return await _in_slot(request, lambda: _files(request, _choose(study, series, instance)))
+    return await in_slot(request, lambda: _files(request, _choose(study, series, instance)))
 
 
 def _files(request: Request, chosen: Chosen) -> Response:
@@ -249,7 +250,7 @@ async def instance_frames(
     request: Request, study: Study, series: Series, instance: Instance, frames: Frames
 ) -> Response:
     """Send a slice's pixels: 16 bits, little endian, row by row; alone where ``application/octet-stream`` is asked."""
-    return await _in_slot(request, lambda: _frames(request, _choose(study, series, instance), frames))
+    return await in_slot(request, lambda: _frames(request, _choose(study, series, instance), frames))
 
 
 def _frames(request: Request, chosen: Chosen, frames: str) -> Response:
@@ -281,21 +282,21 @@ def _frame_numbers(text: str) -> list[str]:
 @router.get(f"{_STUDY}/thumbnail", summary="A small picture of a study")
 async def study_picture(request: Request, study: Study) -> Response:
     """Send a picture of a scan's middle slice: JPEG, or PNG where it is asked for."""
-    return await _in_slot(request, lambda: _picture(request, _choose(study)))
+    return await in_slot(request, lambda: _picture(request, _choose(study)))
 
 
 @router.get(f"{_SERIES}/rendered", summary="A picture of a series")
 @router.get(f"{_SERIES}/thumbnail", summary="A small picture of a series")
 async def series_picture(request: Request, study: Study, series: Series) -> Response:
     """Send a picture of a scan's middle slice: JPEG, or PNG where it is asked for."""
-    return await _in_slot(request, lambda: _picture(request, _choose(study, series)))
+    return await in_slot(request, lambda: _picture(request, _choose(study, series)))
 
 
 @router.get(f"{_INSTANCE}/rendered", summary="A picture of an image")
 @router.get(f"{_INSTANCE}/thumbnail", summary="A small picture of an image")
 async def instance_picture(request: Request, study: Study, series: Series, instance: Instance) -> Response:
     """Send a picture of a slice: JPEG, or PNG where it is asked for."""
-    return await _in_slot(request, lambda: _picture(request, _choose(study, series, instance)))
+    return await in_slot(request, lambda: _picture(request, _choose(study, series, instance)))
 
 
 @router.get(f"{_INSTANCE}/frames/{{frames}}/rendered", summary="A picture of a frame")
@@ -303,7 +304,7 @@ async def instance_picture(request: Request, study: Study, series: Series, insta
 async def frame_picture(request: Request, study: Study, series: Series, instance: Instance, frames: Frames) -> Response:
     """Send a picture of a slice: JPEG, or PNG where it is asked for."""
     _frame_numbers(frames)
-    return await _in_slot(request, lambda: _picture(request, _choose(study, series, instance)))
+    return await in_slot(request, lambda: _picture(request, _choose(study, series, instance)))
 
 
 def _picture(request: Request, chosen: Chosen) -> Response:

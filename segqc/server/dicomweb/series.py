@@ -13,6 +13,7 @@ import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from segqc.pacs.cache import SeriesImages
 from segqc.store.records import JsonObject, ScanRecord
 from segqc.volumes import SliceLayout, Volume, slice_layout
 from segqc.volumes.dicom_images import ImagePixels, ImagePlanes, decimal, describe_kind, quantise
@@ -23,6 +24,8 @@ Attributes: TypeAlias = dict[str, Any]
 
 USUAL_MODALITY: Final = "MR"
 """What a scan counts as whose file says nothing: viewers reconstruct no planes of images of unknown modality."""
+IMAGES: Final = SliceLayout(0, 1, 2, flip_columns=False, flip_rows=False)
+"""How the file of a scan that comes as DICOM images has their voxels."""
 _NAMESPACE: Final = uuid.UUID("4d1d4c43-8a0b-5a7e-9f0e-6c8b1f2f7a11")
 _CODE: Final = re.compile("[A-Z0-9_]{1,16}")
 _MAX_TEXT: Final = 64  # characters of a DICOM long string
@@ -31,28 +34,34 @@ _DARKEST, _BRIGHTEST = 0.01, 0.99  # shares of the voxels
 
 @dataclass(frozen=True, slots=True)
 class DicomScan:
-    """A scan as DICOM names it. Identifiers follow from its name and content: another content has others."""
+    """A scan as DICOM names it. Identifiers follow from its name and content: another content has others.
+
+    Attributes:
+        record: the scan.
+        source: the images of a PACS that it was made of, whose identifiers are its own; None for a file.
+    """
 
     record: ScanRecord
+    source: SeriesImages | None = None
 
     @property
     def study_uid(self) -> str:
         """StudyInstanceUID."""
-        return self._uid("study")
+        return self._uid("study") if self.source is None else self.source.study_uid
 
     @property
     def series_uid(self) -> str:
         """SeriesInstanceUID."""
-        return self._uid("series")
+        return self._uid("series") if self.source is None else self.source.series_uid
 
     @property
     def frame_of_reference_uid(self) -> str:
         """FrameOfReferenceUID."""
-        return self._uid("frame of reference")
+        return self._uid("frame of reference") if self.source is None else self.source.frame_of_reference_uid
 
     def instance_uid(self, index: int) -> str:
         """SOPInstanceUID of a slice, by its number across the through-plane axis."""
-        return self._uid(f"instance {index}")
+        return self._uid(f"instance {index}") if self.source is None else self.source.instances[index]
 
     def _uid(self, what: str) -> str:
         return f"2.25.{uuid.uuid5(_NAMESPACE, f'{self.record.sha256} {what} {self.record.name}').int}"
@@ -106,7 +115,7 @@ class ScanHeader:
     @classmethod
     def of(cls, scan: DicomScan, grid: Grid, modality: str | None) -> ScanHeader:
         """The header of a scan that lies on a grid, of the modality that its file names."""
-        layout = slice_layout(grid)
+        layout = slice_layout(grid) if scan.source is None else IMAGES
         sizes = (grid.shape[layout.slice_axis], grid.shape[layout.row_axis], grid.shape[layout.column_axis])
         planes = ImagePlanes.from_ras(sizes, layout.affine_of_images(grid))
         instances = {scan.instance_uid(index): index for index in range(sizes[0])}

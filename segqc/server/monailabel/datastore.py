@@ -135,9 +135,9 @@ class StoreDatastore(Datastore):
     def _final_labels(self) -> list[tuple[Path, LabelRecord]]:
         """Files and final labels of the labelled scans, in the order of their names."""
         with self._store.read() as transaction:
-            files = {s.name: s.file for s in scans.listing(transaction, states=("submitted", "approved"))}
+            found = {s.name: s for s in scans.listing(transaction, states=("submitted", "approved"))}
         labelled = sorted(self._labelled(None).items())
-        return [(self._dataset.folder / files[name], label) for name, label in labelled if name in files]
+        return [(self._dataset.scan_file(found[name]), label) for name, label in labelled if name in found]
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is such a scan, and it is not excluded."""
@@ -169,7 +169,7 @@ class StoreDatastore(Datastore):
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of a scan's file."""
-        return str(self._dataset.folder / self.scan(image_id).file)
+        return str(self._dataset.scan_file(self.scan(image_id)))
 
     def get_image(self, image_id: str, params: object = None) -> io.BytesIO:
         """A scan's file."""
@@ -215,7 +215,7 @@ class StoreDatastore(Datastore):
             if kept.state == "excluded":
                 return False
             limits = self._dataset.settings.intake
-            one, other = (read_scan(path, limits=limits) for path in (self._dataset.folder / kept.file, scan_file))
+            one, other = (read_scan(path, limits=limits) for path in (self._dataset.scan_file(kept), scan_file))
         except (VolumeError, UnknownScan):
             return False
         same_grid = one.shape == other.shape and np.allclose(one.affine, other.affine, rtol=0, atol=1e-3)
@@ -333,7 +333,7 @@ class StoreDatastore(Datastore):
         source = "annotator" if actor.kind == "person" else "import"
         label = NewLabel(scan.name, tag, source, actor, info=label_info, scan_sha256=scan.sha256)  # type: ignore[arg-type]
         scan_file = Path(label_filename)
-        content = self._store.intake.labels(scan_file, self._dataset.folder / scan.file, "the label map")
+        content = self._store.intake.labels(scan_file, self._dataset.scan_file(scan), "the label map")
         with temporary_labels(content.labels) as read:
             kept = scan_file if content.is_plain and scan_suffix(scan_file.name) is not None else read
             self._store.save_label(label, kept)

@@ -166,7 +166,7 @@ class Sampling(Strategy):
             **scan_info(scan),
             "id": scan.name,
             "name": _title(scan, shown, lease.slices, is_unreliable=warning is not None),
-            "path": str(self.dataset.folder / scan.file),
+            "path": str(self.dataset.scan_file(scan)),
             "strategy": strategy,
             "lease": lease.id,
             "lease_until": lease.expires_at.isoformat(),

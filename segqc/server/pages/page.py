@@ -16,6 +16,7 @@ from segqc import __version__
 from segqc.server.actors import RequestUser
 from segqc.server.auth.identity import identity_of
 from segqc.server.monailabel.facade import App, current_app
+from segqc.server.monailabel.strategy import estimate_warning
 from segqc.server.pages import assets, words
 from segqc.server.routers.dependencies import AskingUser
 from segqc.store.records import Actor, Role
@@ -82,6 +83,12 @@ class Page:
     def actor(self) -> Actor:
         """Who asks."""
         return self.user.actor()
+
+    @property
+    def warning(self) -> str | None:
+        """Why the estimated Dice cannot be relied on; None where nothing speaks against it."""
+        dataset = self.app.context.dataset
+        return estimate_warning(dataset.report_card(), dataset.drift_alarm())
 
     def may(self, role: Role) -> bool:
         """Whether who asks may do what this role may."""

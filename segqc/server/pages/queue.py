@@ -72,6 +72,7 @@ def show_queue(
         number=number,
         pages=pages,
         has_bundle=has_bundle,
+        warning=page.warning if has_bundle else None,
         findings=refused[:_MAX_FINDINGS],
         more_findings=max(0, len(refused) - _MAX_FINDINGS),
         link=lambda **changes: _link(wanted, number, changes),

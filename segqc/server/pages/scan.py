@@ -109,6 +109,7 @@ def show_scan(
     return page.render(
         "scan.html.jinja",
         shown=shown,
+        warning=page.warning if shown.assessment is not None else None,
         record=shown.record,
         past=past,
         label=label,

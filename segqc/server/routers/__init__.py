@@ -11,6 +11,7 @@ from typing import Final
 from fastapi import APIRouter
 
 from segqc.server.auth import routes as auth
+from segqc.server.dicomweb import pacs_routes
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
@@ -42,9 +43,13 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     sessions.router,
     models.router,
     viewer.router,
-    dicomweb.router,
     dicomweb.scan_router,
     auth.router,
     ohif.router,
     others.router,
 )
+
+
+def dicomweb_routers(*, from_pacs: bool) -> tuple[APIRouter, ...]:
+    """The routes of DICOMweb: on the folder's files, or on the series of a PACS."""
+    return (pacs_routes.router, pacs_routes.own_router) if from_pacs else (dicomweb.router,)

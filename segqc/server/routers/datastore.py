@@ -103,9 +103,7 @@ def save_label_of(user: RequestUser, image: str, label: UploadFile, params: Labe
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
-        submitted = read_submission(
-            received, dataset.folder / scan.file, names, params, configured=named, limits=limits
-        )
+        submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
         _check_review(user, info)
         body = submit(dataset, scan, submitted, received, tag, actor, params, info)

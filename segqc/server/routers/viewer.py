@@ -37,7 +37,7 @@ from segqc.volumes import Volume, read_grid, read_labels
 
 router = APIRouter(prefix="/segqc/viewer", tags=["SegQC"])
 
-Study = Annotated[str, Path(description="StudyInstanceUID: the scan.")]
+Study = Annotated[str, Path(description="SeriesInstanceUID of the scan, or its StudyInstanceUID.")]
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The label version's number.")]
 Voxels = Annotated[UploadFile, File(description="A byte a voxel, slice by slice; perhaps compressed by gzip.")]
 
@@ -227,7 +227,7 @@ def _tag_beside(scan: DicomScan) -> str:
 
 def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
     archive = current_app().context.archive
-    scan = archive.study(study)
+    scan = archive.scan(study)
     return scan, archive.header(scan)
 
 
@@ -247,7 +247,7 @@ def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
 def _read(scan: DicomScan, version: int) -> LabelArray:
     """The voxels of a label version, on the scan's grid and in its file's order."""
     context = current_app().context
-    grid = read_grid(context.dataset.folder / scan.record.file, limits=context.settings.intake)
+    grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
     found: LabelArray = read_labels(open_store().label_file(_version(scan, version)), scan=grid).array
     return found
 

@@ -182,7 +182,9 @@ export class Mask extends EventTarget {
   }
 
 
+  /** Take it out of the viewer. */
   dispose() {
+    this.services.segmentationService.remove(this.id);
     window.cornerstone.eventTarget.removeEventListener(MODIFIED, this.onModified);
     for (const type of ['pointerdown', 'pointerup', 'pointercancel']) {
       window.removeEventListener(type, this.onPointer, true);

@@ -538,6 +538,40 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["structure_id"], ["structure.id"], name=op.f("fk_correction_structure_structure_id")),
         sa.PrimaryKeyConstraint("correction_id", "structure_id", name=op.f("pk_correction_structure")),
     )
+    op.create_table(
+        "series",
+        sa.Column("file", sa.String(), nullable=False),
+        sa.Column("study_uid", sa.String(), nullable=False),
+        sa.Column("series_uid", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("file", name=op.f("pk_series")),
+    )
+    op.create_index(op.f("ix_series_series_uid"), "series", ["series_uid"], unique=False)
+    op.create_index(op.f("ix_series_study_uid"), "series", ["study_uid"], unique=False)
+    op.create_table(
+        "segmentation",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("origin", sa.String(), nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("study_uid", sa.String(), nullable=False),
+        sa.Column("series_uid", sa.String(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("next_try_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("problem", sa.String(), nullable=True),
+        sa.Column("changed_at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("origin IN ('own', 'found')", name=op.f("ck_segmentation_origin")),
+        sa.CheckConstraint(
+            "state IN ('empty', 'storing', 'stored', 'withdrawn', 'left')", name=op.f("ck_segmentation_state")
+        ),
+        sa.CheckConstraint("origin = 'own' OR state = 'stored'", name=op.f("ck_segmentation_found")),
+        sa.CheckConstraint("attempts >= 0", name=op.f("ck_segmentation_attempts")),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_segmentation_label_version_id")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_segmentation")),
+        sa.UniqueConstraint("label_version_id", name=op.f("uq_segmentation_label_version_id")),
+    )
+    op.create_index(op.f("ix_segmentation_series_uid"), "segmentation", ["series_uid"], unique=False)
     for table in APPEND_ONLY:
         _protect(table)
 

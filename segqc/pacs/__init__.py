@@ -1,0 +1,1 @@
+"""A DICOMweb PACS as where scans come from and where final labels go."""
