@@ -17,8 +17,9 @@ from playwright.sync_api import Page
 
 from segqc.volumes import Volume
 from tests.browser_kit import keep_picture
-from tests.e2e.test_panel import AFFINES, PLAIN, Annotator, stored, version_kept
+from tests.e2e.test_panel import AFFINES, PLAIN, stored
 from tests.pacs_kit import PASSWORD, USER, Orthanc, series, to_bytes
+from tests.panel_kit import Annotator
 from tests.server_kit import STRUCTURES, add_models, assess, draw_case, listening
 from tests.test_pacs import Hospital, publish, read_independently
 
@@ -93,7 +94,7 @@ def test_what_is_painted_is_in_the_pacs(
         anna.press("Submit …")
         anna.sees("changed.")
         anna.press("Submit")
-        kept = stored(version_kept(anna))
+        kept = stored(anna.version_kept())
         keep_picture(anna.page, tmp_path, f"{SCANS[case]}-2")
         np.testing.assert_array_equal(kept.transpose(2, 1, 0), painted)
         scan = dataset.read_scan(dataset.scan(uid))
