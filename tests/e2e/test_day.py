@@ -289,7 +289,6 @@ def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
         picture(anna.page, "ohif")
         anna.correct(two, worst)
         anna.sees("Not submitted:")
-        picture(anna.page, "painted")
         version = anna.submit(two)
         assert day.state(two) == ("submitted", None)
         picture(anna.page, "kept")
