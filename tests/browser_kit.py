@@ -138,15 +138,16 @@ def watched(browser: Browser, *, cut_off: Collection[str] = ()) -> Iterator[tupl
         context.close()
 
 
-def open_scan(page: Page, viewer: str, study: str) -> None:
+def open_scan(page: Page, viewer: str, study: str, series: str | None = None) -> None:
     """Open a scan in OHIF's SegQC mode, and wait for its first slice.
 
     Args:
         page: the page.
         viewer: the address of OHIF, with a slash at its end.
         study: the scan's StudyInstanceUID.
+        series: its SeriesInstanceUID, which may be left out where its study has no other.
     """
-    page.goto(f"{viewer}segqc?StudyInstanceUIDs={study}")
+    page.goto(f"{viewer}segqc?StudyInstanceUIDs={study}" + (f"&SeriesInstanceUIDs={series}" if series else ""))
     wait_for_slice(page)
 
 

@@ -22,8 +22,8 @@ class Annotator:
     server: str
 
     def open(self, scan: str) -> None:
-        study = requests.get(f"{self.server}/segqc/dicomweb/{scan}", timeout=30).json()["study"]
-        open_scan(self.page, f"{self.server}/ohif/", study)
+        found = requests.get(f"{self.server}/segqc/dicomweb/{scan}", timeout=30).json()
+        open_scan(self.page, f"{self.server}/ohif/", found["study"], found["series"])
         self.wait_for(scan)
 
     def wait_until_ready(self, scan: str) -> None:

@@ -40,12 +40,14 @@ def hospital(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return found
 
 
-@pytest.fixture
-def studies(hospital: Hospital) -> dict[str, str]:
+@pytest.fixture(params=["a study each", "one study"])
+def studies(request: pytest.FixtureRequest, hospital: Hospital) -> dict[str, str]:
     """The studies of the scans, each a series with a mask and an estimate, in the order of their hand-out."""
     found: dict[str, str] = {}
+    study = generate_uid() if request.param == "one study" else None
     for case, name in enumerate(SCANS):
-        items = series(Volume(draw_case(case)[0].array, AFFINES[name]), f"{hospital.patient}{name}")
+        patient = f"{hospital.patient}{name if study is None else ''}"
+        items = series(Volume(draw_case(case)[0].array, AFFINES[name]), patient, study=study)
         hospital.orthanc.store(*map(to_bytes, items))
         found[str(items[0].SeriesInstanceUID)] = str(items[0].StudyInstanceUID)
     number = add_models(hospital.folder)
@@ -102,7 +104,8 @@ def test_what_is_painted_is_in_the_pacs(
             voxel = np.rint(np.linalg.solve(scan.affine, [*point, 1.0])[:3]).astype(int)
             assert (voxel[2], kept[tuple(voxel)]) == (4, 4)
         assert publish(dataset) == 1
-        (seg,) = hospital.orthanc.segmentations(studies[uid])
+        found = hospital.orthanc.segmentations(studies[uid])
+        (seg,) = [item for item in found if item.ReferencedSeriesSequence[0].SeriesInstanceUID == uid]
         values = {structure.name: structure.values[0] for structure in STRUCTURES}
         np.testing.assert_array_equal(read_independently(seg, scan, values), kept)
         anna.press("Next scan")

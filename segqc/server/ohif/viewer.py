@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlencode
 
+from segqc.server.dicomweb.series import DicomScan
 from segqc.server.monailabel.stock import STATIC
 from segqc.server.ohif.adapt import INSIDE
 from segqc.server.ohif.files import Asset, Edit, assets
@@ -20,6 +22,11 @@ CONFIG: Final = "app-config.js"
 EXTENSION: Final = "extension"
 _OWN: Final = Path(__file__).parent
 _INLINE_SCRIPT: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+
+
+def viewer_address(scan: DicomScan) -> str:
+    """Where the viewer shows a scan."""
+    return f"/ohif/segqc?{urlencode({'StudyInstanceUIDs': scan.study_uid, 'SeriesInstanceUIDs': scan.series_uid})}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from segqc.errors import SegqcError
 from segqc.loop.review import STATE_OF, Decision, review
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.server.monailabel.facade import current_app
+from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages.now import now_shown
 from segqc.server.pages.page import AskedPage, Page, csv_file
 from segqc.server.parameters import MAX_COUNT, SampleParams
@@ -133,17 +134,7 @@ def take_next(page: AskedPage) -> Response:
         return page.go("/", str(error), problem=True)
     if not answer:
         return page.go("/", "No scan is left for you: all are labelled, or others work on them.")
-    return page.go(viewer_address(str(answer["id"])))
-
-
-def viewer_address(scan: str) -> str:
-    """Where the viewer shows a scan.
-
-    Raises:
-        UnknownScan: if there is none, or its file is gone.
-    """
-    study = current_app().context.archive.named(scan).study_uid
-    return f"/ohif/segqc?{urlencode({'StudyInstanceUIDs': study})}"
+    return page.go(viewer_address(current_app().context.archive.named(str(answer["id"]))))
 
 
 @router.post("/scans")

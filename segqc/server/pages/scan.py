@@ -20,6 +20,7 @@ from segqc.plots import COLOURS
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
+from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages import pictures
 from segqc.server.pages.now import now_shown
 from segqc.server.pages.page import AskedPage, csv_file
@@ -124,7 +125,7 @@ def show_scan(
         heat_state=heat_state,
         heat_problem=heat_problem,
         study=study,
-        viewer=f"/ohif/segqc?{urlencode({'StudyInstanceUIDs': study})}" if study is not None else None,
+        viewer=viewer_address(shown.dicom) if study is not None else None,
         slicer=_slicer_address(request, study) if study is not None else None,
         server=str(request.base_url).rstrip("/"),
         here=f"/scans/{quote(shown.record.name, safe='')}",

@@ -13,21 +13,27 @@ export function instanceOf(imageId) {
   return window.cornerstone.metaData.get('instance', imageId)?.SOPInstanceUID ?? '';
 }
 
-/** The study that the address names. */
-export function studyOfAddress() {
+/** What the address names: a series, or a study, which stands for its only one. */
+export function scanOfAddress() {
   const parameters = new URLSearchParams(window.location.search);
-  return parameters.get('StudyInstanceUIDs')?.split(',')[0] ?? '';
+  return (parameters.get('SeriesInstanceUIDs') ?? parameters.get('StudyInstanceUIDs') ?? '').split(',')[0];
 }
 
 /**
- * Have OHIF show another study, without loading the page anew.
+ * Have OHIF show another scan, without loading the page anew where that can be.
  *
  * @param {any} commandsManager
- * @param {string} study
+ * @param {Scan} scan
  */
-export function goTo(commandsManager, study) {
+export function goTo(commandsManager, scan) {
   const parameters = new URLSearchParams(window.location.search);
-  parameters.set('StudyInstanceUIDs', study);
+  const isOfSameStudy = parameters.get('StudyInstanceUIDs') === scan.study;
+  parameters.set('StudyInstanceUIDs', scan.study);
+  parameters.set('SeriesInstanceUIDs', scan.series);
+  if (isOfSameStudy) {
+    window.location.search = `${parameters}`; // OHIF does not look for another series of the study that it shows
+    return;
+  }
   const [, source = ''] = window.location.pathname.match(`/${ROUTE}(/[^/]+)?/?$`) ?? []; // a data source, if it is named
   commandsManager.runCommand('navigateHistory', { to: `/${ROUTE}${source}?${parameters}` });
 }

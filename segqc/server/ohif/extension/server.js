@@ -113,11 +113,11 @@ export async function nextScan(reason) {
 }
 
 /**
- * @param {string} study
+ * @param {string} uid of its series, or of its study if that has no other
  * @returns {Promise<Scan>}
  */
-export async function readScan(study) {
-  return (await ask(`scans/${study}`)).json();
+export async function readScan(uid) {
+  return (await ask(`scans/${uid}`)).json();
 }
 
 /**
@@ -127,7 +127,7 @@ export async function readScan(study) {
  * @param {number} version
  */
 export async function readLabel(scan, version) {
-  return new Uint8Array(await (await ask(`scans/${scan.study}/labels/${version}`)).arrayBuffer());
+  return new Uint8Array(await (await ask(`scans/${scan.series}/labels/${version}`)).arrayBuffer());
 }
 
 /**
@@ -137,7 +137,7 @@ export async function readLabel(scan, version) {
  * @param {number} version
  */
 export async function readErrors(scan, version) {
-  return new Uint8Array(await (await ask(`scans/${scan.study}/errors/${version}`)).arrayBuffer());
+  return new Uint8Array(await (await ask(`scans/${scan.series}/errors/${version}`)).arrayBuffer());
 }
 
 /**
@@ -163,7 +163,7 @@ async function form(scan, voxels, startedFrom, beside) {
  * @returns {Promise<Check>}
  */
 export async function checkLabel(scan, voxels, startedFrom) {
-  return (await ask(`scans/${scan.study}/check`, await form(scan, voxels, startedFrom, false))).json();
+  return (await ask(`scans/${scan.series}/check`, await form(scan, voxels, startedFrom, false))).json();
 }
 
 /**
@@ -177,7 +177,7 @@ export async function checkLabel(scan, voxels, startedFrom) {
  * @throws {Refusal} with 409 where another label took the place of the one that it was made of
  */
 export async function submitLabel(scan, voxels, startedFrom, beside) {
-  return (await ask(`scans/${scan.study}/label`, await form(scan, voxels, startedFrom, beside))).json();
+  return (await ask(`scans/${scan.series}/label`, await form(scan, voxels, startedFrom, beside))).json();
 }
 
 /**

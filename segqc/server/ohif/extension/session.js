@@ -11,7 +11,7 @@
  */
 import { Mask } from './mask.js';
 import {
-  currentInstance, goTo, isStack, jumpTo, setBrushSize, shown, studyOfAddress, takeTool, toolInHand, viewportsOf,
+  currentInstance, goTo, isStack, jumpTo, setBrushSize, shown, scanOfAddress, takeTool, toolInHand, viewportsOf,
 } from './ohif.js';
 import { Overlay } from './overlay.js';
 import * as server from './server.js';
@@ -94,7 +94,7 @@ export class Session extends EventTarget {
       () => clearInterval(timer),
       () => window.removeEventListener('beforeunload', keep)
     );
-    this.#open(studyOfAddress());
+    this.#open(scanOfAddress());
   }
 
   /** OHIF leaves the mode: what was not submitted is kept until the page is closed. */
@@ -146,11 +146,11 @@ export class Session extends EventTarget {
         return;
       }
       this.noteOfNext = scan.has_networks ? note : null; // without networks the panel has a word of its own
-      if (scan.study === studyOfAddress()) {
-        await this.#open(scan.study, scan);
+      if (scan.series === scanOfAddress() || viewportsOf(this.services, scan).length) {
+        await this.#open(scan.series, scan);
       } else {
         this.known = scan;
-        goTo(this.commandsManager, scan.study);
+        goTo(this.commandsManager, scan);
       }
     });
   }
@@ -159,15 +159,15 @@ export class Session extends EventTarget {
   async reload() {
     if (this.scan) {
       this.#forget();
-      await this.#open(this.scan.study);
+      await this.#open(this.scan.series);
     }
   }
 
   /**
-   * @param {string} study
+   * @param {string} uid of its series, or of its study
    * @param {Scan} [known] if it was just read
    */
-  async #open(study, known = this.known) {
+  async #open(uid, known = this.known) {
     this.#putAside();
     this.known = undefined;
     const number = (this.number += 1);
@@ -178,7 +178,7 @@ export class Session extends EventTarget {
     this.errorMap = 'none';
     this.#tell();
     try {
-      const scan = known?.study === study ? known : await server.readScan(study);
+      const scan = known && [known.series, known.study].includes(uid) ? known : await server.readScan(uid);
       if (isOver()) {
         return;
       }
@@ -208,7 +208,7 @@ export class Session extends EventTarget {
       await mask.show();
       this.overlay.show();
       this.services.panelService.activatePanel(PANEL, true); // newer OHIFs have just shown their own
-      this.draft = drafts.get(study) ?? null;
+      this.draft = drafts.get(scan.series) ?? null;
       this.phase = 'ready';
       this.#tell();
       void this.showErrorMap(); // nothing waits for it
@@ -251,7 +251,7 @@ export class Session extends EventTarget {
   /** Leave the scan; what was not submitted is kept. */
   #putAside() {
     if (this.scan && this.mask && this.isChanged) {
-      drafts.set(this.scan.study, { voxels: this.mask.voxels(), startedFrom: this.startedFrom });
+      drafts.set(this.scan.series, { voxels: this.mask.voxels(), startedFrom: this.startedFrom });
     }
     this.mask?.dispose();
     this.overlay?.dispose();
@@ -261,7 +261,7 @@ export class Session extends EventTarget {
   /** What is not submitted is not wanted any more. */
   #forget() {
     if (this.scan && this.mask) {
-      drafts.delete(this.scan.study);
+      drafts.delete(this.scan.series);
       this.mask.markKept(this.mask.voxels());
     }
   }
@@ -273,7 +273,7 @@ export class Session extends EventTarget {
         this.startedFrom = this.draft.startedFrom;
         this.mask.replace(this.draft.voxels);
       }
-      drafts.delete(this.scan.study);
+      drafts.delete(this.scan.series);
     }
     this.draft = null;
     this.#tell();
@@ -311,7 +311,7 @@ export class Session extends EventTarget {
       try {
         const kept = await server.submitLabel(scan, voxels, this.startedFrom, beside);
         mask.markKept(voxels);
-        drafts.delete(scan.study);
+        drafts.delete(scan.series);
         Object.assign(this, { check: null, conflict: null });
         const place = beside ? ` beside the final label, as ${kept.tag}` : '';
         this.notice = { kind: 'kept', text: `Version ${kept.version} kept${place}.` };
@@ -480,7 +480,7 @@ export class Session extends EventTarget {
   async #read() {
     const { scan, number } = this;
     if (scan) {
-      const now = await server.readScan(scan.study);
+      const now = await server.readScan(scan.series);
       if (number === this.number) {
         this.scan = { ...now, estimate: scan.estimate, warnings: scan.warnings };
         this.#tell();
