@@ -100,7 +100,7 @@ def test_without_audits_nothing_is_said_and_with_level_0_no_alarm_is_raised() ->
 
 def test_an_alarm_is_one_sentence() -> None:
     assert drift_sentence(ALARM) == (
-        "Do not rely on the estimated Dice, drift alarm since 30 November 2026: on 12 patients drawn at random and "
+        "Do not rely on the estimated Dice; drift alarm since 30 November 2026: on 12 patients drawn at random and "
         "corrected, it was off by more than its calibration knows (liver, spleen); the order of the scans stays as it "
         "is."
     )

@@ -185,7 +185,7 @@ def test_a_shifted_estimate_has_an_order_and_no_worth_as_a_number(shift: float) 
     assert (card.worst.estimate_verdict, card.worst.order_verdict) == (
         "not better than the constant", "better than chance",
     )  # fmt: skip
-    assert estimate_sentence(card).startswith("Do not rely on the estimated Dice, it is not better than a constant: ")
+    assert estimate_sentence(card).startswith("Do not rely on the estimated Dice; it is not better than a constant: ")
 
 
 def test_an_estimate_that_may_be_better_by_chance_is_told_to_be() -> None:

@@ -129,7 +129,7 @@ def drift_sentence(alarm: DriftAlarm) -> str:
     """What an alarm means, for annotators and operators."""
     patients = "1 patient" if alarm.patients == 1 else f"{alarm.patients} patients"
     return (
-        f"Do not rely on the estimated Dice, drift alarm since {alarm.began_at:%d %B %Y}: on {patients} drawn at "
+        f"Do not rely on the estimated Dice; drift alarm since {alarm.began_at:%d %B %Y}: on {patients} drawn at "
         f"random and corrected, it was off by more than its calibration knows ({', '.join(alarm.structures)}); the "
         "order of the scans stays as it is."
     )

@@ -408,8 +408,8 @@ def estimate_sentence(card: ReportCard) -> str:
     if worst.estimate_verdict == "better than the constant":
         return f"The estimated Dice is better than a constant: {errors}."
     is_smaller = figures.dice.mae < figures.dice.constant_mae
-    why = "that it is better than a constant may be chance" if is_smaller else "it is not better than a constant"
-    return f"Do not rely on the estimated Dice, {why}: {errors}."
+    why = "whether it is better than a constant may be chance" if is_smaller else "it is not better than a constant"
+    return f"Do not rely on the estimated Dice; {why}: {errors}."
 
 
 def order_sentence(card: ReportCard, used: str | None = None) -> str:
