@@ -408,7 +408,7 @@ def estimate_sentence(card: ReportCard) -> str:
     if worst.estimate_verdict == "better than the constant":
         return f"The estimated Dice is better than a constant: {errors}."
     is_smaller = figures.dice.mae < figures.dice.constant_mae
-    why = "whether it is better than a constant may be chance" if is_smaller else "it is not better than a constant"
+    why = "that it is better than a constant may be chance" if is_smaller else "it is not better than a constant"
     return f"Do not rely on the estimated Dice; {why}: {errors}."
 
 
