@@ -39,7 +39,7 @@ from segqc.server.auth.throttle import (
 from segqc.server.monailabel.client import MONAILabelClient, MONAILabelClientException
 from segqc.server.serve import ServeError, serve
 from segqc.settings import AuthSettings, SettingsError
-from segqc.store import jobs, labels, leases, users
+from segqc.store import jobs, labels, leases, scans, users
 from segqc.store.store import Store
 from segqc.volumes import write_labels
 from tests.auth_kit import PASSWORD, add_users, quick_hashes
@@ -568,6 +568,42 @@ def test_who_did_it_is_who_is_signed_in_whatever_the_client_calls_itself(
     assert {(a.name, a.identified_by) for a in (*handed_out, *made)} == {("anna", "signed-in")}
     assert by["approved"] == ("rita", "signed-in")
     assert "mallory" not in json.dumps(told)
+
+
+def test_what_a_reviewer_approved_an_annotator_does_not_label_anew(
+    folder: Path, client: TestClient, tmp_path: Path
+) -> None:
+    write_labels(draw_case(0)[1], tmp_path / "mask.nii.gz")
+    anna, rita = bearer(client, "anna"), bearer(client, "rita")
+
+    def submit(headers: dict[str, str], tag: str = "final") -> httpx.Response:
+        files = {"label": ("mask.nii.gz", (tmp_path / "mask.nii.gz").read_bytes())}
+        return client.put(
+            f"/datastore/label?image=scan_0&tag={tag}", data={"params": "{}"}, files=files, headers=headers
+        )
+
+    assert submit(anna).status_code == 200
+    assert client.post("/segqc/review/scan_0", json={"decision": "approve"}, headers=rita).status_code == 200
+    refused = submit(anna)
+    assert refused.status_code == 403
+    assert refused.json()["detail"] == (
+        "the scan 'scan_0' is approved: a new final label of it, unless it is reopened, needs the role 'reviewer', and "
+        "yours is 'annotator'."
+    )
+    found = client.get("/segqc/dicomweb/scan_0", headers=anna).json()
+    shown = client.get(f"/segqc/viewer/scans/{found['study']}", headers=anna).json()
+    voxels = client.get(f"/segqc/viewer/scans/{found['study']}/labels/{shown['label']['version']}", headers=anna)
+    again = client.post(
+        f"/segqc/viewer/scans/{found['study']}/label",
+        data={"params": json.dumps({"instances": shown["instances"], "started_from": shown["label"]["version"]})},
+        files={"voxels": voxels.content},
+        headers=anna,
+    )
+    assert (again.status_code, again.json()["detail"]) == (403, refused.json()["detail"])
+    with Dataset(folder).store.read() as transaction:
+        assert scans.get(transaction, "scan_0").state == "approved"
+    assert submit(anna, "version_1").status_code == 200
+    assert submit(rita).status_code == 200
 
 
 def test_a_job_is_whose_token_asked_for_it(folder: Path, client: TestClient) -> None:

@@ -632,6 +632,7 @@ def test_what_fails_is_noted_and_tried_again(hospital: Hospital, monkeypatch: py
         assert publish(dataset) == 0, "not at once"
     with dataset.store.read() as transaction:
         found = pacs.segmentation_of(transaction, label.id)
+        assert (pacs.to_store(transaction), pacs.to_be_done(transaction)) == ([], 1)
     assert found is not None
     assert (found.state, found.attempts, found.problem) == ("storing", 1, "the PACS is full.")
     later = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=1)

@@ -47,13 +47,12 @@ def pacs(
     if dataset.pacs is None:
         raise CommandError(f"{folder}: its scans come from no PACS; segqc serve URL --folder FOLDER names one")
     dataset.refresh()
-    if dataset.pacs.problem is not None:
-        raise CommandError(dataset.pacs.problem)
-    if store and dataset.publisher is not None:
+    problem = dataset.pacs.problem
+    if store and problem is None and dataset.publisher is not None:
         dataset.publisher.publish()
     with dataset.store.read() as transaction:
         found = stored.segmentations(transaction)
-        waiting = len(stored.to_store(transaction)) + len(stored.to_withdraw(transaction))
+        waiting = stored.to_be_done(transaction)
     rows: list[Row] = [
         {
             "scan": record.scan,
@@ -78,3 +77,5 @@ def pacs(
         terms=_TERMS,
         empty="No label version is there yet.",
     )
+    if problem is not None:
+        raise CommandError(problem)

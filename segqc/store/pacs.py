@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, select, true
 
 from segqc.store import events, labels
 from segqc.store.database import Transaction
@@ -120,24 +120,35 @@ def left(transaction: Transaction) -> list[str]:
     return [left_sentence(s) for s in _records(transaction, _ALL.where(SegmentationRow.state == "left"))]
 
 
-def to_store(transaction: Transaction) -> list[int]:
-    """The final label versions of scans of the PACS that are not stored there yet, oldest first."""
+def to_be_done(transaction: Transaction) -> int:
+    """How many label versions are to be stored or withdrawn, those that are tried again later included."""
+    return len(to_store(transaction, later=True)) + len(to_withdraw(transaction, later=True))
+
+
+def to_store(transaction: Transaction, *, later: bool = False) -> list[int]:
+    """The final label versions of scans of the PACS that are not stored there yet, oldest first.
+
+    ``later``: also those whose next try has time.
+    """
     query = (
         select(LabelVersion.id)
         .join(Scan, LabelVersion.scan_id == Scan.id)
         .join(SeriesRow, SeriesRow.file == Scan.file)
         .outerjoin(SegmentationRow, SegmentationRow.label_version_id == LabelVersion.id)
         .where(LabelVersion.id.in_(labels.current_versions((FINAL,))), Scan.missing_since.is_(None))
-        .where(or_(SegmentationRow.id.is_(None), and_(SegmentationRow.state == "storing", _is_time(transaction))))
+        .where(
+            or_(SegmentationRow.id.is_(None), and_(SegmentationRow.state == "storing", _is_time(transaction, later)))
+        )
         .order_by(LabelVersion.id)
     )
     return list(transaction.scalars(query))
 
 
-def to_withdraw(transaction: Transaction) -> list[SegmentationRecord]:
+def to_withdraw(transaction: Transaction, *, later: bool = False) -> list[SegmentationRecord]:
     """The SEGs of versions that are final no more, where what has taken their place is stored.
 
     Those of a scan whose content is another one now are among them, and those whose final label was taken back.
+    ``later``: also those whose next try has time.
     """
     current = (
         select(LabelVersion.id, LabelVersion.scan_id, SegmentationRow.state)
@@ -151,12 +162,14 @@ def to_withdraw(transaction: Transaction) -> list[SegmentationRecord]:
         transaction,
         _ALL.outerjoin(current, current.c.scan_id == LabelVersion.scan_id)
         .where(SegmentationRow.origin == "own", SegmentationRow.state.in_(("storing", "stored")))
-        .where(or_(current.c.id.is_(None), current.c.id != LabelVersion.id), is_settled, _is_time(transaction)),
+        .where(or_(current.c.id.is_(None), current.c.id != LabelVersion.id), is_settled, _is_time(transaction, later)),
     )
 
 
-def _is_time(transaction: Transaction) -> ColumnElement[bool]:
-    return or_(SegmentationRow.next_try_at.is_(None), SegmentationRow.next_try_at <= transaction.now)
+def _is_time(transaction: Transaction, later: bool) -> ColumnElement[bool]:
+    return (
+        true() if later else or_(SegmentationRow.next_try_at.is_(None), SegmentationRow.next_try_at <= transaction.now)
+    )
 
 
 def begin(transaction: Transaction, label: int, study_uid: str, series_uid: str) -> None:

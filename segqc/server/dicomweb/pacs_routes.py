@@ -346,7 +346,7 @@ def pacs_status() -> JsonObject:
     source = _source()
     with current_app().context.dataset.store.read() as transaction:
         found = pacs.segmentations(transaction)
-        waiting = len(pacs.to_store(transaction)) + len(pacs.to_withdraw(transaction))
+        waiting = pacs.to_be_done(transaction)
     return {
         "problem": source.problem,
         "to_be_done": waiting,

@@ -25,6 +25,7 @@ from segqc.server.parameters import (
     ViewerSubmission,
     ViewerText,
 )
+from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
 from segqc.server.routers.selection import next_scan
 from segqc.server.submitted_labels import stored_info
@@ -204,6 +205,7 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
     scan, header = _scan(study)
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
+    check_approved(user, scan.record.name, tag)
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
     done = submit_label(
         context.dataset,
