@@ -1,4 +1,4 @@
-"""A signal in the midst of another one's handler, at each line of it; a program of its own, as it traces its process."""
+"""A signal in the midst of another one's handler, at each line of it; a program of its own, as it traces itself."""
 
 from __future__ import annotations
 
