@@ -71,7 +71,7 @@ def test_every_method_of_the_client_is_answered(url: str, folder: Path, tmp_path
     client.set_server_url(f"{url}/")
     assert not client.auth_enabled()
     assert client.auth_valid_token()  # nobody has to sign in
-    assert refused(lambda: client.auth_token("anna", "secret")) == 404
+    assert refused(lambda: client.auth_token("anna", "secret")) == 409
     assert {"segmentation", "segqc"} <= client.info()["models"].keys()
 
     handed = client.next_sample("segqc", {})
