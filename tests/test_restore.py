@@ -141,6 +141,22 @@ def test_a_folder_in_use_is_refused(folder: Path, backup: Path) -> None:
     assert not list(folder.glob("segqc-before-restore-*"))
 
 
+def test_a_folder_in_use_is_refused_while_folders_in_it_come_and_go(
+    folder: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "segqc" / "incoming" / "gone").mkdir(parents=True)
+    scandir = os.scandir
+
+    def found(path: str | Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", found)
+    with FileLock(folder / "segqc" / "worker.lock"), pytest.raises(StoreError, match="end the server"):
+        bring_back(backup, folder)
+
+
 def test_a_read_only_folder_is_refused(folder: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the rights of files would not keep root from it
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(folder)))

@@ -103,7 +103,9 @@ def _not_in_backup(dataset: Path, aside: Path | None) -> tuple[str, ...]:
 
 
 def _refuse_live(own: Path) -> None:
-    for path in sorted(own.rglob("*.lock")):
+    # what works there makes folders and removes them meanwhile: `os.walk` passes over those that are gone
+    locks = [Path(folder, name) for folder, _, names in os.walk(own) for name in names if name.endswith(".lock")]
+    for path in sorted(locks):
         if path.is_file() and is_locked(path):
             raise StoreError(
                 f"{own.parent}: a process works on this folder (it holds {path.relative_to(own.parent)}); "
