@@ -10,7 +10,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-COPIED = [*sorted((ROOT / "benchmarks/results").iterdir()), ROOT / "LICENSE", ROOT / "pyproject.toml"]
+COPIED = [
+    *sorted((ROOT / "benchmarks/results").iterdir()),
+    *sorted((ROOT / "benchmarks/learning_curves").glob("*.toml")),
+    ROOT / "LICENSE",
+    ROOT / "pyproject.toml",
+]
 
 
 def rooms() -> list[str]:

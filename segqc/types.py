@@ -51,8 +51,9 @@ class Structure:
 def structures_of_values(values: Iterable[int]) -> tuple[Structure, ...]:
     """A structure for each label value, ascending: what stands for names where nobody has given any.
 
-    >>> [structure.name for structure in structures_of_values({3, 1})]
-    ['label 1', 'label 3']
+    Example:
+        >>> [structure.name for structure in structures_of_values({3, 1})]
+        ['label 1', 'label 3']
     """
     return tuple(Structure(f"label {value}", (value,)) for value in sorted(values))
 

@@ -411,7 +411,9 @@ def test_the_error_map_lies_where_the_scan_lies(folder: Path) -> None:
         study = client.get("/segqc/dicomweb/scan_0").json()["study"]
         shown = viewed(client, study)
         assert shown["has_networks"]
-        content = client.get(f"/segqc/viewer/scans/{study}/errors/{label}").content
+        answer = client.get(f"/segqc/viewer/scans/{study}/errors/{label}")
+        assert "no-store" in answer.headers["cache-control"], "another bundle has another map of the same version"
+        content = answer.content
         images = np.frombuffer(content, np.uint8).reshape(SHAPE[2], SHAPE[1], SHAPE[0])
         bundle = dataset.bundle()
         assert bundle is not None

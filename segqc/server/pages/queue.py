@@ -20,7 +20,7 @@ from segqc.server.pages.now import now_shown
 from segqc.server.pages.page import AskedPage, Page, csv_file
 from segqc.server.parameters import MAX_COUNT, SampleParams
 from segqc.server.routers.dependencies import open_store
-from segqc.server.routers.selection import next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
 from segqc.store import bundles, findings, queue
 from segqc.store.database import Transaction
 from segqc.store.queue import SORT_KEYS, VIEWS, QueuedScan, QueueView, SortKey, Wanted
@@ -29,8 +29,6 @@ from segqc.types import UNLIKE, bounds
 router = APIRouter(include_in_schema=False)
 
 PAGE_SIZE: Final = 50
-DEFAULT_STRATEGY: Final = "random"
-"""MONAI Label's name for the strategy of the settings."""
 _MAX_BULK: Final = 1000
 _MAX_FINDINGS: Final = 20
 

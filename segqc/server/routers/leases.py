@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from segqc.server.parameters import SampleBody, SkipBody
 from segqc.server.routers.dependencies import AskingUser, open_store
-from segqc.server.routers.selection import next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
 from segqc.store import leases, scans
 from segqc.store.records import JsonObject
 
@@ -44,4 +44,4 @@ def skip_scan(scan: str, user: AskingUser, params: SkipBody) -> JsonObject:
 @router.post("/segqc/leases/{scan}/resume", tags=["SegQC"], summary="Have a scan back")
 def resume_scan(scan: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out a scan again that the annotator had and skipped; answers as a request for the next sample does."""
-    return next_scan("random", user, params.model_copy(update={"resume": scan}))
+    return next_scan(DEFAULT_STRATEGY, user, params.model_copy(update={"resume": scan}))

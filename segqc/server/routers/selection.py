@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Final
 
 from fastapi import APIRouter, Request
 
@@ -14,6 +15,9 @@ from segqc.server.routers.dependencies import AskingUser, in_turn
 from segqc.store.records import JsonObject
 
 router = APIRouter()
+
+DEFAULT_STRATEGY: Final = "random"
+"""MONAI Label's name for the strategy of the settings."""
 
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="Get the next sample")

@@ -27,7 +27,7 @@ from segqc.server.parameters import (
 )
 from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
-from segqc.server.routers.selection import next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
 from segqc.server.submitted_labels import stored_info
 from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
 from segqc.store import labels, leases
@@ -42,11 +42,10 @@ Study = Annotated[str, Path(description="SeriesInstanceUID of the scan, or its S
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The label version's number.")]
 Voxels = Annotated[UploadFile, File(description="A byte a voxel, slice by slice; perhaps compressed by gzip.")]
 
-DEFAULT_STRATEGY: Final = "random"
-"""MONAI Label's name for the strategy of the settings."""
 _GZIP: Final = "application/gzip"
 _BESIDE: Final = re.compile(r"version_([0-9]{1,9})")
 _FOR_EVER: Final = "private, max-age=31536000, immutable"  # a version's voxels never change
+_ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle that serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +138,7 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
         found = context.error_maps.get(
             key, lambda: packed(to_bytes(error_map(context.dataset, scan.record, label, bundle), header))
         )
-        return _sent(found)
+        return _sent(found, _ASK_AGAIN)
 
     # as any inference: annotators do not wait for it
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
@@ -263,10 +262,10 @@ def _received(scan: DicomScan, header: ScanHeader, params: ViewerSubmission, vox
 def _bytes(request: Request, content: bytes) -> Response:
     """Voxels, compressed where the client takes that: label maps shrink to a hundredth."""
     if "gzip" in request.headers.get("accept-encoding", ""):
-        return _sent(packed(content))
+        return _sent(packed(content), _FOR_EVER)
     return Response(content, media_type="application/octet-stream", headers={"Cache-Control": _FOR_EVER})
 
 
-def _sent(content: bytes) -> Response:
-    headers = {"Cache-Control": _FOR_EVER, "Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+def _sent(content: bytes, cache_control: str) -> Response:
+    headers = {"Cache-Control": cache_control, "Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
     return Response(content, media_type="application/octet-stream", headers=headers)
