@@ -137,7 +137,7 @@ class WholeEstimate:
 def duration(seconds: float) -> str:
     """A length of time in words, roughly.
 
-    Example:
+    Examples:
         >>> [duration(seconds) for seconds in (3, 50, 100, 1500, 5400, 200_000)]
         ['3 s', '50 s', '2 min', '25 min', '1 h 30 min', '55 h 33 min']
     """

@@ -51,7 +51,7 @@ class Structure:
 def structures_of_values(values: Iterable[int]) -> tuple[Structure, ...]:
     """A structure for each label value, ascending: what stands for names where nobody has given any.
 
-    Example:
+    Examples:
         >>> [structure.name for structure in structures_of_values({3, 1})]
         ['label 1', 'label 3']
     """
