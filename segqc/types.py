@@ -26,8 +26,10 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 LabelArray: TypeAlias = npt.NDArray[np.uint8]
 ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16", "compile"]
 BackendName: TypeAlias = Literal["auto"] | ComputeName
-MaskKind: TypeAlias = Literal["served", "strange"]
-"""What is known of a mask's origin: made by the bundle's own segmentation network, or anything else.
+MaskSource: TypeAlias = Literal["network", "person"]
+"""Who made a mask: a network's may be wrong anywhere, a person's is right but for a few errors."""
+MaskKind: TypeAlias = Literal["served", "strange", "person"]
+"""What is known of a mask's origin: made by the bundle's own segmentation network, by another one, or by a person.
 
 Estimates and intervals are calibrated for each kind by itself.
 """
