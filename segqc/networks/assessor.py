@@ -145,6 +145,10 @@ class Assessor(TrainedNetwork):
                 self._people = own
             return self._people
 
+    def with_card(self, card: ModelCard) -> Assessor:
+        """The same networks with another card."""
+        return Assessor(card, self.network, self.settings, people=self._people_network)
+
     def with_people(self, people: Assessor) -> Assessor:
         """The same SegQC-Net with a network for people's masks."""
         card = replace(self.card, people=people.card)
