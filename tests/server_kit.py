@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -103,9 +104,13 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
 
 
 def save_models(
-    folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None
+    folder: Path,
+    structures: tuple[Structure, ...] = STRUCTURES,
+    report: ReportCard | None = None,
+    *,
+    people: bool = False,
 ) -> dict[NetworkName, Path]:
-    """Files of untrained networks; SegQC-Net with a report card, where one is given."""
+    """Files of untrained networks; SegQC-Net with a report card and one for people's masks, where these are wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
@@ -119,15 +124,25 @@ def save_models(
         card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5}, report=own)
         network = build_network(plan, seed=1)
         files[kind] = folder / model_name(kind)
-        (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(files[kind])
+        model: Segmenter | Assessor = Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)
+        if people and isinstance(model, Assessor):
+            own_card = replace(card, plan=replace(plan, mask_skip=True), report=None)
+            model = model.with_people(Assessor(own_card, build_network(own_card.plan, seed=2)))
+        model.save(files[kind])
     return files
 
 
-def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None) -> int:
+def add_models(
+    folder: Path,
+    structures: tuple[Structure, ...] = STRUCTURES,
+    report: ReportCard | None = None,
+    *,
+    people: bool = False,
+) -> int:
     """Publish untrained networks; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
-        return dataset.bundles.publish(save_models(work, structures, report), SERVER, "a test")
+        return dataset.bundles.publish(save_models(work, structures, report, people=people), SERVER, "a test")
 
 
 def make_assessment(

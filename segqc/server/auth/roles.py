@@ -92,6 +92,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /datastore/dataset": "annotator",
     # reviews
     "GET /segqc/labels/{scan}": "annotator",
+    "GET /segqc/labels/{scan}/check": "annotator",
     "POST /segqc/labels/{scan}/restore": "reviewer",
     "POST /segqc/review/{scan}": "reviewer",
     "GET /segqc/events/{scan}": "annotator",

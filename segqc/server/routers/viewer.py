@@ -11,8 +11,16 @@ from typing import Annotated, Final
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
 from segqc.loop.scoring import error_map
-from segqc.loop.submission import LabelMovedOnError, StartedFrom, check_start, measure_change, submit_label
+from segqc.loop.submission import (
+    LabelMovedOnError,
+    StartedFrom,
+    Submission,
+    check_start,
+    measure_change,
+    submit_label,
+)
 from segqc.server.actors import RequestUser
+from segqc.server.checks import CheckState
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
@@ -25,6 +33,7 @@ from segqc.server.parameters import (
     ViewerSubmission,
     ViewerText,
 )
+from segqc.server.routers.checks import check_of
 from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
@@ -79,12 +88,21 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubmissionCheck:
+    """How it is with the check of a submitted label, and what it says; see ``GET /segqc/labels/{scan}/check``."""
+
+    state: CheckState
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A submitted label: its version, its tag, and the number of the correction where it is one."""
+    """A submitted label: its version, its tag, the number of the correction where it is one, and its check."""
 
     version: int
     tag: str
     correction: int | None
+    check: SubmissionCheck
 
 
 @router.post("/next", summary="The next scan for the viewer")
@@ -194,19 +212,23 @@ def _warnings(structures: list[StructureDifference], changed: int) -> list[str]:
 async def submit_voxels(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Kept:
     """Keep a label map as the scan's final label, or beside it where the client asks for that.
 
-    It is refused with 409 where another label took the place of the one that it was made of.
+    It is refused with 409 where another label took the place of the one that it was made of. Nobody waits for its
+    check here: the panel asks for it.
     """
-    return await in_turn(request, functools.partial(_submit, study, user, params, voxels))
+    done = await in_turn(request, functools.partial(_submit, study, user, params, voxels))
+    label, status = done.label, await check_of(request, done.label.id, wait_seconds=0)
+    check = SubmissionCheck(state=status.state, sentence=status.sentence)
+    return Kept(version=label.id, tag=label.tag, correction=done.correction, check=check)
 
 
-def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Kept:
+def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Submission:
     context = current_app().context
     scan, header = _scan(study)
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
     check_approved(user, scan.record.name, tag)
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
-    done = submit_label(
+    return submit_label(
         context.dataset,
         scan.record.name,
         end,
@@ -216,7 +238,6 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
         checked=scan.record,
         started=_started(scan, params),
     )
-    return Kept(version=done.label.id, tag=done.label.tag, correction=done.correction)
 
 
 def _tag_beside(scan: DicomScan) -> str:
