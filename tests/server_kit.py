@@ -28,6 +28,7 @@ from segqc.store.records import Actor
 from segqc.types import (
     NO_WITNESSES,
     Assessment,
+    BoolArray,
     ErrorBox,
     ErrorView,
     FloatArray,
@@ -44,6 +45,7 @@ from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 from tests.store_kit import bundle
 
 if TYPE_CHECKING:
+    import pytest
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
@@ -62,6 +64,23 @@ steps_per_epoch = 2
 folds = 2
 gammas = []
 """
+
+
+CHECKED = (
+    CONFIG
+    + """
+[inference]
+backend = "pytorch"
+
+[boxes]
+min_area_mm2 = 20
+
+[annotation]
+audit_share = 0.0
+validation_share = 0.0
+"""
+)
+"""Settings under which small errors in `draw_case`'s scans have boxes."""
 
 
 def draw_case(index: int) -> tuple[Volume, Volume]:
@@ -143,6 +162,28 @@ def add_models(
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
         return dataset.bundles.publish(save_models(work, structures, report, people=people), SERVER, "a test")
+
+
+def without_liver(case: int = 0, slices: tuple[int, ...] = (4, 5)) -> Volume:
+    """A case's label map, in which the liver is missing in some slices."""
+    truth = draw_case(case)[1]
+    array = truth.array.copy()
+    for index in slices:
+        array[..., index][truth.array[..., index] == 1] = 0
+    return Volume(array, truth.affine)
+
+
+def knowing_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the error maps of untrained networks be those of `draw_case`'s scans: 0.9 where a mask is wrong."""
+    cases = [draw_case(index) for index in range(4)]
+
+    def error_maps(assessor: Assessor, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> object:
+        truth = next(labels for image, labels in cases if np.allclose(image.array, scan.array, atol=1e-3))
+        truths = np.stack([structure.mask(truth.array) for structure in assessor.structures])
+        whole = tuple(slice(0, size) for size in scan.shape)
+        return np.where(masks != truths, 0.9, 0.001).astype(np.float32), whole
+
+    monkeypatch.setattr(Assessor, "_error_maps", error_maps)
 
 
 def make_assessment(

@@ -49,8 +49,7 @@ _VERSION_TERMS: Final = (
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
     "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
     "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
-    "result, in what was opened. estimated Dice, check: what the bundle's SegQC-Net said of what a person submitted; the "
-    "sentence counts slices from 1."
+    "result, in what was opened. estimated Dice, check: what SegQC-Net said of what a person submitted."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "

@@ -769,7 +769,7 @@ def assess(
         emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}", terms=_METRIC_TERMS)
         emit(_slice_rows(result.assessment, slices), "slices to look at first", terms=_SLICE_TERMS)
         if result.assessment.mask_kind == "person":
-            typer.echo(f"{sentence(likely_errors(result.assessment))} (Slices are counted from 1 in this sentence.)")
+            typer.echo(sentence(likely_errors(result.assessment)))
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
 

@@ -42,19 +42,19 @@ class Checks:
         self._going: dict[tuple[int, int], Future[LabelCheck]] = {}
         self._lock = threading.Lock()
 
-    async def ask(self, label: LabelRecord, executor: Executor, *, wait_seconds: float = WAIT_SECONDS) -> CheckStatus:
+    async def ask(self, label: LabelRecord, executor: Executor, *, wait: bool = True) -> CheckStatus:
         """Have a label version checked by the bundle that serves, unless it has been, and tell how that stands.
 
         Args:
             label: the version.
             executor: what computes it.
-            wait_seconds: how long to wait for it.
+            wait: whether to wait for it, for `WAIT_SECONDS`.
         """
         status = await anyio.to_thread.run_sync(self._begin, label, executor)
         if isinstance(status, CheckStatus):
             return status
         try:
-            async with asyncio.timeout(wait_seconds):
+            async with asyncio.timeout(WAIT_SECONDS if wait else 0):
                 check = await asyncio.shield(asyncio.wrap_future(status))
         except TimeoutError:
             return CheckStatus("running", _RUNNING)

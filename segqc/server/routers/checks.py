@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
-from segqc.server.checks import WAIT_SECONDS, CheckStatus
+from segqc.server.checks import CheckStatus
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
 from segqc.server.monailabel.strategy import describe
@@ -29,20 +29,18 @@ async def label_check(
     """Tell where SegQC-Net would look again; made now by the bundle that serves, if it has not said so yet.
 
     ``state`` is "done", "running" (ask again) or "none"; ``sentence`` says what was found, or why nothing is known.
-    Slices are numbered from 0, but in the sentence from 1.
     """
     label = await anyio.to_thread.run_sync(functools.partial(_label, scan, version))
-    return check_to_json(await _ask(request, label, WAIT_SECONDS))
+    return check_to_json(await _ask(request, label))
 
 
-async def check_of(request: Request, version: int, *, wait_seconds: float = WAIT_SECONDS) -> CheckStatus:
+async def check_of(request: Request, version: int, *, wait: bool = True) -> CheckStatus:
     """How it is with the check of a label version that was just submitted; a submission never fails because of it."""
-    return await _ask(request, await anyio.to_thread.run_sync(functools.partial(_label, None, version)), wait_seconds)
+    return await _ask(request, await anyio.to_thread.run_sync(functools.partial(_label, None, version)), wait=wait)
 
 
-async def _ask(request: Request, label: LabelRecord, wait_seconds: float) -> CheckStatus:
-    checks = current_app().context.checks
-    return await checks.ask(label, request.app.state.inference, wait_seconds=wait_seconds)
+async def _ask(request: Request, label: LabelRecord, *, wait: bool = True) -> CheckStatus:
+    return await current_app().context.checks.ask(label, request.app.state.inference, wait=wait)
 
 
 def _label(scan: str | None, version: int) -> LabelRecord:

@@ -20,7 +20,6 @@ from segqc.loop.submission import (
     submit_label,
 )
 from segqc.server.actors import RequestUser
-from segqc.server.checks import CheckState
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
@@ -33,7 +32,7 @@ from segqc.server.parameters import (
     ViewerSubmission,
     ViewerText,
 )
-from segqc.server.routers.checks import check_of
+from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
@@ -41,7 +40,7 @@ from segqc.server.submitted_labels import stored_info
 from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
 from segqc.store import labels, leases
 from segqc.store.labels import FINAL
-from segqc.store.records import LabelRecord
+from segqc.store.records import JsonObject, LabelRecord
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -88,21 +87,16 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubmissionCheck:
-    """How it is with the check of a submitted label, and what it says; see ``GET /segqc/labels/{scan}/check``."""
-
-    state: CheckState
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A submitted label: its version, its tag, the number of the correction where it is one, and its check."""
+    """A submitted label: its version, its tag, and the number of the correction where it is one.
+
+    ``check`` is what ``GET /segqc/labels/{scan}/check`` answers by now.
+    """
 
     version: int
     tag: str
     correction: int | None
-    check: SubmissionCheck
+    check: JsonObject
 
 
 @router.post("/next", summary="The next scan for the viewer")
@@ -216,9 +210,8 @@ async def submit_voxels(request: Request, study: Study, user: AskingUser, params
     check here: the panel asks for it.
     """
     done = await in_turn(request, functools.partial(_submit, study, user, params, voxels))
-    label, status = done.label, await check_of(request, done.label.id, wait_seconds=0)
-    check = SubmissionCheck(state=status.state, sentence=status.sentence)
-    return Kept(version=label.id, tag=label.tag, correction=done.correction, check=check)
+    label, status = done.label, await check_of(request, done.label.id, wait=False)
+    return Kept(version=label.id, tag=label.tag, correction=done.correction, check=check_to_json(status))
 
 
 def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Submission:
