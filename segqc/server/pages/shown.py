@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -63,10 +64,10 @@ class ShownScan:
     assessment: tuple[int, Assessment] | None
     bundle: int | None
 
-    @property
+    @cached_property
     def dicom(self) -> DicomScan:
-        """The scan by DICOM's identifiers."""
-        return DicomScan(self.record)
+        """The scan by DICOM's identifiers; fails as `Archive.scan_of` does."""
+        return self.context.archive.scan_of(self.record)
 
     @property
     def header(self) -> ScanHeader:
@@ -127,7 +128,8 @@ class ShownScan:
         header, errors = self.header, self.errors() if with_errors else None
         arrays = self._array(label), self._array(other)
         key = (
-            self.dicom.study_uid,
+            self.record.name,
+            self.record.sha256,
             label.sha256 if label is not None else None,
             other.sha256 if other is not None else None,
             self._key if errors is not None else None,
