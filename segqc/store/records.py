@@ -362,6 +362,7 @@ class SeriesRecord:
     file: str  # the scan's, as its row calls it
     study_uid: str
     series_uid: str
+    description: str  # of the series, maybe empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
