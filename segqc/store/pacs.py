@@ -44,9 +44,7 @@ def series_of(transaction: Transaction, file: str) -> SeriesRecord | None:
 
 
 def _series(row: SeriesRow) -> SeriesRecord:
-    return SeriesRecord(
-        file=row.file, study_uid=row.study_uid, series_uid=row.series_uid, description=row.description
-    )
+    return SeriesRecord(file=row.file, study_uid=row.study_uid, series_uid=row.series_uid, description=row.description)
 
 
 def title(scan: str, patient: str, series_uid: str | None, description: str | None) -> str:
@@ -108,9 +106,16 @@ def known_segmentations(transaction: Transaction) -> set[str]:
     return set(transaction.scalars(select(SegmentationRow.series_uid)))
 
 
-def segmentations(transaction: Transaction) -> list[SegmentationRecord]:
-    """All label versions that lie in the PACS or should, oldest first."""
-    return _records(transaction, _ALL)
+def segmentations(transaction: Transaction, scan: str | None = None) -> list[SegmentationRecord]:
+    """All label versions that lie in the PACS or should, or a scan's, oldest first."""
+    return _records(transaction, _ALL if scan is None else _ALL.where(Scan.name == scan))
+
+
+def last_failure(transaction: Transaction) -> str | None:
+    """Why the last step that failed did, of those that are tried again; None without one."""
+    waits = SegmentationRow.next_try_at.is_not(None)
+    query = select(SegmentationRow.problem).where(waits).order_by(SegmentationRow.changed_at.desc()).limit(1)
+    return transaction.scalar(query)
 
 
 def segmentation_of(transaction: Transaction, label: int) -> SegmentationRecord | None:

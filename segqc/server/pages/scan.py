@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 
 from segqc.errors import SegqcError
+from segqc.loop.history import VersionSummary
 from segqc.loop.review import STATE_OF, Decision, review
 from segqc.plots import COLOURS
 from segqc.server.dicomweb.cache import BoundedCache
@@ -24,7 +25,7 @@ from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages import pictures
 from segqc.server.pages.now import now_shown
-from segqc.server.pages.page import AskedPage, csv_file
+from segqc.server.pages.page import AskedPage, Columns, csv_file
 from segqc.server.pages.pictures import Layers, draw
 from segqc.server.pages.shown import HeatState, ShownScan, history, shown_scan
 from segqc.server.parameters import MAX_INTEGER, LabelParams
@@ -32,7 +33,7 @@ from segqc.server.routers.datastore import EmptyLabelError, save_label_of
 from segqc.server.routers.dependencies import AskingUser, in_turn
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
-from segqc.types import Structure, StructureQuality
+from segqc.types import SliceQuality, Structure, StructureQuality
 from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
@@ -108,13 +109,14 @@ def show_scan(
         problem, count, bars = str(error), 0, []
     of_layers: dict[str, int | None] = {name: 1 for name, is_drawn in asdict(layers).items() if is_drawn}
     chosen = {"slice": index, "version": version, "other": other, **({"drawn": 1, **of_layers} if drawn else {})}
-    first = _first(bars) if compared is not None or count == 0 else shown.worst()
+    first = _first(bars) if compared is not None or count == 0 else shown.worst(label)
     return page.render(
         "scan.html.jinja",
         shown=shown,
         warning=page.warning if shown.assessment is not None else None,
         record=shown.record,
         past=past,
+        title=past.title,
         label=label,
         compared=compared,
         layers=layers,
@@ -254,7 +256,7 @@ def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX
 
     def make() -> bytes:
         slices = shown.slices(shown.context.structures(), label)
-        return draw(slices, shown.worst(), Layers(), _THUMBNAIL_EDGE)
+        return draw(slices, shown.worst(label), Layers(), _THUMBNAIL_EDGE)
 
     is_current = shown.assessment is not None and shown.assessment[0] == assessment
     return _picture(_thumbnails.get(key, make), is_kept=is_current and has_errors)
@@ -280,47 +282,42 @@ def slices_csv(scan: Scan) -> Response:
     """Send what is estimated of each slice and structure as a table."""
     shown = _shown(scan)
     structures = shown.assessment[1].structures if shown.assessment is not None else ()
-    rows = [
-        {
-            "scan": shown.record.name,
-            "slice": s.index,
-            "structure": q.name,
-            "error sum": s.error_sum,
-            "Dice": s.metrics.dice,
-            "IoU": s.metrics.iou,
-            "ARVD": s.metrics.arvd,
-            "RVD": s.metrics.rvd,
-            "boxes": sum(box.slice_index == s.index for box in q.raw.boxes),
-        }
-        for q in structures
-        for s in q.raw.slices
-    ]
-    return csv_file(f"{shown.record.name} slices", rows)
+    columns: Columns[tuple[StructureQuality, SliceQuality]] = {
+        "scan": lambda _: shown.record.name,
+        "slice": lambda row: row[1].index,
+        "structure": lambda row: row[0].name,
+        "error sum": lambda row: row[1].error_sum,
+        "Dice": lambda row: row[1].metrics.dice,
+        "IoU": lambda row: row[1].metrics.iou,
+        "ARVD": lambda row: row[1].metrics.arvd,
+        "RVD": lambda row: row[1].metrics.rvd,
+        "boxes": lambda row: sum(box.slice_index == row[1].index for box in row[0].raw.boxes),
+    }
+    return csv_file(f"{shown.record.name} slices", columns, [(q, s) for q in structures for s in q.raw.slices])
+
+
+_VERSION_COLUMNS: Final[Columns[VersionSummary]] = {
+    "version": lambda v: v.label.id,
+    "tag": lambda v: v.label.tag,
+    "current": lambda v: v.is_current,
+    "made by": lambda v: v.label.actor.name,
+    "as": lambda v: v.label.source,
+    "known by": lambda v: v.label.actor.identified_by,
+    "at": lambda v: v.label.made_at.isoformat(timespec="seconds"),
+    "from": lambda v: v.label.parent,
+    "Dice before": lambda v: v.dice_before,
+    "voxels changed": lambda v: v.correction.change.voxels_changed if v.correction is not None else None,
+    "slices changed": lambda v: v.correction.change.slices_changed if v.correction is not None else None,
+    "seconds": lambda v: v.correction.seconds if v.correction is not None else None,
+    "sha256": lambda v: v.label.sha256,
+}
 
 
 @router.get("/versions.csv")
 def versions_csv(scan: Scan) -> Response:
     """Send the history of the scan's labels as a table."""
     shown = _shown(scan)
-    rows = [
-        {
-            "version": v.label.id,
-            "tag": v.label.tag,
-            "current": v.is_current,
-            "made by": v.label.actor.name,
-            "as": v.label.source,
-            "known by": v.label.actor.identified_by,
-            "at": v.label.made_at.isoformat(timespec="seconds"),
-            "from": v.label.parent,
-            "Dice before": v.dice_before,
-            "voxels changed": v.correction.change.voxels_changed if v.correction is not None else None,
-            "slices changed": v.correction.change.slices_changed if v.correction is not None else None,
-            "seconds": v.correction.seconds if v.correction is not None else None,
-            "sha256": v.label.sha256,
-        }
-        for v in history(shown.context, shown.record).versions
-    ]
-    return csv_file(f"{shown.record.name} versions", rows)
+    return csv_file(f"{shown.record.name} versions", _VERSION_COLUMNS, history(shown.context, shown.record).versions)
 
 
 @router.get("/difference.csv")
@@ -328,12 +325,15 @@ def difference_csv(scan: Scan, version: Version, other: Version) -> Response:
     """Send how many voxels of each slice two versions differ in."""
     shown = _shown(scan)
     one, two = shown.version(version), shown.version(other)
-    counts = _differing(shown, one, two)
-    rows = [
-        {"scan": shown.record.name, "slice": index, "from": other, "to": version, "voxels changed": count}
-        for index, count in enumerate(counts)
-    ]
-    return csv_file(f"{shown.record.name} {other} to {version}", rows)
+    columns: Columns[tuple[int, int]] = {
+        "scan": lambda _: shown.record.name,
+        "slice": lambda row: row[0],
+        "from": lambda _: other,
+        "to": lambda _: version,
+        "voxels changed": lambda row: row[1],
+    }
+    differing = enumerate(_differing(shown, one, two))
+    return csv_file(f"{shown.record.name} {other} to {version}", columns, differing)
 
 
 # ------------------------------------------------------------------------------------------------------------ actions
