@@ -448,8 +448,10 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
 
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with serving(make_dataset(tmp_path / "data", scans=0)) as client:
-        assert "No scans yet" in client.get("/", headers=HTML).text
-        assert "No scan is left for you" in client.post("/next", headers=HTML).text
+        page = client.get("/", headers=HTML).text
+        assert "No scans yet" in page and f"<code>{tmp_path / 'data'}</code>" in page
+        assert "There are no scans yet: put some" in client.post("/next", headers=HTML).text
+        assert "There are no scans yet: put some" in client.post("/segqc/viewer/next", json={}).json()["note"]
         page = client.get("/loop", headers=HTML).text
         assert "No network was trained yet" in page and "Nothing runs" in page
 
@@ -477,14 +479,67 @@ def test_a_job_is_shown_live_and_stopped(client: TestClient, dataset: Dataset) -
     assert client.post(f"/loop/jobs/{job.public_id}/stop").status_code == 404
 
 
-def test_a_round_without_labels_is_refused_in_a_sentence(client: TestClient) -> None:
+def test_a_round_without_labels_is_refused_for_the_reason_that_the_page_shows(
+    client: TestClient, dataset: Dataset
+) -> None:
     page = client.post("/loop/round")
-    assert page.url.path == "/loop" and 'class="notice problem"' in page.text
+    (reason,) = re.findall(r"A round needs final labels of \d+ patients; there are \d+[.]", page.text)
+    assert page.status_code == 409 and reason in client.get("/loop").text
+    answer = client.post("/loop/round", headers={"Accept": "application/json"})
+    assert (answer.status_code, answer.json()) == (409, {"detail": reason})
+    with dataset.store.read() as transaction:
+        assert not jobs.open_jobs(transaction, "round")
 
 
 @pytest.mark.parametrize("name", ["rounds", "bundles", "estimates", "annotators", "corrections", "costs"])
 def test_each_table_of_the_loop_can_be_downloaded(client: TestClient, name: str) -> None:
     table(client.get(f"/loop/{name}.csv"))
+
+
+@pytest.mark.parametrize(
+    ("path", "heading"),
+    [
+        ("/queue.csv?search=nobody", "scan,title,patient"),
+        ("/loop/rounds.csv", "round,put,began"),
+        ("/loop/corrections.csv", "scan,seconds"),
+        ("/loop/annotators.csv", "annotator,known by"),
+        ("/scans/scan_4/slices.csv", "scan,slice,structure"),
+        ("/scans/scan_4/versions.csv", "version,tag,current"),
+    ],
+)
+def test_tables_without_rows_have_their_headings(tmp_path: Path, path: str, heading: str) -> None:
+    with serving(make_dataset(tmp_path / "data", scans=5)) as client:
+        lines = client.get(path).text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(heading)
+
+
+def test_a_scan_without_estimate_opens_in_the_middle_of_its_mask(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, finals=0)
+    scan = draw_case(0)[0]
+    marked = np.zeros(SHAPE, np.uint8)
+    marked[4:9, 4:9, 6:9] = 1
+    write_labels(Volume(marked, scan.affine), path / "labels" / "final" / "scan_0.nii.gz")
+    with serving(path) as client:
+        assert re.search(r'data-index="7"[^>]*aria-current="true"', client.get("/scans/scan_0", headers=HTML).text)
+        client.post("/scans/scan_0/review", data={"decision": "reject", "reason": "a leak"}, headers=HTML)
+        page = client.get("/scans/scan_0", headers=HTML).text
+        assert "a leak" in page and re.search(r'data-index="7"[^>]*aria-current="true"', page)
+
+
+def test_long_names_are_cut_in_the_middle_and_told_in_full(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, finals=0)
+    name = "a_scan_with_a_name_that_goes_on_and_on_and_ends_with_7"
+    (path / "scan_0.nii.gz").rename(path / f"{name}.nii.gz")
+    with serving(path) as client:
+        page = client.get("/", headers=HTML).text
+    assert f'title="{name}"' in page and f'<span class="unseen">{name}</span>' in page
+    assert f"{name[:18]}\N{HORIZONTAL ELLIPSIS}{name[-12:]}</span>" in page
+
+
+def test_labels_that_were_imported_are_no_corrections(client: TestClient) -> None:
+    page = client.get("/loop").text
+    (told,) = re.findall(r"No round begins by itself[^<]*", page)
+    assert re.search(r"\d+ new corrections?, and 1 imported label[.]", told)
 
 
 def test_the_api_page_needs_no_other_host(client: TestClient) -> None:
@@ -573,3 +628,23 @@ def test_people_see_the_buttons_of_their_role(tmp_path: Path) -> None:
     assert seen["anna"] == {"Take the next scan", "Upload as the final label"}
     assert seen["rita"] == {*seen["anna"], "Approve", "Reject"}
     assert seen["otto"] == {*seen["rita"], "Start a round"}
+
+
+def test_who_may_not_is_told_by_a_page_in_a_browser(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1)
+    dataset = Dataset(path)
+    add_users(dataset.store)
+    dataset.store.close()
+    with quick_hashes(), application(path, sign_in=True) as app, TestClient(app) as client:
+        client.post("/auth/sign-in", data={"username": "anna", "password": PASSWORD})
+        review = {"decision": "exclude", "reason": "x"}
+        page = client.post("/scans/scan_0/review", data=review, headers=HTML)
+        assert page.status_code == 403 and "This is not allowed" in page.text
+        assert "This needs the role &#39;reviewer&#39;, and yours is &#39;annotator&#39;." in page.text
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        answer = client.post("/scans/scan_0/review", data=review)
+        assert answer.json() == {"detail": "this needs the role 'reviewer', and yours is 'annotator'."}
+        foreign = {**HTML, "Origin": "http://elsewhere.example"}
+        assert "This is not allowed" in client.post("/scans/scan_0/review", data=review, headers=foreign).text
+        unknown = client.get("/", headers={**HTML, "Host": "elsewhere.example"})
+        assert unknown.status_code == 421 and unknown.headers["content-type"] == "application/json"
