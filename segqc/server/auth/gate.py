@@ -22,7 +22,7 @@ from segqc.errors import SegqcError
 from segqc.server.auth.identity import ANYBODY, Identity, set_identity, sha256_of_secret
 from segqc.server.auth.proxies import Proxies, peer
 from segqc.server.auth.roles import PUBLIC, needed_for
-from segqc.server.errors import Refuse, RequestError
+from segqc.server.errors import Refuse, RequestError, refuse_in_json
 from segqc.settings import AuthSettings
 from segqc.store import users
 from segqc.store.records import Actor
@@ -84,7 +84,7 @@ class Gate:
         cookie: str,
         store: Callable[[], Store],
         downloads: Downloads,
-        refuse: Refuse,
+        refuse: Refuse = refuse_in_json,
     ) -> None:
         """Stand before an application.
 
