@@ -64,6 +64,11 @@ class Checks:
             return _none("it failed; the server's log tells why")
         return CheckStatus("done", check.sentence, check)
 
+    def is_running(self, label: LabelRecord) -> bool:
+        """Whether a label version is being checked, or waits for that."""
+        with self._lock:
+            return any(version == label.id for version, _ in self._going)
+
     def _begin(self, label: LabelRecord, executor: Executor) -> CheckStatus | Future[LabelCheck]:
         """What is known already, or is being computed."""
         if not self._dataset.settings.annotation.check_submissions:
