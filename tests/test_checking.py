@@ -56,8 +56,8 @@ def told(*boxes: ErrorBox, volume_ml: float = 5.0, slices: tuple[int, ...] | Non
         (
             (box(7, 1.0, area=50.0), *(box(i, 0.1) for i in (0, 1, 2, 5))),
             5.0,
-            "Look again at slices 0 to 2 and 5: part of the liver seems to be missing; at slice 7: something else seems "
-            "to be marked as liver.",
+            "Look again at slices 0 to 2 and 5: part of the liver seems to be missing; at slice 7: something else "
+            "seems to be marked as liver.",
         ),
     ],
 )

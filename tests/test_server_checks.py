@@ -100,7 +100,7 @@ def test_a_check_that_takes_long_is_made_in_the_background(
     monkeypatch.setattr(server_checks, "check_label", lambda *args: going.wait() and check(*args))
     monkeypatch.setattr(server_checks, "WAIT_SECONDS", 0.1)
     answer = put(client, tmp_path / "label.nii.gz", without_liver())
-    assert answer["check"] == {"sentence": "It is being checked.", "state": "running"}
+    assert answer["check"] == {"sentence": "The label is being checked.", "state": "running"}
     assert client.get("/segqc/labels/scan_0/check", params={"version": answer["version"]}).json()["state"] == "running"
     going.set()
     found = until_done(client, answer["version"])

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CheckState: TypeAlias = Literal["done", "running", "none"]
 WAIT_SECONDS: Final = 2.0
 """How long an answer waits for a check at most; then it says that it is being made."""
-_RUNNING: Final = "It is being checked."
+_RUNNING: Final = "The label is being checked."
 
 
 @dataclass(frozen=True, slots=True)

@@ -475,17 +475,16 @@ export class Session extends EventTarget {
   }
 
   /**
-   * The slices with the most likely errors first, those that are asked for where not all are; after a submission, first
-   * of all those with a box.
+   * The slices with the most likely errors first, those that are asked for where not all are; after a submission that is
+   * to be looked at again, those with a box alone.
    */
   get ranked() {
-    const asked = this.scan?.lease?.slices;
-    const boxed = new Set(this.isToLookAgain ? this.scan?.estimate?.boxes.map(box => box.instance) : []);
-    const first = (/** @type {{ instance: string }} */ slice) => Number(boxed.has(slice.instance));
-    const slices = [...(this.scan?.estimate?.slices ?? [])].sort(
-      (one, other) => first(other) - first(one) || other.error_ml - one.error_ml
-    );
-    return slices.map(slice => slice.instance).filter(instance => !asked || asked.includes(instance));
+    const { estimate, lease } = this.scan ?? {};
+    const boxed = this.isToLookAgain && new Set(estimate?.boxes.map(box => box.instance));
+    const slices = [...(estimate?.slices ?? [])].sort((one, other) => other.error_ml - one.error_ml);
+    return slices
+      .map(slice => slice.instance)
+      .filter(instance => (!lease?.slices || lease.slices.includes(instance)) && (!boxed || boxed.has(instance)));
   }
 
   /** @param {Partial<Session['preferences']>} wanted */
