@@ -54,7 +54,7 @@ _ATTEMPTS: Final = 5
 _REDRAWS: Final = 6
 _THICK_RATIO: Final = 2.0  # slices so much thicker than a pixel is wide are drawn one by one
 _MAX_SHARE: Final = 0.8  # of a structure's size that one error takes; nobody overlooks a larger blob or hole than these
-_MAX_SHARES: Final[Mapping[ErrorKind, float]] = MappingProxyType({"leak": 0.5, "hole": 0.3, "island": 0.3})
+_MAX_SHARES: Final[Mapping[ErrorKind, float]] = MappingProxyType({"leak": 0.5, "hole": 0.3, "island": 0.2})
 _MIN_SHARE: Final = 0.002
 _SLICE_SHARE: Final = 0.4  # of a usual slice of the structure that a blob takes where slices are thick
 _MIN_MARGIN_MM: Final = 8.0
@@ -163,7 +163,9 @@ def implant_errors(
     for _ in range(_ATTEMPTS):
         drawn = _draw_kinds(usable, count, rng)
         window = _Window.of(truth, scan, present, symmetric="swapped sides" in drawn)
-        found, dice = _attempt(window, present, drawn, [k for k in usable if k != "swapped sides"], target, rng)
+        found, dice = _attempt(window, present, drawn, _usual(usable), target, rng)
+        if errors is None and found.kinds and dice - target > _TOLERANCE * (1 - target) and count < _MAX_ERRORS:
+            count += 1  # so bad a mask has more errors
         miss = abs(dice - target)
         if found.kinds and miss < best_miss:
             best, best_miss = ImplantedErrors(window.put_back(truth, found.labels), found.kinds), miss
@@ -186,8 +188,12 @@ def _applicable(
     return [kind for kind in ERROR_KINDS if kind in kinds and kind not in left_out]
 
 
+def _usual(kinds: Sequence[ErrorKind]) -> list[ErrorKind]:
+    return [kind for kind in kinds if kind != "swapped sides"]
+
+
 def _draw_kinds(usable: Sequence[ErrorKind], count: int, rng: np.random.Generator) -> list[ErrorKind]:
-    others = [kind for kind in usable if kind != "swapped sides"]
+    others = _usual(usable)
     if len(others) < len(usable) and (not others or rng.random() < _SIDES_SHARE):
         return ["swapped sides"]
     if not others:
@@ -472,10 +478,11 @@ def _leak(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | Non
     at = (int(seed[0]), int(seed[1]), int(seed[2]))
     free = (site.labels == 0) & _slices_around(site, at[0], wrong, rng)
     distance = site.distance_mm(seed)
-    # as much room as three times what leaks in: it follows tissue, and does not run along it through the whole scan
+    # of the nearest that are three times as many: it follows tissue, but does not run along it through the whole scan
     free &= _lowest(distance, free, 3 * wrong)
-    score = distance / max(float(distance[free].max()), 1e-6) + np.abs(site.smooth - site.smooth[at]) / site.contrast
-    grown = site.mask | _lowest(_smoothed(score, site, 1.0), free, wrong)
+    tissue = _smoothed(site.image, site, 1.5)
+    score = 2 * distance / max(float(distance[free].max()), 1e-6) + np.abs(tissue - tissue[at]) / site.contrast
+    grown = site.mask | _lowest(score, free, wrong)
     leaked = site.mask | (free & (_smoothed(grown, site, 1.0) > 0.5))
     return site.redrawn_in((slice(None), slice(None), slice(None)), site.in_touch(leaked, site.mask))
 
