@@ -134,7 +134,7 @@ def implant_errors(
         structures: what the label map is of.
         rng: the source of all draws.
         kinds: the errors to choose from.
-        errors: how many; None draws one to three.
+        errors: how many; None draws one to three, and rather more where one alone would not be as bad as asked.
         target_dice: the true Dice to come near, over all structures together; None draws it, as in
             `people_like_masks`.
 
@@ -489,13 +489,8 @@ def _leak(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | Non
 
 def _missing_slices(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
     """Neighbouring slices are empty; some are left."""
-    filled = np.flatnonzero(site.areas)
-    if filled.size < 2:
-        return None
-    sums = np.concatenate([[0], np.cumsum(site.areas[filled])])
-    runs = [(i, j) for i, j in itertools.combinations(range(filled.size + 1), 2) if j - i < filled.size]
-    first, last = runs[_near([int(sums[j] - sums[i]) for i, j in runs], wrong, rng)]
-    return site.without(site.mask & _in_slices(site, filled[first:last]))
+    filled = np.count_nonzero(site.areas)
+    return None if filled < 2 else site.without(site.mask & _run_of_slices(site, wrong, filled - 1, rng))
 
 
 def _repeated_slices(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
@@ -688,7 +683,7 @@ def _lowest(score: FloatArray, where: BoolArray, count: int) -> BoolArray:
     return lowest
 
 
-def _near(values: Sequence[int], wanted: int, rng: np.random.Generator) -> int:
+def _near(values: Sequence[int] | npt.NDArray[np.int64], wanted: int, rng: np.random.Generator) -> int:
     """The index of one of the values near the wanted one, within a third of it; else of the nearest."""
     miss = np.abs(np.array(values) - wanted).astype(np.float64)
     miss[np.array(values) == 0] = np.inf
@@ -722,6 +717,17 @@ def _in_slices(site: _Site, slices: npt.NDArray[np.int64]) -> BoolArray:
     return result
 
 
+def _run_of_slices(site: _Site, voxels: int, most: int, rng: np.random.Generator) -> BoolArray:
+    """Neighbouring slices, at most so many, that hold about so many voxels of the structure, (slices, 1, 1)."""
+    filled = np.flatnonzero(site.areas)
+    until = np.concatenate([[0], np.cumsum(site.areas[filled])])
+    first, last = np.triu_indices(until.size, 1)
+    short = last - first <= most
+    first, last = first[short], last[short]
+    run = _near(until[last] - until[first], voxels, rng)
+    return _in_slices(site, filled[first[run] : last[run]])
+
+
 def _neighbouring_slices(site: _Site, voxels: int, rng: np.random.Generator) -> BoolArray:
     """Neighbouring slices that hold so many voxels of the structure, (slices, 1, 1); often all where they are thin."""
     filled = np.flatnonzero(site.areas)
@@ -750,11 +756,7 @@ def _part(site: _Site, voxels: int, rng: np.random.Generator) -> BoolArray:
     """About so many voxels of the structure: neighbouring slices of it, or what lies beyond a plane in its slices."""
     voxels = min(voxels, math.ceil(_MAX_SHARE * int(site.areas.sum())))
     if rng.random() < 0.7:
-        filled = np.flatnonzero(site.areas)
-        sums = np.concatenate([[0], np.cumsum(site.areas[filled])])
-        runs = list(itertools.combinations(range(filled.size + 1), 2))
-        first, last = runs[_near([int(sums[j] - sums[i]) for i, j in runs], voxels, rng)]
-        return site.mask & _in_slices(site, filled[first:last])
+        return site.mask & _run_of_slices(site, voxels, np.count_nonzero(site.areas), rng)
     where = site.mask & _neighbouring_slices(site, voxels, rng)
     return _lowest(site.along_mm(_direction(site, rng)), where, voxels)
 
