@@ -58,6 +58,7 @@ _MAX_SHARES: Final[Mapping[ErrorKind, float]] = MappingProxyType({"leak": 0.5, "
 _MIN_SHARE: Final = 0.002
 _SLICE_SHARE: Final = 0.4  # of a usual slice of the structure that a blob takes where slices are thick
 _MIN_MARGIN_MM: Final = 8.0
+_BETWEEN_STRUCTURES: Final = ("swapped structures", "swapped sides")
 _GROWS: Final[Mapping[ErrorKind, int]] = MappingProxyType(
     {"cut": -1, "missing slices": -1, "hole": -1, "leak": 1, "island": 1}
 )
@@ -223,35 +224,56 @@ def _attempt(
     shares = rng.dirichlet(np.full(len(kinds), 2.0))
     for number, wanted in enumerate(kinds):
         for kind in (wanted, *rng.permutation(np.array(instead, object))[:_REDRAWS]):
-            sizes = np.array([np.count_nonzero(structure.mask(labels)) for structure in present])
+            counts = _Counts.of(labels, window.labels, present)
+            sizes = counts.masks
             if not sizes.any():
                 break
-            wrong, of_masks = _wrong_voxels(labels, window.labels, present)
-            missing = ((1 - target) * of_masks - wrong) / (1 - _GROWS.get(kind, 0) * (1 - target))
+            missing = (1 - target) * counts.of_both - counts.wrong
+            missing /= 1 - _GROWS.get(kind, 0) * (1 - target)  # what is added makes the mask larger, too
             missing *= shares[number] / shares[number:].sum()
             most = _MAX_SHARES.get(kind, _MAX_SHARE) * sizes
             weights = np.sqrt(sizes) * (most >= min(missing, most.max()))  # only a large structure holds a large error
             chosen = int(rng.choice(len(present), p=weights / weights.sum()))
             voxels = round(float(np.clip(missing, _MIN_SHARE * sizes[chosen], most[chosen])))
             others = tuple(s for s in present if not set(s.values) & set(present[chosen].values))
-            site = _Site(labels, window.image, window.spacing_mm, window.lateral_axis, present[chosen], others)
+            box = _reach(present[chosen].mask(labels), window.spacing_mm, everywhere=kind in _BETWEEN_STRUCTURES)
+            site = _Site(
+                labels[box], window.image[box], window.spacing_mm, window.lateral_axis, present[chosen], others
+            )
             changed = _IMPLANT[kind](site, max(1, voxels), rng)
-            if changed is not None and not np.array_equal(changed, labels):
-                labels = changed
+            if changed is not None and not np.array_equal(changed, site.labels):
+                labels = labels.copy()
+                labels[box] = changed
                 implanted.append(kind)
                 break
-    wrong, of_masks = _wrong_voxels(labels, window.labels, present)
-    return ImplantedErrors(labels, tuple(implanted) if wrong else ()), 1 - wrong / of_masks
+    counts = _Counts.of(labels, window.labels, present)
+    return ImplantedErrors(labels, tuple(implanted) if counts.wrong else ()), 1 - counts.wrong / counts.of_both
 
 
-def _wrong_voxels(labels: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> tuple[int, int]:
-    """The voxels in which masks differ from the truth's, and those of both together, summed over structures."""
-    wrong = of_masks = 0
-    for structure in structures:
-        mask, true = structure.mask(labels), structure.mask(truth)
-        wrong += np.count_nonzero(mask != true)
-        of_masks += np.count_nonzero(mask) + np.count_nonzero(true)
-    return wrong, of_masks
+def _reach(mask: BoolArray, spacing_mm: Sequence[float], *, everywhere: bool = False) -> Box:
+    """The box of a mask and of what errors of it may reach; the whole array for an empty one."""
+    box = None if everywhere else bounding_box(mask)
+    if box is None:
+        return slice(0, mask.shape[0]), slice(0, mask.shape[1]), slice(0, mask.shape[2])
+    radius_mm = _radius_mm(np.count_nonzero(mask[box]) * math.prod(spacing_mm))
+    return padded_box(box, [math.ceil(max(_MIN_MARGIN_MM, radius_mm) / s) for s in spacing_mm], mask.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counts:
+    """Voxels of each structure in a label map and in the truth, and those wrong and in either, over all structures."""
+
+    masks: npt.NDArray[np.int64]
+    wrong: int
+    of_both: int
+
+    @classmethod
+    def of(cls, labels: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> _Counts:
+        pairs = np.bincount((truth.astype(np.intp) << 8 | labels).ravel(), minlength=1 << 16).reshape(256, 256)
+        values = [list(structure.values) for structure in structures]
+        masks = np.array([pairs[:, v].sum() for v in values])
+        of_both = int(masks.sum() + sum(pairs[v].sum() for v in values))
+        return cls(masks, of_both - 2 * int(sum(pairs[np.ix_(v, v)].sum() for v in values)), of_both)
 
 
 def _island_in_nothing(
@@ -308,18 +330,12 @@ class _Window:
         anything = np.zeros(truth.shape, bool)
         for structure in structures:
             anything |= structure.mask(truth)
-        box = bounding_box(anything)
-        if box is None:
-            box = (slice(0, truth.shape[0]), slice(0, truth.shape[1]), slice(0, truth.shape[2]))
-        else:
-            radius_mm = _radius_mm(np.count_nonzero(anything) * scan.voxel_volume_mm3)
-            reach = [max(_MIN_MARGIN_MM, radius_mm) / s for s in scan.spacing_mm]
-            box = padded_box(box, [math.ceil(r) for r in reach], truth.shape)
-            if symmetric:
-                n = truth.shape[lateral]
-                start = min(box[lateral].start, n - box[lateral].stop)
-                first, second, third = (slice(start, n - start) if a == lateral else box[a] for a in range(3))
-                box = (first, second, third)
+        box = _reach(anything, scan.spacing_mm)
+        if symmetric:
+            n = truth.shape[lateral]
+            start = min(box[lateral].start, n - box[lateral].stop)
+            first, second, third = (slice(start, n - start) if a == lateral else box[a] for a in range(3))
+            box = (first, second, third)
         s0, s1, s2 = (scan.spacing_mm[a] for a in order)
         return cls(
             np.ascontiguousarray(truth[box].transpose(order)),
@@ -592,24 +608,22 @@ def _island(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | N
 
 
 def _swapped_structures(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
-    """The values of two structures are exchanged where they are nearest to each other, or in some slices."""
-    others = [other for other in site.others if other.mask(site.labels).any()]
-    if not others:
+    """The values of two structures are exchanged where they touch, or in some slices."""
+    masks = {other: other.mask(site.labels) for other in site.others}
+    found = [other for other, mask in masks.items() if mask.any()]
+    if not found:
         return None
-    away_mm = ndimage.distance_transform_edt(~site.mask, site.spacing_mm)
-    masks = [other.mask(site.labels) for other in others]
-    nearest = int(np.argmin([away_mm[mask].min() for mask in masks]))
-    other, mask = others[nearest], masks[nearest]
-    where = site.mask | mask
-    if rng.random() < 0.5:
-        close = mask & (away_mm <= away_mm[mask].min() + max(site.spacing_mm))
-        score = site.distance_mm(_any_of(close, rng))
+    around = ndimage.binary_dilation(site.mask, np.ones((3, 3, 3), bool))
+    touching = [other for other in found if np.any(around & masks[other])]
+    other = (touching or found)[int(rng.integers(len(touching or found)))]
+    where = site.mask | masks[other]
+    if touching and rng.random() < 0.5:
+        score = site.distance_mm(_any_of(around & masks[other], rng))
     else:
         where &= _neighbouring_slices(site, wrong, rng)
         score = site.along_mm(_direction(site, rng))
     # a voxel that is exchanged is wrong in both structures
-    where = _lowest(score, where, math.ceil(wrong / 2))
-    return _exchanged(site, other, where)
+    return _exchanged(site, other, _lowest(score, where, math.ceil(wrong / 2)))
 
 
 def _swapped_sides(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
