@@ -20,7 +20,7 @@ import platform
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, TypeAlias, get_args
@@ -35,6 +35,7 @@ from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_markdown
 from segqc.loop.dataset import Dataset
 from segqc.loop.training import train
+from segqc.networks.assessor import Assessor
 from segqc.networks.card import NetworkName
 from segqc.networks.device import name_of_device
 from segqc.networks.segmenter import Segmenter
@@ -44,6 +45,7 @@ from segqc.quality.metrics import true_metrics
 from segqc.settings import write_settings
 from segqc.training import LineProgress
 from segqc.training.implanted_errors import ErrorKind, implant_errors
+from segqc.training.people import corrected_in_part
 from segqc.types import Assessment, ErrorBox, FloatArray, LabelArray, MaskSource, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
 
@@ -175,7 +177,7 @@ def measure(name: str, seed: int, pool: Pool, data: Path, folder: Path) -> Resul
     bundle = dataset.bundle()
     if bundle is None or bundle.assessor().people is None:
         raise SystemExit(f"{folder}: no network for people's masks")
-    judge = _Judge(dataset, bundle.segmenter(), bundle.fold_networks())
+    judge = _Judge(bundle.assessor(), bundle.segmenter(), bundle.fold_networks())
     found: list[Judged] = []
     waiting = [(patient, scan) for patient in patients(known, seed, pool, data) for scan in known.scans(patient)]
     for number, (patient, scan) in enumerate(waiting):
@@ -202,9 +204,10 @@ def measure(name: str, seed: int, pool: Pool, data: Path, folder: Path) -> Resul
 class _Judge:
     """All estimators of one bundle."""
 
-    def __init__(self, dataset: Dataset, segmenter: Segmenter, folds: Sequence[Segmenter]) -> None:
-        self.structures: Sequence[Structure] = dataset.structures
-        self.assessor = dataset.assessor()
+    def __init__(self, trained: Assessor, segmenter: Segmenter, folds: Sequence[Segmenter]) -> None:
+        self.structures: Sequence[Structure] = trained.structures
+        boxes = replace(trained.settings.boxes, min_area_mm2=LEAST_MM2)
+        self.assessor = trained.with_settings(replace(trained.settings, boxes=boxes))
         self.segmenter = segmenter
         self.others = {FOLDS: CrossFittedMean(folds), SOFT: SoftOutput(self.structures)}
 
@@ -218,7 +221,7 @@ class _Judge:
         for _ in range(IMPLANTED):
             implanted = implant_errors(truth, image, self.structures, rng)
             made.append(("implanted", implanted.kinds, implanted.labels))
-        made += [("served", (), served), ("half corrected", (), _half_corrected(served, truth, image, rng))]
+        made += [("served", (), served), ("half corrected", (), corrected_in_part(served, truth, image, rng, 0.5))]
         return [
             judged
             for origin, kinds, mask in made
@@ -289,18 +292,6 @@ class _Judge:
                 count += 1
                 hits += any(_touches(true, box) for box in quality.extracted.boxes)
         return count, hits
-
-
-def _half_corrected(served: LabelArray, truth: LabelArray, image: Volume, rng: np.random.Generator) -> LabelArray:
-    """The served mask with the truth in a random half of the slices that hold anything."""
-    axis = through_plane_axis(image)
-    there = np.flatnonzero((served | truth).any(axis=tuple(a for a in range(3) if a != axis)))
-    mask = served.copy()
-    chosen = rng.permutation(there)[: len(there) // 2]
-    index: list[slice | np.ndarray] = [slice(None)] * 3
-    index[axis] = chosen
-    mask[tuple(index)] = truth[tuple(index)]
-    return mask
 
 
 def _touches(one: ErrorBox, other: ErrorBox) -> bool:
