@@ -35,13 +35,14 @@ from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_markdown
 from segqc.loop.dataset import Dataset
 from segqc.loop.training import train
-from segqc.networks.assessor import Assessor
+from segqc.networks.assessor import AssessmentResult, Assessor
 from segqc.networks.card import NetworkName
 from segqc.networks.device import name_of_device
 from segqc.networks.segmenter import Segmenter
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import true_metrics
+from segqc.quality.proposal import propose
 from segqc.settings import write_settings
 from segqc.training import LineProgress
 from segqc.training.implanted_errors import ErrorKind, implant_errors
@@ -102,6 +103,8 @@ class Judged:
         holds: the share of its structures whose 90% interval holds; None without one.
         boxes: error boxes in all slices.
         errors: slices' errors of at least `LEAST_MM2` that are to be found, and `found` how many a box touches.
+        proposed: the true Dice of the proposal, all of its boxes taken.
+        accepted: its true Dice with those boxes only in which it is nearer to the truth than the mask.
     """
 
     scan: str
@@ -114,6 +117,8 @@ class Judged:
     boxes: int
     errors: int
     found: int
+    proposed: float
+    accepted: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +244,9 @@ class _Judge:
         truth: LabelArray,
     ) -> Judged | None:
         labels = Volume(mask, image.affine, image.acquisition_axis)
-        told = self._assess(image, labels, "network" if origin == "served" else "person", is_served=origin == "served")
-        blind = self._assess(image, labels, "network", is_served=origin == "served")
+        is_served = origin == "served"
+        result = self._assess(image, labels, "network" if is_served else "person", is_served=is_served)
+        told, blind = result.assessment, self._assess(image, labels, "network", is_served=is_served).assessment
         assessed = AssessedMask(image, labels, self.segmenter)
         said = {
             TOLD: [q.estimated.dice for q in told.structures],
@@ -259,6 +265,10 @@ class _Judge:
             if (interval := told.structures[k].intervals.dice) is not None and (dice := true[k]) is not None
         ]
         errors, found = self._found(told, mask, truth, image)
+        proposals = self._proposals(result, mask, truth, through_plane_axis(image))
+        proposed, accepted = (
+            _mean([true_metrics(s.mask(made), s.mask(truth)).dice for s in self.structures]) for made in proposals
+        )
         return Judged(
             scan=scan,
             patient=patient,
@@ -270,13 +280,24 @@ class _Judge:
             boxes=sum(len(q.extracted.boxes) for q in told.structures),
             errors=errors,
             found=found,
+            proposed=proposed,
+            accepted=accepted,
         )
 
-    def _assess(self, image: Volume, labels: Volume, source: MaskSource, *, is_served: bool) -> Assessment:
+    def _assess(self, image: Volume, labels: Volume, source: MaskSource, *, is_served: bool) -> AssessmentResult:
         soft = None
         if is_served:
             soft = self.segmenter.soft_outputs(self.segmenter.predict(image), self.assessor.structures)
-        return self.assessor.assess(image, labels, scan_id="scan", soft=soft, source=source).assessment
+        return self.assessor.assess(image, labels, scan_id="scan", soft=soft, source=source)
+
+    def _proposals(
+        self, result: AssessmentResult, mask: LabelArray, truth: LabelArray, axis: int
+    ) -> tuple[LabelArray, LabelArray]:
+        """The whole proposal, and that of the boxes in which it is nearer to the truth than the mask."""
+        boxes = [q.extracted.boxes for q in result.assessment.structures]
+        whole = propose(mask, result.errors, self.structures, boxes, axis)
+        accepted = [[box for box in of if _is_nearer(whole, mask, truth, box, axis)] for of in boxes]
+        return whole, propose(mask, result.errors, self.structures, accepted, axis)
 
     def _found(self, told: Assessment, mask: LabelArray, truth: LabelArray, image: Volume) -> tuple[int, int]:
         """The errors of single slices that are to be found, and how many of them a box touches."""
@@ -292,6 +313,12 @@ class _Judge:
                 count += 1
                 hits += any(_touches(true, box) for box in quality.extracted.boxes)
         return count, hits
+
+
+def _is_nearer(proposed: LabelArray, mask: LabelArray, truth: LabelArray, box: ErrorBox, axis: int) -> bool:
+    of_box = (box.slice_index, slice(box.start[0], box.stop[0]), slice(box.start[1], box.stop[1]))
+    new, old, true = (np.moveaxis(labels, axis, 0)[of_box] for labels in (proposed, mask, truth))
+    return bool((new != true).sum() < (old != true).sum())
 
 
 def _touches(one: ErrorBox, other: ErrorBox) -> bool:
@@ -395,6 +422,12 @@ def _wanted(masks: Sequence[Judged]) -> dict[str, float | None]:
         "MAE less folds' mean's, upper": high,
         "false boxes an untouched scan (.2)": fmean(m.boxes for m in untouched),
         "errors over 25 mm2 found (.90)": sum(m.found for m in implanted) / errors if errors else None,
+        "implanted: true Dice before": fmean(m.dice for m in implanted),
+        "implanted: of the proposal": fmean(m.proposed for m in implanted),
+        "implanted: of its boxes that help": fmean(m.accepted for m in implanted),
+        "half corrected: true Dice before": fmean(m.dice for _, m in half),
+        "half corrected: of the proposal": fmean(m.proposed for _, m in half),
+        "untouched: of the proposal": fmean(m.proposed for m in untouched),
         "AUROC (.98)": _auroc(people),
         "AUROC, true Dice over .95 (.90)": _auroc(good),
     }
