@@ -46,7 +46,6 @@ from segqc.quality.proposal import propose
 from segqc.settings import write_settings
 from segqc.training import LineProgress
 from segqc.training.implanted_errors import ErrorKind, implant_errors
-from segqc.training.people import corrected_in_part
 from segqc.types import Assessment, ErrorBox, FloatArray, LabelArray, MaskSource, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
 
@@ -226,7 +225,7 @@ class _Judge:
         for _ in range(IMPLANTED):
             implanted = implant_errors(truth, image, self.structures, rng)
             made.append(("implanted", implanted.kinds, implanted.labels))
-        made += [("served", (), served), ("half corrected", (), corrected_in_part(served, truth, image, rng, 0.5))]
+        made += [("served", (), served), ("half corrected", (), _half_corrected(served, truth, image, rng))]
         return [
             judged
             for origin, kinds, mask in made
@@ -313,6 +312,16 @@ class _Judge:
                 count += 1
                 hits += any(_touches(true, box) for box in quality.extracted.boxes)
         return count, hits
+
+
+def _half_corrected(mask: LabelArray, truth: LabelArray, image: Volume, rng: np.random.Generator) -> LabelArray:
+    """The mask with the truth in a random half of the slices that hold anything."""
+    axis = through_plane_axis(image)
+    there = np.flatnonzero(((mask > 0) | (truth > 0)).any(axis=tuple(a for a in range(3) if a != axis)))
+    chosen = rng.permutation(there)[: len(there) // 2]
+    corrected = mask.copy()
+    np.moveaxis(corrected, axis, 0)[chosen] = np.moveaxis(truth, axis, 0)[chosen]
+    return corrected
 
 
 def _is_nearer(proposed: LabelArray, mask: LabelArray, truth: LabelArray, box: ErrorBox, axis: int) -> bool:

@@ -73,7 +73,7 @@ def train_assessor(
     assessor = train_on_masks(sets, structures, patient_splits, settings, folder, progress)
     if settings.output_form != "truth":  # a mask skip says what is true
         return assessor
-    return assessor.with_people(train_people(assessor, sets, patient_splits, settings, folder / "people", progress))
+    return assessor.with_people(train_people(assessor, cases, patient_splits, settings, folder / "people", progress))
 
 
 def _masks_of_folds(

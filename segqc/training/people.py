@@ -23,76 +23,43 @@ from segqc.progress import Progress
 from segqc.split import PatientSplit
 from segqc.training.assessor_calibration import VALIDATION_MASKS, calibrated_for_people
 from segqc.training.assessor_network import Beginning, ensemble, fit_assessor
-from segqc.training.cases import label_values, read_case
+from segqc.training.cases import Case, label_values, read_case, whole_cases
 from segqc.training.crossfit import MaskSet, folds_of, mean_dice, subsample
 from segqc.training.engine import write_mean_curve
 from segqc.training.implanted_errors import people_like_masks
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
-from segqc.types import LabelArray, Structure
-from segqc.volumes import Volume, through_plane_axis
+from segqc.types import Structure
 
 MASKS: Final = 24
 """Masks of one case that train or calibrate."""
-_CORRECTED: Final = 6  # of these are masks of a network that somebody has corrected in part
-_CORRECTED_SHARE: Final = (0.2, 0.8)  # of the slices that hold anything
 _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
-def people_sets(sets: Sequence[MaskSet], structures: Sequence[Structure], seed: int) -> list[MaskSet]:
+def people_sets(cases: Sequence[Case], structures: Sequence[Structure], seed: int) -> list[MaskSet]:
     """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
 
-    Most are the expert's label with implanted errors or none. The others are masks of networks that have not seen the
-    case, with the truth in some of the slices: so look masks that are corrected slice by slice, and what is left in
-    them are a network's errors.
-
-    Args:
-        sets: the networks' masks of all cases.
-        structures: the structures.
-        seed: of all draws.
+    Masks of networks that somebody has corrected in part are not among them: what is left of the network's contour is
+    an error by the expert's label and right by whoever let it be, and in a trial estimates of both kinds became worse.
 
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(of_networks, structures, seed) for of_networks in sets if of_networks.case.is_whole]
+    return [_people_set(case, structures, seed) for case in whole_cases(cases)]
 
 
-def _people_set(of_networks: MaskSet, structures: Sequence[Structure], seed: int) -> MaskSet:
-    case = of_networks.case
+def _people_set(case: Case, structures: Sequence[Structure], seed: int) -> MaskSet:
     scan, labels = read_case(case, label_values(structures))
     truth = np.asarray(labels.array, np.uint8)
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
-    rng = np.random.default_rng((seed, of_case))
-    masks = [m.labels for m in people_like_masks(truth, scan, structures, MASKS - _CORRECTED, rng)]
-    for number in rng.integers(len(of_networks.masks), size=_CORRECTED).tolist():
-        masks.append(corrected_in_part(of_networks.masks[number], truth, scan, rng))
-    return MaskSet(case, np.stack(masks), tuple(mean_dice(mask, truth, structures) for mask in masks))
-
-
-def corrected_in_part(
-    mask: LabelArray, truth: LabelArray, scan: Volume, rng: np.random.Generator, share: float | None = None
-) -> LabelArray:
-    """A mask with the truth in a share of the slices that hold anything, by default a random one.
-
-    Args:
-        mask: the label map (n0, n1, n2).
-        truth: what is true.
-        scan: for the through-plane axis.
-        rng: the source of the draws.
-        share: of the slices.
-    """
-    share = rng.uniform(*_CORRECTED_SHARE) if share is None else share
-    axis = through_plane_axis(scan)
-    there = np.flatnonzero(((mask > 0) | (truth > 0)).any(axis=tuple(a for a in range(3) if a != axis)))
-    chosen = rng.permutation(there)[: round(share * len(there))]
-    corrected = mask.copy()
-    np.moveaxis(corrected, axis, 0)[chosen] = np.moveaxis(truth, axis, 0)[chosen]
-    return corrected
+    made = people_like_masks(truth, scan, structures, MASKS, np.random.default_rng((seed, of_case)))
+    masks = np.stack([m.labels for m in made])
+    return MaskSet(case, masks, tuple(mean_dice(mask, truth, structures) for mask in masks))
 
 
 def train_people(
     assessor: Assessor,
-    sets: Sequence[MaskSet],
+    cases: Sequence[Case],
     patient_splits: dict[str, PatientSplit],
     settings: TrainingSettings,
     folder: Path,
@@ -105,7 +72,7 @@ def train_people(
 
     Args:
         assessor: SegQC-Net, trained on these cases.
-        sets: the networks' masks that it was trained on; cases that were checked in part have no part in it.
+        cases: the labelled cases; those that were checked in part have no part in it.
         patient_splits: fold and role of each patient.
         settings: SegQC-Net's.
         folder: for checkpoints and learning curves.
@@ -114,7 +81,7 @@ def train_people(
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    masks = people_sets(sets, assessor.structures, settings.seed)
+    masks = people_sets(cases, assessor.structures, settings.seed)
     train = [s for s in masks if patient_splits[s.case.patient].split == "train"]
     validating = [s for s in masks if patient_splits[s.case.patient].split == "validation"]
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
