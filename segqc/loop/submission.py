@@ -11,9 +11,10 @@ import numpy as np
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.loop.drift import note_drift, watch_serving
+from segqc.loop.planted_errors import repair
 from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics_with_slices
-from segqc.store import corrections, events, labels, leases, scans
+from segqc.store import attention_checks, corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
 from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
@@ -206,6 +207,9 @@ def submit_label(
     without a lease the scan's final one. These are the slices that were opened; where nobody says which, those that the
     lease asks for and those that were changed; without either, all.
 
+    What is left of an error that was planted into the mask as an attention check is undone before anything else, and
+    whether it was found is kept with the lease.
+
     Args:
         dataset: the folder.
         scan: the scan's name.
@@ -234,6 +238,11 @@ def submit_label(
     if checked is not None and checked.sha256 != now.sha256:
         raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
     readers, replaces = dataset.settings.annotation.readers, tag == FINAL
+    with dataset.store.read() as transaction:
+        attention = attention_checks.of_submission(transaction, scan, actor)
+    repaired = repair(dataset, attention, end) if attention is not None else None
+    if repaired is not None and repaired.is_changed:
+        end, file = repaired.labels, None
     with dataset.store.read() as transaction:
         if started is not None and replaces:
             try:
@@ -272,6 +281,8 @@ def submit_label(
             check_start(changing.transaction, scan, actor, started, readers)
         kept, correction = changing.versions[0], None
         answered = leases.submitted(changing.transaction, lease) if lease is not None else None
+        if answered is not None and repaired is not None:
+            attention_checks.answer(changing.transaction, repaired.check, actor, found=repaired.is_found)
         if answered is not None and start is not None and change is not None:
             correction = corrections.add(
                 changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
