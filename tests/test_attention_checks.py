@@ -18,7 +18,7 @@ from segqc.loop.history import versions
 from segqc.loop.planted_errors import plant_error
 from segqc.loop.submission import submit_label
 from segqc.selection import sequential
-from segqc.store import attention_checks, corrections, events, labels, leases, scans
+from segqc.store import attention_checks, corrections, events, labels, leases, maintenance, scans
 from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.labels import ATTENTION_CHECK, FINAL, ORIGINAL, NewLabel
@@ -118,6 +118,7 @@ def test_a_mask_with_a_planted_error_is_nobodys_label(store: Store, tmp_path: Pa
         assert all((event.detail or {}).get("version") != check.shown.id for event in told)
     assert not (store.dataset / "labels" / ATTENTION_CHECK).exists()
     assert store.label_file(check.shown).is_file()
+    assert [finding for finding in maintenance.check(store) if finding.is_damage] == []
     for tag in (None, FINAL):
         with pytest.raises(StoreError, match="holds an error that was planted"):
             store.restore_label(check.shown.id, ANNA, tag)

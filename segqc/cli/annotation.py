@@ -47,8 +47,8 @@ _SCAN_TERMS: Final = (
 _VERSION_TERMS: Final = (
     "tags: original = by the segmentation network; final = what trains; pseudo-label = a mask that trains, too (segqc "
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
-    "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
-    "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
+    "annotator's each; attention-check = with a planted error, never kept; others, such as version_1, = as a client "
+    "named them. checked slices: how many a person has looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
     "result, in what was opened. estimated Dice, check: what SegQC-Net said of what a person submitted."
 )
 _READING_TERMS: Final = (

@@ -54,7 +54,8 @@ ATTENTION_CHECK: Final = "attention-check"
 """Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
 NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
 
-_IS_LABEL: Final[ColumnElement[bool]] = LabelVersion.source != "attention check"
+IS_LABEL: Final[ColumnElement[bool]] = LabelVersion.source != "attention check"
+"""In a query of versions: those that may be the current one of their tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,7 @@ def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
     """
     scans.number_of(transaction, scan)
     answered = select(AttentionCheckRow.label_version_id).where(AttentionCheckRow.found.is_not(None))
-    query = _records().where(Scan.name == scan, or_(_IS_LABEL, LabelVersion.id.in_(answered)))
+    query = _records().where(Scan.name == scan, or_(IS_LABEL, LabelVersion.id.in_(answered)))
     return [_record(row) for row in transaction.rows(query.order_by(LabelVersion.id))]
 
 
@@ -284,7 +285,7 @@ def ever_labelled(transaction: Transaction, tags_: Collection[str]) -> set[str]:
 
 def all_tags(transaction: Transaction) -> list[str]:
     """Every tag that any scan has or had a label under."""
-    return list(transaction.scalars(select(LabelVersion.tag).where(_IS_LABEL).distinct().order_by(LabelVersion.tag)))
+    return list(transaction.scalars(select(LabelVersion.tag).where(IS_LABEL).distinct().order_by(LabelVersion.tag)))
 
 
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
@@ -293,7 +294,7 @@ def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]
     newer = select(later.id).where(
         later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
     )
-    query = _records().where(_IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
+    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
     return {record.scan: record for record in map(_record, transaction.rows(query))}
 
 
@@ -451,7 +452,7 @@ def _last_of_each_tag() -> Select[int | None]:
     return (
         select(func.max(LabelVersion.id))
         .join(Scan, Scan.id == LabelVersion.scan_id)
-        .where(Scan.name == bindparam("scan"), _IS_LABEL)
+        .where(Scan.name == bindparam("scan"), IS_LABEL)
         .group_by(LabelVersion.tag)
     )
 
@@ -459,7 +460,7 @@ def _last_of_each_tag() -> Select[int | None]:
 # built once: building a query takes longer than running it
 _CURRENT: Final = (
     _records()
-    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"), _IS_LABEL)
+    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"), IS_LABEL)
     .order_by(LabelVersion.id.desc())
     .limit(1)
 )
