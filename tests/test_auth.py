@@ -431,7 +431,7 @@ def test_names_are_shown_as_text(client: TestClient) -> None:
     answer = sign_in(client, '"><script>x</script>', "wrong")
     assert answer.status_code == 401
     assert "<script>" not in answer.text
-    assert "the name or the password is wrong." in answer.text
+    assert "The name or the password is wrong." in answer.text
 
 
 @pytest.mark.parametrize("name", ["anna", "nobody at all", "", "a" * 5000, "\udcff"])
