@@ -63,6 +63,10 @@ class RequestUser:
             return f"{actor.identified_by} {actor.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
 
+    def may(self, role: Role) -> bool:
+        """Whether they have a role or a higher one."""
+        return self._identity.may(role)
+
     def need(self, role: Role, what: str) -> None:
         """Refuse what only a part of a route's requests may.
 
@@ -73,7 +77,7 @@ class RequestUser:
         Raises:
             RequestError: 403 if this user has a lower role.
         """
-        if not self._identity.may(role):
+        if not self.may(role):
             raise RequestError(403, f"{what} needs the role {role!r}, and yours is {self._identity.role!r}.")
 
     def will_download(self, image: str) -> None:
