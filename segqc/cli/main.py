@@ -913,7 +913,11 @@ def _served_folder(source: str, work: Path | None) -> Path:
         return Path(source)
     if work is None:
         raise CommandError(f"{source}: say with --folder which folder labels, networks and the database are kept in")
-    remember_pacs(work, source)
+    try:
+        from segqc.pacs.client import PacsClient
+    except ModuleNotFoundError as error:
+        raise CommandError("what talks to a PACS is not installed; pip install 'segqc[server]'") from error
+    remember_pacs(work, source, lambda settings: PacsClient(settings).check())
     return work
 
 
