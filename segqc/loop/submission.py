@@ -60,7 +60,7 @@ class StartedFrom:
 
 
 class LabelMovedOnError(SegqcError):
-    """A label was made from a version that is not the current one any more, or of another annotator's scan."""
+    """A label was not made from the current one, which it would replace, or is of another annotator's scan."""
 
     status = 409
 
@@ -234,7 +234,8 @@ def submit_label(
         ScanReplaced: if the scan's file was replaced since it was handed out to the annotator, or since the label map
             was checked.
         ApprovedError: if the scan is approved, and the annotator may not replace that.
-        LabelMovedOnError: if it was not made of the current label.
+        LabelMovedOnError: if it was not made of the current label, or would take the place of a label in which a person
+            has checked slices that were not checked in it.
         OSError: if it can't be written; nothing has changed then.
     """
     if opened != ALL:  # wrong also where nothing was handed out that the label could be compared with
@@ -271,6 +272,7 @@ def submit_label(
         dataset.store.change_labels([LabelChange(label, path)]) as changing,
     ):
         conditions.check(changing.transaction)
+        _check_loses_nothing(changing.transaction, label)
         kept = changing.versions[0]
         correction = _answer(changing.transaction, origin, kept, change, simulated=simulated)
         if correction is not None and watched is not None:
@@ -321,6 +323,26 @@ class _Conditions:
             raise ApprovedError(
                 f"the scan {self.scan!r} is approved: only a reviewer may reopen it or give it another final label"
             )
+
+
+def _check_loses_nothing(transaction: Transaction, label: NewLabel) -> None:
+    """Refuse a correction of some slices in the place of a final label in which a person has checked others.
+
+    That label came after the scan was handed out: nobody would have looked at those slices any more.
+
+    Raises:
+        LabelMovedOnError: if it is so.
+    """
+    there = labels.current(transaction, label.scan, FINAL)
+    if label.tag != FINAL or label.checked_slices is None or there is None:
+        return
+    before = labels.checked_slices(there)
+    if before is None or not set(before) <= set(label.checked_slices):
+        raise LabelMovedOnError(
+            f"the label of {label.scan!r} moved on: version {there.id} came after the scan was handed out, made by "
+            f"{described(there.actor)}, who checked slices that yours leaves unchecked; ask for the next sample, or "
+            "submit yours under another tag (version_1)"
+        )
 
 
 def _compare(dataset: Dataset, origin: _Origin, end: Volume, opened: Opened) -> tuple[Slices | None, Change | None]:
