@@ -216,6 +216,7 @@ class PacsScans:
                 file=look.file,
                 study_uid=series.study_uid,
                 series_uid=series.series_uid,
+                description=printable(series.description),
                 modality=series.modality,
                 images=images,
             )

@@ -543,6 +543,7 @@ def upgrade() -> None:
         sa.Column("file", sa.String(), nullable=False),
         sa.Column("study_uid", sa.String(), nullable=False),
         sa.Column("series_uid", sa.String(), nullable=False),
+        sa.Column("description", sa.String(), nullable=False),
         sa.Column("modality", sa.String(), nullable=False),
         sa.Column("images", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("file", name=op.f("pk_series")),
