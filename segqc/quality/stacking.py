@@ -327,7 +327,7 @@ def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: Witn
         return EstimateModel("identity", 0.0, {"dice": 1.0})
     if choice == "line" and metric == "dice":
         return _ridge(masks, ("map",), {"map": 1.0})
-    if choice in ("line", "straight"):
+    if choice == "line" or choice == "straight":
         line = fit_calibration(masks.values["map"], masks.true, metric=metric)
         return EstimateModel("identity", line.intercept, {"map": line.slope})
     if choice == "constant":
@@ -423,7 +423,7 @@ def _ordering(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: 
         return EstimateModel("logit", 0.0, dict(_POOLED)).apply(masks.values)
     if choice == "constant":
         return masks.values[ordered_by]
-    return masks.values["map" if choice in ("map", "line") else choice]  # type: ignore[index]
+    return masks.values["map" if choice in ("map", "line", "straight") else choice]  # type: ignore[index]
 
 
 def _best_order(masks: KnownMasks) -> WitnessName:
