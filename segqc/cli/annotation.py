@@ -198,9 +198,9 @@ def labels(
         terms=_VERSION_TERMS,
     )
     if not (as_json or as_csv):
-        for version, summary in history.items():
+        for number, summary in history.items():
             if summary.check is not None:
-                typer.echo(f"version {version}, checked by bundle {summary.check.bundle}: {summary.check.sentence}")
+                typer.echo(f"version {number}, checked by bundle {summary.check.bundle}: {summary.check.sentence}")
 
 
 def _check(check: LabelCheck | None, *, as_json: bool, as_csv: bool) -> Row:
