@@ -54,7 +54,7 @@ from segqc.quality.error_maps import difference
 from segqc.quality.estimation import Scores, scores
 from segqc.quality.metrics import MetricName, true_metrics
 from segqc.training import LineProgress
-from segqc.training.assessor import with_maps
+from segqc.training.assessor_calibration import with_maps
 from segqc.training.cases import label_values, read_case
 from segqc.training.crossfit import folds_of_cases, train_fold
 from segqc.training.segmentation import plan_for

@@ -21,7 +21,7 @@ from rich.table import Table
 from segqc.networks.device import device_of_choice, has_bfloat16, name_of_device
 from segqc.networks.plan import NetworkSize, Spacing, Triple, plan_network
 from segqc.training import NoProgress, TrainingSettings
-from segqc.training.assessor import assessor_job
+from segqc.training.assessor_network import assessor_job
 from segqc.training.cases import Example
 from segqc.training.engine import Job, fit
 from segqc.types import Structure

@@ -26,8 +26,10 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 LabelArray: TypeAlias = npt.NDArray[np.uint8]
 ComputeName: TypeAlias = Literal["pytorch", "pytorch-bfloat16", "openvino", "openvino-bfloat16", "compile"]
 BackendName: TypeAlias = Literal["auto"] | ComputeName
-MaskKind: TypeAlias = Literal["served", "strange"]
-"""What is known of a mask's origin: made by the bundle's own segmentation network, or anything else.
+MaskSource: TypeAlias = Literal["network", "person"]
+"""Who made a mask: a network's may be wrong anywhere, a person's is right but for a few errors."""
+MaskKind: TypeAlias = Literal["served", "strange", "person"]
+"""What is known of a mask's origin: made by the bundle's own segmentation network, by another one, or by a person.
 
 Estimates and intervals are calibrated for each kind by itself.
 """
@@ -203,7 +205,11 @@ class SliceQuality:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBox:
-    """A likely error in one slice: half-open voxel intervals along the two in-plane axes."""
+    """A likely error in one slice: half-open voxel intervals along the two in-plane axes.
+
+    ``mask_share`` is the share of its likely wrong voxels that lie in the mask: above a half, the structure seems to be
+    wrongly included there, else to be missing; None where no mask is known.
+    """
 
     slice_index: int
     start: tuple[int, int]
@@ -211,6 +217,7 @@ class ErrorBox:
     area_mm2: float
     mean_error: float
     peak_error: float
+    mask_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from segqc.networks.assessor import sigmoid, truth_as_error
 from segqc.quality.calibration import MapCalibration
 from segqc.quality.metrics import EmptyRule, estimated_metrics
-from segqc.training.assessor import with_maps
+from segqc.training.assessor_calibration import with_maps
 from segqc.training.calibration import KnownMap, LogitCounts, fit_map, known_map
 from segqc.types import BoolArray, FloatArray
 from tests.test_assessor import assessor, world

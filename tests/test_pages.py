@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import html
 import io
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ from PIL import Image
 from segqc.io.dicom import make_dataset as import_dicom
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
+from segqc.server import checks as server_checks
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.pages import charts, pictures, words
 from segqc.server.pages.pictures import Layers
@@ -33,7 +36,19 @@ from segqc.types import PredictionInterval, Unlikeness
 from segqc.volumes import Volume, read_labels, temporary_labels, write_labels, write_scan
 from tests.auth_kit import PASSWORD, ROLES, add_users, quick_hashes
 from tests.pacs_kit import segmentation, series, to_bytes
-from tests.server_kit import CONFIG, SHAPE, add_models, application, assess, draw_case, make_dataset, serving
+from tests.server_kit import (
+    CHECKED,
+    CONFIG,
+    SHAPE,
+    add_models,
+    application,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    make_dataset,
+    serving,
+    without_liver,
+)
 
 if TYPE_CHECKING:
     from httpx import Response
@@ -307,6 +322,52 @@ def test_a_label_is_uploaded_compared_rejected_and_restored(
     assert client.post("/scans/scan_5/restore", data={"version": 1}).url.path == "/scans/scan_5"
     versions = table(client.get("/scans/scan_5/versions.csv"))
     assert [v["tag"] for v in versions][:2] == ["final", "final"] and versions[-1]["as"] == "restored"
+
+
+def test_an_uploaded_label_is_checked_and_the_page_shows_where_to_look_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dataset(tmp_path / "data", scans=2, finals=0, config=CHECKED)
+    number = add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    monkeypatch.setattr(server_checks, "WAIT_SECONDS", 60.0)
+    write_labels(without_liver(), tmp_path / "mine.nii.gz")
+    file = {"file": ("mine.nii.gz", (tmp_path / "mine.nii.gz").read_bytes())}
+    sentence = "Look again at slices 4 and 5: part of the liver seems to be missing."
+    with serving(folder) as client:
+        client.headers.update(HTML)
+        page = client.post("/scans/scan_0/label", files=file).text
+        assert f"kept as the final label. {sentence}" in page
+        assert re.search(rf"data-check>.*{sentence}", page)
+        assert "The final label was not checked" not in page
+        pages = [client.get(f"/scans/scan_0?slice=4&drawn=1{more}").text for more in ("", "&boxes=1")]
+        plain, boxed = (client.get(html.unescape(re.findall(r'data-slice src="([^"]+)"', page)[0])) for page in pages)
+        assert plain.content != boxed.content
+        (row,) = table(client.get("/scans/scan_0/versions.csv"))
+        assert row["check"] == sentence and row["by bundle"] == str(number) and 0 < float(row["estimated Dice"]) < 1
+        assert client.get("/scans/scan_1").text.count("data-check>") == 0
+
+
+def test_a_check_that_takes_long_is_awaited_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset(tmp_path / "data", scans=1, finals=0, config=CHECKED)
+    add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    going, check = threading.Event(), server_checks.check_label
+    monkeypatch.setattr(server_checks, "check_label", lambda *args: going.wait() and check(*args))
+    monkeypatch.setattr(server_checks, "WAIT_SECONDS", 0.1)
+    write_labels(draw_case(0)[1], tmp_path / "mine.nii.gz")
+    file = {"file": ("mine.nii.gz", (tmp_path / "mine.nii.gz").read_bytes())}
+    with serving(folder) as client:
+        client.headers.update(HTML)
+        page = client.post("/scans/scan_0/label", files=file).text
+        assert "The final label is being checked." in page
+        assert "data-goes-on" in client.get("/scans/scan_0/check").text
+        going.set()
+        while "data-goes-on" in client.get("/scans/scan_0/check").text:
+            pass
+        assert "data-reload-pictures" in client.get("/scans/scan_0/check").text
+        page = client.get("/scans/scan_0").text
+        assert re.search(r"data-check>.*Nothing found\.", page) and "being checked" not in page
 
 
 OBLIQUE = np.array([[1.2, 0.3, 0.5, -20], [-0.4, 1.3, 0.9, 11], [-0.2, -0.4, 3.1, 7], [0, 0, 0, 1.0]])

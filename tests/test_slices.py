@@ -25,7 +25,8 @@ from segqc.store.database import StoreError
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, LabelRecord, LeaseRecord, ScanState
 from segqc.training import NoProgress, TrainingSettings
-from segqc.training.assessor import assessor_job, train_assessor
+from segqc.training.assessor import train_assessor
+from segqc.training.assessor_network import assessor_job
 from segqc.training.cases import Case, CaseError, load_example, load_masked_examples
 from segqc.training.crossfit import masks_file, masks_of, train_mask_sources
 from segqc.training.patches import PatchDataset

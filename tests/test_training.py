@@ -22,7 +22,8 @@ from segqc.quality.stacking import DICE_OF_SERVED
 from segqc.settings import SettingsError, build
 from segqc.split import PatientSplit, SplitConfig, split_patients
 from segqc.training import NoProgress, TrainingSettings, engine
-from segqc.training.assessor import VALIDATION_MASKS, train_assessor
+from segqc.training.assessor import train_assessor
+from segqc.training.assessor_calibration import VALIDATION_MASKS
 from segqc.training.cases import Case, TooFewCases, make_example, read_case
 from segqc.training.corruptions import deformed, sampling_grid
 from segqc.training.crossfit import (
@@ -272,7 +273,7 @@ def test_a_bound_on_time_shortens_all_parts_of_a_training(tmp_path: Path, monkey
     train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", said)
     curve = json.loads((tmp_path / "t" / "curve.json").read_text())
     assert len(curve) == 4, "an epoch takes a minute"
-    assert seen[-4:] == [2, 2, 2, 2]
+    assert seen[-8:] == [2, 2, 2, 2, 0, 0, 0, 0], "the last four are of the network for people's masks"
     told = [text for text in said.messages if text.startswith("SegQC-Net: ")]
     assert told[-1].startswith("SegQC-Net: 4 epochs")
 

@@ -150,7 +150,7 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
         old.with_intervals(_KIND, new.intervals) if new.intervals is not None else old
         for old, new in zip(assessor.card.calibration, found, strict=True)
     )
-    updated = Assessor(replace(assessor.card, calibration=calibration), assessor.network, assessor.settings)
+    updated = assessor.with_card(replace(assessor.card, calibration=calibration))
     waiting = [entry.id for entry in dataset.waiting()]
     count = 0
     with dataset.bundles.workspace() as work:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from segqc.networks.inference import (
     not_air,
     windows_near,
 )
-from segqc.networks.model import ModelError, TrainedNetwork
+from segqc.networks.model import ModelError, TrainedNetwork, version_of
 from segqc.networks.segmenter import SoftOutput
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
@@ -48,6 +49,7 @@ from segqc.types import (
     ErrorView,
     FloatArray,
     MaskKind,
+    MaskSource,
     Metrics,
     SliceQuality,
     StructureQuality,
@@ -97,7 +99,7 @@ def mask_sha256(labels: Volume) -> str:
 
 
 class Assessor(TrainedNetwork):
-    """SegQC-Net with its calibration."""
+    """SegQC-Net with its calibration, and the one for people's masks where it has one."""
 
     kind = "segqc"
 
@@ -107,7 +109,11 @@ class Assessor(TrainedNetwork):
         network: nn.Module,
         settings: AssessmentSettings | None = None,
         backend: BackendName = "pytorch",
+        *,
+        people: nn.Module | None = None,
     ) -> None:
+        if (people is None) != (card.people is None):
+            raise ModelError("a network for people's masks and its card belong together")
         super().__init__(card, network, backend)
         if card.plan.in_channels != 1 + len(card.structures):
             raise ModelError(
@@ -115,6 +121,46 @@ class Assessor(TrainedNetwork):
             )
         self.settings = settings or AssessmentSettings()
         self._hidden: LatestCache[torch.Tensor] = LatestCache()
+        self._people_network = people
+        self._wanted = backend
+        self._lock = threading.Lock()
+        self._people: Assessor | None = None
+        if card.people is not None and people is not None:
+            self.version = version_of(card.people, people, beside=self.version)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """SegQC-Net, and the network for people's masks where it has one."""
+        return (self.network,) if self._people_network is None else (self.network, self._people_network)
+
+    @property
+    def people(self) -> Assessor | None:
+        """What judges people's masks, made ready when it is first asked for; None without one."""
+        if self.card.people is None or self._people_network is None:
+            return None
+        with self._lock:
+            if self._people is None:
+                own = Assessor(self.card.people, self._people_network, self.settings, self._wanted)
+                own.version = self.version
+                self._people = own
+            return self._people
+
+    def with_card(self, card: ModelCard) -> Assessor:
+        """The same networks with another card."""
+        return Assessor(card, self.network, self.settings, people=self._people_network)
+
+    def with_settings(self, settings: AssessmentSettings) -> Assessor:
+        """The same networks whose error maps become other numbers and boxes."""
+        return Assessor(self.card, self.network, settings, self._wanted, people=self._people_network)
+
+    def with_people(self, people: Assessor) -> Assessor:
+        """The same SegQC-Net with a network for people's masks."""
+        card = replace(self.card, people=people.card)
+        return Assessor(card, self.network, self.settings, people=people.network)
+
+    def judge_of(self, source: MaskSource) -> Assessor:
+        """What judges masks of a source: itself, but for people's masks where it has a network for them."""
+        return (self.people or self) if source == "person" else self
 
     @classmethod
     def load(cls, path: Path, settings: AssessmentSettings | None = None, backend: BackendName = "pytorch") -> Assessor:
@@ -129,8 +175,8 @@ class Assessor(TrainedNetwork):
             ModelError: if the file is missing, foreign or damaged.
             BackendError: if the backend is not there, or wrong on this machine.
         """
-        card, network = cls._read(path)
-        return cls(card, network, settings, backend)
+        card, (network, *people) = cls._read(path)
+        return cls(card, network, settings, backend, people=people[0] if people else None)
 
     def error_maps(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
@@ -248,6 +294,7 @@ class Assessor(TrainedNetwork):
         segmenter_version: str | None = None,
         plausible: BoolArray | None = None,
         soft: Sequence[SoftOutput] | None = None,
+        source: MaskSource = "network",
     ) -> AssessmentResult:
         """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
 
@@ -259,17 +306,20 @@ class Assessor(TrainedNetwork):
             plausible: where that network holds a structure possible, see `output_logits`.
             soft: what the segmentation network of the same bundle says of each structure of the mask, if it is the one
                 that made it: the mask is then a served one, and any other a strange one.
+            source: who made the mask. Without a network for people's masks, a person's is taken for a strange one.
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        masks = self._masks(scan, labels)
-        errors, looked = self._error_maps(scan, masks, plausible)
+        masks, judge = self._masks(scan, labels), self.judge_of(source)
+        errors, looked = judge._error_maps(scan, masks, plausible)
         kind: MaskKind = "strange" if soft is None else "served"
+        if judge is not self:
+            kind = "person"
         unlikeness = self._unlikeness(scan, masks)
         axis = through_plane_axis(scan)
         qualities = tuple(
-            self._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
+            judge._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
             for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
         if unlikeness is not None:
@@ -284,7 +334,7 @@ class Assessor(TrainedNetwork):
             shape=(shape[0], shape[1], shape[2]),
             spacing_mm=scan.spacing_mm,
             structures=qualities,
-            backend=self.backend.name,
+            backend=judge.backend.name,
             mask_kind=kind,
             unlikeness=unlikeness,
         )
@@ -372,7 +422,7 @@ class Assessor(TrainedNetwork):
                 SliceQuality(i, of_slice, error_sum)
                 for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
             ),
-            boxes=find_boxes(error, 0, part.spacing_mm, boxes, part=part.box, shape=part.shape),
+            boxes=find_boxes(error, 0, part.spacing_mm, boxes, mask=part.mask, part=part.box, shape=part.shape),
         )
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:

@@ -29,6 +29,7 @@ class ModelCard:
     ``validation`` has the Dice of a segmentation network's mask of each validation scan, the mean over its structures.
     ``report`` says what SegQC-Net's estimates are worth, ``unlikeness`` what scans are compared with. These three are
     no part of a model's version.
+    ``people`` is the card of the network that judges people's masks, which lies in SegQC-Net's file.
     """
 
     kind: NetworkName
@@ -48,6 +49,7 @@ class ModelCard:
     map_calibration: tuple[MapCalibration, ...] = ()
     report: ReportCard | None = None
     unlikeness: UnlikenessReference | None = None
+    people: ModelCard | None = None
 
 
 CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

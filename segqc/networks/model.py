@@ -19,13 +19,13 @@ from segqc.networks.encoder import encoder_features, encoders, part_around, part
 from segqc.networks.inference import Predictor, Window, canonical_scan, sliding_window
 from segqc.networks.model_file import ModelError as ModelError
 from segqc.networks.model_file import model_status
-from segqc.networks.unet import MeanOfNetworks, StemUNet
+from segqc.networks.unet import MeanOfNetworks, StemUNet, Weights
 from segqc.quality.metrics import Values
 from segqc.types import BackendName, BoolArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 6  # 5: what scans are compared with; 6: the Dice of each validation scan
+_FORMAT = 7  # 5: what scans are compared with; 6: the Dice of each validation scan; 7: a network for people's masks
 
 
 class TrainedNetwork:
@@ -40,7 +40,7 @@ class TrainedNetwork:
         self.device = device_of_choice()
         self.network = network.to(self.device).eval()
         self.backend = choose_backend(self.network, card.plan, self.device, backend)
-        self.version = _version(card, network)
+        self.version = version_of(card, network)
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -52,14 +52,21 @@ class TrainedNetwork:
         """The label values it knows, background (0) left out."""
         return self.card.values
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All networks of its file: the card's own, and that of the card for people's masks where it has one."""
+        return (self.network,)
+
     def save(self, path: Path) -> None:
         """Write card and weights into one file, atomically."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+        states = [network.state_dict() for network in self.networks]
+        weights = [{name: tensor.detach().cpu() for name, tensor in state.items()} for state in states]
         with atomic_write(path) as temporary:
-            torch.save({"segqc": _FORMAT, "card": CARDS.dump_json(self.card).decode(), "weights": state}, temporary)
+            torch.save({"segqc": _FORMAT, "card": CARDS.dump_json(self.card).decode(), "weights": weights}, temporary)
 
     @classmethod
-    def _read(cls, path: Path) -> tuple[ModelCard, nn.Module]:
+    def _read(cls, path: Path) -> tuple[ModelCard, list[nn.Module]]:
+        """The card, and the networks in the order of `networks`."""
         if model_status(path) is None:
             raise ModelError(f"{path}: no such model file; train the network first (segqc train --help)")
         try:
@@ -71,10 +78,9 @@ class TrainedNetwork:
             card = CARDS.validate_json(content["card"])
             if card.kind != cls.kind:
                 raise ModelError(f"{path}: is a {card.kind} model; a {cls.kind} model was wanted: name or train that")
-            members = [StemUNet(card.plan) for _ in range(card.members)]
-            network = members[0] if card.members == 1 else MeanOfNetworks(members)
-            network.load_state_dict(content["weights"])
-            if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+            cards = [card] if card.people is None else [card, card.people]
+            networks = [_network(of, weights) for of, weights in zip(cards, content["weights"], strict=True)]
+            if not all(bool(t.isfinite().all()) for network in networks for t in network.state_dict().values()):
                 raise ModelError(f"{path}: holds weights that are no finite numbers; train it again or restore a copy")
         except ModelError:
             raise
@@ -84,7 +90,7 @@ class TrainedNetwork:
             raise ModelError(
                 f"{path}: not a readable SegQC model file ({type(error).__name__}); train it again or restore a copy"
             ) from error
-        return card, network
+        return card, networks
 
     def frame(self, scan: Volume) -> CanonicalFrame:
         """The canonical frame in which the network sees a scan."""
@@ -122,6 +128,13 @@ class TrainedNetwork:
         return sliding_window(predictor or self.backend, x, patch, self.device, windows=windows, elsewhere=elsewhere)
 
 
+def _network(card: ModelCard, weights: Weights) -> nn.Module:
+    members = [StemUNet(card.plan) for _ in range(card.members)]
+    network = members[0] if card.members == 1 else MeanOfNetworks(members)
+    network.load_state_dict(weights)
+    return network
+
+
 def load_content(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote into a file as a dictionary; code in it is never run, and its checksums must be right.
 
@@ -139,13 +152,22 @@ def load_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _version(card: ModelCard, network: nn.Module) -> str:
+def version_of(card: ModelCard, network: nn.Module, *, beside: str = "") -> str:
+    """The version of a network, a function of its weights and of what its card says of its answers.
+
+    Args:
+        card: its card; that of a network for people's masks has no part in it.
+        network: the network.
+        beside: the version of a network that it belongs to.
+    """
     # these say how sure the estimates are, and leave them as they are: new ones make no other network
     intervals = {"__all__": {"kinds": {"__all__": {"intervals"}}}}
     digest = hashlib.sha256(
         CARDS.dump_json(
-            card, exclude={"calibration": intervals, "report": True, "unlikeness": True, "validation": True}
+            card,
+            exclude={"calibration": intervals, "report": True, "unlikeness": True, "validation": True, "people": True},
         )
+        + beside.encode()
     )
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

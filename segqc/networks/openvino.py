@@ -33,9 +33,9 @@ class OpenVinoNetwork:
     def __init__(self, network: StemUNet | MeanOfNetworks, in_channels: int, *, bfloat16: bool, threads: int) -> None:
         members = [m for m in network.modules() if isinstance(m, StemUNet)]
         x = ops.parameter([-1, in_channels, -1, -1, -1], np.float32)
-        total = _u_net(x.output(0), members[0])
+        total = _network(x.output(0), members[0])
         for member in members[1:]:
-            total = ops.add(total, _u_net(x.output(0), member)).output(0)
+            total = ops.add(total, _network(x.output(0), member)).output(0)
         mean = ops.multiply(total, np.float32(1 / len(members)))
         self._compiled = ov.Core().compile_model(
             ov.Model([mean], [x]),
@@ -59,8 +59,19 @@ class OpenVinoNetwork:
         return torch.cat(answers).permute(_BACK)
 
 
+def _network(x: Node, network: StemUNet) -> Node:
+    """`StemUNet.forward`."""
+    logits = _u_net(x, network)
+    if network.mask_skip is None:
+        return logits
+    masks = ops.slice(x, [1], [int(x.get_partial_shape()[1].get_length())], [1], [1]).output(0)
+    trust = network.mask_skip.trust
+    said = _biased(ops.multiply(masks, _per_channel(2 * trust)).output(0), -trust)
+    return ops.add(logits, said).output(0)
+
+
 def _u_net(x: Node, network: StemUNet) -> Node:
-    """`StemUNet.forward`, and DynUNet's."""
+    """Its U-Net: DynUNet's, the stem and its inverse."""
     unet, blocks = network.unet, math.prod(network.stem)
     if blocks > 1:
         x = _convolved(x, _one_hot(int(x.get_partial_shape()[1].get_length()), network.stem), network.stem)

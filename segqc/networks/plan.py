@@ -24,7 +24,8 @@ class NetworkPlan:
     """What a network looks like, in the canonical frame (through-plane axis last).
 
     ``stem`` is a space-to-depth factor per axis in front of the U-Net (and its inverse behind it): the cheap way to a
-    large field of view on a CPU. ``(1, 1, 1)`` means none.
+    large field of view on a CPU. ``(1, 1, 1)`` means none. With ``mask_skip`` the channels after the scan are a mask
+    for each output, which begins at it: `segqc.networks.unet.MaskSkip`.
     """
 
     in_channels: int
@@ -35,6 +36,7 @@ class NetworkPlan:
     kernels: tuple[Triple, ...]
     strides: tuple[Triple, ...]
     filters: tuple[int, ...]
+    mask_skip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

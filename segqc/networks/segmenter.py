@@ -97,13 +97,13 @@ class Segmenter(TrainedNetwork):
             ModelError: if the file is missing, foreign or damaged.
             BackendError: if the backend is not there, or wrong on this machine.
         """
-        card, network = cls._read(path)
+        card, (network,) = cls._read(path)
         return cls(card, network, backend)
 
     @classmethod
     def load_members(cls, path: Path, backend: BackendName = "pytorch") -> tuple[Segmenter, ...]:
         """Read a file of `save_members`; errors as of `load`."""
-        card, network = cls._read(path)
+        card, (network,) = cls._read(path)
         members = network.members if isinstance(network, MeanOfNetworks) else (network,)
         return tuple(cls(replace(card, members=1), member, backend) for member in members)
 

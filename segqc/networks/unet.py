@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
 from segqc.networks.plan import NetworkPlan, Triple
+
+Weights: TypeAlias = dict[str, torch.Tensor]
 
 
 def space_to_depth(x: torch.Tensor, factors: Triple) -> torch.Tensor:
@@ -75,13 +78,16 @@ class StemUNet(nn.Module):
             if type(module) is nn.Conv3d:
                 module.__class__ = _Conv3d
         self.smoothing = None if blocks == 1 else _binomial_filter(plan.out_channels, plan.stem)
+        self.mask_skip = MaskSkip(plan.out_channels) if plan.mask_skip else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, out_channels, a, b, c) of a batch (N, in_channels, a, b, c)."""
         if self.smoothing is None:
-            return torch.as_tensor(self.unet(x))
-        fine = depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
-        return torch.as_tensor(self.smoothing(fine))
+            logits = torch.as_tensor(self.unet(x))
+        else:
+            fine = depth_to_space(self.unet(space_to_depth(x, self.stem)), self.stem)
+            logits = torch.as_tensor(self.smoothing(fine))
+        return logits if self.mask_skip is None else logits + self.mask_skip(x[:, 1:])
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What each level of the encoder makes of a batch (N, in_channels, a, b, c), the finest first."""
@@ -90,6 +96,24 @@ class StemUNet(nn.Module):
             out = block(out)
             levels.append(out)
         return levels
+
+
+class MaskSkip(nn.Module):
+    """What a mask says of the truth by itself: s (2M - 1), with an s learnt for each structure.
+
+    Behind it the network has to say only where it disagrees with the mask: of a mask that is mostly right it learns
+    what is wrong, and not the truth anew.
+    """
+
+    FIRST = 3.0  # the truth's logit in a mask that is mostly right
+
+    def __init__(self, structures: int) -> None:
+        super().__init__()
+        self.trust = nn.Parameter(torch.full((structures,), self.FIRST))
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        """Logits of the truth (N, L, a, b, c) of masks (N, L, a, b, c)."""
+        return torch.as_tensor(self.trust.reshape(1, -1, 1, 1, 1) * (2 * masks - 1))
 
 
 class _EdgePaddedConv(nn.Conv3d):

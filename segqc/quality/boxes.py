@@ -54,6 +54,7 @@ def find_boxes(
     spacing_mm: Sequence[float],
     settings: BoxSettings,
     *,
+    mask: BoolArray | None = None,
     part: Box | None = None,
     shape: Sequence[int] | None = None,
 ) -> tuple[ErrorBox, ...]:
@@ -67,6 +68,7 @@ def find_boxes(
         axis: the through-plane axis.
         spacing_mm: the voxel spacing, three numbers.
         settings: thresholds.
+        mask: the mask whose error it is, of the same shape; without it, boxes have no ``mask_share``.
         part: the box of a scan that the array is, where it is not all of it.
         shape: that scan's.
 
@@ -84,7 +86,7 @@ def find_boxes(
         >>> error[5:15, 5:25, 1] = 1
         >>> error[18:20, 5:25, 1] = 1
         >>> find_boxes(error, axis=2, spacing_mm=(1, 1, 3), settings=BoxSettings(min_distance_voxels=5))
-        (ErrorBox(slice_index=1, start=(5, 5), stop=(20, 25), area_mm2=300, mean_error=0.8, peak_error=1.0),)
+        (ErrorBox(slice_index=1, start=(5, 5), stop=(20, 25), area_mm2=300, mean_error=0.8, ...),)
     """
     if error.ndim != 3:
         raise ValueError(f"error boxes need a 3-D array, got shape {error.shape}")
@@ -103,6 +105,9 @@ def find_boxes(
     slices, corners = slices[order], corners[order]
     corners[:, [0, 2]] += (slices * apart)[:, None]
     planes = np.moveaxis(error, axis, 0)
+    sides = None
+    if mask is not None:
+        sides = np.moveaxis(mask, axis, 0), np.moveaxis(likely_wrong(error, settings.threshold), axis, 0)
     boxes = []
     for portion in np.split(corners, _portions(slices)):
         for a0, a1, b0, b1 in unite_boxes(portion, settings.min_distance_voxels).tolist():
@@ -110,10 +115,12 @@ def find_boxes(
             b0 -= index * apart
             area = (b0 - a0) * (b1 - a1) * voxel_mm2
             if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
-                inside = planes[index, a0:b0, a1:b1]
+                where = index, slice(a0, b0), slice(a1, b1)
+                inside = planes[where]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
+                share = None if sides is None else float(sides[0][where][sides[1][where]].mean())
                 start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
-                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak))
+                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share))
     return tuple(boxes)
 
 

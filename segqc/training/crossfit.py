@@ -13,7 +13,7 @@ import numpy as np
 
 from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import Segmenter, SoftOutput
-from segqc.networks.unet import StemUNet
+from segqc.networks.unet import StemUNet, Weights
 from segqc.progress import Progress
 from segqc.quality.metrics import true_metrics
 from segqc.split import PatientSplit
@@ -22,7 +22,6 @@ from segqc.training.engine import fit
 from segqc.training.segmentation import segmentation_job, segmenter_of
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
-from segqc.training.warm_start import Weights
 from segqc.types import LabelArray, Structure
 from segqc.volumes import atomic_write, through_plane_axis
 from segqc.volumes.intake import content_sha256
@@ -308,6 +307,11 @@ def _masks_at(path: Path, networks: Sequence[Segmenter], case: Case, settings: T
             soft=np.array([(soft.dice, soft.entropy) for soft in made.served.soft]),
         )
     return made
+
+
+def folds_of(sets: Sequence[MaskSet], patient_splits: dict[str, PatientSplit]) -> list[int]:
+    """The folds that have patients who train, ascending."""
+    return sorted({p.fold for s in sets if (p := patient_splits[s.case.patient]).split == "train"})
 
 
 def subsample(mask_set: MaskSet, most: int) -> MaskSet:

@@ -40,12 +40,12 @@ from segqc.networks.device import device_of_choice, has_bfloat16, in_device_memo
 from segqc.networks.inference import window_batch_size
 from segqc.networks.model import load_content
 from segqc.networks.plan import NetworkPlan
-from segqc.networks.unet import build_network
+from segqc.networks.unet import Weights, build_network
 from segqc.progress import Progress
 from segqc.training.cases import Example
 from segqc.training.patches import Draws, Patch, PatchDataset, centred
 from segqc.training.spec import TrainingSettings
-from segqc.training.warm_start import Lineage, NoStartError, Origin, Start, Weights, check_start
+from segqc.training.warm_start import Lineage, NoStartError, Origin, Start, check_start
 from segqc.volumes import atomic_write
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
-import torch
 
 from segqc.networks.plan import NetworkPlan
+from segqc.networks.unet import Weights
 
-Weights: TypeAlias = dict[str, torch.Tensor]
 _TOLERATED: Final = 0.1  # of a spacing: weights still mean the same
 
 

@@ -29,7 +29,7 @@ from segqc.networks.unet import depth_to_space
 from segqc.progress import Progress
 from segqc.quality.metrics import Values
 from segqc.split import PatientSplit
-from segqc.training.assessor import mask_channels
+from segqc.training.assessor_network import mask_channels
 from segqc.training.cases import Case, Example, label_values, load_example
 from segqc.training.crossfit import MaskSet, subsample
 from segqc.training.engine import Job, fingerprint, fit

@@ -21,7 +21,8 @@ from segqc.networks.plan import NetworkPlan, Triple
 from segqc.networks.unet import space_to_depth
 from segqc.quality.error_maps import bounding_box
 from segqc.split import PatientSplit
-from segqc.training.assessor import VALIDATION_MASKS, mask_channels, mask_examples
+from segqc.training.assessor_calibration import VALIDATION_MASKS
+from segqc.training.assessor_network import mask_channels, mask_examples
 from segqc.training.cases import Example, label_values
 from segqc.training.crossfit import MaskSet, subsample
 from segqc.training.engine import Job, Loss, NetworkBuilder, PrepareBatch

@@ -37,7 +37,8 @@ from segqc.quality.calibration import MapCalibration
 from segqc.split import PatientSplit
 from segqc.text import slug
 from segqc.training import LineProgress
-from segqc.training.assessor import fit_assessor, with_maps
+from segqc.training.assessor_calibration import with_maps
+from segqc.training.assessor_network import fit_assessor
 from segqc.training.calibration import KnownMap, fit_map, known_map
 from segqc.training.crossfit import MaskSet, masks_of, sources_of_masks
 from segqc.training.segmentation import plan_for

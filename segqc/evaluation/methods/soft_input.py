@@ -35,7 +35,7 @@ from segqc.networks.plan import NetworkPlan
 from segqc.networks.segmenter import Segmenter
 from segqc.progress import Progress
 from segqc.quality.calibration import MapCalibration
-from segqc.training.assessor import assessor_job, mask_examples
+from segqc.training.assessor_network import assessor_job, mask_examples
 from segqc.training.cases import label_values, read_case
 from segqc.training.crossfit import MaskSet
 from segqc.training.engine import fit

@@ -29,11 +29,12 @@ from segqc.server.pages.page import AskedPage, Columns, csv_file
 from segqc.server.pages.pictures import Layers, draw
 from segqc.server.pages.shown import HeatState, ShownScan, history, shown_scan
 from segqc.server.parameters import MAX_INTEGER, LabelParams
+from segqc.server.routers.checks import check_of
 from segqc.server.routers.datastore import EmptyLabelError, save_label_of
 from segqc.server.routers.dependencies import AskingUser, in_turn
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
-from segqc.types import SliceQuality, Structure, StructureQuality
+from segqc.types import PredictionInterval, SliceQuality, Structure, StructureQuality, applying
 from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
@@ -117,6 +118,8 @@ def show_scan(
         record=shown.record,
         past=past,
         title=past.title,
+        check=next((v.check for v in past.versions if label is not None and v.label.id == label.id), None),
+        is_checking=shown.final is not None and shown.context.checks.is_running(shown.final),
         label=label,
         compared=compared,
         layers=layers,
@@ -245,7 +248,7 @@ def slice_picture(
 def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None) -> Response:
     """Send a small picture of the slice to look at first."""
     shown = _shown(scan)
-    has_errors, label = shown.errors() is not None, shown.start or shown.final
+    has_errors, label = shown.errors() is not None, shown.assessed or shown.final
     key = (
         shown.record.name,
         shown.record.sha256,
@@ -274,6 +277,14 @@ def heat_fragment(request: Request, page: AskedPage, scan: Scan) -> Response:
     return page.render("heat.html.jinja", heat_state=state, heat_problem=problem, scan=scan)
 
 
+@router.get("/check")
+def check_fragment(page: AskedPage, scan: Scan) -> Response:
+    """Tell how far the check of the final label is, as a part of the page."""
+    shown = _shown(scan)
+    is_checking = shown.final is not None and shown.context.checks.is_running(shown.final)
+    return page.render("check.html.jinja", is_checking=is_checking)
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -296,6 +307,10 @@ def slices_csv(scan: Scan) -> Response:
     return csv_file(f"{shown.record.name} slices", columns, [(q, s) for q in structures for s in q.raw.slices])
 
 
+def _ends(version: VersionSummary) -> PredictionInterval | None:
+    return applying(version.check.assessment.dice_interval) if version.check is not None else None
+
+
 _VERSION_COLUMNS: Final[Columns[VersionSummary]] = {
     "version": lambda v: v.label.id,
     "tag": lambda v: v.label.tag,
@@ -309,6 +324,11 @@ _VERSION_COLUMNS: Final[Columns[VersionSummary]] = {
     "voxels changed": lambda v: v.correction.change.voxels_changed if v.correction is not None else None,
     "slices changed": lambda v: v.correction.change.slices_changed if v.correction is not None else None,
     "seconds": lambda v: v.correction.seconds if v.correction is not None else None,
+    "estimated Dice": lambda v: v.check.assessment.dice if v.check is not None else None,
+    "estimated Dice low": lambda v: ends.low if (ends := _ends(v)) is not None else None,
+    "estimated Dice high": lambda v: ends.high if (ends := _ends(v)) is not None else None,
+    "by bundle": lambda v: v.check.bundle if v.check is not None else None,
+    "check": lambda v: v.check.sentence if v.check is not None else None,
     "sha256": lambda v: v.label.sha256,
 }
 
@@ -404,7 +424,9 @@ async def upload_label(
         return page.render("empty.html.jinja", shown=shown, here=_address(shown))
     except SegqcError as error:
         return page.go(_address(shown), str(error), problem=True)
-    return page.go(_address(shown), f"Version {kept['version']} kept as the final label.")
+    status = await check_of(request, kept["version"])
+    told = f" {status.sentence}" if status.state == "done" else ""
+    return page.go(_address(shown), f"Version {kept['version']} kept as the final label.{told}")
 
 
 def _empty_label(shown: ShownScan) -> UploadFile:

@@ -54,7 +54,8 @@ class ShownScan:
         record: the scan.
         start: the label that an annotator starts from.
         final: its final label.
-        assessment: of ``start``, by the bundle that serves, with its number.
+        assessed: the label that is judged: the final one where it was checked, else ``start``.
+        assessment: of ``assessed``, by the bundle that serves, with its number.
         bundle: the number of that bundle.
     """
 
@@ -62,6 +63,7 @@ class ShownScan:
     record: ScanRecord
     start: LabelRecord | None
     final: LabelRecord | None
+    assessed: LabelRecord | None
     assessment: tuple[int, Assessment] | None
     bundle: int | None
 
@@ -164,12 +166,12 @@ class ShownScan:
 
     @property
     def _key(self) -> tuple[str, int, int] | None:
-        if self.start is None or self.bundle is None or self.assessment is None:
+        if self.assessed is None or self.bundle is None or self.assessment is None:
             return None
-        return str(self.context.dataset.folder), self.start.id, self.bundle
+        return str(self.context.dataset.folder), self.assessed.id, self.bundle
 
     def errors(self) -> ErrorSteps | None:
-        """The error map of ``start``; None where it is not kept."""
+        """The error map of ``assessed``; None where it is not kept."""
         key = self._key
         if key is None:
             return None
@@ -188,7 +190,7 @@ class ShownScan:
     def heat(self, executor: Executor) -> tuple[HeatState, str | None]:
         """How it is with the error map, which is made in the background where it is not kept; and why it failed."""
         key = self._key
-        if key is None or self.start is None or self.bundle is None:
+        if key is None or self.assessed is None or self.bundle is None:
             return "none", None
         if self.errors() is not None:
             return "ready", None
@@ -200,7 +202,7 @@ class ShownScan:
                 return "failed", str(error)
             if bundle is None or bundle.number != self.bundle or not bundle.holds("segqc"):
                 return "none", None
-            _making[key] = executor.submit(self._make, self.start, bundle)
+            _making[key] = executor.submit(self._make, self.assessed, bundle)
             return "making", None
         if not going.done():
             return "making", None
@@ -246,9 +248,10 @@ def shown_scan(context: AppContext, name: str) -> ShownScan:
         record = scans.get(transaction, name)
         start = labels.start_of(transaction, record.name)
         final = labels.current(transaction, record.name, FINAL)
-        assessment = assessments.latest_of(transaction, start.id) if start is not None else None
+        check = assessments.latest_of(transaction, final.id) if final is not None else None
+        assessment = check or (assessments.latest_of(transaction, start.id) if start is not None else None)
         bundle = bundles.serving_number(transaction)
-    return ShownScan(context, record, start, final, assessment, bundle)
+    return ShownScan(context, record, start, final, start if check is None else final, assessment, bundle)
 
 
 def history(context: AppContext, scan: ScanRecord) -> ScanHistory:

@@ -16,6 +16,7 @@ from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
     batch,
+    checks,
     datastore,
     inference,
     leases,
@@ -38,6 +39,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     batch.router,
     datastore.router,
     review.router,
+    checks.router,
     rounds.router,
     leases.router,
     sessions.router,

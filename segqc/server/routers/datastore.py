@@ -30,6 +30,7 @@ from segqc.server.parameters import (
     LabelText,
     ReviewerForm,
 )
+from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.dependencies import (
     AskingUser,
     SentOnce,
@@ -87,9 +88,13 @@ async def save_label(
 ) -> JsonObject:
     """Store a label map of a scan, checked and brought to the configured label values.
 
-    A final label that an annotator made of what was handed out becomes a correction, with what changed.
+    A final label that an annotator made of what was handed out becomes a correction, with what changed. The answer
+    begins with what SegQC-Net says of it (``check``), or that it is being checked.
     """
-    return await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
+    body = await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
+    version = body["version"]
+    assert isinstance(version, int)
+    return {"check": check_to_json(await check_of(request, version)), **body}
 
 
 class EmptyLabelError(RequestError):

@@ -227,6 +227,13 @@ class Panel extends HTMLElement {
       found.push(this.#notice(notice.kind, notice.text));
     }
     if (session.phase === 'ready' && scan) {
+      const { submitted } = session;
+      if (submitted && submitted.state !== 'none') {
+        const goThere = /** @type {[string, () => unknown][]} */ (
+          session.isToLookAgain ? [['Look again', () => session.jump(session.ranked[0])]] : []
+        );
+        found.push(this.#notice(submitted.errors?.length ? 'warning' : 'note', submitted.sentence, goThere));
+      }
       if (scan.state === 'rejected') {
         found.push(this.#notice('warning', `Rejected: ${scan.reason}`));
       }
