@@ -15,7 +15,7 @@ from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
-from segqc.store.labels import FINAL, READER, NewLabel
+from segqc.store.labels import FINAL, READER, RETURNED, NewLabel
 from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
@@ -202,8 +202,10 @@ def submit_label(
 
     Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
 
-    What was checked of it adds to what was checked of the label that it was made of: the label that was handed out, or
-    without a lease the scan's final one. These are the slices that were opened; where nobody says which, those that the
+    What was sent back to be corrected again needs no lease to become one.
+
+    What was checked of it adds to what was checked of the label that it was made of: the label that was handed out or
+    sent back, or else the scan's final one. These are the slices that were opened; where nobody says which, those that the
     lease asks for and those that were changed; without either, all.
 
     Args:
@@ -272,7 +274,8 @@ def submit_label(
             check_start(changing.transaction, scan, actor, started, readers)
         kept, correction = changing.versions[0], None
         answered = leases.submitted(changing.transaction, lease) if lease is not None else None
-        if answered is not None and start is not None and change is not None:
+        is_first = answered is not None if lease is not None else not corrections.has(changing.transaction, kept)
+        if is_first and start is not None and change is not None:
             correction = corrections.add(
                 changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
             )
@@ -300,8 +303,8 @@ class _Origin:
 
     Attributes:
         lease: the one that it answers; None where it answers none, or the one that it answers was answered before.
-        start: the label that was handed out with it.
-        label: the start, or without a lease the scan's final label.
+        start: the label that was handed out with it, or without a lease the one that was sent back.
+        label: the start, or without one the scan's final label.
         is_final: whether a final label is submitted, and not another version of one.
         asked: the slices that the annotator was asked for; None for the whole scan.
     """
@@ -335,7 +338,8 @@ def _origin(transaction: Transaction, scan: str, actor: Actor, tag: str) -> _Ori
         return _Origin(None, None, final, False, None)
     if lease is None:
         answered = leases.answered(transaction, scan, actor)
-        return _Origin(None, None, final, True, answered.slices if answered is not None else None)
+        start = labels.current(transaction, scan, RETURNED) if final is None else None
+        return _Origin(None, start, start or final, True, answered.slices if answered is not None else None)
     if lease.label_version is not None:
         start = labels.get(transaction, lease.label_version)
     return _Origin(lease, start, start, True, lease.slices)
