@@ -2,7 +2,8 @@
 
 Bert works in 3D Slicer (its client), Anna in OHIF, Rita reviews on the page. It takes some minutes and prints what
 happens: ``pytest -m slow -s tests/e2e/test_day.py``. Pictures for the docs go into the folder ``SEGQC_DAY_PICTURES``.
-With ``SEGQC_DAY_NETWORKS``, a served copy of the sample scans, its networks serve at first, and trainings are short.
+With ``SEGQC_DAY_NETWORKS``, a served copy of the sample scans, its networks serve at first, and trainings are too short
+to be of use: that is for work on this file.
 """
 
 from __future__ import annotations
@@ -363,6 +364,7 @@ def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
         expect(rita.locator("#now .idle")).to_contain_text("Nothing runs", timeout=60_000)
         rita.goto(url)
         assert rows(rita) == list(after)
+        picture(rita, "queue-later")
         tell(f"  Bundle {second} serves in the place of {first}. The queue is {told(after)}")
 
         np.testing.assert_array_equal(anna.voxels(), handed_out)
