@@ -587,8 +587,7 @@ def test_what_a_reviewer_approved_an_annotator_does_not_label_anew(
     refused = submit(anna)
     assert refused.status_code == 403
     assert refused.json()["detail"] == (
-        "the scan 'scan_0' is approved: a new final label of it, unless it is reopened, needs the role 'reviewer', and "
-        "yours is 'annotator'."
+        "the scan 'scan_0' is approved: only a reviewer may reopen it or give it another final label."
     )
     found = client.get("/segqc/dicomweb/scan_0", headers=anna).json()
     shown = client.get(f"/segqc/viewer/scans/{found['study']}", headers=anna).json()

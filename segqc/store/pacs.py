@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Final
 
 from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, select, true
@@ -18,6 +19,7 @@ PACS: Final = Actor(kind="system", name="PACS", identified_by="program")
 """Whoever stores series in the PACS, changes or removes them, and what is done there for label versions."""
 
 _MAX_PAUSE_SECONDS: Final = 300.0
+_SERIES: Final = select(SeriesRow.file, SeriesRow.study_uid, SeriesRow.series_uid, SeriesRow.modality, SeriesRow.images)
 _ALL: Final = (
     select(SegmentationRow, Scan.name)
     .join(LabelVersion, SegmentationRow.label_version_id == LabelVersion.id)
@@ -34,20 +36,19 @@ _VERBS: Final[dict[SegmentationState, str]] = {
 
 def series(transaction: Transaction) -> dict[str, SeriesRecord]:
     """The series of all scans, by the scans' files."""
-    rows = transaction.execute(select(SeriesRow.file, SeriesRow.study_uid, SeriesRow.series_uid))
-    return {row.file: SeriesRecord(**row._asdict()) for row in rows}
+    return {row.file: SeriesRecord(**row._asdict()) for row in transaction.execute(_SERIES)}
 
 
 def series_of(transaction: Transaction, file: str) -> SeriesRecord | None:
     """The series of a scan by its file; None where it is of none."""
-    row = transaction.get(SeriesRow, file)
-    return None if row is None else SeriesRecord(file=row.file, study_uid=row.study_uid, series_uid=row.series_uid)
+    row = transaction.execute(_SERIES.where(SeriesRow.file == file)).first()
+    return None if row is None else SeriesRecord(**row._asdict())
 
 
 def note_series(transaction: Transaction, found: Sequence[SeriesRecord]) -> None:
     """Note of which series scans are, in the place of what was noted before."""
     for record in found:
-        transaction.merge(SeriesRow(file=record.file, study_uid=record.study_uid, series_uid=record.series_uid))
+        transaction.merge(SeriesRow(**asdict(record)))
 
 
 def forget_series(transaction: Transaction, files: Collection[str]) -> None:
@@ -56,12 +57,12 @@ def forget_series(transaction: Transaction, files: Collection[str]) -> None:
         transaction.execute(delete(SeriesRow).where(SeriesRow.file == file))
 
 
-def readable_series(transaction: Transaction, study_uid: str | None = None) -> dict[str, str]:
-    """The series of the scans that are there, each with its study: all of them, or those of one study."""
-    query = select(SeriesRow.series_uid, SeriesRow.study_uid).join(Scan, Scan.file == SeriesRow.file)
+def readable_series(transaction: Transaction, study_uid: str | None = None) -> dict[str, SeriesRecord]:
+    """The series of the scans that are there, by their UIDs: all of them, or those of one study."""
+    query = _SERIES.join(Scan, Scan.file == SeriesRow.file).where(Scan.missing_since.is_(None))
     if study_uid is not None:
         query = query.where(SeriesRow.study_uid == study_uid)
-    return {row.series_uid: row.study_uid for row in transaction.execute(query.where(Scan.missing_since.is_(None)))}
+    return {row.series_uid: SeriesRecord(**row._asdict()) for row in transaction.execute(query)}
 
 
 def scans_of(transaction: Transaction, uid: str) -> list[str]:

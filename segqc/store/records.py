@@ -362,6 +362,8 @@ class SeriesRecord:
     file: str  # the scan's, as its row calls it
     study_uid: str
     series_uid: str
+    modality: str
+    images: int  # of the whole series, which may be several scans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

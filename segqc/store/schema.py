@@ -351,6 +351,8 @@ class SeriesRow(Base):
     file: Mapped[str] = mapped_column(primary_key=True)
     study_uid: Mapped[str] = mapped_column(index=True)
     series_uid: Mapped[str] = mapped_column(index=True)
+    modality: Mapped[str]
+    images: Mapped[int]
 
 
 class SegmentationRow(Base):
