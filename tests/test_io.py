@@ -690,7 +690,11 @@ def test_an_archive_gives_the_same_rows_and_files(
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
         pacs.note_series(
             transaction,
-            [SeriesRecord(file="scan_0.nii.gz", study_uid="1.2", series_uid="1.2.3", modality="MR", images=9)],
+            [
+                SeriesRecord(
+                    file="scan_0.nii.gz", study_uid="1.2", series_uid="1.2.3", modality="MR", images=9, description="T2"
+                )
+            ],
         )
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
     (folder / "left_aside.mha").touch()

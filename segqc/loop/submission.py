@@ -212,8 +212,8 @@ def submit_label(
     What was sent back to be corrected again needs no lease to become one.
 
     What was checked of it adds to what was checked of the label that it was made of: the label that was handed out or
-    sent back, or else the scan's final one. These are the slices that were opened; where nobody says which, those that the
-    lease asks for and those that were changed; without either, all.
+    sent back, or else the scan's final one. These are the slices that were opened; where nobody says which, those that
+    the lease asks for and those that were changed; without either, all.
 
     Args:
         dataset: the folder.

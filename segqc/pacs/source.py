@@ -218,6 +218,7 @@ class PacsScans:
                 series_uid=series.series_uid,
                 modality=series.modality,
                 images=images,
+                description=printable(series.description),
             )
             for look in looked
             if look.finding is None

@@ -341,6 +341,7 @@ class LabelledSince:
     scans: int
     first_at: dt.datetime | None  # when the earliest of these labels came; None without one
     simulated: int = 0  # how many of these labels are simulated corrections
+    imported: int = 0  # how many were put into the folder or the PACS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,6 +365,7 @@ class SeriesRecord:
     series_uid: str
     modality: str
     images: int  # of the whole series, which may be several scans
+    description: str  # of the series, maybe empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

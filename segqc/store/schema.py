@@ -353,6 +353,7 @@ class SeriesRow(Base):
     series_uid: Mapped[str] = mapped_column(index=True)
     modality: Mapped[str]
     images: Mapped[int]
+    description: Mapped[str]
 
 
 class SegmentationRow(Base):

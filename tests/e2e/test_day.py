@@ -8,6 +8,7 @@ to be of use: that is for work on this file.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import shutil
@@ -260,6 +261,7 @@ def day(tmp_path: Path) -> Iterator[Day]:
 
 
 def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # where others want the processor, too, trainings outlast a test's time
     loop, url = day.loop, day.loop.url
     with watched(browser) as (of_anna, _), watched(browser) as (of_rita, _):
         tell("\nScene 1. The server starts with six labelled scans and six that wait.")
@@ -333,7 +335,7 @@ def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
         version = anna.submit(two)
         assert day.state(two) == ("submitted", None)
         assert day.corrections_of(two) == [("anna", first_mask.id, final.id), ("anna", returned, version)]
-        tell(f"  {two} comes back to Anna with the reason; she corrects two more slices, and submits version {version}.")
+        tell(f"  {two} comes back to Anna with the reason; she corrects two more slices: version {version} is kept.")
         rita.goto(f"{url}/scans/{two}")
         rita.get_by_role("button", name="Approve").click()
         expect(rita.locator(".notice")).to_contain_text("Approved")

@@ -26,7 +26,7 @@ from segqc.server.parameters import (
     ViewerText,
 )
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
-from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.server.submitted_labels import stored_info
 from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
 from segqc.store import labels, leases
@@ -49,7 +49,7 @@ _ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextScan:
-    """The scan that an annotator is to correct; None where none is left. ``note`` says what there is to know of it."""
+    """The scan that an annotator is to correct; ``note`` says what there is to know of it, or why there is none."""
 
     scan: ViewedScan | None
     note: str | None
@@ -99,7 +99,7 @@ def _next(user: RequestUser, params: ViewerNextParams) -> NextScan:
     wanted = SampleParams(client_id=params.client_id, skip_reason=params.skip_reason, resume=again)
     answer = next_scan(DEFAULT_STRATEGY, user, wanted)
     if not answer:
-        return NextScan(scan=None, note=None)
+        return NextScan(scan=None, note=nothing_left(current_app().context.dataset))
     archive = current_app().context.archive
     scan = archive.named(str(answer["id"]))
     shown = view(current_app().context, scan, archive.header(scan), user.actor(params.client_id))

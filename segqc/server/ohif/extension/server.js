@@ -12,8 +12,8 @@
  *   area_mm2: number, peak_error: number }} Box
  * @typedef {{ version: number, dice: number, interval: Interval | null, structures: StructureEstimate[],
  *   slices: { instance: string, error_ml: number }[], worst_slices: string[], boxes: Box[] }} Estimate
- * @typedef {{ scan: string, study: string, series: string, state: string, reason: string | null, instances: string[],
- *   rows: number, columns: number, voxel_ml: number, segments: Segment[], label: Version | null, lease: Lease | null,
+ * @typedef {{ scan: string, title: string, study: string, series: string, state: string, reason: string | null,
+ *   instances: string[], rows: number, columns: number, voxel_ml: number, segments: Segment[], label: Version | null, lease: Lease | null,
  *   has_networks: boolean, estimate: Estimate | null, warnings: string[], history: Version[] }} Scan
  * @typedef {{ name: string, voxels_changed: number, dice: number | null, is_empty: boolean,
  *   was_empty: boolean }} Difference

@@ -59,6 +59,8 @@ export class Session extends EventTarget {
     this.known = undefined;
     /** what the server says of it @type {string | null} */
     this.noteOfNext = null;
+    /** why no scan was handed out */
+    this.noneLeft = '';
     /** aborted when the annotator chooses a slice @type {AbortController | null} */
     this.holding = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
@@ -143,6 +145,7 @@ export class Session extends EventTarget {
         this.#putAside();
         this.phase = 'none-left';
         this.scan = null;
+        this.noneLeft = note ?? '';
         return;
       }
       this.noteOfNext = scan.has_networks ? note : null; // without networks the panel has a word of its own
@@ -192,7 +195,7 @@ export class Session extends EventTarget {
         return;
       }
       // before there is a mask: OHIF 3.10 does not draw one that has just been added on another slice
-      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? [];
+      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? middleOf(scan, voxels);
       if (first) {
         await jumpTo(this.services, scan, first);
       }
@@ -518,6 +521,19 @@ export class Session extends EventTarget {
   #tell() {
     this.dispatchEvent(new Event('change'));
   }
+}
+
+/**
+ * The middle one of the slices that a label map marks; none where it marks nothing.
+ *
+ * @param {Scan} scan
+ * @param {Uint8Array | null} voxels
+ */
+function middleOf(scan, voxels) {
+  const size = scan.rows * scan.columns;
+  const isMarked = (/** @type {number} */ i) => voxels?.subarray(i * size, (i + 1) * size).some(value => value > 0);
+  const marked = scan.instances.filter((_, i) => isMarked(i));
+  return marked.slice(marked.length >> 1, (marked.length >> 1) + 1);
 }
 
 function preferences() {
