@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 SHAPE: Final = (320, 320, 40)
 AFFINE: Final = np.diag([0.9, 0.9, 3.0, 1.0])
-NEW_BROWSERS: Final = 4
-NEXT: Final = 7
+NEW_BROWSERS: Final = 3
+NEXT: Final = 5
 SCANS: Final = NEW_BROWSERS + NEXT
 START_SECONDS: Final = 300
 WAIT_MS: Final = 300_000

@@ -366,7 +366,6 @@ def test_a_day(day: Day, browser: Browser, tmp_path: Path) -> None:
         expect(rita.locator("#now .idle")).to_contain_text("Nothing runs", timeout=60_000)
         rita.goto(url)
         assert rows(rita) == list(after)
-        picture(rita, "queue-later")
         tell(f"  Bundle {second} serves in the place of {first}. The queue is {told(after)}")
 
         np.testing.assert_array_equal(anna.voxels(), handed_out)
