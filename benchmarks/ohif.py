@@ -411,26 +411,25 @@ def main() -> None:
         serve(Path(folder), viewer, int(port))
         return
     arguments.work.mkdir(parents=True)
-    arms = {}
-    table = Table("arm", "step", "median s", "longest s", "load")
-    for number, arm in enumerate(ARMS):
-        steps = {}
-        for step, values in measure(arm, arguments.work / str(number)).items():
-            median, longest = statistics.median(values), max(values)
-            steps[step] = {"median": round(median, 2), "longest": round(longest, 2), "count": len(values)}
-        arms[arm] = {"seconds": steps, "load": round(os.getloadavg()[0], 1)}
-        for step, numbers in steps.items():
-            row = f"{numbers['median']:.2f}", f"{numbers['longest']:.2f}", str(arms[arm]["load"])
-            table.add_row(arm, step, *row)
-    Console().print(table)
+    arms: dict[str, object] = {}
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load": "of one minute, before the arm",
+        "nice": os.nice(0),
         "shape": list(SHAPE),
-        "load": "of one minute, at the end of an arm; the browser's and the server's own is a part of it",
         "arms": arms,
     }
-    arguments.result.write_text(json.dumps(result, indent=1) + "\n")
+    table = Table("arm", "step", "median s", "longest s", "load")
+    for number, arm in enumerate(ARMS):
+        steps, load = {}, round(os.getloadavg()[0], 1)
+        for step, values in measure(arm, arguments.work / str(number)).items():
+            median, longest = statistics.median(values), max(values)
+            steps[step] = {"median": round(median, 2), "longest": round(longest, 2), "count": len(values)}
+            table.add_row(arm, step, f"{median:.2f}", f"{longest:.2f}", str(load))
+        arms[arm] = {"load": load, "seconds": steps}
+        arguments.result.write_text(json.dumps(result, indent=1) + "\n")
+    Console().print(table)
 
 
 if __name__ == "__main__":
