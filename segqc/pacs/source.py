@@ -216,9 +216,9 @@ class PacsScans:
                 file=look.file,
                 study_uid=series.study_uid,
                 series_uid=series.series_uid,
+                description=printable(series.description),
                 modality=series.modality,
                 images=images,
-                description=printable(series.description),
             )
             for look in looked
             if look.finding is None

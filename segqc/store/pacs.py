@@ -23,9 +23,9 @@ _SERIES: Final = select(
     SeriesRow.file,
     SeriesRow.study_uid,
     SeriesRow.series_uid,
+    SeriesRow.description,
     SeriesRow.modality,
     SeriesRow.images,
-    SeriesRow.description,
 )
 _ALL: Final = (
     select(SegmentationRow, Scan.name)

@@ -363,9 +363,9 @@ class SeriesRecord:
     file: str  # the scan's, as its row calls it
     study_uid: str
     series_uid: str
+    description: str  # of the series, maybe empty
     modality: str
     images: int  # of the whole series, which may be several scans
-    description: str  # of the series, maybe empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.server
 
 SCANS = 8
+LONG = "a_scan_with_a_name_that_goes_on_and_on_without_a_blank_anywhere_and_ends_with_the_number_6"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_dataset(tmp_path_factory.mktemp("pages") / "data", scans=SCANS)
+    (path / "scan_6.nii.gz").rename(path / f"{LONG}.nii.gz")
     dataset = Dataset(path)
     number = add_models(path)
     for i, dice in enumerate((0.41, 0.66, 0.78, 0.93), 1):
@@ -57,7 +59,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1366, 768), (820, 1180)])
 @pytest.mark.parametrize(
-    "path", ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", "/loop", "/docs", "/no"]
+    "path",
+    ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", f"/scans/{LONG}", "/loop", "/docs", "/no"],
 )
 def test_pages_are_accessible_and_fit_the_screen(
     browser: Browser, server: str, path: str, theme: str, size: tuple[int, int], pictures: Path
