@@ -205,7 +205,11 @@ class SliceQuality:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBox:
-    """A likely error in one slice: half-open voxel intervals along the two in-plane axes."""
+    """A likely error in one slice: half-open voxel intervals along the two in-plane axes.
+
+    ``mask_share`` is the share of its likely wrong voxels that lie in the mask: above a half, the structure seems to be
+    wrongly included there, else to be missing; None where no mask is known.
+    """
 
     slice_index: int
     start: tuple[int, int]
@@ -213,6 +217,7 @@ class ErrorBox:
     area_mm2: float
     mean_error: float
     peak_error: float
+    mask_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
-import numpy as np
-
+from segqc.errors import sentence
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
 from segqc.loop.requests import AuditResult
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
-from segqc.quality.label_findings import find_faults
 from segqc.store import label_verdicts, scans
 from segqc.store.label_verdicts import AuditedLabel, LabelVerdict
 from segqc.store.scans import ScanReplaced, UnknownScan
@@ -21,7 +20,7 @@ from segqc.volumes import VolumeError, read_labels
 
 logger = logging.getLogger(__name__)
 
-_EVERY_NETWORK = "not judged: every network has trained from this patient's labels"
+_EVERY_NETWORK: Final = "Not judged: every network has trained from this patient's labels."
 
 
 def audit(dataset: Dataset, progress: Progress, *, force: bool = False) -> AuditResult:
@@ -57,7 +56,7 @@ def audit(dataset: Dataset, progress: Progress, *, force: bool = False) -> Audit
             # one bad file must not keep all other labels from being judged
             logger.warning("the label of %s is not judged: %s", found.scan, error)
             failed[found.scan] = str(error)
-            _keep_problem(dataset, found, bundle, f"not judged: {error}")
+            _keep_problem(dataset, found, bundle, f"Not judged: {sentence(str(error))}")
     progress.step(len(left), len(left), "judging labels", "done", unit="labels")
     return AuditResult(judged=judged, known=len(wanted) - len(left), seen=seen, failed=failed)
 
@@ -92,14 +91,7 @@ def _judge(dataset: Dataset, found: AuditedLabel, bundle: NetworkBundle, judge: 
     scan = dataset.read_scan(ScanEntry(record.name, dataset.folder / record.file, None, None, record.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=judge.values)
     result = judge.assess(scan, labels, scan_id=found.scan, source="person")
-    faults = find_faults(
-        result.assessment,
-        result.errors,
-        np.asarray(labels.array, np.uint8),
-        judge.structures,
-        only=label.checked_slices,
-    )
-    verdict = LabelVerdict(assessment=result.assessment, faults=faults, networks=judge.card.members)
+    verdict = LabelVerdict(assessment=result.assessment, networks=judge.card.members)
     with dataset.store.write() as transaction:
         scans.expect(transaction, found.scan, record.sha256)
         label_verdicts.write(transaction, label.id, bundle.number, verdict)

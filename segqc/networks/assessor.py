@@ -445,7 +445,7 @@ class Assessor(TrainedNetwork):
                 SliceQuality(i, of_slice, error_sum)
                 for i, (of_slice, error_sum) in enumerate(zip(per_slice.each(), sums.tolist(), strict=True))
             ),
-            boxes=find_boxes(error, 0, part.spacing_mm, boxes, part=part.box, shape=part.shape),
+            boxes=find_boxes(error, 0, part.spacing_mm, boxes, mask=part.mask, part=part.box, shape=part.shape),
         )
 
     def likely_errors(self, result: AssessmentResult, scan: Volume) -> Volume:

@@ -54,6 +54,7 @@ def find_boxes(
     spacing_mm: Sequence[float],
     settings: BoxSettings,
     *,
+    mask: BoolArray | None = None,
     part: Box | None = None,
     shape: Sequence[int] | None = None,
 ) -> tuple[ErrorBox, ...]:
@@ -67,6 +68,7 @@ def find_boxes(
         axis: the through-plane axis.
         spacing_mm: the voxel spacing, three numbers.
         settings: thresholds.
+        mask: the mask whose error it is, of the same shape; without it, boxes have no ``mask_share``.
         part: the box of a scan that the array is, where it is not all of it.
         shape: that scan's.
 
@@ -103,6 +105,7 @@ def find_boxes(
     slices, corners = slices[order], corners[order]
     corners[:, [0, 2]] += (slices * apart)[:, None]
     planes = np.moveaxis(error, axis, 0)
+    masks = None if mask is None else np.moveaxis(mask, axis, 0)
     boxes = []
     for portion in np.split(corners, _portions(slices)):
         for a0, a1, b0, b1 in unite_boxes(portion, settings.min_distance_voxels).tolist():
@@ -112,8 +115,10 @@ def find_boxes(
             if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
                 inside = planes[index, a0:b0, a1:b1]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
+                of_mask = None if masks is None else masks[index, a0:b0, a1:b1]
+                share = None if of_mask is None else float(of_mask[likely_wrong(inside, settings.threshold)].mean())
                 start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
-                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak))
+                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share))
     return tuple(boxes)
 
 

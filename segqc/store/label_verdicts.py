@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from pydantic import TypeAdapter
 from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, select
 from sqlalchemy.orm import aliased
 
-from segqc.quality.label_findings import LabelFault, fault_sentence, slices_to_look_at, worst_slice
+from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
 from segqc.store import events, labels, scans
 from segqc.store.assessments import SERVING_BUNDLE
 from segqc.store.database import StoreError, Transaction
@@ -23,7 +22,7 @@ from segqc.types import Assessment, StructureQuality
 
 AuditView: TypeAlias = Literal["open", "right", "not judged", "all"]
 AUDIT_VIEWS: Final[tuple[AuditView, ...]] = get_args(AuditView)
-NOT_JUDGED: Final = "not judged yet"
+NOT_JUDGED: Final = "Not judged yet."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +31,10 @@ class LabelVerdict:
 
     Attributes:
         assessment: of the label.
-        faults: what seems wrong, the largest first.
         networks: how many networks have judged.
     """
 
     assessment: Assessment
-    faults: tuple[LabelFault, ...]
     networks: int
 
 
@@ -78,28 +75,33 @@ class AuditedLabel:
         return parts[min(known)[1]] if known else None
 
     @property
+    def errors(self) -> tuple[LikelyError, ...]:
+        """What seems wrong in the slices that a person has looked at, the largest likely error first."""
+        return () if self.verdict is None else likely_errors(self.verdict.assessment, self.label.checked_slices)
+
+    @property
     def slices(self) -> tuple[int, ...]:
-        """The slices to look at, the worst first; of a label that was checked in part, of the checked ones."""
-        return () if self.verdict is None else slices_to_look_at(self.verdict.assessment, self.label.checked_slices)
+        """The slices with likely errors among them, the worst first."""
+        marked = {index for error in self.errors for index in error.slices}
+        return tuple(index for index in self._ordered if index in marked)
 
     @property
     def worst_slice(self) -> int | None:
-        """The slice that is shown; None of a label that was not judged."""
-        return None if self.verdict is None else worst_slice(self.verdict.assessment, self.label.checked_slices)
+        """The slice to look at first; None of a label that was not judged."""
+        checked = self.label.checked_slices
+        ordered = [index for index in self._ordered if checked is None or index in checked]
+        return next(iter(self.slices or ordered), None)
+
+    @property
+    def _ordered(self) -> tuple[int, ...]:
+        """All slices, the largest error sum first."""
+        assessment = self.verdict.assessment if self.verdict is not None else None
+        return () if assessment is None else assessment.worst_slices(assessment.shape[assessment.through_plane_axis])
 
     @property
     def message(self) -> str:
         """What seems wrong, or why nobody knows, in a sentence."""
-        return (self.problem or NOT_JUDGED) if self.verdict is None else fault_sentence(self.verdict.faults)
-
-
-@dataclass(frozen=True, slots=True)
-class _Detail:
-    assessment: Assessment
-    faults: tuple[LabelFault, ...]
-
-
-_DETAIL: Final = TypeAdapter(_Detail)
+        return (self.problem or NOT_JUDGED) if self.verdict is None else sentence(self.errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def write(transaction: Transaction, label_version: int, bundle: int, verdict: La
         dice=assessment.dice,
         error_volume_ml=assessment.error_volume_ml,
         networks=verdict.networks,
-        detail=zlib.compress(_DETAIL.dump_json(_Detail(assessment, verdict.faults))),
+        detail=zlib.compress(assessment.to_json().encode()),
     )
 
 
@@ -289,8 +291,7 @@ def _condition(view: AuditView) -> Sequence[ColumnElement[bool]]:
 def _audited(row: Row[*tuple[Any, ...]], label: LabelRecord) -> AuditedLabel:
     verdict = None
     if row.detail is not None:
-        detail = _DETAIL.validate_json(zlib.decompress(row.detail))
-        verdict = LabelVerdict(assessment=detail.assessment, faults=detail.faults, networks=row.networks)
+        verdict = LabelVerdict(assessment=Assessment.from_json(zlib.decompress(row.detail)), networks=row.networks)
     mark = None
     if row.marked_at is not None:
         marker = Actor(kind=row.kind, name=row.marker, identified_by=row.identified_by)

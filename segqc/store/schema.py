@@ -419,8 +419,8 @@ class LabelVerdictRow(Base):
     """What the networks of a bundle that have not seen the patient say of a final label version.
 
     A scan has one: a later one takes its place, whatever version and bundle it is of. It is no `AssessmentRow`: those
-    order the scans that wait. ``detail`` is the assessment with what seems wrong; where the label could not be judged,
-    ``problem`` says why. ``networks`` counts those that have judged.
+    order the scans that wait. ``detail`` is the assessment; where the label could not be judged, ``problem`` says why.
+    ``networks`` counts those that have judged.
     """
 
     __tablename__ = "label_verdict"

@@ -1,0 +1,99 @@
+"""What seems wrong with a mask, in a sentence: which structure, in which slices, and whether too little or too much."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from segqc.types import Assessment, ErrorBox
+
+ErrorKind: TypeAlias = Literal["part missing", "all missing", "included"]
+
+NOTHING_FOUND: Final = "Nothing found."
+_FIRST_SLICE: Final = 1  # people count slices from 1, as viewers do; files, commands and programs from 0
+_MAX_NAMED: Final = 3  # in one sentence
+
+
+@dataclass(frozen=True, slots=True)
+class LikelyError:
+    """What seems wrong with a structure in some slices.
+
+    Attributes:
+        structure: its name.
+        kind: whether a part or all of it seems to be missing, or something else to be wrongly included.
+        slices: where, ascending, from 0.
+        volume: about how much is wrong, to compare likely errors of one scan.
+    """
+
+    structure: str
+    kind: ErrorKind
+    slices: tuple[int, ...]
+    volume: float
+
+
+def likely_errors(assessment: Assessment, slices: Collection[int] | None = None) -> tuple[LikelyError, ...]:
+    """Sum up the error boxes of a mask, the largest likely error first.
+
+    Args:
+        assessment: of the mask.
+        slices: the slices that count; None for all.
+    """
+    found = []
+    for quality in assessment.structures:
+        boxes = [box for box in quality.raw.boxes if slices is None or box.slice_index in slices]
+        missing = "part missing" if quality.mask_volume_ml > 0 else "all missing"
+        for is_included, kind in ((False, missing), (True, "included")):
+            chosen = [box for box in boxes if _is_included(box) == is_included]
+            if chosen:
+                where = tuple(sorted({box.slice_index for box in chosen}))
+                volume = sum(box.area_mm2 * box.mean_error for box in chosen)
+                found.append(LikelyError(quality.name, kind, where, volume))
+    return tuple(sorted(found, key=lambda error: -error.volume))
+
+
+def _is_included(box: ErrorBox) -> bool:
+    return (box.mask_share or 0.0) > 0.5
+
+
+def sentence(errors: Collection[LikelyError]) -> str:
+    """Likely errors as people are told, in one sentence; slices are counted from 1 there.
+
+    Example:
+        >>> sentence([LikelyError("placenta", "part missing", (11, 12), 90.0)])
+        'Look again at slices 12 and 13: part of the placenta seems to be missing.'
+        >>> sentence([])
+        'Nothing found.'
+    """
+    if not errors:
+        return NOTHING_FOUND
+    told = [f"{slices_in_words(error.slices)}: {_in_words(error)}" for error in itertools.islice(errors, _MAX_NAMED)]
+    more = "; and there is more" if len(errors) > _MAX_NAMED else ""
+    return f"Look again at {'; at '.join(told)}{more}."
+
+
+def _in_words(error: LikelyError) -> str:
+    match error.kind:
+        case "part missing":
+            return f"part of the {error.structure} seems to be missing"
+        case "all missing":
+            return f"the {error.structure} seems to be missing"
+        case "included":
+            return f"something else seems to be marked as {error.structure}"
+
+
+def slices_in_words(slices: Iterable[int]) -> str:
+    """Slices, from 0, by the numbers that people count them by, from 1; neighbours as a range.
+
+    Example:
+        >>> slices_in_words([2, 3, 4, 8])
+        'slices 3 to 5 and 9'
+        >>> slices_in_words([0])
+        'slice 1'
+    """
+    numbers = sorted({index + _FIRST_SLICE for index in slices})
+    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda p: p[1] - p[0])]
+    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    *others, last = parts
+    return f"{'slices' if len(numbers) > 1 else 'slice'} {', '.join(others)}{' and ' if others else ''}{last}"
