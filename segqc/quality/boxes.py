@@ -105,7 +105,9 @@ def find_boxes(
     slices, corners = slices[order], corners[order]
     corners[:, [0, 2]] += (slices * apart)[:, None]
     planes = np.moveaxis(error, axis, 0)
-    masks = None if mask is None else np.moveaxis(mask, axis, 0)
+    sides = None
+    if mask is not None:
+        sides = np.moveaxis(mask, axis, 0), np.moveaxis(likely_wrong(error, settings.threshold), axis, 0)
     boxes = []
     for portion in np.split(corners, _portions(slices)):
         for a0, a1, b0, b1 in unite_boxes(portion, settings.min_distance_voxels).tolist():
@@ -113,10 +115,10 @@ def find_boxes(
             b0 -= index * apart
             area = (b0 - a0) * (b1 - a1) * voxel_mm2
             if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
-                inside = planes[index, a0:b0, a1:b1]
+                where = index, slice(a0, b0), slice(a1, b1)
+                inside = planes[where]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
-                of_mask = None if masks is None else masks[index, a0:b0, a1:b1]
-                share = None if of_mask is None else float(of_mask[likely_wrong(inside, settings.threshold)].mean())
+                share = None if sides is None else float(sides[0][where][sides[1][where]].mean())
                 start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
                 boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share))
     return tuple(boxes)

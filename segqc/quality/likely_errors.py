@@ -43,18 +43,15 @@ def likely_errors(assessment: Assessment, slices: Collection[int] | None = None)
     found = []
     for quality in assessment.structures:
         boxes = [box for box in quality.raw.boxes if slices is None or box.slice_index in slices]
-        missing = "part missing" if quality.mask_volume_ml > 0 else "all missing"
-        for is_included, kind in ((False, missing), (True, "included")):
-            chosen = [box for box in boxes if _is_included(box) == is_included]
-            if chosen:
-                where = tuple(sorted({box.slice_index for box in chosen}))
-                volume = sum(box.area_mm2 * box.mean_error for box in chosen)
-                found.append(LikelyError(quality.name, kind, where, volume))
+        missing: ErrorKind = "part missing" if quality.mask_volume_ml > 0 else "all missing"
+        by_kind: dict[ErrorKind, list[ErrorBox]] = {}
+        for box in boxes:
+            by_kind.setdefault("included" if (box.mask_share or 0) > 0.5 else missing, []).append(box)
+        for kind, chosen in by_kind.items():
+            where = tuple(sorted({box.slice_index for box in chosen}))
+            volume = sum(box.area_mm2 * box.mean_error for box in chosen)
+            found.append(LikelyError(quality.name, kind, where, volume))
     return tuple(sorted(found, key=lambda error: -error.volume))
-
-
-def _is_included(box: ErrorBox) -> bool:
-    return (box.mask_share or 0.0) > 0.5
 
 
 def sentence(errors: Collection[LikelyError]) -> str:

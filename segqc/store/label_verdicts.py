@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, select
@@ -15,8 +15,8 @@ from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
 from segqc.store import events, labels, scans
 from segqc.store.assessments import SERVING_BUNDLE
 from segqc.store.database import StoreError, Transaction
-from segqc.store.labels import FINAL, FINAL_OF_SCAN
-from segqc.store.records import Actor, LabelRecord, ScanState
+from segqc.store.labels import FINAL_OF_SCAN
+from segqc.store.records import Actor, JsonObject, LabelRecord, ScanState
 from segqc.store.schema import LABELLED_STATES, ActorRow, LabelMark, LabelVerdictRow, LabelVersion, Patient, Scan
 from segqc.types import Assessment, StructureQuality
 
@@ -203,7 +203,7 @@ def counts(transaction: Transaction) -> AuditCounts:
     )
 
 
-def mark_right(transaction: Transaction, scan: str, actor: Actor, *, version: int | None = None) -> None:
+def mark_right(transaction: Transaction, scan: str, actor: Actor, *, version: int | None = None) -> AuditedLabel:
     """Note that somebody has found a scan's final label right; a second mark leaves the first as it is.
 
     Args:
@@ -214,38 +214,45 @@ def mark_right(transaction: Transaction, scan: str, actor: Actor, *, version: in
 
     Raises:
         UnknownScan: if there is no such scan.
-        StoreError: if it has no final label, or another one by now.
+        StoreError: if it has no final label that trains, or another one by now.
     """
-    label = _marked(transaction, scan, version)
-    if transaction.get(LabelMark, label.id) is not None:
-        return
-    transaction.insert(
-        LabelMark, label_version_id=label.id, actor_id=events.actor_id(transaction, actor), made_at=transaction.now
-    )
-    number = scans.number_of(transaction, scan)
-    events.record(transaction, actor, "label found right", "scan", number, {"version": label.id})
+    found = _expect(transaction, scan, version)
+    if found.mark is not None:
+        return found
+    made = {"actor_id": events.actor_id(transaction, actor), "made_at": transaction.now}
+    transaction.insert(LabelMark, label_version_id=found.label.id, **made)
+    events.record(transaction, actor, "label found right", "scan", _number(transaction, found), _of(found))
+    return replace(found, mark=RightMark(actor=actor, made_at=transaction.now))
 
 
-def remove_mark(transaction: Transaction, scan: str, actor: Actor, *, version: int | None = None) -> None:
+def remove_mark(transaction: Transaction, scan: str, actor: Actor, *, version: int | None = None) -> AuditedLabel:
     """Take back that a scan's final label was found right; arguments and errors as of `mark_right`."""
-    label = _marked(transaction, scan, version)
-    if transaction.get(LabelMark, label.id) is None:
-        return
-    transaction.execute(delete(LabelMark).where(LabelMark.label_version_id == label.id))
-    number = scans.number_of(transaction, scan)
-    events.record(transaction, actor, "mark removed", "scan", number, {"version": label.id})
+    found = _expect(transaction, scan, version)
+    if found.mark is None:
+        return found
+    transaction.execute(delete(LabelMark).where(LabelMark.label_version_id == found.label.id))
+    events.record(transaction, actor, "mark removed", "scan", _number(transaction, found), _of(found))
+    return replace(found, mark=None)
 
 
-def _marked(transaction: Transaction, scan: str, version: int | None) -> LabelRecord:
-    scans.number_of(transaction, scan)
-    label = labels.current(transaction, scan, FINAL)
-    if label is None:
-        raise StoreError(f"the scan {scan!r} has no final label to mark")
-    if version is not None and label.id != version:
+def _number(transaction: Transaction, found: AuditedLabel) -> int:
+    return scans.number_of(transaction, found.scan)
+
+
+def _of(found: AuditedLabel) -> JsonObject:
+    return {"version": found.label.id}
+
+
+def _expect(transaction: Transaction, scan: str, version: int | None) -> AuditedLabel:
+    found = of_scan(transaction, scan)
+    if found is None:
+        raise StoreError(f"the scan {scan!r} has no final label that trains, so that there is none to mark")
+    if version is not None and found.label.id != version:
         raise StoreError(
-            f"the final label of {scan!r} is version {label.id} by now, not {version}; look at it before it is marked"
+            f"the final label of {scan!r} is version {found.label.id} by now, not {version}; look at it before it is "
+            "marked"
         )
-    return label
+    return found
 
 
 _final = aliased(LabelVersion)
