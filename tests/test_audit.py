@@ -136,6 +136,14 @@ def test_every_label_is_judged_by_networks_that_have_not_seen_its_patient(datase
     assert error_maps.read(dataset, found["scan_0"].label.id, 1) is None, "other maps are not by the same networks"
 
 
+def test_a_single_network_says_what_would_judge(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=2, finals=1)
+    add_fold_models(path, (("scan_0",),))
+    dataset = Dataset(path)
+    assert audit(dataset, NO_PROGRESS).seen == 1
+    assert "with ensemble = true" in listed(dataset)["scan_0"].message
+
+
 def test_it_goes_on_with_what_is_new(dataset: Dataset) -> None:
     audit(dataset, NO_PROGRESS)
     assert audit(dataset, NO_PROGRESS) == AuditResult(judged=0, known=3, seen=1, failed={})

@@ -58,13 +58,13 @@ def audit_labels(
 
     Continues where an earlier run stopped, and with labels that have come since.
     """
-    from segqc.loop.audit import audit
-    from segqc.store import label_verdicts
-
     dataset = dataset_at(folder, config)
     if mark or unmark:
         _mark(dataset, mark or [], unmark or [])
         return
+    from segqc.loop.audit import audit
+    from segqc.store import label_verdicts
+
     with shown_progress(log_lines=not as_json) as progress:
         result = audit(dataset, progress, force=force)
     with dataset.store.read() as transaction:

@@ -21,6 +21,10 @@ from segqc.volumes import VolumeError, read_labels
 logger = logging.getLogger(__name__)
 
 _EVERY_NETWORK: Final = "Not judged: every network has trained from this patient's labels."
+_ONE_NETWORK: Final = (
+    "Not judged: the network has trained from this patient's labels; with ensemble = true in [training], one of each "
+    "fold has not."
+)
 
 
 def audit(dataset: Dataset, progress: Progress, *, force: bool = False) -> AuditResult:
@@ -47,7 +51,8 @@ def audit(dataset: Dataset, progress: Progress, *, force: bool = False) -> Audit
         judge = assessor.unseen_by(found.patient)
         try:
             if judge is None:
-                _keep_problem(dataset, found, bundle, _EVERY_NETWORK)
+                is_alone = assessor.card.members == 1
+                _keep_problem(dataset, found, bundle, _ONE_NETWORK if is_alone else _EVERY_NETWORK)
                 seen += 1
             else:
                 _judge(dataset, found, bundle, judge)
