@@ -132,12 +132,15 @@ def spreadsheet_cell(value: T) -> T | str:
     return f"'{text}" if value.startswith(_FORMULA_STARTS) else text
 
 
-def write_csv(file: TextIO, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as a CSV table, with the names of the first row's cells above; nothing but an empty line without rows.
+def write_csv(file: TextIO, rows: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
+    """Write rows as a CSV table. No text in it is a formula to spreadsheets, or acts on a terminal.
 
-    No text in it is a formula to spreadsheets, or acts on a terminal.
+    Args:
+        file: what to write to.
+        rows: each with the same cells.
+        names: of the cells, for the line above; by default the first row's, and an empty line without rows.
     """
-    names = list(rows[0]) if rows else []
+    names = names or (list(rows[0]) if rows else [])
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(spreadsheet_cell, names))
     writer.writerows([_csv_cell(row[name]) for name in names] for row in rows)

@@ -28,7 +28,8 @@ class Annotator:
 
     def wait_until_ready(self, scan: str) -> None:
         """Until a scan can be worked on."""
-        expect(self.page.locator("segqc-panel .title")).to_have_text(scan, timeout=SECONDS * 1000)
+        # the scan's id; what is written is the title that people call it
+        expect(self.page.locator("segqc-panel .title")).to_have_attribute("title", scan, timeout=SECONDS * 1000)
         self.page.wait_for_function(f"() => {SESSION}.phase === 'ready' && !{SESSION}.busy")
 
     def wait_for(self, scan: str) -> None:
@@ -63,7 +64,7 @@ class Annotator:
 
     def go_to(self, number: int) -> None:
         """Go to a slice by a click on its bar."""
-        self.page.locator(f'segqc-panel .strip g[data-slice="{number + 1}"]').click()
+        self.page.locator(f'segqc-panel .strip g[data-slice="{number}"]').click()
         self.page.wait_for_function(f"n => {SESSION}.scan.instances.indexOf({SESSION}.instance) === n", arg=number)
 
     def slice_shown(self) -> int:

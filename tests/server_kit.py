@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from segqc.store.records import Actor
 from segqc.types import (
     NO_WITNESSES,
     Assessment,
+    BoolArray,
     ErrorBox,
     ErrorView,
     FloatArray,
@@ -43,6 +45,7 @@ from segqc.volumes import Volume, temporary_labels, write_labels, write_scan
 from tests.store_kit import bundle
 
 if TYPE_CHECKING:
+    import pytest
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
@@ -61,6 +64,23 @@ steps_per_epoch = 2
 folds = 2
 gammas = []
 """
+
+
+CHECKED = (
+    CONFIG
+    + """
+[inference]
+backend = "pytorch"
+
+[boxes]
+min_area_mm2 = 20
+
+[annotation]
+audit_share = 0.0
+validation_share = 0.0
+"""
+)
+"""Settings under which small errors in `draw_case`'s scans have boxes."""
 
 
 def draw_case(index: int) -> tuple[Volume, Volume]:
@@ -103,9 +123,13 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
 
 
 def save_models(
-    folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None
+    folder: Path,
+    structures: tuple[Structure, ...] = STRUCTURES,
+    report: ReportCard | None = None,
+    *,
+    people: bool = False,
 ) -> dict[NetworkName, Path]:
-    """Files of untrained networks; SegQC-Net with a report card, where one is given."""
+    """Files of untrained networks; SegQC-Net with a report card and one for people's masks, where these are wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
@@ -119,15 +143,47 @@ def save_models(
         card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5}, report=own)
         network = build_network(plan, seed=1)
         files[kind] = folder / model_name(kind)
-        (Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)).save(files[kind])
+        model: Segmenter | Assessor = Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)
+        if people and isinstance(model, Assessor):
+            own_card = replace(card, plan=replace(plan, mask_skip=True), report=None)
+            model = model.with_people(Assessor(own_card, build_network(own_card.plan, seed=2)))
+        model.save(files[kind])
     return files
 
 
-def add_models(folder: Path, structures: tuple[Structure, ...] = STRUCTURES, report: ReportCard | None = None) -> int:
+def add_models(
+    folder: Path,
+    structures: tuple[Structure, ...] = STRUCTURES,
+    report: ReportCard | None = None,
+    *,
+    people: bool = False,
+) -> int:
     """Publish untrained networks; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
-        return dataset.bundles.publish(save_models(work, structures, report), SERVER, "a test")
+        return dataset.bundles.publish(save_models(work, structures, report, people=people), SERVER, "a test")
+
+
+def without_liver(case: int = 0, slices: tuple[int, ...] = (4, 5)) -> Volume:
+    """A case's label map, in which the liver is missing in some slices."""
+    truth = draw_case(case)[1]
+    array = truth.array.copy()
+    for index in slices:
+        array[..., index][truth.array[..., index] == 1] = 0
+    return Volume(array, truth.affine)
+
+
+def knowing_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the error maps of untrained networks be those of `draw_case`'s scans: 0.9 where a mask is wrong."""
+    cases = [draw_case(index) for index in range(4)]
+
+    def error_maps(assessor: Assessor, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> object:
+        truth = next(labels for image, labels in cases if np.allclose(image.array, scan.array, atol=1e-3))
+        truths = np.stack([structure.mask(truth.array) for structure in assessor.structures])
+        whole = tuple(slice(0, size) for size in scan.shape)
+        return np.where(masks != truths, 0.9, 0.001).astype(np.float32), whole
+
+    monkeypatch.setattr(Assessor, "_error_maps", error_maps)
 
 
 def make_assessment(

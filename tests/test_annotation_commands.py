@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from segqc.cli import main
 from segqc.cli.common import CommandError
+from segqc.loop.checking import check_label
 from segqc.loop.dataset import Dataset
 from segqc.loop.submission import submit_label
 from segqc.selection import segqc as worst_first
@@ -19,7 +20,16 @@ from segqc.store import leases
 from segqc.store.database import StoreError
 from segqc.text import visible
 from segqc.volumes import read_labels, write_labels, write_scan
-from tests.server_kit import CONFIG, assess, draw_case, make_dataset
+from tests.server_kit import (
+    CHECKED,
+    CONFIG,
+    add_models,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    make_dataset,
+    without_liver,
+)
 from tests.store_kit import ANNA
 
 PLAIN = "validation_share = 0.0\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n"
@@ -42,6 +52,22 @@ def folder(tmp_path: Path) -> Path:
     with dataset.store.write() as transaction:
         leases.acquire(transaction, ANNA, "segqc", worst_first.order, dataset.settings.annotation)
     return made
+
+
+def test_the_history_says_what_the_check_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset(tmp_path / "s", scans=1, finals=0, config=CHECKED)
+    number = add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    dataset = Dataset(folder)
+    bundle = dataset.bundle()
+    assert bundle is not None
+    check = check_label(dataset, submit_label(dataset, "scan_0", without_liver(), "final", ANNA).label, bundle)
+    submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA)
+    first, second = json.loads(run("labels", folder, "scan_0", "--json"))["versions"]
+    assert (first["by bundle"], first["check"]) == (number, check.sentence)
+    assert first["estimated Dice"] == check.assessment.dice
+    assert (second["by bundle"], second["check"], second["estimated Dice"]) == (None, None, None)
+    assert check.sentence in run("labels", folder, "scan_0", "--csv")
 
 
 def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:

@@ -35,7 +35,18 @@ from segqc.training.calibration import KnownMask, fit_masks
 from segqc.types import Assessment, Metrics, Unlikeness, label_names
 from segqc.volumes import Volume, VolumeError, read_labels, read_scan, write_labels
 from tests.report_kit import good_card, worthless_card
-from tests.server_kit import CONFIG, STRUCTURES, add_models, assess, draw_case, make_dataset, write_segmentation
+from tests.server_kit import (
+    CHECKED,
+    CONFIG,
+    STRUCTURES,
+    add_models,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    make_dataset,
+    without_liver,
+    write_segmentation,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -515,6 +526,28 @@ def test_assess_prints_draws_and_writes_the_likely_errors(run: Run, dataset: Pat
         assert messages.code != 0
         assert "exists already; name a new file" in messages.err
     assert (scan.read_bytes(), mask.read_bytes()) == before
+
+
+def test_a_persons_mask_is_judged_by_the_network_for_people(
+    run: Run, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dataset(tmp_path / "s", scans=1, finals=0, config=CHECKED)
+    add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    scan, mask = folder / "scan_0.nii.gz", tmp_path / "mask.nii.gz"
+    write_labels(without_liver(), mask)
+    sentence = "Look again at slices 4 and 5: part of the liver seems to be missing."
+    assert sentence in run("assess", scan, mask, "--no-picture", "--source", "person").out
+    assert sentence not in run("assess", scan, mask, "--no-picture").out
+    kinds = [
+        Assessment.from_json(run("assess", scan, mask, "--json", "--no-picture", "--source", source).out).mask_kind
+        for source in ("person", "network")
+    ]
+    assert kinds == ["person", "strange"]
+    other = dataset / "labels" / "final" / "scan_0.nii.gz"
+    messages = run("assess", dataset / "scan_0.nii.gz", other, "--no-picture", "--json", "--source", "person")
+    assert Assessment.from_json(messages.out).mask_kind == "strange"
+    assert "was not trained to judge people's masks" in messages.err
 
 
 def test_assess_reads_named_segments_by_their_names(run: Run, dataset: Path, tmp_path: Path) -> None:

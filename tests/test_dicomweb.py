@@ -283,7 +283,8 @@ def test_a_series_of_dicom_files_is_served_by_its_voxels(tmp_path: Path) -> None
     write_scan(volume, tmp_path / "series")
     read = read_scan(tmp_path / "series")
     scan = DicomScan(current_app().context.archive.named("oblique").record)
-    header, images = ScanHeader.of(scan, read, None), ScanImages.of(read)
+    header = ScanHeader.of(scan, read, None)
+    images = ScanImages.of(read, header.layout)
     served = tmp_path / "served"
     served.mkdir()
     for index in range(header.count):

@@ -205,7 +205,7 @@ def test_an_assessment_is_read_off_the_whole_error_map(order: tuple[int, ...], s
         for got, wanted in zip(view.slices, slices.each(), strict=True):
             assert list(astuple(got.metrics)) == pytest.approx(list(astuple(wanted)), rel=1e-9, abs=1e-9)
         assert [s.error_sum for s in view.slices] == pytest.approx(sums.tolist(), rel=1e-9, abs=1e-9)
-        assert view.boxes == find_boxes(of, axis, scan.spacing_mm, BoxSettings())
+        assert view.boxes == find_boxes(of, axis, scan.spacing_mm, BoxSettings(), mask=mask)
     assert quality.raw.boxes
 
 

@@ -687,7 +687,9 @@ def test_an_archive_gives_the_same_rows_and_files(
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
-        pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", study_uid="1.2", series_uid="1.2.3")])
+        pacs.note_series(
+            transaction, [SeriesRecord(file="scan_0.nii.gz", study_uid="1.2", series_uid="1.2.3", description="T2")]
+        )
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)

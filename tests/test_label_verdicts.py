@@ -150,7 +150,7 @@ def test_only_checked_slices_are_looked_at(store: Store, tmp_path: Path) -> None
     with store.read() as transaction:
         found = label_verdicts.of_scan(transaction, "scan_0")
     assert found is not None and found.slices == (0,) and found.worst_slice == 0
-    assert "slice 1:" in found.message and "3" not in found.message
+    assert "slice 0:" in found.message and "2" not in found.message
 
 
 def test_the_order_of_the_waiting_scans_stays_as_it_is(store: Store, tmp_path: Path) -> None:

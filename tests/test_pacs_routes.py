@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -18,7 +21,9 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from dicomweb_client import DICOMwebClient
 from fastapi.testclient import TestClient
 
-from segqc.volumes import read_scan
+from segqc.server.monailabel.facade import current_app
+from segqc.store import labels
+from segqc.volumes import read_labels, read_scan
 from tests.pacs_kit import PASSWORD, USER, Orthanc, series, to_bytes
 from tests.server_kit import listening, serving
 from tests.test_pacs import STRUCTURES, Hospital, drawn, keep, publish, read_independently, volume
@@ -312,3 +317,62 @@ def test_our_panel_works_on_a_scan_of_the_pacs(
     assert both.status_code == 409
     assert "holds 2 scans" in both.json()["detail"]
     assert client.get(f"/segqc/viewer/scans/{uid}").status_code == 200
+
+
+def test_the_pages_of_a_pacs(
+    orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # one story, as each look at the PACS takes a while
+    monkeypatch.setattr("segqc.pacs.client._PAUSE_SECONDS", 0.0)
+    own = Hospital(orthanc, tmp_path / "work", f"P{generate_uid()[-12:]}-")
+    own.folder.mkdir()
+    own.write()
+    first, second = own.add(3, "a", description="T2 sagittal"), own.add(4, "b", description="T2 <axial>")
+    name, other = str(first[0].SeriesInstanceUID), str(second[0].SeriesInstanceUID)
+    study = str(first[0].StudyInstanceUID)
+    page = {"Accept": "text/html"}
+    with serving(own.folder) as client:
+        queue = client.get("/", headers=page).text
+        assert f"{own.patient}a, T2 sagittal" in queue and "T2 &lt;axial&gt;" in queue and f'title="{name}"' in queue
+        assert f"{own.patient}b" in client.get("/?search=axial", headers=page).text
+        scan = client.get(f"/scans/{name}", headers=page).text
+        assert f"/ohif/segqc?StudyInstanceUIDs={study}&amp;SeriesInstanceUIDs={name}" in scan
+        assert f"Series {name}" in scan
+        shown = client.get(f"/segqc/viewer/scans/{name}").json()
+        assert shown["title"] == f"{own.patient}a, T2 sagittal"
+        assert set(shown["instances"]) == {str(item.SOPInstanceUID) for item in first}, "after a look at the page, too"
+        dataset = own.open()
+        painted = drawn(1, 9, seed=2)
+        version = keep(dataset, name, painted).id
+        assert "1 label waits to be stored in the PACS" in client.get("/", headers=page).text
+        assert "waits for the PACS" in client.get(f"/scans/{name}", headers=page).text
+        sent = client.get(f"/scans/{name}/versions/{version}/label.dcm")
+        publish(dataset)
+        assert "in the PACS" in client.get(f"/scans/{name}", headers=page).text
+        assert "waits to be stored" not in client.get("/", headers=page).text
+        (stored,) = own.orthanc.segmentations(study)
+        read = pydicom.dcmread(io.BytesIO(sent.content))
+        assert (read.SOPInstanceUID, read.PixelData) == (stored.SOPInstanceUID, stored.PixelData)
+        np.testing.assert_array_equal(
+            read_independently(read, dataset.read_scan(dataset.scan(name)), STRUCTURES), painted
+        )
+        upload = {"file": ("seg.dcm", sent.content)}
+        refused = client.post(f"/scans/{other}/label", files=upload, headers=page).text
+        assert "names the images of the scan" in refused
+        kept = client.post(f"/scans/{name}/label", files=upload, headers=page).text
+        (again,) = re.findall(r"Version (\d+) kept as the final label", kept)
+        with dataset.store.read() as transaction:
+            label = labels.get(transaction, int(again))
+        np.testing.assert_array_equal(read_labels(dataset.store.label_file(label)).array, painted)
+        dataset.store.close()
+        source = current_app().context.dataset.pacs
+        assert source is not None
+        monkeypatch.setattr(source.client, "url", "http://127.0.0.1:9/dicom-web")
+        source.look_now()
+        current_app().context.dataset.sync()
+        queue = client.get("/?view=all", headers=page).text
+        assert "The PACS is away: the PACS at http://127.0.0.1:9/dicom-web does not answer" in queue
+        assert f"{own.patient}a, T2 sagittal" in queue
+        own.wipe()
+        answer = client.get(f"/scans/{name}/versions/{version}/label.dcm", headers=page)
+        assert answer.status_code == 503 and "does not answer" in answer.text
+        assert "The slices cannot be shown" in client.get(f"/scans/{name}", headers=page).text

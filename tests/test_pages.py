@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import html
 import io
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,20 +17,38 @@ import pytest
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
 
+import highdicom as hd
+import pydicom
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from segqc.io.dicom import make_dataset as import_dicom
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
+from segqc.server import checks as server_checks
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.pages import charts, pictures, words
 from segqc.server.pages.pictures import Layers
 from segqc.store import assessments, jobs, labels, scans
+from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, ScanRecord
 from segqc.types import PredictionInterval, Unlikeness
-from segqc.volumes import Volume, read_labels, write_labels
+from segqc.volumes import Volume, read_labels, temporary_labels, write_labels, write_scan
 from tests.auth_kit import PASSWORD, ROLES, add_users, quick_hashes
-from tests.server_kit import SHAPE, add_models, application, assess, draw_case, make_dataset, serving
+from tests.pacs_kit import segmentation, series, to_bytes
+from tests.server_kit import (
+    CHECKED,
+    CONFIG,
+    SHAPE,
+    add_models,
+    application,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    make_dataset,
+    serving,
+    without_liver,
+)
 
 if TYPE_CHECKING:
     from httpx import Response
@@ -304,6 +324,155 @@ def test_a_label_is_uploaded_compared_rejected_and_restored(
     assert [v["tag"] for v in versions][:2] == ["final", "final"] and versions[-1]["as"] == "restored"
 
 
+def test_an_uploaded_label_is_checked_and_the_page_shows_where_to_look_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dataset(tmp_path / "data", scans=2, finals=0, config=CHECKED)
+    number = add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    monkeypatch.setattr(server_checks, "WAIT_SECONDS", 60.0)
+    write_labels(without_liver(), tmp_path / "mine.nii.gz")
+    file = {"file": ("mine.nii.gz", (tmp_path / "mine.nii.gz").read_bytes())}
+    sentence = "Look again at slices 4 and 5: part of the liver seems to be missing."
+    with serving(folder) as client:
+        client.headers.update(HTML)
+        page = client.post("/scans/scan_0/label", files=file).text
+        assert f"kept as the final label. {sentence}" in page
+        assert re.search(rf"data-check>.*{sentence}", page)
+        assert "The final label was not checked" not in page
+        pages = [client.get(f"/scans/scan_0?slice=4&drawn=1{more}").text for more in ("", "&boxes=1")]
+        plain, boxed = (client.get(html.unescape(re.findall(r'data-slice src="([^"]+)"', page)[0])) for page in pages)
+        assert plain.content != boxed.content
+        (row,) = table(client.get("/scans/scan_0/versions.csv"))
+        assert row["check"] == sentence and row["by bundle"] == str(number) and 0 < float(row["estimated Dice"]) < 1
+        assert client.get("/scans/scan_1").text.count("data-check>") == 0
+
+
+def test_a_check_that_takes_long_is_awaited_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset(tmp_path / "data", scans=1, finals=0, config=CHECKED)
+    add_models(folder, people=True)
+    knowing_the_truth(monkeypatch)
+    going, check = threading.Event(), server_checks.check_label
+    monkeypatch.setattr(server_checks, "check_label", lambda *args: going.wait() and check(*args))
+    monkeypatch.setattr(server_checks, "WAIT_SECONDS", 0.1)
+    write_labels(draw_case(0)[1], tmp_path / "mine.nii.gz")
+    file = {"file": ("mine.nii.gz", (tmp_path / "mine.nii.gz").read_bytes())}
+    with serving(folder) as client:
+        client.headers.update(HTML)
+        page = client.post("/scans/scan_0/label", files=file).text
+        assert "The final label is being checked." in page
+        assert "data-goes-on" in client.get("/scans/scan_0/check").text
+        going.set()
+        while "data-goes-on" in client.get("/scans/scan_0/check").text:
+            pass
+        assert "data-reload-pictures" in client.get("/scans/scan_0/check").text
+        page = client.get("/scans/scan_0").text
+        assert re.search(r"data-check>.*Nothing found\.", page) and "being checked" not in page
+
+
+OBLIQUE = np.array([[1.2, 0.3, 0.5, -20], [-0.4, 1.3, 0.9, 11], [-0.2, -0.4, 3.1, 7], [0, 0, 0, 1.0]])
+
+
+def grid(kind: str) -> np.ndarray:
+    """A grid as scanners make them: straight, mirrored, with other axes first, or oblique."""
+    straight = np.diag([1.5, 1.5, 4.0, 1.0])
+    if kind == "flipped":
+        return straight @ np.diag([-1.0, 1.0, -1.0, 1.0])
+    if kind == "sagittal":
+        return straight[[2, 0, 1, 3]]
+    if kind == "oblique":
+        turned, _ = np.linalg.qr(OBLIQUE[:3, :3])
+        straight[:3, :3] = turned @ straight[:3, :3]
+        straight[:3, 3] = OBLIQUE[:3, 3]
+    return straight
+
+
+@pytest.mark.parametrize("kind", ["straight", "flipped", "sagittal", "oblique"])
+@pytest.mark.parametrize(("source", "named"), [(".nii.gz", True), (".nii.gz", False), (".nrrd", True), ("DICOM", True)])
+def test_a_segmentation_goes_out_and_comes_back_voxel_by_voxel(
+    tmp_path: Path, kind: str, source: str, named: bool
+) -> None:
+    path = make_dataset(tmp_path / "data", scans=0, config=CONFIG if named else "")
+    scan, truth = (Volume(volume.array, grid(kind)) for volume in draw_case(0))
+    write_scan(scan, tmp_path / "scan_0" if source == "DICOM" else path / f"scan_0{source}")
+    if source == "DICOM":
+        import_dicom(tmp_path / "scan_0", tmp_path / "imported")
+        (tmp_path / "imported" / "scan_0.nii.gz").rename(path / "scan_0.nii.gz")
+    write_labels(truth, path / "labels" / "final" / "scan_0.nii.gz")
+    with serving(path) as client:
+        client.headers.update(HTML)
+        (address,) = re.findall(r'<a href="(/scans/scan_0/versions/[^"]+[.]dcm)">SEG', client.get("/scans/scan_0").text)
+        sent = client.get(address)
+        assert sent.status_code == 200 and sent.headers["content-disposition"].endswith("scan_0_final_1.dcm")
+        answer = client.post("/scans/scan_0/label", files={"file": ("whatever", sent.content)})
+        (kept,) = re.findall(r"Version (\d+) kept as the final label", answer.text)
+        for version in ("1", kept):
+            content = client.get(f"/scans/scan_0/versions/{version}/x.nii.gz").content
+            (tmp_path / f"{version}.nii.gz").write_bytes(content)
+        instances = client.get("/segqc/dicomweb/scan_0").json()["instances"]
+    before, after = (read_labels(tmp_path / f"{version}.nii.gz").array for version in ("1", kept))
+    np.testing.assert_array_equal(after, before)
+    assert np.array_equal(before, truth.array) or source == "DICOM"
+    item = hd.seg.segread(io.BytesIO(sent.content))
+    assert [s.SegmentLabel for s in item.SegmentSequence] == (["liver", "spleen"] if named else ["label 1", "label 4"])
+    (series,) = item.ReferencedSeriesSequence
+    assert {str(image.ReferencedSOPInstanceUID) for image in series.ReferencedInstanceSequence} <= set(instances)
+
+
+def test_segmentations_of_networks_and_of_nothing_say_so(client: TestClient, dataset: Dataset) -> None:
+    with dataset.store.read() as transaction:
+        start = labels.start_of(transaction, "scan_2")
+    assert start is not None
+    item = hd.seg.segread(io.BytesIO(client.get(f"/scans/scan_2/versions/{start.id}/scan_2.dcm").content))
+    assert {s.SegmentAlgorithmType for s in item.SegmentSequence} == {"AUTOMATIC"}
+    empty = empty_label(dataset, "scan_2")
+    item = hd.seg.segread(io.BytesIO(client.get(f"/scans/scan_2/versions/{empty}/scan_2.dcm").content))
+    assert not item.pixel_array.any() and {s.SegmentAlgorithmType for s in item.SegmentSequence} == {"MANUAL"}
+
+
+def empty_label(dataset: Dataset, scan: str) -> int:
+    """A label version beside the final one that has no voxel."""
+    actor = Actor(kind="person", name="anna", identified_by="client-id")
+    with temporary_labels(Volume(np.zeros(SHAPE, np.uint8), draw_case(0)[0].affine)) as path:
+        return dataset.store.save_label(NewLabel(scan, "version_1", "annotator", actor), path).id
+
+
+def test_an_empty_label_is_asked_about_before_it_is_kept(client: TestClient, dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "mine.nii.gz"
+    scan = draw_case(4)[0]
+    write_labels(Volume(np.zeros(SHAPE, np.uint8), scan.affine), path)
+    answer = client.post("/scans/scan_4/label", files={"file": ("mine.nii.gz", path.read_bytes())})
+    assert "Keep an empty label?" in answer.text and state_of(dataset, "scan_4") == "unlabelled"
+    assert "kept as the final label" in client.post("/scans/scan_4/label", data={"empty": "true"}).text
+    with dataset.store.read() as transaction:
+        kept = labels.current(transaction, "scan_4", "final")
+    assert kept is not None
+    found = read_labels(dataset.store.label_file(kept))
+    assert found.shape == SHAPE and not found.array.any()
+    client.post("/scans/scan_4/review", data={"decision": "reopen"})
+
+
+@pytest.mark.parametrize("what", ["another scan's", "another structure's", "another grid's", "fractional", "an image"])
+def test_segmentations_that_are_none_of_the_scan_are_refused_in_a_sentence(client: TestClient, what: str) -> None:
+    scan, truth = draw_case(2)
+    images, names, kind = series(scan, "p"), {1: "liver", 4: "spleen"}, "BINARY"
+    if what == "another scan's":
+        item = pydicom.dcmread(io.BytesIO(client.get("/scans/scan_0/versions/1/scan_0.dcm").content))
+        said = "names the images of the scan &#39;scan_0&#39;; upload it there."
+    elif what == "an image":
+        item, said = images[0], "is no DICOM segmentation."
+    else:
+        names, said = ({1: "liver", 4: "heart"}, "none of the structures") if "structure" in what else (names, "")
+        kind, said = ("FRACTIONAL", "labels are BINARY or LABELMAP") if what == "fractional" else (kind, said)
+        if what == "another grid's":
+            shift = np.zeros((4, 4))
+            shift[2, 3] = 1.3
+            scan, said = Volume(scan.array, scan.affine + shift), "resample"
+        item = segmentation(truth.array, scan, images, names, kind=kind)
+    page = client.post("/scans/scan_2/label", files={"file": ("x.dcm", to_bytes(item))})
+    assert 'class="notice problem"' in page.text and said in page.text, page.text[:3000]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -340,8 +509,10 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
 
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with serving(make_dataset(tmp_path / "data", scans=0)) as client:
-        assert "No scans yet" in client.get("/", headers=HTML).text
-        assert "No scan is left for you" in client.post("/next", headers=HTML).text
+        page = client.get("/", headers=HTML).text
+        assert "No scans yet" in page and f"<code>{tmp_path / 'data'}</code>" in page
+        assert "There are no scans yet: put some" in client.post("/next", headers=HTML).text
+        assert "There are no scans yet: put some" in client.post("/segqc/viewer/next", json={}).json()["note"]
         page = client.get("/loop", headers=HTML).text
         assert "No network was trained yet" in page and "Nothing runs" in page
 
@@ -369,14 +540,67 @@ def test_a_job_is_shown_live_and_stopped(client: TestClient, dataset: Dataset) -
     assert client.post(f"/loop/jobs/{job.public_id}/stop").status_code == 404
 
 
-def test_a_round_without_labels_is_refused_in_a_sentence(client: TestClient) -> None:
+def test_a_round_without_labels_is_refused_for_the_reason_that_the_page_shows(
+    client: TestClient, dataset: Dataset
+) -> None:
     page = client.post("/loop/round")
-    assert page.url.path == "/loop" and 'class="notice problem"' in page.text
+    (reason,) = re.findall(r"A round needs final labels of \d+ patients; there are \d+[.]", page.text)
+    assert page.status_code == 409 and reason in client.get("/loop").text
+    answer = client.post("/loop/round", headers={"Accept": "application/json"})
+    assert (answer.status_code, answer.json()) == (409, {"detail": reason})
+    with dataset.store.read() as transaction:
+        assert not jobs.open_jobs(transaction, "round")
 
 
 @pytest.mark.parametrize("name", ["rounds", "bundles", "estimates", "annotators", "corrections", "costs"])
 def test_each_table_of_the_loop_can_be_downloaded(client: TestClient, name: str) -> None:
     table(client.get(f"/loop/{name}.csv"))
+
+
+@pytest.mark.parametrize(
+    ("path", "heading"),
+    [
+        ("/queue.csv?search=nobody", "scan,title,patient"),
+        ("/loop/rounds.csv", "round,put,began"),
+        ("/loop/corrections.csv", "scan,seconds"),
+        ("/loop/annotators.csv", "annotator,known by"),
+        ("/scans/scan_4/slices.csv", "scan,slice,structure"),
+        ("/scans/scan_4/versions.csv", "version,tag,current"),
+    ],
+)
+def test_tables_without_rows_have_their_headings(tmp_path: Path, path: str, heading: str) -> None:
+    with serving(make_dataset(tmp_path / "data", scans=5)) as client:
+        lines = client.get(path).text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(heading)
+
+
+def test_a_scan_without_estimate_opens_in_the_middle_of_its_mask(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, finals=0)
+    scan = draw_case(0)[0]
+    marked = np.zeros(SHAPE, np.uint8)
+    marked[4:9, 4:9, 6:9] = 1
+    write_labels(Volume(marked, scan.affine), path / "labels" / "final" / "scan_0.nii.gz")
+    with serving(path) as client:
+        assert re.search(r'data-index="7"[^>]*aria-current="true"', client.get("/scans/scan_0", headers=HTML).text)
+        client.post("/scans/scan_0/review", data={"decision": "reject", "reason": "a leak"}, headers=HTML)
+        page = client.get("/scans/scan_0", headers=HTML).text
+        assert "a leak" in page and re.search(r'data-index="7"[^>]*aria-current="true"', page)
+
+
+def test_long_names_are_cut_in_the_middle_and_told_in_full(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, finals=0)
+    name = "a_scan_with_a_name_that_goes_on_and_on_and_ends_with_7"
+    (path / "scan_0.nii.gz").rename(path / f"{name}.nii.gz")
+    with serving(path) as client:
+        page = client.get("/", headers=HTML).text
+    assert f'title="{name}"' in page and f'<span class="unseen">{name}</span>' in page
+    assert f"{name[:18]}\N{HORIZONTAL ELLIPSIS}{name[-12:]}</span>" in page
+
+
+def test_labels_that_were_imported_are_no_corrections(client: TestClient) -> None:
+    page = client.get("/loop").text
+    (told,) = re.findall(r"No round begins by itself[^<]*", page)
+    assert re.search(r"\d+ new corrections?, and 1 imported label[.]", told)
 
 
 def test_the_api_page_needs_no_other_host(client: TestClient) -> None:
@@ -397,7 +621,7 @@ def test_boxes_and_masks_lie_where_the_scan_has_them(tmp_path: Path, affine: np.
     header = header_of(scan)
     labels_of_it = (array > 0).astype(np.uint8)
     part = pictures.part_of(header, [labels_of_it], None)
-    shown = pictures.ShownSlices(header, ScanImages.of(scan), (), part, labels=labels_of_it)
+    shown = pictures.ShownSlices(header, ScanImages.of(scan, header.layout), (), part, labels=labels_of_it)
     picture = np.asarray(Image.open(io.BytesIO(pictures.draw(shown, 5, Layers(whole=True), 320))).convert("L"))
     bright = np.argwhere(picture > 128)
     row, column = bright.mean(axis=0) / picture.shape
@@ -465,3 +689,23 @@ def test_people_see_the_buttons_of_their_role(tmp_path: Path) -> None:
     assert seen["anna"] == {"Take the next scan", "Upload as the final label"}
     assert seen["rita"] == {*seen["anna"], "Approve", "Reject"}
     assert seen["otto"] == {*seen["rita"], "Start a round"}
+
+
+def test_who_may_not_is_told_by_a_page_in_a_browser(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1)
+    dataset = Dataset(path)
+    add_users(dataset.store)
+    dataset.store.close()
+    with quick_hashes(), application(path, sign_in=True) as app, TestClient(app) as client:
+        client.post("/auth/sign-in", data={"username": "anna", "password": PASSWORD})
+        review = {"decision": "exclude", "reason": "x"}
+        page = client.post("/scans/scan_0/review", data=review, headers=HTML)
+        assert page.status_code == 403 and "This is not allowed" in page.text
+        assert "This needs the role &#39;reviewer&#39;, and yours is &#39;annotator&#39;." in page.text
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        answer = client.post("/scans/scan_0/review", data=review)
+        assert answer.json() == {"detail": "this needs the role 'reviewer', and yours is 'annotator'."}
+        foreign = {**HTML, "Origin": "http://elsewhere.example"}
+        assert "This is not allowed" in client.post("/scans/scan_0/review", data=review, headers=foreign).text
+        unknown = client.get("/", headers={**HTML, "Host": "elsewhere.example"})
+        assert unknown.status_code == 421 and unknown.headers["content-type"] == "application/json"

@@ -89,6 +89,23 @@ def test_the_reviewer_saves_versions_and_its_decisions_count(client: TestClient,
     assert np.array_equal(read_labels(next((base / "labels" / "returned").iterdir())).array, truth)
 
 
+def test_the_answer_to_submit_begins_with_the_check(client: TestClient, base: Path, tmp_path: Path) -> None:
+    """Slicer's module shows nothing of the answer but its text, under "Show Details", from the beginning."""
+    add_models(base, (Structure("liver", (2,)), Structure("spleen", (7,))), people=True)
+    info = [{"name": name, "idx": value} for value, name in ((1, "liver"), (2, "spleen"))]
+    array = draw_case(1)[1].array.copy()
+    array[array == 4] = 2
+    write_labels(Volume(array, draw_case(1)[1].affine), tmp_path / "label.nrrd")
+    answer = client.put(
+        "/datastore/label?image=scan_1",
+        data={"params": json.dumps({"label_info": info, "model": "segmentation"})},
+        files={"label": ("label.nrrd", (tmp_path / "label.nrrd").read_bytes())},
+    )
+    shown = json.dumps(answer.json(), indent=2).splitlines()
+    assert shown[1] == '  "check": {'
+    assert shown[2].startswith('    "sentence": "')
+
+
 def test_models_are_listed_and_a_waiting_training_is_shown_as_running(client: TestClient, base: Path) -> None:
     models = client.get("/info/").json()["models"]
     assert {name: model["type"] for name, model in models.items()} == dict.fromkeys(models, "segmentation")

@@ -556,6 +556,28 @@ def test_old_assessments_are_thinned_unless_they_were_shown(store: Store, folder
         assert [assessments.read(transaction, i) is not None for i in (first, second, third)] == [True, False, True]
 
 
+def test_what_is_said_of_peoples_labels_stays_whole_and_ranks_nothing(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_1", 5)
+    of_mask, of_label = make_assessment("scan_1", 0.5), replace(make_assessment("scan_1", 0.9), mask_kind="person")
+    with store.write() as transaction:
+        write_assessment(transaction, of_mask, mask.id)
+    first, second = (save_final(store, folder.parent, "scan_1", value) for value in (6, 7))
+    with store.write() as transaction:
+        numbers = [write_assessment(transaction, of_label, label.id) for label in (first, second)]
+        later = write_assessment(transaction, replace(of_label, assessor_version="qc2"), first.id)
+    with store.read() as transaction:
+        found = assessments.of_people(transaction, "scan_1")
+        assert all(assessments.read(transaction, number) is not None for number in (*numbers, later))
+        assert {version: assessment.assessor_version for version, (_, assessment) in found.items()} == {
+            first.id: "qc2",
+            second.id: of_label.assessor_version,
+        }
+        assert assessments.of_people(transaction, "scan_2") == {}
+        kept = assessments.of_bundle(transaction, mask.id, found[second.id][0])
+        assert kept is not None and kept.mask_kind == "strange", "a label's assessment thins no other"
+        assert 0.9 not in (scans.get(transaction, "scan_1").ranking_dice,)
+
+
 def test_the_interval_of_a_scan_is_the_worst_present_structures(store: Store, folder: Path) -> None:
     narrow = make_assessment("scan_1", 0.8, half_width=0.05).structures[0]
     wide = make_assessment("scan_1", 0.6, half_width=0.3).structures[0]

@@ -31,6 +31,7 @@ from segqc.cli.common import (
 from segqc.text import visible
 
 if TYPE_CHECKING:
+    from segqc.loop.checking import LabelCheck
     from segqc.loop.dataset import Dataset
     from segqc.store.records import LabelRecord
 
@@ -48,7 +49,7 @@ _VERSION_TERMS: Final = (
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
     "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
     "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
-    "result, in what was opened."
+    "result, in what was opened. estimated Dice, check: what SegQC-Net said of what a person submitted."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -183,17 +184,27 @@ def labels(
                 "Dice before": summary.dice_before,
                 "voxels changed": change.change.voxels_changed if change else None,
                 "seconds": change.seconds if change else None,
+                **_check(summary.check, as_json=as_json, as_csv=as_csv),
                 "sha256": version.sha256[:12] if version.sha256 else None,
             }
         )
+    in_brackets = brackets(s.check.assessment.dice_interval for s in history.values() if s.check is not None)
     emit(
         rows,
-        f"{scan}: {len(rows)} label versions",
+        f"{scan}: {len(rows)} label versions{in_brackets}",
         as_json=as_json,
         as_csv=as_csv,
         key="versions",
         terms=_VERSION_TERMS,
     )
+
+
+def _check(check: LabelCheck | None, *, as_json: bool, as_csv: bool) -> Row:
+    """The cells of what SegQC-Net said of a submission."""
+    dice, interval = (None, None) if check is None else (check.assessment.dice, check.assessment.dice_interval)
+    told = estimate("estimated Dice", dice, interval, as_json=as_json, as_csv=as_csv)
+    bundle, sentence = (None, None) if check is None else (check.bundle, check.sentence)
+    return {**told, "by bundle": bundle, "check": sentence}
 
 
 def _export_label(dataset: Dataset, version: LabelRecord, out: Path) -> None:

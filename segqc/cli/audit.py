@@ -33,9 +33,9 @@ app = typer.Typer()
 
 _TERMS: Final = (
     "The worst estimate comes first. structure: with the lowest estimated Dice of the label, by networks that have not "
-    "trained from the patient's labels. slices: with likely errors, the worst first, counted from 1 as viewers do "
-    "(JSON and CSV: from 0). marked right: who has looked at this version of the label and found nothing wrong (segqc "
-    "audit FOLDER --mark SCAN); another version has no mark."
+    "trained from the patient's labels. slices: with likely errors, the worst first, counted from 0. marked right: who "
+    "has looked at this version of the label and found nothing wrong (segqc audit FOLDER --mark SCAN); another version "
+    "has no mark."
 )
 _NONE: Final = "No scan has a final label yet."
 
@@ -114,7 +114,7 @@ def _row(label: AuditedLabel, *, as_json: bool, as_csv: bool) -> Row:
             as_json=as_json,
             as_csv=as_csv,
         ),
-        "slices": numbers(label.slices if as_json or as_csv else [index + 1 for index in label.slices]) or None,
+        "slices": numbers(label.slices) or None,
         "what seems wrong": label.message,
         "made by": label.label.actor.name,
         "marked right": f"by {mark.actor.name}" if mark is not None else None,

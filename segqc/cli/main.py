@@ -146,6 +146,13 @@ class Size(StrEnum):
     PAPER = "paper"
 
 
+class Source(StrEnum):
+    """Who made a mask."""
+
+    NETWORK = "network"
+    PERSON = "person"
+
+
 _METRIC_TERMS: Final = (
     "Estimates, made without a true mask. Dice, IoU: overlap with the true mask, 1 is best. ARVD: voxels that differ, "
     "in parts of the true volume, 0 is best. RVD: mask too large (+) or too small (-), in the same parts."
@@ -716,6 +723,9 @@ def assess(
     ],
     dataset: ModelsOf = None,
     model: ModelFile = None,
+    source: Annotated[
+        Source, typer.Option(help="Who made the mask: a person's is right but for a few errors.")
+    ] = Source.NETWORK,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The picture to write (default: SCAN_assessment.png).")
     ] = None,
@@ -733,6 +743,7 @@ def assess(
     JSON is the whole assessment; CSV has one line for each structure in 3D and in every slice.
     """
     from segqc.plots import draw_assessment
+    from segqc.quality.likely_errors import likely_errors, sentence
     from segqc.types import segment_names
     from segqc.volumes import read_labels, read_scan, scan_id, write_labels
 
@@ -743,7 +754,9 @@ def assess(
     volume = read_scan(scan)
     assessor = _assessor(_models_folder(dataset, scan), model)
     labels = read_labels(mask, scan=volume, values=assessor.values, names=segment_names(assessor.structures))
-    result = assessor.assess(volume, labels, scan_id=scan_id(scan))
+    if source is Source.PERSON and assessor.people is None:
+        typer.echo("SegQC-Net was not trained to judge people's masks here, and takes it for a network's", err=True)
+    result = assessor.assess(volume, labels, scan_id=scan_id(scan), source=source.value)
     if errors is not None:
         write_labels(assessor.likely_errors(result, volume), errors)
     target = None if no_picture else picture or Path(f"{scan_id(scan)}_assessment.png")
@@ -757,6 +770,8 @@ def assess(
         in_brackets = brackets(q.intervals.dice for q in result.assessment.structures)
         emit(_structure_rows(result.assessment), f"{scan.name}: estimated quality{in_brackets}", terms=_METRIC_TERMS)
         emit(_slice_rows(result.assessment, slices), "slices to look at first", terms=_SLICE_TERMS)
+        if result.assessment.mask_kind == "person":
+            typer.echo(sentence(likely_errors(result.assessment)))
     if target is not None:
         typer.echo(f"picture: {target}", err=True)
 

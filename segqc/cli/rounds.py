@@ -42,13 +42,14 @@ def list_rounds(
     Below the table it says when the next round begins by itself, and whether more rounds are worth it.
     """
     from segqc.loop.due import next_round_sentence, rounds_info
-    from segqc.loop.rounds import round_columns, summaries
+    from segqc.loop.rounds import ROUND_COLUMNS, summaries
 
     dataset = dataset_at(folder, config)
     with dataset.store.read() as transaction:
         found = summaries(transaction, simulated=simulated)
         info = rounds_info(transaction, dataset.settings.round)
-    rows = [round_columns(summary) if as_json or as_csv else _row(summary) for summary in found]
+    is_for_programs = as_json or as_csv
+    rows = [{name: cell(s) for name, cell in ROUND_COLUMNS.items()} if is_for_programs else _row(s) for s in found]
     extra: dict[str, object] = {"next": dataclasses.asdict(info)} if as_json else {}
     title = f"{folder}: rounds"
     emit(rows, title, as_json=as_json, as_csv=as_csv, extra=extra, key="rounds", terms=_TERMS, empty=_NONE)

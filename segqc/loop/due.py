@@ -124,8 +124,10 @@ def why_due(
         >>> why_due(LabelledSince(scans=20, first_at=now), 3, settings, now)
         '20 corrections since round 3'
     """
-    count = "1 correction" if waiting.scans == 1 else f"{waiting.scans} corrections"
+    corrected = waiting.scans - waiting.imported
+    count = "1 correction" if corrected == 1 else f"{corrected} corrections"
     count += f" ({waiting.simulated} simulated)" if waiting.simulated else ""
+    count += f" and {_imported(waiting.imported)}" if waiting.imported else ""
     came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
     if settings.after_corrections and waiting.scans >= settings.after_corrections:
         return came
@@ -194,8 +196,10 @@ class RoundsInfo:
 
     Attributes:
         after_corrections, at: when rounds begin by themselves; 0 and None for never.
-        corrections: the scans with a final label that neither a round nor both networks of a bundle have trained on.
+        corrections: the scans with a final label of an annotator that neither a round nor both networks of a bundle
+            have trained on.
         simulated: how many of these labels are simulated corrections.
+        imported: the scans with such a label that was put into the folder or the PACS; these count for rounds, too.
         stopped: why more rounds are not worth it, so that none begins by itself; None where they are.
         message: the same in one sentence, with the numbers.
     """
@@ -204,6 +208,7 @@ class RoundsInfo:
     at: str | None
     corrections: int
     simulated: int
+    imported: int
     stopped: StopReason | None
     message: str
 
@@ -215,8 +220,9 @@ def rounds_info(transaction: Transaction, settings: RoundSettings) -> RoundsInfo
     return RoundsInfo(
         after_corrections=settings.after_corrections,
         at=None if settings.at is None else f"{settings.at:%H:%M}",
-        corrections=waiting.scans,
+        corrections=waiting.scans - waiting.imported,
         simulated=waiting.simulated,
+        imported=waiting.imported,
         stopped=found.stop,
         message=outlook_sentence(found),
     )
@@ -226,10 +232,16 @@ def next_round_sentence(info: RoundsInfo) -> str:
     """When the next round begins by itself, and what has come for it, in one sentence."""
     came = f"{info.corrections} new correction{'' if info.corrections == 1 else 's'}"
     came += f", {info.simulated} of them simulated" if info.simulated else ""
-    conditions = [f"after {info.after_corrections} corrections"] if info.after_corrections else []
+    came += f", and {_imported(info.imported)}" if info.imported else ""
+    labels = "corrections" if not info.imported else "corrections and imported labels"
+    conditions = [f"after {info.after_corrections} {labels}"] if info.after_corrections else []
     conditions += [f"at {info.at}"] if info.at is not None else []
     if not conditions:
         return f"No round begins by itself ([round] in segqc.toml); {came}."
     if info.stopped is not None:
         return f"No round begins by itself now; {came}."
     return f"The next round begins by itself {' or '.join(conditions)}; {came}."
+
+
+def _imported(count: int) -> str:
+    return f"{count} imported label{'' if count == 1 else 's'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from segqc.loop.checking import LabelCheck, kept_checks
 from segqc.store import corrections, labels
 from segqc.store.database import Transaction
 from segqc.store.records import CorrectionRecord, LabelRecord
@@ -17,11 +18,13 @@ class VersionSummary:
         label: the version.
         is_current: whether it is the current one of its tag.
         correction: what was changed, where it answers what was handed out.
+        check: what SegQC-Net said last of what a person submitted; None where it was not checked.
     """
 
     label: LabelRecord
     is_current: bool
     correction: CorrectionRecord | None
+    check: LabelCheck | None
 
     @property
     def dice_before(self) -> float | None:
@@ -38,7 +41,14 @@ def versions(transaction: Transaction, scan: str) -> list[VersionSummary]:
     """
     changes = {c.to_version: c for c in corrections.listing(transaction, scan)}
     current = {label.id for label in labels.tags(transaction, scan).values()}
+    history = labels.history(transaction, scan)
+    checks = kept_checks(transaction, scan, history)
     return [
-        VersionSummary(label=label, is_current=label.id in current, correction=changes.get(label.id))
-        for label in labels.history(transaction, scan)
+        VersionSummary(
+            label=label,
+            is_current=label.id in current,
+            correction=changes.get(label.id),
+            check=checks.get(label.id),
+        )
+        for label in history
     ]

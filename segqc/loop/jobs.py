@@ -21,7 +21,7 @@ from segqc.loop.requests import (
     request_of,
 )
 from segqc.loop.round import run_round
-from segqc.loop.scoring import assess, current_mask, keep_mask, score
+from segqc.loop.scoring import assess, current_mask, keep_mask, score, source_of
 from segqc.loop.training import chosen_settings as chosen_settings
 from segqc.loop.training import train, training_result
 from segqc.networks.model_file import ModelError
@@ -96,7 +96,10 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
                 continue
             mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
             version = mask.bundle.segmenter_version if mask.bundle is not None else None
-            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=version)
+            result = assess(
+                bundle, scan, labels, prediction,
+                scan_id=entry.id, segmenter_version=version, source=source_of(dataset, mask),
+            )  # fmt: skip
             errors = assessor.likely_errors(result, scan)
             source = Actor(kind="network", name=assessor.version, identified_by="program")
             label = NewLabel(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from segqc.loop.due import masks_of
 from segqc.loop.requests import NETWORKS, TrackedRun, train_result_of, training_step
@@ -160,28 +160,33 @@ def _errors(audits: Sequence[CheckedEstimate]) -> list[float]:
     return [abs(estimated[key] - true[key]) for key in estimated]
 
 
-def round_columns(summary: RoundSummary) -> dict[str, str | int | float | None]:
-    """A round for programs: one fact a column, times in UTC."""
-    return {
-        "round": summary.number,
-        "put": _utc(summary.put_at),
-        "began": _utc(summary.started_at),
-        "ended": _utc(summary.ended_at),
-        "by": summary.actor.name,
-        "reason": summary.reason,
-        "state": summary.state,
-        "problem": summary.problem,
-        "labels": summary.labelled,
-        "pseudo-labels": summary.pseudo_labels,
-        "validation Dice": summary.validation_dice,
-        "audited": summary.audited,
-        "audit error": summary.audit_error,
-        "minutes": summary.minutes,
-        "bundle": summary.bundle,
-        "bundle state": summary.bundle_state,
-        "held because": summary.held_because,
-        **{f"{network} run": _run(summary.tracked.get(network)) for network in NETWORKS},
-    }
+def _tracked_run(network: NetworkName) -> Callable[[RoundSummary], Cell]:
+    return lambda summary: _run(summary.tracked.get(network))
+
+
+Cell: TypeAlias = str | int | float | None
+
+ROUND_COLUMNS: Final[Mapping[str, Callable[[RoundSummary], Cell]]] = {
+    "round": lambda summary: summary.number,
+    "put": lambda summary: _utc(summary.put_at),
+    "began": lambda summary: _utc(summary.started_at),
+    "ended": lambda summary: _utc(summary.ended_at),
+    "by": lambda summary: summary.actor.name,
+    "reason": lambda summary: summary.reason,
+    "state": lambda summary: summary.state,
+    "problem": lambda summary: summary.problem,
+    "labels": lambda summary: summary.labelled,
+    "pseudo-labels": lambda summary: summary.pseudo_labels,
+    "validation Dice": lambda summary: summary.validation_dice,
+    "audited": lambda summary: summary.audited,
+    "audit error": lambda summary: summary.audit_error,
+    "minutes": lambda summary: summary.minutes,
+    "bundle": lambda summary: summary.bundle,
+    "bundle state": lambda summary: summary.bundle_state,
+    "held because": lambda summary: summary.held_because,
+    **{f"{network} run": _tracked_run(network) for network in NETWORKS},
+}
+"""A round for programs: one fact a column, times in UTC."""
 
 
 def _run(tracked: TrackedRun | None) -> str | None:

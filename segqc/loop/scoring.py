@@ -18,10 +18,11 @@ from segqc.networks.segmenter import Prediction, Segmenter
 from segqc.selection import Score, score_of, scores
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
-from segqc.store.labels import ORIGINAL
+from segqc.store.labels import ORIGINAL, mask_source
 from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
+from segqc.types import MaskSource
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     scan = dataset.read_scan(entry)
     mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
     source = mask.bundle.segmenter_version if mask.bundle is not None else None
-    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source)
+    made_by = source_of(dataset, mask)
+    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source, source=made_by)
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     error_maps.write(dataset, mask.id, bundle.number, error_maps.quantised(result.errors))
     write_features(dataset, entry, bundle.segmenter(), scan, labels)
@@ -238,6 +240,7 @@ def assess(
     *,
     scan_id: str,
     segmenter_version: str | None,
+    source: MaskSource = "network",
 ) -> AssessmentResult:
     """Assess a mask by a bundle, as a served one where its own network made it.
 
@@ -248,6 +251,7 @@ def assess(
         prediction: the bundle's network's, if it has made the label map.
         scan_id: the name that the assessment carries.
         segmenter_version: of the network that made the label map, if one did.
+        source: who made the label map.
     """
     assessor = bundle.assessor()
     return assessor.assess(
@@ -257,7 +261,14 @@ def assess(
         segmenter_version=segmenter_version,
         plausible=None if prediction is None else prediction.plausible,
         soft=None if prediction is None else bundle.segmenter().soft_outputs(prediction, assessor.structures),
+        source=source,
     )
+
+
+def source_of(dataset: Dataset, label: LabelRecord) -> MaskSource:
+    """Who made a label version; see `segqc.store.labels.mask_source`."""
+    with dataset.store.read() as transaction:
+        return mask_source(transaction, label)
 
 
 def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
@@ -288,7 +299,8 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
     is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
     plausible = segmenter.predict(volume).plausible if is_own else None
-    errors = error_maps.quantised(assessor.error_maps(volume, labels, plausible))
+    judge = assessor.judge_of(source_of(dataset, label))
+    errors = error_maps.quantised(judge.error_maps(volume, labels, plausible))
     error_maps.write(dataset, label.id, bundle.number, errors)
     return errors
 

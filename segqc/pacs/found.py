@@ -22,13 +22,18 @@ from segqc.store.store import LabelChange, Store
 from segqc.store.sync import is_still, sentence_about
 from segqc.types import label_names
 from segqc.volumes import VolumeError, read_grid, temporary_labels
-from segqc.volumes.dicom_seg import SegmentationHeader, open_segmentation, read_segmentation_header
+from segqc.volumes.dicom_seg import (
+    SEGMENTATION_SUFFIX,
+    SegmentationHeader,
+    open_segmentation,
+    read_segmentation_header,
+    values_of,
+)
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import load_labels
 
 logger = logging.getLogger(__name__)
 
-SUFFIX: Final = ".dcm"
 _MAX_BYTES: Final = 1 << 30
 
 
@@ -65,7 +70,7 @@ def take_in_segmentations(
     for series in found:
         key = (series.series_uid, series.signature)
         is_new = series.series_uid not in known and key not in passed_over
-        if not is_new or is_still(noted, f"{series.series_uid}{SUFFIX}", series.signature):
+        if not is_new or is_still(noted, f"{series.series_uid}{SEGMENTATION_SUFFIX}", series.signature):
             continue
         if stop():
             return
@@ -74,7 +79,9 @@ def take_in_segmentations(
         except PacsRefused as error:  # one must not keep all others out
             logger.warning("%s is not taken in: %s", series.shown, error)
         passed_over.add(key)
-    over = {f for f in noted if f.endswith(SUFFIX) and "/" not in f} - {f"{s.series_uid}{SUFFIX}" for s in found}
+    over = {f for f in noted if f.endswith(SEGMENTATION_SUFFIX) and "/" not in f} - {
+        f"{s.series_uid}{SEGMENTATION_SUFFIX}" for s in found
+    }
     if over:
         with store.write() as transaction:
             findings.clear(transaction, over)
@@ -105,7 +112,7 @@ def _take_in(
                 raise
             except Exception as error:  # one file must not keep all others out, whatever is wrong with it
                 finding = sentence_about(path, series.shown, error)
-    file = f"{series.series_uid}{SUFFIX}"
+    file = f"{series.series_uid}{SEGMENTATION_SUFFIX}"
     with store.write() as transaction:
         if finding is None:
             findings.clear(transaction, [file])
@@ -143,7 +150,9 @@ def _save(
     names = label_names(settings.structure_list())
     file = InputFile(path, settings.intake, series.shown)
     grid = read_grid(store.scan_file(scan), limits=settings.intake)
-    read = load_labels(file, open_segmentation(file, grid), grid, tuple(names.values()) or None, names or None)
+    opened = open_segmentation(file, grid)
+    by_name = names or values_of(opened.segments or (), {})
+    read = load_labels(file, opened, grid, tuple(names.values()) or None, by_name)
     label = NewLabel(scan.name, tag, "import", PACS, scan_sha256=scan.sha256)
     with temporary_labels(read.volume) as source, store.change_labels([LabelChange(label, source)]) as change:
         pacs.found(change.transaction, change.versions[0].id, series.study_uid, series.series_uid)

@@ -135,7 +135,7 @@ class Publisher:
         images = self._source.images(self._store, scan)
         headers = ordered(self._client.series_metadata(series.study_uid, series.series_uid), images)
         names = label_names(self._settings.structure_list())
-        self._client.store(make_segmentation(array, headers, names, label, series.series_uid))
+        self._client.store(make_segmentation(array.transpose(2, 1, 0), headers, names, label, series.series_uid))
         return True
 
     def _withdraw(self, segmentation: SegmentationRecord) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from pydicom.sr.coding import Code
 
 from segqc import __version__
-from segqc.pacs.segmentation import TISSUE, quiet
+from segqc.pacs.segmentation import LEARNING, TISSUE, quiet
 from segqc.types import Assessment, FloatArray, StructureQuality
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _REPORT_NUMBER: Final = 902
 _NO_UNIT: Final = Code("1", "UCUM", "no units")
 _MILLILITRE: Final = Code("ml", "UCUM", "milliliter")
 _DEVICE: Final = Code("121007", "DCM", "Device")
-_LEARNING: Final = Code("123110", "DCM", "Artificial Intelligence")
 _MEASUREMENTS: Final = Code("126000", "DCM", "Imaging Measurement Report")
 _IMAGING: Final = Code("363679005", "SCT", "Imaging")
 
@@ -60,7 +59,7 @@ def make_error_maps(
     steps = np.rint(errors * _STEPS)
     if not steps.any():
         return None
-    by = hd.AlgorithmIdentificationSequence("SegQC-Net", _LEARNING, assessment.assessor_version)
+    by = hd.AlgorithmIdentificationSequence("SegQC-Net", LEARNING, assessment.assessor_version)
     with quiet():
         item = hd.seg.Segmentation(
             source_images=list(headers),

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Final
 
 import highdicom as hd
 import numpy as np
-import numpy.typing as npt
 from pydicom.sr.coding import Code
 from pydicom.valuerep import DA, TM
 
 from segqc import __version__
 from segqc.pacs.errors import PacsRefused
+from segqc.store.labels import NOT_BY_PEOPLE
 from segqc.store.records import LabelRecord
-from segqc.types import structures_of_values
+from segqc.types import LabelArray, structures_of_values, values_in
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -34,6 +34,7 @@ logging.getLogger("highdicom").setLevel(logging.WARNING)  # it logs what it copi
 
 _NAMESPACE: Final = uuid.UUID("0f6a1a6e-52b0-5a43-9a2e-6b0f0b0c5b57")
 TISSUE: Final = Code("85756007", "SCT", "Tissue")
+LEARNING: Final = Code("123110", "DCM", "Artificial Intelligence")
 SERIES_NUMBER: Final = 900
 # Told apart by colour-blind eyes, too (Okabe and Ito), in the order of the label values.
 _COLOURS: Final = (
@@ -86,16 +87,16 @@ def ordered(headers: Sequence[Dataset], images: SeriesImages) -> list[Dataset]:
 
 
 def make_segmentation(
-    labels: npt.NDArray[np.uint8],
+    images: LabelArray,
     headers: Sequence[Dataset],
     names: Mapping[str, int],
     label: LabelRecord,
     series_uid: str,
 ) -> bytes:
-    """Write a label map as a binary SEG.
+    """Write a label map as a binary SEG; an empty one has all frames of all segments, as a SEG has to have some.
 
     Args:
-        labels: (columns, rows, slices), with at least one voxel that is not 0.
+        images: the label map, (slices, rows, columns).
         headers: of the images that the slices are, in their order.
         names: the structures and their label values.
         label: the version that it is.
@@ -107,14 +108,14 @@ def make_segmentation(
     Raises:
         ValueError: if the images' headers lack what a SEG needs.
     """
-    segments = segments_of(names, [int(v) for v in np.unique(labels) if v])
+    segments = segments_of(names, sorted(values_in(images)))
     numbers = np.zeros(256, np.uint8)
     for number, value in enumerate(segments.values(), start=1):
         numbers[value] = number
     with quiet():
         item = hd.seg.Segmentation(
             source_images=list(headers),
-            pixel_array=np.ascontiguousarray(numbers[labels].transpose(2, 1, 0)),
+            pixel_array=numbers[images],
             segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[
                 _description(number, name, value, label, series_uid)
@@ -141,18 +142,28 @@ def make_segmentation(
 
 
 def _description(number: int, name: str, value: int, label: LabelRecord, series_uid: str) -> hd.seg.SegmentDescription:
+    kinds, by = hd.seg.SegmentAlgorithmTypeValues, _algorithm(label)
     described = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
         segmented_property_category=TISSUE,
         segmented_property_type=TISSUE,
-        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        algorithm_type=kinds.MANUAL if by is None else kinds.AUTOMATIC,
+        algorithm_identification=by,
         tracking_uid=uid_of(label, series_uid, f"segment {value}"),
         tracking_id=name[:64],
     )
     described.SegmentDescription = f"label value {value}"
     described.RecommendedDisplayCIELabValue = _cielab(_COLOURS[(value - 1) % len(_COLOURS)])
     return described
+
+
+def _algorithm(label: LabelRecord) -> hd.AlgorithmIdentificationSequence | None:
+    """The network that has made a label version; None where a person had a hand in it."""
+    if label.source not in NOT_BY_PEOPLE:
+        return None
+    version = label.bundle.segmenter_version if label.bundle is not None else None
+    return hd.AlgorithmIdentificationSequence("SegQC segmenter", LEARNING, version or __version__)
 
 
 def _cielab(colour: tuple[int, int, int]) -> list[int]:

@@ -212,7 +212,12 @@ class PacsScans:
                 finally:
                     del self._fresh[look.file]
         records = [
-            SeriesRecord(file=look.file, study_uid=series.study_uid, series_uid=series.series_uid)
+            SeriesRecord(
+                file=look.file,
+                study_uid=series.study_uid,
+                series_uid=series.series_uid,
+                description=printable(series.description),
+            )
             for look in looked
             if look.finding is None
         ]

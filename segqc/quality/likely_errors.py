@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from segqc.types import Assessment, ErrorBox
+from segqc.volumes.slices import in_words
 
 ErrorKind: TypeAlias = Literal["part missing", "all missing", "included"]
 
 NOTHING_FOUND: Final = "Nothing found."
-_FIRST_SLICE: Final = 1  # people count slices from 1, as viewers do; files, commands and programs from 0
 _MAX_NAMED: Final = 3  # in one sentence
 
 
@@ -55,22 +55,22 @@ def likely_errors(assessment: Assessment, slices: Collection[int] | None = None)
 
 
 def sentence(errors: Collection[LikelyError]) -> str:
-    """Likely errors as people are told, in one sentence; slices are counted from 1 there.
+    """Likely errors as people are told, in one sentence.
 
     Example:
         >>> sentence([LikelyError("placenta", "part missing", (11, 12), 90.0)])
-        'Look again at slices 12 and 13: part of the placenta seems to be missing.'
+        'Look again at slices 11 and 12: part of the placenta seems to be missing.'
         >>> sentence([])
         'Nothing found.'
     """
     if not errors:
         return NOTHING_FOUND
-    told = [f"{slices_in_words(error.slices)}: {_in_words(error)}" for error in itertools.islice(errors, _MAX_NAMED)]
+    told = [f"{in_words(error.slices)}: {_what(error)}" for error in itertools.islice(errors, _MAX_NAMED)]
     more = "; and there is more" if len(errors) > _MAX_NAMED else ""
     return f"Look again at {'; at '.join(told)}{more}."
 
 
-def _in_words(error: LikelyError) -> str:
+def _what(error: LikelyError) -> str:
     match error.kind:
         case "part missing":
             return f"part of the {error.structure} seems to be missing"
@@ -78,19 +78,3 @@ def _in_words(error: LikelyError) -> str:
             return f"the {error.structure} seems to be missing"
         case "included":
             return f"something else seems to be marked as {error.structure}"
-
-
-def slices_in_words(slices: Iterable[int]) -> str:
-    """Slices, from 0, by the numbers that people count them by, from 1; neighbours as a range.
-
-    Example:
-        >>> slices_in_words([2, 3, 4, 8])
-        'slices 3 to 5 and 9'
-        >>> slices_in_words([0])
-        'slice 1'
-    """
-    numbers = sorted({index + _FIRST_SLICE for index in slices})
-    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda p: p[1] - p[0])]
-    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
-    *others, last = parts
-    return f"{'slices' if len(numbers) > 1 else 'slice'} {', '.join(others)}{' and ' if others else ''}{last}"

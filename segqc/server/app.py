@@ -118,12 +118,17 @@ def create_app() -> FastAPI:
     told = conf.get("sign_in")
     sign_in = auth.demands_sign_in(None) if told is None else told == "true"
     add_auth(
-        app, auth, lambda: current_app().context.dataset.store, sign_in=sign_in, port=settings.MONAI_LABEL_SERVER_PORT
+        app,
+        auth,
+        lambda: current_app().context.dataset.store,
+        sign_in=sign_in,
+        port=settings.MONAI_LABEL_SERVER_PORT,
+        refuse=refuse,
     )
     origins = _allowed("allowed_origins", conf)
     app.state.traffic = Traffic()
     hosts = AllowedHosts([*_allowed("allowed_hosts", conf), *machine_names()])
-    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic)
+    app.add_middleware(Guard, hosts=hosts, origins=origins, limits=limits, traffic=app.state.traffic, refuse=refuse)
     if origins:  # around the guard: their pages can read why it refuses
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
@@ -268,23 +273,25 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    def refuse(
-        request: Request,
-        status: int,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        *,
-        image: str | None = None,
-    ) -> Response:
-        # what a client sent may be no text that can be sent back, or very long
-        shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
-        body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
-        # DICOMweb says what it cannot send: to a request for text/html, too
-        if wants_page(request) and not request.url.path.startswith(f"{dicomweb.prefix}/"):
-            return error_page(request, status, body.detail, headers)
-        return JSONResponse(body.model_dump(exclude_none=True), status, headers)
+def refuse(
+    request: Request,
+    status: int,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    *,
+    image: str | None = None,
+) -> Response:
+    """Answer a request that is refused: see `Refuse`; ``image`` is the scan that it is about."""
+    # what a client sent may be no text that can be sent back, or very long
+    shown = sentence(message) if len(message) <= _MAX_DETAIL else f"{message[:_MAX_DETAIL]}..."
+    body = Refusal(detail=shown.encode("utf-8", "backslashreplace").decode(), image=image)
+    # DICOMweb says what it cannot send: to a request for text/html, too
+    if wants_page(request) and not request.url.path.startswith(f"{dicomweb.prefix}/"):
+        return error_page(request, status, body.detail, headers)
+    return JSONResponse(body.model_dump(exclude_none=True), status, headers)
 
+
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def on_http_exception(request: Request, error: StarletteHTTPException) -> Response:
         if isinstance(error.__cause__, OSError):

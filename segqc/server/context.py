@@ -9,6 +9,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
 from segqc.networks.segmenter import Segmenter
+from segqc.server.checks import Checks
 from segqc.server.dicomweb.archive import Archive
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.errors import RequestError
@@ -32,6 +33,7 @@ class AppContext:
         self.archive = Archive(self.dataset, self.settings.server.dicomweb_cache_mb * 1e6)
         self.error_maps: BoundedCache[tuple[str, int, int], bytes] = BoundedCache(_ERROR_MAPS_BYTES, len)
         """Error maps as viewers get them, by study, label version and bundle."""
+        self.checks = Checks(self.dataset)
         self._found: tuple[frozenset[Path], tuple[Structure, ...]] | None = None
 
     def bundle(self, network: NetworkName) -> NetworkBundle:

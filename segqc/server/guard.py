@@ -21,8 +21,10 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import anyio
 from fastapi import HTTPException
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from segqc.server.errors import Refuse, refuse_in_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ MAX_HEADERS: Final = 100
 # A body has to keep coming: at least so many bytes a second on average, after a start.
 MIN_BYTES_PER_SECOND: Final = 500
 _RETRY_SECONDS: Final = "10"
+_OF_NO_PAGE: Final = (400, 421, 431)
 
 _AUTHORITY: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
@@ -175,9 +178,17 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: AllowedHosts, origins: Collection[str], limits: BodyLimits, traffic: Traffic
+        self,
+        app: ASGIApp,
+        *,
+        hosts: AllowedHosts,
+        origins: Collection[str],
+        limits: BodyLimits,
+        traffic: Traffic,
+        refuse: Refuse = refuse_in_json,
     ) -> None:
         self._app = app
+        self._refuse = refuse
         self._hosts = hosts
         self._origins = frozenset(origins)
         self._limits = limits
@@ -195,7 +206,7 @@ class Guard:
         scope["path"] = _SLASHES.sub("/", scope["path"])
         refusal = self._refusal(scope)
         if refusal is not None:
-            await _answer(refusal, scope, receive, send)
+            await self._answer(refusal, scope, receive, send)
             return
         started = False
 
@@ -211,14 +222,20 @@ class Guard:
                 request.log_cut()
                 if started:
                     raise
-                await _answer(HTTPException(503, "the server ends; send it again later."), scope, receive, send)
+                await self._answer(HTTPException(503, "the server ends; send it again later."), scope, receive, send)
             except Exception:
                 number = uuid.uuid4().hex[:8]
                 logger.exception("error %s: %s could not be answered", number, request.label)
                 if started:
                     raise
                 message = f"the server met a mistake of its own; its log tells more under the error id {number}."
-                await _answer(HTTPException(500, message), scope, receive, send)
+                await self._answer(HTTPException(500, message), scope, receive, send)
+
+    async def _answer(self, error: HTTPException, scope: Scope, receive: Receive, send: Send) -> None:
+        # under a name that is not the server's, a page could load nothing
+        refuse = refuse_in_json if error.status_code in _OF_NO_PAGE else self._refuse
+        answer = refuse(Request(scope), error.status_code, str(error.detail), error.headers)
+        await answer(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         if len(scope["headers"]) > MAX_HEADERS:
@@ -288,10 +305,6 @@ class Guard:
             return message
 
         return counted
-
-
-async def _answer(error: HTTPException, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, send)
 
 
 def _too_large(most: int) -> HTTPException:

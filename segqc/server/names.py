@@ -94,7 +94,7 @@ def split_suffix(name: str | None, what: str, suffixes: Sequence[str] = SCAN_SUF
         RequestError: 415 if the suffix is none of the formats that are read.
     """
     base = _base_name(name)
-    found = max((s for s in LABEL_SUFFIXES if base.lower().endswith(s)), key=len, default=None)
+    found = max((s for s in {*LABEL_SUFFIXES, *suffixes} if base.lower().endswith(s)), key=len, default=None)
     if found is not None and found in suffixes:
         return base[: -len(found)], found
     raise RequestError(415, f"{what} {base[:80]!r} is not of a readable format; send {', '.join(suffixes)}.")

@@ -19,6 +19,7 @@ from segqc.store.store import suffix_of
 from segqc.text import caseless
 from segqc.types import LabelArray, values_in
 from segqc.volumes import Volume, VolumeError, read_grid
+from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX, open_segmentation, values_of
 from segqc.volumes.files import open_labels
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.labelmaps import LIKELY_ERROR_NAMES, NO_STRUCTURES, LabelMap, load_labels
@@ -39,10 +40,10 @@ def read_submission(
 ) -> LabelMap:
     """Read a submitted label map onto its scan's grid, with the stored label values.
 
-    A file that names its segments (``.seg.nrrd``) is read by these names. Otherwise 3D Slicer numbers the exported
-    segments 1, 2, ... in the order of ``params.label_info`` and skips some; so values are read by that order where
-    names are given, or as ``params.label_names`` says. Without names they are the stored values, if they can't be
-    anything else.
+    A file that names its segments (``.seg.nrrd``, DICOM SEG) is read by these names. Otherwise 3D Slicer numbers the
+    exported segments 1, 2, ... in the order of ``params.label_info`` and skips some; so values are read by that order
+    where names are given, or as ``params.label_names`` says. Without names they are the stored values, if they can't
+    be anything else.
 
     Args:
         path: the submitted file.
@@ -60,14 +61,17 @@ def read_submission(
     """
     file = InputFile(path, limits, "the submitted label map")
     try:
-        source = open_labels(file)
+        scan = read_grid(scan_path, limits=limits)
+        is_dicom = path.suffix == SEGMENTATION_SUFFIX
+        source = open_segmentation(file, scan) if is_dicom else open_labels(file)
         own = [s for s in source.segments or () if caseless(s.name) not in NO_STRUCTURES]
         # the Reviewer opens label maps without names and saves them with names of 3D Slicer's own making
         named = source.segments is not None and not (own and all(_UNNAMED.fullmatch(s.name.strip()) for s in own))
         if source.segments is not None:
             _check_no_likely_errors(source.voxels(), source.segments)
-        scan = read_grid(scan_path, limits=limits)
         by_name = names if named and configured else None
+        if is_dicom and not configured:
+            by_name = values_of(source.segments or (), names)
         labels = load_labels(file, source, scan, names=by_name)
     except VolumeError as error:
         raise RequestError(422, str(error)) from error

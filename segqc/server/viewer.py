@@ -20,7 +20,7 @@ from segqc.server.context import AppContext
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.strategy import WORST_SLICES, estimate_warning
-from segqc.store import assessments, labels, leases
+from segqc.store import assessments, labels, leases, pacs
 from segqc.store.database import Transaction
 from segqc.store.records import Actor, LabelRecord, LabelSource, LeaseRecord, ScanState
 from segqc.types import UNLIKE, Assessment, LabelArray, PredictionInterval, Structure, StructureQuality, applying
@@ -117,11 +117,13 @@ class Estimate:
 class ViewedScan:
     """A scan with all that the viewer's panel shows of it.
 
-    ``instances`` name the slices in the order of the file's voxels. ``label`` is what an annotator goes on from, None
-    for an empty label map. ``warnings`` say why an estimate is to be taken with care.
+    ``title`` is what people call it, which of a scan of a PACS is not its id. ``instances`` name the slices in the
+    order of the file's voxels. ``label`` is what an annotator goes on from, None for an empty label map. ``warnings``
+    say why an estimate is to be taken with care.
     """
 
     scan: str
+    title: str
     study: str
     series: str
     state: ScanState
@@ -150,6 +152,7 @@ def view(context: AppContext, scan: DicomScan, header: ScanHeader, actor: Actor)
         versions = [_version(label, actor, is_current=last[label.tag] == label.id) for label in history]
         lease = _lease(transaction, name, actor)
         found = None if start is None else _assessment(transaction, start, lease)
+        title = pacs.title_of(transaction, scan.record)
     warnings = []
     if found is not None:
         warning = estimate_warning(dataset.report_card(), dataset.drift_alarm())
@@ -159,6 +162,7 @@ def view(context: AppContext, scan: DicomScan, header: ScanHeader, actor: Actor)
     _, rows, columns = header.planes.shape
     return ViewedScan(
         scan=name,
+        title=title,
         study=scan.study_uid,
         series=scan.series_uid,
         state=scan.record.state,

@@ -88,7 +88,7 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
 
     If the version is what an annotator would start from, and the bundle serves, the scan is ranked by it. Older
     bundles' assessments of the scan are thinned: those that an annotator was shown stay whole, the others lose slices
-    and boxes, but not metrics.
+    and boxes, but not metrics. Of people's masks all stay whole, and none thins another.
 
     Raises:
         StoreError: if there is no such version, or it is another scan's.
@@ -119,7 +119,8 @@ def write(transaction: Transaction, assessment: Assessment, label_version: int, 
         foreground = any(q.mask_volume_ml > 0 for q in assessment.structures)
         scans.rank(transaction, scan_id, assessment.dice, foreground)
     transaction.flush()
-    _thin(transaction, scan_id, number)
+    if assessment.mask_kind != "person":
+        _thin(transaction, scan_id, number)
     return number
 
 
@@ -148,6 +149,7 @@ def _structure(assessment_id: int, structure_id: int, position: int, quality: St
 
 def _shown() -> ColumnElement[bool]:
     return or_(
+        AssessmentRow.mask_kind == "person",
         exists().where(LeaseRow.assessment_id == AssessmentRow.id),
         exists().where(Correction.assessment_id == AssessmentRow.id),
     )
@@ -344,6 +346,22 @@ def of_bundle(transaction: Transaction, label_version: int, bundle: int) -> Asse
         )
     )
     return read(transaction, found) if found is not None else None
+
+
+def of_people(transaction: Transaction, scan: str) -> dict[int, tuple[int, Assessment]]:
+    """The last assessment of each label version of a scan that a network for people's masks has judged.
+
+    Returns:
+        The bundle's number and what it says, by the version's number.
+    """
+    wanted = Scan.name == scan, AssessmentRow.mask_kind == "person"
+    query = _heads().add_columns(AssessmentRow.bundle_id).where(*wanted)
+    found: dict[int, tuple[int, Assessment]] = {}
+    for head in transaction.execute(query.order_by(AssessmentRow.made_at, AssessmentRow.id)):
+        assessment = _assessment(head, transaction.rows(_PARTS, {"assessment": head.id}).all())
+        if assessment is not None:
+            found[head.label_version_id] = head.bundle_id, assessment
+    return found
 
 
 def latest_id(transaction: Transaction, label_version: int) -> int | None:

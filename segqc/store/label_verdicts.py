@@ -12,12 +12,21 @@ from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, select
 from sqlalchemy.orm import aliased
 
 from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
-from segqc.store import events, labels, scans
+from segqc.store import events, labels, pacs, scans
 from segqc.store.assessments import SERVING_BUNDLE
 from segqc.store.database import StoreError, Transaction
 from segqc.store.labels import FINAL_OF_SCAN
 from segqc.store.records import Actor, JsonObject, LabelRecord, ScanState
-from segqc.store.schema import LABELLED_STATES, ActorRow, LabelMark, LabelVerdictRow, LabelVersion, Patient, Scan
+from segqc.store.schema import (
+    LABELLED_STATES,
+    ActorRow,
+    LabelMark,
+    LabelVerdictRow,
+    LabelVersion,
+    Patient,
+    Scan,
+    SeriesRow,
+)
 from segqc.types import Assessment, StructureQuality
 
 AuditView: TypeAlias = Literal["open", "right", "not judged", "all"]
@@ -52,6 +61,7 @@ class AuditedLabel:
 
     Attributes:
         scan, patient: whose it is.
+        title: what people call the scan, see `pacs.title`.
         state: of the scan.
         label: the current final version.
         verdict: by the bundle that serves; None where it says nothing.
@@ -60,6 +70,7 @@ class AuditedLabel:
     """
 
     scan: str
+    title: str
     patient: str
     state: ScanState
     label: LabelRecord
@@ -270,11 +281,12 @@ def _rows() -> Select[*tuple[Any, ...]]:
     return (
         select(
             Scan.name, Scan.state, Patient.name.label("patient"), _final.id.label("version"),
-            found.networks, found.detail, found.problem,
+            SeriesRow.series_uid, SeriesRow.description, found.networks, found.detail, found.problem,
             LabelMark.made_at.label("marked_at"), _marker.kind, _marker.name.label("marker"), _marker.identified_by,
         )
         .join(Patient, Patient.id == Scan.patient_id)
         .join(_final, _final.id == FINAL_OF_SCAN)
+        .outerjoin(SeriesRow, SeriesRow.file == Scan.file)
         .outerjoin(found, of_label)
         .outerjoin(LabelMark, LabelMark.label_version_id == _final.id)
         .outerjoin(_marker, _marker.id == LabelMark.actor_id)
@@ -305,6 +317,7 @@ def _audited(row: Row[*tuple[Any, ...]], label: LabelRecord) -> AuditedLabel:
         mark = RightMark(actor=marker, made_at=row.marked_at)
     return AuditedLabel(
         scan=row.name,
+        title=pacs.title(row.name, row.patient, row.series_uid, row.description),
         patient=row.patient,
         state=row.state,
         label=label,

@@ -23,6 +23,7 @@ from segqc.store.schema import (
     Score,
     UtcDateTime,
 )
+from segqc.types import MaskSource
 
 FINAL: Final = "final"
 ORIGINAL: Final = "original"
@@ -126,6 +127,17 @@ def checked_slices(label: LabelRecord) -> tuple[int, ...] | None:
     if label.tag == ORIGINAL or label.source in NOT_BY_PEOPLE:
         return ()
     return label.checked_slices
+
+
+def mask_source(transaction: Transaction, label: LabelRecord) -> MaskSource:
+    """Who made a label map; of a restored version, who made the one that it holds again.
+
+    What was imported is people's, but for masks that wait to be corrected: those are of other networks.
+    """
+    while label.source == "restored" and label.parent is not None:
+        label = get(transaction, label.parent)
+    is_foreign_mask = label.source == "import" and label.tag == ORIGINAL
+    return "network" if label.source in NOT_BY_PEOPLE or is_foreign_mask else "person"
 
 
 def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> None:

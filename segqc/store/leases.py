@@ -54,6 +54,7 @@ class LeaseRules:
             (``version_1``, ...) becomes the final label.
         slices: how many slices of a scan that the strategy chose are asked for, those with the most likely errors; 0
             for whole scans. Audits, validation scans and scans without an assessment are always asked for as a whole.
+        check_submissions: whether SegQC-Net checks what a person has submitted, and says where to look again.
     """
 
     lease_minutes: float = 240.0
@@ -66,6 +67,7 @@ class LeaseRules:
     seed: int = 0
     approved_version_is_final: bool = True
     slices: int = 0
+    check_submissions: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, sele
 from segqc.store import events, labels
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL
-from segqc.store.records import Actor, JsonObject, SegmentationRecord, SegmentationState, SeriesRecord
+from segqc.store.records import Actor, JsonObject, ScanRecord, SegmentationRecord, SegmentationState, SeriesRecord
 from segqc.store.schema import LabelVersion, Scan, SegmentationRow, SeriesRow
 
 PACS: Final = Actor(kind="system", name="PACS", identified_by="program")
@@ -34,20 +34,48 @@ _VERBS: Final[dict[SegmentationState, str]] = {
 
 def series(transaction: Transaction) -> dict[str, SeriesRecord]:
     """The series of all scans, by the scans' files."""
-    rows = transaction.execute(select(SeriesRow.file, SeriesRow.study_uid, SeriesRow.series_uid))
-    return {row.file: SeriesRecord(**row._asdict()) for row in rows}
+    return {row.file: _series(row) for row in transaction.scalars(select(SeriesRow))}
 
 
 def series_of(transaction: Transaction, file: str) -> SeriesRecord | None:
     """The series of a scan by its file; None where it is of none."""
     row = transaction.get(SeriesRow, file)
-    return None if row is None else SeriesRecord(file=row.file, study_uid=row.study_uid, series_uid=row.series_uid)
+    return None if row is None else _series(row)
+
+
+def _series(row: SeriesRow) -> SeriesRecord:
+    return SeriesRecord(file=row.file, study_uid=row.study_uid, series_uid=row.series_uid, description=row.description)
+
+
+def title(scan: str, patient: str, series_uid: str | None, description: str | None) -> str:
+    """What people call a scan: by its own name, and one of a PACS by its patient and its series' description.
+
+    >>> title("1.2.3_echo-1", "P7", "1.2.3", "T2 axial"), title("brain", "P7", None, None)
+    ('P7, T2 axial, echo-1', 'brain')
+    """
+    if series_uid is None:
+        return scan
+    part = scan.removeprefix(series_uid).lstrip("_")
+    return ", ".join(filter(None, (patient, description or "a series without a description", part)))
+
+
+def title_of(transaction: Transaction, scan: ScanRecord) -> str:
+    """What people call a scan; see `title`."""
+    found = series_of(transaction, scan.file)
+    return title(scan.name, scan.patient, *((found.series_uid, found.description) if found else (None, None)))
 
 
 def note_series(transaction: Transaction, found: Sequence[SeriesRecord]) -> None:
     """Note of which series scans are, in the place of what was noted before."""
     for record in found:
-        transaction.merge(SeriesRow(file=record.file, study_uid=record.study_uid, series_uid=record.series_uid))
+        transaction.merge(
+            SeriesRow(
+                file=record.file,
+                study_uid=record.study_uid,
+                series_uid=record.series_uid,
+                description=record.description,
+            )
+        )
 
 
 def forget_series(transaction: Transaction, files: Collection[str]) -> None:
@@ -78,9 +106,16 @@ def known_segmentations(transaction: Transaction) -> set[str]:
     return set(transaction.scalars(select(SegmentationRow.series_uid)))
 
 
-def segmentations(transaction: Transaction) -> list[SegmentationRecord]:
-    """All label versions that lie in the PACS or should, oldest first."""
-    return _records(transaction, _ALL)
+def segmentations(transaction: Transaction, scan: str | None = None) -> list[SegmentationRecord]:
+    """All label versions that lie in the PACS or should, or a scan's, oldest first."""
+    return _records(transaction, _ALL if scan is None else _ALL.where(Scan.name == scan))
+
+
+def last_failure(transaction: Transaction) -> str | None:
+    """Why the last step that failed did, of those that are tried again; None without one."""
+    waits = SegmentationRow.next_try_at.is_not(None)
+    query = select(SegmentationRow.problem).where(waits).order_by(SegmentationRow.changed_at.desc()).limit(1)
+    return transaction.scalar(query)
 
 
 def segmentation_of(transaction: Transaction, label: int) -> SegmentationRecord | None:

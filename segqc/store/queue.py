@@ -10,10 +10,10 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from sqlalchemy import ColumnElement, Select, and_, case, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
-from segqc.store import assessments, labels
+from segqc.store import assessments, labels, pacs
 from segqc.store.database import Transaction
 from segqc.store.records import Actor, ScanState
-from segqc.store.schema import LABELLED_STATES, ActorRow, LabelVersion, LeaseRow, Patient, Scan, Score
+from segqc.store.schema import LABELLED_STATES, ActorRow, LabelVersion, LeaseRow, Patient, Scan, Score, SeriesRow
 from segqc.types import PredictionInterval
 
 ShownState: TypeAlias = Literal[
@@ -34,7 +34,8 @@ class Wanted:
 
     Attributes:
         view: those that wait for a label ("open", handed out or not), those in one state, or all.
-        search: a part of the scan's or the patient's name, whatever its case; empty for all.
+        search: a part of the scan's or the patient's name, or of a series' description, whatever its case; empty for
+            all.
         sort: what they are sorted by; scans without such a number come last.
         descending: whether the largest comes first.
         start: how many are left out at the beginning.
@@ -63,6 +64,7 @@ class QueuedScan:
 
     Attributes:
         name, patient: what it is called, and whose it is.
+        title: what people call it, see `pacs.title`.
         state: as people are told; `reason` is why it was rejected or excluded.
         dice, interval: the estimate that it is ranked by; None without one.
         error_volume_ml: the estimated volume of the errors; None without an assessment.
@@ -72,6 +74,7 @@ class QueuedScan:
     """
 
     name: str
+    title: str
     patient: str
     state: ShownState
     reason: str | None
@@ -124,6 +127,7 @@ def page(transaction: Transaction, wanted: Wanted, *, volume_score: str) -> Queu
         scans=tuple(
             QueuedScan(
                 name=row.name,
+                title=pacs.title(row.name, row.patient, row.series_uid, row.description),
                 patient=row.patient,
                 state=shown_state(row.state, row.missing_since, row.former_name, is_held=number in held),
                 reason=row.reason,
@@ -194,7 +198,14 @@ def _condition(view: QueueView, now: dt.datetime) -> ColumnElement[bool]:
 def _search(text: str) -> list[ColumnElement[bool]]:
     if not text:
         return []
-    return [or_(Scan.name.icontains(text, autoescape=True), Patient.name.icontains(text, autoescape=True))]
+    described = select(SeriesRow.file).where(SeriesRow.description.icontains(text, autoescape=True))
+    return [
+        or_(
+            Scan.name.icontains(text, autoescape=True),
+            Patient.name.icontains(text, autoescape=True),
+            Scan.file.in_(described),
+        )
+    ]
 
 
 def _ordered(chosen: Select[int], wanted: Wanted, volume_score: str) -> Select[int]:
@@ -229,9 +240,10 @@ def _since() -> ColumnElement[dt.datetime]:
 def _details(volume_score: str) -> Select[*tuple[Any, ...]]:
     return select(
         Scan.id, Scan.name, Patient.name.label("patient"), Scan.state, Scan.reason, Scan.ranking_dice,
+        SeriesRow.series_uid, SeriesRow.description,
         Scan.missing_since, Scan.former_name, _since().label("since"), _volume_score(volume_score).label("score"),
         assessments.latest_number(labels.START_OF_SCAN).correlate(Scan).scalar_subquery().label("assessment"),
-    ).join(Patient, Scan.patient_id == Patient.id)  # fmt: skip
+    ).join(Patient, Scan.patient_id == Patient.id).outerjoin(SeriesRow, SeriesRow.file == Scan.file)  # fmt: skip
 
 
 def _leases(transaction: Transaction, numbers: Sequence[int]) -> dict[int, list[OpenLease]]:

@@ -341,6 +341,7 @@ class LabelledSince:
     scans: int
     first_at: dt.datetime | None  # when the earliest of these labels came; None without one
     simulated: int = 0  # how many of these labels are simulated corrections
+    imported: int = 0  # how many were put into the folder or the PACS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +363,7 @@ class SeriesRecord:
     file: str  # the scan's, as its row calls it
     study_uid: str
     series_uid: str
+    description: str  # of the series, maybe empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

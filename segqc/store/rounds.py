@@ -66,12 +66,13 @@ def labelled_since(transaction: Transaction, newest: int) -> LabelledSince:
     Simulated corrections count, too: who simulates an annotator wants to see what a person would.
     """
     simulated = func.count(case((Correction.simulated, 1)))
-    query = select(func.count(), func.min(LabelVersion.made_at), simulated).select_from(LabelVersion)
+    imported = func.count(case((LabelVersion.source == "import", 1)))
+    query = select(func.count(), func.min(LabelVersion.made_at), simulated, imported).select_from(LabelVersion)
     query = query.join(Scan, Scan.id == LabelVersion.scan_id)
     query = query.outerjoin(Correction, Correction.to_version_id == LabelVersion.id)
     query = query.where(*_IS_LABELLED, LabelVersion.source.not_in(NOT_BY_PEOPLE), LabelVersion.id > newest)
-    count, first_at, of_program = transaction.execute(query).one()
-    return LabelledSince(scans=count, first_at=first_at, simulated=of_program)
+    count, first_at, of_program, from_outside = transaction.execute(query).one()
+    return LabelledSince(scans=count, first_at=first_at, simulated=of_program, imported=from_outside)
 
 
 def labelled_patients(transaction: Transaction) -> int:

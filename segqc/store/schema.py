@@ -351,6 +351,7 @@ class SeriesRow(Base):
     file: Mapped[str] = mapped_column(primary_key=True)
     study_uid: Mapped[str] = mapped_column(index=True)
     series_uid: Mapped[str] = mapped_column(index=True)
+    description: Mapped[str]
 
 
 class SegmentationRow(Base):

@@ -6,7 +6,8 @@ frames for each of its segments, a label map one for all. Fractional ones hold n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 
+from segqc.text import caseless
 from segqc.volumes.dicom_headers import first_line, read_dataset
 from segqc.volumes.inputs import InputFile
 from segqc.volumes.volume import LPS_TO_RAS, AffineArray, Array, Grid, Segment, Source, VolumeError, spacing_of
 
 SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
 LABEL_MAP_SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.7"
+SEGMENTATION_SUFFIX: Final = ".dcm"
+_NAMED_BY_VALUE: Final = re.compile("label ([0-9]{1,3})")  # see `structures_of_values`
 _MAX_SLOPE: Final = 0.02  # the sine of the angle between the frames and the scan's slices
 _MAX_OFFSET: Final = 0.05  # of a slice's distance
 
@@ -81,6 +85,31 @@ def read_segmentation_header(path: Path) -> SegmentationHeader:
         raise VolumeError(f"{path.name} is damaged ({first_line(error)}); store it again.") from error
 
 
+def values_of(segments: Sequence[Segment], names: Mapping[str, int]) -> dict[str, int] | None:
+    """The label values of a SEG's segments where no settings name structures; None where only their numbers tell.
+
+    A segment has the value of the structure of its name, or the one in a name that stands for a value alone.
+
+    Args:
+        segments: the segments.
+        names: the structures that are known all the same, and their values.
+
+    Examples:
+        >>> values_of([Segment("label 9", 1, 0), Segment("Liver", 2, 0)], {"liver": 4})
+        {'label 9': 9, 'Liver': 4}
+        >>> values_of([Segment("tumour", 1, 0)], {"liver": 4})
+    """
+    known = {caseless(name): value for name, value in names.items()}
+    found: dict[str, int] = {}
+    for segment in segments:
+        of_value = _NAMED_BY_VALUE.fullmatch(caseless(segment.name))
+        value = known.get(caseless(segment.name), int(of_value[1]) if of_value is not None else 0)
+        if not 0 < value < 256:
+            return None
+        found[segment.name] = value
+    return found
+
+
 def open_segmentation(file: InputFile, scan: Grid) -> Source:
     """Open a SEG of a scan.
 
@@ -104,6 +133,8 @@ def open_segmentation(file: InputFile, scan: Grid) -> Source:
 
 
 def _open(file: InputFile, item: Dataset, scan: Grid) -> Source:
+    if item.get("SOPClassUID") not in (SEGMENTATION, LABEL_MAP_SEGMENTATION):
+        raise file.error("is no DICOM segmentation.")
     kind = str(item.get("SegmentationType") or "")
     is_map = item.SOPClassUID == LABEL_MAP_SEGMENTATION or kind == "LABELMAP"
     if not is_map and kind != "BINARY":

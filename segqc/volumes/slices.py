@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import TypeAlias
 
@@ -67,13 +68,18 @@ def differing(before: LabelArray, after: LabelArray, axis: int) -> Slices:
 
 
 def in_words(slices: Collection[int]) -> str:
-    """Slices by number, as a part of a sentence.
+    """Slices by number, as a part of a sentence; three neighbours or more as a range.
 
     Example:
         >>> in_words((3, 7, 9))
         'slices 3, 7 and 9'
+        >>> in_words((3, 4, 5, 9))
+        'slices 3 to 5 and 9'
         >>> in_words((3,))
         'slice 3'
     """
-    *others, last = map(str, sorted(slices))
-    return f"slices {', '.join(others)} and {last}" if others else f"slice {last}"
+    numbers = sorted(slices)
+    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda p: p[1] - p[0])]
+    *others, last = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    together = f"{', '.join(others)} and {last}" if others else last
+    return f"slices {together}" if len(numbers) > 1 else f"slice {together}"

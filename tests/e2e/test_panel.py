@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from playwright.sync_api import Page, expect
 
 from segqc.loop.dataset import Dataset
 from segqc.server import app as server_app
+from segqc.server import checks as server_checks
 from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
 from segqc.store import labels, leases
@@ -24,14 +26,13 @@ from segqc.types import LabelArray
 from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_scan
 from tests.browser_kit import keep_picture, lack, open_scan
 from tests.panel_kit import SESSION, Annotator
-from tests.server_kit import CONFIG, SHAPE, add_models, assess, draw_case, listening, make_dataset
+from tests.server_kit import CHECKED, SHAPE, add_models, assess, draw_case, knowing_the_truth, listening, make_dataset
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
 pytestmark = pytest.mark.server
 
-PLAIN: Final = CONFIG + '\n[inference]\nbackend = "pytorch"\n[annotation]\naudit_share = 0.0\nvalidation_share = 0.0\n'
 SPACING: Final = (1.5, 1.5, 4.0)
 WORST: Final = 4  # slice, from 0
 SPLEEN: Final = 4
@@ -61,16 +62,20 @@ AFFINES: Final = {
 
 def make_folder(folder: Path) -> Path:
     """Scans with masks of an untrained network, and estimates."""
-    make_dataset(folder, scans=0, finals=0, config=PLAIN)
+    make_dataset(folder, scans=0, finals=0, config=CHECKED)
     for case, (name, affine) in enumerate(AFFINES.items()):
         write_scan(Volume(draw_case(case)[0].array, affine), folder / f"{name}.nii.gz")
-    number = add_models(folder)
     dataset = Dataset(folder)
+    estimate(dataset, add_models(folder))
+    dataset.store.close()
+    return folder
+
+
+def estimate(dataset: Dataset, number: int) -> None:
+    """Estimates of the masks by a bundle."""
     for case, (name, affine) in enumerate(AFFINES.items()):
         mask = Volume(draw_case(case)[1].array, affine)
         assess(dataset, name, 0.5 + 0.1 * case, WORST, mask=mask, half_width=0.08, number=number)
-    dataset.store.close()
-    return folder
 
 
 @pytest.fixture(params=["bundled", "installed"])
@@ -202,6 +207,54 @@ def test_a_skip_asks_for_the_reason_and_letters_stay_where_they_are_typed(anna: 
         assert list(leases.skip_reasons(transaction).values()) == ["no plan: zoom, pan, invert"]
 
 
+def test_a_submission_is_checked_and_what_was_found_is_shown(
+    anna: Annotator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst slices of the mask are others than those that are to be looked at again."""
+    knowing_the_truth(monkeypatch)
+    dataset = current_app().context.dataset
+    estimate(dataset, add_models(dataset.folder, people=True))
+    going = threading.Event()
+    check = server_checks.check_label
+    monkeypatch.setattr(server_checks, "check_label", lambda *args: going.wait() and check(*args))
+    anna.open("plain")
+    anna.press("Next scan")
+    anna.wait_for("oblique")
+    anna.go_to(7)
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.stroke((22, 4), (27, 4))
+    anna.press("Submit …")
+    anna.page.locator("segqc-panel .confirm").click()
+    version = anna.version_kept()
+    anna.sees("The label is being checked.")
+    anna.wait_until_ready("oblique")
+    keep_picture(anna.page, tmp_path, "check-1")
+
+    going.set()
+    anna.sees("Look again at slice 7: something else seems to be marked as spleen.")
+    anna.page.wait_for_function(f"() => {SESSION}.errorMap === 'there'")
+    assert anna.ask("session.scan.estimate.version") == version
+    boxes = "session.scan.estimate.boxes.map(box => session.scan.instances.indexOf(box.instance))"
+    assert set(anna.ask(boxes)) == {7}
+    anna.go_to(2)
+    anna.page.keyboard.press("n")
+    anna.page.wait_for_function(f"() => {SESSION}.scan.instances.indexOf({SESSION}.instance) === 7")
+    expect(anna.page.locator(".segqc-overlay polygon").last).to_be_attached()
+    keep_picture(anna.page, tmp_path, "check-2")
+    anna.go_to(2)
+    anna.press("Look again")
+    anna.page.wait_for_function(f"() => {SESSION}.scan.instances.indexOf({SESSION}.instance) === 7")
+
+    # put right, and submitted again
+    anna.page.keyboard.press("Control+z")
+    anna.sees("Not submitted:")
+    anna.press("Submit …")
+    anna.page.locator("segqc-panel .confirm").click()
+    anna.sees("Nothing found.")
+    keep_picture(anna.page, tmp_path, "check-3")
+
+
 def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     server: str, user: BrowserContext, tmp_path: Path
 ) -> None:
@@ -326,7 +379,7 @@ def test_the_brush_paints_the_mask_and_no_other_label_map(anna: Annotator) -> No
 
 
 def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
-    folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=PLAIN)
+    folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=CHECKED)
     with listening(folder) as server:
         anna = Annotator(page, server)
         study = requests.get(f"{server}/segqc/dicomweb/scan_0", timeout=30).json()["study"]

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import cookie_parser
+from starlette.requests import Request, cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +22,7 @@ from segqc.errors import SegqcError
 from segqc.server.auth.identity import ANYBODY, Identity, set_identity, sha256_of_secret
 from segqc.server.auth.proxies import Proxies, peer
 from segqc.server.auth.roles import PUBLIC, needed_for
-from segqc.server.errors import RequestError
+from segqc.server.errors import Refuse, RequestError, refuse_in_json
 from segqc.settings import AuthSettings
 from segqc.store import users
 from segqc.store.records import Actor
@@ -84,6 +84,7 @@ class Gate:
         cookie: str,
         store: Callable[[], Store],
         downloads: Downloads,
+        refuse: Refuse = refuse_in_json,
     ) -> None:
         """Stand before an application.
 
@@ -94,8 +95,10 @@ class Gate:
             cookie: the name of the session's cookie.
             store: gives the dataset folder's store.
             downloads: scans that may be downloaded without a token.
+            refuse: answers requests that may not pass.
         """
         self._app = app
+        self._refuse = refuse
         self._sign_in = sign_in
         self._settings = settings
         self._cookie = cookie
@@ -132,14 +135,17 @@ class Gate:
             if identity is None and is_address_known:
                 identity = self._download(scope)
         except SegqcError as error:
-            await _refusal(error.status, str(error))(scope, receive, send)
+            await self._refuse(Request(scope), error.status, str(error))(scope, receive, send)
             return
+        answer: ASGIApp
         if identity is None:
             answer = _ask_to_sign_in(scope, headers)
         elif needed is None:
-            answer = _refusal(404, f"there is nothing at {scope['path'][:200]!r} for {scope['method']}.")
+            message = f"there is nothing at {scope['path'][:200]!r} for {scope['method']}."
+            answer = self._refuse(Request(scope), 404, message)
         elif not identity.may(needed):
-            answer = _refusal(403, f"this needs the role {needed!r}, and yours is {identity.role!r}.")
+            message = f"this needs the role {needed!r}, and yours is {identity.role!r}."
+            answer = self._refuse(Request(scope), 403, message)
         else:
             set_identity(scope, identity)
             answer, send = self._app, _not_for_others(send)
@@ -203,10 +209,6 @@ def too_many(wait: float) -> HTTPException:
     seconds = max(1, math.ceil(wait))
     message = f"too many wrong passwords; try again in {seconds} seconds."
     return HTTPException(429, message, {"Retry-After": str(seconds)})
-
-
-def _refusal(status: int, message: str) -> ASGIApp:
-    return JSONResponse({"detail": message}, status)
 
 
 def _by_header(name: str) -> Actor:

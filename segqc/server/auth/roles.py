@@ -44,6 +44,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /scans/{scan}/slices/{index}": "annotator",
     "GET /scans/{scan}/worst": "annotator",
     "GET /scans/{scan}/heat": "annotator",
+    "GET /scans/{scan}/check": "annotator",
     "GET /scans/{scan}/slices.csv": "annotator",
     "GET /scans/{scan}/versions.csv": "annotator",
     "GET /scans/{scan}/difference.csv": "annotator",
@@ -98,6 +99,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /datastore/dataset": "annotator",
     # reviews
     "GET /segqc/labels/{scan}": "annotator",
+    "GET /segqc/labels/{scan}/check": "annotator",
     "POST /segqc/labels/{scan}/restore": "reviewer",
     "POST /segqc/review/{scan}": "reviewer",
     "GET /segqc/events/{scan}": "annotator",

@@ -20,6 +20,7 @@ from segqc.server.auth.oidc import FLOW_SECONDS, Provider
 from segqc.server.auth.setup import Auth, auth_of
 from segqc.server.auth.sign_in import NewSignIn
 from segqc.server.errors import RequestError
+from segqc.server.pages import assets
 from segqc.store.records import JsonObject
 
 router = APIRouter(prefix="/auth", tags=["Auth"])
@@ -29,8 +30,13 @@ View: TypeAlias = Literal["sign-in", "token"]
 _templates: Final = Environment(
     loader=PackageLoader("segqc.server.auth"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
+_templates.globals.update(asset=assets.address)
 _OWN_PAGE: Final = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")
 _FLOW_PATH: Final = "/auth/oidc"
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 _PRIVATE: Final = {"Cache-Control": "no-store"}
 
 _TITLES: Final[Mapping[View, str]] = {"sign-in": "Sign in to SegQC", "token": "A token for 3D Slicer"}
@@ -210,12 +216,10 @@ def _page(
     token: str = "",
     until: str = "",
 ) -> HTMLResponse:
-    nonce = secrets.token_urlsafe(16)
     oidc = auth.settings.oidc
     page = _templates.get_template("page.html").render(
         title=_TITLES[view],
         view=view,
-        nonce=nonce,
         problem=problem,
         username=username,
         next=_own_page(then),
@@ -223,11 +227,7 @@ def _page(
         token=token,
         until=until,
     )
-    policy = (
-        f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:; form-action 'self'; base-uri 'none'; "
-        "frame-ancestors 'none'"
-    )
-    return HTMLResponse(page, status, {**_PRIVATE, "Content-Security-Policy": policy, **(headers or {})})
+    return HTMLResponse(page, status, {**_PRIVATE, "Content-Security-Policy": _POLICY, **(headers or {})})
 
 
 def _own_page(page: str) -> str:

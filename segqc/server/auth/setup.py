@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from segqc.server.auth.gate import Downloads, Gate
 from segqc.server.auth.oidc import Provider
 from segqc.server.auth.sign_in import Desk
+from segqc.server.errors import Refuse
 from segqc.settings import AuthSettings
 from segqc.store.store import Store
 
@@ -45,6 +46,7 @@ def add_auth(
     *,
     sign_in: bool,
     port: int,
+    refuse: Refuse,
 ) -> None:
     """Put the gate before an application; middleware that is added later stands before it.
 
@@ -54,13 +56,20 @@ def add_auth(
         store: gives the dataset folder's store.
         sign_in: whether users sign in.
         port: where the server listens: a browser keeps the cookies of two servers on one machine apart by it.
+        refuse: answers requests that may not pass.
     """
     cookie = f"{_COOKIE}_{port}"
     provider = None if settings.oidc is None else Provider(settings.oidc)
     app.state.auth = Auth(sign_in, settings, cookie, store, Desk(settings), provider)
     app.state.downloads = Downloads(60 * settings.download_minutes)
     app.add_middleware(
-        Gate, sign_in=sign_in, settings=settings, cookie=cookie, store=store, downloads=app.state.downloads
+        Gate,
+        sign_in=sign_in,
+        settings=settings,
+        cookie=cookie,
+        store=store,
+        downloads=app.state.downloads,
+        refuse=refuse,
     )
 
 

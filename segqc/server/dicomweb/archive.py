@@ -11,6 +11,7 @@ from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader, ScanImages
 from segqc.server.errors import RequestError
 from segqc.store import pacs, scans
+from segqc.store.records import ScanRecord
 from segqc.store.scans import UnknownScan
 from segqc.volumes import VolumeError, read_grid, read_scan
 from segqc.volumes.tags import read_tag
@@ -47,7 +48,16 @@ class Archive:
         Raises:
             UnknownScan: if there is none, or its file is gone.
         """
-        record, source = self._dataset.verify_scan(name), self._dataset.pacs
+        return self.scan_of(self._dataset.verify_scan(name))
+
+    def scan_of(self, record: ScanRecord) -> DicomScan:
+        """A scan that was just looked up, by DICOM's identifiers.
+
+        Raises:
+            UnknownScan: if its images are gone from the PACS.
+            SourceUnavailable: if they are not to be had from there now.
+        """
+        source = self._dataset.pacs
         return DicomScan(record, None if source is None else source.images(self._dataset.store, record))
 
     def study(self, uid: str) -> DicomScan:
@@ -70,20 +80,26 @@ class Archive:
         """
         if self._dataset.pacs is not None:
             return self._of_pacs(uid)
-        if uid not in self._names:
-            self._names = {name: s.record.name for s in self.scans() for name in (s.study_uid, s.series_uid)}
-        name = self._names.get(uid)
+        names = self.names(uid)
         try:
-            scan = self.named(name) if name is not None else None
+            scan = self.named(names[0]) if names else None
         except UnknownScan:
             scan = None
         if scan is None or uid not in (scan.study_uid, scan.series_uid):
             raise unknown("study", uid)
         return scan
 
+    def names(self, uid: str) -> list[str]:
+        """The names of the scans that are a series or a study, by its identifier."""
+        if self._dataset.pacs is not None:
+            with self._dataset.store.read() as transaction:
+                return pacs.scans_of(transaction, uid)
+        if uid not in self._names:
+            self._names = {name: s.record.name for s in self.scans() for name in (s.study_uid, s.series_uid)}
+        return [self._names[uid]] if uid in self._names else []
+
     def _of_pacs(self, uid: str) -> DicomScan:
-        with self._dataset.store.read() as transaction:
-            names = pacs.scans_of(transaction, uid)
+        names = self.names(uid)
         if len(names) > 1:
             raise RequestError(
                 409, f"{uid[:80]} holds {len(names)} scans; name the series of one, or take the next scan."
@@ -130,7 +146,7 @@ class Archive:
                 self._expect(scan)
                 raise
             self._expect(scan)
-            return ScanImages.of(volume)
+            return ScanImages.of(volume, self.header(scan).layout)
 
     def _expect(self, scan: DicomScan) -> None:
         """Refuse a scan whose file is gone or holds another content than it did."""

@@ -158,9 +158,9 @@ class ScanImages:
     high: float
 
     @classmethod
-    def of(cls, volume: Volume) -> ScanImages:
-        """The images of a scan, in 16 bits."""
-        pixels = quantise(slice_layout(volume).to_images(volume.array))
+    def of(cls, volume: Volume, layout: SliceLayout) -> ScanImages:
+        """The images of a scan that is shown by a layout, in 16 bits."""
+        pixels = quantise(layout.to_images(volume.array))
         low, high = (float(pixels.slope) * step + float(pixels.intercept) for step in _display_range(pixels))
         return cls(pixels, low, high)
 

@@ -14,6 +14,7 @@ import segqc
 from segqc.loop.due import rounds_info
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import KINDS, TrainRequest, mask_tag_problem, request_of
+from segqc.loop.scoring import source_of
 from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
@@ -136,9 +137,10 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
-        task_request["label_made_by"] = None  # whatever the client says
+        task_request["label_made_by"] = task_request["label_source"] = None  # whatever the client says
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
+            task_request["label_source"] = source_of(self.context.dataset, assessed)
             if assessed.bundle is not None and assessed.tag != LIKELY_ERRORS_TAG:
                 task_request["label_made_by"] = assessed.bundle.segmenter_version
         path, params = task(task_request)

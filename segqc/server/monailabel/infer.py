@@ -18,7 +18,7 @@ from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.server.monailabel.strategy import unlike_training
 from segqc.settings import NetworkName
-from segqc.types import bounds, label_names
+from segqc.types import MaskSource, bounds, label_names
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
 
@@ -88,7 +88,8 @@ class LikelyErrors(NetworkTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``.
 
-        ``request["label_made_by"]`` is the version of the network that made the label map, if one did.
+        ``request["label_made_by"]`` is the version of the network that made the label map, if one did, and
+        ``request["label_source"]`` says whether a network or a person did; a network, where nobody knows.
         """
         bundle = self.context.bundle("segqc")
         assessor = bundle.assessor()
@@ -105,7 +106,8 @@ class LikelyErrors(NetworkTask):
             prediction = bundle.segmenter().predict(scan)
             labels, made_by, assessed = prediction.labels, bundle.segmenter().version, "segmentation"
         name = str(request.get("image_id") or "scan")
-        result = assess(bundle, scan, labels, prediction, scan_id=name, segmenter_version=made_by)
+        source: MaskSource = request.get("label_source") or "network"
+        result = assess(bundle, scan, labels, prediction, scan_id=name, segmenter_version=made_by, source=source)
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
@@ -20,14 +21,14 @@ from segqc.server.errors import RequestError
 from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages import pictures
 from segqc.server.pages.now import ShownJob, now_shown
-from segqc.server.pages.page import AskedPage, csv_file
+from segqc.server.pages.page import AskedPage, Columns, csv_file
 from segqc.server.pages.pictures import Layers, draw, part_of
 from segqc.server.pages.shown import shown_scan
 from segqc.server.parameters import MAX_COUNT, MAX_INTEGER, AuditParams
 from segqc.server.routers.audit import put_audit
 from segqc.store import bundles, label_verdicts
 from segqc.store.label_verdicts import AUDIT_VIEWS, AuditCounts, AuditedLabel, AuditView
-from segqc.types import UNLIKE, bounds
+from segqc.types import UNLIKE, PredictionInterval, bounds
 
 router = APIRouter(include_in_schema=False)
 
@@ -131,33 +132,43 @@ def audit_csv(page: AskedPage, view: View = "all") -> Response:
     """Send the labels as a table."""
     with page.app.context.dataset.store.read() as transaction:
         found = label_verdicts.listing(transaction, view)
-    return csv_file("audit", [_columns(label) for label in found])
+    return csv_file("audit", _COLUMNS, found)
 
 
-def _columns(label: AuditedLabel) -> dict[str, object]:
-    worst, verdict, mark = label.worst, label.verdict, label.mark
-    interval = worst.intervals.dice if worst is not None else None
-    ends = bounds(interval)
-    return {
-        "scan": label.scan,
-        "patient": label.patient,
-        "state": label.state,
-        "version": label.label.id,
-        "structure": worst.name if worst is not None else None,
-        "estimated Dice": worst.estimated.dice if worst is not None else None,
-        "low": ends["low"] if ends is not None else None,
-        "high": ends["high"] if ends is not None else None,
-        "level": ends["level"] if ends is not None else None,
-        "remark": UNLIKE if interval is not None and not interval.applies else None,
-        "error volume in ml": verdict.assessment.error_volume_ml if verdict is not None else None,
-        "slices": " ".join(map(str, label.slices)) or None,
-        "what seems wrong": label.message,
-        "networks": verdict.networks if verdict is not None else None,
-        "made by": label.label.actor.name,
-        "made at": label.label.made_at.isoformat(timespec="seconds"),
-        "marked right": mark.actor.name if mark is not None else None,
-        "marked at": mark.made_at.isoformat(timespec="seconds") if mark is not None else None,
-    }
+def _interval(label: AuditedLabel) -> PredictionInterval | None:
+    return label.worst.intervals.dice if label.worst is not None else None
+
+
+def _end(end: str) -> Callable[[AuditedLabel], object]:
+    return lambda label: (bounds(_interval(label)) or {}).get(end)
+
+
+def _remark(label: AuditedLabel) -> str | None:
+    interval = _interval(label)
+    return UNLIKE if interval is not None and not interval.applies else None
+
+
+_COLUMNS: Final[Columns[AuditedLabel]] = {
+    "scan": lambda label: label.scan,
+    "title": lambda label: label.title,
+    "patient": lambda label: label.patient,
+    "state": lambda label: label.state,
+    "version": lambda label: label.label.id,
+    "structure": lambda label: label.worst.name if label.worst is not None else None,
+    "estimated Dice": lambda label: label.worst.estimated.dice if label.worst is not None else None,
+    "low": _end("low"),
+    "high": _end("high"),
+    "level": _end("level"),
+    "remark": _remark,
+    "error volume in ml": lambda label: label.verdict.assessment.error_volume_ml if label.verdict is not None else None,
+    "slices": lambda label: " ".join(map(str, label.slices)) or None,
+    "what seems wrong": lambda label: label.message,
+    "networks": lambda label: label.verdict.networks if label.verdict is not None else None,
+    "made by": lambda label: label.label.actor.name,
+    "made at": lambda label: label.label.made_at.isoformat(timespec="seconds"),
+    "marked right": lambda label: label.mark.actor.name if label.mark is not None else None,
+    "marked at": lambda label: label.mark.made_at.isoformat(timespec="seconds") if label.mark is not None else None,
+}
 
 
 @router.get("/audit/{scan}/picture")
@@ -225,8 +236,8 @@ def mark(
     change = label_verdicts.mark_right if right else label_verdicts.remove_mark
     try:
         with page.app.context.dataset.store.write() as transaction:
-            change(transaction, scan, page.actor, version=version)
+            title = change(transaction, scan, page.actor, version=version).title
     except SegqcError as error:
         return page.go(target, str(error), problem=True)
     word = "is marked right, until it changes" if right else "is to be looked at again"
-    return page.go(target, f"The label of {scan} {word}.")
+    return page.go(target, f"The label of {title} {word}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Response
@@ -10,19 +11,19 @@ from fastapi import APIRouter, Path, Response
 from segqc.errors import SegqcError
 from segqc.loop.due import RoundsInfo, next_round_sentence, rounds_info
 from segqc.loop.publishing import BundleStatus
-from segqc.loop.rounds import round_columns, summaries
+from segqc.loop.rounds import ROUND_COLUMNS, summaries
 from segqc.quality.drift import drift_sentence
-from segqc.quality.report_card import WORST, ReportCard, messages
+from segqc.quality.report_card import WORST, Figures, ReportCard, messages
 from segqc.server.context import AppContext
 from segqc.server.errors import RequestError
 from segqc.server.pages import charts
 from segqc.server.pages.charts import EstimatePoint, PointKind
 from segqc.server.pages.now import ShownJob, now_shown
-from segqc.server.pages.page import AskedPage, csv_file
+from segqc.server.pages.page import AskedPage, Columns, csv_file
 from segqc.server.routers.rounds import start_round
 from segqc.store import assessments, corrections, jobs, leases, rounds
 from segqc.store.database import Transaction
-from segqc.store.records import CheckedEstimate, JobRecord
+from segqc.store.records import AnnotatorWork, CheckedEstimate, CorrectionLine, Cost, JobRecord, PublishedBundle
 from segqc.types import PredictionInterval, bounds
 
 router = APIRouter(include_in_schema=False)
@@ -55,9 +56,13 @@ class Now:
     is_round_open: bool
 
     @property
-    def can_start(self) -> bool:
-        """Whether a round can be begun."""
-        return not self.is_round_open and self.labelled >= self.wanted
+    def refusal(self) -> str | None:
+        """Why no round can be begun now, in a sentence; None where one can."""
+        if self.is_round_open:
+            return "A round or a training runs or waits already."
+        if self.labelled < self.wanted:
+            return f"A round needs final labels of {self.wanted} patients; there are {self.labelled}."
+        return None
 
 
 def _now(context: AppContext) -> Now:
@@ -169,6 +174,8 @@ def status_fragment(page: AskedPage) -> Response:
 @router.post("/loop/round")
 def begin_round(page: AskedPage) -> Response:
     """Put a round into the queue."""
+    if (refusal := _now(page.app.context).refusal) is not None:
+        raise RequestError(409, refusal)
     try:
         answer = start_round(page.user, {})
     except SegqcError as error:
@@ -198,7 +205,7 @@ def stop_job(page: AskedPage, public_id: Annotated[str, Path(max_length=64)]) ->
 def rounds_csv(page: AskedPage) -> Response:
     """Send the rounds as a table."""
     with page.app.context.dataset.store.read() as transaction:
-        return csv_file("rounds", [round_columns(summary) for summary in summaries(transaction)])
+        return csv_file("rounds", ROUND_COLUMNS, summaries(transaction))
 
 
 @router.get("/loop/estimates.csv")
@@ -206,93 +213,122 @@ def estimates_csv(page: AskedPage) -> Response:
     """Send estimated and true Dice as a table."""
     with page.app.context.dataset.store.read() as transaction:
         points = _points(transaction, page.app.context)
-    kinds = {"check": "report card", "audit": "audit draw", "other": "other correction"}
-    rows = []
-    for point in points:
-        ends = bounds(point.interval)
-        rows.append(
-            {
-                "scan": point.scan,
-                "structure": point.structure,
-                "kind": kinds[point.kind],
-                "estimated Dice": point.estimated,
-                "low": ends["low"] if ends is not None else None,
-                "high": ends["high"] if ends is not None else None,
-                "level": ends["level"] if ends is not None else None,
-                "true Dice": point.true,
-            }
-        )
-    return csv_file("estimates", rows)
+    return csv_file("estimates", _ESTIMATE_COLUMNS, points)
+
+
+def _end(end: str) -> Callable[[EstimatePoint], object]:
+    return lambda point: (bounds(point.interval) or {}).get(end)
+
+
+_KINDS: Final[Mapping[PointKind, str]] = {"check": "report card", "audit": "audit draw", "other": "other correction"}
+_ESTIMATE_COLUMNS: Final[Columns[EstimatePoint]] = {
+    "scan": lambda point: point.scan,
+    "structure": lambda point: point.structure,
+    "kind": lambda point: _KINDS[point.kind],
+    "estimated Dice": lambda point: point.estimated,
+    "low": _end("low"),
+    "high": _end("high"),
+    "level": _end("level"),
+    "true Dice": lambda point: point.true,
+}
 
 
 @router.get("/loop/bundles.csv")
 def bundles_csv(page: AskedPage) -> Response:
     """Send the bundles as a table."""
-    return csv_file("bundles", [_bundle_columns(status) for status in page.app.context.dataset.bundles.listing()])
+    return csv_file("bundles", _BUNDLE_COLUMNS, page.app.context.dataset.bundles.listing())
 
 
-def _bundle_columns(status: BundleStatus) -> dict[str, object]:
-    published = status.published
+def _published(cell: Callable[[PublishedBundle], object]) -> Callable[[BundleStatus], object]:
+    return lambda status: cell(status.published) if status.published is not None else None
+
+
+def _checked(cell: Callable[[Figures], object]) -> Callable[[BundleStatus], object]:
+    def found(status: BundleStatus) -> object:
+        report = status.files.manifest.report if status.files is not None else None
+        figures = report.worst.figures if report is not None else None
+        return cell(figures) if figures is not None else None
+
+    return found
+
+
+def _patients(status: BundleStatus) -> object:
     report = status.files.manifest.report if status.files is not None else None
-    figures = report.worst.figures if report is not None else None
-    return {
-        "bundle": status.number,
-        "published": published.published_at.isoformat(timespec="seconds") if published is not None else None,
-        "by": published.actor.name if published is not None else None,
-        "reason": published.reason if published is not None else None,
-        "segmentation": published.bundle.segmenter_version if published is not None else None,
-        "segqc": published.bundle.assessor_version if published is not None else None,
-        "serving": published is not None and published.is_serving,
-        "held because": published.held_because if published is not None else None,
-        "checked patients": report.worst.patients if report is not None else None,
-        "true Dice": figures.true_dice if figures is not None else None,
-        "MAE": figures.dice.mae if figures is not None else None,
-        "constant MAE": figures.dice.constant_mae if figures is not None else None,
-        "Spearman": figures.spearman.value if figures is not None else None,
-        "coverage": figures.coverage if figures is not None else None,
-    }
+    return report.worst.patients if report is not None else None
+
+
+_BUNDLE_COLUMNS: Final[Columns[BundleStatus]] = {
+    "bundle": lambda status: status.number,
+    "published": _published(lambda published: published.published_at.isoformat(timespec="seconds")),
+    "by": _published(lambda published: published.actor.name),
+    "reason": _published(lambda published: published.reason),
+    "segmentation": _published(lambda published: published.bundle.segmenter_version),
+    "segqc": _published(lambda published: published.bundle.assessor_version),
+    "serving": lambda status: status.published is not None and status.published.is_serving,
+    "held because": _published(lambda published: published.held_because),
+    "checked patients": _patients,
+    "true Dice": _checked(lambda figures: figures.true_dice),
+    "MAE": _checked(lambda figures: figures.dice.mae),
+    "constant MAE": _checked(lambda figures: figures.dice.constant_mae),
+    "Spearman": _checked(lambda figures: figures.spearman.value),
+    "coverage": _checked(lambda figures: figures.coverage),
+}
 
 
 @router.get("/loop/annotators.csv")
 def annotators_csv(page: AskedPage) -> Response:
     """Send what each annotator has corrected as a table."""
     with page.app.context.dataset.store.read() as transaction:
-        found = corrections.by_annotator(transaction)
-    rows = [
-        {
-            "annotator": w.actor.name,
-            "known by": w.actor.identified_by,
-            "corrections": w.corrections,
-            "timed": w.timed,
-            "seconds": w.seconds,
-            "voxels changed": w.voxels_changed,
-            "slices changed": w.slices_changed,
-            "mean Dice before": w.mean_dice_before,
-            "last": w.last_at.isoformat(timespec="seconds"),
-        }
-        for w in found
-    ]
-    return csv_file("annotators", rows)
+        return csv_file("annotators", _ANNOTATOR_COLUMNS, corrections.by_annotator(transaction))
+
+
+_ANNOTATOR_COLUMNS: Final[Columns[AnnotatorWork]] = {
+    "annotator": lambda work: work.actor.name,
+    "known by": lambda work: work.actor.identified_by,
+    "corrections": lambda work: work.corrections,
+    "timed": lambda work: work.timed,
+    "seconds": lambda work: work.seconds,
+    "voxels changed": lambda work: work.voxels_changed,
+    "slices changed": lambda work: work.slices_changed,
+    "mean Dice before": lambda work: work.mean_dice_before,
+    "last": lambda work: work.last_at.isoformat(timespec="seconds"),
+}
 
 
 @router.get("/loop/corrections.csv")
 def corrections_csv(page: AskedPage) -> Response:
     """Send all corrections as a table."""
     with page.app.context.dataset.store.read() as transaction:
-        found = corrections.lines(transaction)
-    rows = [
-        {
-            **{k: v for k, v in asdict(line).items() if k not in ("actor", "made_at")},
-            "annotator": line.actor.name,
-            "at": line.made_at.isoformat(timespec="seconds"),
-        }
-        for line in found
-    ]
-    return csv_file("corrections", [{k.replace("_", " "): v for k, v in row.items()} for row in rows])
+        return csv_file("corrections", _CORRECTION_COLUMNS, corrections.lines(transaction))
+
+
+_CORRECTION_COLUMNS: Final[Columns[CorrectionLine]] = {
+    "scan": lambda line: line.scan,
+    "seconds": lambda line: line.seconds,
+    "voxels changed": lambda line: line.voxels_changed,
+    "slices changed": lambda line: line.slices_changed,
+    "dice before": lambda line: line.dice_before,
+    "estimated dice": lambda line: line.estimated_dice,
+    "draw": lambda line: line.draw,
+    "simulated": lambda line: line.simulated,
+    "from version": lambda line: line.from_version,
+    "to version": lambda line: line.to_version,
+    "annotator": lambda line: line.actor.name,
+    "at": lambda line: line.made_at.isoformat(timespec="seconds"),
+}
 
 
 @router.get("/loop/costs.csv")
 def costs_csv(page: AskedPage) -> Response:
     """Send what suggestions have cost as a table."""
     with page.app.context.dataset.store.read() as transaction:
-        return csv_file("costs", [asdict(cost) for cost in leases.costs(transaction)])
+        return csv_file("costs", _COST_COLUMNS, leases.costs(transaction))
+
+
+_COST_COLUMNS: Final[Columns[Cost]] = {
+    "draw": lambda cost: cost.draw,
+    "handed out": lambda cost: cost.handed_out,
+    "submitted": lambda cost: cost.submitted,
+    "skipped": lambda cost: cost.skipped,
+    "hours": lambda cost: cost.hours,
+}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import io
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Final, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
 from fastapi import Depends, Request, Response
@@ -21,6 +21,11 @@ from segqc.server.pages import assets, words
 from segqc.server.routers.dependencies import AskingUser
 from segqc.store.records import Actor, Role
 from segqc.text import visible, write_csv
+
+T = TypeVar("T")
+
+Columns: TypeAlias = Mapping[str, Callable[[T], object]]
+"""What a table's cells hold, by their headings."""
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -141,10 +146,10 @@ async def _page(request: Request, response: Response, user: AskingUser) -> Page:
 AskedPage = Annotated[Page, Depends(_page)]
 
 
-def csv_file(name: str, rows: Sequence[Mapping[str, object]]) -> Response:
-    """A table as a CSV file to download."""
+def csv_file(name: str, columns: Columns[T], rows: Iterable[T]) -> Response:
+    """A table as a CSV file to download, with its headings above, whether or not it has rows."""
     text = io.StringIO()
-    write_csv(text, rows)
+    write_csv(text, [{heading: cell(row) for heading, cell in columns.items()} for row in rows], list(columns))
     named = f"attachment; filename*=UTF-8''{quote(name, safe='')}.csv"
     headers = {"Content-Disposition": named, "X-Content-Type-Options": "nosniff", "Cache-Control": "private, no-cache"}
     return Response(text.getvalue(), media_type="text/csv; charset=utf-8", headers=headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
@@ -16,11 +16,12 @@ from segqc.loop.review import STATE_OF, Decision, review
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import viewer_address
+from segqc.server.pages.in_pacs import pacs_standing
 from segqc.server.pages.now import now_shown
-from segqc.server.pages.page import AskedPage, Page, csv_file
+from segqc.server.pages.page import AskedPage, Columns, Page, csv_file
 from segqc.server.parameters import MAX_COUNT, SampleParams
 from segqc.server.routers.dependencies import open_store
-from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.store import bundles, findings, queue
 from segqc.store.database import Transaction
 from segqc.store.queue import SORT_KEYS, VIEWS, QueuedScan, QueueView, SortKey, Wanted
@@ -59,6 +60,7 @@ def show_queue(
         found = queue.page(transaction, wanted, volume_score=EXPECTED_GAIN)
         counts = queue.counts(transaction)
         has_bundle = bundles.serving_number(transaction) is not None
+        in_pacs = pacs_standing(page.app.context.dataset, transaction)
         refused = findings.listing(transaction)
     pages = max(1, math.ceil(found.total / PAGE_SIZE))
     return page.render(
@@ -71,6 +73,9 @@ def show_queue(
         number=number,
         pages=pages,
         has_bundle=has_bundle,
+        in_pacs=in_pacs,
+        place=page.app.context.dataset.folder.resolve(),
+        pacs=page.app.context.settings.pacs.url,
         warning=page.warning if has_bundle else None,
         findings=refused[:_MAX_FINDINGS],
         more_findings=max(0, len(refused) - _MAX_FINDINGS),
@@ -96,31 +101,33 @@ def queue_csv(view: View = "open", search: Search = "", sort: Sort = "dice", des
     wanted = Wanted(view=view, search=search.strip(), sort=sort, descending=descending, limit=None)
     with open_store().read() as transaction:
         found = _all(transaction, wanted)
-    return csv_file("queue", [_columns(scan) for scan in found])
+    return csv_file("queue", _COLUMNS, found)
 
 
 def _all(transaction: Transaction, wanted: Wanted) -> Sequence[QueuedScan]:
     return queue.page(transaction, replace(wanted, limit=None), volume_score=EXPECTED_GAIN).scans
 
 
-def _columns(scan: QueuedScan) -> dict[str, object]:
-    ends = bounds(scan.interval)
-    unlike = scan.interval is not None and not scan.interval.applies
-    return {
-        "scan": scan.name,
-        "patient": scan.patient,
-        "state": scan.state,
-        "reason": scan.reason,
-        "estimated Dice": scan.dice,
-        "low": ends["low"] if ends is not None else None,
-        "high": ends["high"] if ends is not None else None,
-        "level": ends["level"] if ends is not None else None,
-        "remark": UNLIKE if unlike else None,
-        "error volume in ml": scan.error_volume_ml,
-        "since": scan.since.isoformat(timespec="seconds"),
-        "handed out to": "; ".join(lease.actor.name for lease in scan.leases) or None,
-        "until": "; ".join(lease.expires_at.isoformat(timespec="seconds") for lease in scan.leases) or None,
-    }
+def _end(end: str) -> Callable[[QueuedScan], object]:
+    return lambda scan: (bounds(scan.interval) or {}).get(end)
+
+
+_COLUMNS: Final[Columns[QueuedScan]] = {
+    "scan": lambda scan: scan.name,
+    "title": lambda scan: scan.title,
+    "patient": lambda scan: scan.patient,
+    "state": lambda scan: scan.state,
+    "reason": lambda scan: scan.reason,
+    "estimated Dice": lambda scan: scan.dice,
+    "low": _end("low"),
+    "high": _end("high"),
+    "level": _end("level"),
+    "remark": lambda scan: UNLIKE if scan.interval is not None and not scan.interval.applies else None,
+    "error volume in ml": lambda scan: scan.error_volume_ml,
+    "since": lambda scan: scan.since.isoformat(timespec="seconds"),
+    "handed out to": lambda scan: "; ".join(lease.actor.name for lease in scan.leases) or None,
+    "until": lambda scan: "; ".join(lease.expires_at.isoformat(timespec="seconds") for lease in scan.leases) or None,
+}
 
 
 @router.post("/next")
@@ -131,7 +138,7 @@ def take_next(page: AskedPage) -> Response:
     except SegqcError as error:
         return page.go("/", str(error), problem=True)
     if not answer:
-        return page.go("/", "No scan is left for you: all are labelled, or others work on them.")
+        return page.go("/", nothing_left(page.app.context.dataset))
     return page.go(viewer_address(current_app().context.archive.named(str(answer["id"]))))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import io
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,24 +15,28 @@ import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 
 from segqc.errors import SegqcError
+from segqc.loop.history import VersionSummary
 from segqc.loop.review import STATE_OF, Decision, review
 from segqc.plots import COLOURS
 from segqc.server.dicomweb.cache import BoundedCache
+from segqc.server.dicomweb.segmentations import to_segmentation
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages import pictures
 from segqc.server.pages.now import now_shown
-from segqc.server.pages.page import AskedPage, csv_file
+from segqc.server.pages.page import AskedPage, Columns, csv_file
 from segqc.server.pages.pictures import Layers, draw
 from segqc.server.pages.shown import HeatState, ShownScan, history, shown_scan
 from segqc.server.parameters import MAX_INTEGER, LabelParams
-from segqc.server.routers.datastore import save_label_of
-from segqc.server.routers.dependencies import AskingUser, SentOnce, in_turn
+from segqc.server.routers.checks import check_of
+from segqc.server.routers.datastore import EmptyLabelError, save_label_of
+from segqc.server.routers.dependencies import AskingUser, in_turn
 from segqc.store.labels import FINAL
 from segqc.store.records import LabelRecord
-from segqc.types import Structure, StructureQuality
-from segqc.volumes import read_labels, write_labels
+from segqc.types import PredictionInterval, SliceQuality, Structure, StructureQuality, applying
+from segqc.volumes import Volume, read_grid, read_labels, temporary_labels, write_labels
+from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
 router = APIRouter(prefix="/scans/{scan}", include_in_schema=False)
 
@@ -46,7 +50,7 @@ _FOR_EVER: Final = "private, max-age=31536000, immutable"
 _NOT_KEPT: Final = "private, no-cache"
 _THUMBNAILS_BYTES: Final = 32e6
 _thumbnails: Final[BoundedCache[tuple[object, ...], bytes]] = BoundedCache(_THUMBNAILS_BYTES, len)
-_FORMATS: Final = (".nii.gz", ".nrrd")
+_FORMATS: Final[Mapping[str, str]] = {".nii.gz": "NIfTI", ".nrrd": "NRRD", SEGMENTATION_SUFFIX: "SEG"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +110,16 @@ def show_scan(
         problem, count, bars = str(error), 0, []
     of_layers: dict[str, int | None] = {name: 1 for name, is_drawn in asdict(layers).items() if is_drawn}
     chosen = {"slice": index, "version": version, "other": other, **({"drawn": 1, **of_layers} if drawn else {})}
-    first = _first(bars) if compared is not None or count == 0 else shown.worst()
+    first = _first(bars) if compared is not None or count == 0 else shown.worst(label)
     return page.render(
         "scan.html.jinja",
         shown=shown,
         warning=page.warning if shown.assessment is not None else None,
         record=shown.record,
         past=past,
+        title=past.title,
+        check=next((v.check for v in past.versions if label is not None and v.label.id == label.id), None),
+        is_checking=shown.final is not None and shown.context.checks.is_running(shown.final),
         label=label,
         compared=compared,
         layers=layers,
@@ -241,9 +248,10 @@ def slice_picture(
 def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX_INTEGER)] = None) -> Response:
     """Send a small picture of the slice to look at first."""
     shown = _shown(scan)
-    has_errors, label = shown.errors() is not None, shown.start or shown.final
+    has_errors, label = shown.errors() is not None, shown.assessed or shown.final
     key = (
-        shown.dicom.study_uid,
+        shown.record.name,
+        shown.record.sha256,
         label.sha256 if label is not None else None,
         shown.assessment[0] if shown.assessment is not None else None,
         has_errors,
@@ -251,7 +259,7 @@ def worst_slice(scan: Scan, assessment: Annotated[int | None, Query(ge=1, le=MAX
 
     def make() -> bytes:
         slices = shown.slices(shown.context.structures(), label)
-        return draw(slices, shown.worst(), Layers(), _THUMBNAIL_EDGE)
+        return draw(slices, shown.worst(label), Layers(), _THUMBNAIL_EDGE)
 
     is_current = shown.assessment is not None and shown.assessment[0] == assessment
     return _picture(_thumbnails.get(key, make), is_kept=is_current and has_errors)
@@ -269,6 +277,14 @@ def heat_fragment(request: Request, page: AskedPage, scan: Scan) -> Response:
     return page.render("heat.html.jinja", heat_state=state, heat_problem=problem, scan=scan)
 
 
+@router.get("/check")
+def check_fragment(page: AskedPage, scan: Scan) -> Response:
+    """Tell how far the check of the final label is, as a part of the page."""
+    shown = _shown(scan)
+    is_checking = shown.final is not None and shown.context.checks.is_running(shown.final)
+    return page.render("check.html.jinja", is_checking=is_checking)
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -277,47 +293,51 @@ def slices_csv(scan: Scan) -> Response:
     """Send what is estimated of each slice and structure as a table."""
     shown = _shown(scan)
     structures = shown.assessment[1].structures if shown.assessment is not None else ()
-    rows = [
-        {
-            "scan": shown.record.name,
-            "slice": s.index,
-            "structure": q.name,
-            "error sum": s.error_sum,
-            "Dice": s.metrics.dice,
-            "IoU": s.metrics.iou,
-            "ARVD": s.metrics.arvd,
-            "RVD": s.metrics.rvd,
-            "boxes": sum(box.slice_index == s.index for box in q.raw.boxes),
-        }
-        for q in structures
-        for s in q.raw.slices
-    ]
-    return csv_file(f"{shown.record.name} slices", rows)
+    columns: Columns[tuple[StructureQuality, SliceQuality]] = {
+        "scan": lambda _: shown.record.name,
+        "slice": lambda row: row[1].index,
+        "structure": lambda row: row[0].name,
+        "error sum": lambda row: row[1].error_sum,
+        "Dice": lambda row: row[1].metrics.dice,
+        "IoU": lambda row: row[1].metrics.iou,
+        "ARVD": lambda row: row[1].metrics.arvd,
+        "RVD": lambda row: row[1].metrics.rvd,
+        "boxes": lambda row: sum(box.slice_index == row[1].index for box in row[0].raw.boxes),
+    }
+    return csv_file(f"{shown.record.name} slices", columns, [(q, s) for q in structures for s in q.raw.slices])
+
+
+def _ends(version: VersionSummary) -> PredictionInterval | None:
+    return applying(version.check.assessment.dice_interval) if version.check is not None else None
+
+
+_VERSION_COLUMNS: Final[Columns[VersionSummary]] = {
+    "version": lambda v: v.label.id,
+    "tag": lambda v: v.label.tag,
+    "current": lambda v: v.is_current,
+    "made by": lambda v: v.label.actor.name,
+    "as": lambda v: v.label.source,
+    "known by": lambda v: v.label.actor.identified_by,
+    "at": lambda v: v.label.made_at.isoformat(timespec="seconds"),
+    "from": lambda v: v.label.parent,
+    "Dice before": lambda v: v.dice_before,
+    "voxels changed": lambda v: v.correction.change.voxels_changed if v.correction is not None else None,
+    "slices changed": lambda v: v.correction.change.slices_changed if v.correction is not None else None,
+    "seconds": lambda v: v.correction.seconds if v.correction is not None else None,
+    "estimated Dice": lambda v: v.check.assessment.dice if v.check is not None else None,
+    "estimated Dice low": lambda v: ends.low if (ends := _ends(v)) is not None else None,
+    "estimated Dice high": lambda v: ends.high if (ends := _ends(v)) is not None else None,
+    "by bundle": lambda v: v.check.bundle if v.check is not None else None,
+    "check": lambda v: v.check.sentence if v.check is not None else None,
+    "sha256": lambda v: v.label.sha256,
+}
 
 
 @router.get("/versions.csv")
 def versions_csv(scan: Scan) -> Response:
     """Send the history of the scan's labels as a table."""
     shown = _shown(scan)
-    rows = [
-        {
-            "version": v.label.id,
-            "tag": v.label.tag,
-            "current": v.is_current,
-            "made by": v.label.actor.name,
-            "as": v.label.source,
-            "known by": v.label.actor.identified_by,
-            "at": v.label.made_at.isoformat(timespec="seconds"),
-            "from": v.label.parent,
-            "Dice before": v.dice_before,
-            "voxels changed": v.correction.change.voxels_changed if v.correction is not None else None,
-            "slices changed": v.correction.change.slices_changed if v.correction is not None else None,
-            "seconds": v.correction.seconds if v.correction is not None else None,
-            "sha256": v.label.sha256,
-        }
-        for v in history(shown.context, shown.record).versions
-    ]
-    return csv_file(f"{shown.record.name} versions", rows)
+    return csv_file(f"{shown.record.name} versions", _VERSION_COLUMNS, history(shown.context, shown.record).versions)
 
 
 @router.get("/difference.csv")
@@ -325,12 +345,15 @@ def difference_csv(scan: Scan, version: Version, other: Version) -> Response:
     """Send how many voxels of each slice two versions differ in."""
     shown = _shown(scan)
     one, two = shown.version(version), shown.version(other)
-    counts = _differing(shown, one, two)
-    rows = [
-        {"scan": shown.record.name, "slice": index, "from": other, "to": version, "voxels changed": count}
-        for index, count in enumerate(counts)
-    ]
-    return csv_file(f"{shown.record.name} {other} to {version}", rows)
+    columns: Columns[tuple[int, int]] = {
+        "scan": lambda _: shown.record.name,
+        "slice": lambda row: row[0],
+        "from": lambda _: other,
+        "to": lambda _: version,
+        "voxels changed": lambda row: row[1],
+    }
+    differing = enumerate(_differing(shown, one, two))
+    return csv_file(f"{shown.record.name} {other} to {version}", columns, differing)
 
 
 # ------------------------------------------------------------------------------------------------------------ actions
@@ -374,23 +397,42 @@ def restore_version(page: AskedPage, scan: Scan, version: Annotated[int, Form(ge
 
 @router.post("/label")
 async def upload_label(
-    request: Request, page: AskedPage, user: AskingUser, scan: Scan, file: Annotated[UploadFile, File()]
+    request: Request,
+    page: AskedPage,
+    user: AskingUser,
+    scan: Scan,
+    file: Annotated[UploadFile | None, File()] = None,
+    is_empty: Annotated[bool, Form(alias="empty")] = False,
 ) -> Response:
-    """Keep an uploaded label map as the scan's final label; its values are those of the settings."""
+    """Keep an uploaded label map as the scan's final label; its values are those of the settings.
+
+    An empty one is asked about first. It is kept as ``empty`` says, then: there is nothing to send again.
+    """
     shown = _shown(scan)
 
     def save() -> dict[str, Any]:
         names = shown.context.labels()
         params = LabelParams(label_names={**names}) if names else LabelParams()
-        return save_label_of(user, shown.record.name, file, params, FINAL)
+        sent = file if file is not None and not is_empty else _empty_label(shown)
+        return save_label_of(user, shown.record.name, sent, params, FINAL, asks_if_empty=not is_empty)
 
-    if not file.filename:
+    if not is_empty and (file is None or not file.filename):
         return page.go(_address(shown), "Choose a file first.", problem=True)
     try:
         kept = await in_turn(request, save)
+    except EmptyLabelError:
+        return page.render("empty.html.jinja", shown=shown, here=_address(shown))
     except SegqcError as error:
         return page.go(_address(shown), str(error), problem=True)
-    return page.go(_address(shown), f"Version {kept['version']} kept as the final label.")
+    status = await check_of(request, kept["version"])
+    told = f" {status.sentence}" if status.state == "done" else ""
+    return page.go(_address(shown), f"Version {kept['version']} kept as the final label.{told}")
+
+
+def _empty_label(shown: ShownScan) -> UploadFile:
+    grid = read_grid(shown.context.dataset.scan_file(shown.record), limits=shown.context.settings.intake)
+    with temporary_labels(Volume(np.zeros(grid.shape, np.uint8), grid.affine, grid.acquisition_axis)) as path:
+        return UploadFile(io.BytesIO(path.read_bytes()), filename=path.name)
 
 
 def _done(page: AskedPage, shown: ShownScan, action: Callable[[], str]) -> Response:
@@ -413,11 +455,18 @@ def download_version(scan: Scan, version: Annotated[int, Path(ge=1, le=MAX_INTEG
     suffix = next((s for s in _FORMATS if name.endswith(s)), None)
     if suffix is None:
         raise RequestError(404, f"a label is sent as {' or '.join(_FORMATS)}, not as {name[:80]!r}.")
-    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix)
-    os.close(handle)
-    write_labels(read_labels(shown.context.dataset.store.label_file(label)), FilePath(delivered))
-    return SentOnce(
-        delivered,
-        media_type="application/octet-stream",
-        filename=f"{shown.record.name}_{label.tag}_{label.id}{suffix}",
-    )
+    name = f"{shown.record.name}_{label.tag}_{label.id}{suffix}"
+    if suffix == SEGMENTATION_SUFFIX:
+        context = shown.context
+        content = to_segmentation(context.dataset, context.archive, shown.dicom, label, context.labels())
+        return _attachment(content, name)
+    with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
+        path = FilePath(folder) / f"label{suffix}"
+        write_labels(read_labels(shown.context.dataset.store.label_file(label)), path)
+        return _attachment(path.read_bytes(), name)
+
+
+def _attachment(content: bytes, name: str) -> Response:
+    named = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
+    headers = {"Content-Disposition": named, "X-Content-Type-Options": "nosniff"}
+    return Response(content, media_type="application/octet-stream", headers=headers)

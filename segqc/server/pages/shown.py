@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -21,8 +22,9 @@ from segqc.server.context import AppContext
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
+from segqc.server.pages.in_pacs import version_standings
 from segqc.server.pages.pictures import Part, ShownSlices, part_of
-from segqc.store import assessments, bundles, events, labels, leases, scans
+from segqc.store import assessments, bundles, events, labels, leases, pacs, scans
 from segqc.store.labels import FINAL
 from segqc.store.queue import ShownState, shown_state
 from segqc.store.records import EventRecord, LabelRecord, LeaseRecord, ScanRecord
@@ -52,7 +54,8 @@ class ShownScan:
         record: the scan.
         start: the label that an annotator starts from.
         final: its final label.
-        assessment: of ``start``, by the bundle that serves, with its number.
+        assessed: the label that is judged: the final one where it was checked, else ``start``.
+        assessment: of ``assessed``, by the bundle that serves, with its number.
         bundle: the number of that bundle.
     """
 
@@ -60,13 +63,14 @@ class ShownScan:
     record: ScanRecord
     start: LabelRecord | None
     final: LabelRecord | None
+    assessed: LabelRecord | None
     assessment: tuple[int, Assessment] | None
     bundle: int | None
 
-    @property
+    @cached_property
     def dicom(self) -> DicomScan:
-        """The scan by DICOM's identifiers."""
-        return DicomScan(self.record)
+        """The scan by DICOM's identifiers; fails as `Archive.scan_of` does."""
+        return self.context.archive.scan_of(self.record)
 
     @property
     def header(self) -> ScanHeader:
@@ -78,11 +82,14 @@ class ShownScan:
         """The label that is drawn where nobody wishes for another: the final one, else that to start from."""
         return self.final or self.start
 
-    def worst(self) -> int:
-        """The slice to look at first; the middle one without an assessment."""
+    def worst(self, label: LabelRecord | None) -> int:
+        """The slice to look at first: without an assessment the middle one of those that a label marks, or of all."""
         if self.assessment is not None and (found := self.assessment[1].worst_slices(1)):
             return found[0]
-        return self.header.count // 2
+        array, axis = self._array(label), self.header.layout.slice_axis
+        in_plane = tuple(a for a in range(3) if a != axis)
+        marked = np.flatnonzero(array.any(axis=in_plane)) if array is not None else np.empty(0, np.intp)
+        return int(marked[len(marked) // 2]) if marked.size else self.header.count // 2
 
     def error_sums(self) -> list[float]:
         """About how many voxels of each slice are wrong, over all structures; nothing without an assessment."""
@@ -127,7 +134,8 @@ class ShownScan:
         header, errors = self.header, self.errors() if with_errors else None
         arrays = self._array(label), self._array(other)
         key = (
-            self.dicom.study_uid,
+            self.record.name,
+            self.record.sha256,
             label.sha256 if label is not None else None,
             other.sha256 if other is not None else None,
             self._key if errors is not None else None,
@@ -158,12 +166,12 @@ class ShownScan:
 
     @property
     def _key(self) -> tuple[str, int, int] | None:
-        if self.start is None or self.bundle is None or self.assessment is None:
+        if self.assessed is None or self.bundle is None or self.assessment is None:
             return None
-        return str(self.context.dataset.folder), self.start.id, self.bundle
+        return str(self.context.dataset.folder), self.assessed.id, self.bundle
 
     def errors(self) -> ErrorSteps | None:
-        """The error map of ``start``; None where it is not kept."""
+        """The error map of ``assessed``; None where it is not kept."""
         key = self._key
         if key is None:
             return None
@@ -182,7 +190,7 @@ class ShownScan:
     def heat(self, executor: Executor) -> tuple[HeatState, str | None]:
         """How it is with the error map, which is made in the background where it is not kept; and why it failed."""
         key = self._key
-        if key is None or self.start is None or self.bundle is None:
+        if key is None or self.assessed is None or self.bundle is None:
             return "none", None
         if self.errors() is not None:
             return "ready", None
@@ -194,7 +202,7 @@ class ShownScan:
                 return "failed", str(error)
             if bundle is None or bundle.number != self.bundle or not bundle.holds("segqc"):
                 return "none", None
-            _making[key] = executor.submit(self._make, self.start, bundle)
+            _making[key] = executor.submit(self._make, self.assessed, bundle)
             return "making", None
         if not going.done():
             return "making", None
@@ -218,12 +226,16 @@ class ScanHistory:
         events: all that happened, oldest first.
         leases: who has it now.
         state: as people are told.
+        title: what people call it.
+        in_pacs: what became of versions in the PACS, in words, by their numbers.
     """
 
     versions: list[VersionSummary]
     events: list[EventRecord]
     leases: list[LeaseRecord]
     state: ShownState
+    title: str
+    in_pacs: dict[int, str]
 
 
 def shown_scan(context: AppContext, name: str) -> ShownScan:
@@ -236,9 +248,10 @@ def shown_scan(context: AppContext, name: str) -> ShownScan:
         record = scans.get(transaction, name)
         start = labels.start_of(transaction, record.name)
         final = labels.current(transaction, record.name, FINAL)
-        assessment = assessments.latest_of(transaction, start.id) if start is not None else None
+        check = assessments.latest_of(transaction, final.id) if final is not None else None
+        assessment = check or (assessments.latest_of(transaction, start.id) if start is not None else None)
         bundle = bundles.serving_number(transaction)
-    return ShownScan(context, record, start, final, assessment, bundle)
+    return ShownScan(context, record, start, final, start if check is None else final, assessment, bundle)
 
 
 def history(context: AppContext, scan: ScanRecord) -> ScanHistory:
@@ -250,4 +263,6 @@ def history(context: AppContext, scan: ScanRecord) -> ScanHistory:
             events.history(transaction, "scan", scan.id),
             held,
             shown_state(scan.state, scan.missing_since, scan.former_name, is_held=bool(held)),
+            pacs.title_of(transaction, scan),
+            version_standings(context.dataset, transaction, scan.name),
         )

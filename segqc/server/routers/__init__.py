@@ -17,6 +17,7 @@ from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
     audit,
     batch,
+    checks,
     datastore,
     inference,
     leases,
@@ -40,6 +41,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     datastore.router,
     review.router,
     audit.router,
+    checks.router,
     rounds.router,
     leases.router,
     sessions.router,

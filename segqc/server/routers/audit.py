@@ -77,6 +77,7 @@ def _to_json(found: AuditedLabel) -> JsonObject:
     verdict, mark = found.verdict, found.mark
     return {
         "scan": found.scan,
+        "title": found.title,
         "patient": found.patient,
         "state": found.state,
         "version": found.label.id,

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, acting
 from segqc.server.client_labels import same_values, to_client
+from segqc.server.dicomweb.segmentations import check_segmentation
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import decision_in
 from segqc.server.monailabel.facade import current_app
@@ -29,6 +30,7 @@ from segqc.server.parameters import (
     LabelText,
     ReviewerForm,
 )
+from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.dependencies import (
     AskingUser,
     SentOnce,
@@ -39,6 +41,7 @@ from segqc.server.routers.dependencies import (
     known_scan,
     open_store,
     receive,
+    receive_labels,
 )
 from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
@@ -46,7 +49,8 @@ from segqc.store import scans
 from segqc.store.labels import FINAL, IGNORED
 from segqc.store.records import JsonObject
 from segqc.store.store import suffix_of
-from segqc.volumes import LABEL_SUFFIXES, read_labels, write_labels
+from segqc.volumes import read_labels, write_labels
+from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
 router = APIRouter()
 
@@ -86,15 +90,29 @@ async def save_label(
 ) -> JsonObject:
     """Store a label map of a scan, checked and brought to the configured label values.
 
-    A final label that an annotator made of what was handed out becomes a correction, with what changed.
+    A final label that an annotator made of what was handed out becomes a correction, with what changed. The answer
+    begins with what SegQC-Net says of it (``check``), or that it is being checked.
     """
-    return await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
+    body = await in_turn(request, functools.partial(save_label_of, user, image, label, params, tag))
+    version = body["version"]
+    assert isinstance(version, int)
+    return {"check": check_to_json(await check_of(request, version)), **body}
 
 
-def save_label_of(user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str) -> JsonObject:
+class EmptyLabelError(RequestError):
+    """A label map without a voxel is to be asked about before it is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(409, "the submitted label map is empty: no voxel of it is a structure's.")
+
+
+def save_label_of(
+    user: RequestUser, image: str, label: UploadFile, params: LabelParams, tag: str, *, asks_if_empty: bool = False
+) -> JsonObject:
     """Keep an uploaded label map of a scan, as `save_label` says; the answer is the client's.
 
     Raises:
+        EmptyLabelError: if it is empty, and that is to be asked about; nothing has changed then.
         RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
         ImageNotFoundException: if there is no such scan.
     """
@@ -104,8 +122,12 @@ def save_label_of(user: RequestUser, image: str, label: UploadFile, params: Labe
     tag = check_tag(tag or FINAL)  # clients may leave it empty
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
-        received = receive(label, Path(folder), "submitted", "the label map", LABEL_SUFFIXES)
+        received = receive_labels(label, Path(folder))
+        if received.suffix == SEGMENTATION_SUFFIX:
+            check_segmentation(app.context.archive, app.context.archive.scan_of(scan), received)
         submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
+        if asks_if_empty and not submitted.volume.array.any():
+            raise EmptyLabelError
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
         _check_review(user, info)
         check_approved(user, scan.name, tag)

@@ -19,11 +19,14 @@ from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
 from segqc.store.records import ScanRecord
 from segqc.store.store import Store
-from segqc.volumes import SCAN_SUFFIXES, VolumeError
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError
+from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 from segqc.volumes.intake import check_scan
 
 # With the patience for a locked database after it, the last of a crowd is told within a quarter of a minute.
 TURN_SECONDS: Final = 10.0
+_DICOM_MARK: Final = b"DICM"
+_DICOM_HEAD: Final = 132  # bytes, with the mark
 
 T = TypeVar("T")
 
@@ -70,6 +73,18 @@ class SentOnce(FileResponse):
 def receive(upload: UploadFile, folder: Path, stem: str, what: str, suffixes: Sequence[str] = SCAN_SUFFIXES) -> Path:
     """Write an uploaded scan or label map into a folder; its name is ours, but for the suffix."""
     path = folder / f"{stem}{split_suffix(upload.filename, what, suffixes)[1]}"
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file)
+    return path
+
+
+def receive_labels(upload: UploadFile, folder: Path) -> Path:
+    """Write an uploaded label map into a folder, as `receive`; a DICOM SEG may have any name."""
+    mark = upload.file.read(_DICOM_HEAD)[-len(_DICOM_MARK) :]
+    upload.file.seek(0)
+    if mark != _DICOM_MARK:
+        return receive(upload, folder, "submitted", "the label map", (*LABEL_SUFFIXES, SEGMENTATION_SUFFIX))
+    path = folder / f"submitted{SEGMENTATION_SUFFIX}"
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file)
     return path

@@ -7,11 +7,13 @@ from typing import Final
 
 from fastapi import APIRouter, Request
 
+from segqc.loop.dataset import Dataset
 from segqc.server.actors import RequestUser, acting
 from segqc.server.monailabel.facade import current_app
 from segqc.server.names import known
 from segqc.server.parameters import SampleBody, SampleParams
 from segqc.server.routers.dependencies import AskingUser, in_turn
+from segqc.store import queue
 from segqc.store.records import JsonObject
 
 router = APIRouter()
@@ -24,6 +26,17 @@ DEFAULT_STRATEGY: Final = "random"
 async def next_sample(request: Request, strategy: str, user: AskingUser, params: SampleBody) -> JsonObject:
     """Hand out the scan to correct next; an empty object means that none is left for this annotator."""
     return await in_turn(request, functools.partial(next_scan, strategy, user, params))
+
+
+def nothing_left(dataset: Dataset) -> str:
+    """Why no scan is handed out, in a sentence."""
+    with dataset.store.read() as transaction:
+        is_empty = queue.counts(transaction)["all"] == 0
+    if not is_empty:
+        return "No scan is left for you: all are labelled, or others work on them."
+    if dataset.pacs is not None:
+        return "There are no scans yet: no series of the PACS passes the filters in segqc.toml ([pacs])."
+    return "There are no scans yet: put some (.nii, .nii.gz or .nrrd) into the dataset folder of the server."
 
 
 def next_scan(strategy: str, user: RequestUser, params: SampleParams) -> JsonObject:

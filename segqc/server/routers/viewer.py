@@ -11,7 +11,14 @@ from typing import Annotated, Final
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
 from segqc.loop.scoring import error_map
-from segqc.loop.submission import LabelMovedOnError, StartedFrom, check_start, measure_change, submit_label
+from segqc.loop.submission import (
+    LabelMovedOnError,
+    StartedFrom,
+    Submission,
+    check_start,
+    measure_change,
+    submit_label,
+)
 from segqc.server.actors import RequestUser
 from segqc.server.dicomweb.series import DicomScan, ScanHeader
 from segqc.server.errors import RequestError
@@ -25,14 +32,15 @@ from segqc.server.parameters import (
     ViewerSubmission,
     ViewerText,
 )
+from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
-from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan
+from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.server.submitted_labels import stored_info
 from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
 from segqc.store import labels, leases
 from segqc.store.labels import FINAL
-from segqc.store.records import LabelRecord
+from segqc.store.records import JsonObject, LabelRecord
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -50,7 +58,7 @@ _ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextScan:
-    """The scan that an annotator is to correct; None where none is left. ``note`` says what there is to know of it."""
+    """The scan that an annotator is to correct; ``note`` says what there is to know of it, or why there is none."""
 
     scan: ViewedScan | None
     note: str | None
@@ -80,11 +88,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A submitted label: its version, its tag, and the number of the correction where it is one."""
+    """A submitted label: its version, its tag, and the number of the correction where it is one.
+
+    ``check`` is what ``GET /segqc/labels/{scan}/check`` answers by now.
+    """
 
     version: int
     tag: str
     correction: int | None
+    check: JsonObject
 
 
 @router.post("/next", summary="The next scan for the viewer")
@@ -100,7 +112,7 @@ def _next(user: RequestUser, params: ViewerNextParams) -> NextScan:
     wanted = SampleParams(client_id=params.client_id, skip_reason=params.skip_reason, resume=again)
     answer = next_scan(DEFAULT_STRATEGY, user, wanted)
     if not answer:
-        return NextScan(scan=None, note=None)
+        return NextScan(scan=None, note=nothing_left(current_app().context.dataset))
     archive = current_app().context.archive
     scan = archive.named(str(answer["id"]))
     shown = view(current_app().context, scan, archive.header(scan), user.actor(params.client_id))
@@ -194,19 +206,22 @@ def _warnings(structures: list[StructureDifference], changed: int) -> list[str]:
 async def submit_voxels(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Kept:
     """Keep a label map as the scan's final label, or beside it where the client asks for that.
 
-    It is refused with 409 where another label took the place of the one that it was made of.
+    It is refused with 409 where another label took the place of the one that it was made of. Nobody waits for its
+    check here: the panel asks for it.
     """
-    return await in_turn(request, functools.partial(_submit, study, user, params, voxels))
+    done = await in_turn(request, functools.partial(_submit, study, user, params, voxels))
+    label, status = done.label, await check_of(request, done.label.id, wait=False)
+    return Kept(version=label.id, tag=label.tag, correction=done.correction, check=check_to_json(status))
 
 
-def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Kept:
+def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Submission:
     context = current_app().context
     scan, header = _scan(study)
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
     check_approved(user, scan.record.name, tag)
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
-    done = submit_label(
+    return submit_label(
         context.dataset,
         scan.record.name,
         end,
@@ -216,7 +231,6 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
         checked=scan.record,
         started=_started(scan, params),
     )
-    return Kept(version=done.label.id, tag=done.label.tag, correction=done.correction)
 
 
 def _tag_beside(scan: DicomScan) -> str:

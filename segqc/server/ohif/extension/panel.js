@@ -152,7 +152,7 @@ class Panel extends HTMLElement {
     const { scan, busy, phase } = session;
     const title = {
       loading: 'Opening the scan …',
-      ready: scan?.scan ?? '',
+      ready: scan?.title ?? '',
       'none-left': 'Nothing left for you',
       unknown: 'Not a scan of this server',
       failed: 'The scan could not be opened',
@@ -160,7 +160,7 @@ class Panel extends HTMLElement {
     const told = {
       loading: '',
       ready: this.#standing(),
-      'none-left': 'Every scan is labelled, handed out to others, or set aside. Look again later.',
+      'none-left': session.noneLeft,
       unknown: 'This study is not in the folder that SegQC serves. Take the next scan instead.',
       failed: '',
     }[phase];
@@ -170,7 +170,7 @@ class Panel extends HTMLElement {
       h(
         'div',
         { class: 'row' },
-        h('span', { class: 'title name grow', title }, title),
+        h('span', { class: 'title name grow', title: phase === 'ready' ? scan?.scan : title }, title),
         Boolean(busy || phase === 'loading') && h('span', { class: 'spinner', role: 'img', 'aria-label': busy || title })
       ),
       h('p', { class: 'soft' }, busy ? `${busy} …` : told),
@@ -227,6 +227,13 @@ class Panel extends HTMLElement {
       found.push(this.#notice(notice.kind, notice.text));
     }
     if (session.phase === 'ready' && scan) {
+      const { submitted } = session;
+      if (submitted && submitted.state !== 'none') {
+        const goThere = /** @type {[string, () => unknown][]} */ (
+          session.isToLookAgain ? [['Look again', () => session.jump(session.ranked[0])]] : []
+        );
+        found.push(this.#notice(session.isToLookAgain ? 'warning' : 'note', submitted.sentence, goThere));
+      }
       if (scan.state === 'rejected') {
         found.push(this.#notice('warning', `Rejected: ${scan.reason}`));
       }
@@ -490,9 +497,9 @@ class Panel extends HTMLElement {
 
   // ------------------------------------------------------------------------------------------------------------ slices
 
-  /** The number of a slice, as the viewer's own corner shows it. @param {string} instance */
+  /** The number of a slice: from 0, as pages, files and 3D Slicer's API count. @param {string} instance */
   #number(instance) {
-    return (this.session.scan?.instances.indexOf(instance) ?? -1) + 1;
+    return this.session.scan?.instances.indexOf(instance) ?? -1;
   }
 
   #drawSlices() {
@@ -546,11 +553,11 @@ class Panel extends HTMLElement {
       const error = errors.get(instance) ?? 0;
       const height = Math.max(1, (room * error) / most);
       const y = STRIP.height - STRIP.bottom - height;
-      const title = `Slice ${i + 1}${errors.size ? `: ${ml(error)} likely wrong` : ''}`;
+      const title = `Slice ${i}${errors.size ? `: ${ml(error)} likely wrong` : ''}`;
       const foot = STRIP.height - STRIP.bottom;
       return s(
         'g',
-        { click: () => session.jump(instance), 'data-slice': i + 1 },
+        { click: () => session.jump(instance), 'data-slice': i },
         s('title', {}, title),
         instance === now && s('rect', { class: 'now', x: i, y: 0, width: 1, height: foot }),
         s('rect', { class: worst.has(instance) ? 'bar worst' : 'bar', x: i + 0.1, y, width: 0.8, height }),

@@ -12,14 +12,15 @@
  *   area_mm2: number, peak_error: number }} Box
  * @typedef {{ version: number, dice: number, interval: Interval | null, structures: StructureEstimate[],
  *   slices: { instance: string, error_ml: number }[], worst_slices: string[], boxes: Box[] }} Estimate
- * @typedef {{ scan: string, study: string, series: string, state: string, reason: string | null, instances: string[],
- *   rows: number, columns: number, voxel_ml: number, segments: Segment[], label: Version | null, lease: Lease | null,
+ * @typedef {{ scan: string, title: string, study: string, series: string, state: string, reason: string | null,
+ *   instances: string[], rows: number, columns: number, voxel_ml: number, segments: Segment[], label: Version | null, lease: Lease | null,
  *   has_networks: boolean, estimate: Estimate | null, warnings: string[], history: Version[] }} Scan
  * @typedef {{ name: string, voxels_changed: number, dice: number | null, is_empty: boolean,
  *   was_empty: boolean }} Difference
  * @typedef {{ voxels_changed: number, slices_changed: number, structures: Difference[], warnings: string[],
  *   conflict: string | null }} Check
- * @typedef {{ version: number, tag: string, correction: number | null }} Kept
+ * @typedef {{ state: 'done' | 'running' | 'none', sentence: string, errors?: object[] }} SubmissionCheck
+ * @typedef {{ version: number, tag: string, correction: number | null, check: SubmissionCheck }} Kept
  */
 
 /** The server whose extension this is, with a slash at its end: a hospital's own OHIF loads it from elsewhere. */
@@ -178,6 +179,17 @@ export async function checkLabel(scan, voxels, startedFrom) {
  */
 export async function submitLabel(scan, voxels, startedFrom, beside) {
   return (await ask(`scans/${scan.series}/label`, await form(scan, voxels, startedFrom, beside))).json();
+}
+
+/**
+ * How it is with the check of a submitted version, after a second or two at most.
+ *
+ * @param {Scan} scan
+ * @param {number} version
+ * @returns {Promise<SubmissionCheck>}
+ */
+export async function readCheck(scan, version) {
+  return (await ask(`segqc/labels/${encodeURIComponent(scan.scan)}/check?version=${version}`, {}, SERVER)).json();
 }
 
 /**

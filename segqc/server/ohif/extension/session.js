@@ -6,7 +6,7 @@
  * @typedef {import('./server.js').Kept} Kept
  *
  * @typedef {'loading' | 'ready' | 'none-left' | 'unknown' | 'failed'} Phase
- * @typedef {{ kind: 'kept' | 'note' | 'problem', text: string }} Notice
+ * @typedef {{ kind: 'kept' | 'note' | 'problem' | 'warning', text: string }} Notice
  * @typedef {{ voxels: Uint8Array, startedFrom: number | null }} Draft
  */
 import { Mask } from './mask.js';
@@ -47,8 +47,10 @@ export class Session extends EventTarget {
     this.notice = null;
     /** why a submission was refused, until it is settled @type {string | null} */
     this.conflict = null;
-    /** @type {Check | null} */
+    /** what would be submitted @type {Check | null} */
     this.check = null;
+    /** what SegQC-Net says of what was submitted @type {import('./server.js').SubmissionCheck | null} */
+    this.submitted = null;
     /** whether a draft of the scan is there @type {Draft | null} */
     this.draft = null;
     /** what is being done, in a word or two; empty while nothing is */
@@ -59,6 +61,8 @@ export class Session extends EventTarget {
     this.known = undefined;
     /** what the server says of it @type {string | null} */
     this.noteOfNext = null;
+    /** why no scan was handed out */
+    this.noneLeft = '';
     /** aborted when the annotator chooses a slice @type {AbortController | null} */
     this.holding = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
@@ -143,6 +147,7 @@ export class Session extends EventTarget {
         this.#putAside();
         this.phase = 'none-left';
         this.scan = null;
+        this.noneLeft = note ?? '';
         return;
       }
       this.noteOfNext = scan.has_networks ? note : null; // without networks the panel has a word of its own
@@ -173,6 +178,7 @@ export class Session extends EventTarget {
     const number = (this.number += 1);
     const isOver = () => number !== this.number;
     Object.assign(this, { phase: 'loading', scan: null, conflict: null, check: null, draft: null, busy: '' });
+    this.submitted = null;
     this.notice = this.noteOfNext ? { kind: 'note', text: this.noteOfNext } : null;
     this.noteOfNext = null;
     this.errorMap = 'none';
@@ -192,7 +198,7 @@ export class Session extends EventTarget {
         return;
       }
       // before there is a mask: OHIF 3.10 does not draw one that has just been added on another slice
-      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? [];
+      const [first] = scan.lease?.slices ?? scan.estimate?.worst_slices ?? middleOf(scan, voxels);
       if (first) {
         await jumpTo(this.services, scan, first);
       }
@@ -316,7 +322,9 @@ export class Session extends EventTarget {
         const place = beside ? ` beside the final label, as ${kept.tag}` : '';
         this.notice = { kind: 'kept', text: `Version ${kept.version} kept${place}.` };
         this.startedFrom = kept.version;
+        this.submitted = kept.check;
         await this.#read();
+        void this.#followCheck(scan, kept);
         if (beside) {
           this.startedFrom = this.scan?.label?.version ?? null;
         }
@@ -334,6 +342,56 @@ export class Session extends EventTarget {
         }
       }
     });
+  }
+
+  /**
+   * Wait for the check of a submission, and show what it says; of a scan that was left meanwhile, only what was found.
+   *
+   * @param {Scan} scan
+   * @param {import('./server.js').Kept} kept
+   */
+  async #followCheck(scan, kept) {
+    const { number } = this;
+    let { check } = kept;
+    try {
+      while (check.state === 'running') {
+        check = await server.readCheck(scan, kept.version);
+      }
+    } catch {
+      check = { state: 'none', sentence: '' }; // the label is kept; nothing else was promised
+    }
+    if (number !== this.number) {
+      if (check.errors?.length) {
+        this.notice = { kind: 'warning', text: `${scan.scan}, version ${kept.version}: ${check.sentence}` };
+        this.#tell();
+      }
+      return;
+    }
+    this.submitted = check;
+    if (check.state === 'done' && this.startedFrom === kept.version) {
+      await this.#estimateAgain().catch(() => undefined);
+    }
+    this.#tell();
+  }
+
+  /** Show the estimate and the boxes of the label that was submitted, in the place of those of the mask before. */
+  async #estimateAgain() {
+    const { number } = this;
+    const now = this.scan && (await server.readScan(this.scan.series));
+    if (now && number === this.number && this.overlay) {
+      this.scan = now;
+      this.overlay.dispose();
+      this.overlay = new Overlay(this.services, now);
+      this.errorMap = 'none';
+      this.#prefer();
+      this.overlay.show();
+      void this.showErrorMap();
+    }
+  }
+
+  /** Whether the check of what was submitted names slices to look at again. */
+  get isToLookAgain() {
+    return Boolean(this.submitted?.errors?.length);
   }
 
   // ---------------------------------------------------------------------------------------------------------- history
@@ -416,11 +474,17 @@ export class Session extends EventTarget {
     await this.jump(ranked[wanted]);
   }
 
-  /** The slices with the most likely errors first, those that are asked for where not all are. */
+  /**
+   * The slices with the most likely errors first, those that are asked for where not all are; after a submission that is
+   * to be looked at again, those with a box alone.
+   */
   get ranked() {
-    const asked = this.scan?.lease?.slices;
-    const slices = [...(this.scan?.estimate?.slices ?? [])].sort((one, other) => other.error_ml - one.error_ml);
-    return slices.map(slice => slice.instance).filter(instance => !asked || asked.includes(instance));
+    const { estimate, lease } = this.scan ?? {};
+    const boxed = this.isToLookAgain && new Set(estimate?.boxes.map(box => box.instance));
+    const slices = [...(estimate?.slices ?? [])].sort((one, other) => other.error_ml - one.error_ml);
+    return slices
+      .map(slice => slice.instance)
+      .filter(instance => (!lease?.slices || lease.slices.includes(instance)) && (!boxed || boxed.has(instance)));
   }
 
   /** @param {Partial<Session['preferences']>} wanted */
@@ -518,6 +582,19 @@ export class Session extends EventTarget {
   #tell() {
     this.dispatchEvent(new Event('change'));
   }
+}
+
+/**
+ * The middle one of the slices that a label map marks; none where it marks nothing.
+ *
+ * @param {Scan} scan
+ * @param {Uint8Array | null} voxels
+ */
+function middleOf(scan, voxels) {
+  const size = scan.rows * scan.columns;
+  const isMarked = (/** @type {number} */ i) => voxels?.subarray(i * size, (i + 1) * size).some(value => value > 0);
+  const marked = scan.instances.filter((_, i) => isMarked(i));
+  return marked.slice(marked.length >> 1, (marked.length >> 1) + 1);
 }
 
 function preferences() {

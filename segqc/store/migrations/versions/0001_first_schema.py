@@ -338,7 +338,7 @@ def upgrade() -> None:
             "backend IN ('pytorch', 'pytorch-bfloat16', 'openvino', 'openvino-bfloat16', 'compile')",
             name=op.f("ck_assessment_backend"),
         ),
-        sa.CheckConstraint("mask_kind IN ('served', 'strange')", name=op.f("ck_assessment_mask_kind")),
+        sa.CheckConstraint("mask_kind IN ('served', 'strange', 'person')", name=op.f("ck_assessment_mask_kind")),
         sa.ForeignKeyConstraint(["bundle_id"], ["bundle.id"], name=op.f("fk_assessment_bundle_id")),
         sa.ForeignKeyConstraint(
             ["label_version_id"], ["label_version.id"], name=op.f("fk_assessment_label_version_id")
@@ -579,6 +579,7 @@ def upgrade() -> None:
         sa.Column("file", sa.String(), nullable=False),
         sa.Column("study_uid", sa.String(), nullable=False),
         sa.Column("series_uid", sa.String(), nullable=False),
+        sa.Column("description", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("file", name=op.f("pk_series")),
     )
     op.create_index(op.f("ix_series_series_uid"), "series", ["series_uid"], unique=False)
