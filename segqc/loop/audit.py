@@ -20,6 +20,7 @@ from segqc.volumes import VolumeError, read_labels
 
 logger = logging.getLogger(__name__)
 
+_NO_NETWORK: Final = "an audit of labels needs a SegQC network; train one first (segqc train segqc)"
 _EVERY_NETWORK: Final = "Not judged: every network has trained from this patient's labels."
 _ONE_NETWORK: Final = (
     "Not judged: the network has trained from this patient's labels; with ensemble = true in [training], one of each "
@@ -73,7 +74,7 @@ def missing_network(bundle: NetworkBundle | None) -> str | None:
         ModelError: if its card is missing or damaged.
     """
     if bundle is None or not bundle.holds("segqc"):
-        return "an audit of labels needs a SegQC network; train one first (segqc train segqc)"
+        return _NO_NETWORK
     if bundle.card("segqc").people is None:
         return (
             f"the SegQC network of bundle {bundle.number} has none for people's masks beside it; train it again with "
@@ -84,8 +85,9 @@ def missing_network(bundle: NetworkBundle | None) -> str | None:
 
 def _bundle(dataset: Dataset) -> NetworkBundle:
     bundle = dataset.bundle()
-    if (problem := missing_network(bundle)) is not None or bundle is None:
-        raise ModelError(problem or "no bundle serves")
+    problem = missing_network(bundle)
+    if bundle is None or problem is not None:
+        raise ModelError(problem or _NO_NETWORK)
     return bundle
 
 
