@@ -232,7 +232,7 @@ class Panel extends HTMLElement {
         const goThere = /** @type {[string, () => unknown][]} */ (
           session.isToLookAgain ? [['Look again', () => session.jump(session.ranked[0])]] : []
         );
-        found.push(this.#notice(session.isToLookAgain ? 'warning' : 'note', submitted.sentence, goThere));
+        found.push(this.#notice(submitted.errors?.length ? 'warning' : 'note', submitted.sentence, goThere));
       }
       if (scan.state === 'rejected') {
         found.push(this.#notice('warning', `Rejected: ${scan.reason}`));

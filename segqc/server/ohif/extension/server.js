@@ -19,7 +19,7 @@
  *   was_empty: boolean }} Difference
  * @typedef {{ voxels_changed: number, slices_changed: number, structures: Difference[], warnings: string[],
  *   conflict: string | null }} Check
- * @typedef {{ state: 'done' | 'running' | 'none', sentence: string, errors?: object[] }} SubmissionCheck
+ * @typedef {{ state: 'done' | 'running' | 'none', sentence: string, errors?: object[], version?: number }} SubmissionCheck
  * @typedef {{ version: number, tag: string, correction: number | null, check: SubmissionCheck }} Kept
  */
 

@@ -389,9 +389,10 @@ export class Session extends EventTarget {
     }
   }
 
-  /** Whether the check of what was submitted names slices to look at again. */
+  /** Whether the label that is shown was checked, and is to be looked at again in the slices with a box. */
   get isToLookAgain() {
-    return Boolean(this.submitted?.errors?.length);
+    const { submitted, scan } = this;
+    return Boolean(submitted?.errors?.length) && scan?.estimate?.version === submitted?.version;
   }
 
   // ---------------------------------------------------------------------------------------------------------- history
