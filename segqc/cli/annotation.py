@@ -48,8 +48,9 @@ _VERSION_TERMS: Final = (
     "tags: original = by the segmentation network; final = what trains; pseudo-label = a mask that trains, too (segqc "
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
     "annotator's each; attention-check = with a planted error, never kept; others, such as version_1, = as a client "
-    "named them. checked slices: how many a person has looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
-    "result, in what was opened. estimated Dice, check: what SegQC-Net said of what a person submitted."
+    "named them. checked slices: how many a person has looked at; - where it was all, and of masks. Dice before: of "
+    "the structure that was corrected most, start against result, in what was opened. estimated Dice: by SegQC-Net, of "
+    "what a person submitted."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -57,14 +58,14 @@ _READING_TERMS: Final = (
 )
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's "
-    "choice. slices: that are asked for; - for the whole scan. estimated Dice: when the scan was handed out, without a "
-    "true mask."
+    "patients; pseudo-audit = at random of the pseudo-labels; rejected = sent back by a reviewer. probability: of a "
+    "random draw; - where nothing was drawn. slices: that are asked for; - for the whole scan. estimated Dice: when "
+    "the scan was handed out, without a true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients; pseudo-audit = at random of the pseudo-labels. hours: from hand-out to submission, summed over the "
-    "submitted scans."
+    "patients; pseudo-audit = at random of the pseudo-labels; rejected = sent back by a reviewer. hours: from hand-out "
+    "to submission, summed over the submitted scans."
 )
 _ATTENTION_TERMS: Final = (
     "planted: masks with a planted error that were handed out. submitted: those that came back. found: those in which "
@@ -201,12 +202,18 @@ def labels(
         key="versions",
         terms=_VERSION_TERMS,
     )
+    if not (as_json or as_csv):
+        for number, summary in history.items():
+            if summary.check is not None:
+                typer.echo(f"version {number}, checked by bundle {summary.check.bundle}: {summary.check.sentence}")
 
 
 def _check(check: LabelCheck | None, *, as_json: bool, as_csv: bool) -> Row:
     """The cells of what SegQC-Net said of a submission."""
     dice, interval = (None, None) if check is None else (check.assessment.dice, check.assessment.dice_interval)
     told = estimate("estimated Dice", dice, interval, as_json=as_json, as_csv=as_csv)
+    if not (as_json or as_csv):
+        return {**told}  # sentences are too long for a table
     bundle, sentence = (None, None) if check is None else (check.bundle, check.sentence)
     return {**told, "by bundle": bundle, "check": sentence}
 

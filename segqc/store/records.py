@@ -28,7 +28,7 @@ ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved"
 LabelSource: TypeAlias = Literal[
     "network", "annotator", "pseudo-label", "import", "restored", "consensus", "attention check", "removal"
 ]
-Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit"]
+Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit", "rejected"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
 FeatureKind: TypeAlias = Literal["appearance", "segmenter"]
 FindingKind: TypeAlias = Literal["scan", "label", "other"]
@@ -388,6 +388,8 @@ class SeriesRecord:
     study_uid: str
     series_uid: str
     description: str  # of the series, maybe empty
+    modality: str
+    images: int  # of the whole series, which may be several scans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -353,6 +353,8 @@ class SeriesRow(Base):
     study_uid: Mapped[str] = mapped_column(index=True)
     series_uid: Mapped[str] = mapped_column(index=True)
     description: Mapped[str]
+    modality: Mapped[str]
+    images: Mapped[int]
 
 
 class SegmentationRow(Base):
@@ -415,6 +417,43 @@ class PseudoLabelRow(Base):
               sqlite_where=text("ended_at IS NULL"), postgresql_where=text("ended_at IS NULL")),
         CheckConstraint("(ended_at IS NULL) = (ended_because IS NULL)", name="ended"),
     )  # fmt: skip
+
+
+class LabelVerdictRow(Base):
+    """What the networks of a bundle that have not seen the patient say of a final label version.
+
+    A scan has one: a later one takes its place, whatever version and bundle it is of. It is no `AssessmentRow`: those
+    order the scans that wait. ``detail`` is the assessment; where the label could not be judged, ``problem`` says why.
+    ``networks`` counts those that have judged.
+    """
+
+    __tablename__ = "label_verdict"
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
+    bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
+    dice: Mapped[float | None]
+    error_volume_ml: Mapped[float | None]
+    networks: Mapped[int]
+    detail: Mapped[bytes | None] = mapped_column(LargeBinary)
+    problem: Mapped[str | None]
+    made_at: Mapped[dt.datetime]
+    __table_args__ = (
+        CheckConstraint("(detail IS NULL) = (problem IS NOT NULL)", name="problem"),
+        CheckConstraint(
+            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL)", name="detail"
+        ),
+        CheckConstraint("networks >= 0", name="networks"),
+        Index("ix_label_verdict_order", "bundle_id", "dice"),
+    )
+
+
+class LabelMark(Base):
+    """A final label version that somebody has looked at and found right; another version of the label has no mark."""
+
+    __tablename__ = "label_mark"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    made_at: Mapped[dt.datetime]
 
 
 class AssessmentRow(Base):
@@ -549,7 +588,7 @@ class LeaseRow(Base):
         CheckConstraint(_one_of("state", get_args(LeaseState)), name="state"),
         CheckConstraint(_one_of("draw", get_args(Draw)), name="draw"),
         CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
-        CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name="probability"),
+        CheckConstraint("(draw IN ('strategy', 'rejected')) = (probability IS NULL)", name="probability"),
         CheckConstraint("slices IS NULL OR draw = 'strategy'", name="slices"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
