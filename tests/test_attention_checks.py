@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from segqc.cli import main
+from segqc.io.local_datastore import write_datastore
 from segqc.loop import planted_errors
 from segqc.loop.dataset import Dataset
 from segqc.loop.history import versions
@@ -209,6 +210,16 @@ def test_what_was_found_is_counted_by_annotator(store: Store, tmp_path: Path) ->
     assert work[ANNA].attention == counted[0]
 
 
+def test_an_exported_folder_is_without_the_error(store: Store, tmp_path: Path) -> None:
+    check = planted(store, tmp_path)
+    correct(store, tmp_path, check, found=False)
+    assert maintenance.rebuild_views(store).written == 0
+    assert not (store.dataset / "labels" / ATTENTION_CHECK).exists()
+    write_datastore(store, tmp_path / "local")
+    assert not (tmp_path / "local" / "labels" / ATTENTION_CHECK).exists()
+    assert (tmp_path / "local" / "labels" / FINAL).exists()
+
+
 def test_an_interrupted_change_leaves_nothing_of_it(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +307,12 @@ def test_without_a_hit_the_mask_is_as_it_was(tmp_path: Path, share: float) -> No
     config = settings().replace("attention_checks = 0.2", f"attention_checks = {share}")
     dataset = dataset_with(tmp_path, config.replace(f"seed = {hit(1)}", f"seed = {seed}"))
     assert hand_out(dataset)[1] is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.21, float("nan")])
+def test_a_share_that_cannot_be_meant_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"attention_checks must be from 0 to 0\.2"):
+        LeaseRules(attention_checks=share)
 
 
 def test_what_measures_is_measured_on_masks_without_errors(tmp_path: Path) -> None:
