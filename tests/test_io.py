@@ -26,6 +26,7 @@ from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, mak
 from segqc.selection import segqc as worst_first
 from segqc.store import (
     assessments,
+    attention_checks,
     corrections,
     events,
     features,
@@ -691,6 +692,10 @@ def test_an_archive_gives_the_same_rows_and_files(
         series = {"study_uid": "1.2", "series_uid": "1.2.3", "description": "T2", "modality": "MR"}
         pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", images=9, **series)])
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
+    planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
+    with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
+        (lease,) = leases.listing(change.transaction)
+        attention_checks.add(change.transaction, lease, change.versions[0], "leak")
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
