@@ -422,6 +422,7 @@ class Assessor(TrainedNetwork):
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
+        boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)
         raw = self._view(part, part.error, boxes, scan)
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         voxels = np.count_nonzero(part.mask)
