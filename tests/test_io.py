@@ -686,16 +686,16 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final = fill(store, folder, clock)
+    planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
+    with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
+        (lease,) = leases.listing(change.transaction)
+        attention_checks.add(change.transaction, lease, change.versions[0], "leak")
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
         series = {"study_uid": "1.2", "series_uid": "1.2.3", "description": "T2", "modality": "MR"}
         pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", images=9, **series)])
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
-    planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
-    with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
-        (lease,) = leases.listing(change.transaction)
-        attention_checks.add(change.transaction, lease, change.versions[0], "leak")
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
