@@ -31,6 +31,7 @@ from segqc.store import (
     events,
     features,
     jobs,
+    label_verdicts,
     labels,
     leases,
     maintenance,
@@ -41,6 +42,7 @@ from segqc.store import (
 from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
+from segqc.store.label_verdicts import LabelVerdict
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange
@@ -57,6 +59,7 @@ from tests.store_kit import (
     Clock,
     Steps,
     answer_lease,
+    bundle,
     label_map,
     new_database,
     save_final,
@@ -685,7 +688,7 @@ def rows(store: Store) -> dict[str, list[tuple[object, ...]]]:
 def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
-    final = fill(store, folder, clock)
+    final, judged_by = fill(store, folder, clock), bundle(store).id
     planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
     with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
         (lease,) = leases.listing(change.transaction)
@@ -696,6 +699,9 @@ def test_an_archive_gives_the_same_rows_and_files(
         series = {"study_uid": "1.2", "series_uid": "1.2.3", "description": "T2", "modality": "MR"}
         pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", images=9, **series)])
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
+        verdict = LabelVerdict(assessment=make_assessment(final.scan, 0.8), networks=2)
+        label_verdicts.write(transaction, final.id, judged_by, verdict)
+        label_verdicts.mark_right(transaction, final.scan, ANNA, version=final.id)
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")
