@@ -26,6 +26,7 @@ from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, mak
 from segqc.selection import segqc as worst_first
 from segqc.store import (
     assessments,
+    attention_checks,
     corrections,
     events,
     features,
@@ -688,6 +689,10 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final, judged_by = fill(store, folder, clock), bundle(store).id
+    planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
+    with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
+        (lease,) = leases.listing(change.transaction)
+        attention_checks.add(change.transaction, lease, change.versions[0], "leak")
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def view(context: AppContext, scan: DicomScan, header: ScanHeader, actor: Actor)
     name, instances = scan.record.name, list(header.instances)
     with dataset.store.read() as transaction:
         start = current_start(transaction, name, actor)
-        history = labels.history(transaction, name)
+        history = [label for label in labels.history(transaction, name) if label.source != "attention check"]
         last = {label.tag: label.id for label in history}
         versions = [_version(label, actor, is_current=last[label.tag] == label.id) for label in history]
         lease = _lease(transaction, name, actor)

@@ -10,7 +10,7 @@ from sqlalchemy import and_, func, insert, select
 from sqlalchemy import true as always
 from sqlalchemy.orm import aliased, defer
 
-from segqc.store import events, leases, scans
+from segqc.store import attention_checks, events, leases, scans
 from segqc.store.assessments import intervals_of, structure_ids, unlikeness_of
 from segqc.store.database import Transaction
 from segqc.store.records import (
@@ -134,6 +134,7 @@ def by_annotator(transaction: Transaction) -> list[AnnotatorWork]:
         .group_by(ActorRow.id)
         .order_by(number.desc(), ActorRow.name)
     )  # fmt: skip
+    attention = {found.actor: found for found in attention_checks.by_annotator(transaction)}
     return [
         AnnotatorWork(
             actor=events.actor_of(actor),
@@ -144,6 +145,7 @@ def by_annotator(transaction: Transaction) -> list[AnnotatorWork]:
             slices_changed=int(slices),
             mean_dice_before=dice,
             last_at=last,
+            attention=attention.get(events.actor_of(actor)),
         )
         for actor, count, timed, seconds, voxels, slices, dice, last in transaction.execute(query)
     ]

@@ -6,7 +6,22 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Row, ScalarSelect, Select, String, and_, bindparam, case, cast, delete, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    ScalarSelect,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
@@ -14,6 +29,7 @@ from segqc.store.database import StoreError, Transaction, json_array
 from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
 from segqc.store.schema import (
     ActorRow,
+    AttentionCheckRow,
     Bundle,
     LabelInfo,
     LabelVersion,
@@ -34,8 +50,13 @@ IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
 PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
+ATTENTION_CHECK: Final = "attention-check"
+"""Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
 _IN_ONE_QUERY: Final = 500
-NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
+NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
+
+IS_LABEL: Final[ColumnElement[bool]] = LabelVersion.source != "attention check"
+"""In a query of versions: those that may be the current one of their tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +117,10 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     )
     if label.info:
         transaction.insert(LabelInfo, label_version_id=number, info=label.info)
-    verb = "label removed" if label.source == "removal" else "label saved"
-    detail: JsonObject = {"tag": label.tag, "version": number, "source": label.source}
-    events.record(transaction, label.actor, verb, "scan", scan.id, detail)
+    if label.source != "attention check":  # whoever is to find the error may read the events
+        verb = "label removed" if label.source == "removal" else "label saved"
+        detail: JsonObject = {"tag": label.tag, "version": number, "source": label.source}
+        events.record(transaction, label.actor, verb, "scan", scan.id, detail)
     _tell_scan(transaction, scan, label)
     kept = LabelRecord(
         id=number,
@@ -239,13 +261,15 @@ def _reader_number(tag: str) -> int | None:
 
 
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
-    """All versions of a scan's labels, oldest first.
+    """All versions of a scan's labels, oldest first; a mask with a planted error once its annotator has submitted.
 
     Raises:
         UnknownScan: if there is no such scan.
     """
     scans.number_of(transaction, scan)
-    return [_record(row) for row in transaction.rows(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
+    answered = select(AttentionCheckRow.label_version_id).where(AttentionCheckRow.found.is_not(None))
+    query = _records().where(Scan.name == scan, or_(IS_LABEL, LabelVersion.id.in_(answered)))
+    return [_record(row) for row in transaction.rows(query.order_by(LabelVersion.id))]
 
 
 def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
@@ -271,7 +295,7 @@ def ever_labelled(transaction: Transaction, tags_: Collection[str]) -> set[str]:
 
 def all_tags(transaction: Transaction) -> list[str]:
     """Every tag that any scan has or had a label under."""
-    return list(transaction.scalars(select(LabelVersion.tag).distinct().order_by(LabelVersion.tag)))
+    return list(transaction.scalars(select(LabelVersion.tag).where(IS_LABEL).distinct().order_by(LabelVersion.tag)))
 
 
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
@@ -280,7 +304,7 @@ def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]
     newer = select(later.id).where(
         later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
     )
-    query = _records().where(LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
+    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
     return {record.scan: record for record in map(_record, transaction.rows(query))}
 
 
@@ -438,7 +462,7 @@ def _last_of_each_tag() -> Select[int | None]:
     return (
         select(func.max(LabelVersion.id))
         .join(Scan, Scan.id == LabelVersion.scan_id)
-        .where(Scan.name == bindparam("scan"))
+        .where(Scan.name == bindparam("scan"), IS_LABEL)
         .group_by(LabelVersion.tag)
     )
 
@@ -446,7 +470,7 @@ def _last_of_each_tag() -> Select[int | None]:
 # built once: building a query takes longer than running it
 _CURRENT: Final = (
     _records()
-    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"))
+    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"), IS_LABEL)
     .order_by(LabelVersion.id.desc())
     .limit(1)
 )

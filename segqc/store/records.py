@@ -25,7 +25,9 @@ Identification: TypeAlias = Literal[
 Role: TypeAlias = Literal["annotator", "reviewer", "operator"]
 SignInKind: TypeAlias = Literal["session", "token"]
 ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved", "excluded"]
-LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
+LabelSource: TypeAlias = Literal[
+    "network", "annotator", "pseudo-label", "import", "restored", "consensus", "attention check", "removal"
+]
 Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit", "rejected"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
 FeatureKind: TypeAlias = Literal["appearance", "segmenter"]
@@ -197,6 +199,27 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCheck:
+    """An error that was planted into the mask that a lease hands out; it lies where both versions differ."""
+
+    lease: LeaseRecord
+    served: LabelRecord  # the network's mask
+    shown: LabelRecord  # the same with the error
+    kind: str  # of the error
+    found: bool | None  # whether the annotator has corrected it; None until the lease is answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """How many planted errors an annotator got, and what became of them."""
+
+    actor: Actor
+    planted: int
+    submitted: int  # scans with one
+    found: int  # of these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What suggestions of one kind have cost."""
 
@@ -258,6 +281,7 @@ class AnnotatorWork:
     slices_changed: int  # all together
     mean_dice_before: float | None  # of the masks against their corrections, of each one's worst structure
     last_at: dt.datetime
+    attention: Attention | None  # None without planted errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

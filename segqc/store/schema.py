@@ -326,7 +326,8 @@ class LabelVersion(Base):
         CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name="suffix"),
         CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name="bundle"),
         CheckConstraint(
-            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'removal')", name="checked_slices"
+            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'attention check', 'removal')",
+            name="checked_slices",
         ),
         {"sqlite_autoincrement": True},
     )
@@ -591,6 +592,19 @@ class LeaseRow(Base):
         CheckConstraint("slices IS NULL OR draw = 'strategy'", name="slices"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
+
+
+class AttentionCheckRow(Base):
+    """A lease whose annotator gets the mask with a planted error, ``label_version_id``, made of the lease's own.
+
+    ``kind`` is that of the error. ``found`` is NULL until the lease is answered.
+    """
+
+    __tablename__ = "attention_check"
+    lease_id: Mapped[int] = mapped_column(ForeignKey("lease.id"), primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), unique=True)
+    kind: Mapped[str]
+    found: Mapped[bool | None]
 
 
 class Correction(Base):

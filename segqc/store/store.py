@@ -63,6 +63,11 @@ class LabelChange:
     source: Path | None
     found: FoundLabel | None = None
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether a file below ``labels/`` shows the version; of a mask with a planted error none does."""
+        return self.label.source != "attention check"
+
 
 class _Unseen(Exception):  # noqa: N818 - not an error
     """Files lie where labels are about to be written that no version holds."""
@@ -289,6 +294,8 @@ class Store:
             noted = labels.info(transaction, version)
         if old.sha256 is None or old.suffix is None:
             raise StoreError(f"the label version {version} is a removal: there is nothing to restore")
+        if old.source == "attention check":
+            raise StoreError(f"the label version {version} cannot be a label: it holds an error that was planted")
         if _NOT_TAKEN_IN in noted:
             raise StoreError(f"the label version {version} cannot be a label again: {noted[_NOT_TAKEN_IN]}")
         label = NewLabel(old.scan, tag or old.tag, "restored", actor, parent=old.id, checked_slices=old.checked_slices)
@@ -362,7 +369,10 @@ class Store:
         with contextlib.ExitStack() as stack:
             for change in changes:
                 suffix = suffix_of(change.source) if change.source is not None else None
-                held = self.files.arriving(change.source, change.label.scan, change.label.tag, suffix, change.found)
+                label = change.label
+                held = self.files.arriving(
+                    change.source, label.scan, label.tag, suffix, change.found, is_shown=change.is_shown
+                )
                 arrivals.append(stack.enter_context(held))
             try:
                 with self.write() as transaction:
@@ -375,7 +385,8 @@ class Store:
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
                         key = (change.label.scan, change.label.tag)
-                        self._put(transaction, change, version, arrival, lying[key] if number >= edits else ())
+                        others = lying[key] if number >= edits and change.is_shown else ()
+                        self._put(transaction, change, version, arrival, others)
             except BaseException:
                 for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
@@ -393,7 +404,8 @@ class Store:
         taken_in = {change.found.file: change.found.state for change in changes if change.found is not None}
         found: dict[tuple[str, str], list[Path]] = {}
         unseen: dict[str, tuple[str, str]] = {}
-        for key in dict.fromkeys((change.label.scan, change.label.tag) for change in changes):
+        shown = [change for change in changes if change.is_shown]
+        for key in dict.fromkeys((change.label.scan, change.label.tag) for change in shown):
             view = labels.view_of(transaction, *key)
             files = self.files.lying(*key, *([view[0]] if view is not None else []))
             found[key] = [self.files.views / file for file in files]
@@ -475,6 +487,8 @@ class Store:
         others: Sequence[Path],
     ) -> None:
         state = self.files.put(arrival, others)
+        if not change.is_shown:
+            return
         if change.found is not None:
             left = change.found.state
             labels.note_view(transaction, version, change.found.file, left.size, left.modified_ns)
@@ -518,7 +532,8 @@ class Store:
             keep = {sha256 for sha256, _ in plan.contents() if labels.known_content(transaction, sha256)}
             self.files.keep(arrival, keep)
             if plan.found is None:
-                self._undo(transaction, plan)
+                if plan.is_shown:
+                    self._undo(transaction, plan)
             elif plan.sha256 is not None and not labels.has_content(transaction, plan.scan, plan.tag, plan.sha256):
                 self._give_back(transaction, arrival, plan.found)
             self.files.discard(arrival, keep=keep)

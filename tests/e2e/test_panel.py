@@ -27,6 +27,7 @@ from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_sc
 from tests.browser_kit import keep_picture, lack, open_scan
 from tests.panel_kit import SESSION, Annotator
 from tests.server_kit import CHECKED, SHAPE, add_models, assess, draw_case, knowing_the_truth, listening, make_dataset
+from tests.test_attention_checks import hit
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
@@ -253,6 +254,32 @@ def test_a_submission_is_checked_and_what_was_found_is_shown(
     anna.page.locator("segqc-panel .confirm").click()
     anna.sees("Nothing found.")
     keep_picture(anna.page, tmp_path, "check-3")
+
+
+def test_a_planted_error_is_shown_and_not_kept(page: Page, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "scans")
+    with (folder / "segqc.toml").open("a") as config:
+        config.write(f"attention_checks = 0.2\nseed = {hit(1)}\n")
+    with listening(folder) as server:
+        anna = Annotator(page, server)
+        anna.open("plain")
+        anna.press("Next scan")
+        anna.wait_for("oblique")
+        served = to_images("oblique", draw_case(0)[1].array)
+        shown = anna.voxels()
+        keep_picture(page, tmp_path, "planted")
+        changed = np.count_nonzero(shown != served)
+        assert changed >= 0.02 * np.count_nonzero(served)
+        anna.press("spleen")
+        anna.press("Brush")
+        anna.stroke((22, 4), (27, 4))
+        painted = anna.voxels()
+        anna.press("Submit …")
+        page.locator("segqc-panel .confirm").click()
+        kept = to_images("oblique", stored(anna.version_kept()))
+        stroke = painted != shown
+        assert stroke.any()
+        np.testing.assert_array_equal(kept, np.where(stroke, painted, served))
 
 
 def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(

@@ -194,13 +194,16 @@ def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
 
 @router.get("/datastore/label", tags=["Datastore"], summary="Download a label map")
 def download_label(
-    label: str, tag: str, check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False
+    user: AskingUser,
+    label: str,
+    tag: str,
+    check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False,
 ) -> Response:
     """Send the current label map of a scan, with the values that clients count by."""
     image, context = known_label(label, tag), current_app().context
-    path = Path(current_app().datastore.get_label_uri(image, tag))
     if check_only:
         return JSONResponse({})
+    path = current_app().datastore.label_file(image, tag, user.known_actor())
     name, names = f"{image}{suffix_of(path)}", context.labels()
     if tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names):
         return FileResponse(path, media_type="application/octet-stream", filename=name)

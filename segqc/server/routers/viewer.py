@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+import numpy as np
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
 from segqc.loop.scoring import error_map
@@ -37,9 +38,9 @@ from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.server.submitted_labels import stored_info
 from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
-from segqc.store import labels, leases
-from segqc.store.labels import FINAL
-from segqc.store.records import JsonObject, LabelRecord
+from segqc.store import attention_checks, labels, leases
+from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.records import Actor, JsonObject, LabelRecord
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -52,7 +53,7 @@ Voxels = Annotated[UploadFile, File(description="A byte a voxel, slice by slice;
 _GZIP: Final = "application/gzip"
 _BESIDE: Final = re.compile(r"version_([0-9]{1,9})")
 _FOR_EVER: Final = "private, max-age=31536000, immutable"  # a version's voxels never change
-_ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle that serves
+_ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle that serves; and where errors are planted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +128,16 @@ def viewed_scan(study: Study, user: AskingUser) -> ViewedScan:
 
 
 @router.get("/scans/{study}/labels/{version}", summary="A label map for the viewer")
-async def label_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
+async def label_voxels(request: Request, study: Study, version: VersionNumber, user: AskingUser) -> Response:
     """Send a label version: a byte a voxel, slice by slice in the order of the scan's ``instances``."""
 
     def work() -> Response:
         scan, header = _scan(study)
-        return _bytes(request, to_bytes(_read(scan, version), header))
+        label = _version(scan, version)
+        shown = _shown(label, user.actor())
+        may_change = label.tag == ORIGINAL and current_app().context.settings.annotation.attention_checks > 0
+        keeps = _ASK_AGAIN if may_change or shown.id != label.id else _FOR_EVER
+        return _bytes(request, to_bytes(_read(scan, shown), header), keeps)
 
     return await in_turn(request, work)
 
@@ -171,7 +176,9 @@ def _check(study: str, user: RequestUser, params: ViewerSubmission, voxels: Uplo
             check_start(transaction, scan.record.name, user.actor(params.client_id), _started(scan, params), readers)
     except LabelMovedOnError as error:
         conflict = str(error)
-    before = end.array * 0 if params.started_from is None else _read(scan, params.started_from)
+    before: LabelArray = np.zeros(end.shape, np.uint8)
+    if params.started_from is not None:
+        before = _read(scan, _shown(_version(scan, params.started_from), user.actor(params.client_id)))
     start = Volume(before, end.affine, end.acquisition_axis)
     structures = current_app().context.structures()
     change = measure_change(start, end, structures)
@@ -248,9 +255,15 @@ def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
 def _version(scan: DicomScan, version: int) -> LabelRecord:
     with open_store().read() as transaction:
         found = [label for label in labels.history(transaction, scan.record.name) if label.id == version]
-    if not found or found[0].sha256 is None:
+    if not found or found[0].sha256 is None or found[0].source == "attention check":
         raise RequestError(404, f"the scan {scan.record.name!r} has no label version {version} with voxels.")
     return found[0]
+
+
+def _shown(label: LabelRecord, actor: Actor) -> LabelRecord:
+    """The version whose voxels an annotator gets."""
+    with open_store().read() as transaction:
+        return attention_checks.shown_to(transaction, label, actor)
 
 
 def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
@@ -258,11 +271,11 @@ def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
     return StartedFrom(None if params.started_from is None else _version(scan, params.started_from).id)
 
 
-def _read(scan: DicomScan, version: int) -> LabelArray:
+def _read(scan: DicomScan, label: LabelRecord) -> LabelArray:
     """The voxels of a label version, on the scan's grid and in its file's order."""
     context = current_app().context
     grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
-    found: LabelArray = read_labels(open_store().label_file(_version(scan, version)), scan=grid).array
+    found: LabelArray = read_labels(open_store().label_file(label), scan=grid).array
     return found
 
 
@@ -272,11 +285,11 @@ def _received(scan: DicomScan, header: ScanHeader, params: ViewerSubmission, vox
     return label_map(current_app().context, scan, array)
 
 
-def _bytes(request: Request, content: bytes) -> Response:
+def _bytes(request: Request, content: bytes, cache_control: str) -> Response:
     """Voxels, compressed where the client takes that: label maps shrink to a hundredth."""
     if "gzip" in request.headers.get("accept-encoding", ""):
-        return _sent(packed(content), _FOR_EVER)
-    return Response(content, media_type="application/octet-stream", headers={"Cache-Control": _FOR_EVER})
+        return _sent(packed(content), cache_control)
+    return Response(content, media_type="application/octet-stream", headers={"Cache-Control": cache_control})
 
 
 def _sent(content: bytes, cache_control: str) -> Response:
