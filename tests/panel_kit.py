@@ -99,16 +99,29 @@ class Annotator:
         )
 
     def stroke(self, start: tuple[int, int], end: tuple[int, int]) -> list[np.ndarray]:
-        """Draw with the mouse from one pixel to another; where it went, in RAS millimetres."""
+        """Draw with the mouse from one pixel to another; where it went, in RAS millimetres.
+
+        As a person does it: no faster than the screen is drawn. Chromium makes one event of all moves between two
+        frames, and where it is busy the brush would hear of the button's end before it has heard of the last move.
+        """
         (x, y, first), (right, down, last) = self.place(*start), self.place(*end)
         before = self.ask("session.mask.done.length")
-        self.page.mouse.move(x, y)
+        self._move_to(x, y)
         self.page.mouse.down()
-        self.page.mouse.move((x + right) / 2, (y + down) / 2, steps=4)
-        self.page.mouse.move(right, down, steps=4)
+        self._wait_for_frame()
+        for share in (0.25, 0.5, 0.75, 1.0):
+            self._move_to(x + share * (right - x), y + share * (down - y))
         self.page.mouse.up()
         self.page.wait_for_function(f"before => {SESSION}.mask.done.length > before", arg=before)
         return [np.array(point) * [-1, -1, 1] for point in (first, last)]
+
+    def _move_to(self, x: float, y: float) -> None:
+        self.page.mouse.move(x, y)
+        self._wait_for_frame()
+
+    def _wait_for_frame(self) -> None:
+        """Until what has happened so far is on the screen."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def version_kept(self) -> int:
         """The number of the label version that the server says it has kept."""

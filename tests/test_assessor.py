@@ -285,6 +285,35 @@ def test_an_assessment_of_before_there_were_intervals_can_be_read() -> None:
     assert old.dice_interval is None
 
 
+def test_people_s_masks_are_judged_by_a_network_of_their_own(tmp_path: Path) -> None:
+    scan, labels, _ = world()
+    alone = small_assessor()
+    plan = replace(alone.card.plan, mask_skip=True)
+    card = replace(alone.card, plan=plan, calibration=(StructureCalibration({"person": MaskCalibration()}),))
+    both = alone.with_people(Assessor(card, build_network(plan, seed=1)))
+    both.save(tmp_path / "model.pt")
+    model = Assessor.load(tmp_path / "model.pt")
+    assert model.version == both.version != alone.version
+    judged = {
+        (made is alone, source): made.assess(scan, labels, scan_id="s", source=source)
+        for made in (alone, model)
+        for source in ("network", "person")
+    }  # type: ignore[misc]
+    assert {key: result.assessment.mask_kind for key, result in judged.items()} == {
+        (True, "network"): "strange",
+        (True, "person"): "strange",
+        (False, "network"): "strange",
+        (False, "person"): "person",
+    }
+    np.testing.assert_array_equal(judged[False, "network"].errors, judged[True, "person"].errors)
+    said = judged[False, "person"]
+    assert said.assessment.assessor_version == model.version
+    inside = STRUCTURES[0].mask(labels.array)
+    # trust of 3 in the mask, and a first bias of none: what the mask says is likely, wherever the network looks
+    assert said.errors[0][inside].mean() < judged[False, "network"].errors[0][inside].mean()
+    assert model.people is not None and model.judge_of("person") is model.people is model.people.judge_of("person")
+
+
 def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_path: Path) -> None:
     fitted = calibrated_on(9)
     model = small_assessor()

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import math
 import shutil
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -330,19 +330,26 @@ def test_a_planned_patch_covers_its_scans_with_little_overlap(shape: Triple, spa
     assert len(all_windows(extent, made.patch)) * math.prod(made.patch) < 1.5 * math.prod(extent)
 
 
-def network_of(shape: Triple, spacing: Spacing, members: int) -> tuple[NetworkPlan, nn.Module]:
-    made = plan_network(spacing, shape, in_channels=2, out_channels=1)
+def network_of(shape: Triple, spacing: Spacing, members: int, *, skip: bool = False) -> tuple[NetworkPlan, nn.Module]:
+    made = replace(plan_network(spacing, shape, in_channels=2, out_channels=1), mask_skip=skip)
     networks = [build_network(made, seed=i) for i in range(members)]
     return made, (MeanOfNetworks(networks) if members > 1 else networks[0]).eval()
 
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("shape", "spacing", "members"),
-    [((20, 22, 18), (1.0, 1.0, 1.0), 1), ((48, 40, 6), (1.0, 1.0, 4.0), 3), ((20, 18, 1), (1.0, 1.0, 8.0), 1)],
+    ("shape", "spacing", "members", "skip"),
+    [
+        ((20, 22, 18), (1.0, 1.0, 1.0), 1, False),
+        ((48, 40, 6), (1.0, 1.0, 4.0), 3, False),
+        ((48, 40, 6), (1.0, 1.0, 4.0), 2, True),
+        ((20, 18, 1), (1.0, 1.0, 8.0), 1, False),
+    ],
 )
-def test_openvino_computes_the_same_on_windows_of_any_shape(shape: Triple, spacing: Spacing, members: int) -> None:
-    made, network = network_of(shape, spacing, members)
+def test_openvino_computes_the_same_on_windows_of_any_shape(
+    shape: Triple, spacing: Spacing, members: int, skip: bool
+) -> None:
+    made, network = network_of(shape, spacing, members, skip=skip)
     backend = choose_backend(network, made, CPU, "openvino")
     assert backend.name == "openvino"
     for windows in (1, 3):

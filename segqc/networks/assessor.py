@@ -149,6 +149,10 @@ class Assessor(TrainedNetwork):
         """The same networks with another card."""
         return Assessor(card, self.network, self.settings, people=self._people_network)
 
+    def with_settings(self, settings: AssessmentSettings) -> Assessor:
+        """The same networks whose error maps become other numbers and boxes."""
+        return Assessor(self.card, self.network, settings, self._wanted, people=self._people_network)
+
     def with_people(self, people: Assessor) -> Assessor:
         """The same SegQC-Net with a network for people's masks."""
         card = replace(self.card, people=people.card)

@@ -29,6 +29,8 @@ DICE_OF_SERVED: Final[tuple[Choice, ...]] = ("pooled", "map", "line", "soft", "e
 """What the Dice of served masks is chosen among, the simplest first."""
 DICE_OF_OTHERS: Final[tuple[Choice, ...]] = ("map", "line")
 """Of other masks nothing but the map is known; that they are of many qualities makes the constant worthless."""
+DICE_OF_PEOPLE: Final[tuple[Choice, ...]] = ("line",)
+"""Of people's masks there are many, of all qualities: what is read off their maps is too high for bad ones."""
 RVD_CHOICES: Final[tuple[Choice, ...]] = ("constant", "map", "line")
 """Of RVD the constant comes first: where little truth is expected, the map's ratio of two sizes may be anything."""
 ARVD_CHOICES: Final[tuple[Choice, ...]] = ("dice", "map", "line", "constant")

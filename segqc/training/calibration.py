@@ -23,6 +23,7 @@ from segqc.quality.metrics import MIN_CALIBRATION_CASES, MetricName, Values, tru
 from segqc.quality.stacking import (
     ARVD_CHOICES,
     DICE_OF_OTHERS,
+    DICE_OF_PEOPLE,
     DICE_OF_SERVED,
     RVD_CHOICES,
     Choice,
@@ -44,6 +45,9 @@ _NOISE, _LOG_SCALE, _SHIFT = 0.03, 0.3, 0.5
 _METRICS: Final[tuple[MetricName, ...]] = ("dice", "arvd", "rvd")  # the IoU follows from the Dice
 _WITNESSES: Final[Mapping[MetricName, tuple[WitnessName, ...]]] = MappingProxyType(
     {"dice": ("map", "soft", "entropy", "size"), "arvd": ("map", "dice"), "rvd": ("map",)}
+)
+_DICE_CHOICES: Final[Mapping[MaskKind, Sequence[Choice]]] = MappingProxyType(
+    {"served": DICE_OF_SERVED, "strange": DICE_OF_OTHERS, "person": DICE_OF_PEOPLE}
 )
 _PARTS = 5  # of a cross-validation over patients
 _ERRORS = 2.0  # standard errors that are noise
@@ -237,7 +241,7 @@ def _choices(kind: MaskKind, metric: MetricName) -> Sequence[Choice]:
         return RVD_CHOICES
     if metric == "arvd":
         return ARVD_CHOICES
-    return DICE_OF_SERVED if kind == "served" else DICE_OF_OTHERS
+    return _DICE_CHOICES[kind]
 
 
 @dataclass(frozen=True, slots=True)

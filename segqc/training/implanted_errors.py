@@ -1,8 +1,8 @@
 """Errors that people make, implanted into an expert's label map: masks that are right but for a few isolated errors.
 
 SegQC-Net learns from them what a person's mask is worth, the evaluation asks what it has learned, and an attention
-check plants one. Sizes are in millimetres on the scan's own grid. Where slices are thick an error lies in one slice or in a
-few neighbouring ones, as people draw there slice by slice; elsewhere it may have any direction.
+check plants one. Sizes are in millimetres on the scan's own grid. Where slices are thick an error lies in one slice or
+in a few neighbouring ones, as people draw there slice by slice; elsewhere it may have any direction.
 
 How bad a mask gets is chosen first, as its true Dice, and each error is made as large as that asks. Drawing an error's
 size instead would give masks of nearly one Dice, and both clean and broken masks would be strange to the network.
@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from segqc.quality.error_maps import bounding_box, padded_box
 from segqc.types import BoolArray, FloatArray, LabelArray, Structure
-from segqc.volumes import Volume, through_plane_axis
+from segqc.volumes import Box, Volume, through_plane_axis
 
 ErrorKind: TypeAlias = Literal[
     "cut",
@@ -53,9 +53,12 @@ _TOLERANCE: Final = 0.15  # of the Dice that is missing to 1; a mask further off
 _ATTEMPTS: Final = 5
 _REDRAWS: Final = 6
 _THICK_RATIO: Final = 2.0  # slices so much thicker than a pixel is wide are drawn one by one
-_MAX_SHARE: Final = 0.8  # of a structure that one error takes
+_MAX_SHARE: Final = 0.8  # of a structure's size that one error takes; nobody overlooks a larger blob or hole than these
+_MAX_SHARES: Final[Mapping[ErrorKind, float]] = MappingProxyType({"leak": 0.5, "hole": 0.3, "island": 0.2})
 _MIN_SHARE: Final = 0.002
+_SLICE_SHARE: Final = 0.4  # of a usual slice of the structure that a blob takes where slices are thick
 _MIN_MARGIN_MM: Final = 8.0
+_BETWEEN_STRUCTURES: Final = ("swapped structures", "swapped sides")
 _GROWS: Final[Mapping[ErrorKind, int]] = MappingProxyType(
     {"cut": -1, "missing slices": -1, "hole": -1, "leak": 1, "island": 1}
 )
@@ -132,7 +135,7 @@ def implant_errors(
         structures: what the label map is of.
         rng: the source of all draws.
         kinds: the errors to choose from.
-        errors: how many; None draws one to three.
+        errors: how many; None draws one to three, and rather more where one alone would not be as bad as asked.
         target_dice: the true Dice to come near, over all structures together; None draws it, as in
             `people_like_masks`.
 
@@ -161,7 +164,9 @@ def implant_errors(
     for _ in range(_ATTEMPTS):
         drawn = _draw_kinds(usable, count, rng)
         window = _Window.of(truth, scan, present, symmetric="swapped sides" in drawn)
-        found, dice = _attempt(window, present, drawn, [k for k in usable if k != "swapped sides"], target, rng)
+        found, dice = _attempt(window, present, drawn, _usual(usable), target, rng)
+        if errors is None and found.kinds and dice - target > _TOLERANCE * (1 - target) and count < _MAX_ERRORS:
+            count += 1  # so bad a mask has more errors
         miss = abs(dice - target)
         if found.kinds and miss < best_miss:
             best, best_miss = ImplantedErrors(window.put_back(truth, found.labels), found.kinds), miss
@@ -184,8 +189,12 @@ def _applicable(
     return [kind for kind in ERROR_KINDS if kind in kinds and kind not in left_out]
 
 
+def _usual(kinds: Sequence[ErrorKind]) -> list[ErrorKind]:
+    return [kind for kind in kinds if kind != "swapped sides"]
+
+
 def _draw_kinds(usable: Sequence[ErrorKind], count: int, rng: np.random.Generator) -> list[ErrorKind]:
-    others = [kind for kind in usable if kind != "swapped sides"]
+    others = _usual(usable)
     if len(others) < len(usable) and (not others or rng.random() < _SIDES_SHARE):
         return ["swapped sides"]
     if not others:
@@ -215,33 +224,56 @@ def _attempt(
     shares = rng.dirichlet(np.full(len(kinds), 2.0))
     for number, wanted in enumerate(kinds):
         for kind in (wanted, *rng.permutation(np.array(instead, object))[:_REDRAWS]):
-            sizes = np.array([np.count_nonzero(structure.mask(labels)) for structure in present])
+            counts = _Counts.of(labels, window.labels, present)
+            sizes = counts.masks
             if not sizes.any():
                 break
-            wrong, of_masks = _wrong_voxels(labels, window.labels, present)
-            missing = ((1 - target) * of_masks - wrong) / (1 - _GROWS.get(kind, 0) * (1 - target))
+            missing = (1 - target) * counts.of_both - counts.wrong
+            missing /= 1 - _GROWS.get(kind, 0) * (1 - target)  # what is added makes the mask larger, too
             missing *= shares[number] / shares[number:].sum()
-            chosen = int(rng.choice(len(present), p=np.sqrt(sizes) / np.sqrt(sizes).sum()))
-            voxels = round(float(np.clip(missing, _MIN_SHARE * sizes[chosen], _MAX_SHARE * sizes[chosen])))
+            most = _MAX_SHARES.get(kind, _MAX_SHARE) * sizes
+            weights = np.sqrt(sizes) * (most >= min(missing, most.max()))  # only a large structure holds a large error
+            chosen = int(rng.choice(len(present), p=weights / weights.sum()))
+            voxels = round(float(np.clip(missing, _MIN_SHARE * sizes[chosen], most[chosen])))
             others = tuple(s for s in present if not set(s.values) & set(present[chosen].values))
-            site = _Site(labels, window.image, window.spacing_mm, window.lateral_axis, present[chosen], others)
+            box = _reach(present[chosen].mask(labels), window.spacing_mm, everywhere=kind in _BETWEEN_STRUCTURES)
+            site = _Site(
+                labels[box], window.image[box], window.spacing_mm, window.lateral_axis, present[chosen], others
+            )
             changed = _IMPLANT[kind](site, max(1, voxels), rng)
-            if changed is not None and not np.array_equal(changed, labels):
-                labels = changed
+            if changed is not None and not np.array_equal(changed, site.labels):
+                labels = labels.copy()
+                labels[box] = changed
                 implanted.append(kind)
                 break
-    wrong, of_masks = _wrong_voxels(labels, window.labels, present)
-    return ImplantedErrors(labels, tuple(implanted) if wrong else ()), 1 - wrong / of_masks
+    counts = _Counts.of(labels, window.labels, present)
+    return ImplantedErrors(labels, tuple(implanted) if counts.wrong else ()), 1 - counts.wrong / counts.of_both
 
 
-def _wrong_voxels(labels: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> tuple[int, int]:
-    """The voxels in which masks differ from the truth's, and those of both together, summed over structures."""
-    wrong = of_masks = 0
-    for structure in structures:
-        mask, true = structure.mask(labels), structure.mask(truth)
-        wrong += np.count_nonzero(mask != true)
-        of_masks += np.count_nonzero(mask) + np.count_nonzero(true)
-    return wrong, of_masks
+def _reach(mask: BoolArray, spacing_mm: Sequence[float], *, everywhere: bool = False) -> Box:
+    """The box of a mask and of what errors of it may reach; the whole array for an empty one."""
+    box = None if everywhere else bounding_box(mask)
+    if box is None:
+        return slice(0, mask.shape[0]), slice(0, mask.shape[1]), slice(0, mask.shape[2])
+    radius_mm = _radius_mm(np.count_nonzero(mask[box]) * math.prod(spacing_mm))
+    return padded_box(box, [math.ceil(max(_MIN_MARGIN_MM, radius_mm) / s) for s in spacing_mm], mask.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counts:
+    """Voxels of each structure in a label map and in the truth, and those wrong and in either, over all structures."""
+
+    masks: npt.NDArray[np.int64]
+    wrong: int
+    of_both: int
+
+    @classmethod
+    def of(cls, labels: LabelArray, truth: LabelArray, structures: Sequence[Structure]) -> _Counts:
+        pairs = np.bincount((truth.astype(np.intp) << 8 | labels).ravel(), minlength=1 << 16).reshape(256, 256)
+        values = [list(structure.values) for structure in structures]
+        masks = np.array([pairs[:, v].sum() for v in values])
+        of_both = int(masks.sum() + sum(pairs[v].sum() for v in values))
+        return cls(masks, of_both - 2 * int(sum(pairs[np.ix_(v, v)].sum() for v in values)), of_both)
 
 
 def _island_in_nothing(
@@ -282,7 +314,7 @@ class _Window:
     image: FloatArray
     spacing_mm: tuple[float, float, float]
     lateral_axis: int
-    box: tuple[slice, slice, slice]
+    box: Box
     axis: int
 
     @classmethod
@@ -298,18 +330,12 @@ class _Window:
         anything = np.zeros(truth.shape, bool)
         for structure in structures:
             anything |= structure.mask(truth)
-        box = bounding_box(anything)
-        if box is None:
-            box = (slice(0, truth.shape[0]), slice(0, truth.shape[1]), slice(0, truth.shape[2]))
-        else:
-            radius_mm = _radius_mm(np.count_nonzero(anything) * scan.voxel_volume_mm3)
-            reach = [max(_MIN_MARGIN_MM, radius_mm) / s for s in scan.spacing_mm]
-            box = padded_box(box, [math.ceil(r) for r in reach], truth.shape)
-            if symmetric:
-                n = truth.shape[lateral]
-                start = min(box[lateral].start, n - box[lateral].stop)
-                first, second, third = (slice(start, n - start) if a == lateral else box[a] for a in range(3))
-                box = (first, second, third)
+        box = _reach(anything, scan.spacing_mm)
+        if symmetric:
+            n = truth.shape[lateral]
+            start = min(box[lateral].start, n - box[lateral].stop)
+            first, second, third = (slice(start, n - start) if a == lateral else box[a] for a in range(3))
+            box = (first, second, third)
         s0, s1, s2 = (scan.spacing_mm[a] for a in order)
         return cls(
             np.ascontiguousarray(truth[box].transpose(order)),
@@ -363,9 +389,8 @@ class _Site:
 
     @functools.cached_property
     def smooth(self) -> FloatArray:
-        """The scan without the finest noise, smoothed in its slices."""
-        sigma = [0.0, *(0.7 * max(self.spacing_mm[1:]) / s for s in self.spacing_mm[1:])]
-        return np.asarray(ndimage.gaussian_filter(self.image, sigma, truncate=2.0), np.float32)
+        """The scan without the finest noise."""
+        return _smoothed(self.image, self, 0.7)
 
     @functools.cached_property
     def contrast(self) -> float:
@@ -386,6 +411,13 @@ class _Site:
             touching[[0, 2]] = False
         return np.asarray(touching, bool)
 
+    def in_touch(self, mask: BoolArray, old: BoolArray) -> BoolArray:
+        """The connected parts of a mask that meet an old one."""
+        parts, count = ndimage.label(mask, self.neighbourhood)
+        meets = np.zeros(count + 1, bool)
+        meets[parts[mask & old]] = True
+        return np.asarray(meets[parts], bool)
+
     def distance_mm(self, point: _Point) -> FloatArray:
         """The distance of all voxels from one (an index)."""
         z, r, c = (
@@ -404,23 +436,31 @@ class _Site:
         labels[where] = 0
         return labels
 
-    def redrawn(self, mask: BoolArray) -> LabelArray:
-        """The label map with another mask of the structure.
+    def around(self, margin_mm: float) -> Box:
+        """The box of the structure, and so much more on all sides."""
+        box = bounding_box(self.mask)
+        assert box is not None  # a structure that is not there gets no such error
+        return padded_box(box, [math.ceil(margin_mm / s) for s in self.spacing_mm], self.mask.shape)
+
+    def redrawn_in(self, box: Box, mask: BoolArray) -> LabelArray:
+        """The label map with another mask of the structure in a box that holds it all.
 
         A new voxel gets the value of the structure's nearest one; one that is left, of the nearest outside.
         """
-        labels = self.labels.copy()
-        added, left = mask & ~self.mask, self.mask & ~mask
-        if len(self.structure.values) == 1:
-            labels[added] = self.structure.values[0]
-        else:
-            labels[added] = self._nearest(~self.mask)[added]
-        labels[left] = self._nearest(self.mask)[left] if np.any(self.labels[~self.mask]) else 0
-        return labels
+        labels, old = self.labels[box], self.mask[box]
+        changed = labels.copy()
+        added, left = mask & ~old, old & ~mask
+        changed[added] = (
+            self.structure.values[0] if len(self.structure.values) == 1 else self._nearest(labels, ~old)[added]
+        )
+        changed[left] = self._nearest(labels, old)[left] if np.any(labels[~old]) else 0
+        result = self.labels.copy()
+        result[box] = changed
+        return result
 
-    def _nearest(self, where: BoolArray) -> LabelArray:
+    def _nearest(self, labels: LabelArray, where: BoolArray) -> LabelArray:
         at = ndimage.distance_transform_edt(where, self.spacing_mm, return_distances=False, return_indices=True)
-        nearest: LabelArray = self.labels[tuple(at)]
+        nearest: LabelArray = labels[tuple(at)]
         return nearest
 
     def with_part_moved(self, part: BoolArray, offset: _Offset) -> LabelArray:
@@ -452,23 +492,21 @@ def _leak(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | Non
         return None
     seed = _any_of(rim, rng, site.unlike)
     at = (int(seed[0]), int(seed[1]), int(seed[2]))
-    radius_mm = _radius_mm(wrong * site.voxel_mm3)
-    score = site.distance_mm(seed) / radius_mm + 1.5 * np.abs(site.smooth - site.smooth[at]) / site.contrast
-    where = (site.labels == 0) & _slices_around(site, at[0], wrong, rng)
-    grown = _lowest(score, where, wrong)
-    pieces, _ = ndimage.label(grown | site.mask)
-    return site.redrawn(site.mask | (grown & (pieces == pieces[at])))
+    free = (site.labels == 0) & _slices_around(site, at[0], wrong, rng)
+    distance = site.distance_mm(seed)
+    # of the nearest that are three times as many: it follows tissue, but does not run along it through the whole scan
+    free &= _lowest(distance, free, 3 * wrong)
+    tissue = _smoothed(site.image, site, 1.5)
+    score = 2 * distance / max(float(distance[free].max()), 1e-6) + np.abs(tissue - tissue[at]) / site.contrast
+    grown = site.mask | _lowest(score, free, wrong)
+    leaked = site.mask | (free & (_smoothed(grown, site, 1.0) > 0.5))
+    return site.redrawn_in((slice(None), slice(None), slice(None)), site.in_touch(leaked, site.mask))
 
 
 def _missing_slices(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
     """Neighbouring slices are empty; some are left."""
-    filled = np.flatnonzero(site.areas)
-    if filled.size < 2:
-        return None
-    sums = np.concatenate([[0], np.cumsum(site.areas[filled])])
-    runs = [(i, j) for i, j in itertools.combinations(range(filled.size + 1), 2) if j - i < filled.size]
-    first, last = runs[_near([int(sums[j] - sums[i]) for i, j in runs], wrong, rng)]
-    return site.without(site.mask & _in_slices(site, filled[first:last]))
+    filled = np.count_nonzero(site.areas)
+    return None if filled < 2 else site.without(site.mask & _run_of_slices(site, wrong, filled - 1, rng))
 
 
 def _repeated_slices(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
@@ -505,29 +543,37 @@ def _shifted_part(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArr
 
 
 def _over_smoothed(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
-    """The contour has lost its corners, as if drawn in a hurry."""
-    best, best_miss = site.mask, math.inf
+    """The contour has lost its corners, as if drawn in a hurry; no slice gets larger or smaller."""
+    box = site.around(0.6 * site.radius_mm)
+    inside = site.mask[box]
+    free = inside | (site.labels[box] == 0)
+    best, best_miss = inside, math.inf
     for sigma_mm in site.radius_mm * np.array([0.15, 0.25, 0.4, 0.6]) * rng.uniform(0.8, 1.2):
         sigma = [0.0 if site.is_thick and a == 0 else sigma_mm / s for a, s in enumerate(site.spacing_mm)]
-        smooth = ndimage.gaussian_filter(site.mask.astype(np.float32), sigma, truncate=2.5) > 0.5
-        miss = abs(np.count_nonzero(smooth != site.mask) - wrong)
+        smooth = ndimage.gaussian_filter(inside.astype(np.float32), sigma, truncate=2.5)
+        triples = zip(smooth, free, inside, strict=True)
+        drawn = np.stack([_lowest(-v, (v > 0) & may, np.count_nonzero(old)) for v, may, old in triples])
+        miss = abs(np.count_nonzero(drawn != inside) - wrong)
         if miss < best_miss:
-            best, best_miss = smooth, miss
-    return site.redrawn(best)
+            best, best_miss = drawn, miss
+    return site.redrawn_in(box, best)
 
 
 def _boundary_noise(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
     """The contour is displaced, by waves between two voxels and the structure's size; partly all of it in or out."""
-    spacing = site.spacing_mm
-    depth = ndimage.distance_transform_edt(site.mask, spacing) - ndimage.distance_transform_edt(~site.mask, spacing)
-    shortest_mm = 2 * max(spacing[1:])
-    longest_mm = max(site.radius_mm, 1.5 * shortest_mm)
-    waves = _waves(site, shortest_mm * (longest_mm / shortest_mm) ** rng.random(), rng) + rng.normal(0, 0.6)
+    box = site.around(0.6 * site.radius_mm)
+    inside = site.mask[box]
+    edt = ndimage.distance_transform_edt
+    depth = np.asarray(edt(inside, site.spacing_mm) - edt(~inside, site.spacing_mm), np.float32)
+    shortest_mm = 2 * max(site.spacing_mm[1:])
+    length_mm = shortest_mm * max(site.radius_mm / shortest_mm, 1.5) ** rng.random()
+    waves = _waves(site, inside.shape, length_mm, rng) + np.float32(rng.normal(0, 0.6))
     # A voxel changes sides when the displacement, amplitude x waves, has passed its distance from the contour.
-    amplitude = np.full(waves.shape, np.inf, np.float32)
-    np.divide(depth, waves, out=amplitude, where=depth * waves > 0, casting="unsafe")
-    change = _lowest(amplitude, amplitude < 0.6 * site.radius_mm, wrong)
-    return site.redrawn(site.mask ^ change)
+    near = (depth * waves > 0) & (np.abs(depth) <= max(0.4 * length_mm, shortest_mm / 2))
+    amplitude = np.where(near, depth, np.inf) / np.where(near, waves, 1.0)
+    change = _lowest(amplitude, near, wrong)
+    drawn = _smoothed(inside ^ change, site, length_mm / (3 * shortest_mm)) > 0.5  # without spikes between the waves
+    return site.redrawn_in(box, site.in_touch(drawn, inside))
 
 
 def _hole(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
@@ -535,7 +581,8 @@ def _hole(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | Non
     inside = ndimage.binary_erosion(site.mask, site.neighbourhood)
     if not inside.any():
         return None
-    centre = _any_of(inside, rng)
+    deep = ndimage.binary_erosion(inside, site.neighbourhood, iterations=2)
+    centre = _any_of(deep if deep.any() else inside, rng)
     inside &= _slices_around(site, int(centre[0]), wrong, rng)
     count = min(wrong, math.ceil(0.7 * np.count_nonzero(inside)))
     return site.without(_lowest(_blob(site, centre, rng), inside, count))
@@ -548,34 +595,35 @@ def _island(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | N
     if not where.any():
         return None
     centre = _any_of(where, rng, site.unlike)
-    where &= _slices_around(site, int(centre[0]), wrong, rng)
-    blob = _lowest(_blob(site, centre, rng), where, wrong)
-    pieces, _ = ndimage.label(blob)
+    slices = _slices_around(site, int(centre[0]), wrong, rng)
+    blob = _blob(site, centre, rng)
+    blocked = slices & ~where
+    where &= slices
+    if blocked.any():
+        where &= blob < 2 * blob[blocked].min()  # so that it does not lie around the structure
     labels = site.labels.copy()
     values = site.structure.values
-    labels[pieces == pieces[tuple(centre.astype(int))]] = values[int(rng.integers(len(values)))]
+    labels[_lowest(blob, where, wrong)] = values[int(rng.integers(len(values)))]
     return labels
 
 
 def _swapped_structures(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
-    """The values of two structures are exchanged where they are nearest to each other, or in some slices."""
-    others = [other for other in site.others if other.mask(site.labels).any()]
-    if not others:
+    """The values of two structures are exchanged where they touch, or in some slices."""
+    masks = {other: other.mask(site.labels) for other in site.others}
+    found = [other for other, mask in masks.items() if mask.any()]
+    if not found:
         return None
-    away_mm = ndimage.distance_transform_edt(~site.mask, site.spacing_mm)
-    masks = [other.mask(site.labels) for other in others]
-    nearest = int(np.argmin([away_mm[mask].min() for mask in masks]))
-    other, mask = others[nearest], masks[nearest]
-    where = site.mask | mask
-    if rng.random() < 0.5:
-        close = mask & (away_mm <= away_mm[mask].min() + max(site.spacing_mm))
-        score = site.distance_mm(_any_of(close, rng))
+    around = ndimage.binary_dilation(site.mask, np.ones((3, 3, 3), bool))
+    touching = [other for other in found if np.any(around & masks[other])]
+    other = (touching or found)[int(rng.integers(len(touching or found)))]
+    where = site.mask | masks[other]
+    if touching and rng.random() < 0.5:
+        score = site.distance_mm(_any_of(around & masks[other], rng))
     else:
         where &= _neighbouring_slices(site, wrong, rng)
         score = site.along_mm(_direction(site, rng))
     # a voxel that is exchanged is wrong in both structures
-    where = _lowest(score, where, math.ceil(wrong / 2))
-    return _exchanged(site, other, where)
+    return _exchanged(site, other, _lowest(score, where, math.ceil(wrong / 2)))
 
 
 def _swapped_sides(site: _Site, wrong: int, rng: np.random.Generator) -> LabelArray | None:
@@ -649,7 +697,7 @@ def _lowest(score: FloatArray, where: BoolArray, count: int) -> BoolArray:
     return lowest
 
 
-def _near(values: Sequence[int], wanted: int, rng: np.random.Generator) -> int:
+def _near(values: Sequence[int] | npt.NDArray[np.int64], wanted: int, rng: np.random.Generator) -> int:
     """The index of one of the values near the wanted one, within a third of it; else of the nearest."""
     miss = np.abs(np.array(values) - wanted).astype(np.float64)
     miss[np.array(values) == 0] = np.inf
@@ -662,7 +710,7 @@ def _any_of(where: BoolArray, rng: np.random.Generator, unlike: FloatArray | Non
     if unlike is None:
         drawn = rng.choice(candidates)
     else:
-        weights = np.exp(-2.0 * unlike.ravel()[candidates].astype(np.float64))
+        weights = np.exp(-4.0 * unlike.ravel()[candidates].astype(np.float64))
         total = np.cumsum(weights + 1e-12)
         drawn = candidates[min(int(np.searchsorted(total, rng.random() * total[-1])), candidates.size - 1)]
     return np.array(np.unravel_index(int(drawn), where.shape), np.float64)
@@ -681,6 +729,17 @@ def _in_slices(site: _Site, slices: npt.NDArray[np.int64]) -> BoolArray:
     result = np.zeros((len(site.areas), 1, 1), bool)
     result[slices] = True
     return result
+
+
+def _run_of_slices(site: _Site, voxels: int, most: int, rng: np.random.Generator) -> BoolArray:
+    """Neighbouring slices, at most so many, that hold about so many voxels of the structure, (slices, 1, 1)."""
+    filled = np.flatnonzero(site.areas)
+    until = np.concatenate([[0], np.cumsum(site.areas[filled])])
+    first, last = np.triu_indices(until.size, 1)
+    short = last - first <= most
+    first, last = first[short], last[short]
+    run = _near(until[last] - until[first], voxels, rng)
+    return _in_slices(site, filled[first[run] : last[run]])
 
 
 def _neighbouring_slices(site: _Site, voxels: int, rng: np.random.Generator) -> BoolArray:
@@ -702,7 +761,7 @@ def _slices_around(site: _Site, index: int, voxels: int, rng: np.random.Generato
     if not site.is_thick:
         return np.ones((len(site.areas), 1, 1), bool)
     usual = float(site.areas[site.areas > 0].mean()) if site.areas.any() else float(voxels)
-    count = int(rng.integers(1, 3)) + int(voxels / usual)
+    count = int(rng.integers(1, 3)) + int(voxels / (_SLICE_SHARE * usual))
     start = index - int(rng.integers(count))
     return _in_slices(site, np.arange(max(start, 0), min(start + count, len(site.areas))))
 
@@ -711,11 +770,7 @@ def _part(site: _Site, voxels: int, rng: np.random.Generator) -> BoolArray:
     """About so many voxels of the structure: neighbouring slices of it, or what lies beyond a plane in its slices."""
     voxels = min(voxels, math.ceil(_MAX_SHARE * int(site.areas.sum())))
     if rng.random() < 0.7:
-        filled = np.flatnonzero(site.areas)
-        sums = np.concatenate([[0], np.cumsum(site.areas[filled])])
-        runs = list(itertools.combinations(range(filled.size + 1), 2))
-        first, last = runs[_near([int(sums[j] - sums[i]) for i, j in runs], voxels, rng)]
-        return site.mask & _in_slices(site, filled[first:last])
+        return site.mask & _run_of_slices(site, voxels, np.count_nonzero(site.areas), rng)
     where = site.mask & _neighbouring_slices(site, voxels, rng)
     return _lowest(site.along_mm(_direction(site, rng)), where, voxels)
 
@@ -741,9 +796,14 @@ def _wrong_when_moved(site: _Site, part: BoolArray, offset: _Offset) -> int:
     return int(np.count_nonzero(part & ~moved) + np.count_nonzero(moved & ~site.mask))
 
 
-def _waves(site: _Site, length_mm: float, rng: np.random.Generator) -> FloatArray:
+def _smoothed(values: FloatArray | BoolArray, site: _Site, sigma: float) -> FloatArray:
+    """Values smoothed in their slices, by a standard deviation in voxels."""
+    sigmas = [0.0, *(sigma * max(site.spacing_mm[1:]) / s for s in site.spacing_mm[1:])]
+    return np.asarray(ndimage.gaussian_filter(values.astype(np.float32), sigmas, truncate=2.0), np.float32)
+
+
+def _waves(site: _Site, shape: tuple[int, ...], length_mm: float, rng: np.random.Generator) -> FloatArray:
     """A smooth random field of mean 0 and deviation 1 about; in thick slices each has its own."""
-    shape = site.mask.shape
     nodes = [
         n if s >= length_mm or (site.is_thick and a == 0) else min(n, math.ceil((n - 1) * s / length_mm) + 2)
         for a, (n, s) in enumerate(zip(shape, site.spacing_mm, strict=True))
@@ -754,9 +814,8 @@ def _waves(site: _Site, length_mm: float, rng: np.random.Generator) -> FloatArra
 
 
 def _blob(site: _Site, centre: _Point, rng: np.random.Generator) -> FloatArray:
-    """The distance from a centre, in another measure in each direction, so that what is near is no ball."""
-    _, rows, columns = np.exp(rng.uniform(-0.35, 0.35, 3))
-    stretched = site.spacing_mm[0], site.spacing_mm[1] * rows, site.spacing_mm[2] * columns
+    """The squared distance from a centre, in another measure along each axis, so that what is near is no ball."""
+    stretched = site.spacing_mm * np.exp(rng.uniform(-0.35, 0.35, 3))
     z, r, c = (((np.arange(n) - at) * s) ** 2 for n, at, s in zip(site.mask.shape, centre, stretched, strict=True))
     return np.asarray(z[:, None, None] + r[:, None] + c, np.float32)
 

@@ -31,7 +31,7 @@ from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
 
-MASKS: Final = 12
+MASKS: Final = 24
 """Masks of one case that train or calibrate."""
 _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
@@ -39,10 +39,13 @@ _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 def people_sets(cases: Sequence[Case], structures: Sequence[Structure], seed: int) -> list[MaskSet]:
     """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
 
+    Masks of networks that somebody has corrected in part are not among them: what is left of the network's contour is
+    an error by the expert's label and right by whoever let it be, and in a trial estimates of both kinds became worse.
+
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(case, structures, seed) for case in whole_cases(list(cases))]
+    return [_people_set(case, structures, seed) for case in whole_cases(cases)]
 
 
 def _people_set(case: Case, structures: Sequence[Structure], seed: int) -> MaskSet:
@@ -78,11 +81,11 @@ def train_people(
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    sets = people_sets(cases, assessor.structures, settings.seed)
-    train = [s for s in sets if patient_splits[s.case.patient].split == "train"]
-    validating = [s for s in sets if patient_splits[s.case.patient].split == "validation"]
+    masks = people_sets(cases, assessor.structures, settings.seed)
+    train = [s for s in masks if patient_splits[s.case.patient].split == "train"]
+    validating = [s for s in masks if patient_splits[s.case.patient].split == "validation"]
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
-    folds = folds_of(sets, patient_splits) if len(networks) > 1 else [_NO_FOLD]
+    folds = folds_of(masks, patient_splits) if len(networks) > 1 else [_NO_FOLD]
     plan = replace(assessor.card.plan, mask_skip=True)
     trainings = []
     for k, (fold, network) in enumerate(zip(folds, networks, strict=True)):
