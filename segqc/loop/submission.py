@@ -16,7 +16,16 @@ from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, NewLabel
-from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
+from segqc.store.records import (
+    Actor,
+    Change,
+    JsonObject,
+    LabelRecord,
+    LeaseRecord,
+    ScanRecord,
+    StructureChange,
+    TakenProposal,
+)
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
@@ -197,6 +206,7 @@ def submit_label(
     checked: ScanRecord | None = None,
     file: Path | None = None,
     started: StartedFrom | None = None,
+    proposal: TakenProposal | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -219,6 +229,7 @@ def submit_label(
         file: a file that holds the label map as it is to be kept; None for a new one.
         started: what it was made of, to be checked (`check_start`) where it becomes the label that counts; None where
             the client does not say.
+        proposal: what was taken of a proposal; None where none was offered.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
@@ -271,6 +282,8 @@ def submit_label(
         if started is not None and replaces:
             check_start(changing.transaction, scan, actor, started, readers)
         kept, correction = changing.versions[0], None
+        if proposal is not None:
+            labels.note_proposal(changing.transaction, kept.id, proposal)
         answered = leases.submitted(changing.transaction, lease) if lease is not None else None
         if answered is not None and start is not None and change is not None:
             correction = corrections.add(

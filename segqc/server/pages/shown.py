@@ -180,7 +180,7 @@ class ShownScan:
             found = error_maps.read(self.context.dataset, *key[1:])
             if found is None:
                 raise _NoMapError
-            return found
+            return error_maps.highest(found)
 
         try:
             return _errors.get(key, load)
