@@ -107,7 +107,7 @@ def test_a_proposal_is_a_label_version_made_of_another_by_a_bundle(folder: Path,
     with dataset.store.read() as transaction:
         assert len(labels.history(transaction, "scan_0")) == 2
         assert labels.checked_slices(made.label) == ()
-    assert [case.name for case in dataset.cases()] == (["scan_0"] if tag == "final" else [])
+    assert [case.id for case in dataset.cases()] == (["scan_0"] if tag == "final" else [])
 
 
 @pytest.mark.parametrize("tag", ["original", "final"])
@@ -212,13 +212,13 @@ def test_the_viewer_gets_boxes_and_voxels_and_tells_what_was_taken(client: TestC
     again = client.get(f"/segqc/viewer/scans/{shown['study']}", params={"client_id": "anna"}).json()
     assert [v["tag"] for v in again["history"]] == ["original"], "a proposal is no step of the label's way"
 
-    for told, why in (
-        ({"version": found["version"], "boxes": 3}, "has 2 boxes"),
-        ({"version": version, "boxes": 0}, "is no proposal"),
-        ({"version": found["version"], "boxes": -1}, "boxes"),
+    for told, status, why in (
+        ({"version": found["version"], "boxes": 3}, 422, "has 2 boxes"),
+        ({"version": version, "boxes": 0}, 422, "is no proposal"),
+        ({"version": found["version"], "boxes": -1}, 400, "boxes"),
     ):
         refused = submit(client, shown, draw_case(0)[1].array, proposal=told)
-        assert refused.status_code == 422
+        assert refused.status_code == status
         assert why in refused.text
     kept = submit(client, shown, draw_case(0)[1].array, proposal={"version": found["version"], "boxes": 1}).json()
     expected = TakenProposal(proposal=found["version"], boxes_offered=2, boxes_taken=1)

@@ -168,20 +168,20 @@ def lines(transaction: Transaction, *, most: int | None = None) -> list[Correcti
         CorrectionLine(
             scan=scan,
             actor=events.actor_of(actor),
-            made_at=made_at,
-            seconds=seconds,
+            made_at=at,
+            seconds=took,
             voxels_changed=voxels,
             slices_changed=slices,
             dice_before=before,
-            estimated_dice=estimated,
+            estimated_dice=shown,
             draw=draw,
             simulated=simulated,
             from_version=start,
             to_version=end,
-            boxes_offered=boxes[0],
-            boxes_taken=boxes[1],
+            boxes_offered=offered,
+            boxes_taken=taken,
         )
-        for scan, actor, made_at, seconds, voxels, slices, before, estimated, draw, simulated, start, end, *boxes in found
+        for scan, actor, at, took, voxels, slices, before, shown, draw, simulated, start, end, offered, taken in found
     ]
 
 

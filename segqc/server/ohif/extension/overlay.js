@@ -1,10 +1,12 @@
 /**
- * What is drawn over the slices: boxes around likely errors, and the error map as a translucent layer.
+ * What is drawn over the slices: boxes around likely errors, the error map as a translucent layer, and outlines of what
+ * is proposed.
  *
  * It is no annotation and no segmentation of the viewer's: it cannot be painted, selected or exported by mistake.
  *
  * @typedef {import('./server.js').Scan} Scan
  * @typedef {import('./server.js').Box} Box
+ * @typedef {import('./proposal.js').ProposedBox} ProposedBox
  */
 import { s } from './dom.js';
 import { instanceOf, isStack, toWorld, viewportsOf } from './ohif.js';
@@ -24,6 +26,10 @@ export class Overlay {
     this.opacity = 0.5;
     /** @type {Uint8Array | null} */
     this.errors = null;
+    /** what is proposed and not taken @type {ProposedBox[]} */
+    this.proposed = [];
+    /** the one that is looked at @type {ProposedBox | null} */
+    this.chosen = null;
     /** @type {Map<string, Box[]>} */
     this.boxes = new Map();
     for (const box of scan.estimate?.boxes ?? []) {
@@ -143,12 +149,40 @@ class Layer {
   }
 
   /**
+   * What is proposed in a slice: full lines around what would be added to a structure, dotted ones around what would go.
+   *
+   * @param {string} instance
+   * @param {number[]} place
+   */
+  #outlines(instance, place) {
+    const { proposed, colours, chosen, scan } = this.overlay;
+    const size = scan.rows * scan.columns;
+    const at = (/** @type {number} */ column, /** @type {number} */ row) => [
+      place[0] * column + place[2] * row + place[4],
+      place[1] * column + place[3] * row + place[5],
+    ];
+    return proposed
+      .filter(box => box.instance === instance)
+      .flatMap(box => {
+        const d = outlineOf(box.places.map(one => one % size), scan.columns, at); // prettier-ignore
+        const line = { d, fill: 'none', class: 'proposed' };
+        const dotted = box.adds * 2 < box.voxels ? '2 3' : undefined;
+        const width = box === chosen ? 3 : 1.5;
+        return [
+          s('path', { ...line, stroke: '#000', 'stroke-width': width + 2, 'stroke-opacity': 0.6 }),
+          s('path', { ...line, stroke: colours.get(box.structure) ?? '#fff', 'stroke-width': width, 'stroke-dasharray': dotted }),
+        ];
+      });
+  }
+
+  /**
    * @param {string} instance
    * @param {number[]} place
    */
   #drawBoxes(instance, place) {
     const boxes = this.overlay.hasBoxes ? (this.overlay.boxes.get(instance) ?? []) : [];
     this.svg.replaceChildren(
+      ...this.#outlines(instance, place),
       ...boxes.flatMap(box => {
         const colour = this.overlay.colours.get(box.structure) ?? '#fff';
         const [[left, right], [top, bottom]] = [box.columns, box.rows];
@@ -164,6 +198,31 @@ class Layer {
       })
     );
   }
+}
+
+/**
+ * The edges between pixels of a set and all others, as a path: "M column row L column row ...", a line for each.
+ *
+ * @param {number[]} places
+ * @param {number} columns
+ * @param {(column: number, row: number) => number[]} at where a corner of pixels lies
+ */
+function outlineOf(places, columns, at) {
+  const inside = new Set(places);
+  return places
+    .flatMap(place => {
+      const [column, row] = [place % columns, Math.floor(place / columns)];
+      const edges = [
+        [place - columns, column, row, column + 1, row],
+        [place + columns, column, row + 1, column + 1, row + 1],
+        [column ? place - 1 : -1, column, row, column, row + 1],
+        [column < columns - 1 ? place + 1 : -1, column + 1, row, column + 1, row + 1],
+      ];
+      return edges
+        .filter(([neighbour]) => !inside.has(neighbour))
+        .map(([, left, top, right, bottom]) => `M${at(left, top).join(' ')}L${at(right, bottom).join(' ')}`);
+    })
+    .join('');
 }
 
 /**
