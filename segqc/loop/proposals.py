@@ -80,7 +80,8 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
     start = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
     assessment, errors = _judged(dataset, entry, label, source, bundle, scan, start)
     structures, axis = assessor.structures, assessment.through_plane_axis
-    of_structures = [quality.raw.boxes for quality in assessment.structures]
+    found = {quality.name: quality.raw.boxes for quality in assessment.structures}
+    of_structures = [found.get(structure.name, ()) for structure in structures]
     voxels = propose(start.array, errors, structures, of_structures, axis)
     boxes = proposed_boxes(start.array, voxels, structures, of_structures, axis)
     kept = _keep(dataset, entry, label, Volume(voxels, start.affine, start.acquisition_axis), boxes, bundle, assessor)

@@ -522,6 +522,7 @@ class Panel extends HTMLElement {
     const told = here === undefined ? '' : `${ml(here)} likely wrong${boxes ? ` · ${boxes} ${boxes > 1 ? 'boxes' : 'box'}` : ''}`;
     const asked = new Set(scan.lease?.slices ?? []);
     const hasChanges = session.isChanged;
+    const slicesKey = (/** @type {string} */ key) => (session.proposal?.chosen ? undefined : key); // else it is the boxes'
     put(this.parts.slices, 
       h('h2', {}, 'Slices'),
       this.#strip(errors, now, asked),
@@ -537,8 +538,8 @@ class Panel extends HTMLElement {
         h(
           'div',
           { class: 'row' },
-          this.#button('Previous', () => session.jumpByRank(-1), { class: 'small grow', title: 'The slice that is worse' }, 'P'),
-          this.#button('Next worst', () => session.jumpByRank(1), { class: 'small grow' }, 'N')
+          this.#button('Previous', () => session.jumpByRank(-1), { class: 'small grow', title: 'The slice that is worse' }, slicesKey('P')),
+          this.#button('Next worst', () => session.jumpByRank(1), { class: 'small grow' }, slicesKey('N'))
         )
     );
   }
@@ -604,8 +605,8 @@ class Panel extends HTMLElement {
       h(
         'p',
         { class: 'soft' },
-        `SegQC-Net would change ${proposal.boxes.length > 1 ? 'the mask in these boxes' : 'the mask in this box'}. `,
-        'Nothing is changed before you take it, and Undo takes it back.'
+        'What SegQC-Net would change. Nothing is changed before you take it, and Undo takes it back. ',
+        proposal.boxes.length > 1 && 'Look at a box: N and P then go on to the others.'
       ),
       h('ul', { class: 'boxes' }, ...proposal.boxes.map(box => this.#proposed(box, open.has(box)))),
       h(
