@@ -40,6 +40,7 @@ SHORT = """
 [training]
 epochs = 4
 fold_epochs = 3
+people_epochs = 3
 steps_per_epoch = 5
 folds = 3
 [pseudo_labels]

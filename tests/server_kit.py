@@ -60,6 +60,7 @@ spleen = [4]
 [training]
 epochs = 2
 fold_epochs = 1
+people_epochs = 1
 steps_per_epoch = 2
 folds = 2
 gammas = []

@@ -32,7 +32,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 STRUCTURES = (Structure("inner", (1,)), Structure("outer", (2,)))
 SHORT = TrainingSettings(
-    epochs=3, fold_epochs=2, steps_per_epoch=4, folds=2, patch=(48, 40, 16), ensemble=False, min_cases=3
+    epochs=3,
+    fold_epochs=2,
+    people_epochs=2,
+    steps_per_epoch=4,
+    folds=2,
+    patch=(48, 40, 16),
+    ensemble=False,
+    min_cases=3,
 )
 
 

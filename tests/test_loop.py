@@ -56,6 +56,7 @@ min_area_mm2 = 4.0
 [training]
 epochs = 2
 fold_epochs = 1
+people_epochs = 1
 steps_per_epoch = 2
 folds = 2
 gammas = []

@@ -35,6 +35,7 @@ ball = [1]
 [settings.training]
 epochs = 2
 fold_epochs = 1
+people_epochs = 1
 steps_per_epoch = 2
 folds = 2
 gammas = []

@@ -37,6 +37,7 @@ spleen = [4]
 [training]
 epochs = 1
 fold_epochs = 2
+people_epochs = 2
 steps_per_epoch = 1
 gammas = []
 ensemble = false

@@ -48,6 +48,7 @@ STRUCTURES = (Structure("ball", (1,)),)
 QUICK = TrainingSettings(
     epochs=3,
     fold_epochs=2,
+    people_epochs=2,
     steps_per_epoch=2,
     folds=2,
     gammas=(),
@@ -268,7 +269,9 @@ def test_a_bound_on_time_shortens_all_parts_of_a_training(tmp_path: Path, monkey
         finish(training, epoch, train_loss, validation_loss)
 
     monkeypatch.setattr(engine._Training, "finish_epoch", note)
-    settings = replace(QUICK, epochs=40, patience=40, max_minutes=4.0, scan_only_share=0.5, ensemble=False)
+    settings = replace(
+        QUICK, epochs=40, people_epochs=40, patience=40, max_minutes=4.0, scan_only_share=0.5, ensemble=False
+    )
     said = Recorded()
     train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "t", said)
     curve = json.loads((tmp_path / "t" / "curve.json").read_text())

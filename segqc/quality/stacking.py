@@ -23,14 +23,15 @@ from segqc.types import BoolArray
 
 WitnessName: TypeAlias = Literal["map", "soft", "entropy", "size", "dice"]
 WitnessValues: TypeAlias = Mapping[WitnessName, Values]
-Choice: TypeAlias = Literal["map", "pooled", "line", "soft", "entropy", "size", "stack", "dice", "constant"]
+Choice: TypeAlias = Literal["map", "pooled", "line", "straight", "soft", "entropy", "size", "stack", "dice", "constant"]
 
 DICE_OF_SERVED: Final[tuple[Choice, ...]] = ("pooled", "map", "line", "soft", "entropy", "size", "stack", "constant")
 """What the Dice of served masks is chosen among, the simplest first."""
 DICE_OF_OTHERS: Final[tuple[Choice, ...]] = ("map", "line")
 """Of other masks nothing but the map is known; that they are of many qualities makes the constant worthless."""
-DICE_OF_PEOPLE: Final[tuple[Choice, ...]] = ("line",)
-"""Of people's masks there are many, of all qualities: what is read off their maps is too high for bad ones."""
+DICE_OF_PEOPLE: Final[tuple[Choice, ...]] = ("straight",)
+"""Of people's masks there are many, of all qualities: what is read off their maps is too high for bad ones, and too low
+for those without an error, of which a line on the logit knows nothing."""
 RVD_CHOICES: Final[tuple[Choice, ...]] = ("constant", "map", "line")
 """Of RVD the constant comes first: where little truth is expected, the map's ratio of two sizes may be anything."""
 ARVD_CHOICES: Final[tuple[Choice, ...]] = ("dice", "map", "line", "constant")
@@ -326,7 +327,7 @@ def _fit(masks: KnownMasks, metric: MetricName, choice: Choice, ordered_by: Witn
         return EstimateModel("identity", 0.0, {"dice": 1.0})
     if choice == "line" and metric == "dice":
         return _ridge(masks, ("map",), {"map": 1.0})
-    if choice == "line":
+    if choice == "line" or choice == "straight":
         line = fit_calibration(masks.values["map"], masks.true, metric=metric)
         return EstimateModel("identity", line.intercept, {"map": line.slope})
     if choice == "constant":
@@ -422,7 +423,7 @@ def _ordering(masks: KnownMasks, choice: Choice, estimates: Values, ordered_by: 
         return EstimateModel("logit", 0.0, dict(_POOLED)).apply(masks.values)
     if choice == "constant":
         return masks.values[ordered_by]
-    return masks.values["map" if choice in ("map", "line") else choice]  # type: ignore[index]
+    return masks.values["map" if choice in ("map", "line", "straight") else choice]  # type: ignore[index]
 
 
 def _best_order(masks: KnownMasks) -> WitnessName:

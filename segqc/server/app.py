@@ -66,7 +66,7 @@ INFERENCE_NICENESS: Final = 10
 GARBAGE_OBJECTS: Final = 20_000
 ANNOTATION_SLOTS: Final = 2  # one waits for the disk while another computes
 # The first networks at most: minutes on two cores, to have something to correct. Later trainings take the settings.
-FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10}
+FIRST_EPOCHS = {"epochs": 30, "fold_epochs": 10, "people_epochs": 10}
 
 
 class OtherSlash:

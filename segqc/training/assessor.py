@@ -71,7 +71,7 @@ def train_assessor(
     progress = WholeEstimate(progress, epochs * settings.steps_per_epoch, STEPS)
     sets = _masks_of_folds(cases, structures, patient_splits, plan, settings, folder, progress)
     assessor = train_on_masks(sets, structures, patient_splits, settings, folder, progress)
-    if settings.output_form != "truth":  # a mask skip says what is true
+    if not settings.people_epochs or settings.output_form != "truth":  # a mask skip says what is true
         return assessor
     return assessor.with_people(train_people(assessor, cases, patient_splits, settings, folder / "people", progress))
 

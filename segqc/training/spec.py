@@ -16,7 +16,7 @@ _WHOLE_NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
     "seed": (0, 2**32 - 1),
     "epochs": (1, 100_000),
     "fold_epochs": (1, 100_000),
-    "people_epochs": (1, 100_000),
+    "people_epochs": (0, 100_000),
     "steps_per_epoch": (1, 100_000),
     "batch": (1, 1024),
     "patience": (1, 100_000),
@@ -36,7 +36,7 @@ class TrainingSettings:
     validation loss has got no better for ``patience`` epochs, after ``epochs`` at the latest, and takes about
     ``max_minutes`` at most: what its first epoch takes tells how many these allow. ``fold_epochs`` is the length of
     the cross-fitted segmentation networks that only make SegQC-Net's training masks, ``people_epochs`` the most of the
-    network for people's masks, which begins at SegQC-Net. ``scan_only_share`` is the first
+    network for people's masks, which begins at SegQC-Net; with 0 there is none. ``scan_only_share`` is the first
     part of SegQC-Net's training, in which the mask input is empty: it first learns to find the structure, then to
     judge a mask of it; ``empty_mask_share`` of the patches after that have an empty mask, too, so that it keeps looking
     at the scan and does not believe every mask: only where there are enough cases to segment well from the scan alone.

@@ -26,7 +26,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
     # every labelled patient calibrates: with the first corrections there are enough of them for intervals
     "training": {"ensemble": True, "patch": [64, 64, 16]},
     "training.segmentation": {"epochs": 30},
-    "training.segqc": {"epochs": 5, "fold_epochs": 5},
+    "training.segqc": {"epochs": 5, "fold_epochs": 5, "people_epochs": 2},
     "round": {"after_corrections": CORRECTIONS},
     "pseudo_labels": {"mode": "top", "top_share": 0.5, "min_dice": 0.0},
     "annotation": {"audit_share": 0.2, "validation_share": 0.0},

@@ -62,7 +62,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, object]]] = {
 SHORT: Final[Mapping[str, Mapping[str, object]]] = {
     "training": {"steps_per_epoch": 5},
     "training.segmentation": {"epochs": 2},
-    "training.segqc": {"epochs": 2, "fold_epochs": 2},
+    "training.segqc": {"epochs": 2, "fold_epochs": 2, "people_epochs": 2},
     # the networks know none of the labels: these are new ones, too
     "round": {"after_corrections": len(LABELLED) + 3},
 }

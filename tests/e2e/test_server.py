@@ -47,6 +47,7 @@ spleen = [4]
 [training]
 epochs = 1
 fold_epochs = 4
+people_epochs = 2
 steps_per_epoch = 1
 folds = 2
 gammas = []

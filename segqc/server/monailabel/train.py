@@ -56,7 +56,7 @@ class NetworkTraining(TrainTask):
         super().__init__(_DESCRIPTIONS[network])
         self.context = context
         self.network = network
-        self.choices = (*CHOICES, "fold_epochs") if network == "segqc" else CHOICES
+        self.choices = (*CHOICES, "fold_epochs", "people_epochs") if network == "segqc" else CHOICES
 
     @property
     def params(self) -> frozenset[str]:
