@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -842,8 +842,13 @@ def _sentence(error: ValidationError | UnreadableVariable, origin: str) -> str:
     return f"{origin}: {first_problem([first, *others])}"
 
 
-def remember_pacs(folder: Path, url: str) -> None:
+def remember_pacs(folder: Path, url: str, check: Callable[[PacsSettings], None]) -> None:
     """Write into a folder's ``segqc.toml`` from which PACS its scans come; all else in it stays.
+
+    Args:
+        folder: the folder; it is made where there is none.
+        url: the address of the PACS.
+        check: gets the settings of a PACS that is new to the folder; if it raises, nothing is written.
 
     Raises:
         SettingsError: if the folder's scans come from another PACS, or the file cannot be used.
@@ -858,6 +863,7 @@ def remember_pacs(folder: Path, url: str) -> None:
         return
     if known is not None:
         raise SettingsError(f"{path}: the scans of this folder come from {known}; name another folder for {url}")
+    check(load_settings(folder, None, {"pacs": {"url": url}}).pacs)
     document = tomlkit.parse(decode_text(path.read_bytes())) if path.is_file() else tomlkit.document()
     if not document:
         document.add(tomlkit.comment(_HEADING))

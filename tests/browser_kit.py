@@ -21,6 +21,7 @@ CHROMIUM: Final = "chromium"
 IS_REQUIRED: Final = os.environ.get("SEGQC_TEST_BROWSER") == "required"
 SIZE: Final = {"width": 1440, "height": 900}
 SECONDS: Final = 90.0  # software draws, and other tests may run beside
+SERIOUS: Final = ("serious", "critical")
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _ARGUMENTS: Final = (
     "--no-sandbox",
@@ -158,6 +159,17 @@ def wait_for_slice(page: Page) -> None:
     page.wait_for_function(
         f"brightest => (({_BRIGHTEST})(document.querySelector('canvas.cornerstone-canvas'))) > brightest", arg=30
     )
+
+
+def accessible(page: Page) -> None:
+    """Fail where axe-core finds something serious."""
+    try:
+        from axe_playwright_python.sync_playwright import Axe
+    except ImportError:
+        lack("axe-playwright-python is not installed")
+    found = Axe().run(page).response["violations"]
+    serious = [(v["id"], [n["target"] for n in v["nodes"]][:3]) for v in found if v["impact"] in SERIOUS]
+    assert not serious, f"{page.url}: {serious}"
 
 
 def keep_picture(page: Page, folder: Path, name: str) -> None:

@@ -68,6 +68,8 @@ def test_the_history_says_what_the_check_found(tmp_path: Path, monkeypatch: pyte
     assert first["estimated Dice"] == check.assessment.dice
     assert (second["by bundle"], second["check"], second["estimated Dice"]) == (None, None, None)
     assert check.sentence in run("labels", folder, "scan_0", "--csv")
+    told = f"version {first['version']}, checked by bundle {number}: {check.sentence}"
+    assert told in run("labels", folder, "scan_0").splitlines()
 
 
 def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:

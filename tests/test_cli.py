@@ -29,7 +29,7 @@ from segqc.quality.calibration import StructureCalibration
 from segqc.quality.metrics import true_metrics
 from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.server.client_labels import to_client
-from segqc.store import jobs
+from segqc.store import bundles, jobs
 from segqc.store.events import SERVER
 from segqc.training.calibration import KnownMask, fit_masks
 from segqc.types import Assessment, Metrics, Unlikeness, label_names
@@ -449,6 +449,32 @@ def test_rank_says_how_far_the_scoring_is_and_what_goes_on_with_it(run: Run, tmp
     assert "not complete" not in run("rank", folder).out, "a bundle that serves again is known by its estimates"
     other = add_models(folder)
     assert f"0 of 4 waiting scans are scored by bundle {other}" in run("rank", folder).err, "as after a rollback"
+
+
+def test_whoever_lets_a_bundle_serve_is_told_what_that_does(run: Run, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "studies", scans=3, finals=2)
+    first, second = add_models(folder), add_models(folder)
+    dataset = Dataset(folder)
+
+    def told(number: int) -> list[str]:
+        return run("models", "serve", folder, number).out.splitlines()
+
+    assert told(second) == [f"{folder}: bundle {second} serves already"]
+    assert told(first) == [f"{folder}: bundle {first} serves, in the place of bundle {second}"]
+    with dataset.store.write() as transaction:
+        bundles.hold(transaction, second, "its estimates are worse", SERVER)
+        waiting = jobs.enqueue(transaction, "round", {}, SERVER)
+    assert told(second) == [
+        f"{folder}: bundle {second} serves, in the place of bundle {first}",
+        "it was held: its estimates are worse",
+    ], "a round that only waits will begin with this choice"
+    with dataset.store.write() as transaction:
+        assert jobs.claim(transaction, "w1", ("round",)) is not None
+    assert told(second) == [
+        f"{folder}: bundle {second} serves already",
+        f"the round that runs now (job {waiting.public_id}) will have its bundle held, as you chose this one by hand "
+        f"meanwhile; segqc models serve {folder} BUNDLE lets it serve then",
+    ]
 
 
 def test_rank_lists_finished_scans_only_when_asked(run: Run, ranked: Path) -> None:

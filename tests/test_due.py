@@ -20,6 +20,7 @@ from segqc.loop.dataset import Dataset
 from segqc.loop.due import (
     DueRound,
     last_time_of_day,
+    next_round_sentence,
     outlook_of,
     put_due_round,
     put_first_trainings,
@@ -218,6 +219,20 @@ def served(store: Store, segmenter: int | None, assessor: int | None) -> None:
         bundles.serve(transaction, number, SERVER)
 
 
+def test_corrections_and_imported_labels_are_told_apart_and_both_count(
+    store: Store, folder: Path, clock: Clock
+) -> None:
+    label(store, clock, 0)
+    imported = NewLabel("scan_1", "final", "import", ANNA)
+    store.save_label(imported, label_map(folder.parent / "incoming.nii.gz", 1))
+    with store.read() as transaction:
+        waiting, info = rounds.labelled_since(transaction, 0), rounds_info(transaction, AFTER.round)
+    assert (waiting.scans, info.corrections, info.imported) == (2, 1, 1)
+    assert "1 new correction, and 1 imported label" in next_round_sentence(info)
+    settings = RoundSettings(after_corrections=2)
+    assert why_due(waiting, None, settings, clock.now) == "1 correction and 1 imported label before the first round"
+
+
 def test_labels_that_both_networks_of_a_bundle_were_trained_with_are_no_corrections(store: Store, clock: Clock) -> None:
     def waiting() -> int:
         with store.read() as transaction:
@@ -360,7 +375,7 @@ def test_a_worker_puts_and_does_what_is_due_and_one_that_comes_later_nothing(dat
     Worker(dataset, command=lambda _: command(DONE)).serve(until_idle=True)
     with dataset.store.read() as transaction:
         (done,) = jobs.listing(transaction, "round")
-    assert (done.state, done.reason) == ("done", "by the settings: 5 corrections before the first round")
+    assert (done.state, done.reason) == ("done", "by the settings: 5 imported labels before the first round")
 
 
 def test_an_interrupted_round_goes_on_after_a_restart_and_is_not_put_twice(dataset: Dataset) -> None:
@@ -417,7 +432,7 @@ def test_a_worker_reads_the_settings_of_rounds_anew_each_time(
     worker.serve()
     with dataset.store.read() as transaction:
         (put,) = jobs.listing(transaction, "round")
-    assert put.reason == "by the settings: 5 corrections before the first round"
+    assert put.reason == "by the settings: 5 imported labels before the first round"
     (line,) = [m for m in caplog.messages if m.startswith("no round begins by itself")]
     assert "[round] has no setting 'after'" in line
 

@@ -128,7 +128,7 @@ def test_who_has_no_role_gets_a_sentence(client: TestClient, provider: FakeProvi
     provider.claims = {"realm_access": {"roles": ["visitors"]}}
     answer = sign_in(client)
     assert answer.status_code == 409
-    assert "nobody has said what &#39;nora&#39; may do here" in answer.text
+    assert "Nobody has said what &#39;nora&#39; may do here" in answer.text
     assert client.get("/auth/token/valid").status_code == 401
     with store.write() as transaction:
         users.add(transaction, "Nora", "operator", None, SERVER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
+from pydantic import SecretStr
 from pydicom.dataset import FileDataset
 from pydicom.uid import generate_uid
 from typer.testing import CliRunner
@@ -447,6 +449,71 @@ def test_a_wrong_password_is_said(hospital: Hospital, monkeypatch: pytest.Monkey
         PacsClient(dataset.settings.pacs).scan_series()
 
 
+def test_a_pacs_that_cannot_be_used_is_told_from_one_that_is_away(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PacsClient(load_settings(hospital.folder).pacs).check()
+    wrong = f"{hospital.orthanc.rest}/dicom"
+    with pytest.raises(PacsRefused, match=r"answers 404 .*; is this the address of its DICOMweb\?$"):
+        PacsClient(PacsSettings(url=wrong, user=USER, password=SecretStr(PASSWORD))).check()
+    with pytest.raises(PacsRefused, match="is this the address of its DICOMweb"):
+        PacsClient(PacsSettings(url=hospital.orthanc.rest, user=USER, password=SecretStr(PASSWORD))).check()
+    with pytest.raises(PacsRefused, match=r"\(401\); check .* SEGQC_PACS__PASSWORD"):
+        PacsClient(PacsSettings(url=hospital.orthanc.url)).check()
+    busy = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    for answer in (busy, b""):
+        with answering(answer, hold=False) as url, pytest.raises(PacsUnavailable):
+            PacsClient(PacsSettings(url=url)).check()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def serving(*arguments: object) -> subprocess.Popen[str]:
+    pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+    command = [sys.executable, "-m", "segqc", "serve", *arguments, "--port", free_port(), "--no-worker"]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.server
+def test_a_pacs_that_cannot_be_used_is_not_served(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGQC_PACS__USER", USER)
+    monkeypatch.setenv("SEGQC_PACS__PASSWORD", "wrong")
+    new = hospital.folder.with_name("new")
+    refused = (
+        f"the PACS at {hospital.orthanc.url} does not let this program in (401); check [pacs] user (or "
+        "SEGQC_PACS__USER) and the environment variable SEGQC_PACS__PASSWORD, or SEGQC_PACS__TOKEN.\n"
+    )
+    for arguments in ((hospital.orthanc.url, "--folder", new), (hospital.folder,)):
+        with serving(*arguments) as process:
+            said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert said.endswith(refused)
+        assert len(said.splitlines()) == 1
+    assert not new.exists(), "an address that does not work is not remembered"
+    hospital.write(url=f"http://127.0.0.1:{free_port()}/dicom-web")
+    with serving(hospital.folder) as process:
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, "nothing is known of it that could be served"
+    assert "does not answer" in said
+
+
+@pytest.mark.server
+def test_what_is_known_of_a_pacs_that_is_away_is_served(hospital: Hospital) -> None:
+    hospital.add(0, "a")
+    hospital.open().store.close()
+    hospital.write(url=f"http://127.0.0.1:{free_port()}/dicom-web")
+    with serving(hospital.folder) as process:
+        assert process.stderr is not None
+        lines = list(itertools.takewhile(lambda line: "SegQC answers at" not in line, process.stderr))
+        process.terminate()
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert any("does not answer" in line and "is served meanwhile (1 scan(s))" in line for line in lines), lines
+
+
 def test_scans_are_not_put_into_the_folder(hospital: Hospital, tmp_path: Path) -> None:
     dataset = hospital.open()
     with pytest.raises(DatasetError, match="store the series there"):
@@ -784,15 +851,27 @@ def test_own_segs_are_read_again_by_a_new_folder(hospital: Hospital) -> None:
 def test_a_folder_remembers_its_pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEGQC_PACS__PASSWORD")
     folder = tmp_path / "work"
-    remember_pacs(folder, "https://pacs.example.org/dicom-web/")
+    remembered: list[str | None] = []
+
+    def check(settings: PacsSettings) -> None:
+        remembered.append(settings.url)
+
+    def refuse(settings: PacsSettings) -> None:
+        raise PacsRefused("it lets nobody in")
+
+    with pytest.raises(PacsRefused):
+        remember_pacs(folder, "https://pacs.example.org/dicom-web/", refuse)
+    assert not folder.exists()
+    remember_pacs(folder, "https://pacs.example.org/dicom-web/", check)
     assert load_settings(folder).pacs.url == "https://pacs.example.org/dicom-web"
     text = (folder / "segqc.toml").read_text()
-    remember_pacs(folder, "https://pacs.example.org/dicom-web")
+    remember_pacs(folder, "https://pacs.example.org/dicom-web", check)
     assert (folder / "segqc.toml").read_text() == text
     with pytest.raises(SettingsError, match="name another folder"):
-        remember_pacs(folder, "https://other.example.org/dicom-web")
+        remember_pacs(folder, "https://other.example.org/dicom-web", check)
     with pytest.raises(SettingsError, match="no address"):
-        remember_pacs(tmp_path / "new", "https://")
+        remember_pacs(tmp_path / "new", "https://", check)
+    assert remembered == ["https://pacs.example.org/dicom-web"], "asked once, when it is new"
 
 
 @pytest.mark.parametrize(

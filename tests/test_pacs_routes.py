@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient
 from segqc.server.monailabel.facade import current_app
 from segqc.store import labels
 from segqc.volumes import read_labels, read_scan
-from tests.pacs_kit import PASSWORD, USER, Orthanc, series, to_bytes
+from tests.pacs_kit import PASSWORD, USER, Orthanc, segmentation, series, to_bytes
 from tests.server_kit import listening, serving
 from tests.test_pacs import STRUCTURES, Hospital, drawn, keep, publish, read_independently, volume
 
@@ -137,6 +137,37 @@ def test_other_series_are_not_reached(
     client: TestClient, stored: dict[str, list[FileDataset]], which: str, rest: str
 ) -> None:
     assert client.get(f"/dicomweb{path_of(stored[which])}{rest}").status_code == 404
+
+
+def test_a_study_tells_of_its_scans_only(
+    hospital: Hospital, client: TestClient, stored: dict[str, list[FileDataset]]
+) -> None:
+    """Its other series and a SEG are in the PACS's own answers."""
+    own = stored["own"]
+    study = str(own[0].StudyInstanceUID)
+    beside = hospital.store([segmentation(drawn(1), volume(), own, {1: "liver"})])
+    theirs = hospital.orthanc.ask("GET", "/dicom-web/studies", params={"StudyInstanceUID": study}).json()[0]
+    assert set(theirs["00080061"]["Value"]) == {"MR", "SEG"}
+    for fields in ({}, {"includefield": "all"}, {"includefield": "00080061,SeriesDescription,00201208"}):
+        (told,) = client.get("/dicomweb/studies", params={"StudyInstanceUID": study, **fields}).json()
+        assert told["00080061"]["Value"] == ["MR"]
+        assert told["00201206"]["Value"] == [1]
+        assert told["00201208"]["Value"] == [len(own)]
+        assert told["00100020"]["Value"] == [own[0].PatientID]
+        assert "0008103E" not in told
+        assert "SEG" not in json.dumps(told)
+        for path in ("/series", f"/studies/{study}/series", f"{path_of(own)}/instances"):
+            for item in client.get(f"/dicomweb{path}", params=fields).json():
+                assert not item.keys() & {"00080061", "00080062", "00201206", "00201208", "00201204"}
+    for wanted, count in (("MR", 1), ("CT,MR", 1), ("M*", 1), ("", 1), ("SEG", 0), ("CT\\SEG", 0)):
+        for name in ("ModalitiesInStudy", "00080061"):
+            found = client.get("/dicomweb/studies", params={"StudyInstanceUID": study, name: wanted}).json()
+            assert len(found) == count, wanted
+    for path, name in (("studies", "SeriesDescription"), ("studies", "00080060"), ("studies", "00201206"),
+                       ("series", "ModalitiesInStudy"), (f"studies/{study}/instances", "00201208")):  # fmt: skip
+        refused = client.get(f"/dicomweb/{path}", params={name: "coronal*"})
+        assert (refused.status_code, name in refused.json()["detail"]) == (400, True), path
+    hospital.orthanc.remove_series(beside)  # the tests share the study
 
 
 def test_no_image_is_reached_by_another_series(client: TestClient, stored: dict[str, list[FileDataset]]) -> None:

@@ -295,8 +295,14 @@ def test_a_browser_is_known_again_by_its_cookie(client: TestClient) -> None:
         for i in range(4):
             leases.release(transaction, f"scan_{i}", SERVER)
     first = client.post("/activelearning/random")
-    assert first.cookies["segqc_client"]
+    cookie = first.cookies["segqc_client"]
+    assert cookie
     assert client.post("/activelearning/random").json()["id"] == first.json()["id"]
+    (lease,) = [lease for lease in client.get("/segqc/leases").json() if lease["scan"] == first.json()["id"]]
+    assert re.fullmatch("browser-[0-9a-f]{8}", lease["to"])
+    shown = client.get("/segqc/leases").text + client.get(f"/segqc/events/{lease['scan']}").text + client.get("/").text
+    assert lease["to"] in shown
+    assert cookie[:8] not in shown, "who knows the cookie can pass for this browser"
     client.cookies.clear()
     assert client.post("/activelearning/random").json()["id"] != first.json()["id"]
 

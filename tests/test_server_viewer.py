@@ -152,7 +152,8 @@ def test_nothing_is_left(client: TestClient) -> None:
         assert shown["estimate"] is None
         assert not shown["has_networks"]
         assert send(client, shown, empty, None).status_code == 200
-    assert next_scan(client) == {"scan": None, "note": None}
+    note = "No scan is left for you: all are labelled, or others work on them."
+    assert next_scan(client) == {"scan": None, "note": note}
 
 
 def test_a_browser_is_one_annotator_by_its_cookie(folder: Path) -> None:

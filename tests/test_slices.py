@@ -16,14 +16,14 @@ from segqc.cli.main import app
 from segqc.evaluation.data.cohort import read_labelled
 from segqc.loop.dataset import Dataset
 from segqc.loop.readers import inter_rater, make_consensus
-from segqc.loop.submission import Opened, submit_label
+from segqc.loop.submission import LabelMovedOnError, Opened, submit_label
 from segqc.loop.training import train
 from segqc.networks.plan import plan_network
 from segqc.selection import segqc as worst_first
 from segqc.store import corrections, labels, leases
 from segqc.store.database import StoreError
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Actor, LabelRecord, LeaseRecord
+from segqc.store.records import Actor, LabelRecord, LeaseRecord, ScanState
 from segqc.training import NoProgress, TrainingSettings
 from segqc.training.assessor import train_assessor
 from segqc.training.assessor_network import assessor_job
@@ -152,6 +152,54 @@ def test_the_next_correction_of_a_reopened_label_adds_its_slices(dataset: Datase
     while hand_out(dataset, BERT).scan != "scan_0":
         pass
     assert submit_label(dataset, "scan_0", start, "final", BERT).label.checked_slices is None
+
+
+@pytest.mark.parametrize("opened", [None, (2, 5)])
+def test_slices_do_not_take_the_place_of_a_label_that_came_meanwhile(
+    dataset: Dataset, opened: tuple[int, ...] | None
+) -> None:
+    """Somebody uploads a label, of the whole scan or of other slices, while another one has its slices."""
+    assert hand_out(dataset).slices == (2, 8, 9)
+    by_bert = submit_label(dataset, "scan_0", draw_case(0)[1], "final", BERT, opened=Opened(opened)).label
+    with pytest.raises(LabelMovedOnError, match=f"version {by_bert.id} came after .* handed out, made by bert, who"):
+        submit_label(dataset, "scan_0", corrected("scan_0", (2,)), "final", ANNA)
+    assert final(dataset, "scan_0") == by_bert
+    assert [case.slices for case in dataset.cases()] == [opened]
+    with dataset.store.read() as transaction:
+        assert corrections.listing(transaction) == []
+    end = corrected("scan_0", (2,))
+    assert submit_label(dataset, "scan_0", end, "version_1", ANNA).label.tag == "version_1"
+    assert final(dataset, "scan_0") == by_bert
+    every = Opened(tuple(range(SHAPE[2])))
+    assert submit_label(dataset, "scan_0", end, "final", ANNA, opened=every).correction is not None
+
+
+@pytest.mark.parametrize(("state", "checked"), [("rejected", (5,)), ("unlabelled", (2, 5, 8, 9))])
+def test_what_was_checked_of_a_rejected_label_does_not_count_any_more(
+    dataset: Dataset, state: ScanState, checked: tuple[int, ...]
+) -> None:
+    hand_out(dataset)
+    submit_label(dataset, "scan_0", corrected("scan_0", (2, 8, 9)), "final", ANNA)
+    dataset.store.review("scan_0", state, BERT, "the pole is missing")
+    with dataset.store.read() as transaction:
+        start = labels.start_of(transaction, "scan_0")
+    assert start is not None
+    lease = hand_out(dataset, BERT)
+    while lease.scan != "scan_0":
+        lease = hand_out(dataset, BERT)
+    assert (lease.slices, lease.label_version) == (None, start.id)
+    end = corrected("scan_0", (5,), read_labels(dataset.store.label_file(start)))
+    assert submit_label(dataset, "scan_0", end, "final", BERT, opened=Opened((5,))).label.checked_slices == checked
+
+
+def test_of_a_whole_label_that_was_rejected_only_what_is_opened_counts(dataset: Dataset) -> None:
+    submit_label(dataset, "scan_0", draw_case(0)[1], "final", ANNA)
+    dataset.store.review("scan_0", "rejected", BERT, "the pole is missing")
+    while hand_out(dataset, BERT).scan != "scan_0":
+        pass
+    done = submit_label(dataset, "scan_0", draw_case(0)[1], "final", BERT, opened=Opened((5,)))
+    assert done.label.checked_slices == (5,)
+    assert [case.slices for case in dataset.cases()] == [(5,)]
 
 
 def test_another_version_of_a_partly_checked_label_is_checked_where_it_was_changed(dataset: Dataset) -> None:

@@ -235,6 +235,24 @@ def test_a_job_s_process_ends_with_one_line(
     assert last in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_jobs_read_the_settings_file_that_their_worker_was_given(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is named by a relative path."""
+    config = tmp_path / "other.toml"
+    config.write_text("[server]\nstrategy = 'from the other file'\n")
+    seen: list[str] = []
+    monkeypatch.setattr("segqc.loop.jobs.run", lambda given, *_: seen.append(given.settings.server.strategy))
+    number = put(dataset)
+    run_job(dataset.folder, number, config)
+    run_job(dataset.folder, number)
+    assert seen == ["from the other file", dataset.settings.server.strategy]
+    config.write_text("[server]\nno_setting = 1\n")
+    monkeypatch.chdir(tmp_path)
+    Worker(dataset, ("train",), config=Path("other.toml")).serve(until_idle=True)
+    assert "no_setting" in "".join(state(dataset, number).messages)
+
+
 def abandoned_worker(dataset: Dataset, *, host: str | None = None) -> str:
     """The name of a worker that took the next job and was killed, on this machine or another one."""
     code = (

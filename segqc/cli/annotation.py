@@ -49,7 +49,7 @@ _VERSION_TERMS: Final = (
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
     "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
     "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
-    "result, in what was opened. estimated Dice, check: what SegQC-Net said of what a person submitted."
+    "result, in what was opened. estimated Dice: by SegQC-Net, of what a person submitted."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -197,12 +197,18 @@ def labels(
         key="versions",
         terms=_VERSION_TERMS,
     )
+    if not (as_json or as_csv):
+        for number, summary in history.items():
+            if summary.check is not None:
+                typer.echo(f"version {number}, checked by bundle {summary.check.bundle}: {summary.check.sentence}")
 
 
 def _check(check: LabelCheck | None, *, as_json: bool, as_csv: bool) -> Row:
     """The cells of what SegQC-Net said of a submission."""
     dice, interval = (None, None) if check is None else (check.assessment.dice, check.assessment.dice_interval)
     told = estimate("estimated Dice", dice, interval, as_json=as_json, as_csv=as_csv)
+    if not (as_json or as_csv):
+        return {**told}  # sentences are too long for a table
     bundle, sentence = (None, None) if check is None else (check.bundle, check.sentence)
     return {**told, "by bundle": bundle, "check": sentence}
 

@@ -928,7 +928,11 @@ def _served_folder(source: str, work: Path | None) -> Path:
         return Path(source)
     if work is None:
         raise CommandError(f"{source}: say with --folder which folder labels, networks and the database are kept in")
-    remember_pacs(work, source)
+    try:
+        from segqc.pacs.client import PacsClient
+    except ModuleNotFoundError as error:
+        raise CommandError("what talks to a PACS is not installed; pip install 'segqc[server]'") from error
+    remember_pacs(work, source, lambda settings: PacsClient(settings).check())
     return work
 
 
@@ -968,10 +972,11 @@ def worker(
     if unknown := sorted(set(kind or ()) - set(KINDS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     _log_jobs()
-    taker = Worker(dataset_at(folder, config), kind or KINDS, settings=lambda: load_settings(folder, config))
+    dataset = dataset_at(folder, config)
+    taker = Worker(dataset, kind or KINDS, config=config, settings=lambda: load_settings(folder, config))
     for sign in ending_signals():
         signal.signal(sign, taker.end)
-    publisher = taker.dataset.publisher
+    publisher = dataset.publisher
     with contextlib.nullcontext() if publisher is None else publisher.publishing():
         taker.serve(until_idle=until_idle)
     if publisher is not None and until_idle:
@@ -1014,7 +1019,7 @@ def run_round(
         err=True,
     )
     _log_jobs()
-    taker = Worker(dataset, ("round",))
+    taker = Worker(dataset, ("round",), config=config)
     for sign in ending_signals():
         signal.signal(sign, taker.end)
     ended = taker.serve_until_ended(job.id)

@@ -32,6 +32,7 @@ _WITHOUT: Final[Mapping[NetworkName, str]] = {
     "segmentation": "scans get no masks",
     "segqc": "masks get no estimates, and scans are drawn at random",
 }
+_PUBLISHES: Final = ("train", "round")  # the jobs that end with a bundle
 _MEGABYTE: Final = 1e6
 
 BundleNumber = Annotated[int, typer.Argument(metavar="BUNDLE", help="The bundle's number.", show_default=False)]
@@ -94,10 +95,25 @@ def serve(folder: DatasetFolder, number: BundleNumber) -> None:
 
     The scans that wait have no estimate until the bundle has assessed them: a worker does so, or 'segqc score'.
     """
-    bundles = _bundles(folder)
-    changed = bundles.serve(number, me())
-    typer.echo(f"{folder}: bundle {number} serves{'' if changed else ' already'}")
-    bundle = bundles.open(number)
+    from segqc.store import bundles, jobs
+
+    shelf = _bundles(folder)
+    with shelf.store.read() as transaction:
+        before = bundles.serving_number(transaction)
+        held = next((p.held_because for p in bundles.listing(transaction) if p.bundle.id == number), None)
+    changed = shelf.serve(number, me())
+    with shelf.store.read() as transaction:
+        at_work = [job for kind in _PUBLISHES for job in jobs.open_jobs(transaction, kind) if job.state == "running"]
+    place = f", in the place of bundle {before}" if changed and before is not None else "" if changed else " already"
+    typer.echo(f"{folder}: bundle {number} serves{place}")
+    if held is not None:
+        typer.echo(f"it was held: {held}")
+    for job in at_work:
+        typer.echo(
+            f"the {job.kind} that runs now (job {job.public_id}) will have its bundle held, as you chose this one by "
+            f"hand meanwhile; segqc models serve {folder} BUNDLE lets it serve then"
+        )
+    bundle = shelf.open(number)
     for network, lost in _WITHOUT.items():
         if not bundle.holds(network):
             typer.echo(f"it holds no network {network}: {lost} until it is trained (segqc train {network} {folder})")

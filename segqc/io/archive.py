@@ -274,7 +274,8 @@ def _row(table: Table, line: bytes) -> dict[str, Value]:
         for name in ("sha256", "submitted_sha256"):
             if row[name] is not None and not _SHA256.fullmatch(str(row[name])):
                 raise ValueError(f"{name} is no SHA-256")
-        _check_slices(row, "checked_slices")
+        if row["checked_slices"] != []:  # nobody has looked at one: of a rejected label
+            _check_slices(row, "checked_slices")
     elif table.name == LeaseRow.__tablename__:
         _check_slices(row, "slices")
     return row

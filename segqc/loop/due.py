@@ -127,8 +127,9 @@ def why_due(
     corrected = waiting.scans - waiting.imported
     count = "1 correction" if corrected == 1 else f"{corrected} corrections"
     count += f" ({waiting.simulated} simulated)" if waiting.simulated else ""
-    count += f" and {_imported(waiting.imported)}" if waiting.imported else ""
-    came = f"{count} {'before the first round' if last is None else f'since round {last}'}"
+    parts = [count] if corrected or not waiting.imported else []
+    parts += [_imported(waiting.imported)] if waiting.imported else []
+    came = f"{' and '.join(parts)} {'before the first round' if last is None else f'since round {last}'}"
     if settings.after_corrections and waiting.scans >= settings.after_corrections:
         return came
     if settings.at is None or waiting.first_at is None:

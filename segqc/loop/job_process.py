@@ -1,4 +1,4 @@
-"""The process of one job, started by its worker: ``python -m segqc.loop.job_process FOLDER JOB WORKER``."""
+"""The process of one job, started by its worker: ``python -m segqc.loop.job_process FOLDER JOB WORKER [CONFIG]``."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ if __name__ == "__main__":
     for noisy in ("monai", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs each exception that passes through a training
-    sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(run_job(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4]) if len(sys.argv) > 4 else None))

@@ -69,9 +69,15 @@ class StartedFrom:
 
 
 class LabelMovedOnError(SegqcError):
-    """A label was made from a version that is not the current one any more, or of another annotator's scan."""
+    """A label was not made from the current one, which it would replace, or is of another annotator's scan."""
 
     status = 409
+
+
+class ApprovedError(SegqcError):
+    """A final label of an approved scan comes from somebody who may not replace what a reviewer approved."""
+
+    status = 403
 
 
 def current_start(transaction: Transaction, scan: str, actor: Actor) -> LabelRecord | None:
@@ -206,6 +212,7 @@ def submit_label(
     checked: ScanRecord | None = None,
     file: Path | None = None,
     started: StartedFrom | None = None,
+    may_replace_approved: bool = True,
     proposal: TakenProposal | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
@@ -229,6 +236,7 @@ def submit_label(
         file: a file that holds the label map as it is to be kept; None for a new one.
         started: what it was made of, to be checked (`check_start`) where it becomes the label that counts; None where
             the client does not say.
+        may_replace_approved: whether the annotator may give an approved scan another final label.
         proposal: what was taken of a proposal; None where none was offered.
 
     Raises:
@@ -236,64 +244,137 @@ def submit_label(
         UnknownScan: if there is no such scan.
         ScanReplaced: if the scan's file was replaced since it was handed out to the annotator, or since the label map
             was checked.
-        LabelMovedOnError: if it was not made of the current label.
+        ApprovedError: if the scan is approved, and the annotator may not replace that.
+        LabelMovedOnError: if it was not made of the current label, or would take the place of a label in which a person
+            has checked slices that were not checked in it.
         OSError: if it can't be written; nothing has changed then.
     """
     if opened != ALL:  # wrong also where nothing was handed out that the label could be compared with
         _opened_part(end, dataset.structures, opened)
-    now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
-    if checked is not None and checked.sha256 != now.sha256:
-        raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
-    readers, replaces = dataset.settings.annotation.readers, tag == FINAL
+    now = _still_there(dataset, scan, checked)
+    readers = dataset.settings.annotation.readers
+    conditions = _Conditions(scan, actor, started, readers, tag == FINAL, may_replace_approved)
     with dataset.store.read() as transaction:
-        if started is not None and replaces:
-            try:
-                check_start(transaction, scan, actor, started, readers)
-            except LabelMovedOnError:
-                there = current_start(transaction, scan, actor)
-                if there is None or there.actor != actor or not _holds(dataset, there, end):
-                    raise
-                return Submission(there, None)  # sent again by a client that missed the answer
         origin = _origin(transaction, scan, actor, tag)
-        lease, start = origin.lease, origin.start
-        if lease is not None and readers > 1:
+        if origin.lease is not None and readers > 1:
             tag = labels.reader_tag(transaction, scan, actor)
-    before = _read(dataset, origin.label, end) if start is not None or origin.is_of_a_part else None
-    looked_at = _looked_at(origin, before, end, opened)
-    change = None
-    if start is not None and before is not None:
-        change = measure_change(before, end, dataset.structures, replace(opened, slices=looked_at))
+        try:
+            conditions.check(transaction)
+        except LabelMovedOnError:
+            there = current_start(transaction, scan, actor)
+            if there is None or there.actor != actor or not _holds(dataset, there, end):
+                raise
+            return Submission(there, None)  # sent again by a client that missed the answer
+    looked_at, change = _compare(dataset, origin, end, opened)
     label = NewLabel(
         scan,
         tag,
         "annotator",
         actor,
-        parent=start.id if start is not None else started.version if started is not None else None,
+        parent=origin.start.id if origin.start is not None else started.version if started is not None else None,
         info=info,
         scan_sha256=now.sha256,
         checked_slices=united(origin.checked, looked_at, end.shape[through_plane_axis(end)]),
     )
-    is_audited = lease is not None and lease.draw == "audit" and not simulated
+    is_audited = origin.lease is not None and origin.lease.draw == "audit" and not simulated
     watched = watch_serving(dataset) if is_audited and change is not None else None
     with (
         contextlib.nullcontext(file) if file is not None else temporary_labels(end) as path,
         dataset.store.change_labels([LabelChange(label, path)]) as changing,
     ):
-        if started is not None and replaces:
-            check_start(changing.transaction, scan, actor, started, readers)
-        kept, correction = changing.versions[0], None
+        conditions.check(changing.transaction)
+        _check_loses_nothing(changing.transaction, label)
+        kept = changing.versions[0]
         if proposal is not None:
             labels.note_proposal(changing.transaction, kept.id, proposal)
-        answered = leases.submitted(changing.transaction, lease) if lease is not None else None
-        if answered is not None and start is not None and change is not None:
-            correction = corrections.add(
-                changing.transaction, start, kept, change, actor, lease=answered, simulated=simulated
-            )
-            if watched is not None:
-                note_drift(changing.transaction, watched)
+        correction = _answer(changing.transaction, origin, kept, change, simulated=simulated)
+        if correction is not None and watched is not None:
+            note_drift(changing.transaction, watched)
     if tag.startswith(READER):
         _compare_readers(dataset, scan)
     return Submission(kept, correction)
+
+
+def _still_there(dataset: Dataset, scan: str, checked: ScanRecord | None) -> ScanRecord:
+    """The scan that a label map is of.
+
+    Raises:
+        ScanReplaced: if its content is not the one that the label map was checked against.
+    """
+    now = dataset.verify_scan(scan) if checked is None else dataset.verify(checked)
+    if checked is not None and checked.sha256 != now.sha256:
+        raise ScanReplaced(f"the file of the scan {scan!r} was replaced meanwhile; ask for the next sample again")
+    return now
+
+
+@dataclass(frozen=True, slots=True)
+class _Conditions:
+    """What has to hold for a final label to be kept: asked early, to spare work, and in the transaction that keeps it.
+
+    In that one nobody comes between: approvals and other labels are transactions with the same write lock.
+    """
+
+    scan: str
+    actor: Actor
+    started: StartedFrom | None
+    readers: int
+    is_final: bool
+    may_replace_approved: bool
+
+    def check(self, transaction: Transaction) -> None:
+        """Refuse a final label whose start has moved on, or of a scan that a reviewer has approved.
+
+        Raises:
+            LabelMovedOnError: see `check_start`.
+            ApprovedError: if the scan is approved, and the annotator may not replace that.
+        """
+        if not self.is_final:
+            return
+        if self.started is not None:
+            check_start(transaction, self.scan, self.actor, self.started, self.readers)
+        if not self.may_replace_approved and scans.get(transaction, self.scan).state == "approved":
+            raise ApprovedError(
+                f"the scan {self.scan!r} is approved: only a reviewer may reopen it or give it another final label"
+            )
+
+
+def _check_loses_nothing(transaction: Transaction, label: NewLabel) -> None:
+    """Refuse a correction of some slices in the place of a final label in which a person has checked others.
+
+    That label came after the scan was handed out: nobody would have looked at those slices any more.
+
+    Raises:
+        LabelMovedOnError: if it is so.
+    """
+    there = labels.current(transaction, label.scan, FINAL)
+    if label.tag != FINAL or label.checked_slices is None or there is None:
+        return
+    before = labels.checked_slices(there)
+    if before is None or not set(before) <= set(label.checked_slices):
+        raise LabelMovedOnError(
+            f"the label of {label.scan!r} moved on: version {there.id} came after the scan was handed out, made by "
+            f"{described(there.actor)}, who checked slices that yours leaves unchecked; ask for the next sample, or "
+            "submit yours under another tag (version_1)"
+        )
+
+
+def _compare(dataset: Dataset, origin: _Origin, end: Volume, opened: Opened) -> tuple[Slices | None, Change | None]:
+    """The slices that the annotator has looked at, None for all, and what was changed of the label handed out."""
+    before = _read(dataset, origin.label, end) if origin.start is not None or origin.is_of_a_part else None
+    looked_at = _looked_at(origin, before, end, opened)
+    if origin.start is None or before is None:
+        return looked_at, None
+    return looked_at, measure_change(before, end, dataset.structures, replace(opened, slices=looked_at))
+
+
+def _answer(
+    transaction: Transaction, origin: _Origin, kept: LabelRecord, change: Change | None, *, simulated: bool
+) -> int | None:
+    """Have a kept label answer its lease; returns the number of the correction where it is one."""
+    answered = leases.submitted(transaction, origin.lease) if origin.lease is not None else None
+    if answered is None or origin.start is None or change is None:
+        return None
+    return corrections.add(transaction, origin.start, kept, change, kept.actor, lease=answered, simulated=simulated)
 
 
 def _compare_readers(dataset: Dataset, scan: str) -> None:

@@ -37,7 +37,7 @@ from segqc.loop.requests import KINDS, result_to_json
 from segqc.processes import death_by_signal
 from segqc.progress import LineProgress, step_line
 from segqc.quality.stopping import StopReason, outlook_sentence
-from segqc.settings import Settings, SettingsError
+from segqc.settings import Settings, SettingsError, load_settings
 from segqc.store import jobs
 from segqc.store.database import StoreDamaged, StoreError, StoreUnavailable, Transaction
 from segqc.store.jobs import HEARTBEAT_SECONDS, JobLost
@@ -86,15 +86,20 @@ class _JobProgress(LineProgress):
         _say(_Step(done, total, message))
 
 
-def run_job(folder: Path, number: int) -> int:
+def run_job(folder: Path, number: int, config: Path | None = None) -> int:
     """Do one job in this process; the exit status is 0 if it is done, 1 for a problem that a user can solve.
 
     A mistake of ours is logged with its traceback; the last line is what it was.
+
+    Args:
+        folder: the dataset folder.
+        number: the job's.
+        config: the settings file to read in the place of the folder's own.
     """
-    dataset = Dataset(folder)
-    with dataset.store.read() as transaction:
-        job = jobs.get(transaction, number)
     try:
+        dataset = Dataset(folder, load_settings(folder, config))
+        with dataset.store.read() as transaction:
+            job = jobs.get(transaction, number)
         result = work.run(dataset, job, _JobProgress())
     except (SegqcError, OSError) as error:
         sys.stdout.write(f"{_one_line(error)}\n")
@@ -125,6 +130,7 @@ class Worker:
         dataset: Dataset,
         kinds: Collection[str] = KINDS,
         *,
+        config: Path | None = None,
         command: Callable[[JobRecord], list[str]] | None = None,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         settings: Callable[[], Settings] | None = None,
@@ -134,6 +140,7 @@ class Worker:
         Args:
             dataset: the folder.
             kinds: of the jobs.
+            config: the settings file that jobs' processes read in the place of the folder's own.
             command: starts a job's process; by default this program's own.
             heartbeat_seconds: how often a running job's worker shows that it is alive.
             settings: reads the folder's settings; asked each time whether a round is due, so that a change counts at
@@ -142,6 +149,7 @@ class Worker:
         self.dataset = dataset
         self.kinds = tuple(kinds)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._config = config
         self._command = command or self._job_command
         self._heartbeat = heartbeat_seconds
         # no Event: its lock cannot be taken twice, and one signal's handler may interrupt another's
@@ -153,6 +161,8 @@ class Worker:
 
     def _job_command(self, job: JobRecord) -> list[str]:
         arguments = [str(self.dataset.folder), str(job.id), str(os.getpid())]
+        if self._config is not None:
+            arguments.append(str(self._config))
         return [sys.executable, "-u", "-m", "segqc.loop.job_process", *arguments]
 
     def end(self, *_: int | FrameType | None) -> None:

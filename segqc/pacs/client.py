@@ -205,8 +205,8 @@ class PacsClient:
         code = answer.status_code
         if code in (401, 403):
             return PacsRefused(
-                f"the PACS at {self.url} does not let this program in ({code}); check [pacs] user and the environment "
-                "variables SEGQC_PACS__PASSWORD or SEGQC_PACS__TOKEN",
+                f"the PACS at {self.url} does not let this program in ({code}); check [pacs] user (or "
+                "SEGQC_PACS__USER) and the environment variable SEGQC_PACS__PASSWORD, or SEGQC_PACS__TOKEN",
                 code,
             )
         what = f"{answer.request.method} {answer.request.url.path}"
@@ -218,21 +218,38 @@ class PacsClient:
         Raises:
             SourceUnavailable: if it does not answer, or with something else.
         """
+        return self._again(lambda: self._ask(path, parameters))
 
-        def ask() -> list[JsonItem]:
-            with self.stream("GET", f"{self.url}{path}", accept=JSON, parameters=parameters) as answer:
-                answer.read()
-                if answer.status_code == 204 or not answer.content.strip():
-                    return []
-                try:
-                    found = answer.json()
-                except ValueError as error:
-                    raise PacsRefused(f"the PACS at {self.url} answers no JSON to {path}; is it DICOMweb?") from error
-            if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-                raise PacsRefused(f"the PACS at {self.url} answers no list of data sets to {path}; is it DICOMweb?")
-            return found
+    def _ask(self, path: str, parameters: Parameters) -> list[JsonItem]:
+        with self.stream("GET", f"{self.url}{path}", accept=JSON, parameters=parameters) as answer:
+            answer.read()
+            if answer.status_code == 204 or not answer.content.strip():
+                return []
+            try:
+                found = answer.json()
+            except ValueError as error:
+                raise PacsRefused(f"the PACS at {self.url} answers no JSON to {path}; is it DICOMweb?") from error
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise PacsRefused(f"the PACS at {self.url} answers no list of data sets to {path}; is it DICOMweb?")
+        return found
 
-        return self._again(ask)
+    def check(self) -> None:
+        """Ask once for a series, to see that the address is DICOMweb's and that it lets this program in.
+
+        Raises:
+            PacsUnavailable: if it does not answer now.
+            PacsRefused: if it answers, and will do so again, but not as DICOMweb or not to this program.
+        """
+        try:
+            self._ask("/series", [("limit", "1")])
+        except httpx.TransportError as error:
+            raise self._unavailable(error) from error
+        except PacsRefused as error:
+            if error.code in _PASSING:
+                raise PacsUnavailable(str(error)) from error
+            if error.code in (None, 401, 403):
+                raise
+            raise PacsRefused(f"{error.clause}; is this the address of its DICOMweb?", error.code) from error
 
     def open(self, path: str, accept: str, parameters: Parameters) -> tuple[httpx.Response, Callable[[], None]]:
         """An answer before its body has come, and what ends it.

@@ -65,7 +65,8 @@ def take_in_segmentations(
         SourceUnavailable: if the PACS does not answer.
     """
     with store.read() as transaction:
-        known, studies = pacs.known_segmentations(transaction), set(pacs.readable_series(transaction).values())
+        known = pacs.known_segmentations(transaction)
+        studies = {record.study_uid for record in pacs.readable_series(transaction).values()}
     found = [series for series in client.search("SEG", patient=settings.pacs.patient) if series.study_uid in studies]
     for series in found:
         key = (series.series_uid, series.signature)

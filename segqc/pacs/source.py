@@ -198,7 +198,7 @@ class PacsScans:
     ) -> ScanChanges:
         """Fetch a series and write down what came of it."""
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.cache.staging()) as folder:
-            looked = self._fetch(store, series, Path(folder))
+            looked, images = self._fetch(store, series, Path(folder))
         files = {look.file for look in looked}
         with store.read() as transaction:
             known = scans.known_files(transaction, files)
@@ -217,6 +217,8 @@ class PacsScans:
                 study_uid=series.study_uid,
                 series_uid=series.series_uid,
                 description=printable(series.description),
+                modality=series.modality,
+                images=images,
             )
             for look in looked
             if look.finding is None
@@ -320,26 +322,30 @@ class PacsScans:
         else:
             self._take_in(store, split_config, series, frozenset())
 
-    def _fetch(self, store: Store, series: FoundSeries, folder: Path) -> list[Looked]:
-        """Fetch a series and make a file of each of its volumes; a series without one is a finding."""
+    def _fetch(self, store: Store, series: FoundSeries, folder: Path) -> tuple[list[Looked], int]:
+        """Fetch a series and make a file of each of its volumes; a series without one is a finding.
+
+        Returns:
+            What came of it, and how many images the series has.
+        """
         limits = self._settings.intake
         slices, made = folder / "slices", folder / "made"
         slices.mkdir()
         made.mkdir()
-        self.client.fetch_series(
+        images = self.client.fetch_series(
             series.study_uid, series.series_uid, slices, limits.max_voxels * _BYTES_PER_VOXEL + _OTHER_BYTES
         )
         shown = InputFile(slices, limits, series.shown)
         try:
             contents = sort_into_volumes(visible_files(slices), tick=shown.check_time)
         except VolumeError as error:
-            return [_finding(series, f"{series.series_uid}{SUFFIX}", str(error))]
+            return [_finding(series, f"{series.series_uid}{SUFFIX}", str(error))], images
         fetched = [self._volume(store, series, volume, contents, slices, made) for volume in contents.volumes]
         if fetched:
-            return fetched
+            return fetched, images
         left = sorted(contents.left_out, key=lambda entry: not entry.are_images)
         reason = left[0].reason if left else "holds no DICOM images."
-        return [_finding(series, f"{series.series_uid}{SUFFIX}", f"{series.shown} {printable(reason)}")]
+        return [_finding(series, f"{series.series_uid}{SUFFIX}", f"{series.shown} {printable(reason)}")], images
 
     def _volume(
         self, store: Store, series: FoundSeries, volume: DicomVolume, contents: DicomContents, slices: Path, made: Path

@@ -86,7 +86,7 @@ def find_boxes(
         >>> error[5:15, 5:25, 1] = 1
         >>> error[18:20, 5:25, 1] = 1
         >>> find_boxes(error, axis=2, spacing_mm=(1, 1, 3), settings=BoxSettings(min_distance_voxels=5))
-        (ErrorBox(slice_index=1, start=(5, 5), stop=(20, 25), area_mm2=300, mean_error=0.8, peak_error=1.0),)
+        (ErrorBox(slice_index=1, start=(5, 5), stop=(20, 25), area_mm2=300, mean_error=0.8, ...),)
     """
     if error.ndim != 3:
         raise ValueError(f"error boxes need a 3-D array, got shape {error.shape}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import hashlib
 import re
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from segqc.store.records import Actor, Role
 COOKIE: Final = "segqc_client"
 _COOKIE_SECONDS: Final = 30 * 24 * 3600
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_SHOWN_HASH: Final = 8  # characters: short enough to read, and no two browsers of a site share them
 _COOKIE: Final = re.compile(r"[0-9a-f]{32}")
 
 _current: contextvars.ContextVar[Actor] = contextvars.ContextVar("actor", default=SERVER)
@@ -52,16 +54,20 @@ class RequestUser:
         if not _COOKIE.fullmatch(known):
             known = self._new_cookie = uuid.uuid4().hex
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
-        return Actor(kind="person", name=f"browser {known}", identified_by="cookie")
+        return Actor(kind="person", name=_browser(known), identified_by="cookie")
 
     def client(self, actor: Actor) -> str:
         """What the next request of the same program has in common with this one.
 
         That is actor makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
         """
-        if actor.identified_by != "cookie" or actor.name == f"browser {self._request.cookies.get(COOKIE)}":
+        if actor.identified_by != "cookie" or actor.name == _browser(self._request.cookies.get(COOKIE, "")):
             return f"{actor.identified_by} {actor.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
+
+    def may(self, role: Role) -> bool:
+        """Whether they have a role or a higher one."""
+        return self._identity.may(role)
 
     def need(self, role: Role, what: str) -> None:
         """Refuse what only a part of a route's requests may.
@@ -73,7 +79,7 @@ class RequestUser:
         Raises:
             RequestError: 403 if this user has a lower role.
         """
-        if not self._identity.may(role):
+        if not self.may(role):
             raise RequestError(403, f"{what} needs the role {role!r}, and yours is {self._identity.role!r}.")
 
     def will_download(self, image: str) -> None:
@@ -81,6 +87,11 @@ class RequestUser:
         downloads: Downloads = self._request.app.state.downloads
         if self._identity.by_token and self._request.client is not None:
             downloads.allow(self._request.client.host, image, self._identity)
+
+
+def _browser(cookie: str) -> str:
+    """What a browser is called: always the same, and it does not tell the cookie, by which others could pass for it."""
+    return f"browser-{hashlib.sha256(cookie.encode()).hexdigest()[:_SHOWN_HASH]}"
 
 
 async def request_user(

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 CheckState: TypeAlias = Literal["done", "running", "none"]
 WAIT_SECONDS: Final = 2.0
 """How long an answer waits for a check at most; then it says that it is being made."""
+_FAILED: Final = "it failed; the server's log tells why"
 _RUNNING: Final = "The label is being checked."
 
 
@@ -53,15 +54,17 @@ class Checks:
         status = await anyio.to_thread.run_sync(self._begin, label, executor)
         if isinstance(status, CheckStatus):
             return status
-        try:
-            async with asyncio.timeout(WAIT_SECONDS if wait else 0):
-                check = await asyncio.shield(asyncio.wrap_future(status))
-        except TimeoutError:
+        waiting = asyncio.wrap_future(status)
+        waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # perhaps nobody looks again
+        ended, _ = await asyncio.wait({waiting}, timeout=WAIT_SECONDS if wait else 0)
+        if not ended:
             return CheckStatus("running", _RUNNING)
+        try:
+            check = waiting.result()
         except SegqcError as error:
             return _none(error.clause)
         except Exception:  # it is logged; whoever has submitted hears nothing worse
-            return _none("it failed; the server's log tells why")
+            return _none(_FAILED)
         return CheckStatus("done", check.sentence, check)
 
     def is_running(self, label: LabelRecord) -> bool:
@@ -78,15 +81,18 @@ class Checks:
             if bundle is None or not bundle.holds("segqc"):
                 return _none("SegQC-Net is not trained yet")
             kept = kept_check(self._dataset, label, bundle.number)
+            if kept is not None:
+                return CheckStatus("done", kept.sentence, kept)
+            with self._lock:
+                key = label.id, bundle.number
+                if key not in self._going:
+                    self._going[key] = executor.submit(self._check, label, bundle)
+                return self._going[key]
         except SegqcError as error:
             return _none(error.clause)
-        if kept is not None:
-            return CheckStatus("done", kept.sentence, kept)
-        key = label.id, bundle.number
-        with self._lock:
-            if key not in self._going:
-                self._going[key] = executor.submit(self._check, label, bundle)
-            return self._going[key]
+        except Exception:
+            logger.exception("the check of the label version %d could not begin", label.id)
+            return _none(_FAILED)
 
     def _check(self, label: LabelRecord, bundle: NetworkBundle) -> LabelCheck:
         try:

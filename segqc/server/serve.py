@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
+from segqc.pacs.errors import PacsUnavailable
 from segqc.processes import ending_signals, ignore_ending_signals
 from segqc.settings import is_loopback
-from segqc.store import users
+from segqc.store import scans, users
 from segqc.text import LineFormatter
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def serve(
         ServeError: if MONAI Label or the app is missing, the folder is served already, or the address cannot be used.
         DatasetError: if the folder does not exist.
         SettingsError: if its ``segqc.toml`` cannot be used.
+        SourceUnavailable: if its PACS does not let this program in, is no DICOMweb, or does not answer and nothing is
+            known of it.
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ServeError("the server is not installed; pip install 'segqc[server]'")
@@ -117,6 +120,7 @@ def serve(
             signal.signal(sign, lambda *_: ending.begin(at_once=True))
         folder = Dataset(dataset, watched=True)  # the server's own thread takes the folder in
         _refuse_read_only(folder)
+        _check_pacs(folder)
         signs_in = folder.settings.auth.demands_sign_in(host) if sign_in is None else sign_in
         if signs_in:
             _check_users(folder)
@@ -323,6 +327,20 @@ def _refuse_read_only(dataset: Dataset) -> None:
                 f"{folder}: is read-only; the server writes its database, log and labels below {dataset.folder}: "
                 "make the folder writable, or serve a copy"
             )
+
+
+def _check_pacs(dataset: Dataset) -> None:
+    """Refuse a PACS that is none or lets nobody in; of one that is away, what is known is served."""
+    if dataset.pacs is None:
+        return
+    try:
+        dataset.pacs.client.check()
+    except PacsUnavailable as error:
+        with dataset.store.read() as transaction:
+            known = scans.names(transaction)
+        if not known:
+            raise
+        logger.warning("%s What is known of it is served meanwhile (%d scan(s)).", error, len(known))
 
 
 def _check_users(dataset: Dataset) -> None:

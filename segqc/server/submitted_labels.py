@@ -161,6 +161,8 @@ def submit(
     actor: Actor,
     params: LabelParams,
     info: JsonObject,
+    *,
+    may_replace_approved: bool,
 ) -> JsonObject:
     """Keep a checked label map; a final one made of what was handed out is a correction.
 
@@ -173,12 +175,14 @@ def submit(
         actor: who submits it.
         params: what the client sent with it.
         info: what is noted of it.
+        may_replace_approved: whether they may give an approved scan another final label.
 
     Returns:
         What the client sees of it.
 
     Raises:
         OpenedError: 400 if it names slices or structures as opened that do not exist.
+        ApprovedError: 403 if the scan is approved, and they may not replace that.
     """
     done = submit_label(
         dataset,
@@ -191,6 +195,7 @@ def submit(
         simulated=params.simulated,
         checked=scan,
         file=file if labels.is_plain and suffix_of(file) == ".nii.gz" else None,
+        may_replace_approved=may_replace_approved,
     )
     checked = done.label.checked_slices
     body: JsonObject = {"version": done.label.id, "checked_slices": None if checked is None else list(checked)}

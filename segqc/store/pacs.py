@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Final
 
 from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, or_, select, true
@@ -18,6 +19,14 @@ PACS: Final = Actor(kind="system", name="PACS", identified_by="program")
 """Whoever stores series in the PACS, changes or removes them, and what is done there for label versions."""
 
 _MAX_PAUSE_SECONDS: Final = 300.0
+_SERIES: Final = select(
+    SeriesRow.file,
+    SeriesRow.study_uid,
+    SeriesRow.series_uid,
+    SeriesRow.description,
+    SeriesRow.modality,
+    SeriesRow.images,
+)
 _ALL: Final = (
     select(SegmentationRow, Scan.name)
     .join(LabelVersion, SegmentationRow.label_version_id == LabelVersion.id)
@@ -34,17 +43,13 @@ _VERBS: Final[dict[SegmentationState, str]] = {
 
 def series(transaction: Transaction) -> dict[str, SeriesRecord]:
     """The series of all scans, by the scans' files."""
-    return {row.file: _series(row) for row in transaction.scalars(select(SeriesRow))}
+    return {row.file: SeriesRecord(**row._asdict()) for row in transaction.execute(_SERIES)}
 
 
 def series_of(transaction: Transaction, file: str) -> SeriesRecord | None:
     """The series of a scan by its file; None where it is of none."""
-    row = transaction.get(SeriesRow, file)
-    return None if row is None else _series(row)
-
-
-def _series(row: SeriesRow) -> SeriesRecord:
-    return SeriesRecord(file=row.file, study_uid=row.study_uid, series_uid=row.series_uid, description=row.description)
+    row = transaction.execute(_SERIES.where(SeriesRow.file == file)).first()
+    return None if row is None else SeriesRecord(**row._asdict())
 
 
 def title(scan: str, patient: str, series_uid: str | None, description: str | None) -> str:
@@ -68,14 +73,7 @@ def title_of(transaction: Transaction, scan: ScanRecord) -> str:
 def note_series(transaction: Transaction, found: Sequence[SeriesRecord]) -> None:
     """Note of which series scans are, in the place of what was noted before."""
     for record in found:
-        transaction.merge(
-            SeriesRow(
-                file=record.file,
-                study_uid=record.study_uid,
-                series_uid=record.series_uid,
-                description=record.description,
-            )
-        )
+        transaction.merge(SeriesRow(**asdict(record)))
 
 
 def forget_series(transaction: Transaction, files: Collection[str]) -> None:
@@ -84,12 +82,12 @@ def forget_series(transaction: Transaction, files: Collection[str]) -> None:
         transaction.execute(delete(SeriesRow).where(SeriesRow.file == file))
 
 
-def readable_series(transaction: Transaction, study_uid: str | None = None) -> dict[str, str]:
-    """The series of the scans that are there, each with its study: all of them, or those of one study."""
-    query = select(SeriesRow.series_uid, SeriesRow.study_uid).join(Scan, Scan.file == SeriesRow.file)
+def readable_series(transaction: Transaction, study_uid: str | None = None) -> dict[str, SeriesRecord]:
+    """The series of the scans that are there, by their UIDs: all of them, or those of one study."""
+    query = _SERIES.join(Scan, Scan.file == SeriesRow.file).where(Scan.missing_since.is_(None))
     if study_uid is not None:
         query = query.where(SeriesRow.study_uid == study_uid)
-    return {row.series_uid: row.study_uid for row in transaction.execute(query.where(Scan.missing_since.is_(None)))}
+    return {row.series_uid: SeriesRecord(**row._asdict()) for row in transaction.execute(query)}
 
 
 def scans_of(transaction: Transaction, uid: str) -> list[str]:

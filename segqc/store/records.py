@@ -376,6 +376,8 @@ class SeriesRecord:
     study_uid: str
     series_uid: str
     description: str  # of the series, maybe empty
+    modality: str
+    images: int  # of the whole series, which may be several scans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

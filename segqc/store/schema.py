@@ -352,6 +352,8 @@ class SeriesRow(Base):
     study_uid: Mapped[str] = mapped_column(index=True)
     series_uid: Mapped[str] = mapped_column(index=True)
     description: Mapped[str]
+    modality: Mapped[str]
+    images: Mapped[int]
 
 
 class SegmentationRow(Base):

@@ -585,7 +585,8 @@ class Store:
         """Approve, reject, exclude or reopen a scan (`scans.review`).
 
         The final label of a scan that goes back into the queue is final no more: it stays as ``labels/returned/``,
-        where the next annotator starts. The readings of several annotators are over, too.
+        where the next annotator starts. Which slices of it were checked counts on if it was reopened, and not if it was
+        rejected. The readings of several annotators are over, too.
 
         Raises:
             UnknownScan: if there is none of this name.
@@ -600,7 +601,9 @@ class Store:
         changes = []
         if state in OPEN_STATES:
             if final is not None:
-                back = NewLabel(scan, RETURNED, "restored", actor, parent=final.id, checked_slices=final.checked_slices)
+                # what was rejected was checked in vain
+                checked = () if state == "rejected" else final.checked_slices
+                back = NewLabel(scan, RETURNED, "restored", actor, parent=final.id, checked_slices=checked)
                 changes.append(LabelChange(back, self.label_file(final)))
             over = [*([final] if final is not None else []), *read]
             changes += [LabelChange(NewLabel(scan, f.tag, "removal", actor, parent=f.id), None) for f in over]

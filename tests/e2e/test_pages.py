@@ -16,8 +16,8 @@ from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
 from segqc.store import jobs, labels
 from segqc.store.records import Actor
-from segqc.volumes import write_labels
-from tests.browser_kit import keep_picture, lack
+from segqc.volumes import Volume, write_labels
+from tests.browser_kit import accessible, keep_picture
 from tests.server_kit import SHAPE, add_models, assess, draw_case, listening, make_dataset
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-SERIOUS = ("serious", "critical")
 SCANS = 8
+LONG = "a_scan_with_a_name_that_goes_on_and_on_without_a_blank_anywhere_and_ends_with_the_number_6"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_dataset(tmp_path_factory.mktemp("pages") / "data", scans=SCANS)
+    (path / "scan_6.nii.gz").rename(path / f"{LONG}.nii.gz")
     dataset = Dataset(path)
     number = add_models(path)
     for i, dice in enumerate((0.41, 0.66, 0.78, 0.93), 1):
@@ -55,21 +56,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
 
 
-def accessible(page: Page) -> None:
-    """Fail where axe-core finds something serious."""
-    try:
-        from axe_playwright_python.sync_playwright import Axe
-    except ImportError:
-        lack("axe-playwright-python is not installed")
-    found = Axe().run(page).response["violations"]
-    serious = [(v["id"], [n["target"] for n in v["nodes"]][:3]) for v in found if v["impact"] in SERIOUS]
-    assert not serious, f"{page.url}: {serious}"
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1366, 768), (820, 1180)])
 @pytest.mark.parametrize(
-    "path", ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", "/loop", "/docs", "/no"]
+    "path",
+    ["/", "/?view=all", "/?search=nobody", "/scans/scan_1", "/scans/scan_0", f"/scans/{LONG}", "/loop", "/docs", "/no"],
 )
 def test_pages_are_accessible_and_fit_the_screen(
     browser: Browser, server: str, path: str, theme: str, size: tuple[int, int], pictures: Path
@@ -187,6 +178,20 @@ def test_a_label_is_uploaded_approved_rejected_compared_and_restored(page: Page,
     page.get_by_role("link", name="End the comparison").click()
     page.get_by_role("button", name="Restore").last.click()
     assert "again, as version" in (notice.text_content() or "")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="SEG of version").last.click()
+    assert download.value.suggested_filename.endswith(".dcm")
+    segmentation = tmp_path / "without a suffix"
+    download.value.save_as(segmentation)
+    page.get_by_label("Label map").set_input_files(segmentation)
+    page.get_by_role("button", name="Upload as the final label").click()
+    assert "kept as the final label" in (notice.text_content() or "")
+    empty = draw_case(3)[1]
+    write_labels(Volume(np.zeros_like(empty.array), empty.affine), path)
+    page.get_by_label("Label map").set_input_files(path)
+    page.get_by_role("button", name="Upload as the final label").click()
+    page.get_by_role("heading", name="Keep an empty label?").wait_for()
+    page.get_by_role("main").get_by_role("link", name="Back").click()
     page.get_by_text("3D Slicer…").click()
     assert page.get_by_role("link", name="open the images in 3D Slicer").is_visible()
     page.keyboard.press("Escape")

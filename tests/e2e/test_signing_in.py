@@ -13,7 +13,7 @@ import requests
 
 from segqc.loop.dataset import Dataset
 from tests.auth_kit import PASSWORD, add_users, quick_hashes
-from tests.browser_kit import keep_picture, wait_for_slice, watched
+from tests.browser_kit import accessible, keep_picture, wait_for_slice, watched
 from tests.oidc_kit import running_provider
 from tests.server_kit import CONFIG, listening, make_dataset
 
@@ -54,12 +54,54 @@ def test_a_link_to_a_scan_leads_through_the_sign_in_page(browser: Browser, tmp_p
             sign_out(page, server)
 
 
-def sign_out(page: Page, server: str) -> None:
-    """Post as a form of a page would, and see that the session has ended."""
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_signing_in_and_what_is_not_allowed_look_like_the_pages(browser: Browser, tmp_path: Path, theme: str) -> None:
+    folder = make_dataset(tmp_path / "studies", scans=1)
+    with quick_hashes():
+        add_users(Dataset(folder).store)
+        with listening(folder, sign_in=True) as server:
+            # axe is put into the page, which its own policy forbids
+            context = browser.new_context(color_scheme=theme, bypass_csp=True)
+            page = context.new_page()
+            page.goto(server)
+            accessible(page)
+            page.get_by_label("Name").fill("anna")
+            page.get_by_label("Password").fill("wrong")
+            page.keyboard.press("Enter")
+            page.get_by_role("alert").wait_for()
+            accessible(page)
+            grounds = [ground_of(page)]
+            page.get_by_label("Password").fill(PASSWORD)
+            page.keyboard.press("Enter")
+            page.get_by_role("heading", name="Queue").wait_for()
+            grounds.append(ground_of(page))
+            post(page, "/scans/scan_0/review")
+            page.get_by_role("heading", name="This is not allowed").wait_for()
+            assert page.get_by_text("This needs the role 'reviewer'").is_visible()
+            accessible(page)
+            keep_picture(page, tmp_path, f"forbidden-{theme}")
+            assert grounds == [ground_of(page)] * 2, "one style"
+            context.close()
+
+
+def ground_of(page: Page) -> str:
+    ground: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return ground
+
+
+def post(page: Page, address: str) -> None:
+    """Post as a form of a page would."""
     page.evaluate(
-        """() => { const form = document.createElement('form'); form.method = 'post'; form.action = '/auth/sign-out';
-                   document.body.append(form); form.submit(); }"""
+        """address => { const form = document.createElement('form'); form.method = 'post'; form.action = address;
+                        form.innerHTML = '<input name="decision" value="approve">';
+                        document.body.append(form); form.submit(); }""",
+        address,
     )
+
+
+def sign_out(page: Page, server: str) -> None:
+    """Sign out, and see that the session has ended."""
+    post(page, "/auth/sign-out")
     page.wait_for_url("**/auth/sign-in")
     page.goto(f"{server}/openapi.json")
     assert "/auth/sign-in?next=%2Fopenapi.json" in page.url

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from segqc.server.auth.gate import Downloads, Gate
 from segqc.server.auth.oidc import Provider
 from segqc.server.auth.sign_in import Desk
-from segqc.server.errors import Refuse
+from segqc.server.errors import Refuse, refuse_in_json
 from segqc.settings import AuthSettings
 from segqc.store.store import Store
 
@@ -46,7 +46,7 @@ def add_auth(
     *,
     sign_in: bool,
     port: int,
-    refuse: Refuse,
+    refuse: Refuse = refuse_in_json,
 ) -> None:
     """Put the gate before an application; middleware that is added later stands before it.
 

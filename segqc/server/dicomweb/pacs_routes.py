@@ -6,27 +6,30 @@ be reached. Who signs in there is the server; clients see neither its name nor i
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydicom.datadict import tag_for_keyword
 
-from segqc.pacs.client import PacsClient, Parameters, is_uid, text_of
+from segqc.pacs.client import JsonItem, PacsClient, Parameters, is_uid, text_of
 from segqc.pacs.errors import PacsRefused
 from segqc.pacs.multipart import boundary_of, joined, parts
 from segqc.pacs.source import PacsScans
 from segqc.server.dicomweb.archive import unknown
 from segqc.server.dicomweb.cache import BoundedCache
 from segqc.server.dicomweb.media import JSON_TYPES, choose
+from segqc.server.dicomweb.query import keyword_of
 from segqc.server.dicomweb.routes import MAX_RESULTS, Frames, Instance, Series, Study, address_of, in_slot
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
 from segqc.settings import PacsSettings
 from segqc.store import pacs
-from segqc.store.records import JsonObject
+from segqc.store.records import JsonObject, SeriesRecord
 
 router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"])
 
@@ -42,11 +45,39 @@ _MAX_KNOWN: Final = 1000  # series whose instances are remembered
 _COUNT: Final = re.compile("[0-9]{1,9}")
 _FRAMES: Final = re.compile("[1-9][0-9]{0,8}(,[1-9][0-9]{0,8}){0,15}")
 _BULK: Final = re.compile("[0-9A-Fa-f]{8}(/[0-9]{1,6}/[0-9A-Fa-f]{8}){0,8}")
+_OPTIONS: Final = frozenset({"limit", "offset", "includefield", "fuzzymatching", "accept", "charset"})  # no attributes
 _STUDY_UID: Final = "0020000D"
 _SERIES_UID: Final = "0020000E"
 _INSTANCE_UID: Final = "00080018"
 _JSON: Final = "application/dicom+json"
 _PASSED_ON: Final = (400, 404, 406, 416)
+
+
+def _tag_of(name: str) -> str:
+    """The number of an attribute by its keyword, as answers name it; of one inside of sequences, the name itself.
+
+    Raises:
+        RequestError: 400 if DICOM knows none of this name.
+    """
+    keyword = keyword_of(name)
+    tag = tag_for_keyword(keyword)
+    return keyword if tag is None else f"{tag:08X}"
+
+
+_OF_STUDY: Final = frozenset(map(_tag_of, (
+    "SpecificCharacterSet", "StudyDate", "StudyTime", "AccessionNumber", "InstanceAvailability", "StudyDescription",
+    "ReferringPhysicianName", "TimezoneOffsetFromUTC", "RetrieveURL", "PatientName", "PatientID", "IssuerOfPatientID",
+    "PatientBirthDate", "PatientSex", "PatientAge", "StudyInstanceUID", "StudyID",
+)))  # fmt: skip
+"""What the PACS itself may tell of a study, and look for: it speaks of no series."""
+_MODALITIES: Final = _tag_of("ModalitiesInStudy")
+_STUDY_SERIES: Final = _tag_of("NumberOfStudyRelatedSeries")
+_STUDY_INSTANCES: Final = _tag_of("NumberOfStudyRelatedInstances")
+_SUMMARIES: Final = frozenset({_MODALITIES, _STUDY_SERIES, _STUDY_INSTANCES, *map(_tag_of, (
+    "SOPClassesInStudy", "AnatomicRegionsInStudyCodeSequence", "NumberOfPatientRelatedStudies",
+    "NumberOfPatientRelatedSeries", "NumberOfPatientRelatedInstances",
+))})  # fmt: skip
+"""What the PACS would tell of all series of a study or patient, those that are no scans included."""
 
 Picture = Annotated[str, Path(description="rendered or thumbnail.", pattern="^(rendered|thumbnail)$")]
 Bulk = Annotated[str, Path(description="The attribute, as its BulkDataURI says.")]
@@ -60,8 +91,8 @@ def _source() -> PacsScans:
     return found
 
 
-def _readable(study: str | None = None) -> dict[str, str]:
-    """The series that may be read, each with its study: those of the scans, all or of one study."""
+def _readable(study: str | None = None) -> dict[str, SeriesRecord]:
+    """The series that may be read: those of the scans, all or of one study."""
     with current_app().context.dataset.store.read() as transaction:
         return pacs.readable_series(transaction, study)
 
@@ -101,20 +132,20 @@ def _instances_of(study: str, series: str, wanted: str) -> frozenset[str]:
 
 @router.get("/studies", summary="Search for studies")
 async def search_studies(request: Request) -> Response:
-    """Find studies that hold scans; the query is the PACS's, paging counts these studies only."""
-    return await in_slot(request, lambda: _search(request, "/studies", _STUDY_UID, set(_readable().values())))
+    """Find studies that hold scans; modalities, numbers and paging count these scans' series only."""
+    return await in_slot(request, lambda: _search_studies(request))
 
 
 @router.get("/series", summary="Search for series of all studies")
 async def search_series(request: Request) -> Response:
     """Find series that are scans."""
-    return await in_slot(request, lambda: _search(request, "/series", _SERIES_UID, _readable()))
+    return await in_slot(request, lambda: _search_series(request, "/series", _readable()))
 
 
 @router.get("/instances", summary="Search for instances of all studies")
 async def search_instances(request: Request) -> Response:
     """Find images of scans."""
-    return await in_slot(request, lambda: _search(request, "/instances", _SERIES_UID, _readable()))
+    return await in_slot(request, lambda: _search_series(request, "/instances", _readable()))
 
 
 @router.get(f"{_STUDY}/series", summary="Search for the series of a study")
@@ -122,7 +153,7 @@ async def search_series_of_study(request: Request, study: Study) -> Response:
     """Find the series of a study that are scans."""
 
     def work() -> Response:
-        return _search(request, f"/studies/{study}/series", _SERIES_UID, _check(study))
+        return _search_series(request, f"/studies/{study}/series", _check(study))
 
     return await in_slot(request, work)
 
@@ -132,7 +163,7 @@ async def search_instances_of_study(request: Request, study: Study) -> Response:
     """Find images of the scans of a study."""
 
     def work() -> Response:
-        return _search(request, f"/studies/{study}/instances", _SERIES_UID, _check(study))
+        return _search_series(request, f"/studies/{study}/instances", _check(study))
 
     return await in_slot(request, work)
 
@@ -142,16 +173,71 @@ async def search_instances_of_series(request: Request, study: Study, series: Ser
     """Find images of a scan."""
 
     def work() -> Response:
-        return _search(request, f"/studies/{study}/series/{series}/instances", _SERIES_UID, _check(study, series))
+        return _search_series(request, f"/studies/{study}/series/{series}/instances", _check(study, series))
 
     return await in_slot(request, work)
 
 
-def _search(request: Request, path: str, tag: str, allowed: Collection[str]) -> Response:
-    """Ask the PACS what a client asks, page by page, and tell what lies in the allowed studies or series."""
+def _search_studies(request: Request) -> Response:
+    wanted: list[str] = []
+    asked: list[tuple[str, str]] = []
+    for name, value in request.query_params.multi_items():
+        if name in _OPTIONS or (tag := _tag_of(name)) in _OF_STUDY:
+            asked.append((name, value))
+        elif tag == _MODALITIES:
+            wanted.append(value)
+        else:
+            raise RequestError(400, f"studies are not searched by {name[:80]}; search for series.")
+    studies: dict[str, list[SeriesRecord]] = {}
+    for series in _readable().values():
+        studies.setdefault(series.study_uid, []).append(series)
+    allowed = {uid for uid, held in studies.items() if all(_holds(held, value) for value in wanted)}
+    return _search(request, "/studies", _STUDY_UID, allowed, asked, lambda item: _of_study(item, studies))
+
+
+def _holds(series: Sequence[SeriesRecord], modalities: str) -> bool:
+    """Whether one of a study's series has one of some modalities, which may be patterns."""
+    patterns = re.findall(r"[^,\\\s]+", modalities) or ["*"]
+    return any(fnmatch.fnmatchcase(s.modality, pattern) for s in series for pattern in patterns)
+
+
+def _of_study(item: JsonItem, studies: Mapping[str, Sequence[SeriesRecord]]) -> JsonItem:
+    """What is told of a study: as the PACS tells it where no series is spoken of, else by the scans' series."""
+    series = studies[text_of(item, _STUDY_UID)]
+    modalities = sorted({s.modality for s in series} - {""})
+    return {
+        **{tag: value for tag, value in item.items() if tag in _OF_STUDY},
+        _MODALITIES: {"vr": "CS", "Value": modalities},
+        _STUDY_SERIES: {"vr": "IS", "Value": [len(series)]},
+        _STUDY_INSTANCES: {"vr": "IS", "Value": [sum(s.images for s in series)]},
+    }
+
+
+def _of_series(item: JsonItem) -> JsonItem:
+    """What is told of a series, or of an image of it."""
+    return {tag: value for tag, value in item.items() if tag not in _SUMMARIES}
+
+
+def _search_series(request: Request, path: str, allowed: Collection[str]) -> Response:
+    asked = request.query_params.multi_items()
+    for name, _ in asked:
+        if name not in _OPTIONS and _tag_of(name) in _SUMMARIES:
+            raise RequestError(400, f"series are not searched by {name[:80]}; search for studies.")
+    return _search(request, path, _SERIES_UID, allowed, asked, _of_series)
+
+
+def _search(
+    request: Request,
+    path: str,
+    tag: str,
+    allowed: Collection[str],
+    asked: Parameters,
+    describe: Callable[[JsonItem], JsonItem],
+) -> Response:
+    """Ask the PACS what a client asks, page by page, and describe what lies in the allowed studies or series."""
     media_type = choose(request, JSON_TYPES)
     source = _source()
-    asked = [(name, value) for name, value in request.query_params.multi_items() if name not in ("limit", "offset")]
+    asked = [(name, value) for name, value in asked if name not in ("limit", "offset")]
     limit = min(_count(request, "limit", MAX_RESULTS), MAX_RESULTS)
     offset = _count(request, "offset", 0)
     found: list[Any] = []
@@ -160,7 +246,8 @@ def _search(request: Request, path: str, tag: str, allowed: Collection[str]) -> 
             found.append(item)
             if len(found) >= offset + limit:
                 break
-    return JSONResponse(_rewritten(found[offset : offset + limit], address_of(request)), media_type=media_type)
+    told = [describe(item) for item in found[offset : offset + limit]]
+    return JSONResponse(_rewritten(told, address_of(request)), media_type=media_type)
 
 
 def _pages(client: PacsClient, path: str, parameters: Sequence[tuple[str, str]]) -> Iterator[Any]:
@@ -186,7 +273,7 @@ def _narrower(settings: PacsSettings, path: str, asked: Parameters) -> Iterator[
     if settings.patient is not None and settings.patient.isascii() and not names & {"PatientID", "00100020"}:
         yield "PatientID", settings.patient
     keyword = "ModalitiesInStudy" if path == "/studies" else "Modality"
-    if len(settings.modality) == 1 and not names & {"ModalitiesInStudy", "Modality", "00080061", "00080060"}:
+    if len(settings.modality) == 1 and not names & {"Modality", "00080060"}:
         yield keyword, settings.modality[0]
 
 
@@ -241,7 +328,7 @@ def _metadata(request: Request, study: str, series: Sequence[str], rest: str) ->
     asked = request.query_params.multi_items()
     client = _source().client
     found = [item for uid in series for item in client.query(f"/studies/{study}/series/{uid}{rest}/metadata", asked)]
-    return JSONResponse(_rewritten(found, address_of(request)), media_type=media_type)
+    return JSONResponse(_rewritten([_of_series(item) for item in found], address_of(request)), media_type=media_type)
 
 
 # ----------------------------------------------------------------------------------------- images, frames and pictures

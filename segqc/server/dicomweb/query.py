@@ -69,9 +69,9 @@ class Query:
                     raise RequestError(400, f"fuzzymatching is true or false, not {value[:80]!r}.")
                 fuzzy = value.lower() == "true"
             elif name == "includefield":
-                include |= {field if field == "all" else _keyword(field) for field in value.split(",") if field}
+                include |= {field if field == "all" else keyword_of(field) for field in value.split(",") if field}
             elif name not in _MEDIA:
-                wanted.append((_keyword(name), value))
+                wanted.append((keyword_of(name), value))
         return cls(
             tuple(wanted), frozenset(include), "all" in include, counts.get("limit"), counts.get("offset", 0), fuzzy
         )
@@ -110,7 +110,7 @@ def _described(describe: Callable[[], Attributes]) -> Attributes | None:
         return None
 
 
-def _keyword(name: str) -> str:
+def keyword_of(name: str) -> str:
     """The keyword of an attribute that is named by keyword or number; for one inside of sequences, the name itself.
 
     Raises:

@@ -177,7 +177,7 @@ class Sampling(Strategy):
             **reliability(card, alarm, strategy if is_replaced else BY_ESTIMATE),
         }
         notes = [] if lease.slices is None else [f"Correct {in_words(lease.slices)} only."]
-        if checked and scan.state != "rejected":
+        if checked:
             notes.append(f"Of its label, {in_words(checked)} {'were' if len(checked) > 1 else 'was'} checked before.")
         if skipped is not None:
             said["skipped"] = {"scan": skipped.scan, "lease": skipped.id, "reason": reason}

@@ -10,7 +10,6 @@ from segqc.store.records import Actor
 NOTHING: Final = "\u2013"
 """What stands where there is no number."""
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
-_SHOWN_COOKIE: Final = 4  # characters: enough to tell a few browsers apart
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -69,12 +68,5 @@ def moment(at: dt.datetime | None) -> str:
 
 
 def person(actor: Actor) -> str:
-    """Who it was: a name, or which browser.
-
-    >>> person(Actor(kind="person", name="browser 3f2a9c00", identified_by="cookie"))
-    'browser 3f2a'
-    """
-    if actor.identified_by == "cookie":
-        word, _, known = actor.name.partition(" ")
-        return f"{word} {known[:_SHOWN_COOKIE]}"
+    """Who it was: a name, or which browser or network."""
     return f"network {actor.name}" if actor.kind == "network" else actor.name

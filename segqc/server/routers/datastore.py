@@ -45,7 +45,7 @@ from segqc.server.routers.dependencies import (
 from segqc.server.routers.proposals import propose_for
 from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
-from segqc.store import labels, scans
+from segqc.store import labels
 from segqc.store.labels import FINAL, PROPOSAL
 from segqc.store.records import JsonObject
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
@@ -113,6 +113,7 @@ def save_label_of(
         EmptyLabelError: if it is empty, and that is to be asked about; nothing has changed then.
         RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
         ImageNotFoundException: if there is no such scan.
+        ApprovedError: 403 if the scan is approved and the user no reviewer.
     """
     app = current_app()
     dataset = app.context.dataset
@@ -130,8 +131,8 @@ def save_label_of(
             raise EmptyLabelError
         actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
         _check_review(user, info)
-        check_approved(user, scan.name, tag)
-        body = submit(dataset, scan, submitted, received, tag, actor, params, info)
+        may_replace = user.may("reviewer")
+        body = submit(dataset, scan, submitted, received, tag, actor, params, info, may_replace_approved=may_replace)
     if "segmentationMeta" in info:
         app.datastore.review_label(scan.name, tag, info, actor)
     return {**app.on_save_label(scan.name, scan.name), **body, "image": image, "label": scan.name}
@@ -241,18 +242,6 @@ def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) ->
     _check_review(user, noted)
     app.datastore.update_label_info(label, tag, noted)
     app.datastore.review_label(label, tag, noted, user.actor(params.client_id))
-
-
-def check_approved(user: RequestUser, scan: str, tag: str) -> None:
-    """Refuse an annotator's final label of a scan that a reviewer has approved.
-
-    Raises:
-        RequestError: 403.
-    """
-    with open_store().read() as transaction:
-        state = scans.get(transaction, scan).state
-    if tag == FINAL and state == "approved":
-        user.need("reviewer", f"the scan {scan!r} is approved: a new final label of it, unless it is reopened,")
 
 
 def _check_review(user: RequestUser, info: JsonObject) -> None:

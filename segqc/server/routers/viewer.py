@@ -35,7 +35,6 @@ from segqc.server.parameters import (
     ViewerText,
 )
 from segqc.server.routers.checks import check_of, check_to_json
-from segqc.server.routers.datastore import check_approved
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
 from segqc.server.routers.proposals import proposal_for
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
@@ -246,7 +245,6 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
     scan, header = _scan(study)
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
-    check_approved(user, scan.record.name, tag)
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
     return submit_label(
         context.dataset,
@@ -257,6 +255,7 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
         info=info,
         checked=scan.record,
         started=_started(scan, params),
+        may_replace_approved=user.may("reviewer"),
         proposal=_taken(params),
     )
 

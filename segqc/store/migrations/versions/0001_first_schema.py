@@ -559,6 +559,8 @@ def upgrade() -> None:
         sa.Column("study_uid", sa.String(), nullable=False),
         sa.Column("series_uid", sa.String(), nullable=False),
         sa.Column("description", sa.String(), nullable=False),
+        sa.Column("modality", sa.String(), nullable=False),
+        sa.Column("images", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("file", name=op.f("pk_series")),
     )
     op.create_index(op.f("ix_series_series_uid"), "series", ["series_uid"], unique=False)
