@@ -79,7 +79,7 @@ def test_validation_scans_and_audit_draws_count_as_cost(folder: Path) -> None:
         leases.acquire(transaction, ANNA, "segqc", worst_first.order, rules)
     costs = {row.pop("draw"): row for row in json.loads(run("costs", folder, "--json"))["costs"]}
     handed_out = {draw: row["handed_out"] for draw, row in costs.items()}
-    assert handed_out == {"strategy": 1, "audit": 1, "validation": 0, "pseudo-audit": 0}
+    assert handed_out == {"strategy": 1, "audit": 1, "validation": 0, "pseudo-audit": 0, "rejected": 0}
     assert (costs["strategy"]["submitted"], costs["audit"]["submitted"]) == (1, 0)
     assert costs["strategy"]["hours"] > 0
 

@@ -124,6 +124,14 @@ def test_states_and_leases_are_told_and_counted(store: Store, tmp_path: Path, cl
     assert listed(store, view="in progress") == [], "the lease is over"
 
 
+def test_rejected_scans_are_listed_first_as_they_are_handed_out_first(store: Store, tmp_path: Path) -> None:
+    store.save_label(NewLabel("scan_3", "final", "annotator", BERT), label_map(tmp_path / "a.nii.gz", 9))
+    store.review("scan_3", "rejected", ANNA, "a gap")
+    assert listed(store) == names(3, 1, 4, 0, 2, 5)
+    assert listed(store, descending=True) == names(0, 4, 1, 2, 3, 5)
+    assert listed(store, sort="scan") == names(0, 1, 2, 3, 4, 5)
+
+
 def correct(store: Store, tmp_path: Path, actor: Actor, dice: float, *, simulated: bool = False) -> None:
     with store.write() as transaction:
         lease = leases.acquire(transaction, actor, "segqc", uniform, RULES)

@@ -257,6 +257,33 @@ def test_a_submission_is_a_correction_of_what_was_handed_out(client: TestClient)
     assert further.json()["version"] > done["version"]
 
 
+def test_what_a_reviewer_has_rejected_is_corrected_with_and_without_a_lease(client: TestClient) -> None:
+    dataset = store_of(client)
+    assess(dataset, "scan_0", 0.6)
+    shown = next_scan(client)["scan"]
+    start = shown["label"]["version"]
+    images = voxels_of(client, shown, start)
+    for handed_out in (False, True):
+        images[4, 5:9] = 4 - images[4, 5]
+        send(client, shown, images, viewed(client, shown["study"])["label"]["version"])
+        answer = client.post(
+            "/segqc/review/scan_0", json={"decision": "reject", "reason": "a gap", "client_id": "rita"}
+        )
+        assert answer.status_code == 200
+        again = next_scan(client)["scan"] if handed_out else viewed(client, shown["study"])
+        assert (again["scan"], again["state"], again["reason"]) == ("scan_0", "rejected", "a gap")
+        assert (again["lease"] is not None) == handed_out
+        returned = again["label"]["version"]
+        np.testing.assert_array_equal(voxels_of(client, again, returned), images)
+        images[5, 5:9] = 4 - images[5, 5]
+        done = send(client, shown, images, returned).json()
+        with dataset.store.read() as transaction:
+            found = corrections.listing(transaction)[-1]
+        assert (found.id, found.from_version, found.to_version) == (done["correction"], returned, done["version"])
+        assert (found.change.slices_changed, found.lease is not None) == (1, handed_out)
+        assert send(client, shown, images, returned).json() == {**done, "correction": None}, "sent again"
+
+
 def test_two_tabs_on_one_scan_conflict_and_no_label_is_lost(client: TestClient) -> None:
     dataset = store_of(client)
     assess(dataset, "scan_0", 0.6)

@@ -1056,11 +1056,8 @@ def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
     assert start is not None
     assert start.tag == "returned"
     assert not (folder / "labels" / "final" / f"{lease.scan}.nii.gz").exists()
-    again = take(store, ANNA, order=sequential.order)
-    while again.scan != lease.scan:
-        clock.pass_(minutes=1)
-        again = take(store, ANNA, order=sequential.order)
-    assert again.label_version == start.id
+    again = take(store, ANNA)
+    assert (again.scan, again.draw, again.label_version) == (lease.scan, "rejected", start.id)
     submit(store, folder, again.scan, ANNA, 41)
     store.review(again.scan, "approved", BERT)
     with store.read() as transaction:
@@ -1070,6 +1067,57 @@ def test_a_rejected_label_goes_back_to_the_queue_and_is_the_start_of_the_next(
     decisions = [v for v in verbs if v in ("submitted", "rejected", "approved", "corrected")]
     assert decisions == ["submitted", "corrected", "rejected", "submitted", "corrected", "approved"]
     assert next(e.actor for e in history if e.verb == "rejected") == BERT
+
+
+def reject_three(store: Store, folder: Path, clock: Clock) -> list[str]:
+    """Reject labels of Anna, Bert and Bert, one after the other."""
+    assess_all(store, folder)
+    rejected = []
+    for value, actor in ((40, ANNA), (41, BERT), (42, BERT)):
+        rejected.append(take(store, actor).scan)
+        submit(store, folder, rejected[-1], actor, value)
+    for scan in rejected:
+        clock.pass_(minutes=1)
+        store.review(scan, "rejected", SERVER, "the upper pole is missing")
+    return rejected
+
+
+@pytest.mark.parametrize("rules", [PLAIN, LeaseRules(audit_share=1.0, validation_share=0.0), LeaseRules(slices=2)])
+def test_rejected_scans_come_before_all_others_and_first_to_whoever_labelled_them(
+    store: Store, folder: Path, clock: Clock, rules: LeaseRules
+) -> None:
+    of_anna, of_bert, of_bert_later = reject_three(store, folder, clock)
+    assert take(store, BERT, rules).scan == of_bert, "what was rejected first"
+    lease = take(store, ANNA, rules)
+    assert (lease.scan, lease.draw, lease.probability, lease.slices) == (of_anna, "rejected", None, None)
+    clock.pass_(minutes=1)
+    with store.write() as transaction:
+        leases.skip(transaction, of_anna, ANNA, "I cannot see it")
+    cleo = Actor(kind="person", name="cleo", identified_by="client-id")
+    assert [take(store, ANNA, rules).scan, take(store, cleo, rules).scan] == [of_bert_later, of_anna]
+    dora = Actor(kind="person", name="dora", identified_by="client-id")
+    assert take(store, dora, rules).draw != "rejected", "none is left"
+    with store.read() as transaction:
+        cost = next(cost for cost in leases.costs(transaction) if cost.draw == "rejected")
+    assert (cost.handed_out, cost.skipped, cost.submitted) == (4, 1, 0)
+
+
+def test_a_rejected_scan_whose_file_is_missing_is_not_handed_out(store: Store, folder: Path, clock: Clock) -> None:
+    of_anna, of_bert, _ = reject_three(store, folder, clock)
+    (folder / f"{of_anna}.nii.gz").unlink()
+    sync_scans(store)
+    assert take(store, ANNA).scan == of_bert
+
+
+def test_a_correction_is_known_by_its_result(store: Store, folder: Path) -> None:
+    assess_all(store, folder)
+    lease = take(store, ANNA)
+    submit(store, folder, lease.scan, ANNA, 40)
+    with store.read() as transaction:
+        versions = {label.tag: label for label in labels.history(transaction, lease.scan)}
+        assert {tag: corrections.has(transaction, label) for tag, label in versions.items()} == {
+            "original": False, "final": True,
+        }  # fmt: skip
 
 
 def test_an_excluded_scan_is_not_handed_out_and_can_be_reopened(store: Store) -> None:

@@ -17,8 +17,9 @@ from segqc.selection import strategies
 from segqc.server.actors import acting
 from segqc.server.monailabel.datastore import StoreDatastore
 from segqc.server.monailabel.strategy import Sampling
-from segqc.store import events, leases, scans
+from segqc.store import events, labels, leases, scans
 from segqc.store.database import StoreError
+from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.store.scans import UnknownScan
 from segqc.types import NO_WITNESSES, Unlikeness, Witnesses
@@ -69,6 +70,28 @@ def test_worst_estimate_comes_first_with_what_is_known_of_it(dataset: Dataset) -
     assert [(b["slice"], b["start"], b["stop"], b["structure"]) for b in boxes] == [(3, [3, 4], [9, 12], "liver")]
     assert "note" not in answer
     assert not {"draw", "probability", "audit"} & answer.keys(), "an annotator must not see which scans are tests"
+
+
+@pytest.mark.parametrize(
+    ("reason", "title"),
+    [
+        ("the upper pole is missing", "the upper pole is missing"),
+        ('left/right: "swapped"\n<see note>?', "left right swapped see note"),
+        ("word " * 40, " ".join(["word"] * 15) + " …"),
+    ],
+)
+def test_a_rejected_scan_comes_first_with_the_reviewer_s_reason(dataset: Dataset, reason: str, title: str) -> None:
+    for name, dice in (("scan_0", 0.9), ("scan_1", 0.4)):
+        assess(dataset, name, dice)
+    with dataset.store.read() as transaction:
+        mask = labels.start_of(transaction, "scan_0")
+    assert mask is not None
+    label = NewLabel("scan_0", "final", "annotator", ANNA, parent=mask.id)
+    dataset.store.save_label(label, dataset.store.label_file(mask))
+    dataset.store.review("scan_0", "rejected", ANNA, reason)
+    answer = ask(dataset)
+    assert (answer["id"], answer["state"], answer["reason"]) == ("scan_0", "rejected", reason.strip())
+    assert answer["name"] == f"scan_0 (rejected: {title}).nii.gz"
 
 
 def test_a_scan_that_is_unlike_the_training_s_comes_without_an_interval_and_says_so(dataset: Dataset) -> None:

@@ -57,14 +57,14 @@ _READING_TERMS: Final = (
 )
 _LEASE_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients; pseudo-audit = at random of the pseudo-labels. probability: of such a draw; - for the strategy's "
-    "choice. slices: that are asked for; - for the whole scan. estimated Dice: when the scan was handed out, without a "
-    "true mask."
+    "patients; pseudo-audit = at random of the pseudo-labels; rejected = sent back by a reviewer. probability: of a "
+    "random draw; - where nothing was drawn. slices: that are asked for; - for the whole scan. estimated Dice: when "
+    "the scan was handed out, without a true mask."
 )
 _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
-    "patients; pseudo-audit = at random of the pseudo-labels. hours: from hand-out to submission, summed over the "
-    "submitted scans."
+    "patients; pseudo-audit = at random of the pseudo-labels; rejected = sent back by a reviewer. hours: from hand-out "
+    "to submission, summed over the submitted scans."
 )
 
 Scan = Annotated[

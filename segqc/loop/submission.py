@@ -15,7 +15,7 @@ from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
-from segqc.store.labels import FINAL, READER, NewLabel
+from segqc.store.labels import FINAL, READER, RETURNED, NewLabel
 from segqc.store.records import (
     Actor,
     Change,
@@ -219,9 +219,11 @@ def submit_label(
 
     Where several annotators label each scan, it is a reading (tag ``reader-1``, ...) until a consensus is made.
 
-    What was checked of it adds to what was checked of the label that it was made of: the label that was handed out, or
-    without a lease the scan's final one. These are the slices that were opened; where nobody says which, those that the
-    lease asks for and those that were changed; without either, all.
+    What was sent back to be corrected again needs no lease to become one.
+
+    What was checked of it adds to what was checked of the label that it was made of: the label that was handed out or
+    sent back, or else the scan's final one. These are the slices that were opened; where nobody says which, those that
+    the lease asks for and those that were changed; without either, all.
 
     Args:
         dataset: the folder.
@@ -370,9 +372,13 @@ def _compare(dataset: Dataset, origin: _Origin, end: Volume, opened: Opened) -> 
 def _answer(
     transaction: Transaction, origin: _Origin, kept: LabelRecord, change: Change | None, *, simulated: bool
 ) -> int | None:
-    """Have a kept label answer its lease; returns the number of the correction where it is one."""
+    """Have a kept label answer its lease; returns the number of the correction where it is one.
+
+    What was sent back needs no lease to be corrected. Sent twice, it is one correction.
+    """
     answered = leases.submitted(transaction, origin.lease) if origin.lease is not None else None
-    if answered is None or origin.start is None or change is None:
+    is_first = answered is not None if origin.lease is not None else not corrections.has(transaction, kept)
+    if not is_first or origin.start is None or change is None:
         return None
     return corrections.add(transaction, origin.start, kept, change, kept.actor, lease=answered, simulated=simulated)
 
@@ -394,8 +400,8 @@ class _Origin:
 
     Attributes:
         lease: the one that it answers; None where it answers none, or the one that it answers was answered before.
-        start: the label that was handed out with it.
-        label: the start, or without a lease the scan's final label.
+        start: the label that was handed out with it, or without a lease the one that was sent back.
+        label: the start, or without one the scan's final label.
         is_final: whether a final label is submitted, and not another version of one.
         asked: the slices that the annotator was asked for; None for the whole scan.
     """
@@ -429,7 +435,8 @@ def _origin(transaction: Transaction, scan: str, actor: Actor, tag: str) -> _Ori
         return _Origin(None, None, final, False, None)
     if lease is None:
         answered = leases.answered(transaction, scan, actor)
-        return _Origin(None, None, final, True, answered.slices if answered is not None else None)
+        start = labels.current(transaction, scan, RETURNED) if final is None else None
+        return _Origin(None, start, start or final, True, answered.slices if answered is not None else None)
     if lease.label_version is not None:
         start = labels.get(transaction, lease.label_version)
     return _Origin(lease, start, start, True, lease.slices)

@@ -87,6 +87,11 @@ def add(
     return number
 
 
+def has(transaction: Transaction, end: LabelRecord) -> bool:
+    """Whether a label version is known to be a correction."""
+    return transaction.scalar(select(Correction.id).where(Correction.to_version_id == end.id)) is not None
+
+
 def _structure(correction_id: int, structure_id: int, position: int, part: StructureChange) -> dict[str, object]:
     return {
         "correction_id": correction_id,

@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     and_,
     bindparam,
+    case,
     exists,
     func,
     literal_column,
@@ -29,7 +30,7 @@ from segqc.store import assessments, events, labels, orders, pseudo_labels, scan
 from segqc.store.database import Parameters, StoreError, Transaction
 from segqc.store.orders import Choice, Order, Waiting
 from segqc.store.records import Actor, Cost, Draw, JsonObject, LeaseRecord, LeaseState
-from segqc.store.schema import ActorRow, Event, LeaseRow, Scan, UtcDateTime
+from segqc.store.schema import ActorRow, Event, LabelVersion, LeaseRow, Scan, UtcDateTime
 
 # written out and not bound: SQLite uses a partial index only where it can read its condition in the query
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
@@ -97,10 +98,11 @@ def acquire(
     """Hand out the next scan to an annotator; None where no scan is left for this one.
 
     An annotator has one open lease. Asked again soon, the answer is the same scan; asked later, or with a reason to
-    skip it, the scan is released as skipped (`skipped_for` tells). An audit draw is taken from all waiting scans, a
-    validation draw from those of validating patients, and the strategy chooses among those of training patients
-    (method, "Leaks": scans chosen worst-first are a biased sample). Audits of pseudo-labels come before its choices,
-    unless ``pseudo_audits`` is false, as where pseudo-labels are turned off.
+    skip it, the scan is released as skipped (`skipped_for` tells). Scans whose label a reviewer has rejected come
+    before all others. An audit draw is taken from all waiting scans, a validation draw from those of validating
+    patients, and the strategy chooses among those of training patients (method, "Leaks": scans chosen worst-first are a
+    biased sample). Audits of pseudo-labels come before its choices, unless ``pseudo_audits`` is false, as where
+    pseudo-labels are turned off.
     """
     actor_id = events.actor_id(transaction, actor)
     overdue, held, last = transaction.rows(_STANDING, {"actor": actor_id, "now": transaction.now}).one()
@@ -125,7 +127,7 @@ def acquire(
     return _open(transaction, actor, actor_id, strategy, draw, probability, choice, rules)
 
 
-Pool: TypeAlias = Literal["anyone", "train", "validation", "pseudo-audit"]
+Pool: TypeAlias = Literal["anyone", "train", "validation", "pseudo-audit", "rejected"]
 
 
 _POOLS: Final[Mapping[Pool, ColumnElement[bool]]] = {
@@ -133,6 +135,7 @@ _POOLS: Final[Mapping[Pool, ColumnElement[bool]]] = {
     "train": Scan.queue == "train",
     "validation": Scan.queue == "validation",
     "pseudo-audit": pseudo_labels.is_to_be_audited(),
+    "rejected": and_(Scan.state == "rejected", Scan.queue.is_not(None)),
 }
 
 
@@ -147,7 +150,8 @@ def _choose(
 ) -> tuple[Draw, float | None, Choice] | None:
     """Draw the kind of suggestion, then the scan; what was skipped lately only where nothing else is left."""
     lot = rng.random()
-    wanted: list[tuple[Draw, float | None, Order, Pool]] = []
+    # somebody waits for it
+    wanted: list[tuple[Draw, float | None, Order, Pool]] = [("rejected", None, _own_first, "rejected")]
     if lot < rules.audit_share:
         wanted.append(("audit", rules.audit_share, orders.uniform, "anyone"))
     elif lot < rules.audit_share + rules.validation_share:
@@ -166,6 +170,28 @@ def _choose(
             if choice is not None:
                 return draw, probability, choice
     return None
+
+
+def _own_first(
+    transaction: Transaction, waiting: Waiting, parameters: Parameters, rng: np.random.Generator
+) -> Choice | None:
+    """The rejected scan that has waited longest, of those whose label the annotator has made where there are any."""
+    found = transaction.scalar(_rejected(waiting), parameters)
+    return None if found is None else Choice(found)
+
+
+@functools.cache
+def _rejected(waiting: Waiting) -> Select[int]:
+    returned, rejected = aliased(LabelVersion), aliased(LabelVersion)
+    maker = (
+        select(rejected.actor_id)
+        .join(returned, returned.parent_id == rejected.id)
+        .where(returned.id == labels.START_OF_SCAN)
+        .correlate(Scan)
+        .scalar_subquery()
+    )
+    is_anothers = case((maker == bindparam("actor"), 0), else_=1)
+    return select(Scan.id).where(waiting.pool, *waiting.free).order_by(is_anothers, Scan.opened_at, Scan.id).limit(1)
 
 
 @functools.cache

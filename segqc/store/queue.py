@@ -36,7 +36,8 @@ class Wanted:
         view: those that wait for a label ("open", handed out or not), those in one state, or all.
         search: a part of the scan's or the patient's name, or of a series' description, whatever its case; empty for
             all.
-        sort: what they are sorted by; scans without such a number come last.
+        sort: what they are sorted by; scans without such a number come last. By "dice", rejected scans come first, as
+            they are handed out.
         descending: whether the largest comes first.
         start: how many are left out at the beginning.
         limit: how many are listed at most; None for all.
@@ -223,7 +224,8 @@ def _ordered(chosen: Select[int], wanted: Wanted, volume_score: str) -> Select[i
         key = by[wanted.sort]
     # the longest age is the earliest time
     falls = wanted.descending != (wanted.sort == "age")
-    return chosen.order_by(key.is_(None), key.desc() if falls else key, Scan.sort_key)
+    first = [Scan.state != "rejected"] if wanted.sort == "dice" and not falls else []
+    return chosen.order_by(*first, key.is_(None), key.desc() if falls else key, Scan.sort_key)
 
 
 def _volume_score(method: str) -> ColumnElement[float | None]:

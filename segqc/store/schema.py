@@ -564,7 +564,7 @@ class LeaseRow(Base):
         CheckConstraint(_one_of("state", get_args(LeaseState)), name="state"),
         CheckConstraint(_one_of("draw", get_args(Draw)), name="draw"),
         CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
-        CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name="probability"),
+        CheckConstraint("(draw IN ('strategy', 'rejected')) = (probability IS NULL)", name="probability"),
         CheckConstraint("slices IS NULL OR draw = 'strategy'", name="slices"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 from collections.abc import Collection, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -26,6 +28,8 @@ from segqc.volumes.slices import Slices, in_words
 Answer: TypeAlias = dict[str, Any]  # MONAI Label's form: JSON
 
 WORST_SLICES: Final = 5
+_TITLED_REASON: Final = 80  # characters of a reason in a title
+_NOT_IN_FILE_NAMES: Final = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 DRIFTED: Final = "drift alarm"
 """The verdict on estimates that audit draws have raised an alarm against."""
 
@@ -114,12 +118,20 @@ def _title(
     scan: ScanRecord, assessment: Assessment | None, asked: Collection[int] | None, *, is_unreliable: bool
 ) -> str:
     """What 3D Slicer titles the volume with, and the name of the file that it downloads: the suffix has to stay."""
-    if assessment is None or assessment.dice is None:
-        return scan.file
-    between = f", {interval}" if (interval := assessment.dice_interval) is not None else ""
-    worth = ", unreliable" if is_unreliable else ""
-    task = "" if asked is None else f"; correct {in_words(asked)} only"
-    return f"{scan.name} (estimated Dice {assessment.dice:.2f}{between}{worth}{task}){scan.suffix}"
+    told = []
+    if scan.state == "rejected" and scan.reason:
+        told.append(f"rejected: {_in_a_file_name(scan.reason)}")
+    if assessment is not None and assessment.dice is not None:
+        between = f", {interval}" if (interval := assessment.dice_interval) is not None else ""
+        told.append(f"estimated Dice {assessment.dice:.2f}{between}{', unreliable' if is_unreliable else ''}")
+        if asked is not None:
+            told.append(f"correct {in_words(asked)} only")
+    return f"{scan.name} ({'; '.join(told)}){scan.suffix}" if told else scan.file
+
+
+def _in_a_file_name(text: str) -> str:
+    """A short form of a text without what no file name may hold."""
+    return textwrap.shorten(_NOT_IN_FILE_NAMES.sub(" ", text), _TITLED_REASON, placeholder=" \N{HORIZONTAL ELLIPSIS}")
 
 
 class Sampling(Strategy):

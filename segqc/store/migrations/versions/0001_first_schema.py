@@ -472,10 +472,14 @@ def upgrade() -> None:
         sa.Column("label_version_id", sa.Integer(), nullable=True),
         sa.Column("assessment_id", sa.Integer(), nullable=True),
         sa.Column("slices", sa.JSON(none_as_null=True), nullable=True),
-        sa.CheckConstraint("(draw = 'strategy') = (probability IS NULL)", name=op.f("ck_lease_probability")),
+        sa.CheckConstraint(
+            "(draw IN ('strategy', 'rejected')) = (probability IS NULL)", name=op.f("ck_lease_probability")
+        ),
         sa.CheckConstraint("slices IS NULL OR draw = 'strategy'", name=op.f("ck_lease_slices")),
         sa.CheckConstraint("(state = 'open') = (closed_at IS NULL)", name=op.f("ck_lease_closed")),
-        sa.CheckConstraint("draw IN ('strategy', 'audit', 'validation', 'pseudo-audit')", name=op.f("ck_lease_draw")),
+        sa.CheckConstraint(
+            "draw IN ('strategy', 'audit', 'validation', 'pseudo-audit', 'rejected')", name=op.f("ck_lease_draw")
+        ),
         sa.CheckConstraint(
             "state IN ('open', 'submitted', 'skipped', 'expired', 'released')", name=op.f("ck_lease_state")
         ),
