@@ -245,3 +245,15 @@ def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> Non
 def test_arrays_that_are_not_volumes_are_refused() -> None:
     with pytest.raises(ValueError, match="3-D"):
         find_boxes(np.zeros((4, 4), bool), 0, ISO, ALL)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_what_is_small_is_bounded_by_the_mask_s_mean_area(axis: int) -> None:
+    mask = np.zeros((6, 10, 10), bool)
+    mask[1, :5, :4], mask[2, :5, :8] = True, True  # 20 and 40 voxels: 30 on average
+    mask, spacing = np.moveaxis(mask, 0, axis), np.insert([2.0, 3.0], axis, 7.0).tolist()
+    settings = BoxSettings(min_area_share=0.5)
+    assert settings.for_mask(mask, axis, spacing).min_area_mm2 == pytest.approx(0.5 * 30 * 6)
+    assert replace(settings, min_area_mm2=50.0).for_mask(mask, axis, spacing).min_area_mm2 == 50.0
+    assert settings.for_mask(np.zeros_like(mask), axis, spacing) == settings
+    assert replace(settings, min_area_share=None).for_mask(mask, axis, spacing).min_area_mm2 == 100.0

@@ -7,6 +7,7 @@ import pytest
 from segqc.loop.dataset import DatasetError
 from segqc.loop.requests import (
     KINDS,
+    AuditRequest,
     BatchRequest,
     JobRequest,
     RoundRequest,
@@ -25,6 +26,7 @@ REQUESTS: list[JobRequest] = [
     BatchRequest(model="segqc", images="unlabeled", label_tag="first", max_batch_size=5),
     RoundRequest(),
     RoundRequest(segqc={"epochs": 2}),
+    AuditRequest(force=True),
 ]
 
 

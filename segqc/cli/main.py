@@ -25,6 +25,7 @@ import typer
 from segqc import __version__
 from segqc.cli import (
     annotation,
+    audit,
     certificate,
     database,
     evaluation,
@@ -96,6 +97,7 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train one of the two networks on a dataset folder's final labels.")
 app.add_typer(train_app, name="train", rich_help_panel=ESTIMATE_PANEL)
 app.add_typer(annotation.app)  # without a name: its commands are the program's own
+app.add_typer(audit.app)
 app.add_typer(rounds.app)
 app.add_typer(evaluation.app)
 app.add_typer(pseudo_labels.app)
@@ -949,7 +951,8 @@ def ohif() -> None:
 def worker(
     folder: DatasetFolder,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Run only these kinds of jobs: train, scoring, batch_infer, round; repeat.")
+        list[str] | None,
+        typer.Option(help="Run only these kinds of jobs: train, scoring, batch_infer, round, audit; repeat."),
     ] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no job is waiting.")] = False,
     parent: Annotated[

@@ -6,8 +6,10 @@ import dataclasses
 import logging
 from typing import Final, assert_never
 
+from segqc.loop.audit import audit
 from segqc.loop.dataset import Dataset
 from segqc.loop.requests import (
+    AuditRequest,
     BatchRequest,
     BatchResult,
     JobResult,
@@ -51,6 +53,8 @@ def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
             return _batch_infer(dataset, request, progress)
         case RoundRequest():
             return run_round(dataset, job, request, progress)
+        case AuditRequest():
+            return audit(dataset, progress, force=request.force)
         case _:
             assert_never(request)
 

@@ -19,9 +19,9 @@ from segqc.store.records import Actor, JobRecord, JsonObject
 from segqc.text import first_problem
 from segqc.types import MaskDice
 
-JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round"]
+JobKind: TypeAlias = Literal["train", "scoring", "batch_infer", "round", "audit"]
 BatchImages: TypeAlias = Literal["all", "labeled", "unlabeled"]
-KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round")
+KINDS: Final[tuple[JobKind, ...]] = ("train", "scoring", "batch_infer", "round", "audit")
 MAX_SCANS: Final = 1_000_000_000
 
 
@@ -97,7 +97,17 @@ class RoundRequest:
         return TrainRequest(model=network, settings=self.segmentation if network == "segmentation" else self.segqc)
 
 
-JobRequest: TypeAlias = TrainRequest | ScoringRequest | BatchRequest | RoundRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRequest:
+    """Judge the final labels, each by networks that have not seen its patient."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    kind: ClassVar[JobKind] = "audit"
+
+    force: bool = False  # also labels that the serving bundle has judged
+
+
+JobRequest: TypeAlias = TrainRequest | ScoringRequest | BatchRequest | RoundRequest | AuditRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +196,16 @@ class RoundResult:
     steps: Mapping[str, JsonObject]  # what came of each step, by its name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditResult:
+    """What came of judging the final labels."""
+
+    judged: int
+    known: int  # that the bundle had judged before
+    seen: int  # whose patient every network has seen
+    failed: Mapping[str, str]  # why, by scan
+
+
 def training_step(network: NetworkName) -> str:
     """The name of the step of a round that trains a network."""
     return f"train {network}"
@@ -194,11 +214,12 @@ def training_step(network: NetworkName) -> str:
 PUBLISH_STEP: Final = "publish"
 """The name of the step of a round that publishes both networks."""
 
-JobResult: TypeAlias = TrainResult | ScoringResult | BatchResult | RoundResult
+JobResult: TypeAlias = TrainResult | ScoringResult | BatchResult | RoundResult | AuditResult
 StepResult: TypeAlias = TrainResult | ScoringResult | PseudoLabelPlan | PseudoLabelResult
 
 _REQUESTS: Final[Mapping[str, TypeAdapter[Any]]] = {
-    request.kind: TypeAdapter(request) for request in (TrainRequest, ScoringRequest, BatchRequest, RoundRequest)
+    request.kind: TypeAdapter(request)
+    for request in (TrainRequest, ScoringRequest, BatchRequest, RoundRequest, AuditRequest)
 }
 _RESULT: Final[TypeAdapter[JobResult | StepResult]] = TypeAdapter(JobResult | StepResult)
 _PLAN: Final = TypeAdapter(PseudoLabelPlan)
@@ -280,5 +301,7 @@ def title(request: JobRequest) -> str:
             return f"the inference of {request.model} on many scans"
         case RoundRequest():
             return "the round"
+        case AuditRequest():
+            return "the audit of the labels"
         case _:
             assert_never(request)

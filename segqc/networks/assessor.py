@@ -29,6 +29,7 @@ from segqc.networks.inference import (
 )
 from segqc.networks.model import ModelError, TrainedNetwork, version_of
 from segqc.networks.segmenter import SoftOutput
+from segqc.networks.unet import MeanOfNetworks
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
 from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors, padded_box
@@ -125,6 +126,7 @@ class Assessor(TrainedNetwork):
         self._wanted = backend
         self._lock = threading.Lock()
         self._people: Assessor | None = None
+        self._parts: dict[tuple[int, ...], Assessor] = {}
         if card.people is not None and people is not None:
             self.version = version_of(card.people, people, beside=self.version)
 
@@ -161,6 +163,31 @@ class Assessor(TrainedNetwork):
     def judge_of(self, source: MaskSource) -> Assessor:
         """What judges masks of a source: itself, but for people's masks where it has a network for them."""
         return (self.people or self) if source == "person" else self
+
+    def unseen_by(self, patient: str) -> Assessor | None:
+        """Its members that have not trained from a patient's labels, as one with its calibration.
+
+        Itself for a patient that none has trained from; None where all have. Each member was calibrated as it judges
+        here: alone, on patients that it had not trained from. What scans are compared with is left out of a part: there
+        the patient is one of those.
+        """
+        cards = (self.card,) if self.card.people is None else (self.card, self.card.people)
+        # a member of the network for people's masks began at SegQC-Net's member of the same number
+        unseen = tuple(i for i in range(self.card.members) if all(patient not in card.seen_by(i) for card in cards))
+        if not unseen or len(unseen) == self.card.members:
+            return self if unseen else None
+        with self._lock:
+            if unseen not in self._parts:
+                self._parts[unseen] = self._part(unseen)
+            return self._parts[unseen]
+
+    def _part(self, members: Sequence[int]) -> Assessor:
+        people = self.card.people
+        card = _card_of(members, replace(self.card, people=None if people is None else _card_of(members, people)))
+        networks = [_network_of(members, network) for network in self.networks]
+        part = Assessor(card, networks[0], self.settings, self._wanted, people=networks[1] if people else None)
+        part.version = self.version
+        return part
 
     @classmethod
     def load(cls, path: Path, settings: AssessmentSettings | None = None, backend: BackendName = "pytorch") -> Assessor:
@@ -395,6 +422,7 @@ class Assessor(TrainedNetwork):
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
+        boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)
         raw = self._view(part, part.error, boxes, scan)
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         voxels = np.count_nonzero(part.mask)
@@ -429,6 +457,19 @@ class Assessor(TrainedNetwork):
         """The labelmap of likely errors: 1 where any structure's error probability is at least one half."""
         wrong = (result.errors >= ERROR_THRESHOLD).any(axis=0)
         return Volume(wrong.astype(np.uint8), scan.affine, scan.acquisition_axis)
+
+
+def _card_of(members: Sequence[int], card: ModelCard) -> ModelCard:
+    """The card of some members of an ensemble."""
+    seen = tuple(card.seen_by(i) for i in members)
+    every = tuple(sorted({patient for of_member in seen for patient in of_member}))
+    return replace(card, members=len(members), members_seen=seen, seen=every, unlikeness=None)
+
+
+def _network_of(members: Sequence[int], network: nn.Module) -> nn.Module:
+    assert isinstance(network, MeanOfNetworks)
+    chosen = [network.members[i] for i in members]
+    return chosen[0] if len(chosen) == 1 else MeanOfNetworks(chosen)
 
 
 def mean_over_flips(

@@ -30,6 +30,8 @@ class ModelCard:
     ``report`` says what SegQC-Net's estimates are worth, ``unlikeness`` what scans are compared with. These three are
     no part of a model's version.
     ``people`` is the card of the network that judges people's masks, which lies in SegQC-Net's file.
+    ``members_seen`` names, for each member, those of ``seen`` whose labels it has trained from; patients whose labels
+    only chose its best epoch are not among them. Where nobody knows there is none.
     """
 
     kind: NetworkName
@@ -50,6 +52,16 @@ class ModelCard:
     report: ReportCard | None = None
     unlikeness: UnlikenessReference | None = None
     people: ModelCard | None = None
+    members_seen: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that what the members have seen is known of all of them, or of none."""
+        if len(self.members_seen) not in (0, self.members):
+            raise ValueError(f"{self.members} members, and what {len(self.members_seen)} of them have seen")
+
+    def seen_by(self, member: int) -> tuple[str, ...]:
+        """The patients whose labels a member has trained from, by its number; all of ``seen`` where nobody knows."""
+        return self.members_seen[member] if self.members_seen else self.seen
 
 
 CARDS: TypeAdapter[ModelCard] = TypeAdapter(ModelCard)

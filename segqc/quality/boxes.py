@@ -33,6 +33,8 @@ class BoxSettings:
         max_area_mm2: a box is dropped as no help in finding the error if it is larger than ``max_slice_share`` of its
             slice and larger than this area (the paper: twice the largest true box); None bounds by the slice only.
         max_slice_share: see ``max_area_mm2``.
+        min_area_share: bound on ``min_area_mm2`` where the mask is known (`for_mask`): this share of its mean area over
+            the slices that hold it, as what is small in a large structure is much of a small one; None for no bound.
     """
 
     threshold: float = 0.5
@@ -40,12 +42,23 @@ class BoxSettings:
     min_area_mm2: float = 100.0
     max_area_mm2: float | None = None
     max_slice_share: float = 0.5
+    min_area_share: float | None = 0.3
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"boxes: threshold must lie in (0, 1], got {self.threshold}")
-        if min(self.min_distance_voxels, self.min_area_mm2, self.max_area_mm2 or 0, self.max_slice_share) < 0:
-            raise ValueError("boxes: distances, areas and max_slice_share must not be negative")
+        sizes = (self.min_distance_voxels, self.min_area_mm2, self.max_area_mm2 or 0, self.max_slice_share)
+        if min(*sizes, self.min_area_share or 0) < 0:
+            raise ValueError("boxes: distances, areas and shares must not be negative")
+
+    def for_mask(self, mask: BoolArray, axis: int, spacing_mm: Sequence[float]) -> BoxSettings:
+        """These settings with the bound on the smallest area that a mask (n0, n1, n2) sets."""
+        voxels = mask.sum(axis=tuple(a for a in range(3) if a != axis))
+        if self.min_area_share is None or not voxels.any():
+            return self
+        voxel_mm2 = math.prod(s for a, s in enumerate(spacing_mm) if a != axis)
+        bound = self.min_area_share * float(voxels[voxels > 0].mean()) * voxel_mm2
+        return replace(self, min_area_mm2=min(self.min_area_mm2, bound))
 
 
 def find_boxes(

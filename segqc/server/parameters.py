@@ -160,6 +160,19 @@ class ScoringParams(Params):
     force: bool = Field(False, description="Also scans with a current score.")
 
 
+class AuditParams(Params):
+    """Judging the final labels."""
+
+    force: bool = Field(False, description="Also labels that the serving bundle has judged.")
+
+
+class MarkParams(Params):
+    """Whether a final label is right."""
+
+    version: Annotated[StrictInt, Field(ge=1, le=MAX_INTEGER)] = Field(description="The version that was looked at.")
+    right: bool = Field(True, description="False to take a mark back.")
+
+
 class BatchParams(Params):
     """Inference on many scans."""
 
@@ -245,6 +258,8 @@ ViewerText: TypeAlias = Annotated[JsonText[ViewerSubmission], Form()]
 SkipBody: TypeAlias = Annotated[JsonBody[SkipParams], Body()]
 ReviewBody: TypeAlias = Annotated[JsonBody[ReviewParams], Body()]
 ScoringBody: TypeAlias = Annotated[JsonBody[ScoringParams], Body(default_factory=ScoringParams)]
+AuditBody: TypeAlias = Annotated[JsonBody[AuditParams], Body(default_factory=AuditParams)]
+MarkBody: TypeAlias = Annotated[JsonBody[MarkParams], Body()]
 BatchBody: TypeAlias = Annotated[JsonBody[BatchParams], Body(default_factory=BatchParams)]
 TrainingBody: TypeAlias = Annotated[
     JsonBody[JsonObject],

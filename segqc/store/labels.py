@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
 PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
+_IN_ONE_QUERY: Final = 500
 NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
 
 
@@ -221,6 +222,15 @@ def get(transaction: Transaction, version: int) -> LabelRecord:
     if row is None:
         raise StoreError(f"there is no label version {version}")
     return _record(row)
+
+
+def get_all(transaction: Transaction, versions: Sequence[int]) -> dict[int, LabelRecord]:
+    """Versions by their numbers; there is none of a number that no version has."""
+    found: dict[int, LabelRecord] = {}
+    for start in range(0, len(versions), _IN_ONE_QUERY):
+        query = _records().where(LabelVersion.id.in_(versions[start : start + _IN_ONE_QUERY]))
+        found |= {record.id: record for record in map(_record, transaction.rows(query))}
+    return found
 
 
 def readings(transaction: Transaction, scan: str) -> list[LabelRecord]:

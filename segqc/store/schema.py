@@ -432,6 +432,43 @@ class PseudoLabelRow(Base):
     )  # fmt: skip
 
 
+class LabelVerdictRow(Base):
+    """What the networks of a bundle that have not seen the patient say of a final label version.
+
+    A scan has one: a later one takes its place, whatever version and bundle it is of. It is no `AssessmentRow`: those
+    order the scans that wait. ``detail`` is the assessment; where the label could not be judged, ``problem`` says why.
+    ``networks`` counts those that have judged.
+    """
+
+    __tablename__ = "label_verdict"
+    scan_id: Mapped[int] = mapped_column(ForeignKey("scan.id"), primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"))
+    bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
+    dice: Mapped[float | None]
+    error_volume_ml: Mapped[float | None]
+    networks: Mapped[int]
+    detail: Mapped[bytes | None] = mapped_column(LargeBinary)
+    problem: Mapped[str | None]
+    made_at: Mapped[dt.datetime]
+    __table_args__ = (
+        CheckConstraint("(detail IS NULL) = (problem IS NOT NULL)", name="problem"),
+        CheckConstraint(
+            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL)", name="detail"
+        ),
+        CheckConstraint("networks >= 0", name="networks"),
+        Index("ix_label_verdict_order", "bundle_id", "dice"),
+    )
+
+
+class LabelMark(Base):
+    """A final label version that somebody has looked at and found right; another version of the label has no mark."""
+
+    __tablename__ = "label_mark"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    actor_id: Mapped[int] = mapped_column(ForeignKey("actor.id"))
+    made_at: Mapped[dt.datetime]
+
+
 class AssessmentRow(Base):
     """What a bundle says of a label version, over all structures.
 

@@ -72,12 +72,14 @@ def fit_assessor(
         unseen=tuple(sorted(unseen)),
     )
     fitted = fit(replace(job, lineage=lineage), folder, progress)
+    validating_patients = {s.case.patient for s in validation}
     card = ModelCard(
         kind="segqc",
         plan=plan,
         structures=tuple(structures),
         values=values,
         seen=fitted.seen,
+        members_seen=(tuple(patient for patient in fitted.seen if patient not in validating_patients),),
         output_form=settings.output_form,
         average_flips=settings.average_flips,
         hide_mask=settings.hide_mask,
@@ -118,7 +120,8 @@ def assessor_job(
 def ensemble(members: Sequence[Assessor]) -> Assessor:
     """Assessors of one plan as one, which answers with the mean of their logits."""
     seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
-    card = replace(members[0].card, seen=seen, members=len(members))
+    members_seen = tuple(member.card.seen_by(0) for member in members)
+    card = replace(members[0].card, seen=seen, members=len(members), members_seen=members_seen)
     return Assessor(card, MeanOfNetworks([member.network for member in members]))
 
 

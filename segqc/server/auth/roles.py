@@ -62,6 +62,12 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /loop/costs.csv": "annotator",
     "POST /loop/round": "operator",
     "POST /loop/jobs/{public_id}/stop": "operator",
+    "GET /audit": "reviewer",
+    "GET /audit.csv": "reviewer",
+    "GET /audit/now": "reviewer",
+    "POST /audit": "operator",
+    "GET /audit/{scan}/picture": "reviewer",
+    "POST /audit/{scan}": "reviewer",
     "GET /pages/status": "annotator",
     "GET /pages/assets/{tag}/{name}": PUBLIC,
     # annotation
@@ -98,6 +104,10 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "POST /segqc/labels/{scan}/restore": "reviewer",
     "POST /segqc/review/{scan}": "reviewer",
     "GET /segqc/events/{scan}": "annotator",
+    "GET /segqc/audit": "reviewer",
+    "POST /segqc/audit": "operator",
+    "GET /segqc/audit/job": "reviewer",
+    "POST /segqc/audit/{scan}": "reviewer",
     # networks and long work
     "GET /train/": "annotator",
     "POST /train/": "operator",

@@ -1,1 +1,1 @@
-"""The pages that people open in a browser: the queue, a scan, the loop, and the description of the API."""
+"""The pages that people open in a browser: the queue, a scan, the audit, the loop, and the description of the API."""

@@ -6,6 +6,6 @@ from typing import Final
 
 from fastapi import APIRouter
 
-from segqc.server.pages import api, assets, loop, queue, scan
+from segqc.server.pages import api, assets, audit, loop, queue, scan
 
-PAGES: Final[tuple[APIRouter, ...]] = (queue.router, scan.router, loop.router, api.router, assets.router)
+PAGES: Final[tuple[APIRouter, ...]] = (queue.router, scan.router, audit.router, loop.router, api.router, assets.router)

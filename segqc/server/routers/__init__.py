@@ -15,6 +15,7 @@ from segqc.server.dicomweb import pacs_routes
 from segqc.server.dicomweb import routes as dicomweb
 from segqc.server.ohif import routes as ohif
 from segqc.server.routers import (
+    audit,
     batch,
     checks,
     datastore,
@@ -40,6 +41,7 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     batch.router,
     datastore.router,
     review.router,
+    audit.router,
     checks.router,
     proposals.router,
     rounds.router,

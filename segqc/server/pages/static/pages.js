@@ -265,7 +265,8 @@ function moveRow(by) {
   rows[row].classList.add("at");
   need(HTMLElement, "[data-row]", rows[row]).focus();
 }
-const chooseRow = () => rows[row] && find(HTMLInputElement, "input[name=scan]", rows[row])?.click();
+/** @param {string} selector */
+const pressInRow = (selector) => rows[row] && find(HTMLElement, selector, rows[row])?.click();
 
 /** @param {string} name */
 const toggle = (name) => () => layers && find(HTMLInputElement, `input[name=${name}]`, layers)?.click();
@@ -275,7 +276,9 @@ const actions = {
   "?": () => keysDialog.showModal(),
   j: () => moveRow(1),
   k: () => moveRow(-1),
-  x: chooseRow,
+  x: () => pressInRow("input[name=scan]"),
+  r: () => pressInRow("[data-right]"),
+  o: () => pressInRow("[data-open]"),
   n: () => stepWorst(1),
   p: () => stepWorst(-1),
   m: toggle("mask"),

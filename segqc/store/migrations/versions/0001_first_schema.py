@@ -403,6 +403,42 @@ def upgrade() -> None:
         postgresql_where=sa.text("ended_at IS NULL"),
     )
     op.create_table(
+        "label_verdict",
+        sa.Column("scan_id", sa.Integer(), nullable=False),
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("bundle_id", sa.Integer(), nullable=False),
+        sa.Column("dice", sa.Double(), nullable=True),
+        sa.Column("error_volume_ml", sa.Double(), nullable=True),
+        sa.Column("networks", sa.Integer(), nullable=False),
+        sa.Column("detail", sa.LargeBinary(), nullable=True),
+        sa.Column("problem", sa.String(), nullable=True),
+        sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("(detail IS NULL) = (problem IS NOT NULL)", name=op.f("ck_label_verdict_problem")),
+        sa.CheckConstraint(
+            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL)",
+            name=op.f("ck_label_verdict_detail"),
+        ),
+        sa.CheckConstraint("networks >= 0", name=op.f("ck_label_verdict_networks")),
+        sa.ForeignKeyConstraint(["bundle_id"], ["bundle.id"], name=op.f("fk_label_verdict_bundle_id")),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_label_verdict_label_version_id")
+        ),
+        sa.ForeignKeyConstraint(["scan_id"], ["scan.id"], name=op.f("fk_label_verdict_scan_id")),
+        sa.PrimaryKeyConstraint("scan_id", name=op.f("pk_label_verdict")),
+    )
+    op.create_index("ix_label_verdict_order", "label_verdict", ["bundle_id", "dice"], unique=False)
+    op.create_table(
+        "label_mark",
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("actor_id", sa.Integer(), nullable=False),
+        sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["actor_id"], ["actor.id"], name=op.f("fk_label_mark_actor_id")),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_label_mark_label_version_id")
+        ),
+        sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_label_mark")),
+    )
+    op.create_table(
         "label_view",
         sa.Column("scan_id", sa.Integer(), nullable=False),
         sa.Column("tag", sa.String(), nullable=False),
