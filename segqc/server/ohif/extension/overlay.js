@@ -155,17 +155,12 @@ class Layer {
    * @param {number[]} place
    */
   #outlines(instance, place) {
-    const { proposed, colours, chosen, scan } = this.overlay;
-    const size = scan.rows * scan.columns;
-    const at = (/** @type {number} */ column, /** @type {number} */ row) => [
-      place[0] * column + place[2] * row + place[4],
-      place[1] * column + place[3] * row + place[5],
-    ];
+    const { proposed, colours, chosen } = this.overlay;
     return proposed
       .filter(box => box.instance === instance)
       .flatMap(box => {
-        const d = outlineOf(box.places.map(one => one % size), scan.columns, at); // prettier-ignore
-        const line = { d, fill: 'none', class: 'proposed' };
+        const transform = `matrix(${place.join(',')})`;
+        const line = { d: box.outline, fill: 'none', class: 'proposed', transform, 'vector-effect': 'non-scaling-stroke' };
         const dotted = box.adds * 2 < box.voxels ? '2 3' : undefined;
         const width = box === chosen ? 3 : 1.5;
         return [
@@ -198,31 +193,6 @@ class Layer {
       })
     );
   }
-}
-
-/**
- * The edges between pixels of a set and all others, as a path: "M column row L column row ...", a line for each.
- *
- * @param {number[]} places
- * @param {number} columns
- * @param {(column: number, row: number) => number[]} at where a corner of pixels lies
- */
-function outlineOf(places, columns, at) {
-  const inside = new Set(places);
-  return places
-    .flatMap(place => {
-      const [column, row] = [place % columns, Math.floor(place / columns)];
-      const edges = [
-        [place - columns, column, row, column + 1, row],
-        [place + columns, column, row + 1, column + 1, row + 1],
-        [column ? place - 1 : -1, column, row, column, row + 1],
-        [column < columns - 1 ? place + 1 : -1, column + 1, row, column + 1, row + 1],
-      ];
-      return edges
-        .filter(([neighbour]) => !inside.has(neighbour))
-        .map(([, left, top, right, bottom]) => `M${at(left, top).join(' ')}L${at(right, bottom).join(' ')}`);
-    })
-    .join('');
 }
 
 /**

@@ -6,8 +6,8 @@
  * @typedef {import('./server.js').BoxToTake} BoxToTake
  * @typedef {import('./mask.js').Mask} Mask
  *
- * @typedef {BoxToTake & { places: number[], adds: number }} ProposedBox where it changes voxels, and how many it adds to
- *   the structure
+ * @typedef {BoxToTake & { places: number[], adds: number, outline: string }} ProposedBox where it changes voxels, how
+ *   many it adds to the structure, and a path around them in the image's columns and rows
  */
 export class Proposal {
   /**
@@ -80,5 +80,26 @@ function toTake(scan, box, before, after) {
       }
     }
   }
-  return { ...box, places, adds };
+  return { ...box, places, adds, outline: outlineOf(places.map(place => place - first), scan.columns) };
+}
+
+/**
+ * The edges between pixels of a set and all others, as a path.
+ *
+ * @param {number[]} places in one image, row by row
+ * @param {number} columns
+ */
+function outlineOf(places, columns) {
+  const inside = new Set(places);
+  return places
+    .flatMap(place => {
+      const [column, row] = [place % columns, Math.floor(place / columns)];
+      return [
+        inside.has(place - columns) ? '' : `M${column} ${row}h1`,
+        inside.has(place + columns) ? '' : `M${column} ${row + 1}h1`,
+        column > 0 && inside.has(place - 1) ? '' : `M${column} ${row}v1`,
+        column < columns - 1 && inside.has(place + 1) ? '' : `M${column + 1} ${row}v1`,
+      ];
+    })
+    .join('');
 }
