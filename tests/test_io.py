@@ -30,6 +30,7 @@ from segqc.store import (
     events,
     features,
     jobs,
+    label_verdicts,
     labels,
     leases,
     maintenance,
@@ -40,6 +41,7 @@ from segqc.store import (
 from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.files import sha256_of
+from segqc.store.label_verdicts import LabelVerdict
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
 from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange
@@ -56,6 +58,7 @@ from tests.store_kit import (
     Clock,
     Steps,
     answer_lease,
+    bundle,
     label_map,
     new_database,
     save_final,
@@ -684,13 +687,16 @@ def rows(store: Store) -> dict[str, list[tuple[object, ...]]]:
 def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
-    final = fill(store, folder, clock)
+    final, judged_by = fill(store, folder, clock), bundle(store).id
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
         series = {"study_uid": "1.2", "series_uid": "1.2.3", "description": "T2", "modality": "MR"}
         pacs.note_series(transaction, [SeriesRecord(file="scan_0.nii.gz", images=9, **series)])
         pacs.begin(transaction, final.id, "1.2", "1.2.4")
+        verdict = LabelVerdict(assessment=make_assessment(final.scan, 0.8), networks=2)
+        label_verdicts.write(transaction, final.id, judged_by, verdict)
+        label_verdicts.mark_right(transaction, final.scan, ANNA, version=final.id)
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")

@@ -220,7 +220,7 @@ def test_each_scan_is_compared_with_those_that_calibrate_by_networks_that_have_n
         score(worthless, "segqc", NoProgress()).marked == len(marked)
         and score(worthless, "tta", NoProgress()).marked is None
     )
-    without = Assessor(replace(assessor.card, unlikeness=None), assessor.network)
+    without = assessor.with_card(replace(assessor.card, unlikeness=None))
     assert without.version == assessor.version
 
 
@@ -236,7 +236,7 @@ def test_a_training_whose_estimates_are_worse_does_not_serve_unless_it_is_told_t
         assessor.card.report, scans=tuple(replace(s, estimated=s.true) for s in assessor.card.report.scans)
     )
     with dataset.bundles.publishing(
-        {"segqc": saved(Assessor(replace(assessor.card, report=perfect), assessor.network), tmp_path)},
+        {"segqc": saved(assessor.with_card(replace(assessor.card, report=perfect)), tmp_path)},
         SERVER, "a test", even_if_worse=True,
     ) as publication:  # fmt: skip
         before = publication.number
@@ -413,6 +413,8 @@ def perturbed(network: TrainedNetwork | None) -> Any:
     other = copy.deepcopy(network.network)
     for parameter in other.parameters():
         parameter.data.add_(1e-3)
+    if isinstance(network, Assessor) and network.people is not None:
+        return Assessor(network.card, other, people=network.people.network)
     return type(network)(network.card, other)
 
 

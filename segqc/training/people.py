@@ -120,6 +120,7 @@ def _settings(settings: TrainingSettings) -> TrainingSettings:
     return replace(
         settings,
         epochs=settings.people_epochs,
+        start="scratch",  # that is at SegQC-Net
         scan_only_share=0.0,
         empty_mask_share=0.0,
         mask_deformation=0.0,

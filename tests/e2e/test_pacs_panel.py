@@ -17,10 +17,10 @@ from playwright.sync_api import Page
 
 from segqc.volumes import Volume
 from tests.browser_kit import keep_picture
-from tests.e2e.test_panel import AFFINES, PLAIN, stored
+from tests.e2e.test_panel import AFFINES, stored
 from tests.pacs_kit import PASSWORD, USER, Orthanc, series, to_bytes
 from tests.panel_kit import Annotator
-from tests.server_kit import STRUCTURES, add_models, assess, draw_case, listening
+from tests.server_kit import CHECKED, STRUCTURES, add_models, assess, draw_case, listening
 from tests.test_pacs import Hospital, publish, read_independently
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def hospital(orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = Hospital(orthanc, tmp_path / "work", f"P{generate_uid()[-12:]}-")
     found.folder.mkdir()
     settings = f'[pacs]\nurl = "{orthanc.url}"\nuser = "{USER}"\npatient = "{found.patient}*"\n'
-    (found.folder / "segqc.toml").write_text(settings + PLAIN)
+    (found.folder / "segqc.toml").write_text(settings + CHECKED)
     return found
 
 
