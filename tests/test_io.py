@@ -45,7 +45,7 @@ from segqc.store.files import sha256_of
 from segqc.store.label_verdicts import LabelVerdict
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange
+from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange, TakenProposal
 from segqc.store.schema import Base
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import SyncResult, sync
@@ -702,6 +702,9 @@ def test_an_archive_gives_the_same_rows_and_files(
         verdict = LabelVerdict(assessment=make_assessment(final.scan, 0.8), networks=2)
         label_verdicts.write(transaction, final.id, judged_by, verdict)
         label_verdicts.mark_right(transaction, final.scan, ANNA, version=final.id)
+        other = labels.history(transaction, final.scan)[0].id
+        assert other != final.id
+        labels.note_proposal(transaction, final.id, TakenProposal(proposal=other, boxes_offered=3, boxes_taken=2))
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")

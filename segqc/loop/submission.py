@@ -17,7 +17,16 @@ from segqc.quality.metrics import true_metrics_with_slices
 from segqc.store import attention_checks, corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, RETURNED, NewLabel
-from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
+from segqc.store.records import (
+    Actor,
+    Change,
+    JsonObject,
+    LabelRecord,
+    LeaseRecord,
+    ScanRecord,
+    StructureChange,
+    TakenProposal,
+)
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
@@ -205,6 +214,7 @@ def submit_label(
     file: Path | None = None,
     started: StartedFrom | None = None,
     may_replace_approved: bool = True,
+    proposal: TakenProposal | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -233,6 +243,7 @@ def submit_label(
         started: what it was made of, to be checked (`check_start`) where it becomes the label that counts; None where
             the client does not say.
         may_replace_approved: whether the annotator may give an approved scan another final label.
+        proposal: what was taken of a proposal; None where none was offered.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
@@ -285,6 +296,8 @@ def submit_label(
         conditions.check(changing.transaction)
         _check_loses_nothing(changing.transaction, label)
         kept = changing.versions[0]
+        if proposal is not None:
+            labels.note_proposal(changing.transaction, kept.id, proposal)
         correction = _answer(changing.transaction, origin, kept, change, repaired, simulated=simulated)
         if correction is not None and watched is not None:
             note_drift(changing.transaction, watched)

@@ -26,7 +26,15 @@ from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
-from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
+from segqc.store.records import (
+    Actor,
+    BundleRecord,
+    JsonObject,
+    LabelRecord,
+    LabelSource,
+    ScanRecord,
+    TakenProposal,
+)
 from segqc.store.schema import (
     ActorRow,
     AttentionCheckRow,
@@ -34,6 +42,7 @@ from segqc.store.schema import (
     LabelInfo,
     LabelVersion,
     LabelView,
+    ProposalUse,
     PseudoLabelRow,
     Scan,
     Score,
@@ -45,6 +54,8 @@ FINAL: Final = "final"
 ORIGINAL: Final = "original"
 RETURNED: Final = "returned"
 READER: Final = "reader-"
+PROPOSAL: Final = "proposal"
+"""What SegQC-Net would change of the label that annotators go on from; it goes when that label does."""
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
@@ -89,7 +100,7 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
     The same content from the same actor, once more under the same tag and with no more slices checked, is the version
     that is there: a client that missed the answer may send it again. A pseudo-label is a version for each time that a
-    mask was accepted.
+    mask was accepted, a proposal one for each label that it was made of.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -141,7 +152,14 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
 
 def _identity(label: NewLabel | LabelRecord) -> tuple[object, ...]:
-    return label.sha256, label.actor, label.source, label.checked_slices
+    bundle = label.bundle.id if isinstance(label.bundle, BundleRecord) else label.bundle
+    made_of = (label.parent, bundle) if label.tag == PROPOSAL else None
+    return label.sha256, label.actor, label.source, label.checked_slices, made_of
+
+
+def is_worked_on(tag: str) -> bool:
+    """Whether annotators go on from labels under a tag."""
+    return tag in (FINAL, ORIGINAL, RETURNED) or tag.startswith(READER)
 
 
 def checked_slices(label: LabelRecord) -> tuple[int, ...] | None:
@@ -413,6 +431,27 @@ def info(transaction: Transaction, version: int) -> JsonObject:
     """What clients noted of a version."""
     row = transaction.get(LabelInfo, version)
     return {} if row is None else dict(row.info)
+
+
+def note_proposal(transaction: Transaction, version: int, taken: TakenProposal) -> None:
+    """Keep what was taken of a proposal for a version; what is noted already stays."""
+    if transaction.get(ProposalUse, version) is None:
+        transaction.add(
+            ProposalUse(
+                label_version_id=version,
+                proposal_id=taken.proposal,
+                boxes_offered=taken.boxes_offered,
+                boxes_taken=taken.boxes_taken,
+            )
+        )
+
+
+def taken_proposal(transaction: Transaction, version: int) -> TakenProposal | None:
+    """What was taken of a proposal for a version; None where none was offered."""
+    row = transaction.get(ProposalUse, version)
+    if row is None:
+        return None
+    return TakenProposal(proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken)
 
 
 def infos(transaction: Transaction) -> dict[int, JsonObject]:

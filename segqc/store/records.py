@@ -253,6 +253,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenProposal:
+    """What a person took of a proposal for a label."""
+
+    proposal: int  # its label version
+    boxes_offered: int
+    boxes_taken: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectionRecord:
     """A correction: from which version to which, by whom, what it changed, and what had been estimated."""
 
@@ -267,6 +276,7 @@ class CorrectionRecord:
     seconds: float | None  # from hand-out to submission
     simulated: bool  # no person has made it
     change: Change
+    proposal: TakenProposal | None = None  # that was offered, where one was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +310,8 @@ class CorrectionLine:
     simulated: bool
     from_version: int
     to_version: int
+    boxes_offered: int | None  # of a proposal; None where none was offered
+    boxes_taken: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

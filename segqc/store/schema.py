@@ -393,6 +393,20 @@ class LabelInfo(Base):
     info: Mapped[JsonObject] = mapped_column(Json)
 
 
+class ProposalUse(Base):
+    """What a person took of a proposal for a label: so many of the boxes that were offered."""
+
+    __tablename__ = "proposal_use"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    proposal_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), index=True)
+    boxes_offered: Mapped[int]
+    boxes_taken: Mapped[int]
+    __table_args__ = (
+        CheckConstraint("boxes_taken >= 0 AND boxes_taken <= boxes_offered", name="boxes"),
+        CheckConstraint("label_version_id != proposal_id", name="edge"),
+    )
+
+
 class PseudoLabelRow(Base):
     """A label version that was accepted as a pseudo-label: the estimate and the rule that it was accepted by.
 

@@ -31,10 +31,10 @@ from segqc.store.database import (
     sqlite_url,
     utc_now,
 )
-from segqc.store.events import FOLDER
+from segqc.store.events import FOLDER, SERVER
 from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
-from segqc.store.labels import FINAL, RETURNED, NewLabel
+from segqc.store.labels import FINAL, PROPOSAL, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
 from segqc.store.sources import ScanSource
@@ -77,13 +77,26 @@ class _Unseen(Exception):  # noqa: N818 - not an error
         self.files = files
 
 
-class LabelTransaction:
-    """A transaction in which labels change: alone with the write lock, and the new files have arrived."""
+class _Outdated(Exception):  # noqa: N818 - not an error
+    """Labels are about to change that proposals were made of; these go with them."""
 
-    def __init__(self, transaction: Transaction, new: Sequence[NewLabel], edits: int) -> None:
+    def __init__(self, removals: list[LabelChange]) -> None:
+        super().__init__()
+        self.removals = removals
+
+
+class LabelTransaction:
+    """A transaction in which labels change: alone with the write lock, and the new files have arrived.
+
+    Before the changes that are asked for come those of files that somebody has edited, after them removals of
+    proposals.
+    """
+
+    def __init__(self, transaction: Transaction, new: Sequence[NewLabel], edits: int, wanted: int) -> None:
         self.transaction = transaction
         self._new = new
         self._edits = edits
+        self._wanted = wanted
 
     @property
     def replaces_edits(self) -> bool:
@@ -97,11 +110,11 @@ class LabelTransaction:
         Their rows are added when they are first asked for, at the latest at the end of the transaction: what is checked
         before sees the labels as they were.
         """
-        return self.all_versions[self._edits :]
+        return self.all_versions[self._edits : self._edits + self._wanted]
 
     @functools.cached_property
     def all_versions(self) -> list[LabelRecord]:
-        """The same, after the versions of files that somebody has edited."""
+        """The same, with those that nobody asked for."""
         return [labels.add(self.transaction, label)[0] for label in self._new]
 
 
@@ -324,7 +337,7 @@ class Store:
         The block is the transaction: what it writes belongs to the change, and nothing has changed if it raises. The
         new contents have arrived before, and files below ``labels/`` are changed after it. A file that somebody has
         edited since it was written becomes a version first, in the same transaction, if it is about to be replaced or
-        removed.
+        removed. A proposal is removed with the label that annotators went on from.
 
         Args:
             changes: the new versions.
@@ -342,11 +355,15 @@ class Store:
         if not self.is_writable:
             raise StoreReadOnly(f"{self.dataset}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
+        outdated: list[LabelChange] = []
         with contextlib.ExitStack() as stack:
-            # edits are found when the transaction begins: what is tried again has not come to the block yet
+            # both are found when the transaction begins: what is tried again has not come to the block yet
             for _ in range(_TRIES):
                 try:
-                    change = stack.enter_context(self._change([*edits, *changes], len(edits)))
+                    every = [*edits, *changes, *outdated]
+                    change = stack.enter_context(self._change(every, len(edits), len(changes)))
+                except _Outdated as found:
+                    outdated = found.removals
                 except _Unseen as unseen:
                     edits, work = [], stack.enter_context(tempfile.TemporaryDirectory(prefix="segqc-"))
                     for file, (scan, tag) in unseen.files.items():
@@ -359,10 +376,11 @@ class Store:
         raise StoreError(f"{names}: somebody is writing this file; try again when it is done")
 
     @contextlib.contextmanager
-    def _change(self, changes: Sequence[LabelChange], edits: int) -> Iterator[LabelTransaction]:
-        """Make the changes, of which the first few are somebody's edits that nobody asked for.
+    def _change(self, changes: Sequence[LabelChange], edits: int, wanted: int) -> Iterator[LabelTransaction]:
+        """Make the changes, of which only some after somebody's edits are asked for; see `LabelTransaction`.
 
         Raises:
+            _Outdated: at the beginning, if proposals have to go that are not among the changes.
             _Unseen: at the beginning, if there are more edits.
         """
         arrivals: list[Arrival] = []
@@ -376,9 +394,10 @@ class Store:
                 arrivals.append(stack.enter_context(held))
             try:
                 with self.write() as transaction:
+                    _check_proposals(transaction, changes)
                     lying = self._lying(transaction, changes)
                     new = [_complete(change.label, arrival) for change, arrival in zip(changes, arrivals, strict=True)]
-                    changing = LabelTransaction(transaction, new, edits)
+                    changing = LabelTransaction(transaction, new, edits, wanted)
                     yield changing
                     versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
@@ -619,6 +638,20 @@ def _is_another(owner: Folder, dataset: Path) -> bool:
 def suffix_of(path: Path) -> str:
     """The suffix that files of scans and labels are kept under, in lower case; ``.nii.gz`` is one."""
     return label_suffix(path.name) or path.suffix
+
+
+def _check_proposals(transaction: Transaction, changes: Sequence[LabelChange]) -> None:
+    """Have the proposals removed whose labels change.
+
+    Raises:
+        _Outdated: if some of them stay.
+    """
+    kept = {change.label.scan for change in changes if change.label.tag == PROPOSAL}
+    moved_on = {change.label.scan for change in changes if labels.is_worked_on(change.label.tag)} - kept
+    proposals = [labels.current(transaction, scan, PROPOSAL) for scan in sorted(moved_on)]
+    removals = [NewLabel(p.scan, PROPOSAL, "removal", SERVER, parent=p.id) for p in proposals if p is not None]
+    if removals:
+        raise _Outdated([LabelChange(removal, None) for removal in removals])
 
 
 def _complete(label: NewLabel, arrival: Arrival) -> NewLabel:

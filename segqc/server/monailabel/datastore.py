@@ -25,7 +25,7 @@ from segqc.server.actors import current_actor
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.names import check_image_id, check_tag, usable_image_id
-from segqc.store import attention_checks, labels, scans
+from segqc.store import labels, scans
 from segqc.store.labels import FINAL, IGNORED, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState
 from segqc.store.scans import UnknownScan
@@ -252,12 +252,6 @@ class StoreDatastore(Datastore):
         """The path of a current label's kept content, which nobody edits; empty where there is none."""
         label = self._label(label_id, label_tag)
         return str(self._store.label_file(label)) if label is not None else ""
-
-    def label_file(self, label_id: str, label_tag: str, actor: Actor | None) -> Path:
-        """The file of a current label as an annotator gets it; None for a client that does not say who asks."""
-        label = self._known_label(label_id, label_tag)
-        with self._store.read() as transaction:
-            return self._store.label_file(attention_checks.shown_to(transaction, label, actor))
 
     def get_label(self, label_id: str, label_tag: str, params: object = None) -> io.BytesIO:
         """The file of a current label."""

@@ -317,6 +317,8 @@ _CORRECTION_COLUMNS: Final[Columns[CorrectionLine]] = {
     "simulated": lambda line: line.simulated,
     "from version": lambda line: line.from_version,
     "to version": lambda line: line.to_version,
+    "boxes offered": lambda line: line.boxes_offered,
+    "boxes taken": lambda line: line.boxes_taken,
     "annotator": lambda line: line.actor.name,
     "at": lambda line: line.made_at.isoformat(timespec="seconds"),
 }

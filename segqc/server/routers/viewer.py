@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
+from segqc.loop import proposals
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import (
     LabelMovedOnError,
@@ -35,12 +37,22 @@ from segqc.server.parameters import (
 )
 from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
+from segqc.server.routers.proposals import proposal_for
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.server.submitted_labels import stored_info
-from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
+from segqc.server.viewer import (
+    ViewedProposal,
+    ViewedScan,
+    from_bytes,
+    label_map,
+    packed,
+    to_bytes,
+    view,
+    view_proposal,
+)
 from segqc.store import attention_checks, labels, leases
 from segqc.store.labels import FINAL, ORIGINAL
-from segqc.store.records import Actor, JsonObject, LabelRecord
+from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -160,6 +172,21 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
+@router.get("/scans/{study}/proposals/{version}", summary="A proposal for the viewer")
+async def viewed_proposal(request: Request, study: Study, version: VersionNumber) -> ViewedProposal:
+    """Tell what SegQC-Net would change of a label version, box by box; the proposal's voxels are a label version, too.
+
+    It is made now where it is not yet.
+    """
+
+    def find() -> tuple[ScanHeader, LabelRecord]:
+        scan, header = _scan(study)
+        return header, _version(scan, version)
+
+    header, label = await anyio.to_thread.run_sync(find)
+    return view_proposal(await proposal_for(request, label), header, current_app().context.structures())
+
+
 @router.post("/scans/{study}/check", summary="Check a label map before it is submitted")
 async def check_label(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Check:
     """Tell what a label map changes, and whether it would be refused; nothing is kept."""
@@ -236,7 +263,17 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
         checked=scan.record,
         started=_started(scan, params),
         may_replace_approved=user.may("reviewer"),
+        proposal=_taken(params),
     )
+
+
+def _taken(params: ViewerSubmission) -> TakenProposal | None:
+    """What was taken of a proposal, as the annotator's panel says."""
+    told = params.proposal
+    if told is None:
+        return None
+    with open_store().read() as transaction:
+        return proposals.taken(transaction, told.version, told.boxes, params.started_from)
 
 
 def _tag_beside(scan: DicomScan) -> str:

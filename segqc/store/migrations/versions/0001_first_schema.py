@@ -360,6 +360,21 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_label_info")),
     )
     op.create_table(
+        "proposal_use",
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("proposal_id", sa.Integer(), nullable=False),
+        sa.Column("boxes_offered", sa.Integer(), nullable=False),
+        sa.Column("boxes_taken", sa.Integer(), nullable=False),
+        sa.CheckConstraint("boxes_taken >= 0 AND boxes_taken <= boxes_offered", name=op.f("ck_proposal_use_boxes")),
+        sa.CheckConstraint("label_version_id != proposal_id", name=op.f("ck_proposal_use_edge")),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_proposal_use_label_version_id")
+        ),
+        sa.ForeignKeyConstraint(["proposal_id"], ["label_version.id"], name=op.f("fk_proposal_use_proposal_id")),
+        sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_proposal_use")),
+    )
+    op.create_index(op.f("ix_proposal_use_proposal_id"), "proposal_use", ["proposal_id"], unique=False)
+    op.create_table(
         "pseudo_label",
         sa.Column("label_version_id", sa.Integer(), nullable=False),
         sa.Column("ignored_version_id", sa.Integer(), nullable=False),
