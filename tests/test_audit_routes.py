@@ -50,7 +50,7 @@ def judge(dataset: Dataset, scan: str, dice: float, number: int) -> None:
     verdict = LabelVerdict(assessment=make_assessment(scan, dice, half_width=0.05), networks=1)
     with dataset.store.write() as transaction:
         label_verdicts.write(transaction, label.id, number, verdict)
-    error_maps.write(dataset, label.id, number, np.full(SHAPE, 90, np.uint8), "audit-maps")
+    error_maps.write(dataset, label.id, number, np.full((2, *SHAPE), 90, np.uint8), "audit-maps")
 
 
 @pytest.fixture

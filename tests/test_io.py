@@ -26,6 +26,7 @@ from segqc.io.case_list import Count, ExchangeError, Imported, case_list_of, mak
 from segqc.selection import segqc as worst_first
 from segqc.store import (
     assessments,
+    attention_checks,
     corrections,
     events,
     features,
@@ -44,7 +45,7 @@ from segqc.store.files import sha256_of
 from segqc.store.label_verdicts import LabelVerdict
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange
+from segqc.store.records import Change, LabelRecord, SeriesRecord, StructureChange, TakenProposal
 from segqc.store.schema import Base
 from segqc.store.store import LabelChange, Store
 from segqc.store.sync import SyncResult, sync
@@ -688,6 +689,10 @@ def test_an_archive_gives_the_same_rows_and_files(
     store: Store, folder: Path, clock: Clock, tmp_path: Path, into: str, request: pytest.FixtureRequest
 ) -> None:
     final, judged_by = fill(store, folder, clock), bundle(store).id
+    planted = NewLabel("scan_1", labels.ATTENTION_CHECK, "attention check", SERVER)
+    with store.change_labels([LabelChange(planted, label_map(tmp_path / "planted.nii.gz", 8))]) as change:
+        (lease,) = leases.listing(change.transaction)
+        attention_checks.add(change.transaction, lease, change.versions[0], "leak")
     with store.write() as transaction:
         why = {"dice": 0.9, "low": 0.8, "level": 0.9, "rule": "a rule", "max_error": 0.5, "is_audited": True}
         pseudo_labels.add(transaction, final, final, **why)  # type: ignore[arg-type]
@@ -697,6 +702,9 @@ def test_an_archive_gives_the_same_rows_and_files(
         verdict = LabelVerdict(assessment=make_assessment(final.scan, 0.8), networks=2)
         label_verdicts.write(transaction, final.id, judged_by, verdict)
         label_verdicts.mark_right(transaction, final.scan, ANNA, version=final.id)
+        other = labels.history(transaction, final.scan)[0].id
+        assert other != final.id
+        labels.note_proposal(transaction, final.id, TakenProposal(proposal=other, boxes_offered=3, boxes_taken=2))
     (folder / "left_aside.mha").touch()
     sync(store, scan_id, PLACING)
     written = archive.export_archive(store, tmp_path / "archive")

@@ -260,8 +260,8 @@ def test_a_kept_error_map_is_drawn_as_heat(client: TestClient, dataset: Dataset)
     # without a look at its page, which would have the map computed
     address = f"/scans/scan_2/slices/2?edge=720&version={start.id}&assessment={assessment}&mask=1&heat=1&boxes=1"
     assert client.get(address).headers["cache-control"] == "private, no-cache", "without heat it is not the last word"
-    errors = np.zeros(SHAPE, np.uint8)
-    errors[8:20, 8:20, :] = 255
+    errors = np.zeros((2, *SHAPE), np.uint8)
+    errors[0, 8:20, 8:20, :] = 255
     error_maps.write(dataset, start.id, bundle.number, errors)
     answer = client.get(address)
     assert "immutable" in answer.headers["cache-control"]

@@ -25,7 +25,7 @@ from segqc.store.database import StoreError
 from segqc.store.events import SERVER
 from segqc.store.labels import NewLabel
 from segqc.store.leases import LeaseRules
-from segqc.store.records import Actor, Change, LabelRecord, LeaseRecord, ScanState, StructureChange
+from segqc.store.records import Actor, Change, LabelRecord, LeaseRecord, ScanState, StructureChange, TakenProposal
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
 from segqc.store.store import LabelChange, Store
@@ -235,6 +235,64 @@ def test_the_same_submission_twice_is_one_version(store: Store, folder: Path) ->
     first = save_final(store, folder.parent, "scan_0", 3)
     assert save_final(store, folder.parent, "scan_0", 3) == first
     assert save_final(store, folder.parent, "scan_0", 3, BERT).id != first.id
+
+
+def save_proposal(store: Store, folder: Path, made_of: LabelRecord, value: int = 7) -> LabelRecord:
+    network = Actor(kind="network", name="qc", identified_by="program")
+    number = bundle(store, "seg1").id
+    label = NewLabel(made_of.scan, "proposal", "network", network, parent=made_of.id, bundle=number)
+    return store.save_label(label, label_map(folder / "incoming.nii.gz", value))
+
+
+@pytest.mark.parametrize("tag", ["original", "returned", "final", "reader-2"])
+def test_a_proposal_goes_with_the_label_that_it_was_made_of(store: Store, folder: Path, tag: str) -> None:
+    mask, other = (save_mask(store, folder.parent, scan, 5) for scan in ("scan_0", "scan_1"))
+    proposal, stays = save_proposal(store, folder.parent, mask), save_proposal(store, folder.parent, other)
+    assert save_proposal(store, folder.parent, mask) == proposal, "the same once more"
+    beside = NewLabel("scan_0", "version_1", "annotator", ANNA)
+    store.save_label(beside, label_map(folder.parent / "incoming.nii.gz", 2))
+    with store.read() as transaction:
+        assert labels.current(transaction, "scan_0", "proposal") == proposal
+    new = NewLabel("scan_0", tag, "annotator", ANNA)
+    with store.change_labels([LabelChange(new, label_map(folder.parent / "incoming.nii.gz", 3))]) as change:
+        (kept,) = change.versions
+    assert (kept.tag, kept.actor) == (tag, ANNA)
+    with store.read() as transaction:
+        history = labels.history(transaction, "scan_0")
+        assert "proposal" not in labels.tags(transaction, "scan_0")
+        assert labels.tags(transaction, "scan_0")[tag] == kept
+        assert labels.current(transaction, "scan_1", "proposal") == stays
+    assert (history[-1].tag, history[-1].source, history[-1].actor, history[-1].parent) == (
+        "proposal", "removal", SERVER, proposal.id,
+    )  # fmt: skip
+    assert not (folder / "labels" / "proposal" / "scan_0.nii.gz").exists()
+    # the same proposal for another label is another version
+    assert save_proposal(store, folder.parent, kept).parent == kept.id
+
+
+def test_a_proposal_goes_with_a_removed_label(store: Store, folder: Path) -> None:
+    final = save_final(store, folder.parent, "scan_0", 5)
+    save_proposal(store, folder.parent, final)
+    store.remove_label("scan_0", "final", ANNA)
+    with store.read() as transaction:
+        assert labels.tags(transaction, "scan_0") == {}
+
+
+def test_what_was_taken_of_a_proposal_is_kept_with_the_label(store: Store, folder: Path) -> None:
+    mask = save_mask(store, folder.parent, "scan_0", 5)
+    proposal = save_proposal(store, folder.parent, mask)
+    final = save_final(store, folder.parent, "scan_0", 7)
+    told = TakenProposal(proposal=proposal.id, boxes_offered=3, boxes_taken=2)
+    with store.write() as transaction:
+        labels.note_proposal(transaction, final.id, told)
+    with store.write() as transaction:  # by a client that missed the answer
+        labels.note_proposal(transaction, final.id, TakenProposal(proposal=proposal.id, boxes_offered=3, boxes_taken=0))
+    with store.read() as transaction:
+        assert labels.taken_proposal(transaction, final.id) == told
+        assert labels.taken_proposal(transaction, mask.id) is None
+    with pytest.raises(IntegrityError), store.write() as transaction:
+        wrong = TakenProposal(proposal=proposal.id, boxes_offered=3, boxes_taken=4)
+        labels.note_proposal(transaction, mask.id, wrong)
 
 
 def test_a_patient_that_is_told_later_brings_its_role_and_fold(store: Store, folder: Path) -> None:

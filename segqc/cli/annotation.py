@@ -47,9 +47,10 @@ _SCAN_TERMS: Final = (
 _VERSION_TERMS: Final = (
     "tags: original = by the segmentation network; final = what trains; pseudo-label = a mask that trains, too (segqc "
     "pseudo-labels says why); returned = rejected or reopened, to be corrected again; reader-1, reader-2, ... = one "
-    "annotator's each; others, such as version_1, = as a client named them. checked slices: how many a person has "
-    "looked at; - where it was all, and of masks. Dice before: of the structure that was corrected most, start against "
-    "result, in what was opened. estimated Dice: by SegQC-Net, of what a person submitted."
+    "annotator's each; attention-check = with a planted error, never kept; others, such as version_1, = as a client "
+    "named them. checked slices: how many a person has looked at; - where it was all, and of masks. Dice before: of "
+    "the structure that was corrected most, start against result, in what was opened. estimated Dice: by SegQC-Net, of "
+    "what a person submitted."
 )
 _READING_TERMS: Final = (
     "dice: overlap of the two readers' labels, 0 to 1; - where neither has the structure. The readings are the tags "
@@ -65,6 +66,10 @@ _COST_TERMS: Final = (
     "draw: strategy = the strategy's choice; audit = at random of all scans; validation = at random of validating "
     "patients; pseudo-audit = at random of the pseudo-labels; rejected = sent back by a reviewer. hours: from hand-out "
     "to submission, summed over the submitted scans."
+)
+_ATTENTION_TERMS: Final = (
+    "planted: masks with a planted error that were handed out. submitted: those that came back. found: those in which "
+    "at least half of the error was corrected."
 )
 
 Scan = Annotated[
@@ -377,12 +382,31 @@ def leases(
 
 @app.command(rich_help_panel=ANNOTATE_PANEL)
 def costs(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
-    """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans."""
+    """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans.
+
+    Below them: how many planted errors each annotator got and found, where there are attention checks.
+    """
+    from segqc.store import attention_checks
     from segqc.store import leases as stored
 
     dataset = dataset_at(folder, config)
     with dataset.store.read() as transaction:
         found = stored.costs(transaction)
+        attention = attention_checks.by_annotator(transaction)
     rows: list[Row] = [dataclasses.asdict(cost) for cost in found]
     total = sum(cost.submitted for cost in found)
-    emit(rows, f"{folder}: {total} scans submitted", as_json=as_json, as_csv=as_csv, key="costs", terms=_COST_TERMS)
+    rows_of_attention: list[Row] = [
+        {
+            "annotator": own.actor.name,
+            "known by": own.actor.identified_by,
+            "planted": own.planted,
+            "submitted": own.submitted,
+            "found": own.found,
+        }
+        for own in attention
+    ]
+    title, extra = f"{folder}: {total} scans submitted", {"attention_checks": rows_of_attention}
+    emit(rows, title, as_json=as_json, as_csv=as_csv, key="costs", extra=extra, terms=_COST_TERMS)
+    if attention and not as_json and not as_csv:
+        planted, overall = sum(own.submitted for own in attention), sum(own.found for own in attention)
+        emit(rows_of_attention, f"{folder}: {overall} of {planted} planted errors found", terms=_ATTENTION_TERMS)

@@ -31,6 +31,7 @@ from segqc.store.schema import (
     LabelVersion,
     LeaseRow,
     Patient,
+    ProposalUse,
     PseudoLabelRow,
     Scan,
     StructureName,
@@ -259,6 +260,8 @@ def _corrections() -> Query:
             Correction.through_plane_axis.label("through_plane_axis"),
             Correction.voxels_changed.label("voxels_changed"),
             Correction.slices_changed.label("slices_changed"),
+            ProposalUse.boxes_offered.label("boxes_offered"),
+            ProposalUse.boxes_taken.label("boxes_taken"),
             Correction.assessment_id.label("assessment"),
             *_PAIR,
             StructureName.name.label("structure"),
@@ -273,6 +276,7 @@ def _corrections() -> Query:
         .join(Scan, Scan.id == Correction.scan_id)
         .join(Patient, Patient.id == Scan.patient_id)
         .join(ActorRow, ActorRow.id == Correction.actor_id)
+        .outerjoin(ProposalUse, ProposalUse.label_version_id == Correction.to_version_id)
         .outerjoin(true, true.correction_id == Correction.id)
         .outerjoin(StructureName, StructureName.id == true.structure_id)
         .outerjoin(LeaseRow, LeaseRow.id == Correction.lease_id)

@@ -28,20 +28,20 @@ _KEPT_BUNDLES: Final = 2  # that have maps: the last ones
 
 
 def quantised(errors: FloatArray) -> ErrorSteps:
-    """The largest error probability of all structures, in steps of 1/255.
-
-    Args:
-        errors: the structures' error maps, (L, n0, n1, n2), from 0 to 1.
-
-    Returns:
-        (n0, n1, n2).
+    """Error probabilities from 0 to 1 in steps of 1/255; those of one half and more stay so.
 
     Example:
-        >>> quantised(np.array([[[[0.0, 0.5]]], [[[0.2, 1.0]]]], np.float32)).tolist()
-        [[[51, 255]]]
+        >>> quantised(np.array([0.0, 0.2, 0.4999, 0.5, 1.0], np.float32)).tolist()
+        [0, 51, 127, 128, 255]
     """
-    steps: ErrorSteps = np.rint(errors.max(axis=0) * CERTAIN).astype(np.uint8)
+    steps: ErrorSteps = np.rint(errors * CERTAIN).astype(np.uint8)
     return steps
+
+
+def highest(errors: ErrorSteps) -> ErrorSteps:
+    """The largest error probability of all structures: (n0, n1, n2) of (L, n0, n1, n2)."""
+    found: ErrorSteps = errors.max(axis=0)
+    return found
 
 
 def path_of(dataset: Dataset, label: int, bundle: int, kind: MapKind = "error-maps") -> Path:
@@ -50,7 +50,11 @@ def path_of(dataset: Dataset, label: int, bundle: int, kind: MapKind = "error-ma
 
 
 def read(dataset: Dataset, label: int, bundle: int, kind: MapKind = "error-maps") -> ErrorSteps | None:
-    """The kept error map of a label version by a bundle, in the scan file's own voxel order; None without one."""
+    """The kept error maps of a label version by a bundle; None without any.
+
+    Returns:
+        One of each structure, (L, n0, n1, n2), in the scan file's own voxel order.
+    """
     try:
         with np.load(path_of(dataset, label, bundle, kind)) as kept:
             found = np.zeros(tuple(kept["shape"].tolist()), np.uint8)
@@ -65,7 +69,7 @@ def read(dataset: Dataset, label: int, bundle: int, kind: MapKind = "error-maps"
 
 
 def write(dataset: Dataset, label: int, bundle: int, errors: ErrorSteps, kind: MapKind = "error-maps") -> None:
-    """Keep an error map; those of bundles before the last two go.
+    """Keep the error maps of a label version, (L, n0, n1, n2); those of bundles before the last two go.
 
     Where the disk is full or read-only there is none: it is a cache.
     """
@@ -85,7 +89,8 @@ def _folder(dataset: Dataset, kind: MapKind) -> Path:
 
 def _cut(errors: ErrorSteps) -> tuple[tuple[int, ...], ErrorSteps]:
     """The part that is not zero, and where it begins."""
-    found = [np.flatnonzero(errors.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    axes = range(errors.ndim)
+    found = [np.flatnonzero(errors.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(int(f[0]), int(f[-1]) + 1) if f.size else slice(0, 0) for f in found)
     return tuple(part.start for part in box), np.ascontiguousarray(errors[box])
 

@@ -293,7 +293,7 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     """
     kept = error_maps.read(dataset, label.id, bundle.number)
     if kept is not None:
-        return kept
+        return error_maps.highest(kept)
     assessor, segmenter = bundle.assessor(), bundle.segmenter()
     volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
@@ -302,7 +302,7 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     judge = assessor.judge_of(source_of(dataset, label))
     errors = error_maps.quantised(judge.error_maps(volume, labels, plausible))
     error_maps.write(dataset, label.id, bundle.number, errors)
-    return errors
+    return error_maps.highest(errors)
 
 
 def keep_mask(

@@ -11,12 +11,22 @@ import numpy as np
 from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.loop.drift import note_drift, watch_serving
+from segqc.loop.planted_errors import Repaired, repair
 from segqc.loop.readers import inter_rater, readings
 from segqc.quality.metrics import true_metrics_with_slices
-from segqc.store import corrections, events, labels, leases, scans
+from segqc.store import attention_checks, corrections, events, labels, leases, scans
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, READER, RETURNED, NewLabel
-from segqc.store.records import Actor, Change, JsonObject, LabelRecord, LeaseRecord, ScanRecord, StructureChange
+from segqc.store.records import (
+    Actor,
+    Change,
+    JsonObject,
+    LabelRecord,
+    LeaseRecord,
+    ScanRecord,
+    StructureChange,
+    TakenProposal,
+)
 from segqc.store.scans import ScanReplaced
 from segqc.store.store import LabelChange
 from segqc.types import LabelArray, Structure
@@ -204,6 +214,7 @@ def submit_label(
     file: Path | None = None,
     started: StartedFrom | None = None,
     may_replace_approved: bool = True,
+    proposal: TakenProposal | None = None,
 ) -> Submission:
     """Keep a label that a person submits; a final one that answers a lease becomes a correction of what was shown.
 
@@ -214,6 +225,9 @@ def submit_label(
     What was checked of it adds to what was checked of the label that it was made of: the label that was handed out or
     sent back, or else the scan's final one. These are the slices that were opened; where nobody says which, those that
     the lease asks for and those that were changed; without either, all.
+
+    What is left of an error that was planted into the mask as an attention check is undone before anything else, and
+    whether it was found is kept with the lease.
 
     Args:
         dataset: the folder.
@@ -229,6 +243,7 @@ def submit_label(
         started: what it was made of, to be checked (`check_start`) where it becomes the label that counts; None where
             the client does not say.
         may_replace_approved: whether the annotator may give an approved scan another final label.
+        proposal: what was taken of a proposal; None where none was offered.
 
     Raises:
         OpenedError: if a slice or a structure that is said to have been opened does not exist.
@@ -245,6 +260,11 @@ def submit_label(
     now = _still_there(dataset, scan, checked)
     readers = dataset.settings.annotation.readers
     conditions = _Conditions(scan, actor, started, readers, tag == FINAL, may_replace_approved)
+    with dataset.store.read() as transaction:
+        attention = attention_checks.of_submission(transaction, scan, actor)
+    repaired = repair(dataset, attention, end) if attention is not None else None
+    if repaired is not None and repaired.is_changed:
+        end, file = repaired.labels, None
     with dataset.store.read() as transaction:
         origin = _origin(transaction, scan, actor, tag)
         if origin.lease is not None and readers > 1:
@@ -276,7 +296,9 @@ def submit_label(
         conditions.check(changing.transaction)
         _check_loses_nothing(changing.transaction, label)
         kept = changing.versions[0]
-        correction = _answer(changing.transaction, origin, kept, change, simulated=simulated)
+        if proposal is not None:
+            labels.note_proposal(changing.transaction, kept.id, proposal)
+        correction = _answer(changing.transaction, origin, kept, change, repaired, simulated=simulated)
         if correction is not None and watched is not None:
             note_drift(changing.transaction, watched)
     if tag.startswith(READER):
@@ -357,13 +379,21 @@ def _compare(dataset: Dataset, origin: _Origin, end: Volume, opened: Opened) -> 
 
 
 def _answer(
-    transaction: Transaction, origin: _Origin, kept: LabelRecord, change: Change | None, *, simulated: bool
+    transaction: Transaction,
+    origin: _Origin,
+    kept: LabelRecord,
+    change: Change | None,
+    repaired: Repaired | None,
+    *,
+    simulated: bool,
 ) -> int | None:
     """Have a kept label answer its lease; returns the number of the correction where it is one.
 
     What was sent back needs no lease to be corrected. Sent twice, it is one correction.
     """
     answered = leases.submitted(transaction, origin.lease) if origin.lease is not None else None
+    if answered is not None and repaired is not None:
+        attention_checks.answer(transaction, repaired.check, kept.actor, found=repaired.is_found)
     is_first = answered is not None if origin.lease is not None else not corrections.has(transaction, kept)
     if not is_first or origin.start is None or change is None:
         return None

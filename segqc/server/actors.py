@@ -56,14 +56,22 @@ class RequestUser:
             self._response.set_cookie(COOKIE, known, httponly=True, samesite="lax", max_age=_COOKIE_SECONDS)
         return Actor(kind="person", name=_browser(known), identified_by="cookie")
 
+    def known_actor(self) -> Actor | None:
+        """Who it is, as `actor`; None where only a new cookie would tell: MONAI Label's own client keeps none."""
+        actor = self.actor()
+        return None if self._is_new(actor) else actor
+
     def client(self, actor: Actor) -> str:
         """What the next request of the same program has in common with this one.
 
         That is actor makes it, or the machine where only a new cookie would tell: MONAI Label's own client keeps none.
         """
-        if actor.identified_by != "cookie" or actor.name == _browser(self._request.cookies.get(COOKIE, "")):
+        if not self._is_new(actor):
             return f"{actor.identified_by} {actor.name}"
         return f"address {self._request.client.host if self._request.client is not None else ''}"
+
+    def _is_new(self, actor: Actor) -> bool:
+        return actor.identified_by == "cookie" and actor.name != _browser(self._request.cookies.get(COOKIE, ""))
 
     def may(self, role: Role) -> bool:
         """Whether they have a role or a higher one."""

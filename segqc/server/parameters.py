@@ -186,6 +186,15 @@ class ViewerNextParams(Params):
     skip_reason: Line | None = Field(None, min_length=1, description="Why the scan that the annotator has is skipped.")
 
 
+class TakenBoxes(BaseModel):
+    """What an annotator took of a proposal."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    version: Annotated[StrictInt, Field(ge=0, le=MAX_INTEGER)] = Field(description="The proposal's label version.")
+    boxes: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = Field(description="How many of its boxes were taken.")
+
+
 class ViewerSubmission(Params):
     """What comes with a label map from the viewer."""
 
@@ -194,6 +203,7 @@ class ViewerSubmission(Params):
         description="The label version that it was made of; null for an empty label map."
     )
     beside: bool = Field(False, description="Whether to keep it beside the final label, whatever that is by now.")
+    proposal: TakenBoxes | None = Field(None, description="What was taken of a proposal, where one was offered.")
 
 
 class SegmentNames(BaseModel):

@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from segqc.loop.proposals import Proposal
 from segqc.loop.submission import current_start
 from segqc.plots import COLOURS
 from segqc.server.context import AppContext
@@ -22,6 +23,7 @@ from segqc.server.errors import RequestError
 from segqc.server.monailabel.strategy import WORST_SLICES, estimate_warning
 from segqc.store import assessments, labels, leases, pacs
 from segqc.store.database import Transaction
+from segqc.store.labels import PROPOSAL
 from segqc.store.records import Actor, LabelRecord, LabelSource, LeaseRecord, ScanState
 from segqc.types import UNLIKE, Assessment, LabelArray, PredictionInterval, Structure, StructureQuality, applying
 from segqc.volumes import Volume, read_grid
@@ -101,6 +103,31 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BoxToTake:
+    """A box of a proposal: what it changes of one structure there.
+
+    Of the voxels in the rectangle, half-open intervals of the image's columns and rows, it changes those that differ
+    between label and proposal and have one of the structure's values in one of them: so many.
+    """
+
+    instance: str
+    structure: str
+    values: list[int]
+    columns: tuple[int, int]
+    rows: tuple[int, int]
+    voxels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewedProposal:
+    """What SegQC-Net would change of a label version; ``version`` is the proposal's own, which its voxels come by."""
+
+    version: int
+    made_of: int
+    boxes: list[BoxToTake]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What SegQC-Net says of a label version."""
 
@@ -147,7 +174,12 @@ def view(context: AppContext, scan: DicomScan, header: ScanHeader, actor: Actor)
     name, instances = scan.record.name, list(header.instances)
     with dataset.store.read() as transaction:
         start = current_start(transaction, name, actor)
-        history = labels.history(transaction, name)
+        # proposals are offered for themselves, and planted errors are gone: they are no steps of the label's way
+        history = [
+            label
+            for label in labels.history(transaction, name)
+            if label.tag != PROPOSAL and label.source != "attention check"
+        ]
         last = {label.tag: label.id for label in history}
         versions = [_version(label, actor, is_current=last[label.tag] == label.id) for label in history]
         lease = _lease(transaction, name, actor)
@@ -265,6 +297,30 @@ def _boxes(quality: StructureQuality, shape: tuple[int, int, int], header: ScanH
             )
         )
     return found
+
+
+def view_proposal(proposal: Proposal, header: ScanHeader, structures: Sequence[Structure]) -> ViewedProposal:
+    """A proposal as an annotator is shown it."""
+    instances, made_of = list(header.instances), proposal.label.parent
+    assert made_of is not None
+    values = {structure.name: list(structure.values) for structure in structures}
+    layout = header.layout
+    sizes = dict(zip((layout.slice_axis, layout.row_axis, layout.column_axis), header.planes.shape, strict=True))
+    shape = sizes[0], sizes[1], sizes[2]
+    boxes = []
+    for box in proposal.boxes:
+        columns, rows = layout.to_image_rectangle(box.start, box.stop, shape)
+        boxes.append(
+            BoxToTake(
+                instance=instances[box.slice_index],
+                structure=box.structure,
+                values=values.get(box.structure, []),
+                columns=columns,
+                rows=rows,
+                voxels=box.voxels,
+            )
+        )
+    return ViewedProposal(version=proposal.label.id, made_of=made_of, boxes=boxes)
 
 
 def to_bytes(array: Array, header: ScanHeader) -> bytes:

@@ -10,7 +10,7 @@ from sqlalchemy import and_, func, insert, select
 from sqlalchemy import true as always
 from sqlalchemy.orm import aliased, defer
 
-from segqc.store import events, leases, scans
+from segqc.store import attention_checks, events, labels, leases, scans
 from segqc.store.assessments import intervals_of, structure_ids, unlikeness_of
 from segqc.store.database import Transaction
 from segqc.store.records import (
@@ -36,6 +36,7 @@ from segqc.store.schema import (
     LabelVersion,
     LeaseRow,
     Patient,
+    ProposalUse,
     Scan,
     StructureName,
 )
@@ -134,6 +135,7 @@ def by_annotator(transaction: Transaction) -> list[AnnotatorWork]:
         .group_by(ActorRow.id)
         .order_by(number.desc(), ActorRow.name)
     )  # fmt: skip
+    attention = {found.actor: found for found in attention_checks.by_annotator(transaction)}
     return [
         AnnotatorWork(
             actor=events.actor_of(actor),
@@ -144,6 +146,7 @@ def by_annotator(transaction: Transaction) -> list[AnnotatorWork]:
             slices_changed=int(slices),
             mean_dice_before=dice,
             last_at=last,
+            attention=attention.get(events.actor_of(actor)),
         )
         for actor, count, timed, seconds, voxels, slices, dice, last in transaction.execute(query)
     ]
@@ -158,11 +161,13 @@ def lines(transaction: Transaction, *, most: int | None = None) -> list[Correcti
             Scan.name, ActorRow, Correction.made_at, Correction.seconds, Correction.voxels_changed,
             Correction.slices_changed, worst.scalar_subquery(), AssessmentRow.dice, LeaseRow.draw,
             Correction.simulated, Correction.from_version_id, Correction.to_version_id,
+            ProposalUse.boxes_offered, ProposalUse.boxes_taken,
         )
         .join(Scan, Correction.scan_id == Scan.id)
         .join(ActorRow, Correction.actor_id == ActorRow.id)
         .outerjoin(AssessmentRow, Correction.assessment_id == AssessmentRow.id)
         .outerjoin(LeaseRow, Correction.lease_id == LeaseRow.id)
+        .outerjoin(ProposalUse, ProposalUse.label_version_id == Correction.to_version_id)
         .order_by(Correction.id.desc())
     )  # fmt: skip
     found = transaction.execute(query if most is None else query.limit(most))
@@ -170,18 +175,20 @@ def lines(transaction: Transaction, *, most: int | None = None) -> list[Correcti
         CorrectionLine(
             scan=scan,
             actor=events.actor_of(actor),
-            made_at=made_at,
-            seconds=seconds,
+            made_at=at,
+            seconds=took,
             voxels_changed=voxels,
             slices_changed=slices,
             dice_before=before,
-            estimated_dice=estimated,
+            estimated_dice=shown,
             draw=draw,
             simulated=simulated,
             from_version=start,
             to_version=end,
+            boxes_offered=offered,
+            boxes_taken=taken,
         )
-        for scan, actor, made_at, seconds, voxels, slices, before, estimated, draw, simulated, start, end in found
+        for scan, actor, at, took, voxels, slices, before, shown, draw, simulated, start, end, offered, taken in found
     ]
 
 
@@ -332,4 +339,5 @@ def _record(transaction: Transaction, row: Correction, scan: str, actor: ActorRo
         seconds=row.seconds,
         simulated=row.simulated,
         change=change,
+        proposal=labels.taken_proposal(transaction, row.to_version_id),
     )

@@ -39,7 +39,7 @@ class Plan:
 
     ``submitted_sha256`` is that of the file that a label map was read from, where that is another file. ``found`` is
     the file, relative to ``labels/``, that a person put there and that stays as it is; None where the label's file is
-    written by us.
+    written by us. ``is_shown`` says whether there is such a file at all.
     """
 
     scan: str
@@ -49,6 +49,7 @@ class Plan:
     submitted_sha256: str | None = None
     submitted_suffix: str | None = None
     found: str | None = None
+    is_shown: bool = True
 
     def contents(self) -> list[tuple[str, str]]:
         """Address and suffix of each new content."""
@@ -110,7 +111,14 @@ class LabelFiles:
 
     @contextlib.contextmanager
     def arriving(
-        self, source: Path | None, scan: str, tag: str, suffix: str | None, found: FoundLabel | None = None
+        self,
+        source: Path | None,
+        scan: str,
+        tag: str,
+        suffix: str | None,
+        found: FoundLabel | None = None,
+        *,
+        is_shown: bool = True,
     ) -> Iterator[Arrival]:
         """Copy content (None for a removal) to the disk and hold its place until the block ends.
 
@@ -122,6 +130,7 @@ class LabelFiles:
             tag: the label's tag.
             suffix: the suffix that the content is kept under.
             found: the file below ``labels/`` that shows the label already; without it one will be written.
+            is_shown: whether one will be.
 
         Raises:
             OSError: if the disk is full or read-only; nothing is left then.
@@ -136,7 +145,7 @@ class LabelFiles:
             try:
                 sha256 = original = None
                 if source is not None:
-                    copies = [folder / "object"] + ([folder / "view"] if found is None else [])
+                    copies = [folder / "object"] + ([folder / "view"] if found is None and is_shown else [])
                     sha256 = _copy_to(source, copies)
                 if found is not None and found.source is not None:
                     original = _copy_to(found.source, [folder / "source"])
@@ -151,6 +160,7 @@ class LabelFiles:
                     original,
                     found.submitted_suffix if found is not None and original is not None else None,
                     found.file if found is not None else None,
+                    is_shown,
                 )
                 _write(folder / "plan.json", _PLAN.dump_json(plan))
             except BaseException:
@@ -169,7 +179,8 @@ class LabelFiles:
             others: the files that showed the label until now.
 
         Returns:
-            How the label's file was left; None for a removal, and for a file that a person put there.
+            How the label's file was left; None for a removal, a label that is not shown, and for a file that a person
+            put there.
         """
         plan = arrival.plan
         for waiting, kept in self._contents(arrival):
@@ -177,7 +188,7 @@ class LabelFiles:
             os.replace(waiting, kept)
         written = plan.found
         state = None
-        if plan.suffix is not None and plan.found is None:
+        if plan.suffix is not None and plan.found is None and plan.is_shown:
             written = self.view_name(plan.scan, plan.tag, plan.suffix)
             state = self._show(arrival.folder / "view", written)
         for path in others:

@@ -6,18 +6,43 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Row, ScalarSelect, Select, String, and_, bindparam, case, cast, delete, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    ScalarSelect,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import aliased
 
 from segqc.store import events, scans
 from segqc.store.database import StoreError, Transaction, json_array
-from segqc.store.records import Actor, BundleRecord, JsonObject, LabelRecord, LabelSource, ScanRecord
+from segqc.store.records import (
+    Actor,
+    BundleRecord,
+    JsonObject,
+    LabelRecord,
+    LabelSource,
+    ScanRecord,
+    TakenProposal,
+)
 from segqc.store.schema import (
     ActorRow,
+    AttentionCheckRow,
     Bundle,
     LabelInfo,
     LabelVersion,
     LabelView,
+    ProposalUse,
     PseudoLabelRow,
     Scan,
     Score,
@@ -29,13 +54,20 @@ FINAL: Final = "final"
 ORIGINAL: Final = "original"
 RETURNED: Final = "returned"
 READER: Final = "reader-"
+PROPOSAL: Final = "proposal"
+"""What SegQC-Net would change of the label that annotators go on from; it goes when that label does."""
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
 PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
+ATTENTION_CHECK: Final = "attention-check"
+"""Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
 _IN_ONE_QUERY: Final = 500
-NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label")
+NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
+
+IS_LABEL: Final[ColumnElement[bool]] = LabelVersion.source != "attention check"
+"""In a query of versions: those that may be the current one of their tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +100,7 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
     The same content from the same actor, once more under the same tag and with no more slices checked, is the version
     that is there: a client that missed the answer may send it again. A pseudo-label is a version for each time that a
-    mask was accepted.
+    mask was accepted, a proposal one for each label that it was made of.
 
     Raises:
         UnknownScan: if there is no such scan.
@@ -96,9 +128,10 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
     )
     if label.info:
         transaction.insert(LabelInfo, label_version_id=number, info=label.info)
-    verb = "label removed" if label.source == "removal" else "label saved"
-    detail: JsonObject = {"tag": label.tag, "version": number, "source": label.source}
-    events.record(transaction, label.actor, verb, "scan", scan.id, detail)
+    if label.source != "attention check":  # whoever is to find the error may read the events
+        verb = "label removed" if label.source == "removal" else "label saved"
+        detail: JsonObject = {"tag": label.tag, "version": number, "source": label.source}
+        events.record(transaction, label.actor, verb, "scan", scan.id, detail)
     _tell_scan(transaction, scan, label)
     kept = LabelRecord(
         id=number,
@@ -119,7 +152,14 @@ def add(transaction: Transaction, label: NewLabel) -> tuple[LabelRecord, bool]:
 
 
 def _identity(label: NewLabel | LabelRecord) -> tuple[object, ...]:
-    return label.sha256, label.actor, label.source, label.checked_slices
+    bundle = label.bundle.id if isinstance(label.bundle, BundleRecord) else label.bundle
+    made_of = (label.parent, bundle) if label.tag == PROPOSAL else None
+    return label.sha256, label.actor, label.source, label.checked_slices, made_of
+
+
+def is_worked_on(tag: str) -> bool:
+    """Whether annotators go on from labels under a tag."""
+    return tag in (FINAL, ORIGINAL, RETURNED) or tag.startswith(READER)
 
 
 def checked_slices(label: LabelRecord) -> tuple[int, ...] | None:
@@ -239,13 +279,15 @@ def _reader_number(tag: str) -> int | None:
 
 
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
-    """All versions of a scan's labels, oldest first.
+    """All versions of a scan's labels, oldest first; a mask with a planted error once its annotator has submitted.
 
     Raises:
         UnknownScan: if there is no such scan.
     """
     scans.number_of(transaction, scan)
-    return [_record(row) for row in transaction.rows(_records().where(Scan.name == scan).order_by(LabelVersion.id))]
+    answered = select(AttentionCheckRow.label_version_id).where(AttentionCheckRow.found.is_not(None))
+    query = _records().where(Scan.name == scan, or_(IS_LABEL, LabelVersion.id.in_(answered)))
+    return [_record(row) for row in transaction.rows(query.order_by(LabelVersion.id))]
 
 
 def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = None) -> dict[str, LabelRecord]:
@@ -271,7 +313,7 @@ def ever_labelled(transaction: Transaction, tags_: Collection[str]) -> set[str]:
 
 def all_tags(transaction: Transaction) -> list[str]:
     """Every tag that any scan has or had a label under."""
-    return list(transaction.scalars(select(LabelVersion.tag).distinct().order_by(LabelVersion.tag)))
+    return list(transaction.scalars(select(LabelVersion.tag).where(IS_LABEL).distinct().order_by(LabelVersion.tag)))
 
 
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
@@ -280,7 +322,7 @@ def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]
     newer = select(later.id).where(
         later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
     )
-    query = _records().where(LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
+    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
     return {record.scan: record for record in map(_record, transaction.rows(query))}
 
 
@@ -391,6 +433,27 @@ def info(transaction: Transaction, version: int) -> JsonObject:
     return {} if row is None else dict(row.info)
 
 
+def note_proposal(transaction: Transaction, version: int, taken: TakenProposal) -> None:
+    """Keep what was taken of a proposal for a version; what is noted already stays."""
+    if transaction.get(ProposalUse, version) is None:
+        transaction.add(
+            ProposalUse(
+                label_version_id=version,
+                proposal_id=taken.proposal,
+                boxes_offered=taken.boxes_offered,
+                boxes_taken=taken.boxes_taken,
+            )
+        )
+
+
+def taken_proposal(transaction: Transaction, version: int) -> TakenProposal | None:
+    """What was taken of a proposal for a version; None where none was offered."""
+    row = transaction.get(ProposalUse, version)
+    if row is None:
+        return None
+    return TakenProposal(proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken)
+
+
 def infos(transaction: Transaction) -> dict[int, JsonObject]:
     """What clients noted of each version that they noted something of."""
     return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
@@ -438,7 +501,7 @@ def _last_of_each_tag() -> Select[int | None]:
     return (
         select(func.max(LabelVersion.id))
         .join(Scan, Scan.id == LabelVersion.scan_id)
-        .where(Scan.name == bindparam("scan"))
+        .where(Scan.name == bindparam("scan"), IS_LABEL)
         .group_by(LabelVersion.tag)
     )
 
@@ -446,7 +509,7 @@ def _last_of_each_tag() -> Select[int | None]:
 # built once: building a query takes longer than running it
 _CURRENT: Final = (
     _records()
-    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"))
+    .where(Scan.name == bindparam("scan"), LabelVersion.tag == bindparam("tag"), IS_LABEL)
     .order_by(LabelVersion.id.desc())
     .limit(1)
 )

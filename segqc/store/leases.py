@@ -36,6 +36,7 @@ from segqc.store.schema import ActorRow, Event, LabelVersion, LeaseRow, Scan, Ut
 _OPEN: ColumnElement[str] = literal_column("'open'", String)
 _EXPLAINED: Final = "skip explained"  # the event of a reason that is given later
 _MAX_MINUTES: Final = 366 * 24 * 60  # of a lease: a year
+_MAX_ATTENTION_CHECKS: Final = 0.2  # whoever expects an error in each mask works otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class LeaseRules:
         slices: how many slices of a scan that the strategy chose are asked for, those with the most likely errors; 0
             for whole scans. Audits, validation scans and scans without an assessment are always asked for as a whole.
         check_submissions: whether SegQC-Net checks what a person has submitted, and says where to look again.
+        attention_checks: share of the network's masks that are handed out with a planted error.
     """
 
     lease_minutes: float = 240.0
@@ -69,6 +71,7 @@ class LeaseRules:
     approved_version_is_final: bool = True
     slices: int = 0
     check_submissions: bool = True
+    attention_checks: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
@@ -83,6 +86,8 @@ class LeaseRules:
             raise ValueError("readers must be from 1 to 100, and seed 0 or more")
         if self.slices < 0:
             raise ValueError("slices must be 0 or more")
+        if not 0 <= self.attention_checks <= _MAX_ATTENTION_CHECKS:
+            raise ValueError(f"attention_checks must be from 0 to {_MAX_ATTENTION_CHECKS}")
 
 
 def acquire(

@@ -273,7 +273,7 @@ class _View:
 
 
 def _currents(transaction: Transaction) -> list[_Current]:
-    last = select(func.max(LabelVersion.id)).group_by(LabelVersion.scan_id, LabelVersion.tag)
+    last = select(func.max(LabelVersion.id)).where(labels.IS_LABEL).group_by(LabelVersion.scan_id, LabelVersion.tag)
     query = (
         select(
             Scan.id,

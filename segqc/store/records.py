@@ -25,7 +25,9 @@ Identification: TypeAlias = Literal[
 Role: TypeAlias = Literal["annotator", "reviewer", "operator"]
 SignInKind: TypeAlias = Literal["session", "token"]
 ScanState: TypeAlias = Literal["unlabelled", "rejected", "submitted", "approved", "excluded"]
-LabelSource: TypeAlias = Literal["network", "annotator", "pseudo-label", "import", "restored", "consensus", "removal"]
+LabelSource: TypeAlias = Literal[
+    "network", "annotator", "pseudo-label", "import", "restored", "consensus", "attention check", "removal"
+]
 Draw: TypeAlias = Literal["strategy", "audit", "validation", "pseudo-audit", "rejected"]
 LeaseState: TypeAlias = Literal["open", "submitted", "skipped", "expired", "released"]
 FeatureKind: TypeAlias = Literal["appearance", "segmenter"]
@@ -197,6 +199,27 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCheck:
+    """An error that was planted into the mask that a lease hands out; it lies where both versions differ."""
+
+    lease: LeaseRecord
+    served: LabelRecord  # the network's mask
+    shown: LabelRecord  # the same with the error
+    kind: str  # of the error
+    found: bool | None  # whether the annotator has corrected it; None until the lease is answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """How many planted errors an annotator got, and what became of them."""
+
+    actor: Actor
+    planted: int
+    submitted: int  # scans with one
+    found: int  # of these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What suggestions of one kind have cost."""
 
@@ -230,6 +253,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenProposal:
+    """What a person took of a proposal for a label."""
+
+    proposal: int  # its label version
+    boxes_offered: int
+    boxes_taken: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectionRecord:
     """A correction: from which version to which, by whom, what it changed, and what had been estimated."""
 
@@ -244,6 +276,7 @@ class CorrectionRecord:
     seconds: float | None  # from hand-out to submission
     simulated: bool  # no person has made it
     change: Change
+    proposal: TakenProposal | None = None  # that was offered, where one was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +291,7 @@ class AnnotatorWork:
     slices_changed: int  # all together
     mean_dice_before: float | None  # of the masks against their corrections, of each one's worst structure
     last_at: dt.datetime
+    attention: Attention | None  # None without planted errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +310,8 @@ class CorrectionLine:
     simulated: bool
     from_version: int
     to_version: int
+    boxes_offered: int | None  # of a proposal; None where none was offered
+    boxes_taken: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

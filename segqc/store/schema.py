@@ -326,7 +326,8 @@ class LabelVersion(Base):
         CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name="suffix"),
         CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name="bundle"),
         CheckConstraint(
-            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'removal')", name="checked_slices"
+            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'attention check', 'removal')",
+            name="checked_slices",
         ),
         {"sqlite_autoincrement": True},
     )
@@ -390,6 +391,20 @@ class LabelInfo(Base):
     __tablename__ = "label_info"
     label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
     info: Mapped[JsonObject] = mapped_column(Json)
+
+
+class ProposalUse(Base):
+    """What a person took of a proposal for a label: so many of the boxes that were offered."""
+
+    __tablename__ = "proposal_use"
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), primary_key=True)
+    proposal_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), index=True)
+    boxes_offered: Mapped[int]
+    boxes_taken: Mapped[int]
+    __table_args__ = (
+        CheckConstraint("boxes_taken >= 0 AND boxes_taken <= boxes_offered", name="boxes"),
+        CheckConstraint("label_version_id != proposal_id", name="edge"),
+    )
 
 
 class PseudoLabelRow(Base):
@@ -591,6 +606,19 @@ class LeaseRow(Base):
         CheckConstraint("slices IS NULL OR draw = 'strategy'", name="slices"),
         {"sqlite_autoincrement": True},
     )  # fmt: skip
+
+
+class AttentionCheckRow(Base):
+    """A lease whose annotator gets the mask with a planted error, ``label_version_id``, made of the lease's own.
+
+    ``kind`` is that of the error. ``found`` is NULL until the lease is answered.
+    """
+
+    __tablename__ = "attention_check"
+    lease_id: Mapped[int] = mapped_column(ForeignKey("lease.id"), primary_key=True)
+    label_version_id: Mapped[int] = mapped_column(ForeignKey("label_version.id"), unique=True)
+    kind: Mapped[str]
+    found: Mapped[bool | None]
 
 
 class Correction(Base):

@@ -31,10 +31,10 @@ from segqc.store.database import (
     sqlite_url,
     utc_now,
 )
-from segqc.store.events import FOLDER
+from segqc.store.events import FOLDER, SERVER
 from segqc.store.files import Arrival, FoundLabel, LabelFiles, Plan, contents_of, sha256_of, state_of
 from segqc.store.intake import AnyContent, Intake
-from segqc.store.labels import FINAL, RETURNED, NewLabel
+from segqc.store.labels import FINAL, PROPOSAL, RETURNED, NewLabel
 from segqc.store.records import Actor, LabelRecord, ScanRecord, ScanState
 from segqc.store.schema import OPEN_STATES, Folder
 from segqc.store.sources import ScanSource
@@ -63,6 +63,11 @@ class LabelChange:
     source: Path | None
     found: FoundLabel | None = None
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether a file below ``labels/`` shows the version; of a mask with a planted error none does."""
+        return self.label.source != "attention check"
+
 
 class _Unseen(Exception):  # noqa: N818 - not an error
     """Files lie where labels are about to be written that no version holds."""
@@ -72,13 +77,26 @@ class _Unseen(Exception):  # noqa: N818 - not an error
         self.files = files
 
 
-class LabelTransaction:
-    """A transaction in which labels change: alone with the write lock, and the new files have arrived."""
+class _Outdated(Exception):  # noqa: N818 - not an error
+    """Labels are about to change that proposals were made of; these go with them."""
 
-    def __init__(self, transaction: Transaction, new: Sequence[NewLabel], edits: int) -> None:
+    def __init__(self, removals: list[LabelChange]) -> None:
+        super().__init__()
+        self.removals = removals
+
+
+class LabelTransaction:
+    """A transaction in which labels change: alone with the write lock, and the new files have arrived.
+
+    Before the changes that are asked for come those of files that somebody has edited, after them removals of
+    proposals.
+    """
+
+    def __init__(self, transaction: Transaction, new: Sequence[NewLabel], edits: int, wanted: int) -> None:
         self.transaction = transaction
         self._new = new
         self._edits = edits
+        self._wanted = wanted
 
     @property
     def replaces_edits(self) -> bool:
@@ -92,11 +110,11 @@ class LabelTransaction:
         Their rows are added when they are first asked for, at the latest at the end of the transaction: what is checked
         before sees the labels as they were.
         """
-        return self.all_versions[self._edits :]
+        return self.all_versions[self._edits : self._edits + self._wanted]
 
     @functools.cached_property
     def all_versions(self) -> list[LabelRecord]:
-        """The same, after the versions of files that somebody has edited."""
+        """The same, with those that nobody asked for."""
         return [labels.add(self.transaction, label)[0] for label in self._new]
 
 
@@ -289,6 +307,8 @@ class Store:
             noted = labels.info(transaction, version)
         if old.sha256 is None or old.suffix is None:
             raise StoreError(f"the label version {version} is a removal: there is nothing to restore")
+        if old.source == "attention check":
+            raise StoreError(f"the label version {version} cannot be a label: it holds an error that was planted")
         if _NOT_TAKEN_IN in noted:
             raise StoreError(f"the label version {version} cannot be a label again: {noted[_NOT_TAKEN_IN]}")
         label = NewLabel(old.scan, tag or old.tag, "restored", actor, parent=old.id, checked_slices=old.checked_slices)
@@ -317,7 +337,7 @@ class Store:
         The block is the transaction: what it writes belongs to the change, and nothing has changed if it raises. The
         new contents have arrived before, and files below ``labels/`` are changed after it. A file that somebody has
         edited since it was written becomes a version first, in the same transaction, if it is about to be replaced or
-        removed.
+        removed. A proposal is removed with the label that annotators went on from.
 
         Args:
             changes: the new versions.
@@ -335,11 +355,15 @@ class Store:
         if not self.is_writable:
             raise StoreReadOnly(f"{self.dataset}: is read-only, and this has to write; make it writable, or copy it")
         edits: list[LabelChange] = []
+        outdated: list[LabelChange] = []
         with contextlib.ExitStack() as stack:
-            # edits are found when the transaction begins: what is tried again has not come to the block yet
+            # both are found when the transaction begins: what is tried again has not come to the block yet
             for _ in range(_TRIES):
                 try:
-                    change = stack.enter_context(self._change([*edits, *changes], len(edits)))
+                    every = [*edits, *changes, *outdated]
+                    change = stack.enter_context(self._change(every, len(edits), len(changes)))
+                except _Outdated as found:
+                    outdated = found.removals
                 except _Unseen as unseen:
                     edits, work = [], stack.enter_context(tempfile.TemporaryDirectory(prefix="segqc-"))
                     for file, (scan, tag) in unseen.files.items():
@@ -352,30 +376,36 @@ class Store:
         raise StoreError(f"{names}: somebody is writing this file; try again when it is done")
 
     @contextlib.contextmanager
-    def _change(self, changes: Sequence[LabelChange], edits: int) -> Iterator[LabelTransaction]:
-        """Make the changes, of which the first few are somebody's edits that nobody asked for.
+    def _change(self, changes: Sequence[LabelChange], edits: int, wanted: int) -> Iterator[LabelTransaction]:
+        """Make the changes, of which only some after somebody's edits are asked for; see `LabelTransaction`.
 
         Raises:
+            _Outdated: at the beginning, if proposals have to go that are not among the changes.
             _Unseen: at the beginning, if there are more edits.
         """
         arrivals: list[Arrival] = []
         with contextlib.ExitStack() as stack:
             for change in changes:
                 suffix = suffix_of(change.source) if change.source is not None else None
-                held = self.files.arriving(change.source, change.label.scan, change.label.tag, suffix, change.found)
+                label = change.label
+                held = self.files.arriving(
+                    change.source, label.scan, label.tag, suffix, change.found, is_shown=change.is_shown
+                )
                 arrivals.append(stack.enter_context(held))
             try:
                 with self.write() as transaction:
+                    _check_proposals(transaction, changes)
                     lying = self._lying(transaction, changes)
                     new = [_complete(change.label, arrival) for change, arrival in zip(changes, arrivals, strict=True)]
-                    changing = LabelTransaction(transaction, new, edits)
+                    changing = LabelTransaction(transaction, new, edits, wanted)
                     yield changing
                     versions = changing.all_versions
                     transaction.flush()  # what the constraints refuse is refused before files move
                     for number, (change, version, arrival) in enumerate(zip(changes, versions, arrivals, strict=True)):
                         # an edit's file goes with the others when the change that it precedes is put
                         key = (change.label.scan, change.label.tag)
-                        self._put(transaction, change, version, arrival, lying[key] if number >= edits else ())
+                        others = lying[key] if number >= edits and change.is_shown else ()
+                        self._put(transaction, change, version, arrival, others)
             except BaseException:
                 for arrival in sorted(arrivals, key=lambda arrival: arrival.plan.found is not None):
                     # a full disk may forbid even this: what stays behind is settled when the store is opened next
@@ -393,7 +423,8 @@ class Store:
         taken_in = {change.found.file: change.found.state for change in changes if change.found is not None}
         found: dict[tuple[str, str], list[Path]] = {}
         unseen: dict[str, tuple[str, str]] = {}
-        for key in dict.fromkeys((change.label.scan, change.label.tag) for change in changes):
+        shown = [change for change in changes if change.is_shown]
+        for key in dict.fromkeys((change.label.scan, change.label.tag) for change in shown):
             view = labels.view_of(transaction, *key)
             files = self.files.lying(*key, *([view[0]] if view is not None else []))
             found[key] = [self.files.views / file for file in files]
@@ -475,6 +506,8 @@ class Store:
         others: Sequence[Path],
     ) -> None:
         state = self.files.put(arrival, others)
+        if not change.is_shown:
+            return
         if change.found is not None:
             left = change.found.state
             labels.note_view(transaction, version, change.found.file, left.size, left.modified_ns)
@@ -518,7 +551,8 @@ class Store:
             keep = {sha256 for sha256, _ in plan.contents() if labels.known_content(transaction, sha256)}
             self.files.keep(arrival, keep)
             if plan.found is None:
-                self._undo(transaction, plan)
+                if plan.is_shown:
+                    self._undo(transaction, plan)
             elif plan.sha256 is not None and not labels.has_content(transaction, plan.scan, plan.tag, plan.sha256):
                 self._give_back(transaction, arrival, plan.found)
             self.files.discard(arrival, keep=keep)
@@ -604,6 +638,20 @@ def _is_another(owner: Folder, dataset: Path) -> bool:
 def suffix_of(path: Path) -> str:
     """The suffix that files of scans and labels are kept under, in lower case; ``.nii.gz`` is one."""
     return label_suffix(path.name) or path.suffix
+
+
+def _check_proposals(transaction: Transaction, changes: Sequence[LabelChange]) -> None:
+    """Have the proposals removed whose labels change.
+
+    Raises:
+        _Outdated: if some of them stay.
+    """
+    kept = {change.label.scan for change in changes if change.label.tag == PROPOSAL}
+    moved_on = {change.label.scan for change in changes if labels.is_worked_on(change.label.tag)} - kept
+    proposals = [labels.current(transaction, scan, PROPOSAL) for scan in sorted(moved_on)]
+    removals = [NewLabel(p.scan, PROPOSAL, "removal", SERVER, parent=p.id) for p in proposals if p is not None]
+    if removals:
+        raise _Outdated([LabelChange(removal, None) for removal in removals])
 
 
 def _complete(label: NewLabel, arrival: Arrival) -> NewLabel:

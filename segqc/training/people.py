@@ -32,7 +32,8 @@ from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
 
 MASKS: Final = 24
-"""Masks of one case that train or calibrate."""
+"""Masks of one case that train."""
+_CALIBRATING: Final = 8  # of these calibrate: each is looked at twice, and more of one patient say little new
 _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
@@ -107,12 +108,18 @@ def train_people(
     write_mean_curve([folder / f"member-{k}" for k in range(len(members))], folder)
     together = ensemble(members) if len(members) > 1 else members[0]
     unseen = [
-        (member, s)
+        (member, _first(s, _CALIBRATING))
         for fold, member in zip(folds, members, strict=True)
         for s in train
         if patient_splits[s.case.patient].fold == fold
     ]
-    return calibrated_for_people(together, [*unseen, *((together, s) for s in validating)], progress)
+    unseen += [(together, _first(s, _CALIBRATING)) for s in validating]
+    return calibrated_for_people(together, unseen, progress)
+
+
+def _first(mask_set: MaskSet, count: int) -> MaskSet:
+    """So many masks of a case, which were drawn at random."""
+    return replace(mask_set, masks=mask_set.masks[:count], dice=mask_set.dice[:count])
 
 
 def _settings(settings: TrainingSettings) -> TrainingSettings:

@@ -41,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert label is not None
             made = make_assessment(f"scan_{i}", dice, worst=4, half_width=0.06)
             label_verdicts.write(transaction, label.id, number, LabelVerdict(assessment=made, networks=2))
-        errors = np.zeros(dataset_shape(dataset, f"scan_{i}"), np.uint8)
-        errors[4:10, 3:12, 3:6] = 200
+        errors = np.zeros((1, *dataset_shape(dataset, f"scan_{i}")), np.uint8)
+        errors[0, 4:10, 3:12, 3:6] = 200
         error_maps.write(dataset, label.id, number, errors, "audit-maps")
     with dataset.store.write() as transaction:
         label_verdicts.mark_right(transaction, "scan_3", ANNA)

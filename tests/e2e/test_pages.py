@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with dataset.store.read() as transaction:
             start = labels.start_of(transaction, f"scan_{i}")
         assert start is not None
-        error_maps.write(dataset, start.id, number, np.full(SHAPE, 90, np.uint8))
+        error_maps.write(dataset, start.id, number, np.full((2, *SHAPE), 90, np.uint8))
     dataset.store.close()
     return path
 

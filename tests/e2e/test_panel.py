@@ -17,16 +17,30 @@ import requests
 from playwright.sync_api import Page, expect
 
 from segqc.loop.dataset import Dataset
+from segqc.loop.scoring import assess_scan
 from segqc.server import app as server_app
 from segqc.server import checks as server_checks
 from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import bundled_viewer, installed_viewer
-from segqc.store import labels, leases
+from segqc.store import corrections, labels, leases
+from segqc.store.labels import NewLabel
+from segqc.store.records import Actor
 from segqc.types import LabelArray
-from segqc.volumes import Volume, read_labels, read_scan, slice_layout, write_scan
+from segqc.volumes import Volume, read_labels, read_scan, slice_layout, temporary_labels, write_scan
 from tests.browser_kit import keep_picture, lack, open_scan
 from tests.panel_kit import SESSION, Annotator
-from tests.server_kit import CHECKED, SHAPE, add_models, assess, draw_case, knowing_the_truth, listening, make_dataset
+from tests.server_kit import (
+    CHECKED,
+    SHAPE,
+    add_models,
+    assess,
+    draw_case,
+    knowing_the_truth,
+    listening,
+    make_dataset,
+    without_liver,
+)
+from tests.test_attention_checks import hit
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
@@ -253,6 +267,104 @@ def test_a_submission_is_checked_and_what_was_found_is_shown(
     anna.page.locator("segqc-panel .confirm").click()
     anna.sees("Nothing found.")
     keep_picture(anna.page, tmp_path, "check-3")
+
+
+def test_a_planted_error_is_shown_and_not_kept(page: Page, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "scans")
+    with (folder / "segqc.toml").open("a") as config:
+        config.write(f"attention_checks = 0.2\nseed = {hit(1)}\n")
+    with listening(folder) as server:
+        anna = Annotator(page, server)
+        anna.open("plain")
+        anna.press("Next scan")
+        anna.wait_for("oblique")
+        served = to_images("oblique", draw_case(0)[1].array)
+        shown = anna.voxels()
+        keep_picture(page, tmp_path, "planted")
+        changed = np.count_nonzero(shown != served)
+        assert changed >= 0.02 * np.count_nonzero(served)
+        anna.press("spleen")
+        anna.press("Brush")
+        anna.stroke((22, 4), (27, 4))
+        painted = anna.voxels()
+        anna.press("Submit …")
+        page.locator("segqc-panel .confirm").click()
+        kept = to_images("oblique", stored(anna.version_kept()))
+        stroke = painted != shown
+        assert stroke.any()
+        np.testing.assert_array_equal(kept, np.where(stroke, painted, served))
+
+
+def test_a_proposal_is_taken_box_by_box_or_left(
+    anna: Annotator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing changes before a press; each box is one step that can be undone; what was taken is told."""
+    knowing_the_truth(monkeypatch)
+    dataset = current_app().context.dataset
+    number = add_models(dataset.folder, people=True)
+    estimate(dataset, number)
+    network = Actor(kind="network", name="some", identified_by="program")
+    with temporary_labels(Volume(without_liver().array, AFFINES["oblique"])) as path:
+        dataset.store.save_label(NewLabel("oblique", "original", "network", network, bundle=number), path)
+    bundle = dataset.bundle()
+    assert bundle is not None
+    assess_scan(dataset, dataset.scan("oblique"), bundle)
+    anna.open("plain")
+    anna.press("Next scan")
+    anna.wait_for("oblique")
+    anna.sees("Nothing is changed before you take it")
+    start, truth = (to_images("oblique", array) for array in (without_liver().array, draw_case(0)[1].array))
+    np.testing.assert_array_equal(anna.voxels(), start)
+    anna.sees("No changes")
+    anna.sees("0 of 2 taken")
+    slices = anna.ask("session.proposal.boxes.map(box => session.scan.instances.indexOf(box.instance))")
+    assert sorted(slices) == [4, 5]
+
+    panel = anna.page.locator("segqc-panel .boxes li")
+    panel.first.get_by_role("button", name="Look at").click()
+    anna.page.wait_for_function(f"n => {SESSION}.scan.instances.indexOf({SESSION}.instance) === n", arg=slices[0])
+    expect(anna.page.locator(".segqc-overlay path.proposed").last).to_be_attached()
+    for key, index in (("n", 1), ("p", 0)):
+        anna.page.keyboard.press(key)
+        anna.page.wait_for_function(
+            f"n => {SESSION}.scan.instances.indexOf({SESSION}.instance) === n", arg=slices[index]
+        )
+    np.testing.assert_array_equal(anna.voxels(), start)
+    keep_picture(anna.page, tmp_path, "proposal-1")
+
+    panel.first.get_by_role("button", name="Take:").click()
+    anna.sees("1 of 2 taken")
+    taken = np.where((np.arange(SHAPE[2]) == slices[0])[:, None, None], truth, start)
+    np.testing.assert_array_equal(anna.voxels(), taken)
+    expect(anna.page.locator(".segqc-overlay path.proposed")).to_have_count(0)
+    keep_picture(anna.page, tmp_path, "proposal-2")
+    anna.page.keyboard.press("Control+z")
+    anna.sees("0 of 2 taken")
+    np.testing.assert_array_equal(anna.voxels(), start)
+    anna.press("Take all")
+    anna.sees("2 of 2 taken")
+    np.testing.assert_array_equal(anna.voxels(), truth)
+    anna.page.keyboard.press("Control+z")
+    np.testing.assert_array_equal(anna.voxels(), start)
+    panel.nth(1).get_by_role("button", name="Take:").click()
+    anna.sees("1 of 2 taken")
+
+    anna.press("Submit …")
+    anna.sees("Taken from the proposal: 1 of 2 boxes.")
+    keep_picture(anna.page, tmp_path, "proposal-3")
+    anna.page.locator("segqc-panel .confirm").click()
+    version = anna.version_kept()
+    with dataset.store.read() as transaction:
+        told = labels.taken_proposal(transaction, version)
+        (correction,) = corrections.listing(transaction, "oblique")
+    assert told is not None
+    assert (told.boxes_offered, told.boxes_taken) == (2, 1)
+    assert correction.proposal == told
+    # what was left is proposed for the new label, when that is checked
+    anna.sees("0 of 1 taken")
+    anna.press("Take all")
+    np.testing.assert_array_equal(anna.voxels(), truth)
+    keep_picture(anna.page, tmp_path, "proposal-4")
 
 
 def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(

@@ -100,6 +100,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     # reviews
     "GET /segqc/labels/{scan}": "annotator",
     "GET /segqc/labels/{scan}/check": "annotator",
+    "GET /segqc/labels/{scan}/proposal": "annotator",
     "POST /segqc/labels/{scan}/restore": "reviewer",
     "POST /segqc/review/{scan}": "reviewer",
     "GET /segqc/events/{scan}": "annotator",
@@ -160,6 +161,7 @@ ROLES_OF_ROUTES: Final[Mapping[str, Needed]] = {
     "GET /segqc/viewer/scans/{study}": "annotator",
     "GET /segqc/viewer/scans/{study}/labels/{version}": "annotator",
     "GET /segqc/viewer/scans/{study}/errors/{version}": "annotator",
+    "GET /segqc/viewer/scans/{study}/proposals/{version}": "annotator",
     "POST /segqc/viewer/scans/{study}/check": "annotator",
     "POST /segqc/viewer/scans/{study}/label": "annotator",
     # refused to everybody, with a sentence

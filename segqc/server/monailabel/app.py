@@ -141,7 +141,7 @@ class DatasetApp(MONAILabelApp):
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
             task_request["label_source"] = source_of(self.context.dataset, assessed)
-            if assessed.bundle is not None and assessed.tag != LIKELY_ERRORS_TAG:
+            if assessed.bundle is not None and assessed.tag not in (LIKELY_ERRORS_TAG, labels.PROPOSAL):
                 task_request["label_made_by"] = assessed.bundle.segmenter_version
         path, params = task(task_request)
         if assessed is not None:

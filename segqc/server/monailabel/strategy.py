@@ -13,6 +13,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from segqc.loop.dataset import Dataset
+from segqc.loop.planted_errors import plant_error
 from segqc.loop.scoring import score
 from segqc.quality.drift import drift_sentence
 from segqc.quality.report_card import AT_RANDOM, BY_ESTIMATE, ReportCard, estimate_sentence, order_sentence
@@ -138,7 +139,8 @@ class Sampling(Strategy):
     """Hands out a scan to whoever asks, in one of the orders of `segqc.selection`.
 
     An audit or a validation draw looks to the annotator like any other scan: who knows that this one is a test works
-    otherwise. Where the settings ask for slices, it is one of the scans that are asked for as a whole.
+    otherwise. Where the settings ask for slices, it is one of the scans that are asked for as a whole. A mask with a
+    planted error goes by the number of the network's.
     """
 
     def __init__(self, name: str, dataset: Dataset) -> None:
@@ -169,6 +171,7 @@ class Sampling(Strategy):
         if handed_out is None:
             return None
         lease, skipped, scan, shown = handed_out
+        plant_error(self.dataset, lease)
         checked = self._checked_before(lease)
         card, alarm = self.dataset.report_card(), self.dataset.drift_alarm()
         warning = estimate_warning(card, alarm)

@@ -199,7 +199,8 @@ def worst_picture(
 def _errors(context: AppContext, found: AuditedLabel, bundle: int | None) -> error_maps.ErrorSteps | None:
     if found.verdict is None or bundle is None:
         return None
-    return error_maps.read(context.dataset, found.label.id, bundle, "audit-maps")
+    kept = error_maps.read(context.dataset, found.label.id, bundle, "audit-maps")
+    return None if kept is None else error_maps.highest(kept)
 
 
 def _draw(context: AppContext, found: AuditedLabel, errors: error_maps.ErrorSteps | None) -> bytes:

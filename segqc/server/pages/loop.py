@@ -113,6 +113,7 @@ def show_loop(page: AskedPage) -> Response:
         messages=_messages(card),
         drift=drift_sentence(alarm) if alarm is not None else None,
         annotators=workers,
+        has_attention=any(w.attention is not None and w.attention.submitted for w in workers),
         busiest=max((w.corrections for w in workers), default=1),
         corrections=last,
         costs=costs,
@@ -291,6 +292,9 @@ _ANNOTATOR_COLUMNS: Final[Columns[AnnotatorWork]] = {
     "voxels changed": lambda work: work.voxels_changed,
     "slices changed": lambda work: work.slices_changed,
     "mean Dice before": lambda work: work.mean_dice_before,
+    # not how many were planted: it would tell an annotator that the scan at hand holds one
+    "planted errors": lambda work: work.attention.submitted if work.attention is not None else 0,
+    "planted errors found": lambda work: work.attention.found if work.attention is not None else 0,
     "last": lambda work: work.last_at.isoformat(timespec="seconds"),
 }
 
@@ -313,6 +317,8 @@ _CORRECTION_COLUMNS: Final[Columns[CorrectionLine]] = {
     "simulated": lambda line: line.simulated,
     "from version": lambda line: line.from_version,
     "to version": lambda line: line.to_version,
+    "boxes offered": lambda line: line.boxes_offered,
+    "boxes taken": lambda line: line.boxes_taken,
     "annotator": lambda line: line.actor.name,
     "at": lambda line: line.made_at.isoformat(timespec="seconds"),
 }

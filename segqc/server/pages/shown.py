@@ -25,7 +25,7 @@ from segqc.server.errors import RequestError
 from segqc.server.pages.in_pacs import version_standings
 from segqc.server.pages.pictures import Part, ShownSlices, part_of
 from segqc.store import assessments, bundles, events, labels, leases, pacs, scans
-from segqc.store.labels import FINAL
+from segqc.store.labels import FINAL, PROPOSAL
 from segqc.store.queue import ShownState, shown_state
 from segqc.store.records import EventRecord, LabelRecord, LeaseRecord, ScanRecord
 from segqc.types import Assessment, LabelArray, Structure
@@ -180,7 +180,7 @@ class ShownScan:
             found = error_maps.read(self.context.dataset, *key[1:])
             if found is None:
                 raise _NoMapError
-            return found
+            return error_maps.highest(found)
 
         try:
             return _errors.get(key, load)
@@ -222,7 +222,7 @@ class ScanHistory:
     """What happened to a scan.
 
     Attributes:
-        versions: of its labels, oldest first.
+        versions: of its labels, oldest first; without proposals, which are offered for themselves.
         events: all that happened, oldest first.
         leases: who has it now.
         state: as people are told.
@@ -259,7 +259,7 @@ def history(context: AppContext, scan: ScanRecord) -> ScanHistory:
     with context.dataset.store.read() as transaction:
         held = leases.listing(transaction, state="open", scan=scan.name)
         return ScanHistory(
-            versions(transaction, scan.name),
+            [version for version in versions(transaction, scan.name) if version.label.tag != PROPOSAL],
             events.history(transaction, "scan", scan.id),
             held,
             shown_state(scan.state, scan.missing_since, scan.former_name, is_held=bool(held)),

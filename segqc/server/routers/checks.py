@@ -9,12 +9,11 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
 from segqc.server.checks import CheckStatus
-from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import current_app
 from segqc.server.monailabel.strategy import describe
 from segqc.server.parameters import MAX_INTEGER
-from segqc.server.routers.dependencies import open_store
-from segqc.store import labels, scans
+from segqc.server.routers.dependencies import open_store, version_of
+from segqc.store import labels
 from segqc.store.records import JsonObject, LabelRecord
 
 router = APIRouter()
@@ -30,29 +29,22 @@ async def label_check(
 
     ``state`` is "done", "running" (ask again) or "none"; ``sentence`` says what was found, or why nothing is known.
     """
-    label = await anyio.to_thread.run_sync(functools.partial(_label, scan, version))
+    label = await anyio.to_thread.run_sync(functools.partial(version_of, scan, version))
     return check_to_json(await _ask(request, label))
 
 
 async def check_of(request: Request, version: int, *, wait: bool = True) -> CheckStatus:
     """How it is with the check of a label version that was just submitted; a submission never fails because of it."""
-    return await _ask(request, await anyio.to_thread.run_sync(functools.partial(_label, None, version)), wait=wait)
+
+    def find() -> LabelRecord:
+        with open_store().read() as transaction:
+            return labels.get(transaction, version)
+
+    return await _ask(request, await anyio.to_thread.run_sync(find), wait=wait)
 
 
 async def _ask(request: Request, label: LabelRecord, *, wait: bool = True) -> CheckStatus:
     return await current_app().context.checks.ask(label, request.app.state.inference, wait=wait)
-
-
-def _label(scan: str | None, version: int) -> LabelRecord:
-    """A label version with voxels, of a scan where one is named."""
-    with open_store().read() as transaction:
-        if scan is None:
-            return labels.get(transaction, version)
-        name = scans.get(transaction, scan).name
-        found = [label for label in labels.history(transaction, name) if label.id == version]
-    if not found or found[0].sha256 is None:
-        raise RequestError(404, f"the scan {scan!r} has no label version {version} with voxels.")
-    return found[0]
 
 
 def check_to_json(status: CheckStatus) -> JsonObject:

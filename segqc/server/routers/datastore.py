@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Final
 
+import anyio.to_thread
 from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, acting
-from segqc.server.client_labels import same_values, to_client
 from segqc.server.dicomweb.segmentations import check_segmentation
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.datastore import decision_in
@@ -39,15 +37,17 @@ from segqc.server.routers.dependencies import (
     known_image,
     known_label,
     known_scan,
+    open_store,
     receive,
     receive_labels,
+    send_label,
 )
+from segqc.server.routers.proposals import propose_for
 from segqc.server.submitted_labels import read_submission, stored_info, submit
 from segqc.server.uploads import is_dicom_name, take_slice
-from segqc.store.labels import FINAL, IGNORED
+from segqc.store import attention_checks, labels
+from segqc.store.labels import FINAL, PROPOSAL
 from segqc.store.records import JsonObject
-from segqc.store.store import suffix_of
-from segqc.volumes import read_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 
 router = APIRouter()
@@ -119,6 +119,8 @@ def save_label_of(
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
     tag = check_tag(tag or FINAL)  # clients may leave it empty
+    if tag == PROPOSAL:
+        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: SegQC-Net's proposals are there.")
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
@@ -193,22 +195,29 @@ def remove_label(user: AskingUser, id: str, tag: str) -> JsonObject:
 
 
 @router.get("/datastore/label", tags=["Datastore"], summary="Download a label map")
-def download_label(
-    label: str, tag: str, check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False
+async def download_label(
+    request: Request,
+    user: AskingUser,
+    label: str,
+    tag: str,
+    check_only: Annotated[bool, Query(description="Whether to send nothing.")] = False,
 ) -> Response:
-    """Send the current label map of a scan, with the values that clients count by."""
-    image, context = known_label(label, tag), current_app().context
-    path = Path(current_app().datastore.get_label_uri(image, tag))
-    if check_only:
-        return JSONResponse({})
-    name, names = f"{image}{suffix_of(path)}", context.labels()
-    if tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names):
-        return FileResponse(path, media_type="application/octet-stream", filename=name)
-    labels = to_client(read_labels(path), names)
-    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
-    os.close(handle)
-    write_labels(labels, Path(delivered))
-    return SentOnce(delivered, media_type="application/octet-stream", filename=name)
+    """Send the current label map of a scan, with the values that clients count by.
+
+    Under the tag "proposal" it is what SegQC-Net would change of the label to go on from, made now if need be.
+    """
+    if tag == PROPOSAL:
+        await propose_for(request, label, user.actor())
+
+    def send() -> Response:
+        with open_store().read() as transaction:
+            found = labels.current(transaction, known_label(label, tag), tag)
+            if check_only or found is None:
+                return JSONResponse({})
+            shown = attention_checks.shown_to(transaction, found, user.known_actor())
+        return send_label(shown)
+
+    return await anyio.to_thread.run_sync(send)
 
 
 @router.get("/datastore/label/info", tags=["Datastore"], summary="What is noted of a label map")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
@@ -13,13 +15,17 @@ from fastapi import Depends, Request, UploadFile
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, request_user
+from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
-from segqc.store.records import ScanRecord
-from segqc.store.store import Store
-from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError
+from segqc.store import labels, scans
+from segqc.store.labels import IGNORED
+from segqc.store.records import LabelRecord, ScanRecord
+from segqc.store.store import Store, suffix_of
+from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, read_labels, write_labels
 from segqc.volumes.dicom_seg import SEGMENTATION_SUFFIX
 from segqc.volumes.intake import check_scan
 
@@ -144,3 +150,31 @@ def known_label(label: str, tag: str) -> str:
     if not current_app().datastore.get_label_uri(image, tag):
         raise RequestError(404, f"the image {label!r} has no label with the tag {tag!r}.")
     return image
+
+
+def version_of(scan: str, version: int) -> LabelRecord:
+    """A label version of a scan.
+
+    Raises:
+        UnknownScan: if there is no such scan; clients get 404.
+        RequestError: 404 if the scan has no such version, or it was a removal.
+    """
+    with open_store().read() as transaction:
+        name = scans.get(transaction, scan).name
+        found = [label for label in labels.history(transaction, name) if label.id == version]
+    if not found or found[0].sha256 is None:
+        raise RequestError(404, f"the scan {scan!r} has no label version {version} with voxels.")
+    return found[0]
+
+
+def send_label(label: LabelRecord) -> FileResponse:
+    """Send the file of a label version, with the values that clients count by."""
+    context, path = current_app().context, open_store().label_file(label)
+    name, names = f"{label.scan}{suffix_of(path)}", context.labels()
+    if label.tag in (LIKELY_ERRORS_TAG, IGNORED) or same_values(names):
+        return FileResponse(path, media_type="application/octet-stream", filename=name)
+    voxels = to_client(read_labels(path), names)
+    handle, delivered = tempfile.mkstemp(prefix="segqc-", suffix=suffix_of(path))
+    os.close(handle)
+    write_labels(voxels, Path(delivered))
+    return SentOnce(delivered, media_type="application/octet-stream", filename=name)

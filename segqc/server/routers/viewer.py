@@ -8,8 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
+from segqc.loop import proposals
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import (
     LabelMovedOnError,
@@ -34,12 +37,22 @@ from segqc.server.parameters import (
 )
 from segqc.server.routers.checks import check_of, check_to_json
 from segqc.server.routers.dependencies import AskingUser, in_turn, open_store
+from segqc.server.routers.proposals import proposal_for
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
 from segqc.server.submitted_labels import stored_info
-from segqc.server.viewer import ViewedScan, from_bytes, label_map, packed, to_bytes, view
-from segqc.store import labels, leases
-from segqc.store.labels import FINAL
-from segqc.store.records import JsonObject, LabelRecord
+from segqc.server.viewer import (
+    ViewedProposal,
+    ViewedScan,
+    from_bytes,
+    label_map,
+    packed,
+    to_bytes,
+    view,
+    view_proposal,
+)
+from segqc.store import attention_checks, labels, leases
+from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -52,7 +65,7 @@ Voxels = Annotated[UploadFile, File(description="A byte a voxel, slice by slice;
 _GZIP: Final = "application/gzip"
 _BESIDE: Final = re.compile(r"version_([0-9]{1,9})")
 _FOR_EVER: Final = "private, max-age=31536000, immutable"  # a version's voxels never change
-_ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle that serves
+_ASK_AGAIN: Final = "private, no-store"  # its error map does, with the bundle that serves; and where errors are planted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +140,16 @@ def viewed_scan(study: Study, user: AskingUser) -> ViewedScan:
 
 
 @router.get("/scans/{study}/labels/{version}", summary="A label map for the viewer")
-async def label_voxels(request: Request, study: Study, version: VersionNumber) -> Response:
+async def label_voxels(request: Request, study: Study, version: VersionNumber, user: AskingUser) -> Response:
     """Send a label version: a byte a voxel, slice by slice in the order of the scan's ``instances``."""
 
     def work() -> Response:
         scan, header = _scan(study)
-        return _bytes(request, to_bytes(_read(scan, version), header))
+        label = _version(scan, version)
+        shown = _shown(label, user.actor())
+        may_change = label.tag == ORIGINAL and current_app().context.settings.annotation.attention_checks > 0
+        keeps = _ASK_AGAIN if may_change or shown.id != label.id else _FOR_EVER
+        return _bytes(request, to_bytes(_read(scan, shown), header), keeps)
 
     return await in_turn(request, work)
 
@@ -155,6 +172,21 @@ async def error_voxels(request: Request, study: Study, version: VersionNumber) -
     return await asyncio.get_running_loop().run_in_executor(request.app.state.inference, work)
 
 
+@router.get("/scans/{study}/proposals/{version}", summary="A proposal for the viewer")
+async def viewed_proposal(request: Request, study: Study, version: VersionNumber) -> ViewedProposal:
+    """Tell what SegQC-Net would change of a label version, box by box; the proposal's voxels are a label version, too.
+
+    It is made now where it is not yet.
+    """
+
+    def find() -> tuple[ScanHeader, LabelRecord]:
+        scan, header = _scan(study)
+        return header, _version(scan, version)
+
+    header, label = await anyio.to_thread.run_sync(find)
+    return view_proposal(await proposal_for(request, label), header, current_app().context.structures())
+
+
 @router.post("/scans/{study}/check", summary="Check a label map before it is submitted")
 async def check_label(request: Request, study: Study, user: AskingUser, params: ViewerText, voxels: Voxels) -> Check:
     """Tell what a label map changes, and whether it would be refused; nothing is kept."""
@@ -171,7 +203,9 @@ def _check(study: str, user: RequestUser, params: ViewerSubmission, voxels: Uplo
             check_start(transaction, scan.record.name, user.actor(params.client_id), _started(scan, params), readers)
     except LabelMovedOnError as error:
         conflict = str(error)
-    before = end.array * 0 if params.started_from is None else _read(scan, params.started_from)
+    before: LabelArray = np.zeros(end.shape, np.uint8)
+    if params.started_from is not None:
+        before = _read(scan, _shown(_version(scan, params.started_from), user.actor(params.client_id)))
     start = Volume(before, end.affine, end.acquisition_axis)
     structures = current_app().context.structures()
     change = measure_change(start, end, structures)
@@ -229,7 +263,17 @@ def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: Upl
         checked=scan.record,
         started=_started(scan, params),
         may_replace_approved=user.may("reviewer"),
+        proposal=_taken(params),
     )
+
+
+def _taken(params: ViewerSubmission) -> TakenProposal | None:
+    """What was taken of a proposal, as the annotator's panel says."""
+    told = params.proposal
+    if told is None:
+        return None
+    with open_store().read() as transaction:
+        return proposals.taken(transaction, told.version, told.boxes, params.started_from)
 
 
 def _tag_beside(scan: DicomScan) -> str:
@@ -248,9 +292,15 @@ def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
 def _version(scan: DicomScan, version: int) -> LabelRecord:
     with open_store().read() as transaction:
         found = [label for label in labels.history(transaction, scan.record.name) if label.id == version]
-    if not found or found[0].sha256 is None:
+    if not found or found[0].sha256 is None or found[0].source == "attention check":
         raise RequestError(404, f"the scan {scan.record.name!r} has no label version {version} with voxels.")
     return found[0]
+
+
+def _shown(label: LabelRecord, actor: Actor) -> LabelRecord:
+    """The version whose voxels an annotator gets."""
+    with open_store().read() as transaction:
+        return attention_checks.shown_to(transaction, label, actor)
 
 
 def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
@@ -258,11 +308,11 @@ def _started(scan: DicomScan, params: ViewerSubmission) -> StartedFrom:
     return StartedFrom(None if params.started_from is None else _version(scan, params.started_from).id)
 
 
-def _read(scan: DicomScan, version: int) -> LabelArray:
+def _read(scan: DicomScan, label: LabelRecord) -> LabelArray:
     """The voxels of a label version, on the scan's grid and in its file's order."""
     context = current_app().context
     grid = read_grid(context.dataset.scan_file(scan.record), limits=context.settings.intake)
-    found: LabelArray = read_labels(open_store().label_file(_version(scan, version)), scan=grid).array
+    found: LabelArray = read_labels(open_store().label_file(label), scan=grid).array
     return found
 
 
@@ -272,11 +322,11 @@ def _received(scan: DicomScan, header: ScanHeader, params: ViewerSubmission, vox
     return label_map(current_app().context, scan, array)
 
 
-def _bytes(request: Request, content: bytes) -> Response:
+def _bytes(request: Request, content: bytes, cache_control: str) -> Response:
     """Voxels, compressed where the client takes that: label maps shrink to a hundredth."""
     if "gzip" in request.headers.get("accept-encoding", ""):
-        return _sent(packed(content), _FOR_EVER)
-    return Response(content, media_type="application/octet-stream", headers={"Cache-Control": _FOR_EVER})
+        return _sent(packed(content), cache_control)
+    return Response(content, media_type="application/octet-stream", headers={"Cache-Control": cache_control})
 
 
 def _sent(content: bytes, cache_control: str) -> Response:

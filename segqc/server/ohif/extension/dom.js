@@ -80,8 +80,9 @@ export const ml = value => `${value < 0.1 ? value.toFixed(3) : value < 10 ? valu
 /**
  * @param {number} count
  * @param {string} what
+ * @param {string} [more] of several
  */
-export const plural = (count, what) => `${count.toLocaleString('en')} ${what}${count === 1 ? '' : 's'}`;
+export const plural = (count, what, more = `${what}s`) => `${count.toLocaleString('en')} ${count === 1 ? what : more}`;
 
 /** A time of today by the clock, another with its day. @param {string} iso */
 export function when(iso) {

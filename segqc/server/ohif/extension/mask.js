@@ -124,6 +124,23 @@ export class Mask extends EventTarget {
     this.#redraw(); // which is looked at as any other change
   }
 
+  /**
+   * Change some voxels, as a change that can be undone.
+   *
+   * @param {Iterable<[number, number]>} changes places, image by image in the order of the scan's instances, and values
+   */
+  edit(changes) {
+    for (const [place, value] of changes) {
+      this.images[Math.floor(place / this.size)].getScalarData()[place % this.size] = value;
+    }
+    this.#redraw();
+  }
+
+  /** The value of a voxel. @param {number} place */
+  at(place) {
+    return this.images[Math.floor(place / this.size)].getScalarData()[place % this.size];
+  }
+
   /** All voxels, image by image in the order of the scan's instances. */
   voxels() {
     const found = new Uint8Array(this.start.length);

@@ -1,10 +1,12 @@
 /**
- * What is drawn over the slices: boxes around likely errors, and the error map as a translucent layer.
+ * What is drawn over the slices: boxes around likely errors, the error map as a translucent layer, and outlines of what
+ * is proposed.
  *
  * It is no annotation and no segmentation of the viewer's: it cannot be painted, selected or exported by mistake.
  *
  * @typedef {import('./server.js').Scan} Scan
  * @typedef {import('./server.js').Box} Box
+ * @typedef {import('./proposal.js').ProposedBox} ProposedBox
  */
 import { s } from './dom.js';
 import { instanceOf, isStack, toWorld, viewportsOf } from './ohif.js';
@@ -24,6 +26,10 @@ export class Overlay {
     this.opacity = 0.5;
     /** @type {Uint8Array | null} */
     this.errors = null;
+    /** what is proposed and not taken @type {ProposedBox[]} */
+    this.proposed = [];
+    /** the one that is looked at @type {ProposedBox | null} */
+    this.chosen = null;
     /** @type {Map<string, Box[]>} */
     this.boxes = new Map();
     for (const box of scan.estimate?.boxes ?? []) {
@@ -143,12 +149,35 @@ class Layer {
   }
 
   /**
+   * What is proposed in a slice: full lines around what would be added to a structure, dotted ones around what would go.
+   *
+   * @param {string} instance
+   * @param {number[]} place
+   */
+  #outlines(instance, place) {
+    const { proposed, colours, chosen } = this.overlay;
+    return proposed
+      .filter(box => box.instance === instance)
+      .flatMap(box => {
+        const transform = `matrix(${place.join(',')})`;
+        const line = { d: box.outline, fill: 'none', class: 'proposed', transform, 'vector-effect': 'non-scaling-stroke' };
+        const dotted = box.adds * 2 < box.voxels ? '2 3' : undefined;
+        const width = box === chosen ? 3 : 1.5;
+        return [
+          s('path', { ...line, stroke: '#000', 'stroke-width': width + 2, 'stroke-opacity': 0.6 }),
+          s('path', { ...line, stroke: colours.get(box.structure) ?? '#fff', 'stroke-width': width, 'stroke-dasharray': dotted }),
+        ];
+      });
+  }
+
+  /**
    * @param {string} instance
    * @param {number[]} place
    */
   #drawBoxes(instance, place) {
     const boxes = this.overlay.hasBoxes ? (this.overlay.boxes.get(instance) ?? []) : [];
     this.svg.replaceChildren(
+      ...this.#outlines(instance, place),
       ...boxes.flatMap(box => {
         const colour = this.overlay.colours.get(box.structure) ?? '#fff';
         const [[left, right], [top, bottom]] = [box.columns, box.rows];

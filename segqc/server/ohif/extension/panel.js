@@ -40,6 +40,8 @@ class Panel extends HTMLElement {
     this.asked = null;
     /** the slice and the tool that are drawn */
     this.moved = '';
+    /** the box of the proposal that is drawn as looked at @type {import('./proposal.js').ProposedBox | null} */
+    this.chosen = null;
     const root = this.attachShadow({ mode: 'open' });
     root.adoptedStyleSheets = [style];
     this.parts = {
@@ -49,6 +51,7 @@ class Panel extends HTMLElement {
       check: h('section', { 'aria-label': 'What is submitted' }),
       estimate: h('section', { 'aria-label': 'Estimate' }),
       slices: h('section', { 'aria-label': 'Slices' }),
+      proposal: h('section', { 'aria-label': 'Proposal' }),
       tools: h('section', { 'aria-label': 'Paint' }),
       history: h('section', { 'aria-label': 'History' }),
     };
@@ -101,9 +104,9 @@ class Panel extends HTMLElement {
     } else if (isCommand && !event.altKey && !event.shiftKey && key === 'y') {
       action = () => session.mask?.redo();
     } else if (!isCommand && !event.altKey && !event.shiftKey && key === 'n') {
-      action = () => session.jumpByRank(1);
+      action = () => session.goOn(1);
     } else if (!isCommand && !event.altKey && !event.shiftKey && key === 'p') {
-      action = () => session.jumpByRank(-1);
+      action = () => session.goOn(-1);
     }
     if (action) {
       event.preventDefault();
@@ -120,12 +123,13 @@ class Panel extends HTMLElement {
     this.#drawNotices();
     this.#drawQuestion();
     this.#drawCheck();
-    for (const part of [parts.estimate, parts.slices, parts.tools, parts.history]) {
+    for (const part of [parts.estimate, parts.slices, parts.proposal, parts.tools, parts.history]) {
       part.hidden = !isReady;
     }
     if (isReady) {
       this.#drawEstimate();
       this.#drawSlices();
+      this.#drawProposal();
       this.#drawTools();
       this.#drawHistory();
     }
@@ -399,6 +403,9 @@ class Panel extends HTMLElement {
       h('h2', {}, conflict ? 'Conflict' : 'Submit'),
       check && h('p', {}, summary),
       check &&
+        session.boxesTaken > 0 &&
+        h('p', { class: 'soft' }, `Taken from the proposal: ${session.boxesTaken} of ${plural(session.proposal?.boxes.length ?? 0, 'box', 'boxes')}.`),
+      check &&
         check.voxels_changed > 0 &&
         h(
           'table',
@@ -515,6 +522,7 @@ class Panel extends HTMLElement {
     const told = here === undefined ? '' : `${ml(here)} likely wrong${boxes ? ` · ${boxes} ${boxes > 1 ? 'boxes' : 'box'}` : ''}`;
     const asked = new Set(scan.lease?.slices ?? []);
     const hasChanges = session.isChanged;
+    const slicesKey = (/** @type {string} */ key) => (session.proposal?.chosen ? undefined : key); // else it is the boxes'
     put(this.parts.slices, 
       h('h2', {}, 'Slices'),
       this.#strip(errors, now, asked),
@@ -530,8 +538,8 @@ class Panel extends HTMLElement {
         h(
           'div',
           { class: 'row' },
-          this.#button('Previous', () => session.jumpByRank(-1), { class: 'small grow', title: 'The slice that is worse' }, 'P'),
-          this.#button('Next worst', () => session.jumpByRank(1), { class: 'small grow' }, 'N')
+          this.#button('Previous', () => session.jumpByRank(-1), { class: 'small grow', title: 'The slice that is worse' }, slicesKey('P')),
+          this.#button('Next worst', () => session.jumpByRank(1), { class: 'small grow' }, slicesKey('N'))
         )
     );
   }
@@ -580,6 +588,83 @@ class Panel extends HTMLElement {
     );
   }
 
+  // ---------------------------------------------------------------------------------------------------------- proposal
+
+  #drawProposal() {
+    const { session } = this;
+    const { proposal, mask } = session;
+    this.parts.proposal.hidden = !proposal?.boxes.length;
+    if (!proposal || !mask || this.parts.proposal.hidden) {
+      return;
+    }
+    const open = new Set(proposal.open(mask));
+    const list = this.parts.proposal.querySelector('ul');
+    const scrolled = list?.scrollTop ?? 0;
+    put(this.parts.proposal,
+      h('h2', {}, 'Proposal'),
+      h(
+        'p',
+        { class: 'soft' },
+        'What SegQC-Net would change. Nothing is changed before you take it, and Undo takes it back. ',
+        proposal.boxes.length > 1 && 'Look at a box: N and P then go on to the others.'
+      ),
+      h('ul', { class: 'boxes' }, ...proposal.boxes.map(box => this.#proposed(box, open.has(box)))),
+      h(
+        'div',
+        { class: 'row', style: 'margin-top: 6px' },
+        this.#button(open.size < proposal.boxes.length ? 'Take the rest' : 'Take all', () => session.takeBox(), {
+          class: 'small grow take-all',
+          disabled: !open.size,
+        }),
+        h('span', { class: 'soft' }, `${session.boxesTaken} of ${proposal.boxes.length} taken`)
+      )
+    );
+    const drawn = this.parts.proposal.querySelector('ul');
+    if (drawn) {
+      drawn.scrollTop = scrolled;
+      if (proposal.chosen !== this.chosen) {
+        drawn.querySelector('[aria-pressed="true"]')?.scrollIntoView({ block: 'nearest' });
+        this.chosen = proposal.chosen;
+      }
+    }
+  }
+
+  /**
+   * @param {import('./proposal.js').ProposedBox} box
+   * @param {boolean} isOpen
+   */
+  #proposed(box, isOpen) {
+    const { session } = this;
+    const slice = this.#number(box.instance);
+    const goes = box.places.length - box.adds;
+    const what = [box.adds > 0 && `+${box.adds}`, goes > 0 && `−${goes}`].filter(Boolean).join(' ');
+    const colour = session.scan?.segments.find(segment => box.values.includes(segment.value))?.colour;
+    const name = `${box.structure} in slice ${slice}, ${what} voxels`;
+    return h(
+      'li',
+      { class: 'row' },
+      h(
+        'button',
+        {
+          type: 'button',
+          class: 'small box grow',
+          'aria-pressed': String(session.proposal?.chosen === box),
+          'aria-label': `Look at ${name}`,
+          title: 'Look at it; N and P go on to the next one and back',
+          click: () => session.choose(box),
+        },
+        h('span', { class: 'swatch', style: `background: ${colour ?? '#fff'}` }),
+        h('span', { class: 'name grow' }, `Slice ${slice}, ${box.structure}`),
+        h('span', { class: 'soft' }, what)
+      ),
+      this.#button(isOpen ? 'Take' : 'Taken', () => session.takeBox(box), {
+        class: 'small take',
+        disabled: !isOpen,
+        'aria-label': `${isOpen ? 'Take' : 'Taken'}: ${name}`,
+      })
+    );
+  }
+
   // ------------------------------------------------------------------------------------------------------------- tools
 
   /** Sliders are made once: one that is held must not be made anew. */
@@ -611,6 +696,7 @@ class Panel extends HTMLElement {
       size: slider('Size of the brush', [0.5, 40, 0.5], brush => session.prefer({ brush })),
       sizeTold: h('output'),
       boxes: check('Error boxes', boxes => session.prefer({ boxes })),
+      proposal: check('Proposal', proposal => session.prefer({ proposal })),
       map: check('Error map', map => session.prefer({ map })),
       opacity: slider('Opacity of the error map', [0.05, 1, 0.05], opacity => session.prefer({ opacity, map: true })),
       opacityTold: h('output'),
@@ -622,7 +708,12 @@ class Panel extends HTMLElement {
       h('div', { class: 'row' }, controls.brush, controls.eraser, controls.undo, controls.redo),
       h('div', { class: 'row', style: 'margin: 6px 0 10px' }, controls.size, controls.sizeTold),
       h('h2', {}, 'Likely errors'),
-      h('label', { style: 'margin-bottom: 6px' }, controls.boxes, 'Boxes'),
+      h(
+        'div',
+        { class: 'row', style: 'margin-bottom: 6px; gap: 16px' },
+        h('label', {}, controls.boxes, 'Boxes'),
+        h('label', {}, controls.proposal, 'Proposal')
+      ),
       h('div', { class: 'row' }, h('label', {}, controls.map, 'Map'), controls.opacity, controls.opacityTold),
       controls.mapTold
     );
@@ -633,7 +724,7 @@ class Panel extends HTMLElement {
     if (!controls) {
       return;
     }
-    const { boxes, map, opacity, brush } = session.preferences;
+    const { boxes, proposal, map, opacity, brush } = session.preferences;
     const inHand = toolInHand(session.services);
     controls.brush.setAttribute('aria-pressed', String(inHand === 'brush'));
     controls.eraser.setAttribute('aria-pressed', String(inHand === 'eraser'));
@@ -642,6 +733,8 @@ class Panel extends HTMLElement {
     controls.size.value = String(brush);
     controls.sizeTold.textContent = `${brush} mm`;
     controls.boxes.checked = boxes;
+    controls.proposal.checked = proposal;
+    controls.proposal.disabled = !session.proposal?.boxes.length;
     controls.map.checked = map;
     controls.opacity.value = String(opacity);
     controls.opacityTold.textContent = `${Math.round(100 * opacity)}%`;

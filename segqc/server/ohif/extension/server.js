@@ -10,6 +10,9 @@
  *   error_ml: number }} StructureEstimate
  * @typedef {{ instance: string, structure: string, columns: [number, number], rows: [number, number],
  *   area_mm2: number, peak_error: number }} Box
+ * @typedef {{ instance: string, structure: string, values: number[], columns: [number, number],
+ *   rows: [number, number], voxels: number }} BoxToTake
+ * @typedef {{ version: number, made_of: number, boxes: BoxToTake[] }} Offer
  * @typedef {{ version: number, dice: number, interval: Interval | null, structures: StructureEstimate[],
  *   slices: { instance: string, error_ml: number }[], worst_slices: string[], boxes: Box[] }} Estimate
  * @typedef {{ scan: string, title: string, study: string, series: string, state: string, reason: string | null,
@@ -142,14 +145,25 @@ export async function readErrors(scan, version) {
 }
 
 /**
+ * What SegQC-Net would change of a label version; its voxels are those of a label version of their own.
+ *
+ * @param {Scan} scan
+ * @param {number} version
+ * @returns {Promise<Offer>}
+ */
+export async function readProposal(scan, version) {
+  return (await ask(`scans/${scan.series}/proposals/${version}`)).json();
+}
+
+/**
  * @param {Scan} scan
  * @param {Uint8Array} voxels image by image in the order of the scan's instances
  * @param {number | null} startedFrom the version that they were made of
- * @param {boolean} beside whether to keep them beside the final label
+ * @param {object} [more] what else is told
  */
-async function form(scan, voxels, startedFrom, beside) {
+async function form(scan, voxels, startedFrom, more = {}) {
   const data = new FormData();
-  const params = { instances: scan.instances, started_from: startedFrom, beside, ...client() };
+  const params = { instances: scan.instances, started_from: startedFrom, ...more, ...client() };
   data.append('params', JSON.stringify(params));
   data.append('voxels', await packed(new Blob([/** @type {BlobPart} */ (voxels)])), 'voxels.gz');
   return { method: 'POST', body: data };
@@ -164,7 +178,7 @@ async function form(scan, voxels, startedFrom, beside) {
  * @returns {Promise<Check>}
  */
 export async function checkLabel(scan, voxels, startedFrom) {
-  return (await ask(`scans/${scan.series}/check`, await form(scan, voxels, startedFrom, false))).json();
+  return (await ask(`scans/${scan.series}/check`, await form(scan, voxels, startedFrom))).json();
 }
 
 /**
@@ -173,12 +187,13 @@ export async function checkLabel(scan, voxels, startedFrom) {
  * @param {Scan} scan
  * @param {Uint8Array} voxels
  * @param {number | null} startedFrom
- * @param {boolean} beside
+ * @param {boolean} beside whether to keep them beside the final label
+ * @param {{ version: number, boxes: number } | null} proposal what was taken of a proposal, where one was offered
  * @returns {Promise<Kept>}
  * @throws {Refusal} with 409 where another label took the place of the one that it was made of
  */
-export async function submitLabel(scan, voxels, startedFrom, beside) {
-  return (await ask(`scans/${scan.series}/label`, await form(scan, voxels, startedFrom, beside))).json();
+export async function submitLabel(scan, voxels, startedFrom, beside, proposal) {
+  return (await ask(`scans/${scan.series}/label`, await form(scan, voxels, startedFrom, { beside, proposal }))).json();
 }
 
 /**

@@ -4,16 +4,19 @@
  * @typedef {import('./server.js').Scan} Scan
  * @typedef {import('./server.js').Check} Check
  * @typedef {import('./server.js').Kept} Kept
+ * @typedef {import('./proposal.js').ProposedBox} ProposedBox
  *
  * @typedef {'loading' | 'ready' | 'none-left' | 'unknown' | 'failed'} Phase
  * @typedef {{ kind: 'kept' | 'note' | 'problem' | 'warning', text: string }} Notice
- * @typedef {{ voxels: Uint8Array, startedFrom: number | null }} Draft
+ * @typedef {{ voxels: Uint8Array, startedFrom: number | null, taken: number[] }} Draft what was taken of a proposal, by
+ *   the boxes' numbers
  */
 import { Mask } from './mask.js';
 import {
   currentInstance, goTo, isStack, jumpTo, setBrushSize, shown, scanOfAddress, takeTool, toolInHand, viewportsOf,
 } from './ohif.js';
 import { Overlay } from './overlay.js';
+import { Proposal } from './proposal.js';
 import * as server from './server.js';
 
 const LOOK_AGAIN_MS = 30_000;
@@ -51,12 +54,16 @@ export class Session extends EventTarget {
     this.check = null;
     /** what SegQC-Net says of what was submitted @type {import('./server.js').SubmissionCheck | null} */
     this.submitted = null;
+    /** what SegQC-Net would change of the label that the mask was made of @type {Proposal | null} */
+    this.proposal = null;
     /** whether a draft of the scan is there @type {Draft | null} */
     this.draft = null;
     /** what is being done, in a word or two; empty while nothing is */
     this.busy = '';
     this.errorMap = /** @type {'none' | 'loading' | 'there' | string} */ ('none');
-    this.preferences = { boxes: true, map: true, opacity: 0.5, brush: 4, ...preferences() };
+    this.preferences = { boxes: true, proposal: true, map: true, opacity: 0.5, brush: 4, ...preferences() };
+    /** what a draft has of a proposal that is not there yet @type {number[]} */
+    this.takenBefore = [];
     /** a scan that was just read, before OHIF shows it @type {Scan | undefined} */
     this.known = undefined;
     /** what the server says of it @type {string | null} */
@@ -178,7 +185,7 @@ export class Session extends EventTarget {
     const number = (this.number += 1);
     const isOver = () => number !== this.number;
     Object.assign(this, { phase: 'loading', scan: null, conflict: null, check: null, draft: null, busy: '' });
-    this.submitted = null;
+    this.submitted = this.proposal = null;
     this.notice = this.noteOfNext ? { kind: 'note', text: this.noteOfNext } : null;
     this.noteOfNext = null;
     this.errorMap = 'none';
@@ -208,7 +215,10 @@ export class Session extends EventTarget {
         return;
       }
       this.mask = mask;
-      mask.addEventListener('change', () => this.#tell());
+      mask.addEventListener('change', () => {
+        this.#showProposal();
+        this.#tell();
+      });
       this.overlay = new Overlay(this.services, scan);
       this.#prefer();
       await mask.show();
@@ -217,7 +227,7 @@ export class Session extends EventTarget {
       this.draft = drafts.get(scan.series) ?? null;
       this.phase = 'ready';
       this.#tell();
-      void this.showErrorMap(); // nothing waits for it
+      void this.showErrorMap().then(() => this.#propose(number)); // nothing waits for it
       if (first) {
         void this.#hold(first, isOver);
       }
@@ -257,7 +267,9 @@ export class Session extends EventTarget {
   /** Leave the scan; what was not submitted is kept. */
   #putAside() {
     if (this.scan && this.mask && this.isChanged) {
-      drafts.set(this.scan.series, { voxels: this.mask.voxels(), startedFrom: this.startedFrom });
+      const { scan, mask, startedFrom, proposal } = this;
+      const taken = proposal?.taken(mask).map(box => proposal.boxes.indexOf(box)) ?? [];
+      drafts.set(scan.series, { voxels: mask.voxels(), startedFrom, taken });
     }
     this.mask?.dispose();
     this.overlay?.dispose();
@@ -278,6 +290,8 @@ export class Session extends EventTarget {
       if (isWanted) {
         this.startedFrom = this.draft.startedFrom;
         this.mask.replace(this.draft.voxels);
+        this.takenBefore = this.draft.taken;
+        this.#pressAgain();
       }
       drafts.delete(this.scan.series);
     }
@@ -315,8 +329,10 @@ export class Session extends EventTarget {
     await this.#do('Submitting', async () => {
       const voxels = mask.voxels();
       try {
-        const kept = await server.submitLabel(scan, voxels, this.startedFrom, beside);
+        const kept = await server.submitLabel(scan, voxels, this.startedFrom, beside, this.#taken());
         mask.markKept(voxels);
+        this.proposal = null; // of a label that is not the one to go on from any more
+        this.#showProposal();
         drafts.delete(scan.series);
         Object.assign(this, { check: null, conflict: null });
         const place = beside ? ` beside the final label, as ${kept.tag}` : '';
@@ -385,7 +401,7 @@ export class Session extends EventTarget {
       this.errorMap = 'none';
       this.#prefer();
       this.overlay.show();
-      void this.showErrorMap();
+      void this.showErrorMap().then(() => this.#propose(number));
     }
   }
 
@@ -393,6 +409,79 @@ export class Session extends EventTarget {
   get isToLookAgain() {
     const { submitted, scan } = this;
     return Boolean(submitted?.errors?.length) && scan?.estimate?.version === submitted?.version;
+  }
+
+  // --------------------------------------------------------------------------------------------------------- proposal
+
+  /**
+   * Ask what SegQC-Net would change of a label that it has judged, where the mask was made of that label.
+   *
+   * @param {number} number of what was opened
+   */
+  async #propose(number) {
+    const { scan, overlay, startedFrom } = this;
+    if (number !== this.number || !scan || !overlay || startedFrom === null || scan.estimate?.version !== startedFrom) {
+      return;
+    }
+    try {
+      const offer = await server.readProposal(scan, startedFrom);
+      const [before, after] = await Promise.all([startedFrom, offer.version].map(v => server.readLabel(scan, v)));
+      if (number !== this.number || startedFrom !== this.startedFrom) {
+        return;
+      }
+      this.proposal = new Proposal(scan, offer, before, after);
+      this.#pressAgain();
+      this.#showProposal();
+      this.#tell();
+    } catch {
+      // there is none; the mask can be corrected without
+    }
+  }
+
+  /** Take a box of the proposal, or all that are left, in one step that can be undone. @param {ProposedBox} [box] */
+  takeBox(box) {
+    const { proposal, mask } = this;
+    if (proposal && mask) {
+      proposal.take(mask, box ? [box] : proposal.open(mask));
+    }
+  }
+
+  /** Look at a box of the proposal; `N` and `P` go on from it. @param {ProposedBox} box */
+  async choose(box) {
+    if (this.proposal) {
+      await this.jump(box.instance);
+      this.proposal.chosen = box;
+      this.#showProposal();
+      this.#tell();
+    }
+  }
+
+  /** How many boxes of the proposal the mask has. */
+  get boxesTaken() {
+    return this.mask ? (this.proposal?.taken(this.mask).length ?? 0) : 0;
+  }
+
+  #taken() {
+    const { proposal } = this;
+    return proposal && proposal.madeOf === this.startedFrom ? { version: proposal.version, boxes: this.boxesTaken } : null;
+  }
+
+  /** Boxes that were taken before the scan was left count as taken again. */
+  #pressAgain() {
+    const { proposal } = this;
+    if (proposal) {
+      this.takenBefore.forEach(index => proposal.boxes[index] && proposal.pressed.add(proposal.boxes[index]));
+      this.takenBefore = [];
+    }
+  }
+
+  #showProposal() {
+    const { overlay, mask, proposal } = this;
+    if (overlay && mask) {
+      overlay.proposed = this.preferences.proposal && proposal ? proposal.open(mask) : [];
+      overlay.chosen = proposal?.chosen ?? null;
+      overlay.draw();
+    }
   }
 
   // ---------------------------------------------------------------------------------------------------------- history
@@ -459,8 +548,26 @@ export class Session extends EventTarget {
   async jump(instance) {
     this.holding?.abort();
     if (this.scan && this.mask) {
+      if (this.proposal?.chosen) {
+        this.proposal.chosen = null;
+        this.#showProposal();
+      }
       await jumpTo(this.services, this.scan, instance);
       this.#tell();
+    }
+  }
+
+  /**
+   * Go on to the next box of the proposal where one is looked at, else to the next worst slice; or back.
+   *
+   * @param {1 | -1} step
+   */
+  async goOn(step) {
+    const { chosen, boxes } = this.proposal ?? {};
+    if (chosen && boxes) {
+      await this.choose(boxes[Math.min(boxes.length - 1, Math.max(0, boxes.indexOf(chosen) + step))]);
+    } else {
+      await this.jumpByRank(step);
     }
   }
 
@@ -524,7 +631,7 @@ export class Session extends EventTarget {
     if (this.overlay) {
       this.overlay.hasBoxes = this.preferences.boxes;
       this.overlay.opacity = this.preferences.map ? this.preferences.opacity : 0;
-      this.overlay.draw();
+      this.#showProposal();
       setBrushSize(this.services, this.preferences.brush);
     }
   }

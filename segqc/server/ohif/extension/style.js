@@ -105,6 +105,12 @@ style.replaceSync(`
   .legend { gap: 4px 12px; margin-top: 4px; color: var(--soft); font-size: 11px; }
   .legend span::before { content: ''; display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; background: var(--c); }
 
+  .boxes { max-height: 190px; overflow-y: auto; scrollbar-width: thin; scrollbar-color: var(--line) transparent; }
+  .boxes li { padding: 2px 2px 2px 0; }
+  .boxes .box { justify-content: flex-start; border-color: transparent; text-align: left; }
+  .boxes .box[aria-pressed='true'] { border-color: var(--accent); }
+  .boxes .take { min-width: 58px; }
+
   table { width: 100%; border-collapse: collapse; }
   th { color: var(--soft); font-size: 11px; font-weight: 500; text-align: right; }
   th:first-child, td:first-child { text-align: left; }

@@ -265,12 +265,13 @@ def upgrade() -> None:
         sa.Column("checked_slices", sa.JSON(none_as_null=True), nullable=True),
         sa.CheckConstraint("(sha256 IS NULL) = (source = 'removal')", name=op.f("ck_label_version_content")),
         sa.CheckConstraint(
-            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'removal')",
+            "checked_slices IS NULL OR source NOT IN ('network', 'pseudo-label', 'attention check', 'removal')",
             name=op.f("ck_label_version_checked_slices"),
         ),
         sa.CheckConstraint("source != 'network' OR bundle_id IS NOT NULL", name=op.f("ck_label_version_bundle")),
         sa.CheckConstraint(
-            "source IN ('network', 'annotator', 'pseudo-label', 'import', 'restored', 'consensus', 'removal')",
+            "source IN ('network', 'annotator', 'pseudo-label', 'import', 'restored', 'consensus', "
+            "'attention check', 'removal')",
             name=op.f("ck_label_version_source"),
         ),
         sa.CheckConstraint("(sha256 IS NULL) = (suffix IS NULL)", name=op.f("ck_label_version_suffix")),
@@ -358,6 +359,21 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_label_info")),
     )
+    op.create_table(
+        "proposal_use",
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("proposal_id", sa.Integer(), nullable=False),
+        sa.Column("boxes_offered", sa.Integer(), nullable=False),
+        sa.Column("boxes_taken", sa.Integer(), nullable=False),
+        sa.CheckConstraint("boxes_taken >= 0 AND boxes_taken <= boxes_offered", name=op.f("ck_proposal_use_boxes")),
+        sa.CheckConstraint("label_version_id != proposal_id", name=op.f("ck_proposal_use_edge")),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_proposal_use_label_version_id")
+        ),
+        sa.ForeignKeyConstraint(["proposal_id"], ["label_version.id"], name=op.f("fk_proposal_use_proposal_id")),
+        sa.PrimaryKeyConstraint("label_version_id", name=op.f("pk_proposal_use")),
+    )
+    op.create_index(op.f("ix_proposal_use_proposal_id"), "proposal_use", ["proposal_id"], unique=False)
     op.create_table(
         "pseudo_label",
         sa.Column("label_version_id", sa.Integer(), nullable=False),
@@ -529,6 +545,19 @@ def upgrade() -> None:
         unique=True,
         sqlite_where=sa.text("state = 'open'"),
         postgresql_where=sa.text("state = 'open'"),
+    )
+    op.create_table(
+        "attention_check",
+        sa.Column("lease_id", sa.Integer(), nullable=False),
+        sa.Column("label_version_id", sa.Integer(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("found", sa.Boolean(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["label_version_id"], ["label_version.id"], name=op.f("fk_attention_check_label_version_id")
+        ),
+        sa.ForeignKeyConstraint(["lease_id"], ["lease.id"], name=op.f("fk_attention_check_lease_id")),
+        sa.PrimaryKeyConstraint("lease_id", name=op.f("pk_attention_check")),
+        sa.UniqueConstraint("label_version_id", name=op.f("uq_attention_check_label_version_id")),
     )
     op.create_table(
         "correction",
