@@ -73,7 +73,8 @@ def train_assessor(
     assessor = train_on_masks(sets, structures, patient_splits, settings, folder, progress)
     if not settings.people_epochs or settings.output_form != "truth":  # a mask skip says what is true
         return assessor
-    return assessor.with_people(train_people(assessor, cases, patient_splits, settings, folder / "people", progress))
+    people = train_people(assessor, cases, patient_splits, settings, folder / "people", progress)
+    return assessor if people is None else assessor.with_people(people)
 
 
 def _masks_of_folds(

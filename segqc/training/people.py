@@ -24,7 +24,7 @@ from segqc.split import PatientSplit
 from segqc.training.assessor_calibration import VALIDATION_MASKS, calibrated_for_people
 from segqc.training.assessor_network import Beginning, ensemble, fit_assessor
 from segqc.training.cases import Case, label_values, read_case, whole_cases
-from segqc.training.crossfit import MaskSet, folds_of, mean_dice, subsample
+from segqc.training.crossfit import MaskSet, mean_dice, subsample
 from segqc.training.engine import write_mean_curve
 from segqc.training.implanted_errors import people_like_masks
 from segqc.training.side_by_side import side_by_side
@@ -65,11 +65,11 @@ def train_people(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
-) -> Assessor:
+) -> Assessor | None:
     """Train and calibrate the network for people's masks, of as many members as SegQC-Net has.
 
     Each member begins at that of SegQC-Net that has not seen the patients of its fold, sees none of them either, and
-    calibrates on them.
+    calibrates on them. There is no such network where a member has no case to learn from that was checked as a whole.
 
     Args:
         assessor: SegQC-Net, trained on these cases.
@@ -86,14 +86,18 @@ def train_people(
     train = [s for s in masks if patient_splits[s.case.patient].split == "train"]
     validating = [s for s in masks if patient_splits[s.case.patient].split == "validation"]
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
-    folds = folds_of(masks, patient_splits) if len(networks) > 1 else [_NO_FOLD]
+    of_training = {p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"}
+    folds = sorted(of_training) if len(networks) > 1 else [_NO_FOLD]
+    if not all(any(patient_splits[s.case.patient].fold != fold for s in train) for fold in folds):
+        progress.message("No network for people's masks: too few scans with a label that was checked as a whole.")
+        return None
     plan = replace(assessor.card.plan, mask_skip=True)
     trainings = []
     for k, (fold, network) in enumerate(zip(folds, networks, strict=True)):
         trainings.append(
             partial(
                 fit_assessor,
-                f"for people's masks {k + 1} of {len(folds)}",
+                f"network for people's masks {k + 1} of {len(folds)}",
                 plan,
                 [s for s in train if patient_splits[s.case.patient].fold != fold],
                 [subsample(s, VALIDATION_MASKS) for s in validating],
