@@ -65,7 +65,8 @@ def fit_assessor(
     examples, validating = (mask_examples(sets, values, plan) for sets in (train, validation))
     job = assessor_job(name, plan, examples, validating, structures, settings)
     if begin_at is not None:
-        job = replace(job, build=partial(_network_at, begin_at.weights), variant=begin_at.version)
+        build = partial(_network_at, begin_at.weights)
+        job = replace(job, build=build, variant=begin_at.version, bounded_by="people_epochs")
     lineage = Lineage(
         outputs=f"{settings.output_form} of {[s.values for s in structures]}",
         seen=tuple(sorted({s.case.patient for s in (*train, *validation)})),

@@ -79,7 +79,7 @@ class Job:
     then names it and its loss, as plan and settings do not tell it from others. One tensor comes out of a network.
     ``epochs`` are the most, fewer where their bound on time does not allow so many; in the first part of these,
     ``scan_only_share``, the mask input is empty. Without a ``lineage`` the training begins anew, whatever the settings
-    say.
+    say. ``bounded_by`` is the setting that ``epochs`` comes from, for those who want more of them.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Job:
     build: NetworkBuilder | None = None
     variant: str = ""
     lineage: Lineage | None = None
+    bounded_by: str = "epochs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +122,18 @@ class Fitted:
             return None
         return self.bound is not None and self.best_epoch > (1 - _LAST) * len(self.history)
 
-    def told(self, name: str) -> str:
-        """A sentence on how long the training was, and whether longer would have been better."""
+    def told(self, name: str, epochs: str = "epochs") -> str:
+        """A sentence on how long the training was, and whether longer would have been better.
+
+        Args:
+            name: the training's.
+            epochs: the setting that bounds its epochs.
+        """
         whole = f"{name}: {len(self.history)} epochs"
         if self.was_improving is None:
             return f"{whole}; as no patient validates it, nothing says whether more of them would help."
         if self.was_improving:
-            setting = "epochs" if self.bound == "epochs" else "max_minutes"
+            setting = epochs if self.bound == "epochs" else "max_minutes"
             return f"{whole}, and it was still improving at the end: it may become better with larger '{setting}'."
         return f"{whole}, the best was epoch {self.best_epoch}."
 
@@ -188,7 +194,7 @@ def fit(job: Job, folder: Path, progress: Progress, *, from_epoch: Callable[[int
         steps = job.settings.steps_per_epoch
         progress.step(training.done * steps, training.done * steps, job.name, "done by an earlier run", unit=STEPS)
     fitted = training.fitted()
-    progress.message(fitted.told(job.name))
+    progress.message(fitted.told(job.name, job.bounded_by))
     return fitted
 
 
