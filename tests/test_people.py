@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from segqc.quality.calibration import MapCalibration
 from segqc.split import PatientSplit
 from segqc.training.assessor import train_assessor
-from segqc.training.cases import read_case
+from segqc.training.assessor_calibration import with_maps
+from segqc.training.cases import Case, read_case
 from segqc.training.people import MASKS, people_sets
 from tests.test_training import QUICK, STRUCTURES, NoProgress, Recorded, make_cases
 
 
-def in_folds(cases: list, folds: int) -> dict[str, PatientSplit]:  # type: ignore[type-arg]
+def in_folds(cases: Sequence[Case], folds: int) -> dict[str, PatientSplit]:
     return {c.patient: PatientSplit(i % folds, "train") for i, c in enumerate(cases)}
 
 
@@ -44,6 +47,17 @@ def test_each_member_has_seen_whom_segqc_s_has_seen(tmp_path: Path, ensemble: bo
     assert trained.people.card.members_seen == trained.card.members_seen
     if ensemble:  # the patients of each fold calibrate
         assert set(trained.people.card.calibration[0].kinds) == {"person"}
+
+
+def test_without_epochs_for_it_there_is_none_and_maps_may_be_calibrated_anew_beside_one(tmp_path: Path) -> None:
+    cases = make_cases(tmp_path, 4)
+    splits = in_folds(cases, 2)
+    without = train_assessor(cases, STRUCTURES, splits, replace(QUICK, people_epochs=0), tmp_path / "t", NoProgress())
+    assert without.people is None and without.judge_of("person") is without
+    trained = train_assessor(cases, STRUCTURES, splits, QUICK, tmp_path / "u", NoProgress())
+    again = with_maps(trained, (MapCalibration(scale=2.0),))
+    assert again.card.map_calibration[0].scale == 2.0
+    assert again.people is not None and again.card.people == trained.card.people
 
 
 def test_without_whole_cases_in_a_fold_there_is_one_or_a_sentence(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def calibrated(
         report=report_card(unseen_served, checks_all=settings.ensemble),
         unlikeness=None if unlikeness is None else unlikeness[0],
     )
-    return Assessor(card, assessor.network)
+    return assessor.with_card(card)
 
 
 def calibrated_for_people(
@@ -141,7 +141,7 @@ def calibrated_for_people(
         known += [look.at(mask, look.error_maps(mask)) for mask in mask_set.masks]
     fitted = fit_masks("person", [[row[k] for row in known] for k in range(len(assessor.structures))])
     calibration = tuple(StructureCalibration({"person": of_structure}) for of_structure in fitted)
-    return Assessor(replace(assessor.card, map_calibration=maps, calibration=calibration), assessor.network)
+    return assessor.with_card(replace(assessor.card, map_calibration=maps, calibration=calibration))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,7 +234,7 @@ def _fit_maps(
 
 def with_maps(assessor: Assessor, maps: tuple[MapCalibration, ...]) -> Assessor:
     """The same network with calibrated maps."""
-    return Assessor(replace(assessor.card, map_calibration=maps), assessor.network)
+    return assessor.with_card(replace(assessor.card, map_calibration=maps))
 
 
 def _mean_error(held_out: Sequence[HeldOutMask]) -> float | None:

@@ -178,7 +178,7 @@ class SameNetworks(Method):
 
     def _asked(self, run: Run, fold: int) -> Assessor:
         assessor = self.of.assessor(run, fold)
-        return Assessor(self.ask(assessor.card), assessor.network)
+        return assessor.with_card(self.ask(assessor.card))
 
 
 @dataclass(frozen=True)
