@@ -490,6 +490,24 @@ def test_the_brush_paints_the_mask_and_no_other_label_map(anna: Annotator) -> No
     assert set(anna.voxels()[changed]) == {SPLEEN}
 
 
+def test_a_structure_that_is_chosen_stays_chosen(anna: Annotator) -> None:
+    """Whatever OHIF does by itself in the seconds after it has a mask."""
+    anna.open("plain")
+    changed = anna.page.evaluate(
+        f"""async () => {{
+            const changed = [];
+            for (let turn = 0, end = performance.now() + 3000; performance.now() < end; turn += 1) {{
+                const value = turn % 2 ? {SPLEEN} : 1;
+                {SESSION}.activate(value);
+                await new Promise(done => setTimeout(done, 20));
+                if ({SESSION}.activeValue !== value) changed.push(turn);
+            }}
+            return changed;
+        }}"""
+    )
+    assert changed == []
+
+
 def test_nothing_is_left_and_no_networks(page: Page, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "scans", scans=1, finals=0, config=CHECKED)
     with listening(folder) as server:

@@ -46,6 +46,11 @@ export default {
       /** @param {any} context */
       onModeEnter(context) {
         mode.onModeEnter?.call(this, context);
+        // OHIF 3.13 measures each structure a second after a stroke, and then writes all of them back as they were when it
+        // began: a structure that is chosen meanwhile would not be the one that the brush paints.
+        context.servicesManager.services.customizationService.setCustomizations?.({
+          'panelSegmentation.disableUpdateSegmentationStats': { $set: true },
+        });
         session.enter(context.servicesManager, context.commandsManager);
       },
       /** @param {any} context */
