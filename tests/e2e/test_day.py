@@ -123,9 +123,9 @@ class Day:
         return record.state, record.reason
 
     def history(self, scan: str) -> list[LabelRecord]:
-        """The versions of a scan's labels, oldest first."""
+        """The versions of a scan's labels but proposals, oldest first."""
         with self.dataset.store.read() as transaction:
-            return list(labels.history(transaction, scan))
+            return [label for label in labels.history(transaction, scan) if label.tag != labels.PROPOSAL]
 
     def corrections_of(self, scan: str) -> list[tuple[str, int, int]]:
         """Who corrected a scan, from which version and to which, oldest first."""
