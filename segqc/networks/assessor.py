@@ -422,12 +422,17 @@ class Assessor(TrainedNetwork):
             boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
         least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
-        boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)
+        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
+        if (
+            of_kind.least_evidence is not None and boxes.min_evidence is None
+        ):  # in the place of the smallest area: small errors of people count, too
+            boxes = replace(boxes, min_area_mm2=0.0, min_evidence=of_kind.least_evidence)
+        else:
+            boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)
         raw = self._view(part, part.error, boxes, scan)
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         voxels = np.count_nonzero(part.mask)
         witnesses = witnesses_of(part.mask, scan, soft, calibration.sizes if calibration is not None else None)
-        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
         estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
