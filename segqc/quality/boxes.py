@@ -56,6 +56,20 @@ class BoxSettings:
         if min(*sizes, self.min_area_share or 0) < 0:
             raise ValueError("boxes: distances, areas and shares must not be negative")
 
+    def bounded(self, *, largest_mm2: float | None, evidence: float | None) -> BoxSettings:
+        """These settings with the bounds that come from a training, where they have none of their own.
+
+        Args:
+            largest_mm2: the area of the training's largest error box; None where it is not known.
+            evidence: what boxes of right masks have, in the place of the smallest area: what people miss may be small.
+        """
+        found = self
+        if largest_mm2 is not None and self.max_area_mm2 is None:
+            found = replace(found, max_area_mm2=2 * largest_mm2)
+        if evidence is not None and self.min_evidence is None:
+            found = replace(found, min_area_mm2=0.0, min_evidence=evidence)
+        return found
+
     def for_mask(self, mask: BoolArray, axis: int, spacing_mm: Sequence[float]) -> BoxSettings:
         """These settings with the bound on the smallest area that a mask (n0, n1, n2) sets."""
         voxels = mask.sum(axis=tuple(a for a in range(3) if a != axis))
