@@ -49,7 +49,7 @@ from segqc.training import LineProgress
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import Assessment, ErrorBox, FloatArray, LabelArray, MaskSource, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
-from segqc.volumes.slices import Slices, kept
+from segqc.volumes.slices import Slices, unchanged
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS: tuple[NetworkName, ...] = ("segmentation", "segqc")
@@ -252,7 +252,7 @@ class _Judge:
         if origin == "served":
             result = not_told = self._assess(image, labels, "network", prediction)
         elif origin in MADE_OF_SERVED:
-            network_slices = kept(prediction.labels.array, mask, axis)
+            network_slices = unchanged(prediction.labels.array, mask, axis)
             result = self._assess(image, labels, "person", prediction, network_slices)
             not_told = self._assess(image, labels, "network", None)
         else:

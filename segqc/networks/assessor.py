@@ -371,7 +371,7 @@ class Assessor(TrainedNetwork):
                 that made the mask, or the ``network_slices``: these are then a served one's, and else a strange one's.
             source: who made the mask. Without a network for people's masks, a person's is taken for a strange one.
             network_slices: of a person's mask, the slices across the through-plane axis, ascending, in which it still
-                holds what a network made (`segqc.volumes.slices.kept`).
+                holds what a network made (`segqc.volumes.slices.unchanged`).
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
