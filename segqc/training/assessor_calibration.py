@@ -12,7 +12,7 @@ from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.encoder import encoders
 from segqc.networks.segmenter import SoftOutput
 from segqc.progress import Progress
-from segqc.quality.boxes import largest_box_area_mm2
+from segqc.quality.boxes import BoxSettings, find_boxes, largest_box_area_mm2
 from segqc.quality.calibration import (
     MapCalibration,
     StructureCalibration,
@@ -38,6 +38,7 @@ from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
+FALSE_BOXES = 0.2  # of all structures of a scan with a right mask, on average
 
 
 def calibrated(
@@ -127,21 +128,41 @@ def calibrated(
 def calibrated_for_people(
     assessor: Assessor, unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
 ) -> Assessor:
-    """Fit the calibrations and intervals of a network for people's masks on such masks of unseen patients.
+    """Fit the calibrations, intervals and least evidences of a network for people's masks on those of unseen patients.
 
     Arguments as of `calibrated`.
     """
     maps = _fit_maps(assessor, unseen, progress)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     known: list[tuple[KnownMask, ...]] = []
+    of_right_masks: list[list[float]] = [[] for _ in assessor.structures]
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration for people's masks")
         scan, truth = read_case(mask_set.case, assessor.values)
         look = _Unseen(judges[id(judge)], mask_set.case, scan, truth, [None] * len(assessor.structures))
         known += [look.at(mask, look.error_maps(mask)) for mask in mask_set.masks]
+        for found, evidences in zip(of_right_masks, look.evidences_of_truth(), strict=True):
+            found += evidences
     fitted = fit_masks("person", [[row[k] for row in known] for k in range(len(assessor.structures))])
-    calibration = tuple(StructureCalibration({"person": of_structure}) for of_structure in fitted)
+    allowed = int(FALSE_BOXES / len(fitted) * len(unseen))
+    calibration = tuple(
+        StructureCalibration({"person": replace(of_structure, least_evidence=least_evidence(evidences, allowed))})
+        for of_structure, evidences in zip(fitted, of_right_masks, strict=True)
+    )
     return assessor.with_card(replace(assessor.card, map_calibration=maps, calibration=calibration))
+
+
+def least_evidence(evidences: Sequence[float], allowed: int) -> float:
+    """The evidence that only so many boxes of right masks exceed; at least that of an error that is as likely as not.
+
+    Example:
+        >>> least_evidence([1.0, 7.5, 3.0, 5.0], allowed=1)
+        5.0
+        >>> least_evidence([1.0], allowed=1)
+        0.0
+    """
+    falling = sorted(evidences, reverse=True)
+    return max(0.0, falling[allowed]) if len(falling) > allowed else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +178,13 @@ class _Unseen:
     def error_maps(self, mask: LabelArray) -> FloatArray:
         """The error maps of a mask: (L, n0, n1, n2)."""
         return self.judge.error_maps(self.scan, self._on_grid(mask))
+
+    def evidences_of_truth(self) -> list[list[float]]:
+        """The evidences of the error boxes of each structure that the right mask has, however small."""
+        axis, settings = through_plane_axis(self.scan), BoxSettings(min_area_mm2=0.0)
+        maps = self.error_maps(np.asarray(self.truth.array, np.uint8))
+        boxes = [find_boxes(error, axis, self.scan.spacing_mm, settings) for error in maps]
+        return [[box.evidence for box in of if box.evidence is not None] for of in boxes]
 
     def at(
         self, mask: LabelArray, errors: FloatArray, soft: Sequence[SoftOutput] | None = None
