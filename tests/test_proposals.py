@@ -264,6 +264,17 @@ def test_the_proposal_of_a_version_as_a_file(client: TestClient, tmp_path: Path)
     assert "nobody submits" in refused.json()["detail"]
 
 
+def test_nobody_changes_what_is_noted_of_a_proposal(client: TestClient) -> None:
+    """Its boxes are noted there: the panel reads them, and corrections count them."""
+    where = {"label": "scan_0", "tag": PROPOSAL}
+    assert client.get("/datastore/label", params=where).status_code == 200
+    noted = client.get("/datastore/label/info", params=where).json()["boxes"]
+    for path, field in (("/datastore/label/info", "info"), ("/datastore/updatelabelinfo", "params")):
+        answer = client.put(path, params=where, data={field: json.dumps({"boxes": "none"})})
+        assert (answer.status_code, "boxes" in answer.json()["detail"]) == (400, True), answer.text
+    assert client.get("/datastore/label/info", params=where).json()["boxes"] == noted
+
+
 def test_before_the_networks_are_trained_a_sentence_says_so(tmp_path: Path) -> None:
     path = make_dataset(tmp_path / "new", scans=1, finals=1, config=CHECKED)
     with serving(path) as client:

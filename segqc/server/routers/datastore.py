@@ -239,6 +239,8 @@ def update_label_info_before(user: AskingUser, label: str, tag: str, form: Annot
 
 
 def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) -> None:
+    if tag == PROPOSAL:
+        raise RequestError(400, f"nobody notes anything of a label with the tag {tag!r}: it goes with its boxes.")
     app = current_app()
     label = known_label(label, tag)
     noted = stored_info(params, app.context.labels()) if app.context.settings.structures else params.to_json()
