@@ -120,7 +120,7 @@ def save_label_of(
     scan = dataset.verify(known_scan(image))
     tag = check_tag(tag or FINAL)  # clients may leave it empty
     if tag in labels.SERVERS_TAGS:
-        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: the server keeps labels of its own there.")
+        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: the server keeps its own there.")
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
