@@ -2,8 +2,9 @@
 
 The labelled scans of a set become a dataset folder, in which the product trains at its default settings. Masks of
 unseen patients are then judged: experts' untouched, the same with one to three implanted errors, the served network's,
-and those of which somebody has corrected half the slices. Resumable: what is trained in the work folder is not trained
-again.
+these submitted by a person unchanged, and those of which somebody has corrected half the slices. Of the last two
+SegQC-Net is told which slices the person let be, as the store knows it. Resumable: what is trained in the work folder
+is not trained again.
 
     python benchmarks/people.py run hippocampus --seed 0 --data $SEGQC_DATA --work /tmp/people
     python benchmarks/people.py table
@@ -38,7 +39,7 @@ from segqc.loop.training import train
 from segqc.networks.assessor import AssessmentResult, Assessor
 from segqc.networks.card import NetworkName
 from segqc.networks.device import name_of_device
-from segqc.networks.segmenter import Segmenter
+from segqc.networks.segmenter import Prediction, Segmenter
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import true_metrics
@@ -48,13 +49,15 @@ from segqc.training import LineProgress
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import Assessment, ErrorBox, FloatArray, LabelArray, MaskSource, Structure
 from segqc.volumes import Volume, atomic_write, read_labels, read_scan, through_plane_axis
+from segqc.volumes.slices import Slices, unchanged
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS: tuple[NetworkName, ...] = ("segmentation", "segqc")
 TOLD, NOT_TOLD, FOLDS, SOFT = "SegQC-Net, told", "SegQC-Net, not told", "folds' mean", "soft output"
 ESTIMATORS = (TOLD, NOT_TOLD, FOLDS, SOFT)
 Pool: TypeAlias = Literal["development", "test"]
-Origin: TypeAlias = Literal["untouched", "implanted", "served", "half corrected"]
+Origin: TypeAlias = Literal["untouched", "implanted", "served", "unchanged", "half corrected"]
+MADE_OF_SERVED: tuple[Origin, ...] = ("unchanged", "half corrected")
 IMPLANTED = 3  # masks of one scan
 LEAST_MM2 = 25.0  # of an error that is to be found
 GOOD = 0.95  # errors in masks of a better Dice are told from none by themselves
@@ -225,11 +228,12 @@ class _Judge:
         for _ in range(IMPLANTED):
             implanted = implant_errors(truth, image, self.structures, rng)
             made.append(("implanted", implanted.kinds, implanted.labels))
-        made += [("served", (), served), ("half corrected", (), _half_corrected(served, truth, image, rng))]
+        made += [("served", (), served), ("unchanged", (), served)]
+        made.append(("half corrected", (), _half_corrected(served, truth, image, rng)))
         return [
             judged
             for origin, kinds, mask in made
-            if (judged := self._judge(scan, patient, origin, kinds, image, mask, truth)) is not None
+            if (judged := self._judge(scan, patient, origin, kinds, image, mask, truth, prediction)) is not None
         ]
 
     def _judge(
@@ -241,11 +245,19 @@ class _Judge:
         image: Volume,
         mask: LabelArray,
         truth: LabelArray,
+        prediction: Prediction,
     ) -> Judged | None:
         labels = Volume(mask, image.affine, image.acquisition_axis)
-        is_served = origin == "served"
-        result = self._assess(image, labels, "network" if is_served else "person", is_served=is_served)
-        told, blind = result.assessment, self._assess(image, labels, "network", is_served=is_served).assessment
+        axis = through_plane_axis(image)
+        if origin == "served":
+            result = not_told = self._assess(image, labels, "network", prediction)
+        elif origin in MADE_OF_SERVED:
+            network_slices = unchanged(prediction.labels.array, mask, axis)
+            result = self._assess(image, labels, "person", prediction, network_slices)
+            not_told = self._assess(image, labels, "network", None)
+        else:
+            result, not_told = (self._assess(image, labels, source, None) for source in ("person", "network"))
+        told, blind = result.assessment, not_told.assessment
         assessed = AssessedMask(image, labels, self.segmenter)
         said = {
             TOLD: [q.estimated.dice for q in told.structures],
@@ -264,7 +276,7 @@ class _Judge:
             if (interval := told.structures[k].intervals.dice) is not None and (dice := true[k]) is not None
         ]
         errors, found = self._found(told, mask, truth, image)
-        proposals = self._proposals(result, mask, truth, through_plane_axis(image))
+        proposals = self._proposals(result, mask, truth, axis)
         proposed, accepted = (
             _mean([true_metrics(s.mask(made), s.mask(truth)).dice for s in self.structures]) for made in proposals
         )
@@ -283,11 +295,18 @@ class _Judge:
             accepted=accepted,
         )
 
-    def _assess(self, image: Volume, labels: Volume, source: MaskSource, *, is_served: bool) -> AssessmentResult:
-        soft = None
-        if is_served:
-            soft = self.segmenter.soft_outputs(self.segmenter.predict(image), self.assessor.structures)
-        return self.assessor.assess(image, labels, scan_id="scan", soft=soft, source=source)
+    def _assess(
+        self,
+        image: Volume,
+        labels: Volume,
+        source: MaskSource,
+        prediction: Prediction | None,
+        network_slices: Slices = (),
+    ) -> AssessmentResult:
+        soft = None if prediction is None else self.segmenter.soft_outputs(prediction, self.assessor.structures)
+        return self.assessor.assess(
+            image, labels, scan_id="scan", soft=soft, source=source, network_slices=network_slices
+        )
 
     def _proposals(
         self, result: AssessmentResult, mask: LabelArray, truth: LabelArray, axis: int
@@ -352,7 +371,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
     first = results[0]
     title = f"{first.set}, {first.pool} pool, seeds {', '.join(str(r.seed) for r in results)}"
     rows: list[tuple[str | float | None, ...]] = []
-    for origin in get_args(Origin):
+    for origin in [origin for origin in get_args(Origin) if of_origin(first.masks, origin)]:
         for estimator in ESTIMATORS:
             of = [_numbers(of_origin(r.masks, origin), estimator) for r in results]
             rows.append((origin, estimator, *(_mean_of(column) for column in zip(*of, strict=True))))

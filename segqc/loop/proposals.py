@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
-from segqc.loop.scoring import assess
+from segqc.loop.scoring import assess, origin_of
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.proposal import ProposedBox, propose, proposed_boxes
@@ -151,10 +151,7 @@ def _judged(
     maps = error_maps.read(dataset, label.id, bundle.number)
     if maps is not None and kept is not None and (kept.mask_kind == "person") == (source == "person"):
         return kept, maps / np.float32(error_maps.CERTAIN)
-    segmenter = bundle.segmenter()
-    made_by = label.bundle.segmenter_version if label.bundle is not None else None
-    prediction = segmenter.predict(scan) if made_by == segmenter.version else None
-    result = assess(bundle, scan, start, prediction, scan_id=entry.id, segmenter_version=made_by, source=source)
+    result = assess(bundle, scan, start, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return result.assessment, result.errors
 
