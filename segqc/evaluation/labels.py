@@ -179,11 +179,12 @@ def evaluate_labels(
         remarks.append(f"Only {_scans(settings.max_scans)} of {len(judged)} were drawn: the numbers mean little.")
         judged = [judged[int(i)] for i in sorted(drawn)]
     left = [scan for scan in judged if _kept(run, scan) is None]
-    _loaded[run.folder] = networks
-    try:
-        in_processes(run, judge_labelled_scan, left, progress, workers=workers, unit="scans")
-    finally:
-        del _loaded[run.folder]
+    if left:
+        _loaded[run.folder] = networks
+        try:
+            in_processes(run, judge_labelled_scan, left, progress, workers=workers, unit="scans")
+        finally:
+            del _loaded[run.folder]
     masks: list[JudgedMask] = []
     for scan in judged:
         kept = _SCAN.load(_path(run, scan))

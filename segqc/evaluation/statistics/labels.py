@@ -114,7 +114,10 @@ def after_line(masks: _Masks, origin: Origin, estimator: str) -> list[float] | N
         return None
     lines = {}
     for number in sorted({part[m.patient] for m in of}):
-        x, y = np.array([(e, m.dice) for m, e in known if part[m.patient] != number], np.float64).T
+        pairs = [(e, m.dice) for m, e in known if part[m.patient] != number]
+        if not pairs:
+            return None
+        x, y = np.array(pairs, np.float64).T
         lines[number] = np.polyfit(x, y, 1) if np.ptp(x) > 0 else np.array([0.0, y.mean()])
     return [float(np.clip(np.polyval(lines[part[m.patient]], m.estimates[estimator] or 0.0), 0, 1)) for m in of]
 
