@@ -173,10 +173,11 @@ def evaluate_labels(
     run = LabelRun(_open(out, description), description, dataset.settings)
     remarks = _remarks(networks, judged, is_own=on is None)
     if seen := len(found) - len(judged):
-        remarks.append(f"{_scans(seen)} are left out, as every network has trained from these patients' labels.")
+        left_out = "1 scan is" if seen == 1 else f"{seen} scans are"
+        remarks.append(f"{left_out} left out, as every network has trained from the patient's labels.")
     if settings.max_scans is not None and len(judged) > settings.max_scans:
         drawn = np.random.default_rng((settings.seed, 2)).permutation(len(judged))[: settings.max_scans]
-        remarks.append(f"Only {_scans(settings.max_scans)} of {len(judged)} were drawn: the numbers mean little.")
+        remarks.append(f"{settings.max_scans} of {len(judged)} scans were drawn: the numbers mean little.")
         judged = [judged[int(i)] for i in sorted(drawn)]
     left = [scan for scan in judged if _kept(run, scan) is None]
     if left:
@@ -335,6 +336,8 @@ def _labelled_scans(dataset: Dataset, on: Path | Sequence[Case] | None, observer
         patients = {s.sha256: s.patient for s in scans.listing(transaction) if s.sha256 is not None}
     readers: Mapping[str, tuple[Path, ...]] = {}
     if on is None or isinstance(on, Path):
+        if on is not None and not any((on / name).is_dir() for name in ("images", "labels/final")):
+            raise CohortError(f"{on}: is no data set (images/, labels/), and no dataset folder with final labels")
         labelled = read_labelled(dataset.folder if on is None else on, {})
         if on is None or not (on / "images").is_dir():
             readers = _readings(dataset if on is None else Dataset(on))
@@ -370,8 +373,8 @@ def _nothing_to_judge(dataset: Dataset, on: Path | None, found: Sequence[Labelle
     if not found:
         return f"{on or dataset.folder}: has no label that was checked as a whole; label scans first"
     return (
-        f"{on or dataset.folder}: every network has trained from the labels of all {_scans(len(found))}; with "
-        "ensemble = true in [training], one of each fold has not, or name other labelled scans with --on"
+        f"{on or dataset.folder}: every network has trained from all labels there; with ensemble = true in [training] "
+        "one of each fold has not, or name other labelled scans with --on"
     )
 
 
@@ -392,7 +395,3 @@ def _remarks(networks: BundleNetworks, judged: Sequence[LabelledScan], *, is_own
     if not any(scan.observers for scan in judged):
         remarks.append("There are no masks of a second observer: nobody else has read these scans (--observers).")
     return remarks
-
-
-def _scans(count: int) -> str:
-    return "1 scan" if count == 1 else f"{count} scans"
