@@ -106,7 +106,9 @@ def test_each_scan_is_judged_by_networks_that_have_not_seen_it_and_an_interrupte
     assert judges["scan_3"].served.version == dataset.bundle().segmenter().version  # type: ignore[union-attr]
     assert len(judges["scan_3"].folds) == len(judges["scan_3"].strange) == 2 and not judges["scan_0"].strange
     origins = [mask.origin for mask in of_scan(result, "scan_3")]
-    assert origins == [*("untouched", *["implanted"] * IMPLANTED, "half corrected", "served", *["strange"] * STRANGE)]
+    assert origins == [
+        *("untouched", *["implanted"] * IMPLANTED, "half corrected", "unchanged", "served", *["strange"] * STRANGE)
+    ]
     judges.clear()
     (path,) = (tmp_path / "out/labels/masks").glob("scan_1-*.json")
     path.unlink()
@@ -130,8 +132,11 @@ def test_what_is_said_and_found_with_maps_that_know_the_truth(
         if mask.origin == "implanted":
             assert said[TOLD] == pytest.approx(mask.dice, abs=0.1)
             assert mask.kinds and raw.boxes >= raw.found >= extracted.found and raw.proposed > mask.dice
+    by_origin = {(m.scan, m.origin): m for m in result.masks}
+    for scan in ("scan_0", "scan_1", "scan_3"):
+        assert by_origin[scan, "unchanged"].estimates[TOLD] == by_origin[scan, "served"].estimates[TOLD]
     assert {m.origin for m in result.masks if m.estimates[TOLD] != m.estimates[NOT_TOLD]} <= {
-        *("untouched", "implanted", "half corrected")
+        *("untouched", "implanted", "half corrected", "unchanged")
     }
 
 
@@ -298,7 +303,8 @@ def test_shares_and_areas_are_those_of_pairs_and_undefined_without_any() -> None
     assert statistics.auroc([], right).value is None and statistics.auroc(wrong, right, TTA).value is None
     assert statistics.found_errors(wrong, "raw").value == pytest.approx(0.5)
     assert statistics.mean(right, lambda m: m.covered).value is None
-    (band,) = statistics.by_band([*wrong, *right])
+    whole, band = statistics.by_band([*wrong, *right])
+    assert whole.masks == 4 and whole.auroc == band.auroc
     assert band.name == "0.80 to 0.90" and band.masks == 4 and set(band.found) == {"raw"}
 
 

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from segqc.cli.main import app
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.review import review
-from segqc.loop.scoring import assess, current_mask
+from segqc.loop.scoring import BY_A_NETWORK, assess, current_mask
 from segqc.pacs.client import PacsClient
 from segqc.pacs.errors import PacsRefused, PacsUnavailable
 from segqc.settings import PacsSettings, SettingsError, load_settings, remember_pacs
@@ -743,7 +743,7 @@ def test_estimates_and_error_maps_are_exported_on_request(hospital: Hospital, tm
     assert bundle is not None
     scan = dataset.read_scan(entry)
     _, mask, prediction = current_mask(dataset, dataset.scan(entry.id), scan, bundle)
-    errors = assess(bundle, scan, mask, prediction, scan_id=entry.id, segmenter_version=None).errors
+    errors = assess(bundle, scan, mask, prediction, scan_id=entry.id, origin=BY_A_NETWORK).errors
     order = [str(item.SOPInstanceUID) for item in items]
     for groups, frame in zip(maps.PerFrameFunctionalGroupsSequence, maps.pixel_array, strict=True):
         number = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber

@@ -1,7 +1,8 @@
 """The check of what a person has submitted: SegQC-Net's word on it, in numbers, boxes and a sentence.
 
-A check is an assessment of the label version by the bundle's network for people's masks. It is kept with the version,
-and nothing waits for it: a submission is never refused because of it.
+A check is an assessment of the label version by the bundle's network for people's masks; by SegQC-Net in slices that
+hold exactly what a network made. It is kept with the version, and nothing waits for it: a submission is never refused
+because of it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import assess
+from segqc.loop.scoring import assess, origin_of
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
 from segqc.store import assessments
 from segqc.store.database import Transaction
-from segqc.store.labels import mask_source
 from segqc.store.records import LabelRecord
 from segqc.types import Assessment
 from segqc.volumes import read_labels
@@ -68,9 +68,8 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         VolumeError: if scan or label can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
-    with dataset.store.read() as transaction:
-        source = mask_source(transaction, label)
-    if source != "person":
+    origin = origin_of(dataset, label)
+    if origin.source != "person":
         raise NotCheckedError(f"the label version {label.id} is a network's: only what people submit is checked")
     assessor = bundle.assessor()
     if assessor.people is None:
@@ -80,7 +79,7 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
-    result = assess(bundle, scan, labels, None, scan_id=entry.id, segmenter_version=None, source=source)
+    result = assess(bundle, scan, labels, None, scan_id=entry.id, origin=origin)
     dataset.write_assessment(result.assessment, label, bundle.number, content=entry.sha256)
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return LabelCheck(label, bundle.number, result.assessment)

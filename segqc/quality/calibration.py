@@ -79,6 +79,18 @@ class MaskCalibration:
         return self.intervals.of(said, estimated, level=level)
 
 
+def mixed_estimates(one: Metrics, other: Metrics, share: float) -> Metrics:
+    """Between two estimates of one mask, of which a share is of the first one's kind; None where one is undefined."""
+    dice, arvd, rvd = (
+        _between(*pair, share) for pair in ((one.dice, other.dice), (one.arvd, other.arvd), (one.rvd, other.rvd))
+    )
+    return Metrics(dice=dice, iou=None if dice is None else iou_of_dice(dice), arvd=arvd, rvd=rvd)
+
+
+def _between(one: float | None, other: float | None, share: float) -> float | None:
+    return None if one is None or other is None else share * one + (1 - share) * other
+
+
 def said_of(metric: MetricName, raw: Metrics, witnesses: Witnesses) -> dict[WitnessName, float]:
     """What is known of one metric of a mask, by witness; nothing where it is undefined on the error map.
 

@@ -56,6 +56,8 @@ RETURNED: Final = "returned"
 READER: Final = "reader-"
 PROPOSAL: Final = "proposal"
 """What SegQC-Net would change of the label that annotators go on from; it goes when that label does."""
+LIKELY_ERRORS_TAG: Final = "likely-errors"
+"""Of label maps of likely errors, which are no masks."""
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
@@ -176,8 +178,20 @@ def mask_source(transaction: Transaction, label: LabelRecord) -> MaskSource:
     """
     while label.source == "restored" and label.parent is not None:
         label = get(transaction, label.parent)
-    is_foreign_mask = label.source == "import" and label.tag == ORIGINAL
-    return "network" if label.source in NOT_BY_PEOPLE or is_foreign_mask else "person"
+    return "network" if _is_by_network(label) else "person"
+
+
+def made_of_network(transaction: Transaction, label: LabelRecord) -> LabelRecord | None:
+    """The last network's version among those that a label map was made of; None where there is none."""
+    while label.parent is not None:
+        label = get(transaction, label.parent)
+        if _is_by_network(label):
+            return label
+    return None
+
+
+def _is_by_network(label: LabelRecord) -> bool:
+    return label.source in NOT_BY_PEOPLE or (label.source == "import" and label.tag == ORIGINAL)
 
 
 def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> None:

@@ -28,12 +28,15 @@ from segqc.quality.metrics import true_metrics
 from segqc.quality.proposal import propose
 from segqc.training.crossfit import early_networks
 from segqc.training.implanted_errors import ErrorKind, implant_errors
-from segqc.types import ErrorBox, FloatArray, LabelArray, Structure, StructureQuality, applying
+from segqc.types import ErrorBox, FloatArray, LabelArray, MaskSource, Structure, StructureQuality, applying
 from segqc.volumes import Volume, through_plane_axis
+from segqc.volumes.slices import kept
 
-Origin: TypeAlias = Literal["untouched", "implanted", "second observer", "half corrected", "served", "strange"]
+Origin: TypeAlias = Literal[
+    "untouched", "implanted", "second observer", "half corrected", "unchanged", "served", "strange"
+]
 """Whose a mask is: an expert's as it is, or with implanted errors; another observer's; the served network's of which
-somebody has corrected half the slices, or as it is; another network's."""
+somebody has corrected half the slices, or submitted it unchanged; the served network's; another network's."""
 View: TypeAlias = Literal["raw", "extracted"]
 """Boxes of the error map as it is, which the panel, the check and the proposal show, and after error extraction."""
 
@@ -166,6 +169,7 @@ class _Mask:
     labels: LabelArray
     kinds: tuple[ErrorKind, ...] = ()
     maker: Segmenter | None = None  # of a network's mask
+    made_of: LabelArray | None = None  # the served mask that a person went on from
 
 
 def judge_scan(
@@ -212,7 +216,8 @@ def _masks(
     for observer in observers:
         yield _Mask("second observer", observer)
     served = _predicted(networks.served, image)
-    yield _Mask("half corrected", half_corrected(served, truth, through_plane_axis(image), rng))
+    yield _Mask("half corrected", half_corrected(served, truth, through_plane_axis(image), rng), made_of=served)
+    yield _Mask("unchanged", served, made_of=served)
     yield _Mask("served", served, maker=networks.served)
     drawn = rng.permutation(len(networks.strange))[:STRANGE]
     for network in (networks.strange[int(i)] for i in sorted(drawn)):
@@ -296,12 +301,16 @@ class _Judge:
         )
 
     def _assess(self, mask: _Mask, *, is_told: bool) -> AssessmentResult:
-        assessor, soft = self.networks.assessor, None
-        if mask.origin == "served":
-            soft = self.networks.served.soft_outputs(self.networks.served.predict(self.image), assessor.structures)
+        assessor, served = self.networks.assessor, self.networks.served
+        made_of = mask.made_of if is_told else None
         is_persons = is_told and mask.origin not in OF_NETWORKS
-        source: Literal["network", "person"] = "person" if is_persons else "network"
-        return assessor.assess(self.image, self._volume(mask.labels), scan_id="scan", soft=soft, source=source)
+        source: MaskSource = "person" if is_persons else "network"
+        slices = () if made_of is None else kept(made_of, mask.labels, through_plane_axis(self.image))
+        soft = None
+        if mask.origin == "served" or made_of is not None:
+            soft = served.soft_outputs(served.predict(self.image), assessor.structures)
+        labels = self._volume(mask.labels)
+        return assessor.assess(self.image, labels, scan_id="scan", soft=soft, source=source, network_slices=slices)
 
     def _volume(self, labels: LabelArray) -> Volume:
         return Volume(labels, self.image.affine, self.image.acquisition_axis)

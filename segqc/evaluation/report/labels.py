@@ -29,20 +29,21 @@ _ORIGIN_TITLES: Final[Mapping[Origin, str]] = {
     "implanted": "an expert's, errors implanted",
     "second observer": "a second observer's",
     "half corrected": "the served network's, half corrected",
+    "unchanged": "the served network's, submitted unchanged",
     "served": "the served network's",
     "strange": "a strange network's",
 }
 _TEXT: Final = (
     "Masks whose truth is known, by who made them; and what each way to estimate their Dice is worth. Each mask was "
     "judged by networks that have not trained from its patient's labels. The Dice is the mean over the structures. "
-    "People's masks are the first four rows of groups: what a person hands in is right but for a few errors, and there "
-    "the mask itself is a witness."
+    "What a person hands in is right but for a few errors, or a network's mask that was corrected in part."
 )
 _ESTIMATOR_NOTE: Final = (
-    "SegQC, told: SegQC-Net knows whether a person or a network made the mask; not told: it takes every mask for a "
-    "network's. Scan only: SegQC-Net with the mask hidden, where it was trained so. Cross-fitted mean: the mean output "
-    "of the folds' networks as the truth; it may hold the network that made a strange mask. Soft output: that of the "
-    "network that made the mask, or of the served one. TTA: only of served masks."
+    "SegQC, told: SegQC-Net knows whether a person or a network made the mask, and which slices of a network's mask a "
+    "person let be; not told: it takes every mask for a network's. Scan only: SegQC-Net with the mask hidden, where it "
+    "was trained so. Cross-fitted mean: the mean output of the folds' networks as the truth; it may hold the network "
+    "that made a strange mask. Soft output: that of the network that made the mask, or of the served one. TTA: only of "
+    "served masks."
 )
 
 

@@ -235,10 +235,11 @@ def by_kind(masks: _Masks) -> list[ErrorGroup]:
 
 
 def by_band(masks: _Masks) -> list[ErrorGroup]:
-    """The masks with implanted errors by their true Dice."""
-    groups = []
+    """The masks with implanted errors: all of them, and by their true Dice."""
+    implanted = of_origin(masks, "implanted")
+    groups = [_group("0 to 1", implanted, masks)] if implanted else []
     for low, high in itertools.pairwise(BANDS):
-        found = [m for m in of_origin(masks, "implanted") if low <= m.dice < high]
+        found = [m for m in implanted if low <= m.dice < high]
         if found:
             groups.append(_group(f"{low:.2f} to {high:.2f}", found, masks))
     return groups
