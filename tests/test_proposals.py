@@ -27,6 +27,7 @@ from segqc.store.labels import PROPOSAL, NewLabel
 from segqc.store.records import Actor, LabelRecord, TakenProposal
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_labels, read_scan, slice_layout, temporary_labels, write_labels
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import (
     CHECKED,
     SHAPE,
@@ -143,6 +144,21 @@ def test_a_proposal_goes_when_the_label_does(folder: Path, tag: str) -> None:
     if tag != "reader-1":
         with pytest.raises(NoProposalError, match="another one counts by now"):
             propose(dataset, first)
+
+
+@pytest.mark.parametrize("tag", ["original", "final"])
+def test_nothing_is_proposed_where_estimates_of_peoples_masks_are_known_to_be_worth_nothing(
+    folder: Path, tag: str
+) -> None:
+    dataset = Dataset(folder)
+    for report, is_offered in ((good_card(), True), (worthless_card(), False)):
+        add_models(folder, people=True, people_report=report)
+        label = keep(dataset, without_liver(), tag)
+        if is_offered:
+            assert propose(dataset, label).boxes
+            continue
+        with pytest.raises(NoProposalError, match="Do not rely on the estimated Dice of people's masks; nothing is"):
+            propose(dataset, label)
 
 
 def test_a_proposal_that_comes_too_late_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from segqc.loop.scoring import MaskOrigin, assess, origin_of
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.proposal import ProposedBox, propose, proposed_boxes
+from segqc.quality.report_card import is_worth_proposing, people_sentence
 from segqc.store import assessments, labels, leases
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, PROPOSAL, NewLabel
@@ -59,7 +60,8 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         bundle: with both networks.
 
     Raises:
-        NoProposalError: if nobody goes on from the version, or the bundle has no network for people's masks.
+        NoProposalError: if nobody goes on from the version, the bundle has no network for people's masks, or its
+            estimates of these are known to be no better than one number.
         ModelError: if the bundle has not both networks.
         VolumeError: if scan or label can't be used.
         ScanReplaced: if the scan's file holds another content by now.
@@ -69,6 +71,9 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         kept = labels.current(transaction, label.scan, PROPOSAL)
         if kept is not None and _is_made_of(kept, label, bundle):
             return Proposal(kept, _boxes(transaction, kept))
+    report = bundle.people_report()
+    if report is not None and not is_worth_proposing(report):
+        raise NoProposalError(people_sentence(report))
     assessor, origin = bundle.assessor(), origin_of(dataset, label)
     if origin.source == "person" and assessor.people is None:
         raise NoProposalError(
