@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
 from segqc.evaluation.experiments.labels import JudgedMask
 from segqc.evaluation.labels import LabelSettings, LabelsResult, evaluate_labels
@@ -156,6 +156,15 @@ def tables(results: Sequence[Result]) -> list[Table]:
     return [replace(table, title=f"{table.title}: {where}") for table in (*main_tables(masks), *error_tables(masks))]
 
 
+def _short(value: JsonValue) -> JsonValue:
+    """A value with numbers of five digits."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def path_of(name: str, seed: int, pool: Pool) -> Path:
     """Where a result is kept."""
     return RESULTS / f"people-{name}-{seed}-{pool}.json"
@@ -180,7 +189,7 @@ def main() -> None:
         result = measure(arguments.set, arguments.seed, arguments.pool, arguments.data, folder)
         path = arguments.result or path_of(arguments.set, arguments.seed, arguments.pool)
         with atomic_write(path) as temporary:
-            temporary.write_bytes(RESULT.dump_json(result, indent=1))
+            temporary.write_text(json.dumps(_short(RESULT.dump_python(result, mode="json"))), encoding="utf-8")
         print("\n\n".join(to_markdown(table) for table in tables([result])))
         return
     of: dict[tuple[str, Pool], list[Result]] = defaultdict(list)
