@@ -28,7 +28,7 @@ from segqc.quality.metrics import METRIC_NAMES, true_metrics
 from segqc.quality.stacking import ChosenEstimate, EstimateModel
 from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Unlikeness, Witnesses
+from segqc.types import Assessment, ErrorBox, MetricIntervals, Metrics, Structure, Unlikeness, Witnesses
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -312,6 +312,22 @@ def test_people_s_masks_are_judged_by_a_network_of_their_own(tmp_path: Path) -> 
     # trust of 3 in the mask, and a first bias of none: what the mask says is likely, wherever the network looks
     assert said.errors[0][inside].mean() < judged[False, "network"].errors[0][inside].mean()
     assert model.people is not None and model.judge_of("person") is model.people is model.people.judge_of("person")
+
+
+def test_boxes_of_people_s_masks_are_bounded_by_their_evidence() -> None:
+    scan, labels, _ = world()
+
+    def boxes(least: float, settings: BoxSettings) -> list[ErrorBox]:
+        calibration = StructureCalibration({"person": MaskCalibration(least_evidence=least)})
+        of_people = assessor(calibration=(calibration,) * len(STRUCTURES))
+        model = assessor().with_people(of_people).with_settings(AssessmentSettings(boxes=settings))
+        told = model.assess(scan, labels, scan_id="s", source="person").assessment
+        return [box for quality in told.structures for box in quality.raw.boxes]
+
+    every = boxes(-20.0, BoxSettings(min_area_mm2=1e6))
+    assert every, "evidence takes the place of the smallest area"
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0)) == []
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0, min_evidence=-20.0)) == every, "what the settings say goes first"
 
 
 def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_path: Path) -> None:

@@ -314,7 +314,14 @@ def test_a_label_is_uploaded_compared_rejected_and_restored(
     assert f"{differing} voxels differ" in page and re.search(r'data-index="3"[^>]*aria-current="true"', page)
     rows = table(client.get(f"/scans/scan_5/difference.csv?version={second}&other={first}"))
     assert [row["voxels changed"] for row in rows] == ["0"] * 3 + [str(differing)] + ["0"] * 6
-    assert "Approved." in client.post("/scans/scan_5/review", data={"decision": "approve"}).text
+    review = "/scans/scan_5/review"
+    refused = f"has a newer final label, version {second} by"
+    assert refused in client.post(review, data={"decision": "approve", "seen": first}).text
+    page = client.post("/scans", data={"decision": "approve", "scan": "scan_5", "seen": first}).text
+    assert refused in page and state_of(dataset, "scan_5") == "submitted"
+    assert f'name="seen" value="{second}"' in client.get("/?view=all").text
+    assert f'name="seen" value="{second}"' in client.get("/scans/scan_5").text
+    assert "Approved." in client.post(review, data={"decision": "approve", "seen": second}).text
     page = client.post("/scans/scan_5/review", data={"decision": "reject", "reason": "a leak"}).text
     assert "Rejected" in page and "a leak" in page and state_of(dataset, "scan_5") == "rejected"
     page = client.post("/scans/scan_5/restore", data={"version": first}).text

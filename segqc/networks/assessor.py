@@ -496,9 +496,9 @@ class Assessor(TrainedNetwork):
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
         calibration = self.card.calibration[index] if self.card.calibration else None
-        boxes = self.settings.boxes
-        if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
-            boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
+        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
+        largest = calibration.largest_box_mm2 if calibration is not None else None
+        boxes = self.settings.boxes.bounded(largest_mm2=largest, evidence=of_kind.least_evidence)
         least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
         boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)

@@ -47,12 +47,16 @@ class MaskCalibration:
 
     ``intervals`` are no part of a model's version: they are made anew from audit draws, and the estimates stay what
     they were.
+
+    ``least_evidence`` is what error boxes of a right mask reach, but for a few of them: a box of a likely error has
+    more (`ErrorBox.evidence`). None where boxes are bounded by their area.
     """
 
     dice: ChosenEstimate = NOTHING_CHOSEN
     arvd: ChosenEstimate = NOTHING_CHOSEN
     rvd: ChosenEstimate = NOTHING_CHOSEN
     intervals: StructureIntervals | None = None
+    least_evidence: float | None = None
 
     def estimates(self, raw: Metrics, witnesses: Witnesses) -> Metrics:
         """The numbers to show of a mask; None where the error map's metric is undefined.

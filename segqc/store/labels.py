@@ -292,6 +292,11 @@ def _reader_number(tag: str) -> int | None:
     return int(number) if tag.startswith(READER) and number.isdecimal() else None
 
 
+def newest(transaction: Transaction) -> int:
+    """The number of the newest label version of all scans; 0 without one."""
+    return transaction.scalar(select(func.max(LabelVersion.id))) or 0
+
+
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
     """All versions of a scan's labels, oldest first; a mask with a planted error once its annotator has submitted.
 

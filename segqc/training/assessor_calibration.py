@@ -12,7 +12,7 @@ from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.encoder import encoders
 from segqc.networks.segmenter import SoftOutput
 from segqc.progress import Progress
-from segqc.quality.boxes import largest_box_area_mm2
+from segqc.quality.boxes import BoxSettings, find_boxes, largest_box_area_mm2
 from segqc.quality.calibration import (
     MapCalibration,
     StructureCalibration,
@@ -39,6 +39,7 @@ from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
+FALSE_BOXES = 0.2  # of all structures of a scan with a right mask, on average
 
 
 def calibrated(
@@ -128,7 +129,7 @@ def calibrated(
 def calibrated_for_people(
     assessor: Assessor, unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
 ) -> Assessor:
-    """Fit the calibrations and intervals of a network for people's masks on such masks of unseen patients.
+    """Fit the calibrations, intervals and least evidences of a network for people's masks on those of unseen patients.
 
     What its estimates are worth is noted, too. Arguments as of `calibrated`.
     """
@@ -136,6 +137,7 @@ def calibrated_for_people(
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     known: list[tuple[KnownMask, ...]] = []
     errors: list[tuple[SignedCounts, ...]] = []
+    of_right_masks: list[list[float]] = [[] for _ in assessor.structures]
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration for people's masks")
         scan, truth = read_case(mask_set.case, assessor.values)
@@ -144,9 +146,15 @@ def calibrated_for_people(
             of_mask = look.error_maps(mask)
             known.append(look.at(mask, of_mask))
             errors.append(look.errors(mask, of_mask))
+        for found, evidences in zip(of_right_masks, look.evidences_of_truth(), strict=True):
+            found += evidences
     of_structure = [[row[k] for row in known] for k in range(len(assessor.structures))]
     fitted = fit_masks("person", of_structure)
-    calibration = tuple(StructureCalibration({"person": of}) for of in fitted)
+    allowed = int(FALSE_BOXES / len(fitted) * len(unseen))
+    calibration = tuple(
+        StructureCalibration({"person": replace(calibrated_masks, least_evidence=least_evidence(evidences, allowed))})
+        for calibrated_masks, evidences in zip(fitted, of_right_masks, strict=True)
+    )
     held_out = [
         UnseenMask(
             patient=mask.known.patient,
@@ -164,6 +172,19 @@ def calibrated_for_people(
     return assessor.with_card(replace(assessor.card, map_calibration=maps, calibration=calibration, report=report))
 
 
+def least_evidence(evidences: Sequence[float], allowed: int) -> float:
+    """The evidence that only so many boxes of right masks exceed; at least that of an error that is as likely as not.
+
+    Example:
+        >>> least_evidence([1.0, 7.5, 3.0, 5.0], allowed=1)
+        5.0
+        >>> least_evidence([1.0], allowed=1)
+        0.0
+    """
+    falling = sorted(evidences, reverse=True)
+    return max(0.0, falling[allowed]) if len(falling) > allowed else 0.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unseen:
     """A case, and a network that has not trained from its patient; ``sizes`` are of the others' structures."""
@@ -177,6 +198,13 @@ class _Unseen:
     def error_maps(self, mask: LabelArray) -> FloatArray:
         """The error maps of a mask: (L, n0, n1, n2)."""
         return self.judge.error_maps(self.scan, self._on_grid(mask))
+
+    def evidences_of_truth(self) -> list[list[float]]:
+        """The evidences of the error boxes of each structure that the right mask has, however small."""
+        axis, settings = through_plane_axis(self.scan), BoxSettings(min_area_mm2=0.0)
+        maps = self.error_maps(np.asarray(self.truth.array, np.uint8))
+        boxes = [find_boxes(error, axis, self.scan.spacing_mm, settings) for error in maps]
+        return [[box.evidence for box in of if box.evidence is not None] for of in boxes]
 
     def at(
         self, mask: LabelArray, errors: FloatArray, soft: Sequence[SoftOutput] | None = None
