@@ -514,6 +514,19 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
         assert "<b>" not in client.get(address, headers=HTML).text.split("<main")[1].split("</h1>")[0]
 
 
+def test_a_segmentation_names_patient_and_structures_in_any_script(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, config=CONFIG.replace("liver", '"печень"'))
+    for folder in (path, path / "labels" / "final"):
+        (folder / "scan_0.nii.gz").rename(folder / "Иванов 1.nii.gz")
+    with serving(path) as client:
+        content = client.get("/scans/Иванов 1/versions/1/x.dcm").content
+        item = pydicom.dcmread(io.BytesIO(content))
+        assert (item.PatientID, str(item.PatientName)) == ("Иванов 1", "Иванов 1")
+        assert [str(segment.SegmentLabel) for segment in item.SegmentSequence] == ["печень", "spleen"]
+        answer = client.post("/scans/Иванов 1/label", files={"file": ("x.dcm", content)})
+        assert "kept as the final label" in answer.text, answer.text[:3000]
+
+
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with serving(make_dataset(tmp_path / "data", scans=0)) as client:
         page = client.get("/", headers=HTML).text

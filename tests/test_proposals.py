@@ -280,11 +280,23 @@ def test_the_proposal_of_a_version_as_a_file(client: TestClient, tmp_path: Path)
         assert (refused.status_code, bool(refused.json()["detail"])) == (status, True)
     assert client.get("/datastore/label", params={"label": "scan_1", "tag": PROPOSAL}).status_code == 404
     write_labels(Volume(np.zeros(SHAPE, np.uint8), draw_case(0)[1].affine), tmp_path / "label.nii.gz")
-    with (tmp_path / "label.nii.gz").open("rb") as file:
-        query = {"image": "scan_0", "tag": PROPOSAL}
-        refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", file)})
-    assert refused.status_code == 400
-    assert "nobody submits" in refused.json()["detail"]
+    content = (tmp_path / "label.nii.gz").read_bytes()
+    for tag in (PROPOSAL, "returned", "pseudo-label", "pseudo-label-ignored", "attention-check"):
+        query = {"image": "scan_0", "tag": tag}
+        refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", content)})
+        assert refused.status_code == 400
+        assert f"nobody submits a label under the tag {tag!r}" in refused.json()["detail"]
+
+
+def test_nobody_changes_what_is_noted_of_a_proposal(client: TestClient) -> None:
+    """Its boxes are noted there: the panel reads them, and corrections count them."""
+    where = {"label": "scan_0", "tag": PROPOSAL}
+    assert client.get("/datastore/label", params=where).status_code == 200
+    noted = client.get("/datastore/label/info", params=where).json()["boxes"]
+    for path, field in (("/datastore/label/info", "info"), ("/datastore/updatelabelinfo", "params")):
+        answer = client.put(path, params=where, data={field: json.dumps({"boxes": "none"})})
+        assert (answer.status_code, "boxes" in answer.json()["detail"]) == (400, True), answer.text
+    assert client.get("/datastore/label/info", params=where).json()["boxes"] == noted
 
 
 def test_before_the_networks_are_trained_a_sentence_says_so(tmp_path: Path) -> None:

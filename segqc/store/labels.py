@@ -65,6 +65,8 @@ PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
 ATTENTION_CHECK: Final = "attention-check"
 """Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
+SERVERS_TAGS: Final = (RETURNED, PROPOSAL, *PSEUDO_TAGS, ATTENTION_CHECK)
+"""Tags under which clients submit nothing: what lies there was made by the server, or by what a reviewer decided."""
 _IN_ONE_QUERY: Final = 500
 NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
 
