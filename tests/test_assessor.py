@@ -315,22 +315,6 @@ def test_people_s_masks_are_judged_by_a_network_of_their_own(tmp_path: Path) -> 
     assert model.people is not None and model.judge_of("person") is model.people is model.people.judge_of("person")
 
 
-def test_boxes_of_people_s_masks_are_bounded_by_their_evidence() -> None:
-    scan, labels, _ = world()
-
-    def boxes(least: float, settings: BoxSettings) -> list[ErrorBox]:
-        calibration = StructureCalibration({"person": MaskCalibration(least_evidence=least)})
-        of_people = assessor(calibration=(calibration,) * len(STRUCTURES))
-        model = assessor().with_people(of_people).with_settings(AssessmentSettings(boxes=settings))
-        told = model.assess(scan, labels, scan_id="s", source="person").assessment
-        return [box for quality in told.structures for box in quality.raw.boxes]
-
-    every = boxes(-20.0, BoxSettings(min_area_mm2=1e6))
-    assert every, "evidence takes the place of the smallest area"
-    assert boxes(16.0, BoxSettings(min_area_mm2=0.0)) == []
-    assert boxes(16.0, BoxSettings(min_area_mm2=0.0, min_evidence=-20.0)) == every, "what the settings say goes first"
-
-
 def judged_by_source() -> Assessor:
     """Networks for networks' and for people's masks, with calibrations of their own."""
     net = small_assessor()
@@ -341,9 +325,11 @@ def judged_by_source() -> Assessor:
     ]
     intervals = calibrated_on(9).of("strange").intervals
     served, strange, person = (replace(kind, intervals=intervals) for kind in kinds)
+    person = replace(person, least_evidence=100.0)  # no box has so much
     people = replace(net.card, plan=plan, calibration=(StructureCalibration({"person": person}),))
     own = net.with_card(replace(net.card, calibration=(StructureCalibration({"served": served, "strange": strange}),)))
-    return own.with_people(Assessor(people, build_network(plan, seed=1)))
+    both = own.with_people(Assessor(people, build_network(plan, seed=1)))
+    return both.with_settings(AssessmentSettings(boxes=BoxSettings(min_area_mm2=1.0, max_area_mm2=1000.0)))
 
 
 @pytest.mark.parametrize("soft", [None, (SoftOutput(0.7, 0.3),)])
@@ -376,6 +362,8 @@ def test_slices_that_a_person_let_be_are_judged_as_the_networks(soft: tuple[Soft
     of_network = (0.5 if soft is None else 0.3) + 0.1 * raw
     assert quality.estimated.dice == pytest.approx(share * of_network + (1 - share) * (0.8 + 0.1 * raw), abs=1e-6)
     assert quality.estimated.iou == pytest.approx(quality.estimated.dice / (2 - quality.estimated.dice))
+    boxes = [{box.slice_index for box in q.raw.boxes} for q in (network.assessment.structures[0], quality)]
+    assert boxes[0] - {0, 1, 2, 3} and boxes[1] == boxes[0] & {0, 1, 2, 3} != set(), "each judge bounds its own boxes"
     interval = quality.intervals.dice
     assert interval is not None and interval.low <= quality.estimated.dice <= interval.high
 
@@ -385,6 +373,22 @@ def test_without_a_network_for_people_a_corrected_mask_is_a_strange_one() -> Non
     model, soft = small_assessor(), (SoftOutput(0.7, 0.3),)
     told = model.assess(scan, labels, scan_id="s", soft=soft, source="person", network_slices=(0, 1)).assessment
     assert told == model.assess(scan, labels, scan_id="s").assessment
+
+
+def test_boxes_of_people_s_masks_are_bounded_by_their_evidence() -> None:
+    scan, labels, _ = world()
+
+    def boxes(least: float, settings: BoxSettings) -> list[ErrorBox]:
+        calibration = StructureCalibration({"person": MaskCalibration(least_evidence=least)})
+        of_people = assessor(calibration=(calibration,) * len(STRUCTURES))
+        model = assessor().with_people(of_people).with_settings(AssessmentSettings(boxes=settings))
+        told = model.assess(scan, labels, scan_id="s", source="person").assessment
+        return [box for quality in told.structures for box in quality.raw.boxes]
+
+    every = boxes(-20.0, BoxSettings(min_area_mm2=1e6))
+    assert every, "evidence takes the place of the smallest area"
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0)) == []
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0, min_evidence=-20.0)) == every, "what the settings say goes first"
 
 
 def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def test_each_slice_is_checked_by_who_made_it(folder: Path, monkeypatch: pytest.
     dataset = Dataset(folder)
     bundle = dataset.bundle()
     assert bundle is not None
-    served = bundle.segmenter().predict(dataset.read_scan(dataset.scan("scan_0"))).labels
+    scan = dataset.read_scan(dataset.scan("scan_0"))
+    served = bundle.segmenter().predict(scan).labels
     count = served.shape[2]
     mask = keep(dataset, served, "network", "original", bundle=bundle.number)
     assess_scan(dataset, dataset.scan("scan_0"), bundle)
@@ -186,7 +187,7 @@ def test_each_slice_is_checked_by_who_made_it(folder: Path, monkeypatch: pytest.
     assert check == replace(of_network, mask_kind="person", segmenter_version=None)
 
     def by_network(label: LabelRecord) -> list[int]:
-        origin = origin_of(dataset, label)
+        origin = origin_of(dataset, label, scan)
         assert origin.segmenter_version == (bundle.segmenter().version if origin.network_slices else None)
         check_label(dataset, label, bundle)
         maps = error_maps.read(dataset, label.id, bundle.number)
@@ -211,10 +212,11 @@ def test_a_label_made_of_nothing_of_a_network_is_a_persons(folder: Path) -> None
     dataset = Dataset(folder)
     mine = keep(dataset, without_liver(), tag="version_1")
     foreign = keep(dataset, without_liver(), "import", "original")
-    assert origin_of(dataset, keep(dataset, without_liver(), parent=mine.id)) == MaskOrigin("person")
+    scan = dataset.read_scan(dataset.scan("scan_0"))
+    assert origin_of(dataset, keep(dataset, without_liver(), parent=mine.id), scan) == MaskOrigin("person")
     slices = tuple(range(without_liver().shape[2]))
     of_foreign = keep(dataset, without_liver(), tag="version_2", parent=foreign.id)
-    assert origin_of(dataset, of_foreign) == MaskOrigin("person", None, slices)
+    assert origin_of(dataset, of_foreign, scan) == MaskOrigin("person", None, slices)
 
 
 def test_the_error_map_of_a_persons_label_is_by_the_network_for_people(

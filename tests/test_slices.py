@@ -43,7 +43,7 @@ from segqc.volumes import (
     write_labels,
     write_scan,
 )
-from segqc.volumes.slices import all_but, kept
+from segqc.volumes.slices import all_but, unchanged
 from tests.server_kit import CONFIG, SHAPE, assess, draw_case, make_dataset
 from tests.store_kit import ANNA, BERT
 from tests.test_training import QUICK, STRUCTURES, make_cases, placed
@@ -470,7 +470,7 @@ def test_what_a_person_let_be_is_known_by_slice(before: str, after: str, wanted:
     for array, values in zip(maps, (before, after), strict=True):
         array[:, 1, 2] = [int(value) for value in values]
     one, other = (np.moveaxis(array, 0, axis) for array in maps)
-    assert kept(one, other, axis) == wanted
+    assert unchanged(one, other, axis) == wanted
 
 
 def test_the_dice_of_a_partly_checked_case_is_that_of_its_checked_slices(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _judge(dataset: Dataset, found: AuditedLabel, bundle: NetworkBundle, judge: 
     label = found.label
     scan = dataset.read_scan(ScanEntry(record.name, dataset.folder / record.file, None, None, record.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=judge.values)
-    origin = origin_of(dataset, label)  # without what its network says: that may have trained from this label
+    origin = origin_of(dataset, label, scan)  # without what its network says: that may have trained from this label
     slices = origin.network_slices
     result = judge.assess(scan, labels, scan_id=found.scan, source=origin.source, network_slices=slices)
     verdict = LabelVerdict(assessment=result.assessment, networks=judge.card.members)

@@ -17,6 +17,7 @@ from segqc.networks.bundle import NetworkBundle
 from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
 from segqc.store import assessments
 from segqc.store.database import Transaction
+from segqc.store.labels import mask_source
 from segqc.store.records import LabelRecord
 from segqc.types import Assessment
 from segqc.volumes import read_labels
@@ -68,8 +69,9 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         VolumeError: if scan or label can't be used.
         ScanReplaced: if the scan's file holds another content by now.
     """
-    origin = origin_of(dataset, label)
-    if origin.source != "person":
+    with dataset.store.read() as transaction:
+        source = mask_source(transaction, label)
+    if source != "person":
         raise NotCheckedError(f"the label version {label.id} is a network's: only what people submit is checked")
     assessor = bundle.assessor()
     if assessor.people is None:
@@ -79,7 +81,7 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
-    result = assess(bundle, scan, labels, None, scan_id=entry.id, origin=origin)
+    result = assess(bundle, scan, labels, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     dataset.write_assessment(result.assessment, label, bundle.number, content=entry.sha256)
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return LabelCheck(label, bundle.number, result.assessment)

@@ -63,7 +63,7 @@ def write_reports(
         try:
             scan = dataset.read_scan(entry)
             mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask))
+            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
             images = source.images(dataset.store, dataset.verify_scan(entry.id))
             headers = ordered(source.client.series_metadata(images.study_uid, images.series_uid), images)
             found = {

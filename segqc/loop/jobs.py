@@ -93,7 +93,7 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
                 keep_mask(dataset, entry.id, made, bundle, request.label_tag, content=entry.sha256)
                 continue
             mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask))
+            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
             errors = assessor.likely_errors(result, scan)
             source = Actor(kind="network", name=assessor.version, identified_by="program")
             label = NewLabel(

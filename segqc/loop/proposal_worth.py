@@ -22,7 +22,7 @@ from segqc.store import labels
 from segqc.store.labels import FINAL
 from segqc.store.records import Actor, LabelRecord
 from segqc.types import BoolArray, LabelArray, Structure
-from segqc.volumes import VolumeError, read_labels, through_plane_axis
+from segqc.volumes import read_grid, read_labels, through_plane_axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,17 +115,14 @@ def _change(dataset: Dataset, use: _Use) -> tuple[float, float] | None:
     """The true Dice before and after the boxes that were taken; None where a label can't be read any more."""
     if use.start is None or use.final is None:
         return None
+    versions = (use.start, use.proposal, use.submitted, use.final)
     try:
-        volumes = [
-            read_labels(dataset.store.label_file(version))
-            for version in (use.start, use.proposal, use.submitted, use.final)
-        ]
-    except (VolumeError, SegqcError, OSError):
-        return None
-    if len({volume.shape for volume in volumes}) > 1:  # of a scan's content that was replaced
+        grid = read_grid(dataset.named_file(use.submitted.scan, None))
+        volumes = [read_labels(dataset.store.label_file(version), scan=grid) for version in versions]
+    except (SegqcError, OSError):  # such as of a scan's content that was replaced
         return None
     start, proposed, submitted, final = (np.asarray(volume.array, np.uint8) for volume in volumes)
-    structures, axis = dataset.structures, through_plane_axis(volumes[0])
+    structures, axis = dataset.structures, through_plane_axis(grid)
     after = with_taken(start, proposed, submitted, structures, use.boxes, use.taken, axis)
     before, now = (_dice(mask, final, structures) for mask in (start, after))
     return None if before is None or now is None else (before, now)

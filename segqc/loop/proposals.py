@@ -15,17 +15,17 @@ from pydantic import TypeAdapter
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
-from segqc.loop.scoring import MaskOrigin, assess, origin_of
+from segqc.loop.scoring import assess, origin_of
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.proposal import ProposedBox, propose, proposed_boxes
 from segqc.quality.report_card import is_worth_proposing, people_sentence
 from segqc.store import assessments, labels, leases
 from segqc.store.database import Transaction
-from segqc.store.labels import FINAL, PROPOSAL, NewLabel
+from segqc.store.labels import FINAL, PROPOSAL, NewLabel, mask_source
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.store.store import LabelChange
-from segqc.types import Assessment, FloatArray, label_names
+from segqc.types import Assessment, FloatArray, MaskSource, label_names
 from segqc.volumes import Volume, read_labels, temporary_labels
 
 _BOXES: Final = TypeAdapter(tuple[ProposedBox, ...])
@@ -71,18 +71,19 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         kept = labels.current(transaction, label.scan, PROPOSAL)
         if kept is not None and _is_made_of(kept, label, bundle):
             return Proposal(kept, boxes_of(transaction, kept))
+        source = mask_source(transaction, label)
     report = bundle.people_report()
     if report is not None and not is_worth_proposing(report):
         raise NoProposalError(people_sentence(report))
-    assessor, origin = bundle.assessor(), origin_of(dataset, label)
-    if origin.source == "person" and assessor.people is None:
+    assessor = bundle.assessor()
+    if source == "person" and assessor.people is None:
         raise NoProposalError(
             f"nothing is proposed: SegQC-Net of the bundle {bundle.number} was not trained to judge people's masks"
         )
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
     start = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
-    assessment, errors = _judged(dataset, entry, label, origin, bundle, scan, start)
+    assessment, errors = _judged(dataset, entry, label, source, bundle, scan, start)
     structures, axis = assessor.structures, assessment.through_plane_axis
     found = {quality.name: quality.raw.boxes for quality in assessment.structures}
     of_structures = [found.get(structure.name, ()) for structure in structures]
@@ -145,7 +146,7 @@ def _judged(
     dataset: Dataset,
     entry: ScanEntry,
     label: LabelRecord,
-    origin: MaskOrigin,
+    source: MaskSource,
     bundle: NetworkBundle,
     scan: Volume,
     start: Volume,
@@ -154,9 +155,9 @@ def _judged(
     with dataset.store.read() as transaction:
         kept = assessments.of_bundle(transaction, label.id, bundle.number)
     maps = error_maps.read(dataset, label.id, bundle.number)
-    if maps is not None and kept is not None and (kept.mask_kind == "person") == (origin.source == "person"):
+    if maps is not None and kept is not None and (kept.mask_kind == "person") == (source == "person"):
         return kept, maps / np.float32(error_maps.CERTAIN)
-    result = assess(bundle, scan, start, None, scan_id=entry.id, origin=origin)
+    result = assess(bundle, scan, start, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return result.assessment, result.errors
 

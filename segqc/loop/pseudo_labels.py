@@ -272,7 +272,7 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
     mask, _, _ = checked = current_mask(dataset, entry, scan, bundle)
     if mask.id != planned.mask:
         raise _ObsoleteError("its mask has changed meanwhile")
-    result = assess(bundle, scan, *checked[1:], scan_id=entry.id, origin=origin_of(dataset, mask))
+    result = assess(bundle, scan, *checked[1:], scan_id=entry.id, origin=origin_of(dataset, mask, scan))
     rules = dataset.settings.pseudo_labels
     ignored = (result.errors > rules.max_error).any(axis=0)
     actor = Actor(kind="system", name=f"bundle {bundle.number}", identified_by="program")

@@ -25,7 +25,7 @@ from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
 from segqc.types import MaskSource
 from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
-from segqc.volumes.slices import Slices, kept
+from segqc.volumes.slices import Slices, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     """
     scan = dataset.read_scan(entry)
     mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask))
+    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     error_maps.write(dataset, mask.id, bundle.number, error_maps.quantised(result.errors))
     write_features(dataset, entry, bundle.segmenter(), scan, labels)
@@ -294,11 +294,11 @@ def own_prediction(bundle: NetworkBundle, scan: Volume, origin: MaskOrigin) -> P
     return segmenter.predict(scan) if segmenter.version == origin.segmenter_version else None
 
 
-def origin_of(dataset: Dataset, label: LabelRecord) -> MaskOrigin:
-    """Who made a label version, and what a person let be of the last network's mask that it was made of.
+def origin_of(dataset: Dataset, label: LabelRecord, scan: Volume) -> MaskOrigin:
+    """Who made a label version of a scan, and what a person let be of the last network's mask that it was made of.
 
     Raises:
-        VolumeError: if one of both can't be read.
+        VolumeError: if one of both can't be used.
     """
     with dataset.store.read() as transaction:
         source = mask_source(transaction, label)
@@ -308,10 +308,8 @@ def origin_of(dataset: Dataset, label: LabelRecord) -> MaskOrigin:
         return MaskOrigin(source, label.bundle.segmenter_version if label.bundle and by_segmenter else None)
     if made_of is None:
         return MaskOrigin(source)
-    before, after = (read_labels(dataset.store.label_file(version)) for version in (made_of, label))
-    if before.shape != after.shape:
-        return MaskOrigin(source)
-    slices = kept(before.array, after.array, through_plane_axis(after))
+    before, after = (read_labels(dataset.store.label_file(version), scan=scan) for version in (made_of, label))
+    slices = unchanged(before.array, after.array, through_plane_axis(scan))
     by = made_of.bundle.segmenter_version if slices and made_of.bundle is not None else None
     return MaskOrigin(source, by, slices)
 
@@ -342,7 +340,7 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     assessor = bundle.assessor()
     volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
-    origin = origin_of(dataset, label)
+    origin = origin_of(dataset, label, volume)
     prediction = own_prediction(bundle, volume, origin)
     plausible = None if prediction is None else prediction.plausible
     errors = error_maps.quantised(

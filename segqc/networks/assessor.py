@@ -51,7 +51,6 @@ from segqc.types import (
     FloatArray,
     MaskKind,
     MaskSource,
-    MetricIntervals,
     Metrics,
     SliceQuality,
     StructureQuality,
@@ -372,7 +371,7 @@ class Assessor(TrainedNetwork):
                 that made the mask, or the ``network_slices``: these are then a served one's, and else a strange one's.
             source: who made the mask. Without a network for people's masks, a person's is taken for a strange one.
             network_slices: of a person's mask, the slices across the through-plane axis, ascending, in which it still
-                holds what a network made (`segqc.volumes.slices.kept`).
+                holds what a network made (`segqc.volumes.slices.unchanged`).
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
@@ -458,29 +457,19 @@ class Assessor(TrainedNetwork):
         people = self.people
         if people is None or not by_people.any():
             return self._quality(index, mask, error, looked, axis, scan, kind, soft)
-        quality = people._quality(index, mask, error, looked, axis, scan, "person", None)
+        as_people_s = people._quality(index, mask, error, looked, axis, scan, "person", None)
         if by_people.all():
-            return quality
+            return as_people_s
+        as_network_s = self._quality(index, mask, error, looked, axis, scan, kind, soft)
         sizes = _sizes_of_slices(mask, error, looked, axis)
         share = float(sizes[~by_people].sum() / sizes.sum()) if sizes.any() else 0.0
-        estimated, intervals, witnesses = self._estimates(index, quality.raw.metrics, mask, scan, kind, soft)
         return replace(
-            quality,
-            estimated=mixed_estimates(estimated, quality.estimated, share),
-            intervals=mixed_intervals(intervals, quality.intervals, share),
-            witnesses=witnesses,
+            as_network_s,
+            estimated=mixed_estimates(as_network_s.estimated, as_people_s.estimated, share),
+            intervals=mixed_intervals(as_network_s.intervals, as_people_s.intervals, share),
+            raw=_boxes_by_slice(as_network_s.raw, as_people_s.raw, by_people),
+            extracted=_boxes_by_slice(as_network_s.extracted, as_people_s.extracted, by_people),
         )
-
-    def _estimates(
-        self, index: int, raw: Metrics, mask: BoolArray, scan: Volume, kind: MaskKind, soft: SoftOutput | None
-    ) -> tuple[Metrics, MetricIntervals, Witnesses]:
-        """The numbers to show of a structure's mask, their intervals, and what speaks of the mask beside its map."""
-        calibration = self.card.calibration[index] if self.card.calibration else None
-        witnesses = witnesses_of(mask, scan, soft, calibration.sizes if calibration is not None else None)
-        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
-        estimated = of_kind.estimates(raw, witnesses)
-        level = self.settings.interval_level
-        return estimated, of_kind.intervals_of(raw, witnesses, estimated, level=level), witnesses
 
     def _quality(
         self,
@@ -505,7 +494,8 @@ class Assessor(TrainedNetwork):
         raw = self._view(part, part.error, boxes, scan)
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         voxels = np.count_nonzero(part.mask)
-        estimated, intervals, witnesses = self._estimates(index, raw.metrics, part.mask, scan, kind, soft)
+        witnesses = witnesses_of(part.mask, scan, soft, calibration.sizes if calibration is not None else None)
+        estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
             present=voxels > 0 or not truth_is_empty(mask, error, empty=self._empty_rule(scan)),
@@ -513,7 +503,7 @@ class Assessor(TrainedNetwork):
             estimated=estimated,
             raw=raw,
             extracted=self._view(part, extracted, boxes, scan),
-            intervals=intervals,
+            intervals=of_kind.intervals_of(raw.metrics, witnesses, estimated, level=self.settings.interval_level),
             witnesses=witnesses,
         )
 
@@ -611,6 +601,13 @@ def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: 
         entropy=None if soft is None else -soft.entropy,
         size=None if sizes is None else sizes.witness(mask, scan.voxel_volume_mm3),
     )
+
+
+def _boxes_by_slice(one: ErrorView, other: ErrorView, by_other: BoolArray) -> ErrorView:
+    """A view of an error map with the boxes of another in some slices: each judge has bounds of its own for them."""
+    boxes = [box for box in one.boxes if not by_other[box.slice_index]]
+    boxes += [box for box in other.boxes if by_other[box.slice_index]]
+    return replace(one, boxes=tuple(sorted(boxes, key=lambda box: box.slice_index)))
 
 
 def _sizes_of_slices(mask: BoolArray, error: FloatArray, looked: Box, axis: int) -> Values:

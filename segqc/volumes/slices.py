@@ -67,7 +67,7 @@ def differing(before: LabelArray, after: LabelArray, axis: int) -> Slices:
     return tuple(np.flatnonzero((before != after).any(axis=in_plane)).tolist())
 
 
-def kept(before: LabelArray, after: LabelArray, axis: int) -> Slices:
+def unchanged(before: LabelArray, after: LabelArray, axis: int) -> Slices:
     """The slices in which a label map still holds exactly what the one held that it was made of; of one shape.
 
     A slice that is empty in both tells nothing by itself: it counts as the nearest one that is not.

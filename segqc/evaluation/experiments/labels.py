@@ -30,7 +30,7 @@ from segqc.training.crossfit import early_networks
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import ErrorBox, FloatArray, LabelArray, MaskSource, Structure, StructureQuality, applying
 from segqc.volumes import Volume, through_plane_axis
-from segqc.volumes.slices import kept
+from segqc.volumes.slices import unchanged
 
 Origin: TypeAlias = Literal[
     "untouched", "implanted", "second observer", "half corrected", "unchanged", "served", "strange"
@@ -305,7 +305,7 @@ class _Judge:
         made_of = mask.made_of if is_told else None
         is_persons = is_told and mask.origin not in OF_NETWORKS
         source: MaskSource = "person" if is_persons else "network"
-        slices = () if made_of is None else kept(made_of, mask.labels, through_plane_axis(self.image))
+        slices = () if made_of is None else unchanged(made_of, mask.labels, through_plane_axis(self.image))
         soft = None
         if mask.origin == "served" or made_of is not None:
             soft = served.soft_outputs(served.predict(self.image), assessor.structures)

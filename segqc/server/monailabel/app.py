@@ -13,7 +13,6 @@ from monailabel.interfaces.datastore import Datastore
 import segqc
 from segqc.loop.due import rounds_info
 from segqc.loop.requests import KINDS, TrainRequest, mask_tag_problem, request_of
-from segqc.loop.scoring import origin_of
 from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
@@ -136,10 +135,10 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
-        task_request["label_origin"] = None  # whatever the client says
+        task_request["label_record"] = None  # whatever the client says
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
-            task_request["label_origin"] = origin_of(self.context.dataset, assessed)
+            task_request["label_record"] = assessed
         path, params = task(task_request)
         if assessed is not None:
             params.update(label_tag=assessed.tag, label_version=assessed.id, label_sha256=assessed.sha256)

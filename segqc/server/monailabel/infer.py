@@ -12,12 +12,13 @@ from typing import Any
 import nrrd
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from segqc.loop.scoring import BY_A_NETWORK, MaskOrigin, assess
+from segqc.loop.scoring import BY_A_NETWORK, MaskOrigin, assess, origin_of
 from segqc.networks.segmenter import Prediction
 from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.server.monailabel.strategy import unlike_training
 from segqc.settings import NetworkName
+from segqc.store.records import LabelRecord
 from segqc.types import bounds, label_names
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
@@ -88,13 +89,15 @@ class LikelyErrors(NetworkTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``.
 
-        ``request["label_origin"]`` says who made the label map (`MaskOrigin`); a network, where nobody knows.
+        ``request["label_record"]`` is the label version that it is, if it is one; else a network made it, for all that
+        is known.
         """
         bundle = self.context.bundle("segqc")
         assessor = bundle.assessor()
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
-        origin: MaskOrigin = request.get("label_origin") or BY_A_NETWORK
+        version: LabelRecord | None = request.get("label_record")
+        origin = BY_A_NETWORK if version is None else origin_of(self.context.dataset, version, scan)
         prediction: Prediction | None = None
         if request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
