@@ -47,6 +47,7 @@ def test_each_member_has_seen_whom_segqc_s_has_seen(tmp_path: Path, ensemble: bo
     assert trained.people is not None and trained.people.card.plan.mask_skip
     assert trained.people.card.members == trained.card.members == (2 if ensemble else 1)
     assert trained.people.card.members_seen == trained.card.members_seen
+    report = trained.people.card.report
     if ensemble:  # the patients of each fold calibrate
         calibration = trained.people.card.calibration[0]
         assert set(calibration.kinds) == {"person"}
@@ -61,6 +62,9 @@ def test_each_member_has_seen_whom_segqc_s_has_seen(tmp_path: Path, ensemble: bo
             told = judge.with_settings(settings).assess(scan, truth, scan_id=case.id, source="person")
             boxes += len(told.assessment.structures[0].raw.boxes)
         assert boxes <= FALSE_BOXES * len(cases), "of right masks"
+        assert report is not None and report.worst.patients == len(cases) < report.worst.scans
+    else:  # nobody validates
+        assert report is None
 
 
 def test_without_epochs_for_it_there_is_none_and_maps_may_be_calibrated_anew_beside_one(tmp_path: Path) -> None:

@@ -475,6 +475,16 @@ def taken_proposal(transaction: Transaction, version: int) -> TakenProposal | No
     return TakenProposal(proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken)
 
 
+def taken_proposals(transaction: Transaction) -> dict[int, TakenProposal]:
+    """What was taken of proposals, by the number of the version that was submitted after one was offered."""
+    return {
+        row.label_version_id: TakenProposal(
+            proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken
+        )
+        for row in transaction.scalars(select(ProposalUse).order_by(ProposalUse.label_version_id))
+    }
+
+
 def infos(transaction: Transaction) -> dict[int, JsonObject]:
     """What clients noted of each version that they noted something of."""
     return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
