@@ -15,6 +15,7 @@ from segqc.quality.boxes import (
     box_iou,
     find_boxes,
     largest_box_area_mm2,
+    largest_evidence,
     match_boxes,
     unite_boxes,
 )
@@ -180,6 +181,7 @@ def test_the_evidence_is_the_largest_logit_of_a_voxel_and_its_neighbours_in_the_
     assert square.evidence == pytest.approx(np.log(9), rel=1e-4)
     assert seam.evidence == pytest.approx(np.log(1e-4 / (1 - 1e-4)), rel=1e-4)
     assert find_boxes(error, 0, ISO, replace(ALL, min_evidence=0.0)) == (square,)
+    assert largest_evidence(error, 0) == square.evidence
     assert find_boxes(error, 0, ISO, replace(ALL, min_evidence=2.2)) == ()
 
 

@@ -300,6 +300,13 @@ def test_shares_and_areas_are_those_of_pairs_and_undefined_without_any() -> None
     area = statistics.auroc(wrong, right)
     assert area.value == pytest.approx((1 + 0.75 + 1 + 1) / 4)
     assert area.low is not None and area.low <= area.value <= (area.high or 0)
+    by_evidence = statistics.auroc(
+        [replace(mask, evidence=2.0 + i) for i, mask in enumerate(wrong)],
+        [replace(mask, evidence=2.5) for mask in right],
+        statistics.EVIDENCE,
+    )
+    assert by_evidence.value == pytest.approx(3 / 4)
+    assert statistics.auroc(wrong, right, statistics.EVIDENCE).value is None, "of older results"
     assert statistics.auroc([], right).value is None and statistics.auroc(wrong, right, TTA).value is None
     assert statistics.found_errors(wrong, "raw").value == pytest.approx(0.5)
     assert statistics.mean(right, lambda m: m.covered).value is None

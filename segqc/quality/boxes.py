@@ -341,6 +341,17 @@ def _component_boxes(
     return sides[:, axis, 0], sides[:, in_plane].transpose(0, 2, 1).reshape(-1, 4)
 
 
+def largest_evidence(error: FloatArray | BoolArray, axis: int) -> float:
+    """The largest evidence of a likely error anywhere, see `ErrorBox`: how surely there is one at all.
+
+    Args:
+        error: error probabilities (n0, n1, n2).
+        axis: the through-plane axis.
+    """
+    planes = np.moveaxis(error, axis, 0)
+    return max(_evidence(plane, (0, plane.shape[0]), (0, plane.shape[1])) for plane in planes)
+
+
 def _evidence(plane: FloatArray | BoolArray, first: tuple[int, int], second: tuple[int, int]) -> float:
     """The evidence of a box in a slice, see `ErrorBox`; ``first`` and ``second`` are its half-open sides."""
     around = plane[max(first[0] - 1, 0) : first[1] + 1, max(second[0] - 1, 0) : second[1] + 1].astype(np.float64)

@@ -22,7 +22,7 @@ from segqc.evaluation.methods.tta import Tta
 from segqc.networks.assessor import AssessmentResult, Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.segmenter import Segmenter
-from segqc.quality.boxes import BoxSettings, find_boxes
+from segqc.quality.boxes import BoxSettings, find_boxes, largest_evidence
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import true_metrics
 from segqc.quality.proposal import propose
@@ -82,6 +82,7 @@ class JudgedMask:
         dice: the true one.
         estimates: that of each estimator; None where it says nothing of such masks.
         covered: the share of its structures whose prediction interval holds; None without one.
+        evidence: the largest of an error in its error maps, told who made it (`largest_evidence`).
         errors: errors of single slices that are to be found.
         boxes: what the boxes of each view are worth.
     """
@@ -93,6 +94,7 @@ class JudgedMask:
     dice: float
     estimates: Mapping[str, float | None]
     covered: float | None
+    evidence: float | None = None
     errors: int
     boxes: Mapping[View, BoxWorth]
 
@@ -293,6 +295,7 @@ class _Judge:
                 name: _known_mean([said[name][k] for k in there]) if name in said else None for name in ESTIMATORS
             },
             covered=_covered([qualities[k] for k in there], [true[k] for k in there]),
+            evidence=max(largest_evidence(error, through_plane_axis(self.image)) for error in told.errors),
             errors=sum(map(len, errors)),
             boxes={
                 "raw": self._worth([q.raw.boxes for q in qualities], told.errors, mask.labels, errors),

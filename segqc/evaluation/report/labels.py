@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from segqc.evaluation.experiments.labels import ESTIMATORS, ORIGINS, TOLD, VIEWS, JudgedMask, Origin, View
+from segqc.evaluation.experiments.labels import ORIGINS, TOLD, VIEWS, JudgedMask, Origin, View
 from segqc.evaluation.labels import LabelsResult
 from segqc.evaluation.report.document import Cell, Report, Section, Table
 from segqc.evaluation.report.html import write_report
 from segqc.evaluation.statistics.labels import (
+    DETECTORS,
     ErrorGroup,
     ToldAgainst,
     by_band,
@@ -173,11 +174,11 @@ def coverage_table(masks: Sequence[JudgedMask]) -> Table:
 def group_table(name: str, title: str, what: str, groups: Sequence[ErrorGroup]) -> Table:
     """Masks with implanted errors in groups."""
     views = [view for view in VIEWS if groups and all(view in g.found for g in groups)]
-    estimators = [e for e in ESTIMATORS if any(e in g.auroc for g in groups)]
+    detectors = [d for d in DETECTORS if any(d in g.auroc for g in groups)]
     rows = tuple(
         (
             *(group.name, group.masks, group.true_dice, group.mae),
-            *(group.auroc[e].value if e in group.auroc else None for e in estimators),
+            *(group.auroc[d].value if d in group.auroc else None for d in detectors),
             group.errors,
             *(cell for view in views for cell in _found(group, view)),
         )
@@ -185,7 +186,7 @@ def group_table(name: str, title: str, what: str, groups: Sequence[ErrorGroup]) 
     )
     columns = (
         *(what, "n", "mean true Dice", "MAE"),
-        *(f"AUROC, {estimator}" for estimator in estimators),
+        *(f"AUROC, {detector}" for detector in detectors),
         "errors",
         *(column for view in views for column in (f"found, {view} boxes", f"95% interval, {view}")),
     )
@@ -194,8 +195,8 @@ def group_table(name: str, title: str, what: str, groups: Sequence[ErrorGroup]) 
         title,
         columns,
         rows,
-        note=f"MAE: of {TOLD}. AUROC: of telling these masks from untouched ones. Errors: of single slices, that are "
-        "to be found.",
+        note=f"MAE: of {TOLD}. AUROC: of telling these masks from untouched ones, by the estimated Dice or by the "
+        "largest evidence of an error. Errors: of single slices, that are to be found.",
     )
 
 

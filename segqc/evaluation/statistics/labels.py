@@ -32,6 +32,9 @@ from segqc.quality.metrics import Values
 from segqc.training.implanted_errors import ERROR_KINDS, ErrorKind
 
 CONSTANT: Final = "best constant"
+EVIDENCE: Final = "evidence"
+"""The largest evidence of an error in a mask, told who made it: it tells masks with an error from those without."""
+DETECTORS: Final = (*ESTIMATORS, EVIDENCE)
 BANDS: Final = (0.0, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Edges of the bands of the true Dice; a mask that is right is in none."""
 GOOD: Final = 0.95
@@ -176,13 +179,18 @@ def mean(masks: _Masks, of: Callable[[JudgedMask], float | None]) -> ConfidenceI
     return share([m for m in masks if of(m) is not None], lambda m: of(m) or 0.0, lambda _: 1.0)
 
 
-def auroc(wrong: _Masks, right: _Masks, estimator: str = TOLD) -> ConfidenceInterval:
+def auroc(wrong: _Masks, right: _Masks, detector: str = TOLD) -> ConfidenceInterval:
     """How well an estimate tells masks with an error from those without: the area under the ROC curve, with interval.
 
     Undefined where there is nothing of one of the two, or an estimate is missing.
+
+    Args:
+        wrong: masks with an error.
+        right: masks without.
+        detector: an estimator, whose low Dice speaks of an error, or `EVIDENCE`, of which much does.
     """
     masks = [*(m for m in wrong if m.dice < 1), *right]
-    said = [m.estimates[estimator] for m in masks]
+    said = [_goodness(m, detector) for m in masks]
     known = np.array([e for e in said if e is not None], np.float64)
     is_wrong = np.array([m.dice < 1 for m in masks], bool)
     if len(known) < len(said) or len(np.unique(is_wrong)) < 2:
@@ -198,6 +206,13 @@ def auroc(wrong: _Masks, right: _Masks, estimator: str = TOLD) -> ConfidenceInte
     return percentile_interval(drawn[0], drawn[1:], LEVEL)
 
 
+def _goodness(mask: JudgedMask, detector: str) -> float | None:
+    """What speaks for a mask."""
+    if detector != EVIDENCE:
+        return mask.estimates[detector]
+    return None if mask.evidence is None else -mask.evidence
+
+
 def found_errors(masks: _Masks, view: View) -> ConfidenceInterval:
     """The share of the errors to be found that a box of a view touches."""
     return share(masks, lambda m: m.boxes[view].found, lambda m: m.errors)
@@ -211,7 +226,7 @@ class ErrorGroup:
         name: what they have in common.
         masks: how many.
         true_dice, mae: the mean true Dice, and SegQC-Net's error.
-        auroc: of telling them from untouched masks, by each estimator that says something of them.
+        auroc: of telling them from untouched masks, by each of `DETECTORS` that says something of them.
         errors: how many are to be found.
         found: the share that boxes of each view touch.
     """
@@ -248,13 +263,13 @@ def by_band(masks: _Masks) -> list[ErrorGroup]:
 def _group(name: str, found: _Masks, masks: _Masks) -> ErrorGroup:
     untouched = of_origin(masks, "untouched")
     told = [abs(e - m.dice) for m in found if (e := m.estimates[TOLD]) is not None]
-    areas = {estimator: auroc(found, untouched, estimator) for estimator in ESTIMATORS}
+    areas = {detector: auroc(found, untouched, detector) for detector in DETECTORS}
     return ErrorGroup(
         name=name,
         masks=len(found),
         true_dice=float(np.mean([m.dice for m in found])),
         mae=float(np.mean(told)) if told else None,
-        auroc={estimator: area for estimator, area in areas.items() if area.value is not None},
+        auroc={detector: area for detector, area in areas.items() if area.value is not None},
         errors=sum(m.errors for m in found),
         found={view: found_errors(found, view) for view in VIEWS if all(view in m.boxes for m in found)},
     )
@@ -289,9 +304,11 @@ def headline(masks: _Masks) -> dict[str, ConfidenceInterval]:
         "errors implanted: intervals that hold": mean(implanted, lambda m: m.covered),
         "untouched: estimated Dice": mean(untouched, lambda m: m.estimates[TOLD]),
         "half corrected: estimated higher than before": higher_than_before(masks),
-        "AUROC, errors implanted or untouched": auroc(implanted, untouched),
-        f"AUROC, true Dice over {GOOD}": auroc([m for m in implanted if m.dice > GOOD], untouched),
     }
+    good = [m for m in implanted if m.dice > GOOD]
+    for detector, name in ((TOLD, "estimated Dice"), (EVIDENCE, "largest evidence")):
+        found[f"AUROC by the {name}, errors implanted or untouched"] = auroc(implanted, untouched, detector)
+        found[f"AUROC by the {name}, true Dice over {GOOD}"] = auroc(good, untouched, detector)
     for view in views_of(masks):
         found[f"errors found, {view} boxes"] = found_errors(implanted, view)
         found[f"false boxes an untouched scan, {view} boxes"] = mean(untouched, _boxes_of(view))
