@@ -85,7 +85,7 @@ def fit_assessor(
         average_flips=settings.average_flips,
         hide_mask=settings.hide_mask,
     )
-    return Assessor(card, fitted.network)
+    return Assessor(card, fitted.network, backend=settings.backend)
 
 
 def _network_at(weights: Weights, plan: NetworkPlan) -> nn.Module:
@@ -123,7 +123,8 @@ def ensemble(members: Sequence[Assessor]) -> Assessor:
     seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
     members_seen = tuple(member.card.seen_by(0) for member in members)
     card = replace(members[0].card, seen=seen, members=len(members), members_seen=members_seen)
-    return Assessor(card, MeanOfNetworks([member.network for member in members]))
+    network = MeanOfNetworks([member.network for member in members])
+    return Assessor(card, network, backend=members[0].wanted_backend)
 
 
 def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
