@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -139,7 +140,9 @@ def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkP
 
 def mask_channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
     """One mask per structure (N, L, a, b, c) of label maps (N, 1, a, b, c)."""
-    return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
+    # a few comparisons take a fifth of the time of `torch.isin`
+    masks = [functools.reduce(torch.logical_or, [labels == value for value in s.values]) for s in structures]
+    return torch.cat(masks, 1).float()
 
 
 def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:

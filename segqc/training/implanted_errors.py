@@ -456,7 +456,7 @@ class _Site:
         changed[left] = 0
         inside = bounding_box(old)
         if inside is not None and left.any() and np.any(labels[~old]):
-            near = padded_box(inside, (1, 1, 1), old.shape)  # nothing outside is nearer to what was inside than this rim
+            near = padded_box(inside, (1, 1, 1), old.shape)  # nothing outside is nearer than this rim
             changed[near][left[near]] = self._nearest(labels[near], old[near])[left[near]]
         result = self.labels.copy()
         result[box] = changed

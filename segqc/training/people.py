@@ -88,9 +88,7 @@ def train_people(
         CaseError: if a scan or its labels can't be used.
     """
     splits = {case.id: patient_splits[case.patient].split for case in cases}
-    training, others = (
-        [c for c in whole_cases(cases) if splits[c.id] == split] for split in ("train", "validation")
-    )
+    training, others = ([c for c in whole_cases(cases) if splits[c.id] == split] for split in ("train", "validation"))
     draws = settings.people_epochs * settings.steps_per_epoch * settings.batch
     count = min(MASKS, max(_CALIBRATING, math.ceil(draws / max(1, len(training)))))  # others would hardly be drawn
     train = people_sets(training, assessor.structures, settings.seed, count=count)
