@@ -66,11 +66,12 @@ people_epochs = 1
 steps_per_epoch = 2
 folds = 2
 gammas = []
+mixed_precision = false
 
 [inference]
 backend = "pytorch"
 """
-"""Small trainings, and the backend that is ready at once."""
+"""Small trainings, in training and after it by the backend that is ready at once."""
 
 
 CHECKED = (
