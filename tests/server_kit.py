@@ -59,6 +59,9 @@ CONFIG = """
 liver = [1]
 spleen = [4]
 
+[inference]
+backend = "pytorch"
+
 [training]
 epochs = 2
 fold_epochs = 1
@@ -67,9 +70,6 @@ steps_per_epoch = 2
 folds = 2
 gammas = []
 mixed_precision = false
-
-[inference]
-backend = "pytorch"
 """
 """Small trainings, in training and after it by the backend that is ready at once."""
 
