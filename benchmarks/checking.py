@@ -3,7 +3,8 @@
 A phantom of 256 x 256 x 48 voxels, and networks of the default plan with three members, as they are trained by
 default. What they answer is of no worth here, but costs the same. A part of the mask is cut off in two slices. Each
 round checks a new version of the label and reads all anew, as a server does with a submission; the networks are loaded,
-and the backend has been tried on this machine before.
+and the backend has been tried on this machine before. "drawn" labels are a person's alone; of "corrected" ones one
+slice is, and the others are as the network that serves made them, so that it and SegQC-Net are asked, too.
 
     python benchmarks/checking.py
 """
@@ -92,20 +93,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "checking.json")
     parser.add_argument("--backend", default="auto", help="as in the settings (default: auto)")
     arguments = parser.parse_args()
-    clock, processor = [], []
+    seconds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         dataset = make_folder(Path(name), arguments.backend)
         bundle = dataset.bundle()
         assert bundle is not None
-        for labels in submissions(1 + ROUNDS):
-            with temporary_labels(labels) as path:
-                label = dataset.store.save_label(NewLabel("scan", "final", "annotator", ANNA), path)
-            started, computed = time.perf_counter(), time.process_time()
-            check = check_label(dataset, label, bundle)
-            clock.append(time.perf_counter() - started)
-            processor.append(time.process_time() - computed)
+        served, *made = submissions(2 + ROUNDS)
+        with temporary_labels(served) as path:
+            mask = dataset.store.save_label(NewLabel("scan", "original", "network", SERVER, bundle=bundle.number), path)
+        for kind, parent in (("drawn", None), ("corrected", mask.id)):
+            clock, processor = [], []
+            for labels in made:
+                new = NewLabel("scan", f"{kind}-labels", "annotator", ANNA, parent=parent)
+                with temporary_labels(labels) as path:
+                    label = dataset.store.save_label(new, path)
+                started, computed = time.perf_counter(), time.process_time()
+                check = check_label(dataset, label, bundle)
+                clock.append(time.perf_counter() - started)
+                processor.append(time.process_time() - computed)
+            # the first one loads and tries
+            seconds[kind] = {"clock": sorted(clock[1:]), "processor": sorted(processor[1:])}
         dataset.store.close()
-    seconds = {"clock": sorted(clock[1:]), "processor": sorted(processor[1:])}  # the first one loads and tries
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {platform.system()}, CPU, {os.cpu_count()} cores, "
@@ -113,13 +121,15 @@ def main() -> None:
         "scan": SCAN,
         "members": MEMBERS,
         "backend": check.assessment.backend,
-        "first": round(clock[0], 2),
-        "seconds": {kind: [round(s, 3) for s in values] for kind, values in seconds.items()},
+        "seconds": {
+            kind: {by: [round(s, 3) for s in values] for by, values in of.items()} for kind, of in seconds.items()
+        },
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table("seconds", "least", "median", "most", title=f"{SCAN}, {MEMBERS} members, {check.assessment.backend}")
-    for kind, values in seconds.items():
-        table.add_row(kind, *(f"{f(values):.2f}" for f in (min, statistics.median, max)))
+    for kind, of in seconds.items():
+        for by, values in of.items():
+            table.add_row(f"{kind}, {by}", *(f"{f(values):.2f}" for f in (min, statistics.median, max)))
     Console().print(table)
 
 

@@ -216,8 +216,10 @@ def build(fixed: HarderSet, seed: int, pool: Pool, data: Path, folder: Path) -> 
     for scan in (*labelled, *waiting.values()):
         several[scan.patient].append(scan.id)
     path = write_settings(folder, fixed.structures, {p: tuple(s) for p, s in several.items() if len(s) > 1})
+    # no mask of a person is judged there
+    training = f"[training]\nseed = {seed}\npeople_epochs = 0\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(f"{path.read_text(encoding='utf-8')}\n[training]\nseed = {seed}\n", encoding="utf-8")
+        temporary.write_text(f"{path.read_text(encoding='utf-8')}\n{training}", encoding="utf-8")
 
 
 def pair(fixed: HarderSet, scan: HarderScan, data: Path) -> tuple[Volume, Volume]:

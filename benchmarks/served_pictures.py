@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import assess, current_mask
+from segqc.loop.scoring import BY_A_NETWORK, assess, current_mask
 from segqc.plots import COLOURS, HEAT, View, contour, save_figure, window_around
 from segqc.quality.metrics import true_metrics
 from segqc.training import LineProgress
@@ -122,7 +122,7 @@ def draw(dataset: Dataset, misses: Sequence[Miss], title: str, path: Path) -> No
         scan = dataset.read_scan(dataset.scan(miss.scan))
         truth = _truth(dataset, miss.scan, scan)
         _, labels, prediction = current_mask(dataset, dataset.scan(miss.scan), scan, bundle)
-        result = assess(bundle, scan, labels, prediction, scan_id=miss.scan, segmenter_version=None)
+        result = assess(bundle, scan, labels, prediction, scan_id=miss.scan, origin=BY_A_NETWORK)
         pairs = [(s.mask(labels.array), s.mask(truth.array)) for s in dataset.structures]
         error = result.errors.max(axis=0)
         wrong = np.any([mask != real for mask, real in pairs], axis=0)

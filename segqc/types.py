@@ -208,7 +208,9 @@ class ErrorBox:
     """A likely error in one slice: half-open voxel intervals along the two in-plane axes.
 
     ``mask_share`` is the share of its likely wrong voxels that lie in the mask: above a half, the structure seems to be
-    wrongly included there, else to be missing; None where no mask is known.
+    wrongly included there, else to be missing; None where no mask is known. ``evidence`` is the largest logit of an
+    error that a voxel and its four neighbours in the slice all reach: a thin seam along a contour has little, however
+    likely each of its voxels is; None where no error map is known.
     """
 
     slice_index: int
@@ -218,6 +220,7 @@ class ErrorBox:
     mean_error: float
     peak_error: float
     mask_share: float | None = None
+    evidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

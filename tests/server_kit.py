@@ -147,8 +147,9 @@ def save_models(
     report: ReportCard | None = None,
     *,
     people: bool = False,
+    people_report: ReportCard | None = None,
 ) -> dict[NetworkName, Path]:
-    """Files of untrained networks; SegQC-Net with a report card and one for people's masks, where these are wanted."""
+    """Files of untrained networks; SegQC-Net with report cards and a network for people's masks, where wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     if report is not None:
         return _save_models(folder, structures, report, people=people)
@@ -184,7 +185,7 @@ def _save_models(
         files[kind] = folder / model_name(kind)
         model: Segmenter | Assessor = Segmenter(card, network) if kind == "segmentation" else Assessor(card, network)
         if people and isinstance(model, Assessor):
-            own_card = replace(card, plan=replace(plan, mask_skip=True), report=None)
+            own_card = replace(card, plan=replace(plan, mask_skip=True), report=people_report)
             model = model.with_people(Assessor(own_card, build_network(own_card.plan, seed=2)))
         model.save(files[kind])
     return files
@@ -196,11 +197,13 @@ def add_models(
     report: ReportCard | None = None,
     *,
     people: bool = False,
+    people_report: ReportCard | None = None,
 ) -> int:
     """Publish untrained networks; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
-        return dataset.bundles.publish(save_models(work, structures, report, people=people), SERVER, "a test")
+        files = save_models(work, structures, report, people=people, people_report=people_report)
+        return dataset.bundles.publish(files, SERVER, "a test")
 
 
 def without_liver(case: int = 0, slices: tuple[int, ...] = (4, 5)) -> Volume:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from segqc.networks.assessor import AssessmentSettings, Assessor, mask_sha256
+from segqc.networks.assessor import AssessmentResult, AssessmentSettings, Assessor, mask_sha256
 from segqc.networks.backends import Backend
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import ModelCard
@@ -24,11 +24,12 @@ from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import build_network
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.calibration import MaskCalibration, StructureCalibration, TrainingSizes
+from segqc.quality.error_maps import estimated_truth
 from segqc.quality.metrics import METRIC_NAMES, true_metrics
 from segqc.quality.stacking import ChosenEstimate, EstimateModel
 from segqc.quality.unlikeness import HeldOutPatient, NetworkReference, UnlikenessReference
 from segqc.training.calibration import KnownMask, fit_masks
-from segqc.types import Assessment, MetricIntervals, Metrics, Structure, Unlikeness, Witnesses
+from segqc.types import Assessment, ErrorBox, MaskSource, MetricIntervals, Metrics, Structure, Unlikeness, Witnesses
 from segqc.volumes import Volume, VolumeError
 
 PLAN = NetworkPlan(3, 2, (1.0, 1.0, 3.0), (16, 16, 4), (1, 1, 1), ((3, 3, 3),), ((1, 1, 1),), (4,))
@@ -312,6 +313,82 @@ def test_people_s_masks_are_judged_by_a_network_of_their_own(tmp_path: Path) -> 
     # trust of 3 in the mask, and a first bias of none: what the mask says is likely, wherever the network looks
     assert said.errors[0][inside].mean() < judged[False, "network"].errors[0][inside].mean()
     assert model.people is not None and model.judge_of("person") is model.people is model.people.judge_of("person")
+
+
+def judged_by_source() -> Assessor:
+    """Networks for networks' and for people's masks, with calibrations of their own."""
+    net = small_assessor()
+    plan = replace(net.card.plan, mask_skip=True)
+    kinds = [
+        MaskCalibration(dice=ChosenEstimate(EstimateModel("identity", value, {"map": 0.1}), "line"))
+        for value in (0.3, 0.5, 0.8)
+    ]
+    intervals = calibrated_on(9).of("strange").intervals
+    served, strange, person = (replace(kind, intervals=intervals) for kind in kinds)
+    person = replace(person, least_evidence=100.0)  # no box has so much
+    people = replace(net.card, plan=plan, calibration=(StructureCalibration({"person": person}),))
+    own = net.with_card(replace(net.card, calibration=(StructureCalibration({"served": served, "strange": strange}),)))
+    both = own.with_people(Assessor(people, build_network(plan, seed=1)))
+    return both.with_settings(AssessmentSettings(boxes=BoxSettings(min_area_mm2=1.0, max_area_mm2=1000.0)))
+
+
+@pytest.mark.parametrize("soft", [None, (SoftOutput(0.7, 0.3),)])
+def test_slices_that_a_person_let_be_are_judged_as_the_networks(soft: tuple[SoftOutput, ...] | None) -> None:
+    scan, labels, _ = world()
+    model = judged_by_source()
+    count = scan.shape[2]
+
+    def judged(source: MaskSource, slices: tuple[int, ...] = ()) -> AssessmentResult:
+        return model.assess(scan, labels, scan_id="s", soft=soft, source=source, network_slices=slices)
+
+    network, person = judged("network"), judged("person")
+    unchanged = judged("person", tuple(range(count)))
+    np.testing.assert_array_equal(unchanged.errors, network.errors)
+    assert unchanged.assessment == replace(network.assessment, mask_kind="person")
+    alone = model.assess(scan, labels, scan_id="s", source="person")
+    assert (person.assessment, person.errors.tolist()) == (alone.assessment, alone.errors.tolist())
+    mixed, let_be = judged("person", (0, 1, 2, 3)), np.arange(count) < 4
+    assert mixed.assessment.mask_kind == "person"
+    np.testing.assert_array_equal(mixed.errors[..., let_be], network.errors[..., let_be])
+    np.testing.assert_array_equal(mixed.errors[..., ~let_be], person.errors[..., ~let_be])
+    maps = model.error_maps(scan, labels, source="person", network_slices=(0, 1, 2, 3))
+    np.testing.assert_array_equal(maps, mixed.errors)
+    mask, error = STRUCTURES[0].mask(labels.array), mixed.errors[0]
+    sizes = (mask + estimated_truth(mask, error)).sum(axis=(0, 1))
+    share = float(sizes[let_be].sum() / sizes.sum())
+    quality = mixed.assessment.structures[0]
+    raw = quality.raw.metrics.dice
+    assert raw is not None and 0 < share < 1
+    of_network = (0.5 if soft is None else 0.3) + 0.1 * raw
+    assert quality.estimated.dice == pytest.approx(share * of_network + (1 - share) * (0.8 + 0.1 * raw), abs=1e-6)
+    assert quality.estimated.iou == pytest.approx(quality.estimated.dice / (2 - quality.estimated.dice))
+    boxes = [{box.slice_index for box in q.raw.boxes} for q in (network.assessment.structures[0], quality)]
+    assert boxes[0] - {0, 1, 2, 3} and boxes[1] == boxes[0] & {0, 1, 2, 3} != set(), "each judge bounds its own boxes"
+    interval = quality.intervals.dice
+    assert interval is not None and interval.low <= quality.estimated.dice <= interval.high
+
+
+def test_without_a_network_for_people_a_corrected_mask_is_a_strange_one() -> None:
+    scan, labels, _ = world()
+    model, soft = small_assessor(), (SoftOutput(0.7, 0.3),)
+    told = model.assess(scan, labels, scan_id="s", soft=soft, source="person", network_slices=(0, 1)).assessment
+    assert told == model.assess(scan, labels, scan_id="s").assessment
+
+
+def test_boxes_of_people_s_masks_are_bounded_by_their_evidence() -> None:
+    scan, labels, _ = world()
+
+    def boxes(least: float, settings: BoxSettings) -> list[ErrorBox]:
+        calibration = StructureCalibration({"person": MaskCalibration(least_evidence=least)})
+        of_people = assessor(calibration=(calibration,) * len(STRUCTURES))
+        model = assessor().with_people(of_people).with_settings(AssessmentSettings(boxes=settings))
+        told = model.assess(scan, labels, scan_id="s", source="person").assessment
+        return [box for quality in told.structures for box in quality.raw.boxes]
+
+    every = boxes(-20.0, BoxSettings(min_area_mm2=1e6))
+    assert every, "evidence takes the place of the smallest area"
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0)) == []
+    assert boxes(16.0, BoxSettings(min_area_mm2=0.0, min_evidence=-20.0)) == every, "what the settings say goes first"
 
 
 def test_new_intervals_make_no_other_version_and_another_calibration_does(tmp_path: Path) -> None:

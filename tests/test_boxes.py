@@ -167,7 +167,29 @@ def test_nothing_wrong_no_boxes() -> None:
 def test_a_single_voxel_is_a_box() -> None:
     error = np.zeros((4, 5, 6), np.float32)
     error[1, 2, 3] = 0.5
-    assert find_boxes(error, 0, (1.0, 0.5, 2.0), ALL) == (ErrorBox(1, (2, 3), (3, 4), 1.0, 0.5, 0.5),)
+    alone = ErrorBox(1, (2, 3), (3, 4), 1.0, 0.5, 0.5, evidence=-16.0)
+    assert find_boxes(error, 0, (1.0, 0.5, 2.0), ALL) == (alone,)
+
+
+def test_the_evidence_is_the_largest_logit_of_a_voxel_and_its_neighbours_in_the_slice() -> None:
+    error = np.full((3, 9, 12), 1e-4, np.float32)
+    error[1, 2:7, 3:8] = 0.9
+    error[1, 4, 5] = 0.99  # neither the centre alone nor a corner of a square counts
+    error[2, 2:7, 5] = 0.9  # a seam of one voxel
+    square, seam = find_boxes(error, 0, ISO, ALL)
+    assert square.evidence == pytest.approx(np.log(9), rel=1e-4)
+    assert seam.evidence == pytest.approx(np.log(1e-4 / (1 - 1e-4)), rel=1e-4)
+    assert find_boxes(error, 0, ISO, replace(ALL, min_evidence=0.0)) == (square,)
+    assert find_boxes(error, 0, ISO, replace(ALL, min_evidence=2.2)) == ()
+
+
+def test_a_box_at_the_edge_has_the_evidence_of_what_is_there() -> None:
+    error = np.zeros((1, 6, 6), np.float32)
+    error[0, :2, 4:] = 0.9
+    (corner,) = find_boxes(error, 0, ISO, ALL)
+    assert corner.evidence == pytest.approx(np.log(9), rel=1e-4)
+    (certain,) = find_boxes(np.ones((1, 6, 6), bool), 0, ISO, ALL)
+    assert certain.evidence == 16.0
 
 
 @settings(max_examples=30, deadline=None)

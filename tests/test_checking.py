@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from segqc.loop import error_maps
 from segqc.loop.checking import NotCheckedError, check_label
 from segqc.loop.dataset import Dataset
 from segqc.loop.history import versions
-from segqc.loop.scoring import error_map
+from segqc.loop.scoring import MaskOrigin, assess_scan, error_map, origin_of
 from segqc.networks.assessor import Assessor
 from segqc.quality.boxes import BoxSettings, find_boxes
 from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
-from segqc.store import labels, scans
+from segqc.store import assessments, labels, scans
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor, LabelRecord
 from segqc.types import ErrorBox
@@ -148,6 +149,74 @@ def test_the_store_knows_who_made_a_version(folder: Path) -> None:
         with dataset.store.read() as transaction:
             found = {labels.mask_source(transaction, label) for label in [*kept, *restored]}
         assert found == {source}
+
+
+def judged_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the error maps of networks for people's masks be 0.1 everywhere, and those of others 0.4."""
+
+    def error_maps(assessor: Assessor, scan: Volume, masks: np.ndarray, plausible: object) -> object:
+        whole = tuple(slice(0, size) for size in scan.shape)
+        return np.full(masks.shape, 0.1 if assessor.card.plan.mask_skip else 0.4, np.float32), whole
+
+    monkeypatch.setattr(Assessor, "_error_maps", error_maps)
+
+
+def corrected(mask: Volume, *slices: int) -> Volume:
+    """A label map with another voxel in some slices."""
+    array = mask.array.copy()
+    array[0, 0, list(slices)] = 1
+    return Volume(array, mask.affine)
+
+
+def test_each_slice_is_checked_by_who_made_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_models(folder, people=True)
+    judged_slices(monkeypatch)
+    dataset = Dataset(folder)
+    bundle = dataset.bundle()
+    assert bundle is not None
+    scan = dataset.read_scan(dataset.scan("scan_0"))
+    served = bundle.segmenter().predict(scan).labels
+    count = served.shape[2]
+    mask = keep(dataset, served, "network", "original", bundle=bundle.number)
+    assess_scan(dataset, dataset.scan("scan_0"), bundle)
+    with dataset.store.read() as transaction:
+        of_network = assessments.of_bundle(transaction, mask.id, bundle.number)
+    unchanged = keep(dataset, served, parent=mask.id)
+    check = check_label(dataset, unchanged, bundle).assessment
+    assert of_network is not None and of_network.mask_kind == "served"
+    assert check == replace(of_network, mask_kind="person", segmenter_version=None)
+
+    def by_network(label: LabelRecord) -> list[int]:
+        origin = origin_of(dataset, label, scan)
+        assert origin.segmenter_version == (bundle.segmenter().version if origin.network_slices else None)
+        check_label(dataset, label, bundle)
+        maps = error_maps.read(dataset, label.id, bundle.number)
+        assert maps is not None
+        found = np.flatnonzero((maps[0] / error_maps.CERTAIN).mean(axis=(0, 1)) > 0.2).tolist()
+        assert found == list(origin.network_slices)
+        return found
+
+    first = keep(dataset, corrected(served, 0, 1, 2), parent=mask.id)
+    assert by_network(first) == list(range(3, count))
+    second = keep(dataset, corrected(served, 0, 1, 2, 5), parent=first.id)
+    assert by_network(second) == [i for i in range(3, count) if i != 5]
+    back = dataset.store.restore_label(first.id, PERSON)
+    assert by_network(back) == list(range(3, count))
+    assert by_network(keep(dataset, corrected(served, *range(count)), parent=back.id)) == []
+    # a label of which nobody knows what it was made of is a person's, whatever it holds
+    assert by_network(keep(dataset, served, tag="version_1")) == []
+    assert by_network(keep(dataset, served, "import", tag="version_2")) == []
+
+
+def test_a_label_made_of_nothing_of_a_network_is_a_persons(folder: Path) -> None:
+    dataset = Dataset(folder)
+    mine = keep(dataset, without_liver(), tag="version_1")
+    foreign = keep(dataset, without_liver(), "import", "original")
+    scan = dataset.read_scan(dataset.scan("scan_0"))
+    assert origin_of(dataset, keep(dataset, without_liver(), parent=mine.id), scan) == MaskOrigin("person")
+    slices = tuple(range(without_liver().shape[2]))
+    of_foreign = keep(dataset, without_liver(), tag="version_2", parent=foreign.id)
+    assert origin_of(dataset, of_foreign, scan) == MaskOrigin("person", None, slices)
 
 
 def test_the_error_map_of_a_persons_label_is_by_the_network_for_people(

@@ -66,6 +66,19 @@ def test_the_worst_label_comes_first_and_those_not_judged_come_last(store: Store
     assert last.verdict is None and last.message == label_verdicts.NOT_JUDGED and last.worst_slice is None
 
 
+def test_what_has_likely_errors_comes_before_what_has_none(store: Store, tmp_path: Path) -> None:
+    number = bundle(store).id
+    for i, dice in enumerate((0.9, 0.5, 0.8)):
+        label = save_final(store, tmp_path, f"scan_{i}", i + 1)
+        made = make_assessment(label.scan, dice)
+        if i == 1:
+            quality = made.structures[0]
+            made = replace(made, structures=(replace(quality, raw=replace(quality.raw, boxes=())),))
+        with store.write() as transaction:
+            label_verdicts.write(transaction, label.id, number, LabelVerdict(assessment=made, networks=1))
+    assert listed(store) == ["scan_2", "scan_0", "scan_1"]
+
+
 def test_of_equal_estimates_the_larger_error_comes_first(store: Store, tmp_path: Path) -> None:
     number = bundle(store).id
     for i in range(2):

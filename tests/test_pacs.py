@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from segqc.cli.main import app
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.review import review
-from segqc.loop.scoring import assess, current_mask
+from segqc.loop.scoring import BY_A_NETWORK, assess, current_mask
 from segqc.pacs.client import PacsClient
 from segqc.pacs.errors import PacsRefused, PacsUnavailable
 from segqc.settings import PacsSettings, SettingsError, load_settings, remember_pacs
@@ -549,6 +549,23 @@ def test_any_subset_of_structures_keeps_names_numbers_colours_and_place(
     np.testing.assert_array_equal(read_independently(seg, grid, STRUCTURES), array)
 
 
+@pytest.mark.parametrize(
+    ("characters", "name"), [("ISO_IR 100", "Müller^José"), (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎")]
+)
+def test_the_patients_name_is_that_of_the_images_in_any_script(
+    hospital: Hospital, characters: str | list[str], name: str
+) -> None:
+    def named(_: int, item: FileDataset) -> None:
+        item.SpecificCharacterSet, item.PatientName = characters, name
+
+    items = hospital.add(0, "a", change=named)
+    dataset = hospital.open()
+    keep(dataset, dataset.scans()[0].id, drawn(4))
+    assert publish(dataset) == 1
+    (seg,) = hospital.orthanc.segmentations(str(items[0].StudyInstanceUID))
+    assert (str(seg.PatientName), seg.SpecificCharacterSet) == (name, "ISO_IR 192")
+
+
 def test_the_one_before_is_withdrawn_after_the_new_one_is_stored(hospital: Hospital) -> None:
     hospital.write(orthanc_url=hospital.orthanc.rest)
     items = hospital.add(0, "a")
@@ -743,7 +760,7 @@ def test_estimates_and_error_maps_are_exported_on_request(hospital: Hospital, tm
     assert bundle is not None
     scan = dataset.read_scan(entry)
     _, mask, prediction = current_mask(dataset, dataset.scan(entry.id), scan, bundle)
-    errors = assess(bundle, scan, mask, prediction, scan_id=entry.id, segmenter_version=None).errors
+    errors = assess(bundle, scan, mask, prediction, scan_id=entry.id, origin=BY_A_NETWORK).errors
     order = [str(item.SOPInstanceUID) for item in items]
     for groups, frame in zip(maps.PerFrameFunctionalGroupsSequence, maps.pixel_array, strict=True):
         number = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber

@@ -314,7 +314,14 @@ def test_a_label_is_uploaded_compared_rejected_and_restored(
     assert f"{differing} voxels differ" in page and re.search(r'data-index="3"[^>]*aria-current="true"', page)
     rows = table(client.get(f"/scans/scan_5/difference.csv?version={second}&other={first}"))
     assert [row["voxels changed"] for row in rows] == ["0"] * 3 + [str(differing)] + ["0"] * 6
-    assert "Approved." in client.post("/scans/scan_5/review", data={"decision": "approve"}).text
+    review = "/scans/scan_5/review"
+    refused = f"has a newer final label, version {second} by"
+    assert refused in client.post(review, data={"decision": "approve", "seen": first}).text
+    page = client.post("/scans", data={"decision": "approve", "scan": "scan_5", "seen": first}).text
+    assert refused in page and state_of(dataset, "scan_5") == "submitted"
+    assert f'name="seen" value="{second}"' in client.get("/?view=all").text
+    assert f'name="seen" value="{second}"' in client.get("/scans/scan_5").text
+    assert "Approved." in client.post(review, data={"decision": "approve", "seen": second}).text
     page = client.post("/scans/scan_5/review", data={"decision": "reject", "reason": "a leak"}).text
     assert "Rejected" in page and "a leak" in page and state_of(dataset, "scan_5") == "rejected"
     page = client.post("/scans/scan_5/restore", data={"version": first}).text
@@ -505,6 +512,19 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
         (address,) = re.findall(r'<a href="(/scans/[^"]+)" data-row>', page.text)
         assert "a &amp;&lt;b&gt; #1 100%" in page.text
         assert "<b>" not in client.get(address, headers=HTML).text.split("<main")[1].split("</h1>")[0]
+
+
+def test_a_segmentation_names_patient_and_structures_in_any_script(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", scans=1, config=CONFIG.replace("liver", '"печень"'))
+    for folder in (path, path / "labels" / "final"):
+        (folder / "scan_0.nii.gz").rename(folder / "Иванов 1.nii.gz")
+    with serving(path) as client:
+        content = client.get("/scans/Иванов 1/versions/1/x.dcm").content
+        item = pydicom.dcmread(io.BytesIO(content))
+        assert (item.PatientID, str(item.PatientName)) == ("Иванов 1", "Иванов 1")
+        assert [str(segment.SegmentLabel) for segment in item.SegmentSequence] == ["печень", "spleen"]
+        answer = client.post("/scans/Иванов 1/label", files={"file": ("x.dcm", content)})
+        assert "kept as the final label" in answer.text, answer.text[:3000]
 
 
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from segqc.networks.assessor import AssessmentSettings
+from segqc.quality.boxes import BoxSettings
 from segqc.quality.calibration import MapCalibration
 from segqc.split import PatientSplit
 from segqc.training.assessor import train_assessor
-from segqc.training.assessor_calibration import with_maps
+from segqc.training.assessor_calibration import FALSE_BOXES, with_maps
 from segqc.training.cases import Case, read_case
 from segqc.training.people import MASKS, people_sets
 from tests.test_training import QUICK, STRUCTURES, NoProgress, Recorded, make_cases
@@ -45,8 +47,24 @@ def test_each_member_has_seen_whom_segqc_s_has_seen(tmp_path: Path, ensemble: bo
     assert trained.people is not None and trained.people.card.plan.mask_skip
     assert trained.people.card.members == trained.card.members == (2 if ensemble else 1)
     assert trained.people.card.members_seen == trained.card.members_seen
+    report = trained.people.card.report
     if ensemble:  # the patients of each fold calibrate
-        assert set(trained.people.card.calibration[0].kinds) == {"person"}
+        calibration = trained.people.card.calibration[0]
+        assert set(calibration.kinds) == {"person"}
+        least = calibration.of("person").least_evidence
+        assert least is not None
+        settings = AssessmentSettings(boxes=BoxSettings(min_area_mm2=0.0))
+        boxes = 0
+        for case in cases:
+            scan, truth = read_case(case, (1,))
+            judge = trained.unseen_by(case.patient)
+            assert judge is not None
+            told = judge.with_settings(settings).assess(scan, truth, scan_id=case.id, source="person")
+            boxes += len(told.assessment.structures[0].raw.boxes)
+        assert boxes <= FALSE_BOXES * len(cases), "of right masks"
+        assert report is not None and report.worst.patients == len(cases) < report.worst.scans
+    else:  # nobody validates
+        assert report is None
 
 
 def test_without_epochs_for_it_there_is_none_and_maps_may_be_calibrated_anew_beside_one(tmp_path: Path) -> None:

@@ -15,21 +15,29 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 
 from fastapi.testclient import TestClient
 from monailabel.client import MONAILabelClient
+from typer.testing import CliRunner
 
+from segqc.cli import main
 from segqc.loop import error_maps, proposals
 from segqc.loop.checking import check_label
 from segqc.loop.dataset import Dataset
+from segqc.loop.proposal_worth import proposal_worth, with_taken
 from segqc.loop.proposals import NoProposalError, Proposal, proposal_of
 from segqc.loop.scoring import assess_scan
+from segqc.progress import NO_PROGRESS
+from segqc.quality.metrics import true_metrics
+from segqc.quality.proposal import ProposedBox
 from segqc.server.monailabel.facade import current_app
 from segqc.store import corrections, labels
 from segqc.store.labels import PROPOSAL, NewLabel
 from segqc.store.records import Actor, LabelRecord, TakenProposal
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_labels, read_scan, slice_layout, temporary_labels, write_labels
+from tests.report_kit import good_card, worthless_card
 from tests.server_kit import (
     CHECKED,
     SHAPE,
+    STRUCTURES,
     add_models,
     draw_case,
     knowing_the_truth,
@@ -145,6 +153,21 @@ def test_a_proposal_goes_when_the_label_does(folder: Path, tag: str) -> None:
             propose(dataset, first)
 
 
+@pytest.mark.parametrize("tag", ["original", "final"])
+def test_nothing_is_proposed_where_estimates_of_peoples_masks_are_known_to_be_worth_nothing(
+    folder: Path, tag: str
+) -> None:
+    dataset = Dataset(folder)
+    for report, is_offered in ((good_card(), True), (worthless_card(), False)):
+        add_models(folder, people=True, people_report=report)
+        label = keep(dataset, without_liver(), tag)
+        if is_offered:
+            assert propose(dataset, label).boxes
+            continue
+        with pytest.raises(NoProposalError, match="Do not rely on the estimated Dice of people's masks; nothing is"):
+            propose(dataset, label)
+
+
 def test_a_proposal_that_comes_too_late_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset(folder)
     first = keep(dataset, without_liver(), "original")
@@ -257,11 +280,23 @@ def test_the_proposal_of_a_version_as_a_file(client: TestClient, tmp_path: Path)
         assert (refused.status_code, bool(refused.json()["detail"])) == (status, True)
     assert client.get("/datastore/label", params={"label": "scan_1", "tag": PROPOSAL}).status_code == 404
     write_labels(Volume(np.zeros(SHAPE, np.uint8), draw_case(0)[1].affine), tmp_path / "label.nii.gz")
-    with (tmp_path / "label.nii.gz").open("rb") as file:
-        query = {"image": "scan_0", "tag": PROPOSAL}
-        refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", file)})
-    assert refused.status_code == 400
-    assert "nobody submits" in refused.json()["detail"]
+    content = (tmp_path / "label.nii.gz").read_bytes()
+    for tag in (PROPOSAL, "returned", "pseudo-label", "pseudo-label-ignored", "attention-check"):
+        query = {"image": "scan_0", "tag": tag}
+        refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", content)})
+        assert refused.status_code == 400
+        assert f"nobody submits a label under the tag {tag!r}" in refused.json()["detail"]
+
+
+def test_nobody_changes_what_is_noted_of_a_proposal(client: TestClient) -> None:
+    """Its boxes are noted there: the panel reads them, and corrections count them."""
+    where = {"label": "scan_0", "tag": PROPOSAL}
+    assert client.get("/datastore/label", params=where).status_code == 200
+    noted = client.get("/datastore/label/info", params=where).json()["boxes"]
+    for path, field in (("/datastore/label/info", "info"), ("/datastore/updatelabelinfo", "params")):
+        answer = client.put(path, params=where, data={field: json.dumps({"boxes": "none"})})
+        assert (answer.status_code, "boxes" in answer.json()["detail"]) == (400, True), answer.text
+    assert client.get("/datastore/label/info", params=where).json()["boxes"] == noted
 
 
 def test_before_the_networks_are_trained_a_sentence_says_so(tmp_path: Path) -> None:
@@ -270,3 +305,47 @@ def test_before_the_networks_are_trained_a_sentence_says_so(tmp_path: Path) -> N
         answer = client.get("/datastore/label", params={"label": "scan_0", "tag": PROPOSAL})
     assert answer.status_code == 409
     assert "is not trained yet" in answer.json()["detail"]
+
+
+# -------------------------------------------------------------------------------------------------------------- worth
+
+
+@pytest.mark.parametrize(("taken", "after"), [(2, 1.0), (1, None), (0, None)])
+def test_costs_say_what_the_boxes_taken_have_changed(folder: Path, taken: int, after: float | None) -> None:
+    dataset = Dataset(folder)
+    start = keep(dataset, without_liver(), "original")
+    made = propose(dataset, start)
+    submitted = without_liver(slices=(5,)) if taken == 1 else draw_case(0)[1]
+    final = keep(dataset, submitted)
+    truth = draw_case(0)[1]
+    with dataset.store.write() as transaction:
+        told = TakenProposal(proposal=made.label.id, boxes_offered=2, boxes_taken=taken)
+        labels.note_proposal(transaction, final.id, told)
+    counted = keep(dataset, truth) if taken == 1 else final  # somebody has corrected the rest since
+    (worth,) = proposal_worth(dataset, NO_PROGRESS)
+    assert (worth.submissions, worth.boxes_offered, worth.boxes_taken) == (1, 2, taken)
+    assert worth.measured == (taken > 0)
+    if taken:
+        expected = [true_dice(voxels(dataset, label), voxels(dataset, counted)) for label in (start, final)]
+        assert worth.dice_before == pytest.approx(expected[0]) and worth.dice_after == pytest.approx(expected[1])
+        assert after is None or worth.dice_after == after
+    printed = CliRunner().invoke(main.app, ["costs", str(folder)])
+    assert f"{taken} of 2 proposed boxes taken" in printed.output
+    rows = json.loads(CliRunner().invoke(main.app, ["costs", str(folder), "--json"]).output)["proposals"]
+    assert rows[0]["boxes taken"] == taken and rows[0]["Dice before"] == worth.dice_before
+
+
+def true_dice(mask: LabelArray, truth: LabelArray) -> float:
+    found = [true_metrics(s.mask(mask), s.mask(truth)).dice for s in STRUCTURES]
+    return float(np.mean([dice for dice in found if dice is not None]))
+
+
+def test_only_boxes_that_were_taken_count_and_those_that_agree_best() -> None:
+    start, proposed = np.zeros((6, 6, 2), np.uint8), np.zeros((6, 6, 2), np.uint8)
+    proposed[1:4, 1:4] = 1
+    submitted = start.copy()
+    submitted[1:4, 1:4, 1] = 1
+    boxes = [ProposedBox("liver", index, (1, 1), (4, 4), 9) for index in (0, 1)]
+    for taken, slices in ((1, [1]), (2, [1]), (0, [])):
+        made = with_taken(start, proposed, submitted, STRUCTURES, boxes, taken, 2)
+        assert np.flatnonzero(made.any(axis=(0, 1))).tolist() == slices

@@ -283,7 +283,7 @@ def test_ignored_voxels_are_those_that_are_probably_wrong(pool: Dataset, tmp_pat
     mask, shown, prediction = scoring.current_mask(dataset, dataset.scan(name), scan, bundle)
     assert mask.bundle is not None
     errors = scoring.assess(
-        bundle, scan, shown, prediction, scan_id=name, segmenter_version=mask.bundle.segmenter_version
+        bundle, scan, shown, prediction, scan_id=name, origin=scoring.origin_of(dataset, mask, scan)
     ).errors
     np.testing.assert_array_equal(read_labels(case.ignored).array, (errors > 0.3).any(axis=0))
     assert pseudo_cases(dataset).seen == tuple(sorted({*bundle.card("segmentation").seen, *bundle.card("segqc").seen}))

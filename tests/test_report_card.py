@@ -20,8 +20,11 @@ from segqc.quality.report_card import (
     UnseenMask,
     estimate_sentence,
     is_worse,
+    is_worth_proposing,
     messages,
     order_sentence,
+    people_sentence,
+    people_to_json,
     report_card,
     to_json,
 )
@@ -92,6 +95,18 @@ def test_a_patient_counts_once_however_many_scans_it_has() -> None:
         other: ConfidenceInterval = getattr(many.worst.figures, name)
         assert one.low is not None and other.low is not None
         assert other.low == pytest.approx(one.low, abs=0.03), "copies of a scan make nothing surer"
+
+
+def test_of_peoples_masks_it_says_whether_anything_is_proposed() -> None:
+    good, worthless = good_card(), worthless_card()
+    few = report_card(simulated(4, patients=MIN_PATIENTS - 1, scans_each=8))
+    assert [is_worth_proposing(card) for card in (None, good, worthless, few)] == [True, True, False, True]
+    assert "is better than a constant" in people_sentence(good)
+    assert "nothing is proposed, as on experts' labels with implanted errors" in people_sentence(worthless)
+    assert people_sentence(few).startswith("Nobody can tell yet how good the estimates of people's masks are")
+    told = people_to_json(worthless)
+    assert told["estimate"] == "not better than the constant" and told["messages"] == [people_sentence(worthless)]
+    assert not {"scans", "witnesses", "marked", "ranked_by"} & told.keys()
 
 
 @pytest.mark.parametrize("patients", [1, MIN_PATIENTS - 1])

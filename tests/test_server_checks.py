@@ -14,12 +14,13 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 from fastapi.testclient import TestClient
 from monailabel.client import MONAILabelClient
 
+from segqc.loop.scoring import assess_scan
 from segqc.server import checks as server_checks
 from segqc.server.monailabel.facade import current_app
 from segqc.store import labels
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
-from segqc.volumes import Volume, temporary_labels, write_labels
+from segqc.volumes import Volume, read_labels, temporary_labels, write_labels
 from tests.server_kit import (
     CHECKED,
     add_models,
@@ -151,6 +152,30 @@ def test_a_version_that_is_none_is_not_checked(client: TestClient, tmp_path: Pat
         answer = client.get(f"/segqc/labels/{scan}/check", params={"version": number})
         assert answer.status_code == 404
         assert "no label version" in answer.json()["detail"]
+
+
+def test_a_network_s_mask_that_is_submitted_unchanged_is_estimated_as_before(
+    client: TestClient, tmp_path: Path
+) -> None:
+    app = current_app()
+    dataset, bundle = app.context.dataset, app.context.bundle("segqc")
+    assess_scan(dataset, dataset.scan("scan_0"), bundle)
+    sample = client.post("/activelearning/segqc", json={"client_id": "anna"}).json()
+    assert sample["id"] == "scan_0"
+    mask = dataset.mask("scan_0")
+    assert mask is not None
+    served = read_labels(dataset.store.label_file(mask))
+    unchanged = put(client, tmp_path / "label.nii.gz", served)["version"]
+    shown = client.post("/infer/segqc", params={"image": "scan_0", "label_tag": "original", "output": "json"}).json()
+    check = until_done(client, unchanged)
+    assert check["estimated_dice"] == pytest.approx(shown["estimated_dice"])
+    # a second time nothing is handed out any more: it is made of the first one
+    again = put(client, tmp_path / "again.nii.gz", without_liver())["version"]
+    with dataset.store.read() as transaction:
+        assert [labels.get(transaction, version).parent for version in (unchanged, again)] == [mask.id, unchanged]
+    final = client.post("/infer/segqc", params={"image": "scan_0", "output": "json"}).json()
+    assert final["label_version"] == again and final["assessment"]["mask_kind"] == "person"
+    assert final["estimated_dice"] == pytest.approx(until_done(client, again)["estimated_dice"])
 
 
 @pytest.mark.parametrize("source", ["person", "network"])

@@ -43,7 +43,7 @@ from segqc.volumes import (
     write_labels,
     write_scan,
 )
-from segqc.volumes.slices import all_but
+from segqc.volumes.slices import all_but, unchanged
 from tests.server_kit import CONFIG, SHAPE, assess, draw_case, make_dataset
 from tests.store_kit import ANNA, BERT
 from tests.test_training import QUICK, STRUCTURES, make_cases, placed
@@ -449,6 +449,28 @@ def test_partly_checked_cases_train_and_neither_validate_nor_calibrate(tmp_path:
     one, two = (load_example(c, segmenter.card.plan, (1,)) for c in (spoilt, other))
     assert one.ignored is not None and two.ignored is not None
     assert np.array_equal(one.truth[one.ignored == 0], two.truth[two.ignored == 0])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        ("001110", "001110", (0, 1, 2, 3, 4, 5)),
+        ("001110", "002110", (3, 4, 5)),  # the empty ones before belong to the changed slice
+        ("001110", "001120", (0, 1, 2, 3)),
+        ("001110", "011110", (2, 3, 4, 5)),  # the new one belongs to the person, and so does what is beyond
+        ("001110", "002220", ()),
+        ("100001", "200001", (3, 4, 5)),
+        ("000000", "000000", (0, 1, 2, 3, 4, 5)),
+        ("000000", "000200", ()),
+    ],
+)
+def test_what_a_person_let_be_is_known_by_slice(before: str, after: str, wanted: tuple[int, ...], axis: int) -> None:
+    maps = [np.zeros((6, 3, 4), np.uint8) for _ in range(2)]
+    for array, values in zip(maps, (before, after), strict=True):
+        array[:, 1, 2] = [int(value) for value in values]
+    one, other = (np.moveaxis(array, 0, axis) for array in maps)
+    assert unchanged(one, other, axis) == wanted
 
 
 def test_the_dice_of_a_partly_checked_case_is_that_of_its_checked_slices(tmp_path: Path) -> None:

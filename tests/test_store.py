@@ -7,8 +7,9 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from segqc.store.leases import LeaseRules
 from segqc.store.records import Actor, Change, LabelRecord, LeaseRecord, ScanState, StructureChange, TakenProposal
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES, LeaseRow, RoundRow, Scan
-from segqc.store.store import LabelChange, Store
+from segqc.store.store import LabelChange, LabelTransaction, Store
 from segqc.store.sync import sync
 from segqc.types import Metrics, PredictionInterval, Unlikeness, Witnesses
 from segqc.volumes import scan_id
@@ -1135,6 +1136,43 @@ def test_reviews_that_do_not_fit_are_refused(store: Store) -> None:
         store.review("scan_0", "approved", ANNA)
     with pytest.raises(UnknownScan):
         store.review("nobody", "approved", ANNA)
+
+
+def test_nobody_decides_of_a_label_that_came_after_a_look(store: Store, folder: Path) -> None:
+    assess_all(store, folder)
+    lease = take(store, ANNA)
+    submit(store, folder, lease.scan, ANNA, 40)
+    with store.read() as transaction:
+        seen = labels.newest(transaction)
+    later = save_final(store, folder.parent, lease.scan, 41, BERT)
+    for state, reason in (("approved", None), ("rejected", "a leak"), ("excluded", "the wrong patient")):
+        with pytest.raises(StoreError, match=f"has a newer final label, version {later.id} by {BERT.name}"):
+            store.review(lease.scan, state, ANNA, reason, seen=seen)
+    with store.read() as transaction:
+        assert scans.get(transaction, lease.scan).state == "submitted"
+    store.review(lease.scan, "approved", ANNA, seen=later.id)
+
+
+def test_a_label_that_comes_while_a_scan_is_rejected_is_returned(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assess_all(store, folder)
+    lease = take(store, ANNA)
+    submit(store, folder, lease.scan, ANNA, 40)
+    change_labels, later = store.change_labels, []
+
+    def overtaken(changes: Sequence[LabelChange]) -> AbstractContextManager[LabelTransaction]:
+        if not later:
+            monkeypatch.setattr(store, "change_labels", change_labels)
+            later.append(save_final(store, folder.parent, lease.scan, 41, BERT))
+        return change_labels(changes)
+
+    monkeypatch.setattr(store, "change_labels", overtaken)
+    store.review(lease.scan, "rejected", ANNA, "a leak")
+    with store.read() as transaction:
+        returned = labels.current(transaction, lease.scan, "returned")
+        assert labels.current(transaction, lease.scan, "final") is None
+    assert returned is not None and returned.parent == later[0].id
 
 
 # -------------------------------------------------------------------------------------------------------------- jobs

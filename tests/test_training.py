@@ -18,6 +18,7 @@ from segqc.networks.assessor import Assessor
 from segqc.networks.backends import choose_backend
 from segqc.networks.device import DeviceMemoryError, device_of_choice, has_bfloat16
 from segqc.networks.segmenter import Segmenter
+from segqc.networks.unet import build_network
 from segqc.progress import described
 from segqc.quality.stacking import DICE_OF_SERVED
 from segqc.settings import SettingsError, build
@@ -32,11 +33,14 @@ from segqc.training.crossfit import (
     MaskSet,
     crossfit_masks,
     early_epochs,
+    early_networks,
+    folds_of_cases,
     masks_of,
     sources_of_masks,
     stored_masks,
     stratified_weights,
     subsample,
+    train_fold,
     train_mask_sources,
 )
 from segqc.training.engine import _Ahead
@@ -144,6 +148,20 @@ def test_early_networks_are_those_of_epochs_that_the_time_allowed(tmp_path: Path
     made = crossfit_masks(cases, STRUCTURES, placed(cases), plan, settings, tmp_path / "t", NoProgress())
     group = sources_of_masks(1, settings)
     assert {len(mask_set.masks) for mask_set in made.sets} == {len(group) + 2}
+
+
+def test_early_networks_of_a_kept_training_are_found_again(tmp_path: Path) -> None:
+    cases, settings = make_cases(tmp_path, 6), replace(QUICK, fold_epochs=4)
+    plan = plan_for(cases, settings, in_channels=1, out_channels=2)
+    common = cases, STRUCTURES, placed(cases), plan, settings, tmp_path / "t", NoProgress()
+    folds = [train_fold(fold, *common) for fold in folds_of_cases(cases, placed(cases))]
+    Segmenter.save_members([networks[0] for networks in folds], tmp_path / "folds.pt")
+    for (last, *early), loaded in zip(folds, Segmenter.load_members(tmp_path / "folds.pt"), strict=True):
+        assert loaded.version == last.version and loaded.card.seen == last.card.seen
+        assert [n.version for n in early_networks(loaded, tmp_path / "t")] == [n.version for n in early] and early
+    assert not early_networks(folds[0][0], tmp_path / "gone")
+    other = Segmenter(folds[0][0].card, build_network(plan, seed=9))
+    assert not early_networks(other, tmp_path / "t"), "another network's"
 
 
 def test_mixed_precision_learns_alike_and_answers_in_float32(tmp_path: Path) -> None:

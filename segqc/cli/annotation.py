@@ -33,6 +33,7 @@ from segqc.text import visible
 if TYPE_CHECKING:
     from segqc.loop.checking import LabelCheck
     from segqc.loop.dataset import Dataset
+    from segqc.loop.proposal_worth import ProposalWorth
     from segqc.store.records import LabelRecord
 
 app = typer.Typer()
@@ -70,6 +71,12 @@ _COST_TERMS: Final = (
 _ATTENTION_TERMS: Final = (
     "planted: masks with a planted error that were handed out. submitted: those that came back. found: those in which "
     "at least half of the error was corrected."
+)
+
+_PROPOSAL_TERMS: Final = (
+    "submitted: labels after a proposal was offered. measured: those with boxes taken whose scan has a final label. "
+    "Dice before: of what these were made of, against the final label; mean over the structures. Dice with boxes "
+    "taken: the same with nothing changed but the boxes taken; the final label may hold what was taken."
 )
 
 Scan = Annotated[
@@ -384,15 +391,18 @@ def leases(
 def costs(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Sum up what annotation has cost: scans and hours, by strategy, audit draws and validation scans.
 
-    Below them: how many planted errors each annotator got and found, where there are attention checks.
+    Below them: how many planted errors each annotator got and found, where there are attention checks; and how many
+    boxes of proposals each was offered and took, and what these have changed.
     """
     from segqc.store import attention_checks
+    from segqc.store import labels as labelled
     from segqc.store import leases as stored
 
     dataset = dataset_at(folder, config)
     with dataset.store.read() as transaction:
         found = stored.costs(transaction)
         attention = attention_checks.by_annotator(transaction)
+        uses_proposals = bool(labelled.taken_proposals(transaction))
     rows: list[Row] = [dataclasses.asdict(cost) for cost in found]
     total = sum(cost.submitted for cost in found)
     rows_of_attention: list[Row] = [
@@ -405,8 +415,33 @@ def costs(folder: DatasetFolder, config: ConfigFile = None, as_json: AsJson = Fa
         }
         for own in attention
     ]
-    title, extra = f"{folder}: {total} scans submitted", {"attention_checks": rows_of_attention}
+    worth = _proposal_worth(dataset) if uses_proposals else []
+    rows_of_proposals: list[Row] = [
+        {
+            "annotator": own.actor.name,
+            "known by": own.actor.identified_by,
+            "submitted": own.submissions,
+            "boxes offered": own.boxes_offered,
+            "boxes taken": own.boxes_taken,
+            "measured": own.measured,
+            "Dice before": own.dice_before,
+            "Dice with boxes taken": own.dice_after,
+        }
+        for own in worth
+    ]
+    title = f"{folder}: {total} scans submitted"
+    extra = {"attention_checks": rows_of_attention, "proposals": rows_of_proposals}
     emit(rows, title, as_json=as_json, as_csv=as_csv, key="costs", extra=extra, terms=_COST_TERMS)
     if attention and not as_json and not as_csv:
         planted, overall = sum(own.submitted for own in attention), sum(own.found for own in attention)
         emit(rows_of_attention, f"{folder}: {overall} of {planted} planted errors found", terms=_ATTENTION_TERMS)
+    if worth and not as_json and not as_csv:
+        offered, taken = sum(own.boxes_offered for own in worth), sum(own.boxes_taken for own in worth)
+        emit(rows_of_proposals, f"{folder}: {taken} of {offered} proposed boxes taken", terms=_PROPOSAL_TERMS)
+
+
+def _proposal_worth(dataset: Dataset) -> list[ProposalWorth]:
+    from segqc.loop.proposal_worth import proposal_worth  # what makes proposals needs PyTorch
+
+    with shown_progress(log_lines=False) as progress:
+        return proposal_worth(dataset, progress)

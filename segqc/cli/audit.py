@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _TERMS: Final = (
-    "The worst estimate comes first. structure: with the lowest estimated Dice of the label, by networks that have not "
-    "trained from the patient's labels. slices: with likely errors, the worst first, counted from 0. marked right: who "
-    "has looked at this version of the label and found nothing wrong (segqc audit FOLDER --mark SCAN); another version "
-    "has no mark."
+    "Labels with likely errors come first, then by the estimate. structure: with the lowest estimated Dice of the "
+    "label, by networks that have not trained from the patient's labels. slices: with likely errors, the worst first, "
+    "counted from 0. marked right: who has looked at this version of the label and found nothing wrong (segqc audit "
+    "FOLDER --mark SCAN); another version has no mark."
 )
 _NONE: Final = "No scan has a final label yet."
 

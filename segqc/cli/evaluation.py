@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segqc.cli.common import ESTIMATE_PANEL, AsJson, CommandError, Row, emit, shown_progress, structure_flag
+from segqc.cli.common import (
+    ESTIMATE_PANEL,
+    AsJson,
+    CommandError,
+    Row,
+    dataset_at,
+    emit,
+    shown_progress,
+    structure_flag,
+)
+from segqc.text import visible
 
 if TYPE_CHECKING:
     from segqc.evaluation.experiments.comparison import ExperimentName, ExperimentResult
@@ -26,9 +36,11 @@ class Experiment(StrEnum):
     DETECTION = "detection"
     ABLATION = "ablation"
     ALL = "all"
+    LABELS = "labels"
 
 
 SHOWN_THRESHOLD = 0.5
+SHOWN_TABLES = ("estimates", "people", "proposals")  # of labels; the report has all
 EXPERIMENTS: dict[Experiment, tuple[ExperimentName, ...]] = {
     Experiment.CORRECTIONS: ("corrections",),
     Experiment.STRATIFIED: ("stratified", "served"),
@@ -48,7 +60,8 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="Data set (images/, labels/, perhaps splits.json) or dataset folder with final labels.",
+            help="Data set (images/, labels/, perhaps splits.json) or dataset folder with final labels; for labels, "
+            "the dataset folder whose networks serve.",
             show_default=False,
         ),
     ],
@@ -74,7 +87,16 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Two experts' labels of the same scans (<scan>_<expert>.nii.gz, labels.txt): how much of their "
-            "difference error extraction removes, as a section of the report.",
+            "difference error extraction removes, as a section of the report. For labels: another observer's labels, "
+            "named as the scans.",
+        ),
+    ] = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Labelled scans to judge, instead of DATA's own (for labels): a data set, its test side where it has "
+            "a split, or a dataset folder.",
         ),
     ] = None,
     min_area: Annotated[float, typer.Option(min=0, help="Smallest error box that counts, in mm².")] = 100.0,
@@ -104,7 +126,19 @@ def evaluate(
 
     Trains everything anew on a part of the scans, by patient, and evaluates the rest: some hours on two cores, some
     minutes with --quick. An interrupted run continues where it stopped.
+
+    "labels" trains nothing: DATA's own networks judge networks' and people's masks of scans whose patients they have
+    not seen, told and not told who made them.
     """
+    if experiment is Experiment.LABELS:
+        trained = {"--structure": structure, "--masks": masks, "--groups": groups, "--patch": patch}
+        given = [name for name, value in trained.items() if value] + ["--length"] * (length != 1)
+        if given:
+            raise CommandError(f"{given[0]} does not belong to labels, for which DATA's own networks judge")
+        _labels(data, out, on, observers, min_area, seed, workers, quick=quick, as_json=as_json)
+        return
+    if on is not None:
+        raise CommandError("--on belongs to labels")
     from segqc.evaluation.data.run import Run
     from segqc.evaluation.data.settings import EvaluationSettings
     from segqc.evaluation.evaluate import evaluate as run_experiments
@@ -133,6 +167,47 @@ def evaluate(
         )
         report = write(run)
     _show(experiment, results, report, as_json=as_json)
+
+
+def _labels(
+    data: Path,
+    out: Path,
+    on: Path | None,
+    observers: Path | None,
+    min_area: float,
+    seed: int,
+    workers: int,
+    *,
+    quick: bool,
+    as_json: bool,
+) -> None:
+    from segqc.evaluation.labels import QUICK_SCANS, LabelSettings, evaluate_labels
+    from segqc.evaluation.report.labels import compose_labels, write_labels_report
+
+    if (data / "images").is_dir():
+        raise CommandError(
+            f"{data}: is a data set without networks; name the dataset folder that has some, and this one with --on"
+        )
+    if observers is not None and not observers.is_dir():
+        raise CommandError(f"{observers}: no such folder of another observer's label files")
+    if on is not None and not on.is_dir():
+        raise CommandError(f"{on}: no such data set or dataset folder")
+    settings = LabelSettings(seed=seed, min_error_mm2=min_area, max_scans=QUICK_SCANS if quick else None)
+    with shown_progress(log_lines=not as_json) as progress:
+        result = evaluate_labels(
+            dataset_at(data, None), out, progress, on=on, observers=observers, settings=settings, workers=workers
+        )
+        report = write_labels_report(result, out / "labels" / "report")
+    tables = compose_labels(result).tables
+    if as_json:
+        rows = {t.name: [dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in tables}
+        typer.echo(json.dumps({"tables": rows, "remarks": result.remarks, "report": str(report)}, indent=1))
+        return
+    for table in (t for t in tables if t.name in SHOWN_TABLES):
+        emit([dict(zip(table.columns, row, strict=True)) for row in table.rows], table.title)
+    for remark in result.remarks:
+        typer.echo(visible(remark))
+    typer.echo(f"report: {report}")
 
 
 def _show(experiment: Experiment, results: Sequence[ExperimentResult], report: Path, *, as_json: bool) -> None:

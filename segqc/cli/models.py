@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from segqc.cli.common import AsCsv, AsJson, CommandError, DatasetFolder, Row, emit, kept_store, me, settings_of
-from segqc.cli.report_cards import print_card, summary
+from segqc.cli.report_cards import print_card, print_people_card, summary
 
 if TYPE_CHECKING:
     from segqc.loop.publishing import Bundles, BundleStatus
@@ -56,7 +56,7 @@ def show(
     """Show what a bundle's estimates are worth: its report card, and what audit draws have said against them."""
     from segqc.quality.drift import drift_sentence
     from segqc.quality.drift import to_json as alarm_to_json
-    from segqc.quality.report_card import to_json
+    from segqc.quality.report_card import people_to_json, to_json
     from segqc.store import bundles
 
     shelf = _bundles(folder)
@@ -65,7 +65,8 @@ def show(
             number = bundles.serving_number(transaction)
         if number is None:
             raise CommandError(f"{folder}: no bundle serves; {_NONE}")
-    card = shelf.open(number).manifest.report
+    opened = shelf.open(number)
+    card, people = opened.manifest.report, opened.people_report()
     with shelf.store.read() as transaction:
         published = bundles.get(transaction, number)
     alarm = published.drift_alarm if settings_of(folder).models.drift_level else None
@@ -75,6 +76,7 @@ def show(
             "serving": published.is_serving,
             "held_because": published.held_because,
             "report_card": None if card is None else to_json(card),
+            "people_report_card": None if people is None else people_to_json(people),
             "drift_alarm": None if alarm is None else alarm_to_json(alarm),
         }
         typer.echo(json.dumps(body, indent=1))
@@ -85,6 +87,7 @@ def show(
     if card is None:
         typer.echo("it has no report card: its estimates were never checked (segqc train segqc makes one)")
     print_card(card, more=True)
+    print_people_card(people)
     if alarm is not None:
         typer.echo(drift_sentence(alarm))
 

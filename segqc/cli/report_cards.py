@@ -21,6 +21,7 @@ TERMS: Final = (
     "of the best order's gain; 0 is the best order, 1 a random one. 90% hold: share of prediction intervals that hold "
     "the truth, of scans that are not marked as unlike the others."
 )
+_PEOPLE_TITLE: Final = "people's masks: experts' labels with implanted errors, of patients that were not seen"
 _MORE_TITLE: Final = "errors that are found, and volumes"
 _MORE_TERMS: Final = (
     "missed, included: share of the tissue that masks lack, or should lack, with an error probability of 1/2 or more; "
@@ -47,6 +48,17 @@ def print_card(card: ReportCard | None, *, more: bool = False) -> None:
         typer.echo(sentence)
 
 
+def print_people_card(card: ReportCard | None) -> None:
+    """Print the report card of the network for people's masks; nothing where there is none."""
+    from segqc.quality.report_card import people_sentence
+
+    if card is None:
+        return
+    if card.worst.figures is not None:
+        emit([_row(report, "masks") for report in _reports(card)], _PEOPLE_TITLE, terms=TERMS)
+    typer.echo(people_sentence(card))
+
+
 def summary(card: ReportCard | None) -> dict[str, Cell]:
     """A card in the columns of a table of bundles: that of each scan's worst structure, which ranks."""
     figures = card.worst.figures if card is not None else None
@@ -62,9 +74,9 @@ def _reports(card: ReportCard) -> Sequence[StructureReport]:
     return card.structures if len(card.structures) == 1 else (*card.structures, card.worst)
 
 
-def _row(report: StructureReport) -> Row:
+def _row(report: StructureReport, counted: str = "scans") -> Row:
     figures = report.figures
-    counts: dict[str, Cell] = {"structure": report.structure, "patients": report.patients, "scans": report.scans}
+    counts: dict[str, Cell] = {"structure": report.structure, "patients": report.patients, counted: report.scans}
     return {
         **counts,
         "true Dice": figures.true_dice if figures is not None else None,

@@ -9,6 +9,7 @@ from segqc.errors import sentence
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
 from segqc.loop.requests import AuditResult
+from segqc.loop.scoring import origin_of
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.model_file import ModelError
@@ -97,7 +98,9 @@ def _judge(dataset: Dataset, found: AuditedLabel, bundle: NetworkBundle, judge: 
     label = found.label
     scan = dataset.read_scan(ScanEntry(record.name, dataset.folder / record.file, None, None, record.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=judge.values)
-    result = judge.assess(scan, labels, scan_id=found.scan, source="person")
+    origin = origin_of(dataset, label, scan)  # without what its network says: that may have trained from this label
+    slices = origin.network_slices
+    result = judge.assess(scan, labels, scan_id=found.scan, source=origin.source, network_slices=slices)
     verdict = LabelVerdict(assessment=result.assessment, networks=judge.card.members)
     with dataset.store.write() as transaction:
         scans.expect(transaction, found.scan, record.sha256)

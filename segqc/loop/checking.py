@@ -1,7 +1,8 @@
 """The check of what a person has submitted: SegQC-Net's word on it, in numbers, boxes and a sentence.
 
-A check is an assessment of the label version by the bundle's network for people's masks. It is kept with the version,
-and nothing waits for it: a submission is never refused because of it.
+A check is an assessment of the label version by the bundle's network for people's masks; by SegQC-Net in slices that
+hold exactly what a network made. It is kept with the version, and nothing waits for it: a submission is never refused
+because of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset
-from segqc.loop.scoring import assess
+from segqc.loop.scoring import assess, origin_of
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.likely_errors import LikelyError, likely_errors, sentence
 from segqc.store import assessments
@@ -80,7 +81,7 @@ def check_label(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
     entry = dataset.scan(label.scan)
     scan = dataset.read_scan(entry)
     labels = read_labels(dataset.store.label_file(label), scan=scan, values=assessor.values)
-    result = assess(bundle, scan, labels, None, scan_id=entry.id, segmenter_version=None, source=source)
+    result = assess(bundle, scan, labels, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     dataset.write_assessment(result.assessment, label, bundle.number, content=entry.sha256)
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return LabelCheck(label, bundle.number, result.assessment)

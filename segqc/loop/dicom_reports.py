@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segqc.loop.dataset import Dataset, DatasetError
-from segqc.loop.scoring import assess, current_mask
+from segqc.loop.scoring import assess, current_mask, origin_of
 from segqc.networks.model_file import ModelError
 from segqc.progress import NO_PROGRESS, Progress
 from segqc.store.scans import ScanReplaced, UnknownScan
@@ -63,8 +63,7 @@ def write_reports(
         try:
             scan = dataset.read_scan(entry)
             mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-            version = mask.bundle.segmenter_version if mask.bundle is not None else None
-            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=version)
+            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
             images = source.images(dataset.store, dataset.verify_scan(entry.id))
             headers = ordered(source.client.series_metadata(images.study_uid, images.series_uid), images)
             found = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Final, assert_never
+from typing import assert_never
 
 from segqc.loop.audit import audit
 from segqc.loop.dataset import Dataset
@@ -21,20 +21,18 @@ from segqc.loop.requests import (
     request_of,
 )
 from segqc.loop.round import run_round
-from segqc.loop.scoring import assess, current_mask, keep_mask, score, source_of
+from segqc.loop.scoring import assess, current_mask, keep_mask, origin_of, score
 from segqc.loop.training import chosen_settings as chosen_settings
 from segqc.loop.training import train, training_result
 from segqc.networks.model_file import ModelError
 from segqc.store import jobs
-from segqc.store.labels import NewLabel
+from segqc.store.labels import LIKELY_ERRORS_TAG, NewLabel
 from segqc.store.records import Actor, JobRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
 from segqc.volumes import VolumeError, temporary_labels
 
 logger = logging.getLogger(__name__)
-
-LIKELY_ERRORS_TAG: Final = "likely-errors"
 
 
 def run(dataset: Dataset, job: JobRecord, progress: Progress) -> JobResult:
@@ -95,11 +93,7 @@ def _batch_infer(dataset: Dataset, request: BatchRequest, progress: Progress) ->
                 keep_mask(dataset, entry.id, made, bundle, request.label_tag, content=entry.sha256)
                 continue
             mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-            version = mask.bundle.segmenter_version if mask.bundle is not None else None
-            result = assess(
-                bundle, scan, labels, prediction,
-                scan_id=entry.id, segmenter_version=version, source=source_of(dataset, mask),
-            )  # fmt: skip
+            result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
             errors = assessor.likely_errors(result, scan)
             source = Actor(kind="network", name=assessor.version, identified_by="program")
             label = NewLabel(

@@ -15,10 +15,11 @@ from pydantic import TypeAdapter
 from segqc.errors import SegqcError
 from segqc.loop import error_maps
 from segqc.loop.dataset import Dataset, ScanEntry
-from segqc.loop.scoring import assess
+from segqc.loop.scoring import assess, origin_of
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import NetworkBundle
 from segqc.quality.proposal import ProposedBox, propose, proposed_boxes
+from segqc.quality.report_card import is_worth_proposing, people_sentence
 from segqc.store import assessments, labels, leases
 from segqc.store.database import Transaction
 from segqc.store.labels import FINAL, PROPOSAL, NewLabel, mask_source
@@ -59,7 +60,8 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         bundle: with both networks.
 
     Raises:
-        NoProposalError: if nobody goes on from the version, or the bundle has no network for people's masks.
+        NoProposalError: if nobody goes on from the version, the bundle has no network for people's masks, or its
+            estimates of these are known to be no better than one number.
         ModelError: if the bundle has not both networks.
         VolumeError: if scan or label can't be used.
         ScanReplaced: if the scan's file holds another content by now.
@@ -68,8 +70,11 @@ def proposal_of(dataset: Dataset, label: LabelRecord, bundle: NetworkBundle) -> 
         _check_worked_on(transaction, label)
         kept = labels.current(transaction, label.scan, PROPOSAL)
         if kept is not None and _is_made_of(kept, label, bundle):
-            return Proposal(kept, _boxes(transaction, kept))
+            return Proposal(kept, boxes_of(transaction, kept))
         source = mask_source(transaction, label)
+    report = bundle.people_report()
+    if report is not None and not is_worth_proposing(report):
+        raise NoProposalError(people_sentence(report))
     assessor = bundle.assessor()
     if source == "person" and assessor.people is None:
         raise NoProposalError(
@@ -104,15 +109,16 @@ def taken(transaction: Transaction, proposal: int, boxes: int, made_of: int | No
         scan = labels.get(transaction, made_of).scan
         found = next((label for label in labels.history(transaction, scan) if label.id == proposal), None)
         if found is not None and found.tag == PROPOSAL and found.source == "network" and found.parent == made_of:
-            offered = len(_boxes(transaction, found))
+            offered = len(boxes_of(transaction, found))
             if boxes <= offered:
                 return TakenProposal(proposal=proposal, boxes_offered=offered, boxes_taken=boxes)
             raise TakenError(f"the proposal {proposal} has {offered} boxes, of which {boxes} cannot have been taken")
     raise TakenError(f"the label version {proposal} is no proposal for what you began with")
 
 
-def _boxes(transaction: Transaction, proposal: LabelRecord) -> tuple[ProposedBox, ...]:
-    return _BOXES.validate_python(labels.info(transaction, proposal.id)["boxes"])
+def boxes_of(transaction: Transaction, proposal: LabelRecord) -> tuple[ProposedBox, ...]:
+    """What can be taken of a kept proposal."""
+    return _BOXES.validate_python(labels.info(transaction, proposal.id).get("boxes", ()))
 
 
 def _is_made_of(proposal: LabelRecord, label: LabelRecord, bundle: NetworkBundle) -> bool:
@@ -151,10 +157,7 @@ def _judged(
     maps = error_maps.read(dataset, label.id, bundle.number)
     if maps is not None and kept is not None and (kept.mask_kind == "person") == (source == "person"):
         return kept, maps / np.float32(error_maps.CERTAIN)
-    segmenter = bundle.segmenter()
-    made_by = label.bundle.segmenter_version if label.bundle is not None else None
-    prediction = segmenter.predict(scan) if made_by == segmenter.version else None
-    result = assess(bundle, scan, start, prediction, scan_id=entry.id, segmenter_version=made_by, source=source)
+    result = assess(bundle, scan, start, None, scan_id=entry.id, origin=origin_of(dataset, label, scan))
     error_maps.write(dataset, label.id, bundle.number, error_maps.quantised(result.errors))
     return result.assessment, result.errors
 

@@ -266,14 +266,13 @@ def _make(dataset: Dataset, entry: ScanEntry, planned: PlannedPseudoLabel, rule:
     Raises:
         _ObsoleteError: if the scan does not wait any more, or has another mask.
     """
-    from segqc.loop.scoring import assess, current_mask  # imports PyTorch
+    from segqc.loop.scoring import assess, current_mask, origin_of  # imports PyTorch
 
     scan = dataset.read_scan(entry)
     mask, _, _ = checked = current_mask(dataset, entry, scan, bundle)
     if mask.id != planned.mask:
         raise _ObsoleteError("its mask has changed meanwhile")
-    version = mask.bundle.segmenter_version if mask.bundle is not None else None
-    result = assess(bundle, scan, *checked[1:], scan_id=entry.id, segmenter_version=version)
+    result = assess(bundle, scan, *checked[1:], scan_id=entry.id, origin=origin_of(dataset, mask, scan))
     rules = dataset.settings.pseudo_labels
     ignored = (result.errors > rules.max_error).any(axis=0)
     actor = Actor(kind="system", name=f"bundle {bundle.number}", identified_by="program")

@@ -173,7 +173,9 @@ def use(dataset: Dataset, assessor: Assessor, found: Sequence[Audit], actor: Act
 
 
 def _renewed(assessment: Assessment, assessor: Assessor) -> Assessment:
-    """The assessment with the intervals that the model gives now."""
+    """The assessment with the intervals that the model gives now; those of a person's mask stay."""
+    if assessment.mask_kind == "person":
+        return assessment
     level = assessor.settings.interval_level
 
     def renewed(quality: StructureQuality, calibration: StructureCalibration) -> StructureQuality:

@@ -19,14 +19,14 @@ STATE_OF: Final[Mapping[Decision, ScanState]] = {
 }
 
 
-def review(dataset: Dataset, scan: str, state: ScanState, actor: Actor, reason: str | None = None) -> None:
-    """Approve, reject, exclude or reopen a scan, see `Store.review`, and test for drift without what was rejected.
+def review(
+    dataset: Dataset, scan: str, state: ScanState, actor: Actor, reason: str | None = None, *, seen: int | None = None
+) -> None:
+    """Approve, reject, exclude or reopen a scan, and test for drift without what was rejected.
 
-    Raises:
-        UnknownScan: if there is none of this name.
-        StoreError: if the scan is not in a state that allows it, or a reason is wanted and missing.
+    Arguments and errors as `Store.review`.
     """
-    dataset.store.review(scan, state, actor, reason)
+    dataset.store.review(scan, state, actor, reason, seen=seen)
     watched = watch_serving(dataset)
     if watched is not None:
         with dataset.store.write() as transaction:

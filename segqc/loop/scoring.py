@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -18,14 +19,35 @@ from segqc.networks.segmenter import Prediction, Segmenter
 from segqc.selection import Score, score_of, scores
 from segqc.selection.expected_gain import EXPECTED_GAIN
 from segqc.store import assessments
-from segqc.store.labels import ORIGINAL, mask_source
+from segqc.store.labels import LIKELY_ERRORS_TAG, ORIGINAL, PROPOSAL, made_of_network, mask_source
 from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.scans import ScanReplaced, UnknownScan
 from segqc.training import Progress
 from segqc.types import MaskSource
-from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels
+from segqc.volumes import Volume, VolumeError, read_labels, temporary_labels, through_plane_axis
+from segqc.volumes.slices import Slices, unchanged
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskOrigin:
+    """Who made a label map.
+
+    Attributes:
+        source: who made it as it is.
+        segmenter_version: of the network that made it, or the slices of it that a person let be; None where nobody
+            knows.
+        network_slices: of a person's label map, the slices in which it holds exactly what a network made.
+    """
+
+    source: MaskSource = "network"
+    segmenter_version: str | None = None
+    network_slices: Slices = ()
+
+
+BY_A_NETWORK: Final = MaskOrigin()
+"""Of a mask of which nobody knows more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +228,7 @@ def assess_scan(dataset: Dataset, entry: ScanEntry, bundle: NetworkBundle) -> As
     """
     scan = dataset.read_scan(entry)
     mask, labels, prediction = current_mask(dataset, entry, scan, bundle)
-    source = mask.bundle.segmenter_version if mask.bundle is not None else None
-    made_by = source_of(dataset, mask)
-    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, segmenter_version=source, source=made_by)
+    result = assess(bundle, scan, labels, prediction, scan_id=entry.id, origin=origin_of(dataset, mask, scan))
     dataset.write_assessment(result.assessment, mask, bundle.number, content=entry.sha256)
     error_maps.write(dataset, mask.id, bundle.number, error_maps.quantised(result.errors))
     write_features(dataset, entry, bundle.segmenter(), scan, labels)
@@ -239,36 +259,59 @@ def assess(
     prediction: Prediction | None,
     *,
     scan_id: str,
-    segmenter_version: str | None,
-    source: MaskSource = "network",
+    origin: MaskOrigin,
 ) -> AssessmentResult:
-    """Assess a mask by a bundle, as a served one where its own network made it.
+    """Assess a mask by a bundle, as a served one where its own network made it, or what a person let be of it.
 
     Args:
-        bundle: with both networks.
+        bundle: with SegQC-Net.
         scan: the scan.
         labels: its label map.
-        prediction: the bundle's network's, if it has made the label map.
+        prediction: of the bundle's network that made the label map, or those slices; None where it did not, or where
+            it is to be made now.
         scan_id: the name that the assessment carries.
-        segmenter_version: of the network that made the label map, if one did.
-        source: who made the label map.
+        origin: who made the label map.
     """
     assessor = bundle.assessor()
+    prediction = prediction or own_prediction(bundle, scan, origin)
     return assessor.assess(
         scan,
         labels,
         scan_id=scan_id,
-        segmenter_version=segmenter_version,
+        segmenter_version=origin.segmenter_version if origin.source == "network" else None,
         plausible=None if prediction is None else prediction.plausible,
         soft=None if prediction is None else bundle.segmenter().soft_outputs(prediction, assessor.structures),
-        source=source,
+        source=origin.source,
+        network_slices=origin.network_slices,
     )
 
 
-def source_of(dataset: Dataset, label: LabelRecord) -> MaskSource:
-    """Who made a label version; see `segqc.store.labels.mask_source`."""
+def own_prediction(bundle: NetworkBundle, scan: Volume, origin: MaskOrigin) -> Prediction | None:
+    """The prediction of a bundle's network, if it made the mask, or those slices of it that a person let be."""
+    if origin.segmenter_version is None or not bundle.holds("segmentation"):
+        return None
+    segmenter = bundle.segmenter()
+    return segmenter.predict(scan) if segmenter.version == origin.segmenter_version else None
+
+
+def origin_of(dataset: Dataset, label: LabelRecord, scan: Volume) -> MaskOrigin:
+    """Who made a label version of a scan, and what a person let be of the last network's mask that it was made of.
+
+    Raises:
+        VolumeError: if one of both can't be used.
+    """
     with dataset.store.read() as transaction:
-        return mask_source(transaction, label)
+        source = mask_source(transaction, label)
+        made_of = made_of_network(transaction, label)
+    if source == "network":
+        by_segmenter = label.bundle is not None and label.tag not in (PROPOSAL, LIKELY_ERRORS_TAG)
+        return MaskOrigin(source, label.bundle.segmenter_version if label.bundle and by_segmenter else None)
+    if made_of is None:
+        return MaskOrigin(source)
+    before, after = (read_labels(dataset.store.label_file(version), scan=scan) for version in (made_of, label))
+    slices = unchanged(before.array, after.array, through_plane_axis(scan))
+    by = made_of.bundle.segmenter_version if slices and made_of.bundle is not None else None
+    return MaskOrigin(source, by, slices)
 
 
 def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: NetworkBundle) -> ErrorSteps:
@@ -294,13 +337,15 @@ def error_map(dataset: Dataset, scan: ScanRecord, label: LabelRecord, bundle: Ne
     kept = error_maps.read(dataset, label.id, bundle.number)
     if kept is not None:
         return error_maps.highest(kept)
-    assessor, segmenter = bundle.assessor(), bundle.segmenter()
+    assessor = bundle.assessor()
     volume = dataset.read_scan(ScanEntry(scan.name, dataset.folder / scan.file, None, None, scan.sha256))
     labels = read_labels(dataset.store.label_file(label), scan=volume, values=assessor.values)
-    is_own = label.bundle is not None and label.bundle.segmenter_version == segmenter.version
-    plausible = segmenter.predict(volume).plausible if is_own else None
-    judge = assessor.judge_of(source_of(dataset, label))
-    errors = error_maps.quantised(judge.error_maps(volume, labels, plausible))
+    origin = origin_of(dataset, label, volume)
+    prediction = own_prediction(bundle, volume, origin)
+    plausible = None if prediction is None else prediction.plausible
+    errors = error_maps.quantised(
+        assessor.error_maps(volume, labels, plausible, source=origin.source, network_slices=origin.network_slices)
+    )
     error_maps.write(dataset, label.id, bundle.number, errors)
     return error_maps.highest(errors)
 

@@ -282,7 +282,7 @@ def submit_label(
         tag,
         "annotator",
         actor,
-        parent=origin.start.id if origin.start is not None else started.version if started is not None else None,
+        parent=_parent(origin, started),
         info=info,
         scan_sha256=now.sha256,
         checked_slices=united(origin.checked, looked_at, end.shape[through_plane_axis(end)]),
@@ -457,6 +457,13 @@ def _origin(transaction: Transaction, scan: str, actor: Actor, tag: str) -> _Ori
     if lease.label_version is not None:
         start = labels.get(transaction, lease.label_version)
     return _Origin(lease, start, start, True, lease.slices)
+
+
+def _parent(origin: _Origin, started: StartedFrom | None) -> int | None:
+    """The version that a label was made of: what was handed out, else what the client says, else the final label."""
+    if origin.start is None and started is not None:
+        return started.version
+    return None if origin.label is None else origin.label.id
 
 
 def _read(dataset: Dataset, label: LabelRecord | None, end: Volume) -> Volume | None:

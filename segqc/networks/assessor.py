@@ -31,9 +31,9 @@ from segqc.networks.model import ModelError, TrainedNetwork, version_of
 from segqc.networks.segmenter import SoftOutput
 from segqc.networks.unet import MeanOfNetworks
 from segqc.quality.boxes import BoxSettings, find_boxes
-from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes
+from segqc.quality.calibration import MapCalibration, MaskCalibration, TrainingSizes, mixed_estimates
 from segqc.quality.error_maps import ExtractionSettings, bounding_box, extract_errors, padded_box
-from segqc.quality.intervals import LEVEL
+from segqc.quality.intervals import LEVEL, mixed_intervals
 from segqc.quality.metrics import (
     PEAK_OF_A_TRUTH,
     EmptyRule,
@@ -67,6 +67,7 @@ from segqc.volumes import (
     to_native,
     touched,
 )
+from segqc.volumes.slices import Slices
 
 ERROR_THRESHOLD = 0.5
 MARGIN_MM = 10.0
@@ -207,12 +208,21 @@ class Assessor(TrainedNetwork):
         card, (network, *people) = cls._read(path)
         return cls(card, network, settings, backend, people=people[0] if people else None).ready()
 
-    def error_maps(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
+    def error_maps(
+        self,
+        scan: Volume,
+        labels: Volume,
+        plausible: BoolArray | None = None,
+        *,
+        source: MaskSource = "network",
+        network_slices: Slices = (),
+    ) -> FloatArray:
         """The probability that each voxel of each structure's mask is wrong: (L, n0, n1, n2), on the scan's grid.
 
-        Arguments and errors as `output_logits`.
+        Arguments and errors as `assess`.
         """
-        return self._error_maps(scan, self._masks(scan, labels), plausible)[0]
+        by_people = self._by_people(source, network_slices, scan.shape[through_plane_axis(scan)])
+        return self._error_maps_by_source(scan, self._masks(scan, labels), plausible, by_people)[0]
 
     def error_logits(self, scan: Volume, labels: Volume, plausible: BoolArray | None = None) -> FloatArray:
         """The logits of `error_maps`; where several networks judge one mask, these are what to average.
@@ -250,6 +260,27 @@ class Assessor(TrainedNetwork):
                 f"the label map has shape {labels.shape}, its scan {scan.shape}; they must share one grid"
             )
         return np.stack([structure.mask(labels.array) for structure in self.structures])
+
+    def _by_people(self, source: MaskSource, network_slices: Slices, count: int) -> BoolArray:
+        """The slices that the network for people's masks judges: (count,)."""
+        found = np.full(count, source == "person" and self.people is not None)
+        found[list(network_slices)] = False
+        return found
+
+    def _error_maps_by_source(
+        self, scan: Volume, masks: BoolArray, plausible: BoolArray | None, by_people: BoolArray
+    ) -> tuple[FloatArray, Box]:
+        """`_error_maps`, in some slices by the network for people's masks."""
+        people = self.people
+        if people is None or not by_people.any():
+            return self._error_maps(scan, masks, plausible)
+        errors, looked = people._error_maps(scan, masks, plausible)
+        if by_people.all():
+            return errors, looked
+        own, looked_by_own = self._error_maps(scan, masks, plausible)
+        axis = 1 + through_plane_axis(scan)
+        np.moveaxis(errors, axis, 0)[~by_people] = np.moveaxis(own, axis, 0)[~by_people]
+        return errors, _box_of_both(looked, looked_by_own)
 
     def _error_maps(self, scan: Volume, masks: BoolArray, plausible: BoolArray | None) -> tuple[FloatArray, Box]:
         """The error maps, and the part of the grid that was looked at: beyond it they are zero."""
@@ -324,8 +355,13 @@ class Assessor(TrainedNetwork):
         plausible: BoolArray | None = None,
         soft: Sequence[SoftOutput] | None = None,
         source: MaskSource = "network",
+        network_slices: Slices = (),
     ) -> AssessmentResult:
         """Assess a mask: metrics in 3D and per slice, error sums and boxes, before and after error extraction.
+
+        A person's mask is judged by the network for people's masks, but for the slices that a network made and that
+        the person let be: these are judged as that network's. Estimates and intervals lie between those of both kinds,
+        by the share of these slices in the volume of the mask and the estimated truth.
 
         Args:
             scan: the scan.
@@ -333,22 +369,24 @@ class Assessor(TrainedNetwork):
             scan_id: the name that the assessment carries.
             segmenter_version: the version of the network that made the mask, if one did.
             plausible: where that network holds a structure possible, see `output_logits`.
-            soft: what the segmentation network of the same bundle says of each structure of the mask, if it is the one
-                that made it: the mask is then a served one, and any other a strange one.
+            soft: what the segmentation network of the same bundle says of each structure of its mask, if it is the one
+                that made the mask, or the ``network_slices``: these are then a served one's, and else a strange one's.
             source: who made the mask. Without a network for people's masks, a person's is taken for a strange one.
+            network_slices: of a person's mask, the slices across the through-plane axis, ascending, in which it still
+                holds what a network made (`segqc.volumes.slices.unchanged`).
 
         Raises:
             VolumeError: if the label map does not lie on the scan's grid.
         """
-        masks, judge = self._masks(scan, labels), self.judge_of(source)
-        errors, looked = judge._error_maps(scan, masks, plausible)
+        masks, axis = self._masks(scan, labels), through_plane_axis(scan)
+        by_people = self._by_people(source, network_slices, scan.shape[axis])
+        if source == "person" and not by_people.any() and len(network_slices) < len(by_people):
+            soft = None  # a strange mask: nothing judges the rest of it as a person's
         kind: MaskKind = "strange" if soft is None else "served"
-        if judge is not self:
-            kind = "person"
+        errors, looked = self._error_maps_by_source(scan, masks, plausible, by_people)
         unlikeness = self._unlikeness(scan, masks)
-        axis = through_plane_axis(scan)
         qualities = tuple(
-            judge._quality(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None)
+            self._quality_by_source(i, mask, error, looked, axis, scan, kind, soft[i] if soft else None, by_people)
             for i, (mask, error) in enumerate(zip(masks, errors, strict=True))
         )
         if unlikeness is not None:
@@ -363,8 +401,8 @@ class Assessor(TrainedNetwork):
             shape=(shape[0], shape[1], shape[2]),
             spacing_mm=scan.spacing_mm,
             structures=qualities,
-            backend=judge.backend.name,
-            mask_kind=kind,
+            backend=self.judge_of(source).backend.name,
+            mask_kind="person" if source == "person" and self.people is not None else kind,
             unlikeness=unlikeness,
         )
         return AssessmentResult(assessment, errors)
@@ -405,6 +443,36 @@ class Assessor(TrainedNetwork):
     def _empty_rule(self, scan: Volume) -> EmptyRule:
         return EmptyRule(max_sum_mm3=self.settings.empty_under_mm3, voxel_volume_mm3=scan.voxel_volume_mm3)
 
+    def _quality_by_source(
+        self,
+        index: int,
+        mask: BoolArray,
+        error: FloatArray,
+        looked: Box,
+        axis: int,
+        scan: Volume,
+        kind: MaskKind,
+        soft: SoftOutput | None,
+        by_people: BoolArray,
+    ) -> StructureQuality:
+        """`_quality`, of a mask of which the network for people's masks judged some slices."""
+        people = self.people
+        if people is None or not by_people.any():
+            return self._quality(index, mask, error, looked, axis, scan, kind, soft)
+        as_people_s = people._quality(index, mask, error, looked, axis, scan, "person", None)
+        if by_people.all():
+            return as_people_s
+        as_network_s = self._quality(index, mask, error, looked, axis, scan, kind, soft)
+        sizes = _sizes_of_slices(mask, error, looked, axis)
+        share = float(sizes[~by_people].sum() / sizes.sum()) if sizes.any() else 0.0
+        return replace(
+            as_network_s,
+            estimated=mixed_estimates(as_network_s.estimated, as_people_s.estimated, share),
+            intervals=mixed_intervals(as_network_s.intervals, as_people_s.intervals, share),
+            raw=_boxes_by_slice(as_network_s.raw, as_people_s.raw, by_people),
+            extracted=_boxes_by_slice(as_network_s.extracted, as_people_s.extracted, by_people),
+        )
+
     def _quality(
         self,
         index: int,
@@ -419,9 +487,9 @@ class Assessor(TrainedNetwork):
         name = self.structures[index].name
         extraction = self.settings.extraction.for_structure(name)
         calibration = self.card.calibration[index] if self.card.calibration else None
-        boxes = self.settings.boxes
-        if calibration is not None and calibration.largest_box_mm2 is not None and boxes.max_area_mm2 is None:
-            boxes = replace(boxes, max_area_mm2=2 * calibration.largest_box_mm2)
+        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
+        largest = calibration.largest_box_mm2 if calibration is not None else None
+        boxes = self.settings.boxes.bounded(largest_mm2=largest, evidence=of_kind.least_evidence)
         least = min(extraction.threshold, boxes.threshold, PEAK_OF_A_TRUTH)
         part = _part_of_slices(mask, error, looked, axis, scan, least, extraction.band_mm)
         boxes = boxes.for_mask(part.mask, 0, part.spacing_mm)
@@ -429,7 +497,6 @@ class Assessor(TrainedNetwork):
         extracted = extract_errors(part.error, part.mask, 0, part.spacing_mm, extraction)
         voxels = np.count_nonzero(part.mask)
         witnesses = witnesses_of(part.mask, scan, soft, calibration.sizes if calibration is not None else None)
-        of_kind = calibration.of(kind) if calibration is not None else MaskCalibration()
         estimated = of_kind.estimates(raw.metrics, witnesses)
         return StructureQuality(
             name=name,
@@ -536,6 +603,26 @@ def witnesses_of(mask: BoolArray, scan: Volume, soft: SoftOutput | None, sizes: 
         entropy=None if soft is None else -soft.entropy,
         size=None if sizes is None else sizes.witness(mask, scan.voxel_volume_mm3),
     )
+
+
+def _boxes_by_slice(one: ErrorView, other: ErrorView, by_other: BoolArray) -> ErrorView:
+    """A view of an error map with the boxes of another in some slices: each judge has bounds of its own for them."""
+    boxes = [box for box in one.boxes if not by_other[box.slice_index]]
+    boxes += [box for box in other.boxes if by_other[box.slice_index]]
+    return replace(one, boxes=tuple(sorted(boxes, key=lambda box: box.slice_index)))
+
+
+def _sizes_of_slices(mask: BoolArray, error: FloatArray, looked: Box, axis: int) -> Values:
+    """The sizes of a mask and of its estimated truth together, in voxels, in each slice of the scan."""
+    sizes = np.zeros(mask.shape[axis])
+    mask, error = mask[looked], error[looked]
+    sizes[looked[axis]] = slice_sums(np.where(mask, 2 - error, error), axis)
+    return sizes
+
+
+def _box_of_both(one: Box, other: Box) -> Box:
+    i, j, k = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return i, j, k
 
 
 def _on_grid(values: FloatArray, box: Box, scan: Volume, elsewhere: float) -> FloatArray:

@@ -241,6 +241,15 @@ class NetworkBundle:
         """
         return self._source(network, self._entry(network)).read_card()
 
+    def people_report(self) -> ReportCard | None:
+        """What its estimates of people's masks are worth; None without a network for these, or where nobody knows.
+
+        Raises:
+            ModelError: as for `card`.
+        """
+        people = self.card("segqc").people if self.holds("segqc") else None
+        return None if people is None else people.report
+
     def verify_all(self) -> None:
         """Compare all files with the manifest, and the networks with each other.
 

@@ -26,7 +26,7 @@ from segqc.types import BackendName, BoolArray, Structure
 from segqc.volumes import CanonicalFrame, Volume, atomic_write, canonical_frame
 
 _FRAMES: LatestCache[CanonicalFrame] = LatestCache()  # SegQC-Net's is mostly the segmenter's
-_FORMAT = 7  # 5: what scans are compared with; 6: the Dice of each validation scan; 7: a network for people's masks
+_FORMAT = 8  # 6: the Dice of each validation scan; 7: a network for people's masks; 8: its boxes' least evidence
 
 
 class TrainedNetwork:

@@ -105,13 +105,15 @@ class Segmenter(TrainedNetwork):
         """Read a file of `save_members`; errors as of `load`."""
         card, (network,) = cls._read(path)
         members = network.members if isinstance(network, MeanOfNetworks) else (network,)
-        return tuple(cls(replace(card, members=1), member, backend).ready() for member in members)
+        cards = (replace(card, members=1, seen=card.seen_by(i), members_seen=()) for i in range(card.members))
+        return tuple(cls(own, member, backend).ready() for own, member in zip(cards, members, strict=True))
 
     @staticmethod
     def save_members(members: Sequence[Segmenter], path: Path) -> None:
         """Write several networks of one plan into one file."""
-        seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
-        card = replace(members[0].card, seen=seen, members=len(members))
+        of_members = tuple(member.card.seen for member in members)
+        seen = tuple(sorted({patient for of_member in of_members for patient in of_member}))
+        card = replace(members[0].card, seen=seen, members=len(members), members_seen=of_members)
         Segmenter(card, MeanOfNetworks([member.network for member in members])).save(path)
 
     def predict(self, scan: Volume) -> Prediction:

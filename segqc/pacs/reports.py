@@ -5,7 +5,6 @@ A fractional SEG has a segment for each structure, as the SEG of a label has, an
 
 from __future__ import annotations
 
-import io
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -15,7 +14,7 @@ import numpy as np
 from pydicom.sr.coding import Code
 
 from segqc import __version__
-from segqc.pacs.segmentation import LEARNING, TISSUE, quiet
+from segqc.pacs.segmentation import LEARNING, TISSUE, quiet, to_bytes
 from segqc.types import Assessment, FloatArray, StructureQuality
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def make_error_maps(
             device_serial_number="0",
             series_description="SegQC error probabilities",
         )
-    return _to_bytes(item)
+    return to_bytes(item)
 
 
 def make_report(headers: Sequence[Dataset], assessment: Assessment, series_uid: str) -> bytes:
@@ -138,7 +137,7 @@ def make_report(headers: Sequence[Dataset], assessment: Assessment, series_uid: 
             record_evidence=True,
             series_description="SegQC estimates",
         )
-    return _to_bytes(item)
+    return to_bytes(item)
 
 
 def _measurements(quality: StructureQuality) -> list[hd.sr.Measurement]:
@@ -162,9 +161,3 @@ def _measurements(quality: StructureQuality) -> list[hd.sr.Measurement]:
         for code, name, value, unit in found
         if value is not None
     ]
-
-
-def _to_bytes(item: Dataset) -> bytes:
-    file = io.BytesIO()
-    item.save_as(file, write_like_original=False)
-    return file.getvalue()

@@ -136,6 +136,15 @@ def make_segmentation(
     made_at = label.made_at.astimezone()
     item.ContentDate, item.ContentTime = DA(made_at.date()), TM(made_at.time())
     item.ContentCreatorName = "".join(c for c in label.actor.name if c.isprintable() and c not in "\\^=")[:64]
+    return to_bytes(item)
+
+
+def to_bytes(item: Dataset) -> bytes:
+    """A DICOM object that was made here as a file, whose text may be of any script.
+
+    highdicom copies the patient's name from the images, and not the character set that it is written in.
+    """
+    item.SpecificCharacterSet = "ISO_IR 192"
     file = io.BytesIO()
     item.save_as(file, write_like_original=False)
     return file.getvalue()

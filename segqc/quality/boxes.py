@@ -11,6 +11,7 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.special import logit
 
 from segqc.quality.error_maps import Box, bounding_box, label_slices, likely_wrong
 from segqc.types import BoolArray, ErrorBox, FloatArray
@@ -18,6 +19,8 @@ from segqc.types import BoolArray, ErrorBox, FloatArray
 # rows of (start0, start1, stop0, stop1), half-open, in one slice
 Corners = npt.NDArray[np.int32]
 
+_CROSS = ndimage.generate_binary_structure(2, 1)
+_MAX_EVIDENCE = 16.0  # beyond it, probabilities in single precision are 0 or 1
 _TOLERANCE = 1e-6
 _PORTION = 256
 
@@ -33,6 +36,7 @@ class BoxSettings:
         max_area_mm2: a box is dropped as no help in finding the error if it is larger than ``max_slice_share`` of its
             slice and larger than this area (the paper: twice the largest true box); None bounds by the slice only.
         max_slice_share: see ``max_area_mm2``.
+        min_evidence: boxes whose evidence (`ErrorBox`) is not above this are dropped; None for no bound.
         min_area_share: bound on ``min_area_mm2`` where the mask is known (`for_mask`): this share of its mean area over
             the slices that hold it, as what is small in a large structure is much of a small one; None for no bound.
     """
@@ -42,6 +46,7 @@ class BoxSettings:
     min_area_mm2: float = 100.0
     max_area_mm2: float | None = None
     max_slice_share: float = 0.5
+    min_evidence: float | None = None
     min_area_share: float | None = 0.3
 
     def __post_init__(self) -> None:
@@ -50,6 +55,20 @@ class BoxSettings:
         sizes = (self.min_distance_voxels, self.min_area_mm2, self.max_area_mm2 or 0, self.max_slice_share)
         if min(*sizes, self.min_area_share or 0) < 0:
             raise ValueError("boxes: distances, areas and shares must not be negative")
+
+    def bounded(self, *, largest_mm2: float | None, evidence: float | None) -> BoxSettings:
+        """These settings with the bounds that come from a training, where they have none of their own.
+
+        Args:
+            largest_mm2: the area of the training's largest error box; None where it is not known.
+            evidence: what boxes of right masks have, in the place of the smallest area: what people miss may be small.
+        """
+        found = self
+        if largest_mm2 is not None and self.max_area_mm2 is None:
+            found = replace(found, max_area_mm2=2 * largest_mm2)
+        if evidence is not None and self.min_evidence is None:
+            found = replace(found, min_area_mm2=0.0, min_evidence=evidence)
+        return found
 
     def for_mask(self, mask: BoolArray, axis: int, spacing_mm: Sequence[float]) -> BoxSettings:
         """These settings with the bound on the smallest area that a mask (n0, n1, n2) sets."""
@@ -74,7 +93,7 @@ def find_boxes(
     """Find the boxes of likely errors in every slice (paper, section 3.4).
 
     Threshold, connected components (8 neighbours), bounding boxes, union of near boxes until none is near another,
-    then the bounds on the area.
+    then the bounds on area and evidence.
 
     Args:
         error: error probabilities, or a true error, of shape (n0, n1, n2).
@@ -129,11 +148,14 @@ def find_boxes(
             area = (b0 - a0) * (b1 - a1) * voxel_mm2
             if settings.min_area_mm2 * (1 - _TOLERANCE) <= area <= upper * (1 + _TOLERANCE):
                 where = index, slice(a0, b0), slice(a1, b1)
+                evidence = _evidence(planes[index], (a0, b0), (a1, b1))
+                if settings.min_evidence is not None and evidence <= settings.min_evidence:
+                    continue
                 inside = planes[where]
                 mean, peak = float(inside.mean(dtype=np.float64)), float(inside.max())
                 share = None if sides is None else float(sides[0][where][sides[1][where]].mean())
                 start, stop = ((a + begin[first], b + begin[second]) for a, b in ((a0, a1), (b0, b1)))
-                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share))
+                boxes.append(ErrorBox(index + begin[axis], start, stop, area, mean, peak, share, evidence))
     return tuple(boxes)
 
 
@@ -317,6 +339,14 @@ def _component_boxes(
     sides = np.array(found, np.int32).reshape(-1, 3, 2) + np.array([part.start for part in around], np.int32)[:, None]
     in_plane = [a for a in range(3) if a != axis]
     return sides[:, axis, 0], sides[:, in_plane].transpose(0, 2, 1).reshape(-1, 4)
+
+
+def _evidence(plane: FloatArray | BoolArray, first: tuple[int, int], second: tuple[int, int]) -> float:
+    """The evidence of a box in a slice, see `ErrorBox`; ``first`` and ``second`` are its half-open sides."""
+    around = plane[max(first[0] - 1, 0) : first[1] + 1, max(second[0] - 1, 0) : second[1] + 1].astype(np.float64)
+    core = ndimage.minimum_filter(around, footprint=_CROSS, mode="nearest")
+    inner = core[first[0] > 0 :, second[0] > 0 :][: first[1] - first[0], : second[1] - second[0]]
+    return float(np.clip(logit(inner.max()), -_MAX_EVIDENCE, _MAX_EVIDENCE))
 
 
 def _largest_area(slice_mm2: float, settings: BoxSettings) -> float:

@@ -47,12 +47,16 @@ class MaskCalibration:
 
     ``intervals`` are no part of a model's version: they are made anew from audit draws, and the estimates stay what
     they were.
+
+    ``least_evidence`` is what error boxes of a right mask reach, but for a few of them: a box of a likely error has
+    more (`ErrorBox.evidence`). None where boxes are bounded by their area.
     """
 
     dice: ChosenEstimate = NOTHING_CHOSEN
     arvd: ChosenEstimate = NOTHING_CHOSEN
     rvd: ChosenEstimate = NOTHING_CHOSEN
     intervals: StructureIntervals | None = None
+    least_evidence: float | None = None
 
     def estimates(self, raw: Metrics, witnesses: Witnesses) -> Metrics:
         """The numbers to show of a mask; None where the error map's metric is undefined.
@@ -77,6 +81,18 @@ class MaskCalibration:
             return MetricIntervals()
         said = {metric: said_of(metric, raw, witnesses) for metric in METRIC_NAMES}
         return self.intervals.of(said, estimated, level=level)
+
+
+def mixed_estimates(one: Metrics, other: Metrics, share: float) -> Metrics:
+    """Between two estimates of one mask, of which a share is of the first one's kind; None where one is undefined."""
+    dice, arvd, rvd = (
+        _between(*pair, share) for pair in ((one.dice, other.dice), (one.arvd, other.arvd), (one.rvd, other.rvd))
+    )
+    return Metrics(dice=dice, iou=None if dice is None else iou_of_dice(dice), arvd=arvd, rvd=rvd)
+
+
+def _between(one: float | None, other: float | None, share: float) -> float | None:
+    return None if one is None or other is None else share * one + (1 - share) * other
 
 
 def said_of(metric: MetricName, raw: Metrics, witnesses: Witnesses) -> dict[WitnessName, float]:

@@ -507,6 +507,24 @@ def rank_regret(estimated: Numbers, true: Numbers) -> float | None:
     return 1 - float(((place - place.mean()) * gain).sum()) / most if abs(most) > _TOLERANCE else None
 
 
+def lost_in_worst(estimated: Numbers, true: Numbers, share: float = 0.1) -> float | None:
+    """The true quality lost by taking those with the lowest estimates instead of those that are truly the worst.
+
+    Args:
+        estimated: estimates of the Dice, (n,), or whatever is lower for worse masks; all defined.
+        true: the true Dice, in the same order.
+        share: how many are taken, at least one.
+
+    Returns:
+        The mean true Dice of those taken less that of the worst; None without any mask.
+    """
+    x, y = np.array(estimated, np.float64), np.array(true, np.float64)
+    if not x.size:
+        return None
+    k = max(1, round(share * x.size))
+    return float(y[np.argsort(x, kind="stable")[:k]].mean() - np.sort(y)[:k].mean())
+
+
 def _mid_ranks(values: Values) -> Values:
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(sizes) - (sizes - 1) / 2)[group], np.float64)

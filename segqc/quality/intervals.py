@@ -189,6 +189,27 @@ class StructureIntervals:
         )
 
 
+def mixed_intervals(one: MetricIntervals, other: MetricIntervals, share: float) -> MetricIntervals:
+    """Between the intervals of two estimates of one mask, of which a share is of the first one's kind.
+
+    Nothing is proven of these; how often they held was measured. None where one of both is.
+    """
+
+    def between(first: PredictionInterval | None, second: PredictionInterval | None) -> PredictionInterval | None:
+        if first is None or second is None:
+            return None
+        low, high = (share * a + (1 - share) * b for a, b in ((first.low, second.low), (first.high, second.high)))
+        return PredictionInterval(low, high, first.level)
+
+    dice = between(one.dice, other.dice)
+    return MetricIntervals(
+        dice=dice,
+        iou=None if dice is None else PredictionInterval(iou_of_dice(dice.low), iou_of_dice(dice.high), dice.level),
+        arvd=between(one.arvd, other.arvd),
+        rvd=between(one.rvd, other.rvd),
+    )
+
+
 def patients_needed(level: float = LEVEL) -> int:
     """The least number of patients that can say anything at this level: 9 for 90%, 19 for 95%.
 

@@ -412,6 +412,33 @@ def estimate_sentence(card: ReportCard) -> str:
     return f"Do not rely on the estimated Dice; {why}: {errors}."
 
 
+def people_sentence(card: ReportCard) -> str:
+    """Whether the estimated Dice of people's masks can be relied on, and whether anything is proposed.
+
+    Args:
+        card: the report card of the network for people's masks.
+    """
+    worst, figures = card.worst, card.worst.figures
+    if figures is None:
+        return _too_few("how good the estimates of people's masks are", card)
+    errors = (
+        f"on experts' labels with implanted errors, of {worst.patients} patients that the networks had not seen, it "
+        f"was off by {figures.dice.mae:.3f} on average, the best single number by {figures.dice.constant_mae:.3f}"
+    )
+    if is_worth_proposing(card):
+        return f"The estimated Dice of people's masks is better than a constant: {errors}."
+    return f"Do not rely on the estimated Dice of people's masks; nothing is proposed, as {errors}."
+
+
+def is_worth_proposing(card: ReportCard | None) -> bool:
+    """Whether corrections are to be proposed: unless estimates of people's masks are no better than a constant.
+
+    Args:
+        card: the report card of the network for people's masks; None where its estimates were not checked.
+    """
+    return card is None or card.worst.estimate_verdict != "not better than the constant"
+
+
 def order_sentence(card: ReportCard, used: str | None = None) -> str:
     """Whether the order of the estimates can be relied on, and which order is used where it cannot.
 
@@ -481,3 +508,10 @@ def to_json(card: ReportCard) -> dict[str, JsonValue]:
         "interval_level": INTERVAL_LEVEL,
         **body,
     }
+
+
+def people_to_json(card: ReportCard) -> dict[str, JsonValue]:
+    """The card of the network for people's masks as clients see it: as `to_json`, without an order of scans."""
+    body: dict[str, JsonValue] = _CARD.dump_python(card, mode="json", exclude={"scans", "witnesses", "marked"})
+    message: JsonValue = people_sentence(card)
+    return {"estimate": card.worst.estimate_verdict, "messages": [message], "interval_level": INTERVAL_LEVEL, **body}

@@ -152,6 +152,12 @@ class ReviewParams(Params):
 
     decision: Decision
     reason: Line | None = Field(None, description="Why; needed to reject or to exclude.")
+    seen: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_INTEGER,
+        description="The newest label version that the reviewer has seen: a later final label is not decided of.",
+    )
 
 
 class ScoringParams(Params):

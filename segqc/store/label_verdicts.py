@@ -142,6 +142,7 @@ def write(transaction: Transaction, label_version: int, bundle: int, verdict: La
         bundle,
         dice=assessment.dice,
         error_volume_ml=assessment.error_volume_ml,
+        has_errors=bool(likely_errors(assessment, label.checked_slices)),
         networks=verdict.networks,
         detail=zlib.compress(assessment.to_json().encode()),
     )
@@ -174,10 +175,10 @@ def judged(transaction: Transaction, bundle: int) -> set[int]:
 def listing(
     transaction: Transaction, view: AuditView = "all", *, start: int = 0, limit: int | None = None
 ) -> list[AuditedLabel]:
-    """The final labels that train, the one that the serving bundle estimates worst first; those not judged come last.
+    """The final labels that train: those with likely errors first, then the others, then those not judged.
 
-    What counts is the estimated Dice of the worst structure: it alone is calibrated on people's labels with and without
-    errors, and it means the same in large and small structures. Where it is equal, the larger error volume comes first.
+    Of both the one that the serving bundle estimates worst comes first, by the Dice of the worst structure: it means
+    the same in large and small structures. Where it is equal, the larger error volume comes first.
 
     Args:
         transaction: what to read in.
@@ -186,7 +187,7 @@ def listing(
         limit: how many are listed at most; None for all.
     """
     found = LabelVerdictRow
-    order = found.dice.is_(None), found.dice, found.error_volume_ml.desc(), Scan.sort_key
+    order = found.dice.is_(None), found.has_errors.desc(), found.dice, found.error_volume_ml.desc(), Scan.sort_key
     query = _rows().where(*_condition(view)).order_by(*order).offset(start)
     rows = transaction.execute(query if limit is None else query.limit(limit)).all()
     records = labels.get_all(transaction, [row.version for row in rows])

@@ -56,6 +56,8 @@ RETURNED: Final = "returned"
 READER: Final = "reader-"
 PROPOSAL: Final = "proposal"
 """What SegQC-Net would change of the label that annotators go on from; it goes when that label does."""
+LIKELY_ERRORS_TAG: Final = "likely-errors"
+"""Of label maps of likely errors, which are no masks."""
 PSEUDO: Final = "pseudo-label"
 IGNORED: Final = "pseudo-label-ignored"
 """The voxels of a pseudo-label that are left out of the loss: 1, whatever the structures' values are."""
@@ -63,6 +65,8 @@ PSEUDO_TAGS: Final = (PSEUDO, IGNORED)
 """The tags of what rounds accept: nothing else is kept there for a network."""
 ATTENTION_CHECK: Final = "attention-check"
 """Of masks with a planted error: the current label of no tag, and no file below ``labels/`` shows them."""
+SERVERS_TAGS: Final = (RETURNED, PROPOSAL, *PSEUDO_TAGS, ATTENTION_CHECK)
+"""Tags under which clients submit nothing: what lies there was made by the server, or by what a reviewer decided."""
 _IN_ONE_QUERY: Final = 500
 NOT_BY_PEOPLE: Final[tuple[LabelSource, ...]] = ("network", "pseudo-label", "attention check")
 
@@ -176,8 +180,20 @@ def mask_source(transaction: Transaction, label: LabelRecord) -> MaskSource:
     """
     while label.source == "restored" and label.parent is not None:
         label = get(transaction, label.parent)
-    is_foreign_mask = label.source == "import" and label.tag == ORIGINAL
-    return "network" if label.source in NOT_BY_PEOPLE or is_foreign_mask else "person"
+    return "network" if _is_by_network(label) else "person"
+
+
+def made_of_network(transaction: Transaction, label: LabelRecord) -> LabelRecord | None:
+    """The last network's version among those that a label map was made of; None where there is none."""
+    while label.parent is not None:
+        label = get(transaction, label.parent)
+        if _is_by_network(label):
+            return label
+    return None
+
+
+def _is_by_network(label: LabelRecord) -> bool:
+    return label.source in NOT_BY_PEOPLE or (label.source == "import" and label.tag == ORIGINAL)
 
 
 def _tell_scan(transaction: Transaction, scan: ScanRecord, label: NewLabel) -> None:
@@ -276,6 +292,11 @@ def reader_tag(transaction: Transaction, scan: str, actor: Actor) -> str:
 def _reader_number(tag: str) -> int | None:
     number = tag.removeprefix(READER)
     return int(number) if tag.startswith(READER) and number.isdecimal() else None
+
+
+def newest(transaction: Transaction) -> int:
+    """The number of the newest label version of all scans; 0 without one."""
+    return transaction.scalar(select(func.max(LabelVersion.id))) or 0
 
 
 def history(transaction: Transaction, scan: str) -> list[LabelRecord]:
@@ -452,6 +473,16 @@ def taken_proposal(transaction: Transaction, version: int) -> TakenProposal | No
     if row is None:
         return None
     return TakenProposal(proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken)
+
+
+def taken_proposals(transaction: Transaction) -> dict[int, TakenProposal]:
+    """What was taken of proposals, by the number of the version that was submitted after one was offered."""
+    return {
+        row.label_version_id: TakenProposal(
+            proposal=row.proposal_id, boxes_offered=row.boxes_offered, boxes_taken=row.boxes_taken
+        )
+        for row in transaction.scalars(select(ProposalUse).order_by(ProposalUse.label_version_id))
+    }
 
 
 def infos(transaction: Transaction) -> dict[int, JsonObject]:

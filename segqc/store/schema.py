@@ -438,7 +438,7 @@ class LabelVerdictRow(Base):
 
     A scan has one: a later one takes its place, whatever version and bundle it is of. It is no `AssessmentRow`: those
     order the scans that wait. ``detail`` is the assessment; where the label could not be judged, ``problem`` says why.
-    ``networks`` counts those that have judged.
+    ``networks`` counts those that have judged; ``has_errors`` says whether they have found anything.
     """
 
     __tablename__ = "label_verdict"
@@ -447,6 +447,7 @@ class LabelVerdictRow(Base):
     bundle_id: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
     dice: Mapped[float | None]
     error_volume_ml: Mapped[float | None]
+    has_errors: Mapped[bool | None]
     networks: Mapped[int]
     detail: Mapped[bytes | None] = mapped_column(LargeBinary)
     problem: Mapped[str | None]
@@ -454,10 +455,12 @@ class LabelVerdictRow(Base):
     __table_args__ = (
         CheckConstraint("(detail IS NULL) = (problem IS NOT NULL)", name="problem"),
         CheckConstraint(
-            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL)", name="detail"
+            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL) "
+            "AND (detail IS NULL) = (has_errors IS NULL)",
+            name="detail",
         ),
         CheckConstraint("networks >= 0", name="networks"),
-        Index("ix_label_verdict_order", "bundle_id", "dice"),
+        Index("ix_label_verdict_order", "bundle_id", "has_errors", "dice"),
     )
 
 

@@ -85,6 +85,10 @@ class _Outdated(Exception):  # noqa: N818 - not an error
         self.removals = removals
 
 
+class _Overtaken(Exception):  # noqa: N818 - not an error
+    """The labels that are about to change are others by now."""
+
+
 class LabelTransaction:
     """A transaction in which labels change: alone with the write lock, and the new files have arrived.
 
@@ -596,20 +600,43 @@ class Store:
 
     # --------------------------------------------------------------------------------------------------------- review
 
-    def review(self, scan: str, state: ScanState, actor: Actor, reason: str | None = None) -> None:
+    def review(
+        self, scan: str, state: ScanState, actor: Actor, reason: str | None = None, *, seen: int | None = None
+    ) -> None:
         """Approve, reject, exclude or reopen a scan (`scans.review`).
 
         The final label of a scan that goes back into the queue is final no more: it stays as ``labels/returned/``,
         where the next annotator starts. Which slices of it were checked counts on if it was reopened, and not if it was
         rejected. The readings of several annotators are over, too.
 
+        Args:
+            scan: its name.
+            state: what it becomes.
+            actor: the reviewer.
+            reason: why.
+            seen: the newest label version that there was when the reviewer looked (`labels.newest`): nobody decides of
+                a label that came later.
+
         Raises:
             UnknownScan: if there is none of this name.
-            StoreError: if the scan is not in a state that allows it, or a reason is wanted and missing.
+            StoreError: if the scan is not in a state that allows it, a reason is wanted and missing, or its final label
+                is newer than what was seen.
         """
         with self.read() as transaction:
             read = labels.readings(transaction, scan)
         self.sync_edits(scan, [FINAL, *(reading.tag for reading in read)])
+        for _ in range(_TRIES):
+            with contextlib.suppress(_Overtaken):
+                self._review(scan, state, actor, reason, seen)
+                return
+        raise StoreError(f"the scan {scan!r} gets new labels all the time; try again when that is over")
+
+    def _review(self, scan: str, state: ScanState, actor: Actor, reason: str | None, seen: int | None) -> None:
+        """Review it as its labels are now.
+
+        Raises:
+            _Overtaken: if these change before the transaction has begun; nothing has changed then.
+        """
         with self.read() as transaction:
             final = labels.current(transaction, scan, FINAL)
             read = labels.readings(transaction, scan)
@@ -623,6 +650,12 @@ class Store:
             over = [*([final] if final is not None else []), *read]
             changes += [LabelChange(NewLabel(scan, f.tag, "removal", actor, parent=f.id), None) for f in over]
         with self.change_labels(changes) as change:
+            now = labels.current(change.transaction, scan, FINAL), labels.readings(change.transaction, scan)
+            if now != (final, read):
+                raise _Overtaken
+            if final is not None and seen is not None and final.id > seen:
+                newer = f"has a newer final label, version {final.id} by {final.actor.name}"
+                raise StoreError(f"the scan {scan!r} {newer}: look at it first")
             scans.review(change.transaction, scan, state, actor, reason)
             if state != "approved":
                 leases.release(change.transaction, scan, actor)

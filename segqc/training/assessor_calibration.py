@@ -12,7 +12,7 @@ from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.encoder import encoders
 from segqc.networks.segmenter import SoftOutput
 from segqc.progress import Progress
-from segqc.quality.boxes import largest_box_area_mm2
+from segqc.quality.boxes import BoxSettings, find_boxes, largest_box_area_mm2
 from segqc.quality.calibration import (
     MapCalibration,
     StructureCalibration,
@@ -20,9 +20,10 @@ from segqc.quality.calibration import (
     log_volume,
     training_sizes,
 )
+from segqc.quality.error_counts import SignedCounts, count_voxels
 from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
-from segqc.quality.report_card import report_card
+from segqc.quality.report_card import UnseenMask, report_card
 from segqc.quality.unlikeness import ScanFeatures, fit_unlikeness
 from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
 from segqc.training.cases import (
@@ -38,6 +39,7 @@ from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
+FALSE_BOXES = 0.2  # of all structures of a scan with a right mask, on average
 
 
 def calibrated(
@@ -127,21 +129,60 @@ def calibrated(
 def calibrated_for_people(
     assessor: Assessor, unseen: Sequence[tuple[Assessor, MaskSet]], progress: Progress
 ) -> Assessor:
-    """Fit the calibrations and intervals of a network for people's masks on such masks of unseen patients.
+    """Fit the calibrations, intervals and least evidences of a network for people's masks on those of unseen patients.
 
-    Arguments as of `calibrated`.
+    What its estimates are worth is noted, too. Arguments as of `calibrated`.
     """
     maps = _fit_maps(assessor, unseen, progress)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
     known: list[tuple[KnownMask, ...]] = []
+    errors: list[tuple[SignedCounts, ...]] = []
+    of_right_masks: list[list[float]] = [[] for _ in assessor.structures]
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration for people's masks")
         scan, truth = read_case(mask_set.case, assessor.values)
         look = _Unseen(judges[id(judge)], mask_set.case, scan, truth, [None] * len(assessor.structures))
-        known += [look.at(mask, look.error_maps(mask)) for mask in mask_set.masks]
-    fitted = fit_masks("person", [[row[k] for row in known] for k in range(len(assessor.structures))])
-    calibration = tuple(StructureCalibration({"person": of_structure}) for of_structure in fitted)
-    return assessor.with_card(replace(assessor.card, map_calibration=maps, calibration=calibration))
+        for mask in mask_set.masks:
+            of_mask = look.error_maps(mask)
+            known.append(look.at(mask, of_mask))
+            errors.append(look.errors(mask, of_mask))
+        for found, evidences in zip(of_right_masks, look.evidences_of_truth(), strict=True):
+            found += evidences
+    of_structure = [[row[k] for row in known] for k in range(len(assessor.structures))]
+    fitted = fit_masks("person", of_structure)
+    allowed = int(FALSE_BOXES / len(fitted) * len(unseen))
+    calibration = tuple(
+        StructureCalibration({"person": replace(calibrated_masks, least_evidence=least_evidence(evidences, allowed))})
+        for calibrated_masks, evidences in zip(fitted, of_right_masks, strict=True)
+    )
+    held_out = [
+        UnseenMask(
+            patient=mask.known.patient,
+            scan=f"{mask.known.scan}, mask {number}",  # each mask counts by itself, and the patient is the unit
+            structure=structure.name,
+            true=mask.known.true,
+            estimated=mask.estimated,
+            interval=mask.interval,
+            errors=errors[number][k],
+        )
+        for k, structure in enumerate(assessor.structures)
+        for number, mask in enumerate(held_out_masks("person", of_structure[k], fitted[k]) if known else ())
+    ]
+    report = report_card(held_out, checks_all=assessor.card.members > 1) if held_out else None
+    return assessor.with_card(replace(assessor.card, map_calibration=maps, calibration=calibration, report=report))
+
+
+def least_evidence(evidences: Sequence[float], allowed: int) -> float:
+    """The evidence that only so many boxes of right masks exceed; at least that of an error that is as likely as not.
+
+    Example:
+        >>> least_evidence([1.0, 7.5, 3.0, 5.0], allowed=1)
+        5.0
+        >>> least_evidence([1.0], allowed=1)
+        0.0
+    """
+    falling = sorted(evidences, reverse=True)
+    return max(0.0, falling[allowed]) if len(falling) > allowed else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +198,13 @@ class _Unseen:
     def error_maps(self, mask: LabelArray) -> FloatArray:
         """The error maps of a mask: (L, n0, n1, n2)."""
         return self.judge.error_maps(self.scan, self._on_grid(mask))
+
+    def evidences_of_truth(self) -> list[list[float]]:
+        """The evidences of the error boxes of each structure that the right mask has, however small."""
+        axis, settings = through_plane_axis(self.scan), BoxSettings(min_area_mm2=0.0)
+        maps = self.error_maps(np.asarray(self.truth.array, np.uint8))
+        boxes = [find_boxes(error, axis, self.scan.spacing_mm, settings) for error in maps]
+        return [[box.evidence for box in of if box.evidence is not None] for of in boxes]
 
     def at(
         self, mask: LabelArray, errors: FloatArray, soft: Sequence[SoftOutput] | None = None
@@ -175,6 +223,14 @@ class _Unseen:
             true = true_metrics(held, structure.mask(self.truth.array))
             witnesses = witnesses_of(held, self.scan, soft[k] if soft else None, self.sizes[k])
             found.append(KnownMask(self.case.patient, self.case.id, raw[k], true, witnesses))
+        return tuple(found)
+
+    def errors(self, mask: LabelArray, errors: FloatArray) -> tuple[SignedCounts, ...]:
+        """The voxels of error maps (L, n0, n1, n2) against the true errors of a mask, of each structure."""
+        found = []
+        for structure, error in zip(self.judge.structures, errors, strict=True):
+            held = structure.mask(mask)
+            found.append(count_voxels(error, difference(held, structure.mask(self.truth.array)), held))
         return tuple(found)
 
     def _on_grid(self, mask: LabelArray) -> Volume:

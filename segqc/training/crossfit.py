@@ -18,7 +18,7 @@ from segqc.progress import Progress
 from segqc.quality.metrics import true_metrics
 from segqc.split import PatientSplit
 from segqc.training.cases import Case, label_values, load_example, read_case
-from segqc.training.engine import fit
+from segqc.training.engine import finished_training, fit
 from segqc.training.segmentation import segmentation_job, segmenter_of
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
@@ -269,6 +269,24 @@ def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
     network = StemUNet(segmenter.card.plan)
     network.load_state_dict(weights)
     return Segmenter(segmenter.card, network, segmenter.wanted_backend)
+
+
+def early_networks(network: Segmenter, folder: Path) -> list[Segmenter]:
+    """A fold's network as it was at the early epochs of its training; none where that training is no longer kept.
+
+    Args:
+        network: the fold's network.
+        folder: the one of the training that it was made for, see `crossfit_masks`.
+    """
+    for path in sorted(folder.glob("fold-*/checkpoint.pt")):
+        plan, end = finished_training(path.parent) or (None, None)
+        if (
+            end is not None
+            and plan == network.card.plan
+            and at_weights(network, end.weights).version == network.version
+        ):
+            return [at_weights(network, end.snapshots[epoch]) for epoch in sorted(end.snapshots)]
+    return []
 
 
 def masks_file(networks: Sequence[Segmenter], case: Case, settings: TrainingSettings, folder: Path) -> Path:

@@ -261,6 +261,14 @@ def _checkpoint(folder: Path) -> _Checkpoint | None:
         return None
 
 
+def finished_training(folder: Path) -> tuple[NetworkPlan, Start] | None:
+    """The plan of a finished training's network, and what came of it; None where its checkpoint does not say it."""
+    checkpoint = _checkpoint(folder)
+    if checkpoint is None or not checkpoint["is_over"] or checkpoint["origin"] is None:
+        return None
+    return Origin.of_content(checkpoint["origin"]).plan, _end_of(checkpoint)
+
+
 def _begun(job: Job, checkpoint: _Checkpoint | None, progress: Progress) -> _Training:
     """A job's training: continued from its own checkpoint, or begun, where it may at the end of the one before it."""
     if checkpoint is None:
@@ -291,15 +299,18 @@ def _start_of(job: Job, lineage: Lineage, checkpoint: _Checkpoint) -> Start:
         raise NoStartError("nobody knows what the last network has seen")
     start: Start | None = checkpoint["start"]
     if checkpoint["is_over"]:
-        average = {name: tensor for name, tensor in checkpoint["average"].items() if name.startswith("module.")}
-        last = {name.removeprefix("module."): tensor for name, tensor in average.items()}
-        start = Start(
-            weights=checkpoint["best"] or last, seen=tuple(checkpoint["seen"]), snapshots=checkpoint["snapshots"]
-        )
+        start = _end_of(checkpoint)
     if start is None:
         raise NoStartError("the last training did not come to its end")
     check_start(Origin.of_content(checkpoint["origin"]), start, _origin(job, lineage), lineage)
     return start
+
+
+def _end_of(checkpoint: _Checkpoint) -> Start:
+    """What a finished training made."""
+    average = {name: tensor for name, tensor in checkpoint["average"].items() if name.startswith("module.")}
+    last = {name.removeprefix("module."): tensor for name, tensor in average.items()}
+    return Start(weights=checkpoint["best"] or last, seen=tuple(checkpoint["seen"]), snapshots=checkpoint["snapshots"])
 
 
 def _origin(job: Job, lineage: Lineage) -> Origin:

@@ -67,6 +67,20 @@ def differing(before: LabelArray, after: LabelArray, axis: int) -> Slices:
     return tuple(np.flatnonzero((before != after).any(axis=in_plane)).tolist())
 
 
+def unchanged(before: LabelArray, after: LabelArray, axis: int) -> Slices:
+    """The slices in which a label map still holds exactly what the one held that it was made of; of one shape.
+
+    A slice that is empty in both tells nothing by itself: it counts as the nearest one that is not.
+    """
+    same = np.ones(before.shape[axis], bool)
+    same[list(differing(before, after, axis))] = False
+    there = np.flatnonzero(((before | after) != 0).any(axis=tuple(a for a in range(3) if a != axis)))
+    if there.size:
+        distance = np.abs(np.arange(same.size)[:, None] - there)
+        same = same[there[distance.argmin(axis=1)]]
+    return tuple(np.flatnonzero(same).tolist())
+
+
 def in_words(slices: Collection[int]) -> str:
     """Slices by number, as a part of a sentence; three neighbours or more as a range.
 

@@ -14,7 +14,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extr
 pytest.importorskip("playwright", reason="playwright is not installed (the extra 'dev')")
 
 import requests
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import assess_scan
@@ -269,6 +269,36 @@ def test_a_submission_is_checked_and_what_was_found_is_shown(
     keep_picture(anna.page, tmp_path, "check-3")
 
 
+def test_what_is_found_while_the_next_scan_is_looked_for_is_told(
+    anna: Annotator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knowing_the_truth(monkeypatch)
+    dataset = current_app().context.dataset
+    estimate(dataset, add_models(dataset.folder, people=True))
+    going, held = threading.Event(), list[Route]()
+    check = server_checks.check_label
+    monkeypatch.setattr(server_checks, "check_label", lambda *args: going.wait() and check(*args))
+    anna.open("plain")
+    anna.press("Next scan")
+    anna.wait_for("oblique")
+    anna.go_to(7)
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.stroke((22, 4), (27, 4))
+    anna.press("Submit …")
+    anna.page.locator("segqc-panel .confirm").click()
+    version = anna.version_kept()
+    anna.wait_until_ready("oblique")
+    anna.page.route("**/segqc/viewer/next", lambda route: held.append(route))  # Playwright takes no built-in
+    anna.press("Next scan")
+    going.set()
+    anna.page.wait_for_function(f"() => {SESSION}.submitted.state === 'done'")
+    for route in held:
+        route.continue_()
+    anna.wait_for("flipped")
+    anna.sees(f"oblique, version {version}: Look again at slice 7: something else seems to be marked as spleen.")
+
+
 def test_a_planted_error_is_shown_and_not_kept(page: Page, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "scans")
     with (folder / "segqc.toml").open("a") as config:
@@ -394,6 +424,10 @@ def test_two_tabs_on_one_scan_conflict_and_both_labels_are_kept(
     np.testing.assert_array_equal(to_images("oblique", stored(other.version_kept())), painted)
     assert other.ask("session.scan.label.version") == first
     keep_picture(other.page, tmp_path, "beside")
+    # what is shown is theirs, and does not take the place of the label that counts unasked
+    other.stroke((4, 24), (9, 24))
+    other.press("Submit …")
+    other.sees(f"version {first} counts by now")
 
 
 def test_history_loads_and_restores_versions(anna: Annotator, tmp_path: Path) -> None:

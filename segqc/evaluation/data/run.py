@@ -53,6 +53,7 @@ from segqc.volumes import atomic_write
 
 T = TypeVar("T")
 Task = TypeVar("Task")
+AnyRun = TypeVar("AnyRun")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,29 +201,41 @@ class Run:
 
 
 def parallel_map(run: Run, work: Callable[[Run, Task], object], tasks: Iterable[Task], progress: Progress) -> None:
+    """Do each task of a run, see `in_processes`."""
+    in_processes(run, work, tasks, progress, workers=run.settings.workers)
+
+
+def in_processes(
+    run: AnyRun,
+    work: Callable[[AnyRun, Task], object],
+    tasks: Iterable[Task],
+    progress: Progress,
+    *,
+    workers: int,
+    unit: str = "tasks",
+) -> None:
     """Do each task, in processes of one thread each; each stores what it makes in the run folder.
 
     Networks of the size that a CPU can train gain little from a second thread, and everything from a second process.
     """
     tasks, step = list(tasks), work.__name__.replace("_", " ")
-    if run.settings.workers < 2 or len(tasks) < 2:
+    if workers < 2 or len(tasks) < 2:
         with _one_thread():
             for i, task in enumerate(tasks):
-                progress.step(i, len(tasks), step, str(task), unit="tasks")
+                progress.step(i, len(tasks), step, str(task), unit=unit)
                 work(run, task)
+        progress.step(len(tasks), len(tasks), step, "done", unit=unit)
         return
-    pool = ProcessPoolExecutor(
-        run.settings.workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
-    )
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),))
     with pool:
         waiting = [pool.submit(_do, work, run, task) for task in tasks]
         for i, (task, future) in enumerate(zip(tasks, waiting, strict=True)):
-            progress.step(i, len(tasks), step, str(task), unit="tasks")
+            progress.step(i, len(tasks), step, str(task), unit=unit)
             future.result()
-    progress.step(len(tasks), len(tasks), step, "done", unit="tasks")
+    progress.step(len(tasks), len(tasks), step, "done", unit=unit)
 
 
-def _do(work: Callable[[Run, Task], object], run: Run, task: Task) -> None:
+def _do(work: Callable[[AnyRun, Task], object], run: AnyRun, task: Task) -> None:
     """Do a task; its result is in the run folder and need not travel to the other process."""
     work(run, task)
 

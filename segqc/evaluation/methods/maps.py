@@ -160,14 +160,21 @@ class SoftOutput:
         self.name = name
         self.structures = tuple(structures)
         self.empty_under_mm3 = empty_under_mm3
+        self._last: LatestCache[FloatArray] = LatestCache()
+
+    def truth(self, scan: Volume, source: Segmenter) -> FloatArray:
+        """The probability of each structure, (L, n0, n1, n2); the last one is kept for the next mask of the same."""
+        known = self._last.get(scan, source.version)
+        if known is not None:
+            return known
+        soft = structure_probabilities(source, source.predict(scan).probabilities, self.structures)
+        return self._last.keep(soft, scan, source.version)
 
     def estimate(self, mask: AssessedMask) -> tuple[Estimate, ...]:
         """Compare the mask with its source network's soft output."""
         if mask.source is None:
             return (SILENT,) * len(self.structures)
-        soft = mask.source.predict(mask.scan).probabilities
-        truth = structure_probabilities(mask.source, soft, self.structures)
-        return _estimates_of_truth(mask, self.structures, truth, self.empty_under_mm3)
+        return _estimates_of_truth(mask, self.structures, self.truth(mask.scan, mask.source), self.empty_under_mm3)
 
 
 def train_scan_only(

@@ -202,7 +202,8 @@ class Study(_Frozen):
         Raises:
             SettingsError: if one is unknown or can't be used.
         """
-        of_seed: Table = {"training": {"seed": seed}, "annotation": {**_HANDED_OUT, "seed": seed}}
+        # a simulated annotator's masks are judged by nobody
+        of_seed: Table = {"training": {"seed": seed, "people_epochs": 0}, "annotation": {**_HANDED_OUT, "seed": seed}}
         overrides = _over(_over(self.settings, arm.settings), of_seed)
         return load_settings(folder, overrides={**overrides, "structures": self.structures})
 

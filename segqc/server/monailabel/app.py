@@ -12,9 +12,7 @@ from monailabel.interfaces.datastore import Datastore
 
 import segqc
 from segqc.loop.due import rounds_info
-from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.requests import KINDS, TrainRequest, mask_tag_problem, request_of
-from segqc.loop.scoring import source_of
 from segqc.quality.drift import to_json as alarm_to_json
 from segqc.quality.report_card import to_json
 from segqc.server.client_labels import from_client
@@ -27,7 +25,7 @@ from segqc.server.uploads import Uploads
 from segqc.settings import RoundSettings, SettingsError, load_settings
 from segqc.store import jobs, labels
 from segqc.store.database import StoreUnavailable
-from segqc.store.labels import NewLabel
+from segqc.store.labels import LIKELY_ERRORS_TAG, NewLabel
 from segqc.store.records import Actor, JsonObject, LabelRecord
 from segqc.types import label_names
 from segqc.volumes import read_labels, temporary_labels
@@ -137,12 +135,10 @@ class DatasetApp(MONAILabelApp):
             task_request.update(image=store.get_image_uri(image), image_id=image)
             if name == "segqc" and not request.get("label"):
                 assessed = self._mask_to_assess(image, request.get("label_tag"))
-        task_request["label_made_by"] = task_request["label_source"] = None  # whatever the client says
+        task_request["label_record"] = None  # whatever the client says
         if assessed is not None:
             task_request["label"] = str(self.context.dataset.store.label_file(assessed))
-            task_request["label_source"] = source_of(self.context.dataset, assessed)
-            if assessed.bundle is not None and assessed.tag not in (LIKELY_ERRORS_TAG, labels.PROPOSAL):
-                task_request["label_made_by"] = assessed.bundle.segmenter_version
+            task_request["label_record"] = assessed
         path, params = task(task_request)
         if assessed is not None:
             params.update(label_tag=assessed.tag, label_version=assessed.id, label_sha256=assessed.sha256)

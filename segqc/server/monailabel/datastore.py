@@ -19,14 +19,13 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
 from segqc.loop.dataset import Dataset
-from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.loop.review import review
 from segqc.server.actors import current_actor
 from segqc.server.client_labels import client_names, same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.names import check_image_id, check_tag, usable_image_id
 from segqc.store import labels, scans
-from segqc.store.labels import FINAL, IGNORED, ORIGINAL, NewLabel
+from segqc.store.labels import FINAL, IGNORED, LIKELY_ERRORS_TAG, ORIGINAL, NewLabel
 from segqc.store.records import Actor, FindingRecord, LabelRecord, ScanRecord, ScanState
 from segqc.store.scans import UnknownScan
 from segqc.store.schema import OPEN_STATES

@@ -12,13 +12,14 @@ from typing import Any
 import nrrd
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from segqc.loop.scoring import assess
+from segqc.loop.scoring import BY_A_NETWORK, MaskOrigin, assess, origin_of
 from segqc.networks.segmenter import Prediction
 from segqc.server.client_labels import client_names, to_client
 from segqc.server.context import LIKELY_ERROR, LIKELY_ERROR_VALUE, AppContext
 from segqc.server.monailabel.strategy import unlike_training
 from segqc.settings import NetworkName
-from segqc.types import MaskSource, bounds, label_names
+from segqc.store.records import LabelRecord
+from segqc.types import bounds, label_names
 from segqc.volumes import Volume, read_labels, read_scan, write_labels
 
 
@@ -88,26 +89,25 @@ class LikelyErrors(NetworkTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Assess the label map at ``request["label"]``, or a new one, of the scan at ``request["image"]``.
 
-        ``request["label_made_by"]`` is the version of the network that made the label map, if one did, and
-        ``request["label_source"]`` says whether a network or a person did; a network, where nobody knows.
+        ``request["label_record"]`` is the label version that it is, if it is one; else a network made it, for all that
+        is known.
         """
         bundle = self.context.bundle("segqc")
         assessor = bundle.assessor()
         limits = self.context.settings.intake
         scan = read_scan(Path(request["image"]), limits=limits)
-        made_by: str | None = request.get("label_made_by")
+        version: LabelRecord | None = request.get("label_record")
+        origin = BY_A_NETWORK if version is None else origin_of(self.context.dataset, version, scan)
         prediction: Prediction | None = None
         if request.get("label"):
             labels = read_labels(Path(request["label"]), scan=scan, values=assessor.values, limits=limits)
             assessed = "label"
-            if bundle.holds("segmentation") and made_by == bundle.segmenter().version:
-                prediction = bundle.segmenter().predict(scan)
         else:
             prediction = bundle.segmenter().predict(scan)
-            labels, made_by, assessed = prediction.labels, bundle.segmenter().version, "segmentation"
+            labels, assessed = prediction.labels, "segmentation"
+            origin = MaskOrigin("network", bundle.segmenter().version)
         name = str(request.get("image_id") or "scan")
-        source: MaskSource = request.get("label_source") or "network"
-        result = assess(bundle, scan, labels, prediction, scan_id=name, segmenter_version=made_by, source=source)
+        result = assess(bundle, scan, labels, prediction, scan_id=name, origin=origin)
         return write_result(assessor.likely_errors(result, scan), request), {
             "label_names": {LIKELY_ERROR: LIKELY_ERROR_VALUE},
             "model_version": assessor.version,

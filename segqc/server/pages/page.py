@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Final, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Form, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -18,6 +18,7 @@ from segqc.server.auth.identity import identity_of
 from segqc.server.monailabel.facade import App, current_app
 from segqc.server.monailabel.strategy import estimate_warning
 from segqc.server.pages import assets, words
+from segqc.server.parameters import MAX_INTEGER
 from segqc.server.routers.dependencies import AskingUser
 from segqc.store.records import Actor, Role
 from segqc.text import visible, write_csv
@@ -26,6 +27,9 @@ T = TypeVar("T")
 
 Columns: TypeAlias = Mapping[str, Callable[[T], object]]
 """What a table's cells hold, by their headings."""
+
+Seen: TypeAlias = Annotated[int | None, Form(ge=0, le=MAX_INTEGER)]
+"""The newest label version on the page that a reviewer's decision comes from."""
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "

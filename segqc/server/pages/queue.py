@@ -18,11 +18,11 @@ from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages.in_pacs import pacs_standing
 from segqc.server.pages.now import now_shown
-from segqc.server.pages.page import AskedPage, Columns, Page, csv_file
+from segqc.server.pages.page import AskedPage, Columns, Page, Seen, csv_file
 from segqc.server.parameters import MAX_COUNT, SampleParams
 from segqc.server.routers.dependencies import open_store
 from segqc.server.routers.selection import DEFAULT_STRATEGY, next_scan, nothing_left
-from segqc.store import bundles, findings, queue
+from segqc.store import bundles, findings, labels, queue
 from segqc.store.database import Transaction
 from segqc.store.queue import SORT_KEYS, VIEWS, QueuedScan, QueueView, SortKey, Wanted
 from segqc.types import UNLIKE, bounds
@@ -59,6 +59,7 @@ def show_queue(
     with open_store().read() as transaction:
         found = queue.page(transaction, wanted, volume_score=EXPECTED_GAIN)
         counts = queue.counts(transaction)
+        newest = labels.newest(transaction)
         has_bundle = bundles.serving_number(transaction) is not None
         in_pacs = pacs_standing(page.app.context.dataset, transaction)
         refused = findings.listing(transaction)
@@ -67,6 +68,7 @@ def show_queue(
         "queue.html.jinja",
         found=found,
         counts=counts,
+        newest=newest,
         wanted=wanted,
         views=VIEWS,
         sort_keys=SORT_KEYS,
@@ -148,13 +150,14 @@ def review_many(
     decision: Annotated[Decision, Form()],
     scan: Annotated[list[str], Form(max_length=_MAX_BULK, default_factory=list)],
     reason: Annotated[str, Form(max_length=500)] = "",
+    seen: Seen = None,
     back: Annotated[str, Form(max_length=1000)] = "/",
 ) -> Response:
     """Decide of many scans at once; of those that it cannot be said of, it is said why."""
     target = back if back == "/" or back.startswith("/?") else "/"
     if not scan:
         return page.go(target, "No scan was chosen.", problem=True)
-    done, refused = _review_all(page, decision, scan, reason)
+    done, refused = _review_all(page, decision, scan, reason, seen)
     word = {"approve": "approved", "reject": "rejected", "exclude": "excluded", "reopen": "reopened"}[decision]
     notice = f"{done} {'scan' if done == 1 else 'scans'} {word}."
     if refused:
@@ -162,12 +165,14 @@ def review_many(
     return page.go(target, notice, problem=bool(refused))
 
 
-def _review_all(page: Page, decision: Decision, names: Sequence[str], reason: str) -> tuple[int, list[str]]:
+def _review_all(
+    page: Page, decision: Decision, names: Sequence[str], reason: str, seen: int | None
+) -> tuple[int, list[str]]:
     dataset, actor = page.app.context.dataset, page.actor
     refused = []
     for name in dict.fromkeys(names):
         try:
-            review(dataset, name, STATE_OF[decision], actor, reason.strip() or None)
+            review(dataset, name, STATE_OF[decision], actor, reason.strip() or None, seen=seen)
         except SegqcError as error:
             refused.append(str(error))
     return len(dict.fromkeys(names)) - len(refused), refused

@@ -25,7 +25,7 @@ from segqc.server.monailabel.facade import current_app
 from segqc.server.ohif.viewer import viewer_address
 from segqc.server.pages import pictures
 from segqc.server.pages.now import now_shown
-from segqc.server.pages.page import AskedPage, Columns, csv_file
+from segqc.server.pages.page import AskedPage, Columns, Seen, csv_file
 from segqc.server.pages.pictures import Layers, draw
 from segqc.server.pages.shown import HeatState, ShownScan, history, shown_scan
 from segqc.server.parameters import MAX_INTEGER, LabelParams
@@ -365,13 +365,14 @@ def review_one(
     scan: Scan,
     decision: Annotated[Decision, Form()],
     reason: Annotated[str, Form(max_length=500)] = "",
+    seen: Seen = None,
 ) -> Response:
     """Decide of the scan."""
     shown = _shown(scan)
 
     def decide() -> str:
         dataset = shown.context.dataset
-        review(dataset, shown.record.name, STATE_OF[decision], page.actor, reason.strip() or None)
+        review(dataset, shown.record.name, STATE_OF[decision], page.actor, reason.strip() or None, seen=seen)
         return {
             "approve": "Approved.",
             "reject": "Rejected: the scan waits for a correction again.",

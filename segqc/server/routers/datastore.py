@@ -119,8 +119,8 @@ def save_label_of(
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
     tag = check_tag(tag or FINAL)  # clients may leave it empty
-    if tag == PROPOSAL:
-        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: SegQC-Net's proposals are there.")
+    if tag in labels.SERVERS_TAGS:
+        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: the server keeps its own there.")
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
@@ -239,6 +239,8 @@ def update_label_info_before(user: AskingUser, label: str, tag: str, form: Annot
 
 
 def _note_label(user: RequestUser, label: str, tag: str, params: LabelParams) -> None:
+    if tag == PROPOSAL:
+        raise RequestError(400, f"nobody notes anything of a label with the tag {tag!r}: it goes with its boxes.")
     app = current_app()
     label = known_label(label, tag)
     noted = stored_info(params, app.context.labels()) if app.context.settings.structures else params.to_json()

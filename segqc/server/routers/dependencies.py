@@ -15,14 +15,13 @@ from fastapi import Depends, Request, UploadFile
 from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from segqc.loop.jobs import LIKELY_ERRORS_TAG
 from segqc.server.actors import RequestUser, request_user
 from segqc.server.client_labels import same_values, to_client
 from segqc.server.errors import RequestError
 from segqc.server.monailabel.facade import Session, current_app
 from segqc.server.names import check_session_id, split_suffix
 from segqc.store import labels, scans
-from segqc.store.labels import IGNORED
+from segqc.store.labels import IGNORED, LIKELY_ERRORS_TAG
 from segqc.store.records import LabelRecord, ScanRecord
 from segqc.store.store import Store, suffix_of
 from segqc.volumes import LABEL_SUFFIXES, SCAN_SUFFIXES, VolumeError, read_labels, write_labels

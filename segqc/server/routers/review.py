@@ -41,12 +41,12 @@ def restore_label(
 
 @router.post("/segqc/review/{scan}", tags=["SegQC"], summary="Review a scan")
 def review_scan(scan: str, user: AskingUser, params: ReviewBody) -> JsonObject:
-    """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "..."}``."""
+    """Approve, reject, exclude or reopen a scan: ``{"decision": "reject", "reason": "...", "seen": 12}``."""
     dataset = current_app().context.dataset
     store = dataset.store
     with store.read() as transaction:
         scan = scans.get(transaction, scan).name
-    review(dataset, scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason)
+    review(dataset, scan, STATE_OF[params.decision], user.actor(params.client_id), params.reason, seen=params.seen)
     with store.read() as transaction:
         now = scans.get(transaction, scan)
     return {"scan": now.name, "state": now.state, "reason": now.reason}

@@ -225,10 +225,13 @@ class Panel extends HTMLElement {
 
   #drawNotices() {
     const { session } = this;
-    const { scan, notice } = session;
+    const { scan, notice, elsewhere } = session;
     const found = [];
     if (notice) {
       found.push(this.#notice(notice.kind, notice.text));
+    }
+    if (elsewhere) {
+      found.push(this.#notice('warning', elsewhere));
     }
     if (session.phase === 'ready' && scan) {
       const { submitted } = session;

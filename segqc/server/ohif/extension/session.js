@@ -70,6 +70,10 @@ export class Session extends EventTarget {
     this.noteOfNext = null;
     /** why no scan was handed out */
     this.noneLeft = '';
+    /** what was found in a scan that was left @type {string | null} */
+    this.elsewhere = null;
+    /** whether the next scan was asked for, and none is being opened yet */
+    this.isGoingOn = false;
     /** aborted when the annotator chooses a slice @type {AbortController | null} */
     this.holding = null;
     /** counts what was opened: an answer that comes after the next scan was opened is nobody's */
@@ -148,6 +152,7 @@ export class Session extends EventTarget {
    */
   async next(reason) {
     await this.#do('Looking for the next scan', async () => {
+      this.isGoingOn = true;
       const { scan, note } = await server.nextScan(reason);
       this.#forget();
       if (!scan) {
@@ -184,6 +189,8 @@ export class Session extends EventTarget {
     this.known = undefined;
     const number = (this.number += 1);
     const isOver = () => number !== this.number;
+    this.isGoingOn = false;
+    this.takenBefore = [];
     Object.assign(this, { phase: 'loading', scan: null, conflict: null, check: null, draft: null, busy: '' });
     this.submitted = this.proposal = null;
     this.notice = this.noteOfNext ? { kind: 'note', text: this.noteOfNext } : null;
@@ -341,9 +348,6 @@ export class Session extends EventTarget {
         this.submitted = kept.check;
         await this.#read();
         void this.#followCheck(scan, kept);
-        if (beside) {
-          this.startedFrom = this.scan?.label?.version ?? null;
-        }
       } catch (error) {
         if (error instanceof server.Refusal && error.status === 409) {
           this.conflict = error.message;
@@ -376,15 +380,16 @@ export class Session extends EventTarget {
     } catch {
       check = { state: 'none', sentence: '' }; // the label is kept; nothing else was promised
     }
-    if (number !== this.number) {
-      if (check.errors?.length) {
-        this.notice = { kind: 'warning', text: `${scan.scan}, version ${kept.version}: ${check.sentence}` };
-        this.#tell();
-      }
+    const isLeft = number !== this.number;
+    if ((isLeft || this.isGoingOn) && check.errors?.length) {
+      this.elsewhere = `${scan.title}, version ${kept.version}: ${check.sentence}`;
+      this.#tell();
+    }
+    if (isLeft) {
       return;
     }
     this.submitted = check;
-    if (check.state === 'done' && this.startedFrom === kept.version) {
+    if (check.state === 'done' && this.startedFrom === kept.version && !this.hasMovedOn) {
       await this.#estimateAgain().catch(() => undefined);
     }
     this.#tell();
@@ -669,11 +674,12 @@ export class Session extends EventTarget {
       return;
     }
     this.busy = what;
-    this.notice = null;
+    this.notice = this.elsewhere = null;
     this.#tell();
     try {
       await work();
     } catch (error) {
+      this.isGoingOn = false;
       this.#complain(error);
     } finally {
       this.busy = '';

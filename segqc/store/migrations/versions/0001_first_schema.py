@@ -410,13 +410,15 @@ def upgrade() -> None:
         sa.Column("bundle_id", sa.Integer(), nullable=False),
         sa.Column("dice", sa.Double(), nullable=True),
         sa.Column("error_volume_ml", sa.Double(), nullable=True),
+        sa.Column("has_errors", sa.Boolean(), nullable=True),
         sa.Column("networks", sa.Integer(), nullable=False),
         sa.Column("detail", sa.LargeBinary(), nullable=True),
         sa.Column("problem", sa.String(), nullable=True),
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("(detail IS NULL) = (problem IS NOT NULL)", name=op.f("ck_label_verdict_problem")),
         sa.CheckConstraint(
-            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL)",
+            "(detail IS NULL) = (dice IS NULL) AND (detail IS NULL) = (error_volume_ml IS NULL) "
+            "AND (detail IS NULL) = (has_errors IS NULL)",
             name=op.f("ck_label_verdict_detail"),
         ),
         sa.CheckConstraint("networks >= 0", name=op.f("ck_label_verdict_networks")),
@@ -427,7 +429,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["scan_id"], ["scan.id"], name=op.f("fk_label_verdict_scan_id")),
         sa.PrimaryKeyConstraint("scan_id", name=op.f("pk_label_verdict")),
     )
-    op.create_index("ix_label_verdict_order", "label_verdict", ["bundle_id", "dice"], unique=False)
+    op.create_index("ix_label_verdict_order", "label_verdict", ["bundle_id", "has_errors", "dice"], unique=False)
     op.create_table(
         "label_mark",
         sa.Column("label_version_id", sa.Integer(), nullable=False),
