@@ -151,8 +151,8 @@ def save_models(
 ) -> dict[NetworkName, Path]:
     """Files of untrained networks; SegQC-Net with report cards and a network for people's masks, where wanted."""
     folder.mkdir(parents=True, exist_ok=True)
-    if report is not None:
-        return _save_models(folder, structures, report, people=people)
+    if report is not None or people_report is not None:
+        return _save_models(folder, structures, report, people_report, people=people)
     files: dict[NetworkName, Path] = {}
     for kind, content in _model_files(structures, people=people).items():
         files[kind] = folder / model_name(kind)
@@ -162,14 +162,19 @@ def save_models(
 
 @functools.cache
 def _model_files(structures: tuple[Structure, ...], *, people: bool) -> dict[NetworkName, bytes]:
-    """The files of `save_models`, without a report card."""
+    """The files of `save_models`, without report cards."""
     with tempfile.TemporaryDirectory() as folder:
-        files = _save_models(Path(folder), structures, None, people=people)
+        files = _save_models(Path(folder), structures, None, None, people=people)
         return {kind: path.read_bytes() for kind, path in files.items()}
 
 
 def _save_models(
-    folder: Path, structures: tuple[Structure, ...], report: ReportCard | None, *, people: bool
+    folder: Path,
+    structures: tuple[Structure, ...],
+    report: ReportCard | None,
+    people_report: ReportCard | None,
+    *,
+    people: bool,
 ) -> dict[NetworkName, Path]:
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
