@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import tomlkit
@@ -624,9 +624,16 @@ def _typed(kind: type[T], table: Mapping[str, object], name: str) -> T:
     except ValueError as error:
         raise ValueError(f"[{name}]: {error}") from error
     try:
-        return TypeAdapter(kind).validate_python(dict(table))
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # mypy holds no class of T to be hashable
+        return adapter.validate_python(dict(table))
     except ValidationError as error:
         raise ValueError(f"[{name}]: {first_problem(error.errors())}") from error
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Made once: that takes longer than to read a table by it."""
+    return TypeAdapter(kind)
 
 
 def _refuse_booleans(place: str, value: object, hint: object) -> None:

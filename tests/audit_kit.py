@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +41,19 @@ def fold_assessor(
     return together.with_people(skipping)
 
 
+@functools.cache
+def _fold_file(seen: tuple[tuple[str, ...], ...], *, people: bool) -> bytes:
+    """The file of a `fold_assessor`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "segqc.pt"
+        fold_assessor(seen, people=people).save(path)
+        return path.read_bytes()
+
+
 def add_fold_models(folder: Path, seen: Sequence[Sequence[str]], *, people: bool = True) -> int:
     """Publish untrained networks, SegQC-Net's as `fold_assessor` makes them; the bundle's number."""
     dataset = Dataset(folder)
     with dataset.bundles.workspace() as work:
         files = save_models(work)
-        fold_assessor(seen, people=people).save(files["segqc"])
+        files["segqc"].write_bytes(_fold_file(tuple(map(tuple, seen)), people=people))
         return dataset.bundles.publish(files, SERVER, "a test")

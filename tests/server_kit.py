@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -57,6 +59,9 @@ CONFIG = """
 liver = [1]
 spleen = [4]
 
+[inference]
+backend = "pytorch"
+
 [training]
 epochs = 2
 fold_epochs = 1
@@ -64,15 +69,14 @@ people_epochs = 1
 steps_per_epoch = 2
 folds = 2
 gammas = []
+mixed_precision = false
 """
+"""Small trainings, in training and after it by the backend that is ready at once."""
 
 
 CHECKED = (
     CONFIG
     + """
-[inference]
-backend = "pytorch"
-
 [boxes]
 min_area_mm2 = 20
 
@@ -116,11 +120,25 @@ def make_dataset(folder: Path, scans: int = 4, finals: int = 1, config: str = CO
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "segqc.toml").write_text(config)
     for i in range(scans):
-        scan, labels = draw_case(i)
-        write_scan(scan, folder / f"scan_{i}.nii.gz")
+        scan, labels = _case_files(i)
+        (folder / f"scan_{i}.nii.gz").write_bytes(scan)
         if i < finals:
-            write_labels(labels, folder / "labels" / "final" / f"scan_{i}.nii.gz")
+            final = folder / "labels" / "final" / f"scan_{i}.nii.gz"
+            final.parent.mkdir(parents=True, exist_ok=True)
+            final.write_bytes(labels)
     return folder
+
+
+@functools.cache
+def _case_files(index: int) -> tuple[bytes, bytes]:
+    """The files of `draw_case`'s scan and label map, which hundreds of tests want."""
+    scan, labels = draw_case(index)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "case.nii.gz"
+        write_scan(scan, path)
+        content = path.read_bytes()
+        write_labels(labels, path)
+        return content, path.read_bytes()
 
 
 def save_models(
@@ -133,6 +151,31 @@ def save_models(
 ) -> dict[NetworkName, Path]:
     """Files of untrained networks; SegQC-Net with report cards and a network for people's masks, where wanted."""
     folder.mkdir(parents=True, exist_ok=True)
+    if report is not None or people_report is not None:
+        return _save_models(folder, structures, report, people_report, people=people)
+    files: dict[NetworkName, Path] = {}
+    for kind, content in _model_files(structures, people=people).items():
+        files[kind] = folder / model_name(kind)
+        files[kind].write_bytes(content)
+    return files
+
+
+@functools.cache
+def _model_files(structures: tuple[Structure, ...], *, people: bool) -> dict[NetworkName, bytes]:
+    """The files of `save_models`, without report cards."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = _save_models(Path(folder), structures, None, None, people=people)
+        return {kind: path.read_bytes() for kind, path in files.items()}
+
+
+def _save_models(
+    folder: Path,
+    structures: tuple[Structure, ...],
+    report: ReportCard | None,
+    people_report: ReportCard | None,
+    *,
+    people: bool,
+) -> dict[NetworkName, Path]:
     values = tuple(value for structure in structures for value in structure.values)
     kinds: tuple[tuple[NetworkName, int, int], ...] = (
         ("segmentation", 1, 1 + len(values)),

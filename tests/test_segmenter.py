@@ -32,11 +32,12 @@ def test_label_values_need_not_be_consecutive() -> None:
 def test_the_group_gives_each_member_in_the_scans_own_frame() -> None:
     """An untrained network commutes with nothing: the first member alone must be the plain prediction."""
     model = small_segmenter(transposes=True)
-    tta = model.predict_tta(scan(), gammas=(0.7,))
+    both, tta = model.predict_both(scan(), gammas=(0.7,))
     assert len(tta.members) == 16
     assert all(m.shape == (18, 14, 6) for m in tta.members)
-    plain = model.predict(scan()).labels.array
-    assert (tta.members[0] == plain).mean() > 0.999
+    plain = model.predict(scan())
+    np.testing.assert_allclose(both.logits, plain.logits, atol=1e-5)
+    assert (tta.members[0] == plain.labels.array).mean() > 0.999
     np.testing.assert_allclose(tta.mean_probabilities.sum(axis=0), 1.0, atol=1e-2)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from segqc.networks.assessor import Assessor
+from segqc.networks.backends import choose_backend
 from segqc.networks.device import DeviceMemoryError, device_of_choice, has_bfloat16
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
@@ -59,6 +60,7 @@ QUICK = TrainingSettings(
     average_flips=False,
     patch=(16, 16, 4),
     ensemble=False,
+    mixed_precision=False,  # networks so small are ready to answer before a faster backend is
 )
 
 
@@ -185,7 +187,7 @@ def test_a_device_without_instructions_for_it_trains_in_float32(
     cases = make_cases(tmp_path, 5)
     versions = {
         train_segmentation(cases, STRUCTURES, placed(cases), settings, tmp_path / str(i), NoProgress()).version
-        for i, settings in enumerate((QUICK, replace(QUICK, mixed_precision=False)))
+        for i, settings in enumerate((replace(QUICK, mixed_precision=True), QUICK))
     }
     assert len(versions) == 1
 
@@ -234,9 +236,7 @@ def test_validating_patches_together_gives_the_loss_of_one_by_one(
     for batch_size in (1, 2, 100):
         monkeypatch.setattr(engine, "window_batch_size", lambda _patch, n=batch_size: n)
         folder = tmp_path / str(batch_size)
-        train_segmentation(
-            cases, STRUCTURES, patient_splits, replace(QUICK, mixed_precision=False), folder, NoProgress()
-        )
+        train_segmentation(cases, STRUCTURES, patient_splits, QUICK, folder, NoProgress())
         losses.append([point["validation_loss"] for point in json.loads((folder / "curve.json").read_text())])
     np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-4)
 
@@ -346,6 +346,16 @@ def test_a_network_never_makes_a_training_mask_of_what_it_has_seen(tmp_path: Pat
     with pytest.raises(LeakError, match=r"has seen patient p1's label"):
         masks_of(sources, cases[1], QUICK)
     assert all(isinstance(m, Segmenter) and m.card.seen == ("p0", "p1", "p2") for m in sources)
+
+
+def test_masks_are_computed_by_the_backend_that_would_serve(tmp_path: Path) -> None:
+    cases, settings = make_cases(tmp_path, 3), replace(QUICK, mixed_precision=True)
+    plan = plan_for(cases, settings, in_channels=1, out_channels=2)
+    sources = train_mask_sources("m", cases, STRUCTURES, plan, settings, tmp_path / "m", NoProgress())
+    chosen = choose_backend(sources[0].network, plan, torch.device("cpu"), "auto")
+    assert [source.wanted_backend for source in sources] == ["auto"] * len(sources)
+    assert sources[0].backend.name == chosen.name
+    assert QUICK.backend == "pytorch"
 
 
 def test_masks_are_kept_for_one_content_of_scan_and_label(tmp_path: Path) -> None:

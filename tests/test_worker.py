@@ -55,6 +55,12 @@ def dataset(tmp_path: Path) -> Dataset:
     return Dataset(make_dataset(tmp_path / "studies", scans=5, finals=4))
 
 
+def test_a_worker_that_waits_does_without_pytorch() -> None:
+    """It starts a job seconds sooner, and leaves hundreds of megabytes to the job's process."""
+    code = "import sys, segqc.loop.worker; sys.exit(bool({'torch', 'monai'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def put(dataset: Dataset, kind: str = "train", **request: object) -> int:
     with dataset.store.write() as transaction:
         return jobs.enqueue(transaction, kind, dict(request), ANNA).id  # type: ignore[arg-type]

@@ -29,7 +29,6 @@ from typing import Final, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from segqc.errors import SegqcError, sentence
-from segqc.loop import jobs as work
 from segqc.loop.dataset import Dataset
 from segqc.loop.due import put_due_round
 from segqc.loop.locks import hold, is_abandoned
@@ -96,6 +95,8 @@ def run_job(folder: Path, number: int, config: Path | None = None) -> int:
         number: the job's.
         config: the settings file to read in the place of the folder's own.
     """
+    from segqc.loop import jobs as work  # with PyTorch and MONAI, which a worker itself does without
+
     try:
         dataset = Dataset(folder, load_settings(folder, config))
         with dataset.store.read() as transaction:

@@ -124,7 +124,6 @@ class Assessor(TrainedNetwork):
         self.settings = settings or AssessmentSettings()
         self._hidden: LatestCache[torch.Tensor] = LatestCache()
         self._people_network = people
-        self._wanted = backend
         self._lock = threading.Lock()
         self._people: Assessor | None = None
         self._parts: dict[tuple[int, ...], Assessor] = {}
@@ -143,23 +142,25 @@ class Assessor(TrainedNetwork):
             return None
         with self._lock:
             if self._people is None:
-                own = Assessor(self.card.people, self._people_network, self.settings, self._wanted)
+                own = Assessor(self.card.people, self._people_network, self.settings, self.wanted_backend)
                 own.version = self.version
-                self._people = own
+                self._people = own.ready()
             return self._people
 
     def with_card(self, card: ModelCard) -> Assessor:
-        """The same networks with another card."""
-        return Assessor(card, self.network, self.settings, people=self._people_network)
+        """The same networks with another card, and the same backend."""
+        other = Assessor(card, self.network, self.settings, self.wanted_backend, people=self._people_network)
+        other.backend = self.backend
+        return other
 
     def with_settings(self, settings: AssessmentSettings) -> Assessor:
         """The same networks whose error maps become other numbers and boxes."""
-        return Assessor(self.card, self.network, settings, self._wanted, people=self._people_network)
+        return Assessor(self.card, self.network, settings, self.wanted_backend, people=self._people_network)
 
     def with_people(self, people: Assessor) -> Assessor:
         """The same SegQC-Net with a network for people's masks."""
         card = replace(self.card, people=people.card)
-        return Assessor(card, self.network, self.settings, people=people.network)
+        return Assessor(card, self.network, self.settings, self.wanted_backend, people=people.network)
 
     def judge_of(self, source: MaskSource) -> Assessor:
         """What judges masks of a source: itself, but for people's masks where it has a network for them."""
@@ -186,9 +187,10 @@ class Assessor(TrainedNetwork):
         people = self.card.people
         card = _card_of(members, replace(self.card, people=None if people is None else _card_of(members, people)))
         networks = [_network_of(members, network) for network in self.networks]
-        part = Assessor(card, networks[0], self.settings, self._wanted, people=networks[1] if people else None)
+        people_network = networks[1] if people else None
+        part = Assessor(card, networks[0], self.settings, self.wanted_backend, people=people_network)
         part.version = self.version
-        return part
+        return part.ready()
 
     @classmethod
     def load(cls, path: Path, settings: AssessmentSettings | None = None, backend: BackendName = "pytorch") -> Assessor:
@@ -204,7 +206,7 @@ class Assessor(TrainedNetwork):
             BackendError: if the backend is not there, or wrong on this machine.
         """
         card, (network, *people) = cls._read(path)
-        return cls(card, network, settings, backend, people=people[0] if people else None)
+        return cls(card, network, settings, backend, people=people[0] if people else None).ready()
 
     def error_maps(
         self,

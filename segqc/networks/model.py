@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from segqc.networks.backends import choose_backend
+from segqc.networks.backends import Backend, choose_backend
 from segqc.networks.cache import LatestCache
 from segqc.networks.card import CARDS, ModelCard, NetworkName
 from segqc.networks.device import device_of_choice
@@ -39,8 +40,22 @@ class TrainedNetwork:
         self.card = card
         self.device = device_of_choice()
         self.network = network.to(self.device).eval()
-        self.backend = choose_backend(self.network, card.plan, self.device, backend)
+        self.wanted_backend = backend
         self.version = version_of(card, network)
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """What computes it, made ready and checked when it is first asked for.
+
+        Raises:
+            BackendError: if the backend is not there, or wrong on this machine.
+        """
+        return choose_backend(self.network, self.card.plan, self.device, self.wanted_backend)
+
+    def ready(self) -> Self:
+        """Itself, once its backend is ready; errors as of `backend`."""
+        _ = self.backend
+        return self
 
     @property
     def structures(self) -> tuple[Structure, ...]:

@@ -98,7 +98,7 @@ class Segmenter(TrainedNetwork):
             BackendError: if the backend is not there, or wrong on this machine.
         """
         card, (network,) = cls._read(path)
-        return cls(card, network, backend)
+        return cls(card, network, backend).ready()
 
     @classmethod
     def load_members(cls, path: Path, backend: BackendName = "pytorch") -> tuple[Segmenter, ...]:
@@ -106,7 +106,7 @@ class Segmenter(TrainedNetwork):
         card, (network,) = cls._read(path)
         members = network.members if isinstance(network, MeanOfNetworks) else (network,)
         cards = (replace(card, members=1, seen=card.seen_by(i), members_seen=()) for i in range(card.members))
-        return tuple(cls(own, member, backend) for own, member in zip(cards, members, strict=True))
+        return tuple(cls(own, member, backend).ready() for own, member in zip(cards, members, strict=True))
 
     @staticmethod
     def save_members(members: Sequence[Segmenter], path: Path) -> None:
@@ -154,6 +154,10 @@ class Segmenter(TrainedNetwork):
             scan: the scan.
             gammas: gammas that the group is multiplied with; none by default.
         """
+        return self.predict_both(scan, gammas)[1]
+
+    def predict_both(self, scan: Volume, gammas: Sequence[float] = ()) -> tuple[Prediction, TtaPrediction]:
+        """What `predict` and `predict_tta` say: the group's first member is the scan as it is. Arguments as there."""
         frame = self.frame(scan)
         image = torch.from_numpy(canonical_scan(scan, frame))
         contrasts = [Member("contrast", gamma=gamma).apply(image) for gamma in (None, *gammas)]
@@ -162,13 +166,13 @@ class Segmenter(TrainedNetwork):
         probabilities = np.empty(logits.shape, np.float16)
         for member, of_member in zip(probabilities, logits, strict=True):
             member[:] = torch.softmax(torch.from_numpy(of_member), dim=0).numpy()
+        plain = Prediction(self._labels(logits[0], scan, frame), logits[0].copy(), frame)
         del logits
         median = _median(probabilities)
         mean = probabilities.mean(axis=0, dtype=np.float32)
-        members = tuple(
-            np.asarray(self._labels(_log(p.astype(np.float32)), scan, frame).array, np.uint8) for p in probabilities
-        )
-        return TtaPrediction(
+        others = (self._labels(_log(p.astype(np.float32)), scan, frame) for p in probabilities[1:])
+        members = tuple(np.asarray(labels.array, np.uint8) for labels in (plain.labels, *others))
+        return plain, TtaPrediction(
             labels=self._labels(_log(median), scan, frame),
             members=members,
             mean_probabilities=_normalised(to_native(mean, frame, order=1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ def fit_assessor(
         average_flips=settings.average_flips,
         hide_mask=settings.hide_mask,
     )
-    return Assessor(card, fitted.network)
+    return Assessor(card, fitted.network, backend=settings.backend)
 
 
 def _network_at(weights: Weights, plan: NetworkPlan) -> nn.Module:
@@ -123,7 +124,8 @@ def ensemble(members: Sequence[Assessor]) -> Assessor:
     seen = tuple(sorted({patient for member in members for patient in member.card.seen}))
     members_seen = tuple(member.card.seen_by(0) for member in members)
     card = replace(members[0].card, seen=seen, members=len(members), members_seen=members_seen)
-    return Assessor(card, MeanOfNetworks([member.network for member in members]))
+    network = MeanOfNetworks([member.network for member in members])
+    return Assessor(card, network, backend=members[0].wanted_backend)
 
 
 def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkPlan) -> list[Example]:
@@ -138,7 +140,9 @@ def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkP
 
 def mask_channels(labels: torch.Tensor, structures: Sequence[Structure]) -> torch.Tensor:
     """One mask per structure (N, L, a, b, c) of label maps (N, 1, a, b, c)."""
-    return torch.cat([torch.isin(labels, torch.tensor(s.values, dtype=labels.dtype)) for s in structures], 1).float()
+    # a few comparisons take a fifth of the time of `torch.isin`
+    masks = [functools.reduce(torch.logical_or, [labels == value for value in s.values]) for s in structures]
+    return torch.cat(masks, 1).float()
 
 
 def _prepare(structures: Sequence[Structure], settings: TrainingSettings) -> PrepareBatch:

@@ -106,10 +106,9 @@ def masks_of(
         if not allow_seen:
             assert_unseen(segmenter, case)
         if i == 0:
-            plain = segmenter.predict(scan)
+            plain, tta = segmenter.predict_both(scan, gammas=settings.gammas)
             soft = segmenter.soft_outputs(plain, segmenter.structures)
             served = ServedMask(np.asarray(plain.labels.array, np.uint8), soft)
-            tta = segmenter.predict_tta(scan, gammas=settings.gammas)
             masks += [np.asarray(tta.labels.array, np.uint8), *tta.members]
         else:
             masks.append(np.asarray(segmenter.predict(scan).labels.array, np.uint8))
@@ -269,7 +268,7 @@ def at_weights(segmenter: Segmenter, weights: Weights) -> Segmenter:
     """The segmenter as it was at other weights, those of an earlier epoch."""
     network = StemUNet(segmenter.card.plan)
     network.load_state_dict(weights)
-    return Segmenter(segmenter.card, network)
+    return Segmenter(segmenter.card, network, segmenter.wanted_backend)
 
 
 def early_networks(network: Segmenter, folder: Path) -> list[Segmenter]:

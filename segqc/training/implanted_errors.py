@@ -453,7 +453,11 @@ class _Site:
         changed[added] = (
             self.structure.values[0] if len(self.structure.values) == 1 else self._nearest(labels, ~old)[added]
         )
-        changed[left] = self._nearest(labels, old)[left] if np.any(labels[~old]) else 0
+        changed[left] = 0
+        inside = bounding_box(old)
+        if inside is not None and left.any() and np.any(labels[~old]):
+            near = padded_box(inside, (1, 1, 1), old.shape)  # nothing outside is nearer than this rim
+            changed[near][left[near]] = self._nearest(labels[near], old[near])[left[near]]
         result = self.labels.copy()
         result[box] = changed
         return result

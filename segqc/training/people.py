@@ -9,6 +9,7 @@ learns from masks that are right, and right but for errors that people make (`se
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,13 +33,17 @@ from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
 
 MASKS: Final = 24
-"""Masks of one case that train."""
+"""Masks of one case that train, at most."""
 _CALIBRATING: Final = 8  # of these calibrate: each is looked at twice, and more of one patient say little new
 _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
-def people_sets(cases: Sequence[Case], structures: Sequence[Structure], seed: int) -> list[MaskSet]:
+def people_sets(
+    cases: Sequence[Case], structures: Sequence[Structure], seed: int, *, count: int = MASKS
+) -> list[MaskSet]:
     """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
+
+    More of them begin with the same ones.
 
     Masks of networks that somebody has corrected in part are not among them: what is left of the network's contour is
     an error by the expert's label and right by whoever let it be, and in a trial estimates of both kinds became worse.
@@ -46,14 +51,14 @@ def people_sets(cases: Sequence[Case], structures: Sequence[Structure], seed: in
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(case, structures, seed) for case in whole_cases(cases)]
+    return [_people_set(case, structures, seed, count) for case in whole_cases(cases)]
 
 
-def _people_set(case: Case, structures: Sequence[Structure], seed: int) -> MaskSet:
+def _people_set(case: Case, structures: Sequence[Structure], seed: int, count: int) -> MaskSet:
     scan, labels = read_case(case, label_values(structures))
     truth = np.asarray(labels.array, np.uint8)
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
-    made = people_like_masks(truth, scan, structures, MASKS, np.random.default_rng((seed, of_case)))
+    made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)))
     masks = np.stack([m.labels for m in made])
     return MaskSet(case, masks, tuple(mean_dice(mask, truth, structures) for mask in masks))
 
@@ -82,9 +87,12 @@ def train_people(
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    masks = people_sets(cases, assessor.structures, settings.seed)
-    train = [s for s in masks if patient_splits[s.case.patient].split == "train"]
-    validating = [s for s in masks if patient_splits[s.case.patient].split == "validation"]
+    splits = {case.id: patient_splits[case.patient].split for case in cases}
+    training, others = ([c for c in whole_cases(cases) if splits[c.id] == split] for split in ("train", "validation"))
+    draws = settings.people_epochs * settings.steps_per_epoch * settings.batch
+    count = min(MASKS, max(_CALIBRATING, math.ceil(draws / max(1, len(training)))))  # others would hardly be drawn
+    train = people_sets(training, assessor.structures, settings.seed, count=count)
+    validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING)
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
     of_training = {p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"}
     folds = sorted(of_training) if len(networks) > 1 else [_NO_FOLD]

@@ -169,7 +169,7 @@ def segmenter_of(
         seen=tuple(sorted(set(seen))),
         transposes=settings.transposes and plan.patch[0] == plan.patch[1],
     )
-    return Segmenter(card, fitted.network)
+    return Segmenter(card, fitted.network, settings.backend)
 
 
 def train_segmentation(

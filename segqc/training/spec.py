@@ -8,6 +8,7 @@ from typing import Final, Literal, TypeAlias
 
 from segqc.networks.plan import NetworkSize, Triple
 from segqc.quality.calibration import OutputForm
+from segqc.types import BackendName
 
 Intensities: TypeAlias = Literal["usual", "strong"]
 
@@ -52,7 +53,8 @@ class TrainingSettings:
     ``average_flips`` lets SegQC-Net answer with the mean over in-plane flips; with ``hide_mask`` it does not see the
     mask in half of them, and so leans less on masks of networks that it has not met.
     ``mixed_precision`` lets the trainings' convolutions compute in bfloat16 on CPUs (AVX-512 BF16) and GPUs that have
-    instructions for it, which takes less time; trained networks answer in float32 everywhere.
+    instructions for it, and lets the fastest backend that is right there compute the masks that SegQC-Net learns from,
+    and what calibrates it.
     ``start`` "warm" lets each network begin at the weights that the last training gave the network of its role: the
     segmentation network, each fold's network, each SegQC-Net. "scratch" begins with new ones; see
     `segqc.training.engine`.
@@ -122,6 +124,11 @@ class TrainingSettings:
             raise ValueError(
                 "hide_mask needs average_flips, output_form 'truth', and scan_only_share or empty_mask_share over 0"
             )
+
+    @property
+    def backend(self) -> BackendName:
+        """What computes the masks and the estimates that a training makes on its way."""
+        return "auto" if self.mixed_precision else "pytorch"
 
     def of_mask_sources(self) -> TrainingSettings:
         """Those that the fold networks depend on, all else as by default: SegQC-Net's own leave them as they are."""
