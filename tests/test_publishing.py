@@ -143,7 +143,7 @@ def test_the_networks_of_the_folds_come_with_their_segqc_and_go_with_it(
     assert members[0].structures == first.assessor().structures
     weights = [next(iter(member.network.state_dict().values())) for member in members]
     assert not weights[0].equal(weights[1])
-    assert members[1].card.seen == ("scan_2",)
+    assert [member.card.seen for member in members] == [("scan_1",), ("scan_2",)], "each knows whom it has seen"
     entry = first.manifest.networks["segqc"]
     assert entry.folds_sha256 == hashlib.sha256((first.folder / FOLDS).read_bytes()).hexdigest()
     assert first.folds_version() == entry.folds_sha256[:12]
