@@ -308,7 +308,7 @@ def test_a_segmentation_is_read_by_its_names_and_kept_as_it_came(dataset: Datase
     assert check(dataset.store) == []
     dataset.refresh()
     assert len(history(dataset, "scan_0")) == 1
-    assert submit(dataset, "scan_0", 1).parent is None
+    assert submit(dataset, "scan_0", 1).parent == version.id, "what counted until then"
     assert [p.name for p in path.parent.iterdir()] == ["scan_0.nii.gz"]
     dataset.store.restore_label(version.id, BERT)
     assert np.array_equal(read_labels(final(folder, "scan_0")).array, draw_case(0)[1].array)
