@@ -319,6 +319,8 @@ def test_a_label_is_uploaded_compared_rejected_and_restored(
     assert refused in client.post(review, data={"decision": "approve", "seen": first}).text
     page = client.post("/scans", data={"decision": "approve", "scan": "scan_5", "seen": first}).text
     assert refused in page and state_of(dataset, "scan_5") == "submitted"
+    by_route = client.post("/segqc/review/scan_5", json={"decision": "approve", "seen": first})
+    assert by_route.status_code == 409 and refused in by_route.text
     assert f'name="seen" value="{second}"' in client.get("/?view=all").text
     assert f'name="seen" value="{second}"' in client.get("/scans/scan_5").text
     assert "Approved." in client.post(review, data={"decision": "approve", "seen": second}).text

@@ -1,0 +1,99 @@
+"""Our panel in OHIF on real scans, in a folder and in a PACS: what is painted is what is kept, voxel by voxel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed (the extra 'server')")
+pytest.importorskip("playwright", reason="playwright is not installed (the extra 'dev')")
+
+from playwright.sync_api import Page
+
+from segqc.loop.dataset import Dataset
+from segqc.loop.scoring import assess_scan
+from segqc.store import leases
+from segqc.store.labels import NewLabel
+from segqc.store.records import Actor
+from segqc.volumes import Volume, slice_layout, temporary_labels, write_scan
+from tests.browser_kit import keep_picture
+from tests.e2e.test_pacs import cases
+from tests.e2e.test_pacs_panel import hospital as hospital
+from tests.e2e.test_panel import SPLEEN, stored
+from tests.pacs_kit import series, to_bytes
+from tests.panel_kit import Annotator
+from tests.server_kit import CHECKED, add_models, listening, make_dataset
+from tests.test_pacs import Hospital
+
+pytestmark = pytest.mark.server
+NETWORK = Actor(kind="network", name="seg", identified_by="program")
+
+
+def add_masks(dataset: Dataset, number: int, drawn: dict[str, Volume]) -> None:
+    """The experts' masks as a network's, and what untrained networks say of them."""
+    bundle = dataset.bundle()
+    assert bundle is not None
+    for scan, mask in drawn.items():
+        grid = dataset.read_scan(dataset.scan(scan))
+        array = mask.array if np.allclose(grid.affine, mask.affine, atol=1e-2) else mask.array[:, :, ::-1]
+        with temporary_labels(Volume(np.ascontiguousarray(array), grid.affine)) as path:
+            dataset.store.save_label(NewLabel(scan, "original", "network", NETWORK, bundle=number), path)
+        assess_scan(dataset, dataset.scan(scan), bundle)
+
+
+@pytest.mark.parametrize("place", ["folder", "PACS"])
+def test_what_is_painted_on_real_scans_is_kept(
+    place: str, request: pytest.FixtureRequest, page: Page, tmp_path: Path
+) -> None:
+    drawn: dict[str, Volume] = {}
+    if place == "folder":
+        folder = make_dataset(tmp_path / "scans", scans=0, finals=0, config=CHECKED)
+        for i, (name, image, mask) in enumerate(cases()):
+            write_scan(image, folder / f"{name}-{i}.nii.gz")
+            drawn[f"{name}-{i}"] = mask
+        dataset, number = Dataset(folder), add_models(folder)
+    else:
+        hospital: Hospital = request.getfixturevalue("hospital")
+        for i, (name, image, mask) in enumerate(cases()):
+            items = series(image, f"{hospital.patient}{name}-{i}")
+            hospital.orthanc.store(*map(to_bytes, items))
+            drawn[str(items[0].SeriesInstanceUID)] = mask
+        folder, number = hospital.folder, add_models(hospital.folder)
+        dataset = hospital.open()
+    add_masks(dataset, number, drawn)
+    with listening(folder) as url:
+        anna, done = Annotator(page, url), set[str]()
+        anna.open(next(iter(drawn)))
+        for _ in drawn:
+            anna.press("Next scan")
+            page.wait_for_function(
+                "done => { const s = document.querySelector('segqc-panel')?.session; "
+                "return s?.isHandedOut && s.phase === 'ready' && !done.includes(s.scan.scan); }",
+                arg=sorted(done),
+            )
+            with dataset.store.read() as transaction:
+                (lease,) = leases.listing(transaction, state="open")
+            anna.wait_for(lease.scan)
+            done.add(lease.scan)
+            page.keyboard.press("n")
+            start, shown = anna.voxels(), anna.slice_shown()
+            page.locator('segqc-panel button[title="Paint spleen"]').click()
+            anna.press("Brush")
+            rows, columns = start.shape[1:]
+            points = anna.stroke((columns // 2 - 8, rows // 2), (columns // 2 + 8, rows // 2))
+            painted = anna.voxels()
+            assert set(np.argwhere(painted != start)[:, 0]) == {shown}
+            anna.press("Submit …")
+            anna.sees("changed.")
+            anna.press("Submit")
+            kept = stored(anna.version_kept())
+            keep_picture(page, tmp_path, f"{place}-{len(done)}")
+            grid = dataset.read_scan(dataset.scan(lease.scan))
+            in_order = kept.transpose(2, 1, 0) if place == "PACS" else slice_layout(grid).to_images(kept)
+            np.testing.assert_array_equal(in_order, painted)
+            for point in points:  # by geometry alone: the voxels that the mouse was on
+                voxel = np.rint(np.linalg.solve(grid.affine, [*point, 1.0])[:3]).astype(int)
+                assert kept[tuple(voxel)] == SPLEEN
+    assert done == drawn.keys()
