@@ -14,11 +14,12 @@ from playwright.sync_api import Page
 
 from segqc.loop.dataset import Dataset
 from segqc.loop.scoring import assess_scan
+from segqc.server.ohif.viewer import installed_viewer
 from segqc.store import leases
 from segqc.store.labels import NewLabel
 from segqc.store.records import Actor
 from segqc.volumes import Volume, slice_layout, temporary_labels, write_scan
-from tests.browser_kit import keep_picture
+from tests.browser_kit import keep_picture, lack
 from tests.e2e.test_pacs import cases
 from tests.e2e.test_pacs_panel import hospital as hospital
 from tests.e2e.test_panel import SPLEEN, stored
@@ -47,6 +48,8 @@ def add_masks(dataset: Dataset, number: int, drawn: dict[str, Volume]) -> None:
 def test_what_is_painted_on_real_scans_is_kept(
     place: str, request: pytest.FixtureRequest, page: Page, tmp_path: Path
 ) -> None:
+    if installed_viewer() is None:  # in MONAI Label's OHIF 3.10 an end of the stroke was not painted; not yet explained
+        lack("no newer OHIF is installed (make ohif)")
     drawn: dict[str, Volume] = {}
     if place == "folder":
         folder = make_dataset(tmp_path / "scans", scans=0, finals=0, config=CHECKED)
