@@ -148,6 +148,24 @@ def test_scans_are_chosen_excluded_and_reopened(page: Page, server: str) -> None
     assert "Reopened" in (page.locator(".notice").text_content() or "")
 
 
+def test_scans_are_found_chosen_and_approved_at_once(page: Page, server: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.nii.gz"
+    for case in (3, 5):
+        write_labels(draw_case(case)[1], path)
+        page.goto(f"{server}/scans/scan_{case}")
+        page.get_by_label("Label map").set_input_files(path)
+        page.get_by_role("button", name="Upload as the final label").click()
+    page.goto(f"{server}/?view=all")
+    page.get_by_role("searchbox").fill("scan_")
+    page.get_by_role("button", name="Search").click()
+    for case in (3, 5):
+        page.get_by_label(f"Choose scan_{case}").check()
+    page.get_by_role("button", name="Approve").click()
+    assert "2 scans approved." in (page.locator(".notice").text_content() or "")
+    page.goto(f"{server}/scans/scan_5")
+    assert page.get_by_text("approved").first.is_visible()
+
+
 def test_a_label_is_uploaded_approved_rejected_compared_and_restored(page: Page, server: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.nii.gz"
     write_labels(draw_case(3)[1], path)
@@ -192,6 +210,10 @@ def test_a_label_is_uploaded_approved_rejected_compared_and_restored(page: Page,
     page.get_by_role("button", name="Upload as the final label").click()
     page.get_by_role("heading", name="Keep an empty label?").wait_for()
     page.get_by_role("main").get_by_role("link", name="Back").click()
+    page.get_by_label("Label map").set_input_files(path)
+    page.get_by_role("button", name="Upload as the final label").click()
+    page.get_by_role("button", name="Keep the empty label").click()
+    assert "kept as the final label" in (notice.text_content() or "")
     page.get_by_text("3D Slicer…").click()
     assert page.get_by_role("link", name="open the images in 3D Slicer").is_visible()
     page.keyboard.press("Escape")
@@ -212,6 +234,15 @@ def test_a_job_appears_by_itself_and_is_stopped(page: Page, server: str, folder:
     stop.click()
     assert "was stopped" in (page.locator(".notice").text_content() or "")
     dataset.store.close()
+
+
+def test_a_round_is_started_and_stopped(page: Page, tmp_path: Path) -> None:
+    with listening(make_dataset(tmp_path / "scans", scans=8, finals=8)) as address:
+        page.goto(f"{address}/loop")
+        page.get_by_role("button", name="Start a round").click()
+        assert "round" in (page.locator(".notice").text_content() or "")
+        page.get_by_role("button", name="Stop", exact=True).click()
+        assert "stopped" in (page.locator(".notice").text_content() or "")
 
 
 def test_a_lost_server_is_told_of(page: Page, server: str) -> None:

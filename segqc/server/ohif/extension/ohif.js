@@ -170,6 +170,20 @@ export function toWorld(imageId, column, row) {
 }
 
 /**
+ * Where in an image a point lies, the other way round.
+ *
+ * @param {string} imageId
+ * @param {[number, number, number]} point LPS millimetres
+ * @returns {[number, number]} column and row; the centre of the first pixel is 0, 0
+ */
+export function toPixel(imageId, point) {
+  const plane = window.cornerstone.metaData.get('imagePlaneModule', imageId);
+  const { imagePositionPatient: first, rowCosines: across, columnCosines: down } = plane;
+  const along = (/** @type {number[]} */ axis) => axis.reduce((sum, value, i) => sum + value * (point[i] - first[i]), 0);
+  return [along(across) / plane.columnPixelSpacing, along(down) / plane.rowPixelSpacing];
+}
+
+/**
  * @param {any} services
  * @returns {any} the tool group that the viewports are in
  */

@@ -11,6 +11,7 @@
  * @typedef {{ voxels: Uint8Array, startedFrom: number | null, taken: number[] }} Draft what was taken of a proposal, by
  *   the boxes' numbers
  */
+import { mendBrushes } from './brush.js';
 import { Mask } from './mask.js';
 import {
   currentInstance, goTo, isStack, jumpTo, setBrushSize, shown, scanOfAddress, takeTool, toolInHand, viewportsOf,
@@ -637,6 +638,7 @@ export class Session extends EventTarget {
       this.overlay.hasBoxes = this.preferences.boxes;
       this.overlay.opacity = this.preferences.map ? this.preferences.opacity : 0;
       this.#showProposal();
+      mendBrushes(this.services);
       setBrushSize(this.services, this.preferences.brush);
     }
   }
