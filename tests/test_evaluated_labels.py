@@ -176,6 +176,7 @@ def test_a_second_observer_is_a_reader_of_the_store_or_a_folder(folder: Path, tm
     result = evaluate_labels(dataset, tmp_path / "out", NO_PROGRESS, observers=tmp_path / "theirs", settings=SETTINGS)
     assert [m.scan for m in result.masks if m.origin == "second observer"] == ["scan_0", "scan_3"]
     assert not any("second observer" in remark for remark in result.remarks)
+    assert all(m.dice < 1 and m.errors == 0 for m in result.masks if m.origin == "second observer"), "it is variability"
     alone = evaluate_labels(dataset, tmp_path / "alone", NO_PROGRESS, settings=SETTINGS)
     assert [m.scan for m in alone.masks if m.origin == "second observer"] == ["scan_0"]
 

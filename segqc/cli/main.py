@@ -340,6 +340,14 @@ def train_segqc(
         ),
     ] = False,
     serve: ServeWorse = False,
+    observers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Another observer's label files, named as the scans: where they differ from the final labels, nobody "
+            "is said to be wrong. Readings of the folder count anyway.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -353,7 +361,9 @@ def train_segqc(
     new network is kept, and does not serve by itself.
     """
     given = _given(epochs=epochs, size=size, seed=seed)
-    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe, serve=serve)
+    if observers is not None and not observers.is_dir():
+        raise CommandError(f"{observers}: no such folder of another observer's label files")
+    _train(folder, "segqc", given, config, as_json, paper_recipe=paper_recipe, serve=serve, observers=observers)
 
 
 def _given(**flags: int | str | None) -> dict[str, int | str]:
@@ -369,6 +379,7 @@ def _train(
     *,
     paper_recipe: bool = False,
     serve: bool = False,
+    observers: Path | None = None,
 ) -> None:
     from segqc.loop.training import train
     from segqc.networks.bundle import model_name
@@ -378,7 +389,10 @@ def _train(
     settings = dataset.settings.training_settings(network)
     with shown_progress() as progress:
         chosen = settings.paper_recipe() if paper_recipe else settings
-        trained = train(dataset, network, progress, chosen, actor=me(), purpose="segqc train", serve=serve)
+        trained = train(
+            dataset, network, progress, chosen,
+            actor=me(), purpose="segqc train", serve=serve, observers=observers,
+        )  # fmt: skip
     path = dataset.bundles.folder / str(trained.bundle) / model_name(network)
     rows: list[Row] = [{"measure": name, "value": value} for name, value in trained.card.scores.items()]
     extra: dict[str, object] = {"model": str(path), "curve": str(dataset.training_folder(network) / "curve.png")}

@@ -28,6 +28,7 @@ from segqc.evaluation.experiments.labels import BundleNetworks, JudgedMask, judg
 from segqc.loop.agreement import find_labels
 from segqc.loop.audit import missing_network
 from segqc.loop.dataset import Dataset
+from segqc.loop.readers import whole_readings
 from segqc.networks.bundle import NetworkBundle
 from segqc.networks.device import name_of_device
 from segqc.networks.model_file import ModelError
@@ -35,7 +36,7 @@ from segqc.progress import Progress
 from segqc.quality.boxes import BoxSettings
 from segqc.quality.error_maps import ExtractionSettings
 from segqc.settings import Settings
-from segqc.store import labels, scans
+from segqc.store import scans
 from segqc.training.cases import Case, read_case
 from segqc.types import LabelArray
 from segqc.volumes import VolumeError, atomic_write, read_labels
@@ -340,7 +341,7 @@ def _labelled_scans(dataset: Dataset, on: Path | Sequence[Case] | None, observer
             raise CohortError(f"{on}: is no data set (images/, labels/), and no dataset folder with final labels")
         labelled = read_labelled(dataset.folder if on is None else on, {})
         if on is None or not (on / "images").is_dir():
-            readers = _readings(dataset if on is None else Dataset(on))
+            readers = whole_readings(dataset if on is None else Dataset(on))
         cases = labelled.sides.get(TEST, labelled.cases)
     else:
         cases = list(on)
@@ -354,18 +355,6 @@ def _labelled_scans(dataset: Dataset, on: Path | Sequence[Case] | None, observer
         found.append(LabelledScan(case, patient, others))
     if observers is not None and all(find_labels(observers, scan.case.id) is None for scan in found):
         raise CohortError(f"{observers}: no label file is named as a labelled scan")
-    return found
-
-
-def _readings(dataset: Dataset) -> dict[str, tuple[Path, ...]]:
-    """The readers' label files of each scan that several have read, as far as they have looked at all of it."""
-    found = {}
-    with dataset.store.read() as transaction:
-        for scan in scans.listing(transaction):
-            records = labels.readings(transaction, scan.name) if scan.missing_since is None else []
-            whole = [record for record in records if record.sha256 and labels.checked_slices(record) is None]
-            if whole:
-                found[scan.name] = tuple(dataset.store.label_file(record) for record in whole)
     return found
 
 

@@ -46,6 +46,14 @@ def readings(dataset: Dataset, scan: str) -> list[LabelRecord]:
         return labels.readings(transaction, scan)
 
 
+def whole_readings(dataset: Dataset) -> dict[str, tuple[Path, ...]]:
+    """The readers' label files of each scan that has some, as far as they have looked at all of it."""
+    with dataset.store.read() as transaction:
+        found = labels.readings_of_all(transaction)
+    whole = {scan: [r for r in records if labels.checked_slices(r) is None] for scan, records in found.items()}
+    return {scan: tuple(map(dataset.store.label_file, records)) for scan, records in whole.items() if records}
+
+
 def add_reading(dataset: Dataset, scan: str, path: Path, actor: Actor) -> LabelRecord:
     """Keep a label file as an annotator's reading of a scan; a second one of the same annotator replaces the first.
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from segqc.loop.dataset import Dataset, DatasetError
 from segqc.loop.locks import Holder, LockHeld, hold
+from segqc.loop.other_labels import with_observers, with_other_labels
 from segqc.loop.pseudo_labels import pseudo_cases
 from segqc.loop.requests import TrackedRun, TrainResult
 from segqc.loop.tracking import BUNDLE_TAG, TrackedTraining, note, track
@@ -109,11 +110,13 @@ def train(
     wait: bool = False,
     serve: bool = False,
     begun: Begun | None = None,
+    observers: Path | None = None,
 ) -> Trained:
     """Train a network on all final labels of a dataset folder, draw its learning curve, publish the model.
 
     The segmentation network trains on the accepted pseudo-labels, too. SegQC-Net and its fold networks never do: what
-    they learn, and what they are calibrated on, is people's labels alone.
+    they learn, and what they are calibrated on, is people's labels alone. SegQC-Net's network for people's masks learns
+    from earlier labels that somebody has corrected, too, and leaves out where readers of a scan differ.
 
     A scan that can't be used, or whose label can't, is left out, and named in what is returned. The model is published
     with the other network of the bundle that serves then; until that, the bundle before serves, and after it too where
@@ -129,18 +132,20 @@ def train(
         wait: whether to wait for another process that trains this network.
         serve: whether the new bundle serves even if its estimates are worse.
         begun: when the work on it began; by default now.
+        observers: a folder of another observer's label files, named as the scans, beside the readings of the store.
 
     Raises:
         TrainingBusy: if another process trains this network, unless told to wait.
         TooFewCases: if too few scans are labelled.
-        DatasetError: if nothing says what the structures are.
+        DatasetError: if nothing says what the structures are, or the observer's labels are of no use.
+        VolumeError: if one of the observer's labels can't be used.
     """
     path = dataset.training_folder(network) / model_name(network)
     if begun is None:
         with dataset.store.read() as transaction:
             begun = jobs.begun_now(transaction)
     with _alone(dataset, network, progress, purpose, wait=wait):
-        trained = _train_model(dataset, network, progress, settings, path)
+        trained = _train_model(dataset, network, progress, settings, path, observers=observers)
         why = f"training of {network}"
         with dataset.bundles.publishing({network: path}, actor, why, even_if_worse=serve, begun=begun) as publication:
             trained = replace(trained, bundle=publication.number, held_because=publication.held_because)
@@ -175,11 +180,12 @@ def _train_model(
     settings: TrainingSettings | None,
     path: Path,
     tags: Mapping[str, str] | None = None,
+    observers: Path | None = None,
 ) -> Trained:
     """Train on the cases that can be used, one process at a time: its checkpoints are one training's."""
     folder, started_at = dataset.training_folder(network), time.time()
     settings = settings or dataset.settings.training_settings(network)
-    trained = _learn(dataset, network, progress, settings, folder)
+    trained = _learn(dataset, network, progress, settings, folder, observers)
     if (folder / "curve.json").is_file():
         draw_curve(folder / "curve.json", folder / "curve.png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +231,12 @@ class _Learned:
 
 
 def _learn(
-    dataset: Dataset, network: NetworkName, progress: Progress, settings: TrainingSettings, folder: Path
+    dataset: Dataset,
+    network: NetworkName,
+    progress: Progress,
+    settings: TrainingSettings,
+    folder: Path,
+    observers: Path | None,
 ) -> _Learned:
     """Train on the cases that can be used."""
     structures, labelled = dataset.structures, dataset.cases()
@@ -241,6 +252,15 @@ def _learn(
             settings.folds,
         )
     cases = usable_cases(labelled, patient_splits)
+    if network == "segqc" and settings.trains_people:
+        cases = with_other_labels(dataset, cases)
+    if observers is not None:
+        if network != "segqc" or not settings.trains_people:
+            raise DatasetError(
+                f"{observers}: other observers' labels are for SegQC-Net's network for people's masks, and none is "
+                "trained by these settings"
+            )
+        cases = with_observers(dataset, cases, observers)
     used = {case.id for case in cases}
     left_out = {case.id: _IN_PART.format(scan=case.id) for case in labelled if case.id not in used}
     while True:

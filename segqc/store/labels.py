@@ -320,10 +320,19 @@ def tags(transaction: Transaction, scan: str, *, only: Collection[str] | None = 
     return {record.tag: record for record in map(_record, rows)}
 
 
+def readings_of_all(transaction: Transaction) -> dict[str, list[LabelRecord]]:
+    """The current readings of every scan that has some, in the order of their numbers."""
+    numbers = {tag: number for tag in all_tags(transaction) if (number := _reader_number(tag)) is not None}
+    found: dict[str, list[LabelRecord]] = {}
+    for tag in sorted(numbers, key=numbers.__getitem__):
+        for scan, record in current_of_all(transaction, tag).items():
+            found.setdefault(scan, []).append(record)
+    return found
+
+
 def read_scans(transaction: Transaction) -> set[str]:
     """The scans with a current reading by any annotator, where several label each scan."""
-    tags_of_readers = [tag for tag in all_tags(transaction) if _reader_number(tag) is not None]
-    return {scan for tag in tags_of_readers for scan in current_of_all(transaction, tag)}
+    return set(readings_of_all(transaction))
 
 
 def ever_labelled(transaction: Transaction, tags_: Collection[str]) -> set[str]:
@@ -339,12 +348,25 @@ def all_tags(transaction: Transaction) -> list[str]:
 
 def current_of_all(transaction: Transaction, tag: str) -> dict[str, LabelRecord]:
     """The current label of every scan that has one under a tag."""
+    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~_newer().exists())
+    return {record.scan: record for record in map(_record, transaction.rows(query))}
+
+
+def earlier_of_all(transaction: Transaction, tag: str) -> dict[str, list[LabelRecord]]:
+    """The labels that later ones took the place of under a tag, oldest first, of every scan that has some."""
+    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), _newer().exists())
+    found: dict[str, list[LabelRecord]] = {}
+    for record in map(_record, transaction.rows(query.order_by(LabelVersion.id))):
+        found.setdefault(record.scan, []).append(record)
+    return found
+
+
+def _newer() -> Select[int]:
+    """In a query of versions: the later ones of the same tag."""
     later = aliased(LabelVersion)
-    newer = select(later.id).where(
+    return select(later.id).where(
         later.scan_id == LabelVersion.scan_id, later.tag == LabelVersion.tag, later.id > LabelVersion.id
     )
-    query = _records().where(IS_LABEL, LabelVersion.tag == tag, LabelVersion.sha256.is_not(None), ~newer.exists())
-    return {record.scan: record for record in map(_record, transaction.rows(query))}
 
 
 def counts(transaction: Transaction) -> dict[str, int]:

@@ -71,7 +71,7 @@ def train_assessor(
     progress = WholeEstimate(progress, epochs * settings.steps_per_epoch, STEPS)
     sets = _masks_of_folds(cases, structures, patient_splits, plan, settings, folder, progress)
     assessor = train_on_masks(sets, structures, patient_splits, settings, folder, progress)
-    if not settings.people_epochs or settings.output_form != "truth":  # a mask skip says what is true
+    if not settings.trains_people:
         return assessor
     people = train_people(assessor, cases, patient_splits, settings, folder / "people", progress)
     return assessor if people is None else assessor.with_people(people)

@@ -25,6 +25,7 @@ from segqc.quality.error_maps import difference
 from segqc.quality.metrics import true_metrics
 from segqc.quality.report_card import UnseenMask, report_card
 from segqc.quality.unlikeness import ScanFeatures, fit_unlikeness
+from segqc.quality.variability import nearest_truth
 from segqc.training.calibration import HeldOutMask, KnownMap, KnownMask, fit_map, fit_masks, held_out_masks, known_map
 from segqc.training.cases import (
     Case,
@@ -131,7 +132,8 @@ def calibrated_for_people(
 ) -> Assessor:
     """Fit the calibrations, intervals and least evidences of a network for people's masks on those of unseen patients.
 
-    What its estimates are worth is noted, too. Arguments as of `calibrated`.
+    What its estimates are worth is noted, too. Where observers of a case differ, a mask is right if it agrees with one
+    of them (`nearest_truth`). Arguments as of `calibrated`.
     """
     maps = _fit_maps(assessor, unseen, progress)
     judges = {id(judge): with_maps(judge, maps) for judge, _ in unseen}
@@ -141,7 +143,8 @@ def calibrated_for_people(
     for i, (judge, mask_set) in enumerate(unseen):
         progress.step(i, len(unseen), "calibration for people's masks")
         scan, truth = read_case(mask_set.case, assessor.values)
-        look = _Unseen(judges[id(judge)], mask_set.case, scan, truth, [None] * len(assessor.structures))
+        sizes = [None] * len(assessor.structures)
+        look = _Unseen(judges[id(judge)], mask_set.case, scan, truth, sizes, mask_set.observers)
         for mask in mask_set.masks:
             of_mask = look.error_maps(mask)
             known.append(look.at(mask, of_mask))
@@ -187,13 +190,17 @@ def least_evidence(evidences: Sequence[float], allowed: int) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unseen:
-    """A case, and a network that has not trained from its patient; ``sizes`` are of the others' structures."""
+    """A case, and a network that has not trained from its patient.
+
+    ``sizes`` are of the others' structures, ``observers`` other people's label maps of the case.
+    """
 
     judge: Assessor
     case: Case
     scan: Volume
     truth: Volume
     sizes: Sequence[TrainingSizes | None]
+    observers: Sequence[LabelArray] = ()
 
     def error_maps(self, mask: LabelArray) -> FloatArray:
         """The error maps of a mask: (L, n0, n1, n2)."""
@@ -217,21 +224,24 @@ class _Unseen:
             soft: what its network says of it.
         """
         raw = self.judge.map_metrics(self.scan, self._on_grid(mask), errors)
-        found = []
+        truth, found = self._truth_of(mask), []
         for k, structure in enumerate(self.judge.structures):
             held = structure.mask(mask)
-            true = true_metrics(held, structure.mask(self.truth.array))
+            true = true_metrics(held, structure.mask(truth))
             witnesses = witnesses_of(held, self.scan, soft[k] if soft else None, self.sizes[k])
             found.append(KnownMask(self.case.patient, self.case.id, raw[k], true, witnesses))
         return tuple(found)
 
     def errors(self, mask: LabelArray, errors: FloatArray) -> tuple[SignedCounts, ...]:
         """The voxels of error maps (L, n0, n1, n2) against the true errors of a mask, of each structure."""
-        found = []
+        truth, found = self._truth_of(mask), []
         for structure, error in zip(self.judge.structures, errors, strict=True):
             held = structure.mask(mask)
-            found.append(count_voxels(error, difference(held, structure.mask(self.truth.array)), held))
+            found.append(count_voxels(error, difference(held, structure.mask(truth)), held))
         return tuple(found)
+
+    def _truth_of(self, mask: LabelArray) -> LabelArray:
+        return nearest_truth(mask, np.asarray(self.truth.array, np.uint8), self.observers)
 
     def _on_grid(self, mask: LabelArray) -> Volume:
         return Volume(mask, self.scan.affine, self.scan.acquisition_axis)
@@ -283,8 +293,9 @@ def _fit_maps(
         patient = mask_set.case.patient
         for mask in mask_set.masks:
             logits = judge.error_logits(scan, Volume(mask, scan.affine, scan.acquisition_axis))
+            nearest = nearest_truth(mask, np.asarray(truth.array, np.uint8), mask_set.observers)
             for structure, of_structure, e in zip(assessor.structures, known, logits, strict=True):
-                of_structure.append(known_map(e, structure.mask(mask), structure.mask(truth.array), patient))
+                of_structure.append(known_map(e, structure.mask(mask), structure.mask(nearest), patient))
     return tuple(fit_map(of_structure) for of_structure in known)
 
 

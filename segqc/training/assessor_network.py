@@ -113,7 +113,7 @@ def assessor_job(
         train=train,
         validation=validation,
         prepare=_prepare(structures, settings),
-        loss=_loss(settings, ignoring=any(example.ignored is not None for example in train)),
+        loss=_loss(settings, ignoring=any(example.ignored is not None for example in (*train, *validation))),
         scan_only_share=settings.scan_only_share,
         first_bias=_FIRST_BIAS,
     )
@@ -134,7 +134,7 @@ def mask_examples(sets: Sequence[MaskSet], values: Sequence[int], plan: NetworkP
     examples: list[Example] = []
     for mask_set in sets:
         own = list(itertools.islice(weights, len(mask_set.masks)))
-        examples += load_masked_examples(mask_set.case, mask_set.masks, own, plan, values)
+        examples += load_masked_examples(mask_set.case, mask_set.masks, own, plan, values, mask_set.observers)
     return examples
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from segqc.errors import SegqcError
 from segqc.networks.inference import canonical_scan
 from segqc.networks.plan import NetworkPlan, Spacing, Triple
+from segqc.quality.variability import variability
 from segqc.types import FloatArray, LabelArray, Structure
 from segqc.volumes import (
     CanonicalFrame,
@@ -47,6 +48,17 @@ class CaseError(VolumeError):
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierLabel:
+    """A person's label map of a scan that a later one took the place of.
+
+    ``made_of`` is the last network's label map among those that it was made of; None where there is none.
+    """
+
+    labels: Path
+    made_of: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One annotated scan. Several cases may be of one patient; folds and roles are the patient's.
 
@@ -58,6 +70,9 @@ class Case:
     out of the loss. ``slices`` are those across the through-plane axis that a person has looked at, ascending; None for
     all. The others are left out of the loss, too. ``fetch`` brings the scan's file here where ``scan`` is only its
     name.
+
+    ``observers`` are other people's label maps of the scan, and ``earlier`` those that the labels took the place of:
+    the network for people's masks learns from both (`segqc.training.people`).
     """
 
     id: str
@@ -71,6 +86,8 @@ class Case:
     ignored: Path | None = None
     slices: Slices | None = None
     fetch: Callable[[], Path] | None = None
+    observers: tuple[Path, ...] = ()
+    earlier: tuple[EarlierLabel, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -156,21 +173,30 @@ def load_example(case: Case, plan: NetworkPlan, values: Sequence[int]) -> Exampl
 
 
 def load_masked_examples(
-    case: Case, masks: LabelArray, weights: Sequence[float], plan: NetworkPlan, values: Sequence[int]
+    case: Case,
+    masks: LabelArray,
+    weights: Sequence[float],
+    plan: NetworkPlan,
+    values: Sequence[int],
+    observers: Sequence[LabelArray] = (),
 ) -> list[Example]:
     """Read a case into the plan's canonical frame, once with each of its masks (n, n0, n1, n2), which share the rest.
+
+    Voxels in which other observers' label maps (n0, n1, n2) differ from its labels are to be ignored.
 
     Raises:
         CaseError: if the scan or its labels can't be used.
     """
-    example, frame = _load(case, plan, values)
+    example, frame = _load(case, plan, values, observers)
     return [
         replace(example, mask=np.asarray(to_canonical(mask, frame, order=0), np.uint8), weight=weight)
         for mask, weight in zip(masks, weights, strict=True)
     ]
 
 
-def _load(case: Case, plan: NetworkPlan, values: Sequence[int]) -> tuple[Example, CanonicalFrame]:
+def _load(
+    case: Case, plan: NetworkPlan, values: Sequence[int], observers: Sequence[LabelArray] = ()
+) -> tuple[Example, CanonicalFrame]:
     scan, labels = read_case(case, values)
     if case.slices is not None and max(case.slices) >= scan.shape[through_plane_axis(scan)]:
         raise CaseError(case, f"it has no slice {max(case.slices)}, which is said to be checked")
@@ -182,6 +208,10 @@ def _load(case: Case, plan: NetworkPlan, values: Sequence[int]) -> tuple[Example
         except (VolumeError, OSError) as error:
             raise CaseError(case, error) from error
         example = replace(example, ignored=np.asarray(to_canonical(ignored.array, frame, order=0), np.uint8))
+    if (unsure := variability(labels.array, observers)).any():
+        unsure_there = np.asarray(to_canonical(unsure.astype(np.uint8), frame, order=0), np.uint8)
+        known = example.ignored
+        example = replace(example, ignored=unsure_there if known is None else known | unsure_there)
     if example.ignored is not None and example.ignored.all():
         raise CaseError(case, "no voxel of the networks' spacing lies in what is known of its labels")
     return example, frame

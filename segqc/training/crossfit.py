@@ -55,13 +55,15 @@ class MaskSet:
     """The masks of one case, on the scan's grid, shape (n, n0, n1, n2), with their mean true Dice over structures.
 
     Where only some slices of the case were checked, the Dice is that in these. ``served`` is None where no network of
-    the case's fold has made the masks.
+    the case's fold has made the masks. ``observers`` are other people's label maps of the case, (n0, n1, n2) each:
+    where they differ from its labels, nobody knows the truth.
     """
 
     case: Case
     masks: LabelArray
     dice: tuple[float, ...]
     served: ServedMask | None = None
+    observers: tuple[LabelArray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -551,7 +551,8 @@ class _Ahead:
 def _validate_each_epoch(trainer: SupervisedTrainer, training: _Training) -> None:
     """Let the trainer compute ``validation_loss`` after each epoch, on unaugmented patches."""
     job = training.job
-    patches = [centred(example, job.plan.patch) for example in job.validation]
+    ignoring = any(example.ignored is not None for example in job.validation)
+    patches = [centred(example, job.plan.patch, ignoring=ignoring) for example in job.validation]
     batch_size = window_batch_size(job.plan.patch)
     metric = IgniteMetricHandler(loss_fn=job.loss, output_transform=from_engine(["pred", "label"]))
     evaluator = SupervisedEvaluator(

@@ -96,8 +96,7 @@ class PatchDataset(Dataset[Patch]):
                 soft = cut_channels(example.soft, start, self.patch)
                 item["soft"] = torch.zeros_like(soft) if empty else soft
         if self.ignoring:  # all patches of a batch have the same tensors
-            none = torch.zeros_like(item["truth"])
-            item["ignored"] = none if example.ignored is None else cut(example.ignored, start, self.patch)
+            item["ignored"] = ignored_in(example, start, self.patch)
         self.augment.set_random_state(seed=int(rng.integers(2**31)))
         augmented = self.augment(item)
         # plain tensors: with MONAI's metadata every operation of a training would take longer
@@ -135,19 +134,29 @@ def cut(array: FloatArray | LabelArray, start: Triple, patch: Triple) -> torch.T
     return torch.from_numpy(result)
 
 
+def ignored_in(example: Example, start: Triple, patch: Triple) -> torch.Tensor:
+    """What of a patch (1, a, b, c) is left out of the loss: 1 there, 0 elsewhere."""
+    return torch.zeros((1, *patch)) if example.ignored is None else cut(example.ignored, start, patch)
+
+
 def cut_channels(array: FloatArray, start: Triple, patch: Triple) -> torch.Tensor:
     """Cut a patch (L, a, b, c) as `cut` does, of each channel."""
     return torch.cat([cut(channel, start, patch) for channel in array])
 
 
-def centred(example: Example, patch: Triple) -> Patch:
-    """The patch around the centre of the truth's bounding box, without augmentation: what validation looks at."""
+def centred(example: Example, patch: Triple, *, ignoring: bool) -> Patch:
+    """The patch around the centre of the truth's bounding box, without augmentation: what validation looks at.
+
+    It says which voxels are ignored where any example of its batch has some (``ignoring``).
+    """
     at = centred_start(example.truth, patch)
     item: Patch = {"image": cut(example.image, at, patch), "truth": cut(example.truth, at, patch)}
     if example.mask is not None:
         item["mask"] = cut(example.mask, at, patch)
     if example.soft is not None:
         item["soft"] = cut_channels(example.soft, at, patch)
+    if ignoring:
+        item["ignored"] = ignored_in(example, at, patch)
     return item
 
 

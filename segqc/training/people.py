@@ -3,12 +3,18 @@
 A network's mask is wrong wherever the scan is hard, and holds little that the scan does not. A person's is right but
 for a few errors, and where it is right it knows more than any network: there the mask is the best witness of the truth.
 So the network begins at SegQC-Net's weights, gets the mask as a first answer (`segqc.networks.unet.MaskSkip`), and
-learns from masks that are right, and right but for errors that people make (`segqc.training.implanted_errors`).
+learns from masks that are right, and right but for errors that people make (`segqc.training.implanted_errors`), and
+from labels that somebody has corrected.
+
+Where several people have labelled a scan, voxels in which they differ are left out of its loss, for all structures and
+whatever the mask holds: the target is the truth, and there nobody knows it. Its calibration compares masks, and there
+a voxel is right if one of these people says what the mask says.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,46 +27,92 @@ import numpy as np
 from segqc.networks.assessor import Assessor
 from segqc.networks.unet import MeanOfNetworks
 from segqc.progress import Progress
+from segqc.quality.variability import nearest_truth
 from segqc.split import PatientSplit
 from segqc.training.assessor_calibration import VALIDATION_MASKS, calibrated_for_people
 from segqc.training.assessor_network import Beginning, ensemble, fit_assessor
-from segqc.training.cases import Case, label_values, read_case, whole_cases
+from segqc.training.cases import Case, EarlierLabel, label_values, read_case, whole_cases
 from segqc.training.crossfit import MaskSet, mean_dice, subsample
 from segqc.training.engine import write_mean_curve
 from segqc.training.implanted_errors import people_like_masks
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
-from segqc.types import Structure
+from segqc.types import LabelArray, Structure
+from segqc.volumes import Volume, VolumeError, read_labels, through_plane_axis
+from segqc.volumes.slices import unchanged
+
+logger = logging.getLogger(__name__)
 
 MASKS: Final = 24
 """Masks of one case that train, at most."""
 _CALIBRATING: Final = 8  # of these calibrate: each is looked at twice, and more of one patient say little new
+_CORRECTED_SHARE: Final = 1 / 8  # of a case's masks, at most, are labels that were corrected
+_MIN_DICE: Final = 0.5  # to which errors are implanted; what is further off is another label, and none with errors
 _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
 def people_sets(
-    cases: Sequence[Case], structures: Sequence[Structure], seed: int, *, count: int = MASKS
+    cases: Sequence[Case], structures: Sequence[Structure], seed: int, *, count: int = MASKS, corrected: int = 0
 ) -> list[MaskSet]:
     """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
 
-    More of them begin with the same ones.
+    The last ones are earlier labels of the case, which somebody has corrected. More of the others begin with the same.
 
     Masks of networks that somebody has corrected in part are not among them: what is left of the network's contour is
     an error by the expert's label and right by whoever let it be, and in a trial estimates of both kinds became worse.
 
+    Args:
+        cases: the cases.
+        structures: the structures.
+        seed: of what is implanted and drawn.
+        count: how many masks of a case have implanted errors, or none.
+        corrected: how many of its earlier labels there are with these, at most.
+
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(case, structures, seed, count) for case in whole_cases(cases)]
+    return [_people_set(case, structures, seed, count, corrected) for case in whole_cases(cases)]
 
 
-def _people_set(case: Case, structures: Sequence[Structure], seed: int, count: int) -> MaskSet:
-    scan, labels = read_case(case, label_values(structures))
+def _people_set(case: Case, structures: Sequence[Structure], seed: int, count: int, corrected: int) -> MaskSet:
+    values = label_values(structures)
+    scan, labels = read_case(case, values)
     truth = np.asarray(labels.array, np.uint8)
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
-    made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)))
-    masks = np.stack([m.labels for m in made])
-    return MaskSet(case, masks, tuple(mean_dice(mask, truth, structures) for mask in masks))
+    masks = [
+        m.labels for m in people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)))
+    ]
+    observers = tuple(o for path in case.observers if (o := _read_further(case, path, scan, values)) is not None)
+
+    def dice(mask: LabelArray) -> float:
+        return mean_dice(mask, nearest_truth(mask, truth, observers), structures)
+
+    for i in np.random.default_rng((seed, of_case, 1)).permutation(len(case.earlier)):
+        if len(masks) == count + corrected:
+            break
+        mask = _persons_own(case, case.earlier[i], scan, values)
+        if mask is not None and not np.array_equal(mask, truth) and dice(mask) >= _MIN_DICE:
+            masks.append(mask)
+    return MaskSet(case, np.stack(masks), tuple(map(dice, masks)), observers=observers)
+
+
+def _persons_own(case: Case, earlier: EarlierLabel, scan: Volume, values: Sequence[int]) -> LabelArray | None:
+    """An earlier label in which no slice is still as a network made it; None where there is one."""
+    labels = _read_further(case, earlier.labels, scan, values)
+    if labels is None or earlier.made_of is None:
+        return labels
+    made_of = _read_further(case, earlier.made_of, scan, values)
+    is_own = made_of is not None and not unchanged(made_of, labels, through_plane_axis(scan))
+    return labels if is_own else None
+
+
+def _read_further(case: Case, path: Path, scan: Volume, values: Sequence[int]) -> LabelArray | None:
+    """Another label map of a case, which can do without one that can't be used, as it holds values of other days."""
+    try:
+        return np.asarray(read_labels(path, scan=scan, values=values, limits=case.limits).array, np.uint8)
+    except (VolumeError, OSError) as error:
+        logger.warning("the scan %r trains without one of its other labels: %s", case.id, error)
+        return None
 
 
 def train_people(
@@ -91,7 +143,8 @@ def train_people(
     training, others = ([c for c in whole_cases(cases) if splits[c.id] == split] for split in ("train", "validation"))
     draws = settings.people_epochs * settings.steps_per_epoch * settings.batch
     count = min(MASKS, max(_CALIBRATING, math.ceil(draws / max(1, len(training)))))  # others would hardly be drawn
-    train = people_sets(training, assessor.structures, settings.seed, count=count)
+    corrected = int(_CORRECTED_SHARE * count)
+    train = people_sets(training, assessor.structures, settings.seed, count=count, corrected=corrected)
     validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING)
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
     of_training = {p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"}
@@ -99,6 +152,8 @@ def train_people(
     if not all(any(patient_splits[s.case.patient].fold != fold for s in train) for fold in folds):
         progress.message("No network for people's masks: too few scans with a label that was checked as a whole.")
         return None
+    if sentence := _further_labels_in_words(train, validating, count):
+        progress.message(sentence)
     plan = replace(assessor.card.plan, mask_skip=True)
     trainings = []
     for k, (fold, network) in enumerate(zip(folds, networks, strict=True)):
@@ -127,6 +182,18 @@ def train_people(
     ]
     unseen += [(together, _first(s, _CALIBRATING)) for s in validating]
     return calibrated_for_people(together, unseen, progress)
+
+
+def _further_labels_in_words(train: Sequence[MaskSet], validating: Sequence[MaskSet], count: int) -> str:
+    """A sentence on what is learned from other labels of the scans than those that count; empty where nothing is."""
+    corrected = sum(len(s.masks) - count for s in train)
+    read = sum(bool(s.observers) for s in (*train, *validating))
+    found = []
+    if corrected:
+        found.append(f"learns from {corrected} label{'s' * (corrected > 1)} that somebody has corrected, too")
+    if read:
+        found.append(f"leaves out where several observers' labels of {read} scan{'s' * (read > 1)} differ")
+    return f"The network for people's masks {', and '.join(found)}." if found else ""
 
 
 def _first(mask_set: MaskSet, count: int) -> MaskSet:

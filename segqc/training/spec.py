@@ -126,6 +126,11 @@ class TrainingSettings:
             )
 
     @property
+    def trains_people(self) -> bool:
+        """Whether there is to be a network for people's masks: its mask skip says what is true, not what is wrong."""
+        return self.people_epochs > 0 and self.output_form == "truth"
+
+    @property
     def backend(self) -> BackendName:
         """What computes the masks and the estimates that a training makes on its way."""
         return "auto" if self.mixed_precision else "pytorch"

@@ -26,6 +26,7 @@ from segqc.quality.boxes import BoxSettings, find_boxes, largest_evidence
 from segqc.quality.error_maps import difference, extract_errors
 from segqc.quality.metrics import true_metrics
 from segqc.quality.proposal import propose
+from segqc.quality.variability import nearest_truth
 from segqc.training.crossfit import early_networks
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import ErrorBox, FloatArray, LabelArray, MaskSource, Structure, StructureQuality, applying
@@ -198,7 +199,7 @@ def judge_scan(
         min_error_mm2: the smallest box of a true error that is to be found.
     """
     of_scan = int.from_bytes(hashlib.sha256(scan.encode()).digest()[:8])
-    judge = _Judge(networks, image, truth, min_error_mm2)
+    judge = _Judge(networks, image, truth, observers, min_error_mm2)
     made = _masks(networks, image, truth, observers, np.random.default_rng((seed, of_scan)))
     found = (judge.judge(scan, patient, mask) for mask in made)
     return tuple(mask for mask in found if mask is not None)
@@ -256,6 +257,7 @@ class _Judge:
     networks: UnseenNetworks
     image: Volume
     truth: LabelArray
+    observers: Sequence[LabelArray]
     min_error_mm2: float
     others: Mapping[str, Estimator] = field(init=False)
 
@@ -319,15 +321,19 @@ class _Judge:
         return Volume(labels, self.image.affine, self.image.acquisition_axis)
 
     def _errors(self, mask: LabelArray) -> list[tuple[ErrorBox, ...]]:
-        """The errors of single slices that are to be found, of each structure: what is left after extraction."""
+        """The errors of single slices that are to be found, of each structure: what is left after extraction.
+
+        Where observers differ, a mask that agrees with one of them is right.
+        """
         axis, assessor = through_plane_axis(self.image), self.networks.assessor
+        truth = nearest_truth(mask, self.truth, self.observers)
         settings = BoxSettings(min_area_mm2=self.min_error_mm2, max_area_mm2=float("inf"), min_area_share=None)
         found = []
         for structure in assessor.structures:
             held = structure.mask(mask)
             extraction = assessor.settings.extraction.for_structure(structure.name)
             error = extract_errors(
-                difference(held, structure.mask(self.truth)), held, axis, self.image.spacing_mm, extraction
+                difference(held, structure.mask(truth)), held, axis, self.image.spacing_mm, extraction
             )
             found.append(find_boxes(error, axis, self.image.spacing_mm, settings))
         return found
