@@ -222,7 +222,7 @@ def test_they_are_few_and_no_validating_patients(tmp_path: Path, monkeypatch: py
     trained = train_assessor(given, STRUCTURES, splits, replace(QUICK, ensemble=True), tmp_path / "t", said)
     assert trained.people is not None and trained.people.card.members == 2
     (line,) = [text for text in said.messages if text.startswith("The network for people's masks")]
-    assert "learns from 3 labels that somebody has corrected" in line and "labels of 4 scans differ" in line
+    assert "learns from 3 labels that somebody has corrected" in line and "people's labels of 4 scans differ" in line
     for train, validation in seen:
         assert {s.case.patient for s in validation} == {cases[4].patient, cases[5].patient}
         assert all(len(s.masks) == 8 + bool(s.case.earlier) for s in train)

@@ -192,7 +192,7 @@ def _further_labels_in_words(train: Sequence[MaskSet], validating: Sequence[Mask
     if corrected:
         found.append(f"learns from {corrected} label{'s' * (corrected > 1)} that somebody has corrected, too")
     if read:
-        found.append(f"leaves out where several observers' labels of {read} scan{'s' * (read > 1)} differ")
+        found.append(f"leaves out voxels in which people's labels of {read} scan{'s' * (read > 1)} differ")
     return f"The network for people's masks {', and '.join(found)}." if found else ""
 
 
