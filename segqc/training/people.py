@@ -27,7 +27,7 @@ from segqc.training.assessor_network import Beginning, ensemble, fit_assessor
 from segqc.training.cases import Case, label_values, read_case, whole_cases
 from segqc.training.crossfit import MaskSet, mean_dice, subsample
 from segqc.training.engine import write_mean_curve
-from segqc.training.implanted_errors import people_like_masks
+from segqc.training.implanted_errors import ERROR_KINDS, ErrorKind, people_like_masks
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
 from segqc.types import Structure
@@ -39,11 +39,16 @@ _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
 def people_sets(
-    cases: Sequence[Case], structures: Sequence[Structure], seed: int, *, count: int = MASKS
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    seed: int,
+    *,
+    count: int = MASKS,
+    kinds: Sequence[ErrorKind] = ERROR_KINDS,
 ) -> list[MaskSet]:
-    """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
+    """Masks as people make them of each case that was checked as a whole; a function of case, kinds and seed alone.
 
-    More of them begin with the same ones.
+    More of them begin with the same ones; their errors are of these kinds.
 
     Masks of networks that somebody has corrected in part are not among them: what is left of the network's contour is
     an error by the expert's label and right by whoever let it be, and in a trial estimates of both kinds became worse.
@@ -51,14 +56,16 @@ def people_sets(
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(case, structures, seed, count) for case in whole_cases(cases)]
+    return [_people_set(case, structures, seed, count, kinds) for case in whole_cases(cases)]
 
 
-def _people_set(case: Case, structures: Sequence[Structure], seed: int, count: int) -> MaskSet:
+def _people_set(
+    case: Case, structures: Sequence[Structure], seed: int, count: int, kinds: Sequence[ErrorKind]
+) -> MaskSet:
     scan, labels = read_case(case, label_values(structures))
     truth = np.asarray(labels.array, np.uint8)
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
-    made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)))
+    made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)), kinds=kinds)
     masks = np.stack([m.labels for m in made])
     return MaskSet(case, masks, tuple(mean_dice(mask, truth, structures) for mask in masks))
 
@@ -70,6 +77,8 @@ def train_people(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    *,
+    kinds: Sequence[ErrorKind] = ERROR_KINDS,
 ) -> Assessor | None:
     """Train and calibrate the network for people's masks, of as many members as SegQC-Net has.
 
@@ -83,6 +92,7 @@ def train_people(
         settings: SegQC-Net's.
         folder: for checkpoints and learning curves.
         progress: reports after each step.
+        kinds: the errors that it learns from, and is calibrated on.
 
     Raises:
         CaseError: if a scan or its labels can't be used.
@@ -91,8 +101,8 @@ def train_people(
     training, others = ([c for c in whole_cases(cases) if splits[c.id] == split] for split in ("train", "validation"))
     draws = settings.people_epochs * settings.steps_per_epoch * settings.batch
     count = min(MASKS, max(_CALIBRATING, math.ceil(draws / max(1, len(training)))))  # others would hardly be drawn
-    train = people_sets(training, assessor.structures, settings.seed, count=count)
-    validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING)
+    train = people_sets(training, assessor.structures, settings.seed, count=count, kinds=kinds)
+    validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING, kinds=kinds)
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
     of_training = {p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"}
     folds = sorted(of_training) if len(networks) > 1 else [_NO_FOLD]
