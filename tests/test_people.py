@@ -19,7 +19,7 @@ from segqc.quality.calibration import MapCalibration
 from segqc.split import PatientSplit
 from segqc.training import people
 from segqc.training.assessor import train_assessor
-from segqc.training.assessor_calibration import FALSE_BOXES, _Unseen, with_maps
+from segqc.training.assessor_calibration import FOUND_IN_RIGHT, _Unseen, with_maps
 from segqc.training.assessor_network import assessor_job, mask_examples
 from segqc.training.cases import Case, EarlierLabel, read_case
 from segqc.training.crossfit import MaskSet
@@ -65,14 +65,14 @@ def test_each_member_has_seen_whom_segqc_s_has_seen(tmp_path: Path, ensemble: bo
         least = calibration.of("person").least_evidence
         assert least is not None
         settings = AssessmentSettings(boxes=BoxSettings(min_area_mm2=0.0))
-        boxes = 0
+        right = 0
         for case in cases:
             scan, truth = read_case(case, (1,))
             judge = trained.unseen_by(case.patient)
             assert judge is not None
             told = judge.with_settings(settings).assess(scan, truth, scan_id=case.id, source="person")
-            boxes += len(told.assessment.structures[0].raw.boxes)
-        assert boxes <= FALSE_BOXES * len(cases), "of right masks"
+            right += not told.assessment.structures[0].raw.boxes
+        assert len(cases) - right <= FOUND_IN_RIGHT * len(cases), "of right masks"
         assert report is not None and report.worst.patients == len(cases) < report.worst.scans
     else:  # nobody validates
         assert report is None

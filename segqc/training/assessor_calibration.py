@@ -12,7 +12,7 @@ from segqc.networks.assessor import Assessor, witnesses_of
 from segqc.networks.encoder import encoders
 from segqc.networks.segmenter import SoftOutput
 from segqc.progress import Progress
-from segqc.quality.boxes import BoxSettings, find_boxes, largest_box_area_mm2
+from segqc.quality.boxes import largest_box_area_mm2, largest_evidence
 from segqc.quality.calibration import (
     MapCalibration,
     StructureCalibration,
@@ -40,7 +40,7 @@ from segqc.types import FloatArray, LabelArray, MaskKind, Structure
 from segqc.volumes import Volume, through_plane_axis
 
 VALIDATION_MASKS = 4  # of one case, for early stopping and calibration
-FALSE_BOXES = 0.2  # of all structures of a scan with a right mask, on average
+FOUND_IN_RIGHT = 0.2  # the share of right masks in which an error may be found, of any structure
 
 
 def calibrated(
@@ -149,11 +149,11 @@ def calibrated_for_people(
             of_mask = look.error_maps(mask)
             known.append(look.at(mask, of_mask))
             errors.append(look.errors(mask, of_mask))
-        for found, evidences in zip(of_right_masks, look.evidences_of_truth(), strict=True):
-            found += evidences
+        for found, evidence in zip(of_right_masks, look.evidence_of_truth(), strict=True):
+            found.append(evidence)
     of_structure = [[row[k] for row in known] for k in range(len(assessor.structures))]
     fitted = fit_masks("person", of_structure)
-    allowed = int(FALSE_BOXES / len(fitted) * len(unseen))
+    allowed = int(FOUND_IN_RIGHT / len(fitted) * len(unseen))
     calibration = tuple(
         StructureCalibration({"person": replace(calibrated_masks, least_evidence=least_evidence(evidences, allowed))})
         for calibrated_masks, evidences in zip(fitted, of_right_masks, strict=True)
@@ -176,7 +176,9 @@ def calibrated_for_people(
 
 
 def least_evidence(evidences: Sequence[float], allowed: int) -> float:
-    """The evidence that only so many boxes of right masks exceed; at least that of an error that is as likely as not.
+    """The evidence that only so many right masks exceed; at least that of an error that is as likely as not.
+
+    Masks count, and not their boxes: of a few scans that are unlike all others, whatever the mask, each has many.
 
     Example:
         >>> least_evidence([1.0, 7.5, 3.0, 5.0], allowed=1)
@@ -206,12 +208,10 @@ class _Unseen:
         """The error maps of a mask: (L, n0, n1, n2)."""
         return self.judge.error_maps(self.scan, self._on_grid(mask))
 
-    def evidences_of_truth(self) -> list[list[float]]:
-        """The evidences of the error boxes of each structure that the right mask has, however small."""
-        axis, settings = through_plane_axis(self.scan), BoxSettings(min_area_mm2=0.0)
+    def evidence_of_truth(self) -> list[float]:
+        """The largest evidence of an error of each structure in the right mask."""
         maps = self.error_maps(np.asarray(self.truth.array, np.uint8))
-        boxes = [find_boxes(error, axis, self.scan.spacing_mm, settings) for error in maps]
-        return [[box.evidence for box in of if box.evidence is not None] for of in boxes]
+        return [largest_evidence(error, through_plane_axis(self.scan)) for error in maps]
 
     def at(
         self, mask: LabelArray, errors: FloatArray, soft: Sequence[SoftOutput] | None = None

@@ -34,7 +34,7 @@ from segqc.training.assessor_network import Beginning, ensemble, fit_assessor
 from segqc.training.cases import Case, EarlierLabel, label_values, read_case, whole_cases
 from segqc.training.crossfit import MaskSet, mean_dice, subsample
 from segqc.training.engine import write_mean_curve
-from segqc.training.implanted_errors import people_like_masks
+from segqc.training.implanted_errors import ERROR_KINDS, ErrorKind, people_like_masks
 from segqc.training.side_by_side import side_by_side
 from segqc.training.spec import TrainingSettings
 from segqc.types import LabelArray, Structure
@@ -52,9 +52,15 @@ _NO_FOLD: Final = -1  # of a network that sees the patients of all folds
 
 
 def people_sets(
-    cases: Sequence[Case], structures: Sequence[Structure], seed: int, *, count: int = MASKS, corrected: int = 0
+    cases: Sequence[Case],
+    structures: Sequence[Structure],
+    seed: int,
+    *,
+    count: int = MASKS,
+    corrected: int = 0,
+    kinds: Sequence[ErrorKind] = ERROR_KINDS,
 ) -> list[MaskSet]:
-    """Masks as people make them of each case that was checked as a whole; a function of case and seed alone.
+    """Masks as people make them of each case that was checked as a whole; a function of case, kinds and seed alone.
 
     The last ones are earlier labels of the case, which somebody has corrected. More of the others begin with the same.
 
@@ -67,21 +73,28 @@ def people_sets(
         seed: of what is implanted and drawn.
         count: how many masks of a case have implanted errors, or none.
         corrected: how many of its earlier labels there are with these, at most.
+        kinds: the errors that are implanted.
 
     Raises:
         CaseError: if a scan or its labels can't be used.
     """
-    return [_people_set(case, structures, seed, count, corrected) for case in whole_cases(cases)]
+    return [_people_set(case, structures, seed, count, corrected, kinds) for case in whole_cases(cases)]
 
 
-def _people_set(case: Case, structures: Sequence[Structure], seed: int, count: int, corrected: int) -> MaskSet:
+def _people_set(
+    case: Case,
+    structures: Sequence[Structure],
+    seed: int,
+    count: int,
+    corrected: int,
+    kinds: Sequence[ErrorKind],
+) -> MaskSet:
     values = label_values(structures)
     scan, labels = read_case(case, values)
     truth = np.asarray(labels.array, np.uint8)
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
-    masks = [
-        m.labels for m in people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)))
-    ]
+    made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)), kinds=kinds)
+    masks = [m.labels for m in made]
     observers = tuple(o for path in case.observers if (o := _read_further(case, path, scan, values)) is not None)
 
     def dice(mask: LabelArray) -> float:
@@ -122,6 +135,8 @@ def train_people(
     settings: TrainingSettings,
     folder: Path,
     progress: Progress,
+    *,
+    kinds: Sequence[ErrorKind] = ERROR_KINDS,
 ) -> Assessor | None:
     """Train and calibrate the network for people's masks, of as many members as SegQC-Net has.
 
@@ -135,6 +150,7 @@ def train_people(
         settings: SegQC-Net's.
         folder: for checkpoints and learning curves.
         progress: reports after each step.
+        kinds: the errors that it learns from, and is calibrated on.
 
     Raises:
         CaseError: if a scan or its labels can't be used.
@@ -144,8 +160,8 @@ def train_people(
     draws = settings.people_epochs * settings.steps_per_epoch * settings.batch
     count = min(MASKS, max(_CALIBRATING, math.ceil(draws / max(1, len(training)))))  # others would hardly be drawn
     corrected = int(_CORRECTED_SHARE * count)
-    train = people_sets(training, assessor.structures, settings.seed, count=count, corrected=corrected)
-    validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING)
+    train = people_sets(training, assessor.structures, settings.seed, count=count, corrected=corrected, kinds=kinds)
+    validating = people_sets(others, assessor.structures, settings.seed, count=_CALIBRATING, kinds=kinds)
     networks = assessor.network.members if isinstance(assessor.network, MeanOfNetworks) else [assessor.network]
     of_training = {p.fold for c in cases if (p := patient_splits[c.patient]).split == "train"}
     folds = sorted(of_training) if len(networks) > 1 else [_NO_FOLD]

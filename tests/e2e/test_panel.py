@@ -172,6 +172,21 @@ def test_a_day_at_the_viewer(anna: Annotator, tmp_path: Path) -> None:
     anna.wait_for("plain")
 
 
+def test_a_stroke_is_taken_back_by_the_viewer(anna: Annotator) -> None:
+    """OHIF's own button for it, where there is one, and ours agree."""
+    anna.open("oblique")
+    if not anna.page.evaluate("() => Boolean(cornerstone.utilities.HistoryMemo)"):
+        pytest.skip("this OHIF takes no strokes back")
+    start = anna.voxels()
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    painted = anna.voxels()
+    for command, voxels, changes in (("undo", start, 0), ("redo", painted, 1)):
+        anna.page.evaluate(f"() => cornerstone.utilities.HistoryMemo.DefaultHistoryMemo.{command}()")
+        anna.page.wait_for_function(f"() => {SESSION}.mask.done.length === {changes}")
+        np.testing.assert_array_equal(anna.voxels(), voxels)
+
+
 def test_unsubmitted_changes_are_asked_for_and_can_be_had_back(anna: Annotator, tmp_path: Path) -> None:
     anna.open("plain")
     anna.press("Brush")
