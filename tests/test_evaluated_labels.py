@@ -346,3 +346,13 @@ def test_half_of_the_slices_that_hold_anything_are_corrected() -> None:
     made = half_corrected(mask, truth, 2, np.random.default_rng(0))
     corrected = [i for i in range(9) if (made[..., i] == truth[..., i]).all() and i]
     assert len(corrected) == 4 and all((made[..., i] == mask[..., i]).all() for i in range(9) if i not in corrected)
+
+
+def test_a_reading_whose_file_is_gone_costs_its_scan_and_no_other(folder: Path, tmp_path: Path) -> None:
+    dataset = Dataset(folder)
+    write_labels(without_liver(0), tmp_path / "reading.nii.gz")
+    record = add_reading(dataset, "scan_0", tmp_path / "reading.nii.gz", ANNA)
+    dataset.store.label_file(record).unlink()
+    result = evaluate_labels(dataset, tmp_path / "out", NO_PROGRESS, settings=SETTINGS)
+    assert {mask.scan for mask in result.masks} == {"scan_1", "scan_3"}
+    assert any(remark.startswith("scan_0 is left out: ") for remark in result.remarks)

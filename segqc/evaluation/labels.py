@@ -302,9 +302,17 @@ def _description(
 def _path(run: LabelRun, scan: LabelledScan) -> Path:
     """Where a scan's masks are kept: another file for another scan, label or observer."""
     contents = [scan.case.content or content_sha256(scan.case.scan), scan.patient]
-    contents += [content_sha256(path) for path in (scan.case.labels, *scan.observers)]
+    contents += map(_content, (scan.case.labels, *scan.observers))
     key = hashlib.sha256(" ".join(contents).encode()).hexdigest()[:16]
     return run.folder / "masks" / f"{scan.case.id}-{key}.json"
+
+
+def _content(path: Path) -> str:
+    """What a label file holds; a file that can't be read, which is told where the scan is judged, has no content."""
+    try:
+        return content_sha256(path)
+    except OSError:
+        return ""
 
 
 def _kept(run: LabelRun, scan: LabelledScan) -> _JudgedScan | None:
