@@ -115,6 +115,13 @@ class Annotator:
         self.page.wait_for_function(f"before => {SESSION}.mask.done.length > before", arg=before)
         return [np.array(point) * [-1, -1, 1] for point in (first, last)]
 
+    def click(self, x: float, y: float) -> None:
+        """Paint with one click at a place on the screen."""
+        before = self.ask("session.mask.done.length")
+        self._move_to(x, y)
+        self.page.mouse.click(x, y)
+        self.page.wait_for_function(f"before => {SESSION}.mask.done.length > before", arg=before)
+
     def _move_to(self, x: float, y: float) -> None:
         self.page.mouse.move(x, y)
         self._wait_for_frame()

@@ -187,6 +187,21 @@ def test_a_stroke_is_taken_back_by_the_viewer(anna: Annotator) -> None:
         np.testing.assert_array_equal(anna.voxels(), voxels)
 
 
+def test_a_click_paints_after_a_stroke_and_the_smallest_brush_marks_a_pixel(anna: Annotator) -> None:
+    anna.open("plain")
+    anna.press("spleen")
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    before = anna.voxels()
+    anna.click(*anna.place(4, 20)[:2])
+    assert np.count_nonzero(anna.voxels() != before) > 9, "a circle of 4 mm, whose pixels are of 1.5"
+    anna.page.get_by_label("Size of the brush").fill("0.5")
+    before = anna.voxels()
+    (x, y, _), (right, down, _) = anna.place(27, 20), anna.place(28, 21)
+    anna.click(x + 0.4 * (right - x), y + 0.4 * (down - y))  # where no pixel's centre is near
+    assert np.argwhere(anna.voxels() != before).tolist() == [[anna.slice_shown(), 20, 27]]
+
+
 def test_unsubmitted_changes_are_asked_for_and_can_be_had_back(anna: Annotator, tmp_path: Path) -> None:
     anna.open("plain")
     anna.press("Brush")

@@ -3,7 +3,8 @@
  *
  * Cornerstone's own are measured along the axes of the world: on a slice that lies across them the circle of OHIF 3.10
  * misses most of its pixels, and 3.13 leaves holes between two places that the mouse tells of. 3.10 does not paint where
- * the button goes down, either.
+ * the button goes down, either, 3.13 not where there is a click after a stroke, and both nothing where a circle holds no
+ * pixel's centre.
  */
 import { toPixel } from './ohif.js';
 
@@ -45,6 +46,7 @@ function sweep(own) {
   /**
    * @param {any} enabledElement Cornerstone's
    * @param {any} stroke what the tool knows of it
+   * @returns {any}
    */
   function paint(enabledElement, stroke) {
     const voxels = stroke.imageId && window.cornerstone.cache.getImage(stroke.imageId)?.voxelManager;
@@ -62,7 +64,7 @@ function sweep(own) {
       }
     };
     try {
-      return own(enabledElement, stroke);
+      own(enabledElement, stroke); // without its answer: a preview to 3.13's tool, which paints by no click as long
     } finally {
       voxels.forEach = forEach;
     }
@@ -81,7 +83,7 @@ function sweep(own) {
 }
 
 /**
- * The pixels of a slice that are no further than a radius from a line.
+ * The pixels of a slice that a line goes through, or that are no further than a radius from it.
  *
  * @param {string} imageId
  * @param {Point} start
@@ -98,15 +100,19 @@ function* pixelsNear(imageId, start, end, radius) {
   });
   const [dx, dy] = [x1 - x0, y1 - y0];
   const range = (/** @type {number} */ a, /** @type {number} */ b, /** @type {number} */ size, /** @type {number} */ n) => [
-    Math.max(0, Math.ceil((Math.min(a, b) - radius) / size)),
-    Math.min(n - 1, Math.floor((Math.max(a, b) + radius) / size)),
+    Math.max(0, Math.ceil((Math.min(a, b) - Math.max(radius, size / 2)) / size)),
+    Math.min(n - 1, Math.floor((Math.max(a, b) + Math.max(radius, size / 2)) / size)),
   ];
   const [[left, right], [top, bottom]] = [range(x0, x1, width, columns), range(y0, y1, height, rows)];
   for (let row = top; row <= bottom; row += 1) {
     for (let column = left; column <= right; column += 1) {
       const [x, y] = [column * width - x0, row * height - y0];
       const share = Math.max(0, Math.min(1, (x * dx + y * dy) / (dx * dx + dy * dy || 1)));
-      if (Math.hypot(x - share * dx, y - share * dy) <= radius) {
+      const isCrossed = // by the line, as no axis separates it from the pixel
+        Math.abs(2 * x - dx) <= Math.abs(dx) + width &&
+        Math.abs(2 * y - dy) <= Math.abs(dy) + height &&
+        Math.abs(x * dy - y * dx) <= (Math.abs(dx) * height + Math.abs(dy) * width) / 2;
+      if (isCrossed || Math.hypot(x - share * dx, y - share * dy) <= radius) {
         yield row * columns + column;
       }
     }
