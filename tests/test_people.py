@@ -132,6 +132,8 @@ def test_what_an_observer_says_is_no_error_and_has_no_loss(tmp_path: Path) -> No
     differ = truth != observer
     assert not alone.observers and 0 < differ.sum() < truth.sum()
     np.testing.assert_array_equal(read.observers[0], observer)
+    (chosen,) = people_sets([replace(cases[1], observers=(cases[1].labels,))], STRUCTURES, seed=0, count=1)
+    assert not chosen.observers, "the reader whose label counts is no other one"
     (strict,) = people_sets(cases[1:], STRUCTURES, seed=0, count=8)
     np.testing.assert_array_equal(read.masks, strict.masks)
     assert all(a >= b for a, b in zip(read.dice, strict.dice, strict=True)) and read.dice != strict.dice

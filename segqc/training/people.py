@@ -95,7 +95,9 @@ def _people_set(
     of_case = int.from_bytes(hashlib.sha256(case.id.encode()).digest()[:8])
     made = people_like_masks(truth, scan, structures, count, np.random.default_rng((seed, of_case)), kinds=kinds)
     masks = [m.labels for m in made]
-    observers = tuple(o for path in case.observers if (o := _read_further(case, path, scan, values)) is not None)
+    read = (_read_further(case, path, scan, values) for path in case.observers)
+    # the reader whose label became the final one is no other
+    observers = tuple(o for o in read if o is not None and not np.array_equal(o, truth))
 
     def dice(mask: LabelArray) -> float:
         return mean_dice(mask, nearest_truth(mask, truth, observers), structures)

@@ -202,6 +202,15 @@ def test_a_click_paints_after_a_stroke_and_the_smallest_brush_marks_a_pixel(anna
     assert np.argwhere(anna.voxels() != before).tolist() == [[anna.slice_shown(), 20, 27]]
 
 
+def test_a_hidden_structure_is_shown_when_it_is_to_be_painted(anna: Annotator) -> None:
+    anna.open("plain")
+    anna.press("Hide spleen")
+    anna.press("Hide liver")
+    assert anna.ask("[...session.hiddenValues]") == [SPLEEN, 1]
+    anna.page.locator('segqc-panel button[title="Paint spleen"]').click()
+    assert anna.ask("[...session.hiddenValues]") == [1]
+
+
 def test_unsubmitted_changes_are_asked_for_and_can_be_had_back(anna: Annotator, tmp_path: Path) -> None:
     anna.open("plain")
     anna.press("Brush")

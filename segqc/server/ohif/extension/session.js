@@ -522,9 +522,12 @@ export class Session extends EventTarget {
     return this.mask?.active;
   }
 
-  /** Paint a structure from now on. @param {number} value */
+  /** Paint a structure from now on, which is shown, so that it is seen what is painted. @param {number} value */
   activate(value) {
     this.mask?.activate(value);
+    if (this.hiddenValues.has(value)) {
+      this.toggle(value);
+    }
     if (!toolInHand(this.services)) {
       this.take('brush');
     }
