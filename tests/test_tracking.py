@@ -34,13 +34,17 @@ CONFIG = """
 liver = [1]
 spleen = [4]
 
+[inference]
+backend = "pytorch"
+
 [training]
 epochs = 1
 fold_epochs = 2
-people_epochs = 2
+people_epochs = 1
 steps_per_epoch = 1
 gammas = []
 ensemble = false
+mixed_precision = false
 folds = 2
 
 [tracking]
