@@ -37,7 +37,7 @@ backend = "pytorch"
 [settings.training]
 epochs = 2
 fold_epochs = 1
-people_epochs = 1
+people_epochs = 0
 steps_per_epoch = 2
 folds = 2
 gammas = []
