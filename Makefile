@@ -45,6 +45,12 @@ test-fast test-server: export OMP_NUM_THREADS = 1
 # Bytecode is kept, whatever the environment says: each worker and each process of a test would compile all of it anew.
 test-fast test-server: export PYTHONDONTWRITEBYTECODE =
 
+# In memory where there is room: tests make and remove thousands of folders, for each of which a disk may take milliseconds.
+MEMORY := $(shell df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 && $$4 > 4000000 { print $$6 }')
+ifneq ($(MEMORY),)
+test-fast: export TMPDIR = $(MEMORY)
+endif
+
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not server and not slow" -o faulthandler_timeout=300 -n auto --maxprocesses 8 --dist loadfile
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
 from segqc.networks.card import ModelCard
-from segqc.networks.plan import plan_network
 from segqc.networks.unet import build_network
 from segqc.store.events import SERVER
 from segqc.training.assessor_network import ensemble
 from segqc.types import Structure
-from tests.server_kit import SHAPE, STRUCTURES, save_models
+from tests.server_kit import STRUCTURES, save_models, tiny_plan
 
 
 def fold_assessor(
@@ -24,7 +23,7 @@ def fold_assessor(
 ) -> Assessor:
     """An untrained SegQC-Net of as many members as there are lists of patients that each has seen."""
     inputs, outputs = 1 + len(structures), len(structures)
-    plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=inputs, out_channels=outputs)
+    plan = tiny_plan(inputs, outputs)
     values = tuple(value for structure in structures for value in structure.values)
 
     def member(number: int, *, skips: bool) -> Assessor:

@@ -118,7 +118,7 @@ def running_provider() -> Iterator[FakeProvider]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         provider = FakeProvider(f"http://127.0.0.1:{server.server_port}/realm")
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # looks for its end so often
         thread.start()
         try:
             yield provider

@@ -20,7 +20,7 @@ from segqc.loop.dataset import Dataset
 from segqc.networks.assessor import Assessor
 from segqc.networks.bundle import model_name
 from segqc.networks.card import ModelCard, NetworkName
-from segqc.networks.plan import plan_network
+from segqc.networks.plan import NetworkPlan, plan_network
 from segqc.networks.segmenter import Segmenter
 from segqc.networks.unet import build_network
 from segqc.quality.report_card import ReportCard
@@ -168,6 +168,12 @@ def _model_files(structures: tuple[Structure, ...], *, people: bool) -> dict[Net
         return {kind: path.read_bytes() for kind, path in files.items()}
 
 
+def tiny_plan(in_channels: int, out_channels: int) -> NetworkPlan:
+    """The plan of networks for `draw_case`'s scans, with few weights: tests load them a thousand times."""
+    plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=in_channels, out_channels=out_channels)
+    return replace(plan, filters=(4, 8, 16))
+
+
 def _save_models(
     folder: Path,
     structures: tuple[Structure, ...],
@@ -183,7 +189,7 @@ def _save_models(
     )
     files: dict[NetworkName, Path] = {}
     for kind, channels, outputs in kinds:
-        plan = plan_network((1.5, 1.5, 4.0), SHAPE, in_channels=channels, out_channels=outputs)
+        plan = tiny_plan(channels, outputs)
         own = report if kind == "segqc" else None
         card = ModelCard(kind, plan, structures, values, seen=("scan_0",), scores={"dice": 0.5}, report=own)
         network = build_network(plan, seed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,14 +54,22 @@ def judge(dataset: Dataset, scan: str, dice: float, number: int) -> None:
     error_maps.write(dataset, label.id, number, np.full((2, *SHAPE), 90, np.uint8), "audit-maps")
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Iterator[Dataset]:
+@pytest.fixture(scope="module")
+def judged_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five final labels of six scans, of which three are judged."""
-    path = make_dataset(tmp_path / "data", scans=6, finals=5)
+    path = make_dataset(tmp_path_factory.mktemp("judged") / "data", scans=6, finals=5)
     number = add_fold_models(path, SEEN)
-    found = Dataset(path)
+    made = Dataset(path)
     for i, dice in enumerate((0.71, 0.42, 0.93)):
-        judge(found, f"scan_{i}", dice, number)
+        judge(made, f"scan_{i}", dice, number)
+    made.store.close()
+    return path
+
+
+@pytest.fixture
+def dataset(judged_folder: Path, tmp_path: Path) -> Iterator[Dataset]:
+    """A copy of it to write into."""
+    found = Dataset(shutil.copytree(judged_folder, tmp_path / "data"))
     yield found
     found.store.close()
 

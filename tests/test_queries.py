@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -346,10 +347,10 @@ def test_a_preview_is_what_annotators_get_one_after_the_other(store: Store, name
     assert wanted == [ask(store, name, 1 + number).scan for number in range(6)]
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
+@pytest.fixture(scope="module")
+def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four assessed scans that wait, with features and scores of every kind."""
-    folder = make_dataset(tmp_path / "studies", scans=4, finals=0)
+    folder = make_dataset(tmp_path_factory.mktemp("scored") / "studies", scans=4, finals=0)
     (folder / "segqc.toml").write_text((folder / "segqc.toml").read_text() + "validation_share = 0.0\n" + NO_DRAWS)
     number = add_models(folder)
     made = Dataset(folder)
@@ -361,7 +362,14 @@ def dataset(tmp_path: Path) -> Dataset:
         for method in ("tta", "entropy", "ensemble", "class-stratified"):
             by_structure = {"liver": -0.3, "spleen": -0.2} if method == "class-stratified" else {}
             made.write_score(method, f"scan_{i}", -i / 10, segmenter.version, by_structure=by_structure)
-    return made
+    made.store.close()
+    return folder
+
+
+@pytest.fixture
+def dataset(scored_folder: Path, tmp_path: Path) -> Dataset:
+    """A copy of it to write into."""
+    return Dataset(shutil.copytree(scored_folder, tmp_path / "studies"))
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))

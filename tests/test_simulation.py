@@ -32,14 +32,17 @@ budgets = [0.5, 0.8, 1.0]
 seeds = [0]
 [structures]
 ball = [1]
+[settings.inference]
+backend = "pytorch"
 [settings.training]
 epochs = 2
 fold_epochs = 1
-people_epochs = 1
+people_epochs = 0
 steps_per_epoch = 2
 folds = 2
 gammas = []
 ensemble = false
+mixed_precision = false
 patch = [16, 16, 4]
 [arms.uniform]
 strategy = "uniform-random"
@@ -238,7 +241,7 @@ def timeless(unit: Unit) -> Unit:
 def test_a_unit_annotates_the_whole_pool_in_rounds_and_goes_on_after_an_interruption(
     data: Path, tmp_path: Path
 ) -> None:
-    study = read(tmp_path)
+    study = read(tmp_path).model_copy(update={"budgets": (0.5, 1.0)})
     unit = run_unit(study, "worst first", 0, data, tmp_path / "undisturbed", NoProgress())
     assert unit.is_done
     assert [p.share for p in unit.points] == sorted({p.share for p in unit.points})

@@ -46,7 +46,7 @@ from segqc.volumes import (
 from segqc.volumes.slices import all_but, unchanged
 from tests.server_kit import CONFIG, SHAPE, assess, draw_case, make_dataset
 from tests.store_kit import ANNA, BERT
-from tests.test_training import QUICK, STRUCTURES, make_cases, placed
+from tests.test_training import ALONE, QUICK, STRUCTURES, make_cases, placed
 
 SLICES = LeaseRules(audit_share=0.0, validation_share=0.0, slices=3)
 BALL = Structure("ball", (1,))
@@ -425,7 +425,7 @@ def test_partly_checked_cases_train_and_neither_validate_nor_calibrate(tmp_path:
     mixed = [replace(c, slices=(1, 2)) if c.id in in_part else c for c in cases]
     segmenter = train_segmentation(mixed, STRUCTURES, where, QUICK, tmp_path / "s", NoProgress())
     assert {m.scan for m in segmenter.card.validation} == set(validating[1:])
-    settings = replace(QUICK, ensemble=True, epochs=2)
+    settings = replace(ALONE, ensemble=True, epochs=2)
     model = train_assessor(mixed, STRUCTURES, where, settings, tmp_path / "q", NoProgress())
     whole = {c.patient for c in cases if c.id not in in_part}
     for kind in ("served", "strange"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,17 @@ CONFIG = """
 liver = [1]
 spleen = [4]
 
+[inference]
+backend = "pytorch"
+
 [training]
 epochs = 1
 fold_epochs = 2
-people_epochs = 2
+people_epochs = 1
 steps_per_epoch = 1
 gammas = []
 ensemble = false
+mixed_precision = false
 folds = 2
 
 [tracking]
@@ -48,12 +52,23 @@ uri = "{uri}"
 """
 
 
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[Any]:
-    """MLflow's client for the runs below the folder of a test."""
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without runs: its migrations take a second."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def client(tmp_path: Path, empty_database: Path) -> Any:
+    """MLflow's client for the runs below the folder of a test."""
+    import mlflow
+
     (tmp_path / "runs").mkdir()
-    yield mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    shutil.copyfile(empty_database, tmp_path / "runs" / "mlflow.db")
+    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
 
 
 def runs(client: Any, experiment: str = "segqc") -> list[Any]:

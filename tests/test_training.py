@@ -62,6 +62,8 @@ QUICK = TrainingSettings(
     ensemble=False,
     mixed_precision=False,  # networks so small are ready to answer before a faster backend is
 )
+ALONE = replace(QUICK, people_epochs=0)
+"""Without the network for people's masks, which `tests.test_people` is about."""
 
 
 def make_cases(folder: Path, count: int) -> list[Case]:
@@ -194,7 +196,7 @@ def test_a_device_without_instructions_for_it_trains_in_float32(
 
 def test_batches_made_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases, loader = make_cases(tmp_path, 5), engine._loader
-    settings = replace(QUICK, mask_deformation=2.0, empty_mask_share=0.3)
+    settings = replace(ALONE, mask_deformation=2.0, empty_mask_share=0.3)
     straight = train_assessor(cases, STRUCTURES, placed(cases), settings, tmp_path / "a", NoProgress())
     monkeypatch.setattr(engine, "_loader", lambda training, patches: _Ahead(loader(training, patches)))
     with pytest.raises(KilledError):
@@ -268,7 +270,7 @@ def test_a_training_that_still_improves_says_so(tmp_path: Path) -> None:
 def test_without_masks_of_unseen_patients_estimates_are_the_map_s_own(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 4)
     none_validate = {c.patient: PatientSplit(i % 2, "train") for i, c in enumerate(cases)}
-    trained = train_assessor(cases, STRUCTURES, none_validate, QUICK, tmp_path / "t", NoProgress())
+    trained = train_assessor(cases, STRUCTURES, none_validate, ALONE, tmp_path / "t", NoProgress())
     scan, truth = read_case(cases[0], (1,))
     (quality,) = trained.assess(scan, truth, scan_id="c0").assessment.structures
     assert quality.estimated.dice == quality.raw.metrics.dice
@@ -396,7 +398,7 @@ def test_kept_masks_that_are_damaged_are_made_anew(
 def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 5)
     patient_splits = placed(cases)
-    model = train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", NoProgress())
+    model = train_assessor(cases, STRUCTURES, patient_splits, ALONE, tmp_path / "t", NoProgress())
     assert model.card.seen == tuple(f"p{i}" for i in range(5))
     assert len(model.card.calibration) == 1
     assert len(model.card.map_calibration) == 1
@@ -413,10 +415,10 @@ def test_segqc_trains_on_cross_fitted_masks_and_is_calibrated(tmp_path: Path) ->
     made = {p.name.split("-")[0] for p in (tmp_path / "t" / "masks").iterdir()}
     assert made == {c.id for c in cases}
     again = KillAt(-1, "network for masks, fold 2 of 2: epoch")
-    assert train_assessor(cases, STRUCTURES, patient_splits, QUICK, tmp_path / "t", again).version == model.version
+    assert train_assessor(cases, STRUCTURES, patient_splits, ALONE, tmp_path / "t", again).version == model.version
     assert again.seen == 0, "finished folds are not trained again"
     kept = KillAt(-1, "masks by the network for masks")
-    own = replace(QUICK, epochs=1, ensemble=False, scan_only_share=0.0, mask_deformation=1.0, patience=3, loss="dice")
+    own = replace(ALONE, epochs=1, ensemble=False, scan_only_share=0.0, mask_deformation=1.0, patience=3, loss="dice")
     masks = sorted((tmp_path / "t" / "masks").iterdir())
     train_assessor(cases, STRUCTURES, patient_splits, own, tmp_path / "t", kept)
     assert kept.seen == len(cases)
@@ -541,7 +543,7 @@ def test_a_patch_over_the_border_is_padded_with_zeros() -> None:
 def test_an_ensemble_has_a_network_per_fold_and_calibrates_on_all_patients(tmp_path: Path) -> None:
     cases = make_cases(tmp_path, 8)
     where = placed(cases)
-    settings = replace(QUICK, ensemble=True, epochs=2)
+    settings = replace(ALONE, ensemble=True, epochs=2)
     trained = train_assessor(cases, STRUCTURES, where, settings, tmp_path / "t", NoProgress())
     assert trained.card.members == 2
     assert set(trained.card.seen) == {c.patient for c in cases}

@@ -95,10 +95,10 @@ def run_job(folder: Path, number: int, config: Path | None = None) -> int:
         number: the job's.
         config: the settings file to read in the place of the folder's own.
     """
-    from segqc.loop import jobs as work  # with PyTorch and MONAI, which a worker itself does without
-
     try:
         dataset = Dataset(folder, load_settings(folder, config))
+        from segqc.loop import jobs as work  # with PyTorch and MONAI, which a worker itself does without
+
         with dataset.store.read() as transaction:
             job = jobs.get(transaction, number)
         result = work.run(dataset, job, _JobProgress())
