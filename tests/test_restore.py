@@ -152,9 +152,10 @@ def test_a_folder_in_use_is_refused_while_folders_in_it_come_and_go(
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", found)
-    with FileLock(folder / "segqc" / "worker.lock"), pytest.raises(StoreError, match="end the server"):
-        bring_back(backup, folder)
+    with monkeypatch.context() as patched:  # no longer than that: what removes the folder lists it, too
+        patched.setattr(os, "scandir", found)
+        with FileLock(folder / "segqc" / "worker.lock"), pytest.raises(StoreError, match="end the server"):
+            bring_back(backup, folder)
 
 
 def test_a_read_only_folder_is_refused(folder: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
