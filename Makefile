@@ -51,8 +51,10 @@ ifneq ($(MEMORY),)
 test-fast: export TMPDIR = $(MEMORY)
 endif
 
+# What a passed test has written goes at once: a whole run is half a gigabyte.
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not server and not slow" -o faulthandler_timeout=300 -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not server and not slow" -o faulthandler_timeout=300 \
+		-o tmp_path_retention_policy=failed -n auto --maxprocesses 8 --dist loadfile
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

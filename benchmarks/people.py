@@ -165,14 +165,20 @@ def _short(value: JsonValue) -> JsonValue:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def keep(result: JsonValue, path: Path) -> None:
+    """Write a result."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(_short(result)), encoding="utf-8")
+
+
 def path_of(name: str, seed: int, pool: Pool) -> Path:
     """Where a result is kept."""
     return RESULTS / f"people-{name}-{seed}-{pool}.json"
 
 
-def main() -> None:
-    """Run one unit, or print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of(description: str | None) -> argparse.Namespace:
+    """What the command line says: ``run`` of one unit, or ``table``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, judge and keep the result")
     run.add_argument("set", choices=SETS)
@@ -182,14 +188,18 @@ def main() -> None:
     run.add_argument("--work", type=Path, required=True)
     run.add_argument("--result", type=Path, help="where to write it, instead of benchmarks/results")
     commands.add_parser("table", help="print the tables of all results")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one unit, or print the tables."""
+    arguments = arguments_of(__doc__)
     if arguments.command == "run":
         folder = arguments.work / f"{arguments.set}-{arguments.seed}"
         arguments.work.mkdir(parents=True, exist_ok=True)
         result = measure(arguments.set, arguments.seed, arguments.pool, arguments.data, folder)
         path = arguments.result or path_of(arguments.set, arguments.seed, arguments.pool)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(_short(RESULT.dump_python(result, mode="json"))), encoding="utf-8")
+        keep(RESULT.dump_python(result, mode="json"), path)
         print("\n\n".join(to_markdown(table) for table in tables([result])))
         return
     of: dict[tuple[str, Pool], list[Result]] = defaultdict(list)

@@ -12,16 +12,14 @@ beside the network that has learned from all kinds. Resumable: what is trained i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final
 
 import numpy as np
-from people import RESULTS, SETS, Pool, patients, serve
+from people import RESULTS, SETS, Pool, arguments_of, keep, patients, serve
 from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
@@ -36,7 +34,7 @@ from segqc.training.cases import Case, read_case
 from segqc.training.implanted_errors import ERROR_KINDS, ErrorKind, implant_errors
 from segqc.training.people import train_people
 from segqc.types import LabelArray
-from segqc.volumes import Volume, atomic_write, through_plane_axis
+from segqc.volumes import Volume, through_plane_axis
 
 GROUPS: Final[Mapping[str, tuple[ErrorKind, ...]]] = {
     "whole slices": ("missing slices", "repeated slices"),
@@ -47,7 +45,6 @@ GROUPS: Final[Mapping[str, tuple[ErrorKind, ...]]] = {
 }
 """Kinds that are left out together: a network that knows one of them knows something of the others."""
 UNTOUCHED: Final = "untouched"
-Judge: TypeAlias = Literal["all kinds", "left out"]
 progress = LineProgress()
 
 
@@ -207,21 +204,11 @@ def table(results: Sequence[Result]) -> Table:
 
 def main() -> None:
     """Run one unit, or print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train, judge and keep the result")
-    run.add_argument("set", choices=SETS)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--pool", choices=get_args(Pool), default="development")
-    run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    run.add_argument("--work", type=Path, required=True)
-    commands.add_parser("table", help="print the table of all results")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     if arguments.command == "run":
         result = measure(arguments.set, arguments.seed, arguments.pool, arguments.data, arguments.work)
-        short = replace(result, judged=tuple(_short(mask) for mask in result.judged))
-        with atomic_write(RESULTS / f"kinds-{arguments.set}-{arguments.seed}-{arguments.pool}.json") as temporary:
-            temporary.write_text(json.dumps(RESULT.dump_python(short, mode="json")), encoding="utf-8")
+        path = RESULTS / f"kinds-{arguments.set}-{arguments.seed}-{arguments.pool}.json"
+        keep(RESULT.dump_python(result, mode="json"), arguments.result or path)
         print(to_markdown(table([result])))
         return
     of: dict[tuple[str, Pool], list[Result]] = {}
@@ -229,12 +216,6 @@ def main() -> None:
         result = RESULT.validate_json(path.read_bytes())
         of.setdefault((result.set, result.pool), []).append(result)
     print("\n\n".join(to_markdown(table(results)) for results in of.values()))
-
-
-def _short(mask: Judged) -> Judged:
-    """With numbers of five digits."""
-    numbers = {name: float(f"{getattr(mask, name):.5g}") for name in ("dice", "estimate", "evidence", "covered")}
-    return replace(mask, **numbers)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,10 @@ class LabelsResult:
 
 @dataclass(frozen=True, slots=True)
 class LabelledScan:
-    """A labelled scan, whose it is by the networks' names of patients, and other observers' label files of it."""
+    """A labelled scan with other observers' label files of it, and whose it is by the networks' names of patients."""
 
     case: Case
     patient: str
-    observers: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         return self.case.id
@@ -230,7 +229,7 @@ def _judged(run: LabelRun, scan: LabelledScan) -> tuple[JudgedMask, ...]:
     image, truth = read_case(scan.case, networks.values)
     expert = np.asarray(truth.array, np.uint8)
     observers: list[LabelArray] = []
-    for path in scan.observers:
+    for path in scan.case.observers:
         observer = np.asarray(read_labels(path, scan=image, values=networks.values).array, np.uint8)
         if not np.array_equal(observer, expert):  # the reader whose label became the final one
             observers.append(observer)
@@ -302,7 +301,7 @@ def _description(
 def _path(run: LabelRun, scan: LabelledScan) -> Path:
     """Where a scan's masks are kept: another file for another scan, label or observer."""
     contents = [scan.case.content or content_sha256(scan.case.scan), scan.patient]
-    contents += map(_content, (scan.case.labels, *scan.observers))
+    contents += map(_content, (scan.case.labels, *scan.case.observers))
     key = hashlib.sha256(" ".join(contents).encode()).hexdigest()[:16]
     return run.folder / "masks" / f"{scan.case.id}-{key}.json"
 
@@ -360,7 +359,7 @@ def _labelled_scans(dataset: Dataset, on: Path | Sequence[Case] | None, observer
             others = (*others, other)
         # a scan that the networks know under another name is their patient's
         patient = patients.get(case.content or content_sha256(case.scan), case.patient)
-        found.append(LabelledScan(case, patient, others))
+        found.append(LabelledScan(replace(case, observers=others), patient))
     if observers is not None and all(find_labels(observers, scan.case.id) is None for scan in found):
         raise CohortError(f"{observers}: no label file is named as a labelled scan")
     return found
@@ -389,6 +388,6 @@ def _remarks(networks: BundleNetworks, judged: Sequence[LabelledScan], *, is_own
             "There are no masks of strange networks: no other network of the bundle is new to these patients, and the "
             "checkpoints of SegQC-Net's training, with the folds' networks at early epochs, are gone."
         )
-    if not any(scan.observers for scan in judged):
+    if not any(scan.case.observers for scan in judged):
         remarks.append("There are no masks of a second observer: nobody else has read these scans (--observers).")
     return remarks

@@ -24,13 +24,18 @@ def with_other_labels(dataset: Dataset, cases: Sequence[Case]) -> list[Case]:
     readings, earlier = whole_readings(dataset), dict[str, dict[Path, EarlierLabel]]()
     wanted = {case.id for case in cases}
     with dataset.store.read() as transaction:
-        for scan, records in labels.earlier_of_all(transaction, FINAL).items():
-            for record in records if scan in wanted else ():
-                if record.source not in ("annotator", "import") or record.checked_slices is not None:
-                    continue
-                file, network = dataset.store.label_file(record), labels.made_of_network(transaction, record)
-                made_of = None if network is None else dataset.store.label_file(network)
-                earlier.setdefault(scan, {})[file] = EarlierLabel(file, made_of)
+        found = labels.earlier_of_all(transaction, FINAL)
+        drawn = [
+            record
+            for scan, records in found.items()
+            for record in records
+            if scan in wanted and record.source in ("annotator", "import") and record.checked_slices is None
+        ]
+        networks = labels.made_of_networks(transaction, drawn)
+    for record in drawn:
+        file, network = dataset.store.label_file(record), networks.get(record.id)
+        made_of = None if network is None else dataset.store.label_file(network)
+        earlier.setdefault(record.scan, {})[file] = EarlierLabel(file, made_of)
     return [
         replace(
             case,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -185,11 +185,19 @@ def mask_source(transaction: Transaction, label: LabelRecord) -> MaskSource:
 
 def made_of_network(transaction: Transaction, label: LabelRecord) -> LabelRecord | None:
     """The last network's version among those that a label map was made of; None where there is none."""
-    while label.parent is not None:
-        label = get(transaction, label.parent)
-        if _is_by_network(label):
-            return label
-    return None
+    return made_of_networks(transaction, [label]).get(label.id)
+
+
+def made_of_networks(transaction: Transaction, labels: Iterable[LabelRecord]) -> dict[int, LabelRecord]:
+    """The last network's version among those that each label map was made of, by its number, where there is one."""
+    found: dict[int, LabelRecord] = {}
+    parents = {label.id: label.parent for label in labels if label.parent is not None}
+    while parents:
+        records = get_all(transaction, sorted(set(parents.values())))
+        ancestors = {number: records[parent] for number, parent in parents.items()}
+        found |= {number: record for number, record in ancestors.items() if _is_by_network(record)}
+        parents = {n: r.parent for n, r in ancestors.items() if n not in found and r.parent is not None}
+    return found
 
 
 def _is_by_network(label: LabelRecord) -> bool:

@@ -172,6 +172,25 @@ def test_a_day_at_the_viewer(anna: Annotator, tmp_path: Path) -> None:
     anna.wait_for("plain")
 
 
+def test_buttons_do_what_their_keys_do_and_changes_are_submitted_first(anna: Annotator) -> None:
+    anna.open("plain")
+    for button, rank in (("Next worst", 1), ("Previous", 0)):
+        anna.page.locator("segqc-panel").get_by_role("button", name=button).click()  # the name ends in the key
+        anna.page.wait_for_function(f"() => {SESSION}.instance === {SESSION}.ranked[{rank}]")
+    start = anna.voxels()
+    anna.press("Brush")
+    anna.stroke((4, 5), (9, 5))
+    painted = anna.voxels()
+    for button, voxels in (("Undo (Ctrl Z)", start), ("Redo (Ctrl Shift Z)", painted)):
+        anna.press(button)
+        np.testing.assert_array_equal(anna.voxels(), voxels)
+    anna.press("Next scan")
+    anna.press("Submit first …")
+    anna.sees("changed.")
+    anna.press("Submit")
+    np.testing.assert_array_equal(to_images("plain", stored(anna.version_kept())), painted)
+
+
 def test_a_stroke_is_taken_back_by_the_viewer(anna: Annotator) -> None:
     """OHIF's own button for it, where there is one, and ours agree."""
     anna.open("oblique")
@@ -416,6 +435,10 @@ def test_a_proposal_is_taken_box_by_box_or_left(
     anna.page.keyboard.press("Control+z")
     np.testing.assert_array_equal(anna.voxels(), start)
     panel.nth(1).get_by_role("button", name="Take:").click()
+    anna.sees("1 of 2 taken")
+    anna.press("Take the rest")
+    anna.sees("2 of 2 taken")
+    anna.page.keyboard.press("Control+z")
     anna.sees("1 of 2 taken")
 
     anna.press("Submit …")
