@@ -5,9 +5,12 @@ unseen patients are then judged as ``segqc evaluate labels FOLDER --on DATA`` do
 judged in the work folder is not done again.
 
     python benchmarks/people.py run hippocampus --seed 0 --data $SEGQC_DATA --work /tmp/people
+    python benchmarks/people.py run hippocampus --seed 0 --data $SEGQC_DATA --work /tmp/people --scan-only
     python benchmarks/people.py table
 
-``--pool development`` is for choosing; the test pool is measured once for each result that is reported.
+With ``--scan-only``, a SegQC-Net that never sees a mask stands in the place of the one that is not told, beside the
+same network for people's masks. ``--pool development`` is for choosing; the test pool is measured once for each result
+that is reported.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ from segqc.evaluation.report.document import Table
 from segqc.evaluation.report.formats import to_markdown
 from segqc.evaluation.report.labels import error_tables, main_tables
 from segqc.loop.dataset import Dataset
-from segqc.loop.training import train
+from segqc.loop.training import train, train_unpublished
+from segqc.networks.assessor import Assessor
+from segqc.networks.bundle import model_name
 from segqc.networks.card import NetworkName
 from segqc.settings import write_settings
+from segqc.store.events import SERVER
 from segqc.training import LineProgress
 from segqc.training.cases import Case
 from segqc.volumes import atomic_write
@@ -121,20 +127,48 @@ def serve(known: KnownSet, seed: int, data: Path, folder: Path) -> Dataset:
     return dataset
 
 
+def serve_scan_only(known: KnownSet, seed: int, data: Path, folder: Path) -> Dataset:
+    """Like `serve`, with a SegQC-Net that never sees a mask beside the product's network for people's masks."""
+    twin = folder.with_name(f"{folder.name}-scan-only")
+    if not twin.is_dir():
+        serve(known, seed, data, folder)
+        new = twin.with_name(f"{twin.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(folder, new)
+        new.rename(twin)
+    dataset = Dataset(twin)
+    assessor = dataset.assessor()
+    if assessor is None or assessor.people is None:
+        raise SystemExit(f"{twin}: it has no network for people's masks")
+    if not assessor.card.hide_mask:
+        own = dataset.settings.training_settings("segqc")
+        settings = replace(own, scan_only_share=1.0, hide_mask=True, average_flips=True, people_epochs=0)
+        path = twin.with_name(f"{twin.name}-network") / model_name("segqc")
+        train_unpublished(dataset, "segqc", progress, settings, path)
+        Assessor.load(path).with_people(assessor.people).save(path)
+        with dataset.bundles.publishing({"segqc": path}, SERVER, "scan only", even_if_worse=True):
+            pass
+    return dataset
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, seed: int, pool: Pool, data: Path, folder: Path) -> Result:
-    """Judge the masks of all patients of a pool."""
+def measure(
+    name: str, seed: int, pool: Pool, data: Path, folder: Path, served: Callable[..., Dataset] = serve
+) -> Result:
+    """Judge the masks of all patients of a pool by the networks that are served so."""
     known = SETS[name]
-    dataset = serve(known, seed, data, folder)
+    dataset = served(known, seed, data, folder)
     cases = [
         Case(scan, patient, *(data / known.data / kind / f"{scan}.nii.gz" for kind in ("images", "labels")))
         for patient in patients(known, seed, pool, data)
         for scan in known.scans(patient)
     ]
     settings = LabelSettings(seed=seed, min_error_mm2=MIN_ERROR_MM2)
-    found = evaluate_labels(dataset, folder.with_name(f"{folder.name}-{pool}"), progress, on=cases, settings=settings)
+    found = evaluate_labels(
+        dataset, folder.with_name(f"{dataset.folder.name}-{pool}"), progress, on=cases, settings=settings
+    )
     assessor = dataset.assessor()
     people = None if assessor is None else assessor.people
     skips = [] if people is None else [m for m in people.network.modules() if hasattr(m, "trust")]
@@ -171,12 +205,7 @@ def keep(result: JsonValue, path: Path) -> None:
         temporary.write_text(json.dumps(_short(result)), encoding="utf-8")
 
 
-def path_of(name: str, seed: int, pool: Pool) -> Path:
-    """Where a result is kept."""
-    return RESULTS / f"people-{name}-{seed}-{pool}.json"
-
-
-def arguments_of(description: str | None) -> argparse.Namespace:
+def arguments_of(description: str | None, *, may_be_scan_only: bool = False) -> argparse.Namespace:
     """What the command line says: ``run`` of one unit, or ``table``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -186,6 +215,8 @@ def arguments_of(description: str | None) -> argparse.Namespace:
     run.add_argument("--pool", choices=get_args(Pool), default="development")
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--work", type=Path, required=True)
+    if may_be_scan_only:
+        run.add_argument("--scan-only", action="store_true", help="with a SegQC-Net that never sees a mask")
     run.add_argument("--result", type=Path, help="where to write it, instead of benchmarks/results")
     commands.add_parser("table", help="print the tables of all results")
     return parser.parse_args()
@@ -193,19 +224,22 @@ def arguments_of(description: str | None) -> argparse.Namespace:
 
 def main() -> None:
     """Run one unit, or print the tables."""
-    arguments = arguments_of(__doc__)
+    arguments = arguments_of(__doc__, may_be_scan_only=True)
     if arguments.command == "run":
         folder = arguments.work / f"{arguments.set}-{arguments.seed}"
         arguments.work.mkdir(parents=True, exist_ok=True)
-        result = measure(arguments.set, arguments.seed, arguments.pool, arguments.data, folder)
-        path = arguments.result or path_of(arguments.set, arguments.seed, arguments.pool)
+        served = serve_scan_only if arguments.scan_only else serve
+        result = measure(arguments.set, arguments.seed, arguments.pool, arguments.data, folder, served)
+        what = "scan-only" if arguments.scan_only else "people"
+        path = arguments.result or RESULTS / f"{what}-{arguments.set}-{arguments.seed}-{arguments.pool}.json"
         keep(RESULT.dump_python(result, mode="json"), path)
         print("\n\n".join(to_markdown(table) for table in tables([result])))
         return
-    of: dict[tuple[str, Pool], list[Result]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("people-*.json")):
-        result = RESULT.validate_json(path.read_bytes())
-        of[result.set, result.pool].append(result)
+    of: dict[tuple[str, Pool, str], list[Result]] = defaultdict(list)
+    for what in ("people", "scan-only"):
+        for path in sorted(RESULTS.glob(f"{what}-*.json")):
+            result = RESULT.validate_json(path.read_bytes())
+            of[result.set, result.pool, what].append(result)
     print("\n\n".join(to_markdown(table) for results in of.values() for table in tables(results)))
 
 
