@@ -205,26 +205,35 @@ def keep(result: JsonValue, path: Path) -> None:
         temporary.write_text(json.dumps(_short(result)), encoding="utf-8")
 
 
-def arguments_of(description: str | None, *, may_be_scan_only: bool = False) -> argparse.Namespace:
-    """What the command line says: ``run`` of one unit, or ``table``."""
+def arguments_of(
+    description: str | None,
+    *,
+    pools: Sequence[str] = get_args(Pool),
+    further: Callable[[argparse.ArgumentParser], object] = lambda _: None,
+) -> argparse.Namespace:
+    """What the command line says: ``run`` of one unit, or ``table``; ``further`` adds options to ``run``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, judge and keep the result")
     run.add_argument("set", choices=SETS)
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--pool", choices=get_args(Pool), default="development")
+    if pools:
+        run.add_argument("--pool", choices=pools, default=pools[0])
     run.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     run.add_argument("--work", type=Path, required=True)
-    if may_be_scan_only:
-        run.add_argument("--scan-only", action="store_true", help="with a SegQC-Net that never sees a mask")
+    further(run)
     run.add_argument("--result", type=Path, help="where to write it, instead of benchmarks/results")
     commands.add_parser("table", help="print the tables of all results")
     return parser.parse_args()
 
 
+def _scan_only(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--scan-only", action="store_true", help="with a SegQC-Net that never sees a mask")
+
+
 def main() -> None:
     """Run one unit, or print the tables."""
-    arguments = arguments_of(__doc__, may_be_scan_only=True)
+    arguments = arguments_of(__doc__, further=_scan_only)
     if arguments.command == "run":
         folder = arguments.work / f"{arguments.set}-{arguments.seed}"
         arguments.work.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,7 @@ def train_people(
     progress: Progress,
     *,
     kinds: Sequence[ErrorKind] = ERROR_KINDS,
+    fit_member: Callable[..., Assessor] = fit_assessor,
 ) -> Assessor | None:
     """Train and calibrate the network for people's masks, of as many members as SegQC-Net has.
 
@@ -153,6 +154,7 @@ def train_people(
         folder: for checkpoints and learning curves.
         progress: reports after each step.
         kinds: the errors that it learns from, and is calibrated on.
+        fit_member: what trains a member; called as `fit_assessor` is, and can be pickled.
 
     Raises:
         CaseError: if a scan or its labels can't be used.
@@ -177,7 +179,7 @@ def train_people(
     for k, (fold, network) in enumerate(zip(folds, networks, strict=True)):
         trainings.append(
             partial(
-                fit_assessor,
+                fit_member,
                 f"network for people's masks {k + 1} of {len(folds)}",
                 plan,
                 [s for s in train if patient_splits[s.case.patient].fold != fold],
