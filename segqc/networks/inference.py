@@ -102,7 +102,8 @@ def sliding_window(
         DeviceMemoryError: if the GPU's memory does not hold the windows.
     """
     shape = x.shape[2:]
-    chosen = all_windows(shape, patch) if windows is None else windows
+    every = all_windows(shape, patch)
+    chosen = every if windows is None else windows
     before = [max(0, w - n) // 2 for w, n in zip(patch, shape, strict=True)]
     after = [max(0, w - n) - b for w, n, b in zip(patch, shape, before, strict=True)]
     if any(before) or any(after):
@@ -131,9 +132,9 @@ def sliding_window(
         weights = torch.zeros(x.shape[2:])
         for window in moved:
             weights[window] += weight
-        sums /= weights.clamp(min=torch.finfo(torch.float32).tiny)
-        if windows is not None:
-            nowhere = weights == 0
+        nowhere = weights == 0 if len(chosen) < len(every) else None
+        sums /= weights.clamp_(min=torch.finfo(torch.float32).tiny)
+        if nowhere is not None:
             for channel, value in enumerate(elsewhere):
                 sums[:, channel].masked_fill_(nowhere, value)
         return sums[inside]

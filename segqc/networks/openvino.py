@@ -54,11 +54,11 @@ class OpenVinoNetwork:
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         windows = x.permute(_THROUGH_PLANE_FIRST).contiguous()
-        answers = torch.empty(len(x), self._out_channels, *windows.shape[2:])
-        for window, answer in zip(windows.split(1), answers, strict=True):
+        answers = torch.empty(len(x), self._out_channels, *x.shape[2:])
+        for window, answer in zip(windows.split(1), answers.split(1), strict=True):
             found = self._requests.own.infer([window.numpy()], share_inputs=True, share_outputs=True)
-            answer.copy_(torch.from_numpy(found[0][0]))  # what is shared is overwritten by the next one
-        return answers.permute(_BACK)
+            answer.copy_(torch.from_numpy(found[0]).permute(_BACK))  # the next one is written over what is shared
+        return answers
 
 
 def _network(x: Node, network: StemUNet) -> Node:
