@@ -65,7 +65,7 @@ class Said:
             )
             for q in result.assessment.structures
         )
-        return AssessmentResult(replace(result.assessment, structures=qualities), result.errors)
+        return replace(result, assessment=replace(result.assessment, structures=qualities))
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def _importance(patch: Triple) -> torch.Tensor:
 def normalise(array: FloatArray) -> FloatArray:
     """Clip to the 0.5th and 99.5th percentile, subtract the mean, divide by the standard deviation."""
     sample = array[::2, ::2] if array.size > 4_000_000 else array
-    low, high = _outer_values(sample.ravel(), 0.005)
+    low, high = outer_values(sample.ravel(), 0.005)
     result = np.clip(array, low, high).astype(np.float32, copy=False)
     result -= result.mean()
     deviation = math.sqrt(np.square(result).mean())
@@ -162,11 +162,11 @@ def normalise(array: FloatArray) -> FloatArray:
     return result
 
 
-def _outer_values(values: FloatArray, share: float) -> tuple[float, float]:
+def outer_values(values: FloatArray, share: float) -> tuple[float, float]:
     """The quantiles at a small share from both ends of (n,), as `np.quantile` interpolates them.
 
-    It sorts only the tails: what is as low as twice that share of a few voxels. Where these few are no picture of the
-    rest, it is all voxels.
+    Only the tails are put in order: what is as low, or as high, as twice that share of some voxels. Where these are no
+    picture of the rest, so that a tail is too short, it is all voxels.
     """
     position = (len(values) - 1) * share
     rank = int(position)
