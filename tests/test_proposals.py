@@ -281,11 +281,14 @@ def test_the_proposal_of_a_version_as_a_file(client: TestClient, tmp_path: Path)
     assert client.get("/datastore/label", params={"label": "scan_1", "tag": PROPOSAL}).status_code == 404
     write_labels(Volume(np.zeros(SHAPE, np.uint8), draw_case(0)[1].affine), tmp_path / "label.nii.gz")
     content = (tmp_path / "label.nii.gz").read_bytes()
-    for tag in (PROPOSAL, "returned", "pseudo-label", "pseudo-label-ignored", "attention-check"):
+    before = client.get("/segqc/labels/scan_0").json()
+    own = (PROPOSAL, "original", "returned", "reader-1", "reader-anna", "likely-errors", "pseudo-label")
+    for tag in (*own, "pseudo-label-ignored", "attention-check"):
         query = {"image": "scan_0", "tag": tag}
         refused = client.put("/datastore/label", params=query, files={"label": ("label.nii.gz", content)})
         assert refused.status_code == 400
         assert f"nobody submits a label under the tag {tag!r}" in refused.json()["detail"]
+    assert client.get("/segqc/labels/scan_0").json() == before
 
 
 def test_nobody_changes_what_is_noted_of_a_proposal(client: TestClient) -> None:

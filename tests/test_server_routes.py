@@ -447,8 +447,10 @@ def test_likely_errors_never_take_the_masks_place(client: TestClient, base: Path
         assert client.post("/infer/segqc?image=scan_1", data={"params": json.dumps(params)}).status_code == 200
     assert (masks / "original" / "scan_1.nii.gz").read_bytes() == mask
     assert (masks / "likely-errors" / "scan_1.nii.gz").is_file()
-    params = '{"save_label": true, "label_tag": "final"}'
-    assert client.post("/infer/segmentation?image=scan_1", data={"params": params}).status_code == 400
+    for tag in ("final", "returned", "reader-1", "proposal", "pseudo-label", "likely-errors", "attention-check"):
+        wanted = {"save_label": True, "label_tag": tag}
+        assert client.post("/infer/segmentation?image=scan_1", data={"params": json.dumps(wanted)}).status_code == 400
+        assert client.post("/batch/infer/segmentation", json={"label_tag": tag}).status_code == 400
     assert not (masks / "final" / "scan_1.nii.gz").exists()
 
 

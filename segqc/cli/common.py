@@ -101,8 +101,8 @@ def _refuse_other_folder(folder: Path, settings: Settings, *, may_begin: bool) -
         return
     empty = ", and it is not empty" if may_begin else ""
     raise CommandError(
-        f"{folder}: is no dataset folder: it holds no scan (.nii, .nii.gz or .nrrd), no {SETTINGS_FILE} and no store of "
-        f"SegQC{empty}; name the folder that the scans lie in"
+        f"{folder}: is no dataset folder: it holds no scan (.nii, .nii.gz or .nrrd), no {SETTINGS_FILE} and no store "
+        f"of SegQC{empty}; name the folder that the scans lie in"
     )
 
 

@@ -119,8 +119,12 @@ def save_label_of(
     dataset = app.context.dataset
     scan = dataset.verify(known_scan(image))
     tag = check_tag(tag or FINAL)  # clients may leave it empty
-    if tag in labels.SERVERS_TAGS:
-        raise RequestError(400, f"nobody submits a label under the tag {tag!r}: the server keeps its own there.")
+    if labels.is_servers_own(tag):
+        raise RequestError(
+            400,
+            f"nobody submits a label under the tag {tag!r}: the server keeps its own there; submit it as {FINAL!r}, or "
+            "under a tag of your own.",
+        )
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
