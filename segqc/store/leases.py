@@ -414,9 +414,8 @@ def last_of(transaction: Transaction, scan: str, actor: Actor) -> LeaseRecord | 
     """
     rows = transaction.rows(_LAST_OF, {"scan": scan, **_named(actor)}).all()
     if rows and rows[0].former_name is not None and rows[0].state not in ("submitted", "skipped"):
-        raise scans.ScanReplaced(
-            f"the file of the scan {scan!r} was replaced after it was handed out; ask for the next sample again"
-        )
+        at = f"it was handed out to you ({rows[0].handed_out_at:%Y-%m-%d %H:%M} UTC)"
+        raise scans.ScanReplaced(scans.drawn_on_another(scan, at))
     last = next((row for row in rows if row.scan == scan), None)
     return None if last is None or last.state == "submitted" else _record(last)
 

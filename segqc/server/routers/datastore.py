@@ -13,6 +13,7 @@ import anyio.to_thread
 from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
+from segqc.loop.submission import check_not_replaced
 from segqc.server.actors import RequestUser, acting
 from segqc.server.dicomweb.segmentations import check_segmentation
 from segqc.server.errors import RequestError
@@ -114,6 +115,7 @@ def save_label_of(
         RequestError: 400 for a tag that is none, 422 if the file is no label map of the scan.
         ImageNotFoundException: if there is no such scan.
         ApprovedError: 403 if the scan is approved and the user no reviewer.
+        ScanReplaced: 409 if the scan was replaced since it was handed out to the user.
     """
     app = current_app()
     dataset = app.context.dataset
@@ -125,6 +127,8 @@ def save_label_of(
             f"nobody submits a label under the tag {tag!r}: the server keeps its own there; submit it as {FINAL!r}, or "
             "under a tag of your own.",
         )
+    actor = user.actor(params.client_id)
+    check_not_replaced(dataset, scan.name, actor)
     named, names, limits = bool(app.context.settings.structures), app.context.labels(), app.context.settings.intake
     with tempfile.TemporaryDirectory(prefix="segqc-") as folder:
         received = receive_labels(label, Path(folder))
@@ -133,7 +137,7 @@ def save_label_of(
         submitted = read_submission(received, dataset.scan_file(scan), names, params, configured=named, limits=limits)
         if asks_if_empty and not submitted.volume.array.any():
             raise EmptyLabelError
-        actor, info = user.actor(params.client_id), stored_info(params, names) if named else params.to_json()
+        info = stored_info(params, names) if named else params.to_json()
         _check_review(user, info)
         may_replace = user.may("reviewer")
         body = submit(dataset, scan, submitted, received, tag, actor, params, info, may_replace_approved=may_replace)

@@ -18,6 +18,7 @@ from segqc.loop.submission import (
     LabelMovedOnError,
     StartedFrom,
     Submission,
+    check_not_replaced,
     check_start,
     measure_change,
     submit_label,
@@ -53,6 +54,7 @@ from segqc.server.viewer import (
 from segqc.store import attention_checks, labels, leases
 from segqc.store.labels import FINAL, ORIGINAL
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
+from segqc.store.scans import ScanReplaced, drawn_on_another
 from segqc.types import LabelArray
 from segqc.volumes import Volume, read_grid, read_labels
 
@@ -194,7 +196,7 @@ async def check_label(request: Request, study: Study, user: AskingUser, params: 
 
 
 def _check(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Check:
-    scan, header = _scan(study)
+    scan, header = _drawn_on(study, user.actor(params.client_id))
     end, dataset = _received(scan, header, params, voxels), current_app().context.dataset
     conflict = None
     try:
@@ -249,7 +251,7 @@ async def submit_voxels(request: Request, study: Study, user: AskingUser, params
 
 def _submit(study: str, user: RequestUser, params: ViewerSubmission, voxels: UploadFile) -> Submission:
     context = current_app().context
-    scan, header = _scan(study)
+    scan, header = _drawn_on(study, user.actor(params.client_id))
     end = _received(scan, header, params, voxels)
     tag = _tag_beside(scan) if params.beside else FINAL
     info = stored_info(LabelParams(label_names={**context.labels()}), context.labels())
@@ -287,6 +289,29 @@ def _scan(study: str) -> tuple[DicomScan, ScanHeader]:
     archive = current_app().context.archive
     scan = archive.scan(study)
     return scan, archive.header(scan)
+
+
+def _drawn_on(study: str, actor: Actor) -> tuple[DicomScan, ScanHeader]:
+    """The scan that an annotator's label map was drawn on.
+
+    Raises:
+        RequestError: 404 if there is none, or another one took its place; it says so.
+        ScanReplaced: 409 if the images of a PACS are others since they were handed out.
+    """
+    context = current_app().context
+    try:
+        found = _scan(study)
+    except RequestError as error:
+        name = context.archive.replaced(study)
+        if name is None:
+            raise
+        try:
+            check_not_replaced(context.dataset, name, actor)
+        except ScanReplaced as replaced:
+            raise RequestError(404, str(replaced)) from error
+        raise RequestError(404, drawn_on_another(name, "you opened it")) from error
+    check_not_replaced(context.dataset, found[0].record.name, actor)
+    return found
 
 
 def _version(scan: DicomScan, version: int) -> LabelRecord:
