@@ -6,6 +6,7 @@ what is learned from audit draws and validating patients is learned from masks a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Final
@@ -34,6 +35,10 @@ _TARGET_DICE: Final = (0.85, 0.95)  # of the mask with the error against the one
 _MIN_SHARE: Final = 0.02  # of the mask's voxels that the error must change
 _ATTEMPTS: Final = 5
 _FOUND_SHARE: Final = 0.5  # of the error's voxels that are corrected
+
+
+class _PlantedMeanwhile(Exception):  # noqa: N818 - not an error
+    """The lease was handed out twice at once, and the other hand-out has planted an error: nothing is kept."""
 
 
 def plant_error(dataset: Dataset, lease: LeaseRecord) -> None:
@@ -66,11 +71,13 @@ def plant_error(dataset: Dataset, lease: LeaseRecord) -> None:
             scan.name, ATTENTION_CHECK, "attention check", SERVER, parent=served.id, scan_sha256=scan.sha256
         )
         with (
+            contextlib.suppress(_PlantedMeanwhile),
             temporary_labels(Volume(array, mask.affine, mask.acquisition_axis)) as path,
             dataset.store.change_labels([LabelChange(label, path)]) as change,
         ):
-            if attention_checks.of_lease(change.transaction, lease.id) is None:  # asked for twice at once
-                attention_checks.add(change.transaction, lease, change.versions[0], kind)
+            if attention_checks.of_lease(change.transaction, lease.id) is not None:
+                raise _PlantedMeanwhile
+            attention_checks.add(change.transaction, lease, change.versions[0], kind)
     except SegqcError as error:
         logger.warning("no error is planted into the mask of %r: %s", lease.scan, error)
 
