@@ -18,8 +18,8 @@ from segqc.errors import SegqcError
 from segqc.loop.dataset import Dataset
 from segqc.store import attention_checks, labels, scans
 from segqc.store.events import SERVER
-from segqc.store.labels import ATTENTION_CHECK, ORIGINAL, NewLabel
-from segqc.store.records import AttentionCheck, LeaseRecord
+from segqc.store.labels import ATTENTION_CHECK, ORIGINAL, PROPOSAL, NewLabel
+from segqc.store.records import Actor, AttentionCheck, LabelRecord, LeaseRecord
 from segqc.store.store import LabelChange
 from segqc.training.implanted_errors import ErrorKind, implant_errors
 from segqc.types import BoolArray, LabelArray
@@ -99,6 +99,35 @@ def _planted(
         if changed and changed >= _MIN_SHARE * np.count_nonzero(mask.array):
             return array, made.kinds[0]
     return None
+
+
+def proposal_beside_error(dataset: Dataset, proposal: LabelRecord, actor: Actor | None) -> Volume | None:
+    """A proposal for the network's mask as an annotator gets it who has that mask with a planted error.
+
+    It changes what it changes of the network's own mask, and leaves the planted error: it must neither outline that
+    error nor correct it.
+
+    Args:
+        dataset: the folder.
+        proposal: its label version.
+        actor: the annotator; None for a client that does not say.
+
+    Returns:
+        The label map; None where the annotator gets the proposal as it is kept.
+
+    Raises:
+        VolumeError: if a kept label map can't be read any more.
+    """
+    if proposal.tag != PROPOSAL or proposal.parent is None:
+        return None
+    with dataset.store.read() as transaction:
+        served = labels.get(transaction, proposal.parent)
+        shown = attention_checks.shown_to(transaction, served, actor)
+    if shown == served:
+        return None
+    after, before, planted = (read_labels(dataset.store.label_file(label)) for label in (proposal, served, shown))
+    array = np.where(after.array != before.array, after.array, planted.array)
+    return Volume(array, after.affine, after.acquisition_axis)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

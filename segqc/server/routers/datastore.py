@@ -218,12 +218,13 @@ async def download_label(
         await propose_for(request, label, user.actor())
 
     def send() -> Response:
+        actor = user.known_actor()
         with open_store().read() as transaction:
             found = labels.current(transaction, known_label(label, tag), tag)
             if check_only or found is None:
                 return JSONResponse({})
-            shown = attention_checks.shown_to(transaction, found, user.known_actor())
-        return send_label(shown)
+            shown = attention_checks.shown_to(transaction, found, actor)
+        return send_label(shown, actor)
 
     return await anyio.to_thread.run_sync(send)
 

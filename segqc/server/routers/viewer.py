@@ -13,6 +13,7 @@ import numpy as np
 from fastapi import APIRouter, File, Path, Request, Response, UploadFile
 
 from segqc.loop import proposals
+from segqc.loop.planted_errors import proposal_beside_error
 from segqc.loop.scoring import error_map
 from segqc.loop.submission import (
     LabelMovedOnError,
@@ -52,7 +53,7 @@ from segqc.server.viewer import (
     view_proposal,
 )
 from segqc.store import attention_checks, labels, leases
-from segqc.store.labels import FINAL, ORIGINAL
+from segqc.store.labels import FINAL, ORIGINAL, PROPOSAL
 from segqc.store.records import Actor, JsonObject, LabelRecord, TakenProposal
 from segqc.store.scans import ScanReplaced, drawn_on_another
 from segqc.types import LabelArray
@@ -147,11 +148,13 @@ async def label_voxels(request: Request, study: Study, version: VersionNumber, u
 
     def work() -> Response:
         scan, header = _scan(study)
-        label = _version(scan, version)
+        label, context = _version(scan, version), current_app().context
         shown = _shown(label, user.actor())
-        may_change = label.tag == ORIGINAL and current_app().context.settings.annotation.attention_checks > 0
+        may_change = label.tag in (ORIGINAL, PROPOSAL) and context.settings.annotation.attention_checks > 0
         keeps = _ASK_AGAIN if may_change or shown.id != label.id else _FOR_EVER
-        return _bytes(request, to_bytes(_read(scan, shown), header), keeps)
+        proposed = proposal_beside_error(context.dataset, label, user.actor())
+        array = _read(scan, shown) if proposed is None else proposed.array
+        return _bytes(request, to_bytes(array, header), keeps)
 
     return await in_turn(request, work)
 
