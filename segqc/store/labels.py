@@ -522,9 +522,14 @@ def taken_proposals(transaction: Transaction) -> dict[int, TakenProposal]:
     }
 
 
-def infos(transaction: Transaction) -> dict[int, JsonObject]:
-    """What clients noted of each version that they noted something of."""
-    return {row.label_version_id: dict(row.info) for row in transaction.scalars(select(LabelInfo))}
+def infos(transaction: Transaction, versions: Sequence[int] | None = None) -> dict[int, JsonObject]:
+    """What clients noted of each version, or of some, that they noted something of."""
+    every = select(LabelInfo)
+    queries = [every]
+    if versions is not None:
+        parts = [versions[start : start + _IN_ONE_QUERY] for start in range(0, len(versions), _IN_ONE_QUERY)]
+        queries = [every.where(LabelInfo.label_version_id.in_(part)) for part in parts]
+    return {row.label_version_id: dict(row.info) for query in queries for row in transaction.scalars(query)}
 
 
 def update_info(transaction: Transaction, version: int, more: JsonObject) -> None:
