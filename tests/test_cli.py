@@ -248,6 +248,17 @@ def test_a_dataset_folder_is_known_by_what_it_holds(run: Run, tmp_path: Path, si
     assert run("scans", tmp_path).code == 0
 
 
+@pytest.mark.parametrize("misplaced", ["a.mha", "b.seg.nrrd", "inside/a.nii.gz"])
+def test_a_folder_whose_files_are_of_no_use_is_no_mistake_and_they_are_named(
+    run: Run, tmp_path: Path, misplaced: str
+) -> None:
+    (tmp_path / misplaced).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / misplaced).touch()
+    listed = run("scans", tmp_path)
+    assert listed.code == 0
+    assert misplaced.split("/", maxsplit=1)[0] in listed.out
+
+
 def test_where_networks_are_looked_for_no_store_is_made(run: Run, tmp_path: Path) -> None:
     scan = make_dataset(tmp_path, scans=1, finals=0) / "scan_0.nii.gz"
     (tmp_path / "segqc.toml").unlink(missing_ok=True)

@@ -90,14 +90,12 @@ def settings_of(folder: Path, *, may_begin: bool = False) -> Settings:
 def _refuse_other_folder(folder: Path, settings: Settings, *, may_begin: bool) -> None:
     """Refuse a folder that was probably named by mistake, before a store is made in it."""
     from segqc.settings import SETTINGS_FILE
-    from segqc.volumes import scan_suffix
+    from segqc.store.sync import is_for_scans
 
     if holds_store(folder, settings) or settings.pacs.url is not None or (folder / SETTINGS_FILE).exists():
         return
     names = os.listdir(folder)
-    if "labels" in names or any(scan_suffix(name) is not None for name in names):
-        return
-    if may_begin and all(name.startswith(".") for name in names):
+    if "labels" in names or is_for_scans(folder) or (may_begin and all(name.startswith(".") for name in names)):
         return
     empty = ", and it is not empty" if may_begin else ""
     raise CommandError(
