@@ -528,7 +528,7 @@ def test_a_network_s_masks_do_not_take_the_place_of_pseudo_labels(pool: Dataset,
     request = {"model": "segmentation", "images": "unlabeled", "label_tag": PSEUDO}
     with dataset.store.write() as transaction:
         job = jobs.enqueue(transaction, "batch_infer", request, SERVER)
-    with pytest.raises(DatasetError, match="rounds choose pseudo-labels"):
+    with pytest.raises(DatasetError, match="the server keeps its own there"):
         work.run(dataset, job, NoProgress())
     assert set(accepted(dataset)) == {name}
     mask = dataset.mask(name)
